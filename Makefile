@@ -1,0 +1,53 @@
+# Everything happens in .venv, which is made on first use and again when a source file changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+COMMA := ,
+EXTRAS := $(if $(filter Darwin,$(shell uname -s)),,cpu$(COMMA))dev
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
+  $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench dev wheel clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
+	$(BIN)/mlx-segtrain demo
+
+test: $(VENV)/installed ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed ## Check format, style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/installed ## Time training steps
+	$(BIN)/python bench/step.py
+
+dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
+	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
+	@touch $(VENV)/installed
+
+wheel: $(VENV)/made ## Build a wheel into dist/
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "'$(PYTHON)' is not Python 3.10 or newer: name one, as in make demo PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made $(SOURCES)
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	$(PIP) install --quiet '.[$(EXTRAS)]'
+	@touch $@

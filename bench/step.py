@@ -1,0 +1,235 @@
+"""One training step of this package beside its peers: same model, same tokens, one process a cell.
+
+    python bench/step.py --model DIR [--length 512] [--steps 10] [--cells segtrain:1 mlx-lm peft …]
+
+LoRA of rank 16 on all seven projections, batch 1, every row in the loss. Cells:
+    segtrain:N    this package, N layers a segment (0: off)
+    mlx-lm        stock mlx-lm LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
+    peft          HF transformers + PEFT on torch, float32, no checkpointing; peft:ckpt with it
+Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer, and
+said). `peak` is active memory of MLX; `rss` the process' own high-water mark.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+RANK, SCALE = 16, 1.0
+SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def tokens(length, vocab):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocab, (1, length + 1)).astype(np.int32)
+
+
+def timed(step, steps, slow_s=15.0):
+    """Times of single steps: first apart, then up to `steps` after three warm-ups (one if slow)."""
+    begin = time.perf_counter()
+    step()
+    first = time.perf_counter() - begin
+    slow = first > slow_s
+    for _ in range(0 if slow else 3):
+        step()
+    reset_peak()
+    times = []
+    for _ in range(2 if slow else steps):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    return first, times
+
+
+def reset_peak():
+    if "mlx.core" in sys.modules:
+        mx = sys.modules["mlx.core"]
+        mx.clear_cache()
+        mx.reset_peak_memory()
+
+
+def segtrain(model_dir, length, steps, variant):
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    import numpy as np
+
+    from mlx_segtrain import lora
+    from mlx_segtrain.data import Batch
+    from mlx_segtrain.models import chain_of, load_base
+    from mlx_segtrain.objectives import sft
+    from mlx_segtrain.schedule import segmented_value_and_grad
+
+    model, config, _ = load_base(model_dir)
+    chain = chain_of(model)
+    ranks = {path: RANK for path in chain.linears}
+    adapter = lora.init(chain, ranks, SCALE, 0)
+    stages = chain.stages(adapter.scales)
+    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    row = tokens(length, config["vocab_size"])
+    weights = np.ones(row.shape, np.float32)
+    weights[:, 0] = 0
+    batch = Batch(row, weights, np.arange(1))
+    value_and_grad = segmented_value_and_grad(
+        stages,
+        sft.head(chain),
+        inputs=sft.HEAD_READS,
+        head_reads=sft.HEAD_READS,
+        segment_size=int(variant or 1),
+    )
+    optimizer = optim.AdamW(1e-4, bias_correction=True)
+    resting = mx.get_active_memory()
+
+    def step():
+        nonlocal params
+        (loss,), grads = value_and_grad(params, sft.values(chain, batch, float(length)))
+        params = optimizer.apply_gradients(grads, params)
+        mx.eval(params, optimizer.state, loss)
+
+    first, times = timed(step, steps)
+    return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
+
+
+def mlx_lm(model_dir, length, steps, variant):
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx.utils import tree_map
+    from mlx_lm import load
+    from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, _, config = load(str(model_dir), return_config=True)
+    if not mx.metal.is_available() and mx.default_device() == mx.Device(mx.cpu):
+        # half precision on the CPU is ten times slower still: give stock its best
+        model.update(
+            tree_map(
+                lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x,
+                model.parameters(),
+            )
+        )
+    model.freeze()
+    linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": None})
+    model.model.embed_tokens.freeze()
+    if variant == "ckpt":
+        grad_checkpoint(model.layers[0])
+    batch = mx.array(tokens(length, config["vocab_size"]))
+    lengths = mx.array([[1, length]])
+    optimizer = optim.AdamW(1e-4, bias_correction=True)
+    value_and_grad = nn.value_and_grad(model, default_loss)
+    mx.eval(model.parameters())
+    resting = mx.get_active_memory()
+
+    def step():
+        (loss, _), grads = value_and_grad(model, batch, lengths)
+        optimizer.update(model, grads)
+        mx.eval(loss, model.trainable_parameters(), optimizer.state)
+
+    first, times = timed(step, steps)
+    return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
+
+
+def peft(model_dir, length, steps, variant):
+    import mlx.core as mx
+    import torch
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import dequantize_model, load_model
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, _ = load_model(Path(model_dir))
+    weights = {
+        name: torch.from_numpy(__import__("numpy").array(w.astype(mx.float32)))
+        for name, w in tree_flatten(dequantize_model(source).parameters())
+    }
+    del source
+    config = AutoConfig.from_pretrained(model_dir)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}, missing
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=SUFFIXES)
+    )
+    if variant == "ckpt":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    row = torch.from_numpy(tokens(length, config.vocab_size)).long()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step():
+        logits = model(input_ids=row[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first, times = timed(step, steps)
+    return {"first_s": first, "times": times}
+
+
+CELLS = {"segtrain": segtrain, "mlx-lm": mlx_lm, "peft": peft}
+
+
+def run_cell(args):
+    name, _, variant = args.cell.partition(":")
+    result = CELLS[name](args.model, args.length, args.steps, variant)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["rss"] = rss * (1 if sys.platform == "darwin" else 1024)
+    print("RESULT " + json.dumps(result))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of an MLX model")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--cells", nargs="+", default=["segtrain:1", "segtrain:0", "peft", "peft:ckpt", "mlx-lm"]
+    )
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        return run_cell(args)
+    packages = ["mlx", "mlx-lm", "mlx-segtrain", "torch", "peft", "transformers"]
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except Exception:
+            found[package] = "absent"
+    print(f"{platform.platform()}, {os.cpu_count()} processors; {found}")
+    print(f"{args.model.name}, T={args.length}, rank {RANK} on all seven, all rows in the loss")
+    print("cell          first_s  median_s    p20_s    p80_s  n  resting_gb  peak_gb  rss_gb")
+    for cell in args.cells:
+        command = [sys.executable, __file__, "--cell", cell, "--model", str(args.model)]
+        command += ["--length", str(args.length), "--steps", str(args.steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+        if line is None:
+            print(f"{cell:12s}  failed: {done.stderr.strip().splitlines()[-1:]}")
+            continue
+        r = json.loads(line.removeprefix("RESULT "))
+        times = sorted(r["times"])
+        q = statistics.quantiles(times, n=5, method="inclusive")
+        gb = [f"{r[k] / 1e9:.3f}" if k in r else "-" for k in ("resting", "peak", "rss")]
+        print(
+            f"{cell:12s} {r['first_s']:8.3f} {statistics.median(times):9.3f} {q[0]:8.3f} "
+            f"{q[3]:8.3f} {len(times):2d} {gb[0]:>11s} {gb[1]:>8s} {gb[2]:>7s}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+// Products with a frozen weight, dense or quantized, on either kind of device.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "kernel.h"
+
+namespace segtrain {
+
+/// Throws unless the base's arrays fit one another.
+void check_base(const std::string& op, const Base& base);
+
+/// A base as the CPU kernels take it: `arrays` are inputs of a cpu_op, from `first` on of its pointers.
+struct CpuBase {
+  Arrays arrays;
+  int bits, group, n, k;
+  bool dense;
+
+  CpuBase(const Base& base, mx::StreamOrDevice s);
+  cpu::Weight weight(const std::vector<const void*>& in, int first) const;
+};
+
+/// x·Wᵀ, or x·W if not transposed; x [..., in] or [..., out]. MLX's own ops.
+mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx::StreamOrDevice s);
+
+}  // namespace segtrain

@@ -1,0 +1,73 @@
+// The only nanobind file: names, defaults and docstrings, no logic.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "segtrain.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace segtrain;
+
+NB_MODULE(_core, m) {
+  m.doc() = "Native core of mlx_segtrain: differentiable ops and the segmented backward pass.";
+  nb::module_::import_("mlx.core");  // brings mx.array's type, and libmlx
+
+  nb::class_<Base>(m, "Base", "A frozen weight [out, in]: dense, or quantized as `mx.quantize` writes it.")
+      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>, int, int,
+                    std::string>(),
+           "weight"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), nb::kw_only(),
+           "group_size"_a = 0, "bits"_a = 0, "mode"_a = "affine")
+      .def_ro("weight", &Base::weight)
+      .def_ro("scales", &Base::scales)
+      .def_ro("biases", &Base::biases)
+      .def_ro("bias", &Base::bias)
+      .def_ro("group_size", &Base::group_size)
+      .def_ro("bits", &Base::bits)
+      .def_ro("mode", &Base::mode)
+      .def_prop_ro("out_dims", &Base::out)
+      .def_prop_ro("in_dims", &Base::in);
+
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "scale"_a, "window"_a = nb::none(),
+        "segments"_a = nb::none(), "softcap"_a = nb::none(), "q_start"_a = nb::none(), "impl"_a = "auto",
+        "stream"_a = nb::none(),
+        "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
+  m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "silu(gate)·up. [..., F] → [..., F].");
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
+  m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
+        "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
+  m.def("lora_linear", &lora_linear, "x"_a, "base"_a, "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f,
+        nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "x·Wᵀ + bias + scale·(x·a)·b. x [..., in], a [in, R], b [R, out] → [..., out].");
+  m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
+        nb::kw_only(), "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
+        "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
+  m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
+        "A quantized weight as an array [out, in].");
+
+  nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
+      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a, "reads"_a,
+           "writes"_a, "trainable"_a)
+      .def_ro("name", &StageSpec::name)
+      .def_ro("reads", &StageSpec::reads)
+      .def_ro("writes", &StageSpec::writes)
+      .def_ro("trainable", &StageSpec::trainable);
+  nb::class_<Plan>(m, "Plan", "The order of a segmented backward pass, as data.")
+      .def("describe", &describe, "One line per move: what it runs, reads, keeps, takes, gives and drops.");
+  m.def("make_plan", &make_plan, "stages"_a, "inputs"_a, "head_reads"_a, "segment_size"_a,
+        "The plan that keeps boundary values only, every `segment_size` stages (0: nothing is recomputed).");
+
+  nb::class_<StepResult>(m, "StepResult", "Outputs of the head and gradients of every parameter.")
+      .def_ro("outputs", &StepResult::outputs)
+      .def_ro("grads", &StepResult::grads)
+      .def_ro("head_grads", &StepResult::head_grads);
+  m.def("run_plan", &run_plan, nb::call_guard<nb::gil_scoped_release>(), "plan"_a, "stages"_a, "fns"_a, "head"_a,
+        "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
+        "Runs a plan over callables (params, reads) → writes, evaluating after every move.");
+}

@@ -1,0 +1,28 @@
+// float32 GEMM on the calling thread. Our kernels cut the work into tiles and hand the tiles to threads.
+#pragma once
+
+#ifdef __APPLE__
+#include <Accelerate/Accelerate.h>
+#define SEGTRAIN_SGEMM cblas_sgemm
+#else
+#include <cblas.h>
+#define SEGTRAIN_SGEMM scipy_cblas_sgemm
+extern "C" void scipy_openblas_set_num_threads(int);
+#endif
+
+namespace segtrain::cpu {
+
+/// c = alpha·op(a)·op(b) + beta·c; op(a) is m × k, op(b) is k × n, all row-major.
+inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
+                 int ldb, float beta, float* c, int ldc) {
+#ifndef __APPLE__
+  // The library is ours alone in this process: NumPy and SciPy carry their own copies under other names.
+  static const bool single = (scipy_openblas_set_num_threads(1), true);
+  (void)single;
+#endif
+  if (m == 0 || n == 0) return;
+  SEGTRAIN_SGEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k, alpha, a,
+                 lda, b, ldb, beta, c, ldc);
+}
+
+}  // namespace segtrain::cpu

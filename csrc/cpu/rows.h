@@ -1,0 +1,41 @@
+// Loops over rows of floats, compiled once per instruction set (baseline, AVX2, AVX-512) and chosen at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace segtrain::cpu {
+
+struct Rows {
+  /// Columns [begin, end) of a row packed at `bits` a value: out[i] = scale[group]·q + bias[group].
+  /// begin and end are multiples of 32, or end is the row's length.
+  void (*dequantize)(const uint32_t* packed, const float* scales, const float* biases, int bits, int group,
+                     int begin, int end, float* out);
+  float (*max)(const float* x, int n);
+  /// x = exp(x − shift); returns the sum.
+  float (*exp_sum)(float* x, int n, float shift);
+  /// Sum of exp(x − shift), x kept.
+  float (*sum_exp)(const float* x, int n, float shift);
+  /// x = exp(x − shift)·w.
+  void (*exp_scale)(float* x, int n, float shift, float w);
+  /// x = cap·tanh(x / cap).
+  void (*softcap)(float* x, int n, float cap);
+  /// The same from capped values: dx = (exp(x − shift)·w − [i = target]·w)·(1 − (x / cap)²), in place.
+  void (*softcap_cross_entropy)(float* x, int n, float shift, float w, int target, float cap);
+  void (*scale)(float* x, int n, float factor);
+  void (*add)(float* x, const float* y, int n);
+  float (*dot)(const float* x, const float* y, int n);
+  /// ds = p·(dp − delta)·factor, into dp; `capped` (the capped scores, or null) adds the factor 1 − (s/cap)².
+  void (*softmax_vjp)(float* dp, const float* p, const float* capped, int n, float delta, float factor, float cap);
+  void (*swiglu)(const float* gate, const float* up, float* y, size_t n);
+  void (*swiglu_vjp)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n);
+  void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int n);
+  void (*rms_norm_vjp)(const float* x, const float* weight, const float* dy, float eps, float* dx, int n);
+  /// Rotates pairs (x[i], x[i + half]), or (x[2i], x[2i+1]) if traditional, by angles with these cosines and sines.
+  void (*rotate)(const float* x, const float* cosine, const float* sine, float* y, int half, bool traditional);
+};
+
+/// The best set of loops this processor runs.
+const Rows& rows();
+
+}  // namespace segtrain::cpu

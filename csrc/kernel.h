@@ -1,0 +1,56 @@
+// Checks, the choice of an implementation, and CPU primitives. The only place that names a backend.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "segtrain.h"
+
+namespace segtrain {
+
+inline std::ostream& operator<<(std::ostream& os, const mx::Shape& shape) {
+  os << "(";
+  for (size_t i = 0; i < shape.size(); ++i) os << (i ? "," : "") << shape[i];
+  return os << ")";
+}
+
+/// Throws std::invalid_argument, which Python sees as ValueError, with the parts put together.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+/// One way to compute an op, and whether it serves the arguments at hand.
+struct Way {
+  std::string name;
+  bool ok;
+  std::string reason;  ///< why not
+};
+
+/// The name of the way to take: "auto" takes the first that serves; a named one that does not throws its reason.
+std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways);
+
+bool on_cpu(mx::StreamOrDevice s);
+
+/// "kernel": our C++ kernel, which exists on the CPU alone so far.
+Way cpu_kernel(mx::StreamOrDevice s);
+
+/// Work on raw row-major memory: pointers to inputs and outputs in order. Runs on the stream's thread.
+using CpuRun = std::function<void(const std::vector<const void*>& in, const std::vector<void*>& out)>;
+
+/// Arrays that `run` will fill on the CPU. Inputs are made row-major first.
+Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes,
+              CpuRun run, mx::StreamOrDevice s);
+
+/// x as float32, the dtype that the CPU kernels compute in.
+mx::array f32(const mx::array& x, mx::StreamOrDevice s);
+
+}  // namespace segtrain

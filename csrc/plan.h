@@ -1,0 +1,58 @@
+// The order of a segmented backward pass, as data. Knows names, not arrays: only the standard library.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace segtrain {
+
+/// A stage as the plan sees it: which boundary values it reads and (re)writes, and whether it has parameters.
+struct StageSpec {
+  std::string name;
+  std::vector<std::string> reads;
+  std::vector<std::string> writes;
+  bool trainable;
+};
+
+/// One version of a boundary value: `h` written by stage `layers.3` is `h@layers.3`, an input `h@input`.
+struct Value {
+  std::string name;      ///< without the version
+  std::string version;   ///< name@producer
+  int producer;          ///< index of the stage, -1 for an input
+  bool differentiable;   ///< depends on a parameter, so a cotangent must reach it
+  int readers;           ///< segments that read it; with more than one its cotangents are summed in float32
+};
+
+/// A step of the plan over stages [begin, end). Values are indices into Plan::values.
+struct Move {
+  enum class Kind {
+    forward,   ///< run, keep `writes`, keep nothing of the inside
+    head,      ///< run the last segment and the head with everything kept, and go back through both at once
+    backward,  ///< run again under vjp with the cotangents of `writes`
+  };
+  Kind kind;
+  int begin;
+  int end;
+  std::vector<int> reads;       ///< boundary values it needs
+  std::vector<int> writes;      ///< boundary values it makes (forward), or whose cotangents enter (backward)
+  std::vector<int> cotangents;  ///< the differentiable ones among `reads`: their cotangents come out
+  std::vector<int> drops;       ///< values that nobody reads after this move
+};
+
+struct Plan {
+  std::vector<Value> values;
+  std::vector<Move> moves;
+};
+
+/// The plan that keeps boundary values only, every `segment_size` stages (0: one segment, nothing recomputed).
+///
+/// The last segment is joined to the head and never recomputed. Segments on which no parameter depends run
+/// forward only. Values that nobody reads later are dropped by the move that uses them last.
+/// Throws std::invalid_argument if a stage reads a name that is neither an input nor written before it.
+Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
+               const std::vector<std::string>& head_reads, int segment_size);
+
+/// One line per move, for people and tests: "backward 2:4 reads h@b; takes h@d; gives h@b; drops h@b".
+std::vector<std::string> describe(const Plan& plan);
+
+}  // namespace segtrain

@@ -1,0 +1,86 @@
+// The whole C++ surface of mlx_segtrain on one screen. Ops are functions of arrays; each has a hand-written VJP.
+//
+// B batch · H query heads · G key/value heads · T queries · S keys · D head size · F feed-forward width
+// M rows · R LoRA rank · V vocabulary. Gradients are called dx; `lse` is a row's log-sum-exp.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mlx/mlx.h"
+#include "plan.h"
+
+namespace segtrain {
+
+namespace mx = mlx::core;
+using Arrays = std::vector<mx::array>;
+
+/// A frozen weight [out, in]: dense (scales absent) or quantized as mx::quantize writes it.
+struct Base {
+  mx::array weight;
+  std::optional<mx::array> scales;
+  std::optional<mx::array> biases;
+  std::optional<mx::array> bias;  ///< [out], added to the product
+  int group_size = 0;
+  int bits = 0;
+  std::string mode = "affine";
+
+  int out() const;
+  int in() const;
+};
+
+/// softmax(scale·q·kᵀ)·v over the keys a query may see, without an array of T × S.
+/// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv]. Query t stands at position q_start + t (default S − T).
+/// It sees keys up to itself, of the last `window` ones, and of its own segment [segments[i], segments[i+1]).
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                    std::optional<int> window, std::optional<std::vector<int>> segments,
+                    std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
+                    mx::StreamOrDevice s);
+
+/// silu(gate)·up. [..., F] → [..., F].
+mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
+
+/// x / sqrt(mean(x²) + eps) · weight. x [..., H], weight [H] (frozen: no gradient) → [..., H].
+mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
+                   mx::StreamOrDevice s);
+
+/// Rotary embedding of x [B, H, T, D] at positions offset + t; angles = position · base^(−2i/D) or position / freqs.
+mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale, int offset,
+               const std::optional<mx::array>& freqs, const std::string& impl, mx::StreamOrDevice s);
+
+/// x·Wᵀ (+ bias) + scale·(x·a)·b, keeping x only. x [..., in], a [in, R], b [R, out] float32 → [..., out].
+mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<mx::array>& a,
+                      const std::optional<mx::array>& b, float scale, const std::string& impl,
+                      mx::StreamOrDevice s);
+
+/// Σ weights·(lse(z) − z[target]) with z = h·Wᵀ, softcapped; rows with target < 0 count nothing.
+/// h [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks of rows.
+mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
+                               const std::optional<mx::array>& weights, std::optional<float> softcap,
+                               bool needs_grad, const std::string& impl, mx::StreamOrDevice s);
+
+/// A quantized weight as an array [out, in] of `dtype`.
+mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);
+
+/// Row-major product a·b with optional transposes of the last two axes; through OpenBLAS or Accelerate on the CPU.
+mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool transpose_b, float alpha,
+                 mx::StreamOrDevice s);
+
+/// (params, reads) → writes; the head: (params, reads) → {loss, anything else...}.
+using StageFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
+
+struct StepResult {
+  Arrays outputs;                  ///< of the head, loss first
+  std::vector<Arrays> grads;       ///< per stage, in the order of its params
+  Arrays head_grads;
+};
+
+/// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
+/// `reads` of a stage arrive in the order of its spec. Evaluates after every move.
+StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
+                    const StageFn& head, const std::vector<std::string>& head_reads,
+                    const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs);
+
+}  // namespace segtrain

@@ -1,0 +1,69 @@
+"""Long-context LoRA fine-tuning of quantized language models on one machine, through MLX.
+
+    from mlx_segtrain import TrainConfig, train, load, segmented_value_and_grad
+
+Names are loaded when first used, so that `mlx-segtrain --help` does not wait for MLX.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .errors import InputError
+    from .models import load
+    from .schedule import Stage, segmented_value_and_grad
+    from .training import TrainResult, train
+
+__all__ = [
+    "InputError",
+    "Stage",
+    "TrainConfig",
+    "TrainResult",
+    "load",
+    "segmented_value_and_grad",
+    "train",
+]
+
+_HOME = {
+    "InputError": "errors",
+    "Stage": "schedule",
+    "TrainConfig": "config",
+    "TrainResult": "training",
+    "load": "models",
+    "segmented_value_and_grad": "schedule",
+    "train": "training",
+}
+
+#: The release whose C++ ABI `_core` was compiled against.
+MLX_VERSION = "0.32.4"
+
+
+def _require_mlx() -> None:
+    """ImportError, in one sentence with the command that mends it, unless MLX can be used."""
+    mend = f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
+    try:
+        found = version("mlx")
+    except PackageNotFoundError:
+        raise ImportError(f"mlx_segtrain needs MLX, which is not installed: {mend}.") from None
+    if found != MLX_VERSION:
+        raise ImportError(
+            f"mlx_segtrain was built for mlx {MLX_VERSION}, but mlx {found} is installed: {mend}."
+        )
+    try:
+        import_module("mlx.core")
+    except ImportError as error:
+        raise ImportError(
+            f"MLX is installed without its library for this machine ({error}): {mend}."
+        ) from None
+
+
+_require_mlx()
+__version__ = version("mlx-segtrain")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_segtrain' has no attribute '{name}'")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

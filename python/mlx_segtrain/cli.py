@@ -1,0 +1,351 @@
+"""The command line. Heavy modules (mlx, transformers) are imported inside the commands only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlx_segtrain.config import (
+    TrainConfig,
+    allowed,
+    choices,
+    default,
+    flag,
+    is_list,
+    load_config,
+    nearest,
+)
+from mlx_segtrain.errors import InputError
+
+UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors and that takes no abbreviated flags."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C)."""
+    try:
+        parser, commands = _parsers()
+        args, rest = parser.parse_known_args(argv)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        if rest:
+            known = [name for name in commands[args.command]._option_string_actions]
+            raise InputError(
+                f"{args.command} does not know {rest[0]}.{nearest(rest[0].split('=')[0], known)}"
+            )
+        return args.run(args)
+    except InputError as error:
+        print(f"mlx-segtrain: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="mlx-segtrain",
+        description="LoRA fine-tuning of language models at long context, on one machine.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("train", _train, "train an adapter"),
+        ("probe", _probe, "take a few steps, write nothing, and print time and memory"),
+    ):
+        added = command(name, run, text)
+        added.usage = (
+            f"mlx-segtrain {name} [--config FILE] "
+            "[--model-dir PATH --data-dir PATH --adapter-path PATH] [FLAG ...]"
+        )
+        added.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="YAML file with any of the fields below; flags given here replace its values",
+        )
+        add_flags(added, TrainConfig.model_fields)
+
+    added = command("inspect", _inspect, "show what a data set trains, token by token")
+    added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
+    add_flags(added, ("model_dir", "max_seq_length", "train_on", "append_eos"))
+    added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
+    add_flags(added, ("model_dir", "data_dir"), required=True)
+    add_flags(added, ("adapter_path", "max_seq_length", "batch_size", "train_on", "append_eos"))
+    added.add_argument("--split", choices=("valid", "train"), default="valid", help="the file")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("generate", _generate, "answer a prompt, with or without an adapter")
+    add_flags(added, ("model_dir",), required=True)
+    add_flags(added, ("adapter_path",))
+    prompt = added.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, or - to read it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, - is stdin")
+    added.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    added.add_argument(
+        "--max-tokens", type=_count(1), default=256, metavar="N", help="most tokens to write"
+    )
+    added.add_argument(
+        "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
+    )
+    added.add_argument(
+        "--no-chat-template", action="store_true", help="give the prompt to the model as it is"
+    )
+
+    added = command("demo", _demo, "train a small model on this machine and show what it learned")
+    added.add_argument(
+        "--out", type=Path, metavar="DIR", help="output directory. Default: demo-run."
+    )
+    added.add_argument("--iters", type=_count(1), metavar="N", help="optimizer steps")
+    return parser, commands.choices  # type: ignore[return-value]
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from mlx_segtrain import __version__
+
+        print(f"mlx-segtrain {__version__}")
+        parser.exit()
+
+
+def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -> None:
+    """Add the flags of fields of TrainConfig; a flag that is not given leaves no attribute."""
+    for name in names:
+        field = TrainConfig.model_fields[name]
+        text = field.description or ""
+        if is_list(field):
+            text += f" {allowed(name).capitalize()}."
+        if not field.is_required():
+            text += f" Default: {default(name)}."
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = _metavar(name)
+            options["nargs"] = "+" if is_list(field) else None
+        parser.add_argument(flag(name), help=text.replace("%", "%%"), **options)
+
+
+def _metavar(name: str) -> str:
+    field = TrainConfig.model_fields[name]
+    if is_list(field):
+        return "NAME"
+    if words := choices(field):
+        return "{" + ",".join(words) + "}"
+    kind = field.annotation
+    return "PATH" if kind is Path else "X" if kind is float else "N"
+
+
+def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
+    """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
+    given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
+    return load_config(getattr(args, "config", None), given | fill)
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        return int(text)
+
+    return count
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text}")
+    return value
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from mlx_segtrain.terminal import Terminal, duration
+    from mlx_segtrain.training import train
+
+    with Terminal(config.iters) as show:
+        result = train(config, show)
+    model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
+    state = "interrupted after" if result.interrupted else "trained"
+    print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
+    print(f"adapter          {result.adapter_path}")
+    print(f"training loss    {result.final_train_loss:.4f}")
+    if result.final_val_loss is not None:
+        print(
+            f"validation loss  {result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
+            f"(best {result.best_val_loss:.4f} at step {result.best_step})"
+        )
+    print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
+    print(f"peak memory      {result.peak_gb:.2f} GB")
+    print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
+    print(f"    or: mlx_lm.generate --model {model} --adapter-path {adapter} --prompt …")
+    return 130 if result.interrupted else 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    config = _config(args, adapter_path=UNUSED)
+    from mlx_segtrain.training import probe
+
+    result = probe(config)
+    print(f"resting memory   {result.resting_gb:.2f} GB")
+    print(f"peak memory      {result.peak_gb:.2f} GB")
+    print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
+    print(f"speed            {result.tokens / result.step_s:,.0f} tokens/s")
+    print(f"loss             {result.loss:.4f}")
+    print(f"gradient norm    {result.grad_norm:.4f}")
+    print(f"finite           {'yes' if result.finite else 'no'}")
+    return 0 if result.finite else 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    config = _config(
+        args,
+        data_dir=args.path,
+        model_dir=getattr(args, "model_dir", UNUSED),
+        adapter_path=UNUSED,
+    )
+    from mlx_segtrain.data import inspect
+
+    report = inspect(
+        config.data_dir,
+        _tokenizer(config.model_dir) if "model_dir" in args else None,
+        max_seq_length=config.max_seq_length,
+        train_on=config.train_on,
+        append_eos=config.append_eos,
+        n_preview=args.rows,
+    )
+    if args.json:
+        print(json.dumps(asdict(report)))
+        return 0 if report.ok else 2
+    if not report.ok:
+        raise InputError(report.error)
+    from mlx_segtrain.terminal import show_report
+
+    show_report(report)
+    return 0
+
+
+def _tokenizer(model_dir: Path) -> Any:
+    """The tokenizer alone, without the weights: InputError where there is none."""
+    if not (model_dir / "tokenizer_config.json").is_file():  # else mlx-lm asks the network
+        raise InputError(f"model_dir {model_dir} holds no tokenizer_config.json")
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    try:
+        stops = load_config(model_dir).get("eos_token_id")  # as for training
+        return load_tokenizer(model_dir, eos_token_ids=stops)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the tokenizer of {model_dir} cannot be loaded: {reason}") from None
+
+
+def _eval(args: argparse.Namespace) -> int:
+    config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
+    from mlx_segtrain.training import evaluate
+
+    result = evaluate(
+        config.model_dir,
+        config.data_dir,
+        config.adapter_path if "adapter_path" in args else None,
+        split=args.split,
+        max_seq_length=config.max_seq_length,
+        batch_size=config.batch_size,
+        train_on=config.train_on,
+        append_eos=config.append_eos,
+    )
+    if args.json:
+        print(json.dumps(asdict(result)))
+        return 0
+    print(f"loss        {result.loss:.4f} nats per token")
+    if result.perplexity is not None:
+        print(f"perplexity  {result.perplexity:.3f}")
+    print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
+    print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = _config(args, data_dir=UNUSED, adapter_path=getattr(args, "adapter_path", UNUSED))
+    if args.system is not None and args.no_chat_template:
+        raise InputError("--system needs the chat template: drop --no-chat-template")
+    prompt = _prompt(args)
+    import mlx_segtrain
+
+    adapter = config.adapter_path if "adapter_path" in args else None
+    model, tokenizer = mlx_segtrain.load(config.model_dir, adapter)
+    if not args.no_chat_template and tokenizer.has_chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        if args.system is not None:
+            turns.insert(0, {"role": "system", "content": args.system})
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    elif args.system is not None:
+        raise InputError(f"--system needs a chat template, and {config.model_dir} has none")
+    from mlx_lm.generate import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    sampler = make_sampler(temp=args.temp)
+    for part in stream_generate(
+        model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
+    ):
+        print(part.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt == "-" or args.prompt_file == "-":
+        text = sys.stdin.read()
+    elif args.prompt_file is not None:
+        try:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompt {args.prompt_file}: {error}") from None
+    else:
+        text = args.prompt
+    if not text.strip():
+        raise InputError("the prompt is empty")
+    return text
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from mlx_segtrain import demo
+
+    given = {"out_dir": args.out, "iters": args.iters}
+    demo.run(**{key: value for key, value in given.items() if value is not None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

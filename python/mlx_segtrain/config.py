@@ -1,0 +1,255 @@
+"""The configuration of a training run, declared once.
+
+From `TrainConfig` come the flags of the command line, the keys of a YAML file, every error message,
+and the table in docs/configuration.md (`python -m mlx_segtrain.config` prints it).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from mlx_segtrain.errors import InputError
+
+TargetModule = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # fmt: skip
+
+
+def _expand(value: Any) -> Any:
+    if value == "":  # Path("") is the working directory: an unset shell variable must not name it
+        raise ValueError("empty path")
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would read `rank: yes` as 1
+        raise ValueError("a boolean is not a number")
+    return value
+
+
+def _all_or_last(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("neither all layers nor a count of layers")
+    return value
+
+
+def _distinct(value: list[Any]) -> list[Any]:
+    if len(set(value)) != len(value):
+        raise ValueError("a name stands twice")
+    return value
+
+
+Directory = Annotated[Path, BeforeValidator(_expand)]
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
+SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
+
+
+class TrainConfig(BaseModel):
+    """One training run; raises pydantic.ValidationError (a ValueError) on a bad value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model_dir: Directory = Field(description="Directory of the base model, as mlx-lm reads it.")
+    data_dir: Directory = Field(
+        description="Directory with train.jsonl and, for validation, valid.jsonl."
+    )
+    adapter_path: Directory = Field(
+        description="Directory of the adapter; a run also writes metrics.jsonl and checkpoints."
+    )
+    method: Literal["sft"] = Field("sft", description="Training objective.")
+    rank: Int = Field(8, ge=2, description="LoRA rank of an adapted linear, before rank_scaling.")
+    scale: Float = Field(
+        1.0, gt=0, description="Factor of the LoRA update, y = W x + scale * B A x."
+    )
+    rank_scaling: Literal["constant", "by_bits", "by_kl"] = Field(
+        "by_bits",
+        description="Rank per layer: the same everywhere, rank * bits / 4, or by KL importance.",
+    )
+    target_modules: Annotated[list[TargetModule], AfterValidator(_distinct)] = Field(
+        list(get_args(TargetModule)), min_length=1, description="Linears that get an adapter."
+    )
+    num_layers: LayerCount = Field(
+        -1, description="Layers that get adapters, counted from the last one; -1 is all."
+    )
+    iters: Int = Field(100, ge=1, description="Optimizer steps of the run.")
+    learning_rate: Float = Field(2e-4, gt=0, description="Learning rate of AdamW.")
+    max_seq_length: Int = Field(512, ge=2, description="Tokens kept of a row; the rest is cut off.")
+    batch_size: Int = Field(1, ge=1, description="Rows in a forward and backward pass.")
+    grad_accumulation_steps: Int = Field(
+        1, ge=1, description="Batches whose gradients are summed into an optimizer step."
+    )
+    seed: Int = Field(0, ge=0, description="Seed of the row order and of the LoRA initialization.")
+    steps_per_report: Int = Field(10, ge=1, description="Steps between training metrics.")
+    steps_per_eval: Int = Field(50, ge=1, description="Steps between evaluations on valid.jsonl.")
+    weight_decay: Float = Field(0.01, ge=0, description="Decoupled weight decay of AdamW.")
+    grad_clip_norm: Float = Field(
+        1.0, ge=0, description="Largest global L2 norm of the gradient; 0 is no clipping."
+    )
+    grad_checkpoint: bool = Field(
+        False, description="Recompute each layer in the backward pass: less memory, more time."
+    )
+    segment_size: SegmentSize = Field(
+        "auto",
+        description="Layers per segment of the segmented backward pass; 0 is off, auto chooses.",
+    )
+    save_checkpoints: bool = Field(
+        False, description="Keep a complete adapter directory of every evaluation."
+    )
+    train_on: Literal["assistant", "last"] = Field(
+        "assistant",
+        description="Turns of a chat that are trained: every assistant turn or the last one.",
+    )
+    append_eos: bool = Field(
+        True, description="End every trained row with the end-of-sequence token."
+    )
+    overwrite: bool = Field(False, description="Replace an adapter that adapter_path holds.")
+
+    @model_validator(mode="after")
+    def _one_memory_plan(self) -> TrainConfig:
+        if self.grad_checkpoint and isinstance(self.segment_size, int) and self.segment_size > 0:
+            raise ValueError(
+                f"grad_checkpoint and segment_size = {self.segment_size} contradict each other: "
+                "segments already recompute their layers, so set only one of the two"
+            )
+        return self
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Whether the field takes several values."""
+    return get_origin(field.annotation) is list
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The words that the field, or each item of its list, accepts; () for any value."""
+    annotation = get_args(field.annotation)[0] if is_list(field) else field.annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def allowed(name: str) -> str:
+    """The values of a field in words, e.g. "an integer >= 2"; for errors, --help and the table."""
+    if name == "num_layers":
+        return "-1 or an integer >= 1"
+    if name == "segment_size":
+        return "auto or an integer >= 0"
+    field = TrainConfig.model_fields[name]
+    if words := choices(field):
+        if is_list(field):
+            return f"one or more of {', '.join(words)}, each once"
+        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    kind = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
+    bounds = [
+        f" {sign} {getattr(item, key)}"
+        for item in field.metadata
+        for key, sign in (("ge", ">="), ("gt", ">"))
+        if hasattr(item, key)
+    ]
+    return kind[field.annotation] + "".join(bounds)  # type: ignore[index]
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The question whether the closest of names was meant, or an empty string."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def load_config(yaml_path: Path | None, overrides: dict[str, Any]) -> TrainConfig:
+    """Read a YAML file (or none), replace the fields in overrides; InputError on any bad value."""
+    values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
+    where = {key: f"{yaml_path}, line {line}: " for key, line in lines.items()}
+    for key, value in overrides.items():
+        values[key] = value
+        where.pop(key, None)
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise InputError(_sentence(error, values, where)) from None
+
+
+def _sentence(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> str:
+    """The first fault of a ValidationError, with its place, the value, and what is allowed."""
+    order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
+    fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
+    if not fault["loc"]:
+        return fault["msg"].removeprefix("Value error, ")
+    name = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden":
+        hint = nearest(name, list(TrainConfig.model_fields))
+        return f"{where.get(name, '')}unknown field {name}.{hint}"
+    if fault["type"] == "missing":
+        return f"{name} is missing: set it in the YAML file or with {flag(name)}"
+    return f"{where.get(name, '')}{name} must be {allowed(name)}; got {values[name]!r}"
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML file and the line (from 1) of each key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{path}: expected lines of the form `field: value`")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.value in lines:  # PyYAML would keep the last one without a word
+            raise InputError(
+                f"{path}, line {key.start_mark.line + 1}: {key.value} is set a second time "
+                f"(first on line {lines[key.value]})"
+            )
+        lines[key.value] = key.start_mark.line + 1
+    return values, lines
+
+
+def table() -> str:
+    """The Markdown table of every field: flag, values, default, meaning."""
+    rows = ["| Field | Values | Default | Meaning |", "|---|---|---|---|"]
+    for name, field in TrainConfig.model_fields.items():
+        rows.append(f"| `{name}` | {allowed(name)} | {default(name)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def default(name: str) -> str:
+    """The default of a field as YAML and the table show it."""
+    field = TrainConfig.model_fields[name]
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, list):
+        return "all of them"
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+if __name__ == "__main__":
+    print(table())

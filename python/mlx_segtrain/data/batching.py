@@ -1,0 +1,76 @@
+"""The order in which rows are seen, and their padding."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_segtrain.data.dataset import Dataset
+from mlx_segtrain.errors import InputError
+
+PAD_MULTIPLE = 32  # few distinct widths, so that few kernels are compiled
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding; `rows` indices int64 [B]."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    rows: np.ndarray
+
+
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Endless training batches from batch number `start` on, the same for the same seed.
+
+    Every epoch has a new order. Rows of similar length share a batch. Rows that do not fill a last
+    batch sit out one epoch, others the next. Raises InputError for fewer rows than `batch_size`.
+    """
+    n = len(dataset.rows)
+    if n < batch_size:
+        raise InputError(
+            f"The training data has {n} rows with something to train, fewer than batch_size "
+            f"{batch_size}; lower batch_size or add rows."
+        )
+    return _batches(dataset, batch_size, seed, start)
+
+
+def _batches(dataset: Dataset, batch_size: int, seed: int, start: int) -> Iterator[Batch]:
+    per_epoch = len(dataset.rows) // batch_size
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        for rows in _epoch(dataset, batch_size, seed, epoch)[skip:]:
+            yield _batch(dataset, rows, batch_size > 1)
+        epoch, skip = epoch + 1, 0
+
+
+def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Row indices [batches, batch_size] of one epoch, a function of seed and epoch alone."""
+    n = len(dataset.rows)
+    # Who sits out goes round a fixed circle: nobody twice in a row, everybody equally often.
+    circle = np.random.default_rng([seed, 0]).permutation(n)
+    out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
+    rows = np.setdiff1d(np.arange(n), out)
+    lengths = np.array([len(dataset.rows[i].ids) for i in rows])
+    windows = rows[np.argsort(lengths, kind="stable")].reshape(-1, batch_size)
+    return np.random.default_rng([seed, 1, epoch]).permutation(windows)
+
+
+def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
+    """Every row once, in the order of the file; the last batch may have fewer rows."""
+    for start in range(0, len(dataset.rows), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(dataset.rows)))
+        yield _batch(dataset, rows, batch_size > 1)
+
+
+def _batch(dataset: Dataset, rows: np.ndarray, pad: bool) -> Batch:
+    width = max(len(dataset.rows[i].ids) for i in rows)
+    if pad:
+        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+    tokens = np.full((len(rows), width), dataset.pad_id, np.int32)
+    weights = np.zeros((len(rows), width), np.float32)
+    for b, i in enumerate(rows):
+        row = dataset.rows[i]
+        tokens[b, : len(row.ids)] = row.ids
+        weights[b, : len(row.ids)] = row.weights
+    return Batch(tokens, weights, rows)

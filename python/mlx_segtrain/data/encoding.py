@@ -1,0 +1,154 @@
+"""Text pieces to token ids, with the loss weight of every token."""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_segtrain.data.chat import Pieces, split_turns
+from mlx_segtrain.data.jsonl import Record
+from mlx_segtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenized row.
+
+    `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
+    token j (0 = context, and always 0 for j = 0); `source` is "file:line".
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    source: str
+
+
+class Encoder:
+    """Tokenizes records; what it needs to know of the tokenizer is asked once."""
+
+    def __init__(self, tokenizer: "TokenizerWrapper", train_on: str, append_eos: bool):
+        self._wrapper = tokenizer
+        self._tokenizer = tokenizer._tokenizer  # the wrapper itself cannot be called on a batch
+        self._train_on = train_on
+        self._append_eos = append_eos
+        self._eos: set[int] = set(tokenizer.eos_token_ids)
+        added = tokenizer.added_tokens_decoder.items()  # of some tokenizers, runs of blanks too
+        self._special = self._eos | {i for i, token in added if str(token).strip()}
+        # What the tokenizer puts before a text: BOS, for those that have one.
+        self._bos: list[int] = list(tokenizer.encode(""))
+        while self._bos and self._bos[-1] in self._eos - {tokenizer.bos_token_id}:
+            self._bos.pop()
+        self._blank: dict[tuple[int, ...], bool] = {}
+
+    def encode(self, records: list[Record]) -> list[Row]:
+        """Token ids and weights of `records`, not truncated; raises InputError."""
+        samples: list[tuple[Record, Pieces]] = []
+        for record in records:
+            row = record.row
+            if record.format == "messages":
+                for pieces in split_turns(record, self._wrapper, self._train_on):
+                    samples.append((record, pieces))
+            elif record.format == "prompt-completion":
+                samples.append((record, [(row["prompt"], 0.0), (row["completion"], 1.0)]))
+            else:
+                samples.append((record, [(row["text"], 1.0)]))
+
+        # One call for all of them: the whole texts, then the pieces one by one.
+        texts = ["".join(text for text, _ in pieces) for _, pieces in samples]
+        parts = [text for _, pieces in samples for text, _ in pieces]
+        encoded = iter(self._ids(texts + parts))
+        wholes = [next(encoded) for _ in samples]
+        return [
+            self._row(record, pieces, text, whole, [next(encoded) for _ in pieces])
+            for (record, pieces), text, whole in zip(samples, texts, wholes, strict=True)
+        ]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+
+    def _row(
+        self, record: Record, pieces: Pieces, text: str, whole: list[int], parts: list[list[int]]
+    ) -> Row:
+        ids, bounds = self._join(record, pieces, text, whole, parts)
+        weights = np.zeros(len(ids), np.float32)
+        for (_, weight), (start, end) in zip(pieces, pairwise(bounds), strict=True):
+            if weight > 0 and record.format == "messages":
+                end = self._turn_end(ids, start, end)
+            weights[start:end] = weight
+        if record.format != "messages":  # a chat template writes BOS and end of turn itself
+            ended = bounds[-1] > bounds[-2] and ids[-1] in self._eos
+            if self._append_eos and not ended:
+                ids = [*ids, self._eos_id(record)]
+                weights = np.append(weights, np.float32(1))
+            if ids[: len(self._bos)] != self._bos:
+                ids = self._bos + ids
+                weights = np.append(np.zeros(len(self._bos), np.float32), weights)
+        weights[:1] = 0  # nothing comes before the first token to predict it from
+        return Row(np.array(ids, np.int32), weights, record.source)
+
+    def _eos_id(self, record: Record) -> int:
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise InputError(
+                f"{record.source}: the tokenizer has no end-of-sequence token to append to the "
+                "row; set append_eos to false."
+            )
+        return eos
+
+    def _join(
+        self, record: Record, pieces: Pieces, text: str, whole: list[int], parts: list[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the token index at which each of its pieces starts and ends."""
+        joined = [token for part in parts for token in part]
+        # When the pieces give the tokens of the whole, their ends are exact. When they give other
+        # tokens for the same text, one token lies across a cut; generation starts from the prompt's
+        # own tokens, so the pieces' tokens are the ones to train.
+        if joined == whole or self._decode(joined) == self._decode(whole):
+            return joined, [0, *accumulate(len(part) for part in parts)]
+        # Some tokenizers put a space before every text, so that pieces have more text than the
+        # whole. Offsets tell then: a token with any character of a piece belongs to that piece.
+        if not self._tokenizer.is_fast:
+            raise InputError(
+                f"{record.source}: where the trained text starts cannot be told, since this "
+                "tokenizer gives no character offsets; use its fast version (tokenizer.json)."
+            )
+        output = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ends = np.array([end for _, end in output["offset_mapping"]])
+        cuts = list(accumulate(len(piece) for piece, _ in pieces))
+        starts = np.searchsorted(np.maximum.accumulate(ends), [0, *cuts[:-1]], side="right")
+        return output["input_ids"], [0, *map(int, starts[1:]), len(ends)]
+
+    def _turn_end(self, ids: list[int], start: int, end: int) -> int:
+        """The index after the end-of-turn token, which a template may follow with blanks.
+
+        A turn in which text follows the last special token has no such token: all of it counts.
+        """
+        for last in range(end - 1, start - 1, -1):
+            if ids[last] in self._special:
+                return last + 1
+            if not self._is_blank(ids[last:end]):
+                break
+        return end
+
+    def _is_blank(self, ids: list[int]) -> bool:
+        key = tuple(ids)
+        if key not in self._blank:
+            self._blank[key] = not self._decode(ids).strip()
+        return self._blank[key]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -1,0 +1,121 @@
+"""What a data set trains, for people to look at before a run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_segtrain.data.dataset import fit, merge_format, read, split_paths
+from mlx_segtrain.data.encoding import Encoder, Row
+from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row as trained: for each token its text, whether it is trained, and its weight."""
+
+    source: str
+    tokens: list[tuple[str, bool, float]]
+
+
+@dataclass
+class Report:
+    """What `inspect` found.
+
+    `n_train` and `n_valid` count rows read; lengths are in tokens before truncation, all of the
+    training file like the counts after them (None without a tokenizer). `error` is one sentence.
+    """
+
+    ok: bool = True
+    error: str | None = None
+    format: str | None = None
+    n_train: int = 0
+    n_valid: int = 0
+    length_min: int | None = None
+    length_median: int | None = None
+    length_p95: int | None = None
+    length_max: int | None = None
+    tokens: int | None = None
+    supervised_tokens: int | None = None
+    truncated: int | None = None
+    dropped: int | None = None
+    previews: list[Preview] = field(default_factory=list)
+
+
+def inspect(
+    path: Path,
+    tokenizer: "TokenizerWrapper | None" = None,
+    *,
+    max_seq_length: int = 512,
+    train_on: str = "assistant",
+    append_eos: bool = True,
+    n_preview: int = 3,
+) -> Report:
+    """Checks a directory or one .jsonl file; what is wrong is in the report, not raised."""
+    report = Report()
+    try:
+        path = Path(path)
+        train, valid = (path, None) if path.is_file() else split_paths(path)
+        report.format, report.n_train = _count(train)
+        if valid:
+            report.n_valid = _count(valid)[1]
+        if tokenizer is None:
+            return report
+        encoder = Encoder(tokenizer, train_on, append_eos)
+        format, n_rows, rows = read(train, encoder)
+        _describe(report, rows, tokenizer, max_seq_length, n_preview)
+        dataset = fit(train, format, n_rows, rows, tokenizer, max_seq_length)
+        report.tokens, report.supervised_tokens = dataset.tokens, dataset.supervised_tokens
+        report.truncated, report.dropped = dataset.truncated, dataset.dropped
+        if valid:
+            fit(valid, *read(valid, encoder), tokenizer, max_seq_length)
+    except InputError as error:
+        report.ok, report.error = False, str(error)
+    return report
+
+
+def _count(path: Path) -> tuple[str, int]:
+    format, count = None, 0
+    for record in read_records(path):
+        format, count = merge_format(format, record), count + 1
+    if format is None:
+        raise InputError(f"{path} has no rows; put one JSON object on each line.")
+    return format, count
+
+
+def _describe(
+    report: Report,
+    rows: list[Row],
+    tokenizer: "TokenizerWrapper",
+    max_seq_length: int,
+    n_preview: int,
+) -> None:
+    lengths = np.array([len(row.ids) for row in rows])
+    report.length_min, report.length_max = int(lengths.min()), int(lengths.max())
+    report.length_median, report.length_p95 = map(
+        int, np.percentile(lengths, (50, 95), method="higher")
+    )
+    for row in rows[:n_preview]:
+        texts = _texts(row.ids[:max_seq_length].tolist(), tokenizer)
+        weights = row.weights[:max_seq_length].tolist()
+        report.previews.append(
+            Preview(row.source, [(t, w > 0, w) for t, w in zip(texts, weights, strict=True)])
+        )
+
+
+def _texts(ids: list[int], tokenizer: "TokenizerWrapper") -> list[str]:
+    """The text of every token; a character spread over several tokens is shown at the last."""
+    texts, before, shown = [], 0, 0  # ids[before:shown] give the context in which a token decodes
+    for j in range(len(ids)):
+        known = tokenizer.decode(ids[before:shown], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[before : j + 1], clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\ufffd") or j + 1 == len(ids)
+        texts.append(text[len(known) :] if whole else "")
+        if whole:
+            before, shown = shown, j + 1
+    return texts

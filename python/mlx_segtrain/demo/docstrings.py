@@ -1,0 +1,139 @@
+"""A small data set that every machine has: the docstrings of Python's standard library.
+
+The sources are parsed, not imported, so that no module acts (opens a window, starts a thread,
+prints) and the rows depend on nothing but the version of Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import random
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_segtrain import files
+from mlx_segtrain.errors import InputError
+
+# Tests, demos, generated tables and vendored copies, whose docstrings tell nothing of an interface.
+SKIPPED = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this"}
+SKIPPED |= {"turtle", "turtledemo"}
+
+QUESTION_CHARS = 300  # a few signatures are longer than anything said about them
+VALID_ROWS = 100  # enough for a steady mean, few enough to be evaluated in seconds
+HELD_OUT_SHARE = 0.1  # of the modules
+
+Row = dict[str, Any]
+
+
+def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
+    """Write train.jsonl and valid.jsonl (`messages` rows) and return the number of rows of each.
+
+    No top-level module has rows in both files. The rows depend on the version of Python and on
+    `seed` (which modules are held out, and the order). InputError if the library has no sources.
+    """
+    rows: dict[str, list[Row]] = {"train": [], "valid": []}
+    for module, row in _rows(Path(sysconfig.get_path("stdlib"))):
+        top = module.partition(".")[0]
+        rows["valid" if _held_out(top, seed) else "train"].append(row)
+    if not rows["train"] or not rows["valid"]:
+        raise InputError(
+            f"{sysconfig.get_path('stdlib')} holds no sources of the standard library, which the "
+            "demo's data set is made of: use a Python that ships them"
+        )
+    for part in rows.values():
+        random.Random(seed).shuffle(part)
+    del rows["valid"][VALID_ROWS:]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, part in rows.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        files.write_text(out_dir / f"{name}.jsonl", "".join(lines))
+    return {name: len(part) for name, part in rows.items()}
+
+
+def _held_out(top: str, seed: int) -> bool:
+    digest = hashlib.sha256(f"{seed}:{top}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
+    """(module, row) for each public definition, in the order of names; nothing is said twice."""
+    seen: set[str] = set()
+    for module, path in _modules(stdlib):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's own invalid escapes
+            tree = ast.parse(path.read_bytes())
+        for kind, name, signature, doc in _definitions(tree, f"{module}."):
+            summary = summary_line(doc, name.rpartition(".")[2])
+            question = f"What does this Python {kind} do?\n\n{name}{signature}"
+            if summary is None or len(question) > QUESTION_CHARS:
+                continue
+            if summary.casefold() in seen or question in seen:
+                continue
+            seen |= {summary.casefold(), question}
+            turns = (("user", question), ("assistant", summary))
+            yield module, {"messages": [{"role": r, "content": text} for r, text in turns]}
+
+
+def _modules(stdlib: Path) -> list[tuple[str, Path]]:
+    found = []
+    for name in sys.stdlib_module_names:  # not all of the folder: it holds site-packages too
+        for path in (stdlib / f"{name}.py", *(stdlib / name).rglob("*.py")):
+            parts = path.relative_to(stdlib).with_suffix("").parts
+            if parts[-1] == "__init__":
+                parts = parts[:-1]
+            left_out = any(part.startswith("_") or part in SKIPPED for part in parts)
+            if not left_out and path.is_file():
+                found.append((".".join(parts), path))
+    return sorted(found)
+
+
+def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """(kind, dotted name, signature, docstring) of public functions, methods and classes."""
+    for node in ast.iter_child_nodes(parent):
+        if isinstance(node, ast.If | ast.Try):  # definitions that depend on the platform
+            yield from _definitions(node, prefix)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if node.name.startswith("_"):
+            continue
+        is_class = isinstance(node, ast.ClassDef)
+        if doc := ast.get_docstring(node):
+            kind = "class" if is_class else "function"
+            yield kind, prefix + node.name, _signature(node), doc
+        if is_class:
+            yield from _definitions(node, f"{prefix}{node.name}.")
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
+    """The parameters as the source has them, for a class those of its own __init__ or nothing."""
+    if isinstance(node, ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, ast.FunctionDef) and child.name == "__init__":
+                node = child
+                break
+        else:
+            return ""
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"({ast.unparse(node.args)}){returns}"
+
+
+def summary_line(docstring: str, name: str) -> str | None:
+    """The first sentence of a docstring on one line; None if it is no sentence about `name`.
+
+    Left out are fewer than 3 or more than 40 words, signatures and sentences that end in a colon.
+    """
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.!?])(?<!\.\.)(?<!\.\w\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
+    echo = re.match(r"([\w.]+) ?[(:=-]", sentence)
+    if echo and echo[1].rpartition(".")[2].casefold() == name.casefold():
+        return None
+    if "->" in sentence or ">>>" in sentence or sentence.endswith(":"):
+        return None
+    return sentence if 3 <= len(sentence.split()) <= 40 else None

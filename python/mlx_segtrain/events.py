@@ -1,0 +1,90 @@
+"""The events of a training run: plain JSON objects, in the order in which they happen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
+Stage = Literal["load", "setup", "data", "checkpoint", "train", "done"]
+
+
+def now() -> str:
+    """The time in UTC, ISO-8601."""
+    return datetime.now(timezone.utc).isoformat()
+
+
+def started() -> Event:
+    """The first event of a run."""
+    return {"type": "started", "ts": now()}
+
+
+def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
+    """A part of the run begins; progress 0..1. `done` carries adapter_path and applied_ranks."""
+    return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
+
+
+def train_metric(
+    step: int,
+    iters: int,
+    *,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    tokens_per_sec: float,
+    step_s: float,
+    peak_gb: float,
+    active_gb: float,
+) -> Event:
+    """Means over the steps since the last report: loss in nats per token, seconds, gigabytes."""
+    return {
+        "type": "metric",
+        "kind": "train",
+        "step": step,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "tokens_per_sec": tokens_per_sec,
+        "step_s": step_s,
+        "peak_gb": peak_gb,
+        "active_gb": active_gb,
+        "progress": run_progress(step, iters),
+        "message": f"step {step}/{iters} loss {loss:.4f} {tokens_per_sec:.0f} tokens/s",
+    }
+
+
+def val_metric(step: int, iters: int, *, loss: float, tokens: int) -> Event:
+    """An evaluation: loss in nats per token over `tokens` supervised tokens."""
+    return {
+        "type": "metric",
+        "kind": "val",
+        "step": step,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "tokens": tokens,
+        "progress": run_progress(step, iters),
+    }
+
+
+def done(output_dir: Path) -> Event:
+    """The run ended well; output_dir holds the adapter."""
+    return {"type": "done", "ts": now(), "output_dir": str(output_dir)}
+
+
+def failed(error: BaseException) -> Event:
+    """The run ended with an exception."""
+    return {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
+
+
+def run_progress(step: int, iters: int) -> float:
+    """Progress 0..1 of the whole run: its first twentieth is loading and preparing."""
+    return 0.05 + 0.95 * step / iters
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss), or None where that is no finite float (JSON has no infinity)."""
+    return math.exp(loss) if loss < 700 else None

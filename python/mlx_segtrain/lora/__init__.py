@@ -1,0 +1,143 @@
+"""LoRA: which linears get an update, of which rank, how it starts, and how it is attached."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..errors import InputError
+from ..models import Chain
+
+__all__ = ["Adapter", "LoRALinear", "Tensors", "attach", "choose_ranks", "init", "stage_params"]
+
+Tensors = dict[str, tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA factors by full path of the linear: a [in, R], b [R, out], float32, and multipliers."""
+
+    tensors: Tensors
+    scales: dict[str, float]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {path: a.shape[1] for path, (a, _) in self.tensors.items()}
+
+
+def choose_ranks(
+    chain: Chain,
+    *,
+    rank: int,
+    rank_scaling: str,
+    target_modules: Sequence[str],
+    num_layers: int,
+    model_dir: Path,
+) -> dict[str, int]:
+    """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
+
+    `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
+    quantization; a dense one gets `rank`. `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl
+    clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
+    not name, `by_bits`. InputError if a target matches nothing.
+    """
+    first = 0 if num_layers < 0 else chain.n_layers - num_layers
+    if first < 0:
+        raise InputError(
+            f"num_layers is {num_layers}, but the model has {chain.n_layers}: give -1 for all."
+        )
+    ranks: dict[str, int] = {}
+    kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
+    median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
+    for target in target_modules:
+        found = [p for p in chain.linears if p == target or p.endswith("." + target)]
+        if not found:
+            names = sorted({path.rsplit(".", 1)[-1] for path in chain.linears})
+            raise InputError(
+                f"target_modules: '{target}' matches no linear of the model; it has "
+                f"{', '.join(names)}."
+            )
+        for path in found:
+            if chain.layer_of[path] < first:
+                continue
+            if rank_scaling == "by_kl" and path in kl and median > 0:
+                factor = min(max(kl[path] / median, 0.5), 2.0)
+            elif rank_scaling != "constant" and "scales" in chain.linears[path]:
+                factor = chain.linears[path].bits / 4
+            else:
+                factor = 1.0
+            ranks[path] = max(2, math.ceil(rank * factor))
+    return dict(sorted(ranks.items()))
+
+
+def _sensitivities(model_dir: Path) -> dict[str, float]:
+    """KL divergence by path from OptiQ's file beside the weights, or nothing."""
+    for name in ("optiq/metadata.json", "optiq_metadata.json"):
+        file = model_dir / name
+        if not file.is_file():
+            continue
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
+            return {path: float(x["kl"]) for path, x in layers.items() if x.get("kl") is not None}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
+    return {}
+
+
+def init(chain: Chain, ranks: Mapping[str, int], scale: float, seed: int) -> Adapter:
+    """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0."""
+    paths = sorted(ranks)
+    keys = mx.random.split(mx.random.key(seed), len(paths))
+    tensors: Tensors = {}
+    for path, key in zip(paths, keys, strict=True):
+        base = ops.base_of(chain.linears[path])
+        bound = 1 / math.sqrt(base.in_dims)
+        a = mx.random.uniform(-bound, bound, (base.in_dims, ranks[path]), key=key)
+        tensors[path] = (a, mx.zeros((ranks[path], base.out_dims)))
+    mx.eval(tensors)
+    return Adapter(tensors, dict.fromkeys(paths, scale))
+
+
+def stage_params(adapter: Adapter, stages: Sequence[str]) -> dict[str, dict[str, mx.array]]:
+    """The adapter's factors by stage: `{"model.layers.3": {"self_attn.q_proj.lora_a": …}}`."""
+    params: dict[str, dict[str, mx.array]] = {}
+    for path, (a, b) in adapter.tensors.items():
+        stage = next(name for name in stages if path.startswith(name + "."))
+        own = path.removeprefix(stage + ".")
+        params.setdefault(stage, {}).update({f"{own}.lora_a": a, f"{own}.lora_b": b})
+    return params
+
+
+class LoRALinear(nn.Module):
+    """A linear of an mlx-lm model that runs through our op, with a LoRA update if it has one."""
+
+    def __init__(self, linear: nn.Module, low: tuple[mx.array, mx.array] | None, scale: float):
+        super().__init__()
+        self.linear = linear
+        self.scale = scale
+        if low is not None:
+            self.lora_a, self.lora_b = low
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        base = ops.base_of(self.linear)
+        return ops.lora_linear(x, base, self.get("lora_a"), self.get("lora_b"), self.scale)
+
+
+def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> None:
+    """Puts LoRALinear in the place of every adaptable linear of the model, in place."""
+    for path, linear in chain.linears.items():
+        parent: Any = model
+        *parents, name = path.split(".")
+        for part in parents:
+            parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+        low = adapter.tensors.get(path) if adapter else None
+        scale = adapter.scales.get(path, 1.0) if adapter else 1.0
+        setattr(parent, name, LoRALinear(linear, low, scale))

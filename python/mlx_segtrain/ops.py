@@ -1,0 +1,169 @@
+"""Differentiable ops of a transformer layer, each with a hand-written backward pass.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head size, F feed-forward
+width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that serves
+the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with the reason
+where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import _core, reference
+from ._core import Base
+
+__all__ = [
+    "Base",
+    "attention",
+    "base_of",
+    "dequantize",
+    "linear_cross_entropy",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]
+
+
+def base_of(module: nn.Module) -> Base:
+    """The frozen weight of an nn.Linear, nn.Embedding or a quantized one, [out, in]."""
+    bias = module.get("bias")
+    if "scales" not in module:
+        return Base(module.weight, bias=bias)
+    quant: dict[str, Any] = {"group_size": module.group_size, "bits": module.bits}
+    mode = getattr(module, "mode", "affine")
+    return Base(module.weight, module.scales, module.get("biases"), bias, mode=mode, **quant)
+
+
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    segments: Sequence[int] | None = None,
+    softcap: float | None = None,
+    q_start: int | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """o = softmax(scale·q·kᵀ)·v over the keys each query may see, in memory linear in T and S.
+
+    q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv], H a multiple of G → o [B,H,T,Dv], one floating dtype.
+    Query t stands at position q_start + t (default S − T) and sees the keys up to itself, of these
+    the last `window`, and of these the ones in its own segment; `segments` are rising offsets
+    0 … S of packed rows. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in float32.
+
+    FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
+    """
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window": window,
+        "segments": None if segments is None else list(segments),
+        "softcap": softcap,
+        "q_start": q_start,
+    }
+    if impl == "reference":
+        return reference.attention(q, k, v, **options)
+    return _core.attention(q, k, v, impl=impl, **options)
+
+
+def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
+    """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype.
+
+    Keeps gate and up; the backward pass makes both gradients in one pass over memory.
+    Shazeer 2020, arXiv:2002.05202.
+    """
+    if impl == "reference":
+        return reference.swiglu(gate, up)
+    return _core.swiglu(gate, up, impl=impl)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -> mx.array:
+    """y = x / sqrt(mean(x²) + eps)·weight. x, y [..., H]; weight [H] is frozen, without gradient.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    if impl == "reference":
+        return reference.rms_norm(x, weight, eps)
+    return _core.rms_norm(x, weight, eps, impl=impl)
+
+
+def rope(
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool = False,
+    base: float | None = None,
+    scale: float = 1.0,
+    offset: int = 0,
+    freqs: mx.array | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """Rotates the first `dims` of x [B,H,T,D] by angles position·scale / freqs, position offset + t.
+
+    freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
+    Su et al. 2021, arXiv:2104.09864; the arguments are those of mx.fast.rope.
+    """
+    options: dict[str, Any] = {
+        "traditional": traditional,
+        "base": base,
+        "scale": scale,
+        "offset": offset,
+        "freqs": freqs,
+    }
+    if impl == "reference":
+        return reference.rope(x, dims, **options)
+    return _core.rope(x, dims, impl=impl, **options)
+
+
+def lora_linear(
+    x: mx.array,
+    base: Base,
+    a: mx.array | None = None,
+    b: mx.array | None = None,
+    scale: float = 1.0,
+    *,
+    impl: str = "auto",
+) -> mx.array:
+    """y = x·Wᵀ + bias + scale·(x·a)·b with W frozen, dense or quantized.
+
+    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out].
+    Keeps x only: neither x·a nor an unpacked W. Gradients of x, a and b; those of a and b in their
+    own dtype. Hu et al. 2021, arXiv:2106.09685.
+    """
+    if impl == "reference":
+        return reference.lora_linear(x, base, a, b, scale)
+    return _core.lora_linear(x, base, a, b, scale, impl=impl)
+
+
+def linear_cross_entropy(
+    h: mx.array,
+    head: Base,
+    targets: mx.array,
+    weights: mx.array | None = None,
+    *,
+    softcap: float | None = None,
+    needs_grad: bool = True,
+    impl: str = "auto",
+) -> mx.array:
+    """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ, without an array [M, V].
+
+    h [M, H], targets [M] integers (below 0: the row does not count), weights [M] float32
+    (default ones) → [] float32. dh is formed in the forward pass, chunk of rows by chunk;
+    `needs_grad=False` leaves it out (evaluation). `softcap` c replaces z by c·tanh(z / c).
+    Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
+    """
+    if impl == "reference":
+        return reference.linear_cross_entropy(h, head, targets, weights, softcap=softcap)
+    return _core.linear_cross_entropy(
+        h, head, targets, weights, softcap=softcap, needs_grad=needs_grad, impl=impl
+    )
+
+
+def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """A quantized weight as an array [out, in] of `dtype`."""
+    return _core.dequantize(base, dtype)

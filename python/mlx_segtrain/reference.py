@@ -1,0 +1,154 @@
+"""The ops as plain MLX, readable as mathematics: what the fast implementations are checked against.
+
+They take the memory that plain code takes, [T, S] scores and [M, V] logits included. Each `x_vjp`
+is the derivation that the native op follows.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ._core import Base
+
+
+def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
+    """W [out, in], unpacked."""
+    if base.scales is None:
+        return base.weight.astype(dtype)
+    return mx.dequantize(
+        base.weight,
+        base.scales,
+        base.biases,
+        group_size=base.group_size,
+        bits=base.bits,
+        mode=base.mode,
+    ).astype(dtype)
+
+
+# ---- attention
+
+
+def visible(
+    t: int, s: int, q_start: int | None, window: int | None, segments: Sequence[int] | None
+) -> mx.array:
+    """[T, S] booleans: may query t see key s."""
+    query = mx.arange(t)[:, None] + (s - t if q_start is None else q_start)
+    key = mx.arange(s)[None]
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if segments is not None:
+        ids = sum((mx.arange(s) >= start).astype(mx.int32) for start in segments)
+        assert isinstance(ids, mx.array)
+        seen = seen & (ids[None] == mx.take(ids, query))
+    return seen
+
+
+def _probabilities(q, k, scale, seen, softcap):
+    """s (capped) and p [B,H,T,S] in float32, k with one head for each of q's."""
+    s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
+    if softcap is not None:
+        s = softcap * mx.tanh(s / softcap)
+    return s, mx.softmax(mx.where(seen, s, -mx.inf), axis=-1)
+
+
+def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    """o = softmax(scale·q·kᵀ)·v over the keys that a query sees."""
+    share = q.shape[1] // k.shape[1]
+    k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
+    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
+    _, p = _probabilities(q, k, scale, seen, softcap)
+    return (p @ v.astype(mx.float32)).astype(q.dtype)
+
+
+def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    """dv = pᵀ·do, ds = p·(do·vᵀ − delta) with delta = Σ o·do, dq = scale·ds·k, dk = scale·dsᵀ·q."""
+    g, share = k.shape[1], q.shape[1] // k.shape[1]
+    kh, vh = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1).astype(mx.float32)
+    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
+    s, p = _probabilities(q, kh, scale, seen, softcap)
+    do = do.astype(mx.float32)
+    delta = ((p @ vh) * do).sum(axis=-1, keepdims=True)
+    ds = p * (do @ vh.swapaxes(-1, -2) - delta)
+    if softcap is not None:
+        ds = ds * (1 - (s / softcap) ** 2)
+
+    def per_group(x):
+        return x.reshape(x.shape[0], g, share, *x.shape[2:]).sum(axis=2)
+
+    dq = scale * ds @ kh.astype(mx.float32)
+    dk = per_group(scale * ds.swapaxes(-1, -2) @ q.astype(mx.float32))
+    dv = per_group(p.swapaxes(-1, -2) @ do)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+# ---- elementwise and rows
+
+
+def swiglu(gate, up):
+    """y = gate·σ(gate)·up"""
+    return gate * mx.sigmoid(gate) * up
+
+
+def swiglu_vjp(gate, up, dy):
+    """dgate = dy·up·(σ + gate·σ·(1 − σ)), dup = dy·gate·σ"""
+    sigma = mx.sigmoid(gate)
+    silu = gate * sigma
+    return dy * up * (sigma + silu * (1 - sigma)), dy * silu
+
+
+def rms_norm(x, weight, eps):
+    """y = x·r·weight, r = 1 / sqrt(mean(x²) + eps)"""
+    x32 = x.astype(mx.float32)
+    r = mx.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + eps)
+    return (x32 * r * weight).astype(x.dtype)
+
+
+def rms_norm_vjp(x, weight, dy, eps):
+    """dx = r·g − x·r³·mean(g·x) with g = dy·weight"""
+    x32, g = x.astype(mx.float32), dy.astype(mx.float32) * weight
+    r = mx.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + eps)
+    return (r * g - x32 * r**3 * (g * x32).mean(axis=-1, keepdims=True)).astype(x.dtype)
+
+
+def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None):
+    """(a, b) → (a·cos − b·sin, a·sin + b·cos), angle = position·scale / freqs"""
+    if freqs is None:
+        freqs = mx.power(base, mx.arange(0, dims, 2) / dims)
+    angle = (offset + mx.arange(x.shape[2]))[:, None] * scale / freqs
+    c, s = mx.cos(angle), mx.sin(angle)
+    x32 = x[..., :dims].astype(mx.float32)
+    a, b = (x32[..., ::2], x32[..., 1::2]) if traditional else mx.split(x32, 2, axis=-1)
+    pair = (a * c - b * s, a * s + b * c)
+    y = mx.stack(pair, axis=-1).flatten(-2) if traditional else mx.concatenate(pair, axis=-1)
+    return mx.concatenate([y.astype(x.dtype), x[..., dims:]], axis=-1)
+
+
+# ---- products with a frozen weight
+
+
+def lora_linear(x, base, a=None, b=None, scale=1.0):
+    """y = x·Wᵀ + bias + scale·(x·a)·b"""
+    y = x @ weight_of(base, x.dtype).T
+    if base.bias is not None:
+        y = y + base.bias.astype(x.dtype)
+    if a is None:
+        return y
+    return y + (scale * (x @ a.astype(x.dtype)) @ b.astype(x.dtype)).astype(x.dtype)
+
+
+def lora_linear_vjp(x, base, a, b, scale, dy):
+    """u = scale·dy·bᵀ:  dx = dy·W + u·aᵀ, da = xᵀ·u, db = (scale·x·a)ᵀ·dy. x, dy two-dimensional."""
+    u = scale * dy @ b.T
+    return dy @ weight_of(base, dy.dtype) + u @ a.T, x.T @ u, (scale * x @ a).T @ dy
+
+
+def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None):
+    """Σ weights·(lse(z) − z[target]), z = h·Wᵀ"""
+    z = (h @ weight_of(head, h.dtype).T).astype(mx.float32)
+    if softcap is not None:
+        z = softcap * mx.tanh(z / softcap)
+    weights = mx.ones(h.shape[0]) if weights is None else weights
+    weights = mx.where(targets < 0, 0.0, weights)
+    picked = mx.take_along_axis(z, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    return (weights * (mx.logsumexp(z, axis=-1) - picked)).sum()

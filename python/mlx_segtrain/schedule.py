@@ -1,0 +1,106 @@
+"""Segmented backward pass: loss and gradients of a chain of stages, with one segment's memory.
+
+A model run is a chain of stages over named boundary values. The forward pass keeps boundary values
+only; the head gives the loss and the first cotangents; then the segments run again from last to
+first, each under `vjp` with the cotangents that arrived. What is kept and in which order things
+happen is a plan (`csrc/plan.h`), the run itself is `csrc/schedule.cpp`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from . import _core
+
+Params = Mapping[str, Mapping[str, mx.array]]
+Grads = dict[str, dict[str, mx.array]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the chain: `fn(params, *reads) -> write`, or a tuple of writes.
+
+    `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
+    may rewrite a value it reads, as layers do with the residual stream `h`.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    reads: tuple[str, ...] = ("h",)
+    writes: tuple[str, ...] = ("h",)
+
+
+def _tuple(value: Any) -> tuple[mx.array, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def segmented_value_and_grad(
+    stages: Sequence[Stage],
+    head: Callable[..., Any],
+    *,
+    inputs: Sequence[str] = ("h",),
+    head_reads: Sequence[str] = ("h",),
+    segment_size: int = 1,
+) -> Callable[[Params, Mapping[str, mx.array]], tuple[tuple[mx.array, ...], Grads]]:
+    """Returns `step(params, values) -> (outputs, grads)` for `loss = head(stages(values))`.
+
+    `head(params, *head_reads)` returns the loss, or a tuple with the loss first. `params` maps the
+    name of a stage, or "head", to a dict of arrays; stages without parameters may be absent.
+    `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
+    of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs least
+    memory. Every size gives the same gradients. Results are evaluated.
+
+    ValueError if a stage reads a value that nobody wrote.
+    """
+    names = [stage.name for stage in stages]
+    if len(set(names)) != len(names) or "head" in names:
+        raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
+
+    def native(fn: Callable[..., Any], keys: list[str]) -> Callable[..., list[mx.array]]:
+        return lambda params, reads: list(_tuple(fn(dict(zip(keys, params, strict=True)), *reads)))
+
+    def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
+        if unknown := set(params) - {*names, "head"}:
+            raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
+        keys = {name: sorted(params.get(name, {})) for name in [*names, "head"]}
+        specs = [
+            _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.name]))
+            for s in stages
+        ]
+        plan = _core.make_plan(specs, list(inputs), list(head_reads), segment_size)
+
+        def arrays(name: str) -> list[mx.array]:
+            return [params[name][key] for key in keys[name]]
+
+        result = _core.run_plan(
+            plan,
+            specs,
+            [native(s.fn, keys[s.name]) for s in stages],
+            native(head, keys["head"]),
+            list(head_reads),
+            [arrays(name) for name in names],
+            arrays("head"),
+            [values[name] for name in inputs],
+        )
+        grads = {
+            name: dict(zip(keys[name], grad, strict=True))
+            for name, grad in zip([*names, "head"], [*result.grads, result.head_grads], strict=True)
+            if keys[name]
+        }
+        return tuple(result.outputs), grads
+
+    return step
+
+
+def forward(
+    stages: Sequence[Stage], params: Params, values: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """Runs the chain without gradients, evaluating after every stage; returns all values."""
+    scope = dict(values)
+    for stage in stages:
+        out = stage.fn(params.get(stage.name, {}), *(scope[name] for name in stage.reads))
+        scope.update(zip(stage.writes, _tuple(out), strict=True))
+        mx.eval([scope[name] for name in stage.writes])
+    return scope

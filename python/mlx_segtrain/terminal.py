@@ -1,0 +1,140 @@
+"""Runs and data sets, shown to people: with bar and colour on a terminal, else as plain lines."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from mlx_segtrain.events import Event
+
+if TYPE_CHECKING:
+    from mlx_segtrain.data import Preview, Report
+
+TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
+CONTEXT = ("default", "dim")
+
+
+class Terminal:
+    """Show events (use it as on_event): `with Terminal(config.iters) as show: train(config, show)`.
+
+    The bar is drawn only where the console is a terminal; everything else is one line per event.
+    """
+
+    def __init__(self, iters: int, console: Console | None = None) -> None:
+        self.iters = iters
+        self.console = console or Console(highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Terminal:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event; `failed` is not shown, since its exception follows."""
+        if event["type"] == "stage":
+            self._stage(event)
+        elif event["type"] == "metric" and event["kind"] == "val":
+            text = f"loss {event['loss']:.4f}"
+            if event["perplexity"] is not None:
+                text += f", perplexity {event['perplexity']:.2f}"
+            self._line(f"step {event['step']}: validation {text}")
+        elif event["type"] == "metric":
+            self._train(event)
+
+    def _stage(self, event: Event) -> None:
+        if event["stage"] == "train" and self._task is None:
+            self._task = self._bar.add_task("train", total=self.iters, status="")
+        if event["stage"] != "done" and event.get("message"):
+            self._line(event["message"])
+
+    def _train(self, event: Event) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task("train", total=self.iters, status="")
+        left_s = event["step_s"] * (self.iters - event["step"])
+        status = (
+            f"loss {event['loss']:.4f}  {event['tokens_per_sec']:,.0f} tokens/s  "
+            f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
+        )
+        self._bar.update(self._task, completed=event["step"], status=status)
+        if not self.console.is_terminal:
+            self._line(f"step {event['step']}/{self.iters}: {status}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 7s, 3m20s or 2h05m."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total // 60 % 60:02d}m"
+
+
+def show_report(report: Report, console: Console | None = None) -> None:
+    """Print what a data set trains; its first rows token by token where a tokenizer was given."""
+    console = console or Console(highlight=False)
+
+    def line(text: str | Text) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    line(f"format   {report.format}")
+    line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
+    if report.length_max is None:
+        line("give --model-dir to count tokens and to see which of them are trained")
+        return
+    line(
+        f"length   {report.length_min} to {report.length_max} tokens, "
+        f"median {report.length_median}, 95 % have at most {report.length_p95}"
+    )
+    line(f"tokens   {report.tokens:,}, of which {report.supervised_tokens:,} are trained")
+    line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
+    if report.previews:
+        line("")
+        line(
+            Text.assemble(("trained", TRAINED[0]), " and ", ("context", CONTEXT[1]), " tokens:")
+            if console.is_terminal
+            else "trained tokens stand in ⟦ ⟧, all others are context:"
+        )
+    for preview in report.previews:
+        line("")
+        line(preview.source)
+        line(_coloured(preview) if console.is_terminal else _marked(preview))
+
+
+def _coloured(preview: Preview) -> Text:
+    text = Text()
+    for j, (token, trained, _) in enumerate(preview.tokens):
+        text.append(token, (TRAINED if trained else CONTEXT)[j % 2])
+    return text
+
+
+def _marked(preview: Preview) -> str:
+    parts = []
+    for trained, run in groupby(preview.tokens, key=lambda token: token[1]):
+        text = "".join(token for token, _, _ in run)
+        parts.append(f"⟦{text}⟧" if trained else text)
+    return "".join(parts)

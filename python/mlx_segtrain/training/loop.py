@@ -1,0 +1,315 @@
+"""The training loop: batches in, an adapter out. Read `train` from top to bottom."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+from .. import events, lora
+from ..adapters import write_adapter
+from ..config import TrainConfig
+from ..data import Batch, Dataset, batches
+from ..files import write_json
+from ..objectives import sft
+from ..schedule import Grads
+from .evaluation import mean_loss
+from .setup import Setup, check_output, prepare, value_and_grad, with_params
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. Losses in nats per token, peak_gb of MLX's active memory in 10⁹ bytes."""
+
+    adapter_path: Path
+    steps: int
+    final_train_loss: float | None
+    first_val_loss: float | None
+    final_val_loss: float | None
+    best_val_loss: float | None
+    best_step: int | None
+    wall_s: float
+    tokens_per_sec: float
+    peak_gb: float
+    applied_ranks: dict[str, int]
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Two steps on the longest rows. resting_gb: the loaded model alone."""
+
+    step_s: float
+    first_step_s: float
+    peak_gb: float
+    resting_gb: float
+    loss: float
+    grad_norm: float
+    finite: bool
+    tokens: int
+
+
+@dataclass
+class State:
+    """What changes during a run; `params` and `step` change together, at the end of a step."""
+
+    params: Grads
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    vals: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    train_s: float = 0.0
+
+
+def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainResult:
+    """Trains an adapter and writes it to `config.adapter_path`.
+
+    `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
+    the same. Ctrl-C ends the run after saving the last finished step (`interrupted`).
+    InputError, before anything is written, for input that cannot be used; FloatingPointError if
+    loss or gradient is not finite, after saving the last good step.
+    """
+    tell = on_event or (lambda event: None)
+    tell(events.started())
+    try:
+        check_output(config)
+        setup = prepare(config, tell)
+        with _metrics_file(config) as metrics:
+
+            def record(event: events.Event) -> None:
+                metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
+                metrics.flush()
+                tell(event)
+
+            result = _run(config, setup, record)
+            record(events.done(config.adapter_path))
+        return result
+    except BaseException as error:
+        tell(events.failed(error))
+        raise
+
+
+def _run(config: TrainConfig, setup: Setup, tell: events.OnEvent) -> TrainResult:
+    state = State(lora.stage_params(setup.adapter, [stage.name for stage in setup.stages]))
+    step = _Step(config, setup)
+    source = batches(setup.train, config.batch_size, config.seed)
+    tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
+    mx.reset_peak_memory()
+    begin = time.perf_counter()
+    interrupted = False
+    try:
+        _evaluate(config, setup, state, tell)
+        while state.step < config.iters:
+            started = time.perf_counter()
+            accumulated = list(islice(source, config.grad_accumulation_steps))
+            params, loss, norm = step(state.params, accumulated)
+            state.params, state.step = params, state.step + 1
+            seconds = time.perf_counter() - started
+            _report(config, state, tell, loss, norm, _count(setup.train, accumulated), seconds)
+            last = state.step == config.iters
+            if last or state.step % config.steps_per_eval == 0:
+                _evaluate(config, setup, state, tell)
+    except KeyboardInterrupt:
+        interrupted = True
+    except FloatingPointError:
+        _save(config, setup, state, tell)
+        raise
+    _save(config, setup, state, tell)
+
+    best = min(state.vals, key=lambda v: v["loss"], default=None)
+    result = TrainResult(
+        adapter_path=config.adapter_path,
+        steps=state.step,
+        final_train_loss=state.losses[-1] if state.losses else None,
+        first_val_loss=state.vals[0]["loss"] if state.vals else None,
+        final_val_loss=state.vals[-1]["loss"] if state.vals else None,
+        best_val_loss=best["loss"] if best else None,
+        best_step=int(best["step"]) if best else None,
+        wall_s=time.perf_counter() - begin,
+        tokens_per_sec=state.tokens / state.train_s if state.train_s else 0.0,
+        peak_gb=mx.get_peak_memory() / 1e9,
+        applied_ranks=setup.adapter.ranks,
+        interrupted=interrupted,
+    )
+    if config.save_checkpoints:
+        _write_metrics(config, state, result)
+    more = {"adapter_path": str(config.adapter_path), "applied_ranks": result.applied_ranks}
+    tell(events.stage("done", 1.0, f"{state.step} steps", **more))
+    return result
+
+
+class _Step:
+    """One optimizer step over the micro-batches that are accumulated for it."""
+
+    def __init__(self, config: TrainConfig, setup: Setup):
+        self.config, self.chain = config, setup.chain
+        self.value_and_grad = value_and_grad(setup, config)
+        self.optimizer = optim.AdamW(
+            learning_rate=config.learning_rate,
+            betas=[0.9, 0.999],
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+            bias_correction=True,
+        )
+
+    def __call__(self, params: Grads, accumulated: list[Batch]) -> tuple[Grads, float, float]:
+        """New parameters, the loss of a token, and the gradient's norm before clipping."""
+        loss, grads = self.gradient(params, accumulated)
+        norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads))).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            bad = [name for name, g in tree_flatten(grads) if not mx.isfinite(g).all().item()]
+            rows = sorted({int(i) for batch in accumulated for i in batch.rows})
+            raise FloatingPointError(
+                f"loss is {loss} and gradient norm {norm} on training rows {rows}"
+                f"{' (first in ' + bad[0] + ')' if bad else ''}: lower learning_rate or scale; "
+                "the adapter of the last good step is saved."
+            )
+        limit = self.config.grad_clip_norm
+        if 0 < limit < norm:
+            grads = tree_map(lambda g: g * (limit / norm), grads)
+        params = self.optimizer.apply_gradients(grads, params)
+        mx.eval(params, self.optimizer.state)
+        return params, loss, norm
+
+    def gradient(self, params: Grads, accumulated: list[Batch]) -> tuple[float, Grads]:
+        """Loss and gradient of the mean token over all micro-batches."""
+        total = float(sum(batch.weights.sum() for batch in accumulated))
+        loss, grads = 0.0, None
+        for batch in accumulated:
+            (part,), part_grads = self.value_and_grad(
+                params, sft.values(self.chain, batch, total)
+            )
+            loss += part.item()
+            grads = part_grads if grads is None else tree_map(mx.add, grads, part_grads)
+            mx.eval(grads)
+        assert grads is not None
+        return loss, grads
+
+
+def _count(data: Dataset, accumulated: list[Batch]) -> int:
+    """Tokens that are no padding."""
+    return sum(len(data.rows[i].ids) for batch in accumulated for i in batch.rows)
+
+
+def _report(
+    config: TrainConfig,
+    state: State,
+    tell: events.OnEvent,
+    loss: float,
+    norm: float,
+    tokens: int,
+    seconds: float,
+) -> None:
+    state.losses.append(loss)
+    state.norms.append(norm)
+    state.tokens += tokens
+    state.train_s += seconds
+    if state.step != 1 and state.step % config.steps_per_report and state.step != config.iters:
+        return
+    since = state.step % config.steps_per_report or min(config.steps_per_report, state.step)
+    tell(
+        events.train_metric(
+            state.step,
+            config.iters,
+            loss=sum(state.losses[-since:]) / since,
+            grad_norm=norm,
+            learning_rate=config.learning_rate,
+            tokens_per_sec=tokens / seconds,
+            step_s=seconds,
+            peak_gb=mx.get_peak_memory() / 1e9,
+            active_gb=mx.get_active_memory() / 1e9,
+        )
+    )
+
+
+def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
+    """Validation loss, where there is a validation set, and a checkpoint if the user keeps them."""
+    loss = None
+    if setup.valid is not None:
+        loss = mean_loss(setup.chain, setup.stages, state.params, setup.valid, config.batch_size)
+        state.vals.append({"step": state.step, "loss": loss})
+        tokens = setup.valid.supervised_tokens
+        tell(events.val_metric(state.step, config.iters, loss=loss, tokens=tokens))
+    if config.save_checkpoints and state.step > 0:
+        name = f"step-{state.step:05d}" + (f"-val{loss:.4f}" if loss is not None else "")
+        progress = events.run_progress(state.step, config.iters)
+        tell(events.stage("checkpoint", progress, name))
+        folder = config.adapter_path / "checkpoints" / name
+        write_adapter(folder, with_params(setup.adapter, state.params), config)
+
+
+def _save(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
+    """The adapter as of the last finished step; an untouched one is not worth a file."""
+    if state.step == 0:
+        return
+    progress = events.run_progress(state.step, config.iters)
+    tell(events.stage("checkpoint", progress, f"saving {config.adapter_path}"))
+    write_adapter(config.adapter_path, with_params(setup.adapter, state.params), config)
+
+
+def _metrics_file(config: TrainConfig) -> IO[str]:
+    """metrics.jsonl of the new run, after what an overwritten one left behind is gone."""
+    path = config.adapter_path
+    path.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    (path / "metrics.json").unlink(missing_ok=True)
+    metrics = open(path / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+    meta = {"type": "meta", "ts": events.now(), "config": json.loads(config.model_dump_json())}
+    metrics.write(json.dumps(meta, ensure_ascii=False) + "\n")
+    metrics.flush()
+    return metrics
+
+
+def _write_metrics(config: TrainConfig, state: State, result: TrainResult) -> None:
+    summary: dict[str, Any] = {**asdict(result), "adapter_path": str(result.adapter_path)}
+    write_json(
+        config.adapter_path / "metrics.json",
+        {"config": json.loads(config.model_dump_json()), **summary, "val_losses": state.vals},
+    )
+
+
+def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeResult:
+    """Two steps on the longest rows of the data: memory, time, and whether numbers stay finite.
+
+    Writes nothing. InputError for input that cannot be used.
+    """
+    tell = on_event or (lambda event: None)
+    setup = prepare(config, tell)
+    longest = sorted(setup.train.rows, key=lambda row: -len(row.ids))
+    rows = longest[: config.batch_size * config.grad_accumulation_steps]
+    setup = replace(setup, train=replace(setup.train, rows=rows))
+    source: Iterator[Batch] = batches(setup.train, config.batch_size, config.seed)
+    params = lora.stage_params(setup.adapter, [stage.name for stage in setup.stages])
+    step = _Step(config, setup)
+    resting = mx.get_active_memory()
+    mx.reset_peak_memory()
+    times, loss, norm, tokens, finite = [], math.nan, math.nan, 0, True
+    for _ in range(2):
+        accumulated = list(islice(source, config.grad_accumulation_steps))
+        started = time.perf_counter()
+        try:
+            params, loss, norm = step(params, accumulated)
+        except FloatingPointError:
+            finite = False
+        times.append(time.perf_counter() - started)
+        tokens = _count(setup.train, accumulated)
+    return ProbeResult(
+        step_s=times[1],
+        first_step_s=times[0],
+        peak_gb=mx.get_peak_memory() / 1e9,
+        resting_gb=resting / 1e9,
+        loss=loss,
+        grad_norm=norm,
+        finite=finite,
+        tokens=tokens,
+    )
+

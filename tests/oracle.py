@@ -1,0 +1,163 @@
+"""Truth for the ops: NumPy in float64, derivatives by complex step; and the bounds of every comparison.
+
+F'(x) = Im F(x + ih) / h has no subtraction and so no step size to choose (h = 1e-200). Functions are
+written so that they hold for complex arguments: no abs, no max on values that are differentiated.
+"""
+
+import numpy as np
+
+H = 1e-200
+
+
+def vjp(f, args, dy):
+    """d⟨dy, f(args)⟩ / d args for real float64 args, entry by entry."""
+    grads = []
+    for i, x in enumerate(args):
+        grad = np.zeros_like(x)
+        for at in np.ndindex(x.shape):
+            moved = [np.asarray(a, complex) for a in args]
+            moved[i][at] += 1j * H
+            grad[at] = (f(*moved).imag * dy).sum() / H
+        grads.append(grad)
+    return grads
+
+
+# ---- the ops
+
+
+def visible(t, s, q_start=None, window=None, segments=None):
+    start = s - t if q_start is None else q_start
+    position, key = start + np.arange(t)[:, None], np.arange(s)[None]
+    seen = key <= position
+    if window is not None:
+        seen &= key > position - window
+    if segments is not None:
+        ids = np.searchsorted(segments, np.arange(s), side="right")
+        seen &= ids[position] == ids[None]
+    return seen
+
+
+def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat(share, 1), v.repeat(share, 1)
+    s = scale * q @ k.swapaxes(-1, -2)
+    if softcap is not None:
+        s = softcap * np.tanh(s / softcap)
+    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
+    top = np.where(seen, s.real, -np.inf).max(-1, keepdims=True)
+    p = np.where(seen, np.exp(s - top), 0)
+    return p / p.sum(-1, keepdims=True) @ v
+
+
+def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    b, g, _, _ = k.shape
+    share = q.shape[1] // g
+    kh, vh = k.repeat(share, 1), v.repeat(share, 1)
+    s = scale * q @ kh.swapaxes(-1, -2)
+    slope = 1.0
+    if softcap is not None:
+        s = softcap * np.tanh(s / softcap)
+        slope = 1 - (s / softcap) ** 2
+    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
+    p = np.where(seen, np.exp(s - np.where(seen, s, -np.inf).max(-1, keepdims=True)), 0)
+    p /= p.sum(-1, keepdims=True)
+    dp = do @ vh.swapaxes(-1, -2)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True)) * slope
+
+    def group(x):
+        return x.reshape(b, g, share, *x.shape[2:]).sum(2)
+
+    return ds @ kh, group(ds.swapaxes(-1, -2) @ q), group(p.swapaxes(-1, -2) @ do)
+
+
+def swiglu(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def swiglu_vjp(gate, up, dy):
+    sigma = 1 / (1 + np.exp(-gate))
+    return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
+
+
+def rms_norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def rms_norm_vjp(x, weight, dy, eps):
+    r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    g = dy * weight
+    return r * g - x * r**3 * (g * x).mean(-1, keepdims=True)
+
+
+def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None):
+    if freqs is None:
+        freqs = base ** (np.arange(0, dims, 2) / dims)
+    angle = (offset + np.arange(x.shape[2]))[:, None] * scale / freqs
+    c, s = np.cos(angle), np.sin(angle)
+    y = x.copy()
+    first = np.s_[..., 0:dims:2] if traditional else np.s_[..., : dims // 2]
+    second = np.s_[..., 1:dims:2] if traditional else np.s_[..., dims // 2 : dims]
+    y[first] = x[first] * c - x[second] * s
+    y[second] = x[first] * s + x[second] * c
+    return y
+
+
+def lora_linear(x, w, bias, a, b, scale):
+    return x @ w.T + bias + scale * x @ a @ b
+
+
+def lora_linear_vjp(x, w, a, b, scale, dy):
+    u = scale * dy @ b.T
+    return dy @ w + u @ a.T, x.T @ u, scale * (x @ a).T @ dy
+
+
+def cross_entropy(h, w, targets, weights, softcap=None):
+    z = h @ w.T
+    if softcap is not None:
+        z = softcap * np.tanh(z / softcap)
+    top = z.real.max(-1, keepdims=True)
+    lse = np.log(np.exp(z - top).sum(-1)) + top[:, 0]
+    picked = z[np.arange(len(z)), np.maximum(targets, 0)]
+    return (np.where(targets < 0, 0, weights) * (lse - picked)).sum()
+
+
+def cross_entropy_vjp(h, w, targets, weights, softcap=None):
+    z, slope = h @ w.T, 1.0
+    if softcap is not None:
+        z = softcap * np.tanh(z / softcap)
+        slope = 1 - (z / softcap) ** 2
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    p[np.arange(len(z)), np.maximum(targets, 0)] -= 1
+    return (np.where(targets < 0, 0, weights)[:, None] * p * slope) @ w
+
+
+# ---- the bounds: here and nowhere else
+
+EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def errors(x, truth):
+    """Relative L2 error, and the largest error relative to the largest value."""
+    x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
+    assert x.shape == truth.shape, (x.shape, truth.shape)
+    assert np.isfinite(x).all()
+    norm, top = np.linalg.norm(truth), np.abs(truth).max(initial=0)
+    return np.linalg.norm(x - truth) / (norm or 1), np.abs(x - truth).max(initial=0) / (top or 1)
+
+
+def assert_no_worse(name, x, reference, truth, dtype):
+    """x may err twice as much as the plain code does in the same dtype, in both measures.
+
+    A rule on the largest error alone would pass a gradient that is 1 % wrong in bfloat16.
+    """
+    eps = EPS[dtype]
+    (l2, top), (ref_l2, ref_top) = errors(x, truth), errors(reference, truth)
+    assert l2 <= 2 * ref_l2 + eps / 2, f"{name}: relative L2 {l2:.2e}, plain code {ref_l2:.2e}"
+    assert top <= 2 * ref_top + 2 * eps, f"{name}: largest error {top:.2e}, plain code {ref_top:.2e}"
+
+
+def assert_close(name, x, truth, bound):
+    """Relative L2 error at most `bound`."""
+    l2, _ = errors(x, truth)
+    assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"

@@ -1,0 +1,48 @@
+"""Shapes that every implementation of an op is tested on: aligned, off by one, tiny, grouped, T < S."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Attention:
+    B: int
+    H: int
+    G: int
+    T: int
+    S: int
+    D: int
+    Dv: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self):
+        options = "-".join(f"{key}{value}" for key, value in self.options.items())
+        shape = f"B{self.B}-H{self.H}-G{self.G}-T{self.T}-S{self.S}-D{self.D}"
+        return f"{shape}-{options}".rstrip("-").replace(" ", "")
+
+
+ATTENTION = [
+    Attention(1, 1, 1, 1, 1, 8),
+    Attention(1, 2, 1, 7, 7, 16),
+    Attention(2, 4, 2, 128, 128, 64),
+    Attention(1, 3, 1, 129, 129, 64),
+    Attention(1, 3, 3, 255, 300, 24),
+    Attention(1, 6, 2, 40, 300, 80, Dv=48),
+    Attention(1, 2, 1, 140, 300, 32, options={"q_start": 100}),
+    Attention(1, 2, 1, 300, 300, 128, options={"window": 8}),
+    Attention(1, 4, 2, 300, 300, 32, options={"window": 64}),
+    Attention(2, 2, 1, 260, 300, 256, options={"window": 257}),
+    Attention(1, 4, 2, 300, 300, 32, options={"segments": [0, 1, 130, 256, 300]}),
+    Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
+    Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
+    Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
+]
+ATTENTION_TINY = [
+    Attention(1, 2, 1, 3, 5, 4, Dv=3),
+    Attention(1, 2, 1, 5, 5, 4, options={"window": 2, "softcap": 1.5}),
+    Attention(1, 1, 1, 5, 6, 4, options={"segments": [0, 2, 6]}),
+]
+
+#: (bits, group); None is a dense base. The widths are no multiples of the kernels' tiles.
+BASES = [None, (2, 32), (3, 64), (4, 32), (4, 64), (4, 128), (5, 32), (6, 64), (8, 32), (8, 128)]
+DTYPES = ["float32", "float16", "bfloat16"]

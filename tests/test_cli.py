@@ -1,0 +1,416 @@
+"""The command line: flags from one declaration, one-sentence errors, exit codes, summaries."""
+
+import io
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock, create_autospec
+
+import pytest
+
+from mlx_segtrain import cli, data, events, training
+from mlx_segtrain.config import TrainConfig, flag
+
+REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
+COMMANDS = ["train", "probe", "inspect", "eval", "generate", "demo"]
+TRAINED = training.TrainResult(
+    adapter_path=Path("a b"),
+    steps=20,
+    first_val_loss=3.0,
+    final_val_loss=2.0,
+    best_val_loss=1.5,
+    best_step=10,
+    final_train_loss=1.25,
+    wall_s=61.0,
+    tokens_per_sec=12345.6,
+    peak_gb=3.25,
+    applied_ranks={},
+    interrupted=False,
+)
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, result: Any) -> Mock:
+    """Replace a function of training by one of the same signature that returns result."""
+    mock = create_autospec(getattr(training, name), return_value=result)
+    monkeypatch.setattr(training, name, mock)
+    return mock
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    return replace(monkeypatch, "train", TRAINED)
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one sentence that a command with bad input prints; nothing may have been written."""
+    before = sorted(Path().rglob("*"))
+    assert cli.main(argv) == 2
+    assert sorted(Path().rglob("*")) == before
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("mlx-segtrain: error: ") and err.count("\n") == 1
+    return err.removeprefix("mlx-segtrain: error: ").rstrip()
+
+
+def test_alone_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"    {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mlx-segtrain {command}")
+
+
+def test_help_names_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "--rank-scaling {constant,by_bits,by_kl}" in out
+    assert "--grad-checkpoint, --no-grad-checkpoint" in out
+    assert "Default: 0.0002." in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("mlx-segtrain 0.")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, mlx_segtrain.cli as c; c.main([]); "
+        "sys.exit(', '.join({'mlx.nn', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "probe"])
+def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "model_dir": "m1",
+        "data_dir": "d1",
+        "adapter_path": "a1",
+        "method": "sft",
+        "rank": 9,
+        "scale": 2.5,
+        "rank_scaling": "constant",
+        "target_modules": ["q_proj", "up_proj"],
+        "num_layers": -1,
+        "iters": 7,
+        "learning_rate": 1e-5,
+        "max_seq_length": 77,
+        "batch_size": 3,
+        "grad_accumulation_steps": 4,
+        "seed": 11,
+        "steps_per_report": 5,
+        "steps_per_eval": 6,
+        "weight_decay": 0.5,
+        "grad_clip_norm": 0.0,
+        "grad_checkpoint": False,
+        "segment_size": 2,
+        "save_checkpoints": True,
+        "train_on": "last",
+        "append_eos": False,
+        "overwrite": True,
+    }
+    assert list(given) == list(TrainConfig.model_fields)
+    argv = [command]
+    for name, value in given.items():
+        if isinstance(value, bool):
+            argv.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        else:
+            argv += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+    probed = training.ProbeResult(
+        step_s=0.5,
+        first_step_s=1,
+        peak_gb=1,
+        resting_gb=1,
+        loss=1,
+        grad_norm=1,
+        finite=True,
+        tokens=1,
+    )
+    call = replace(monkeypatch, command, TRAINED if command == "train" else probed)
+    assert cli.main(argv) == 0
+    got = json.loads(call.call_args.args[0].model_dump_json())
+    if command == "probe":
+        del got["adapter_path"], given["adapter_path"]  # probe writes nothing
+    assert got == given
+
+
+def test_a_flag_that_is_not_given_leaves_the_file_alone(train: Mock) -> None:
+    values = {
+        "model_dir": "m1",
+        "data_dir": "d1",
+        "adapter_path": "a1",
+        "rank": 32,
+        "grad_checkpoint": True,
+        "append_eos": False,
+        "target_modules": ["q_proj"],
+        "segment_size": 0,
+    }
+    Path("run.yaml").write_text(json.dumps(values))  # JSON is YAML
+    assert cli.main(["train", "--config", "run.yaml", "--iters", "5", "--append-eos"]) == 0
+    want = TrainConfig.model_validate(values | {"iters": 5, "append_eos": True})
+    assert train.call_args.args[0] == want
+
+
+def test_train_shows_progress_and_a_summary(
+    train: Mock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: TrainConfig, on_event: events.OnEvent) -> training.TrainResult:
+        on_event(events.val_metric(0, config.iters, loss=3.0, tokens=10))
+        return TRAINED
+
+    train.side_effect = run
+    assert cli.main(["train", *REQUIRED]) == 0
+    out = capsys.readouterr().out
+    assert "step 0: validation loss 3.0000, perplexity 20.09\n" in out
+    assert "trained 20 steps in 1m01s" in out
+    assert "3.0000 -> 2.0000 (best 1.5000 at step 10)" in out
+    assert "12,346 tokens/s" in out and "3.25 GB" in out
+    assert "mlx-segtrain generate --model-dir m --adapter-path 'a b'" in out
+
+
+def test_ctrl_c_exits_with_130(train: Mock, capsys: pytest.CaptureFixture[str]) -> None:
+    train.return_value = training.TrainResult(**{**vars(TRAINED), "interrupted": True})
+    assert cli.main(["train", *REQUIRED]) == 130
+    assert "interrupted after 20 steps" in capsys.readouterr().out
+    train.side_effect = KeyboardInterrupt
+    assert cli.main(["train", *REQUIRED]) == 130
+
+
+def test_other_exceptions_are_not_swallowed(train: Mock) -> None:
+    train.side_effect = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli.main(["train", *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "--rank", "1"], "rank must be an integer >= 2; got '1'"),
+        (["train", "--rank", "x"], "rank must be an integer >= 2; got 'x'"),
+        (["train", "--learning-rate", "nan"], "learning_rate must be a finite number > 0"),
+        (["train", "--rank-scaling", "by_luck"], "must be constant, by_bits or by_kl"),
+        (["train", "--target-modules", "q_prj"], "must be one or more of q_proj"),
+        (["train", "--target-modules"], "expected at least one argument"),
+        (["train", "--grad-checkpoint", "--segment-size", "4"], "contradict each other"),
+        (["train", "--config", "none.yaml"], "cannot read the configuration none.yaml"),
+        (["train", "--rnk", "8"], "train does not know --rnk. Did you mean --rank?"),
+        (["train", "--learning-rat=1"], "Did you mean --learning-rate?"),
+        (["train", "--append"], "train does not know --append. Did you mean --append-eos?"),
+        (["train", "--rank"], "expected one argument (see mlx-segtrain train --help)"),
+        (["probe", "--iters", "0"], "iters must be an integer >= 1; got '0'"),
+    ],
+)
+def test_bad_input_of_a_run(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in error(capsys, argv[0], *REQUIRED, *argv[1:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train"], "model_dir is missing: set it in the YAML file or with --model-dir"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["eval"], "required: --model-dir, --data-dir"),
+        (["generate", "--model-dir", "m"], "one of the arguments --prompt --prompt-file"),
+        (["generate", "--model-dir", "m", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--model-dir", "m", "--prompt-file", "no"], "cannot read the prompt no"),
+        (["generate", "--model-dir", "m", "--prompt", "x", "--max-tokens", "0"], "integer >= 1"),
+        (["generate", "--model-dir", "m", "--prompt", "x", "--temp", "-1"], "number >= 0"),
+        (
+            ["generate", "--model-dir=m", "--prompt=x", "--system=y", "--no-chat-template"],
+            "--system needs the chat template",
+        ),
+        (["eval", "--model-dir=m", "--data-dir=d", "--max-seq-length=1"], "integer >= 2; got '1'"),
+        (["demo", "--iters", "0"], "integer >= 1"),
+    ],
+)
+def test_bad_input_of_other_commands(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in error(capsys, *argv)
+
+
+def test_unknown_field_in_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("model_dir: m\nmax_seq_len: 2048\n")
+    text = error(capsys, "train", "--config", "run.yaml")
+    assert text == "run.yaml, line 2: unknown field max_seq_len. Did you mean max_seq_length?"
+
+
+@pytest.mark.parametrize(("finite", "code"), [(True, 0), (False, 1)])
+def test_probe(
+    finite: bool,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = training.ProbeResult(
+        step_s=0.5,
+        first_step_s=0.75,
+        peak_gb=3.0,
+        resting_gb=1.5,
+        loss=2.25,
+        grad_norm=0.125,
+        finite=finite,
+        tokens=512,
+    )
+    probe = replace(monkeypatch, "probe", result)
+    assert cli.main(["probe", *REQUIRED[:4]]) == code  # without --adapter-path
+    out = capsys.readouterr().out.split()
+    for word in ("1.50", "3.00", "0.500", "0.750", "1,024", "2.2500", "0.1250"):
+        assert word in out
+    assert probe.call_args.args[0].rank == 8
+    assert list(Path().iterdir()) == []
+
+
+def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = training.EvalResult(
+        loss=2.0, perplexity=7.389, tokens=1000, rows=10, truncated=1, dropped=2
+    )
+    evaluate = replace(monkeypatch, "evaluate", result)
+    argv = ["eval", "--model-dir", "m", "--data-dir", "d", "--split", "train"]
+    assert cli.main([*argv, "--max-seq-length", "99", "--no-append-eos"]) == 0
+    assert "7.389" in capsys.readouterr().out
+    assert evaluate.call_args.args == (Path("m"), Path("d"), None)
+    assert evaluate.call_args.kwargs == {
+        "split": "train",
+        "max_seq_length": 99,
+        "batch_size": 1,
+        "train_on": "assistant",
+        "append_eos": False,
+    }
+    assert cli.main([*argv, "--adapter-path", "a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == 7.389
+    assert evaluate.call_args.args[2] == Path("a")
+
+
+def test_inspect_counts_rows_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert cli.main(["inspect", "train.jsonl"]) == 0
+    assert "rows     2 to train, 0 to validate" in capsys.readouterr().out
+    assert cli.main(["inspect", ".", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "text"
+
+
+def test_inspect_of_bad_data(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    assert "train.jsonl" in error(capsys, "inspect", "train.jsonl")
+    assert cli.main(["inspect", "train.jsonl", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    assert "model_dir none holds no tokenizer_config.json" in error(
+        capsys, "inspect", ".", "--model-dir", "none"
+    )
+    Path("tokenizer_config.json").write_text("{}")
+    Path("config.json").write_text("{}")
+    assert "tokenizer of . cannot be loaded" in error(capsys, "inspect", ".", "--model-dir", ".")
+    assert "max_seq_length must be" in error(capsys, "inspect", ".", "--max-seq-length", "1")
+
+
+def test_inspect_gives_its_flags_to_the_data_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect = create_autospec(data.inspect, return_value=data.Report(format="text"))
+    monkeypatch.setattr(data, "inspect", inspect)
+    load = Mock(return_value="a tokenizer")
+    monkeypatch.setattr(import_module("mlx_lm.utils"), "load_tokenizer", load)
+    Path("tokenizer_config.json").touch()
+    Path("config.json").write_text('{"eos_token_id": [7, 8]}')
+    argv = ["inspect", "x.jsonl", "--model-dir", ".", "--rows", "0", "--train-on", "last"]
+    assert cli.main([*argv, "--no-append-eos"]) == 0
+    inspect.assert_called_once_with(
+        Path("x.jsonl"),
+        "a tokenizer",
+        max_seq_length=512,
+        train_on="last",
+        append_eos=False,
+        n_preview=0,
+    )
+    load.assert_called_once_with(Path("."), eos_token_ids=[7, 8])
+
+
+class Chat:
+    """A tokenizer whose template shows roles and whose ids are code points."""
+
+    has_chat_template = True
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> list[int]:
+        assert options == {"add_generation_prompt": True}
+        return [ord(letter) for turn in turns for letter in f"{turn['role'][0]}:{turn['content']};"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "stdin", "prompt"),
+    [
+        (["--prompt", "hi"], "", [ord(letter) for letter in "u:hi;"]),
+        (["--prompt", "hi", "--system", "be"], "", [ord(letter) for letter in "s:be;u:hi;"]),
+        (["--prompt", "hi", "--no-chat-template"], "", "hi"),
+        (["--prompt", "-", "--no-chat-template"], "from stdin", "from stdin"),
+        (["--prompt-file", "-", "--no-chat-template"], "from stdin", "from stdin"),
+        (["--prompt-file", "p.txt", "--no-chat-template"], "", "from a file"),
+    ],
+)
+def test_generate(
+    argv: list[str],
+    stdin: str,
+    prompt: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import mlx_segtrain
+
+    Path("p.txt").write_text("from a file")
+    seen: list[Any] = []
+
+    def stream(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Any:
+        seen.append((model, prompt, options["max_tokens"]))
+        return (SimpleNamespace(text=text) for text in ("an ", "answer"))
+
+    load = Mock(return_value=("model", Chat()))
+    monkeypatch.setattr(mlx_segtrain, "load", load)
+    monkeypatch.setattr(import_module("mlx_lm.generate"), "stream_generate", stream)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    assert cli.main(["generate", "--model-dir", "m", "--max-tokens", "5", *argv]) == 0
+    assert capsys.readouterr().out == "an answer\n"
+    assert seen == [("model", prompt, 5)]
+    load.assert_called_once_with(Path("m"), None)
+
+
+def test_system_message_needs_a_template(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlx_segtrain
+
+    bare = SimpleNamespace(has_chat_template=False)
+    monkeypatch.setattr(mlx_segtrain, "load", Mock(return_value=("model", bare)))
+    text = error(capsys, "generate", "--model-dir", "m", "--prompt", "x", "--system", "y")
+    assert "m has none" in text
+
+
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_segtrain import demo
+
+    run = create_autospec(demo.run)
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 0
+    run.assert_called_once_with()
+    assert cli.main(["demo", "--out", "o", "--iters", "3"]) == 0
+    run.assert_called_with(out_dir=Path("o"), iters=3)

@@ -1,0 +1,170 @@
+"""One declaration: YAML, overrides, errors in one sentence, and the table of the documentation."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from mlx_segtrain.config import TrainConfig, load_config, table
+from mlx_segtrain.errors import InputError
+
+REQUIRED = {"model_dir": "m", "data_dir": "d", "adapter_path": "a"}
+DOCS = Path(__file__).parents[1] / "docs" / "configuration.md"
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "run.yaml"
+    file.write_text("model_dir: m\ndata_dir: d\nadapter_path: a\n" + text, encoding="utf-8")
+    return file
+
+
+def fault(yaml_path: Path | None, **overrides: object) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(yaml_path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    config = load_config(None, dict(REQUIRED))
+    assert config.model_dump(exclude=set(REQUIRED)) == {
+        "method": "sft",
+        "rank": 8,
+        "scale": 1.0,
+        "rank_scaling": "by_bits",
+        "target_modules": [
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ],
+        "num_layers": -1,
+        "iters": 100,
+        "learning_rate": 2e-4,
+        "max_seq_length": 512,
+        "batch_size": 1,
+        "grad_accumulation_steps": 1,
+        "seed": 0,
+        "steps_per_report": 10,
+        "steps_per_eval": 50,
+        "weight_decay": 0.01,
+        "grad_clip_norm": 1.0,
+        "grad_checkpoint": False,
+        "segment_size": "auto",
+        "save_checkpoints": False,
+        "train_on": "assistant",
+        "append_eos": True,
+        "overwrite": False,
+    }
+
+
+def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
+    file = write(tmp_path, "rank: 16\nlearning_rate: 1e-5\nsegment_size: 4\nnum_layers: 3\n")
+    config = load_config(file, {"rank": "32", "grad_checkpoint": False, "data_dir": "~/x"})
+    assert (config.rank, config.segment_size, config.num_layers) == (32, 4, 3)
+    assert config.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as a string
+    assert config.data_dir == Path.home() / "x"
+    with pytest.raises(ValidationError):
+        config.rank = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("rank", 1, "an integer >= 2"),
+        ("rank", True, "an integer >= 2"),
+        ("rank", 8.5, "an integer >= 2"),
+        ("scale", 0, "a finite number > 0"),
+        ("scale", "nan", "a finite number > 0"),
+        ("scale", float("inf"), "a finite number > 0"),
+        ("rank_scaling", "by_bit", "constant, by_bits or by_kl"),
+        ("method", "dpo", "sft"),
+        ("target_modules", [], "one or more of q_proj"),
+        ("target_modules", ["q_proj", "lm_head"], "one or more of q_proj"),
+        ("target_modules", ["q_proj", "q_proj"], "each once"),
+        ("num_layers", 0, "-1 or an integer >= 1"),
+        ("num_layers", -2, "-1 or an integer >= 1"),
+        ("iters", 0, "an integer >= 1"),
+        ("learning_rate", "fast", "a finite number > 0"),
+        ("max_seq_length", 1, "an integer >= 2"),
+        ("batch_size", 0, "an integer >= 1"),
+        ("grad_accumulation_steps", 0, "an integer >= 1"),
+        ("seed", -1, "an integer >= 0"),
+        ("weight_decay", -0.1, "a finite number >= 0"),
+        ("grad_clip_norm", -1, "a finite number >= 0"),
+        ("grad_checkpoint", "perhaps", "true or false"),
+        ("segment_size", "four", "auto or an integer >= 0"),
+        ("segment_size", -1, "auto or an integer >= 0"),
+        ("segment_size", False, "auto or an integer >= 0"),
+        ("adapter_path", "", "a path"),
+        ("model_dir", None, "a path"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(field: str, value: object, allowed: str) -> None:
+    text = fault(None, **{**REQUIRED, field: value})
+    assert text.startswith(f"{field} must be ")
+    assert allowed in text
+    assert text.endswith(f"; got {value!r}")
+
+
+def test_errors_name_file_and_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "# a comment\nrank: 1\n")
+    assert fault(file) == f"{file}, line 5: rank must be an integer >= 2; got 1"
+    assert fault(file, rank="0") == "rank must be an integer >= 2; got '0'"
+
+
+def test_unknown_field_suggests_the_nearest(tmp_path: Path) -> None:
+    file = write(tmp_path, "learning_rat: 1\n")
+    text = fault(file)
+    assert text == f"{file}, line 4: unknown field learning_rat. Did you mean learning_rate?"
+    assert fault(None, **REQUIRED, xyzzy=1) == "unknown field xyzzy."
+
+
+def test_missing_field() -> None:
+    text = fault(None, model_dir="m", data_dir="d")
+    assert text.startswith("adapter_path is missing") and "--adapter-path" in text
+
+
+def test_two_memory_plans_contradict_each_other() -> None:
+    text = fault(None, **REQUIRED, grad_checkpoint=True, segment_size=2)
+    assert "grad_checkpoint and segment_size = 2 contradict each other" in text
+    for size in ("auto", 0):
+        assert load_config(None, REQUIRED | {"grad_checkpoint": True, "segment_size": size})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"rank: [1\n", "line 2: not valid YAML"),
+        (b"a: 1\nrank: 8\nrank: 9\n", "line 3: rank is set a second time (first on line 2)"),
+        (b"- rank\n", "expected lines of the form"),
+        (b"just words", "expected lines of the form"),
+        (b"1: 2\n", "expected lines of the form"),
+        (b"{a: b}: 2\n", "not valid YAML"),
+        (b"? [a, b]\n: 1\n", "line 1: not valid YAML"),
+        (b"rank: 2001-99-99\n", "not valid YAML"),
+        (b"rank: !!python/name:os.system\n", "not valid YAML"),
+        (b"rank: 8\n---\nrank: 9\n", "not valid YAML"),
+        (b"\xff\xfe\x00rank", "is not UTF-8 text"),
+        (b"a: \x00", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    text = fault(file)
+    assert str(file) in text and expected in text
+
+
+def test_an_absent_and_an_empty_file(tmp_path: Path) -> None:
+    assert "cannot read the configuration" in fault(tmp_path / "none.yaml")
+    assert "cannot read the configuration" in fault(tmp_path)
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("# nothing\n")
+    assert load_config(empty, dict(REQUIRED)).rank == 8
+
+
+def test_every_field_is_described_in_the_documentation() -> None:
+    assert all(field.description for field in TrainConfig.model_fields.values())
+    assert table() in DOCS.read_text(encoding="utf-8"), (
+        "paste the output of `python -m mlx_segtrain.config` into docs/configuration.md"
+    )

@@ -1,0 +1,321 @@
+"""Which tokens are trained: real tokenizers built here, chat templates of known families."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_segtrain.data import load_split
+from mlx_segtrain.errors import InputError
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|eot|>", "<|pad|>"]
+CORPUS = [
+    "Hello there, how are you today? I am fine. The sky is blue and the grass is green.",
+    "def add(a, b):\n\n    return a + b\n\n\nprint(add(1, 2))",
+    "user assistant system tool\n[INST] a question [/INST] an answer",
+] * 20
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Inserts a system message of its own, as SmolLM2's does.
+DEFAULT_SYSTEM = (
+    "{% if messages and messages[0].role != 'system' %}"
+    "<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}" + CHATML
+)
+LLAMA3 = (
+    "<s>{% for m in messages %}<|header|>{{ m.role }}<|header|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|header|>\n\n{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+# An empty thinking block in the last turn alone, as Qwen3's.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The generation prompt opens a thinking block that the finished turn does not have (DeepSeek-R1).
+OPEN_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+TOOLS = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML
+
+
+def wrap(tokenizer, template, eos="</s>", pad=None):
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=pad
+    )
+    fast.chat_template = template
+    return TokenizerWrapper(fast)
+
+
+def add_bos(tokenizer):
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+
+
+def byte_level(template=CHATML, bos=True, eos="</s>", pad=None):
+    """Byte-level BPE, whose pieces never depend on what stands before them but by merging."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    if bos:
+        add_bos(tokenizer)
+    return wrap(tokenizer, template, eos, pad)
+
+
+def metaspace(template=INST, scheme="first"):
+    """BPE over ▁-words, as SentencePiece: every text on its own gets a space before it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<unk>", *SPECIAL], show_progress=False
+        ),
+    )
+    add_bos(tokenizer)
+    return wrap(tokenizer, template)
+
+
+def load(tmp_path, tokenizer, *rows, max_seq_length=4096, **options):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_split(path, tokenizer, max_seq_length=max_seq_length, **options)
+
+
+def chat(*contents, first="user"):
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def trained(row, tokenizer):
+    """The trained spans as text."""
+    spans, previous = [], False
+    for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
+        if weight > 0:
+            if not previous:
+                spans.append([])
+            spans[-1].append(token)
+        previous = weight > 0
+    return [tokenizer.decode(span) for span in spans]
+
+
+def text(row, tokenizer):
+    return tokenizer.decode(row.ids.tolist())
+
+
+def ids(tokenizer, *pieces):
+    return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def test_every_assistant_turn_with_its_end_of_turn_token(tmp_path):
+    tokenizer = byte_level()
+    row = {"messages": chat("Hello", "I am fine.", "The sky?", "blue")}
+    data = load(tmp_path, tokenizer, row)
+    pieces = [
+        ("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("I am fine.<|im_end|>", 1),
+        ("\n<|im_start|>user\nThe sky?<|im_end|>\n<|im_start|>assistant\n", 0),
+        ("blue<|im_end|>", 1),
+        ("\n", 0),
+    ]
+    assert data.rows[0].ids.tolist() == ids(tokenizer, *(piece for piece, _ in pieces))
+    weights = [weight for piece, weight in pieces for _ in ids(tokenizer, piece)]
+    assert data.rows[0].weights.tolist() == weights
+    assert data.rows[0].ids.dtype == np.int32 and data.rows[0].weights.dtype == np.float32
+    assert (data.format, data.n_rows, data.rows[0].source) == ("messages", 1, "train.jsonl:1")
+    assert (data.tokens, data.supervised_tokens) == (len(weights), sum(weights))
+
+
+def test_train_on_last(tmp_path):
+    tokenizer = byte_level()
+    row = {"messages": chat("Hello", "I am fine.", "The sky?", "blue", "thanks")}
+    data = load(tmp_path, tokenizer, row, train_on="last")
+    assert trained(data.rows[0], tokenizer) == ["blue<|im_end|>"]
+
+
+def test_train_and_weight_of_a_message(tmp_path):
+    tokenizer = byte_level()
+    messages = chat("a", "one", "b", "two", "c", "three", "d", "four")
+    messages[1]["train"] = False
+    messages[3]["weight"] = 0.25
+    messages[5]["weight"] = 0
+    messages[7] |= {"train": True, "weight": 2}
+    messages[0] |= {"train": False, "weight": 0}
+    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    assert trained(row, tokenizer) == ["two<|im_end|>", "four<|im_end|>"]
+    assert set(row.weights.tolist()) == {0, 0.25, 2}
+    assert "three<|im_end|>" in text(row, tokenizer)
+
+
+@pytest.mark.parametrize("first", ["user", "assistant"])
+def test_a_template_with_a_system_message_of_its_own(tmp_path, first):
+    tokenizer = byte_level(DEFAULT_SYSTEM)
+    row = load(tmp_path, tokenizer, {"messages": chat("one", "two", "three", first=first)}).rows[0]
+    assert text(row, tokenizer).startswith("<|im_start|>system\nBe helpful.<|im_end|>\n")
+    expected = {"user": ["two"], "assistant": ["one", "three"]}[first]
+    assert trained(row, tokenizer) == [content + "<|im_end|>" for content in expected]
+
+
+def test_a_template_with_bos_and_trimmed_contents(tmp_path):
+    tokenizer = byte_level(LLAMA3)
+    row = load(tmp_path, tokenizer, {"messages": chat("Hello", " fine \n", "and?", "blue")}).rows[0]
+    assert trained(row, tokenizer) == ["fine<|eot|>", "blue<|eot|>"]
+    assert row.ids.tolist().count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, lambda t: metaspace(t, "always")])
+def test_a_template_without_generation_prompt(tmp_path, make):
+    tokenizer = make(INST)
+    messages = chat("a question", "an answer", "how are you", "fine")
+    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row.ids.tolist() == ids(tokenizer, whole)
+    spans = [span.strip() for span in trained(row, tokenizer)]
+    assert spans == ["an answer </s>", "fine </s>"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = metaspace(template, scheme)
+    messages = chat("Hello", "fine", "how", "blue")
+    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row.ids.tolist() == ids(tokenizer, whole)
+    # "▁fine" holds the space of the prompt and the answer; a token with any answer is trained.
+    # The newline is its end of turn, there being no special token.
+    assert trained(row, tokenizer) == ["fine\n", "blue\n"]
+
+
+def test_a_turn_without_special_token_is_trained_whole(tmp_path):
+    tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    messages = chat("Hello", "I say <|im_end|> here", "Bye", "fine")
+    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    # Without a generation prompt, the model writes the name of the speaker too.
+    assert trained(row, tokenizer) == ["assistant: I say <|im_end|> here\n", "assistant: fine\n"]
+
+
+def test_tokens_that_merge_across_the_start_of_a_turn(tmp_path):
+    tokenizer = byte_level()
+    whole = ids(tokenizer, "assistant\n\n\nfine")
+    assert whole != ids(tokenizer, "assistant\n", "\n\nfine"), "nothing merges, nothing is tested"
+    row = load(tmp_path, tokenizer, {"messages": chat("Hello", "\n\nfine")}).rows[0]
+    prompt = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert row.ids.tolist() == ids(tokenizer, prompt, "\n\nfine<|im_end|>\n")
+    assert trained(row, tokenizer) == ["\n\nfine<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_each_turn_as_generated(tmp_path):
+    tokenizer = byte_level(THINKING)
+    data = load(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "two")})
+    think = "<think>\n\n</think>\n\n"
+    assert [trained(row, tokenizer) for row in data.rows] == [
+        [think + "one<|im_end|>"],
+        [think + "two<|im_end|>"],
+    ]
+    assert "assistant\none<|im_end|>" in text(data.rows[1], tokenizer)
+    assert [row.source for row in data.rows] == ["train.jsonl:1"] * 2 and data.n_rows == 1
+
+
+def test_a_generation_prompt_that_the_finished_turn_lacks(tmp_path):
+    tokenizer = byte_level(OPEN_THINKING)
+    row = load(tmp_path, tokenizer, {"messages": chat("a", "<this is fine", "b", "two")}).rows[0]
+    assert trained(row, tokenizer) == ["<this is fine<|im_end|>", "two<|im_end|>"]
+
+
+def test_a_template_that_changes_what_came_before_is_refused(tmp_path):
+    tokenizer = byte_level("{{ messages | length }}" + CHATML)
+    with pytest.raises(InputError, match=r"train\.jsonl:2: .*before messages\[1\] differently"):
+        load(tmp_path, tokenizer, {"text": "fine"}, {"messages": chat("a", "one")})
+
+
+def test_a_template_that_hides_or_cannot_render_a_turn_is_refused(tmp_path):
+    hidden = byte_level("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(InputError, match=r"train\.jsonl:1: where the content of messages\[0\]"):
+        load(tmp_path, hidden, {"messages": chat("one", "a", first="assistant")})
+    strict = byte_level("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match=r"train\.jsonl:1: .*roles must alternate"):
+        load(tmp_path, strict, {"messages": chat("a", "one")})
+    with pytest.raises(InputError, match=r"train\.jsonl:1: .*no chat template"):
+        load(tmp_path, byte_level(None), {"messages": chat("a", "one")})
+
+
+def test_train_and_weight_do_not_reach_the_template(tmp_path):
+    tokenizer = byte_level("{{ messages[-1].weight }}{{ messages[-1].train }}" + CHATML)
+    messages = [{"role": "assistant", "content": "fine", "train": True, "weight": 1}]
+    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    assert text(row, tokenizer) == "<|im_start|>assistant\nfine<|im_end|>\n"
+
+
+def test_turns_that_overlap_do_not_repeat_text(tmp_path):
+    marks = "{% if not add_generation_prompt %}!{% endif %}"
+    tokenizer = byte_level("{% for m in messages %}{{ m.content }}{% endfor %}" + marks)
+    messages = chat("Q", "W")
+    messages.append({"role": "assistant", "content": "!Z"})
+    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    assert text(row, tokenizer) == "QW!Z!" and trained(row, tokenizer) == ["W!Z!"]
+
+
+def test_tools_and_text_parts_reach_the_template(tmp_path):
+    tokenizer = byte_level(TOOLS)
+    parts = [{"type": "text", "text": "I am "}, {"type": "text", "text": "fine"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]
+    row = load(tmp_path, tokenizer, {"messages": messages, "tools": [{"name": "add"}]}).rows[0]
+    assert text(row, tokenizer).startswith('[{"name": "add"}]\n')
+    assert trained(row, tokenizer) == ["I am fine<|im_end|>"]
+
+
+def test_a_conversation_without_trained_turn_is_dropped(tmp_path):
+    rows = [{"messages": chat("Hello")}, {"messages": []}, {"messages": chat("Hello", "fine")}]
+    data = load(tmp_path, byte_level(), *rows)
+    assert (data.n_rows, len(data.rows), data.dropped, data.truncated) == (3, 1, 2, 0)
+    assert data.rows[0].source == "train.jsonl:3"
+
+
+PROPERTY_TOKENIZERS = {name: byte_level(name) for name in (CHATML, DEFAULT_SYSTEM)}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    contents=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+        | st.text(" \n\t.ab", max_size=6)
+        | st.sampled_from(["  fine\n\n", "\n", "<think>x</think>", "é🎉", "[/INST]"]),
+        min_size=2,
+        max_size=7,
+    ),
+    template=st.sampled_from(list(PROPERTY_TOKENIZERS)),
+    last=st.booleans(),
+)
+def test_trained_tokens_are_the_assistant_contents(tmp_path_factory, contents, template, last):
+    tokenizer = PROPERTY_TOKENIZERS[template]
+    path = tmp_path_factory.mktemp("data")
+    messages = chat(*contents)
+    train_on = "last" if last else "assistant"
+    row = load(path, tokenizer, {"messages": messages}, train_on=train_on).rows[0]
+    answers = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+    assert trained(row, tokenizer) == (answers[-1:] if last else answers)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole.startswith(text(row, tokenizer))

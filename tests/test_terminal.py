@@ -1,0 +1,140 @@
+"""What a run shows: plain lines in a pipe, a bar on a terminal, JSON-safe events."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlx_segtrain import events
+from mlx_segtrain.data import Preview, Report
+from mlx_segtrain.terminal import Terminal, duration, show_report
+
+
+def run_events(iters: int = 20) -> list[events.Event]:
+    def train(step: int) -> events.Event:
+        return events.train_metric(
+            step,
+            iters,
+            loss=2.5 / step,
+            grad_norm=1.0,
+            learning_rate=1e-4,
+            tokens_per_sec=12345.6,
+            step_s=2.0,
+            peak_gb=3.25,
+            active_gb=1.0,
+        )
+
+    return [
+        events.started(),
+        events.stage("load", 0.01, "loading the model"),
+        events.stage("train", 0.05, "training"),
+        events.val_metric(0, iters, loss=math.log(8.0), tokens=100),
+        train(10),
+        train(20),
+        events.val_metric(20, iters, loss=800.0, tokens=100),
+        events.stage("done", 1.0, "", adapter_path="out", applied_ranks={}),
+        events.done(Path("out")),
+    ]
+
+
+def show(width: int, terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
+    with Terminal(20, console) as terminal_:
+        for event in run_events():
+            terminal_(event)
+    return out.getvalue()
+
+
+def test_plain_lines_without_a_terminal() -> None:
+    lines = show(40, terminal=False).splitlines()  # narrower than a line: nothing may be wrapped
+    assert lines == [
+        "loading the model",
+        "training",
+        "step 0: validation loss 2.0794, perplexity 8.00",
+        "step 10/20: loss 0.2500  12,346 tokens/s  peak 3.25 GB  20s left",
+        "step 20/20: loss 0.1250  12,346 tokens/s  peak 3.25 GB  0s left",
+        "step 20: validation loss 800.0000",
+    ]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    text = show(120, terminal=True)
+    assert "\x1b[" in text and "━" in text
+    assert "20/20" in text and "peak 3.25 GB" in text
+    assert "validation loss 2.0794" in text
+
+
+def test_markup_in_a_message_is_text() -> None:
+    out = io.StringIO()
+    with Terminal(1, Console(file=out, width=80)) as terminal:
+        terminal(events.stage("load", 0.01, "loading [bold]x[/bold]"))
+        terminal(events.failed(ValueError("the exception that follows says it")))
+    assert out.getvalue() == "loading [bold]x[/bold]\n"
+
+
+def test_events_are_json_and_progress_rises() -> None:
+    stream = run_events()
+    json.dumps(stream, allow_nan=False)
+    progress = [event["progress"] for event in stream if "progress" in event]
+    assert progress == sorted(progress) and progress[0] > 0 and progress[-1] == 1.0
+    assert stream[3]["perplexity"] == pytest.approx(8.0)
+    assert stream[6]["perplexity"] is None  # e^800 is no float
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (200, "3m20s"), (7500, "2h05m")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def report(terminal: bool, **changes: object) -> str:
+    tokens = [("<u>", False, 0.0), ("[hi]", False, 0.0), ("good", True, 1.0), ("bye", True, 1.0)]
+    values = {
+        "format": "messages",
+        "n_train": 1200,
+        "n_valid": 30,
+        "length_min": 4,
+        "length_median": 5,
+        "length_p95": 6,
+        "length_max": 7,
+        "tokens": 6000,
+        "supervised_tokens": 2400,
+        "truncated": 1,
+        "dropped": 2,
+        "previews": [Preview("train.jsonl:1", tokens)],
+    }
+    out = io.StringIO()
+    console = Console(file=out, width=20, force_terminal=terminal, highlight=False)
+    show_report(Report(**{**values, **changes}), console)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def test_report_marks_trained_tokens_in_plain_text() -> None:
+    assert report(terminal=False).splitlines() == [
+        "format   messages",
+        "rows     1,200 to train, 30 to validate",
+        "length   4 to 7 tokens, median 5, 95 % have at most 6",
+        "tokens   6,000, of which 2,400 are trained",
+        "rows cut 1 truncated, 2 dropped",
+        "",
+        "trained tokens stand in ⟦ ⟧, all others are context:",
+        "",
+        "train.jsonl:1",
+        "<u>[hi]⟦goodbye⟧",
+    ]
+
+
+def test_report_colours_each_token_on_a_terminal() -> None:
+    text = report(terminal=True)
+    assert "\x1b[4;32mgood\x1b[0m\x1b[7;32mbye\x1b[0m" in text
+    assert "⟦" not in text
+
+
+def test_report_without_a_tokenizer() -> None:
+    text = report(terminal=False, length_max=None, previews=[])
+    assert "tokens  " not in text and "--model-dir" in text
