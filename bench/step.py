@@ -1,13 +1,13 @@
 """One training step of this package beside its peers: same model, same tokens, one process a cell.
 
-    python bench/step.py --model DIR [--length 512] [--steps 10] [--cells segtrain:1 mlx-lm peft …]
+    python bench/step.py [--model DIR] [--length 512] [--steps 10] [--cells segtrain:1 peft …]
 
 LoRA of rank 16 on all seven projections, batch 1, every row in the loss. Cells:
     segtrain:N    this package, N layers a segment (0: off)
-    mlx-lm        stock mlx-lm LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
-    peft          HF transformers + PEFT on torch, float32, no checkpointing; peft:ckpt with it
-Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer, and
-said). `peak` is active memory of MLX; `rss` the process' own high-water mark.
+    mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
+    peft          HF transformers + PEFT, torch, float32, no checkpointing; peft:ckpt with it
+Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
+and said). `peak` is active memory of MLX; `rss` the process' own high-water mark.
 """
 
 import argparse
@@ -19,11 +19,13 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 RANK, SCALE = 16, 1.0
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KEYS = [f"{'self_attn' if len(s) == 6 else 'mlp'}.{s}" for s in SUFFIXES]
 
 
 def tokens(length, vocab):
@@ -102,11 +104,11 @@ def mlx_lm(model_dir, length, steps, variant):
     import mlx.nn as nn
     import mlx.optimizers as optim
     from mlx.utils import tree_map
-    from mlx_lm import load
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
 
-    model, _, config = load(str(model_dir), return_config=True)
+    model, config = load_model(Path(model_dir))
     if not mx.metal.is_available() and mx.default_device() == mx.Device(mx.cpu):
         # half precision on the CPU is ten times slower still: give stock its best
         model.update(
@@ -116,10 +118,9 @@ def mlx_lm(model_dir, length, steps, variant):
             )
         )
     model.freeze()
-    linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": None})
-    model.model.embed_tokens.freeze()
+    linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS})
     if variant == "ckpt":
-        grad_checkpoint(model.layers[0])
+        grad_checkpoint(model["model"]["layers"][0])
     batch = mx.array(tokens(length, config["vocab_size"]))
     lengths = mx.array([[1, length]])
     optimizer = optim.AdamW(1e-4, bias_correction=True)
@@ -138,6 +139,7 @@ def mlx_lm(model_dir, length, steps, variant):
 
 def peft(model_dir, length, steps, variant):
     import mlx.core as mx
+    import numpy as np
     import torch
     from mlx.utils import tree_flatten
     from mlx_lm.utils import dequantize_model, load_model
@@ -145,12 +147,13 @@ def peft(model_dir, length, steps, variant):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, _ = load_model(Path(model_dir))
+    dense: Any = dequantize_model(source).parameters()
     weights = {
-        name: torch.from_numpy(__import__("numpy").array(w.astype(mx.float32)))
-        for name, w in tree_flatten(dequantize_model(source).parameters())
+        name: torch.from_numpy(np.array(w.astype(mx.float32)))
+        for name, w in dict(tree_flatten(dense)).items()
     }
     del source
-    config = AutoConfig.from_pretrained(model_dir)
+    config: Any = AutoConfig.from_pretrained(model_dir)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(
@@ -159,7 +162,7 @@ def peft(model_dir, length, steps, variant):
     missing = model.load_state_dict(weights, strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}, missing
     model = get_peft_model(
-        model, LoraConfig(r=RANK, lora_alpha=RANK * SCALE, target_modules=SUFFIXES)
+        model, LoraConfig(r=RANK, lora_alpha=int(RANK * SCALE), target_modules=SUFFIXES)
     )
     if variant == "ckpt":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -191,8 +194,8 @@ def run_cell(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of an MLX model")
+    parser = argparse.ArgumentParser(description="Times a training step beside its peers.")
+    parser.add_argument("--model", type=Path, help="folder of an MLX model; default: the demo's")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
@@ -200,6 +203,10 @@ def main():
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.model is None:
+        from mlx_segtrain.demo.snapshot import default_cache_dir, smollm2_snapshot
+
+        args.model = smollm2_snapshot(default_cache_dir())
     if args.cell:
         return run_cell(args)
     packages = ["mlx", "mlx-lm", "mlx-segtrain", "torch", "peft", "transformers"]
@@ -207,7 +214,7 @@ def main():
     for package in packages:
         try:
             found[package] = version(package)
-        except Exception:
+        except PackageNotFoundError:
             found[package] = "absent"
     print(f"{platform.platform()}, {os.cpu_count()} processors; {found}")
     print(f"{args.model.name}, T={args.length}, rank {RANK} on all seven, all rows in the loss")

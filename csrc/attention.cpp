@@ -18,22 +18,26 @@ struct Call {
   int share() const { return H / G; }
 };
 
-Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float scale, std::optional<int> window,
-               const std::optional<std::vector<int>>& segments, std::optional<float> softcap,
-               std::optional<int> q_start, mx::StreamOrDevice s) {
-  check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ",
-        q.shape(), ", ", k.shape(), ", ", v.shape(), ".");
-  Call c{q.shape(0), q.shape(1), k.shape(1), q.shape(2), k.shape(2), q.shape(3), v.shape(3), 0, scale,
-         softcap.value_or(0), {}, s};
-  check(k.shape(0) == c.B && v.shape(0) == c.B && v.shape(1) == c.G && v.shape(2) == c.S && k.shape(3) == c.D,
-        "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(), ", ",
+Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+               std::optional<int> window, const std::optional<std::vector<int>>& segments,
+               std::optional<float> softcap, std::optional<int> q_start, mx::StreamOrDevice s) {
+  check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4,
+        "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ", q.shape(), ", ", k.shape(), ", ",
         v.shape(), ".");
+  Call c{q.shape(0), q.shape(1), k.shape(1), q.shape(2),          k.shape(2), q.shape(3),
+         v.shape(3), 0,          scale,      softcap.value_or(0), {},         s};
+  check(k.shape(0) == c.B && v.shape(0) == c.B && v.shape(1) == c.G && v.shape(2) == c.S && k.shape(3) == c.D,
+        "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(),
+        ", ", v.shape(), ".");
   check(q.dtype() == k.dtype() && q.dtype() == v.dtype() && mx::issubdtype(q.dtype(), mx::floating),
-        "[attention] q, k and v must have one floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ", v.dtype(), ".");
-  check(c.G > 0 && c.H % c.G == 0, "[attention] query heads must be a multiple of key heads; got ", c.H, " and ", c.G, ".");
+        "[attention] q, k and v must have one floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ",
+        v.dtype(), ".");
+  check(c.G > 0 && c.H % c.G == 0, "[attention] query heads must be a multiple of key heads; got ", c.H,
+        " and ", c.G, ".");
   c.q_start = q_start.value_or(c.S - c.T);
-  check(c.q_start >= 0 && c.q_start + c.T <= c.S, "[attention] queries q_start … q_start + T must lie within the ", c.S,
-        " keys; got q_start ", c.q_start, " and T ", c.T, ".");
+  check(c.q_start >= 0 && c.q_start + c.T <= c.S,
+        "[attention] queries q_start … q_start + T must lie within the ", c.S, " keys; got q_start ",
+        c.q_start, " and T ", c.T, ".");
   check(!window || *window >= 1, "[attention] window must be at least 1; got ", window.value_or(0), ".");
   check(!softcap || *softcap > 0, "[attention] softcap must be above 0; got ", softcap.value_or(0), ".");
   if (segments) {
@@ -63,20 +67,29 @@ cpu::Attention cpu_args(const Call& c) {
   return {c.B, c.H, c.G, c.T, c.S, c.D, c.Dv, c.q_start, c.scale, c.cap, c.first.data()};
 }
 
-const float* in(const std::vector<const void*>& p, int i) { return static_cast<const float*>(p[i]); }
-float* out(const std::vector<void*>& p, int i) { return static_cast<float*>(p[i]); }
-
-Arrays kernel_forward(const Call& c, const Arrays& x) {
-  return cpu_op("attention", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s)},
-                {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}}, {mx::float32, mx::float32},
-                [c](auto& i, auto& o) { cpu::attention(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), out(o, 0), out(o, 1)); },
-                c.s);
+const float* in(const std::vector<const void*>& p, int i) {
+  return static_cast<const float*>(p[i]);
+}
+float* out(const std::vector<void*>& p, int i) {
+  return static_cast<float*>(p[i]);
 }
 
-Arrays kernel_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
+Arrays kernel_forward(const Call& c, const Arrays& x) {
+  return cpu_op(
+      "attention", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s)}, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
+      {mx::float32, mx::float32},
+      [c](auto& i, auto& o) {
+        cpu::attention(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), out(o, 0), out(o, 1));
+      },
+      c.s);
+}
+
+Arrays kernel_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
+                  const mx::array& lse) {
   auto grads = cpu_op(
       "attention_vjp", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s), f32(o, c.s), lse, f32(d_o, c.s)},
-      {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.S, c.D}, {c.B, c.H, c.S, c.Dv}}, {mx::float32, mx::float32, mx::float32},
+      {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.S, c.D}, {c.B, c.H, c.S, c.Dv}},
+      {mx::float32, mx::float32, mx::float32},
       [c](auto& i, auto& o) {
         cpu::attention_vjp(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), in(i, 3), in(i, 4), in(i, 5), out(o, 0),
                            out(o, 1), out(o, 2));
@@ -130,7 +143,8 @@ Scores scores(const mx::array& q_b, const mx::array& k_b, const Block& b, const 
   s = mx::reshape(s, {c.B, c.G, c.share(), b.nq(), b.nk()}, c.s);
   if (c.cap > 0) s = mx::multiply(mx::tanh(mx::divide(s, mx::array(c.cap), c.s), c.s), mx::array(c.cap), c.s);
   auto key = mx::reshape(mx::arange(b.k0, b.k1, mx::int32, c.s), {1, b.nk()}, c.s);
-  auto position = mx::reshape(mx::arange(c.q_start + b.q0, c.q_start + b.q1, mx::int32, c.s), {b.nq(), 1}, c.s);
+  auto position =
+      mx::reshape(mx::arange(c.q_start + b.q0, c.q_start + b.q1, mx::int32, c.s), {b.nq(), 1}, c.s);
   auto first = mx::array(c.first.begin() + b.q0, {b.nq(), 1}, mx::int32);
   auto seen = mx::logical_and(mx::greater_equal(key, first, c.s), mx::less_equal(key, position, c.s), c.s);
   return {mx::where(seen, s, mx::array(-INFINITY), c.s), seen};
@@ -169,7 +183,8 @@ class KeySum {
   mx::array sum_;
 };
 
-Arrays blocked_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
+Arrays blocked_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
+                   const mx::array& lse) {
   auto delta = mx::sum(mx::multiply(f32(o, c.s), f32(d_o, c.s), c.s), -1, false, c.s);
   auto rows = [&](const mx::array& y, const Block& b) {  // [B,H,T] → per_row
     return per_row(mx::slice(y, {0, 0, b.q0}, {c.B, c.H, b.q1}, c.s), b, c);
@@ -184,7 +199,8 @@ Arrays blocked_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const m
     auto [s, seen] = scores(q_b, k_b, b, c);
     auto p = mx::exp(mx::subtract(s, rows(lse, b), c.s), c.s);
     auto dp = mx::reshape(f32(matmul(do_b, v_b, false, true, 1, c.s), c.s), p.shape(), c.s);
-    auto ds = mx::multiply(p, mx::multiply(mx::subtract(dp, rows(delta, b), c.s), mx::array(c.scale), c.s), c.s);
+    auto ds =
+        mx::multiply(p, mx::multiply(mx::subtract(dp, rows(delta, b), c.s), mx::array(c.scale), c.s), c.s);
     if (c.cap > 0) {
       auto t = mx::where(seen, mx::divide(s, mx::array(c.cap), c.s), mx::array(0.0f), c.s);
       ds = mx::multiply(ds, mx::subtract(mx::array(1.0f), mx::square(t, c.s), c.s), c.s);

@@ -17,8 +17,8 @@ NB_MODULE(_core, m) {
   nb::module_::import_("mlx.core");  // brings mx.array's type, and libmlx
 
   nb::class_<Base>(m, "Base", "A frozen weight [out, in]: dense, or quantized as `mx.quantize` writes it.")
-      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>, int, int,
-                    std::string>(),
+      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>,
+                    int, int, std::string>(),
            "weight"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), nb::kw_only(),
            "group_size"_a = 0, "bits"_a = 0, "mode"_a = "affine")
       .def_ro("weight", &Base::weight)
@@ -37,23 +37,24 @@ NB_MODULE(_core, m) {
         "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
-  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
+        "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
   m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
         "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
-  m.def("lora_linear", &lora_linear, "x"_a, "base"_a, "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f,
-        nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+  m.def("lora_linear", &lora_linear, "x"_a, "base"_a, "a"_a = nb::none(), "b"_a = nb::none(),
+        "scale"_a = 1.0f, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "x·Wᵀ + bias + scale·(x·a)·b. x [..., in], a [in, R], b [R, out] → [..., out].");
   m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
-        nb::kw_only(), "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
+        nb::kw_only(), "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto",
+        "stream"_a = nb::none(),
         "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
         "A quantized weight as an array [out, in].");
 
   nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
-      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a, "reads"_a,
-           "writes"_a, "trainable"_a)
+      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,
+           "reads"_a, "writes"_a, "trainable"_a)
       .def_ro("name", &StageSpec::name)
       .def_ro("reads", &StageSpec::reads)
       .def_ro("writes", &StageSpec::writes)
@@ -67,7 +68,7 @@ NB_MODULE(_core, m) {
       .def_ro("outputs", &StepResult::outputs)
       .def_ro("grads", &StepResult::grads)
       .def_ro("head_grads", &StepResult::head_grads);
-  m.def("run_plan", &run_plan, nb::call_guard<nb::gil_scoped_release>(), "plan"_a, "stages"_a, "fns"_a, "head"_a,
-        "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
+  m.def("run_plan", &run_plan, nb::call_guard<nb::gil_scoped_release>(), "plan"_a, "stages"_a, "fns"_a,
+        "head"_a, "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
         "Runs a plan over callables (params, reads) → writes, evaluating after every move.");
 }

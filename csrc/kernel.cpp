@@ -19,7 +19,9 @@ std::string choose(const std::string& op, const std::string& impl, const std::ve
   return {};
 }
 
-bool on_cpu(mx::StreamOrDevice s) { return mx::to_stream(s).device == mx::Device::cpu; }
+bool on_cpu(mx::StreamOrDevice s) {
+  return mx::to_stream(s).device == mx::Device::cpu;
+}
 
 Way cpu_kernel(mx::StreamOrDevice s) {
   return {"kernel", on_cpu(s), "this device has no kernel of ours for it"};
@@ -55,14 +57,16 @@ class CpuOp : public mx::Primitive {
 
 }  // namespace
 
-Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes,
-              CpuRun run, mx::StreamOrDevice s) {
+Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes,
+              std::vector<mx::Dtype> dtypes, CpuRun run, mx::StreamOrDevice s) {
   Arrays rows;
   for (const auto& x : inputs) rows.push_back(mx::contiguous(x, false, s));
   return mx::array::make_arrays(std::move(shapes), dtypes,
                                 std::make_shared<CpuOp>(mx::to_stream(s), name, std::move(run)), rows);
 }
 
-mx::array f32(const mx::array& x, mx::StreamOrDevice s) { return mx::astype(x, mx::float32, s); }
+mx::array f32(const mx::array& x, mx::StreamOrDevice s) {
+  return mx::astype(x, mx::float32, s);
+}
 
 }  // namespace segtrain

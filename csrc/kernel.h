@@ -35,7 +35,8 @@ struct Way {
   std::string reason;  ///< why not
 };
 
-/// The name of the way to take: "auto" takes the first that serves; a named one that does not throws its reason.
+/// The name of the way to take: "auto" takes the first that serves; a named one that does not throws its
+/// reason.
 std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways);
 
 bool on_cpu(mx::StreamOrDevice s);
@@ -47,8 +48,8 @@ Way cpu_kernel(mx::StreamOrDevice s);
 using CpuRun = std::function<void(const std::vector<const void*>& in, const std::vector<void*>& out)>;
 
 /// Arrays that `run` will fill on the CPU. Inputs are made row-major first.
-Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes,
-              CpuRun run, mx::StreamOrDevice s);
+Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes,
+              std::vector<mx::Dtype> dtypes, CpuRun run, mx::StreamOrDevice s);
 
 /// x as float32, the dtype that the CPU kernels compute in.
 mx::array f32(const mx::array& x, mx::StreamOrDevice s);

@@ -1,5 +1,6 @@
 // loss = Σ w·(lse(z) − z[target]), z = cap(h·Wᵀ);  dz = w·(softmax(z) − onehot)·cap'(z);  dh = dz·W.
-// dh is formed while a chunk's z is at hand, so that neither z nor a second product with W is ever kept or repeated.
+// dh is formed while a chunk's z is at hand, so that neither z nor a second product with W is ever kept or
+// repeated.
 #include "base.h"
 
 namespace segtrain {
@@ -21,12 +22,14 @@ Arrays kernel_pass(const Problem& p, const mx::array& h, const Base& head, const
   inputs.insert(inputs.end(), w.arrays.begin(), w.arrays.end());
   std::vector<mx::Shape> shapes{{}};
   if (p.needs_grad) shapes.push_back(h.shape());
-  return cpu_op("linear_cross_entropy", inputs, shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
-                [p, w](auto& in, auto& out) {
-                  cpu::cross_entropy(w.weight(in, 3),
-                                     {p.M, w.k, p.cap, (const float*)in[0], (const int32_t*)in[1],
-                                      (const float*)in[2], (float*)out[0], p.needs_grad ? (float*)out[1] : nullptr});
-                }, p.s);
+  return cpu_op(
+      "linear_cross_entropy", inputs, shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+      [p, w](auto& in, auto& out) {
+        cpu::cross_entropy(w.weight(in, 3),
+                           {p.M, w.k, p.cap, (const float*)in[0], (const int32_t*)in[1], (const float*)in[2],
+                            (float*)out[0], p.needs_grad ? (float*)out[1] : nullptr});
+      },
+      p.s);
 }
 
 /// {loss, dh} by whole products over chunks of rows.
@@ -34,7 +37,8 @@ Arrays blocked_pass(const Problem& p, const mx::array& h, const Base& head, cons
                     const mx::array& weights) {
   const auto& s = p.s;
   int V = head.out();
-  int rows = std::clamp(static_cast<int>((1LL << 26) / V) / 128 * 128, 128, 1024);  // 256 MB of float32 logits
+  int rows =
+      std::clamp(static_cast<int>((1LL << 26) / V) / 128 * 128, 128, 1024);  // 256 MB of float32 logits
   auto loss = mx::array(0.0f);
   Arrays dhs;
   auto rest = h;
@@ -52,9 +56,11 @@ Arrays blocked_pass(const Problem& p, const mx::array& h, const Base& head, cons
     loss = mx::add(loss, mx::sum(mx::multiply(w, mx::subtract(lse, picked, s), s), false, s), s);
     if (!p.needs_grad) continue;
     auto onehot = mx::equal(mx::reshape(mx::arange(0, V, mx::int32, s), {1, V}, s), target, s);
-    auto dz = mx::multiply(mx::subtract(mx::exp(mx::subtract(z, lse, s), s), mx::astype(onehot, mx::float32, s), s), w, s);
+    auto dz = mx::multiply(
+        mx::subtract(mx::exp(mx::subtract(z, lse, s), s), mx::astype(onehot, mx::float32, s), s), w, s);
     if (p.cap > 0)
-      dz = mx::multiply(dz, mx::subtract(mx::array(1.0f), mx::square(mx::divide(z, mx::array(p.cap), s), s), s), s);
+      dz = mx::multiply(
+          dz, mx::subtract(mx::array(1.0f), mx::square(mx::divide(z, mx::array(p.cap), s), s), s), s);
     dhs.push_back(f32(stock_product(mx::astype(dz, h.dtype(), s), head, false, s), s));
   }
   if (!p.needs_grad) return {loss};
@@ -64,16 +70,19 @@ Arrays blocked_pass(const Problem& p, const mx::array& h, const Base& head, cons
 }  // namespace
 
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
-                               const std::optional<mx::array>& weights, std::optional<float> softcap, bool needs_grad,
-                               const std::string& impl, mx::StreamOrDevice s) {
+                               const std::optional<mx::array>& weights, std::optional<float> softcap,
+                               bool needs_grad, const std::string& impl, mx::StreamOrDevice s) {
   check_base("linear_cross_entropy", head);
   check(h.ndim() == 2 && h.shape(1) == head.in() && h.shape(0) > 0 && mx::issubdtype(h.dtype(), mx::floating),
-        "[linear_cross_entropy] expected floating h [M, ", head.in(), "] with at least one row; got ", h.shape(), ".");
+        "[linear_cross_entropy] expected floating h [M, ", head.in(), "] with at least one row; got ",
+        h.shape(), ".");
   int M = h.shape(0);
   check(targets.ndim() == 1 && targets.shape(0) == M && mx::issubdtype(targets.dtype(), mx::integer),
-        "[linear_cross_entropy] expected integer targets [", M, "]; got ", targets.shape(), " ", targets.dtype(), ".");
+        "[linear_cross_entropy] expected integer targets [", M, "]; got ", targets.shape(), " ",
+        targets.dtype(), ".");
   check(!weights || weights->shape() == mx::Shape{M}, "[linear_cross_entropy] weights must be [", M, "].");
-  check(!softcap || *softcap > 0, "[linear_cross_entropy] softcap must be above 0; got ", softcap.value_or(0), ".");
+  check(!softcap || *softcap > 0, "[linear_cross_entropy] softcap must be above 0; got ", softcap.value_or(0),
+        ".");
   check(!head.bias, "[linear_cross_entropy] a head with a bias is not supported.");
   bool kernel = choose("linear_cross_entropy", impl, {cpu_kernel(s), {"blocked", true, ""}}) == "kernel";
 
@@ -82,11 +91,10 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
   auto t = mx::astype(targets, mx::int32, s);
   auto w = weights ? f32(*weights, s) : mx::ones({M}, mx::float32, s);
   if (!needs_grad) return mx::reshape(pass(p, h, head, t, w)[0], {}, s);
-  auto op = mx::custom_vjp(
-      [=](const Arrays& in) { return pass(p, in[0], head, t, w); },
-      [=](const Arrays& in, const Arrays& dloss, const Arrays& out) -> Arrays {
-        return {mx::astype(mx::multiply(out[1], dloss[0], s), in[0].dtype(), s)};
-      });
+  auto op = mx::custom_vjp([=](const Arrays& in) { return pass(p, in[0], head, t, w); },
+                           [=](const Arrays& in, const Arrays& dloss, const Arrays& out) -> Arrays {
+                             return {mx::astype(mx::multiply(out[1], dloss[0], s), in[0].dtype(), s)};
+                           });
   return op({h})[0];
 }
 

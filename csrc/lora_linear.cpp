@@ -1,32 +1,42 @@
 // y = x·Wᵀ + bias + scale·(x·A)·B with W frozen.
-//   dx = dy·W + u·Aᵀ, dA = xᵀ·u, dB = zᵀ·dy   with u = scale·dy·Bᵀ, z = scale·x·A  (both [rows, R], recomputed)
+//   dx = dy·W + u·Aᵀ, dA = xᵀ·u, dB = zᵀ·dy   with u = scale·dy·Bᵀ, z = scale·x·A  (both [rows, R],
+//   recomputed)
 #include "base.h"
 
 namespace segtrain {
 
-int Base::out() const { return weight.shape(0); }
-int Base::in() const { return scales ? weight.shape(1) * 32 / bits : weight.shape(1); }
+int Base::out() const {
+  return weight.shape(0);
+}
+int Base::in() const {
+  return scales ? weight.shape(1) * 32 / bits : weight.shape(1);
+}
 
 void check_base(const std::string& op, const Base& base) {
   check(base.weight.ndim() == 2, "[", op, "] expected a weight [out, in]; got ", base.weight.shape(), ".");
   if (base.scales) {
-    check(base.weight.dtype() == mx::uint32, "[", op, "] a quantized weight must be uint32; got ", base.weight.dtype(), ".");
+    check(base.weight.dtype() == mx::uint32, "[", op, "] a quantized weight must be uint32; got ",
+          base.weight.dtype(), ".");
     check(base.bits > 0 && base.group_size > 0 && base.scales->shape(0) == base.out() &&
               base.scales->shape(-1) * base.group_size == base.in(),
-          "[", op, "] scales ", base.scales->shape(), " do not fit weight ", base.weight.shape(), " at ", base.bits,
-          " bits in groups of ", base.group_size, ".");
+          "[", op, "] scales ", base.scales->shape(), " do not fit weight ", base.weight.shape(), " at ",
+          base.bits, " bits in groups of ", base.group_size, ".");
     check(base.mode != "affine" || (base.biases && base.biases->shape() == base.scales->shape()), "[", op,
           "] affine quantization needs biases of the shape of the scales.");
   } else {
-    check(mx::issubdtype(base.weight.dtype(), mx::floating), "[", op, "] a dense weight must be floating; got ",
-          base.weight.dtype(), ".");
+    check(mx::issubdtype(base.weight.dtype(), mx::floating), "[", op,
+          "] a dense weight must be floating; got ", base.weight.dtype(), ".");
   }
-  check(!base.bias || (base.bias->ndim() == 1 && base.bias->shape(0) == base.out()), "[", op, "] bias must be [",
-        base.out(), "].");
+  check(!base.bias || (base.bias->ndim() == 1 && base.bias->shape(0) == base.out()), "[", op,
+        "] bias must be [", base.out(), "].");
 }
 
 CpuBase::CpuBase(const Base& base, mx::StreamOrDevice s)
-    : bits(base.bits), group(base.group_size), n(base.out()), k(base.in()), dense(!base.scales || base.mode != "affine") {
+    : bits(base.bits),
+      group(base.group_size),
+      n(base.out()),
+      k(base.in()),
+      dense(!base.scales || base.mode != "affine") {
   if (dense)
     arrays = {base.scales ? dequantize(base, mx::float32, s) : f32(base.weight, s)};
   else
@@ -43,15 +53,18 @@ mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s) {
   check_base("dequantize", base);
   check(base.scales.has_value(), "[dequantize] the weight is not quantized.");
   if (!on_cpu(s) || base.mode != "affine")
-    return mx::astype(mx::dequantize(base.weight, *base.scales, base.biases, base.group_size, base.bits, base.mode,
-                                     std::nullopt, std::nullopt, s), dtype, s);
+    return mx::astype(mx::dequantize(base.weight, *base.scales, base.biases, base.group_size, base.bits,
+                                     base.mode, std::nullopt, std::nullopt, s),
+                      dtype, s);
   CpuBase w(base, s);
-  auto y = cpu_op("dequantize", w.arrays, {{w.n, w.k}}, {mx::float32},
-                  [w](auto& in, auto& out) { cpu::dequantize(w.weight(in, 0), (float*)out[0]); }, s);
+  auto y = cpu_op(
+      "dequantize", w.arrays, {{w.n, w.k}}, {mx::float32},
+      [w](auto& in, auto& out) { cpu::dequantize(w.weight(in, 0), (float*)out[0]); }, s);
   return mx::astype(y[0], dtype, s);
 }
 
-mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float alpha, mx::StreamOrDevice s) {
+mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float alpha,
+                 mx::StreamOrDevice s) {
   int nd = a.ndim();
   check(nd >= 2 && static_cast<int>(b.ndim()) == nd &&
             std::equal(a.shape().begin(), a.shape().end() - 2, b.shape().begin(), b.shape().end() - 2),
@@ -67,21 +80,23 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float
   for (int d : shape) batch *= d;
   shape.push_back(m);
   shape.push_back(n);
-  auto y = cpu_op("matmul", {f32(a, s), f32(b, s)}, {shape}, {mx::float32},
-                  [=](auto& in, auto& out) {
-                    cpu::matmul(ta, tb, batch, m, n, k, alpha, (const float*)in[0], (const float*)in[1], (float*)out[0]);
-                  }, s);
+  auto y = cpu_op(
+      "matmul", {f32(a, s), f32(b, s)}, {shape}, {mx::float32},
+      [=](auto& in, auto& out) {
+        cpu::matmul(ta, tb, batch, m, n, k, alpha, (const float*)in[0], (const float*)in[1], (float*)out[0]);
+      },
+      s);
   return mx::astype(y[0], a.dtype(), s);
 }
 
 mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx::StreamOrDevice s) {
   if (!base.scales) return matmul(x, mx::astype(base.weight, x.dtype(), s), false, transpose, 1, s);
-  // CUDA's quantized GEMM runs at a quarter of the rate of unpacking once and cuBLAS; for a few rows it is the other
-  // way round. Metal's is at GEMM speed.
+  // CUDA's quantized GEMM runs at a quarter of the rate of unpacking once and cuBLAS; for a few rows it is
+  // the other way round. Metal's is at GEMM speed.
   bool unpack = x.size() / x.shape(-1) >= 128 && !mx::metal::is_available() && !on_cpu(s);
   if (unpack) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);
-  auto y = mx::quantized_matmul(x, base.weight, *base.scales, base.biases, transpose, base.group_size, base.bits,
-                                base.mode, s);
+  auto y = mx::quantized_matmul(x, base.weight, *base.scales, base.biases, transpose, base.group_size,
+                                base.bits, base.mode, s);
   return mx::astype(y, x.dtype(), s);
 }
 
@@ -111,17 +126,20 @@ mx::array product(const mx::array& x, const Base& base, bool transpose, const st
     auto real = [&](int i) { return static_cast<const float*>(in[i]); };
     const float *z_in = r ? real(at_z) : nullptr, *b_in = r ? real(at_z + 1) : nullptr;
     if (transpose)
-      cpu::linear(w.weight(in, 1), m, real(0), has_bias ? real(at_bias) : nullptr, r, z_in, b_in, (float*)out[0]);
+      cpu::linear(w.weight(in, 1), m, real(0), has_bias ? real(at_bias) : nullptr, r, z_in, b_in,
+                  (float*)out[0]);
     else
       cpu::linear_dx(w.weight(in, 1), m, real(0), r, z_in, b_in, (float*)out[0]);
   };
-  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, {mx::float32}, run, s)[0], x.dtype(), s);
+  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, {mx::float32}, run, s)[0],
+                    x.dtype(), s);
 }
 
 }  // namespace
 
 mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<mx::array>& a,
-                      const std::optional<mx::array>& b, float scale, const std::string& impl, mx::StreamOrDevice s) {
+                      const std::optional<mx::array>& b, float scale, const std::string& impl,
+                      mx::StreamOrDevice s) {
   check_base("lora_linear", base);
   check(x.ndim() >= 1 && x.shape(-1) == base.in() && mx::issubdtype(x.dtype(), mx::floating),
         "[lora_linear] expected floating x [..., ", base.in(), "]; got ", x.shape(), " ", x.dtype(), ".");
@@ -129,8 +147,8 @@ mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<
   if (a)
     check(a->ndim() == 2 && b->ndim() == 2 && a->shape(0) == base.in() && b->shape(1) == base.out() &&
               a->shape(1) == b->shape(0),
-          "[lora_linear] expected a [", base.in(), ", R] and b [R, ", base.out(), "]; got ", a->shape(), " and ",
-          b->shape(), ".");
+          "[lora_linear] expected a [", base.in(), ", R] and b [R, ", base.out(), "]; got ", a->shape(),
+          " and ", b->shape(), ".");
   bool kernel = choose("lora_linear", impl, {cpu_kernel(s), {"stock", true, ""}}) == "kernel";
   auto dtype = x.dtype();
   int in = base.in(), out = base.out();

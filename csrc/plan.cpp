@@ -102,7 +102,10 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
   for (auto& move : forward) count_reads(move);
   count_reads(head);
 
-  plan.moves = forward;
+  for (Move move : forward) {
+    move.cotangents.clear();
+    plan.moves.push_back(move);
+  }
   plan.moves.push_back(head);
   for (auto move = forward.rbegin(); move != forward.rend(); ++move) {
     Move backward = *move;

@@ -16,11 +16,11 @@ struct StageSpec {
 
 /// One version of a boundary value: `h` written by stage `layers.3` is `h@layers.3`, an input `h@input`.
 struct Value {
-  std::string name;      ///< without the version
-  std::string version;   ///< name@producer
-  int producer;          ///< index of the stage, -1 for an input
-  bool differentiable;   ///< depends on a parameter, so a cotangent must reach it
-  int readers;           ///< segments that read it; with more than one its cotangents are summed in float32
+  std::string name;     ///< without the version
+  std::string version;  ///< name@producer
+  int producer;         ///< index of the stage, -1 for an input
+  bool differentiable;  ///< depends on a parameter, so a cotangent must reach it
+  int readers;          ///< segments that read it; with more than one its cotangents are summed in float32
 };
 
 /// A step of the plan over stages [begin, end). Values are indices into Plan::values.
@@ -44,7 +44,8 @@ struct Plan {
   std::vector<Move> moves;
 };
 
-/// The plan that keeps boundary values only, every `segment_size` stages (0: one segment, nothing recomputed).
+/// The plan that keeps boundary values only, every `segment_size` stages (0: one segment, nothing
+/// recomputed).
 ///
 /// The last segment is joined to the head and never recomputed. Segments on which no parameter depends run
 /// forward only. Values that nobody reads later are dropped by the move that uses them last.

@@ -42,8 +42,15 @@ class Runner {
   Runner(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
          const StageFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
          const Arrays& head_params, const Arrays& inputs)
-      : plan_(plan), stages_(stages), fns_(fns), head_(head), head_reads_(head_reads), params_(params),
-        head_params_(head_params), values_(plan.values.size()), cotangents_(plan.values.size()) {
+      : plan_(plan),
+        stages_(stages),
+        fns_(fns),
+        head_(head),
+        head_reads_(head_reads),
+        params_(params),
+        head_params_(head_params),
+        values_(plan.values.size()),
+        cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
     result_.grads.resize(stages.size());
     for (size_t i = 0; i < stages.size(); ++i)
@@ -54,9 +61,15 @@ class Runner {
     for (const auto& move : plan_.moves) {
       Arrays made;
       switch (move.kind) {
-        case Move::Kind::forward: made = forward(move); break;
-        case Move::Kind::head: made = with_head(move); break;
-        case Move::Kind::backward: made = backward(move); break;
+        case Move::Kind::forward:
+          made = forward(move);
+          break;
+        case Move::Kind::head:
+          made = with_head(move);
+          break;
+        case Move::Kind::backward:
+          made = backward(move);
+          break;
       }
       for (int value : move.drops) values_[value].reset();
       // One segment's inner arrays die here: this evaluation is what bounds memory.
@@ -155,7 +168,8 @@ class Runner {
     return ran;
   }
 
-  /// How often the version of `name` that stands before stage `from` is read in the move, its export included.
+  /// How often the version of `name` that stands before stage `from` is read in the move, its export
+  /// included.
   int readers(const Move& move, const std::string& name, int from, bool with_head) const {
     auto has = [&](const std::vector<std::string>& names) {
       return static_cast<int>(std::count(names.begin(), names.end(), name));
@@ -198,7 +212,8 @@ class Runner {
     size_t next = 0;
     for (int i = move.begin; i < move.end; ++i)
       for (auto& grad : result_.grads[i]) grad = grads[next++];
-    check(next == n_stage_params, "[schedule] internal: ", next, " gradients for ", n_stage_params, " parameters.");
+    check(next == n_stage_params, "[schedule] internal: ", next, " gradients for ", n_stage_params,
+          " parameters.");
   }
 
   void accumulate(const Move& move, Arrays& grads, size_t first) {

@@ -1,4 +1,5 @@
-// The whole C++ surface of mlx_segtrain on one screen. Ops are functions of arrays; each has a hand-written VJP.
+// The whole C++ surface of mlx_segtrain on one screen. Ops are functions of arrays; each has a hand-written
+// VJP.
 //
 // B batch · H query heads · G key/value heads · T queries · S keys · D head size · F feed-forward width
 // M rows · R LoRA rank · V vocabulary. Gradients are called dx; `lse` is a row's log-sum-exp.
@@ -32,8 +33,9 @@ struct Base {
 };
 
 /// softmax(scale·q·kᵀ)·v over the keys a query may see, without an array of T × S.
-/// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv]. Query t stands at position q_start + t (default S − T).
-/// It sees keys up to itself, of the last `window` ones, and of its own segment [segments[i], segments[i+1]).
+/// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv]. Query t stands at position q_start + t (default S −
+/// T). It sees keys up to itself, of the last `window` ones, and of its own segment [segments[i],
+/// segments[i+1]).
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                     std::optional<int> window, std::optional<std::vector<int>> segments,
                     std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
@@ -46,9 +48,11 @@ mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
 
-/// Rotary embedding of x [B, H, T, D] at positions offset + t; angles = position · base^(−2i/D) or position / freqs.
-mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale, int offset,
-               const std::optional<mx::array>& freqs, const std::string& impl, mx::StreamOrDevice s);
+/// Rotary embedding of x [B, H, T, D] at positions offset + t; angles = position · base^(−2i/D) or position /
+/// freqs.
+mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
+               int offset, const std::optional<mx::array>& freqs, const std::string& impl,
+               mx::StreamOrDevice s);
 
 /// x·Wᵀ (+ bias) + scale·(x·a)·b, keeping x only. x [..., in], a [in, R], b [R, out] float32 → [..., out].
 mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<mx::array>& a,
@@ -56,7 +60,8 @@ mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<
                       mx::StreamOrDevice s);
 
 /// Σ weights·(lse(z) − z[target]) with z = h·Wᵀ, softcapped; rows with target < 0 count nothing.
-/// h [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks of rows.
+/// h [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks
+/// of rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
                                bool needs_grad, const std::string& impl, mx::StreamOrDevice s);
@@ -64,7 +69,8 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
 /// A quantized weight as an array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);
 
-/// Row-major product a·b with optional transposes of the last two axes; through OpenBLAS or Accelerate on the CPU.
+/// Row-major product a·b with optional transposes of the last two axes; through OpenBLAS or Accelerate on the
+/// CPU.
 mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool transpose_b, float alpha,
                  mx::StreamOrDevice s);
 
@@ -72,8 +78,8 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool 
 using StageFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
 struct StepResult {
-  Arrays outputs;                  ///< of the head, loss first
-  std::vector<Arrays> grads;       ///< per stage, in the order of its params
+  Arrays outputs;             ///< of the head, loss first
+  std::vector<Arrays> grads;  ///< per stage, in the order of its params
   Arrays head_grads;
 };
 

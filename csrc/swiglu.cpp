@@ -15,21 +15,25 @@ mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& 
 
   auto forward = [=](const Arrays& x) -> Arrays {
     if (!kernel) return {mx::multiply(mx::multiply(x[0], mx::sigmoid(x[0], s), s), x[1], s)};
-    auto y = cpu_op("swiglu", {f32(x[0], s), f32(x[1], s)}, {shape}, {mx::float32},
-                    [n](auto& in, auto& out) {
-                      cpu::swiglu((const float*)in[0], (const float*)in[1], (float*)out[0], n);
-                    }, s);
+    auto y = cpu_op(
+        "swiglu", {f32(x[0], s), f32(x[1], s)}, {shape}, {mx::float32},
+        [n](auto& in, auto& out) {
+          cpu::swiglu((const float*)in[0], (const float*)in[1], (float*)out[0], n);
+        },
+        s);
     return {mx::astype(y[0], dtype, s)};
   };
   auto vjp = [=](const Arrays& x, const Arrays& dy, const Arrays&) -> Arrays {
     auto g = f32(x[0], s), u = f32(x[1], s), d = f32(dy[0], s);
     Arrays grads;
     if (kernel) {
-      grads = cpu_op("swiglu_vjp", {g, u, d}, {shape, shape}, {mx::float32, mx::float32},
-                     [n](auto& in, auto& out) {
-                       cpu::swiglu_vjp((const float*)in[0], (const float*)in[1], (const float*)in[2],
-                                       (float*)out[0], (float*)out[1], n);
-                     }, s);
+      grads = cpu_op(
+          "swiglu_vjp", {g, u, d}, {shape, shape}, {mx::float32, mx::float32},
+          [n](auto& in, auto& out) {
+            cpu::swiglu_vjp((const float*)in[0], (const float*)in[1], (const float*)in[2], (float*)out[0],
+                            (float*)out[1], n);
+          },
+          s);
     } else {
       // silu'(g) = σ + g·σ·(1 − σ)
       auto sigma = mx::sigmoid(g, s), silu = mx::multiply(g, sigma, s);

@@ -1,7 +1,7 @@
-"""Truth for the ops: NumPy in float64, derivatives by complex step; and the bounds of every comparison.
+"""Truth for the ops: NumPy in float64, derivatives by complex step; and every bound.
 
-F'(x) = Im F(x + ih) / h has no subtraction and so no step size to choose (h = 1e-200). Functions are
-written so that they hold for complex arguments: no abs, no max on values that are differentiated.
+F'(x) = Im F(x + ih) / h has no subtraction and so no step size to choose (h = 1e-200). Functions
+are written so that they hold for complex arguments: no abs or max on values that vary.
 """
 
 import numpy as np
@@ -149,12 +149,15 @@ def errors(x, truth):
 def assert_no_worse(name, x, reference, truth, dtype):
     """x may err twice as much as the plain code does in the same dtype, in both measures.
 
-    A rule on the largest error alone would pass a gradient that is 1 % wrong in bfloat16.
+    A rule on the largest error alone would pass a gradient that is 1 % wrong in bfloat16. The
+    allowance for one rounding has a float32 part: lse, a float32 number, scales a whole row.
     """
     eps = EPS[dtype]
     (l2, top), (ref_l2, ref_top) = errors(x, truth), errors(reference, truth)
     assert l2 <= 2 * ref_l2 + eps / 2, f"{name}: relative L2 {l2:.2e}, plain code {ref_l2:.2e}"
-    assert top <= 2 * ref_top + 2 * eps, f"{name}: largest error {top:.2e}, plain code {ref_top:.2e}"
+    assert top <= 2 * ref_top + 2 * (eps + EPS["float32"]), (
+        f"{name}: largest error {top:.2e}, plain code {ref_top:.2e}"
+    )
 
 
 def assert_close(name, x, truth, bound):

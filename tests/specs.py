@@ -1,4 +1,4 @@
-"""Shapes that every implementation of an op is tested on: aligned, off by one, tiny, grouped, T < S."""
+"""Shapes for every implementation of an op: aligned, off by one, tiny, grouped, T < S."""
 
 from dataclasses import dataclass, field
 from typing import Any

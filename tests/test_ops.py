@@ -1,11 +1,11 @@
-"""Every op against the float64 oracle, and against the plain code that it must not be worse than."""
+"""Every op against the float64 oracle; it must be no worse than the plain code."""
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
-import specs
 
+import oracle
+import specs
 from mlx_segtrain import ops, reference
 
 IMPLS = {
@@ -86,7 +86,11 @@ def test_oracle_vjps_are_complex_steps():
     for f, args, closed in pairs:
         for grad, true in zip(closed, oracle.vjp(f, args, dy), strict=True):
             oracle.assert_close("vjp", grad, true, 1e-12)
-    weight, a, b = rng.standard_normal((6, 6)), rng.standard_normal((6, 2)), rng.standard_normal((2, 6))
+    weight, a, b = (
+        rng.standard_normal((6, 6)),
+        rng.standard_normal((6, 2)),
+        rng.standard_normal((2, 6)),
+    )
     truth = oracle.vjp(lambda x, a, b: oracle.lora_linear(x, weight, 0, a, b, 1.5), [x, a, b], dy)
     for grad, true in zip(oracle.lora_linear_vjp(x, weight, a, b, 1.5, dy), truth, strict=True):
         oracle.assert_close("vjp", grad, true, 1e-12)
@@ -240,7 +244,11 @@ def test_rope(impl, traditional, dtype):
     ]:
         options["traditional"] = traditional
         exact = {k: f64(v) if k == "freqs" else v for k, v in options.items()}
-        back = {**exact, "freqs": -exact.get("freqs", exact.get("base", 1) ** (np.arange(0, dims, 2) / dims)), "base": None}
+        back = {
+            **exact,
+            "freqs": -exact.get("freqs", exact.get("base", 1) ** (np.arange(0, dims, 2) / dims)),
+            "base": None,
+        }
         check_op(
             "rope",
             lambda x, d=dims, o=options: ops.rope(x, d, impl=impl, **o),

@@ -104,14 +104,17 @@ void attention_vjp(const Attention& a, const float* q, const float* k, const flo
 
     for (int tile = 0; tile < q_tiles; ++tile) {
       const int q0 = tile * BQ, q1 = std::min(a.t, q0 + BQ), nq = q1 - q0;
-      const float *q_tile = q_bh + static_cast<size_t>(q0) * a.d, *do_tile = do_bh + static_cast<size_t>(q0) * a.dv;
+      const float *q_tile = q_bh + static_cast<size_t>(q0) * a.d,
+                  *do_tile = do_bh + static_cast<size_t>(q0) * a.dv;
       for (int i = 0; i < nq; ++i)
-        delta[i] = rows().dot(o_bh + static_cast<size_t>(q0 + i) * a.dv, do_tile + static_cast<size_t>(i) * a.dv, a.dv);
+        delta[i] = rows().dot(o_bh + static_cast<size_t>(q0 + i) * a.dv,
+                              do_tile + static_cast<size_t>(i) * a.dv, a.dv);
 
       auto range = tiles(a, q0, q1);
       for (int j = range.begin; j < range.end; ++j) {
         const int k0 = j * BK, k1 = std::min(a.s, k0 + BK), nk = k1 - k0;
-        const float *k_tile = k_bg + static_cast<size_t>(k0) * a.d, *v_tile = v_bg + static_cast<size_t>(k0) * a.dv;
+        const float *k_tile = k_bg + static_cast<size_t>(k0) * a.d,
+                    *v_tile = v_bg + static_cast<size_t>(k0) * a.dv;
         // P = exp(S − lse), dP = dO·Vᵀ
         scores(a, q_tile, k_tile, nq, nk, p);
         if (a.cap > 0) std::copy(p + 0, p + static_cast<size_t>(nq) * nk, capped + 0);
@@ -129,9 +132,11 @@ void attention_vjp(const Attention& a, const float* q, const float* k, const flo
           rows().softmax_vjp(dp_row + see.begin, p_row + see.begin, s_row, n, delta[i], a.scale, a.cap);
         }
         // dV += Pᵀ·dO, dK += dSᵀ·Q, dQ += dS·K
-        gemm(true, false, nk, a.dv, nq, 1, p, nk, do_tile, a.dv, 1, dv_bh + static_cast<size_t>(k0) * a.dv, a.dv);
+        gemm(true, false, nk, a.dv, nq, 1, p, nk, do_tile, a.dv, 1, dv_bh + static_cast<size_t>(k0) * a.dv,
+             a.dv);
         gemm(true, false, nk, a.d, nq, 1, dp, nk, q_tile, a.d, 1, dk_bh + static_cast<size_t>(k0) * a.d, a.d);
-        gemm(false, false, nq, a.d, nk, 1, dp, nk, k_tile, a.d, 1, dq_bh + static_cast<size_t>(q0) * a.d, a.d);
+        gemm(false, false, nq, a.d, nk, 1, dp, nk, k_tile, a.d, 1, dq_bh + static_cast<size_t>(q0) * a.d,
+             a.d);
       }
     }
   });

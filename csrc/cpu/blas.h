@@ -21,8 +21,8 @@ inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const float
   (void)single;
 #endif
   if (m == 0 || n == 0) return;
-  SEGTRAIN_SGEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k, alpha, a,
-                 lda, b, ldb, beta, c, ldc);
+  SEGTRAIN_SGEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n, k,
+                 alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 }  // namespace segtrain::cpu

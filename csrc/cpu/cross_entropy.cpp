@@ -10,8 +10,8 @@
 namespace segtrain::cpu {
 
 namespace {
-constexpr int TILE_ROWS = 256;                  // of the head, unpacked at a time
-constexpr size_t LOGITS = size_t{16} << 20;     // floats of one chunk of logits: 64 MB
+constexpr int TILE_ROWS = 256;               // of the head, unpacked at a time
+constexpr size_t LOGITS = size_t{16} << 20;  // floats of one chunk of logits: 64 MB
 }  // namespace
 
 void cross_entropy(const Weight& head, const CrossEntropy& args) {
@@ -32,7 +32,8 @@ void cross_entropy(const Weight& head, const CrossEntropy& args) {
       auto [data, ld] = tile(head, n0, n1, 0, hidden, scratch);
       gemm(false, true, m, n1 - n0, hidden, 1, h, hidden, data, ld, 0, logits + n0, v);
       if (args.cap > 0)
-        for (int i = 0; i < m; ++i) rows().softcap(logits + static_cast<size_t>(i) * v + n0, n1 - n0, args.cap);
+        for (int i = 0; i < m; ++i)
+          rows().softcap(logits + static_cast<size_t>(i) * v + n0, n1 - n0, args.cap);
     });
 
     // loss = Σ w·(lse − z[target]);  dz = w·(softmax(z) − onehot), in the place of z.

@@ -51,8 +51,9 @@ void swiglu(const float* gate, const float* up, float* y, size_t n) {
 }
 
 void swiglu_vjp(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n) {
-  over(n, LEAST,
-       [&](size_t i, size_t end) { rows().swiglu_vjp(gate + i, up + i, dy + i, dgate + i, dup + i, end - i); });
+  over(n, LEAST, [&](size_t i, size_t end) {
+    rows().swiglu_vjp(gate + i, up + i, dy + i, dgate + i, dup + i, end - i);
+  });
 }
 
 void rms_norm(const float* x, const float* weight, float eps, float* y, int m, int n) {
@@ -67,8 +68,8 @@ void rms_norm_vjp(const float* x, const float* weight, const float* dy, float ep
   });
 }
 
-void rope(const float* x, const float* freqs, float scale, float sign, int offset, bool traditional, int n_rows,
-          int t, int d, int dims, float* y) {
+void rope(const float* x, const float* freqs, float scale, float sign, int offset, bool traditional,
+          int n_rows, int t, int d, int dims, float* y) {
   int half = dims / 2;
   std::vector<float> cosine(static_cast<size_t>(t) * half), sine(cosine.size());
   over(t, LEAST / half / 8, [&](size_t i, size_t end) {

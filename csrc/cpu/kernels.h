@@ -22,14 +22,16 @@ struct Tile {
   int ld;
 };
 
-/// Rows [n0, n1) and columns [k0, k1) of w; unpacked into `scratch` ((n1−n0)·(k1−k0) floats) unless w is dense.
+/// Rows [n0, n1) and columns [k0, k1) of w; unpacked into `scratch` ((n1−n0)·(k1−k0) floats) unless w is
+/// dense.
 Tile tile(const Weight& w, int n0, int n1, int k0, int k1, float* scratch);
 
 /// All of w, unpacked: out [n, k].
 void dequantize(const Weight& w, float* out);
 
 /// c = alpha·op(a)·op(b) for each of `batch` row-major matrices.
-void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b, float* c);
+void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b,
+            float* c);
 
 /// y = x·wᵀ + bias + z·b. x [m, k], z [m, r], b [r, n], bias [n] → y [m, n]; bias and z may be null.
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
@@ -40,20 +42,20 @@ void linear_dx(const Weight& w, int m, const float* dy, int r, const float* u, c
 
 struct CrossEntropy {
   int m, hidden;
-  float cap;            ///< 0: none
-  const float* h;       ///< [m, hidden]
+  float cap;       ///< 0: none
+  const float* h;  ///< [m, hidden]
   const int32_t* targets;
   const float* weights;
-  float* loss;          ///< scalar
-  float* dh;            ///< [m, hidden], or null
+  float* loss;  ///< scalar
+  float* dh;    ///< [m, hidden], or null
 };
 void cross_entropy(const Weight& head, const CrossEntropy& args);
 
 struct Attention {
   int batch, heads, groups, t, s, d, dv;
   int q_start;
-  float scale, cap;     ///< cap 0: none
-  const int32_t* first; ///< [t]: the first key that a query sees; the last is its own position
+  float scale, cap;      ///< cap 0: none
+  const int32_t* first;  ///< [t]: the first key that a query sees; the last is its own position
 };
 /// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → o [B,H,T,Dv], lse [B,H,T].
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse);
@@ -66,8 +68,9 @@ void swiglu_vjp(const float* gate, const float* up, const float* dy, float* dgat
 void rms_norm(const float* x, const float* weight, float eps, float* y, int m, int n);
 void rms_norm_vjp(const float* x, const float* weight, const float* dy, float eps, float* dx, int m, int n);
 
-/// y = x with the first `dims` of each row rotated by angle (offset + t)·scale / freqs[i]; `sign` −1 rotates back.
-void rope(const float* x, const float* freqs, float scale, float sign, int offset, bool traditional, int n_rows,
-          int t, int d, int dims, float* y);
+/// y = x with the first `dims` of each row rotated by angle (offset + t)·scale / freqs[i]; `sign` −1 rotates
+/// back.
+void rope(const float* x, const float* freqs, float scale, float sign, int offset, bool traditional,
+          int n_rows, int t, int d, int dims, float* y);
 
 }  // namespace segtrain::cpu

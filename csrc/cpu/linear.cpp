@@ -1,8 +1,7 @@
-#include "cpu/kernels.h"
-
 #include <algorithm>
 
 #include "cpu/blas.h"
+#include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 
@@ -17,8 +16,8 @@ Tile tile(const Weight& w, int n0, int n1, int k0, int k1, float* scratch) {
   if (w.dense) return {w.dense + static_cast<size_t>(n0) * w.k + k0, w.k};
   size_t words = static_cast<size_t>(w.k) * w.bits / 32, groups = w.k / w.group;
   for (int n = n0; n < n1; ++n)
-    rows().dequantize(w.packed + n * words, w.scales + n * groups, w.biases + n * groups, w.bits, w.group, k0, k1,
-                      scratch + static_cast<size_t>(n - n0) * (k1 - k0));
+    rows().dequantize(w.packed + n * words, w.scales + n * groups, w.biases + n * groups, w.bits, w.group, k0,
+                      k1, scratch + static_cast<size_t>(n - n0) * (k1 - k0));
   return {scratch, k1 - k0};
 }
 
@@ -30,7 +29,8 @@ void dequantize(const Weight& w, float* out) {
   });
 }
 
-void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b, float* c) {
+void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b,
+            float* c) {
   // Cut the longer side of c, so that a skinny product (LoRA's) still fills the threads.
   bool by_rows = m >= n;
   int length = split(by_rows ? m : n, 1024, 16);
@@ -43,8 +43,9 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
     const float* b_i = b + i * n * k;
     float* c_i = c + i * m * n;
     if (by_rows)
-      gemm(ta, tb, std::min(length, m - begin), n, k, alpha, a_i + (ta ? begin : static_cast<size_t>(begin) * k), lda,
-           b_i, ldb, 0, c_i + static_cast<size_t>(begin) * n, n);
+      gemm(ta, tb, std::min(length, m - begin), n, k, alpha,
+           a_i + (ta ? begin : static_cast<size_t>(begin) * k), lda, b_i, ldb, 0,
+           c_i + static_cast<size_t>(begin) * n, n);
     else
       gemm(ta, tb, m, std::min(length, n - begin), k, alpha, a_i, lda,
            b_i + (tb ? static_cast<size_t>(begin) * k : begin), ldb, 0, c_i + begin, n);
@@ -62,11 +63,13 @@ void linear(const Weight& w, int m, const float* x, const float* bias, int r, co
       int rows_here = std::min(TILE_M, m - m0);
       float* y_tile = y + static_cast<size_t>(m0) * w.n + n0;
       if (bias)
-        for (int i = 0; i < rows_here; ++i) std::copy(bias + n0, bias + n1, y_tile + static_cast<size_t>(i) * w.n);
-      gemm(false, true, rows_here, n1 - n0, w.k, 1, x + static_cast<size_t>(m0) * w.k, w.k, data, ld, bias ? 1 : 0,
-           y_tile, w.n);
+        for (int i = 0; i < rows_here; ++i)
+          std::copy(bias + n0, bias + n1, y_tile + static_cast<size_t>(i) * w.n);
+      gemm(false, true, rows_here, n1 - n0, w.k, 1, x + static_cast<size_t>(m0) * w.k, w.k, data, ld,
+           bias ? 1 : 0, y_tile, w.n);
       if (z)
-        gemm(false, false, rows_here, n1 - n0, r, 1, z + static_cast<size_t>(m0) * r, r, b + n0, w.n, 1, y_tile, w.n);
+        gemm(false, false, rows_here, n1 - n0, r, 1, z + static_cast<size_t>(m0) * r, r, b + n0, w.n, 1,
+             y_tile, w.n);
     }
   });
 }

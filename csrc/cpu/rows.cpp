@@ -1,5 +1,6 @@
-// Compiled with SEGTRAIN_ISA = baseline, avx2, avx512. Includes no C++ library header: an inline function from one
-// could be the copy that the linker keeps for the whole program, and would then run on processors without AVX.
+// Compiled with SEGTRAIN_ISA = baseline, avx2, avx512. Includes no C++ library header: an inline function
+// from one could be the copy that the linker keeps for the whole program, and would then run on processors
+// without AVX.
 #include "cpu/rows.h"
 
 #include <math.h>
@@ -37,18 +38,21 @@ inline float exp1(float x) {
   return x < -87.33f ? 0.0f : y;
 }
 
-inline float sigmoid1(float x) { return 1.0f / (1.0f + exp1(-x)); }
+inline float sigmoid1(float x) {
+  return 1.0f / (1.0f + exp1(-x));
+}
 
 inline float tanh1(float x) {
   // For small |x| the form by exp loses digits: there the series is used.
   float x2 = x * x;
-  float small = x * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
+  float small =
+      x * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
   float large = 1.0f - 2.0f / (exp1(2.0f * x) + 1.0f);
   return x2 < 0.04f ? small : large;
 }
 
-void dequantize(const uint32_t* packed, const float* scales, const float* biases, int bits, int group, int begin,
-                int end, float* out) {
+void dequantize(const uint32_t* packed, const float* scales, const float* biases, int bits, int group,
+                int begin, int end, float* out) {
   for (int i = begin; i < end;) {
     int g = i / group;
     int stop = (g + 1) * group < end ? (g + 1) * group : end;
@@ -59,7 +63,8 @@ void dequantize(const uint32_t* packed, const float* scales, const float* biases
       const uint32_t* word = packed + i / 8;
       for (int w = 0; w < n / 8; ++w)
 #pragma omp simd
-        for (int j = 0; j < 8; ++j) y[w * 8 + j] = scale * (float)(int32_t)((word[w] >> (4 * j)) & 15u) + bias;
+        for (int j = 0; j < 8; ++j)
+          y[w * 8 + j] = scale * (float)(int32_t)((word[w] >> (4 * j)) & 15u) + bias;
     } else if (bits == 8) {
       const uint8_t* byte = (const uint8_t*)packed + i;
 #pragma omp simd
@@ -68,7 +73,8 @@ void dequantize(const uint32_t* packed, const float* scales, const float* biases
       const uint32_t* word = packed + i / 16;
       for (int w = 0; w < n / 16; ++w)
 #pragma omp simd
-        for (int j = 0; j < 16; ++j) y[w * 16 + j] = scale * (float)(int32_t)((word[w] >> (2 * j)) & 3u) + bias;
+        for (int j = 0; j < 16; ++j)
+          y[w * 16 + j] = scale * (float)(int32_t)((word[w] >> (2 * j)) & 3u) + bias;
     } else {
       // 3, 5 and 6 bits: a little-endian stream in which a value may straddle bytes.
       const uint8_t* bytes = (const uint8_t*)packed;
@@ -145,7 +151,8 @@ float dot(const float* x, const float* y, int n) {
   return sum;
 }
 
-void softmax_vjp(float* dp, const float* p, const float* capped, int n, float delta, float factor, float cap) {
+void softmax_vjp(float* dp, const float* p, const float* capped, int n, float delta, float factor,
+                 float cap) {
   if (!capped) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) dp[i] = p[i] * (dp[i] - delta) * factor;
@@ -172,7 +179,9 @@ void swiglu_vjp(const float* gate, const float* up, const float* dy, float* dgat
   }
 }
 
-inline float inverse_rms(const float* x, float eps, int n) { return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps); }
+inline float inverse_rms(const float* x, float eps, int n) {
+  return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+}
 
 void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
   float r = inverse_rms(x, eps, n);
@@ -202,7 +211,8 @@ void rotate(const float* x, const float* cosine, const float* sine, float* y, in
 }  // namespace
 
 extern const Rows ROWS_TABLE;
-const Rows ROWS_TABLE = {dequantize, max,  exp_sum, sum_exp,     exp_scale, softcap,    softcap_cross_entropy, scale,
-                         add,        dot,  softmax_vjp, swiglu,  swiglu_vjp, rms_norm,  rms_norm_vjp,          rotate};
+const Rows ROWS_TABLE = {
+    dequantize, max, exp_sum,     sum_exp, exp_scale,  softcap,  softcap_cross_entropy, scale,
+    add,        dot, softmax_vjp, swiglu,  swiglu_vjp, rms_norm, rms_norm_vjp,          rotate};
 
 }  // namespace segtrain::cpu

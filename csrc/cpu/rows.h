@@ -1,4 +1,5 @@
-// Loops over rows of floats, compiled once per instruction set (baseline, AVX2, AVX-512) and chosen at run time.
+// Loops over rows of floats, compiled once per instruction set (baseline, AVX2, AVX-512) and chosen at run
+// time.
 #pragma once
 
 #include <cstddef>
@@ -26,13 +27,16 @@ struct Rows {
   void (*add)(float* x, const float* y, int n);
   float (*dot)(const float* x, const float* y, int n);
   /// ds = p·(dp − delta)·factor, into dp; `capped` (the capped scores, or null) adds the factor 1 − (s/cap)².
-  void (*softmax_vjp)(float* dp, const float* p, const float* capped, int n, float delta, float factor, float cap);
+  void (*softmax_vjp)(float* dp, const float* p, const float* capped, int n, float delta, float factor,
+                      float cap);
   void (*swiglu)(const float* gate, const float* up, float* y, size_t n);
   void (*swiglu_vjp)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n);
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int n);
   void (*rms_norm_vjp)(const float* x, const float* weight, const float* dy, float eps, float* dx, int n);
-  /// Rotates pairs (x[i], x[i + half]), or (x[2i], x[2i+1]) if traditional, by angles with these cosines and sines.
-  void (*rotate)(const float* x, const float* cosine, const float* sine, float* y, int half, bool traditional);
+  /// Rotates pairs (x[i], x[i + half]), or (x[2i], x[2i+1]) if traditional, by angles with these cosines and
+  /// sines.
+  void (*rotate)(const float* x, const float* cosine, const float* sine, float* y, int half,
+                 bool traditional);
 };
 
 /// The best set of loops this processor runs.

@@ -15,7 +15,8 @@ int n_threads();
 /// Jobs are handed out in order, so results must not depend on which thread takes one.
 void parallel_for(int n, const std::function<void(int)>& job);
 
-/// Splits n things into equal runs of at most `most`, a multiple of `align`, with every thread busy: length of a run.
+/// Splits n things into equal runs of at most `most`, a multiple of `align`, with every thread busy: length
+/// of a run.
 int split(int n, int most, int align);
 
 /// Floats from MLX's allocator, so that scratch shows in mx.get_peak_memory().

@@ -42,7 +42,9 @@ MLX_VERSION = "0.32.4"
 
 def _require_mlx() -> None:
     """ImportError, in one sentence with the command that mends it, unless MLX can be used."""
-    mend = f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
+    mend = (
+        f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
+    )
     try:
         found = version("mlx")
     except PackageNotFoundError:

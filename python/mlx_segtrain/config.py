@@ -25,9 +25,7 @@ from pydantic.fields import FieldInfo
 
 from mlx_segtrain.errors import InputError
 
-TargetModule = Literal[
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-]  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def _expand(value: Any) -> Any:
@@ -57,6 +55,7 @@ def _distinct(value: list[Any]) -> list[Any]:
 Directory = Annotated[Path, BeforeValidator(_expand)]
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
+Name = Annotated[str, Field(min_length=1)]
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 
@@ -82,8 +81,10 @@ class TrainConfig(BaseModel):
         "by_bits",
         description="Rank per layer: the same everywhere, rank * bits / 4, or by KL importance.",
     )
-    target_modules: Annotated[list[TargetModule], AfterValidator(_distinct)] = Field(
-        list(get_args(TargetModule)), min_length=1, description="Linears that get an adapter."
+    target_modules: Annotated[list[Name], AfterValidator(_distinct)] = Field(
+        PROJECTIONS,
+        min_length=1,
+        description="Linears that get an adapter, by the end of their path.",
     )
     num_layers: LayerCount = Field(
         -1, description="Layers that get adapters, counted from the last one; -1 is all."
@@ -137,9 +138,8 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words that the field, or each item of its list, accepts; () for any value."""
-    annotation = get_args(field.annotation)[0] if is_list(field) else field.annotation
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    """The words that the field accepts; () for any value."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
 def allowed(name: str) -> str:
@@ -149,9 +149,9 @@ def allowed(name: str) -> str:
     if name == "segment_size":
         return "auto or an integer >= 0"
     field = TrainConfig.model_fields[name]
+    if is_list(field):
+        return "one or more names, each once"
     if words := choices(field):
-        if is_list(field):
-            return f"one or more of {', '.join(words)}, each once"
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
     kind = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
     bounds = [
@@ -247,7 +247,7 @@ def default(name: str) -> str:
     if field.is_required():
         return "required"
     if isinstance(field.default, list):
-        return "all of them"
+        return ", ".join(field.default)
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 

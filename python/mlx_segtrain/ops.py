@@ -2,8 +2,8 @@
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head size, F feed-forward
 width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that serves
-the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with the reason
-where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
+the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with the
+reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,9 @@ def base_of(module: nn.Module) -> Base:
     """The frozen weight of an nn.Linear, nn.Embedding or a quantized one, [out, in]."""
     bias = module.get("bias")
     if "scales" not in module:
-        return Base(module.weight, bias=bias)
-    quant: dict[str, Any] = {"group_size": module.group_size, "bits": module.bits}
-    mode = getattr(module, "mode", "affine")
-    return Base(module.weight, module.scales, module.get("biases"), bias, mode=mode, **quant)
+        return Base(module["weight"], bias=bias)
+    quant: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+    return Base(module["weight"], module["scales"], module.get("biases"), bias, **quant)
 
 
 def attention(
@@ -103,7 +102,7 @@ def rope(
     freqs: mx.array | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """Rotates the first `dims` of x [B,H,T,D] by angles position·scale / freqs, position offset + t.
+    """Rotates the first `dims` of x [B,H,T,D] by position·scale / freqs, position offset + t.
 
     freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
     Su et al. 2021, arXiv:2104.09864; the arguments are those of mx.fast.rope.

@@ -114,13 +114,14 @@ def rms_norm_vjp(x, weight, dy, eps):
 def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None):
     """(a, b) → (a·cos − b·sin, a·sin + b·cos), angle = position·scale / freqs"""
     if freqs is None:
+        assert base is not None
         freqs = mx.power(base, mx.arange(0, dims, 2) / dims)
     angle = (offset + mx.arange(x.shape[2]))[:, None] * scale / freqs
     c, s = mx.cos(angle), mx.sin(angle)
     x32 = x[..., :dims].astype(mx.float32)
     a, b = (x32[..., ::2], x32[..., 1::2]) if traditional else mx.split(x32, 2, axis=-1)
     pair = (a * c - b * s, a * s + b * c)
-    y = mx.stack(pair, axis=-1).flatten(-2) if traditional else mx.concatenate(pair, axis=-1)
+    y = mx.stack([*pair], axis=-1).flatten(-2) if traditional else mx.concatenate([*pair], axis=-1)
     return mx.concatenate([y.astype(x.dtype), x[..., dims:]], axis=-1)
 
 
@@ -132,13 +133,13 @@ def lora_linear(x, base, a=None, b=None, scale=1.0):
     y = x @ weight_of(base, x.dtype).T
     if base.bias is not None:
         y = y + base.bias.astype(x.dtype)
-    if a is None:
+    if a is None or b is None:
         return y
     return y + (scale * (x @ a.astype(x.dtype)) @ b.astype(x.dtype)).astype(x.dtype)
 
 
 def lora_linear_vjp(x, base, a, b, scale, dy):
-    """u = scale·dy·bᵀ:  dx = dy·W + u·aᵀ, da = xᵀ·u, db = (scale·x·a)ᵀ·dy. x, dy two-dimensional."""
+    """u = scale·dy·bᵀ:  dx = dy·W + u·aᵀ, da = xᵀ·u, db = (scale·x·a)ᵀ·dy. x, dy 2-D."""
     u = scale * dy @ b.T
     return dy @ weight_of(base, dy.dtype) + u @ a.T, x.T @ u, (scale * x @ a).T @ dy
 

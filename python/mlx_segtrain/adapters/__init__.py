@@ -1,9 +1,9 @@
 """Adapter directories: what a run writes, and what `load` reads back.
 
-    adapters.safetensors       float32 lora_a [in, R] and lora_b [R, out] by module path; loads in mlx-lm
-    adapters_unpadded.safetensors   only where ranks differ: the tensors at their own ranks
-    adapter_config.json        mlx-lm's keys and PEFT's keys together
-    optiq_lora_config.json     ranks by layer
+    adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm)
+    adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
+    adapter_config.json            mlx-lm's keys and PEFT's keys together
+    optiq_lora_config.json         ranks by layer
 
 mlx-lm gives all linears one rank, so differing ranks are padded with zeros to the largest: exact,
 but a padded column has no gradient, hence the second file for training on.

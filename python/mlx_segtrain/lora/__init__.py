@@ -69,7 +69,7 @@ def choose_ranks(
             if rank_scaling == "by_kl" and path in kl and median > 0:
                 factor = min(max(kl[path] / median, 0.5), 2.0)
             elif rank_scaling != "constant" and "scales" in chain.linears[path]:
-                factor = chain.linears[path].bits / 4
+                factor = ops.base_of(chain.linears[path]).bits / 4
             else:
                 factor = 1.0
             ranks[path] = max(2, math.ceil(rank * factor))

@@ -1,4 +1,4 @@
-"""Model families: an mlx-lm model as a chain of stages over our ops. The only place that knows them.
+"""Model families: an mlx-lm model as a chain of stages over our ops. Only this package knows them.
 
 Weights, configuration, tokenizer and generation stay mlx-lm's. A family is a module with
 `serves(model) -> bool` and `chain(model) -> Chain`.

@@ -63,7 +63,7 @@ def _below(scales: Mapping[str, float], prefix: str) -> dict[str, float]:
 def _rotary(rope: Any) -> Callable[[mx.array], mx.array]:
     """mlx-lm's rotary module as our op; one that also scales its input (YaRN) stays as it is."""
     if isinstance(rope, nn.RoPE):
-        options = {"base": rope.base, "scale": rope.scale}
+        options: dict[str, Any] = {"base": rope.base, "scale": rope.scale}
     elif isinstance(rope, Llama3RoPE):
         options = {"freqs": rope._freqs}
     else:

@@ -1,1 +1,1 @@
-"""Objectives: what a batch's loss is, as a head over the last boundary value. Never a model family."""
+"""Objectives: a batch's loss as a head over boundary values. They know no model family."""

@@ -14,7 +14,7 @@ HEAD_READS = ("h", "rows", "targets", "weights")
 
 
 def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-    """Inputs of the chain for a batch: h, and for the rows with a weight their index, target, weight.
+    """Inputs of the chain for a batch: h, and index, target and weight of the rows that count.
 
     Weights are divided by `total`, the step's sum over all micro-batches, so that the losses and
     gradients of these add up to those of one large batch.
@@ -30,7 +30,7 @@ def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
 
 
 def head(chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-    """loss = Σ weights·CE(head(norm(h[rows])), targets). Only rows with a weight meet the vocabulary."""
+    """loss = Σ weights·CE(head(norm(h[rows])), targets): only rows that count meet the head."""
 
     def loss(
         params: Mapping[str, mx.array],

@@ -43,7 +43,7 @@ def mean_loss(
     loss = 0.0
     for batch in eval_batches(dataset, batch_size):
         scope = forward(stages, params, sft.values(chain, batch, total))
-        loss += head({}, *(scope[name] for name in sft.HEAD_READS)).item()
+        loss += float(head({}, *(scope[name] for name in sft.HEAD_READS)))
     return loss
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from .. import events, lora
 from ..adapters import write_adapter
@@ -83,6 +83,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
     try:
         check_output(config)
         setup = prepare(config, tell)
+        source = batches(setup.train, config.batch_size, config.seed)
         with _metrics_file(config) as metrics:
 
             def record(event: events.Event) -> None:
@@ -90,7 +91,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
                 metrics.flush()
                 tell(event)
 
-            result = _run(config, setup, record)
+            result = _run(config, setup, source, record)
             record(events.done(config.adapter_path))
         return result
     except BaseException as error:
@@ -98,10 +99,11 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
         raise
 
 
-def _run(config: TrainConfig, setup: Setup, tell: events.OnEvent) -> TrainResult:
+def _run(
+    config: TrainConfig, setup: Setup, source: Iterator[Batch], tell: events.OnEvent
+) -> TrainResult:
     state = State(lora.stage_params(setup.adapter, [stage.name for stage in setup.stages]))
     step = _Step(config, setup)
-    source = batches(setup.train, config.batch_size, config.seed)
     tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
     mx.reset_peak_memory()
     begin = time.perf_counter()
@@ -164,9 +166,10 @@ class _Step:
     def __call__(self, params: Grads, accumulated: list[Batch]) -> tuple[Grads, float, float]:
         """New parameters, the loss of a token, and the gradient's norm before clipping."""
         loss, grads = self.gradient(params, accumulated)
-        norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads))).item()
+        named = {f"{stage}.{key}": g for stage, own in grads.items() for key, g in own.items()}
+        norm = math.sqrt(float(mx.stack([mx.square(g).sum() for g in named.values()]).sum()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = [name for name, g in tree_flatten(grads) if not mx.isfinite(g).all().item()]
+            bad = [name for name, g in named.items() if not mx.isfinite(g).all()]
             rows = sorted({int(i) for batch in accumulated for i in batch.rows})
             raise FloatingPointError(
                 f"loss is {loss} and gradient norm {norm} on training rows {rows}"
@@ -185,10 +188,8 @@ class _Step:
         total = float(sum(batch.weights.sum() for batch in accumulated))
         loss, grads = 0.0, None
         for batch in accumulated:
-            (part,), part_grads = self.value_and_grad(
-                params, sft.values(self.chain, batch, total)
-            )
-            loss += part.item()
+            (part,), part_grads = self.value_and_grad(params, sft.values(self.chain, batch, total))
+            loss += float(part)
             grads = part_grads if grads is None else tree_map(mx.add, grads, part_grads)
             mx.eval(grads)
         assert grads is not None
@@ -312,4 +313,3 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         finite=finite,
         tokens=tokens,
     )
-

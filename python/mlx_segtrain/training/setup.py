@@ -1,4 +1,4 @@
-"""From a configuration to everything that a run needs, with every check before anything is written."""
+"""From a configuration to all that a run needs; every check before anything is written."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,4 +101,3 @@ def with_params(adapter: Adapter, params: Grads) -> Adapter:
             if leaf == "lora_a":
                 tensors[f"{stage}.{module}"] = (own[key], own[f"{module}.lora_b"])
     return replace(adapter, tensors=dict(sorted(tensors.items())))
-

@@ -1,0 +1,93 @@
+"""The exact order of moves of a plan."""
+
+import pytest
+
+from mlx_segtrain._core import StageSpec, make_plan
+
+
+def chain(n, trainable=None):
+    return [
+        StageSpec(chr(97 + i), ["h"], ["h"], trainable is None or i in trainable) for i in range(n)
+    ]
+
+
+def moves(stages, size, inputs=("h",), head=("h",)):
+    return make_plan(stages, list(inputs), list(head), size).describe()
+
+
+def test_one_stage_a_segment():
+    assert moves(chain(3), 1) == [
+        "forward 0:1 reads h@input; keeps h@a",
+        "forward 1:2 reads h@a; keeps h@b",
+        "head 2:3 reads h@b; gives h@b; drops h@b",
+        "backward 1:2 reads h@a; takes h@b; gives h@a; drops h@a",
+        "backward 0:1 reads h@input; takes h@a; drops h@input",
+    ]
+
+
+def test_a_short_last_segment():
+    assert moves(chain(5), 2) == [
+        "forward 0:2 reads h@input; keeps h@b",
+        "forward 2:4 reads h@b; keeps h@d",
+        "head 4:5 reads h@d; gives h@d; drops h@d",
+        "backward 2:4 reads h@b; takes h@d; gives h@b; drops h@b",
+        "backward 0:2 reads h@input; takes h@b; drops h@input",
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 3, 100])
+def test_everything_kept(size):
+    assert moves(chain(3), size) == ["head 0:3 reads h@input; drops h@input"]
+
+
+def test_stages_below_the_first_parameter_run_forward_only_and_are_dropped_at_once():
+    assert moves(chain(4, trainable={2}), 1) == [
+        "forward 0:1 reads h@input; keeps h@a; drops h@input",
+        "forward 1:2 reads h@a; keeps h@b; drops h@a",
+        "forward 2:3 reads h@b; keeps h@c",
+        "head 3:4 reads h@c; gives h@c; drops h@c",
+        "backward 2:3 reads h@b; takes h@c; drops h@b",
+    ]
+
+
+def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_back():
+    """The form of shared keys and values: b writes kv, c and d read it."""
+    stages = [
+        StageSpec("a", ["h"], ["h"], True),
+        StageSpec("b", ["h"], ["h", "kv"], True),
+        StageSpec("c", ["h", "kv"], ["h"], True),
+        StageSpec("d", ["h", "kv"], ["h"], True),
+    ]
+    assert moves(stages, 1) == [
+        "forward 0:1 reads h@input; keeps h@a",
+        "forward 1:2 reads h@a; keeps h@b, kv@b",
+        "forward 2:3 reads h@b, kv@b; keeps h@c",
+        "head 3:4 reads h@c, kv@b; gives h@c, kv@b; drops h@c",
+        "backward 2:3 reads h@b, kv@b; takes h@c; gives h@b, kv@b; drops h@b, kv@b",
+        "backward 1:2 reads h@a; takes h@b, kv@b; gives h@a; drops h@a",
+        "backward 0:1 reads h@input; takes h@a; drops h@input",
+    ]
+    # One segment holds the writer and all readers: kv is no boundary value.
+    assert moves(stages, 2)[0] == "forward 0:2 reads h@input; keeps h@b, kv@b"
+    assert moves(stages, 4) == ["head 0:4 reads h@input; drops h@input"]
+
+
+def test_the_head_reads_inputs_and_values_of_earlier_segments():
+    stages = [StageSpec("a", ["h"], ["h", "aux"], True), StageSpec("b", ["h"], ["h"], False)]
+    assert moves(stages, 1, inputs=["h", "targets"], head=["h", "targets", "aux"]) == [
+        "forward 0:1 reads h@input; keeps h@a, aux@a",
+        "head 1:2 reads h@a, targets@input, aux@a; gives h@a, aux@a; "
+        "drops h@a, targets@input, aux@a",
+        "backward 0:1 reads h@input; takes h@a, aux@a; drops h@input",
+    ]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="b reads 'kv', which is neither an input nor written"):
+        make_plan([chain(1)[0], StageSpec("b", ["h", "kv"], ["h"], True)], ["h"], ["h"], 1)
+    with pytest.raises(ValueError, match="the head reads 'x'"):
+        make_plan(chain(1), ["h"], ["x"], 1)
+    with pytest.raises(ValueError, match="segment_size must be 0"):
+        make_plan(chain(1), ["h"], ["h"], -1)
+    with pytest.raises(ValueError, match="at least one stage"):
+        make_plan([], ["h"], ["h"], 1)

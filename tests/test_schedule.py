@@ -1,0 +1,172 @@
+"""The segmented backward pass against MLX's gradient of the whole."""
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_segtrain import Stage, segmented_value_and_grad
+from mlx_segtrain.schedule import forward
+from oracle import errors
+
+N, H = 7, 16
+
+
+def shared_kv_chain(dtype=mx.float32):
+    """Layers on h; layer 1 also writes kv, which layers 3, 4 and 6 and the head read."""
+    keys = iter(mx.random.split(mx.random.key(0), 40))
+
+    def array(*shape):
+        return (0.3 * mx.random.normal(shape, key=next(keys))).astype(dtype)
+
+    def plain(p, h):
+        return h + mx.tanh(h @ p["w"])
+
+    def donor(p, h):
+        return h + mx.tanh(h @ p["w"]), mx.sin(h @ p["v"])
+
+    def reader(p, h, kv):
+        return h + mx.tanh(h @ p["w"]) * kv
+
+    stages, params = [], {}
+    for i in range(N):
+        name = f"layer.{i}"
+        params[name] = {"w": array(H, H)}
+        if i == 1:
+            params[name]["v"] = array(H, H)
+            stages.append(Stage(name, donor, writes=("h", "kv")))
+        elif i in (3, 4, 6):
+            stages.append(Stage(name, reader, reads=("h", "kv")))
+        else:
+            stages.append(Stage(name, plain))
+    params["head"] = {"out": array(H, 3)}
+
+    def head(p, h, kv, y):
+        loss = ((h @ p["out"] + kv.sum(-1, keepdims=True) - y) ** 2).astype(mx.float32).mean()
+        return loss, h.astype(mx.float32).mean()
+
+    values = {"h": array(2, 5, H), "y": array(2, 5, 3)}
+    return stages, head, params, values
+
+
+def whole(stages, head, params, values):
+    def loss(params):
+        scope = dict(values)
+        for s in stages:
+            out = s.fn(params[s.name], *(scope[r] for r in s.reads))
+            scope.update(zip(s.writes, out if isinstance(out, tuple) else (out,), strict=True))
+        return head(params["head"], scope["h"], scope["kv"], scope["y"])[0]
+
+    return mx.value_and_grad(loss)(params)
+
+
+def run(size, dtype=mx.float32):
+    stages, head, params, values = shared_kv_chain(dtype)
+    step = segmented_value_and_grad(
+        stages, head, inputs=("h", "y"), head_reads=("h", "kv", "y"), segment_size=size
+    )
+    return step(params, values)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7, 20])
+def test_gradients_equal_the_whole_model(size):
+    stages, head, params, values = shared_kv_chain()
+    loss, grads = whole(stages, head, params, values)
+    (segmented, mean_h), got = run(size)
+    assert mx.allclose(loss, segmented, rtol=1e-6)
+    assert mx.allclose(mean_h, forward(stages, params, values)["h"].mean(), rtol=1e-5)
+    truth = dict(tree_flatten(grads))
+    assert dict(tree_flatten(got)).keys() == truth.keys()
+    for name, grad in tree_flatten(got):
+        l2, _ = errors(grad, truth[name])
+        assert mx.abs(truth[name]).max() > 1e-4 and l2 < 1e-6, name
+
+
+def test_sums_over_readers_are_in_float32():
+    """In bfloat16 the gradient through kv's four readers is no worse than MLX's own sum."""
+    _, truth = whole(*shared_kv_chain(mx.float32))
+    true = truth["layer.1"]["v"]
+    _, plain = whole(*shared_kv_chain(mx.bfloat16))
+    plain_l2, _ = errors(plain["layer.1"]["v"].astype(mx.float32), true)
+    for size in (0, 1, 3):
+        _, got = run(size, mx.bfloat16)
+        l2, _ = errors(got["layer.1"]["v"].astype(mx.float32), true)
+        assert l2 <= 1.2 * plain_l2
+
+
+def test_many_small_cotangents_are_not_lost():
+    """A value read 256 times: each cotangent is 1, and 1 + … + 1 stops at 256 in bfloat16."""
+    n = 300
+    for size in (0, 1, 7):
+        stages = [
+            Stage("donor", lambda p, h: (h, p["w"] * 1), writes=("h", "kv")),
+            *(
+                Stage(f"r{i}", lambda p, h, kv: h + kv.astype(mx.float32), reads=("h", "kv"))
+                for i in range(n)
+            ),
+        ]
+        step = segmented_value_and_grad(stages, lambda p, h: h.sum(), segment_size=size)
+        params = {"donor": {"w": mx.ones(1, mx.bfloat16)}}
+        (loss,), grads = step(params, {"h": mx.zeros(1)})
+        assert loss.item() == n
+        # 300 itself is not a bfloat16: it rounds to an even multiple of 2.
+        assert grads["donor"]["w"].item() == mx.array(n, mx.bfloat16).item()
+
+
+def test_memory_grows_with_the_segment_and_not_with_depth():
+    """Each layer makes four arrays of 4 MB; a boundary is 0.25 MB."""
+
+    def layer(p, h):
+        x = h @ p["up"]
+        for _ in range(3):
+            x = mx.sin(x)
+        return h + x @ p["down"]
+
+    def peak(n, size):
+        keys = mx.random.split(mx.random.key(0), 2)
+        up = 0.1 * mx.random.normal((16, 256), key=keys[0])
+        down = 0.1 * mx.random.normal((256, 16), key=keys[1])
+        params = {f"l{i}": {"up": up, "down": down} for i in range(n)}
+        h = mx.random.normal((4096, 16))
+        mx.eval(params, h)
+        stages = [Stage(f"l{i}", layer) for i in range(n)]
+        step = segmented_value_and_grad(stages, lambda p, h: (h**2).mean(), segment_size=size)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        step(params, {"h": h})
+        return (mx.get_peak_memory() - before) / 1e6
+
+    shallow, deep, off = peak(4, 1), peak(16, 1), peak(16, 0)
+    assert deep - shallow < 12 * 0.27 + 1, (shallow, deep)
+    assert peak(16, 4) > 1.8 * deep
+    assert off > 6 * deep, (deep, off)
+
+
+def test_without_parameters_only_the_loss_comes_back():
+    stages, _, _, values = shared_kv_chain()
+    bare = [Stage(s.name, lambda p, h: h * 2) for s in stages[:3]]
+    step = segmented_value_and_grad(bare, lambda p, h: h.sum(), segment_size=1)
+    (loss,), grads = step({}, {"h": values["h"]})
+    assert mx.allclose(loss, values["h"].sum() * 8, rtol=1e-5) and grads == {}
+
+
+def test_an_exception_in_a_stage_arrives_and_leaves_the_runner_usable():
+    def broken(p, h):
+        raise KeyError("from the stage")
+
+    step = segmented_value_and_grad([Stage("a", broken)], lambda p, h: h.sum())
+    with pytest.raises(KeyError, match="from the stage"):
+        step({"a": {"w": mx.ones(1)}}, {"h": mx.ones(3)})
+    run(1)
+
+
+def test_misuse_is_named():
+    stages, head, params, values = shared_kv_chain()
+    with pytest.raises(ValueError, match=r"unknown stages: \['layer\.9'\]"):
+        segmented_value_and_grad(stages[:1], head)({"layer.9": {}}, values)
+    with pytest.raises(ValueError, match="names must differ"):
+        segmented_value_and_grad([stages[0], stages[0]], head)
+    bad = Stage("two", lambda p, h: (h, h))
+    with pytest.raises(ValueError, match=r"stage 'two' must return 1 arrays.*got 2"):
+        segmented_value_and_grad([bad, stages[0]], lambda p, h: h.sum())(
+            {"layer.0": params["layer.0"]}, {"h": values["h"]}
+        )

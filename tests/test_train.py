@@ -1,0 +1,303 @@
+"""Whole runs on tiny models: what is written, what numbers mean, what an interruption leaves."""
+
+import json
+import math
+import signal
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+import pytest
+
+import mlx_segtrain
+from conftest import write_rows
+from mlx_segtrain import InputError, TrainConfig, adapters, lora, train
+from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.training import evaluate, loop, probe
+from oracle import assert_close
+
+
+def config_of(model, data, out, **changes):
+    base = {"iters": 4, "rank": 4, "learning_rate": 1e-2, "steps_per_report": 1}
+    base["max_seq_length"] = 100
+    return TrainConfig(model_dir=model, data_dir=data, adapter_path=out, **{**base, **changes})
+
+
+def weights_of(path):
+    return mx.load(str(path / "adapters.safetensors"))
+
+
+def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
+    seen = []
+    config = config_of(llama4, data, tmp_path / "a", iters=30, steps_per_eval=10)
+    result = train(config, seen.append)
+    assert result.steps == 30 and not result.interrupted
+    assert result.first_val_loss > 4 and result.final_val_loss < 0.7 * result.first_val_loss
+    assert result.best_val_loss <= result.final_val_loss
+    kinds = [event["type"] for event in seen]
+    assert kinds[0] == "started" and kinds[-1] == "done"
+    stages = [event["stage"] for event in seen if event["type"] == "stage"]
+    assert stages == ["load", "setup", "data", "train", "checkpoint", "done"]
+    done = next(event for event in seen if event.get("stage") == "done")
+    assert done["adapter_path"] == str(tmp_path / "a") and len(done["applied_ranks"]) == 21
+    steps = [event["step"] for event in seen if event.get("kind") == "train"]
+    assert steps == list(range(1, 31))
+    vals = [event["step"] for event in seen if event.get("kind") == "val"]
+    assert vals == [0, 10, 20, 30]
+    progress = [event["progress"] for event in seen if "progress" in event]
+    assert progress == sorted(progress) and progress[-1] == 1
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["config"]["iters"] == 30
+    assert [json.loads(line) for line in lines[1:]] == seen[seen.index(json.loads(lines[1])) :]
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "adapters.safetensors",
+        "adapter_config.json",
+        "optiq_lora_config.json",
+        "metrics.jsonl",
+    }
+    for a_or_b in weights_of(tmp_path / "a").values():
+        assert a_or_b.dtype == mx.float32 and mx.isfinite(a_or_b).all()
+
+
+@pytest.mark.parametrize("fixture", ["llama4", "llama_mixed"])
+def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, tmp_path, request):
+    """llama_mixed has 4 and 8 bits, so by_bits gives two ranks, which mlx-lm does not know."""
+    model_dir = request.getfixturevalue(fixture)
+    result = train(config_of(model_dir, data, tmp_path / "a", scale=2.0))
+    assert set(result.applied_ranks.values()) == ({4, 8} if fixture == "llama_mixed" else {4})
+    tokens = mx.array([[1, 5, 9, 200, 17, 33]])
+    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path / "a"))
+    own, _ = mlx_segtrain.load(model_dir, tmp_path / "a")
+    base, _ = mlx_segtrain.load(model_dir)
+    assert_close("logits", own(tokens), stock(tokens), 1e-5)
+    assert mx.abs(base(tokens) - stock(tokens)).max() > 1e-2
+    # The training forward gives the same logits.
+    model, _, _ = load_base(model_dir)
+    chain = chain_of(model)
+    adapter = adapters.read_adapter(tmp_path / "a", chain)
+    assert adapter.ranks == result.applied_ranks
+    stages = chain.stages(adapter.scales)
+    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    h = mlx_segtrain.schedule.forward(stages, params, {"h": chain.embed(tokens)})["h"]
+    logits = mlx_segtrain.ops.lora_linear(chain.norm(h), chain.head)
+    assert_close("training forward", logits, stock(tokens), 1e-5)
+
+
+def test_generate_with_the_adapter(llama4, data, tmp_path):
+    train(config_of(llama4, data, tmp_path / "a", iters=2))
+    model, tokenizer = mlx_segtrain.load(llama4, tmp_path / "a")
+    stock, _ = mlx_lm.load(str(llama4), adapter_path=str(tmp_path / "a"))
+    options = {"prompt": [1, 2, 3, 4], "max_tokens": 12}
+    text = mlx_lm.generate(model, tokenizer, **options)
+    assert text == mlx_lm.generate(stock, tokenizer, **options) and text
+
+
+def test_same_seed_same_bytes_and_another_seed_another_run(llama4, data, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(config_of(llama4, data, tmp_path / name, seed=seed))
+    first = (tmp_path / "a" / "adapters.safetensors").read_bytes()
+    assert first == (tmp_path / "b" / "adapters.safetensors").read_bytes()
+    assert first != (tmp_path / "c" / "adapters.safetensors").read_bytes()
+
+
+def test_accumulation_equals_a_larger_batch(llama, tmp_path):
+    """Rows of different lengths: a mean of means would weigh them wrongly."""
+    data = write_rows(tmp_path / "data", 4)
+    runs = {}
+    for name, changes in {
+        "batch": {"batch_size": 4},
+        "accumulated": {"grad_accumulation_steps": 4},
+    }.items():
+        # By chance of the order nothing: all four rows are in every step.
+        train(config_of(llama, data, tmp_path / name, iters=3, **changes))
+        runs[name] = weights_of(tmp_path / name)
+    for key, value in runs["batch"].items():
+        assert_close(key, runs["accumulated"][key], value, 2e-3)
+
+
+def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
+    llama, data, tmp_path, monkeypatch
+):
+    """Three steps equal mlx.optimizers fed with the gradients that the loop computed."""
+    taken = []
+    original = loop._Step.gradient
+
+    def recorded(self, params, batches):
+        loss, grads = original(self, params, batches)
+        taken.append((params, grads))
+        return loss, grads
+
+    monkeypatch.setattr(loop._Step, "gradient", recorded)
+    seen = []
+    config = config_of(llama, data, tmp_path / "a", iters=3, grad_clip_norm=0.5, weight_decay=0.1)
+    train(config, seen.append)
+    optimizer = optim.AdamW(
+        1e-2, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.1, bias_correction=True
+    )
+    params = taken[0][0]
+    reported = [event["grad_norm"] for event in seen if event.get("kind") == "train"]
+    for (_, grads), norm in zip(taken, reported, strict=True):
+        clipped, total = optim.clip_grad_norm(grads, 0.5)
+        assert math.isclose(total.item(), norm, rel_tol=1e-5)
+        params = optimizer.apply_gradients(clipped, params)
+    final = weights_of(tmp_path / "a")
+    for stage, own in params.items():
+        for key, value in own.items():
+            assert_close(key, final[f"{stage}.{key}"], value, 1e-4)
+    assert max(reported) > 0.5
+
+
+def test_segment_sizes_and_checkpointing_train_the_same(llama4, data, tmp_path):
+    losses = {}
+    for name, changes in {
+        "auto": {},
+        "off": {"segment_size": 0},
+        "two": {"segment_size": 2},
+        "checkpoint": {"grad_checkpoint": True, "segment_size": 0},
+    }.items():
+        losses[name] = train(config_of(llama4, data, tmp_path / name, **changes)).final_val_loss
+    assert losses["auto"] == losses["checkpoint"]
+    assert np.allclose(list(losses.values()), losses["auto"], rtol=1e-5)
+
+
+GOLDEN = [5.6145, 5.5636, 5.344, 4.8838, 5.0153, 4.8762, 4.3232, 4.502, 4.3224, 4.0853]
+
+
+def test_ten_losses_of_a_tiny_model(llama4, data, tmp_path):
+    """Literals, so that a change of the arithmetic cannot pass unseen."""
+    seen = []
+    changes = {"iters": 10, "batch_size": 4, "learning_rate": 2e-3}
+    train(config_of(llama4, data, tmp_path / "a", **changes), seen.append)
+    losses = [event["loss"] for event in seen if event.get("kind") == "train"]
+    assert np.allclose(losses, GOLDEN, atol=1e-3), [round(x, 4) for x in losses]
+
+
+def test_checkpoints_and_metrics(llama4, data, tmp_path):
+    config = config_of(
+        llama4, data, tmp_path / "a", iters=4, steps_per_eval=2, save_checkpoints=True
+    )
+    result = train(config)
+    folders = sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir())
+    assert [name.split("-val")[0] for name in folders] == ["step-00002", "step-00004"]
+    assert folders[-1].endswith(f"val{result.final_val_loss:.4f}")
+    for name in folders:
+        mlx_lm.load(str(llama4), adapter_path=str(tmp_path / "a" / "checkpoints" / name))
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert metrics["config"]["iters"] == 4 and [v["step"] for v in metrics["val_losses"]] == [
+        0,
+        2,
+        4,
+    ]
+    assert metrics["final_val_loss"] == result.final_val_loss and metrics["peak_gb"] > 0
+
+
+def test_last_layers_only(llama4, data, tmp_path):
+    result = train(config_of(llama4, data, tmp_path / "a", num_layers=1))
+    assert {path.split(".")[2] for path in result.applied_ranks} == {"2"}
+    assert len(weights_of(tmp_path / "a")) == 14
+    mlx_lm.load(str(llama4), adapter_path=str(tmp_path / "a"))
+
+
+def test_ranks_by_kl(llama_mixed, tmp_path):
+    model, _, _ = load_base(llama_mixed)
+    chain = chain_of(model)
+    paths = sorted(chain.linears)
+    kl = {path: {"bits": 4, "kl": 1.0} for path in paths[:3]}
+    kl[paths[1]]["kl"], kl[paths[2]]["kl"] = 100.0, 0.01
+    (tmp_path / "optiq_metadata.json").write_text(json.dumps({"per_layer": kl}))
+    options = {"rank": 10, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+               "up_proj", "down_proj"], "num_layers": -1}  # fmt: skip
+    ranks = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path, **options)
+    assert [ranks[path] for path in paths[:3]] == [10, 20, 5]
+    by_bits = lora.choose_ranks(chain, rank_scaling="by_bits", model_dir=tmp_path, **options)
+    assert {p: r for p, r in ranks.items() if p not in paths[:3]} == {
+        p: r for p, r in by_bits.items() if p not in paths[:3]
+    }
+    assert set(by_bits.values()) == {10, 20}
+    constant = lora.choose_ranks(chain, rank_scaling="constant", model_dir=tmp_path, **options)
+    assert set(constant.values()) == {10}
+    none = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path / "x", **options)
+    assert none == by_bits
+
+
+@pytest.mark.parametrize("at", ["between steps", "in a stage"])
+def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeypatch):
+    seen = []
+
+    def on_event(event):
+        seen.append(event)
+        if at == "between steps" and event.get("kind") == "train" and event["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    if at == "in a stage":
+        original, calls = mlx_segtrain.ops.swiglu, []
+
+        def swiglu(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 80:
+                signal.raise_signal(signal.SIGINT)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(mlx_segtrain.ops, "swiglu", swiglu)
+    config = config_of(llama4, data, tmp_path / "a", iters=50, steps_per_eval=100)
+    result = train(config, on_event)
+    assert result.interrupted and 0 < result.steps < 50
+    plain = config_of(llama4, data, tmp_path / "b", iters=result.steps, steps_per_eval=100)
+    monkeypatch.undo()
+    train(plain)
+    stopped, full = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(mx.array_equal(stopped[key], full[key]) for key in full)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(llama4, data, tmp_path, monkeypatch):
+    original, calls = loop._Step.gradient, []
+
+    def broken(self, params, batches):
+        loss, grads = original(self, params, batches)
+        calls.append(1)
+        return (math.nan if len(calls) == 3 else loss), grads
+
+    monkeypatch.setattr(loop._Step, "gradient", broken)
+    seen = []
+    with pytest.raises(FloatingPointError, match=r"loss is nan .* on training rows \[\d+\]"):
+        train(config_of(llama4, data, tmp_path / "a"), seen.append)
+    assert seen[-1]["type"] == "failed"
+    monkeypatch.undo()
+    train(config_of(llama4, data, tmp_path / "b", iters=2))
+    kept, two = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(mx.array_equal(kept[key], two[key]) for key in two)
+
+
+def test_probe_writes_nothing_and_takes_the_longest_rows(llama4, data, tmp_path):
+    result = probe(config_of(llama4, data, tmp_path / "a"))
+    assert result.finite and result.loss > 0 and result.grad_norm > 0
+    assert result.peak_gb > result.resting_gb > 0 and result.step_s > 0
+    _, _, tokenizer = load_base(llama4)
+    from mlx_segtrain.data import load_dataset
+
+    rows, _ = load_dataset(data, tokenizer, max_seq_length=100)
+    assert result.tokens == max(len(row.ids) for row in rows.rows)
+    assert not (tmp_path / "a").exists()
+
+
+def test_evaluate_agrees_with_the_run(llama4, data, tmp_path):
+    result = train(config_of(llama4, data, tmp_path / "a"))
+    own = evaluate(llama4, data, tmp_path / "a", max_seq_length=100)
+    assert math.isclose(own.loss, result.final_val_loss, rel_tol=1e-5) and own.rows == 6
+    assert math.isclose(own.perplexity, math.exp(own.loss))
+    base = evaluate(llama4, data, max_seq_length=100, batch_size=4)
+    assert math.isclose(base.loss, result.first_val_loss, rel_tol=1e-5)
+
+
+def test_files_are_written_aside_and_renamed(tmp_path):
+    from mlx_segtrain.files import atomic, write_text
+
+    write_text(tmp_path / "a.json", "old")
+    with pytest.raises(RuntimeError), atomic(tmp_path / "a.json") as aside:
+        aside.write_text("half")
+        assert (tmp_path / "a.json").read_text() == "old"
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(InputError):
+        adapters.read_adapter(tmp_path / "nothing", None)
