@@ -25,6 +25,7 @@ lint: $(VENV)/installed ## Check format, style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@cp $(VENV)/lib/python*/site-packages/mlx_segtrain/_core.pyi python/mlx_segtrain/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed ## Time training steps

@@ -140,10 +140,10 @@ def mlx_lm(model_dir, length, steps, variant):
 def peft(model_dir, length, steps, variant):
     import mlx.core as mx
     import numpy as np
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from mlx.utils import tree_flatten
     from mlx_lm.utils import dequantize_model, load_model
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, _ = load_model(Path(model_dir))
