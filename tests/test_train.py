@@ -223,6 +223,8 @@ def test_ranks_by_kl(llama_mixed, tmp_path):
 
 @pytest.mark.parametrize("at", ["between steps", "in a stage"])
 def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeypatch):
+    # A shell starts background jobs with the signal ignored, and Python leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = []
 
     def on_event(event):
