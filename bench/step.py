@@ -204,9 +204,10 @@ def main():
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
-        from mlx_segtrain.demo.snapshot import default_cache_dir, smollm2_snapshot
+        from mlx_segtrain.demo.snapshot import smollm2_snapshot
+        from mlx_segtrain.files import cache_dir
 
-        args.model = smollm2_snapshot(default_cache_dir())
+        args.model = smollm2_snapshot(cache_dir())
     if args.cell:
         return run_cell(args)
     packages = ["mlx", "mlx-lm", "mlx-segtrain", "torch", "peft", "transformers"]

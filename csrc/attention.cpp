@@ -1,22 +1,12 @@
-// Derivation and cost: docs/attention.md.
-#include <cmath>
+#include "attention.h"
 
-#include "cpu/kernels.h"
-#include "kernel.h"
+#include <mutex>
+
+#include "gpu.h"
 
 namespace segtrain {
 
 namespace {
-
-/// Everything about a call but the arrays.
-struct Call {
-  int B, H, G, T, S, D, Dv, q_start;
-  float scale, cap;
-  std::vector<int32_t> first;  ///< [T]: the first key that a query sees; the last is its own position
-  mx::StreamOrDevice s;
-
-  int share() const { return H / G; }
-};
 
 Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                std::optional<int> window, const std::optional<std::vector<int>>& segments,
@@ -24,8 +14,9 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4,
         "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ", q.shape(), ", ", k.shape(), ", ",
         v.shape(), ".");
-  Call c{q.shape(0), q.shape(1), k.shape(1), q.shape(2),          k.shape(2), q.shape(3),
-         v.shape(3), 0,          scale,      softcap.value_or(0), {},         s};
+  Call c{q.shape(0), q.shape(1),         k.shape(1), q.shape(2), k.shape(2),
+         q.shape(3), v.shape(3),         0,          scale,      softcap.value_or(0),
+         false,      window.value_or(0), {},         q.dtype(),  s};
   check(k.shape(0) == c.B && v.shape(0) == c.B && v.shape(1) == c.G && v.shape(2) == c.S && k.shape(3) == c.D,
         "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(),
         ", ", v.shape(), ".");
@@ -45,6 +36,7 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float
               std::is_sorted(segments->begin(), segments->end()),
           "[attention] segments must be rising offsets from 0 to S = ", c.S, ".");
   }
+  c.causal_only = !window && !segments && !softcap && c.T == c.S;
   for (int t = 0; t < c.T; ++t) {
     int position = c.q_start + t, first = 0;
     if (window) first = std::max(first, position - *window + 1);
@@ -55,184 +47,76 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float
   return c;
 }
 
-/// Sums the query heads of each group: [B,H,S,D] → [B,G,S,D].
-mx::array sum_share(const mx::array& x, const Call& c, int d) {
-  if (c.share() == 1) return x;
-  return mx::sum(mx::reshape(x, {c.B, c.G, c.share(), c.S, d}, c.s), 2, false, c.s);
+/// MLX's own, where both of its directions are linear in memory.
+Way stock_way(const Call& c) {
+  if (on_cpu(c.s)) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
+  if (!c.causal_only)
+    return {"stock", false, "it takes windows, segments, caps and T < S as arrays of masks only"};
+  int most = gpu() == Gpu::metal ? 256 : 128;
+  if (c.D > most || c.D != c.Dv)
+    return {"stock", false,
+            "its backward pass is linear in memory up to D = " + std::to_string(most) + " only"};
+  if (c.dtype == mx::float32 && gpu() == Gpu::cuda)
+    return {"stock", false, "it has no float32 kernel on CUDA"};
+  return {"stock", true, ""};
 }
 
-// ---- kernel: csrc/cpu/attention.cpp
-
-cpu::Attention cpu_args(const Call& c) {
-  return {c.B, c.H, c.G, c.T, c.S, c.D, c.Dv, c.q_start, c.scale, c.cap, c.first.data()};
-}
-
-const float* in(const std::vector<const void*>& p, int i) {
-  return static_cast<const float*>(p[i]);
-}
-float* out(const std::vector<void*>& p, int i) {
-  return static_cast<float*>(p[i]);
-}
-
-Arrays kernel_forward(const Call& c, const Arrays& x) {
-  return cpu_op(
-      "attention", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s)}, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
-      {mx::float32, mx::float32},
-      [c](auto& i, auto& o) {
-        cpu::attention(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), out(o, 0), out(o, 1));
-      },
-      c.s);
-}
-
-Arrays kernel_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
-                  const mx::array& lse) {
-  auto grads = cpu_op(
-      "attention_vjp", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s), f32(o, c.s), lse, f32(d_o, c.s)},
-      {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.S, c.D}, {c.B, c.H, c.S, c.Dv}},
-      {mx::float32, mx::float32, mx::float32},
-      [c](auto& i, auto& o) {
-        cpu::attention_vjp(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), in(i, 3), in(i, 4), in(i, 5), out(o, 0),
-                           out(o, 1), out(o, 2));
-      },
-      c.s);
-  return {grads[0], sum_share(grads[1], c, c.D), sum_share(grads[2], c, c.Dv)};
-}
-
-// ---- blocked: blocks of queries against the range of keys they see, as products of whole matrices
-
-/// Queries [q0, q1) and the keys [k0, k1) that any of them sees.
-struct Block {
-  int q0, q1, k0, k1;
-  int nq() const { return q1 - q0; }
-  int nk() const { return k1 - k0; }
-};
-
-std::vector<Block> blocks(const Call& c) {
-  // At most 2²⁵ scores at a time (128 MB of float32), in multiples of 128 rows.
-  int rows = static_cast<int>((1LL << 25) / (static_cast<long long>(c.B) * c.H * c.S)) / 128 * 128;
-  rows = std::clamp(rows, 128, 1024);
-  std::vector<Block> all;
-  for (int q0 = 0; q0 < c.T; q0 += rows) {
-    int q1 = std::min(c.T, q0 + rows);
-    all.push_back({q0, q1, *std::min_element(c.first.begin() + q0, c.first.begin() + q1), c.q_start + q1});
-  }
-  return all;
-}
-
-mx::array cut(const mx::array& x, int begin, int end, const Call& c) {
-  return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}, c.s);
-}
-
-/// [B,H,n,d] → [B,G,share·n,d]: the heads of a group become rows of one product.
-mx::array to_groups(const mx::array& x, const Call& c) {
-  return mx::reshape(x, {c.B, c.G, c.share() * x.shape(2), x.shape(3)}, c.s);
-}
-
-/// [B,H,n] → [B,G,share,n,1]
-mx::array per_row(const mx::array& x, const Block& b, const Call& c) {
-  return mx::reshape(x, {c.B, c.G, c.share(), b.nq(), 1}, c.s);
-}
-
-struct Scores {
-  mx::array s;     ///< [B,G,share,nq,nk] float32, capped; −inf where unseen
-  mx::array seen;  ///< [nq,nk]
-};
-
-Scores scores(const mx::array& q_b, const mx::array& k_b, const Block& b, const Call& c) {
-  auto s = f32(matmul(q_b, k_b, false, true, c.scale, c.s), c.s);
-  s = mx::reshape(s, {c.B, c.G, c.share(), b.nq(), b.nk()}, c.s);
-  if (c.cap > 0) s = mx::multiply(mx::tanh(mx::divide(s, mx::array(c.cap), c.s), c.s), mx::array(c.cap), c.s);
-  auto key = mx::reshape(mx::arange(b.k0, b.k1, mx::int32, c.s), {1, b.nk()}, c.s);
-  auto position =
-      mx::reshape(mx::arange(c.q_start + b.q0, c.q_start + b.q1, mx::int32, c.s), {b.nq(), 1}, c.s);
-  auto first = mx::array(c.first.begin() + b.q0, {b.nq(), 1}, mx::int32);
-  auto seen = mx::logical_and(mx::greater_equal(key, first, c.s), mx::less_equal(key, position, c.s), c.s);
-  return {mx::where(seen, s, mx::array(-INFINITY), c.s), seen};
-}
-
-Arrays blocked_forward(const Call& c, const Arrays& x) {
-  Arrays os, lses;
-  auto q = x[0];
-  for (const auto& b : blocks(c)) {
-    // One block at a time: the next one's queries wait for this one's output.
-    if (!os.empty()) q = mx::depends({q}, {os.back()})[0];
-    auto s = scores(to_groups(cut(q, b.q0, b.q1, c), c), cut(x[1], b.k0, b.k1, c), b, c).s;
-    auto lse = mx::logsumexp(s, -1, true, c.s);
-    auto p = mx::astype(mx::exp(mx::subtract(s, lse, c.s), c.s), x[2].dtype(), c.s);
-    p = mx::reshape(p, {c.B, c.G, c.share() * b.nq(), b.nk()}, c.s);
-    auto o = matmul(p, cut(x[2], b.k0, b.k1, c), false, false, 1, c.s);
-    os.push_back(mx::reshape(o, {c.B, c.H, b.nq(), c.Dv}, c.s));
-    lses.push_back(mx::reshape(lse, {c.B, c.H, b.nq()}, c.s));
-  }
-  return {mx::concatenate(os, 2, c.s), mx::concatenate(lses, 2, c.s)};
-}
-
-/// Sums pieces of dk or dv that cover ranges of keys, in float32.
-class KeySum {
- public:
-  KeySum(const Call& c, int d) : c_(c), sum_(mx::zeros({c.B, c.G, c.S, d}, mx::float32, c.s)) {}
-  void add(const mx::array& piece, const Block& b) {
-    auto old = cut(sum_, b.k0, b.k1, c_);
-    sum_ = mx::slice_update(sum_, mx::add(old, f32(piece, c_.s), c_.s), mx::Shape{0, 0, b.k0, 0},
-                            mx::Shape{c_.B, c_.G, b.k1, sum_.shape(3)}, c_.s);
-  }
-  const mx::array& sum() const { return sum_; }
-
- private:
-  const Call& c_;
-  mx::array sum_;
-};
-
-Arrays blocked_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
-                   const mx::array& lse) {
-  auto delta = mx::sum(mx::multiply(f32(o, c.s), f32(d_o, c.s), c.s), -1, false, c.s);
-  auto rows = [&](const mx::array& y, const Block& b) {  // [B,H,T] → per_row
-    return per_row(mx::slice(y, {0, 0, b.q0}, {c.B, c.H, b.q1}, c.s), b, c);
+/// On CUDA MLX leaves its fused kernel when T is no multiple of 128: zeros behind the last key are seen by no
+/// query.
+mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
+  int more = gpu() == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
+  auto longer = [&](const mx::array& x) {
+    return more ? mx::pad(x, {{0, 0}, {0, 0}, {0, more}, {0, 0}}, mx::array(0, x.dtype()), "constant", c.s)
+                : x;
   };
-  Arrays dqs;
-  KeySum dk(c, c.D), dv(c, c.Dv);
-  auto q = x[0];
-  for (const auto& b : blocks(c)) {
-    if (!dqs.empty()) q = mx::depends({q}, {dqs.back(), dk.sum(), dv.sum()})[0];
-    auto q_b = to_groups(cut(q, b.q0, b.q1, c), c), do_b = to_groups(cut(d_o, b.q0, b.q1, c), c);
-    auto k_b = cut(x[1], b.k0, b.k1, c), v_b = cut(x[2], b.k0, b.k1, c);
-    auto [s, seen] = scores(q_b, k_b, b, c);
-    auto p = mx::exp(mx::subtract(s, rows(lse, b), c.s), c.s);
-    auto dp = mx::reshape(f32(matmul(do_b, v_b, false, true, 1, c.s), c.s), p.shape(), c.s);
-    auto ds =
-        mx::multiply(p, mx::multiply(mx::subtract(dp, rows(delta, b), c.s), mx::array(c.scale), c.s), c.s);
-    if (c.cap > 0) {
-      auto t = mx::where(seen, mx::divide(s, mx::array(c.cap), c.s), mx::array(0.0f), c.s);
-      ds = mx::multiply(ds, mx::subtract(mx::array(1.0f), mx::square(t, c.s), c.s), c.s);
-    }
-    mx::Shape flat{c.B, c.G, c.share() * b.nq(), b.nk()};
-    auto p_b = mx::reshape(mx::astype(p, q.dtype(), c.s), flat, c.s);
-    auto ds_b = mx::reshape(mx::astype(ds, q.dtype(), c.s), flat, c.s);
-    dqs.push_back(mx::reshape(matmul(ds_b, k_b, false, false, 1, c.s), {c.B, c.H, b.nq(), c.D}, c.s));
-    dk.add(matmul(ds_b, q_b, true, false, 1, c.s), b);
-    dv.add(matmul(p_b, do_b, true, false, 1, c.s), b);
-  }
-  return {mx::concatenate(dqs, 2, c.s), dk.sum(), dv.sum()};
+  auto o = mx::fast::scaled_dot_product_attention(longer(q), longer(k), longer(v), c.scale, "causal", {}, {},
+                                                  false, c.s);
+  return more ? mx::slice(o, {0, 0, 0, 0}, {c.B, c.H, c.T, c.Dv}, c.s) : o;
 }
 
 }  // namespace
+
+mx::array device_ints(const std::vector<int32_t>& values) {
+  static std::mutex lock;
+  static std::map<std::vector<int32_t>, mx::array> known;
+  std::lock_guard guard(lock);
+  auto found = known.find(values);
+  if (found != known.end()) return found->second;
+  if (known.size() >= 64) known.clear();
+  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, mx::int32);
+  return known.emplace(values, array).first->second;
+}
+
+mx::array sum_share(const mx::array& x, const Call& c) {
+  if (c.share() == 1) return x;
+  return mx::sum(mx::reshape(x, {c.B, c.G, c.share(), c.S, x.shape(3)}, c.s), 2, false, c.s);
+}
+
+mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o) {
+  return mx::sum(mx::multiply(f32(o, c.s), f32(d_o, c.s), c.s), -1, false, c.s);
+}
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                     std::optional<int> window, std::optional<std::vector<int>> segments,
                     std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
                     mx::StreamOrDevice s) {
   auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
-  bool kernel = choose("attention", impl, {cpu_kernel(s), {"blocked", true, ""}}) == "kernel";
-  auto forward = kernel ? kernel_forward : blocked_forward;
-  auto vjp = kernel ? kernel_vjp : blocked_vjp;
+  bool cpu = on_cpu(s);
+  Way kernel = cpu ? cpu_kernel(s) : gpu_kernel("attention", gpu_attention_unfit(c));
+  Way blocked{"blocked", true, ""};
+  // bench/LOG.md, H200: MLX's own is the fastest where it serves, then the kernel, then whole products.
+  auto name = choose("attention", impl, {stock_way(c), kernel, blocked});
+  if (name == "stock") return stock(c, q, k, v);
+
+  AttentionWay way = name == "blocked" ? blocked_attention : cpu ? cpu_attention : gpu_attention;
   auto op = mx::custom_vjp(
-      [c, forward](const Arrays& x) {
-        auto y = forward(c, x);
-        return Arrays{mx::astype(y[0], x[0].dtype(), c.s), y[1]};
+      [c, way](const Arrays& x) {
+        auto y = way.forward(c, x);
+        return Arrays{mx::astype(y[0], c.dtype, c.s), y[1]};
       },
-      [c, vjp](const Arrays& x, const Arrays& dy, const Arrays& y) {
-        auto grads = vjp(c, x, dy[0], y[0], y[1]);
-        for (size_t i = 0; i < grads.size(); ++i) grads[i] = mx::astype(grads[i], x[i].dtype(), c.s);
+      [c, way](const Arrays& x, const Arrays& dy, const Arrays& y) {
+        auto grads = way.vjp(c, x, dy[0], y[0], y[1]);
+        for (auto& grad : grads) grad = mx::astype(grad, c.dtype, c.s);
         return grads;
       });
   return op({q, k, v})[0];

@@ -6,6 +6,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "gpu.h"
 #include "segtrain.h"
 
 namespace nb = nanobind;
@@ -51,6 +52,9 @@ NB_MODULE(_core, m) {
         "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
         "A quantized weight as an array [out, in].");
+
+  m.def("switch_off", &switch_off, "op"_a, "impl"_a, "reason"_a,
+        "Never choose an implementation again in this process: it failed the self-check on this device.");
 
   nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
       .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,

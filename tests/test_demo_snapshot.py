@@ -11,13 +11,14 @@ import pytest
 
 from mlx_segtrain.demo import snapshot
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.files import cache_dir
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="session")
 def snapshot_dir() -> Path:
-    return snapshot.smollm2_snapshot(snapshot.default_cache_dir())
+    return snapshot.smollm2_snapshot(cache_dir())
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from conftest import write_llama
 from mlx_segtrain import lora
 from mlx_segtrain.data import Batch
 from mlx_segtrain.demo import snapshot
+from mlx_segtrain.files import cache_dir
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.objectives import sft
 from mlx_segtrain.schedule import segmented_value_and_grad
@@ -116,7 +117,13 @@ def compare(model_dir, batch, prompt, sizes, dtype=mx.float32):
             }
         },
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
         {
             "sliding_window": 9,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -136,7 +143,7 @@ def test_smollm2():
     Its float32 gradients are themselves up to 4e-4 away from its float64 ones here, since MLX's
     fused cross-entropy adds 49152 exponentials in sequence on the CPU; ours are within 1e-4.
     """
-    path = snapshot.smollm2_snapshot(snapshot.default_cache_dir())
+    path = snapshot.smollm2_snapshot(cache_dir())
     compare(path, batch_of(49152, [48], prompt=9), 9, [1, 3, 7, 30, 0], mx.float64)
 
 

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_dir() -> Path:
+    """Where downloads and results of checks are kept: $MLX_SEGTRAIN_CACHE, else ~/.cache."""
+    return Path(os.environ.get("MLX_SEGTRAIN_CACHE") or Path.home() / ".cache" / "mlx-segtrain")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is fsynced and takes `path`'s name.

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import _core, reference
+from . import _core, doctor, reference
 from ._core import Base
 
 __all__ = [
@@ -67,6 +67,8 @@ def attention(
     }
     if impl == "reference":
         return reference.attention(q, k, v, **options)
+    if mx.default_device() != mx.Device(mx.cpu):
+        doctor.self_check()
     return _core.attention(q, k, v, impl=impl, **options)
 
 

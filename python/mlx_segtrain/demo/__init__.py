@@ -20,7 +20,7 @@ import mlx_segtrain
 from mlx_segtrain import files
 from mlx_segtrain.config import TrainConfig, load_config
 from mlx_segtrain.demo.docstrings import write_dataset
-from mlx_segtrain.demo.snapshot import default_cache_dir, smollm2_snapshot
+from mlx_segtrain.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.terminal import Terminal, duration
 
@@ -79,7 +79,7 @@ def run(
         )
     say = console.print
     say("model: SmolLM2-135M-Instruct, 4 bits (the first time it is downloaded, 93 MB)")
-    model_dir = smollm2_snapshot(cache_dir or default_cache_dir())
+    model_dir = smollm2_snapshot(cache_dir or files.cache_dir())
     rows = write_dataset(data_dir)
     say(f"data: {rows['train']:,} docstrings, and {rows['valid']} of modules held out")
 

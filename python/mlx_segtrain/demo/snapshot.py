@@ -38,11 +38,6 @@ LAYER_PARTS = {
 }
 
 
-def default_cache_dir() -> Path:
-    """$MLX_SEGTRAIN_CACHE, or ~/.cache/mlx-segtrain."""
-    return Path(os.environ.get("MLX_SEGTRAIN_CACHE") or "~/.cache/mlx-segtrain").expanduser()
-
-
 def smollm2_snapshot(cache_dir: Path) -> Path:
     """The snapshot's directory, made at the first call; InputError if it cannot be downloaded."""
     snapshot = cache_dir / SNAPSHOT

@@ -1,0 +1,43 @@
+// What the implementations of attention share. Derivation and cost: docs/attention.md.
+#pragma once
+
+#include "kernel.h"
+
+namespace segtrain {
+
+/// Everything about a call but the arrays.
+struct Call {
+  int B, H, G, T, S, D, Dv, q_start;
+  float scale, cap;            ///< cap 0: none
+  bool causal_only;            ///< no window, no segments, no cap, and queries that are all of the sequence
+  int window;                  ///< 0: none
+  std::vector<int32_t> first;  ///< [T]: the first key that a query sees; the last is its own position
+  mx::Dtype dtype;
+  mx::StreamOrDevice s;
+
+  int share() const { return H / G; }
+};
+
+/// An implementation: (q, k, v) → {o, lse}, and (q, k, v), do, o, lse → {dq, dk, dv} in any floating dtype.
+struct AttentionWay {
+  Arrays (*forward)(const Call&, const Arrays& qkv);
+  Arrays (*vjp)(const Call&, const Arrays& qkv, const mx::array& d_o, const mx::array& o,
+                const mx::array& lse);
+};
+
+extern const AttentionWay cpu_attention, gpu_attention, blocked_attention;
+
+/// Why the GPU kernel cannot serve a call; empty if it can.
+std::string gpu_attention_unfit(const Call& c);
+
+/// An array of int32 that lies on the device already if the same values were asked for lately: a call's
+/// offsets are the same in every layer and step, and moving them costs more than a short kernel.
+mx::array device_ints(const std::vector<int32_t>& values);
+
+/// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].
+mx::array sum_share(const mx::array& x, const Call& c);
+
+/// delta = Σ o·do over a row. [B,H,T,Dv] → [B,H,T] float32.
+mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o);
+
+}  // namespace segtrain

@@ -1,0 +1,41 @@
+// Kernels of metal/ and cuda/: text that travels inside the module and that MLX compiles at first use.
+#pragma once
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernel.h"
+#include "mlx/fast.h"
+
+namespace segtrain {
+
+enum class Gpu { none, metal, cuda };
+
+/// The kind of GPU that MLX drives in this process.
+Gpu gpu();
+
+/// Template arguments of a kernel: T → dtype, D → int, CAP → bool.
+using Template = std::vector<std::pair<std::string, mx::fast::TemplateArg>>;
+
+struct Grid {
+  std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
+  int threads;                       ///< of a group
+  int shared_memory = 0;             ///< bytes, CUDA only
+};
+
+/// Launches kernel `name`. It takes from `values` the inputs that its text declares.
+Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
+              std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
+              const Grid& grid, mx::StreamOrDevice s);
+
+/// Switches an implementation off in this process, because it failed the self-check on this device.
+void switch_off(const std::string& op, const std::string& impl, const std::string& reason);
+
+/// "kernel" on a GPU: serves if `fits` is empty (else it says what does not fit) and the self-check did not
+/// fail.
+Way gpu_kernel(const std::string& op, const std::string& unfit);
+
+}  // namespace segtrain

@@ -1,0 +1,170 @@
+// Row passes of blocked attention, whose products are plain matrix products. docs/attention.md; CPU twin: csrc/attention.cpp, blocked.
+//
+// softmax_rows, softmax_vjp_rows: one threadgroup per row of s [R, cols]. Row r is query q0 + r % nq and sees the
+// columns first[query] − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: every `period` queries
+// k0 moves on as far, as bands of a window do. `args` = {scale, cap}. Blocks differ in their inputs and share one
+// compiled kernel.
+
+namespace segtrain {
+
+constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; the rest of a longer row is read again
+
+/// Columns [begin, end) that a row sees.
+struct Seen {
+  int begin, end;
+  __device__ bool has(int col) const { return begin <= col && col < end; }
+};
+
+__device__ inline Seen seen(const int* first, const int* at, int row, int cols) {
+  int i = row % at[1], query = at[0] + i, k0 = at[2] + i / at[4] * at[4], position = at[3] + query;
+  int end = max(0, min(cols, position + 1 - k0));
+  return {min(end, max(0, first[query] - k0)), end};
+}
+
+/// x[col … col + 8) as float32; what the row does not see is `other` and is not read.
+template <typename T>
+__device__ void load(const T* x, int col, Seen see, bool aligned, float other, float (&y)[8]) {
+  if (aligned) {
+    auto pack = *reinterpret_cast<const Pack<T>*>(x + col);
+    for (int i = 0; i < 8; ++i) y[i] = see.has(col + i) ? to_float(pack.x[i]) : other;
+  } else {
+    for (int i = 0; i < 8; ++i) y[i] = see.has(col + i) ? to_float(x[col + i]) : other;
+  }
+}
+
+template <typename T>
+__device__ void store(T* y, int col, int cols, bool aligned, const float (&x)[8]) {
+  Pack<T> pack;
+  for (int i = 0; i < 8; ++i) put(pack.x[i], x[i]);
+  if (aligned) {
+    *reinterpret_cast<Pack<T>*>(y + col) = pack;
+  } else {
+    for (int i = 0; i < 8; ++i)
+      if (col + i < cols) y[col + i] = pack.x[i];
+  }
+}
+
+/// Zeros in the packs outside [begin, end).
+template <typename T>
+__device__ void store_zeros(T* y, int begin, int end, int cols, bool aligned) {
+  const float zeros[8] = {};
+  for (int col = threadIdx.x * 8; col < begin; col += blockDim.x * 8) store(y, col, cols, aligned, zeros);
+  for (int col = end + threadIdx.x * 8; col < cols; col += blockDim.x * 8) store(y, col, cols, aligned, zeros);
+}
+
+/// One value for the threadgroup, the same in each thread.
+template <typename F>
+__device__ float reduce(float x, float empty, F f) {
+  __shared__ float warps[32];
+  for (int lane = 16; lane > 0; lane /= 2) x = f(x, __shfl_xor_sync(~0u, x, lane));
+  __syncthreads();  // the last reduction's readers are done
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : empty;
+  for (int lane = 16; lane > 0; lane /= 2) x = f(x, __shfl_xor_sync(~0u, x, lane));
+  return x;
+}
+
+template <typename S, typename T, bool CAP>
+__device__ void softmax_rows(const S* s, const int* first, const int* at, const float* args, T* p, float* lse, int cols) {
+  const size_t row = blockIdx.x;
+  const Seen see = seen(first, at, row, cols);
+  const bool aligned = cols % 8 == 0;
+  const int begin = see.begin / 8 * 8, end = (see.end + 7) / 8 * 8, stride = blockDim.x * 8;
+  const int mine = begin + threadIdx.x * 8, rest = mine + KEPT * stride;
+  s += row * cols;
+  p += row * cols;
+
+  /// s' = cap·tanh(s/cap), −∞ where unseen
+  auto scores = [&](int col, float (&x)[8]) {
+    load(s, col, see, aligned, -infinity(), x);
+    for (int i = 0; i < 8; ++i)
+      if (CAP) x[i] = see.has(col + i) ? args[1] * tanh_of(x[i] / args[1]) : -infinity();
+  };
+  float kept[KEPT][8], x[8], top = -infinity(), sum = 0;
+#pragma unroll
+  for (int n = 0; n < KEPT; ++n)
+    if (mine + n * stride < end) scores(mine + n * stride, kept[n]);
+
+  /// m = max s'
+#pragma unroll
+  for (int n = 0; n < KEPT; ++n)
+    for (int i = 0; i < 8; ++i)
+      if (mine + n * stride < end) top = fmaxf(top, kept[n][i]);
+  for (int col = rest; col < end; col += stride) {
+    scores(col, x);
+    for (int i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
+  }
+  top = reduce(top, -infinity(), [](float a, float b) { return fmaxf(a, b); });
+  if (top == -infinity()) top = 0;  // a row that sees nothing: p = 0
+
+  /// l = Σ exp(s' − m)
+  auto exps = [&](float (&y)[8]) {
+    for (int i = 0; i < 8; ++i) y[i] = exp2_of((y[i] - top) * LOG2E);
+  };
+#pragma unroll
+  for (int n = 0; n < KEPT; ++n) {
+    if (mine + n * stride >= end) continue;
+    exps(kept[n]);
+    for (int i = 0; i < 8; ++i) sum += kept[n][i];
+  }
+  for (int col = rest; col < end; col += stride) {
+    scores(col, x);
+    exps(x);
+    for (int i = 0; i < 8; ++i) sum += x[i];
+  }
+  sum = reduce(sum, 0, [](float a, float b) { return a + b; });
+
+  /// p = exp(s' − m)/l, lse = m + log l
+  auto write = [&](int col, float (&y)[8]) {
+    for (int i = 0; i < 8; ++i) y[i] *= 1 / sum;
+    store(p, col, cols, aligned, y);
+  };
+#pragma unroll
+  for (int n = 0; n < KEPT; ++n)
+    if (mine + n * stride < end) write(mine + n * stride, kept[n]);
+  for (int col = rest; col < end; col += stride) {
+    scores(col, x);
+    exps(x);
+    write(col, x);
+  }
+  store_zeros(p, begin, end, cols, aligned);
+  if (threadIdx.x == 0) lse[row] = sum > 0 ? top + logf(sum) : -infinity();
+}
+
+template <typename S, typename T, bool CAP>
+__device__ void softmax_vjp_rows(const S* s, const S* dp, const float* lse, const float* delta, const int* first,
+                                 const int* at, const float* args, T* p, T* ds, int cols) {
+  const size_t row = blockIdx.x;
+  const Seen see = seen(first, at, row, cols);
+  const bool aligned = cols % 8 == 0;
+  const int begin = see.begin / 8 * 8, end = (see.end + 7) / 8 * 8;
+  const float lse_r = lse[row], delta_r = delta[row], scale = args[0], cap = args[1];
+  s += row * cols, dp += row * cols, p += row * cols, ds += row * cols;
+
+#pragma unroll 2
+  for (int col = begin + threadIdx.x * 8; col < end; col += blockDim.x * 8) {
+    float x[8], dx[8];
+    load(s, col, see, aligned, 0, x);
+    load(dp, col, see, aligned, 0, dx);
+    for (int i = 0; i < 8; ++i) {
+      /// p = exp(s' − lse), ds = p·(dp − delta)·scale·(1 − (s'/cap)²)
+      float t = CAP ? tanh_of(x[i] / cap) : 0, y = CAP ? cap * t : x[i];
+      x[i] = see.has(col + i) ? exp2_of((y - lse_r) * LOG2E) : 0;
+      dx[i] = x[i] * (dx[i] - delta_r) * scale * (1 - t * t);
+    }
+    store(p, col, cols, aligned, x);
+    store(ds, col, cols, aligned, dx);
+  }
+  store_zeros(p, begin, end, cols, aligned);
+  store_zeros(ds, begin, end, cols, aligned);
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take S, T and CAP.
+
+//: softmax_rows: s first at args -> p lse
+segtrain::softmax_rows<S, T, CAP>(s, first, at, args, p, lse, at[5]);
+//: softmax_vjp_rows: s dp lse delta first at args -> p ds
+segtrain::softmax_vjp_rows<S, T, CAP>(s, dp, lse, delta, first, at, args, p, ds, at[5]);

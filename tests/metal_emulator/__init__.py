@@ -1,0 +1,294 @@
+"""Runs the text of a Metal kernel on the CPU and checks what it does. docs/metal_on_linux.md
+
+`kernel_text` writes what `mx.fast.metal_kernel` writes, `rewrite` turns it into C++ for emulator.h,
+`emulate` builds that, runs it in several orders of threads and compares the results.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+HERE = Path(__file__).parent
+#: Rising, falling, and one random order of simdgroups and lanes.
+ORDERS = (0, 1, 7)
+CXX = os.environ.get("METAL_EMULATOR_CXX", "g++")
+FLAGS = [
+    *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off"),
+    *(
+        "-fsingle-precision-constant",
+        "-Wdouble-promotion",
+        "-Wno-unknown-pragmas",
+        "-Wno-literal-suffix",
+    ),
+]
+TYPES = {
+    mx.bool_: "bool",
+    mx.int8: "int8_t",
+    mx.int16: "int16_t",
+    mx.int32: "int32_t",
+    mx.int64: "int64_t",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.float32: "float",
+}
+#: What a body may name, as in MLX.
+ATTRIBUTES = {
+    "dispatch_quadgroups_per_threadgroup": "uint",
+    "dispatch_simdgroups_per_threadgroup": "uint",
+    "dispatch_threads_per_threadgroup": "uint3",
+    "grid_origin": "uint3",
+    "grid_size": "uint3",
+    "quadgroup_index_in_threadgroup": "uint",
+    "quadgroups_per_threadgroup": "uint",
+    "simdgroup_index_in_threadgroup": "uint",
+    "simdgroups_per_threadgroup": "uint",
+    "thread_execution_width": "uint",
+    "thread_index_in_quadgroup": "uint",
+    "thread_index_in_simdgroup": "uint",
+    "thread_index_in_threadgroup": "uint",
+    "thread_position_in_grid": "uint3",
+    "thread_position_in_threadgroup": "uint3",
+    "threadgroup_position_in_grid": "uint3",
+    "threadgroups_per_grid": "uint3",
+    "threads_per_grid": "uint3",
+    "threads_per_simdgroup": "uint",
+    "threads_per_threadgroup": "uint3",
+}
+
+Template = Mapping[str, mx.Dtype | int | bool]
+Outputs = Mapping[str, tuple[Sequence[int], mx.Dtype]]
+
+
+class MetalError(Exception):
+    """The kernel does what Metal does not allow, or what no two runs need agree on."""
+
+
+def template_value(x: mx.Dtype | int | bool) -> str:
+    return TYPES[x] if isinstance(x, mx.Dtype) else str(int(x))
+
+
+def kernel_text(
+    name: str,
+    source: str,
+    header: str,
+    inputs: Mapping[str, mx.array],
+    outputs: Outputs,
+    template: Template,
+) -> tuple[str, str, list[str]]:
+    """The text and the kernel's name as MLX makes them, and the C++ expression of each argument."""
+    if not (header + source).isascii():
+        raise MetalError(f"{name}: MLX hands the text to Metal as ASCII; it has other characters")
+    values = ", ".join(map(template_value, template.values()))
+    full = f"custom_kernel_{name}"
+    if template:
+        full += "_" + ("_" + values.replace(", ", "_"))
+    parameters, arguments = [], []
+
+    def add(type_, parameter, argument):
+        parameters.append(f"  {type_} {parameter} [[buffer({len(parameters)})]]")
+        arguments.append(argument)
+
+    for i, (key, x) in enumerate(inputs.items()):
+        space = "constant" if x.size < 8 else "device"
+        full += f"_{TYPES[x.dtype]}" + ("s" if x.ndim == 0 else "c" * (x.size < 8))
+        star = "*" if x.ndim else "&"
+        pointer = f"emu::ptr<const {TYPES[x.dtype]}, emu::{space.title()}>(&blocks[{i}], 0)"
+        add(f"const {space} {TYPES[x.dtype]}{star}", key, pointer if x.ndim else f"*{pointer}")
+        if x.ndim and f"{key}_shape" in source:
+            add("const constant int*", f"{key}_shape", numbers("int", x.shape))
+        if x.ndim and f"{key}_strides" in source:
+            strides = [math.prod(x.shape[j + 1 :]) for j in range(x.ndim)]
+            add("const constant int64_t*", f"{key}_strides", numbers("int64_t", strides))
+        if x.ndim and f"{key}_ndim" in source:
+            add("const constant int&", f"{key}_ndim", str(x.ndim))
+    for i, (key, (_, dtype)) in enumerate(outputs.items(), len(inputs)):
+        full += f"_{TYPES[dtype]}"
+        pointer = f"emu::ptr<{TYPES[dtype]}, emu::Device>(&blocks[{i}], 0)"
+        add(f"device {TYPES[dtype]}*", key, pointer)
+    for key, type_ in ATTRIBUTES.items():
+        if key in source:
+            parameters.append(f"  {type_} {key} [[{key}]]")
+            arguments.append(f"emu::self().at.{key}")
+    text = header
+    if template:
+        kinds = {mx.Dtype: "typename", bool: "bool", int: "int"}
+        text += f"template <{', '.join(f'{kinds[type(v)]} {k}' for k, v in template.items())}>\n"
+    text += f"[[kernel]] void {full}(\n" + ",\n".join(parameters) + f") {{\n{source}\n}}\n"
+    if template:
+        text += f'\ntemplate [[host_name("{full}")]] [[kernel]] decltype({full}<{values}>)'
+        text += f" {full}<{values}>;\n"
+        full += f"<{values}>"
+    return text, full, arguments
+
+
+def numbers(type_: str, values: Sequence[int]) -> str:
+    """A pointer to constants that are known when the kernel is launched."""
+    return f"emu::numbers<{type_}, {', '.join(map(str, values))}>()"
+
+
+TYPE = r"(?:metal::)?\w+(?:<[^<>;(){}]*(?:<[^<>;(){}]*>[^<>;(){}]*)*>)?"
+SPACED = re.compile(
+    rf"(const\s+)?\b(device|threadgroup|constant)\s+(const\s+)?({TYPE})\s*(const\s*)?([*&])"
+)
+SHARED = re.compile(rf"\bthreadgroup\s+({TYPE})\s+(\w+)\s*\[([^\]]*)\]\s*;")
+
+
+def rewrite(text: str, body_begins: int) -> str:
+    """Address spaces become types; every line keeps its number."""
+
+    def blank(match):
+        return re.sub(r"[^\n]", " ", match[0])
+
+    def spaced(match):
+        before, space, after, type_, behind, mark = match.groups()
+        const = "const " if before or after or behind or space == "constant" else ""
+        if mark == "&":
+            if space != "constant":
+                raise MetalError(f"a reference to {space} memory is not emulated: {match[0]!r}")
+            return f"const {type_}&"
+        return f"emu::ptr<{const}{type_}, emu::{space.title()}>"
+
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", blank, text, flags=re.S)
+    if re.search(r"\bdouble\b", text):
+        raise MetalError("Metal has no double")
+    text = re.sub(r"\[\[[^\[\]]*\]\]", "", text)
+    for match in SHARED.finditer(text):
+        if match.start() < body_begins:
+            raise MetalError(f"threadgroup memory is declared outside the kernel: {match[0]!r}")
+    text = SHARED.sub(r'auto \2 = emu::shared<\1, (\3)>("\2");', text)
+    text = SPACED.sub(spaced, text)
+    return re.sub(r"reinterpret_cast<(?=\s*emu::ptr)", "static_cast<", text)
+
+
+@functools.cache
+def build_folder() -> Path:
+    """The folder of this emulator.h, these flags and this compiler; the header is built ahead."""
+    header = (HERE / "emulator.h").read_text()
+    version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(repr((header, FLAGS, CXX, version)).encode()).hexdigest()[:16]
+    root = Path(tempfile.gettempdir()) / f"metal_emulator_{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise MetalError(f"{root} belongs to another user; set TMPDIR")
+    folder = root / key
+    folder.mkdir(exist_ok=True)
+    if not (folder / "emulator.h").exists():
+        (folder / "emulator.h").write_text(header)
+    built_ahead = folder / "emulator.h.gch"
+    if not built_ahead.exists():
+        compile_cxx(folder / "emulator.h", built_ahead, "-x", "c++-header")
+    return folder
+
+
+def compile_cxx(source: Path, target: Path, *flags: str) -> None:
+    aside = target.with_suffix(f".{os.getpid()}")
+    run = subprocess.run(
+        [CXX, *FLAGS, *flags, str(source), "-o", str(aside)], capture_output=True, text=True
+    )
+    if run.returncode or "[-Wdouble-promotion]" in run.stderr:
+        raise MetalError("the kernel does not compile\n" + run.stderr[:4000])
+    aside.rename(target)
+
+
+@functools.cache
+def build(cxx: str):
+    folder = build_folder()
+    key = hashlib.sha256(cxx.encode()).hexdigest()[:24]
+    library = folder / f"{key}.so"
+    if not library.exists():
+        source = folder / f"{key}.cpp"
+        source.write_text(cxx)
+        compile_cxx(source, library, "-shared", "-include", str(folder / "emulator.h"))
+    function = ctypes.CDLL(str(library)).launch
+    function.restype = ctypes.c_char_p
+    return function
+
+
+class Argument(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("element", ctypes.c_size_t),
+        ("output", ctypes.c_int),
+    )
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_int * 3),
+        ("threadgroup", ctypes.c_int * 3),
+        ("order", ctypes.c_int),
+    )
+
+
+def to_bytes(x: mx.array) -> np.ndarray:
+    return np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=True)
+
+
+def emulate(
+    name: str,
+    source: str,
+    header: str,
+    inputs: Mapping[str, mx.array | np.ndarray],
+    outputs: Outputs,
+    template: Template,
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    orders: Sequence[int] = ORDERS,
+) -> list[mx.array]:
+    """What `mx.fast.metal_kernel(...)(...)` would return; `outputs` is name → (shape, dtype).
+
+    mx arrays come back because NumPy has no bfloat16. Raises MetalError.
+    """
+    arrays = {k: x if isinstance(x, mx.array) else mx.array(x) for k, x in inputs.items()}
+    text, full, arguments = kernel_text(name, source, header, arrays, outputs, template)
+    body = rewrite(text, body_begins=len(header))
+    cxx = (
+        f'#line 1 "{name}"\n{body}\n'
+        "static std::deque<emu::Block> blocks;\n"
+        f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n"
+        'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
+        " { return emu::launch(kernel, blocks, args, n, *at); }\n"
+    )
+    function = build(cxx)
+    group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
+    if math.prod(group) > 1024:
+        raise MetalError(f"{name}: a threadgroup of {math.prod(group)} threads is over 1024")
+    data = {k: (to_bytes(x), x.itemsize, 0) for k, x in arrays.items()}
+    for key, (shape, dtype) in outputs.items():
+        data[key] = np.empty(math.prod(shape) * dtype.size, np.uint8), dtype.size, 1
+    table = (Argument * len(data))(
+        *[(k.encode(), x.ctypes.data, x.size, e, o) for k, (x, e, o) in data.items()]
+    )
+    results = None
+    for order in orders:
+        for key in outputs:
+            data[key][0].fill(0xFF)  # NaN in every floating type
+        launch = Launch((ctypes.c_int * 3)(*grid), (ctypes.c_int * 3)(*group), order)
+        error = function(table, len(table), ctypes.byref(launch))
+        if error:
+            raise MetalError(f"{name}: {error.decode()}")
+        now = [data[key][0].tobytes() for key in outputs]
+        if results is not None and now != results:
+            raise MetalError(f"{name}: the result depends on the order of threads")
+        results = now
+    assert results is not None
+    return [
+        mx.array(np.frombuffer(raw, np.uint8)).view(dtype).reshape(*shape)
+        for raw, (shape, dtype) in zip(results, outputs.values(), strict=True)
+    ]

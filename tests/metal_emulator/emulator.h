@@ -1,0 +1,835 @@
+// Metal Shading Language as C++20: the part that the kernels use. docs/metal_on_linux.md
+//
+// A thread is a fiber. A simdgroup runs until all its lanes wait, then the next one runs, so a missing
+// barrier meets the worst case of both directions. Memory of the device and of the threadgroup is reached
+// through checked pointers.
+#include <setjmp.h>
+#include <stddef.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+using uint = unsigned;
+using ushort = unsigned short;
+using uchar = unsigned char;
+using ulong = unsigned long;
+using half = _Float16;
+using float16_t = half;
+constexpr half operator""h(long double x) {
+  return static_cast<half>(x);
+}
+
+/// As in Metal, a float becomes a bfloat only where the text says so.
+struct bfloat {
+  uint16_t bits;
+  bfloat() = default;
+  explicit bfloat(float x) {
+    auto u = std::bit_cast<uint32_t>(x);
+    bits = std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+  operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+};
+using bfloat16_t = bfloat;
+
+namespace metal {
+
+template <typename T, int N>
+struct vec_fields;
+template <typename T>
+struct vec_fields<T, 2> {
+  T x, y;
+};
+template <typename T>
+struct vec_fields<T, 3> {
+  T x, y, z;
+};
+template <typename T>
+struct vec_fields<T, 4> {
+  T x, y, z, w;
+};
+
+template <typename T, int N>
+struct vec : vec_fields<T, N> {
+  vec() = default;
+  explicit vec(T all) {
+    for (int i = 0; i < N; ++i) (*this)[i] = all;
+  }
+  template <typename... U>
+    requires(sizeof...(U) == N && N > 1)
+  vec(U... each) : vec_fields<T, N>{static_cast<T>(each)...} {}
+  template <typename U>
+  explicit vec(vec<U, N> other) {
+    for (int i = 0; i < N; ++i) (*this)[i] = static_cast<T>(other[i]);
+  }
+  T& operator[](int i) { return reinterpret_cast<T*>(this)[i]; }
+  const T& operator[](int i) const { return reinterpret_cast<const T*>(this)[i]; }
+};
+
+#define EMU_VEC_OP(op)                                            \
+  template <typename T, int N>                                    \
+  vec<T, N> operator op(vec<T, N> a, vec<T, N> b) {               \
+    for (int i = 0; i < N; ++i) a[i] = T(a[i] op b[i]);           \
+    return a;                                                     \
+  }                                                               \
+  template <typename T, int N>                                    \
+  vec<T, N> operator op(vec<T, N> a, std::type_identity_t<T> b) { \
+    return a op vec<T, N>(b);                                     \
+  }                                                               \
+  template <typename T, int N>                                    \
+  vec<T, N>& operator op## = (vec<T, N> & a, vec<T, N> b) {       \
+    return a = a op b;                                            \
+  }
+EMU_VEC_OP(+)
+EMU_VEC_OP(-)
+EMU_VEC_OP(*)
+EMU_VEC_OP(/)
+#undef EMU_VEC_OP
+
+enum class mem_flags : unsigned { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+constexpr mem_flags operator|(mem_flags a, mem_flags b) {
+  return mem_flags(unsigned(a) | unsigned(b));
+}
+
+}  // namespace metal
+
+#define EMU_VEC(T)               \
+  using T##2 = metal::vec<T, 2>; \
+  using T##3 = metal::vec<T, 3>; \
+  using T##4 = metal::vec<T, 4>;
+EMU_VEC(float)
+EMU_VEC(half)
+EMU_VEC(bfloat)
+EMU_VEC(int)
+EMU_VEC(uint)
+EMU_VEC(short)
+EMU_VEC(ushort)
+EMU_VEC(ulong)
+#undef EMU_VEC
+
+namespace emu {
+
+// ---- threads
+
+constexpr int LANES = 32;
+constexpr size_t SHARED_LIMIT = 32768, STACK = 128 << 10;
+using Where = std::source_location;
+
+/// What MLX passes where the body names it.
+struct Attributes {
+  uint dispatch_quadgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
+  uint3 dispatch_threads_per_threadgroup, grid_origin, grid_size;
+  uint quadgroup_index_in_threadgroup, quadgroups_per_threadgroup, simdgroup_index_in_threadgroup;
+  uint simdgroups_per_threadgroup, thread_execution_width, thread_index_in_quadgroup,
+      thread_index_in_simdgroup;
+  uint thread_index_in_threadgroup;
+  uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid,
+      threadgroups_per_grid;
+  uint3 threads_per_grid;
+  uint threads_per_simdgroup;
+  uint3 threads_per_threadgroup;
+};
+
+enum class State { READY, IN_SIMD, AT_BARRIER, RETURNED };
+
+struct Fiber {
+  Attributes at;
+  ucontext_t start;
+  jmp_buf here;
+  bool started;
+  State state;
+  const char* op;
+  int line;
+  int index, simd;
+  int thread;                  ///< in the whole grid, from 1
+  uint32_t epoch, simd_epoch;  ///< barriers passed
+};
+
+/// Lanes of a simdgroup that have come to one operation.
+struct Simd {
+  const void* in[LANES];
+  void* out[LANES];
+  int lanes, arrived;
+};
+
+/// One access to threadgroup memory.
+struct Touch {
+  int index = -1;
+  uint32_t epoch = 0, simd_epoch = 0;
+};
+
+struct Shadow {
+  Touch write, reads[2];  ///< the last two readers, which differ
+};
+
+struct Block {
+  enum Kind { INPUT, OUTPUT, SHARED } kind;
+  std::string name;
+  char* data;
+  size_t size;
+  std::vector<int> writers;    ///< OUTPUT: thread that wrote each byte
+  std::vector<Shadow> shadow;  ///< SHARED: for every 2 bytes
+  std::vector<char> storage;   ///< SHARED
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Simd> simds;
+  std::deque<Block> shared;
+  Fiber* self;
+  jmp_buf scheduler;
+  void (*kernel)();
+  std::string error;
+};
+inline Machine machine;
+inline Fiber& self() {
+  return *machine.self;
+}
+
+[[noreturn, gnu::format(printf, 1, 2)]] inline void fail(const char* format, ...) {
+  char text[400];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  auto g = self().at.threadgroup_position_in_grid;
+  char where[100];
+  snprintf(where, sizeof where, " [thread %d of threadgroup %u,%u,%u]", self().index, g.x, g.y, g.z);
+  machine.error = std::string(text) + where;
+  _longjmp(machine.scheduler, 1);  // the fibers are left as they are
+}
+
+[[gnu::noinline]] inline void wait(State state, const char* op, int line) {
+  Fiber& f = self();
+  f.state = state, f.op = op, f.line = line;
+  if (!_setjmp(f.here)) _longjmp(machine.scheduler, 1);
+}
+
+/// Every lane gives a value; `combine(in, out, lanes)` makes every lane's result.
+template <typename R, typename V, typename F>
+R collective(const char* op, V value, F combine, Where where) {
+  Fiber& f = self();
+  Simd& s = machine.simds[f.simd];
+  const int lane = f.at.thread_index_in_simdgroup, line = where.line();
+  R result;
+  s.in[lane] = &value, s.out[lane] = &result;
+  if (++s.arrived < s.lanes) {
+    wait(State::IN_SIMD, op, line);
+    return result;
+  }
+  Fiber* first = &machine.fibers[f.simd * LANES];
+  for (Fiber* g = first; g < first + s.lanes; ++g)
+    if (g != &f && (g->line != line || strcmp(g->op, op)))
+      fail("simdgroup has diverged: lane %d is in %s (line %d), lane %d in %s (line %d)", lane, op, line,
+           g->index % LANES, g->op, g->line);
+  combine(reinterpret_cast<const V* const*>(s.in), reinterpret_cast<R* const*>(s.out), s.lanes);
+  s.arrived = 0;
+  for (Fiber* g = first; g < first + s.lanes; ++g) g->state = State::READY;
+  return result;
+}
+
+// ---- memory
+
+inline bool before(const Touch& touch, const Fiber& f) {
+  return touch.index < 0 || touch.index == f.index || touch.epoch < f.epoch ||
+         (touch.index / LANES == f.simd && touch.simd_epoch < f.simd_epoch);
+}
+
+inline void touch_shared(Block& b, size_t at, size_t bytes, size_t element, bool write) {
+  const Fiber& f = self();
+  for (size_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
+    Shadow& s = b.shadow[i];
+    if (!write && s.write.index < 0)
+      fail("%s[%zu] is read before it is written", b.name.c_str(), at / element);
+    for (const Touch* t : {&s.write, &s.reads[0], &s.reads[1]})
+      if ((write || t == &s.write) && !before(*t, f))
+        fail("race: %s[%zu] is %s while thread %d %s it, with no barrier between", b.name.c_str(),
+             at / element, write ? "written" : "read", t->index, t == &s.write ? "writes" : "reads");
+    Touch mine{f.index, f.epoch, f.simd_epoch};
+    if (write) {
+      s = {mine, {}};
+    } else {
+      if (s.reads[0].index != f.index) s.reads[1] = s.reads[0];
+      s.reads[0] = mine;
+    }
+  }
+}
+
+inline void touch(Block& b, ptrdiff_t at, size_t bytes, bool write) {
+  if (at < 0 || at + bytes > b.size)
+    fail("%s out of bounds: %s[%td] of %zu", write ? "write" : "read", b.name.c_str(), at / ptrdiff_t(bytes),
+         b.size / bytes);
+  if (b.kind == Block::SHARED) return touch_shared(b, at, bytes, bytes, write);
+  if (b.kind == Block::INPUT) return;
+  for (size_t i = at; i < at + bytes; ++i) {
+    if (!write && !b.writers[i]) fail("%s[%zu] is read before it is written", b.name.c_str(), at / bytes);
+    if (b.writers[i] && b.writers[i] != self().thread)
+      fail("%s[%zu] is %s after another thread wrote it", b.name.c_str(), at / bytes,
+           write ? "written" : "read");
+    if (write) b.writers[i] = self().thread;
+  }
+}
+
+struct Device {};
+struct Constant {};
+struct Threadgroup {};
+
+template <typename T>
+struct ref {
+  Block* block;
+  ptrdiff_t at;
+  operator T() const {
+    touch(*block, at, sizeof(T), false);
+    T x;
+    memcpy(&x, block->data + at, sizeof(T));
+    return x;
+  }
+  const ref& operator=(T x) const {
+    touch(*block, at, sizeof(T), true);
+    memcpy(block->data + at, &x, sizeof(T));
+    return *this;
+  }
+  const ref& operator=(const ref& other) const { return *this = T(other); }
+  const ref& operator+=(T x) const { return *this = T(T(*this) + x); }
+  const ref& operator-=(T x) const { return *this = T(T(*this) - x); }
+  const ref& operator*=(T x) const { return *this = T(T(*this) * x); }
+};
+
+/// The type of an expression once it is read.
+template <typename T>
+struct read {
+  using type = T;
+};
+template <typename T>
+struct read<ref<T>> {
+  using type = T;
+};
+template <typename T>
+using Value = typename read<T>::type;
+
+/// A pointer of one address space; const T may only be read.
+template <typename T, typename Space>
+struct ptr;
+
+template <typename T, typename Space>
+struct ptr<const T, Space> {
+  static constexpr ptrdiff_t BYTES = sizeof(T);
+  Block* block = nullptr;
+  ptrdiff_t at = 0;
+
+  ptr() = default;
+  ptr(Block* b, ptrdiff_t a) : block(b), at(a) {}
+  template <typename U>
+    requires(!std::is_same_v<std::remove_const_t<U>, T>)
+  explicit ptr(ptr<U, Space> p) : block(p.block), at(p.at) {
+    if (at % ptrdiff_t(alignof(T)) || at % std::min<ptrdiff_t>(BYTES, 16))
+      fail("%s is cast out of alignment", block->name.c_str());
+  }
+  T operator[](ptrdiff_t i) const { return ref<T>{block, at + i * BYTES}; }
+  T operator*() const { return (*this)[0]; }
+  ptr operator+(ptrdiff_t n) const { return {block, at + n * BYTES}; }
+  ptr operator-(ptrdiff_t n) const { return {block, at - n * BYTES}; }
+  ptrdiff_t operator-(ptr other) const { return (at - other.at) / BYTES; }
+  ptr& operator+=(ptrdiff_t n) { return *this = *this + n; }
+  ptr& operator-=(ptrdiff_t n) { return *this = *this - n; }
+  ptr& operator++() { return *this += 1; }
+  auto operator<=>(const ptr&) const = default;
+};
+
+/// Derived, so that a template's `const T*` accepts a `T*` as it does in C++.
+template <typename T, typename Space>
+struct ptr : ptr<const T, Space> {
+  using Base = ptr<const T, Space>;
+  using Base::Base, Base::operator-, Base::block, Base::at, Base::BYTES;
+  ref<T> operator[](ptrdiff_t i) const { return {block, at + i * BYTES}; }
+  ref<T> operator*() const { return (*this)[0]; }
+  ptr operator+(ptrdiff_t n) const { return {block, at + n * BYTES}; }
+  ptr operator-(ptrdiff_t n) const { return {block, at - n * BYTES}; }
+  ptr& operator+=(ptrdiff_t n) { return *this = *this + n; }
+  ptr& operator-=(ptrdiff_t n) { return *this = *this - n; }
+  ptr& operator++() { return *this += 1; }
+};
+
+/// `threadgroup T name[N]` in a body: one block for all threads of the group.
+template <typename T, size_t N>
+ptr<T, Threadgroup> shared(const char* name) {
+  size_t total = 0;
+  for (auto& b : machine.shared) {
+    if (b.name == name) return {&b, 0};
+    total += b.size;
+  }
+  auto& b = machine.shared.emplace_back(Block{Block::SHARED, name, nullptr, N * sizeof(T), {}, {}, {}});
+  b.storage.assign(b.size, '\xff');  // NaN in every floating type
+  b.data = b.storage.data();
+  b.shadow.resize((b.size + 1) / 2);
+  if (total + b.size > SHARED_LIMIT)
+    fail("threadgroup memory of %zu bytes is over the limit of %zu", total + b.size, SHARED_LIMIT);
+  return {&b, 0};
+}
+
+// ---- the grid
+
+struct Launch {
+  int grid[3], threadgroup[3];
+  int order;  ///< of simdgroups and their lanes: 0 rising, 1 falling, else the seed of a random one
+};
+
+inline void enter() {
+  machine.kernel();
+  wait(State::RETURNED, "", 0);
+}
+
+[[gnu::noinline]] inline void resume(Fiber& f) {
+  machine.self = &f;
+  if (_setjmp(machine.scheduler)) return;
+  if (f.started) _longjmp(f.here, 1);
+  f.started = true;
+  setcontext(&f.start);
+}
+
+inline std::vector<int> order_of(int n, int order, std::mt19937& random) {
+  std::vector<int> x(n);
+  std::iota(x.begin(), x.end(), 0);
+  if (order == 1) std::reverse(x.begin(), x.end());
+  if (order > 1) std::shuffle(x.begin(), x.end(), random);
+  return x;
+}
+
+inline std::string describe(const Fiber& f) {
+  auto text = "thread " + std::to_string(f.index);
+  if (f.state == State::RETURNED) return text + " has returned";
+  return text + " waits in " + f.op + " (line " + std::to_string(f.line) + ")";
+}
+
+/// Runs one threadgroup; false on an error.
+inline bool run_group(int order, std::mt19937& random) {
+  auto& m = machine;
+  while (true) {
+    for (int s : order_of(m.simds.size(), order, random)) {
+      bool ran = true;
+      while (ran) {
+        ran = false;
+        for (int lane : order_of(m.simds[s].lanes, order, random)) {
+          Fiber& f = m.fibers[s * LANES + lane];
+          if (f.state != State::READY) continue;
+          resume(f);
+          if (!m.error.empty()) return false;
+          ran = true;
+        }
+      }
+    }
+    // No thread can go on: all have returned, or all wait at one barrier, or they have diverged.
+    const Fiber& one = m.fibers[0];
+    for (auto& f : m.fibers)
+      if (f.state != one.state || f.line != one.line || f.state == State::IN_SIMD) {
+        // Of the two to name, neither can be `one` where a simdgroup itself is stuck.
+        const Fiber* stuck = &f;
+        for (auto& g : m.fibers)
+          if (g.state == State::IN_SIMD) stuck = &g;
+        const Fiber* other = &one;
+        for (auto& g : m.fibers)
+          if (g.simd == stuck->simd && (g.state != stuck->state || g.line != stuck->line)) other = &g;
+        m.error =
+            "barrier or simdgroup operation is divergent: " + describe(*other) + ", " + describe(*stuck);
+        return false;
+      }
+    if (one.state == State::RETURNED) return true;
+    for (auto& f : m.fibers) f.state = State::READY;
+  }
+}
+
+/// Runs every threadgroup; false on an error.
+inline bool run(void (*kernel)(), const Launch& launch) {
+  auto& m = machine;
+  m.kernel = kernel;
+  m.error.clear();
+  std::mt19937 random(launch.order);
+  auto vec3 = [](const int* x) { return uint3(x[0], x[1], x[2]); };
+  const uint3 grid = vec3(launch.grid), size = vec3(launch.threadgroup);
+  uint3 groups;
+  for (int i = 0; i < 3; ++i) groups[i] = (grid[i] + size[i] - 1) / size[i];
+  const int most = size.x * size.y * size.z;
+  static char* stacks = nullptr;
+  static int have = 0;
+  if (have < most) {
+    stacks = static_cast<char*>(
+        mmap(nullptr, most * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    have = most;
+  }
+  int thread = 0;
+  const int n_groups = groups.x * groups.y * groups.z;
+  for (int g : order_of(n_groups, launch.order, random)) {
+    uint3 at(g % groups.x, g / groups.x % groups.y, g / groups.x / groups.y), here;
+    // Metal cuts the groups at the end of the grid.
+    for (int i = 0; i < 3; ++i) here[i] = std::min(size[i], grid[i] - at[i] * size[i]);
+    const int n = here.x * here.y * here.z;
+    const uint n_simds = (n + LANES - 1) / LANES;
+    m.fibers.resize(n);
+    m.simds.assign(n_simds, {});
+    m.shared.clear();
+    for (int i = 0; i < n; ++i) {
+      Fiber& f = m.fibers[i];
+      f.started = false, f.state = State::READY, f.op = "", f.line = 0;
+      f.index = i, f.simd = i / LANES, f.thread = ++thread, f.epoch = f.simd_epoch = 0;
+      ++m.simds[f.simd].lanes;
+      uint3 mine(i % here.x, i / here.x % here.y, i / here.x / here.y), global;
+      for (int j = 0; j < 3; ++j) global[j] = at[j] * size[j] + mine[j];
+      const uint quads = (n + 3) / 4, lane = i % LANES;
+      f.at = {uint(most + 3) / 4,
+              uint(most + LANES - 1) / LANES,
+              size,
+              uint3(0),
+              grid,
+              uint(i) / 4,
+              quads,
+              uint(f.simd),
+              n_simds,
+              LANES,
+              uint(i) % 4,
+              lane,
+              uint(i),
+              global,
+              mine,
+              at,
+              groups,
+              grid,
+              LANES,
+              here};
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = stacks + i * STACK;
+      f.start.uc_stack.ss_size = STACK;
+      f.start.uc_link = nullptr;
+      makecontext(&f.start, enter, 0);
+    }
+    if (!run_group(launch.order, random)) return false;
+  }
+  return true;
+}
+
+/// What Python hands over of one argument.
+struct Argument {
+  const char* name;
+  char* data;
+  size_t size, element;
+  int output;
+};
+
+/// null, or what went wrong.
+inline const char* launch(void (*kernel)(), std::deque<Block>& blocks, const Argument* args, int n,
+                          const Launch& at) {
+  blocks.clear();
+  for (auto* a = args; a < args + n; ++a) {
+    auto kind = a->output ? Block::OUTPUT : Block::INPUT;
+    auto& b = blocks.emplace_back(Block{kind, a->name, a->data, a->size, {}, {}, {}});
+    if (a->output) b.writers.resize(b.size);
+  }
+  if (!run(kernel, at)) return machine.error.c_str();
+  for (int i = 0; i < n; ++i) {
+    auto& w = blocks[i].writers;
+    auto hole = std::find(w.begin(), w.end(), 0);
+    if (hole == w.end()) continue;
+    machine.error =
+        blocks[i].name + "[" + std::to_string((hole - w.begin()) / args[i].element) + "] is never written";
+    return machine.error.c_str();
+  }
+  return nullptr;
+}
+
+/// Shapes and strides, which the launch passes by value.
+template <typename T, T... values>
+ptr<const T, Constant> numbers() {
+  static T list[] = {values...};
+  static Block block{
+      Block::INPUT, "shape or strides", reinterpret_cast<char*>(list), sizeof list, {}, {}, {}};
+  return {&block, 0};
+}
+
+}  // namespace emu
+
+namespace metal {
+
+// ---- simdgroups. Lanes that are not there read as themselves.
+
+#define EMU_WHERE emu::Where where = emu::Where::current()
+
+inline void threadgroup_barrier(mem_flags flags, EMU_WHERE) {
+  emu::wait(emu::State::AT_BARRIER, "threadgroup_barrier", where.line());
+  if (unsigned(flags) & unsigned(mem_flags::mem_threadgroup)) ++emu::self().epoch, ++emu::self().simd_epoch;
+}
+
+inline void simdgroup_barrier(mem_flags flags, EMU_WHERE) {
+  emu::collective<int>("simdgroup_barrier", 0, [](auto, auto, int) {}, where);
+  if (unsigned(flags) & unsigned(mem_flags::mem_threadgroup)) ++emu::self().simd_epoch;
+}
+
+template <typename T, typename F>
+T emu_simd_reduce(const char* op, T x, F f, emu::Where where) {
+  return emu::collective<T>(
+      op, x,
+      [f](auto in, auto out, int lanes) {
+        T y = *in[0];
+        for (int i = 1; i < lanes; ++i) y = f(y, *in[i]);
+        for (int i = 0; i < lanes; ++i) *out[i] = y;
+      },
+      where);
+}
+
+template <typename T, typename V = emu::Value<T>>
+V simd_sum(T x, EMU_WHERE) {
+  return emu_simd_reduce<V>("simd_sum", x, [](V a, V b) { return V(a + b); }, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_product(T x, EMU_WHERE) {
+  return emu_simd_reduce<V>("simd_product", x, [](V a, V b) { return V(a * b); }, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_max(T x, EMU_WHERE) {
+  return emu_simd_reduce<V>("simd_max", x, [](V a, V b) { return a < b ? b : a; }, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_min(T x, EMU_WHERE) {
+  return emu_simd_reduce<V>("simd_min", x, [](V a, V b) { return b < a ? b : a; }, where);
+}
+inline bool simd_any(bool x, EMU_WHERE) {
+  return emu_simd_reduce("simd_any", x, [](bool a, bool b) { return a || b; }, where);
+}
+inline bool simd_all(bool x, EMU_WHERE) {
+  return emu_simd_reduce("simd_all", x, [](bool a, bool b) { return a && b; }, where);
+}
+
+template <typename T>
+struct EmuShuffle {
+  T value;
+  int from;
+};
+template <typename T>
+T emu_shuffle(const char* op, T x, int from, emu::Where where) {
+  return emu::collective<T>(
+      op, EmuShuffle<T>{x, from},
+      [](auto in, auto out, int lanes) {
+        for (int i = 0; i < lanes; ++i) {
+          const int from = in[i]->from;
+          *out[i] = in[from >= 0 && from < lanes ? from : i]->value;
+        }
+      },
+      where);
+}
+inline int emu_lane() {
+  return emu::self().at.thread_index_in_simdgroup;
+}
+
+template <typename T, typename V = emu::Value<T>>
+V simd_shuffle(T x, ushort lane, EMU_WHERE) {
+  return emu_shuffle<V>("simd_shuffle", x, lane, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_shuffle_xor(T x, ushort mask, EMU_WHERE) {
+  return emu_shuffle<V>("simd_shuffle_xor", x, emu_lane() ^ mask, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_shuffle_down(T x, ushort delta, EMU_WHERE) {
+  return emu_shuffle<V>("simd_shuffle_down", x, emu_lane() + delta, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_shuffle_up(T x, ushort delta, EMU_WHERE) {
+  return emu_shuffle<V>("simd_shuffle_up", x, emu_lane() - delta, where);
+}
+template <typename T, typename V = emu::Value<T>>
+V simd_broadcast(T x, ushort lane, EMU_WHERE) {
+  return emu_shuffle<V>("simd_broadcast", x, lane, where);
+}
+
+// ---- 8 × 8 matrices. Lane l holds two neighbours of a row: as measured on the hardware, and used by MLX.
+
+inline int emu_row(int lane) {
+  return (lane / 4 & 4) + lane / 2 % 4;
+}
+inline int emu_col(int lane) {
+  return (lane / 4 & 2) * 2 + lane % 2 * 2;
+}
+
+template <typename T, int Cols, int Rows>
+struct simdgroup_matrix {
+  static_assert(Cols == 8 && Rows == 8);
+  vec<T, 2> elements;
+  simdgroup_matrix() : elements(T(NAN)) {}
+  explicit simdgroup_matrix(T diagonal) {
+    const int lane = emu_lane();
+    for (int i = 0; i < 2; ++i) elements[i] = emu_row(lane) == emu_col(lane) + i ? diagonal : T(0);
+  }
+  vec<T, 2>& thread_elements() { return elements; }
+  const vec<T, 2>& thread_elements() const { return elements; }
+};
+using simdgroup_float8x8 = simdgroup_matrix<float, 8, 8>;
+using simdgroup_half8x8 = simdgroup_matrix<half, 8, 8>;
+using simdgroup_bfloat8x8 = simdgroup_matrix<bfloat, 8, 8>;
+
+template <typename T, int Cols, int Rows>
+simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
+  simdgroup_matrix<T, Cols, Rows> m;
+  m.elements = vec<T, 2>(x);
+  return m;
+}
+
+/// Column and row in memory of this lane's element i. Metal's manual leaves open what an origin means when
+/// transposing.
+inline ulong2 emu_element(int i, ulong2 origin, bool transpose) {
+  if (transpose && (origin.x || origin.y))
+    emu::fail("a transposed matrix with an origin: move the pointer instead");
+  const ulong row = emu_row(emu_lane()), col = emu_col(emu_lane()) + i;
+  return transpose ? ulong2(row, col) : ulong2(origin.x + col, origin.y + row);
+}
+
+template <typename T, typename U, typename Space>
+void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, emu::ptr<U, Space> x, ulong stride = 8,
+                    ulong2 origin = ulong2(0), bool transpose = false) {
+  static_assert(std::is_same_v<T, std::remove_const_t<U>>, "a matrix is loaded from memory of its own type");
+  for (int i = 0; i < 2; ++i) {
+    const ulong2 from = emu_element(i, origin, transpose);
+    m.elements[i] = x[from.y * stride + from.x];
+  }
+}
+
+template <typename T, typename Space>
+void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, emu::ptr<T, Space> x, ulong stride = 8,
+                     ulong2 origin = ulong2(0), bool transpose = false) {
+  for (int i = 0; i < 2; ++i) {
+    const ulong2 to = emu_element(i, origin, transpose);
+    x[to.y * stride + to.x] = m.elements[i];
+  }
+}
+
+template <typename A, typename B, typename C>
+struct EmuProduct {
+  vec<A, 2> a;
+  vec<B, 2> b;
+  vec<C, 2> c;
+};
+
+/// d = a·b + c in float32, rounded to d's type at the end.
+template <typename D, typename A, typename B, typename C>
+void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
+                                   const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c,
+                                   EMU_WHERE) {
+  if (emu::machine.simds[emu::self().simd].lanes != emu::LANES)
+    emu::fail("simdgroup_matrix in a simdgroup of fewer than 32 lanes");
+  d.elements = emu::collective<vec<D, 2>>(
+      "simdgroup_multiply_accumulate", EmuProduct<A, B, C>{a.elements, b.elements, c.elements},
+      [](auto in, auto out, int lanes) {
+        float a[8][8], b[8][8], c[8][8];
+        for (int l = 0; l < lanes; ++l)
+          for (int i = 0; i < 2; ++i) {
+            const int row = emu_row(l), col = emu_col(l) + i;
+            a[row][col] = in[l]->a[i], b[row][col] = in[l]->b[i], c[row][col] = in[l]->c[i];
+          }
+        for (int i = 0; i < 8; ++i)
+          for (int k = 0; k < 8; ++k)
+            for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+        for (int l = 0; l < lanes; ++l)
+          for (int i = 0; i < 2; ++i) (*out[l])[i] = D(c[emu_row(l)][emu_col(l) + i]);
+      },
+      where);
+}
+
+template <typename D, typename A, typename B>
+void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
+                        const simdgroup_matrix<B, 8, 8>& b, EMU_WHERE) {
+  simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8, 8>(D(0)), where);
+}
+
+// ---- mathematics
+
+#define EMU_MATH(name, expression)                  \
+  template <typename T, typename V = emu::Value<T>> \
+    requires(!std::is_integral_v<V>)                \
+  V name(T value) {                                 \
+    const float x = float(V(value));                \
+    return V(expression);                           \
+  }
+#define EMU_MATH_ALL                   \
+  EMU_MATH(exp, std::exp(x))           \
+  EMU_MATH(exp2, std::exp2(x))         \
+  EMU_MATH(log, std::log(x))           \
+  EMU_MATH(log2, std::log2(x))         \
+  EMU_MATH(tanh, std::tanh(x))         \
+  EMU_MATH(sqrt, std::sqrt(x))         \
+  EMU_MATH(rsqrt, 1.0f / std::sqrt(x)) \
+  EMU_MATH(sin, std::sin(x))           \
+  EMU_MATH(cos, std::cos(x))
+EMU_MATH_ALL
+EMU_MATH(floor, std::floor(x))
+EMU_MATH(ceil, std::ceil(x))
+EMU_MATH(rint, std::rint(x))
+namespace fast {
+EMU_MATH_ALL
+}
+namespace precise {
+EMU_MATH_ALL
+}
+
+// One type for all arguments: where Metal would convert, the text says so.
+template <typename T, typename V>
+concept Same = std::is_same_v<emu::Value<T>, V>;
+
+template <typename T, typename V = emu::Value<T>>
+V min(T x, Same<V> auto y) {
+  const V a = x, b = y;
+  return b < a ? b : a;
+}
+template <typename T, typename V = emu::Value<T>>
+V max(T x, Same<V> auto y) {
+  const V a = x, b = y;
+  return a < b ? b : a;
+}
+template <typename T, typename V = emu::Value<T>>
+V clamp(T x, Same<V> auto low, Same<V> auto high) {
+  return min(max(x, low), high);
+}
+template <typename T, typename V = emu::Value<T>>
+V abs(T value) {
+  const V x = value;
+  return x < V(0) ? V(-x) : x;
+}
+template <typename T, typename V = emu::Value<T>>
+V fma(T a, Same<V> auto b, Same<V> auto c) {
+  return V(std::fma(float(V(a)), float(V(b)), float(V(c))));
+}
+template <typename T, typename V = emu::Value<T>>
+V select(T no, Same<V> auto yes, bool condition) {
+  return condition ? V(yes) : V(no);
+}
+template <typename T>
+bool isnan(T x) {
+  return std::isnan(float(emu::Value<T>(x)));
+}
+template <typename T>
+bool isinf(T x) {
+  return std::isinf(float(emu::Value<T>(x)));
+}
+using std::is_same_v;
+using std::numeric_limits;
+
+}  // namespace metal
+
+template <typename To, typename From>
+To as_type(From x) {
+  return std::bit_cast<To>(x);
+}
+
+using namespace metal;
+#define thread
+#define constant const  // what the rewriting leaves: values of program scope
