@@ -28,7 +28,8 @@ lint: $(VENV)/installed ## Check format, style and types
 	@cp $(VENV)/lib/python*/site-packages/mlx_segtrain/_core.pyi python/mlx_segtrain/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/installed ## Time training steps
+bench: $(VENV)/installed ## Time attention, and training steps beside peers that are installed
+	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/step.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits

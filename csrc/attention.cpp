@@ -78,7 +78,7 @@ mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx:
 
 mx::array device_ints(const std::vector<int32_t>& values) {
   static std::mutex lock;
-  static std::map<std::vector<int32_t>, mx::array> known;
+  static auto& known = *new std::map<std::vector<int32_t>, mx::array>;  // outlives MLX's own statics
   std::lock_guard guard(lock);
   auto found = known.find(values);
   if (found != known.end()) return found->second;

@@ -24,7 +24,7 @@ bool on_cpu(mx::StreamOrDevice s) {
 }
 
 Way cpu_kernel(mx::StreamOrDevice s) {
-  return {"kernel", on_cpu(s), "this device has no kernel of ours for it"};
+  return {"kernel", on_cpu(s), "its only kernel is for the CPU"};
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// Checks, the choice of an implementation, and CPU primitives. The only place that names a backend.
+// Checks, the choice of an implementation, and CPU primitives. Only this file and gpu.h name backends.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,7 @@ std::string choose(const std::string& op, const std::string& impl, const std::ve
 
 bool on_cpu(mx::StreamOrDevice s);
 
-/// "kernel": our C++ kernel, which exists on the CPU alone so far.
+/// "kernel" of an op whose only kernel is the C++ one for the CPU.
 Way cpu_kernel(mx::StreamOrDevice s);
 
 /// Work on raw row-major memory: pointers to inputs and outputs in order. Runs on the stream's thread.
