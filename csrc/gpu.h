@@ -34,7 +34,7 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
 /// Switches an implementation off in this process, because it failed the self-check on this device.
 void switch_off(const std::string& op, const std::string& impl, const std::string& reason);
 
-/// "kernel" on a GPU: serves if `fits` is empty (else it says what does not fit) and the self-check did not
+/// "kernel" on a GPU: serves if `unfit` is empty (else it says what does not fit) and the self-check did not
 /// fail.
 Way gpu_kernel(const std::string& op, const std::string& unfit);
 

@@ -29,6 +29,7 @@ ATTENTION = [
     Attention(1, 3, 3, 255, 300, 24),
     Attention(1, 6, 2, 40, 300, 80, Dv=48),
     Attention(1, 2, 1, 140, 300, 32, options={"q_start": 100}),
+    Attention(1, 2, 1, 300, 300, 128, options={"window": 2}),
     Attention(1, 2, 1, 300, 300, 128, options={"window": 8}),
     Attention(1, 4, 2, 300, 300, 32, options={"window": 64}),
     Attention(2, 2, 1, 260, 300, 256, options={"window": 257}),

@@ -139,11 +139,6 @@ void scale(float* x, int n, float factor) {
   for (int i = 0; i < n; ++i) x[i] *= factor;
 }
 
-void add(float* x, const float* y, int n) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) x[i] += y[i];
-}
-
 float dot(const float* x, const float* y, int n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -211,8 +206,8 @@ void rotate(const float* x, const float* cosine, const float* sine, float* y, in
 }  // namespace
 
 extern const Rows ROWS_TABLE;
-const Rows ROWS_TABLE = {
-    dequantize, max, exp_sum,     sum_exp, exp_scale,  softcap,  softcap_cross_entropy, scale,
-    add,        dot, softmax_vjp, swiglu,  swiglu_vjp, rms_norm, rms_norm_vjp,          rotate};
+const Rows ROWS_TABLE = {dequantize, max, exp_sum,     sum_exp, exp_scale,  softcap,  softcap_cross_entropy,
+                         scale,      dot, softmax_vjp, swiglu,  swiglu_vjp, rms_norm, rms_norm_vjp,
+                         rotate};
 
 }  // namespace segtrain::cpu

@@ -24,7 +24,6 @@ struct Rows {
   /// The same from capped values: dx = (exp(x − shift)·w − [i = target]·w)·(1 − (x / cap)²), in place.
   void (*softcap_cross_entropy)(float* x, int n, float shift, float w, int target, float cap);
   void (*scale)(float* x, int n, float factor);
-  void (*add)(float* x, const float* y, int n);
   float (*dot)(const float* x, const float* y, int n);
   /// ds = p·(dp − delta)·factor, into dp; `capped` (the capped scores, or null) adds the factor 1 − (s/cap)².
   void (*softmax_vjp)(float* dp, const float* p, const float* capped, int n, float delta, float factor,

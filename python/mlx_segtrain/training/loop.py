@@ -64,7 +64,6 @@ class State:
     params: Grads
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
     vals: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     train_s: float = 0.0
@@ -211,7 +210,6 @@ def _report(
     seconds: float,
 ) -> None:
     state.losses.append(loss)
-    state.norms.append(norm)
     state.tokens += tokens
     state.train_s += seconds
     if state.step != 1 and state.step % config.steps_per_report and state.step != config.iters:
