@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
+from transformers import AutoTokenizer
 
 from conftest import write_llama
 from mlx_segtrain import lora
@@ -137,15 +138,35 @@ def test_tiny_llama(tmp_path, changes):
     compare(path, batch_of(300, [23, 40, 31], prompt=5), 5, [1, 0])
 
 
-def test_smollm2():
-    """Against mlx-lm run in float64, on 48 random tokens.
+SIZES = [1, 3, 7, 30, 0]
 
-    Not against its float32 run: on these tokens that is up to 4e-4 from its own float64, since
-    MLX's fused cross-entropy adds 49152 exponentials in sequence on the CPU. On longer or real rows
-    ours is up to 1.9e-4 from float64 as well: bench/LOG.md has the distances.
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return snapshot.smollm2_snapshot(cache_dir())
+
+
+def test_smollm2(smollm2):
+    """Where the model is certain of the next token, and is trained to say another.
+
+    On the CPU MLX's fused cross-entropy adds 49152 exponentials in sequence. What that rounds away
+    is as large as the bound, except where one of them is nearly the whole sum.
     """
-    path = snapshot.smollm2_snapshot(cache_dir())
-    compare(path, batch_of(49152, [48], prompt=9), 9, [1, 3, 7, 30, 0], mx.float64)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokens = tokenizer('<div class="row">text</div>\n' * 8).input_ids[:63]
+    tokens += tokenizer(" the").input_ids
+    weights = np.zeros((1, 64), np.float32)
+    weights[0, -1] = 1
+    batch = Batch(np.array([tokens], np.int32), weights, np.arange(1))
+    compare(smollm2, batch, 63, SIZES)
+
+
+def test_smollm2_in_float64(smollm2):
+    """On random tokens, against mlx-lm run in float64: there its float32 is 4e-4 from it.
+
+    On longer rows ours is up to 2e-4 from float64 as well: bench/LOG.md has the distances.
+    """
+    compare(smollm2, batch_of(49152, [48], prompt=9), 9, [1, 0], mx.float64)
 
 
 def test_evaluation_is_the_token_mean_of_mlx_lm(llama4):
