@@ -2,19 +2,22 @@
 
     python bench/ops.py [--only NAME …] [--peers]
 
-Prints ms, TF/s of the necessary operations (causal half, windows as bands), and peak MB over inputs
-and outputs. Median of `--runs` after warm-up, one shape at a time; `first s` is the first call,
-compilation included. `--peers` adds torch's attention in the same process where torch is there.
+Prints ms of a call that is waited for (median of `--runs` after warm-up), ms of one among ten in a
+row (`queued`: what it costs within a step), TF/s of the necessary operations (causal half, windows
+as bands) from the latter, peak MB over inputs and outputs, and the first call's s, compilation
+included. Calls are compiled. `--peers` adds MLX's own attention, with an array as mask where it
+needs one, and torch's on a GPU.
 """
 
 import argparse
 import statistics
 import time
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_segtrain import ops
+from mlx_segtrain import _core, ops, reference
 
 GPU = {
     "window 512 D256": {"H": 8, "G": 2, "D": 256, "T": 8192, "window": 512},
@@ -49,59 +52,76 @@ def pairs(shape):
     return int((t - first + 1).sum())
 
 
-def timed(work, runs):
-    begin = time.perf_counter()
-    mx.eval(work())
-    mx.synchronize()
-    first = time.perf_counter() - begin
-    for _ in range(2):
-        mx.eval(work())
-    mx.synchronize()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    times = []
-    for _ in range(runs):
+def timed(work, runs, wait):
+    """First call s; ms of a call that is waited for, median; ms of a call among ten in a row."""
+
+    def call():
         begin = time.perf_counter()
-        out = work()
-        mx.eval(out)
-        mx.synchronize()
-        times.append(time.perf_counter() - begin)
-        kept = sum(x.nbytes for x in out)
-        del out
-    return first, statistics.median(times) * 1e3, (mx.get_peak_memory() - before - kept) / 1e6
+        wait(work())
+        return time.perf_counter() - begin
+
+    first = call()
+    for _ in range(3):
+        call()
+    times = [call() for _ in range(runs)]
+    begin = time.perf_counter()
+    wait([work() for _ in range(10)])
+    return first, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100
 
 
-def row(name, impl, what, ms, flops, mb, first):
+def row(name, impl, what, flops, mb, first, ms, queued):
     print(
-        f"{name:22s} {impl:10s} {what:8s} {ms:9.3f} {flops / ms / 1e9:8.1f} {mb:9.1f} {first:8.2f}"
+        f"{name:20s} {impl:10s} {what:8s} {ms:9.3f} {queued:9.3f} {flops / queued / 1e9:8.1f} "
+        f"{mb:9.1f} {first:8.2f}",
+        flush=True,
     )
 
 
-def ours(name, shape, impls, runs, dtype):
+def ours(name, shape, impl, runs, dtype):
     keys = mx.random.split(mx.random.key(0), 4)
     h, g, d, t = (shape[x] for x in "HGDT")
     q, do = (mx.random.normal((1, h, t, d), key=k).astype(dtype) for k in keys[:2])
     k, v = (mx.random.normal((1, g, t, d), key=k).astype(dtype) for k in keys[2:])
     mx.eval(q, k, v, do)
-    options = {x: shape[x] for x in ("window", "segments") if x in shape}
     flops = 4 * pairs(shape) * h * d
-    for impl in impls:
+    options = {x: shape[x] for x in ("window", "segments") if x in shape}
+    if impl == "mlx":
+        mask = "causal"
+        if options:
+            mask = reference.visible(t, t, None, options.get("window"), options.get("segments"))
+            mx.eval(mask)
 
-        def f(q, k, v, impl=impl):
-            return ops.attention(q, k, v, scale=d**-0.5, impl=impl, **options)
+    def f(q, k, v):
+        if impl == "mlx":
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask=mask)
+        return ops.attention(q, k, v, scale=d**-0.5, impl=impl, **options)
 
-        def both(f=f):
-            out, grads = mx.vjp(lambda *x: f(*x), [q, k, v], [do])
-            return [*out, *grads]
+    def both(q, k, v, do):
+        out, grads = mx.vjp(f, [q, k, v], [do])
+        return [*out, *grads]
 
+    def wait(out):
+        mx.eval(out)
+        mx.synchronize()
+
+    for what, work, share in (
+        ("forward", partial(mx.compile(f), q, k, v), 1),
+        ("both", partial(mx.compile(both), q, k, v, do), 3.5),
+    ):
         try:
-            first, ms, mb = timed(lambda f=f: [f(q, k, v)], runs)
-            row(name, impl, "forward", ms, flops, mb, first)
-            first, ms, mb = timed(both, runs)
-            row(name, impl, "both", ms, 3.5 * flops, mb, first)
+            times = timed(work, runs, wait)
         except (ValueError, RuntimeError) as error:
-            print(f"{name:22s} {impl:10s} {' '.join(str(error).split())[:150]}")
+            print(f"{name:20s} {impl:10s} {what:8s} {' '.join(str(error).split())[:120]}")
+            return
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        out = work()
+        wait(out)
+        kept = sum(x.nbytes for x in (out if isinstance(out, list) else [out]))
+        mb = (mx.get_peak_memory() - before - kept) / 1e6
+        del out
+        row(name, impl, what, share * flops, mb, *times)
 
 
 def torch_peer(name, shape, runs):
@@ -122,34 +142,33 @@ def torch_peer(name, shape, runs):
         )
         return torch.autograd.grad(o, [q, k, v], do)
 
-    times = []
-    for i in range(runs + 3):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        both()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-        if i == 2:
-            torch.cuda.reset_peak_memory_stats()
-    mb = torch.cuda.max_memory_allocated() / 1e6
-    flops = 14 * pairs(shape) * h * d
-    row(name, "torch sdpa", "both", statistics.median(times[3:]) * 1e3, flops, mb, times[0])
+    times = timed(both, runs, lambda _: torch.cuda.synchronize())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = both()
+    torch.cuda.synchronize()
+    kept = sum(x.nbytes for x in out)
+    mb = (torch.cuda.max_memory_allocated() - before - kept) / 1e6
+    row(name, "torch", "both", 14 * pairs(shape) * h * d, mb, *times)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Times attention beside its peers.")
     parser.add_argument("--only", nargs="+", help="shapes whose name holds one of these")
-    parser.add_argument("--impls", nargs="+", default=["auto", "kernel", "blocked", "stock"])
+    parser.add_argument("--impls", nargs="+", default=["auto", *_core.attention_impls()])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     gpu = mx.default_device() != mx.Device(mx.cpu)
     dtype = mx.bfloat16 if gpu else mx.float32
-    print("shape                  impl       what            ms     TF/s   peak MB  first s")
+    print(
+        "shape                impl       what            ms    queued     TF/s   peak MB  first s"
+    )
     for name, shape in (GPU if gpu else CPU).items():
         if args.only and not any(x in name for x in args.only):
             continue
-        ours(name, shape, args.impls, args.runs, dtype)
+        for impl in [*args.impls, *(["mlx"] if args.peers else [])]:
+            ours(name, shape, impl, args.runs, dtype)
         if args.peers and gpu:
             torch_peer(name, shape, args.runs)
 

@@ -2,6 +2,7 @@
 
 #include <mutex>
 
+#include "cudnn/cudnn.h"
 #include "gpu.h"
 
 namespace segtrain {
@@ -9,8 +10,8 @@ namespace segtrain {
 namespace {
 
 Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-               std::optional<int> window, const std::optional<std::vector<int>>& segments,
-               std::optional<float> softcap, std::optional<int> q_start, mx::StreamOrDevice s) {
+               std::optional<int> window, const std::optional<Ranges>& segments, std::optional<float> softcap,
+               std::optional<int> q_start, mx::StreamOrDevice s) {
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4,
         "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ", q.shape(), ", ", k.shape(), ", ",
         v.shape(), ".");
@@ -31,19 +32,20 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float
         c.q_start, " and T ", c.T, ".");
   check(!window || *window >= 1, "[attention] window must be at least 1; got ", window.value_or(0), ".");
   check(!softcap || *softcap > 0, "[attention] softcap must be above 0; got ", softcap.value_or(0), ".");
-  if (segments) {
-    check(!segments->empty() && segments->front() == 0 && segments->back() == c.S &&
-              std::is_sorted(segments->begin(), segments->end()),
-          "[attention] segments must be rising offsets from 0 to S = ", c.S, ".");
-  }
-  c.causal_only = !window && !segments && !softcap && c.T == c.S;
+  const Ranges all{{0, c.S}}, &ranges = segments ? *segments : all;
+  for (int i = 0, end = 0; i < static_cast<int>(ranges.size()); end = ranges[i++].second)
+    check(end <= ranges[i].first && ranges[i].first < ranges[i].second && ranges[i].second <= c.S,
+          "[attention] expected segments as rising ranges of the ", c.S, " keys; got ", ranges[i].first,
+          " … ", ranges[i].second, " behind ", end, ".");
+  auto segment = ranges.begin();
   for (int t = 0; t < c.T; ++t) {
-    int position = c.q_start + t, first = 0;
-    if (window) first = std::max(first, position - *window + 1);
-    if (segments)
-      first = std::max(first, *std::prev(std::upper_bound(segments->begin(), segments->end(), position)));
-    c.first.push_back(first);
+    int position = c.q_start + t;
+    while (segment != ranges.end() && segment->second <= position) ++segment;
+    bool padding = segment == ranges.end() || position < segment->first;
+    int in_window = window ? position - *window + 1 : 0;
+    c.first.push_back(padding ? position + 1 : std::max(in_window, segment->first));
   }
+  c.causal_only = !softcap && c.T == c.S && c.first == std::vector<int32_t>(c.T, 0);
   return c;
 }
 
@@ -76,15 +78,32 @@ mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx:
 
 }  // namespace
 
-mx::array device_ints(const std::vector<int32_t>& values) {
+namespace {
+
+template <typename T>
+mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
   static std::mutex lock;
-  static auto& known = *new std::map<std::vector<int32_t>, mx::array>;  // outlives MLX's own statics
+  static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
   std::lock_guard guard(lock);
   auto found = known.find(values);
   if (found != known.end()) return found->second;
-  if (known.size() >= 64) known.clear();
-  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, mx::int32);
+  if (known.size() >= 1024) known.clear();
+  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
+  if (gpu() == Gpu::cuda) {
+    array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
+    array.eval();
+  }
   return known.emplace(values, array).first->second;
+}
+
+}  // namespace
+
+mx::array device_ints(const std::vector<int32_t>& values) {
+  return device_numbers(values, mx::int32);
+}
+
+mx::array device_floats(const std::vector<float>& values) {
+  return device_numbers(values, mx::float32);
 }
 
 mx::array sum_share(const mx::array& x, const Call& c) {
@@ -96,19 +115,36 @@ mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o) {
   return mx::sum(mx::multiply(f32(o, c.s), f32(d_o, c.s), c.s), -1, false, c.s);
 }
 
+std::vector<std::string> attention_impls() {
+  std::vector<std::string> names{"kernel", "blocked"};
+  if (mx::default_device() == mx::Device::cpu) return names;
+  names.push_back("stock");
+  if (compute_capability() == 90) names.push_back("hopper");
+  if (has_cudnn()) names.push_back("cudnn");
+  return names;
+}
+
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    std::optional<int> window, std::optional<std::vector<int>> segments,
-                    std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
-                    mx::StreamOrDevice s) {
+                    std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
+                    std::optional<int> q_start, const std::string& impl, mx::StreamOrDevice s) {
   auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
   bool cpu = on_cpu(s);
   Way kernel = cpu ? cpu_kernel(s) : gpu_kernel("attention", gpu_attention_unfit(c));
+  Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c));
+  hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
-  // bench/LOG.md, H200: MLX's own is the fastest where it serves, then the kernel, then whole products.
-  auto name = choose("attention", impl, {stock_way(c), kernel, blocked});
+  Way cudnn = impl == "cudnn" || (impl == "auto" && c.causal_only) ? cudnn_way(c) : Way{"cudnn", false, ""};
+  // By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
+  std::vector<Way> ways{cudnn, stock_way(c), kernel, hopper, blocked};
+  if (c.D > 128) std::swap(ways[2], ways[3]);
+  auto name = choose("attention", impl, ways);
   if (name == "stock") return stock(c, q, k, v);
 
-  AttentionWay way = name == "blocked" ? blocked_attention : cpu ? cpu_attention : gpu_attention;
+  AttentionWay way = name == "blocked"  ? blocked_attention
+                     : name == "hopper" ? hopper_attention
+                     : name == "cudnn"  ? cudnn_attention()
+                     : cpu              ? cpu_attention
+                                        : gpu_attention;
   auto op = mx::custom_vjp(
       [c, way](const Arrays& x) {
         auto y = way.forward(c, x);

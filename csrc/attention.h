@@ -9,9 +9,10 @@ namespace segtrain {
 struct Call {
   int B, H, G, T, S, D, Dv, q_start;
   float scale, cap;            ///< cap 0: none
-  bool causal_only;            ///< no window, no segments, no cap, and queries that are all of the sequence
+  bool causal_only;            ///< every query sees all keys up to itself, there are T = S, and no cap
   int window;                  ///< 0: none
-  std::vector<int32_t> first;  ///< [T]: the first key that a query sees; the last is its own position
+  std::vector<int32_t> first;  ///< [T], never falling: the first key that a query sees, the last being its
+                               ///< own position; where it sees none, its position + 1
   mx::Dtype dtype;
   mx::StreamOrDevice s;
 
@@ -25,14 +26,17 @@ struct AttentionWay {
                 const mx::array& lse);
 };
 
-extern const AttentionWay cpu_attention, gpu_attention, blocked_attention;
+extern const AttentionWay cpu_attention, gpu_attention, hopper_attention, blocked_attention;
 
 /// Why the GPU kernel cannot serve a call; empty if it can.
 std::string gpu_attention_unfit(const Call& c);
+std::string hopper_attention_unfit(const Call& c);
 
-/// An array of int32 that lies on the device already if the same values were asked for lately: a call's
-/// offsets are the same in every layer and step, and moving them costs more than a short kernel.
+/// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
+/// and a kernel's reads cross the bus: they are moved once and found again, since a call's numbers are the
+/// same in every layer and step.
 mx::array device_ints(const std::vector<int32_t>& values);
+mx::array device_floats(const std::vector<float>& values);
 
 /// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].
 mx::array sum_share(const mx::array& x, const Call& c);

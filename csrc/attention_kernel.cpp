@@ -75,7 +75,7 @@ std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int 
           {"v", x[2]},
           {"first", device_ints(first)},
           {"at", device_ints({c.q_start, parts, c.B, c.H, c.G, c.T, c.S})},
-          {"args", mx::array({c.scale, c.cap}, {2}, mx::float32)},
+          {"args", device_floats({c.scale, c.cap})},
           {"q_start", mx::array(c.q_start, mx::int32)},
           {"scale", mx::array(c.scale)},
           {"cap", mx::array(c.cap)}};

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -36,6 +37,7 @@ NB_MODULE(_core, m) {
         "segments"_a = nb::none(), "softcap"_a = nb::none(), "q_start"_a = nb::none(), "impl"_a = "auto",
         "stream"_a = nb::none(),
         "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
+  m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",

@@ -4,6 +4,7 @@
 
 #include "kernel_texts.h"
 #include "mlx/backend/cuda/cuda.h"
+#include "mlx/backend/gpu/device_info.h"
 #include "mlx/backend/metal/metal.h"
 
 namespace segtrain {
@@ -13,6 +14,16 @@ Gpu gpu() {
                           : mx::cu::is_available()  ? Gpu::cuda
                                                     : Gpu::none;
   return kind;
+}
+
+int compute_capability() {
+  static const int capability = [] {
+    if (gpu() != Gpu::cuda) return 0;
+    const auto& info = mx::gpu::device_info(0);
+    auto number = [&](const char* key) { return static_cast<int>(std::get<size_t>(info.at(key))); };
+    return number("compute_capability_major") * 10 + number("compute_capability_minor");
+  }();
+  return capability;
 }
 
 namespace {
@@ -69,11 +80,17 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   const auto& text = text_of(name);
   Arrays inputs;
   for (const auto& input : text.inputs) inputs.push_back(values.at(input));
+  std::string header = text.header;
+  if (grid.at_once) {
+    // MLX writes the kernel's signature and has no place for its launch bounds.
+    header += "#undef __global__\n#define __global__ __location__(global) __launch_bounds__(" +
+              std::to_string(grid.threads) + ", " + std::to_string(grid.at_once) + ")\n";
+  }
   // MLX keeps compiled kernels by name, on disk as well: the text is part of the name.
-  auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
+  auto unique = name + "_" + std::to_string(std::hash<std::string>{}(header + text.source) & 0xffffffff);
   auto kernel = gpu() == Gpu::metal
-                    ? mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header)
-                    : mx::fast::cuda_kernel(unique, text.inputs, text.outputs, text.source, text.header, true,
+                    ? mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, header)
+                    : mx::fast::cuda_kernel(unique, text.inputs, text.outputs, text.source, header, true,
                                             grid.shared_memory);
   auto [x, y, z] = grid.groups;
   return kernel(inputs, shapes, dtypes, {x * grid.threads, y, z}, {grid.threads, 1, 1}, arguments,

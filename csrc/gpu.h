@@ -17,6 +17,9 @@ enum class Gpu { none, metal, cuda };
 /// The kind of GPU that MLX drives in this process.
 Gpu gpu();
 
+/// Its compute capability, as 90 for 9.0; 0 if it has none.
+int compute_capability();
+
 /// Template arguments of a kernel: T → dtype, D → int, CAP → bool.
 using Template = std::vector<std::pair<std::string, mx::fast::TemplateArg>>;
 
@@ -24,6 +27,7 @@ struct Grid {
   std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
   int threads;                       ///< of a group
   int shared_memory = 0;             ///< bytes, CUDA only
+  int at_once = 0;                   ///< blocks that shall fit a core, which bounds registers; CUDA only
 };
 
 /// Launches kernel `name`. It takes from `values` the inputs that its text declares.

@@ -8,6 +8,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mlx/mlx.h"
@@ -17,6 +18,7 @@ namespace segtrain {
 
 namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
+using Ranges = std::vector<std::pair<int, int>>;  ///< [begin, end) each
 
 /// A frozen weight [out, in]: dense (scales absent) or quantized as mx::quantize writes it.
 struct Base {
@@ -34,12 +36,14 @@ struct Base {
 
 /// softmax(scale·q·kᵀ)·v over the keys a query may see, without an array of T × S.
 /// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv]. Query t stands at position q_start + t (default S −
-/// T). It sees keys up to itself, of the last `window` ones, and of its own segment [segments[i],
-/// segments[i+1]).
+/// T). It sees keys up to itself, of the last `window` ones, and of its own segment, one of the rising
+/// `segments`. A position in none of them is padding: it sees nothing, is seen by nothing, and gets zeros.
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    std::optional<int> window, std::optional<std::vector<int>> segments,
-                    std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
-                    mx::StreamOrDevice s);
+                    std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
+                    std::optional<int> q_start, const std::string& impl, mx::StreamOrDevice s);
+
+/// The implementations of attention that the default device has, whether or not they serve a given call.
+std::vector<std::string> attention_impls();
 
 /// silu(gate)·up. [..., F] → [..., F].
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);

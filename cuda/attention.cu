@@ -6,24 +6,11 @@
 // Query t sees the keys first[t] … q_start + t, and first never falls: the tiles that see each other are one range.
 // The tile shapes and the launch follow from D alone: struct Shapes.
 //
-// Could be improved: warpgroup products (wgmma) have about 1.6 times the peak of these warp products.
+// For every GPU with tensor cores; Hopper has attention_hopper.cu, whose products have about 1.6 times the peak of these.
 
 namespace segtrain {
 
 // ---- tiles in shared memory: rows of LD = DP + 8 elements, so that eight rows of 16 bytes lie in different banks
-
-__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
-/// Starts copying BYTES, or zeros.
-template <int BYTES>
-__device__ inline void copy_async(void* to, const void* from, bool ok) {
-  if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(ok ? 16 : 0));
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(ok ? 4 : 0));
-}
-
-__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /// tile [ROWS, DP] ← x [rows, D], zeros beyond.
 template <int ROWS, int D, int DP, int THREADS, typename T>
@@ -32,7 +19,7 @@ __device__ inline void copy_tile(T* tile, const T* x, int rows) {
   for (int i = threadIdx.x; i < ROWS * DP / 8; i += THREADS) {
     int row = i / (DP / 8), col = i % (DP / 8) * 8;
     bool ok = row < rows && col < D;
-    copy_async<16>(tile + row * (DP + 8) + col, x + (ok ? static_cast<size_t>(row) * D + col : 0), ok);
+    copy_async<16>(shared_address(tile + row * (DP + 8) + col), x + (ok ? static_cast<size_t>(row) * D + col : 0), ok);
   }
 }
 
@@ -48,11 +35,6 @@ __device__ inline void load_block(unsigned (&r)[4], const T* x, int ld) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
 }
-
-template <typename T>
-constexpr bool is_bfloat16 = false;
-template <>
-constexpr bool is_bfloat16<__nv_bfloat16> = true;
 
 /// c [16,8] += a [16,16] · b [16,8]
 template <typename T>
@@ -92,15 +74,6 @@ __device__ inline void product(float (&c)[MT][NT][4], const T* a, int lda, const
     for (int m = 0; m < MT; ++m) load_block<false>(r[m], a + m * 16 * lda + k, lda);
     step<T, B_DOWN>(c, r, B_DOWN ? b + k * ldb : b + k, ldb);
   }
-}
-
-template <typename T>
-__device__ inline unsigned pack2(float x, float y) {
-  struct alignas(4) {
-    T x[2];
-  } pair;
-  put(pair.x[0], x), put(pair.x[1], y);
-  return *reinterpret_cast<unsigned*>(&pair);
 }
 
 /// c [16·MT, 8·NT] += a [16·MT, 8·KT] · b [8·KT, 8·NT], a from the accumulators of another product: two of their
@@ -143,34 +116,7 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
     }
 }
 
-// ---- the call
-
-struct Call {
-  int B, H, G, T, S, q_start;
-  float scale, cap;
-  const int* first;
-
-  /// The first key that each query of a row of tiles sees; rows beyond T repeat the last one.
-  __device__ int first_of(int t) const { return first[min(t, T - 1)]; }
-  __device__ bool sees(int t, int key) const { return first_of(t) <= key && key <= q_start + t; }
-  /// Queries [q0, q1) all see the keys [k0, k1).
-  __device__ bool all_seen(int q0, int q1, int k0, int k1) const {
-    return first_of(q1 - 1) <= k0 && k1 <= q_start + q0 + 1;
-  }
-};
-
-__device__ inline Call make_call(const int* first, const int* at, const float* args) {
-  return {at[2], at[3], at[4], at[5], at[6], at[0], args[0], args[1], first};
-}
-
-/// s' = cap·tanh(s·scale/cap) in units of log 2, and ds'/ds over scale.
-template <bool CAP>
-struct Score {
-  float in, out;
-  __device__ explicit Score(const Call& c) : in(CAP ? c.scale / c.cap : c.scale * LOG2E), out(CAP ? c.cap * LOG2E : 1) {}
-  __device__ float operator()(float s) const { return CAP ? out * tanh_of(s * in) : s * in; }
-  __device__ float slope(float y) const { return CAP ? 1 - (y / out) * (y / out) : 1; }
-};
+// ---- the tiles
 
 /// Tile shapes by head size, for 227 KB of shared memory and 255 registers a thread.
 template <int D>
@@ -183,27 +129,6 @@ struct Shapes {
   static constexpr int FORWARD_BYTES = (BQ + 4 * BK) * LD * 2;
   static constexpr int DQ_BYTES = (2 * BQ + 4 * BK_DQ) * LD * 2;
   static constexpr int DKV_BYTES = (2 * BK_DKV + 4 * BQ_DKV) * LD * 2 + 2 * BK_DKV * (BQ_DKV + 8) * 2 + 4 * BQ_DKV * 4;
-};
-
-template <typename T>
-__device__ inline T* shared_tiles() {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  return reinterpret_cast<T*>(shared_bytes);
-}
-
-/// What the threadgroup of a tile of queries works on. Long rows first: a causal triangle's last tiles are heaviest.
-struct QueryTile {
-  size_t bh, bg;
-  int q0, rows, k_begin, k_end;
-  __device__ QueryTile(const Call& c, int BQ) {
-    int heads = c.B * c.H, tiles = (c.T + BQ - 1) / BQ;
-    bh = blockIdx.x % heads;
-    bg = bh / c.H * c.G + bh % c.H / (c.H / c.G);
-    q0 = (tiles - 1 - blockIdx.x / heads) * BQ;
-    rows = min(BQ, c.T - q0);
-    k_begin = c.first[q0];
-    k_end = c.q_start + q0 + rows;
-  }
 };
 
 // ---- o, lse
@@ -367,17 +292,6 @@ __device__ void attention_dq(const T* q, const T* k, const T* v, const float* ls
 
 // ---- dk, dv
 
-/// The first query whose range begins at `key` or later.
-__device__ inline int queries_before(const Call& c, int key) {
-  int low = 0, high = c.T;
-  while (low < high) {
-    int middle = (low + high) / 2;
-    if (c.first[middle] < key) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
 /// dk, dv [B,G,parts,S,D]: each part sums share/parts query heads.
 template <int D, bool CAP, typename T, typename Out>
 __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o,
@@ -406,7 +320,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
     copy_tile<BQ, D, DP, THREADS>(do_tile + stage * BQ * LD, d_o + row * D, rows);
     if (threadIdx.x < 2 * BQ) {
       const int i = threadIdx.x % BQ, ok = i < rows;
-      copy_async<4>((threadIdx.x < BQ ? lse_tile : delta_tile) + stage * BQ + i,
+      copy_async<4>(shared_address((threadIdx.x < BQ ? lse_tile : delta_tile) + stage * BQ + i),
                     (threadIdx.x < BQ ? lse : delta) + row + (ok ? i : 0), ok);
     }
   };

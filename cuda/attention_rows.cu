@@ -116,8 +116,9 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
   sum = reduce(sum, 0, [](float a, float b) { return a + b; });
 
   /// p = exp(s' − m)/l, lse = m + log l
+  const float inverse = sum > 0 ? 1 / sum : 0;
   auto write = [&](int col, float (&y)[8]) {
-    for (int i = 0; i < 8; ++i) y[i] *= 1 / sum;
+    for (int i = 0; i < 8; ++i) y[i] *= inverse;
     store(p, col, cols, aligned, y);
   };
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the kernels share: numbers in float32, sixteen-byte packs, reductions of fixed order. Goes before each kernel text.
+// What the kernels share: numbers, copies into shared memory, and what a call of attention asks for. Goes before each text.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -31,5 +31,103 @@ template <typename T>
 struct alignas(16) Pack {
   T x[8];
 };
+
+template <typename T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<__nv_bfloat16> = true;
+
+template <typename T>
+__device__ inline unsigned pack2(float x, float y) {
+  struct alignas(4) {
+    T x[2];
+  } pair;
+  put(pair.x[0], x), put(pair.x[1], y);
+  return *reinterpret_cast<unsigned*>(&pair);
+}
+
+template <typename T>
+__device__ inline float2 unpack2(unsigned bits) {
+  struct alignas(4) Pair {
+    T x[2];
+  } pair = *reinterpret_cast<Pair*>(&bits);
+  return make_float2(to_float(pair.x[0]), to_float(pair.x[1]));
+}
+
+// ---- shared memory
+
+__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+/// Starts copying BYTES, or zeros.
+template <int BYTES>
+__device__ inline void copy_async(unsigned to, const void* from, bool ok) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(ok ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(ok ? 4 : 0) : "memory");
+}
+
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+template <typename T>
+__device__ inline T* shared_tiles() {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  return reinterpret_cast<T*>(shared_bytes);
+}
+
+// ---- a call of attention
+
+struct Call {
+  int B, H, G, T, S, q_start;
+  float scale, cap;
+  const int* first;
+
+  /// The first key that each query of a row of tiles sees; rows beyond T repeat the last one.
+  __device__ int first_of(int t) const { return first[min(t, T - 1)]; }
+  __device__ bool sees(int t, int key) const { return first_of(t) <= key && key <= q_start + t; }
+  /// Queries [q0, q1) all see the keys [k0, k1).
+  __device__ bool all_seen(int q0, int q1, int k0, int k1) const {
+    return first_of(q1 - 1) <= k0 && k1 <= q_start + q0 + 1;
+  }
+};
+
+__device__ inline Call make_call(const int* first, const int* at, const float* args) {
+  return {at[2], at[3], at[4], at[5], at[6], at[0], args[0], args[1], first};
+}
+
+/// s' = cap·tanh(s·scale/cap) in units of log 2, and ds'/ds over scale.
+template <bool CAP>
+struct Score {
+  float in, out;
+  __device__ explicit Score(const Call& c) : in(CAP ? c.scale / c.cap : c.scale * LOG2E), out(CAP ? c.cap * LOG2E : 1) {}
+  __device__ float operator()(float s) const { return CAP ? out * tanh_of(s * in) : s * in; }
+  __device__ float slope(float y) const { return CAP ? 1 - (y / out) * (y / out) : 1; }
+};
+
+/// What the threadgroup of a tile of queries works on. Long rows first: a causal triangle's last tiles are heaviest.
+struct QueryTile {
+  size_t bh, bg;
+  int q0, rows, k_begin, k_end;
+  __device__ QueryTile(const Call& c, int BQ) {
+    int heads = c.B * c.H, tiles = (c.T + BQ - 1) / BQ;
+    bh = blockIdx.x % heads;
+    bg = bh / c.H * c.G + bh % c.H / (c.H / c.G);
+    q0 = (tiles - 1 - blockIdx.x / heads) * BQ;
+    rows = min(BQ, c.T - q0);
+    k_begin = c.first[q0];
+    k_end = c.q_start + q0 + rows;
+  }
+};
+
+/// The first query whose range begins at `key` or later.
+__device__ inline int queries_before(const Call& c, int key) {
+  int low = 0, high = c.T;
+  while (low < high) {
+    int middle = (low + high) / 2;
+    if (c.first[middle] < key) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
 
 }  // namespace segtrain

@@ -152,14 +152,13 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
   Matrix sum[D / 8], s[N];
   fill<D / 8>(sum, 0);
 
-  /// for each tile of keys that the queries see
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     stage<D>(k_tile, k, k0, shape.keys, simd, OWN / 8, lane);
     stage<D>(v_tile, v, k0, shape.keys, simd, OWN / 8, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    ///   s = scale q k^T, capped; -inf where unseen
+    /// S = scale q k^T, capped
     product<D>(s, q_row, k_tile, at);
     const bool edge = k0 < last_begin || k0 + BK > q_start + q0 + 1;
     float top = m;
@@ -175,7 +174,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
       }
     }
 
-    ///   m, l: maximum, and sum of exp(s - m)
+    /// Online softmax: what is summed so far was relative to the old maximum.
     top = of_row(top, Max());
     const float base = top == -INFINITY ? 0 : top;  // nothing seen yet
     const float shrink = fast::exp(m - base);
@@ -192,7 +191,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
     l = l * shrink + of_row(part, Sum());
     m = top;
 
-    ///   o = o * shrink + p v
+    /// O += P V
     UNROLL
     for (int d = 0; d < D / 8; ++d) {
       sum[d].thread_elements()[0] *= shrink;
@@ -201,7 +200,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
     accumulate<D>(sum, s, v_tile, at);
   }
 
-  /// o /= l, lse = m + log(l)
+  /// O/l, lse = m + log l
   if (row >= q1) return;
   store<D>(o + (bh * shape.queries + t) * D, sum, l > 0 ? 1 / l : 0, at);
   if (at.col == 0) lse[bh * shape.queries + t] = l > 0 ? m + log(l) : -INFINITY;
@@ -228,18 +227,17 @@ void attention_vjp_q(const device T* q, const device T* k, const device T* v, Ro
   Matrix sum[D / 8], s[N], dp[N];
   fill<D / 8>(sum, 0);
 
-  /// for each tile of keys that the queries see
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     stage<D>(k_tile, k, k0, shape.keys, simd, OWN / 8, lane);
     stage<D>(v_tile, v, k0, shape.keys, simd, OWN / 8, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    ///   s = scale q k^T, capped; dp = do v^T
+    /// P = exp(S - lse), dP = dO V^T
     product<D>(s, q_row, k_tile, at);
     product<D>(dp, do_row, v_tile, at);
 
-    ///   p = exp(s - lse), 0 where unseen; ds = p * (dp - delta) * slope
+    /// dS = P (dP - delta)
     const bool edge = k0 < last_begin || k0 + BK > q_start + q0 + 1;
     UNROLL
     for (int n = 0; n < N; ++n) {
@@ -253,11 +251,11 @@ void attention_vjp_q(const device T* q, const device T* k, const device T* v, Ro
       }
     }
 
-    ///   dq += ds k
+    /// dQ += dS K
     accumulate<D>(sum, s, k_tile, at);
   }
 
-  /// dq *= scale
+  /// dQ scale
   if (row < q1) store<D>(dq + bht * D, sum, scale, at);
 }
 
@@ -284,7 +282,6 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
   for (int h = 0; h < shape.share(); ++h) {
     const size_t bht = shape.q_head(group.z, group.y * shape.share() + h) * shape.queries;
 
-    /// for each query head of the group, for each tile of queries that sees the keys
     for (int q0 = max(0, k0 - q_start) / BQ * BQ; q0 < shape.queries; q0 += BQ) {
       const int q1 = min(q0 + BQ, shape.queries);
       if (first[q0] >= k1) break;  // nor does any later query see them
@@ -293,10 +290,10 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
       stage<D>(do_tile, d_o + bht * D, q0, shape.queries, simd, 2 * SIMDS, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
 
-      ///   s^T = scale k q^T, capped; dp^T = v do^T
+      /// P = exp(S - lse), dP = dO V^T, both transposed
       product<D>(x, own_row, makes_dk ? do_tile : q_tile, at);
 
-      ///   p = exp(s - lse), 0 where unseen; ds = p * (dp - delta) * slope
+      /// dS = P (dP - delta)
       if (!makes_dk) {
         const bool edge = first[q1 - 1] > k0 || k0 + OWN > q_start + q0 + 1 || q0 + BQ > shape.queries;
         UNROLL
@@ -324,12 +321,12 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
         }
       }
 
-      ///   dv += p^T do, dk += ds^T q
+      /// dV += P^T dO, dK += dS^T Q
       accumulate<D>(sum, x, makes_dk ? q_tile : do_tile, at);
     }
   }
 
-  /// dk *= scale
+  /// dK scale
   if (row < k1) store<D>((makes_dk ? dk : dv) + own, sum, makes_dk ? scale : 1, at);
 }
 

@@ -31,10 +31,20 @@ def visible(t, s, q_start=None, window=None, segments=None):
     seen = key <= position
     if window is not None:
         seen &= key > position - window
-    if segments is not None:
+    if isinstance(segments, list):  # offsets; what lies behind the last one is padding
         ids = np.searchsorted(segments, np.arange(s), side="right")
-        seen &= ids[position] == ids[None]
-    return seen
+        ids[ids == len(segments)] = -1
+    else:
+        ids = np.zeros(s) if segments is None else np.array(segments)
+    return seen & (ids[position] == ids[None]) & (ids[position] >= 0)
+
+
+def softmax(s, seen):
+    """Over the last axis; 0 in rows that see nothing."""
+    top = np.where(seen, s.real, -np.inf).max(-1, keepdims=True)
+    p = np.exp(np.where(seen, s - np.where(np.isfinite(top), top, 0), -np.inf))
+    total = p.sum(-1, keepdims=True)
+    return p / np.where(total == 0, 1, total)
 
 
 def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
@@ -43,10 +53,7 @@ def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_sta
     s = scale * q @ k.swapaxes(-1, -2)
     if softcap is not None:
         s = softcap * np.tanh(s / softcap)
-    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
-    top = np.where(seen, s.real, -np.inf).max(-1, keepdims=True)
-    p = np.where(seen, np.exp(s - top), 0)
-    return p / p.sum(-1, keepdims=True) @ v
+    return softmax(s, visible(q.shape[2], k.shape[2], q_start, window, segments)) @ v
 
 
 def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=None, q_start=None):
@@ -58,9 +65,7 @@ def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=Non
     if softcap is not None:
         s = softcap * np.tanh(s / softcap)
         slope = 1 - (s / softcap) ** 2
-    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
-    p = np.where(seen, np.exp(s - np.where(seen, s, -np.inf).max(-1, keepdims=True)), 0)
-    p /= p.sum(-1, keepdims=True)
+    p = softmax(s, visible(q.shape[2], k.shape[2], q_start, window, segments))
     dp = do @ vh.swapaxes(-1, -2)
     ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True)) * slope
 
@@ -158,6 +163,13 @@ def assert_no_worse(name, x, reference, truth, dtype):
     assert top <= 2 * ref_top + 2 * (eps + EPS["float32"]), (
         f"{name}: largest error {top:.2e}, plain code {ref_top:.2e}"
     )
+
+
+def assert_rounded(name, x, truth, dtype):
+    """Plain code: float32 arithmetic, and for half precision one rounding."""
+    l2, _ = errors(x, truth)
+    bound = 16 * EPS["float32"] + (EPS[dtype] / 2 if dtype != "float32" else 0)
+    assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"
 
 
 def assert_close(name, x, truth, bound):

@@ -1,7 +1,10 @@
-"""Shapes for every implementation of an op: aligned, off by one, tiny, grouped, T < S."""
+"""Shapes for every implementation of an op: aligned, off by one, tiny, grouped, T < S, padding."""
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -16,9 +19,21 @@ class Attention:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self):
-        options = "-".join(f"{key}{value}" for key, value in self.options.items())
+        options = "-".join(f"{key}{_text(value)}" for key, value in self.options.items())
         shape = f"B{self.B}-H{self.H}-G{self.G}-T{self.T}-S{self.S}-D{self.D}"
         return f"{shape}-{options}".rstrip("-").replace(" ", "")
+
+
+def ids(*runs: int) -> np.ndarray:
+    """An id for each key from the lengths of runs in order; a length below 0 is that of padding."""
+    return np.repeat([np.sign(n) * (9 - i) for i, n in enumerate(runs)], np.abs(runs))
+
+
+def _text(option: Any) -> str:
+    if not isinstance(option, np.ndarray):
+        return str(option)
+    runs = [(i, len(list(run))) for i, run in groupby(option.tolist())]
+    return "ids" + ",".join(f"{n}{'pad' * (i < 0)}" for i, n in runs)
 
 
 ATTENTION = [
@@ -27,6 +42,11 @@ ATTENTION = [
     Attention(2, 4, 2, 128, 128, 64),
     Attention(1, 3, 1, 129, 129, 64),
     Attention(1, 3, 3, 255, 300, 24),
+    Attention(1, 4, 2, 257, 257, 80),
+    Attention(1, 2, 1, 127, 127, 96),
+    Attention(1, 2, 1, 65, 193, 192, options={"window": 65}),
+    Attention(2, 2, 1, 128, 128, 256),
+    Attention(1, 2, 1, 129, 140, 512),
     Attention(1, 6, 2, 40, 300, 80, Dv=48),
     Attention(1, 2, 1, 140, 300, 32, options={"q_start": 100}),
     Attention(1, 2, 1, 300, 300, 128, options={"window": 2}),
@@ -37,11 +57,19 @@ ATTENTION = [
     Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
     Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
     Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
+    # Padding: of more than a tile in the middle, under bands of a window, behind the last offset,
+    # of every query.
+    Attention(2, 4, 2, 420, 420, 64, options={"segments": ids(50, -3, 90, -200, 60, -17)}),
+    Attention(1, 2, 1, 290, 300, 128, options={"segments": ids(-30, 100, -40, 130), "window": 60}),
+    Attention(1, 2, 1, 280, 300, 96, options={"segments": [0, 100, 130], "softcap": 3.0}),
+    Attention(1, 2, 2, 1, 4, 64, options={"segments": ids(3, -1)}),
 ]
 ATTENTION_TINY = [
     Attention(1, 2, 1, 3, 5, 4, Dv=3),
     Attention(1, 2, 1, 5, 5, 4, options={"window": 2, "softcap": 1.5}),
     Attention(1, 1, 1, 5, 6, 4, options={"segments": [0, 2, 6]}),
+    Attention(1, 2, 1, 5, 6, 4, options={"segments": [0, 2, 4], "softcap": 1.5}),
+    Attention(1, 2, 1, 7, 7, 4, options={"segments": ids(-1, 2, -2, 2)}),
 ]
 
 #: (bits, group); None is a dense base. The widths are no multiples of the kernels' tiles.

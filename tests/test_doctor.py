@@ -1,21 +1,38 @@
-"""The self-check of GPU kernels, with the CPU's implementations standing in for them."""
+"""Checks of kernels on a device: those of the CPU, which stand in for a GPU's too."""
 
 import json
 
 import mlx.core as mx
 import pytest
 
-from mlx_segtrain import _core, doctor
+from mlx_segtrain import _core, cli, doctor
+
+CPU_KERNELS = [
+    "attention",
+    "swiglu",
+    "rms_norm",
+    "rope",
+    "lora_linear",
+    "linear_cross_entropy",
+]
+MILLISECONDS = doctor.milliseconds
 
 
 @pytest.fixture
 def off(monkeypatch, tmp_path):
-    """What is switched off, without touching this process; the cache is an empty folder."""
+    """What is switched off, without touching this process; the cache is an empty folder.
+
+    No times are taken.
+    """
     seen = []
+    monkeypatch.setattr(doctor, "milliseconds", lambda *_: 1.0)
+    device = mx.default_device()
+    mx.set_default_device(mx.Device(mx.cpu))
     monkeypatch.setattr(_core, "switch_off", lambda *args: seen.append(args))
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "stand-in"})
-    return seen
+    yield seen
+    mx.set_default_device(device)
 
 
 def test_implementations_that_agree_stay_on(off, tmp_path):
@@ -37,7 +54,7 @@ def test_one_that_does_not_agree_is_switched_off_with_a_warning(off, monkeypatch
         return sound(q, k, v, impl=impl, **options)
 
     monkeypatch.setattr(_core, "attention", broken)
-    says = r"attention kernel is off on this device \(segments: "
+    says = r"attention kernel is off on this device \(segments, D = 64: "
     with pytest.warns(UserWarning, match=says):
         found = doctor.self_check.__wrapped__()
     assert list(found) == ["attention"]
@@ -51,3 +68,111 @@ def test_one_that_does_not_agree_is_switched_off_with_a_warning(off, monkeypatch
 def test_a_broken_cache_is_no_obstacle(off, tmp_path):
     (tmp_path / "self-check.json").write_text("{")
     assert doctor.self_check.__wrapped__() == {}
+
+
+# ---- mlx-segtrain doctor
+
+
+def break_kernel(monkeypatch, op, fault):
+    """Replaces the value, or only the gradient, of a kernel by one that is 1 % wrong."""
+    sound = getattr(_core, op)
+
+    def broken(x, *args, impl="auto", **options):
+        y = sound(x, *args, impl=impl, **options)
+        if impl != "kernel":
+            return y
+        return y * 1.01 if fault == "value" else y * 1.01 - 0.01 * mx.stop_gradient(y)
+
+    monkeypatch.setattr(_core, op, broken)
+
+
+def test_every_kernel_of_the_cpu_is_checked_and_timed(off, monkeypatch):
+    monkeypatch.setattr(doctor, "milliseconds", MILLISECONDS)
+    report = doctor.examine()
+    assert report.ok and not report.gpu and report.device == "stand-in"
+    cases = [f"{case}, D = 64" for case in doctor.CASES]
+    assert [x.case for x in report.checks if x.op == "attention"] == cases
+    assert list(dict.fromkeys(x.op for x in report.checks)) == CPU_KERNELS
+    for x in report.checks:
+        assert x.reason == "" and 0 < x.error < doctor.FLOAT_BOUND
+        assert 0 < x.ms < 1e4 and 0 < x.plain_ms < 1e4
+
+
+def test_times_are_those_of_the_work():
+    """6·512³ operations, and not of writing them down."""
+    x = mx.ones((512, 512))
+    assert doctor.milliseconds(lambda x: x @ x, [x], x) > 0.1
+
+
+@pytest.mark.parametrize("fault", ["value", "gradient"])
+@pytest.mark.parametrize("op", CPU_KERNELS)
+def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
+    break_kernel(monkeypatch, op, fault)
+    found = doctor.failed(doctor.check())
+    assert list(found) == [op] and found[op].endswith("e-02 away from the plain code")
+
+
+def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
+    """A GPU's implementations, which a CPU plays here."""
+    sound = _core.attention
+
+    def attention(*x, impl, **options):
+        return sound(*x, impl="kernel" if impl in ("hopper", "cudnn") else impl, **options)
+
+    monkeypatch.setattr(_core, "attention", attention)
+    monkeypatch.setattr(_core, "attention_impls", lambda: ["kernel", "blocked", "hopper", "cudnn"])
+    monkeypatch.setattr(doctor, "on_gpu", lambda: True)
+    report = doctor.examine()
+    assert report.gpu and report.ok
+    kernels = [("attention_rows", 64), ("attention", 64)]
+    kernels += [("attention_hopper", 64), ("attention_hopper", 512)]
+    cases = [(op, f"{case}, D = {d}") for op, d in kernels for case in doctor.CASES]
+    assert [(x.op, x.case) for x in report.checks] == [
+        *cases,
+        ("attention_cudnn", "causal, D = 256"),
+    ]
+    # bfloat16, and far from the plain code as that is
+    assert all(1e-4 < x.error < doctor.HALF_BOUND for x in report.checks)
+
+
+def test_it_checks_afresh_and_rewrites_what_was_known(off, monkeypatch, tmp_path):
+    file = tmp_path / "self-check.json"
+    file.write_text(json.dumps({"another": {"attention": "x"}, doctor.device_key(): {"rope": "y"}}))
+    assert doctor.examine().ok
+    assert json.loads(file.read_text()) == {
+        "another": {"attention": "x"},
+        doctor.device_key(): {},
+    }
+    break_kernel(monkeypatch, "rope", "value")
+    assert not doctor.examine().ok
+    known = json.loads(file.read_text())
+    assert list(known[doctor.device_key()]) == ["rope"] and "another" in known
+
+
+def test_the_command_says_which_kernel_is_wrong(off, monkeypatch, capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "stand-in (CPU)" in out and out.endswith("every kernel agrees with the plain code\n")
+    assert out.count(" ok ") == len(CPU_KERNELS) + len(doctor.CASES) - 1
+    break_kernel(monkeypatch, "rms_norm", "value")
+    assert cli.main(["doctor", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"] is False and result["mlx"] == doctor.MLX_VERSION
+    (wrong,) = [x for x in result["checks"] if x["reason"]]
+    assert wrong["op"] == "rms_norm" and wrong["ms"] is None
+    assert wrong["error"] == pytest.approx(0.01, rel=0.1)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "rms_norm: 1.0e-02 away from the plain code" in out and " wrong " in out
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_valid_json(off, monkeypatch, capsys, fault):
+    sound = _core.rope
+    monkeypatch.setattr(_core, "rope", lambda *args, **options: sound(*args, **options) * fault)
+    assert cli.main(["doctor", "--json"]) == 1
+    out = capsys.readouterr().out
+    assert "NaN" not in out and "Infinity" not in out
+    assert {x["op"]: x["reason"] for x in json.loads(out)["checks"] if x["reason"]} == {
+        "rope": "not finite"
+    }

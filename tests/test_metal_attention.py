@@ -9,7 +9,7 @@ import pytest
 import oracle
 from metal_emulator import MetalError, kernels
 from mlx_segtrain import reference
-from specs import Attention
+from specs import Attention, ids
 
 SPECS = [
     # Under 8 queries `first`, and here lse and delta too, lie in constant memory.
@@ -25,6 +25,14 @@ SPECS = [
     (Attention(1, 1, 1, 33, 40, 192), "float16"),
     (Attention(1, 2, 1, 49, 49, 256, options={"softcap": 5.0, "window": 30}), "bfloat16"),
     (Attention(1, 1, 1, 17, 20, 256), "float32"),
+    # Padding: of a tile and more in the middle, under a window, behind the last offset, of all.
+    (Attention(1, 2, 1, 120, 130, 64, options={"segments": ids(30, -3, 20, -70, 7)}), "float16"),
+    (
+        Attention(1, 2, 1, 70, 70, 96, options={"segments": ids(-9, 40, -2, 19), "window": 12}),
+        "bfloat16",
+    ),
+    (Attention(1, 1, 1, 75, 75, 128, options={"segments": [0, 9, 20], "softcap": 2.0}), "float32"),
+    (Attention(1, 2, 2, 2, 5, 64, options={"segments": ids(3, -2)}), "float32"),
 ]
 
 
@@ -40,7 +48,9 @@ def first_keys(spec):
     """(first [T], q_start)"""
     rest = {key: x for key, x in spec.options.items() if key != "softcap"}
     start = spec.options.get("q_start", spec.S - spec.T)
-    return oracle.visible(spec.T, spec.S, **rest).argmax(axis=1).tolist(), start
+    seen = oracle.visible(spec.T, spec.S, **rest)
+    behind = start + np.arange(spec.T) + 1  # where a query sees nothing
+    return np.where(seen.any(axis=1), seen.argmax(axis=1), behind).tolist(), start
 
 
 def setup(spec, dtype, seed=0):
@@ -61,7 +71,8 @@ def true_lse(q, k, scale, softcap=None, **options):
     s = scale * q @ k.repeat(q.shape[1] // k.shape[1], 1).swapaxes(-1, -2)
     s = s if softcap is None else softcap * np.tanh(s / softcap)
     seen = oracle.visible(q.shape[2], k.shape[2], **options)
-    return np.log(np.where(seen, np.exp(s), 0).sum(-1))
+    with np.errstate(divide="ignore"):
+        return np.log(np.where(seen, np.exp(s), 0).sum(-1))
 
 
 def check(spec, dtype, of=kernels.KERNELS):
@@ -76,7 +87,10 @@ def check(spec, dtype, of=kernels.KERNELS):
         reference.attention(q, k, v, **options),
         *reference.attention_vjp(q, k, v, do, **options),
     ]
-    oracle.assert_close("lse", f64(got.pop(1)), true_lse(*arrays[:2], **options), 1e-6)
+    lse, truth_lse = f64(got.pop(1)), true_lse(*arrays[:2], **options)
+    blind = np.isneginf(truth_lse)
+    assert (np.isneginf(lse) == blind).all()
+    oracle.assert_close("lse", lse[~blind], truth_lse[~blind], 1e-6)
     for name, x, ref, true in zip(["o", "dq", "dk", "dv"], got, plain, truth, strict=True):
         oracle.assert_no_worse(name, f64(x), f64(ref), true, dtype)
 
@@ -157,6 +171,25 @@ ACROSS = "(8 * n + at.col) * Tile<T, D>::stride + d + at.row"
 def test_broken_mathematics(name, old, new):
     with pytest.raises(AssertionError):
         check(*RAGGED, broken(name, old, new))
+
+
+PADDED = Attention(1, 1, 1, 40, 45, 64, options={"segments": ids(7, -2, 20, -16)}), "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        (FORWARD, "l > 0 ? 1 / l : 0", "1 / l"),
+        (FORWARD, "top == -INFINITY ? 0 : top", "top"),
+        (FORWARD, "l > 0 ? m + log(l) : -INFINITY", "m"),
+        (DQ, "(key < begin || key >= end)", "(key >= end)"),
+        (DKV, "key < first[t] || ", ""),
+    ],
+)
+def test_padding_that_is_seen(name, old, new):
+    at = 1 if name == DQ else 0  # the forward kernel has the same line
+    with pytest.raises(AssertionError):
+        check(*PADDED, broken(name, old, new, at))
 
 
 # ---- rows of a block of scores

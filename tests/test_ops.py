@@ -6,10 +6,10 @@ import pytest
 
 import oracle
 import specs
+from checks import check_op, f64, grads, rand
 from mlx_segtrain import ops, reference
 
 IMPLS = {
-    "attention": ["kernel", "blocked"],
     "swiglu": ["kernel", "stock"],
     "rms_norm": ["kernel", "stock"],
     "rope": ["kernel", "stock"],
@@ -18,58 +18,7 @@ IMPLS = {
 }
 
 
-def rand(rng, *shape, dtype="float32"):
-    """The same numbers as mx array of `dtype` and, from it, as float64."""
-    x = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(getattr(mx, dtype))
-    return x, f64(x)
-
-
-def f64(x):
-    return np.array(x.astype(mx.float32)).astype(np.float64)
-
-
-def grads(f, args, dy):
-    return mx.vjp(f, list(args), [dy])[1]
-
-
-def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
-    """Value and gradients of f; the same call twice; each gradient alone."""
-    y = f(*args)
-    assert y.dtype == getattr(mx, dtype) or name.startswith("linear_cross_entropy")
-    oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)
-    assert mx.array_equal(y, f(*args))
-    got, plains = grads(f, args, dy), grads(plain, args, dy)
-    again = grads(f, args, dy)
-    for i, (grad, ref, true) in enumerate(zip(got, plains, true_grads, strict=True)):
-        oracle.assert_no_worse(f"{name} d{i}", f64(grad), f64(ref), true, dtype)
-        assert mx.array_equal(grad, again[i])
-
-        def alone(x, i=i):
-            return f(*[*args[:i], x, *args[i + 1 :]])
-
-        assert mx.array_equal(grad, grads(alone, [args[i]], dy)[0])
-
-
 # ---- the oracle itself
-
-
-@pytest.mark.parametrize("spec", specs.ATTENTION_TINY, ids=str)
-def test_oracle_attention_vjp_is_the_complex_step(spec):
-    rng = np.random.default_rng(0)
-    d_v = spec.Dv or spec.D
-    q, k, v, do = (
-        rng.standard_normal(s)
-        for s in [
-            (spec.B, spec.H, spec.T, spec.D),
-            (spec.B, spec.G, spec.S, spec.D),
-            (spec.B, spec.G, spec.S, d_v),
-            (spec.B, spec.H, spec.T, d_v),
-        ]
-    )
-    options = {"scale": 0.3, **spec.options}
-    truth = oracle.vjp(lambda *x: oracle.attention(*x, **options), [q, k, v], do)
-    for grad, true in zip(oracle.attention_vjp(q, k, v, do, **options), truth, strict=True):
-        oracle.assert_close("vjp", grad, true, 1e-12)
 
 
 def test_oracle_vjps_are_complex_steps():
@@ -101,45 +50,11 @@ def test_oracle_vjps_are_complex_steps():
         oracle.assert_close("vjp", oracle.cross_entropy_vjp(x, *rest), truth, 1e-12)
 
 
-# ---- attention
-
-
-@pytest.mark.parametrize("dtype", specs.DTYPES)
-@pytest.mark.parametrize("spec", specs.ATTENTION, ids=str)
-@pytest.mark.parametrize("impl", IMPLS["attention"])
-def test_attention(impl, spec, dtype):
-    rng = np.random.default_rng(spec.T)
-    d_v = spec.Dv or spec.D
-    q, q64 = rand(rng, spec.B, spec.H, spec.T, spec.D, dtype=dtype)
-    # Keys and values are cut from longer buffers with loud garbage behind.
-    k, _ = rand(rng, spec.B, spec.G, spec.S + 3, spec.D, dtype=dtype)
-    v, _ = rand(rng, spec.B, spec.G, spec.S + 3, d_v, dtype=dtype)
-    k[:, :, spec.S :], v[:, :, spec.S :] = 1e4, 1e4
-    k, v = k[:, :, : spec.S], v[:, :, : spec.S]
-    do, do64 = rand(rng, spec.B, spec.H, spec.T, d_v, dtype=dtype)
-    options = {"scale": spec.D**-0.5, **spec.options}
-    k64, v64 = f64(k), f64(v)
-    check_op(
-        "attention",
-        lambda *x: ops.attention(*x, impl=impl, **options),
-        lambda *x: reference.attention(*x, **options),
-        [q, k, v],
-        oracle.attention(q64, k64, v64, **options),
-        oracle.attention_vjp(q64, k64, v64, do64, **options),
-        do,
-        dtype,
-    )
+# ---- the reference
 
 
 def test_reference_vjps_follow_the_oracle():
     rng = np.random.default_rng(5)
-    options = {"scale": 0.2, "window": 20, "softcap": 3.0, "segments": [0, 30, 64]}
-    (q, q64), (k, k64), (v, v64) = (rand(rng, 1, h, 64, 16) for h in (4, 2, 2))
-    do, do64 = rand(rng, 1, 4, 64, 16)
-    got = reference.attention_vjp(q, k, v, do, **options)
-    truth = oracle.attention_vjp(q64, k64, v64, do64, **options)
-    for grad, true in zip(got, truth, strict=True):
-        oracle.assert_close("reference", f64(grad), true, 2e-6)
     (x, x64), (y, y64), (dy, dy64) = (rand(rng, 9, 33) for _ in range(3))
     for grad, true in zip(
         reference.swiglu_vjp(x, y, dy), oracle.swiglu_vjp(x64, y64, dy64), strict=True
@@ -153,40 +68,6 @@ def test_reference_vjps_follow_the_oracle():
     truth = oracle.lora_linear_vjp(x64, weight64, a64, b64, 0.5, dy64)
     for grad, true in zip(got, truth, strict=True):
         oracle.assert_close("reference", f64(grad), true, 2e-6)
-
-
-def test_attention_under_compile_checkpoint_and_nested_vjp():
-    rng = np.random.default_rng(2)
-    q, k, v = (rand(rng, 1, 2, 50, 16)[0] for _ in range(3))
-    do = rand(rng, 1, 2, 50, 16)[0]
-    for impl in IMPLS["attention"]:
-
-        def f(q, k, v, impl=impl):
-            return ops.attention(q, k, v, scale=0.25, window=9, impl=impl)
-
-        plain = grads(f, [q, k, v], do)
-
-        def compiled(q, k, v, do, f=f):
-            return grads(f, [q, k, v], do)
-
-        for other in (mx.compile(compiled)(q, k, v, do), grads(mx.checkpoint(f), [q, k, v], do)):
-            for x, y in zip(plain, other, strict=True):
-                assert mx.allclose(x, y, rtol=1e-6, atol=1e-6)
-
-
-def test_attention_memory_is_linear():
-    """At T = 2048 an array of scores of 4 heads would be 67 MB."""
-    q = mx.random.normal((1, 4, 2048, 32))
-    mx.eval(q)
-
-    def f(q):
-        return ops.attention(q, q, q, scale=0.2).sum()
-
-    for work in (lambda: f(q), lambda: mx.grad(f)(q)):
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(work())
-        assert mx.get_peak_memory() - before < 12e6
 
 
 # ---- elementwise and rows
@@ -382,13 +263,6 @@ def test_linear_cross_entropy_memory_has_no_rows_times_vocabulary():
 # ---- bad arguments
 
 BAD = [
-    (lambda x: ops.attention(x, x[:, :1], x[:, :1, :3], scale=1.0), r"k and v in G and S"),
-    (lambda x: ops.attention(x[0], x, x, scale=1.0), r"expected q \[B,H,T,D\].*\(2,5,8\)"),
-    (lambda x: ops.attention(x, x, x, scale=1.0, window=0), r"window must be at least 1; got 0"),
-    (lambda x: ops.attention(x, x, x, scale=1.0, segments=[0, 3]), r"from 0 to S = 5"),
-    (lambda x: ops.attention(x, x, x, scale=1.0, q_start=1), r"q_start 1 and T 5"),
-    (lambda x: ops.attention(x, x, x.astype(mx.float16), scale=1.0), r"one floating dtype"),
-    (lambda x: ops.attention(x, x, x, scale=1.0, impl="fast"), r"impl must be .*'blocked'.*'fast'"),
     (lambda x: ops.swiglu(x, x[0]), r"\[swiglu\] gate and up must have one shape"),
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),

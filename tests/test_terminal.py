@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mlx_segtrain import events
+from mlx_segtrain import doctor, events
 from mlx_segtrain.data import Preview, Report
-from mlx_segtrain.terminal import Terminal, duration, show_report
+from mlx_segtrain.terminal import Terminal, duration, show_checks, show_report
 
 
 def run_events(iters: int = 20) -> list[events.Event]:
@@ -138,3 +138,27 @@ def test_report_colours_each_token_on_a_terminal() -> None:
 def test_report_without_a_tokenizer() -> None:
     text = report(terminal=False, length_max=None, previews=[])
     assert "tokens  " not in text and "--model-dir" in text
+
+
+def checks(gpu: bool, reason: str) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=80, highlight=False)
+    one = doctor.Check("attention", "window", 0.5 if reason else 0.001, reason=reason)
+    two = doctor.Check("attention", "causal", 0.001, ms=1.234, plain_ms=56.7)
+    show_checks(doctor.Report("A GPU", gpu, "0.32.4", "0.1.0", [one, two]), console)
+    return out.getvalue()
+
+
+def test_checks_of_kernels() -> None:
+    reason = "error: " + 40 * "long "  # longer than a line: nothing may be wrapped
+    text = checks(gpu=True, reason=reason)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["device", "A", "GPU", "(GPU)"] in lines
+    assert ["attention", "window", "off", "5.0e-01", "–", "–"] in lines
+    assert ["attention", "causal", "ok", "1.0e-03", "1.23", "56.70"] in lines
+    assert f"\nattention (window): {reason}\n" in text
+    assert "next implementation serves" in text
+    wrong = checks(gpu=False, reason=reason)  # the CPU's kernels are never switched off
+    assert " wrong " in wrong and "off" not in wrong
+    good = checks(gpu=True, reason="")
+    assert "off" not in good and "agrees" in good and "attention (window)" not in good

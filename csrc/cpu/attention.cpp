@@ -26,8 +26,7 @@ Seen seen(const Attention& a, int query, int k0, int k1) {
 
 /// Tiles of keys that the queries [q0, q1) see.
 Seen tiles(const Attention& a, int q0, int q1) {
-  int first = *std::min_element(a.first + q0, a.first + q1);
-  return {first / BK, (a.q_start + q1 + BK - 1) / BK};
+  return {a.first[q0] / BK, (a.q_start + q1 + BK - 1) / BK};
 }
 
 /// S = scale·q·kᵀ, capped. [nq, nk]
@@ -60,13 +59,14 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
     auto range = tiles(a, q0, q1);
     for (int j = range.begin; j < range.end; ++j) {
       const int k0 = j * BK, k1 = std::min(a.s, k0 + BK), nk = k1 - k0;
+      /// S = scale·q·kᵀ, capped
       scores(a, q_tile, k + (bg * a.s + k0) * a.d, nq, nk, s);
+      /// Online softmax: what is summed so far was relative to the old maximum.
       for (int i = 0; i < nq; ++i) {
         float* row = s + static_cast<size_t>(i) * nk;
         auto see = seen(a, q0 + i, k0, k1);
         keep_only(row, nk, see);
         if (see.begin >= see.end) continue;
-        // Online softmax: what is summed so far was relative to the old maximum.
         float top = std::max(m[i], rows().max(row + see.begin, see.end - see.begin));
         float sum = rows().exp_sum(row + see.begin, see.end - see.begin, top);
         if (top > m[i] && l[i] > 0) {
@@ -77,8 +77,10 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
         m[i] = top;
         l[i] += sum;
       }
+      /// O += P·V
       gemm(false, false, nq, a.dv, nk, 1, s, nk, v + (bg * a.s + k0) * a.dv, a.dv, 1, o_tile, a.dv);
     }
+    /// O/l, lse = m + log l
     for (int i = 0; i < nq; ++i) {
       if (l[i] > 0) rows().scale(o_tile + static_cast<size_t>(i) * a.dv, a.dv, 1 / l[i]);
       lse_tile[i] = l[i] > 0 ? m[i] + std::log(l[i]) : -INFINITY;

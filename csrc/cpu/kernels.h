@@ -55,7 +55,7 @@ struct Attention {
   int batch, heads, groups, t, s, d, dv;
   int q_start;
   float scale, cap;      ///< cap 0: none
-  const int32_t* first;  ///< [t]: the first key that a query sees; the last is its own position
+  const int32_t* first;  ///< [t], as in Call
 };
 /// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → o [B,H,T,Dv], lse [B,H,T].
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse);

@@ -121,6 +121,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--no-chat-template", action="store_true", help="give the prompt to the model as it is"
     )
 
+    added = command("doctor", _doctor, "check and time the kernels on this device")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
     added.add_argument(
         "--out", type=Path, metavar="DIR", help="output directory. Default: demo-run."
@@ -337,6 +340,19 @@ def _prompt(args: argparse.Namespace) -> str:
     if not text.strip():
         raise InputError("the prompt is empty")
     return text
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mlx_segtrain import doctor
+
+    report = doctor.examine()
+    if args.json:
+        print(json.dumps(asdict(report) | {"ok": report.ok}))
+    else:
+        from mlx_segtrain.terminal import show_checks
+
+        show_checks(report)
+    return 0 if report.ok else 1
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -1,86 +1,260 @@
-"""Kernels that run on a GPU for the first time are compared with the plain code, once a device.
+"""Kernels are compared with the plain code on the device that runs them.
 
-What fails to compile or to agree is switched off with a warning, and the next implementation
-serves. The result is kept in the cache folder, by device and by the core that was checked.
+On a GPU that happens once a device, before first use: a kernel that fails to compile or to agree is
+switched off with a warning, and the next implementation serves. The result is kept in the cache
+folder, by device and by the core that was checked. `mlx-segtrain doctor` does it again, on a CPU
+too, and takes times.
 """
 
 import functools
 import hashlib
 import json
+import math
+import statistics
+import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from . import MLX_VERSION, _core, reference
+from . import MLX_VERSION, __version__, _core, reference
 from .files import cache_dir, write_json
 
-#: How far half-precision kernels may be from the plain code in float32, relative L2.
-BOUND = 0.02
-CASES = {
-    "window": {"window": 40},
-    "segments": {"segments": [0, 50, 60, 150]},
-    "softcap": {"softcap": 2.0},
-    "causal": {},
+#: How far a kernel may be from the plain code in float32, relative L2.
+HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
+#: Queries of a check; on a GPU times are taken of more, which a launch does not outweigh.
+CHECKED, TIMED_ON_GPU = 500, 2000
+#: Options of attention for T queries; behind the segments lie queries that see nothing.
+CASES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "causal": lambda t: {},
+    "window": lambda t: {"window": t // 4},
+    "segments": lambda t: {"segments": [0, t // 3, t // 3 + 10, t - t // 8]},
+    "softcap": lambda t: {"softcap": 2.0},
 }
 
 
-def attention_error(impl: str, dtype: mx.Dtype, options: dict) -> float:
-    """Largest relative L2 error of o, dq, dk, dv of an implementation on a small call."""
-    keys = mx.random.split(mx.random.key(0), 4)
-    heads = (4, 2, 2, 4)
-    q, k, v, do = (
-        mx.random.normal((1, h, 150, 64), key=key).astype(dtype)
-        for h, key in zip(heads, keys, strict=True)
-    )
+@dataclass(frozen=True)
+class Call:
+    """A kernel and the plain code, to be called with the same arrays."""
 
-    def run(f, args, cotangent):
-        out, grads = mx.vjp(lambda *x: f(*x, scale=0.125, **options), args, [cotangent])
+    op: str
+    case: str
+    kernel: Callable[..., mx.array]
+    plain: Callable[..., mx.array]
+    args: list[mx.array]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came of a call: `reason` says why it failed, and is empty if it did not.
+
+    `error` is the largest relative L2 error of value and gradients; `ms` and `plain_ms` are times
+    of value and gradients.
+    """
+
+    op: str
+    case: str
+    error: float | None = None
+    ms: float | None = None
+    plain_ms: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    device: str
+    gpu: bool
+    mlx: str
+    version: str
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        return not failed(self.checks)
+
+
+def on_gpu() -> bool:
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
+def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    return [
+        mx.random.normal(shape, key=key).astype(dtype)
+        for shape, key in zip(shapes, keys, strict=True)
+    ]
+
+
+def attention_calls(
+    op: str, impl: str, dtype: mx.Dtype, t: int, d: int = 64, cases: Iterable[str] = CASES
+) -> Iterator[Call]:
+    for case in cases:
+        plain_options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
+        core_options = dict(plain_options)
+        if "segments" in core_options:
+            core_options["segments"] = reference.segment_ranges(core_options["segments"], t)
+        yield Call(
+            op,
+            f"{case}, D = {d}",
+            functools.partial(_core.attention, impl=impl, **core_options),
+            functools.partial(reference.attention, **plain_options),
+            normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype),
+        )
+
+
+def cpu_calls() -> Iterator[Call]:
+    yield from attention_calls("attention", "kernel", mx.float32, CHECKED)
+    x, y, w, a, b = normal((300, 512), (300, 512), (700, 512), (512, 8), (8, 700))
+    packed = mx.quantize(w, group_size=64, bits=4)
+    base, head = _core.Base(*packed, group_size=64, bits=4), _core.Base(w)
+    heads, targets = x.reshape(1, 4, 300, 128), mx.arange(300)
+    # Each op as a function of its name's two forms and of the arrays that have gradients.
+    ops: dict[str, tuple[Callable[..., mx.array], list[mx.array]]] = {
+        "swiglu": (lambda f, x, y: f(x, y), [x, y]),
+        "rms_norm": (lambda f, x: f(x, w[0], 1e-5), [x]),
+        "rope": (lambda f, x: f(x, 64, base=1e4), [heads]),
+        "lora_linear": (lambda f, x, a, b: f(x, base, a, b, 2.0), [x, a, b]),
+        "linear_cross_entropy": (lambda f, x: f(x, head, targets), [x]),
+    }
+    for op, (call, args) in ops.items():
+        kernel = functools.partial(getattr(_core, op), impl="kernel")
+        plain = getattr(reference, op)
+        yield Call(op, "", functools.partial(call, kernel), functools.partial(call, plain), args)
+
+
+def calls(t: int) -> Iterator[Call]:
+    """Every kernel of the default device; those of attention with t queries on a GPU."""
+    if not on_gpu():
+        yield from cpu_calls()
+        return
+    # The row passes are what the blocked form runs on.
+    yield from attention_calls("attention_rows", "blocked", mx.bfloat16, t)
+    yield from attention_calls("attention", "kernel", mx.bfloat16, t)
+    impls = _core.attention_impls()
+    if "hopper" in impls:  # wide heads have other tiles
+        for d in (64, 512):
+            yield from attention_calls("attention_hopper", "hopper", mx.bfloat16, t, d)
+    if "cudnn" in impls:
+        yield from attention_calls("attention_cudnn", "cudnn", mx.bfloat16, t, 256, ["causal"])
+
+
+def cotangent(call: Call) -> mx.array:
+    return normal(call.plain(*call.args).shape, dtype=call.args[0].dtype, seed=1)[0]
+
+
+def relative_error(call: Call) -> float:
+    """The largest of value and gradients."""
+
+    def run(f: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
+        out, grads = mx.vjp(f, [*arrays[:-1]], [arrays[-1]])
         return [x.astype(mx.float32) for x in (*out, *grads)]
 
-    got = run(functools.partial(_core.attention, impl=impl), [q, k, v], do)
-    exact = [x.astype(mx.float32) for x in (q, k, v)]
-    truth = run(reference.attention, exact, do.astype(mx.float32))
+    arrays = [*call.args, cotangent(call)]
+    got = run(call.kernel, *arrays)
+    truth = run(call.plain, *(x.astype(mx.float32) for x in arrays))
     errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]
-    worst = mx.stack(errors).max()
-    return float(worst) if mx.isfinite(worst) else float("inf")
+    return float(mx.stack(errors).max())
 
 
-def check() -> dict[str, str]:
-    """Runs every check; returns the ops whose kernel failed, with the reason."""
-    failed = {}
-    # The row passes are what the blocked form runs on.
-    for op, impl in (("attention_rows", "blocked"), ("attention", "kernel")):
-        for name, options in CASES.items():
-            try:
-                error = attention_error(impl, mx.bfloat16, options)
-            except (RuntimeError, ValueError) as failure:
-                failed[op] = f"{name}: {' '.join(str(failure).split())[:300]}"
-                break
-            if error > BOUND:
-                failed[op] = f"{name}: {error:.1e} away from the plain code"
-                break
-    return failed
+def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array) -> float:
+    """Value and gradients: median of three after a warm-up."""
+    times = []
+    mx.eval(args, dy)
+    for _ in range(4):
+        begin = time.perf_counter()
+        mx.eval(mx.vjp(f, args, [dy]))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:]) * 1e3
+
+
+def check_call(call: Call) -> Check:
+    try:
+        error = relative_error(call)
+    except (RuntimeError, ValueError) as failure:
+        return Check(call.op, call.case, reason=" ".join(str(failure).split())[:300])
+    if not math.isfinite(error):
+        return Check(call.op, call.case, reason="not finite")
+    bound = FLOAT_BOUND if call.args[0].dtype == mx.float32 else HALF_BOUND
+    reason = "" if error <= bound else f"{error:.1e} away from the plain code"
+    return Check(call.op, call.case, error, reason=reason)
+
+
+def check() -> list[Check]:
+    """Compares every kernel of the default device with the plain code."""
+    return [check_call(call) for call in calls(CHECKED)]
+
+
+def timed(checks: list[Check]) -> list[Check]:
+    """The same, with times of those that passed."""
+    result = []
+    for x, call in zip(checks, calls(TIMED_ON_GPU), strict=True):
+        if not x.reason:
+            ms, plain_ms = (
+                milliseconds(f, call.args, cotangent(call)) for f in (call.kernel, call.plain)
+            )
+            x = replace(x, ms=ms, plain_ms=plain_ms)
+        result.append(x)
+    return result
+
+
+def failed(checks: list[Check]) -> dict[str, str]:
+    """The ops with a kernel that failed, and why at first."""
+    reasons: dict[str, str] = {}
+    for x in checks:
+        if x.reason:
+            reasons.setdefault(x.op, f"{x.case}: {x.reason}" if x.case else x.reason)
+    return reasons
+
+
+# ---- what is known of devices
+
+
+def device_name() -> str:
+    return str(mx.device_info().get("device_name", "unknown"))
+
+
+def device_key() -> str:
+    core = hashlib.sha256(Path(_core.__file__).read_bytes()).hexdigest()[:16]
+    return f"{device_name()}, mlx {MLX_VERSION}, core {core}"
+
+
+def cache_file() -> Path:
+    return cache_dir() / "self-check.json"
+
+
+def known() -> dict[str, dict[str, str]]:
+    """What failed, by device."""
+    with suppress(OSError, ValueError):
+        return json.loads(cache_file().read_text(encoding="utf-8"))
+    return {}
+
+
+def keep(found: dict[str, str]) -> None:
+    with suppress(OSError):  # a cache that cannot be written costs the next process a check
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache_file(), known() | {device_key(): found})
 
 
 @functools.cache
 def self_check() -> dict[str, str]:
     """Switches off what `check` found, now or earlier on this device; returns it."""
-    core = hashlib.sha256(Path(_core.__file__).read_bytes()).hexdigest()[:16]
-    device = mx.device_info().get("device_name", "unknown")
-    key = f"{device}, mlx {MLX_VERSION}, core {core}"
-    file = cache_dir() / "self-check.json"
-    known: dict[str, dict[str, str]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(file.read_text(encoding="utf-8"))
-    if key not in known:
-        known[key] = check()
-        with suppress(OSError):  # a cache that cannot be written costs the next process a check
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, known)
-    for op, reason in known[key].items():
+    found = known().get(device_key())
+    if found is None:
+        found = failed(check())
+        keep(found)
+    for op, reason in found.items():
         _core.switch_off(op, "kernel", reason)
         text = f"mlx_segtrain: the {op} kernel is off on this device ({reason})"
         warnings.warn(text, stacklevel=2)
-    return known[key]
+    return found
+
+
+def examine() -> Report:
+    """Checks and times every kernel of the default device now, and keeps what was found."""
+    checks = check()
+    keep(failed(checks))
+    return Report(device_name(), on_gpu(), MLX_VERSION, __version__, timed(checks))

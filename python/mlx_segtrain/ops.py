@@ -6,7 +6,6 @@ the device; a named one ("kernel", "blocked", "stock", "reference") raises Value
 reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import mlx.nn as nn
 
 from . import _core, doctor, reference
 from ._core import Base
+from .reference import Segments, segment_ranges
 
 __all__ = [
     "Base",
@@ -44,7 +44,7 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
-    segments: Sequence[int] | None = None,
+    segments: Segments | None = None,
     softcap: float | None = None,
     q_start: int | None = None,
     impl: str = "auto",
@@ -53,23 +53,28 @@ def attention(
 
     q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv], H a multiple of G → o [B,H,T,Dv], one floating dtype.
     Query t stands at position q_start + t (default S − T) and sees the keys up to itself, of these
-    the last `window`, and of these the ones in its own segment; `segments` are rising offsets
-    0 … S of packed rows. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in float32.
+    the last `window`, and of these the ones in its own segment. `segments` of packed rows are a
+    list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
+    padding; the same for every row of the batch, and read when the graph is built, so not under
+    mx.compile's tracing. Padding, and what lies behind the last offset, sees nothing and is seen by
+    nothing: o = 0 and gradients of 0. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in
+    float32.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
     options: dict[str, Any] = {
         "scale": scale,
         "window": window,
-        "segments": None if segments is None else list(segments),
         "softcap": softcap,
         "q_start": q_start,
     }
     if impl == "reference":
-        return reference.attention(q, k, v, **options)
+        return reference.attention(q, k, v, segments=segments, **options)
     if mx.default_device() != mx.Device(mx.cpu):
         doctor.self_check()
-    return _core.attention(q, k, v, impl=impl, **options)
+    # k may have a wrong rank: the core says so.
+    ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
+    return _core.attention(q, k, v, segments=ranges, impl=impl, **options)
 
 
 def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:

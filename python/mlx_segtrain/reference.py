@@ -4,11 +4,17 @@ They take the memory that plain code takes, [T, S] scores and [M, V] logits incl
 is the derivation that the native op follows.
 """
 
+import operator
+import reprlib
 from collections.abc import Sequence
+from itertools import pairwise
 
 import mlx.core as mx
+import numpy as np
 
 from ._core import Base
+
+Segments = Sequence[int] | np.ndarray | mx.array
 
 
 def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
@@ -28,8 +34,40 @@ def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
 # ---- attention
 
 
+def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
+    """The keys [begin, end) of each segment, rising; a key in none of them is padding.
+
+    What is no array holds offsets: 0, the begin of each next segment, the end of the last one, S or
+    earlier. An array holds ids: one for each key, the same along a segment, below 0 for padding.
+    ValueError says what does not fit.
+    """
+    expected = f"[attention] expected segments as offsets that rise from 0 to at most S = {s}, or"
+    if not isinstance(segments, (np.ndarray, mx.array)):
+        offsets = [operator.index(x) for x in segments]
+        rising = all(begin < end for begin, end in pairwise(offsets))
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > s or not rising:
+            raise ValueError(f"{expected} ids as an array; got offsets {reprlib.repr(offsets)}.")
+        return list(pairwise(offsets))
+    if isinstance(segments, mx.array):
+        integer = mx.issubdtype(segments.dtype, mx.integer)
+    else:
+        integer = np.issubdtype(segments.dtype, np.integer)
+    if tuple(segments.shape) != (s,) or not integer:
+        got = f"an array {list(segments.shape)} of {segments.dtype}"
+        raise ValueError(f"{expected} as an array of {s} integer ids; got {got}.")
+    ids = np.asarray(segments)
+    begins = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    ends = np.append(begins[1:], s)
+    begins, ends, runs = (x[ids[begins] >= 0] for x in (begins, ends, ids[begins]))
+    known, times = np.unique(runs, return_counts=True)
+    if (times > 1).any():
+        twice = known[times > 1][0]
+        raise ValueError(f"[attention] expected each segment's id in one run; got {twice} in more.")
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))
+
+
 def visible(
-    t: int, s: int, q_start: int | None, window: int | None, segments: Sequence[int] | None
+    t: int, s: int, q_start: int | None, window: int | None, segments: Segments | None
 ) -> mx.array:
     """[T, S] booleans: may query t see key s."""
     query = mx.arange(t)[:, None] + (s - t if q_start is None else q_start)
@@ -38,18 +76,24 @@ def visible(
     if window is not None:
         seen = seen & (key > query - window)
     if segments is not None:
-        ids = sum((mx.arange(s) >= start).astype(mx.int32) for start in segments)
-        assert isinstance(ids, mx.array)
-        seen = seen & (ids[None] == mx.take(ids, query))
+        ids = mx.full(s, -1)
+        for i, (begin, end) in enumerate(segment_ranges(segments, s)):
+            ids[begin:end] = i
+        own = mx.take(ids, query)
+        seen = seen & (ids[None] == own) & (own >= 0)
     return seen
 
 
 def _probabilities(q, k, scale, seen, softcap):
-    """s (capped) and p [B,H,T,S] in float32, k with one head for each of q's."""
+    """s (capped) and p [B,H,T,S] in float32, k with one head for each of q's.
+
+    p of a row that sees nothing is 0: its scores are finite, so that no gradient is NaN.
+    """
     s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
     if softcap is not None:
         s = softcap * mx.tanh(s / softcap)
-    return s, mx.softmax(mx.where(seen, s, -mx.inf), axis=-1)
+    lowest = mx.finfo(mx.float32).min
+    return s, mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
 
 
 def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):

@@ -6,13 +6,16 @@ from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from mlx_segtrain.events import Event
 
 if TYPE_CHECKING:
+    from mlx_segtrain import doctor
     from mlx_segtrain.data import Preview, Report
 
 TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
@@ -123,6 +126,34 @@ def show_report(report: Report, console: Console | None = None) -> None:
         line("")
         line(preview.source)
         line(_coloured(preview) if console.is_terminal else _marked(preview))
+
+
+def show_checks(report: doctor.Report, console: Console | None = None) -> None:
+    """Print what the kernels of a device are like; why one failed stands below the table."""
+    console = console or Console(highlight=False)
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
+    line(f"MLX            {report.mlx}")
+    line(f"mlx-segtrain   {report.version}")
+    bad = Text("off" if report.gpu else "wrong", "bold red")
+    table = Table("kernel", "case", "result", box=box.SIMPLE_HEAD)
+    for name in ("error", "ms", "plain ms"):
+        table.add_column(name, justify="right")
+    for x in report.checks:
+        times = ("–" if ms is None else f"{ms:.2f}" for ms in (x.ms, x.plain_ms))
+        error = "–" if x.error is None else f"{x.error:.1e}"
+        table.add_row(x.op, x.case, bad if x.reason else Text("ok", "green"), error, *times)
+    console.print(table)
+    for x in report.checks:
+        if x.reason:
+            line(f"{x.op}{x.case and f' ({x.case})'}: {x.reason}")
+    if report.ok:
+        line("every kernel agrees with the plain code")
+    elif report.gpu:
+        line("a kernel that is off is not used on this device: the next implementation serves")
 
 
 def _coloured(preview: Preview) -> Text:

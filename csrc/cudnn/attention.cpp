@@ -1,0 +1,286 @@
+// Plain causal attention through cuDNN's graph API: MLX's own binding is slower, and stops at D = 128.
+//
+// Nothing of CUDA is linked. cuDNN is the one that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
+// runtime by itself. The symbols of MLX are those that it exports.
+#include <cuda_runtime.h>
+#include <cudnn_frontend.h>
+#include <dlfcn.h>
+
+#include <compare>
+#include <mutex>
+
+#include "cudnn/cudnn.h"
+#include "mlx/backend/cuda/device.h"
+#include "mlx/fast.h"
+#include "mlx/primitives.h"
+
+namespace cudnn_frontend {
+void* cudnn_dlhandle = nullptr;  // where the frontend looks up cuDNN's functions
+}
+
+namespace segtrain {
+
+namespace {
+
+namespace fe = cudnn_frontend;
+
+/// Before it, the frontend repairs lengths that are no multiple of 128 by copies that a CUDA graph would
+/// repeat from freed memory.
+constexpr size_t CUDNN_MIN = 91600;
+
+/// What a plan is built for.
+struct Problem {
+  int device;
+  mx::Dtype::Val dtype;
+  int B, H, G, T, D, Dv;
+  bool backward;
+
+  auto operator<=>(const Problem&) const = default;
+};
+
+struct Plan {
+  std::shared_ptr<fe::graph::Graph> graph;
+  int64_t workspace = 0;
+  std::string error;
+};
+
+std::mutex lock;  // over handles and plans: cuDNN's are not for two threads at a time
+
+template <class F>
+F* cudnn_function(const char* name) {
+  auto function = reinterpret_cast<F*>(dlsym(fe::cudnn_dlhandle, name));
+  if (!function) throw std::runtime_error(std::string("cuDNN has no ") + name);
+  return function;
+}
+
+void check_cudnn(cudnnStatus_t status) {
+  if (status != CUDNN_STATUS_SUCCESS)
+    throw std::runtime_error(cudnn_function<decltype(cudnnGetErrorString)>("cudnnGetErrorString")(status));
+}
+
+void check_cudnn(fe::error_t status) {
+  if (status.is_bad()) throw std::runtime_error(status.get_message());
+}
+
+cudnnHandle_t handle_of(mx::cu::Device& device) {
+  static auto& handles = *new std::map<int, cudnnHandle_t>;  // outlives CUDA, which is gone at exit
+  auto [found, fresh] = handles.try_emplace(device.cuda_device());
+  if (fresh) {
+    device.make_current();
+    check_cudnn(cudnn_function<decltype(cudnnCreate)>("cudnnCreate")(&found->second));
+  }
+  return found->second;
+}
+
+/// Position of a tensor among inputs and outputs of either direction; the scale follows.
+enum Uid { Q, K, V, O, LSE, D_O, D_Q, D_K, D_V, SCALE };
+
+template <class Options>
+Options causal(Options options, const char* name,
+               const std::shared_ptr<fe::graph::Tensor_attributes>& scale) {
+  options.set_name(name)
+      .set_attn_scale(scale)
+      .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+      .set_diagonal_band_right_bound(0);
+  return options;
+}
+
+void add_nodes(fe::graph::Graph& graph, const Problem& p) {
+  auto half = p.dtype == mx::Dtype::Val::float16 ? fe::DataType_t::HALF : fe::DataType_t::BFLOAT16;
+  graph.set_io_data_type(half)
+      .set_intermediate_data_type(fe::DataType_t::FLOAT)
+      .set_compute_data_type(fe::DataType_t::FLOAT);
+  auto shape = [&](fe::graph::Tensor_attributes& tensor, Uid uid, int64_t heads, int64_t width) {
+    tensor.set_uid(uid)
+        .set_dim({p.B, heads, p.T, width})
+        .set_stride({heads * p.T * width, p.T * width, width, 1})
+        .set_data_type(uid == LSE ? fe::DataType_t::FLOAT : half);
+  };
+  auto input = [&](Uid uid, int heads, int width) {
+    fe::graph::Tensor_attributes tensor;
+    shape(tensor, uid, heads, width);
+    return graph.tensor(tensor);
+  };
+  auto output = [&](const std::shared_ptr<fe::graph::Tensor_attributes>& tensor, Uid uid, int heads,
+                    int width) {
+    shape(*tensor, uid, heads, width);
+    tensor->set_output(true);
+  };
+  auto scale = graph.tensor(fe::graph::Tensor_attributes()
+                                .set_uid(SCALE)
+                                .set_dim({1, 1, 1, 1})
+                                .set_stride({1, 1, 1, 1})
+                                .set_is_pass_by_value(true)
+                                .set_data_type(fe::DataType_t::FLOAT));
+  auto q = input(Q, p.H, p.D), k = input(K, p.G, p.D), v = input(V, p.G, p.Dv);
+  if (!p.backward) {
+    auto options = causal(fe::graph::SDPA_attributes(), "attention", scale).set_generate_stats(true);
+    auto [o, lse] = graph.sdpa(q, k, v, options);
+    output(o, O, p.H, p.Dv);
+    output(lse, LSE, p.H, 1);
+    return;
+  }
+  // Its deterministic algorithm keeps dP, an array of T × S for each head, or needs cuDNN 9.25: dq is added
+  // up in any order.
+  auto options = causal(fe::graph::SDPA_backward_attributes(), "attention_vjp", scale);
+  auto o = input(O, p.H, p.Dv), lse = input(LSE, p.H, 1), d_o = input(D_O, p.H, p.Dv);
+  auto [dq, dk, dv] = graph.sdpa_backward(q, k, v, o, d_o, lse, options);
+  output(dq, D_Q, p.H, p.D);
+  output(dk, D_K, p.G, p.D);
+  output(dv, D_V, p.G, p.Dv);
+}
+
+Plan build(const Problem& p, cudnnHandle_t handle) {
+  Plan plan;
+  try {
+    auto graph = std::make_shared<fe::graph::Graph>();
+    // Plans are never freed, so CUDA graphs need not hold on to them.
+    graph->set_cuda_graph_retention(fe::CudaGraphRetention_t::NONE);
+    add_nodes(*graph, p);
+    check_cudnn(graph->validate());
+    check_cudnn(graph->build_operation_graph(handle));
+    check_cudnn(graph->create_execution_plans({fe::HeurMode_t::A}));
+    check_cudnn(graph->check_support());
+    check_cudnn(graph->build_plans());
+    check_cudnn(graph->get_workspace_size(plan.workspace));
+    plan.graph = std::move(graph);
+  } catch (const std::exception& failure) {
+    plan.error = failure.what();
+    if (plan.error.empty()) plan.error = "no engine for this shape";
+  }
+  return plan;
+}
+
+/// Built once; never freed, since CUDA graphs that MLX keeps refer to its code.
+const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
+  static auto& plans = *new std::map<Problem, Plan>;
+  std::lock_guard guard(lock);
+  auto found = plans.find(p);
+  if (found == plans.end()) {
+    device.make_current();
+    found = plans.emplace(p, build(p, handle_of(device))).first;
+  }
+  return found->second;
+}
+
+/// MLX's allocator is hidden, but a kernel's outputs come from it: this is the primitive of one that does
+/// nothing.
+std::shared_ptr<mx::Primitive> allocation(mx::Stream s) {
+  static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
+  std::lock_guard guard(lock);
+  auto& primitive = known[s.index];
+  if (!primitive)
+    primitive = mx::fast::precompiled_cuda_kernel("segtrain_nothing",
+                                                  ".version 7.0\n.target sm_80\n.address_size 64\n"
+                                                  ".visible .entry segtrain_nothing() { ret; }\n",
+                                                  {}, {{1}}, {mx::float32}, {}, {1, 1, 1}, {1, 1, 1}, 0,
+                                                  std::nullopt, false, s)[0]
+                    .primitive_ptr();
+  return primitive;
+}
+
+class CudnnOp : public mx::Primitive {
+ public:
+  CudnnOp(mx::Stream s, const Problem& problem, const Plan& plan, float scale)
+      : Primitive(s), problem_(problem), plan_(plan), scale_(scale), allocation_(allocation(s)) {}
+
+  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::logic_error("[attention] cuDNN is not for the CPU.");
+  }
+
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cu::get_command_encoder(stream());
+    encoder.device().make_current();
+    Arrays fresh = outputs;
+    void* workspace = nullptr;
+    if (plan_.workspace) fresh.push_back(scratch(plan_.workspace));
+    allocation_->eval_gpu({}, fresh);
+    if (plan_.workspace) {
+      workspace = mx::gpu_ptr<void>(fresh.back());
+      encoder.add_temporary(fresh.back());
+      encoder.set_output_array(fresh.back());
+    }
+    for (const auto& x : inputs) encoder.set_input_array(x);
+    for (const auto& y : outputs) encoder.set_output_array(y);
+
+    std::lock_guard guard(lock);
+    auto handle = handle_of(encoder.device());
+    mx::cu::CommandEncoder::CaptureContext capture(encoder);
+    capture.discard = true;  // until all of it is in
+    check_cudnn(cudnn_function<decltype(cudnnSetStream)>("cudnnSetStream")(handle, encoder.stream()));
+    std::unordered_map<int64_t, void*> pointers{{SCALE, &scale_}};
+    auto add = [&](const mx::array& x) {
+      pointers[static_cast<int64_t>(pointers.size()) - 1] = mx::gpu_ptr<void>(x);
+    };
+    for (const auto& x : inputs) add(x);
+    for (const auto& y : outputs) add(y);
+    check_cudnn(plan_.graph->execute(handle, pointers, workspace));
+    capture.discard = false;
+  }
+
+  const char* name() const override { return problem_.backward ? "CudnnAttentionVJP" : "CudnnAttention"; }
+
+ private:
+  /// Counted in 8 bytes, as the int of a shape ends at 2 GiB.
+  static mx::array scratch(int64_t bytes) {
+    return mx::array({static_cast<int>((bytes + 7) / 8)}, mx::uint64, nullptr, {});
+  }
+
+  Problem problem_;
+  const Plan& plan_;
+  float scale_;
+  std::shared_ptr<mx::Primitive> allocation_;
+};
+
+mx::cu::Device& device_of(const Call& c) {
+  return mx::cu::device(mx::to_stream(c.s).device);
+}
+
+Problem problem_of(const Call& c, bool backward) {
+  return {device_of(c).cuda_device(), c.dtype.val(), c.B, c.H, c.G, c.T, c.D, c.Dv, backward};
+}
+
+std::string unfit(const Call& c) {
+  if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN takes half precision only";
+  if (!c.causal_only) return "it is for plain causal calls";
+  if (c.T < 128) return "it takes 128 queries or more: to plan for fewer costs more than it gains";
+  if (c.D % 8 || c.Dv % 8 || c.D > 256 || c.Dv > 256) return "its head sizes are multiples of 8 up to 256";
+  if (cudnn_function<decltype(cudnnGetVersion)>("cudnnGetVersion")() < CUDNN_MIN)
+    return "it takes cuDNN 9.16 or newer";
+  for (bool backward : {false, true}) {
+    const auto& plan = plan_of(problem_of(c, backward), device_of(c));
+    if (!plan.error.empty()) return "cuDNN refuses: " + plan.error;
+  }
+  return "";
+}
+
+Arrays op(const Call& c, bool backward, const Arrays& inputs, std::vector<mx::Shape> shapes,
+          const std::vector<mx::Dtype>& dtypes) {
+  Arrays rows;
+  for (const auto& x : inputs) rows.push_back(mx::contiguous(x, false, c.s));
+  auto problem = problem_of(c, backward);
+  const auto& plan = plan_of(problem, device_of(c));
+  check(plan.error.empty(), "[attention] cuDNN refuses: ", plan.error);
+  return mx::array::make_arrays(std::move(shapes), dtypes,
+                                std::make_shared<CudnnOp>(mx::to_stream(c.s), problem, plan, c.scale), rows);
+}
+
+Arrays forward(const Call& c, const Arrays& x) {
+  return op(c, false, x, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}}, {c.dtype, mx::float32});
+}
+
+Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
+  return op(c, true, {x[0], x[1], x[2], o, lse, mx::astype(d_o, c.dtype, c.s)},
+            {{c.B, c.H, c.T, c.D}, {c.B, c.G, c.S, c.D}, {c.B, c.G, c.S, c.Dv}}, {c.dtype, c.dtype, c.dtype});
+}
+
+}  // namespace
+
+}  // namespace segtrain
+
+__attribute__((visibility("default"))) const segtrain::CudnnAttention* segtrain_cudnn_attention() {
+  using namespace segtrain;
+  static const CudnnAttention attention{unfit, {forward, vjp}};
+  fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);  // by its name: the one that is loaded
+  return fe::cudnn_dlhandle ? &attention : nullptr;
+}

@@ -1,0 +1,553 @@
+// Attention on the warpgroup products (wgmma) of Hopper. docs/attention.md, "hopper"; launch: csrc/attention_hopper.cpp.
+//
+// attention_hopper: one block per (64 queries, b, h); its two warpgroups take half of the keys of a tile for S and half
+// of the columns of O, and swap P through shared memory.
+//
+// The backward pass works on a bounded range of queries at a time, in three steps over a scratch of 16-bit tiles:
+// attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, attention_queries_vjp sums dQ. Each is a
+// product of whole tiles with one writer for every output: five products of tiles where a kernel that keeps P and dS in
+// registers needs seven, for any head size, at the price of writing P and dS once.
+//
+// Scratch and sums are written in place by a chain of launches although MLX sees them as inputs: MLX keeps what a graph
+// allocates until the graph is done, and a new scratch for each range would be as large as all of P. Small outputs
+// (`done`) order the chain: who reads scratch or sums takes the last of them as an input too.
+
+namespace segtrain {
+
+// ---- tiles in shared memory: blocks of 64 columns, in each block rows of 128 bytes, whose sixteen-byte pieces are
+// permuted by row (the 128-byte swizzle), so that a warpgroup product can read them as rows or as columns.
+
+__device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + 1023 & ~1023u; }
+constexpr int block_bytes(int rows) { return rows * 128; }
+
+/// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the thread's row of the first 32, in
+/// x: threadIdx.x / 8, or what stands there in another order.
+template <int ROWS, int BLOCKS, typename T>
+__device__ inline void copy_tile(unsigned tile, const T* x, int ld, int rows, int cols, int my_row) {
+  const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+  tile += row * 128 + ((piece ^ row % 8) << 4);
+  x += static_cast<ptrdiff_t>(my_row) * ld + piece * 8;
+#pragma unroll
+  for (int r = 0; r < ROWS; r += 32)
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block)
+      copy_async<16>(tile + block * block_bytes(ROWS) + r * 128, x + r * ld + block * 64,
+                     my_row + r < rows && piece * 8 + block * 64 < cols);
+}
+__device__ inline int copy_row() { return threadIdx.x / 8; }
+
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// All but the last AHEAD groups of copies have arrived, for every thread and for the tensor cores.
+template <int AHEAD>
+__device__ inline void copies_here() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+}
+
+// ---- products of a warpgroup
+
+/// What wgmma reads at an address: `next_block` bytes lie between blocks of 64 columns where columns are the rows or
+/// columns of the result, else it counts nothing; eight rows lie 1024 bytes apart.
+__device__ inline unsigned long long operand(unsigned address, int next_block = 16) {
+  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(next_block >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define N10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define N30 N10() N10(1) N10(2)
+#define N60 N30 N10(3) N10(4) N10(5)
+#define N90 N60 N10(6) N10(7) N10(8)
+#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
+#define C32(i) C16(i), C16(i + 16)
+#define WGMMA(n, type, numbers, a_at, ...)                                                                       \
+  asm volatile("{.reg .pred add; setp.eq.u32 add, 0, 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+               " {" numbers "}, " a_at ";}" : __VA_ARGS__                                                        \
+               : "l"(a), "l"(b), "n"(A_DOWN), "n"(B_DOWN))
+#define WGMMA_OF(n, numbers, a_at, ...)                                 \
+  if constexpr (is_bfloat16<T>) WGMMA(n, "bf16", numbers, a_at, __VA_ARGS__); \
+  else WGMMA(n, "f16", numbers, a_at, __VA_ARGS__)
+
+/// c [64, 2·N] += a [64, 16]·b [16, 2·N]. A row-wise operand has its 16 along a row, one that is DOWN along a column.
+template <bool A_DOWN, bool B_DOWN, typename T, int N>
+__device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned long long b) {
+  static_assert(N == 32 || N == 64 || N == 96 || N == 128);
+  if constexpr (N == 32) {
+    WGMMA_OF(64, N30 "%30,%31", "%32, %33, add, 1, 1, %34, %35", C32(0));
+  } else if constexpr (N == 64) {
+    WGMMA_OF(128, N60 "%60,%61,%62,%63", "%64, %65, add, 1, 1, %66, %67", C32(0), C32(32));
+  } else if constexpr (N == 96) {
+    WGMMA_OF(192, N90 "%90,%91,%92,%93,%94,%95", "%96, %97, add, 1, 1, %98, %99", C32(0), C32(32), C32(64));
+  } else {
+    WGMMA_OF(256, N90 N10(9) N10(10) N10(11) "%120,%121,%122,%123,%124,%125,%126,%127",
+             "%128, %129, add, 1, 1, %130, %131", C32(0), C32(32), C32(64), C32(96));
+  }
+}
+
+/// The compiler does not know that a product still writes to its registers: it may not touch them until this.
+template <int N>
+__device__ inline void keep(float (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/// All but the last AHEAD groups of this warpgroup's products are done.
+template <int AHEAD>
+__device__ inline void products_done() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AHEAD) : "memory");
+}
+
+/// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
+/// starts the copies of the next step, and does nothing behind the last. A stage is written again when every warpgroup has
+/// seen its products done: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's gaps),
+/// else one step later.
+template <int STAGES, int STAGE_BYTES, bool DRAIN>
+struct Ring {
+  static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;
+  static_assert(AHEAD >= 1);
+  unsigned begin;
+  int read = 0, write = 0;
+
+  template <typename Load>
+  __device__ void copy(Load& load) {
+    load(begin + write * STAGE_BYTES);
+    end_copies();
+    if (++write == STAGES) write = 0;
+  }
+  template <typename Load>
+  __device__ void fill(Load& load) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) copy(load);
+  }
+  /// products(address) of the next step, with c as result.
+  template <typename Load, typename Products, int N>
+  __device__ void step(Load& load, Products products, float (&c)[N]) {
+    copies_here<AHEAD - 1>();
+    keep(c);
+    begin_products();
+    products(begin + read * STAGE_BYTES);
+    end_products();
+    if (++read == STAGES) read = 0;
+    copy(load);
+    products_done<DRAIN ? 0 : 1>();
+  }
+};
+
+/// Where accumulator i of a thread lies in its warpgroup's result: n·8 + column of row 0 or 1.
+__device__ inline int warpgroup() { return threadIdx.x / 128; }
+__device__ inline int result_row(int r) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + r * 8; }
+__device__ inline int result_col(int n) { return n * 8 + threadIdx.x % 4 * 2; }
+
+// ---- o, lse
+
+/// Keys are read in tiles of 128. A step copies 128 columns of k, or a quarter of v's rows; S and O take four steps each
+/// at D = 512.
+template <int D, int DV, bool CAP, typename T>
+__device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* o, float* lse) {
+  constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128, COLS = (DV + 127) / 128 * 64, KEY_STEPS = DP / 128;
+  constexpr int STEPS = KEY_STEPS + 4, STAGE = BK * 128 * 2;
+  static_assert(32 * 2 * COLS * 2 <= STAGE);
+  const QueryTile t(c, BQ);
+  const Score<CAP> score(c);
+  const unsigned q_tile = tiles_begin(), p_tile = q_tile + BQ * DP * 2;
+  Ring<4, STAGE, false> ring{p_tile + BQ * BK * 2};
+  float* shared = reinterpret_cast<float*>(shared_tiles<char>() + (ring.begin + ring.BYTES - shared_address(shared_tiles<char>())));
+  int load_k0 = t.k_begin, load_part = 0;
+  auto load = [&](unsigned to) {
+    if (load_k0 >= t.k_end) return;
+    const size_t row = t.bg * c.S + load_k0;
+    if (load_part < KEY_STEPS) {
+      const int x = load_part * 128;
+      copy_tile<BK, 2>(to, k + row * D + x, D, c.S - load_k0, D - x, copy_row());
+    } else {
+      const int y = (load_part - KEY_STEPS) * 32;
+      copy_tile<32, 2 * COLS / 64>(to, v + (row + y) * DV, DV, c.S - load_k0 - y, DV, copy_row());
+    }
+    if (++load_part == STEPS) load_part = 0, load_k0 += BK;
+  };
+  copy_tile<BQ, DP / 64>(q_tile, q + (t.bh * c.T + t.q0) * D, D, t.rows, D, copy_row());
+  ring.fill(load);
+
+  float sum[COLS / 2] = {}, m[2] = {-infinity(), -infinity()}, l[2] = {};
+  for (int tile_k0 = t.k_begin; tile_k0 < t.k_end; tile_k0 += BK) {
+    const int k0 = tile_k0 + warpgroup() * 64;
+
+    /// S = scale·q·kᵀ, capped
+    float s[32] = {};
+    for (int part = 0; part < KEY_STEPS; ++part)
+      ring.step(load, [&](unsigned tile) {
+#pragma unroll
+        for (int x = 0; x < 128; x += 16)
+          multiply<false, false, T>(s, operand(q_tile + (part * 2 + x / 64) * block_bytes(BQ) + x % 64 * 2),
+                                    operand(tile + x / 64 * block_bytes(BK) + warpgroup() * 64 * 128 + x % 64 * 2));
+      }, s);
+    products_done<0>();
+    keep(s);
+    const bool all = c.all_seen(t.q0, t.q0 + BQ, k0, k0 + 64);
+    float top[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = t.q0 + result_row(r), begin = all ? 0 : c.first_of(query) - k0, end = all ? 64 : c.q_start + query - k0;
+      top[r] = -infinity();
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& y = s[n * 4 + r * 2 + e];
+          const int key = result_col(n) + e;
+          y = begin <= key && key <= end ? score(y) : -infinity();
+          top[r] = fmaxf(top[r], y);
+        }
+      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+      if (threadIdx.x % 4 == 0) shared[warpgroup() * BQ + result_row(r)] = top[r];
+    }
+    __syncthreads();
+
+    /// Online softmax: what is summed so far was relative to the old maximum.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float both = fmaxf(m[r], fmaxf(top[r], shared[(1 - warpgroup()) * BQ + result_row(r)]));
+      const float base = both == -infinity() ? 0 : both, shrink = exp2_of(m[r] - base);
+      m[r] = both;
+      l[r] *= shrink;
+#pragma unroll
+      for (int n = 0; n < COLS / 8; ++n) sum[n * 4 + r * 2] *= shrink, sum[n * 4 + r * 2 + 1] *= shrink;
+      const int row = result_row(r);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float x = exp2_of(s[n * 4 + r * 2] - base), y = exp2_of(s[n * 4 + r * 2 + 1] - base);
+        l[r] += x + y;
+        const unsigned to = p_tile + warpgroup() * block_bytes(BQ) + row * 128 + ((n ^ row % 8) << 4) + threadIdx.x % 4 * 4;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack2<T>(x, y)) : "memory");
+      }
+    }
+    // The next step's wait makes P visible to the tensor cores too: its fence and barrier come before the products.
+
+    /// O += P·V
+    for (int part = 0; part < 4; ++part)
+      ring.step(load, [&](unsigned tile) {
+#pragma unroll
+        for (int x = 0; x < 32; x += 16)
+          multiply<false, true, T>(sum, operand(p_tile + part / 2 * block_bytes(BQ) + (part % 2 * 32 + x) * 2),
+                                   operand(tile + warpgroup() * (COLS / 64) * block_bytes(32) + x * 128, block_bytes(32)));
+      }, sum);
+    products_done<0>();
+    keep(sum);
+  }
+
+  /// O/l, lse = m + log l
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    l[r] += __shfl_xor_sync(~0u, l[r], 1);
+    l[r] += __shfl_xor_sync(~0u, l[r], 2);
+    if (threadIdx.x % 4 == 0) shared[warpgroup() * BQ + result_row(r)] = l[r];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = result_row(r);
+    if (row >= t.rows) continue;
+    const float total = shared[row] + shared[BQ + row], inverse = total > 0 ? 1 / total : 0;
+    const size_t at = t.bh * c.T + t.q0 + row;
+    if (warpgroup() == 0 && threadIdx.x % 4 == 0) lse[at] = total > 0 ? m[r] * LN2 + logf(total) : -infinity();
+#pragma unroll
+    for (int n = 0; n < COLS / 8; ++n) {
+      const int col = warpgroup() * COLS + result_col(n);
+      if (col < DV)
+        *reinterpret_cast<unsigned*>(o + at * DV + col) = pack2<T>(sum[n * 4 + r * 2] * inverse, sum[n * 4 + r * 2 + 1] * inverse);
+    }
+  }
+}
+
+// ---- backward: what the three steps share
+
+constexpr int TILE = 128, TILE_SIZE = TILE * TILE;  // queries or keys of a tile of P and dS
+
+/// Query tiles [tile, tile + tiles) of the heads of groups [group, group + groups), each against at most `width` tiles
+/// of keys.
+struct Range {
+  int group, groups, tile, tiles, width;
+  bool first;  ///< of its groups: sums begin here
+};
+__device__ inline Range make_range(const int* at) { return {at[7], at[8], at[9], at[10], at[11], at[12] != 0}; }
+
+/// A thread's numbers of a row of P lie in pairs, eight columns apart. Written in the order that this turns into theirs,
+/// and back, the pairs of four such columns are sixteen bytes in a row.
+__device__ inline int swap_pairs(int x) { return x & ~30 | (x >> 1 & 3) << 3 | (x >> 3 & 3) << 1; }
+
+struct KeyTiles {
+  int begin, end;
+  __device__ KeyTiles(const Call& c, int tile) {
+    begin = c.first_of(tile * TILE) / TILE;
+    end = (c.q_start + min(c.T, (tile + 1) * TILE) + TILE - 1) / TILE;
+  }
+};
+
+// ---- delta = Σ o·do
+
+/// One warp a row.
+template <typename T>
+__device__ void row_dot(const T* x, const T* y, int rows, int cols, float* sum) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32;
+  if (row >= rows) return;
+  float all = 0;
+  for (int col = threadIdx.x % 32 * 8; col < cols; col += 256) {
+    const Pack<T> a = *reinterpret_cast<const Pack<T>*>(x + static_cast<size_t>(row) * cols + col);
+    const Pack<T> b = *reinterpret_cast<const Pack<T>*>(y + static_cast<size_t>(row) * cols + col);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) all += to_float(a.x[i]) * to_float(b.x[i]);
+  }
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) all += __shfl_xor_sync(~0u, all, i);
+  if (threadIdx.x % 32 == 0) sum[row] = all;
+}
+
+// ---- p, ds
+
+/// One block per tile; two blocks share a core, so that one's products run while the other writes.
+template <int D, int DV, bool CAP, typename T>
+__device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, Call c,
+                           Range h, T* p, T* ds) {
+  constexpr int KEY_STEPS = (D + 63) / 64, STEPS = KEY_STEPS + (DV + 63) / 64, HALF = TILE * 128;
+  const int head = blockIdx.x / h.width / h.tiles, tile = h.tile + blockIdx.x / h.width % h.tiles;
+  const int share = c.H / c.G, q0 = tile * TILE;
+  const KeyTiles keys(c, tile);
+  // A tile of keys stands at its number modulo the width, whichever query tile looks at it.
+  const int slot = blockIdx.x % h.width, behind = slot - keys.begin % h.width;
+  const int k0 = (keys.begin + behind + (behind < 0 ? h.width : 0)) * TILE;
+  if (k0 >= keys.end * TILE) return;
+  const size_t bg = h.group + head / share, bh = bg * share + head % share;
+  const Score<CAP> score(c);
+  q += (bh * c.T + q0) * D, d_o += (bh * c.T + q0) * DV;
+  k += (bg * c.S + k0) * D, v += (bg * c.S + k0) * DV;
+
+  Ring<3, 2 * HALF, true> ring{tiles_begin()};
+  int load_step = 0;
+  auto load = [&](unsigned to) {
+    if (load_step < KEY_STEPS) {
+      const int x = load_step * 64;
+      copy_tile<TILE, 1>(to, q + x, D, c.T - q0, D - x, copy_row());
+      copy_tile<TILE, 1>(to + HALF, k + x, D, c.S - k0, D - x, copy_row());
+    } else if (load_step < STEPS) {
+      const int x = (load_step - KEY_STEPS) * 64;
+      copy_tile<TILE, 1>(to, d_o + x, DV, c.T - q0, DV - x, copy_row());
+      copy_tile<TILE, 1>(to + HALF, v + x, DV, c.S - k0, DV - x, copy_row());
+    }
+    ++load_step;
+  };
+  auto sum = [&](float (&to)[64], int steps) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step)
+      ring.step(load, [&](unsigned at) {
+#pragma unroll
+        for (int x = 0; x < 64; x += 16)
+          multiply<false, false, T>(to, operand(at + warpgroup() * 64 * 128 + x * 2), operand(at + HALF + x * 2));
+      }, to);
+    keep(to);
+  };
+  ring.fill(load);
+
+  T* out[2] = {p + blockIdx.x * static_cast<size_t>(TILE_SIZE), ds + blockIdx.x * static_cast<size_t>(TILE_SIZE)};
+  auto write = [&](T* to, const unsigned (&pairs)[32]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        *reinterpret_cast<uint4*>(to + (warpgroup() * 64 + result_row(r)) * TILE + i * 32 + threadIdx.x % 4 * 8) =
+            make_uint4(pairs[i * 8 + r], pairs[i * 8 + 2 + r], pairs[i * 8 + 4 + r], pairs[i * 8 + 6 + r]);
+  };
+
+  /// P = exp(S − lse)
+  unsigned pairs[32], slopes[CAP ? 32 : 1];
+  float delta_r[2];
+  {
+    float s[64] = {};
+    sum(s, KEY_STEPS);
+    int begin[2], end[2];
+    float lse_r[2];
+    const bool all = q0 + TILE <= c.T && c.all_seen(q0, q0 + TILE, k0, k0 + TILE);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = q0 + warpgroup() * 64 + result_row(r);
+      const size_t row = bh * c.T + min(query, c.T - 1);
+      begin[r] = all ? 0 : c.first_of(query) - k0, end[r] = all ? TILE : query < c.T ? c.q_start + query - k0 : -1;
+      lse_r[r] = lse[row] * LOG2E, delta_r[r] = delta[row];
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int r = i % 2;
+      float y[2], slope[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = result_col(i / 2) + e;
+        const float x = score(s[i * 2 + e]);
+        slope[e] = score.slope(x);
+        y[e] = begin[r] <= key && key <= end[r] ? exp2_of(x - lse_r[r]) : 0;
+      }
+      pairs[i] = pack2<T>(y[0], y[1]);
+      if constexpr (CAP) slopes[i] = pack2<T>(slope[0], slope[1]);
+    }
+  }
+  write(out[0], pairs);
+
+  /// dP = dO·Vᵀ, dS = P·(dP − delta)
+  float dp[64] = {};
+  sum(dp, STEPS - KEY_STEPS);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    float2 y = unpack2<T>(pairs[i]);
+    if constexpr (CAP) {
+      const float2 slope = unpack2<T>(slopes[i]);
+      y.x *= slope.x, y.y *= slope.y;
+    }
+    pairs[i] = pack2<T>(y.x * (dp[i * 2] - delta_r[i % 2]), y.y * (dp[i * 2 + 1] - delta_r[i % 2]));
+  }
+  write(out[1], pairs);
+}
+
+// ---- dk, dv
+
+/// Columns that one block sums: a head's, or equal parts of them.
+template <int D, int MOST>
+struct Columns {
+  static constexpr int DP = (D + 63) / 64 * 64, BLOCKS = (DP + MOST - 1) / MOST, N = (DP / 64 + BLOCKS - 1) / BLOCKS * 64;
+  static constexpr int A_BYTES = 64 * TILE * 2, B_BYTES = 64 * N * 2;
+  using Tiles = Ring<(N > 128 ? 4 : 3), A_BYTES + B_BYTES, (N <= 128)>;
+};
+
+/// One block per (tile of keys, b, g, half of D). sum [B,G,S,D] = or += scale·aᵀ·x over the range's queries and the
+/// group's heads; a is P and x dO, or dS and Q.
+template <int D, int MOST, typename T>
+__device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float scale, float* sum) {
+  using X = Columns<D, MOST>;
+  constexpr int N = X::N;
+  const int key_tiles = (c.S + TILE - 1) / TILE, share = c.H / c.G;
+  const int key_tile = job % key_tiles, group = job / key_tiles % h.groups, col = job / key_tiles / h.groups * N;
+  const int k0 = key_tile * TILE;
+  // The query tiles of the range that see this tile of keys are one run.
+  const int begin = max(h.tile, max(0, k0 - c.q_start) / TILE);
+  const int end = min(h.tile + h.tiles, (queries_before(c, k0 + TILE) + TILE - 1) / TILE);
+  const int tiles = begin < end && key_tile < KeyTiles(c, end - 1).end ? end - begin : 0;
+  if (tiles == 0 && !h.first) return;
+  const int steps = max(1, share * tiles * 2);  // a step of zeros where no one looks
+  const size_t bg = h.group + group;
+
+  typename X::Tiles ring{tiles_begin()};
+  a += key_tile % h.width * TILE_SIZE, x += col;
+  int head = 0, tile = begin, half = 0;
+  auto load = [&](unsigned to) {
+    if (head >= share) return;
+    const size_t at = static_cast<size_t>((group * share + head) * h.tiles + tile - h.tile) * h.width;
+    copy_tile<64, 2>(to, a + at * TILE_SIZE + half * TILE, TILE, tiles ? 64 : 0, TILE, copy_row());
+    const int q0 = tile * TILE + half;
+    copy_tile<64, N / 64>(to + X::A_BYTES, x + ((bg * share + head) * c.T + q0) * D, D, c.T - q0, D - col, copy_row());
+    half ^= 64;
+    if (half == 0 && ++tile >= end) tile = begin, ++head;
+  };
+  ring.fill(load);
+  float y[N / 2] = {};
+  int step = 0;
+  do ring.step(load, [&](unsigned at) {
+#pragma unroll
+      for (int i = 0; i < 64; i += 16)
+        multiply<true, true, T>(y, operand(at + warpgroup() * block_bytes(64) + i * 128, block_bytes(64)),
+                                operand(at + X::A_BYTES + i * 128, block_bytes(64)));
+    }, y);
+  while (++step < steps);
+  products_done<0>();
+  keep(y);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int key = k0 + swap_pairs(warpgroup() * 64 + result_row(r));
+    if (key >= c.S) continue;
+    float* to = sum + (bg * c.S + key) * D + col;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+      if (col + result_col(n) >= D) continue;
+      float2& pair = *reinterpret_cast<float2*>(to + result_col(n));
+      const float2 old = h.first ? make_float2(0, 0) : pair;
+      pair = make_float2(old.x + scale * y[n * 4 + r * 2], old.y + scale * y[n * 4 + r * 2 + 1]);
+    }
+  }
+}
+
+/// dV += Pᵀ·dO and dK += scale·dSᵀ·Q, side by side.
+template <int D, int DV, int MOST, typename T>
+__device__ void keys_vjp(const T* p, const T* ds, const T* q, const T* d_o, Call c, Range h, float* dk, float* dv) {
+  const int jobs = (c.S + TILE - 1) / TILE * h.groups * Columns<D, MOST>::BLOCKS;
+  if (blockIdx.x < jobs) keys_vjp<D, MOST>(ds, q, c, h, blockIdx.x, c.scale, dk);
+  else keys_vjp<DV, MOST>(p, d_o, c, h, blockIdx.x - jobs, 1, dv);
+}
+
+// ---- dq
+
+/// One block per (tile of queries, b, h, half of D): dq of the range's queries = scale·dS·K.
+template <int D, int MOST, typename T>
+__device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
+  using X = Columns<D, MOST>;
+  constexpr int N = X::N;
+  const int row = blockIdx.x / X::BLOCKS, col = blockIdx.x % X::BLOCKS * N;
+  const int head = row / h.tiles, tile = h.tile + row % h.tiles, q0 = tile * TILE;
+  const KeyTiles keys(c, tile);
+  const int tiles = max(0, keys.end - keys.begin), steps = max(1, tiles * 2);  // a step of zeros where nothing is seen
+  k += static_cast<size_t>(h.group + head / (c.H / c.G)) * c.S * D + col;
+  ds += static_cast<size_t>(row) * h.width * TILE_SIZE;
+
+  typename X::Tiles ring{tiles_begin()};
+  int key_tile = keys.begin, half = 0;
+  auto load = [&](unsigned to) {
+    if (key_tile >= keys.end && tiles > 0) return;
+    copy_tile<TILE, 1>(to, ds + key_tile % h.width * TILE_SIZE + half, TILE, tiles ? TILE : 0, 64, copy_row());
+    const int k0 = key_tile * TILE + half;
+    copy_tile<64, N / 64>(to + X::A_BYTES, k + static_cast<size_t>(k0) * D, D, c.S - k0, D - col, swap_pairs(copy_row()));
+    half ^= 64;
+    if (half == 0) ++key_tile;
+  };
+  ring.fill(load);
+  float y[N / 2] = {};
+  int step = 0;
+  do ring.step(load, [&](unsigned at) {
+#pragma unroll
+      for (int i = 0; i < 64; i += 16)
+        multiply<false, true, T>(y, operand(at + warpgroup() * 64 * 128 + i * 2),
+                                 operand(at + X::A_BYTES + i * 128, block_bytes(64)));
+    }, y);
+  while (++step < steps);
+  products_done<0>();
+  keep(y);
+  const int rows = min(c.T, (h.tile + h.tiles) * TILE) - h.tile * TILE;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int query = q0 - h.tile * TILE + warpgroup() * 64 + result_row(r);
+    if (query >= rows) continue;
+    T* to = dq + (static_cast<size_t>(head) * rows + query) * D + col;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+      if (col + result_col(n) < D)
+        *reinterpret_cast<unsigned*>(to + result_col(n)) = pack2<T>(y[n * 4 + r * 2] * c.scale, y[n * 4 + r * 2 + 1] * c.scale);
+  }
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// at = {q_start, -, B, H, G, T, S, group, groups, tile, tiles, width, first}, args = {scale, cap}.
+
+//: attention_hopper: q k v first at args -> o lse
+segtrain::attention_hopper<D, DV, CAP>(q, k, v, segtrain::make_call(first, at, args), o, lse);
+//: attention_row_dot: o d_o at -> delta p ds dk_sum dv_sum
+segtrain::row_dot(o, d_o, at[2] * at[3] * at[5], DV, delta);
+//: attention_scores_vjp: q k v lse delta d_o first at args p ds keys_done queries_done -> done
+segtrain::scores_vjp<D, DV, CAP>(q, k, v, lse, delta, d_o, segtrain::make_call(first, at, args), segtrain::make_range(at),
+                                 const_cast<T*>(p), const_cast<T*>(ds));
+//: attention_keys_vjp: p ds q d_o first at args dk_sum dv_sum scores_done -> done
+segtrain::keys_vjp<D, DV, MOST>(p, ds, q, d_o, segtrain::make_call(first, at, args), segtrain::make_range(at),
+                          const_cast<float*>(dk_sum), const_cast<float*>(dv_sum));
+if (blockIdx.x == 0 && threadIdx.x == 0) *done = 0;
+//: attention_queries_vjp: ds k first at args scores_done -> dq
+segtrain::queries_vjp<D, MOST>(ds, k, segtrain::make_call(first, at, args), segtrain::make_range(at), dq);
