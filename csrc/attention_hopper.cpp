@@ -70,10 +70,11 @@ std::vector<Range> ranges(const Call& c, size_t bytes) {
 }
 
 /// Scratch for P and dS. Every range reads and writes the sums of all keys that it sees: where that is most
-/// of them, few large ranges pay.
+/// of them, and where small heads leave little to do between launches, few large ranges pay.
 size_t scratch_bytes(const Call& c) {
+  constexpr size_t some = 48 << 20, most = 256 << 20;
+  if (std::max(c.D, c.Dv) <= 128) return most;
   size_t sums = static_cast<size_t>(c.B) * c.G * c.S * (c.D + c.Dv) * 4;
-  size_t some = 48 << 20, most = 256 << 20;
   int rows = tiles(c.T, TILE), widest = 0;
   for (int i = 0; i < rows; ++i) widest = std::max(widest, key_tiles(c, i));
   return 4 * widest < tiles(c.S, TILE) ? some : std::clamp(8 * sums, some, most);
