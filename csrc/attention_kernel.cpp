@@ -107,7 +107,11 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
          tiles(c.S, t.bk_dkv) * c.B * c.G * parts < 264)
     parts *= 2;
   auto values = gpu_values(c, x, parts);
-  values.insert({{"lse", lse}, {"delta", row_delta(c, o, d_o)}, {"d_o", mx::astype(d_o, c.dtype, c.s)}});
+  values.insert({{"lse", lse}, {"o", o}, {"d_o", mx::astype(d_o, c.dtype, c.s)}});
+  auto delta = metal ? row_delta(c, o, d_o)
+                     : launch("attention_delta", values, {{c.B, c.H, c.T}}, {mx::float32}, gpu_template(c),
+                              {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s)[0];
+  values.insert({"delta", delta});
   auto dq = launch("attention_vjp_q", values, {{c.B, c.H, c.T, c.D}}, {c.dtype}, gpu_template(c),
                    query_grid(c, true), c.s)[0];
   auto dtype = parts > 1 ? mx::float32 : c.dtype;
@@ -115,7 +119,11 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
   Grid grid = metal ? Grid{{tiles(c.S, 32), c.G, c.B}, 256}
                     : Grid{{tiles(c.S, t.bk_dkv) * c.B * c.G * parts, 1, 1}, 256, t.dkv};
   auto dkv = launch("attention_vjp_kv", values, {shape, shape}, {dtype, dtype}, gpu_template(c), grid, c.s);
-  for (auto& y : dkv) y = mx::sum(y, 2, false, c.s);
+  mx::Shape keys{c.B, c.G, c.S, c.D};
+  if (parts == 1) return {dq, mx::reshape(dkv[0], keys, c.s), mx::reshape(dkv[1], keys, c.s)};
+  values.insert({{"dk_parts", dkv[0]}, {"dv_parts", dkv[1]}});
+  dkv = launch("attention_sum_parts", values, {keys, keys}, {c.dtype, c.dtype}, gpu_template(c),
+               {{tiles(c.B * c.G * c.S * c.D, 1024), 1, 1}, 256}, c.s);
   return {dq, dkv[0], dkv[1]};
 }
 

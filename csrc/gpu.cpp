@@ -6,6 +6,7 @@
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/backend/gpu/device_info.h"
 #include "mlx/backend/metal/metal.h"
+#include "nvrtc.h"
 
 namespace segtrain {
 
@@ -72,6 +73,61 @@ const Text& text_of(const std::string& name) {
 std::mutex off_lock;
 std::map<std::string, std::string> off;  // "op impl" → reason
 
+/// A dtype as the text of cuda/ calls it.
+std::string cuda_type(const mx::Dtype& dtype) {
+  if (dtype == mx::bool_) return "bool";
+  if (dtype == mx::uint8) return "unsigned char";
+  if (dtype == mx::uint32) return "unsigned";
+  if (dtype == mx::int32) return "int";
+  if (dtype == mx::float32) return "float";
+  if (dtype == mx::float16) return "half";
+  check(dtype == mx::bfloat16, "[cuda] no kernel takes ", dtype, ".");
+  return "bfloat16";
+}
+
+/// The text as one function with the template's arguments as constants.
+std::string cuda_source(const std::string& name, const Text& text, const Arrays& inputs,
+                        const std::vector<mx::Dtype>& dtypes, const Template& arguments, const Grid& grid) {
+  std::string source =
+      text.header + "\nnamespace segtrain {\nextern \"C\" __global__ void __launch_bounds__(" +
+      std::to_string(grid.threads) + ", " + std::to_string(grid.at_once) + ")\n" + name + "(";
+  for (size_t i = 0; i < inputs.size(); ++i)
+    source += "const " + cuda_type(inputs[i].dtype()) + "* " + text.inputs[i] + ", ";
+  for (size_t i = 0; i < dtypes.size(); ++i)
+    source += (i ? ", " : "") + cuda_type(dtypes[i]) + "* " + text.outputs[i];
+  source += ") {\n";
+  for (const auto& [key, value] : arguments) {
+    if (auto dtype = std::get_if<mx::Dtype>(&value))
+      source += "using " + key + " = " + cuda_type(*dtype) + ";\n";
+    else if (auto number = std::get_if<int>(&value))
+      source += "constexpr int " + key + " = " + std::to_string(*number) + ";\n";
+    else
+      source += "constexpr bool " + key + (std::get<bool>(value) ? " = true;\n" : " = false;\n");
+  }
+  return source + text.source + "\n}\n}\n";
+}
+
+/// The kernel's binary for this device, compiled once a process. MLX's own JIT would put two seconds of
+/// headers before every kernel, and has no place for launch bounds.
+const std::string& cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
+                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
+                               const Grid& grid) {
+  static std::mutex lock;
+  static std::map<std::string, std::string> known;
+  std::ostringstream key;
+  key << name << ' ' << grid.threads << ' ' << grid.at_once;
+  for (const auto& x : inputs) key << ' ' << x.dtype();
+  for (const auto& dtype : dtypes) key << ' ' << dtype;
+  for (const auto& [_, value] : arguments) std::visit([&](const auto& x) { key << ' ' << x; }, value);
+  std::lock_guard guard(lock);
+  auto found = known.find(key.str());
+  if (found == known.end()) {
+    auto source = cuda_source(name, text, inputs, dtypes, arguments, grid);
+    found = known.emplace(key.str(), compile_cuda(name, source, compute_capability())).first;
+  }
+  return found->second;
+}
+
 }  // namespace
 
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
@@ -80,21 +136,16 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   const auto& text = text_of(name);
   Arrays inputs;
   for (const auto& input : text.inputs) inputs.push_back(values.at(input));
-  std::string header = text.header;
-  if (grid.at_once) {
-    // MLX writes the kernel's signature and has no place for its launch bounds.
-    header += "#undef __global__\n#define __global__ __location__(global) __launch_bounds__(" +
-              std::to_string(grid.threads) + ", " + std::to_string(grid.at_once) + ")\n";
-  }
-  // MLX keeps compiled kernels by name, on disk as well: the text is part of the name.
-  auto unique = name + "_" + std::to_string(std::hash<std::string>{}(header + text.source) & 0xffffffff);
-  auto kernel = gpu() == Gpu::metal
-                    ? mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, header)
-                    : mx::fast::cuda_kernel(unique, text.inputs, text.outputs, text.source, header, true,
-                                            grid.shared_memory);
   auto [x, y, z] = grid.groups;
-  return kernel(inputs, shapes, dtypes, {x * grid.threads, y, z}, {grid.threads, 1, 1}, arguments,
-                std::nullopt, false, s);
+  const std::tuple threads{x * grid.threads, y, z}, group{grid.threads, 1, 1};
+  if (gpu() == Gpu::cuda)
+    return mx::fast::precompiled_cuda_kernel(name, cuda_binary(name, text, inputs, dtypes, arguments, grid),
+                                             inputs, shapes, dtypes, {}, threads, group, grid.shared_memory,
+                                             std::nullopt, true, s);
+  // MLX keeps compiled kernels by name: the text is part of the name.
+  auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
+  auto kernel = mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header);
+  return kernel(inputs, shapes, dtypes, threads, group, arguments, std::nullopt, false, s);
 }
 
 void switch_off(const std::string& op, const std::string& impl, const std::string& reason) {

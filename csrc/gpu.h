@@ -1,4 +1,4 @@
-// Kernels of metal/ and cuda/: text that travels inside the module and that MLX compiles at first use.
+// Kernels of metal/ and cuda/: text that travels inside the module and is compiled at first use.
 #pragma once
 
 #include <map>
@@ -27,7 +27,7 @@ struct Grid {
   std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
   int threads;                       ///< of a group
   int shared_memory = 0;             ///< bytes, CUDA only
-  int at_once = 0;                   ///< blocks that shall fit a core, which bounds registers; CUDA only
+  int at_once = 1;                   ///< blocks that shall fit a core, which bounds registers; CUDA only
 };
 
 /// Launches kernel `name`. It takes from `values` the inputs that its text declares.

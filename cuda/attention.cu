@@ -385,14 +385,34 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
   store_rows(dv + out, D, c.S - k0 - wm, D - wn * ND * 8, sum_v, 1);
 }
 
+/// y [B·G, n] = Σ over parts of x [B·G, parts, n], four numbers a thread.
+template <typename T>
+__device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) {
+  const size_t from = at / n * parts * n + at % n;
+  float sum[4] = {};
+  for (int part = 0; part < parts; ++part) {
+    const float4 more = *reinterpret_cast<const float4*>(x + from + part * n);
+    sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;
+  }
+  *reinterpret_cast<uint2*>(y + at) = make_uint2(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]));
+}
+
 }  // namespace segtrain
 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs; all take D and CAP.
 // at = {q_start, parts, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention: q k v first at args -> o lse
-segtrain::attention<D, CAP>(q, k, v, segtrain::make_call(first, at, args), o, lse);
+attention<D, CAP>(q, k, v, make_call(first, at, args), o, lse);
 //: attention_vjp_q: q k v lse delta d_o first at args -> dq
-segtrain::attention_dq<D, CAP>(q, k, v, lse, delta, d_o, segtrain::make_call(first, at, args), dq);
+attention_dq<D, CAP>(q, k, v, lse, delta, d_o, make_call(first, at, args), dq);
 //: attention_vjp_kv: q k v lse delta d_o first at args -> dk dv
-segtrain::attention_dkv<D, CAP>(q, k, v, lse, delta, d_o, segtrain::make_call(first, at, args), at[1], dk, dv);
+attention_dkv<D, CAP>(q, k, v, lse, delta, d_o, make_call(first, at, args), at[1], dk, dv);
+//: attention_delta: o d_o at -> delta
+row_dot(o, d_o, at[2] * at[3] * at[5], D, delta);
+//: attention_sum_parts: dk_parts dv_parts at -> dk dv
+const size_t n = static_cast<size_t>(at[6]) * D, i = (static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x) * 4;
+if (i < at[2] * at[4] * n) {
+  sum_parts(dk_parts, at[1], n, i, dk);
+  sum_parts(dv_parts, at[1], n, i, dv);
+}

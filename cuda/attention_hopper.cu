@@ -288,25 +288,6 @@ struct KeyTiles {
   }
 };
 
-// ---- delta = Σ o·do
-
-/// One warp a row.
-template <typename T>
-__device__ void row_dot(const T* x, const T* y, int rows, int cols, float* sum) {
-  const int row = blockIdx.x * 8 + threadIdx.x / 32;
-  if (row >= rows) return;
-  float all = 0;
-  for (int col = threadIdx.x % 32 * 8; col < cols; col += 256) {
-    const Pack<T> a = *reinterpret_cast<const Pack<T>*>(x + static_cast<size_t>(row) * cols + col);
-    const Pack<T> b = *reinterpret_cast<const Pack<T>*>(y + static_cast<size_t>(row) * cols + col);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) all += to_float(a.x[i]) * to_float(b.x[i]);
-  }
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) all += __shfl_xor_sync(~0u, all, i);
-  if (threadIdx.x % 32 == 0) sum[row] = all;
-}
-
 // ---- p, ds
 
 /// One block per tile; two blocks share a core, so that one's products run while the other writes.
@@ -539,15 +520,15 @@ __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
 // at = {q_start, -, B, H, G, T, S, group, groups, tile, tiles, width, first}, args = {scale, cap}.
 
 //: attention_hopper: q k v first at args -> o lse
-segtrain::attention_hopper<D, DV, CAP>(q, k, v, segtrain::make_call(first, at, args), o, lse);
+attention_hopper<D, DV, CAP>(q, k, v, make_call(first, at, args), o, lse);
 //: attention_row_dot: o d_o at -> delta p ds dk_sum dv_sum
-segtrain::row_dot(o, d_o, at[2] * at[3] * at[5], DV, delta);
+row_dot(o, d_o, at[2] * at[3] * at[5], DV, delta);
 //: attention_scores_vjp: q k v lse delta d_o first at args p ds keys_done queries_done -> done
-segtrain::scores_vjp<D, DV, CAP>(q, k, v, lse, delta, d_o, segtrain::make_call(first, at, args), segtrain::make_range(at),
+scores_vjp<D, DV, CAP>(q, k, v, lse, delta, d_o, make_call(first, at, args), make_range(at),
                                  const_cast<T*>(p), const_cast<T*>(ds));
 //: attention_keys_vjp: p ds q d_o first at args dk_sum dv_sum scores_done -> done
-segtrain::keys_vjp<D, DV, MOST>(p, ds, q, d_o, segtrain::make_call(first, at, args), segtrain::make_range(at),
+keys_vjp<D, DV, MOST>(p, ds, q, d_o, make_call(first, at, args), make_range(at),
                           const_cast<float*>(dk_sum), const_cast<float*>(dv_sum));
 if (blockIdx.x == 0 && threadIdx.x == 0) *done = 0;
 //: attention_queries_vjp: ds k first at args scores_done -> dq
-segtrain::queries_vjp<D, MOST>(ds, k, segtrain::make_call(first, at, args), segtrain::make_range(at), dq);
+queries_vjp<D, MOST>(ds, k, make_call(first, at, args), make_range(at), dq);

@@ -166,6 +166,6 @@ __device__ void softmax_vjp_rows(const S* s, const S* dp, const float* lse, cons
 // Bodies, each behind a line that names the kernel, its inputs and its outputs; all take S, T and CAP.
 
 //: softmax_rows: s first at args -> p lse
-segtrain::softmax_rows<S, T, CAP>(s, first, at, args, p, lse, at[5]);
+softmax_rows<S, T, CAP>(s, first, at, args, p, lse, at[5]);
 //: softmax_vjp_rows: s dp lse delta first at args -> p ds
-segtrain::softmax_vjp_rows<S, T, CAP>(s, dp, lse, delta, first, at, args, p, ds, at[5]);
+softmax_vjp_rows<S, T, CAP>(s, dp, lse, delta, first, at, args, p, ds, at[5]);

@@ -1,20 +1,29 @@
 // What the kernels share: numbers, copies into shared memory, and what a call of attention asks for. Goes before each text.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 namespace segtrain {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
+// CUDA's own half types would take a header, and its path.
+struct half {
+  unsigned short bits;
+};
+struct bfloat16 {
+  unsigned short bits;
+};
+
 __device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ inline float to_float(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
 __device__ inline void put(float& y, float x) { y = x; }
-__device__ inline void put(__half& y, float x) { y = __float2half_rn(x); }
-__device__ inline void put(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
+__device__ inline void put(half& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ inline void put(bfloat16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
 /// 2ˣ; 2^−∞ = 0
 __device__ inline float exp2_of(float x) {
@@ -35,7 +44,7 @@ struct alignas(16) Pack {
 template <typename T>
 constexpr bool is_bfloat16 = false;
 template <>
-constexpr bool is_bfloat16<__nv_bfloat16> = true;
+constexpr bool is_bfloat16<bfloat16> = true;
 
 template <typename T>
 __device__ inline unsigned pack2(float x, float y) {
@@ -128,6 +137,23 @@ __device__ inline int queries_before(const Call& c, int key) {
     else high = middle;
   }
   return low;
+}
+
+/// delta = Σ o·do, one warp a row.
+template <typename T>
+__device__ void row_dot(const T* x, const T* y, int rows, int cols, float* sum) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32;
+  if (row >= rows) return;
+  float all = 0;
+  for (int col = threadIdx.x % 32 * 8; col < cols; col += 256) {
+    const Pack<T> a = *reinterpret_cast<const Pack<T>*>(x + static_cast<size_t>(row) * cols + col);
+    const Pack<T> b = *reinterpret_cast<const Pack<T>*>(y + static_cast<size_t>(row) * cols + col);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) all += to_float(a.x[i]) * to_float(b.x[i]);
+  }
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) all += __shfl_xor_sync(~0u, all, i);
+  if (threadIdx.x % 32 == 0) sum[row] = all;
 }
 
 }  // namespace segtrain
