@@ -1,7 +1,5 @@
 #include "attention.h"
 
-#include <mutex>
-
 #include "cudnn/cudnn.h"
 #include "gpu.h"
 
@@ -77,34 +75,6 @@ mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx:
 }
 
 }  // namespace
-
-namespace {
-
-template <typename T>
-mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
-  static std::mutex lock;
-  static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
-  std::lock_guard guard(lock);
-  auto found = known.find(values);
-  if (found != known.end()) return found->second;
-  if (known.size() >= 1024) known.clear();
-  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
-  if (gpu() == Gpu::cuda) {
-    array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
-    array.eval();
-  }
-  return known.emplace(values, array).first->second;
-}
-
-}  // namespace
-
-mx::array device_ints(const std::vector<int32_t>& values) {
-  return device_numbers(values, mx::int32);
-}
-
-mx::array device_floats(const std::vector<float>& values) {
-  return device_numbers(values, mx::float32);
-}
 
 mx::array sum_share(const mx::array& x, const Call& c) {
   if (c.share() == 1) return x;

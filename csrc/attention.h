@@ -32,12 +32,6 @@ extern const AttentionWay cpu_attention, gpu_attention, hopper_attention, blocke
 std::string gpu_attention_unfit(const Call& c);
 std::string hopper_attention_unfit(const Call& c);
 
-/// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
-/// and a kernel's reads cross the bus: they are moved once and found again, since a call's numbers are the
-/// same in every layer and step.
-mx::array device_ints(const std::vector<int32_t>& values);
-mx::array device_floats(const std::vector<float>& values);
-
 /// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].
 mx::array sum_share(const mx::array& x, const Call& c);
 

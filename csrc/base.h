@@ -13,7 +13,7 @@ void check_base(const std::string& op, const Base& base);
 struct CpuBase {
   Arrays arrays;
   int bits, group, n, k;
-  bool dense;
+  bool dense, affine;
 
   CpuBase(const Base& base, mx::StreamOrDevice s);
   cpu::Weight weight(const std::vector<const void*>& in, int first) const;

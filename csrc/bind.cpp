@@ -40,18 +40,24 @@ NB_MODULE(_core, m) {
   m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
+  m.def("geglu", &geglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "gelu(gate)·up, tanh form. [..., F] → [..., F].");
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
   m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
         "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
   m.def("lora_linear", &lora_linear, "x"_a, "base"_a, "a"_a = nb::none(), "b"_a = nb::none(),
-        "scale"_a = 1.0f, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "scale"_a = 1.0f, nb::kw_only(), "dropout"_a = 0.0f, "key"_a = nb::none(), "impl"_a = "auto",
+        "stream"_a = nb::none(),
         "x·Wᵀ + bias + scale·(x·a)·b. x [..., in], a [in, R], b [R, out] → [..., out].");
   m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
-        nb::kw_only(), "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto",
-        "stream"_a = nb::none(),
+        nb::kw_only(), "softcap"_a = nb::none(), "label_smoothing"_a = 0.0f, "needs_grad"_a = true,
+        "impl"_a = "auto", "stream"_a = nb::none(),
         "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
+  m.def("linear_log_probs", &linear_log_probs, "h"_a, "head"_a, "targets"_a, nb::kw_only(),
+        "softcap"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
         "A quantized weight as an array [out, in].");
 

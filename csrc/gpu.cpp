@@ -73,6 +73,22 @@ const Text& text_of(const std::string& name) {
 std::mutex off_lock;
 std::map<std::string, std::string> off;  // "op impl" → reason
 
+template <typename T>
+mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
+  static std::mutex lock;
+  static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
+  std::lock_guard guard(lock);
+  auto found = known.find(values);
+  if (found != known.end()) return found->second;
+  if (known.size() >= 1024) known.clear();
+  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
+  if (gpu() == Gpu::cuda) {
+    array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
+    array.eval();
+  }
+  return known.emplace(values, array).first->second;
+}
+
 /// A dtype as the text of cuda/ calls it.
 std::string cuda_type(const mx::Dtype& dtype) {
   if (dtype == mx::bool_) return "bool";
@@ -129,6 +145,14 @@ const std::string& cuda_binary(const std::string& name, const Text& text, const 
 }
 
 }  // namespace
+
+mx::array device_ints(const std::vector<int32_t>& values) {
+  return device_numbers(values, mx::int32);
+}
+
+mx::array device_floats(const std::vector<float>& values) {
+  return device_numbers(values, mx::float32);
+}
 
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,

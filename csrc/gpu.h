@@ -30,6 +30,12 @@ struct Grid {
   int at_once = 1;                   ///< blocks that shall fit a core, which bounds registers; CUDA only
 };
 
+/// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
+/// and a kernel's reads cross the bus: they are moved once and found again, since a call's numbers are the
+/// same in every layer and step.
+mx::array device_ints(const std::vector<int32_t>& values);
+mx::array device_floats(const std::vector<float>& values);
+
 /// Launches kernel `name`. It takes from `values` the inputs that its text declares.
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,

@@ -48,6 +48,9 @@ std::vector<std::string> attention_impls();
 /// silu(gate)·up. [..., F] → [..., F].
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
 
+/// gelu(gate)·up with the tanh form of GELU. [..., F] → [..., F].
+mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
+
 /// x / sqrt(mean(x²) + eps) · weight. x [..., H], weight [H] (frozen: no gradient) → [..., H].
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
@@ -59,16 +62,23 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
                mx::StreamOrDevice s);
 
 /// x·Wᵀ (+ bias) + scale·(x·a)·b, keeping x only. x [..., in], a [in, R], b [R, out] float32 → [..., out].
+/// Dropout p of x on the low-rank branch is drawn from `key` [2] uint32, again in the backward pass.
 mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<mx::array>& a,
-                      const std::optional<mx::array>& b, float scale, const std::string& impl,
-                      mx::StreamOrDevice s);
+                      const std::optional<mx::array>& b, float scale, float dropout,
+                      const std::optional<mx::array>& key, const std::string& impl, mx::StreamOrDevice s);
 
-/// Σ weights·(lse(z) − z[target]) with z = h·Wᵀ, softcapped; rows with target < 0 count nothing.
-/// h [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks
-/// of rows.
+/// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)) with z = h·Wᵀ + bias, softcapped, and ε the label
+/// smoothing; rows with target < 0 count nothing. h [M, H], targets [M] int32, weights [M] float32 → []
+/// float32. dh is formed in the same pass, over chunks of rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
-                               bool needs_grad, const std::string& impl, mx::StreamOrDevice s);
+                               float label_smoothing, bool needs_grad, const std::string& impl,
+                               mx::StreamOrDevice s);
+
+/// z[target] − lse(z) for each row, z as above, keeping h and lse; 0 where target < 0, and such rows are not
+/// touched. h [M, H], targets [M] int32 → [M] float32.
+mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
+                           std::optional<float> softcap, const std::string& impl, mx::StreamOrDevice s);
 
 /// A quantized weight as an array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);

@@ -84,6 +84,16 @@ def swiglu_vjp(gate, up, dy):
     return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
 
 
+def geglu(gate, up):
+    return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def geglu_vjp(gate, up, dy):
+    t = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
+    slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * gate**2)
+    return dy * up * ((1 + t) / 2 + gate / 2 * (1 - t**2) * slope), dy * gate / 2 * (1 + t)
+
+
 def rms_norm(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
@@ -107,33 +117,47 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
     return y
 
 
-def lora_linear(x, w, bias, a, b, scale):
-    return x @ w.T + bias + scale * x @ a @ b
+def lora_linear(x, w, bias, a, b, scale, mask=1.0):
+    """mask: 0 or 1 / (1 − dropout)."""
+    return x @ w.T + bias + scale * (mask * x) @ a @ b
 
 
-def lora_linear_vjp(x, w, a, b, scale, dy):
+def lora_linear_vjp(x, w, a, b, scale, dy, mask=1.0):
     u = scale * dy @ b.T
-    return dy @ w + u @ a.T, x.T @ u, scale * (x @ a).T @ dy
+    return dy @ w + mask * (u @ a.T), (mask * x).T @ u, scale * ((mask * x) @ a).T @ dy
 
 
-def cross_entropy(h, w, targets, weights, softcap=None):
-    z = h @ w.T
-    if softcap is not None:
-        z = softcap * np.tanh(z / softcap)
+def logits(h, w, bias=0.0, softcap=None):
+    z = h @ w.T + bias
+    return z if softcap is None else softcap * np.tanh(z / softcap)
+
+
+def log_probs(h, w, targets, bias=0.0, softcap=None):
+    z = logits(h, w, bias, softcap)
     top = z.real.max(-1, keepdims=True)
     lse = np.log(np.exp(z - top).sum(-1)) + top[:, 0]
-    picked = z[np.arange(len(z)), np.maximum(targets, 0)]
-    return (np.where(targets < 0, 0, weights) * (lse - picked)).sum()
+    return np.where(targets < 0, 0, z[np.arange(len(z)), np.maximum(targets, 0)] - lse)
 
 
-def cross_entropy_vjp(h, w, targets, weights, softcap=None):
-    z, slope = h @ w.T, 1.0
-    if softcap is not None:
-        z = softcap * np.tanh(z / softcap)
-        slope = 1 - (z / softcap) ** 2
+def log_probs_vjp(h, w, targets, d, bias=0.0, softcap=None):
+    return -cross_entropy_vjp(h, w, targets, d, softcap, bias)
+
+
+def cross_entropy(h, w, targets, weights, softcap=None, bias=0.0, smoothing=0.0):
+    z = logits(h, w, bias, softcap)
+    weights = np.where(targets < 0, 0, weights)
+    smooth = log_probs(h, w, np.zeros(len(z), int), bias, softcap) - z[:, 0] + z.mean(-1)
+    hard = log_probs(h, w, targets, bias, softcap)
+    return -(weights * ((1 - smoothing) * hard + smoothing * smooth)).sum()
+
+
+def cross_entropy_vjp(h, w, targets, weights, softcap=None, bias=0.0, smoothing=0.0):
+    z = logits(h, w, bias, softcap)
+    slope = 1.0 if softcap is None else 1 - (z / softcap) ** 2
     p = np.exp(z - z.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    p[np.arange(len(z)), np.maximum(targets, 0)] -= 1
+    p[np.arange(len(z)), np.maximum(targets, 0)] -= 1 - smoothing
+    p -= smoothing / z.shape[1]
     return (np.where(targets < 0, 0, weights)[:, None] * p * slope) @ w
 
 

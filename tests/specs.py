@@ -72,6 +72,18 @@ ATTENTION_TINY = [
     Attention(1, 2, 1, 7, 7, 4, options={"segments": ids(-1, 2, -2, 2)}),
 ]
 
-#: (bits, group); None is a dense base. The widths are no multiples of the kernels' tiles.
-BASES = [None, (2, 32), (3, 64), (4, 32), (4, 64), (4, 128), (5, 32), (6, 64), (8, 32), (8, 128)]
+#: Of gated linear units: whole groups of threads, off by one, every rank; and few elements, of
+#: which a single call may err by nothing in the plain code.
+GLU = [(2, 5, 129), (2, 1024), (2049,), (1, 2, 3, 343), (40, 1536)]
+GLU_TINY = [(), (1, 1), (7,), (8,), (3, 3)]
+
+#: Every quantization of MLX, as (mode, bits, group).
+QUANTIZATIONS = [
+    *[("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)],
+    ("mxfp4", 4, 32),
+    ("mxfp8", 8, 32),
+    ("nvfp4", 4, 16),
+]
+#: None is a dense base. The widths are no multiples of the kernels' tiles.
+BASES = [None, *QUANTIZATIONS]
 DTYPES = ["float32", "float16", "bfloat16"]

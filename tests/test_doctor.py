@@ -10,6 +10,7 @@ from mlx_segtrain import _core, cli, doctor
 CPU_KERNELS = [
     "attention",
     "swiglu",
+    "geglu",
     "rms_norm",
     "rope",
     "lora_linear",
@@ -126,13 +127,16 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
     assert report.gpu and report.ok
     kernels = [("attention_rows", 64), ("attention", 64)]
     kernels += [("attention_hopper", 64), ("attention_hopper", 512)]
-    cases = [(op, f"{case}, D = {d}") for op, d in kernels for case in doctor.CASES]
+    cases = [(op, dtype) for op in ("swiglu", "geglu") for dtype in ("bfloat16", "float32")]
+    cases += [(op, f"{case}, D = {d}") for op, d in kernels for case in doctor.CASES]
     assert [(x.op, x.case) for x in report.checks] == [
         *cases,
         ("attention_cudnn", "causal, D = 256"),
     ]
-    # bfloat16, and far from the plain code as that is
-    assert all(1e-4 < x.error < doctor.HALF_BOUND for x in report.checks)
+    # bfloat16 is far from the plain code
+    half = [x for x in report.checks if x.case != "float32"]
+    assert all(1e-4 < x.error < doctor.HALF_BOUND for x in half)
+    assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if x.case == "float32")
 
 
 def test_it_checks_afresh_and_rewrites_what_was_known(off, monkeypatch, tmp_path):

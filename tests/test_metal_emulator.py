@@ -56,6 +56,7 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
     kernel = kernels.KERNELS[name]
     shapes = {"first": (queries,), "lse": (1, 2, queries), "delta": (1, 2, queries)}
     shapes |= dict.fromkeys(("s", "dp"), (2, queries))
+    shapes |= dict.fromkeys(("gate", "up", "dy"), (queries,))
     shapes |= dict.fromkeys(("q_start", "q0", "k0", "nq", "period", "scale", "cap"), ())
     ints = {"first", "q_start", "q0", "k0", "nq", "period"}
     inputs = {
@@ -63,7 +64,7 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
         for n in kernel.inputs
     }
     outputs = [((8,), mx.bfloat16)] * len(kernel.outputs)
-    template = {"T": mx.bfloat16, "D": 64, "CAP": True}
+    template = {"T": mx.bfloat16, "D": 64, "CAP": True, "GELU": True}
     named = dict(zip(kernel.outputs, outputs, strict=True))
     text, _, _ = kernel_text(name, kernel.source, kernel.header, inputs, named, template)
     assert text.rstrip("\n") == metal_text(kernel, inputs, outputs, template, capfd)

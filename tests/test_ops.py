@@ -10,11 +10,11 @@ from checks import check_op, f64, grads, rand
 from mlx_segtrain import ops, reference
 
 IMPLS = {
-    "swiglu": ["kernel", "stock"],
     "rms_norm": ["kernel", "stock"],
     "rope": ["kernel", "stock"],
     "lora_linear": ["kernel", "stock"],
     "linear_cross_entropy": ["kernel", "blocked"],
+    "linear_log_probs": ["kernel", "blocked"],
 }
 
 
@@ -26,6 +26,7 @@ def test_oracle_vjps_are_complex_steps():
     x, y, dy, w = rng.standard_normal((4, 3, 6))
     pairs = [
         (oracle.swiglu, [x, y], oracle.swiglu_vjp(x, y, dy)),
+        (oracle.geglu, [x, y], oracle.geglu_vjp(x, y, dy)),
         (
             lambda x: oracle.rms_norm(x, w[0], 1e-5),
             [x],
@@ -40,14 +41,25 @@ def test_oracle_vjps_are_complex_steps():
         rng.standard_normal((6, 2)),
         rng.standard_normal((2, 6)),
     )
-    truth = oracle.vjp(lambda x, a, b: oracle.lora_linear(x, weight, 0, a, b, 1.5), [x, a, b], dy)
-    for grad, true in zip(oracle.lora_linear_vjp(x, weight, a, b, 1.5, dy), truth, strict=True):
-        oracle.assert_close("vjp", grad, true, 1e-12)
+    for mask in (1.0, rng.integers(0, 2, (3, 6)) / 0.5):
+        truth = oracle.vjp(
+            lambda x, a, b, m=mask: oracle.lora_linear(x, weight, 0, a, b, 1.5, m), [x, a, b], dy
+        )
+        closed = oracle.lora_linear_vjp(x, weight, a, b, 1.5, dy, mask)
+        for grad, true in zip(closed, truth, strict=True):
+            oracle.assert_close("vjp", grad, true, 1e-12)
     targets, weights = np.array([1, -1, 4]), np.array([0.5, 1, 2.0])
     for cap in (None, 2.0):
-        rest = (weight, targets, weights, cap)
-        (truth,) = oracle.vjp(lambda h, r=rest: oracle.cross_entropy(h, *r), [x], np.array(1.0))
-        oracle.assert_close("vjp", oracle.cross_entropy_vjp(x, *rest), truth, 1e-12)
+        for smoothing in (0.0, 0.3):
+            rest = (weight, targets, weights, cap, w[0], smoothing)
+            (truth,) = oracle.vjp(lambda h, r=rest: oracle.cross_entropy(h, *r), [x], np.array(1.0))
+            oracle.assert_close("vjp", oracle.cross_entropy_vjp(x, *rest), truth, 1e-12)
+        d = dy[:, 0]
+        (truth,) = oracle.vjp(
+            lambda h, c=cap: oracle.log_probs(h, weight, targets, w[0], c), [x], d
+        )
+        closed = oracle.log_probs_vjp(x, weight, targets, d, w[0], cap)
+        oracle.assert_close("vjp", closed, truth, 1e-12)
 
 
 # ---- the reference
@@ -56,10 +68,10 @@ def test_oracle_vjps_are_complex_steps():
 def test_reference_vjps_follow_the_oracle():
     rng = np.random.default_rng(5)
     (x, x64), (y, y64), (dy, dy64) = (rand(rng, 9, 33) for _ in range(3))
-    for grad, true in zip(
-        reference.swiglu_vjp(x, y, dy), oracle.swiglu_vjp(x64, y64, dy64), strict=True
-    ):
-        oracle.assert_close("reference", f64(grad), true, 1e-6)
+    for op in ("swiglu_vjp", "geglu_vjp"):
+        truth = getattr(oracle, op)(x64, y64, dy64)
+        for grad, true in zip(getattr(reference, op)(x, y, dy), truth, strict=True):
+            oracle.assert_close(op, f64(grad), true, 1e-6)
     w, w64 = rand(rng, 33)
     got = reference.rms_norm_vjp(x, w, dy, 1e-5)
     oracle.assert_close("reference", f64(got), oracle.rms_norm_vjp(x64, w64, dy64, 1e-5), 1e-6)
@@ -68,28 +80,26 @@ def test_reference_vjps_follow_the_oracle():
     truth = oracle.lora_linear_vjp(x64, weight64, a64, b64, 0.5, dy64)
     for grad, true in zip(got, truth, strict=True):
         oracle.assert_close("reference", f64(grad), true, 2e-6)
+    key = ops.dropout_key(0, 1, "q")
+    mask = f64(mx.random.bernoulli(0.7, x.shape, key)) / 0.7
+    got = reference.lora_linear_vjp(x, ops.Base(weight), a, b, 0.5, dy, dropout=0.3, key=key)
+    truth = oracle.lora_linear_vjp(x64, weight64, a64, b64, 0.5, dy64, mask)
+    for grad, true in zip(got, truth, strict=True):
+        oracle.assert_close("reference", f64(grad), true, 2e-6)
+    targets = rng.integers(-1, 33, 9)
+    head, t = ops.Base(weight, bias=w), mx.array(targets.astype(np.int32))
+    for cap in (None, 3.0):
+        got = reference.linear_cross_entropy_vjp(
+            x, head, t, dy[:, 0], 0.5, softcap=cap, label_smoothing=0.1
+        )
+        truth = 0.5 * oracle.cross_entropy_vjp(x64, weight64, targets, dy64[:, 0], cap, w64, 0.1)
+        oracle.assert_close("reference", f64(got), truth, 2e-6)
+        got = reference.linear_log_probs_vjp(x, head, t, dy[:, 0], softcap=cap)
+        truth = oracle.log_probs_vjp(x64, weight64, targets, dy64[:, 0], w64, cap)
+        oracle.assert_close("reference", f64(got), truth, 2e-6)
 
 
 # ---- elementwise and rows
-
-
-@pytest.mark.parametrize("dtype", specs.DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 129), (40, 1536)], ids=str)
-@pytest.mark.parametrize("impl", IMPLS["swiglu"])
-def test_swiglu(impl, shape, dtype):
-    rng = np.random.default_rng(3)
-    (g, g64), (u, u64), (dy, dy64) = (rand(rng, *shape, dtype=dtype) for _ in range(3))
-    f, plain = (lambda *x: ops.swiglu(*x, impl=impl)), reference.swiglu
-    truth, true_grads = oracle.swiglu(g64, u64), oracle.swiglu_vjp(g64, u64, dy64)
-    check_op("swiglu", f, plain, [g, u], truth, true_grads, dy, dtype)
-
-
-def test_swiglu_of_large_values_is_finite():
-    x = mx.array([-200.0, -90.0, -88.0, 0.0, 88.0, 90.0, 200.0])
-    y = ops.swiglu(x, mx.ones(7))
-    assert np.allclose(np.array(y), [0, 0, 0, 0, 88, 90, 200], atol=1e-30)
-    dg, du = grads(ops.swiglu, [x, mx.ones(7)], mx.ones(7))
-    assert mx.isfinite(dg).all() and mx.isfinite(du).all()
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)
@@ -150,32 +160,47 @@ def base_of(rng, n, k, base, bias=None):
     w = mx.array(rng.standard_normal((n, k)).astype(np.float32))
     if base is None:
         return ops.Base(w, bias=bias), f64(w)
-    bits, group = base
-    q = mx.quantize(w, group_size=group, bits=bits)
-    packed = ops.Base(*q, bias, group_size=group, bits=bits)
-    return packed, f64(mx.dequantize(*q, group_size=group, bits=bits))
+    mode, bits, group = base
+    quant = {"group_size": group, "bits": bits, "mode": mode}
+    packed, scales, *biases = mx.quantize(w, **quant)
+    values = mx.dequantize(packed, scales, *biases, **quant, dtype=mx.float32)
+    return ops.Base(packed, scales, *biases or [None], bias, **quant), f64(values)
 
 
-@pytest.mark.parametrize("base", specs.BASES, ids=str)
-def test_dequantize(base):
-    if base is None:
-        with pytest.raises(ValueError, match="not quantized"):
-            ops.dequantize(ops.Base(mx.ones((4, 4))))
-        return
-    packed, w64 = base_of(np.random.default_rng(7), 37, 384, base)
-    oracle.assert_close("dequantize", f64(ops.dequantize(packed)), w64, 1e-7)
+def bits_of(x):
+    return np.array(x.view(mx.uint32))
 
 
-@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
-def test_other_quantization_modes(mode):
-    rng = np.random.default_rng(8)
-    bits, group = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}[mode]
-    w = mx.array(rng.standard_normal((48, 64)).astype(np.float32))
-    packed, scales, *_ = mx.quantize(w, mode=mode)
-    base = ops.Base(packed, scales, group_size=group, bits=bits, mode=mode)
-    x, x64 = rand(rng, 5, 64)
-    w64 = f64(mx.dequantize(packed, scales, mode=mode))
-    oracle.assert_close("y", f64(ops.lora_linear(x, base)), x64 @ w64.T, 1e-6)
+@pytest.mark.parametrize("base", specs.QUANTIZATIONS, ids=str)
+def test_dequantize_is_bitwise_mlx(base):
+    packed, _ = base_of(np.random.default_rng(7), 37, 384, base)
+    mode, bits, group = base
+    quant = {"group_size": group, "bits": bits, "mode": mode}
+    arrays = [x for x in (packed.weight, packed.scales, packed.biases) if x is not None]
+    plain = mx.dequantize(*arrays, **quant, dtype=mx.float32)
+    assert (bits_of(ops.dequantize(packed)) == bits_of(plain)).all()
+    half = ops.dequantize(packed, mx.bfloat16)
+    assert mx.array_equal(half, plain.astype(mx.bfloat16))
+
+
+@pytest.mark.parametrize("mode,bits,group", specs.QUANTIZATIONS[-3:])
+def test_dequantize_of_every_code_and_scale_is_bitwise_mlx(mode, bits, group):
+    """Zeros of both signs, subnormal numbers, what overflows, and NaN, whatever bits it has."""
+    codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    per_row = 256 * 8 // bits // group
+    scales = mx.array(np.repeat(np.arange(256, dtype=np.uint8)[:, None], per_row, axis=1))
+    quant = {"group_size": group, "bits": bits, "mode": mode}
+    weight = mx.array(codes.view(np.uint32))
+    plain = mx.dequantize(weight, scales, **quant, dtype=mx.float32)
+    got = ops.dequantize(ops.Base(weight, scales, **quant))
+    nan = np.isnan(np.array(plain))
+    assert nan.any() and (np.isnan(np.array(got)) == nan).all()
+    assert (bits_of(got)[~nan] == bits_of(plain)[~nan]).all()
+
+
+def test_dequantize_without_scales():
+    with pytest.raises(ValueError, match="not quantized"):
+        ops.dequantize(ops.Base(mx.ones((4, 4))))
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)
@@ -221,31 +246,175 @@ def test_lora_linear_keeps_master_dtype_and_leading_axes():
     assert (dx.dtype, da.dtype, db.dtype) == (mx.bfloat16, mx.float32, mx.float32)
 
 
-@pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("base", [None, (4, 64), (8, 32)], ids=str)
+@pytest.mark.parametrize("dtype", specs.DTYPES)
+@pytest.mark.parametrize("base", [None, ("affine", 4, 64), ("nvfp4", 4, 16)], ids=str)
+@pytest.mark.parametrize("impl", IMPLS["lora_linear"])
+def test_lora_linear_dropout(impl, base, dtype):
+    rng = np.random.default_rng(12)
+    packed, w64 = base_of(rng, 530, 256, base)
+    (x, x64), (dy, dy64) = rand(rng, 65, 256, dtype=dtype), rand(rng, 65, 530, dtype=dtype)
+    (a, _), (b, _) = rand(rng, 256, 4), rand(rng, 4, 530)
+    a64, b64 = f64(a.astype(getattr(mx, dtype))), f64(b.astype(getattr(mx, dtype)))
+    key = ops.dropout_key(3, 17, "layers.2.q_proj")
+    mask = f64(mx.random.bernoulli(0.6, x.shape, key)) / 0.6
+    assert 0.35 < (mask == 0).mean() < 0.45
+    options = {"dropout": 0.4, "key": key}
+
+    def f(*p):
+        return ops.lora_linear(p[0], packed, p[1], p[2], 2.0, **options, impl=impl)
+
+    check_op(
+        "lora_linear",
+        f,
+        lambda *p: reference.lora_linear(p[0], packed, p[1], p[2], 2.0, **options),
+        [x, a, b],
+        oracle.lora_linear(x64, w64, 0, a64, b64, 2.0, mask),
+        oracle.lora_linear_vjp(x64, w64, a64, b64, 2.0, dy64, mask),
+        dy,
+        dtype,
+    )
+
+    def compiled(x, a, b, key):
+        return ops.lora_linear(x, packed, a, b, 2.0, dropout=0.4, key=key, impl=impl)
+
+    assert mx.array_equal(mx.compile(compiled)(x, a, b, key), f(x, a, b))
+
+
+def test_dropout_keys_differ_by_seed_step_and_module():
+    def key(*of):
+        return tuple(ops.dropout_key(*of).tolist())
+
+    assert key(1, 2, "q") == key(1, 2, "q")
+    assert len({key(1, 2, "q"), key(2, 1, "q"), key(1, 3, "q"), key(1, 2, "k")}) == 4
+
+
+#: A dense head, and of every mode and width of packing one.
+HEADS = [
+    None,
+    *[
+        ("affine", bits, group)
+        for bits, group in zip((2, 3, 4, 5, 6, 8), (32, 64, 128) * 2, strict=True)
+    ],
+    *specs.QUANTIZATIONS[-3:],
+]
+
+
+@pytest.mark.parametrize("softcap,smoothing", [(None, 0.0), (4.0, 0.0), (None, 0.1), (4.0, 0.25)])
+@pytest.mark.parametrize("base", HEADS, ids=str)
 @pytest.mark.parametrize("impl", IMPLS["linear_cross_entropy"])
-def test_linear_cross_entropy(impl, base, softcap):
+def test_linear_cross_entropy(impl, base, softcap, smoothing):
     rng = np.random.default_rng(10)
-    head, w64 = base_of(rng, 777, 128, base)
+    bias, bias64 = rand(rng, 777)
+    head, w64 = base_of(rng, 777, 128, base, bias)
     h, h64 = rand(rng, 300, 128)
     targets = rng.integers(-1, 777, 300)
     weights = rng.uniform(0, 2, 300).astype(np.float32)
     weights[5] = 0
     t, w = mx.array(targets.astype(np.int32)), mx.array(weights)
-    rest = (w64, targets, weights.astype(np.float64), softcap)
+    rest = (w64, targets, weights.astype(np.float64), softcap, bias64, smoothing)
+    options = {"softcap": softcap, "label_smoothing": smoothing}
+
+    def f(h, **more):
+        return ops.linear_cross_entropy(h, head, t, w, **options, **more, impl=impl)
+
     check_op(
         "linear_cross_entropy",
-        lambda h: ops.linear_cross_entropy(h, head, t, w, softcap=softcap, impl=impl),
-        lambda h: reference.linear_cross_entropy(h, head, t, w, softcap=softcap),
+        f,
+        lambda h: reference.linear_cross_entropy(h, head, t, w, **options),
         [h],
         oracle.cross_entropy(h64, *rest),
         [0.7 * oracle.cross_entropy_vjp(h64, *rest)],
         mx.array(0.7),
         "float32",
     )
-    only = ops.linear_cross_entropy(h, head, t, w, softcap=softcap, needs_grad=False, impl=impl)
-    full = ops.linear_cross_entropy(h, head, t, w, softcap=softcap, impl=impl)
-    assert mx.array_equal(only, full)
+    assert mx.array_equal(f(h, needs_grad=False), f(h))
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("base", HEADS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
+def test_linear_log_probs(impl, base, softcap, few):
+    rng = np.random.default_rng(14)
+    bias, bias64 = rand(rng, 777)
+    head, w64 = base_of(rng, 777, 128, base, bias)
+    (h, h64), (dy, dy64) = rand(rng, 300, 128), rand(rng, 300)
+    targets = rng.integers(0, 777, 300)
+    if few:
+        targets[rng.random(300) < 0.8] = -100
+    t = mx.array(targets.astype(np.int32))
+    check_op(
+        "linear_log_probs",
+        lambda h: ops.linear_log_probs(h, head, t, softcap=softcap, impl=impl),
+        lambda h: reference.linear_log_probs(h, head, t, softcap=softcap),
+        [h],
+        oracle.log_probs(h64, w64, targets, bias64, softcap),
+        [oracle.log_probs_vjp(h64, w64, targets, dy64, bias64, softcap)],
+        dy,
+        "float32",
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
+def test_linear_log_probs_of_half_precision(impl, dtype):
+    rng = np.random.default_rng(15)
+    head, w64 = base_of(rng, 500, 64, ("affine", 4, 32))
+    (h, h64), (dy, dy64) = rand(rng, 40, 64, dtype=dtype), rand(rng, 40)
+    targets = rng.integers(-1, 500, 40)
+    t = mx.array(targets.astype(np.int32))
+    check_op(
+        "linear_log_probs",
+        lambda h: ops.linear_log_probs(h, head, t, impl=impl),
+        lambda h: reference.linear_log_probs(h, head, t),
+        [h],
+        oracle.log_probs(h64, w64, targets),
+        [oracle.log_probs_vjp(h64, w64, targets, dy64)],
+        dy,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
+def test_linear_log_probs_touches_only_rows_with_a_target(impl):
+    """What stands in the others may be NaN, and none at all may have a target."""
+    h = mx.random.normal((9, 16))
+    h[::2] = mx.nan
+    head = ops.Base(mx.random.normal((50, 16)))
+    for targets in (mx.array([-1, 3] * 4 + [-1]), mx.full(9, -100)):
+
+        def f(h, t=targets):
+            return ops.linear_log_probs(h, head, t, impl=impl)
+
+        y, dh = f(h), grads(f, [h], mx.random.normal((9,)))[0]
+        assert mx.isfinite(y).all() and mx.isfinite(dh).all()
+        assert (y[::2] == 0).all() and (dh[::2] == 0).all()
+        assert ((y < 0) == (targets >= 0)).all()
+
+
+@pytest.mark.parametrize("op", [ops.linear_log_probs, ops.linear_cross_entropy])
+@pytest.mark.parametrize("impl", ["kernel", "blocked"])
+def test_heads_compile(impl, op):
+    rng = np.random.default_rng(16)
+    head, _ = base_of(rng, 300, 64, ("mxfp4", 4, 32))
+    h, t = rand(rng, 20, 64)[0], mx.array(rng.integers(-1, 300, 20).astype(np.int32))
+
+    def grad(h, t):
+        return mx.grad(lambda h: op(h, head, t, impl=impl).sum())(h)
+
+    got, plain = mx.compile(grad)(h, t), grad(h, t)
+    oracle.assert_close("compiled", f64(got), f64(plain), 1e-6)
+
+
+def test_linear_log_probs_memory_has_no_rows_times_vocabulary():
+    h = mx.random.normal((4096, 32))
+    head = ops.Base(mx.random.normal((32768, 32)))
+    t = mx.zeros(4096, mx.int32)
+    mx.eval(h, head.weight)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(lambda h: ops.linear_log_probs(h, head, t).sum())(h))
+    assert mx.get_peak_memory() - before < 75e6
 
 
 def test_linear_cross_entropy_memory_has_no_rows_times_vocabulary():
@@ -262,8 +431,22 @@ def test_linear_cross_entropy_memory_has_no_rows_times_vocabulary():
 
 # ---- bad arguments
 
+
+def quantized(mode, bits, group):
+    """64 columns at 4 bits in groups of 32, called something else."""
+    return ops.Base(
+        mx.ones((4, 8), mx.uint32), mx.ones((4, 2)), mode=mode, bits=bits, group_size=group
+    )
+
+
+def low_rank(x, **options):
+    base = ops.Base(mx.ones((4, 8)))
+    return ops.lora_linear(x, base, mx.ones((8, 2)), mx.ones((2, 4)), **options)
+
+
 BAD = [
     (lambda x: ops.swiglu(x, x[0]), r"\[swiglu\] gate and up must have one shape"),
+    (lambda x: ops.geglu(x, x.astype(mx.float16)), r"\[geglu\] gate and up must have one floating"),
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),
     (lambda x: ops.rope(x, 8), r"either base or freqs"),
@@ -272,6 +455,34 @@ BAD = [
     (
         lambda x: ops.linear_cross_entropy(x[0, 0], ops.Base(mx.ones((4, 8))), mx.zeros(5)),
         r"integer targets \[5\]",
+    ),
+    (
+        lambda x: ops.linear_log_probs(x[0, 0], ops.Base(mx.ones((4, 8))), mx.zeros(5)),
+        r"\[linear_log_probs\] expected integer targets \[5\]",
+    ),
+    (
+        lambda x: ops.linear_cross_entropy(
+            x[0, 0], ops.Base(mx.ones((4, 8))), mx.zeros(5, mx.int32), label_smoothing=1.0
+        ),
+        r"label_smoothing must be at least 0 and below 1; got 1",
+    ),
+    (lambda x: ops.lora_linear(x, quantized("affine", 7, 64)), r"got affine at 7 bits in groups"),
+    (lambda x: ops.lora_linear(x, quantized("affine", 4, 16)), r"groups of 32, 64, 128; got"),
+    (lambda x: ops.lora_linear(x, quantized("mxfp4", 4, 16)), r"mxfp4 at 4 bits in groups of 16"),
+    (lambda x: ops.lora_linear(x, quantized("nvfp4", 8, 16)), r"nvfp4 at 8 bits in groups of 16"),
+    (lambda x: ops.lora_linear(x, quantized("int4", 4, 32)), r"mode must be .*; got int4 at 4"),
+    (lambda x: ops.lora_linear(x, quantized("mxfp8", 8, 32)), r"scales of mxfp8 .* must be uint8"),
+    (lambda x: ops.lora_linear(x, quantized("affine", 4, 32)), r"affine at 4 .* needs floating b"),
+    (lambda x: ops.dequantize(quantized("affine", 8, 64)), r"scales \(4,2\) do not fit weight"),
+    (lambda x: low_rank(x, dropout=1.0), r"dropout must be at least 0 and below 1; got 1"),
+    (
+        lambda x: low_rank(x, dropout=0.5),
+        r"dropout and its key go together; got dropout 0.5 and no",
+    ),
+    (lambda x: low_rank(x, key=ops.dropout_key(0, 0, "q")), r"got dropout 0 and a key"),
+    (
+        lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 8))), dropout=0.5),
+        r"dropout acts on the low-rank branch: give a and b",
     ),
 ]
 

@@ -14,9 +14,21 @@ TWINS = {
         ("cuda/attention_hopper.cu", "attention_hopper"),
         ("metal/attention.metal", "attention"),
     ],
+    **{
+        section: [
+            ("csrc/cpu/rows.cpp", name),
+            ("cuda/glu.cu", name),
+            ("metal/glu.metal", name),
+        ]
+        for section, name in (("glu forward", "glu"), ("glu backward", "glu_vjp"))
+    },
 }
 #: Outputs of a kernel → the section that its function belongs to.
-SECTIONS = {"o lse": "attention forward"}
+SECTIONS = {
+    "o lse": "attention forward",
+    "y": "glu forward",
+    "dgate dup": "glu backward",
+}
 #: Metal's text is ASCII.
 ASCII = str.maketrans({"·": " ", "ᵀ": "^T", "−": "-"})
 

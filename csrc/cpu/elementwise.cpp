@@ -46,13 +46,14 @@ constexpr size_t LEAST = 1 << 14;  // floats
 
 }  // namespace
 
-void swiglu(const float* gate, const float* up, float* y, size_t n) {
-  over(n, LEAST, [&](size_t i, size_t end) { rows().swiglu(gate + i, up + i, y + i, end - i); });
+void glu(bool gelu, const float* gate, const float* up, float* y, size_t n) {
+  over(n, LEAST, [&](size_t i, size_t end) { rows().glu[gelu](gate + i, up + i, y + i, end - i); });
 }
 
-void swiglu_vjp(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n) {
+void glu_vjp(bool gelu, const float* gate, const float* up, const float* dy, float* dgate, float* dup,
+             size_t n) {
   over(n, LEAST, [&](size_t i, size_t end) {
-    rows().swiglu_vjp(gate + i, up + i, dy + i, dgate + i, dup + i, end - i);
+    rows().glu_vjp[gelu](gate + i, up + i, dy + i, dgate + i, dup + i, end - i);
   });
 }
 

@@ -6,11 +6,12 @@
 
 namespace segtrain::cpu {
 
-/// A frozen weight [n, k]: dense, or packed with affine scales and biases [n, k / group].
+/// A frozen weight [n, k]: dense, or packed with scales [n, k / group], which are floats beside biases
+/// (affine modes) and bytes without (floating-point modes).
 struct Weight {
   const float* dense;
   const uint32_t* packed;
-  const float* scales;
+  const void* scales;
   const float* biases;
   int bits, group;
   int n, k;
@@ -40,16 +41,28 @@ void linear(const Weight& w, int m, const float* x, const float* bias, int r, co
 /// dx = dy·w + u·aᵀ. dy [m, n], u [m, r], a [k, r] → dx [m, k]; u may be null.
 void linear_dx(const Weight& w, int m, const float* dy, int r, const float* u, const float* a, float* dx);
 
+/// What meets a head [V, hidden]. A target of V or above makes its row's results NaN.
+struct HeadInput {
+  int m;
+  float cap;               ///< of the logits; 0: none
+  const float* h;          ///< [m, hidden]
+  const float* bias;       ///< [V], or null
+  const int32_t* targets;  ///< [m]; below 0: the row is not touched
+};
+
 struct CrossEntropy {
-  int m, hidden;
-  float cap;       ///< 0: none
-  const float* h;  ///< [m, hidden]
-  const int32_t* targets;
+  HeadInput in;
+  float smoothing;
   const float* weights;
   float* loss;  ///< scalar
   float* dh;    ///< [m, hidden], or null
 };
 void cross_entropy(const Weight& head, const CrossEntropy& args);
+
+/// log softmax(z)[target] and lse, [m] each; 0 where the target is below 0.
+void log_probs(const Weight& head, const HeadInput& in, float* log_p, float* lse);
+/// dh [m, hidden] from log_probs' lse and the cotangent [m].
+void log_probs_vjp(const Weight& head, const HeadInput& in, const float* lse, const float* dlog_p, float* dh);
 
 struct Attention {
   int batch, heads, groups, t, s, d, dv;
@@ -63,8 +76,10 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
 void attention_vjp(const Attention& a, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv);
 
-void swiglu(const float* gate, const float* up, float* y, size_t n);
-void swiglu_vjp(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n);
+/// silu(gate)·up, or gelu(gate)·up.
+void glu(bool gelu, const float* gate, const float* up, float* y, size_t n);
+void glu_vjp(bool gelu, const float* gate, const float* up, const float* dy, float* dgate, float* dup,
+             size_t n);
 void rms_norm(const float* x, const float* weight, float eps, float* y, int m, int n);
 void rms_norm_vjp(const float* x, const float* weight, const float* dy, float eps, float* dx, int m, int n);
 

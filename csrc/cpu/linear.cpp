@@ -15,9 +15,15 @@ constexpr int TILE_ROWS = 256, TILE_COLUMNS = 512, TILE_M = 1024;
 Tile tile(const Weight& w, int n0, int n1, int k0, int k1, float* scratch) {
   if (w.dense) return {w.dense + static_cast<size_t>(n0) * w.k + k0, w.k};
   size_t words = static_cast<size_t>(w.k) * w.bits / 32, groups = w.k / w.group;
-  for (int n = n0; n < n1; ++n)
-    rows().dequantize(w.packed + n * words, w.scales + n * groups, w.biases + n * groups, w.bits, w.group, k0,
-                      k1, scratch + static_cast<size_t>(n - n0) * (k1 - k0));
+  for (int n = n0; n < n1; ++n) {
+    float* out = scratch + static_cast<size_t>(n - n0) * (k1 - k0);
+    if (w.biases)
+      rows().dequantize(w.packed + n * words, static_cast<const float*>(w.scales) + n * groups,
+                        w.biases + n * groups, w.bits, w.group, k0, k1, out);
+    else
+      rows().dequantize_fp(w.packed + n * words, static_cast<const uint8_t*>(w.scales) + n * groups, w.bits,
+                           w.group, k0, k1, out);
+  }
   return {scratch, k1 - k0};
 }
 

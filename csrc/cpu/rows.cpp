@@ -6,11 +6,11 @@
 #include <math.h>
 #include <string.h>
 
+#include "cpu/unpack.h"
+
 namespace segtrain::cpu {
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define ROWS_TABLE JOIN(rows_, SEGTRAIN_ISA)
+#define ROWS_TABLE SEGTRAIN_FOR_ISA(rows_)
 
 namespace {
 
@@ -38,10 +38,6 @@ inline float exp1(float x) {
   return x < -87.33f ? 0.0f : y;
 }
 
-inline float sigmoid1(float x) {
-  return 1.0f / (1.0f + exp1(-x));
-}
-
 inline float tanh1(float x) {
   // For small |x| the form by exp loses digits: there the series is used.
   float x2 = x * x;
@@ -49,45 +45,6 @@ inline float tanh1(float x) {
       x * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
   float large = 1.0f - 2.0f / (exp1(2.0f * x) + 1.0f);
   return x2 < 0.04f ? small : large;
-}
-
-void dequantize(const uint32_t* packed, const float* scales, const float* biases, int bits, int group,
-                int begin, int end, float* out) {
-  for (int i = begin; i < end;) {
-    int g = i / group;
-    int stop = (g + 1) * group < end ? (g + 1) * group : end;
-    float scale = scales[g], bias = biases[g];
-    float* y = out + (i - begin);
-    int n = stop - i;
-    if (bits == 4) {
-      const uint32_t* word = packed + i / 8;
-      for (int w = 0; w < n / 8; ++w)
-#pragma omp simd
-        for (int j = 0; j < 8; ++j)
-          y[w * 8 + j] = scale * (float)(int32_t)((word[w] >> (4 * j)) & 15u) + bias;
-    } else if (bits == 8) {
-      const uint8_t* byte = (const uint8_t*)packed + i;
-#pragma omp simd
-      for (int j = 0; j < n; ++j) y[j] = scale * (float)byte[j] + bias;
-    } else if (bits == 2) {
-      const uint32_t* word = packed + i / 16;
-      for (int w = 0; w < n / 16; ++w)
-#pragma omp simd
-        for (int j = 0; j < 16; ++j)
-          y[w * 16 + j] = scale * (float)(int32_t)((word[w] >> (2 * j)) & 3u) + bias;
-    } else {
-      // 3, 5 and 6 bits: a little-endian stream in which a value may straddle bytes.
-      const uint8_t* bytes = (const uint8_t*)packed;
-      const uint32_t mask = (1u << bits) - 1;
-      for (int j = 0; j < n; ++j) {
-        size_t bit = (size_t)(i + j) * bits;
-        uint32_t low = bytes[bit / 8], shift = bit % 8;
-        uint32_t high = shift + bits > 8 ? bytes[bit / 8 + 1] : 0;
-        y[j] = scale * (float)(((low | high << 8) >> shift) & mask) + bias;
-      }
-    }
-    i = stop;
-  }
 }
 
 float max(const float* x, int n) {
@@ -114,6 +71,13 @@ float sum_exp(const float* x, int n, float shift) {
   return sum;
 }
 
+double sum(const float* x, int n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
 void exp_scale(float* x, int n, float shift, float w) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) x[i] = exp1(x[i] - shift) * w;
@@ -124,14 +88,22 @@ void softcap(float* x, int n, float cap) {
   for (int i = 0; i < n; ++i) x[i] = cap * tanh1(x[i] / cap);
 }
 
-void softcap_cross_entropy(float* x, int n, float shift, float w, int target, float cap) {
-  float at_target = target >= 0 && target < n ? x[target] : 0;
+void cross_entropy_vjp(float* x, int n, float lse, float w, int target, float smoothing, float cap) {
+  float uniform = smoothing / (float)n, certain = w * (1.0f - smoothing);
+  bool inside = target >= 0 && target < n;
+  if (cap > 0) {
+    float t = inside ? x[target] / cap : 0;
+    certain *= 1.0f - t * t;
 #pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    float t = x[i] / cap;
-    x[i] = exp1(x[i] - shift) * w * (1.0f - t * t);
+    for (int i = 0; i < n; ++i) {
+      float t = x[i] / cap;
+      x[i] = (exp1(x[i] - lse) - uniform) * w * (1.0f - t * t);
+    }
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) x[i] = (exp1(x[i] - lse) - uniform) * w;
   }
-  if (target >= 0 && target < n) x[target] -= w * (1.0f - (at_target / cap) * (at_target / cap));
+  if (inside) x[target] -= certain;
 }
 
 void scale(float* x, int n, float factor) {
@@ -160,17 +132,44 @@ void softmax_vjp(float* dp, const float* p, const float* capped, int n, float de
   }
 }
 
-void swiglu(const float* gate, const float* up, float* y, size_t n) {
-#pragma omp simd
-  for (size_t i = 0; i < n; ++i) y[i] = gate[i] * sigmoid1(gate[i]) * up[i];
+/// s = sigmoid(u), bend = g·ds/dg. The exponential of −|u| neither overflows nor loses digits of 1 − s.
+struct Gate {
+  float s, bend;
+};
+template <bool GELU>
+inline Gate gate_of(float g) {
+  const float k = 1.5957691216f, cubic = 0.044715f;
+  // Beyond |g| = 32 e is 0, and a q without bound would make 0·∞.
+  float q = g * g < 1024.0f ? g * g : 1024.0f;
+  float u = GELU ? k * g * (1.0f + cubic * q) : g;
+  float du = GELU ? k * (1.0f + 3.0f * cubic * q) : 1.0f;
+  float e = exp1(-fabsf(u)), r = 1.0f / (1.0f + e);
+  return {u < 0.0f ? e * r : r, e * r * r * du * g};
 }
 
-void swiglu_vjp(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n) {
+template <bool GELU>
+void glu(const float* gate, const float* up, float* y, size_t n) {
 #pragma omp simd
   for (size_t i = 0; i < n; ++i) {
-    float s = sigmoid1(gate[i]), silu = gate[i] * s;
-    dgate[i] = dy[i] * up[i] * (s + silu * (1.0f - s));
-    dup[i] = dy[i] * silu;
+    float g = gate[i];
+    /// s = sigmoid(u), u = g or k*(g + 0.044715*g^3), k = 2*sqrt(2/pi)
+    Gate at = gate_of<GELU>(g);
+    /// y = g*s*up
+    y[i] = g * at.s * up[i];
+  }
+}
+
+template <bool GELU>
+void glu_vjp(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n) {
+#pragma omp simd
+  for (size_t i = 0; i < n; ++i) {
+    float g = gate[i], d = dy[i];
+    /// s = sigmoid(u), u = g or k*(g + 0.044715*g^3), k = 2*sqrt(2/pi)
+    Gate at = gate_of<GELU>(g);
+    /// dgate = dy*up*(s + g*s*(1 - s)*du/dg)
+    dgate[i] = d * up[i] * (at.s + at.bend);
+    /// dup = dy*g*s
+    dup[i] = d * (g * at.s);
   }
 }
 
@@ -206,8 +205,22 @@ void rotate(const float* x, const float* cosine, const float* sine, float* y, in
 }  // namespace
 
 extern const Rows ROWS_TABLE;
-const Rows ROWS_TABLE = {dequantize, max, exp_sum,     sum_exp, exp_scale,  softcap,  softcap_cross_entropy,
-                         scale,      dot, softmax_vjp, swiglu,  swiglu_vjp, rms_norm, rms_norm_vjp,
+const Rows ROWS_TABLE = {SEGTRAIN_FOR_ISA(dequantize_),
+                         SEGTRAIN_FOR_ISA(dequantize_fp_),
+                         max,
+                         exp_sum,
+                         sum_exp,
+                         sum,
+                         exp_scale,
+                         softcap,
+                         cross_entropy_vjp,
+                         scale,
+                         dot,
+                         softmax_vjp,
+                         {glu<false>, glu<true>},
+                         {glu_vjp<false>, glu_vjp<true>},
+                         rms_norm,
+                         rms_norm_vjp,
                          rotate};
 
 }  // namespace segtrain::cpu

@@ -12,24 +12,31 @@ struct Rows {
   /// begin and end are multiples of 32, or end is the row's length.
   void (*dequantize)(const uint32_t* packed, const float* scales, const float* biases, int bits, int group,
                      int begin, int end, float* out);
+  /// The same of E2M1 (4 bits) or E4M3 (8 bits) values: out[i] = scale[group]·value. Scales are E4M3 in
+  /// groups of 16, else E8M0.
+  void (*dequantize_fp)(const uint32_t* packed, const uint8_t* scales, int bits, int group, int begin,
+                        int end, float* out);
   float (*max)(const float* x, int n);
   /// x = exp(x − shift); returns the sum.
   float (*exp_sum)(float* x, int n, float shift);
   /// Sum of exp(x − shift), x kept.
   float (*sum_exp)(const float* x, int n, float shift);
+  double (*sum)(const float* x, int n);
   /// x = exp(x − shift)·w.
   void (*exp_scale)(float* x, int n, float shift, float w);
   /// x = cap·tanh(x / cap).
   void (*softcap)(float* x, int n, float cap);
-  /// The same from capped values: dx = (exp(x − shift)·w − [i = target]·w)·(1 − (x / cap)²), in place.
-  void (*softcap_cross_entropy)(float* x, int n, float shift, float w, int target, float cap);
+  /// Logits x, capped if cap > 0, become w·(exp(x − lse) − (1 − smoothing)·[i = target] − smoothing/n)·(1 −
+  /// (x / cap)²).
+  void (*cross_entropy_vjp)(float* x, int n, float lse, float w, int target, float smoothing, float cap);
   void (*scale)(float* x, int n, float factor);
   float (*dot)(const float* x, const float* y, int n);
   /// ds = p·(dp − delta)·factor, into dp; `capped` (the capped scores, or null) adds the factor 1 − (s/cap)².
   void (*softmax_vjp)(float* dp, const float* p, const float* capped, int n, float delta, float factor,
                       float cap);
-  void (*swiglu)(const float* gate, const float* up, float* y, size_t n);
-  void (*swiglu_vjp)(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n);
+  /// silu(gate)·up, and gelu(gate)·up.
+  void (*glu[2])(const float* gate, const float* up, float* y, size_t n);
+  void (*glu_vjp[2])(const float* gate, const float* up, const float* dy, float* dgate, float* dup, size_t n);
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int n);
   void (*rms_norm_vjp)(const float* x, const float* weight, const float* dy, float eps, float* dx, int n);
   /// Rotates pairs (x[i], x[i + half]), or (x[2i], x[2i+1]) if traditional, by angles with these cosines and

@@ -115,6 +115,7 @@ def cpu_calls() -> Iterator[Call]:
     # Each op as a function of its name's two forms and of the arrays that have gradients.
     ops: dict[str, tuple[Callable[..., mx.array], list[mx.array]]] = {
         "swiglu": (lambda f, x, y: f(x, y), [x, y]),
+        "geglu": (lambda f, x, y: f(x, y), [x, y]),
         "rms_norm": (lambda f, x: f(x, w[0], 1e-5), [x]),
         "rope": (lambda f, x: f(x, 64, base=1e4), [heads]),
         "lora_linear": (lambda f, x, a, b: f(x, base, a, b, 2.0), [x, a, b]),
@@ -131,6 +132,11 @@ def calls(t: int) -> Iterator[Call]:
     if not on_gpu():
         yield from cpu_calls()
         return
+    for op in ("swiglu", "geglu"):
+        for dtype, name in ((mx.bfloat16, "bfloat16"), (mx.float32, "float32")):
+            kernel = functools.partial(getattr(_core, op), impl="kernel")
+            args = normal((t, 1023), (t, 1023), dtype=dtype)
+            yield Call(op, name, kernel, getattr(reference, op), args)
     # The row passes are what the blocked form runs on.
     yield from attention_calls("attention_rows", "blocked", mx.bfloat16, t)
     yield from attention_calls("attention", "kernel", mx.bfloat16, t)

@@ -6,6 +6,7 @@ the device; a named one ("kernel", "blocked", "stock", "reference") raises Value
 reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
 """
 
+import hashlib
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,10 @@ __all__ = [
     "attention",
     "base_of",
     "dequantize",
+    "dropout_key",
+    "geglu",
     "linear_cross_entropy",
+    "linear_log_probs",
     "lora_linear",
     "rms_norm",
     "rope",
@@ -70,7 +74,7 @@ def attention(
     }
     if impl == "reference":
         return reference.attention(q, k, v, segments=segments, **options)
-    if mx.default_device() != mx.Device(mx.cpu):
+    if doctor.on_gpu():
         doctor.self_check()
     # k may have a wrong rank: the core says so.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
@@ -78,14 +82,30 @@ def attention(
 
 
 def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
-    """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype.
+    """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype, computed in float32.
 
     Keeps gate and up; the backward pass makes both gradients in one pass over memory.
     Shazeer 2020, arXiv:2002.05202.
     """
     if impl == "reference":
         return reference.swiglu(gate, up)
+    if doctor.on_gpu():
+        doctor.self_check()
     return _core.swiglu(gate, up, impl=impl)
+
+
+def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
+    """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as Gemma has it.
+
+    gate, up, y [..., F] of one floating dtype, computed in float32. Keeps gate and up; the backward
+    pass makes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh form
+    is Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    """
+    if impl == "reference":
+        return reference.geglu(gate, up)
+    if doctor.on_gpu():
+        doctor.self_check()
+    return _core.geglu(gate, up, impl=impl)
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -> mx.array:
@@ -133,17 +153,29 @@ def lora_linear(
     b: mx.array | None = None,
     scale: float = 1.0,
     *,
+    dropout: float = 0.0,
+    key: mx.array | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """y = x·Wᵀ + bias + scale·(x·a)·b with W frozen, dense or quantized.
+    """y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b with W frozen, dense or quantized.
 
     x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out].
-    Keeps x only: neither x·a nor an unpacked W. Gradients of x, a and b; those of a and b in their
-    own dtype. Hu et al. 2021, arXiv:2106.09685.
+    Keeps x only: neither x·a nor an unpacked W nor a mask. The mask, of x on the low-rank branch,
+    is a function of `key` (`dropout_key`) and x's shape, so that recomputation draws it again;
+    0 ≤ dropout < 1, and above 0 a, b and the key are needed. Gradients of x, a and b; those of a
+    and b in their own dtype. Every quantization of mx.quantize; ValueError names mode, bits and
+    group size where the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
     """
     if impl == "reference":
-        return reference.lora_linear(x, base, a, b, scale)
-    return _core.lora_linear(x, base, a, b, scale, impl=impl)
+        return reference.lora_linear(x, base, a, b, scale, dropout=dropout, key=key)
+    return _core.lora_linear(x, base, a, b, scale, dropout=dropout, key=key, impl=impl)
+
+
+def dropout_key(seed: int, step: int, module: str) -> mx.array:
+    """A key [2] for `lora_linear` from the run's seed, the step, and the module's path."""
+    text = f"{seed}/{step}/{module}".encode()
+    # Hashed, since neighbouring seeds, steps and modules must not share masks.
+    return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
 def linear_cross_entropy(
@@ -153,23 +185,56 @@ def linear_cross_entropy(
     weights: mx.array | None = None,
     *,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     needs_grad: bool = True,
     impl: str = "auto",
 ) -> mx.array:
-    """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ, without an array [M, V].
+    """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, without an array [M, V].
 
     h [M, H], targets [M] integers (below 0: the row does not count), weights [M] float32
     (default ones) → [] float32. dh is formed in the forward pass, chunk of rows by chunk;
     `needs_grad=False` leaves it out (evaluation). `softcap` c replaces z by c·tanh(z / c).
+    `label_smoothing` ε in [0, 1) puts (1 − ε)·z[target] + ε·mean(z) in the place of z[target]
+    (Szegedy et al. 2016, arXiv:1512.00567).
     Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
     """
     if impl == "reference":
-        return reference.linear_cross_entropy(h, head, targets, weights, softcap=softcap)
+        return reference.linear_cross_entropy(
+            h, head, targets, weights, softcap=softcap, label_smoothing=label_smoothing
+        )
     return _core.linear_cross_entropy(
-        h, head, targets, weights, softcap=softcap, needs_grad=needs_grad, impl=impl
+        h,
+        head,
+        targets,
+        weights,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+        needs_grad=needs_grad,
+        impl=impl,
     )
 
 
+def linear_log_probs(
+    h: mx.array,
+    head: Base,
+    targets: mx.array,
+    *,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
+
+    h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0,
+    has no gradient and costs nothing; "blocked" must read the targets for that when the graph is
+    built, and where they are traced it computes every row. Keeps h and lse; the backward pass
+    computes z again, chunk of rows by chunk. `softcap` c replaces z by c·tanh(z / c).
+    For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+    """
+    if impl == "reference":
+        return reference.linear_log_probs(h, head, targets, softcap=softcap)
+    return _core.linear_log_probs(h, head, targets, softcap=softcap, impl=impl)
+
+
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """A quantized weight as an array [out, in] of `dtype`."""
+    """A quantized weight as an array [out, in] of `dtype`: mx.dequantize, in float32 on the CPU."""
     return _core.dequantize(base, dtype)

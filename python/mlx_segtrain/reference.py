@@ -4,6 +4,7 @@ They take the memory that plain code takes, [T, S] scores and [M, V] logits incl
 is the derivation that the native op follows.
 """
 
+import math
 import operator
 import reprlib
 from collections.abc import Sequence
@@ -141,6 +142,31 @@ def swiglu_vjp(gate, up, dy):
     return dy * up * (sigma + silu * (1 - sigma)), dy * silu
 
 
+def _gelu(x):
+    """gelu(x) and gelu'(x) in float32, tanh form."""
+    x = x.astype(mx.float32)
+    k = math.sqrt(2 / math.pi)
+    t = mx.tanh(k * (x + 0.044715 * x**3))
+    du = mx.where(t * t < 1, k * (1 + 3 * 0.044715 * x**2), 0)  # where 1 − t² is 0, no 0·∞
+    return x / 2 * (1 + t), (1 + t) / 2 + x / 2 * (1 - t * t) * du
+
+
+def geglu(gate, up):
+    """y = gelu(gate)·up, gelu(x) = x/2·(1 + t), t = tanh(k·(x + 0.044715·x³)), k = √(2/π)"""
+    return (_gelu(gate)[0] * up.astype(mx.float32)).astype(gate.dtype)
+
+
+def geglu_vjp(gate, up, dy):
+    """dup = dy·gelu(gate), dgate = dy·up·gelu'(gate)
+
+    gelu'(x) = (1 + t)/2 + x/2·(1 − t²)·k·(1 + 3·0.044715·x²). The kernels write (1 + t)/2 as σ(u),
+    u = 2k·(x + 0.044715·x³), and (1 − t²)/2 as 2·σ·(1 − σ).
+    """
+    gelu, slope = _gelu(gate)
+    up, dy = up.astype(mx.float32), dy.astype(mx.float32)
+    return (dy * up * slope).astype(gate.dtype), (dy * gelu).astype(gate.dtype)
+
+
 def rms_norm(x, weight, eps):
     """y = x·r·weight, r = 1 / sqrt(mean(x²) + eps)"""
     x32 = x.astype(mx.float32)
@@ -172,28 +198,69 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 # ---- products with a frozen weight
 
 
-def lora_linear(x, base, a=None, b=None, scale=1.0):
-    """y = x·Wᵀ + bias + scale·(x·a)·b"""
+def dropped(x, dropout, key):
+    """mask∘x / (1 − dropout)"""
+    if key is None:
+        return x
+    keep = 1 - dropout
+    return mx.where(mx.random.bernoulli(keep, x.shape, key), x, 0) / keep
+
+
+def lora_linear(x, base, a=None, b=None, scale=1.0, *, dropout=0.0, key=None):
+    """y = x·Wᵀ + bias + scale·(x'·a)·b, x' = mask∘x / (1 − dropout)"""
     y = x @ weight_of(base, x.dtype).T
     if base.bias is not None:
         y = y + base.bias.astype(x.dtype)
     if a is None or b is None:
         return y
-    return y + (scale * (x @ a.astype(x.dtype)) @ b.astype(x.dtype)).astype(x.dtype)
+    low = dropped(x.reshape(-1, x.shape[-1]), dropout, key).reshape(x.shape) @ a.astype(x.dtype)
+    return y + (scale * low @ b.astype(x.dtype)).astype(x.dtype)
 
 
-def lora_linear_vjp(x, base, a, b, scale, dy):
-    """u = scale·dy·bᵀ:  dx = dy·W + u·aᵀ, da = xᵀ·u, db = (scale·x·a)ᵀ·dy. x, dy 2-D."""
-    u = scale * dy @ b.T
-    return dy @ weight_of(base, dy.dtype) + u @ a.T, x.T @ u, (scale * x @ a).T @ dy
+def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):
+    """u = scale·dy·bᵀ:  dx = dy·W + (u·aᵀ)', da = x'ᵀ·u, db = (scale·x'·a)ᵀ·dy. x, dy 2-D."""
+    u, low = scale * dy @ b.T, dropped(x, dropout, key)
+    dx = dy @ weight_of(base, dy.dtype) + dropped(u @ a.T, dropout, key)
+    return dx, low.T @ u, (scale * low @ a).T @ dy
 
 
-def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None):
-    """Σ weights·(lse(z) − z[target]), z = h·Wᵀ"""
+def _logits(h, head, softcap):
     z = (h @ weight_of(head, h.dtype).T).astype(mx.float32)
-    if softcap is not None:
-        z = softcap * mx.tanh(z / softcap)
+    if head.bias is not None:
+        z = z + head.bias
+    return z if softcap is None else softcap * mx.tanh(z / softcap)
+
+
+def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None, label_smoothing=0.0):
+    """Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = h·Wᵀ + bias, ε the smoothing"""
+    z = _logits(h, head, softcap)
     weights = mx.ones(h.shape[0]) if weights is None else weights
     weights = mx.where(targets < 0, 0.0, weights)
+    likely = mx.take_along_axis(z, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    likely = (1 - label_smoothing) * likely + label_smoothing * z.mean(axis=-1)
+    return (weights * (mx.logsumexp(z, axis=-1) - likely)).sum()
+
+
+def linear_cross_entropy_vjp(
+    h, head, targets, weights, dloss, *, softcap=None, label_smoothing=0.0
+):
+    """dz = dloss·w·(softmax(z) − (1 − ε)·onehot − ε/V)·(1 − (z/c)²), dh = dz·W"""
+    z = _logits(h, head, softcap)
+    onehot = mx.arange(z.shape[1])[None] == targets[:, None]
+    dz = mx.softmax(z, axis=-1) - (1 - label_smoothing) * onehot - label_smoothing / z.shape[1]
+    dz = dloss * mx.where(targets < 0, 0.0, weights)[:, None] * dz
+    if softcap is not None:
+        dz = dz * (1 - (z / softcap) ** 2)
+    return (dz.astype(h.dtype) @ weight_of(head, h.dtype)).astype(h.dtype)
+
+
+def linear_log_probs(h, head, targets, *, softcap=None):
+    """log_p = z[target] − lse(z), z = h·Wᵀ + bias; 0 where target < 0"""
+    z = _logits(h, head, softcap)
     picked = mx.take_along_axis(z, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-    return (weights * (mx.logsumexp(z, axis=-1) - picked)).sum()
+    return mx.where(targets < 0, 0.0, picked - mx.logsumexp(z, axis=-1))
+
+
+def linear_log_probs_vjp(h, head, targets, dlog_p, *, softcap=None):
+    """dz = dlog_p·(onehot − softmax(z))·(1 − (z/c)²), dh = dz·W: cross-entropy's, negated"""
+    return linear_cross_entropy_vjp(h, head, targets, dlog_p, -1.0, softcap=softcap)

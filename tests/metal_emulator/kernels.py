@@ -32,7 +32,7 @@ def load(file: str) -> dict[str, Kernel]:
     return kernels
 
 
-KERNELS = load("attention.metal") | load("attention_rows.metal")
+KERNELS = load("attention.metal") | load("attention_rows.metal") | load("glu.metal")
 #: Threads of a group; rows that a group owns.
 THREADS = {
     "attention": 128,
@@ -40,8 +40,11 @@ THREADS = {
     "attention_vjp_kv": 256,
     "softmax_rows": 256,
     "softmax_vjp_rows": 256,
+    "glu": 256,
+    "glu_vjp": 256,
 }
 OWN = 32
+GLU_OWN = 1024  # elements
 
 
 def run(kernel: Kernel, values, outputs, template, grid, orders=ORDERS) -> list[mx.array]:
@@ -124,3 +127,12 @@ def softmax_vjp_rows(
     template = {"T": dtype, "CAP": softcap is not None}
     outputs = [(s.shape, dtype), (s.shape, dtype)]
     return run(KERNELS["softmax_vjp_rows"], values, outputs, template, (1, s.shape[0], 1))
+
+
+def glu(gelu, gate, up, dy=None, kernels=KERNELS, orders=ORDERS):
+    """y, or with dy: dgate, dup; all [n]"""
+    kernel = kernels["glu" if dy is None else "glu_vjp"]
+    values = {"gate": gate, "up": up, "dy": dy}
+    outputs = [(gate.shape, gate.dtype)] * len(kernel.outputs)
+    grid = math.ceil(gate.size / GLU_OWN), 1, 1
+    return run(kernel, values, outputs, {"T": gate.dtype, "GELU": gelu}, grid, orders)

@@ -1,0 +1,101 @@
+// Gated linear units: y = act(gate)·up, and both gradients in one pass. Metal twin: metal/glu.metal; CPU: csrc/cpu/rows.cpp.
+//
+// gate, up, dy, y, dgate, dup [n] in T; arithmetic in float32, rounded once. GELU picks the activation. A thread has
+// eight neighbours, in sixteen-byte pieces where all arrays begin on such an address (a slice may not).
+
+namespace segtrain {
+
+/// s = sigmoid(u), bend = g·ds/dg. The exponential of −|u| neither overflows nor loses digits of 1 − s.
+struct Gate {
+  float s, bend;
+};
+template <bool GELU>
+__device__ inline Gate gate_of(float g) {
+  const float k = 1.5957691216f, cubic = 0.044715f;
+  // Beyond |g| = 32 e is 0, and a q without bound would make 0·∞.
+  const float q = fminf(g * g, 1024.0f);
+  const float u = GELU ? k * g * (1 + cubic * q) : g;
+  const float du = GELU ? k * (1 + 3 * cubic * q) : 1;
+  const float e = exp2_of(-LOG2E * fabsf(u)), r = __fdividef(1.0f, 1 + e);
+  return {u < 0 ? e * r : r, e * r * r * du * g};
+}
+
+/// Where a thread's eight elements begin, how many there are, and whether they may be moved as a Pack.
+struct Mine {
+  unsigned begin;
+  int count;
+  bool whole;
+};
+template <typename... Pointers>
+__device__ inline Mine mine(unsigned n, Pointers... arrays) {
+  const unsigned begin = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  const int count = begin < n ? min(n - begin, 8u) : 0;
+  return {begin, count, count == 8 && (... | reinterpret_cast<size_t>(arrays)) % 16 == 0};
+}
+
+template <typename T>
+__device__ void load(const T* x, const Mine& at, float (&y)[8]) {
+  Pack<T> pack = {};
+  if (at.whole) {
+    pack = *reinterpret_cast<const Pack<T>*>(x + at.begin);
+  } else {
+    for (int i = 0; i < 8; ++i)
+      if (i < at.count) pack.x[i] = x[at.begin + i];
+  }
+  for (int i = 0; i < 8; ++i) y[i] = to_float(pack.x[i]);
+}
+
+template <typename T>
+__device__ void store(T* y, const Mine& at, const float (&x)[8]) {
+  Pack<T> pack;
+  for (int i = 0; i < 8; ++i) put(pack.x[i], x[i]);
+  if (at.whole) {
+    *reinterpret_cast<Pack<T>*>(y + at.begin) = pack;
+  } else {
+    for (int i = 0; i < 8; ++i)
+      if (i < at.count) y[at.begin + i] = pack.x[i];
+  }
+}
+
+template <bool GELU, typename T>
+__device__ void glu(const T* gate, const T* up, T* y, int n) {
+  const Mine at = mine(n, gate, up, y);
+  float g[8], u[8];
+  load(gate, at, g);
+  load(up, at, u);
+  for (int i = 0; i < 8; ++i) {
+    /// s = sigmoid(u), u = g or k*(g + 0.044715*g^3), k = 2*sqrt(2/pi)
+    const Gate now = gate_of<GELU>(g[i]);
+    /// y = g*s*up
+    u[i] = g[i] * now.s * u[i];
+  }
+  store(y, at, u);
+}
+
+template <bool GELU, typename T>
+__device__ void glu_vjp(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int n) {
+  const Mine at = mine(n, gate, up, dy, dgate, dup);
+  float g[8], u[8], d[8];
+  load(gate, at, g);
+  load(up, at, u);
+  load(dy, at, d);
+  for (int i = 0; i < 8; ++i) {
+    /// s = sigmoid(u), u = g or k*(g + 0.044715*g^3), k = 2*sqrt(2/pi)
+    const Gate now = gate_of<GELU>(g[i]);
+    /// dgate = dy*up*(s + g*s*(1 - s)*du/dg)
+    u[i] = d[i] * u[i] * (now.s + now.bend);
+    /// dup = dy*g*s
+    d[i] = d[i] * (g[i] * now.s);
+  }
+  store(dgate, at, u);
+  store(dup, at, d);
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T and GELU; at = {n}.
+
+//: glu: gate up at -> y
+glu<GELU>(gate, up, y, at[0]);
+//: glu_vjp: gate up dy at -> dgate dup
+glu_vjp<GELU>(gate, up, dy, dgate, dup, at[0]);

@@ -1,0 +1,67 @@
+// Gated linear units: y = act(gate)*up, and both gradients in one pass. CUDA twin: cuda/glu.cu; CPU: csrc/cpu/rows.cpp.
+//
+// gate, up, dy, y, dgate, dup [n] in T; arithmetic in float32, rounded once. GELU picks the activation. A thread has
+// PER elements that lie THREADS apart, so that a simdgroup always reads neighbours, whatever the arrays' alignment.
+//
+//   function   threads of a group   grid              a group owns
+//   glu        256                  ceil(n / 1024)    1024 elements
+//   glu_vjp    256                  ceil(n / 1024)    1024 elements
+
+using namespace metal;
+
+namespace segtrain {
+
+constant constexpr int THREADS = 256, PER = 4;
+
+// s = sigmoid(u), bend = g*ds/dg. The exponential of -|u| neither overflows nor loses digits of 1 - s.
+struct Gate {
+  float s, bend;
+};
+template <bool GELU>
+Gate gate_of(float g) {
+  const float k = 1.5957691216f, cubic = 0.044715f;
+  // Beyond |g| = 32 e is 0, and a q without bound would make 0*inf.
+  const float q = min(g * g, 1024.0f);
+  const float u = GELU ? k * g * (1.0f + cubic * q) : g;
+  const float du = GELU ? k * (1.0f + 3.0f * cubic * q) : 1.0f;
+  const float e = fast::exp(-abs(u)), r = 1.0f / (1.0f + e);
+  return {u < 0.0f ? e * r : r, e * r * r * du * g};
+}
+
+// Arrays of fewer than 8 elements lie in constant memory: In is a pointer there or on the device.
+template <bool GELU, typename T, typename In>
+void glu(In gate, In up, device T* y, int n, uint group, uint thread_index) {
+  for (int j = 0; j < PER; ++j) {
+    const uint i = (group * PER + j) * THREADS + thread_index;
+    if (i >= uint(n)) return;
+    const float g = float(gate[i]);
+    /// s = sigmoid(u), u = g or k*(g + 0.044715*g^3), k = 2*sqrt(2/pi)
+    const Gate at = gate_of<GELU>(g);
+    /// y = g*s*up
+    y[i] = T(g * at.s * float(up[i]));
+  }
+}
+
+template <bool GELU, typename T, typename In>
+void glu_vjp(In gate, In up, In dy, device T* dgate, device T* dup, int n, uint group, uint thread_index) {
+  for (int j = 0; j < PER; ++j) {
+    const uint i = (group * PER + j) * THREADS + thread_index;
+    if (i >= uint(n)) return;
+    const float g = float(gate[i]), d = float(dy[i]);
+    /// s = sigmoid(u), u = g or k*(g + 0.044715*g^3), k = 2*sqrt(2/pi)
+    const Gate at = gate_of<GELU>(g);
+    /// dgate = dy*up*(s + g*s*(1 - s)*du/dg)
+    dgate[i] = T(d * float(up[i]) * (at.s + at.bend));
+    /// dup = dy*g*s
+    dup[i] = T(d * (g * at.s));
+  }
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T and GELU.
+//: glu: gate up -> y
+segtrain::glu<GELU>(gate, up, y, gate_shape[0], threadgroup_position_in_grid.x, thread_index_in_threadgroup);
+//: glu_vjp: gate up dy -> dgate dup
+segtrain::glu_vjp<GELU>(gate, up, dy, dgate, dup, gate_shape[0], threadgroup_position_in_grid.x,
+                        thread_index_in_threadgroup);
