@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "gpu.h"
+#include "kernel.h"
 #include "segtrain.h"
 
 namespace nb = nanobind;
@@ -17,6 +18,7 @@ using namespace segtrain;
 NB_MODULE(_core, m) {
   m.doc() = "Native core of mlx_segtrain: differentiable ops and the segmented backward pass.";
   nb::module_::import_("mlx.core");  // brings mx.array's type, and libmlx
+  keep_freed_memory();
 
   nb::class_<Base>(m, "Base", "A frozen weight [out, in]: dense, or quantized as `mx.quantize` writes it.")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>,
@@ -44,19 +46,30 @@ NB_MODULE(_core, m) {
         "gelu(gate)·up, tanh form. [..., F] → [..., F].");
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
+  m.def("add_rms_norm", &add_rms_norm, "x"_a, "r"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
+        "stream"_a = nb::none(), "h = x + r and rms_norm(h). x, r [..., H], weight [H] → [..., H] twice.");
   m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
         "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
-  m.def("lora_linear", &lora_linear, "x"_a, "base"_a, "a"_a = nb::none(), "b"_a = nb::none(),
-        "scale"_a = 1.0f, nb::kw_only(), "dropout"_a = 0.0f, "key"_a = nb::none(), "impl"_a = "auto",
-        "stream"_a = nb::none(),
-        "x·Wᵀ + bias + scale·(x·a)·b. x [..., in], a [in, R], b [R, out] → [..., out].");
+  nb::class_<Linear>(m, "Linear", "A frozen weight and its low-rank update: x·Wᵀ + bias + scale·(x·a)·b.")
+      .def(nb::init<Base, std::optional<mx::array>, std::optional<mx::array>, float>(), "base"_a,
+           "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f)
+      .def_ro("base", &Linear::base)
+      .def_ro("a", &Linear::a)
+      .def_ro("b", &Linear::b)
+      .def_ro("scale", &Linear::scale);
+  m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
+        "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
+        "x·Wᵀ + bias + scale·(x·a)·b of each linear. x [..., in] → [..., out] each.");
+  m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
+        "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "down(act(gate(x))·up(x)). x [..., H] → [..., H].");
   m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
         nb::kw_only(), "softcap"_a = nb::none(), "label_smoothing"_a = 0.0f, "needs_grad"_a = true,
         "impl"_a = "auto", "stream"_a = nb::none(),
         "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
   m.def("linear_log_probs", &linear_log_probs, "h"_a, "head"_a, "targets"_a, nb::kw_only(),
-        "softcap"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
         "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
         "A quantized weight as an array [out, in].");

@@ -2,11 +2,11 @@
 
 #include <mutex>
 
+#include "cuda_compiler.h"
 #include "kernel_texts.h"
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/backend/gpu/device_info.h"
 #include "mlx/backend/metal/metal.h"
-#include "nvrtc.h"
 
 namespace segtrain {
 

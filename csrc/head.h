@@ -49,4 +49,15 @@ mx::array column(const mx::array& x, const RowBlock& block, mx::StreamOrDevice s
 /// dz·W·cap'(z) in float32, for dz [rows, V] with respect to capped logits.
 mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx::Dtype dtype);
 
+/// The loss lse(z) − z[target] of each row, [M] float32, by one pass over tiles of the vocabulary on CUDA, in
+/// which dh is formed too if `needs_grad`: cuda/head.cu.
+mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad);
+/// Why it cannot; empty if it can.
+std::string row_losses_unfit(const HeadCall& call, const mx::array& h);
+
+/// The rows with a target, as indices; none if that is all of them, or while the targets cannot be read.
+std::optional<mx::array> rows_with_target(const HeadCall& call);
+/// The call with these rows only.
+HeadCall some_rows(HeadCall call, const mx::array& index);
+
 }  // namespace segtrain

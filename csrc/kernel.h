@@ -51,6 +51,9 @@ using CpuRun = std::function<void(const std::vector<const void*>& in, const std:
 Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes,
               std::vector<mx::Dtype> dtypes, CpuRun run, mx::StreamOrDevice s);
 
+/// Lets the C library keep up to 1 GB that was freed for what is asked for next. For the whole process.
+void keep_freed_memory();
+
 /// x as float32, the dtype that the CPU kernels compute in.
 mx::array f32(const mx::array& x, mx::StreamOrDevice s);
 

@@ -2,6 +2,7 @@
 // dz = w·(softmax(z) − (1 − ε)·onehot − ε/V)·cap'(z);  dh = dz·W.
 // dh is formed while a chunk's z is at hand, so that neither z nor a second product with W is ever kept or
 // repeated.
+#include "gpu.h"
 #include "head.h"
 
 namespace segtrain {
@@ -68,10 +69,23 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
         "]; got ", weights ? weights->shape() : mx::Shape{}, ".");
   check(label_smoothing >= 0 && label_smoothing < 1,
         "[linear_cross_entropy] label_smoothing must be at least 0 and below 1; got ", label_smoothing, ".");
-  bool kernel = choose("linear_cross_entropy", impl, {cpu_kernel(s), {"blocked", true, ""}}) == "kernel";
-
-  auto pass = kernel ? kernel_pass : blocked_pass;
+  auto by_tiles = label_smoothing > 0 ? "it takes no label smoothing" : row_losses_unfit(call, h);
+  Way way = on_cpu(s) ? cpu_kernel(s) : gpu_kernel("linear_cross_entropy", by_tiles);
+  bool kernel = choose("linear_cross_entropy", impl, {way, {"blocked", true, ""}}) == "kernel";
   Loss loss{weights ? f32(*weights, s) : mx::ones({call.M}, mx::float32, s), label_smoothing, needs_grad};
+
+  if (kernel && !on_cpu(s)) {
+    auto rows = h;
+    if (auto index = rows_with_target(call)) {
+      if (!index->size()) return mx::array(0.0f);
+      call = some_rows(call, *index);
+      rows = mx::take(h, *index, 0, s);
+      loss.weights = mx::take(loss.weights, *index, 0, s);
+    }
+    auto w = mx::where(mx::less(call.targets, mx::array(0), s), mx::array(0.0f), loss.weights, s);
+    return mx::sum(mx::multiply(mx::stop_gradient(w, s), row_losses(call, rows, needs_grad), s), false, s);
+  }
+  auto pass = kernel ? kernel_pass : blocked_pass;
   if (!needs_grad) return mx::reshape(pass(call, h, loss)[0], {}, s);
   auto op = mx::custom_vjp([=](const Arrays& in) { return pass(call, in[0], loss); },
                            [=](const Arrays& in, const Arrays& dloss, const Arrays& out) -> Arrays {

@@ -1,5 +1,6 @@
 // log_p = z[target] − lse(z), z = cap(h·Wᵀ + bias).
 //   dz = dlog_p·(onehot − exp(z − lse))·cap'(z), dh = dz·W   with z recomputed, chunk of rows by chunk
+#include "gpu.h"
 #include "head.h"
 
 namespace segtrain {
@@ -59,43 +60,33 @@ mx::array blocked_vjp(const HeadCall& call, const mx::array& h, const mx::array&
   return mx::concatenate(dhs, 0, s);
 }
 
-/// The rows with a target, as indices; all of them (none returned) while the targets cannot be read.
-std::optional<std::vector<int>> rows_with_target(mx::array targets) {
-  if (targets.is_tracer()) return std::nullopt;
-  targets = mx::contiguous(targets, false, mx::Device::cpu);
-  mx::eval(targets);
-  std::vector<int> rows;
-  for (int i = 0; i < targets.shape(0); ++i)
-    if (targets.data<int32_t>()[i] >= 0) rows.push_back(i);
-  return rows;
-}
-
 }  // namespace
 
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
-                           std::optional<float> softcap, const std::string& impl, mx::StreamOrDevice s) {
-  HeadCall call("linear_log_probs", h, head, targets, softcap, s);
-  bool kernel = choose("linear_log_probs", impl, {cpu_kernel(s), {"blocked", true, ""}}) == "kernel";
+                           std::optional<float> softcap, bool needs_grad, const std::string& impl,
+                           mx::StreamOrDevice s) {
+  HeadCall whole("linear_log_probs", h, head, targets, softcap, s);
+  bool cpu = on_cpu(s);
+  Way way = cpu ? cpu_kernel(s) : gpu_kernel("linear_cross_entropy", row_losses_unfit(whole, h));
+  bool kernel = choose("linear_log_probs", impl, {way, {"blocked", true, ""}}) == "kernel";
   auto forward = kernel ? kernel_forward : blocked_forward;
   auto vjp = kernel ? kernel_vjp : blocked_vjp;
   auto run = [=](const HeadCall& c, const mx::array& x) {
+    if (kernel && !cpu) return mx::negative(row_losses(c, x, needs_grad), s);
     auto op = mx::custom_vjp([=](const Arrays& in) { return forward(c, in[0]); },
                              [=](const Arrays& in, const Arrays& d, const Arrays& out) -> Arrays {
                                return {mx::astype(vjp(c, in[0], out[1], d[0]), in[0].dtype(), s)};
                              });
     return op({x})[0];
   };
-  if (kernel) return run(call, h);
+  if (kernel && cpu) return run(whole, h);
 
-  // The kernel leaves rows without a target out by itself; here the shapes of the graph must say so.
-  auto rows = rows_with_target(call.targets);
-  if (!rows || static_cast<int>(rows->size()) == call.M) return run(call, h);
-  auto none = mx::zeros({call.M}, mx::float32, s);
-  if (rows->empty()) return none;
-  call.M = static_cast<int>(rows->size());
-  auto index = mx::array(rows->data(), {call.M}, mx::int32);
-  call.targets = mx::take(call.targets, index, 0, s);
-  return mx::put_along_axis(none, index, run(call, mx::take(h, index, 0, s)), 0, s);
+  // The C++ kernel leaves rows without a target out by itself; here the shapes of the graph must say so.
+  auto index = rows_with_target(whole);
+  if (!index) return run(whole, h);
+  auto none = mx::zeros({whole.M}, mx::float32, s);
+  if (!index->size()) return none;
+  return mx::put_along_axis(none, *index, run(some_rows(whole, *index), mx::take(h, *index, 0, s)), 0, s);
 }
 
 }  // namespace segtrain

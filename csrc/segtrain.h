@@ -34,6 +34,14 @@ struct Base {
   int in() const;
 };
 
+/// A frozen linear and its low-rank update: y = x·Wᵀ (+ bias) + scale·(x·a)·b. a [in, R], b [R, out] float32,
+/// both or neither.
+struct Linear {
+  Base base;
+  std::optional<mx::array> a, b;
+  float scale = 1;
+};
+
 /// softmax(scale·q·kᵀ)·v over the keys a query may see, without an array of T × S.
 /// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv]. Query t stands at position q_start + t (default S −
 /// T). It sees keys up to itself, of the last `window` ones, and of its own segment, one of the rising
@@ -55,17 +63,26 @@ mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& i
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
 
+/// {h = x + r, rms_norm(h)}.
+Arrays add_rms_norm(const mx::array& x, const mx::array& r, const mx::array& weight, float eps,
+                    const std::string& impl, mx::StreamOrDevice s);
+
 /// Rotary embedding of x [B, H, T, D] at positions offset + t; angles = position · base^(−2i/D) or position /
 /// freqs.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
                int offset, const std::optional<mx::array>& freqs, const std::string& impl,
                mx::StreamOrDevice s);
 
-/// x·Wᵀ (+ bias) + scale·(x·a)·b, keeping x only. x [..., in], a [in, R], b [R, out] float32 → [..., out].
-/// Dropout p of x on the low-rank branch is drawn from `key` [2] uint32, again in the backward pass.
-mx::array lora_linear(const mx::array& x, const Base& base, const std::optional<mx::array>& a,
-                      const std::optional<mx::array>& b, float scale, float dropout,
-                      const std::optional<mx::array>& key, const std::string& impl, mx::StreamOrDevice s);
+/// y of linears that read the same x [..., in] → [..., out] each, keeping x and x·a. Dropout p of x on a
+/// low-rank branch is drawn from the linear's key [2] uint32, again in the backward pass.
+Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
+                    const std::string& impl, mx::StreamOrDevice s);
+
+/// down(act(gate(x))·up(x)) with act GELU's tanh form or SiLU. x [..., H] → [..., H]. Keeps x, gate and up;
+/// with `tile_rows` only x: that many rows at a time are computed, and again in the backward pass.
+mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up, const Linear& down,
+                       bool gelu, std::optional<int> tile_rows, const std::string& impl,
+                       mx::StreamOrDevice s);
 
 /// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)) with z = h·Wᵀ + bias, softcapped, and ε the label
 /// smoothing; rows with target < 0 count nothing. h [M, H], targets [M] int32, weights [M] float32 → []
@@ -78,7 +95,8 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
 /// z[target] − lse(z) for each row, z as above, keeping h and lse; 0 where target < 0, and such rows are not
 /// touched. h [M, H], targets [M] int32 → [M] float32.
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
-                           std::optional<float> softcap, const std::string& impl, mx::StreamOrDevice s);
+                           std::optional<float> softcap, bool needs_grad, const std::string& impl,
+                           mx::StreamOrDevice s);
 
 /// A quantized weight as an array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);

@@ -23,47 +23,6 @@ __device__ inline void copy_tile(T* tile, const T* x, int rows) {
   }
 }
 
-/// Four 8×8 matrices of a 16×16 block at x: rows 0–7 and 8–15 of columns 0–7, then of columns 8–15.
-template <bool TRANSPOSE, typename T>
-__device__ inline void load_block(unsigned (&r)[4], const T* x, int ld) {
-  int lane = threadIdx.x % 32;
-  unsigned from = shared_address(x + lane % 16 * ld + lane / 16 * 8);
-  if constexpr (TRANSPOSE)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-}
-
-/// c [16,8] += a [16,16] · b [16,8]
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  if constexpr (is_bfloat16<T>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/// c [16·MT, 8·NT] += a [16·MT, 16] · b, b [8·NT, 16] as rows, or [16, 8·NT] if B_DOWN.
-template <typename T, bool B_DOWN, int MT, int NT>
-__device__ inline void step(float (&c)[MT][NT][4], const unsigned (&a)[MT][4], const T* b, int ldb) {
-#pragma unroll
-  for (int n = 0; n < NT; n += 2) {
-    unsigned r[4];
-    load_block<B_DOWN>(r, B_DOWN ? b + n * 8 : b + n * 8 * ldb, ldb);
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      multiply_add<T>(c[m][n], a[m], r[0], B_DOWN ? r[1] : r[2]);
-      multiply_add<T>(c[m][n + 1], a[m], B_DOWN ? r[2] : r[1], r[3]);
-    }
-  }
-}
-
 /// c [16·MT, 8·NT] += a [16·MT, K] · b, a from shared memory.
 template <int K, bool B_DOWN, typename T, int MT, int NT>
 __device__ inline void product(float (&c)[MT][NT][4], const T* a, int lda, const T* b, int ldb) {
@@ -90,10 +49,6 @@ __device__ inline void product(float (&c)[MT][NT][4], const float (&a)[MT][KT][4
     step<T, true>(c, r, b + k * 8 * ldb, ldb);
   }
 }
-
-/// Element i of an accumulator tile lies in row(i) and column(i) of its 16×8.
-__device__ inline int row_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
-__device__ inline int col_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
 /// y [.., D] ← scale·c, rows below `rows`, columns below `cols`.
 template <typename T, int MT, int NT>

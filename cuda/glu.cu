@@ -91,11 +91,56 @@ __device__ void glu_vjp(const T* gate, const T* up, const T* dy, T* dgate, T* du
   store(dup, at, d);
 }
 
+// ---- gate and up side by side in one array [rows, 2·f], f a multiple of 8: what one product of both leaves
+
+/// A thread's eight gates; their ups are f further on.
+__device__ inline size_t joint_gates(unsigned begin, unsigned f) { return static_cast<size_t>(begin / f) * 2 * f + begin % f; }
+
+template <bool GELU, typename T>
+__device__ void glu_joint(const T* gate_up, T* y, int n, int f) {
+  const Mine to = mine(n, y);
+  if (!to.count) return;
+  const Mine at = {0, 8, true};
+  const T* from = gate_up + joint_gates(to.begin, f);
+  float g[8], u[8];
+  load(from, at, g);
+  load(from + f, at, u);
+  for (int i = 0; i < 8; ++i) u[i] = g[i] * gate_of<GELU>(g[i]).s * u[i];
+  store(y, to, u);
+}
+
+/// y is made again on the way: who asks for gradients of a unit mostly needs them of its reader too.
+template <bool GELU, typename T>
+__device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, T* y, int n, int f) {
+  const Mine from = mine(n, dy, y);
+  if (!from.count) return;
+  const Mine at = {0, 8, true};
+  const size_t begin = joint_gates(from.begin, f);
+  float g[8], u[8], d[8], act[8];
+  load(gate_up + begin, at, g);
+  load(gate_up + begin + f, at, u);
+  load(dy, from, d);
+  for (int i = 0; i < 8; ++i) {
+    const Gate now = gate_of<GELU>(g[i]);
+    act[i] = g[i] * now.s;
+    g[i] = d[i] * u[i] * (now.s + now.bend);
+    d[i] = d[i] * act[i];
+    act[i] *= u[i];
+  }
+  store(dgate_up + begin, at, g);
+  store(dgate_up + begin + f, at, d);
+  store(y, from, act);
+}
+
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T and GELU; at = {n}.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T and GELU; at = {n}, joint {n, f}.
 
 //: glu: gate up at -> y
 glu<GELU>(gate, up, y, at[0]);
 //: glu_vjp: gate up dy at -> dgate dup
 glu_vjp<GELU>(gate, up, dy, dgate, dup, at[0]);
+//: glu_joint: gate_up at -> y
+glu_joint<GELU>(gate_up, y, at[0], at[1]);
+//: glu_joint_vjp: gate_up dy at -> dgate_up y
+glu_joint_vjp<GELU>(gate_up, dy, dgate_up, y, at[0], at[1]);

@@ -16,7 +16,7 @@ from mlx_segtrain import cli, data, events, training
 from mlx_segtrain.config import TrainConfig, flag
 
 REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
-COMMANDS = ["train", "probe", "inspect", "eval", "generate", "doctor", "demo"]
+COMMANDS = ["train", "probe", "inspect", "eval", "generate", "doctor", "bench", "demo"]
 TRAINED = training.TrainResult(
     adapter_path=Path("a b"),
     steps=20,

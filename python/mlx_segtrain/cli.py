@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -122,6 +123,18 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("bench", _bench, "time the ops of a layer on this device beside MLX's own")
+    added.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="ops or shapes whose name holds one"
+    )
+    added.add_argument(
+        "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."
+    )
+    added.add_argument(
+        "--runs", type=_count(1), default=20, metavar="N", help="timed calls of each row"
+    )
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
@@ -353,6 +366,18 @@ def _doctor(args: argparse.Namespace) -> int:
 
         show_checks(report)
     return 0 if report.ok else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from mlx_segtrain import benchmark
+
+    show = (lambda _: None) if args.json else functools.partial(print, flush=True)
+    rows = benchmark.run(args.only, args.impls, args.runs, show)
+    if not rows:
+        raise InputError("no op, shape or implementation has a name that holds what was asked for")
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -106,25 +106,68 @@ def attention_calls(
         )
 
 
+def layer_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
+    """The other ops of a layer, in the implementation that is called kernel."""
+    width, out = 512, 704
+    vocabulary = 17000 if on_gpu() else 2000  # two tiles
+    x, y, w = normal((rows, width), (rows, width), (out, width), dtype=dtype)
+    a, b, turned_a, turned_b = normal((width, 8), (8, out), (out, 8), (8, width), seed=2)
+    linears, narrow = (
+        [_core.Linear(_core.Base(*mx.quantize(v, bits=4), group_size=64, bits=4), *ab, 0.5)]
+        for v, ab in ((w / 16, (a / 16, b)), (w.T / 16, (turned_a / 16, turned_b)))
+    )
+    head = _core.Base(normal((vocabulary, width), dtype=dtype, seed=3)[0] / 16)
+    targets = mx.arange(rows) * 31 % vocabulary
+
+    def with_factors(linears: list[_core.Linear], ab: tuple[mx.array, ...]) -> list[_core.Linear]:
+        return [_core.Linear(linears[0].base, *ab, linears[0].scale)]
+
+    def lora(x: mx.array, *ab: mx.array) -> mx.array:
+        return _core.lora_linears(x, with_factors(linears, ab), impl="kernel")[0]
+
+    def lora_narrow(x: mx.array, *ab: mx.array) -> mx.array:
+        return _core.lora_linears(x, with_factors(narrow, ab), impl="kernel")[0]
+
+    def plain_lora(base: _core.Base) -> Callable[..., mx.array]:
+        return lambda x, a, b: reference.lora_linear(x, base, a, b, 0.5)
+
+    def norm_of_sum(x: mx.array, y: mx.array) -> mx.array:
+        return mx.add(*_core.add_rms_norm(x, y, w[0], 1e-5, impl="kernel"))
+
+    def plain_norm_of_sum(x: mx.array, y: mx.array) -> mx.array:
+        return x + y + reference.rms_norm(x + y, w[0], 1e-5)
+
+    def loss(x: mx.array) -> mx.array:
+        return _core.linear_cross_entropy(x, head, targets, softcap=30.0, impl="kernel")
+
+    def plain_loss(x: mx.array) -> mx.array:
+        return reference.linear_cross_entropy(x, head, targets, softcap=30.0)
+
+    def norm(x: mx.array) -> mx.array:
+        return _core.rms_norm(x, w[0], 1e-5, impl="kernel")
+
+    yield Call("lora_linear", "wide", lora, plain_lora(linears[0].base), [x, a / 16, b])
+    args = [normal((rows, out), dtype=dtype)[0], turned_a / 16, turned_b]
+    yield Call("lora_linear", "narrow", lora_narrow, plain_lora(narrow[0].base), args)
+    yield Call("rms_norm", "", norm, lambda x: reference.rms_norm(x, w[0], 1e-5), [x])
+    yield Call("rms_norm", "of a sum", norm_of_sum, plain_norm_of_sum, [x, y])
+    yield Call("linear_cross_entropy", "softcap", loss, plain_loss, [x])
+
+
+def glu_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
+    for op in ("swiglu", "geglu"):
+        kernel = functools.partial(getattr(_core, op), impl="kernel")
+        args = normal((rows, 1023), (rows, 1023), dtype=dtype)
+        yield Call(op, str(dtype).split(".")[-1], kernel, getattr(reference, op), args)
+
+
 def cpu_calls() -> Iterator[Call]:
     yield from attention_calls("attention", "kernel", mx.float32, CHECKED)
-    x, y, w, a, b = normal((300, 512), (300, 512), (700, 512), (512, 8), (8, 700))
-    packed = mx.quantize(w, group_size=64, bits=4)
-    base, head = _core.Base(*packed, group_size=64, bits=4), _core.Base(w)
-    heads, targets = x.reshape(1, 4, 300, 128), mx.arange(300)
-    # Each op as a function of its name's two forms and of the arrays that have gradients.
-    ops: dict[str, tuple[Callable[..., mx.array], list[mx.array]]] = {
-        "swiglu": (lambda f, x, y: f(x, y), [x, y]),
-        "geglu": (lambda f, x, y: f(x, y), [x, y]),
-        "rms_norm": (lambda f, x: f(x, w[0], 1e-5), [x]),
-        "rope": (lambda f, x: f(x, 64, base=1e4), [heads]),
-        "lora_linear": (lambda f, x, a, b: f(x, base, a, b, 2.0), [x, a, b]),
-        "linear_cross_entropy": (lambda f, x: f(x, head, targets), [x]),
-    }
-    for op, (call, args) in ops.items():
-        kernel = functools.partial(getattr(_core, op), impl="kernel")
-        plain = getattr(reference, op)
-        yield Call(op, "", functools.partial(call, kernel), functools.partial(call, plain), args)
+    yield from glu_calls(mx.float32, CHECKED)
+    yield from layer_calls(mx.float32, CHECKED)
+    (heads,) = normal((1, 4, CHECKED, 128))
+    rotate = functools.partial(_core.rope, dims=64, base=1e4, impl="kernel")
+    yield Call("rope", "", rotate, lambda x: reference.rope(x, 64, base=1e4), [heads])
 
 
 def calls(t: int) -> Iterator[Call]:
@@ -132,11 +175,10 @@ def calls(t: int) -> Iterator[Call]:
     if not on_gpu():
         yield from cpu_calls()
         return
-    for op in ("swiglu", "geglu"):
-        for dtype, name in ((mx.bfloat16, "bfloat16"), (mx.float32, "float32")):
-            kernel = functools.partial(getattr(_core, op), impl="kernel")
-            args = normal((t, 1023), (t, 1023), dtype=dtype)
-            yield Call(op, name, kernel, getattr(reference, op), args)
+    for dtype in (mx.bfloat16, mx.float32):
+        yield from glu_calls(dtype, t)
+    if mx.cuda.is_available():
+        yield from layer_calls(mx.bfloat16, t)
     # The row passes are what the blocked form runs on.
     yield from attention_calls("attention_rows", "blocked", mx.bfloat16, t)
     yield from attention_calls("attention", "kernel", mx.bfloat16, t)

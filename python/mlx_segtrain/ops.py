@@ -7,17 +7,20 @@ reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph 
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import _core, doctor, reference
-from ._core import Base
+from ._core import Base, Linear
 from .reference import Segments, segment_ranges
 
 __all__ = [
     "Base",
+    "Linear",
+    "add_rms_norm",
     "attention",
     "base_of",
     "dequantize",
@@ -25,7 +28,9 @@ __all__ = [
     "geglu",
     "linear_cross_entropy",
     "linear_log_probs",
+    "lora_glu_mlp",
     "lora_linear",
+    "lora_linears",
     "rms_norm",
     "rope",
     "swiglu",
@@ -39,6 +44,12 @@ def base_of(module: nn.Module) -> Base:
         return Base(module["weight"], bias=bias)
     quant: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
     return Base(module["weight"], module["scales"], module.get("biases"), bias, **quant)
+
+
+def _check_device() -> None:
+    """Kernels of a GPU are compared with the plain code once a device, before first use."""
+    if doctor.on_gpu():
+        doctor.self_check()
 
 
 def attention(
@@ -74,8 +85,7 @@ def attention(
     }
     if impl == "reference":
         return reference.attention(q, k, v, segments=segments, **options)
-    if doctor.on_gpu():
-        doctor.self_check()
+    _check_device()
     # k may have a wrong rank: the core says so.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.attention(q, k, v, segments=ranges, impl=impl, **options)
@@ -89,8 +99,7 @@ def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """
     if impl == "reference":
         return reference.swiglu(gate, up)
-    if doctor.on_gpu():
-        doctor.self_check()
+    _check_device()
     return _core.swiglu(gate, up, impl=impl)
 
 
@@ -103,8 +112,7 @@ def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """
     if impl == "reference":
         return reference.geglu(gate, up)
-    if doctor.on_gpu():
-        doctor.self_check()
+    _check_device()
     return _core.geglu(gate, up, impl=impl)
 
 
@@ -115,7 +123,23 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -
     """
     if impl == "reference":
         return reference.rms_norm(x, weight, eps)
+    _check_device()
     return _core.rms_norm(x, weight, eps, impl=impl)
+
+
+def add_rms_norm(
+    x: mx.array, r: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
+) -> tuple[mx.array, mx.array]:
+    """h = x + r, and rms_norm(h): the residual stream after a branch, and what the next one reads.
+
+    x, r, h, y [..., H] of one dtype; weight [H] is frozen. Keeps h; the backward pass adds the
+    cotangent of h to the norm's in the same pass over memory.
+    """
+    if impl == "reference":
+        return x + r, reference.rms_norm(x + r, weight, eps)
+    _check_device()
+    h, y = _core.add_rms_norm(x, r, weight, eps, impl=impl)
+    return h, y
 
 
 def rope(
@@ -160,15 +184,61 @@ def lora_linear(
     """y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b with W frozen, dense or quantized.
 
     x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out].
-    Keeps x only: neither x·a nor an unpacked W nor a mask. The mask, of x on the low-rank branch,
-    is a function of `key` (`dropout_key`) and x's shape, so that recomputation draws it again;
+    Keeps x and x·a; neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
+    function of `key` (`dropout_key`) and x's shape, so that recomputation draws it again;
     0 ≤ dropout < 1, and above 0 a, b and the key are needed. Gradients of x, a and b; those of a
     and b in their own dtype. Every quantization of mx.quantize; ValueError names mode, bits and
     group size where the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
     """
     if impl == "reference":
         return reference.lora_linear(x, base, a, b, scale, dropout=dropout, key=key)
-    return _core.lora_linear(x, base, a, b, scale, dropout=dropout, key=key, impl=impl)
+    keys = [] if key is None else [key]
+    return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
+
+
+def lora_linears(
+    x: mx.array,
+    linears: Sequence[Linear],
+    *,
+    dropout: float = 0.0,
+    keys: Sequence[mx.array] = (),
+    impl: str = "auto",
+) -> list[mx.array]:
+    """`lora_linear` of several projections of one x, as q, k and v: one product where that pays.
+
+    x [..., in] → y [..., out] of each linear; with dropout, a key for each.
+    """
+    if impl == "reference":
+        return [
+            reference.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout, key=key)
+            for w, key in zip(linears, keys or [None] * len(linears), strict=True)
+        ]
+    _check_device()
+    return _core.lora_linears(x, list(linears), dropout=dropout, keys=list(keys), impl=impl)
+
+
+def lora_glu_mlp(
+    x: mx.array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    *,
+    gelu: bool = False,
+    tile_rows: int | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """y = down(act(gate(x))·up(x)), act GELU's tanh form or SiLU; each a `lora_linear`.
+
+    x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and makes
+    their product again in the backward pass. With `tile_rows` it keeps x only, and computes that
+    many rows at a time, once more in the backward pass: memory of [tile_rows, F] instead of
+    [rows, F], for 1.5 times the products. Tiled MLP: Arctic Long Sequence Training (Bekman et al.
+    2025, arXiv:2506.13996).
+    """
+    if impl == "reference":
+        return reference.lora_glu_mlp(x, gate, up, down, gelu=gelu)
+    _check_device()
+    return _core.lora_glu_mlp(x, gate, up, down, gelu=gelu, tile_rows=tile_rows, impl=impl)
 
 
 def dropout_key(seed: int, step: int, module: str) -> mx.array:
@@ -202,6 +272,7 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             h, head, targets, weights, softcap=softcap, label_smoothing=label_smoothing
         )
+    _check_device()
     return _core.linear_cross_entropy(
         h,
         head,
@@ -220,19 +291,24 @@ def linear_log_probs(
     targets: mx.array,
     *,
     softcap: float | None = None,
+    needs_grad: bool = True,
     impl: str = "auto",
 ) -> mx.array:
     """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
 
     h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0,
-    has no gradient and costs nothing; "blocked" must read the targets for that when the graph is
-    built, and where they are traced it computes every row. Keeps h and lse; the backward pass
-    computes z again, chunk of rows by chunk. `softcap` c replaces z by c·tanh(z / c).
+    has no gradient and costs nothing; on a GPU the targets must be read for that when the graph is
+    built, and where they are traced every row is computed. `softcap` c replaces z by c·tanh(z / c).
+    On CUDA dh of each row is formed in the forward pass and kept, and `needs_grad=False` leaves it
+    out; elsewhere the backward pass computes z again, chunk of rows by chunk.
     For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
     if impl == "reference":
         return reference.linear_log_probs(h, head, targets, softcap=softcap)
-    return _core.linear_log_probs(h, head, targets, softcap=softcap, impl=impl)
+    _check_device()
+    return _core.linear_log_probs(
+        h, head, targets, softcap=softcap, needs_grad=needs_grad, impl=impl
+    )
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:

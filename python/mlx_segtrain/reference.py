@@ -224,6 +224,13 @@ def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):
     return dx, low.T @ u, (scale * low @ a).T @ dy
 
 
+def lora_glu_mlp(x, gate, up, down, *, gelu=False):
+    """y = down(act(gate(x))·up(x))"""
+    g, u = (lora_linear(x, w.base, w.a, w.b, w.scale) for w in (gate, up))
+    h = geglu(g, u) if gelu else swiglu(g, u)
+    return lora_linear(h, down.base, down.a, down.b, down.scale)
+
+
 def _logits(h, head, softcap):
     z = (h @ weight_of(head, h.dtype).T).astype(mx.float32)
     if head.bias is not None:

@@ -27,13 +27,11 @@ class Projection:
         self.base = ops.base_of(module)
         self.name = name
 
-    def __call__(
-        self, x: mx.array, params: Mapping[str, mx.array], scales: Mapping[str, float]
-    ) -> mx.array:
+    def linear(self, params: Mapping[str, mx.array], scales: Mapping[str, float]) -> ops.Linear:
         a = params.get(f"{self.name}.lora_a")
         if a is None:
-            return ops.lora_linear(x, self.base)
-        return ops.lora_linear(x, self.base, a, params[f"{self.name}.lora_b"], scales[self.name])
+            return ops.Linear(self.base)
+        return ops.Linear(self.base, a, params[f"{self.name}.lora_b"], scales[self.name])
 
 
 @dataclass(frozen=True)

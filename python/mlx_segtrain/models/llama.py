@@ -73,28 +73,27 @@ def _rotary(rope: Any) -> Callable[[mx.array], mx.array]:
 
 def _layer(layer: Any, args: Any, scales: Mapping[str, float]) -> Callable[..., mx.array]:
     """h [B, T, H] → h [B, T, H]"""
-    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = (
-        Projection(_at(layer, name), name) for name in PROJECTIONS
-    )
+    projections = [Projection(_at(layer, name), name) for name in PROJECTIONS]
     attn, norm_1, norm_2 = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
     rotate = _rotary(attn.rope)
     window = args.sliding_window if layer.use_sliding else None
 
     def forward(params: Mapping[str, mx.array], h: mx.array) -> mx.array:
         b, t, _ = h.shape
+        q_proj, k_proj, v_proj, o_proj, gate, up, down = (
+            p.linear(params, scales) for p in projections
+        )
 
         def heads(x: mx.array, n: int) -> mx.array:  # [B, T, n·D] → [B, n, T, D]
             return x.reshape(b, t, n, -1).transpose(0, 2, 1, 3)
 
         x = ops.rms_norm(h, norm_1.weight, norm_1.eps)
-        q = rotate(heads(q_proj(x, params, scales), attn.n_heads))
-        k = rotate(heads(k_proj(x, params, scales), attn.n_kv_heads))
-        v = heads(v_proj(x, params, scales), attn.n_kv_heads)
-        o = ops.attention(q, k, v, scale=attn.scale, window=window)
-        h = h + o_proj(o.transpose(0, 2, 1, 3).reshape(b, t, -1), params, scales)
+        q, k, v = ops.lora_linears(x, [q_proj, k_proj, v_proj])
+        q, k = rotate(heads(q, attn.n_heads)), rotate(heads(k, attn.n_kv_heads))
+        o = ops.attention(q, k, heads(v, attn.n_kv_heads), scale=attn.scale, window=window)
+        (o,) = ops.lora_linears(o.transpose(0, 2, 1, 3).reshape(b, t, -1), [o_proj])
 
-        x = ops.rms_norm(h, norm_2.weight, norm_2.eps)
-        y = ops.swiglu(gate_proj(x, params, scales), up_proj(x, params, scales))
-        return h + down_proj(y, params, scales)
+        h, x = ops.add_rms_norm(h, o, norm_2.weight, norm_2.eps)
+        return h + ops.lora_glu_mlp(x, gate, up, down)
 
     return forward

@@ -1,4 +1,4 @@
-#include "nvrtc.h"
+#include "cuda_compiler.h"
 
 #include <dlfcn.h>
 

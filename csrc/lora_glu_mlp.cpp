@@ -1,0 +1,179 @@
+// y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is made again.
+//   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
+// On CUDA gate and up are one array from their common product to their common gradient.
+#include "gpu.h"
+#include "joint_linear.h"
+
+namespace segtrain {
+
+namespace {
+
+struct Mlp {
+  Linear gate, up, down;
+  bool gelu;
+  std::string impl;
+  mx::StreamOrDevice s;
+
+  /// x and the factors that there are, in order.
+  Arrays primals(const mx::array& x) const {
+    Arrays all{x};
+    for (const auto* linear : {&gate, &up, &down})
+      if (linear->a) all.insert(all.end(), {*linear->a, *linear->b});
+    return all;
+  }
+
+  /// The same with other arrays in the factors' places: `at` is that of the first.
+  static Linear with(Linear linear, const Arrays& p, size_t at) {
+    if (linear.a) linear.a = p[at], linear.b = p[at + 1];
+    return linear;
+  }
+  size_t at_up() const { return gate.a ? 3 : 1; }
+  size_t at_down() const { return at_up() + (up.a ? 2 : 0); }
+
+  Arrays gate_up(const Arrays& p) const {
+    return lora_linears(p[0], {with(gate, p, 1), with(up, p, at_up())}, 0, {}, impl, s);
+  }
+  mx::array hidden(const Arrays& gate_up) const {
+    return gelu ? geglu(gate_up[0], gate_up[1], impl, s) : swiglu(gate_up[0], gate_up[1], impl, s);
+  }
+};
+
+mx::array by_ops(const Mlp& c, const mx::array& x) {
+  auto forward = [=](const Arrays& p) -> Arrays {
+    auto both = c.gate_up(p);
+    auto y = lora_linears(c.hidden(both), {Mlp::with(c.down, p, c.at_down())}, 0, {}, c.impl, c.s)[0];
+    return {y, both[0], both[1]};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
+    const Arrays both{y[1], y[2]};
+    Arrays of_down{c.hidden(both)};
+    of_down.insert(of_down.end(), p.begin() + c.at_down(), p.end());
+    auto d_down = mx::vjp(
+                      [&](const Arrays& in) {
+                        return lora_linears(in[0], {Mlp::with(c.down, in, 1)}, 0, {}, c.impl, c.s);
+                      },
+                      of_down, {dys[0]})
+                      .second;
+    auto d_both = mx::vjp([&](const Arrays& in) { return Arrays{c.hidden(in)}; }, both, {d_down[0]}).second;
+    Arrays of_x(p.begin(), p.begin() + c.at_down());
+    auto grads = mx::vjp([&](const Arrays& in) { return c.gate_up(in); }, of_x, d_both).second;
+    grads.insert(grads.end(), d_down.begin() + 1, d_down.end());
+    return grads;
+  };
+  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+}
+
+mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
+  const JointLinear both({c.gate, c.up}, x.dtype(), c.s), down({c.down}, x.dtype(), c.s);
+  const int f = c.up.base.out(), n = x.shape(0) * f;
+  auto factors = [c](const Arrays& p, bool of_down) {
+    return of_down ? Arrays(p.begin() + c.at_down(), p.end())
+                   : Arrays(p.begin() + 1, p.begin() + c.at_down());
+  };
+  auto glu = [c, f, n](const std::string& name, std::map<std::string, mx::array> values,
+                       std::vector<mx::Shape> shapes) {
+    values.insert({"at", device_ints({n, f})});
+    auto dtype = values.at("gate_up").dtype();
+    return launch(name, values, shapes, std::vector<mx::Dtype>(shapes.size(), dtype),
+                  {{"T", dtype}, {"GELU", c.gelu}}, {{(n - 1) / 2048 + 1, 1, 1}, 256}, c.s);
+  };
+  auto forward = [=](const Arrays& p) -> Arrays {
+    auto [gate_up, z] = both.forward(p[0], both.prepare(factors(p, false)));
+    auto h = glu("glu_joint", {{"gate_up", gate_up}}, {{p[0].shape(0), f}})[0];
+    auto [y, z_down] = down.forward(h, down.prepare(factors(p, true)));
+    return {y, gate_up, z.value_or(y), z_down.value_or(y)};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
+    auto dy = mx::astype(dys[0], p[0].dtype(), c.s);
+    auto [dh, u_down] = down.dx(dy, down.prepare(factors(p, true)));
+    auto made = glu("glu_joint_vjp", {{"gate_up", y[1]}, {"dy", dh}}, {y[1].shape(), dh.shape()});
+    const auto &d_both = made[0], &h = made[1];
+    auto [dx, u] = both.dx(d_both, both.prepare(factors(p, false)));
+    Arrays grads{dx};
+    auto more = [&](const Arrays& some) { grads.insert(grads.end(), some.begin(), some.end()); };
+    if (u) more(both.gradients(factors(p, false), p[0], d_both, y[2], *u));
+    if (u_down) more(down.gradients(factors(p, true), h, dy, y[3], *u_down));
+    return grads;
+  };
+  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+}
+
+mx::array whole(const Mlp& c, const mx::array& x) {
+  int rows = x.shape(0);
+  bool joint = !on_cpu(c.s) && c.impl != "stock" && c.gate.base.out() % 8 == 0 &&
+               gpu_kernel("lora_linear", "").ok && gpu_kernel(c.gelu ? "geglu" : "swiglu", "").ok &&
+               JointLinear::unfit({c.gate, c.up}, rows, x.dtype(), c.s).empty() &&
+               JointLinear::unfit({c.down}, rows, x.dtype(), c.s).empty() &&
+               static_cast<double>(rows) * c.gate.base.out() < (1LL << 31) - 4096;
+  return joint ? by_joint_kernels(c, x) : by_ops(c, x);
+}
+
+/// Tile by tile, keeping x only; a tile waits for the one before, so that one is in memory at a time.
+mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
+  auto slice = [s = c.s](const mx::array& y, int begin, int end) {
+    return mx::slice(y, {begin, 0}, {end, y.shape(1)}, s);
+  };
+  auto forward = [=](const Arrays& p) -> Arrays {
+    Mlp here = c;
+    here.gate = Mlp::with(c.gate, p, 1), here.up = Mlp::with(c.up, p, c.at_up());
+    here.down = Mlp::with(c.down, p, c.at_down());
+    Arrays ys;
+    for (int begin = 0; begin < p[0].shape(0); begin += tile) {
+      auto part = slice(p[0], begin, std::min(p[0].shape(0), begin + tile));
+      ys.push_back(whole(here, ys.empty() ? part : mx::depends({part}, {ys.back()})[0]));
+    }
+    return {mx::concatenate(ys, 0, c.s)};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays&) -> Arrays {
+    Arrays dxs, sums;
+    for (int begin = 0; begin < p[0].shape(0); begin += tile) {
+      int end = std::min(p[0].shape(0), begin + tile);
+      auto in = p;
+      in[0] = slice(p[0], begin, end);
+      if (begin) {
+        Arrays before = sums;
+        before.push_back(dxs.back());
+        in[0] = mx::depends({in[0]}, before)[0];
+      }
+      auto f = [&](const Arrays& q) {
+        Mlp here = c;
+        here.gate = Mlp::with(c.gate, q, 1), here.up = Mlp::with(c.up, q, c.at_up());
+        here.down = Mlp::with(c.down, q, c.at_down());
+        return Arrays{whole(here, q[0])};
+      };
+      auto grads = mx::vjp(f, in, {slice(dys[0], begin, end)}).second;
+      dxs.push_back(grads[0]);
+      for (size_t i = 1; i < grads.size(); ++i)
+        if (begin)
+          sums[i - 1] = mx::add(sums[i - 1], grads[i], c.s);
+        else
+          sums.push_back(grads[i]);
+    }
+    sums.insert(sums.begin(), mx::concatenate(dxs, 0, c.s));
+    return sums;
+  };
+  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+}
+
+}  // namespace
+
+mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up, const Linear& down,
+                       bool gelu, std::optional<int> tile_rows, const std::string& impl,
+                       mx::StreamOrDevice s) {
+  for (const auto* linear : {&gate, &up, &down}) check_linear("lora_glu_mlp", *linear);
+  const int h = gate.base.in(), f = gate.base.out();
+  check(x.ndim() >= 1 && x.shape(-1) == h && up.base.in() == h && up.base.out() == f && down.base.in() == f,
+        "[lora_glu_mlp] expected x [..., H], gate and up [F, H] and down [·, F]; got ", x.shape(), ", (", f,
+        ",", h, "), (", up.base.out(), ",", up.base.in(), ") and (", down.base.out(), ",", down.base.in(),
+        ").");
+  check(!tile_rows || *tile_rows > 0, "[lora_glu_mlp] tile_rows must be above 0; got ", tile_rows.value_or(0),
+        ".");
+  Mlp c{gate, up, down, gelu, impl, s};
+  auto flat = mx::reshape(x, {static_cast<int>(x.size() / h), h}, s);
+  auto y = tile_rows && *tile_rows < flat.shape(0) ? tiled(c, flat, *tile_rows) : whole(c, flat);
+  auto shape = x.shape();
+  shape.back() = down.base.out();
+  return mx::reshape(y, shape, s);
+}
+
+}  // namespace segtrain

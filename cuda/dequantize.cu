@@ -1,0 +1,116 @@
+// A frozen weight in T, with room for low-rank factors: csrc/lora_linear_cuda.cpp says what they are good for.
+//
+// One threadgroup per row of w; a thread unpacks eight neighbours, whose BITS bytes lie in one group.
+// Up to three weights of one kind stand one below the other: those of projections that read the same x.
+//
+//   w = [ W  columns ]   [n + below, k + beside], beside or below 0 where no factor stands there
+//       [ rows      0 ]
+
+namespace segtrain {
+
+enum Mode { AFFINE, MXFP4, MXFP8, NVFP4, DENSE };
+
+/// E4M3: 4 bits of exponent, 3 of mantissa; all ones is NaN.
+__device__ inline float e4m3(unsigned code) {
+  const unsigned exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 127) == 127) return __int_as_float(0x7fc00000);
+  const float x = exponent ? __uint_as_float((exponent + 120) << 23 | mantissa << 20) : mantissa * 0x1p-9f;
+  return code & 128 ? -x : x;
+}
+/// E8M0: a power of two, 2^(code − 127); all ones is NaN, as MLX has it on CUDA (on a CPU it is ∞ there).
+__device__ inline float e8m0(unsigned code) { return __uint_as_float(code == 255 ? 0x7fc00000 : code ? code << 23 : 0x400000); }
+/// E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+__device__ inline float e2m1(unsigned code) {
+  const float x = 0.5f * (0xC8643210u >> (4 * (code & 7)) & 15);
+  return code & 8 ? -x : x;
+}
+
+/// Eight values of BITS bits, little-endian.
+template <int BITS>
+__device__ inline unsigned long long eight_codes(const unsigned char* bytes) {
+  if constexpr (BITS == 8) return *reinterpret_cast<const unsigned long long*>(bytes);
+  if constexpr (BITS == 4) return *reinterpret_cast<const unsigned*>(bytes);
+  if constexpr (BITS == 2) return *reinterpret_cast<const unsigned short*>(bytes);
+  unsigned long long codes = 0;
+  for (int i = 0; i < BITS; ++i) codes |= static_cast<unsigned long long>(bytes[i]) << (8 * i);
+  return codes;
+}
+
+/// What a thread reads for eight values of a row, and what they are.
+template <int MODE, int BITS, int GROUP, typename W, typename S>
+struct Eight {
+  unsigned long long codes;
+  Pack<W> dense;
+  S scale, bias;
+
+  __device__ void read(const W* row, const S* scales, const S* biases, int i) {
+    if constexpr (MODE == DENSE) {
+      dense = *reinterpret_cast<const Pack<W>*>(row + i);
+    } else {
+      codes = eight_codes<BITS>(reinterpret_cast<const unsigned char*>(row) + i / 8 * BITS);
+      scale = scales[i / GROUP];
+      if constexpr (MODE == AFFINE) bias = biases[i / GROUP];
+    }
+  }
+
+  template <typename T>
+  __device__ Pack<T> values() const {
+    Pack<T> y;
+    if constexpr (MODE == DENSE) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) put(y.x[j], to_float(dense.x[j]));
+    } else {
+      constexpr unsigned mask = (1u << BITS) - 1;
+      if constexpr (MODE == AFFINE) {
+        const float s = to_float(scale), b = to_float(bias);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) put(y.x[j], fmaf(s, static_cast<float>(static_cast<unsigned>(codes >> (BITS * j)) & mask), b));
+      } else {
+        const float s = MODE == NVFP4 ? e4m3(scale) : e8m0(scale);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const unsigned code = static_cast<unsigned>(codes >> (BITS * j)) & mask;
+          put(y.x[j], s * (MODE == MXFP8 ? e4m3(code) : e2m1(code)));
+        }
+      }
+    }
+    return y;
+  }
+};
+
+template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
+__device__ void dequantize(const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
+                           const T* columns, const T* rows, const int* at, T* w) {
+  constexpr int AT_ONCE = 4, THREADS = 128;  // reads in flight of a thread
+  const int ends[3] = {at[0], at[0] + at[1], at[0] + at[1] + at[2]}, k = at[3], beside = at[4];
+  const int row = blockIdx.x, part = (row >= ends[0]) + (row >= ends[1]);
+  w += static_cast<size_t>(row) * (k + beside);
+  if (row >= ends[2]) {
+    for (int i = threadIdx.x * 8; i < k; i += THREADS * 8)
+      *reinterpret_cast<Pack<T>*>(w + i) = *reinterpret_cast<const Pack<T>*>(rows + static_cast<size_t>(row - ends[2]) * k + i);
+    return;
+  }
+  const size_t own = row - (part ? ends[part - 1] : 0), groups = own * (k / GROUP);
+  const W* from = weights[part] + (MODE == DENSE ? own * k : own * (k / 32) * BITS);
+  const S *scale = scales[part] + groups, *bias = biases[part] + groups;
+  for (int i0 = threadIdx.x * 8; i0 < k; i0 += AT_ONCE * THREADS * 8) {
+    Eight<MODE, BITS, GROUP, W, S> eight[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+      if (i0 + j * THREADS * 8 < k) eight[j].read(from, scale, bias, i0 + j * THREADS * 8);
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j)
+      if (i0 + j * THREADS * 8 < k)
+        *reinterpret_cast<Pack<T>*>(w + i0 + j * THREADS * 8) = eight[j].template values<T>();
+  }
+  for (int i = threadIdx.x * 8; i < beside; i += THREADS * 8)
+    *reinterpret_cast<Pack<T>*>(w + k + i) = *reinterpret_cast<const Pack<T>*>(columns + static_cast<size_t>(row) * beside + i);
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// at = {rows of each of three weights, k, beside, below}.
+
+//: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
+dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, columns, rows, at, w);

@@ -1,0 +1,209 @@
+// The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/lora_linear_cuda.cpp.
+//
+// A product of R columns is bound by what it reads, so tensor cores wait for memory whatever the tiles: fragments come
+// straight from global memory, sixteen bytes a thread. That permutes the summed index (or the columns), alike on both sides.
+// R is a multiple of 16 up to 96.
+
+namespace segtrain {
+
+constexpr int WARPS = 8;
+
+template <typename T>
+struct alignas(16) Words {
+  unsigned w[4];  // eight values
+};
+
+/// z [m, R] = x·lᵀ, x [m, k], l [R, k]; with WIDE also wide [m, k + R] = [x z]. A threadgroup has 16 rows of x, whose
+/// columns its warps share.
+template <int R, bool WIDE, typename T>
+__device__ void low_rank_down(const T* x, const T* l, int m, int k, T* wide, T* z) {
+  constexpr int NT = R / 8;
+  __shared__ float sums[WARPS][16][R];
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, row0 = blockIdx.x * 16;
+  float sum[NT][4] = {};
+#pragma unroll 2
+  for (int i = warp * 32 + quad * 8; i < (k + 31) / 32 * 32; i += WARPS * 32) {
+    Words<T> a[2] = {};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + group + 8 * h;
+      if (row >= m || i >= k) continue;
+      a[h] = *reinterpret_cast<const Words<T>*>(x + static_cast<size_t>(row) * k + i);
+      if (WIDE) *reinterpret_cast<Words<T>*>(wide + static_cast<size_t>(row) * (k + R) + i) = a[h];
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      Words<T> b = {};
+      if (i < k) b = *reinterpret_cast<const Words<T>*>(l + static_cast<size_t>(n * 8 + group) * k + i);
+#pragma unroll
+      for (int s = 0; s < 4; s += 2) {
+        const unsigned block[4] = {a[0].w[s], a[1].w[s], a[0].w[s + 1], a[1].w[s + 1]};
+        multiply_add<T>(sum[n], block, b.w[s], b.w[s + 1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[warp][row_of(i)][n * 8 + col_of(i)] = sum[n][i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 16 * R; i += WARPS * 32) {
+    const int row = row0 + i / R, col = i % R;
+    if (row >= m) break;
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) all += sums[w][i / R][col];
+    put(z[static_cast<size_t>(row) * R + col], all);
+    if (WIDE) put(wide[static_cast<size_t>(row) * (k + R) + k + col], all);
+  }
+}
+
+/// y [m, n] = y0 + z·lᵀ with [y0 z] in wide [m, n + R], l [n, R]; z [m, R] is copied out. A threadgroup has 32 rows, a warp
+/// 32 columns at a time.
+template <int R, typename T>
+__device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z) {
+  constexpr int STEPS = R / 16;
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, row0 = blockIdx.x * 32;
+  const size_t ld = n + R;
+  unsigned a[2][STEPS][4] = {};
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + t * 16 + h * 8 + group;
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) {
+        if (row >= m) continue;
+        const uint2 pair = *reinterpret_cast<const uint2*>(wide + row * ld + n + s * 16 + quad * 4);
+        a[t][s][h] = pair.x, a[t][s][h + 2] = pair.y;
+        if (blockIdx.y == 0 && warp == 0) *reinterpret_cast<uint2*>(z + static_cast<size_t>(row) * R + s * 16 + quad * 4) = pair;
+      }
+    }
+  for (int n0 = (blockIdx.y * WARPS + warp) * 32; n0 < n; n0 += gridDim.y * WARPS * 32) {
+    float sum[2][4][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int col = n0 + group / 2 * 8 + 2 * j + group % 2;
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) {
+        uint2 b = {};
+        if (col < n) b = *reinterpret_cast<const uint2*>(l + static_cast<size_t>(col) * R + s * 16 + quad * 4);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) multiply_add<T>(sum[t][j], a[t][s], b.x, b.y);
+      }
+    }
+    // The four tiles are interleaved so that a thread has eight neighbours.
+    const int col = n0 + quad * 8;
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + t * 16 + h * 8 + group;
+        if (row >= m || col >= n) continue;
+        Pack<T> out = *reinterpret_cast<const Pack<T>*>(wide + row * ld + col);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) put(out.x[j], to_float(out.x[j]) + sum[t][j / 2][h * 2 + j % 2]);
+        *reinterpret_cast<Pack<T>*>(y + static_cast<size_t>(row) * n + col) = out;
+      }
+  }
+}
+
+/// Part `blockIdx.y` of the sum over rows zᵀ·x: [R, k], or [k, R] if TURNED. x [m, k], z [m, R]. A threadgroup has 128
+/// columns of x, a warp 16.
+template <int R, bool TURNED, typename T>
+__device__ void low_rank_outer(const T* x, const T* z, int m, int k, float* sums) {
+  constexpr int ROWS = 64, LD = 128 + 8, LZ = R + 8, MT = R / 16, STAGE = ROWS * (LD + LZ);
+  T* tiles = shared_tiles<T>();
+  const int warp = threadIdx.x / 32, col0 = blockIdx.x * 128;
+  const int length = (m + gridDim.y * ROWS - 1) / (gridDim.y * ROWS) * ROWS, begin = blockIdx.y * length, end = min(m, begin + length);
+  auto copy = [&](int row0, int stage) {
+    T *x_tile = tiles + stage * STAGE, *z_tile = x_tile + ROWS * LD;
+    for (int i = threadIdx.x; i < ROWS * 16; i += WARPS * 32) {
+      const int row = i / 16, col = i % 16 * 8;
+      const bool ok = row0 + row < end && col0 + col < k;
+      copy_async<16>(shared_address(x_tile + row * LD + col), x + (ok ? static_cast<size_t>(row0 + row) * k + col0 + col : 0), ok);
+    }
+    for (int i = threadIdx.x; i < ROWS * R / 8; i += WARPS * 32) {
+      const int row = i / (R / 8), col = i % (R / 8) * 8;
+      const bool ok = row0 + row < end;
+      copy_async<16>(shared_address(z_tile + row * LZ + col), z + (ok ? static_cast<size_t>(row0 + row) * R + col : 0), ok);
+    }
+  };
+  float sum[MT][2][4] = {};
+  if (begin < end) copy(begin, 0);
+  for (int row0 = begin, stage = 0; row0 < end; row0 += ROWS, stage ^= 1) {
+    wait_copies();
+    __syncthreads();
+    if (row0 + ROWS < end) copy(row0 + ROWS, stage ^ 1);
+    const T *x_tile = tiles + stage * STAGE, *z_tile = x_tile + ROWS * LD;
+#pragma unroll
+    for (int row = 0; row < ROWS; row += 16) {
+      unsigned a[MT][4];
+#pragma unroll
+      for (int t = 0; t < MT; ++t) {
+        unsigned r[4];
+        load_block<true>(r, z_tile + row * LZ + t * 16, LZ);
+        a[t][0] = r[0], a[t][1] = r[2], a[t][2] = r[1], a[t][3] = r[3];
+      }
+      step<T, true>(sum, a, x_tile + row * LD + warp * 16, LD);
+    }
+  }
+  sums += static_cast<size_t>(blockIdx.y) * R * k;
+#pragma unroll
+  for (int t = 0; t < MT; ++t)
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = t * 16 + row_of(i), col = col0 + warp * 16 + n * 8 + col_of(i);
+        if (col < k) sums[TURNED ? static_cast<size_t>(col) * R + r : static_cast<size_t>(r) * k + col] = sum[t][n][i];
+      }
+}
+
+/// The factors of up to three projections of one x as one: a side by side, scale·b as blocks of a diagonal; both as rows
+/// [R, ·] and as columns [·, R]. A thread has eight ranks of one column of a or b. `ranks` and `widths` are those of the
+/// projections; a projection's ranks begin at multiples of 8.
+template <int R, typename T>
+__device__ void low_rank_factors(const float* const (&a)[3], const float* const (&b)[3], const int* ranks, const int* widths,
+                                 int k, const float* scales, T* a_rows, T* a_columns, T* b_rows, T* b_columns) {
+  const int i = blockIdx.x * 256 + threadIdx.x, n = widths[0] + widths[1] + widths[2], r0 = blockIdx.y * 8;
+  if (i >= k + n) return;
+  const bool of_a = i < k;
+  const int column = of_a ? i : i - k;
+  // The projection that has these ranks, and the column's place in it.
+  int part = 0, own = column, first = r0;
+  while (part < 3 && first >= (ranks[part] + 7) / 8 * 8) {
+    first -= (ranks[part] + 7) / 8 * 8;
+    if (!of_a) own -= widths[part];
+    ++part;
+  }
+  const bool mine = part < 3 && (of_a || (own >= 0 && own < widths[part]));
+  const int count = mine ? min(8, ranks[part] - first) : 0;
+  Pack<T> y;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    float x = 0;
+    if (r < count)
+      x = of_a ? a[part][static_cast<size_t>(own) * ranks[part] + first + r]
+               : scales[part] * b[part][static_cast<size_t>(first + r) * widths[part] + own];
+    put(y.x[r], x);
+    (of_a ? a_rows : b_rows)[static_cast<size_t>(r0 + r) * (of_a ? k : n) + column] = y.x[r];
+  }
+  *reinterpret_cast<Pack<T>*>((of_a ? a_columns : b_columns) + static_cast<size_t>(column) * R + r0) = y;
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take R.
+// at = {m, k}, and of low_rank_factors {ranks of three projections, their widths, k}; args = {scales}.
+
+//: low_rank_down: x l at -> z
+low_rank_down<R, false>(x, l, at[0], at[1], static_cast<T*>(nullptr), z);
+//: low_rank_widen: x l at -> wide z
+low_rank_down<R, true>(x, l, at[0], at[1], wide, z);
+//: low_rank_up: wide l at -> y z
+low_rank_up<R>(wide, l, at[0], at[1], y, z);
+//: low_rank_outer: x z at -> sums
+low_rank_outer<R, TURNED>(x, z, at[0], at[1], sums);
+//: low_rank_factors: a0 a1 a2 b0 b1 b2 at args -> a_rows a_columns b_rows b_columns
+low_rank_factors<R>({a0, a1, a2}, {b0, b1, b2}, at, at + 3, at[6], args, a_rows, a_columns, b_rows, b_columns);

@@ -1,0 +1,47 @@
+"""The table of times: what a row says, and the command that prints it."""
+
+import json
+
+from mlx_segtrain import benchmark, cli
+
+
+def test_pairs_are_those_that_attention_sees():
+    assert benchmark.pairs(5, None, None) == 15
+    assert benchmark.pairs(5, 2, None) == 9
+    assert benchmark.pairs(5, None, [0, 2, 5]) == 3 + 6
+    assert benchmark.pairs(5, 2, [0, 2, 5]) == 3 + 5
+
+
+def test_every_case_names_what_it_does():
+    cases = benchmark.cases()
+    assert len({(case.op, case.shape) for case in cases}) == len(cases)
+    for case in cases:
+        assert case.flops or case.moved, case
+    ops = {case.op for case in cases}
+    assert {"attention", "geglu", "swiglu", "rms_norm", "add_rms_norm", "dequantize"} <= ops
+    assert {"lora_linears", "lora_glu_mlp", "linear_cross_entropy", "layer"} <= ops
+
+
+def test_bench_prints_a_table(capsys):
+    assert cli.main(["bench", "--only", "dequantize", "rms_norm 512", "--runs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("product ") and "GB/s" in lines[0]
+    assert lines[1] == benchmark.HEADER
+    rows = [line.split() for line in lines[2:]]
+    assert {row[0] for row in rows} == {"dequantize", "rms_norm", "add_rms_norm"}
+    assert {"kernel", "mlx"} <= {word for row in rows for word in row}
+
+
+def test_bench_as_json_says_why_a_row_has_no_figures(capsys):
+    args = ["bench", "--only", "window 512 D64", "--impls", "kernel", "stock", "--runs", "1"]
+    assert cli.main([*args, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["what"] for row in rows] == ["forward", "both"]
+    assert all(row["ms"] > 0 and 0 < row["floor"] < 2 and row["unit"] == "TF/s" for row in rows)
+    row = next(benchmark.measure(benchmark.cases()[0], "stock", benchmark.Device(1, 1), 1))
+    assert "keeps an array of T × S scores" in row.reason and not row.ms
+
+
+def test_bench_of_nothing(capsys):
+    assert cli.main(["bench", "--only", "nothing", "--runs", "1"]) != 0
+    assert "no op, shape or implementation" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""Ops of several parts against the oracle: projections of one x, MLP, norm of a sum, heads."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import oracle
+import specs
+from checks import ON_GPU, f64, rand, served
+from mlx_segtrain import ops, reference
+from test_ops import base_of
+
+IMPLS = ["kernel", "stock", "auto"]
+DTYPES = specs.DTYPES
+#: in, widths, ranks (0: no update). On CUDA the rank rides with the narrower of x and y.
+PROJECTIONS = {
+    "one wide": (128, [264], [16]),
+    "one narrow": (264, [64], [6]),
+    "one frozen": (128, [264], [0]),
+    "qkv": (96, [128, 32, 32], [16, 4, 16]),
+    "narrow pair": (320, [64, 72], [8, 0]),
+    "ranks beyond the kernel's": (96, [128, 136], [64, 64]),
+}
+BASES = [None, ("affine", 4, 32), ("affine", 6, 32), ("mxfp8", 8, 32)]
+
+
+def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
+    """Linears, and (weight, bias, a, b, scale) of each in float64, a and b rounded to dtype."""
+    linears, exact = [], []
+    for i, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
+        own_bias, bias64 = rand(rng, width) if bias else (None, 0.0)
+        frozen, w64 = base_of(rng, width, n_in, base, own_bias)
+        scale = 0.5 + i
+        if not rank:
+            linears.append(ops.Linear(frozen))
+            exact.append((w64, bias64, None, None, scale))
+            continue
+        a, b = rand(rng, n_in, rank)[0] / 8, rand(rng, rank, width)[0] / 8
+        linears.append(ops.Linear(frozen, a, b, scale))
+        a64, b64 = (f64(x.astype(getattr(mx, dtype))) for x in (a, b))
+        exact.append((w64, bias64, a64, b64, scale))
+    return linears, exact
+
+
+def with_factors(linears, factors):
+    """The linears with other arrays for a and b."""
+    left = list(factors)
+    return [
+        ops.Linear(w.base, left.pop(0), left.pop(0), w.scale) if w.a is not None else w
+        for w in linears
+    ]
+
+
+def factors_of(linears):
+    return [x for w in linears if w.a is not None for x in (w.a, w.b)]
+
+
+def exact_linear(x, w, bias, a, b, scale):
+    y = x @ w.T + bias
+    return y if a is None else y + scale * (x @ a) @ b
+
+
+def exact_linear_vjp(x, w, _, a, b, scale, dy):
+    if a is None:
+        return dy @ w, []
+    dx, da, db = oracle.lora_linear_vjp(x, w, a, b, scale, dy)
+    return dx, [da, db]
+
+
+def compare(f, plain, args, cotangents, truth, dtype):
+    """Values and gradients of functions with several outputs; twice, and bitwise the same."""
+
+    def run(g):
+        out, vjps = mx.vjp(lambda *x: g(*x), args, cotangents)
+        return [*out, *vjps]
+
+    with served():
+        got = run(f)
+    again, plains = run(f), run(plain)
+    assert len(got) == len(truth)
+    for i, (y, same, ref, true) in enumerate(zip(got, again, plains, truth, strict=True)):
+        oracle.assert_no_worse(f"{i}", f64(y), f64(ref), true, dtype)
+        assert mx.array_equal(y, same)
+    compiled = mx.compile(lambda: run(f))()
+    for y, same in zip(got, compiled, strict=True):
+        oracle.assert_close("compiled", f64(y), f64(same), 1e-6 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("case", PROJECTIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lora_linears(impl, case, base, dtype):
+    n_in, widths, ranks = PROJECTIONS[case]
+    if base is not None:
+        n_in = n_in // 32 * 32
+    rng = np.random.default_rng(20)
+    linears, exact = linears_of(rng, n_in, widths, ranks, base, dtype)
+    x, x64 = rand(rng, 65, n_in, dtype=dtype)
+    dys, dys64 = zip(*(rand(rng, 65, width, dtype=dtype) for width in widths), strict=True)
+    truth = [exact_linear(x64, *e) for e in exact]
+    parts = [exact_linear_vjp(x64, *e, dy) for e, dy in zip(exact, dys64, strict=True)]
+    truth += [sum(dx for dx, _ in parts), *(g for _, more in parts for g in more)]
+    compare(
+        lambda x, *p: ops.lora_linears(x, with_factors(linears, p), impl=impl),
+        lambda x, *p: ops.lora_linears(x, with_factors(linears, p), impl="reference"),
+        [x, *factors_of(linears)],
+        list(dys),
+        truth,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile_rows", [None, 32, 40])
+@pytest.mark.parametrize(
+    "base,ranks", [(None, (8, 8, 8)), (("affine", 4, 32), (16, 4, 6))], ids=str
+)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lora_glu_mlp(impl, gelu, base, ranks, tile_rows, dtype):
+    rng = np.random.default_rng(21)
+    (gate, up), exact_in = linears_of(rng, 64, [160, 160], ranks[:2], base, dtype)
+    (down,), exact_out = linears_of(rng, 160, [64], ranks[2:], base, dtype)
+    linears = [gate, up, down]
+    (x, x64), (dy, dy64) = (rand(rng, 80, 64, dtype=dtype) for _ in range(2))
+    x, x64 = x / 8, x64 / 8
+    glu, glu_vjp = (oracle.geglu, oracle.geglu_vjp) if gelu else (oracle.swiglu, oracle.swiglu_vjp)
+    g64, u64 = (exact_linear(x64, *e) for e in exact_in)
+    h64 = glu(g64, u64)
+    dh, d_down = exact_linear_vjp(h64, *exact_out[0], dy64)
+    parts = [
+        exact_linear_vjp(x64, *e, d) for e, d in zip(exact_in, glu_vjp(g64, u64, dh), strict=True)
+    ]
+    truth = [exact_linear(h64, *exact_out[0]), parts[0][0] + parts[1][0]]
+    truth += [*parts[0][1], *parts[1][1], *d_down]
+    options = {"gelu": gelu, "tile_rows": tile_rows}
+    compare(
+        lambda x, *p: [ops.lora_glu_mlp(x, *with_factors(linears, p), **options, impl=impl)],
+        lambda x, *p: [ops.lora_glu_mlp(x, *with_factors(linears, p), gelu=gelu, impl="reference")],
+        [x, *factors_of(linears)],
+        [dy],
+        truth,
+        dtype,
+    )
+
+
+@pytest.mark.skipif(ON_GPU, reason="buffers there live until the device has caught up")
+def test_lora_glu_mlp_in_tiles_keeps_x_only():
+    """Gates and ups of all rows would be 67 MB; a tile of them is 4, and two are at work."""
+    x = mx.random.normal((4096, 32))
+    w = [ops.Linear(ops.Base(mx.random.normal(s))) for s in ((2048, 32), (2048, 32), (32, 2048))]
+    mx.eval(x, *(linear.base.weight for linear in w))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(lambda x: ops.lora_glu_mlp(x, *w, tile_rows=256).sum())(x))
+    assert mx.get_peak_memory() - before < 40e6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 8), (2, 5, 72), (70, 576)], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_add_rms_norm(impl, shape, dtype):
+    rng = np.random.default_rng(22)
+    (x, x64), (r, r64), (dh, dh64), (dy, dy64) = (rand(rng, *shape, dtype=dtype) for _ in range(4))
+    w, w64 = rand(rng, shape[-1], dtype=dtype)
+    h64 = x64 + r64
+    dx = dh64 + oracle.rms_norm_vjp(h64, w64, dy64, 1e-5)
+    compare(
+        lambda x, r: ops.add_rms_norm(x, r, w, 1e-5, impl=impl),
+        lambda x, r: ops.add_rms_norm(x, r, w, 1e-5, impl="reference"),
+        [x, r],
+        [dh, dy],
+        [h64, oracle.rms_norm(h64, w64, 1e-5), dx, dx],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("vocabulary", [504, 16904])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("impl", ["kernel", "blocked"])
+def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
+    """A certain row's gradient is small, and as many digits of it are right."""
+    rng = np.random.default_rng(23)
+    bias, bias64 = (a / 8 for a in rand(rng, vocabulary))
+    head, w64 = base_of(rng, vocabulary, 64, ("affine", 4, 32), bias)
+    (h, h64), (dy, dy64) = rand(rng, 40, 64, dtype=dtype), rand(rng, 40)
+    targets = rng.integers(-1, vocabulary, 40)
+    if certain:
+        targets = oracle.logits(h64 / 4, w64, bias64).argmax(-1)
+        targets[::9] = -100
+    else:
+        h, h64 = h / 4, h64 / 4
+    t, weights = mx.array(targets.astype(np.int32)), mx.array(np.abs(dy64).astype(np.float32))
+    compare(
+        lambda h: [ops.linear_log_probs(h, head, t, softcap=softcap, impl=impl)],
+        lambda h: [reference.linear_log_probs(h, head, t, softcap=softcap)],
+        [h],
+        [dy],
+        [
+            oracle.log_probs(h64, w64, targets, bias64, softcap),
+            oracle.log_probs_vjp(h64, w64, targets, dy64, bias64, softcap),
+        ],
+        dtype,
+    )
+    rest = (w64, targets, f64(weights), softcap, bias64)
+    compare(
+        lambda h: [ops.linear_cross_entropy(h, head, t, weights, softcap=softcap, impl=impl)],
+        lambda h: [reference.linear_cross_entropy(h, head, t, weights, softcap=softcap)],
+        [h],
+        [mx.array(0.7)],
+        [oracle.cross_entropy(h64, *rest), 0.7 * oracle.cross_entropy_vjp(h64, *rest)],
+        dtype,
+    )
+    no_grad = ops.linear_cross_entropy(
+        h, head, t, weights, softcap=softcap, needs_grad=False, impl=impl
+    )
+    again = ops.linear_cross_entropy(h, head, t, weights, softcap=softcap, impl=impl)
+    assert mx.array_equal(no_grad, again)
