@@ -86,7 +86,7 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
   auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
     auto dy = mx::astype(dys[0], p[0].dtype(), c.s);
     auto [dh, u_down] = down.dx(dy, down.prepare(factors(p, true)));
-    auto made = glu("glu_joint_vjp", {{"gate_up", y[1]}, {"dy", dh}}, {y[1].shape(), dh.shape()});
+    auto made = glu("glu_joint_vjp", {{"gate_up", y[1]}, {"dh", dh}}, {y[1].shape(), dh.shape()});
     const auto &d_both = made[0], &h = made[1];
     auto [dx, u] = both.dx(d_both, both.prepare(factors(p, false)));
     Arrays grads{dx};

@@ -140,7 +140,7 @@ __device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, T* y, 
 glu<GELU>(gate, up, y, at[0]);
 //: glu_vjp: gate up dy at -> dgate dup
 glu_vjp<GELU>(gate, up, dy, dgate, dup, at[0]);
-//: glu_joint: gate_up at -> y
-glu_joint<GELU>(gate_up, y, at[0], at[1]);
-//: glu_joint_vjp: gate_up dy at -> dgate_up y
-glu_joint_vjp<GELU>(gate_up, dy, dgate_up, y, at[0], at[1]);
+//: glu_joint: gate_up at -> h
+glu_joint<GELU>(gate_up, h, at[0], at[1]);
+//: glu_joint_vjp: gate_up dh at -> dgate_up h
+glu_joint_vjp<GELU>(gate_up, dh, dgate_up, h, at[0], at[1]);

@@ -45,10 +45,7 @@ def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
 def with_factors(linears, factors):
     """The linears with other arrays for a and b."""
     left = list(factors)
-    return [
-        ops.Linear(w.base, left.pop(0), left.pop(0), w.scale) if w.a is not None else w
-        for w in linears
-    ]
+    return [w if w.a is None else w.with_factors(left.pop(0), left.pop(0)) for w in linears]
 
 
 def factors_of(linears):

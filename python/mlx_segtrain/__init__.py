@@ -5,6 +5,8 @@
 Names are loaded when first used, so that `mlx-segtrain --help` does not wait for MLX.
 """
 
+import os
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,12 @@ def _require_mlx() -> None:
             f"MLX is installed without its library for this machine ({error}): {mend}."
         ) from None
 
+
+if sys.platform == "linux":
+    # On CUDA MLX collects work until it has read a thousand million numbers, and launches it then:
+    # the device idles at first, and memory that was freed comes back late. 32 million are a large
+    # op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this at its first work there.
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")
 
 _require_mlx()
 __version__ = version("mlx-segtrain")

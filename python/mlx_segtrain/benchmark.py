@@ -177,14 +177,14 @@ def norm(op: str, rows: int, width: int) -> Case:
 
             return with_gradients(plain, [x], dy)
 
-        def summed(x: mx.array, r: mx.array) -> mx.array:
+        def summed(x: mx.array, r: mx.array) -> tuple[mx.array, mx.array]:
             return ops.add_rms_norm(x, r, w, 1e-5, impl="stock" if impl == "mlx" else impl)
 
         return with_gradients(summed, [x, r], dy, r)
 
     array = float(rows * width * dtype().size)
     moved = {"forward": 2 * array, "grads": 3 * array, "both": 4 * array}
-    return Case(op, f"{rows}×{width}", ["kernel", "mlx"], run, moved=moved)
+    return Case(op, f"{rows}×{width}", ["mlx"] if on_gpu() else ["kernel", "mlx"], run, moved=moved)
 
 
 def frozen(out: int, width: int, bits: int, group: int, seed: int = 0) -> ops.Base:
@@ -202,15 +202,23 @@ def linear(out: int, width: int, bits: int, group: int, rank: int, seed: int = 0
 
 
 def with_factors(linears: list[ops.Linear], ab: Sequence[mx.array]) -> list[ops.Linear]:
-    return [ops.Linear(w.base, *ab[2 * i : 2 * i + 2], w.scale) for i, w in enumerate(linears)]
+    return [w.with_factors(ab[2 * i], ab[2 * i + 1]) for i, w in enumerate(linears)]
 
 
-def mlx_linear(x: mx.array, w: ops.Linear, a: mx.array, b: mx.array) -> mx.array:
-    """As mlx-lm computes it: float32 factors, cast where they are used."""
-    base = w.base
-    quant = {"group_size": base.group_size, "bits": base.bits}
-    y = mx.quantized_matmul(x, base.weight, base.scales, base.biases, **quant)
-    return y + (w.scale * ((x @ a) @ b)).astype(x.dtype)
+def factors_of(linears: list[ops.Linear]) -> list[mx.array]:
+    return [x for w in linears for x in (w.a, w.b) if x is not None]
+
+
+def mlx_product(x: mx.array, base: ops.Base) -> mx.array:
+    quant: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
+    scales: Any = base.scales
+    return mx.quantized_matmul(x, base.weight, scales, base.biases, **quant)
+
+
+def mlx_linear(x: mx.array, w: ops.Linear) -> mx.array:
+    """As mlx-lm computes it, with float32 factors."""
+    low = (x @ w.a) @ w.b  # pyright: ignore[reportOperatorIssue]
+    return mlx_product(x, w.base) + (w.scale * low).astype(x.dtype)
 
 
 def dequantize(out: int, width: int, bits: int, group: int) -> Case:
@@ -232,19 +240,17 @@ def dequantize(out: int, width: int, bits: int, group: int) -> Case:
 def lora(rows: int, width: int, outs: list[int], bits: int, group: int, rank: int) -> Case:
     def run(impl: str) -> dict[str, Work]:
         linears = [linear(out, width, bits, group, rank, seed=i) for i, out in enumerate(outs)]
-        factors = [x for w in linears for x in (w.a, w.b)]
 
         def f(x: mx.array, *ab: mx.array) -> mx.array:
-            of = [
-                ops.Linear(w.base, *ab[2 * i : 2 * i + 2], w.scale) for i, w in enumerate(linears)
-            ]
+            of = with_factors(linears, ab)
             if impl == "mlx":
-                ys = [mlx_linear(x, w, *ab[2 * i : 2 * i + 2]) for i, w in enumerate(linears)]
+                ys = [mlx_linear(x, w) for w in of]
             else:
                 ys = ops.lora_linears(x, of, impl=impl)
             return ys[0] if len(ys) == 1 else mx.concatenate(ys, axis=-1)
 
-        return with_gradients(f, [normal(rows, width), *factors], normal(rows, sum(outs), seed=1))
+        args = [normal(rows, width), *factors_of(linears)]
+        return with_gradients(f, args, normal(rows, sum(outs), seed=1))
 
     one = 2.0 * rows * width * sum(outs)
     flops = {"forward": one, "grads": one, "both": 2 * one}
@@ -256,21 +262,16 @@ def mlp(rows: int, width: int, hidden: int, bits: int, group: int, rank: int, ge
     def run(impl: str) -> dict[str, Work]:
         sizes = [(hidden, width), (hidden, width), (width, hidden)]
         linears = [linear(*s, bits, group, rank, seed=i) for i, s in enumerate(sizes)]
-        factors = [x for w in linears for x in (w.a, w.b)]
         act = nn.gelu_approx if gelu else nn.silu
 
         def f(x: mx.array, *ab: mx.array) -> mx.array:
+            gate, up, down = with_factors(linears, ab)
             if impl == "mlx":
-                gate, up = (
-                    mlx_linear(x, w, *ab[2 * i : 2 * i + 2]) for i, w in enumerate(linears[:2])
-                )
-                return mlx_linear(act(gate) * up, linears[2], *ab[4:])
-            of = [
-                ops.Linear(w.base, *ab[2 * i : 2 * i + 2], w.scale) for i, w in enumerate(linears)
-            ]
-            return ops.lora_glu_mlp(x, *of, gelu=gelu, impl=impl)
+                return mlx_linear(act(mlx_linear(x, gate)) * mlx_linear(x, up), down)
+            return ops.lora_glu_mlp(x, gate, up, down, gelu=gelu, impl=impl)
 
-        works = with_gradients(f, [normal(rows, width), *factors], normal(rows, width, seed=1))
+        args = [normal(rows, width), *factors_of(linears)]
+        works = with_gradients(f, args, normal(rows, width, seed=1))
         del works["grads"]  # they need gate and up
         return works
 
@@ -284,8 +285,7 @@ def head(rows: int, width: int, vocabulary: int, bits: int, group: int, cap: flo
     def run(impl: str) -> dict[str, Work]:
         base = frozen(vocabulary, width, bits, group)
         targets = mx.random.randint(0, vocabulary, (rows,))
-        quant: dict[str, Any] = {"group_size": group, "bits": bits}
-        mx.eval(base.weight, targets)
+        mx.eval(targets)
         if impl == "products":
             w, h = ops.dequantize(base, dtype()), normal(rows, width)
             mx.eval(w, h)
@@ -295,7 +295,7 @@ def head(rows: int, width: int, vocabulary: int, bits: int, group: int, cap: flo
         def f(h: mx.array) -> mx.array:
             if impl != "mlx":
                 return ops.linear_cross_entropy(h, base, targets, softcap=cap, impl=impl)
-            z = mx.quantized_matmul(h, base.weight, base.scales, base.biases, **quant)
+            z = mlx_product(h, base)
             z = z if cap is None else cap * mx.tanh(z / cap)
             return nn.losses.cross_entropy(z.astype(mx.float32), targets, reduction="sum")
 
@@ -343,7 +343,7 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
 
             def plain(h: mx.array, *ab: mx.array) -> mx.array:
                 block.update(tree_unflatten(list(zip(names, ab, strict=True))))
-                return block(h, mask="causal")
+                return block(h, mask="causal")  # pyright: ignore[reportArgumentType]
 
             return {"both": with_gradients(plain, [h, *factors], dh)["both"]}
         chain = chain_of(model)

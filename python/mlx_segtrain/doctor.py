@@ -106,52 +106,35 @@ def attention_calls(
         )
 
 
-def layer_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
-    """The other ops of a layer, in the implementation that is called kernel."""
+def product_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
+    """Products with a frozen weight: of a layer, wide and narrow, and of a head."""
     width, out = 512, 704
     vocabulary = 17000 if on_gpu() else 2000  # two tiles
-    x, y, w = normal((rows, width), (rows, width), (out, width), dtype=dtype)
-    a, b, turned_a, turned_b = normal((width, 8), (8, out), (out, 8), (8, width), seed=2)
-    linears, narrow = (
-        [_core.Linear(_core.Base(*mx.quantize(v, bits=4), group_size=64, bits=4), *ab, 0.5)]
-        for v, ab in ((w / 16, (a / 16, b)), (w.T / 16, (turned_a / 16, turned_b)))
-    )
-    head = _core.Base(normal((vocabulary, width), dtype=dtype, seed=3)[0] / 16)
-    targets = mx.arange(rows) * 31 % vocabulary
+    for case, (k, n) in {"wide": (width, out), "narrow": (out, width)}.items():
+        x, w = normal((rows, k), (n, k), dtype=dtype)
+        a, b = normal((k, 8), (8, n), seed=1)
+        base = _core.Base(*mx.quantize(w / 16, bits=4), group_size=64, bits=4)
+        linear = _core.Linear(base, a / 16, b, 0.5)
 
-    def with_factors(linears: list[_core.Linear], ab: tuple[mx.array, ...]) -> list[_core.Linear]:
-        return [_core.Linear(linears[0].base, *ab, linears[0].scale)]
+        def lora(x: mx.array, a: mx.array, b: mx.array, linear: _core.Linear = linear) -> mx.array:
+            return _core.lora_linears(x, [linear.with_factors(a, b)], impl="kernel")[0]
 
-    def lora(x: mx.array, *ab: mx.array) -> mx.array:
-        return _core.lora_linears(x, with_factors(linears, ab), impl="kernel")[0]
+        def plain(x: mx.array, a: mx.array, b: mx.array, base: _core.Base = base) -> mx.array:
+            return reference.lora_linear(x, base, a, b, 0.5)
 
-    def lora_narrow(x: mx.array, *ab: mx.array) -> mx.array:
-        return _core.lora_linears(x, with_factors(narrow, ab), impl="kernel")[0]
+        yield Call("lora_linear", case, lora, plain, [x, a / 16, b])
 
-    def plain_lora(base: _core.Base) -> Callable[..., mx.array]:
-        return lambda x, a, b: reference.lora_linear(x, base, a, b, 0.5)
+    h, w = normal((rows, width), (vocabulary, width), dtype=dtype)
+    options: dict[str, Any] = {"softcap": 30.0}
+    head, targets = _core.Base(w / 16), mx.arange(rows) * 31 % vocabulary
 
-    def norm_of_sum(x: mx.array, y: mx.array) -> mx.array:
-        return mx.add(*_core.add_rms_norm(x, y, w[0], 1e-5, impl="kernel"))
+    def loss(h: mx.array) -> mx.array:
+        return _core.linear_cross_entropy(h, head, targets, **options, impl="kernel")
 
-    def plain_norm_of_sum(x: mx.array, y: mx.array) -> mx.array:
-        return x + y + reference.rms_norm(x + y, w[0], 1e-5)
+    def plain_loss(h: mx.array) -> mx.array:
+        return reference.linear_cross_entropy(h, head, targets, **options)
 
-    def loss(x: mx.array) -> mx.array:
-        return _core.linear_cross_entropy(x, head, targets, softcap=30.0, impl="kernel")
-
-    def plain_loss(x: mx.array) -> mx.array:
-        return reference.linear_cross_entropy(x, head, targets, softcap=30.0)
-
-    def norm(x: mx.array) -> mx.array:
-        return _core.rms_norm(x, w[0], 1e-5, impl="kernel")
-
-    yield Call("lora_linear", "wide", lora, plain_lora(linears[0].base), [x, a / 16, b])
-    args = [normal((rows, out), dtype=dtype)[0], turned_a / 16, turned_b]
-    yield Call("lora_linear", "narrow", lora_narrow, plain_lora(narrow[0].base), args)
-    yield Call("rms_norm", "", norm, lambda x: reference.rms_norm(x, w[0], 1e-5), [x])
-    yield Call("rms_norm", "of a sum", norm_of_sum, plain_norm_of_sum, [x, y])
-    yield Call("linear_cross_entropy", "softcap", loss, plain_loss, [x])
+    yield Call("linear_cross_entropy", "softcap", loss, plain_loss, [h])
 
 
 def glu_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
@@ -164,8 +147,10 @@ def glu_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
 def cpu_calls() -> Iterator[Call]:
     yield from attention_calls("attention", "kernel", mx.float32, CHECKED)
     yield from glu_calls(mx.float32, CHECKED)
-    yield from layer_calls(mx.float32, CHECKED)
-    (heads,) = normal((1, 4, CHECKED, 128))
+    yield from product_calls(mx.float32, CHECKED)
+    x, w, heads = normal((CHECKED, 512), (1, 512), (1, 4, CHECKED, 128))
+    norm = functools.partial(_core.rms_norm, weight=w[0], eps=1e-5, impl="kernel")
+    yield Call("rms_norm", "", norm, lambda x: reference.rms_norm(x, w[0], 1e-5), [x])
     rotate = functools.partial(_core.rope, dims=64, base=1e4, impl="kernel")
     yield Call("rope", "", rotate, lambda x: reference.rope(x, 64, base=1e4), [heads])
 
@@ -178,7 +163,7 @@ def calls(t: int) -> Iterator[Call]:
     for dtype in (mx.bfloat16, mx.float32):
         yield from glu_calls(dtype, t)
     if mx.cuda.is_available():
-        yield from layer_calls(mx.bfloat16, t)
+        yield from product_calls(mx.bfloat16, t)
     # The row passes are what the blocked form runs on.
     yield from attention_calls("attention_rows", "blocked", mx.bfloat16, t)
     yield from attention_calls("attention", "kernel", mx.bfloat16, t)
