@@ -11,14 +11,16 @@
 namespace segtrain {
 
 Gpu gpu() {
-  static const Gpu kind = mx::metal::is_available() ? Gpu::metal
-                          : mx::cu::is_available()  ? Gpu::cuda
-                                                    : Gpu::none;
+  static const Gpu kind = dry_run()                   ? Gpu::cuda
+                          : mx::metal::is_available() ? Gpu::metal
+                          : mx::cu::is_available()    ? Gpu::cuda
+                                                      : Gpu::none;
   return kind;
 }
 
 int compute_capability() {
   static const int capability = [] {
+    if (dry_run()) return dry_run();
     if (gpu() != Gpu::cuda) return 0;
     const auto& info = mx::gpu::device_info(0);
     auto number = [&](const char* key) { return static_cast<int>(std::get<size_t>(info.at(key))); };
@@ -82,7 +84,7 @@ mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
   if (found != known.end()) return found->second;
   if (known.size() >= 1024) known.clear();
   auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
-  if (gpu() == Gpu::cuda) {
+  if (gpu() == Gpu::cuda && !dry_run()) {
     array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
     array.eval();
   }
@@ -162,10 +164,15 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   for (const auto& input : text.inputs) inputs.push_back(values.at(input));
   auto [x, y, z] = grid.groups;
   const std::tuple threads{x * grid.threads, y, z}, group{grid.threads, 1, 1};
-  if (gpu() == Gpu::cuda)
-    return mx::fast::precompiled_cuda_kernel(name, cuda_binary(name, text, inputs, dtypes, arguments, grid),
-                                             inputs, shapes, dtypes, {}, threads, group, grid.shared_memory,
-                                             std::nullopt, true, s);
+  if (gpu() == Gpu::cuda) {
+    const auto& binary = cuda_binary(name, text, inputs, dtypes, arguments, grid);
+    if (!dry_run())
+      return mx::fast::precompiled_cuda_kernel(name, binary, inputs, shapes, dtypes, {}, threads, group,
+                                               grid.shared_memory, std::nullopt, true, s);
+    Arrays nothing;
+    for (size_t i = 0; i < shapes.size(); ++i) nothing.push_back(mx::zeros(shapes[i], dtypes[i], s));
+    return nothing;
+  }
   // MLX keeps compiled kernels by name: the text is part of the name.
   auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
   auto kernel = mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header);

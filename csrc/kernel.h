@@ -39,6 +39,10 @@ struct Way {
 /// reason.
 std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways);
 
+/// $MLX_SEGTRAIN_DRY_RUN_CUDA, for tests: calls take the ways of a CUDA device of this compute capability.
+/// Its kernels are compiled and not run: they give zeros. 0 if it is not set.
+int dry_run();
+
 bool on_cpu(mx::StreamOrDevice s);
 
 /// "kernel" of an op whose only kernel is the C++ one for the CPU.

@@ -233,15 +233,15 @@ def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeyp
             signal.raise_signal(signal.SIGINT)
 
     if at == "in a stage":
-        original, calls = mlx_segtrain.ops.swiglu, []
+        original, calls = mlx_segtrain.ops.lora_glu_mlp, []
 
-        def swiglu(*args, **kwargs):
+        def mlp(*args, **kwargs):
             calls.append(1)
             if len(calls) == 80:
                 signal.raise_signal(signal.SIGINT)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(mlx_segtrain.ops, "swiglu", swiglu)
+        monkeypatch.setattr(mlx_segtrain.ops, "lora_glu_mlp", mlp)
     config = config_of(llama4, data, tmp_path / "a", iters=50, steps_per_eval=100)
     result = train(config, on_event)
     assert result.interrupted and 0 < result.steps < 50
