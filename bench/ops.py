@@ -28,12 +28,12 @@ def torch_attention(runs: int) -> None:
             return torch.autograd.grad(attention(q, k, v), [q, k, v], do)
 
         first, ms, queued = benchmark.timed(both, runs, lambda _: torch.cuda.synchronize())
-        rate = 14 * benchmark.pairs(t, None, None) * heads * d / queued / 1e9
+        rate = 14 * benchmark.pairs(t, None, None) * heads * d / queued / 1e6
         shape = f"causal D{d} T{t}"
         print(
             benchmark.line(
                 benchmark.Row(
-                    "attention", shape, "torch", "both", ms, queued, rate, "TF/s", first_s=first
+                    "attention", shape, "torch", "both", ms, queued, rate, "GF/s", first_s=first
                 )
             )
         )

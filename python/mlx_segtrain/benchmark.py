@@ -45,7 +45,7 @@ class Case:
 class Row:
     """`ms` of a call that is waited for (median), `queued_ms` of one among ten in a row.
 
-    `rate` in TF/s if the op is bound by arithmetic, else GB/s; `floor` the share of the queued time
+    `rate` in GF/s if the op is bound by arithmetic, else GB/s; `floor` the share of the queued time
     that the device's own rate would need; `peak_mb` over inputs and outputs; `first_s` of the first
     call, compilation included. `reason` says why there are no figures.
     """
@@ -429,9 +429,9 @@ def timed(
 
 @dataclass(frozen=True)
 class Device:
-    """What a large product and a large copy reach here: the floor of everything else."""
+    """What a large product (GF/s) and a large copy reach here: the floor of everything else."""
 
-    tflops: float
+    gf_s: float
     gb_s: float
 
 
@@ -451,7 +451,7 @@ def measure_device() -> Device:
         size = halves.nbytes
         with ThreadPoolExecutor(2) as pool:  # into fresh memory, as an op's outputs are
             copy = timed(lambda: list(pool.map(np.copy, halves)), 5, lambda _: None)[1]
-    return Device(2 * n**3 / product / 1e9, 2 * size / copy / 1e6)
+    return Device(2 * n**3 / product / 1e6, 2 * size / copy / 1e6)
 
 
 def peak_mb(work: Work) -> float:
@@ -475,8 +475,8 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
         for what, work in works.items():
             first, ms, queued = timed(work, runs)
             flops, moved = case.flops.get(what, 0.0), case.moved.get(what, 0.0)
-            floor = max(flops / device.tflops / 1e9, moved / device.gb_s / 1e6)
-            rate, unit = (flops / queued / 1e9, "TF/s") if flops else (moved / queued / 1e6, "GB/s")
+            floor = max(flops / device.gf_s / 1e6, moved / device.gb_s / 1e6)
+            rate, unit = (flops or moved) / queued / 1e6, "GF/s" if flops else "GB/s"
             figures = (ms, queued, rate, unit, floor / queued, peak_mb(work), first)
             yield Row(case.op, case.shape, impl, what, *figures)
     except (ValueError, RuntimeError) as error:
@@ -488,7 +488,7 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
 
 HEADER = (
     "op                   shape                      impl     what          ms   queued"
-    "         rate  floor  peak MB  first s"
+    "          rate  floor  peak MB  first s"
 )
 
 
@@ -497,7 +497,7 @@ def line(row: Row) -> str:
     if row.reason:
         return f"{start} {row.reason}"
     return (
-        f"{start} {row.what:8s} {row.ms:7.3f} {row.queued_ms:8.3f} {row.rate:7.1f} {row.unit} "
+        f"{start} {row.what:8s} {row.ms:7.3f} {row.queued_ms:8.3f} {row.rate:8.0f} {row.unit} "
         f"{row.floor:5.0%} {row.peak_mb:8.1f} {row.first_s:8.2f}"
     )
 
@@ -511,7 +511,8 @@ def run(
     """Measures the cases whose op and shape hold one of `only`, in the implementations named."""
     wanted, chosen = list(only), set(impls)
     device = measure_device()
-    show(f"product {device.tflops:.1f} TF/s, copy {device.gb_s:.0f} GB/s, {dtype()}")
+    name = str(dtype()).split(".")[-1]
+    show(f"product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s, {name}")
     show(HEADER)
     rows = []
     for case in cases():
