@@ -8,10 +8,6 @@ namespace {
 
 constexpr int TILE = 128, TILE_BYTES = 2 * TILE * TILE * 2;  // of queries or keys; of P and dS
 
-int tiles(int n, int size) {
-  return (n + size - 1) / size;
-}
-
 /// Shared memory is aligned to 1024 bytes by the kernel.
 constexpr int ALIGN = 1024;
 

@@ -62,10 +62,6 @@ struct CudaTiles {
   }
 };
 
-int tiles(int n, int size) {
-  return (n + size - 1) / size;
-}
-
 std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int parts) {
   // MLX passes inputs of fewer than 8 elements in another address space: `first` is never that short.
   std::vector<int32_t> first = c.first;

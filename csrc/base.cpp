@@ -70,6 +70,13 @@ void check_base(const std::string& op, const Base& base) {
         "] bias must be [", base.out(), "].");
 }
 
+Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears) {
+  Arrays all{x};
+  for (const auto& linear : linears)
+    if (linear.a) all.insert(all.end(), {*linear.a, *linear.b});
+  return all;
+}
+
 CpuBase::CpuBase(const Base& base, mx::StreamOrDevice s)
     : bits(base.bits),
       group(base.group_size),
@@ -149,12 +156,12 @@ mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::opt
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s) {
   check_base("dequantize", base);
   check(base.scales.has_value(), "[dequantize] the weight is not quantized.");
-  if (!on_cpu(s) && unpack_unfit({base}, dtype).empty())
-    return unpack({base}, dtype, std::nullopt, std::nullopt, s);
-  if (!on_cpu(s))
+  if (!on_cpu(s)) {
+    if (unpack_unfit({base}, dtype).empty()) return unpack({base}, dtype, std::nullopt, std::nullopt, s);
     return mx::astype(mx::dequantize(base.weight, *base.scales, base.biases, base.group_size, base.bits,
                                      base.mode, std::nullopt, std::nullopt, s),
                       dtype, s);
+  }
   CpuBase w(base, s);
   auto y = cpu_op(
       "dequantize", w.arrays, {{w.n, w.k}}, {mx::float32},
@@ -192,7 +199,7 @@ mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx
   if (!base.scales) return matmul(x, mx::astype(base.weight, x.dtype(), s), false, transpose, 1, s);
   // CUDA's quantized GEMM runs at a quarter of the rate of unpacking once and cuBLAS, and takes minutes to
   // compile; Metal's is at GEMM speed.
-  bool whole = x.size() / x.shape(-1) >= 16 && !mx::metal::is_available() && !on_cpu(s);
+  bool whole = x.size() / x.shape(-1) >= 16 && gpu() == Gpu::cuda && !on_cpu(s);
   if (whole) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);
   // On the CPU MLX adds half-precision products up in half precision.
   auto y = mx::quantized_matmul(on_cpu(s) ? f32(x, s) : x, base.weight, *base.scales, base.biases, transpose,

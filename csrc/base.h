@@ -11,6 +11,9 @@ void check_base(const std::string& op, const Base& base);
 
 void check_linear(const std::string& op, const Linear& linear);
 
+/// What such an op is differentiated by: x, and a and b of the linears that have them.
+Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears);
+
 /// A base as the CPU kernels take it: `arrays` are inputs of a cpu_op, from `first` on of its pointers.
 struct CpuBase {
   Arrays arrays;

@@ -55,12 +55,7 @@ NB_MODULE(_core, m) {
       .def(nb::init<Base, std::optional<mx::array>, std::optional<mx::array>, float>(), "base"_a,
            "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f)
       .def_ro("base", &Linear::base)
-      .def(
-          "with_factors",
-          [](const Linear& linear, const mx::array& a, const mx::array& b) {
-            return Linear{linear.base, a, b, linear.scale};
-          },
-          "a"_a, "b"_a, "The same with other factors.")
+      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a, "The same with other factors.")
       .def_ro("a", &Linear::a)
       .def_ro("b", &Linear::b)
       .def_ro("scale", &Linear::scale);

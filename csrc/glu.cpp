@@ -2,11 +2,12 @@
 //
 // Both activations are g·σ(u): u = g is SiLU, and u = k·(g + 0.044715·g³) with k = 2·√(2/π) is the tanh form
 // of GELU, since (1 + tanh z)/2 = σ(2z). Without a tanh, large negative gates lose no digits.
+#include "glu.h"
+
 #include <climits>
 
 #include "cpu/kernels.h"
 #include "gpu.h"
-#include "kernel.h"
 
 namespace segtrain {
 
@@ -44,6 +45,11 @@ Arrays cpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
 constexpr int THREADS = 256;
 constexpr int OF_A_THREAD_METAL = 4, OF_A_THREAD_CUDA = 8;  ///< elements
 
+/// n may be the largest int.
+int groups_for(int n, int of_a_thread) {
+  return (n - 1) / (THREADS * of_a_thread) + 1;
+}
+
 std::string gpu_unfit(size_t n) {
   if (n == 0) return "the arrays are empty";
   return n > INT_MAX ? "its arrays have up to 2³¹ − 1 elements" : "";
@@ -57,8 +63,7 @@ Arrays gpu_launch(const Glu& c, const std::string& name, std::map<std::string, m
   int n = static_cast<int>(gate.size());
   for (auto& [_, x] : values) x = mx::reshape(x, {n}, c.s);
   values.insert({"at", device_ints({n})});
-  int of_a_group = THREADS * (gpu() == Gpu::metal ? OF_A_THREAD_METAL : OF_A_THREAD_CUDA);
-  int groups = (n - 1) / of_a_group + 1;
+  int groups = groups_for(n, gpu() == Gpu::metal ? OF_A_THREAD_METAL : OF_A_THREAD_CUDA);
   return launch(name, values, std::vector<mx::Shape>(n_outputs, shape),
                 std::vector<mx::Dtype>(n_outputs, dtype), {{"T", dtype}, {"GELU", c.gelu}},
                 {{groups, 1, 1}, THREADS}, c.s);
@@ -71,6 +76,17 @@ Arrays gpu_forward(const Glu& c, const Arrays& x) {
 Arrays gpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
   return gpu_launch(c, "glu_vjp", {{"gate", x[0]}, {"up", x[1]}, {"dy", mx::astype(dy, x[0].dtype(), c.s)}},
                     2);
+}
+
+/// Of gate_up [rows, 2·f].
+Arrays joint_launch(const std::string& name, bool gelu, std::map<std::string, mx::array> values,
+                    const std::vector<mx::Shape>& shapes, mx::StreamOrDevice s) {
+  const auto& gate_up = values.at("gate_up");
+  auto dtype = gate_up.dtype();
+  int f = gate_up.shape(1) / 2, n = gate_up.shape(0) * f;
+  values.insert({"at", device_ints({n, f})});
+  return launch(name, values, shapes, std::vector<mx::Dtype>(shapes.size(), dtype),
+                {{"T", dtype}, {"GELU", gelu}}, {{groups_for(n, OF_A_THREAD_CUDA), 1, 1}, THREADS}, s);
 }
 
 // ---- stock
@@ -130,6 +146,16 @@ mx::array glu(const std::string& op, bool gelu, const mx::array& gate, const mx:
 }
 
 }  // namespace
+
+mx::array glu_joint(bool gelu, const mx::array& gate_up, mx::StreamOrDevice s) {
+  return joint_launch("glu_joint", gelu, {{"gate_up", gate_up}}, {{gate_up.shape(0), gate_up.shape(1) / 2}},
+                      s)[0];
+}
+
+Arrays glu_joint_vjp(bool gelu, const mx::array& gate_up, const mx::array& dh, mx::StreamOrDevice s) {
+  return joint_launch("glu_joint_vjp", gelu, {{"gate_up", gate_up}, {"dh", dh}},
+                      {gate_up.shape(), dh.shape()}, s);
+}
 
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s) {
   return glu("swiglu", false, gate, up, impl, s);

@@ -30,6 +30,11 @@ struct Grid {
   int at_once = 1;                   ///< blocks that shall fit a core, which bounds registers; CUDA only
 };
 
+/// Tiles of `size` that cover n.
+inline int tiles(int n, int size) {
+  return (n + size - 1) / size;
+}
+
 /// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
 /// and a kernel's reads cross the bus: they are moved once and found again, since a call's numbers are the
 /// same in every layer and step.

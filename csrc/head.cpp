@@ -76,10 +76,6 @@ namespace {
 
 constexpr int TILE = 16384, ROWS = 2048, PACK = 8, THREADS = 256;
 
-int tiles(int n, int size) {
-  return (n + size - 1) / size;
-}
-
 Base rows_of(const Base& base, const std::function<mx::array(const mx::array&)>& take) {
   Base part = base;
   part.weight = take(base.weight);

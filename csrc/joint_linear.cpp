@@ -8,10 +8,6 @@ namespace {
 
 constexpr int MOST_RANKS = 96, LEAST_ROWS = 16;
 
-int tiles(int n, int size) {
-  return (n + size - 1) / size;
-}
-
 int up_to(int n, int multiple) {
   return tiles(n, multiple) * multiple;
 }
@@ -53,19 +49,8 @@ JointLinear::JointLinear(const std::vector<Linear>& linears, mx::Dtype dtype, mx
     ranks_.push_back(rank_of(linear));
     widths_.push_back(linear.base.out());
     n_ += widths_.back();
-    if (linear.a)
-      ab_.push_back({{*linear.a, *linear.b}});
-    else
-      ab_.push_back(std::nullopt);
   }
   r_ = padded_ranks(ranks_);
-}
-
-Arrays JointLinear::factors() const {
-  Arrays all;
-  for (const auto& pair : ab_)
-    if (pair) all.insert(all.end(), {pair->first, pair->second});
-  return all;
 }
 
 JointLinear::Factors JointLinear::prepare(const Arrays& ab) const {
@@ -119,13 +104,12 @@ JointLinear::Result JointLinear::product(const mx::array& x, bool transpose, con
 
 JointLinear::Result JointLinear::forward(const mx::array& x, const Factors& f) const {
   auto result = product(x, true, f);
+  if (std::none_of(bases_.begin(), bases_.end(), [](const Base& base) { return base.bias.has_value(); }))
+    return result;
   Arrays bias;
-  bool any = false;
-  for (const auto& base : bases_) {
-    any |= base.bias.has_value();
+  for (const auto& base : bases_)
     bias.push_back(base.bias ? mx::astype(*base.bias, dtype_, s_) : mx::zeros({base.out()}, dtype_, s_));
-  }
-  if (any) result.y = mx::add(result.y, mx::concatenate(bias, 0, s_), s_);
+  result.y = mx::add(result.y, mx::concatenate(bias, 0, s_), s_);
   return result;
 }
 
@@ -146,7 +130,6 @@ mx::array JointLinear::outer(const mx::array& x, const mx::array& low, bool turn
 
 Arrays JointLinear::gradients(const Arrays& ab, const mx::array& x, const mx::array& dy, const mx::array& z,
                               const mx::array& u) const {
-  if (!r_) return {};
   auto da = outer(x, u, true), db = outer(dy, z, false);
   Arrays all;
   int row = 0, column = 0;

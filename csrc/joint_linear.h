@@ -19,12 +19,10 @@ class JointLinear {
 
   JointLinear(const std::vector<Linear>& linears, mx::Dtype dtype, mx::StreamOrDevice s);
 
-  /// a and b of those linears that have them.
-  Arrays factors() const;
-
   struct Factors {
     std::optional<mx::array> a_rows, a_columns, b_rows, b_columns;  ///< in the activations' dtype; b scaled
   };
+  /// `ab`: a and b of those linears that have them.
   Factors prepare(const Arrays& ab) const;
 
   /// A product, and [M, R] of the low-rank branch (empty without one).
@@ -35,7 +33,7 @@ class JointLinear {
   Result forward(const mx::array& x, const Factors& f) const;  ///< {y, z}
   Result dx(const mx::array& dy, const Factors& f) const;      ///< {dx, u = scale·dy·b}
 
-  /// Gradients of `factors()`; z and u are [M, R].
+  /// Gradients of `ab`; z and u are [M, R].
   Arrays gradients(const Arrays& ab, const mx::array& x, const mx::array& dy, const mx::array& z,
                    const mx::array& u) const;
   /// y by linear.
@@ -46,7 +44,6 @@ class JointLinear {
   Result product(const mx::array& x, bool transpose, const Factors& f) const;
 
   std::vector<Base> bases_;
-  std::vector<std::optional<std::pair<mx::array, mx::array>>> ab_;
   std::vector<float> scales_;
   std::vector<int> ranks_, widths_;
   int k_, n_ = 0, r_;

@@ -1,6 +1,7 @@
 // y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is made again.
 //   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
 // On CUDA gate and up are one array from their common product to their common gradient.
+#include "glu.h"
 #include "gpu.h"
 #include "joint_linear.h"
 
@@ -14,21 +15,18 @@ struct Mlp {
   std::string impl;
   mx::StreamOrDevice s;
 
-  /// x and the factors that there are, in order.
-  Arrays primals(const mx::array& x) const {
-    Arrays all{x};
-    for (const auto* linear : {&gate, &up, &down})
-      if (linear->a) all.insert(all.end(), {*linear->a, *linear->b});
-    return all;
-  }
-
-  /// The same with other arrays in the factors' places: `at` is that of the first.
-  static Linear with(Linear linear, const Arrays& p, size_t at) {
-    if (linear.a) linear.a = p[at], linear.b = p[at + 1];
-    return linear;
-  }
+  Arrays primals(const mx::array& x) const { return primals_of(x, {gate, up, down}); }
   size_t at_up() const { return gate.a ? 3 : 1; }
   size_t at_down() const { return at_up() + (up.a ? 2 : 0); }
+
+  /// The linear with other factors, if it has any: those from `at` on.
+  static Linear with(const Linear& linear, const Arrays& p, size_t at) {
+    return linear.a ? linear.with_factors(p[at], p[at + 1]) : linear;
+  }
+  /// The whole with other primals in the factors' places.
+  Mlp with(const Arrays& p) const {
+    return {with(gate, p, 1), with(up, p, at_up()), with(down, p, at_down()), gelu, impl, s};
+  }
 
   Arrays gate_up(const Arrays& p) const {
     return lora_linears(p[0], {with(gate, p, 1), with(up, p, at_up())}, 0, {}, impl, s);
@@ -65,28 +63,20 @@ mx::array by_ops(const Mlp& c, const mx::array& x) {
 
 mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
   const JointLinear both({c.gate, c.up}, x.dtype(), c.s), down({c.down}, x.dtype(), c.s);
-  const int f = c.up.base.out(), n = x.shape(0) * f;
   auto factors = [c](const Arrays& p, bool of_down) {
     return of_down ? Arrays(p.begin() + c.at_down(), p.end())
                    : Arrays(p.begin() + 1, p.begin() + c.at_down());
   };
-  auto glu = [c, f, n](const std::string& name, std::map<std::string, mx::array> values,
-                       std::vector<mx::Shape> shapes) {
-    values.insert({"at", device_ints({n, f})});
-    auto dtype = values.at("gate_up").dtype();
-    return launch(name, values, shapes, std::vector<mx::Dtype>(shapes.size(), dtype),
-                  {{"T", dtype}, {"GELU", c.gelu}}, {{(n - 1) / 2048 + 1, 1, 1}, 256}, c.s);
-  };
   auto forward = [=](const Arrays& p) -> Arrays {
     auto [gate_up, z] = both.forward(p[0], both.prepare(factors(p, false)));
-    auto h = glu("glu_joint", {{"gate_up", gate_up}}, {{p[0].shape(0), f}})[0];
+    auto h = glu_joint(c.gelu, gate_up, c.s);
     auto [y, z_down] = down.forward(h, down.prepare(factors(p, true)));
     return {y, gate_up, z.value_or(y), z_down.value_or(y)};
   };
   auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
     auto dy = mx::astype(dys[0], p[0].dtype(), c.s);
     auto [dh, u_down] = down.dx(dy, down.prepare(factors(p, true)));
-    auto made = glu("glu_joint_vjp", {{"gate_up", y[1]}, {"dh", dh}}, {y[1].shape(), dh.shape()});
+    auto made = glu_joint_vjp(c.gelu, y[1], dh, c.s);
     const auto &d_both = made[0], &h = made[1];
     auto [dx, u] = both.dx(d_both, both.prepare(factors(p, false)));
     Arrays grads{dx};
@@ -100,10 +90,11 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
 
 mx::array whole(const Mlp& c, const mx::array& x) {
   int rows = x.shape(0);
-  bool joint = !on_cpu(c.s) && c.impl != "stock" && c.gate.base.out() % 8 == 0 &&
-               gpu_kernel("lora_linear", "").ok && gpu_kernel(c.gelu ? "geglu" : "swiglu", "").ok &&
-               JointLinear::unfit({c.gate, c.up}, rows, x.dtype(), c.s).empty() &&
-               JointLinear::unfit({c.down}, rows, x.dtype(), c.s).empty() &&
+  auto fits = [&](const std::vector<Linear>& linears) {
+    return gpu_kernel("lora_linear", JointLinear::unfit(linears, rows, x.dtype(), c.s)).ok;
+  };
+  bool joint = !on_cpu(c.s) && c.impl != "stock" && fits({c.gate, c.up}) && fits({c.down}) &&
+               gpu_kernel(c.gelu ? "geglu" : "swiglu", "").ok &&
                static_cast<double>(rows) * c.gate.base.out() < (1LL << 31) - 4096;
   return joint ? by_joint_kernels(c, x) : by_ops(c, x);
 }
@@ -114,9 +105,7 @@ mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
     return mx::slice(y, {begin, 0}, {end, y.shape(1)}, s);
   };
   auto forward = [=](const Arrays& p) -> Arrays {
-    Mlp here = c;
-    here.gate = Mlp::with(c.gate, p, 1), here.up = Mlp::with(c.up, p, c.at_up());
-    here.down = Mlp::with(c.down, p, c.at_down());
+    const auto here = c.with(p);
     Arrays ys;
     for (int begin = 0; begin < p[0].shape(0); begin += tile) {
       auto part = slice(p[0], begin, std::min(p[0].shape(0), begin + tile));
@@ -135,12 +124,7 @@ mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
         before.push_back(dxs.back());
         in[0] = mx::depends({in[0]}, before)[0];
       }
-      auto f = [&](const Arrays& q) {
-        Mlp here = c;
-        here.gate = Mlp::with(c.gate, q, 1), here.up = Mlp::with(c.up, q, c.at_up());
-        here.down = Mlp::with(c.down, q, c.at_down());
-        return Arrays{whole(here, q[0])};
-      };
+      auto f = [&](const Arrays& q) { return Arrays{whole(c.with(q), q[0])}; };
       auto grads = mx::vjp(f, in, {slice(dys[0], begin, end)}).second;
       dxs.push_back(grads[0]);
       for (size_t i = 1; i < grads.size(); ++i)

@@ -74,9 +74,7 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
     return {dx(), mx::astype(matmul(mask(p[0]), u, true, false, 1, s), p[1].dtype(), s),
             mx::astype(matmul(y[1], dy, true, false, 1, s), p[2].dtype(), s)};
   };
-  Arrays primals{x};
-  if (linear.a) primals.insert(primals.end(), {*linear.a, *linear.b});
-  return mx::custom_vjp(forward, vjp)(primals)[0];
+  return mx::custom_vjp(forward, vjp)(primals_of(x, {linear}))[0];
 }
 
 /// All of them as one product; x [M, in].
@@ -100,9 +98,7 @@ Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamO
       for (const auto& grad : all.gradients(ab(p), p[0], dy, y[n], *u)) grads.push_back(grad);
     return grads;
   };
-  Arrays primals{x};
-  for (const auto& factor : all.factors()) primals.push_back(factor);
-  auto out = mx::custom_vjp(forward, vjp)(primals);
+  auto out = mx::custom_vjp(forward, vjp)(primals_of(x, linears));
   out.resize(linears.size(), x);
   return out;
 }

@@ -40,6 +40,8 @@ struct Linear {
   Base base;
   std::optional<mx::array> a, b;
   float scale = 1;
+
+  Linear with_factors(const mx::array& a, const mx::array& b) const { return {base, a, b, scale}; }
 };
 
 /// softmax(scale·q·kᵀ)·v over the keys a query may see, without an array of T × S.

@@ -8,33 +8,32 @@ namespace segtrain {
 
 constexpr int WARPS = 8;
 
-template <typename T>
 struct alignas(16) Words {
   unsigned w[4];  // eight values
 };
 
-/// z [m, R] = x·lᵀ, x [m, k], l [R, k]; with WIDE also wide [m, k + R] = [x z]. A threadgroup has 16 rows of x, whose
-/// columns its warps share.
-template <int R, bool WIDE, typename T>
-__device__ void low_rank_down(const T* x, const T* l, int m, int k, T* wide, T* z) {
+/// z [m, R] = x·lᵀ, x [m, k], l [R, k], and wide [m, k + R] = [x z]. A threadgroup has 16 rows of x, whose columns its
+/// warps share.
+template <int R, typename T>
+__device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T* z) {
   constexpr int NT = R / 8;
   __shared__ float sums[WARPS][16][R];
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, row0 = blockIdx.x * 16;
   float sum[NT][4] = {};
 #pragma unroll 2
   for (int i = warp * 32 + quad * 8; i < (k + 31) / 32 * 32; i += WARPS * 32) {
-    Words<T> a[2] = {};
+    Words a[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = row0 + group + 8 * h;
       if (row >= m || i >= k) continue;
-      a[h] = *reinterpret_cast<const Words<T>*>(x + static_cast<size_t>(row) * k + i);
-      if (WIDE) *reinterpret_cast<Words<T>*>(wide + static_cast<size_t>(row) * (k + R) + i) = a[h];
+      a[h] = *reinterpret_cast<const Words*>(x + static_cast<size_t>(row) * k + i);
+      *reinterpret_cast<Words*>(wide + static_cast<size_t>(row) * (k + R) + i) = a[h];
     }
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      Words<T> b = {};
-      if (i < k) b = *reinterpret_cast<const Words<T>*>(l + static_cast<size_t>(n * 8 + group) * k + i);
+      Words b = {};
+      if (i < k) b = *reinterpret_cast<const Words*>(l + static_cast<size_t>(n * 8 + group) * k + i);
 #pragma unroll
       for (int s = 0; s < 4; s += 2) {
         const unsigned block[4] = {a[0].w[s], a[1].w[s], a[0].w[s + 1], a[1].w[s + 1]};
@@ -54,7 +53,7 @@ __device__ void low_rank_down(const T* x, const T* l, int m, int k, T* wide, T* 
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) all += sums[w][i / R][col];
     put(z[static_cast<size_t>(row) * R + col], all);
-    if (WIDE) put(wide[static_cast<size_t>(row) * (k + R) + k + col], all);
+    put(wide[static_cast<size_t>(row) * (k + R) + k + col], all);
   }
 }
 
@@ -197,10 +196,8 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs; all take R.
 // at = {m, k}, and of low_rank_factors {ranks of three projections, their widths, k}; args = {scales}.
 
-//: low_rank_down: x l at -> z
-low_rank_down<R, false>(x, l, at[0], at[1], static_cast<T*>(nullptr), z);
 //: low_rank_widen: x l at -> wide z
-low_rank_down<R, true>(x, l, at[0], at[1], wide, z);
+low_rank_widen<R>(x, l, at[0], at[1], wide, z);
 //: low_rank_up: wide l at -> y z
 low_rank_up<R>(wide, l, at[0], at[1], y, z);
 //: low_rank_outer: x z at -> sums

@@ -190,8 +190,6 @@ def lora_linear(
     and b in their own dtype. Every quantization of mx.quantize; ValueError names mode, bits and
     group size where the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
     """
-    if impl == "reference":
-        return reference.lora_linear(x, base, a, b, scale, dropout=dropout, key=key)
     keys = [] if key is None else [key]
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
 
