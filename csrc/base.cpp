@@ -130,8 +130,8 @@ mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::opt
   const auto& first = bases[0];
   const int k = first.in(), beside = columns ? columns->shape(1) : 0, below = rows ? rows->shape(0) : 0;
   std::vector<int32_t> at;
-  auto none = columns ? *columns : rows ? *rows : mx::astype(device_floats({0}), dtype, s);
-  std::map<std::string, mx::array> values{{"columns", columns.value_or(none)}, {"rows", rows.value_or(none)}};
+  std::map<std::string, mx::array> values{{"columns", columns.value_or(first.weight)},
+                                          {"rows", rows.value_or(first.weight)}};
   int n = 0;
   for (size_t i = 0; i < 3; ++i) {
     const auto& base = bases[std::min(i, bases.size() - 1)];
@@ -149,7 +149,8 @@ mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::opt
                      {"MODE", first.scales ? modes.at(first.mode) : 4},
                      {"BITS", first.scales ? first.bits : 32},
                      {"GROUP", first.scales ? first.group_size : 32}};
-  return launch("dequantize", values, {{n + below, k + beside}}, {dtype}, arguments, {{n + below, 1, 1}, 128},
+  int groups = tiles((n + below) * ((k + beside) / 8), 512);
+  return launch("dequantize", values, {{n + below, k + beside}}, {dtype}, arguments, {{groups, 1, 1}, 256},
                 s)[0];
 }
 

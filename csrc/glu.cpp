@@ -79,14 +79,14 @@ Arrays gpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
 }
 
 /// Of gate_up [rows, 2·f].
-Arrays joint_launch(const std::string& name, bool gelu, std::map<std::string, mx::array> values,
-                    const std::vector<mx::Shape>& shapes, mx::StreamOrDevice s) {
+mx::array joint_launch(const std::string& name, bool gelu, std::map<std::string, mx::array> values,
+                       const mx::Shape& shape, mx::StreamOrDevice s) {
   const auto& gate_up = values.at("gate_up");
   auto dtype = gate_up.dtype();
   int f = gate_up.shape(1) / 2, n = gate_up.shape(0) * f;
   values.insert({"at", device_ints({n, f})});
-  return launch(name, values, shapes, std::vector<mx::Dtype>(shapes.size(), dtype),
-                {{"T", dtype}, {"GELU", gelu}}, {{groups_for(n, OF_A_THREAD_CUDA), 1, 1}, THREADS}, s);
+  return launch(name, values, {shape}, {dtype}, {{"T", dtype}, {"GELU", gelu}},
+                {{groups_for(n, OF_A_THREAD_CUDA), 1, 1}, THREADS}, s)[0];
 }
 
 // ---- stock
@@ -148,13 +148,11 @@ mx::array glu(const std::string& op, bool gelu, const mx::array& gate, const mx:
 }  // namespace
 
 mx::array glu_joint(bool gelu, const mx::array& gate_up, mx::StreamOrDevice s) {
-  return joint_launch("glu_joint", gelu, {{"gate_up", gate_up}}, {{gate_up.shape(0), gate_up.shape(1) / 2}},
-                      s)[0];
+  return joint_launch("glu_joint", gelu, {{"gate_up", gate_up}}, {gate_up.shape(0), gate_up.shape(1) / 2}, s);
 }
 
-Arrays glu_joint_vjp(bool gelu, const mx::array& gate_up, const mx::array& dh, mx::StreamOrDevice s) {
-  return joint_launch("glu_joint_vjp", gelu, {{"gate_up", gate_up}, {"dh", dh}},
-                      {gate_up.shape(), dh.shape()}, s);
+mx::array glu_joint_vjp(bool gelu, const mx::array& gate_up, const mx::array& dh, mx::StreamOrDevice s) {
+  return joint_launch("glu_joint_vjp", gelu, {{"gate_up", gate_up}, {"dh", dh}}, gate_up.shape(), s);
 }
 
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s) {

@@ -8,7 +8,7 @@ namespace segtrain {
 /// gate_up [rows, 2·f] → [rows, f].
 mx::array glu_joint(bool gelu, const mx::array& gate_up, mx::StreamOrDevice s);
 
-/// {dgate_up, h} from the cotangent dh [rows, f]; h, the forward pass' result, is made again on the way.
-Arrays glu_joint_vjp(bool gelu, const mx::array& gate_up, const mx::array& dh, mx::StreamOrDevice s);
+/// dgate_up from the cotangent dh [rows, f].
+mx::array glu_joint_vjp(bool gelu, const mx::array& gate_up, const mx::array& dh, mx::StreamOrDevice s);
 
 }  // namespace segtrain

@@ -79,6 +79,10 @@ Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> sha
                                 std::make_shared<CpuOp>(mx::to_stream(s), name, std::move(run)), rows);
 }
 
+mx::array after(const mx::array& x, const Arrays& others) {
+  return others.empty() ? x : mx::depends({x}, others)[0];
+}
+
 mx::array f32(const mx::array& x, mx::StreamOrDevice s) {
   return mx::astype(x, mx::float32, s);
 }

@@ -58,6 +58,10 @@ Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> sha
 /// Lets the C library keep up to 1 GB that was freed for what is asked for next. For the whole process.
 void keep_freed_memory();
 
+/// x, which exists once `others` do. MLX leaves to the end what only results of a graph need, such as
+/// gradients of factors, and keeps until then what they are made of.
+mx::array after(const mx::array& x, const Arrays& others);
+
 /// x as float32, the dtype that the CPU kernels compute in.
 mx::array f32(const mx::array& x, mx::StreamOrDevice s);
 

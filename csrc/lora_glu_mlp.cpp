@@ -76,13 +76,17 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
   auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
     auto dy = mx::astype(dys[0], p[0].dtype(), c.s);
     auto [dh, u_down] = down.dx(dy, down.prepare(factors(p, true)));
-    auto made = glu_joint_vjp(c.gelu, y[1], dh, c.s);
-    const auto &d_both = made[0], &h = made[1];
+    auto d_both = glu_joint_vjp(c.gelu, y[1], dh, c.s);
+    Arrays of_both, of_down;
+    if (u_down) {
+      auto h = glu_joint(c.gelu, after(y[1], {d_both}), c.s);  // when dh is free
+      of_down = down.gradients(factors(p, true), h, dy, y[3], *u_down);
+      d_both = after(d_both, of_down);  // when h and gate_up are
+    }
     auto [dx, u] = both.dx(d_both, both.prepare(factors(p, false)));
-    Arrays grads{dx};
-    auto more = [&](const Arrays& some) { grads.insert(grads.end(), some.begin(), some.end()); };
-    if (u) more(both.gradients(factors(p, false), p[0], d_both, y[2], *u));
-    if (u_down) more(down.gradients(factors(p, true), h, dy, y[3], *u_down));
+    if (u) of_both = both.gradients(factors(p, false), p[0], d_both, y[2], *u);
+    Arrays grads{after(dx, of_both)};
+    for (const auto* some : {&of_both, &of_down}) grads.insert(grads.end(), some->begin(), some->end());
     return grads;
   };
   return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
@@ -109,7 +113,7 @@ mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
     Arrays ys;
     for (int begin = 0; begin < p[0].shape(0); begin += tile) {
       auto part = slice(p[0], begin, std::min(p[0].shape(0), begin + tile));
-      ys.push_back(whole(here, ys.empty() ? part : mx::depends({part}, {ys.back()})[0]));
+      ys.push_back(whole(here, after(part, ys.empty() ? Arrays{} : Arrays{ys.back()})));
     }
     return {mx::concatenate(ys, 0, c.s)};
   };
@@ -122,7 +126,7 @@ mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
       if (begin) {
         Arrays before = sums;
         before.push_back(dxs.back());
-        in[0] = mx::depends({in[0]}, before)[0];
+        in[0] = after(in[0], before);
       }
       auto f = [&](const Arrays& q) { return Arrays{whole(c.with(q), q[0])}; };
       auto grads = mx::vjp(f, in, {slice(dys[0], begin, end)}).second;

@@ -71,8 +71,9 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
       auto through_w = product(dy, base, false, std::nullopt, std::nullopt, kernel, s);
       return mx::add(through_w, mask(matmul(u, cast(p[1]), false, true, 1, s)), s);
     };
-    return {dx(), mx::astype(matmul(mask(p[0]), u, true, false, 1, s), p[1].dtype(), s),
-            mx::astype(matmul(y[1], dy, true, false, 1, s), p[2].dtype(), s)};
+    auto da = mx::astype(matmul(mask(p[0]), u, true, false, 1, s), p[1].dtype(), s);
+    auto db = mx::astype(matmul(y[1], dy, true, false, 1, s), p[2].dtype(), s);
+    return {after(dx(), {da, db}), da, db};
   };
   return mx::custom_vjp(forward, vjp)(primals_of(x, {linear}))[0];
 }
@@ -93,9 +94,9 @@ Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamO
     for (size_t i = 0; i < n; ++i) parts.push_back(mx::astype(dys[i], x.dtype(), s));
     auto dy = n == 1 ? parts[0] : mx::concatenate(parts, -1, s);
     auto [dx, u] = all.dx(dy, all.prepare(ab(p)));
-    Arrays grads{dx};
-    if (u)
-      for (const auto& grad : all.gradients(ab(p), p[0], dy, y[n], *u)) grads.push_back(grad);
+    if (!u) return Arrays{dx};
+    auto grads = all.gradients(ab(p), p[0], dy, y[n], *u);
+    grads.insert(grads.begin(), after(dx, grads));
     return grads;
   };
   auto out = mx::custom_vjp(forward, vjp)(primals_of(x, linears));

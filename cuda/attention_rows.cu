@@ -52,19 +52,6 @@ __device__ void store_zeros(T* y, int begin, int end, int cols, bool aligned) {
   for (int col = end + threadIdx.x * 8; col < cols; col += blockDim.x * 8) store(y, col, cols, aligned, zeros);
 }
 
-/// One value for the threadgroup, the same in each thread.
-template <typename F>
-__device__ float reduce(float x, float empty, F f) {
-  __shared__ float warps[32];
-  for (int lane = 16; lane > 0; lane /= 2) x = f(x, __shfl_xor_sync(~0u, x, lane));
-  __syncthreads();  // the last reduction's readers are done
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : empty;
-  for (int lane = 16; lane > 0; lane /= 2) x = f(x, __shfl_xor_sync(~0u, x, lane));
-  return x;
-}
-
 template <typename S, typename T, bool CAP>
 __device__ void softmax_rows(const S* s, const int* first, const int* at, const float* args, T* p, float* lse, int cols) {
   const size_t row = blockIdx.x;
@@ -95,7 +82,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
     scores(col, x);
     for (int i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
   }
-  top = reduce(top, -infinity(), [](float a, float b) { return fmaxf(a, b); });
+  top = block_reduce<true>(top);
   if (top == -infinity()) top = 0;  // a row that sees nothing: p = 0
 
   /// l = Σ exp(s' − m)
@@ -113,7 +100,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
     exps(x);
     for (int i = 0; i < 8; ++i) sum += x[i];
   }
-  sum = reduce(sum, 0, [](float a, float b) { return a + b; });
+  sum = block_reduce<false>(sum);
 
   /// p = exp(s' − m)/l, lse = m + log l
   const float inverse = sum > 0 ? 1 / sum : 0;

@@ -1,6 +1,6 @@
-// A frozen weight in T, with room for low-rank factors: csrc/lora_linear_cuda.cpp says what they are good for.
+// A frozen weight in T, with room for low-rank factors: csrc/joint_linear.cpp says what they are good for.
 //
-// One threadgroup per row of w; a thread unpacks eight neighbours, whose BITS bytes lie in one group.
+// A thread has eight neighbours of w at a time, which lie in one group: BITS bytes of codes.
 // Up to three weights of one kind stand one below the other: those of projections that read the same x.
 //
 //   w = [ W  columns ]   [n + below, k + beside], beside or below 0 where no factor stands there
@@ -81,36 +81,38 @@ struct Eight {
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                            const T* columns, const T* rows, const int* at, T* w) {
-  constexpr int AT_ONCE = 4, THREADS = 128;  // reads in flight of a thread
-  const int ends[3] = {at[0], at[0] + at[1], at[0] + at[1] + at[2]}, k = at[3], beside = at[4];
-  const int row = blockIdx.x, part = (row >= ends[0]) + (row >= ends[1]);
-  w += static_cast<size_t>(row) * (k + beside);
-  if (row >= ends[2]) {
-    for (int i = threadIdx.x * 8; i < k; i += THREADS * 8)
-      *reinterpret_cast<Pack<T>*>(w + i) = *reinterpret_cast<const Pack<T>*>(rows + static_cast<size_t>(row - ends[2]) * k + i);
-    return;
-  }
-  const size_t own = row - (part ? ends[part - 1] : 0), groups = own * (k / GROUP);
-  const W* from = weights[part] + (MODE == DENSE ? own * k : own * (k / 32) * BITS);
-  const S *scale = scales[part] + groups, *bias = biases[part] + groups;
-  for (int i0 = threadIdx.x * 8; i0 < k; i0 += AT_ONCE * THREADS * 8) {
-    Eight<MODE, BITS, GROUP, W, S> eight[AT_ONCE];
+  constexpr int AT_ONCE = 2;  // reads in flight of a thread
+  const unsigned ends[3] = {0u + at[0], 0u + at[0] + at[1], 0u + at[0] + at[1] + at[2]};
+  const unsigned k = at[3], beside = at[4], packs = (k + beside) / 8, all = (ends[2] + at[5]) * packs;
+  Eight<MODE, BITS, GROUP, W, S> eight[AT_ONCE];
+  const unsigned first = blockIdx.x * blockDim.x * AT_ONCE + threadIdx.x;
+  auto place = [&](int j) { return reinterpret_cast<Pack<T>*>(w) + first + j * blockDim.x; };
+  bool quantized[AT_ONCE];
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j)
-      if (i0 + j * THREADS * 8 < k) eight[j].read(from, scale, bias, i0 + j * THREADS * 8);
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j)
-      if (i0 + j * THREADS * 8 < k)
-        *reinterpret_cast<Pack<T>*>(w + i0 + j * THREADS * 8) = eight[j].template values<T>();
+  for (int j = 0; j < AT_ONCE; ++j) {
+    const unsigned i = first + j * blockDim.x, row = i / packs, col = (i - row * packs) * 8;
+    quantized[j] = row < ends[2] && col < k;
+    if (quantized[j]) {
+      const int part = (row >= ends[0]) + (row >= ends[1]);
+      const size_t own = row - (part == 0 ? 0 : part == 1 ? ends[0] : ends[1]), groups = own * (k / GROUP);
+      eight[j].read(pick(weights, part) + (MODE == DENSE ? own * k : own * (k / 32) * BITS), pick(scales, part) + groups,
+                    pick(biases, part) + groups, col);
+    } else if (i < all) {
+      const T* from = row < ends[2] ? columns + static_cast<size_t>(row) * beside + (col - k)
+                                    : rows + static_cast<size_t>(row - ends[2]) * k + col;
+      *place(j) = *reinterpret_cast<const Pack<T>*>(from);
+    }
   }
-  for (int i = threadIdx.x * 8; i < beside; i += THREADS * 8)
-    *reinterpret_cast<Pack<T>*>(w + k + i) = *reinterpret_cast<const Pack<T>*>(columns + static_cast<size_t>(row) * beside + i);
+#pragma unroll
+  for (int j = 0; j < AT_ONCE; ++j)
+    if (quantized[j]) *place(j) = eight[j].template values<T>();
 }
 
 }  // namespace segtrain
 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs.
-// at = {rows of each of three weights, k, beside, below}.
+// at = {rows of each of three weights, k, beside, below}. Where columns or rows are not there, any array stands for them.
 
 //: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
-dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, columns, rows, at, w);
+dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, reinterpret_cast<const T*>(columns),
+                                  reinterpret_cast<const T*>(rows), at, w);

@@ -109,27 +109,23 @@ __device__ void glu_joint(const T* gate_up, T* y, int n, int f) {
   store(y, to, u);
 }
 
-/// y is made again on the way: who asks for gradients of a unit mostly needs them of its reader too.
 template <bool GELU, typename T>
-__device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, T* y, int n, int f) {
-  const Mine from = mine(n, dy, y);
+__device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, int n, int f) {
+  const Mine from = mine(n, dy);
   if (!from.count) return;
   const Mine at = {0, 8, true};
   const size_t begin = joint_gates(from.begin, f);
-  float g[8], u[8], d[8], act[8];
+  float g[8], u[8], d[8];
   load(gate_up + begin, at, g);
   load(gate_up + begin + f, at, u);
   load(dy, from, d);
   for (int i = 0; i < 8; ++i) {
     const Gate now = gate_of<GELU>(g[i]);
-    act[i] = g[i] * now.s;
-    g[i] = d[i] * u[i] * (now.s + now.bend);
-    d[i] = d[i] * act[i];
-    act[i] *= u[i];
+    u[i] = d[i] * u[i] * (now.s + now.bend);
+    d[i] = d[i] * (g[i] * now.s);
   }
-  store(dgate_up + begin, at, g);
+  store(dgate_up + begin, at, u);
   store(dgate_up + begin + f, at, d);
-  store(y, from, act);
 }
 
 }  // namespace segtrain
@@ -142,5 +138,5 @@ glu<GELU>(gate, up, y, at[0]);
 glu_vjp<GELU>(gate, up, dy, dgate, dup, at[0]);
 //: glu_joint: gate_up at -> h
 glu_joint<GELU>(gate_up, h, at[0], at[1]);
-//: glu_joint_vjp: gate_up dh at -> dgate_up h
-glu_joint_vjp<GELU>(gate_up, dh, dgate_up, h, at[0], at[1]);
+//: glu_joint_vjp: gate_up dh at -> dgate_up
+glu_joint_vjp<GELU>(gate_up, dh, dgate_up, at[0], at[1]);

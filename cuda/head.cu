@@ -7,23 +7,6 @@ namespace segtrain {
 
 constexpr int HEAD_THREADS = 256;
 
-template <bool MAX>
-__device__ inline float block_reduce(float x) {
-  __shared__ float shared[HEAD_THREADS / 32];
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) {
-    const float other = __shfl_xor_sync(~0u, x, i);
-    x = MAX ? fmaxf(x, other) : x + other;
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = shared[0];
-#pragma unroll
-  for (int i = 1; i < HEAD_THREADS / 32; ++i) x = MAX ? fmaxf(x, shared[i]) : x + shared[i];
-  return x;
-}
-
 /// One row a threadgroup: z [m, v] without the bias [v], of tokens v0 … → p = exp(z − max)·dz/dlogit, 0 at the target; rescale [m] for what was
 /// summed before.
 template <int PACKS, bool CAP, bool BIAS, typename T>

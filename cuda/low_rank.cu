@@ -1,4 +1,4 @@
-// The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/lora_linear_cuda.cpp.
+// The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/joint_linear.cpp.
 //
 // A product of R columns is bound by what it reads, so tensor cores wait for memory whatever the tiles: fragments come
 // straight from global memory, sixteen bytes a thread. That permutes the summed index (or the columns), alike on both sides.
@@ -183,8 +183,8 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
   for (int r = 0; r < 8; ++r) {
     float x = 0;
     if (r < count)
-      x = of_a ? a[part][static_cast<size_t>(own) * ranks[part] + first + r]
-               : scales[part] * b[part][static_cast<size_t>(first + r) * widths[part] + own];
+      x = of_a ? pick(a, part)[static_cast<size_t>(own) * ranks[part] + first + r]
+               : scales[part] * pick(b, part)[static_cast<size_t>(first + r) * widths[part] + own];
     put(y.x[r], x);
     (of_a ? a_rows : b_rows)[static_cast<size_t>(r0 + r) * (of_a ? k : n) + column] = y.x[r];
   }

@@ -186,6 +186,28 @@ __device__ inline int queries_before(const Call& c, int key) {
   return low;
 }
 
+/// three[i]. An index that is no constant would put the array into memory.
+template <typename P>
+__device__ inline P pick(P const (&three)[3], int i) {
+  return i == 0 ? three[0] : i == 1 ? three[1] : three[2];
+}
+
+/// The largest or the sum of the threadgroup's values, the same in each thread.
+template <bool MAX>
+__device__ inline float block_reduce(float x) {
+  __shared__ float warps[32];
+  auto both = [](float a, float b) { return MAX ? fmaxf(a, b) : a + b; };
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x = both(x, __shfl_xor_sync(~0u, x, lane));
+  __syncthreads();  // the last reduction's readers are done
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : MAX ? -infinity() : 0;
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x = both(x, __shfl_xor_sync(~0u, x, lane));
+  return x;
+}
+
 /// delta = Σ o·do, one warp a row.
 template <typename T>
 __device__ void row_dot(const T* x, const T* y, int rows, int cols, float* sum) {

@@ -136,6 +136,7 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
     assert [(x.op, x.case) for x in report.checks] == [
         *cases,
         ("attention_cudnn", "causal, D = 256"),
+        ("attention_cudnn", "segments, D = 256"),
     ]
     # bfloat16 is far from the plain code
     half = [x for x in report.checks if x.case != "float32"]

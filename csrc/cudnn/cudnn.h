@@ -11,6 +11,9 @@ struct CudnnAttention {
   AttentionWay way;
 };
 
+/// That of gpu.h: the library cannot link the core.
+using DeviceInts = mx::array(const std::vector<int32_t>&);
+
 /// Does the package have the library, and does it load?
 bool has_cudnn();
 
@@ -24,4 +27,4 @@ const AttentionWay& cudnn_attention();
 }  // namespace segtrain
 
 /// What the library defines; found by name.
-extern "C" const segtrain::CudnnAttention* segtrain_cudnn_attention();
+extern "C" const segtrain::CudnnAttention* segtrain_cudnn_attention(segtrain::DeviceInts* device_ints);

@@ -23,7 +23,7 @@ const Library& library() {
     void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
     void* entry = handle ? dlsym(handle, "segtrain_cudnn_attention") : nullptr;
     if (!entry) return Library{nullptr, std::string("its library does not load (") + dlerror() + ")"};
-    auto attention = reinterpret_cast<decltype(&segtrain_cudnn_attention)>(entry)();
+    auto attention = reinterpret_cast<decltype(&segtrain_cudnn_attention)>(entry)(device_ints);
     return Library{attention, attention ? "" : "libcudnn.so.9 does not load"};
   }();
   return loaded;

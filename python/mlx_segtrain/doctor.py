@@ -32,7 +32,7 @@ CHECKED, TIMED_ON_GPU = 500, 2000
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda t: {},
     "window": lambda t: {"window": t // 4},
-    "segments": lambda t: {"segments": [0, t // 3, t // 3 + 10, t - t // 8]},
+    "segments": lambda t: {"segments": [0, t // 3, t // 3 + 10, 2 * t // 3, t - t // 8]},
     "softcap": lambda t: {"softcap": 2.0},
 }
 
@@ -172,7 +172,8 @@ def calls(t: int) -> Iterator[Call]:
         for d in (64, 512):
             yield from attention_calls("attention_hopper", "hopper", mx.bfloat16, t, d)
     if "cudnn" in impls:
-        yield from attention_calls("attention_cudnn", "cudnn", mx.bfloat16, t, 256, ["causal"])
+        cases = ("causal", "segments")
+        yield from attention_calls("attention_cudnn", "cudnn", mx.bfloat16, t, 256, cases)
 
 
 def cotangent(call: Call) -> mx.array:
