@@ -67,7 +67,6 @@ def segtrain(model_dir, length, steps, variant):
     from mlx_segtrain.data import Batch
     from mlx_segtrain.models import chain_of, load_base
     from mlx_segtrain.objectives import sft
-    from mlx_segtrain.schedule import segmented_value_and_grad
 
     model, config, _ = load_base(model_dir)
     chain = chain_of(model)
@@ -79,13 +78,7 @@ def segtrain(model_dir, length, steps, variant):
     weights = np.ones(row.shape, np.float32)
     weights[:, 0] = 0
     batch = Batch(row, weights, np.arange(1))
-    value_and_grad = segmented_value_and_grad(
-        stages,
-        sft.head(chain),
-        inputs=sft.HEAD_READS,
-        head_reads=sft.HEAD_READS,
-        segment_size=int(variant or 1),
-    )
+    value_and_grad = sft.value_and_grad(chain, stages, int(variant or 1))
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     resting = mx.get_active_memory()
 

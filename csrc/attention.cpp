@@ -103,7 +103,9 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
   Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c));
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
-  Way cudnn = impl == "cudnn" || (impl == "auto" && !c.window && !c.cap && c.T == c.S) ? cudnn_way(c) : Way{"cudnn", false, ""};
+  Way cudnn = impl == "cudnn" || (impl == "auto" && !c.window && !c.cap && c.T == c.S)
+                  ? cudnn_way(c)
+                  : Way{"cudnn", false, ""};
   // By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
   std::vector<Way> ways{cudnn, stock_way(c), kernel, hopper, blocked};
   if (c.D > 128) std::swap(ways[2], ways[3]);

@@ -94,7 +94,19 @@ NB_MODULE(_core, m) {
       .def_ro("outputs", &StepResult::outputs)
       .def_ro("grads", &StepResult::grads)
       .def_ro("head_grads", &StepResult::head_grads);
-  m.def("run_plan", &run_plan, nb::call_guard<nb::gil_scoped_release>(), "plan"_a, "stages"_a, "fns"_a,
-        "head"_a, "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
-        "Runs a plan over callables (params, reads) → writes, evaluating after every move.");
+  m.def(
+      "run_plan",
+      [](const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
+         const StageFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
+         const Arrays& head_params, const Arrays& inputs) {
+        // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
+        // mx.custom_function) takes it for granted.
+        auto evaluate = [](const Arrays& made) {
+          nb::gil_scoped_release others;
+          mx::eval(made);
+        };
+        return run_plan(plan, stages, fns, head, head_reads, params, head_params, inputs, evaluate);
+      },
+      "plan"_a, "stages"_a, "fns"_a, "head"_a, "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
+      "Runs a plan over callables (params, reads) → writes, evaluating after every move.");
 }

@@ -41,7 +41,7 @@ class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
          const StageFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const Arrays& head_params, const Arrays& inputs)
+         const Arrays& head_params, const Arrays& inputs, const Evaluate& evaluate)
       : plan_(plan),
         stages_(stages),
         fns_(fns),
@@ -49,6 +49,7 @@ class Runner {
         head_reads_(head_reads),
         params_(params),
         head_params_(head_params),
+        evaluate_(evaluate),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
@@ -73,7 +74,7 @@ class Runner {
       }
       for (int value : move.drops) values_[value].reset();
       // One segment's inner arrays die here: this evaluation is what bounds memory.
-      mx::eval(made);
+      evaluate_(made);
     }
     return std::move(result_);
   }
@@ -233,6 +234,7 @@ class Runner {
   const std::vector<std::string>& head_reads_;
   const std::vector<Arrays>& params_;
   const Arrays& head_params_;
+  const Evaluate& evaluate_;
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::map<int, std::optional<mx::Dtype>> dtypes_;
@@ -243,10 +245,11 @@ class Runner {
 
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
                     const StageFn& head, const std::vector<std::string>& head_reads,
-                    const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs) {
+                    const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
+                    const Evaluate& evaluate) {
   check(fns.size() == stages.size() && params.size() == stages.size(), "[schedule] expected ", stages.size(),
         " callables and parameter lists, one for each stage; got ", fns.size(), " and ", params.size(), ".");
-  return Runner(plan, stages, fns, head, head_reads, params, head_params, inputs).run();
+  return Runner(plan, stages, fns, head, head_reads, params, head_params, inputs, evaluate).run();
 }
 
 }  // namespace segtrain

@@ -18,7 +18,6 @@ from mlx_segtrain.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.objectives import sft
-from mlx_segtrain.schedule import segmented_value_and_grad
 from mlx_segtrain.training.evaluation import mean_loss
 from oracle import assert_close
 
@@ -56,14 +55,7 @@ def ours(model_dir, batch, sizes):
     values = sft.values(chain, batch, float(batch.weights.sum()))
     results = []
     for size in sizes:
-        step = segmented_value_and_grad(
-            stages,
-            sft.head(chain),
-            inputs=sft.HEAD_READS,
-            head_reads=sft.HEAD_READS,
-            segment_size=size,
-        )
-        (loss,), grads = step(params, values)
+        (loss,), grads = sft.value_and_grad(chain, stages, size)(params, values)
         flat = {f"{s}.{k}": g for s, own in grads.items() for k, g in own.items()}
         results.append((loss.item(), flat))
     return adapter, results

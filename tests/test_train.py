@@ -79,8 +79,9 @@ def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, t
     assert adapter.ranks == result.applied_ranks
     stages = chain.stages(adapter.scales)
     params = lora.stage_params(adapter, [stage.name for stage in stages])
-    h = mlx_segtrain.schedule.forward(stages, params, {"h": chain.embed(tokens)})["h"]
-    logits = mlx_segtrain.ops.lora_linear(chain.norm(h), chain.head)
+    values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
+    h = mlx_segtrain.schedule.forward(stages, params, values)["h"]
+    logits = chain.head.logits(h)
     assert_close("training forward", logits, stock(tokens), 1e-5)
 
 

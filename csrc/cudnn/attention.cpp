@@ -1,4 +1,5 @@
-// Causal attention, of packed segments too, through cuDNN's graph API: MLX's own binding is slower, and stops at D = 128.
+// Causal attention, of packed segments too, through cuDNN's graph API: MLX's own binding is slower, and stops
+// at D = 128.
 //
 // Nothing of CUDA is linked. cuDNN is the one that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
 // runtime by itself. The symbols of MLX are those that it exports.
@@ -76,7 +77,8 @@ cudnnHandle_t handle_of(mx::cu::Device& device) {
   return found->second;
 }
 
-/// Names of tensors. The last five are those of packed segments: their lengths, and where each begins in q, k, v, o.
+/// Names of tensors. The last five are those of packed segments: their lengths, and where each begins in q,
+/// k, v, o.
 enum Uid { Q, K, V, O, LSE, D_O, D_Q, D_K, D_V, SCALE, LENGTHS, AT_Q, AT_K, AT_V, AT_O };
 
 using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
@@ -360,15 +362,13 @@ Arrays op(const Call& c, bool backward, const Arrays& inputs, std::vector<Uid> u
 Arrays forward(const Call& c, const Arrays& x) {
   auto p = problem_of(c, false);
   return op(c, false, x, {Q, K, V, O, LSE},
-            {{c.B, c.H, c.T, c.Dv}, {p.segments ? p.segments : c.B, c.H, p.longest}},
-            {c.dtype, mx::float32});
+            {{c.B, c.H, c.T, c.Dv}, {p.segments ? p.segments : c.B, c.H, p.longest}}, {c.dtype, mx::float32});
 }
 
 Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
   return op(c, true, {x[0], x[1], x[2], o, lse, mx::astype(d_o, c.dtype, c.s)},
             {Q, K, V, O, LSE, D_O, D_Q, D_K, D_V},
-            {{c.B, c.H, c.T, c.D}, {c.B, c.G, c.S, c.D}, {c.B, c.G, c.S, c.Dv}},
-            {c.dtype, c.dtype, c.dtype});
+            {{c.B, c.H, c.T, c.D}, {c.B, c.G, c.S, c.D}, {c.B, c.G, c.S, c.Dv}}, {c.dtype, c.dtype, c.dtype});
 }
 
 }  // namespace

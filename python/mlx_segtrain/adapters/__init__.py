@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..files import atomic, write_json
-from ..lora import Adapter
+from ..lora import Adapter, shapes
 from ..models import Chain
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
         tensors = {}
         for module, (a, b) in adapter.tensors.items():
             extra = rank - a.shape[1] if rank else 0
+            more_b = [(0, extra), (0, 0)] if b.ndim == 2 else [(0, 0), (0, 0), (0, extra)]
+            more_a = [(0, 0), (0, extra), (0, 0)][: a.ndim]
             ratio = adapter.scales[module] / scale
-            tensors[f"{module}.lora_a"] = mx.pad(a, [(0, 0), (0, extra)]).astype(mx.float32)
+            tensors[f"{module}.lora_a"] = mx.pad(a, more_a).astype(mx.float32)
             b = b if ratio == 1 else b * ratio
-            tensors[f"{module}.lora_b"] = mx.pad(b, [(0, extra), (0, 0)]).astype(mx.float32)
+            tensors[f"{module}.lora_b"] = mx.pad(b, more_b).astype(mx.float32)
         return tensors
 
     lora_parameters = {"rank": largest, "scale": scale, "dropout": 0.0, "keys": sorted(ranks)}
@@ -143,17 +145,14 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
 
 
 def _pair(weights: Path, arrays: Any, module: str, chain: Chain) -> tuple[mx.array, mx.array]:
-    from ..ops import base_of
-
-    base = base_of(chain.linears[module])
     a, b = arrays[f"{module}.lora_a"], arrays.get(f"{module}.lora_b")
     if b is None:
         raise InputError(f"{weights}: '{module}' has lora_a but no lora_b.")
-    fits = a.ndim == 2 and b.ndim == 2 and a.shape[1] == b.shape[0]
-    if not fits or a.shape[0] != base.in_dims or b.shape[1] != base.out_dims:
+    wanted = shapes(chain.linears[module], a.shape[1] if a.ndim > 1 else 0)
+    if (a.shape, b.shape) != wanted:
         raise InputError(
             f"{weights}: '{module}' has lora_a {a.shape} and lora_b {b.shape}, but the model wants "
-            f"({base.in_dims}, R) and (R, {base.out_dims}): it was trained on another model."
+            f"{wanted[0]} and {wanted[1]}: it was trained on another model."
         )
     return a.astype(mx.float32), b.astype(mx.float32)
 

@@ -14,14 +14,28 @@ from .. import ops
 from ..errors import InputError
 from ..models import Chain
 
-__all__ = ["Adapter", "LoRALinear", "Tensors", "attach", "choose_ranks", "init", "stage_params"]
+__all__ = [
+    "Adapter",
+    "LoRALinear",
+    "LoRASwitchLinear",
+    "Tensors",
+    "attach",
+    "choose_ranks",
+    "init",
+    "shapes",
+    "stage_params",
+    "wrap",
+]
 
 Tensors = dict[str, tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors by full path of the linear: a [in, R], b [R, out], float32, and multipliers."""
+    """LoRA factors by full path of the linear, float32, and multipliers.
+
+    a [in, R] and b [R, out]; of a linear with E experts a [E, R, in] and b [E, out, R].
+    """
 
     tensors: Tensors
     scales: dict[str, float]
@@ -91,16 +105,24 @@ def _sensitivities(model_dir: Path) -> dict[str, float]:
     return {}
 
 
+def shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a and b for this linear, as mlx-lm has them."""
+    if "num_experts" in dir(module):
+        experts, out, width = module.num_experts, module.output_dims, module.input_dims
+        return (experts, rank, width), (experts, out, rank)
+    base = ops.base_of(module)
+    return (base.in_dims, rank), (rank, base.out_dims)
+
+
 def init(chain: Chain, ranks: Mapping[str, int], scale: float, seed: int) -> Adapter:
     """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0."""
     paths = sorted(ranks)
     keys = mx.random.split(mx.random.key(seed), len(paths))
     tensors: Tensors = {}
     for path, key in zip(paths, keys, strict=True):
-        base = ops.base_of(chain.linears[path])
-        bound = 1 / math.sqrt(base.in_dims)
-        a = mx.random.uniform(-bound, bound, (base.in_dims, ranks[path]), key=key)
-        tensors[path] = (a, mx.zeros((ranks[path], base.out_dims)))
+        a, b = shapes(chain.linears[path], ranks[path])
+        bound = 1 / math.sqrt(a[0] if len(a) == 2 else a[2])
+        tensors[path] = (mx.random.uniform(-bound, bound, a, key=key), mx.zeros(b))
     mx.eval(tensors)
     return Adapter(tensors, dict.fromkeys(paths, scale))
 
@@ -118,12 +140,10 @@ def stage_params(adapter: Adapter, stages: Sequence[str]) -> dict[str, dict[str,
 class LoRALinear(nn.Module):
     """A linear of an mlx-lm model that runs through our op, with a LoRA update if it has one."""
 
-    def __init__(self, linear: nn.Module, low: tuple[mx.array, mx.array] | None, scale: float):
+    def __init__(self, linear: nn.Module, scale: float):
         super().__init__()
         self.linear = linear
         self.scale = scale
-        if low is not None:
-            self.lora_a, self.lora_b = low
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -131,13 +151,41 @@ class LoRALinear(nn.Module):
         return ops.lora_linear(x, base, self.get("lora_a"), self.get("lora_b"), self.scale)
 
 
+class LoRASwitchLinear(LoRALinear):
+    """A linear with experts, of which `indices` names those of each row."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
+        how: Any = {"rhs_indices": indices, "sorted_indices": sorted_indices}
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        if "lora_a" not in self:
+            return y
+        a, b = (f.astype(x.dtype).swapaxes(-2, -1) for f in (self.lora_a, self.lora_b))
+        return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
+
+
+def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
+    """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
+    *parents, name = path.split(".")
+    at: Any = parent
+    for part in parents:
+        at = at[int(part)] if isinstance(at, list) else at[part]
+    linear = at[int(name)] if isinstance(at, list) else at[name]
+    if isinstance(linear, LoRALinear):
+        linear.scale = scale
+        return linear
+    wrapped = (LoRASwitchLinear if "num_experts" in dir(linear) else LoRALinear)(linear, scale)
+    if isinstance(at, list):
+        at[int(name)] = wrapped
+    else:
+        setattr(at, name, wrapped)
+    return wrapped
+
+
 def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> None:
     """Puts LoRALinear in the place of every adaptable linear of the model, in place."""
-    for path, linear in chain.linears.items():
-        parent: Any = model
-        *parents, name = path.split(".")
-        for part in parents:
-            parent = parent[int(part)] if isinstance(parent, list) else parent[part]
-        low = adapter.tensors.get(path) if adapter else None
-        scale = adapter.scales.get(path, 1.0) if adapter else 1.0
-        setattr(parent, name, LoRALinear(linear, low, scale))
+    for path in chain.linears:
+        module = wrap(model, path, adapter.scales.get(path, 1.0) if adapter else 1.0)
+        if adapter and path in adapter.tensors:
+            module.lora_a, module.lora_b = adapter.tensors[path]

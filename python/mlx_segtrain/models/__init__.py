@@ -1,11 +1,10 @@
 """Model families: an mlx-lm model as a chain of stages over our ops. Only this package knows them.
 
-Weights, configuration, tokenizer and generation stay mlx-lm's. A family is a module with
-`serves(model) -> bool` and `chain(model) -> Chain`.
+Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is a module with
+`serves(text_model) -> bool` and `chain_of(text_model, prefix) -> Chain`; every other model takes
+the generic path.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +12,33 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .. import ops
 from ..errors import InputError
-from ..schedule import Stage
+from .chain import Chain, Head
 
-__all__ = ["Chain", "Projection", "chain_of", "load", "load_base"]
-
-
-class Projection:
-    """A frozen linear of a stage that takes its LoRA update, if it has one, from the parameters."""
-
-    def __init__(self, module: nn.Module, name: str):
-        self.base = ops.base_of(module)
-        self.name = name
-
-    def linear(self, params: Mapping[str, mx.array], scales: Mapping[str, float]) -> ops.Linear:
-        a = params.get(f"{self.name}.lora_a")
-        if a is None:
-            return ops.Linear(self.base)
-        return ops.Linear(self.base, a, params[f"{self.name}.lora_b"], scales[self.name])
+__all__ = ["Chain", "Head", "chain_of", "family_of", "load", "load_base"]
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A model as the trainer sees it.
+def family_of(model: nn.Module) -> Any:
+    """The module of the model's fast family; None if it takes the generic path."""
+    from . import gemma, llama
 
-    `stages(scales)` has one stage a layer, named by its path (`model.layers.3`); its parameters are
-    `self_attn.q_proj.lora_a` and the like, and `scales` the multipliers by full path. `norm` and
-    `head` turn the last h into logits.
-    """
-
-    embed: Callable[[mx.array], mx.array]  #: tokens [B, T] → h [B, T, H]
-    stages: Callable[[Mapping[str, float]], list[Stage]]
-    norm: Callable[[mx.array], mx.array]
-    head: ops.Base
-    linears: dict[str, nn.Module]  #: what can be adapted, by full path
-    layer_of: dict[str, int]  #: index of the layer that a path belongs to
-    n_layers: int
-    max_length: int | None  #: positions the model was made for
-    softcap: float | None = None
+    text = model.get("language_model", model)
+    return next((family for family in (llama, gemma) if family.serves(text)), None)
 
 
 def chain_of(model: nn.Module) -> Chain:
-    """The chain of a loaded mlx-lm model. InputError if no family serves it."""
-    from . import llama
+    """The chain of a loaded mlx-lm model.
 
-    for family in (llama,):
-        if family.serves(model):
-            return family.chain(model)
-    raise InputError(
-        f"model type '{getattr(model, 'model_type', type(model).__module__)}' cannot be trained "
-        "yet: use a model of the Llama form (llama, mistral, SmolLM2, MiniCPM5)."
-    )
+    Of a model for text and images it is the text model's, and names keep its prefix. InputError if
+    the model cannot be cut into layers or not be differentiated.
+    """
+    from . import generic
+
+    family = family_of(model)
+    if family is None:
+        return generic.chain_of(model)
+    inner = model.get("language_model")
+    return family.chain_of(inner or model, "language_model." if inner else "")
 
 
 def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:

@@ -1,99 +1,123 @@
-"""The Llama form: norm, attention with rotary q and k, norm, SwiGLU; residual around each.
+"""The Llama forms: norm, attention with rotary q and k, norm, SwiGLU, a residual around each.
 
-Serves what mlx-lm loads as `llama`: Llama, Mistral, SmolLM2, MiniCPM5.
+What differs is read off mlx-lm's modules: biases, norms of q and k, norms behind the branches,
+fused projections, layers without rotation, multipliers.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.rope_utils import Llama3RoPE
 
 from .. import ops
-from ..schedule import Stage
-from . import Chain, Projection
+from .chain import Chain
+from .layer import (
+    Attention,
+    Layer,
+    LinearHead,
+    Mlp,
+    Norm,
+    Projection,
+    Rotate,
+    at,
+    chain,
+    parts_of,
+    rotary,
+)
 
+#: mlx-lm's modules of this form, by file; mistral and MiniCPM5 load as llama.
+FORMS = ("granite", "llama", "ministral3", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 PROJECTIONS = (
-    *(f"self_attn.{p}_proj" for p in "qkvo"),
-    *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+    *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
+    *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
 
 def serves(model: nn.Module) -> bool:
-    return type(model).__module__ == "mlx_lm.models.llama"
+    return type(model).__module__.rsplit(".", 1)[-1] in FORMS
 
 
-def chain(model: Any) -> Chain:
+def chain_of(model: Any, prefix: str) -> Chain:
     body, args = model.model, model.args
-    linears = {
-        f"model.layers.{i}.{name}": _at(layer, name)
-        for i, layer in enumerate(body.layers)
-        for name in PROJECTIONS
-    }
+    names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
+    shrink = 1 / getattr(model, "logits_scaling", 1.0)
+    grow = getattr(body, "embedding_multiplier", 1.0)
 
-    def stages(scales: Mapping[str, float]) -> list[Stage]:
-        return [
-            Stage(f"model.layers.{i}", _layer(layer, args, _below(scales, f"model.layers.{i}.")))
-            for i, layer in enumerate(body.layers)
-        ]
+    def embed(tokens: mx.array) -> mx.array:
+        h = body.embed_tokens(tokens)
+        return h if grow == 1 else h * grow
 
-    return Chain(
-        embed=body.embed_tokens,
-        stages=stages,
-        norm=lambda h: ops.rms_norm(h, body.norm.weight, body.norm.eps),
-        head=ops.base_of(body.embed_tokens if args.tie_word_embeddings else model.lm_head),
-        linears=linears,
-        layer_of={path: int(path.split(".")[2]) for path in linears},
-        n_layers=len(body.layers),
-        max_length=args.max_position_embeddings,
+    # A multiplier of the logits is one of the norm's weight, which meets every row.
+    weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
+    return chain(
+        embed,
+        [_layer(name, layer, args) for name, layer in zip(names, body.layers, strict=True)],
+        LinearHead(
+            Norm(weight, body.norm.eps),
+            ops.base_of(body.embed_tokens if args.tie_word_embeddings else model.lm_head),
+        ),
+        args.max_position_embeddings,
     )
 
 
-def _at(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = module[name]
-    return module
+def _layer(name: str, layer: Any, args: Any) -> Layer:
+    attn = layer.self_attn
+    modules = {path: found for path in PROJECTIONS if (found := at(layer, path)) is not None}
+
+    def split(fused: str, separate: list[str], sizes: list[int]) -> list[Projection]:
+        if fused in modules:
+            return parts_of(modules[fused], fused, sizes)
+        return [Projection(ops.base_of(modules[path]), path) for path in separate]
+
+    def norm(path: str) -> Norm | None:
+        found = at(layer, path)
+        return None if found is None else Norm(found.weight, found.eps)
+
+    o = modules["self_attn.o_proj"]
+    d = ops.base_of(o).in_dims // attn.n_heads
+    f = ops.base_of(modules["mlp.down_proj"]).in_dims
+    heads = [attn.n_heads * d, *[attn.n_kv_heads * d] * 2]
+    q, k, v = split("self_attn.qkv_proj", [f"self_attn.{p}_proj" for p in "qkv"], heads)
+    gate, up = split("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], [f, f])
+    before = norm("input_layernorm")
+    # Without a norm before a branch (OLMo 2) the one after attention stands behind it.
+    q_norm = norm("self_attn.q_norm")
+    return Layer(
+        name=name,
+        modules=modules,
+        attention=Attention(
+            q=q,
+            k=k,
+            v=v,
+            o=Projection(ops.base_of(o), "self_attn.o_proj"),
+            heads=attn.n_heads,
+            kv_heads=attn.n_kv_heads,
+            scale=attn.scale,
+            rotate=rotary(attn.rope),
+            window=args.sliding_window if getattr(layer, "use_sliding", False) else None,
+            q_norm=q_norm,
+            k_norm=norm("self_attn.k_norm"),
+            wide_norms=q_norm is not None and q_norm.weight.size > d,
+            scale_q=_scale_by_position(attn),
+        ),
+        mlp=Mlp(gate, up, Projection(ops.base_of(modules["mlp.down_proj"]), "mlp.down_proj")),
+        before_attention=before,
+        after_attention=None if before else norm("post_attention_layernorm"),
+        before_mlp=norm("post_attention_layernorm") if before else None,
+        after_mlp=norm("post_feedforward_layernorm"),
+        branch_scale=getattr(layer, "residual_multiplier", 1.0),
+    )
 
 
-def _below(scales: Mapping[str, float], prefix: str) -> dict[str, float]:
-    return {p.removeprefix(prefix): s for p, s in scales.items() if p.startswith(prefix)}
+def _scale_by_position(attn: Any) -> Rotate | None:
+    """Ministral 3: q grows with the logarithm of how often the first length has passed."""
+    beta: float | None = getattr(attn, "scaling_beta", None)
+    if beta is None:
+        return None
+    length = attn.original_max_position_embeddings
 
+    def scale(q: mx.array, offset: int) -> mx.array:
+        passed = mx.floor(mx.arange(offset, offset + q.shape[2]) / length)
+        return q * (1 + beta * mx.log1p(passed)).astype(q.dtype)[:, None]
 
-def _rotary(rope: Any) -> Callable[[mx.array], mx.array]:
-    """mlx-lm's rotary module as our op; one that also scales its input (YaRN) stays as it is."""
-    if isinstance(rope, nn.RoPE):
-        options: dict[str, Any] = {"base": rope.base, "scale": rope.scale}
-    elif isinstance(rope, Llama3RoPE):
-        options = {"freqs": rope._freqs}
-    else:
-        return rope
-    return lambda x: ops.rope(x, rope.dims, traditional=rope.traditional, **options)
-
-
-def _layer(layer: Any, args: Any, scales: Mapping[str, float]) -> Callable[..., mx.array]:
-    """h [B, T, H] → h [B, T, H]"""
-    projections = [Projection(_at(layer, name), name) for name in PROJECTIONS]
-    attn, norm_1, norm_2 = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
-    rotate = _rotary(attn.rope)
-    window = args.sliding_window if layer.use_sliding else None
-
-    def forward(params: Mapping[str, mx.array], h: mx.array) -> mx.array:
-        b, t, _ = h.shape
-        q_proj, k_proj, v_proj, o_proj, gate, up, down = (
-            p.linear(params, scales) for p in projections
-        )
-
-        def heads(x: mx.array, n: int) -> mx.array:  # [B, T, n·D] → [B, n, T, D]
-            return x.reshape(b, t, n, -1).transpose(0, 2, 1, 3)
-
-        x = ops.rms_norm(h, norm_1.weight, norm_1.eps)
-        q, k, v = ops.lora_linears(x, [q_proj, k_proj, v_proj])
-        q, k = rotate(heads(q, attn.n_heads)), rotate(heads(k, attn.n_kv_heads))
-        o = ops.attention(q, k, heads(v, attn.n_kv_heads), scale=attn.scale, window=window)
-        (o,) = ops.lora_linears(o.transpose(0, 2, 1, 3).reshape(b, t, -1), [o_proj])
-
-        h, x = ops.add_rms_norm(h, o, norm_2.weight, norm_2.eps)
-        return h + ops.lora_glu_mlp(x, gate, up, down)
-
-    return forward
+    return scale

@@ -1,36 +1,54 @@
 """Supervised fine-tuning: cross-entropy of the next token, weighted by token."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .. import ops
 from ..data import Batch
 from ..models import Chain
+from ..schedule import Stage, segmented_value_and_grad
 
-#: Boundary values the head reads beside h.
+#: Boundary values the head reads.
 HEAD_READS = ("h", "rows", "targets", "weights")
+#: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
+TRIM_MULTIPLE = 64
 
 
 def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-    """Inputs of the chain for a batch: h, and index, target and weight of the rows that count.
+    """Inputs of the chain for a batch, and index, target and weight of the rows that count.
 
-    Weights are divided by `total`, the step's sum over all micro-batches, so that the losses and
-    gradients of these add up to those of one large batch.
+    `positions` are those from the first row of the loss on, if the chain trims; `rows` index h as
+    it then is. Weights are divided by `total`, the step's sum over all micro-batches, so that the
+    losses and gradients of these add up to those of one large batch.
     """
-    tokens, weights = batch.tokens, batch.weights
-    rows = np.flatnonzero(weights[:, 1:])
+    tokens, weights = batch.tokens, batch.weights[:, 1:]
+    b, t = np.nonzero(weights)
+    length = weights.shape[1]
+    first = int(t.min()) // TRIM_MULTIPLE * TRIM_MULTIPLE if chain.trims and t.size else 0
     return {
-        "h": chain.embed(mx.array(tokens[:, :-1])),
-        "rows": mx.array(rows.astype(np.int32)),
-        "targets": mx.array(tokens[:, 1:].reshape(-1)[rows]),
-        "weights": mx.array((weights[:, 1:].reshape(-1)[rows] / total).astype(np.float32)),
+        **chain.start(mx.array(tokens[:, :-1])),
+        "positions": mx.arange(first, length),
+        "rows": mx.array((b * (length - first) + t - first).astype(np.int32)),
+        "targets": mx.array(tokens[:, 1:][b, t]),
+        "weights": mx.array((weights[b, t] / total).astype(np.float32)),
     }
 
 
+def value_and_grad(chain: Chain, stages: Sequence[Stage], segment_size: int) -> Any:
+    """step(params, values) → ((loss,), grads): segmented_value_and_grad of this objective."""
+    return segmented_value_and_grad(
+        stages,
+        head(chain),
+        inputs=(*chain.inputs, "positions", *HEAD_READS[1:]),
+        head_reads=HEAD_READS,
+        segment_size=segment_size,
+    )
+
+
 def head(chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-    """loss = Σ weights·CE(head(norm(h[rows])), targets): only rows that count meet the head."""
+    """loss = Σ weights·CE(head(h[rows]), targets): only rows that count meet the head."""
 
     def loss(
         params: Mapping[str, mx.array],
@@ -40,13 +58,6 @@ def head(chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
         weights: mx.array,
     ) -> mx.array:
         h = h.reshape(-1, h.shape[-1])[rows]
-        return ops.linear_cross_entropy(
-            chain.norm(h),
-            chain.head,
-            targets,
-            weights,
-            softcap=chain.softcap,
-            needs_grad=needs_grad,
-        )
+        return chain.head.cross_entropy(h, targets, weights, needs_grad=needs_grad)
 
     return loss

@@ -10,7 +10,7 @@ from ..data import Dataset, load_dataset
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_base
-from ..schedule import Grads, Stage, segmented_value_and_grad
+from ..schedule import Grads, Stage
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,7 @@ def value_and_grad(setup: Setup, config: TrainConfig) -> Any:
     """step(params, values) → ((loss,), grads) of this run's model and objective."""
     from ..objectives import sft
 
-    return segmented_value_and_grad(
-        setup.stages,
-        sft.head(setup.chain),
-        inputs=sft.HEAD_READS,
-        head_reads=sft.HEAD_READS,
-        segment_size=segment_size(config),
-    )
+    return sft.value_and_grad(setup.chain, setup.stages, segment_size(config))
 
 
 def with_params(adapter: Adapter, params: Grads) -> Adapter:

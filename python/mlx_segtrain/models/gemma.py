@@ -1,0 +1,213 @@
+"""Gemma 2, 3 and 4: four norms a layer, GeGLU, sliding and global attention.
+
+Gemma 4 adds, each where the configuration has it: layers that read the keys and values of an
+earlier one, an input of each layer's own made from the tokens, values that are the keys, experts
+beside the dense MLP, and a scalar a layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from .chain import Chain
+from .layer import (
+    Attention,
+    Layer,
+    LinearHead,
+    Linears,
+    Mlp,
+    Norm,
+    Projection,
+    at,
+    chain,
+    rotary,
+    rows_of,
+)
+
+FORMS = ("gemma2", "gemma3_text", "gemma4_text")
+PROJECTIONS = (
+    *(f"self_attn.{p}_proj" for p in "qkvo"),
+    *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+    "per_layer_input_gate",
+    "per_layer_projection",
+)
+
+
+def serves(model: nn.Module) -> bool:
+    return type(model).__module__.rsplit(".", 1)[-1] in FORMS
+
+
+def chain_of(model: Any, prefix: str) -> Chain:
+    body, args = model.model, model.args
+    fourth = type(model).__module__.endswith("gemma4_text")
+    donors = getattr(body, "previous_kvs", range(len(body.layers)))
+    names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
+
+    def embed(tokens: mx.array) -> mx.array:
+        h = body.embed_tokens(tokens)
+        if type(model).__module__.endswith("gemma3_text"):  # which rounds the factor first
+            return h * mx.array(args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
+        return h * args.hidden_size**0.5
+
+    tied = getattr(model, "tie_word_embeddings", True)
+    return chain(
+        embed,
+        [
+            _layer(
+                names[i],
+                layer,
+                args,
+                finish=_finish(body, embed, i) if fourth else None,
+                donor=names[donors[i]] if donors[i] != i else None,
+                gives=any(donors[j] == i for j in range(i + 1, len(names))),
+            )
+            for i, layer in enumerate(body.layers)
+        ],
+        LinearHead(
+            _norm(body.norm, fourth),
+            ops.base_of(body.embed_tokens if tied else model.lm_head),
+            getattr(model, "final_logit_softcapping", None),
+        ),
+        getattr(args, "max_position_embeddings", None),
+    )
+
+
+def _norm(module: Any, whole: bool) -> Norm:
+    """Up to Gemma 3 a weight is its distance from 1."""
+    return Norm(module.weight if whole else 1.0 + module.weight, module.eps)
+
+
+def _layer(
+    name: str,
+    layer: Any,
+    args: Any,
+    *,
+    finish: "_Finish | None",
+    donor: str | None,
+    gives: bool,
+) -> Layer:
+    attn, whole = layer.self_attn, finish is not None
+    modules = {path: found for path in PROJECTIONS if (found := at(layer, path)) is not None}
+    if donor:  # an adapter has nothing to change in projections that nobody runs
+        modules = {p: m for p, m in modules.items() if p[-6:] not in ("k_proj", "v_proj")}
+    projections = {path: Projection(ops.base_of(module), path) for path, module in modules.items()}
+    d = projections["self_attn.o_proj"].base.in_dims // attn.n_heads
+
+    def norm(path: str) -> Norm | None:
+        found = at(layer, path)
+        return None if found is None else _norm(found, whole)
+
+    def own(path: str) -> Norm | None:
+        return None if donor else norm(path)
+
+    sliding = getattr(attn, "is_sliding", False)
+    mlp: Any = Mlp(*(projections[f"mlp.{p}_proj"] for p in ("gate", "up", "down")), gelu=True)
+    if getattr(layer, "enable_moe", False):
+        mlp = _Experts(layer, mlp)
+    return Layer(
+        name=name,
+        modules=modules,
+        attention=Attention(
+            q=projections["self_attn.q_proj"],
+            k=projections.get("self_attn.k_proj"),
+            v=projections.get("self_attn.v_proj"),
+            o=projections["self_attn.o_proj"],
+            heads=attn.n_heads,
+            kv_heads=attn.n_kv_heads,
+            scale=attn.scale,
+            rotate=rotary(attn.rope),
+            window=args.sliding_window if sliding else None,
+            softcap=getattr(attn, "attn_logit_softcapping", None),
+            q_norm=norm("self_attn.q_norm"),
+            k_norm=own("self_attn.k_norm"),
+            v_norm=Norm(mx.ones(d, attn.q_norm.weight.dtype), attn.q_norm.eps)
+            if whole and not donor
+            else None,
+        ),
+        mlp=mlp,
+        before_attention=norm("input_layernorm"),
+        after_attention=norm("post_attention_layernorm"),
+        before_mlp=norm("pre_feedforward_layernorm"),
+        after_mlp=norm("post_feedforward_layernorm"),
+        finish=finish and finish(layer, projections),
+        reads_tokens="per_layer_input_gate" in modules,
+        donor=donor,
+        gives=gives,
+    )
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The dense MLP and the experts side by side; router and experts are mlx-lm's, and frozen."""
+
+    layer: Any
+    dense: Mlp
+
+    def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
+        layer = self.layer
+        y = _norm(layer.post_feedforward_layernorm_1, True)(self.dense(linears, h, x))
+        chosen, weights = layer.router(h)
+        sparse = layer.experts(_norm(layer.pre_feedforward_layernorm_2, True)(h), chosen, weights)
+        return y + _norm(layer.post_feedforward_layernorm_2, True)(sparse)
+
+
+_Finish = Callable[
+    [Any, dict[str, Projection]], Callable[[Linears, mx.array, mx.array | None], mx.array]
+]
+
+
+def _finish(body: Any, embed: Callable[[mx.array], mx.array], i: int) -> _Finish:
+    """The end of a layer of Gemma 4: what its own input adds, and its scalar."""
+    size = body.hidden_size_per_layer_input
+
+    def own_input(tokens: mx.array) -> mx.array:
+        """Layer i's part of the token's second embedding and of a projection of the first."""
+        begin, end = i * size, (i + 1) * size
+        base = rows_of(ops.base_of(body.per_layer_model_projection), begin, end)
+        (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
+        norm = _norm(body.per_layer_projection_norm, True)
+        x = norm(x * body.per_layer_projection_scale)
+        x = x + _embedded(body.embed_tokens_per_layer, tokens, i, size) * (
+            body.embed_tokens_per_layer_scale
+        )
+        return x * body.per_layer_input_scale
+
+    def of_layer(layer: Any, projections: dict[str, Projection]) -> Any:
+        def finish(linears: Linears, h: mx.array, tokens: mx.array | None) -> mx.array:
+            if tokens is not None:
+                x = own_input(tokens[:, -h.shape[1] :])
+                (gate,) = ops.lora_linears(h, [linears(projections["per_layer_input_gate"])])
+                x = ops.geglu(gate, x)
+                (x,) = ops.lora_linears(x, [linears(projections["per_layer_projection"])])
+                h = h + _norm(layer.post_per_layer_input_norm, True)(x)
+            return h * layer.layer_scalar
+
+        return finish
+
+    return of_layer
+
+
+def _embedded(module: Any, tokens: mx.array, i: int, size: int) -> mx.array:
+    """Columns [i·size, (i + 1)·size) of the tokens' rows of an embedding, dense or quantized."""
+    weight = module.weight
+    if "scales" not in module:
+        return weight.reshape(weight.shape[0], -1, size)[tokens, i]
+    if size % module.group_size:
+        return module(tokens)[..., i * size : (i + 1) * size]
+    n = module.scales.shape[1] * module.group_size // size
+
+    def part(x: mx.array | None) -> mx.array | None:
+        return None if x is None else x.reshape(x.shape[0], n, -1)[tokens, i]
+
+    return mx.dequantize(
+        part(weight),
+        part(module.scales),
+        part(module.get("biases")),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )

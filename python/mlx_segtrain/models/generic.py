@@ -1,0 +1,220 @@
+"""Any other mlx-lm model with a list of layers: its own modules as stages, LoRA put into them.
+
+A stage runs the model's own `__call__` up to its layer, with stand-ins for the layers before that
+hand on what the stage was given. So masks, embeddings and whatever the model does between two
+layers are its own code; that nothing passes by, such as another layer's keys, is found out by
+comparing the chain with the model on a few tokens, before training.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from .. import lora
+from ..errors import InputError
+from ..schedule import Stage
+from .chain import Chain
+
+#: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
+TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
+#: Rows of logits that exist at a time.
+HEAD_ROWS = 256
+
+
+class _Stop(Exception):
+    """Ends a run of the model where a stage has what it wants."""
+
+
+def _first(*args: Any, **kwargs: Any) -> Any:
+    return [*args, *kwargs.values()][0]
+
+
+class _StandIn:
+    """In the place of a layer, whose class and attributes it shows; calls go to `answer`."""
+
+    def __init__(self, layer: nn.Module, answer: Callable[..., mx.array]):
+        self._layer, self._answer = layer, answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._answer(*args, **kwargs)
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._layer[name]
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The model and its list of layers, at `path`; `kind` names it in messages."""
+
+    kind: str
+    model: nn.Module
+    path: str
+    layers: list[nn.Module]
+
+    def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
+        """The model on tokens; layers without an answer hand their first argument on."""
+        whole = list(self.layers)
+        try:
+            self.layers[:] = [  # pyright: ignore[reportArgumentType]
+                _StandIn(layer, answers.get(i, _first)) for i, layer in enumerate(whole)
+            ]
+            return self.model(tokens)
+        finally:
+            self.layers[:] = whole
+
+    def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
+        """Layer i behind h, the output of the one before; without h the first behind the tokens."""
+        call: list[tuple[Any, Any]] = []
+
+        def stop(*args: Any, **kwargs: Any) -> mx.array:
+            call.append((args, kwargs))
+            raise _Stop
+
+        answers: dict[int, Callable[..., mx.array]] = {i: stop}
+        if h is not None:
+            answers |= {j: lambda *_, **__: h for j in range(i)}
+        try:
+            self.run(tokens, answers)
+        except _Stop:
+            args, kwargs = call[0]
+            return self.layers[i](*args, **kwargs)
+        raise InputError(f"{self.kind} cannot be trained: {self.path}.{i} is never called.")
+
+    def logits(self, tokens: mx.array, h: mx.array) -> mx.array:
+        """What the model makes of h [B, T, H], the last layer's output."""
+        return self.run(tokens, {j: lambda *_, **__: h for j in range(len(self.layers))})
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The model's own way from h to logits, a few rows at a time."""
+
+    body: _Body
+
+    def logits(self, h: mx.array) -> mx.array:
+        flat = h.reshape(1, -1, h.shape[-1])
+        z = self.body.logits(mx.zeros(flat.shape[:2], mx.int32), flat)
+        return z.reshape(*h.shape[:-1], -1)
+
+    def cross_entropy(
+        self, h: mx.array, targets: mx.array, weights: mx.array, *, needs_grad: bool = True
+    ) -> mx.array:
+        def part(begin: int) -> mx.array:
+            rows = slice(begin, begin + HEAD_ROWS)
+
+            def loss(h: mx.array) -> mx.array:
+                z = self.logits(h).astype(mx.float32)
+                return (weights[rows] * nn.losses.cross_entropy(z, targets[rows])).sum()
+
+            return (mx.checkpoint(loss) if needs_grad else loss)(h[rows])
+
+        parts = [part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)]
+        return mx.stack(parts).sum()
+
+
+def chain_of(model: Any) -> Chain:
+    """InputError, with layer and reason, if the model cannot be cut up or differentiated."""
+    body = _body(model)
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    linears, layer_of = {}, {}
+    for i, layer in enumerate(body.layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, kinds):
+                path = f"{body.path}.{i}.{name}"
+                linears[path], layer_of[path] = module, i
+    _try(body)
+    return Chain(
+        start=lambda tokens: {"tokens": tokens},
+        inputs=("tokens",),
+        stages=lambda scales: [_stage(body, i, scales) for i in range(len(body.layers))],
+        head=_Head(body),
+        linears=linears,
+        layer_of=layer_of,
+        n_layers=len(body.layers),
+        max_length=getattr(getattr(model, "args", None), "max_position_embeddings", None),
+    )
+
+
+def _body(model: Any) -> _Body:
+    name = getattr(model, "model_type", type(model).__module__.rsplit(".", 1)[-1])
+    kind = f"Model type '{name}'"
+    known = getattr(model, "layers", None)
+    if not isinstance(known, list) or not known or not all(isinstance(x, nn.Module) for x in known):
+        raise InputError(f"{kind} cannot be trained: it shows no list of layers.")
+    for path, module in model.named_modules():
+        for name, child in module.items():
+            if isinstance(child, list) and len(child) == len(known) and child[0] is known[0]:
+                return _Body(kind, model, f"{path}.{name}" if path else name, child)
+    raise InputError(f"{kind} cannot be trained: its layers are in more than one list.")
+
+
+def _stage(body: _Body, i: int, scales: Mapping[str, float]) -> Stage:
+    name = f"{body.path}.{i}"
+    own = {p.removeprefix(f"{name}."): s for p, s in scales.items() if p.startswith(f"{name}.")}
+    adapted = {path: lora.wrap(body.layers[i], path, scale) for path, scale in own.items()}
+
+    def forward(params: Mapping[str, mx.array], tokens: mx.array, *h: mx.array) -> mx.array:
+        for path, module in adapted.items():
+            module.lora_a, module.lora_b = (params[f"{path}.lora_{ab}"] for ab in "ab")
+        try:
+            return body.layer(i, tokens, *(h or (None,)))
+        finally:  # the modules outlive this trace, and must not keep it
+            for module in adapted.values():
+                del module["lora_a"], module["lora_b"]
+
+    return Stage(name, forward, ("tokens", "h") if i else ("tokens",), ("h",))
+
+
+def _try(body: _Body) -> None:
+    """Runs the chain and its backward pass on a few tokens. InputError where that fails."""
+    refused = f"{body.kind} cannot be trained:"
+    tokens = mx.arange(TRIED)[None] + 1
+    try:
+        body.model.freeze()
+        body.model.train()  # layers with a state then leave kernels aside that have no gradient
+        expected = body.model(tokens).astype(mx.float32)
+    except Exception as error:
+        raise InputError(f"{refused} it does not run: {_reason(error)}") from error
+    h: mx.array | None = None
+    for i, layer in enumerate(body.layers):
+        where = f"{refused} {body.path}.{i} ({type(layer).__name__})"
+        try:
+            y = body.layer(i, tokens, h)
+            if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
+                raise InputError(f"{where} gives something else than one array [B, T, H].")
+            if h is not None:
+                f = functools.partial(_listed, body, i, tokens)
+                mx.eval(mx.vjp(f, [h], [mx.ones_like(y)]))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{where} has no gradient here: {_reason(error)}") from error
+        h = y
+    assert h is not None
+    got = body.logits(tokens, h).astype(mx.float32)
+    far = (mx.linalg.norm(got - expected) / mx.linalg.norm(expected)).item()
+    if not far < (FLOAT_BOUND if h.dtype == mx.float32 else HALF_BOUND):
+        raise InputError(
+            f"{refused} run layer by layer it gives other logits (relative L2 {far:.1g}), so its "
+            "layers share more than h."
+        )
+
+
+def _listed(body: _Body, i: int, tokens: mx.array, h: mx.array) -> list[mx.array]:
+    return [body.layer(i, tokens, h)]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

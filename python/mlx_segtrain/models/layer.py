@@ -1,0 +1,295 @@
+"""The decoder layer of the fast families as a stage: what differs between models is data.
+
+Read `Layer.stage` first: one pass from the residual stream h to the next one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..schedule import Stage
+from .chain import Chain
+
+#: A projection with its LoRA update, if the stage's parameters have one.
+Linears = Callable[["Projection"], ops.Linear]
+#: x [B, n, T, D] whose first row stands at `offset` → rotated.
+Rotate = Callable[[mx.array, int], mx.array]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear of a layer. Of a fused one, as qkv_proj, it has the rows of `part`.
+
+    Parts share the whole's A and have their own columns of its B.
+    """
+
+    base: ops.Base
+    name: str
+    part: slice | None = None
+
+    def linear(self, params: Mapping[str, mx.array], scales: Mapping[str, float]) -> ops.Linear:
+        a = params.get(f"{self.name}.lora_a")
+        if a is None:
+            return ops.Linear(self.base)
+        b = params[f"{self.name}.lora_b"]
+        return ops.Linear(
+            self.base, a, b if self.part is None else b[:, self.part], scales[self.name]
+        )
+
+
+def rows_of(base: ops.Base, begin: int, end: int) -> ops.Base:
+    """Rows [begin, end) of a weight [out, in] as a weight of its own."""
+
+    def cut(x: mx.array | None) -> mx.array | None:
+        return None if x is None else x[begin:end]
+
+    quant: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
+    return ops.Base(
+        base.weight[begin:end], *map(cut, (base.scales, base.biases, base.bias)), **quant
+    )
+
+
+def parts_of(module: nn.Module, name: str, sizes: Sequence[int]) -> list[Projection]:
+    """The projections that a fused linear holds one below the other."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    base = ops.base_of(module)
+    return [
+        Projection(rows_of(base, end - size, end), name, slice(end - size, end))
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Root mean square norm over the last axis, weight [H] frozen."""
+
+    weight: mx.array
+    eps: float
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Causal attention of one layer, from its input to its output projection."""
+
+    q: Projection
+    k: Projection | None  #: None: keys and values are another layer's
+    v: Projection | None  #: None beside k: values are the keys before norm and rotation
+    o: Projection
+    heads: int
+    kv_heads: int
+    scale: float
+    rotate: Rotate
+    window: int | None = None
+    softcap: float | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    v_norm: Norm | None = None
+    wide_norms: bool = False  #: norms of q and k span all heads
+    scale_q: Rotate | None = None  #: a further scale by position
+
+    def __call__(
+        self, linears: Linears, x: mx.array, rows: int, shared: tuple[mx.array, mx.array] | None
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """x [B, T, H] → output of the last `rows` rows [B, rows, H], keys and values [B, G, S, D].
+
+        With `shared` keys and values, S of them, the rows of x are the last T of S.
+        """
+        last = x if rows == x.shape[1] else x[:, -rows:]
+        own = [] if shared else [p for p in (self.k, self.v) if p is not None]
+        if rows == x.shape[1]:
+            q, *kv = ops.lora_linears(x, [linears(p) for p in (self.q, *own)])
+        else:
+            (q,) = ops.lora_linears(last, [linears(self.q)])
+            kv = ops.lora_linears(x, [linears(p) for p in own])
+        if shared:
+            keys, values = shared
+        else:
+            keys = self.rotate(self._heads(kv[0], self.kv_heads, self.k_norm, self.wide_norms), 0)
+            values = self._heads(kv[-1], self.kv_heads, self.v_norm)
+        offset = keys.shape[2] - rows
+        q = self.rotate(self._heads(q, self.heads, self.q_norm, self.wide_norms), offset)
+        if self.scale_q:
+            q = self.scale_q(q, offset)
+        o = ops.attention(
+            q, keys, values, scale=self.scale, window=self.window, softcap=self.softcap
+        )
+        o = o.transpose(0, 2, 1, 3).reshape(*last.shape[:2], -1)
+        return ops.lora_linears(o, [linears(self.o)])[0], (keys, values)
+
+    @staticmethod
+    def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
+        """[B, T, n·D] → [B, n, T, D]"""
+        if norm and wide:
+            x, norm = norm(x), None
+        x = x.reshape(*x.shape[:2], n, -1)
+        return (norm(x) if norm else x).transpose(0, 2, 1, 3)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    gate: Projection
+    up: Projection
+    down: Projection
+    gelu: bool = False
+
+    def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
+        """Of x, which is h behind its norm."""
+        return ops.lora_glu_mlp(
+            x, linears(self.gate), linears(self.up), linears(self.down), gelu=self.gelu
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """h + attention(h), then + mlp(h), each between its norms; `finish` turns h into the output.
+
+    `donor` names the layer whose keys and values this one reads; `gives`: others read this one's.
+    `trims`: from here on nobody needs rows before the first one with a loss, but for keys and
+    values of this layer.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]  #: its linears by path within the layer
+    attention: Attention
+    mlp: Callable[[Linears, mx.array, mx.array], mx.array]
+    before_attention: Norm | None = None
+    after_attention: Norm | None = None
+    before_mlp: Norm | None = None
+    after_mlp: Norm | None = None
+    branch_scale: float = 1.0
+    finish: Callable[[Linears, mx.array, mx.array | None], mx.array] | None = None
+    reads_tokens: bool = False  #: `finish` takes the tokens [B, T] as well
+    donor: str | None = None
+    gives: bool = False
+    trims: bool = False
+
+    def stage(self, scales: Mapping[str, float]) -> Stage:
+        reads = ["h"]
+        if self.trims:
+            reads.append("positions")
+        if self.donor:
+            reads += kv_names(self.donor)
+        if self.reads_tokens:
+            reads.append("tokens")
+        own = {name: scales.get(f"{self.name}.{name}", 1.0) for name in self.modules}
+
+        def forward(params: Mapping[str, mx.array], *values: mx.array) -> Any:
+            given = dict(zip(reads, values, strict=True))
+
+            def linears(projection: Projection) -> ops.Linear:
+                return projection.linear(params, own)
+
+            h = given["h"]
+            rows = given["positions"].size if self.trims else h.shape[1]
+            x = self.before_attention(h) if self.before_attention else h
+            shared = [given[name] for name in kv_names(self.donor)] if self.donor else None
+            r, kv = self.attention(linears, x, rows, shared and (shared[0], shared[1]))
+            if rows < h.shape[1]:
+                h = h[:, -rows:]
+            h, x = self._add(h, r, self.after_attention, self.before_mlp)
+            r = self.mlp(linears, h, x)
+            h, _ = self._add(h, r, self.after_mlp, None)
+            if self.finish:
+                h = self.finish(linears, h, given.get("tokens"))
+            return (h, *kv) if self.gives else h
+
+        writes = ("h", *kv_names(self.name)) if self.gives else ("h",)
+        return Stage(self.name, forward, tuple(reads), writes)
+
+    def _add(
+        self, h: mx.array, r: mx.array, after: Norm | None, before: Norm | None
+    ) -> tuple[mx.array, mx.array]:
+        """h + a branch's result, and what the next branch reads of it."""
+        if after:
+            r = after(r)
+        if self.branch_scale != 1:
+            r = r * self.branch_scale
+        if before:
+            return ops.add_rms_norm(h, r, before.weight, before.eps)
+        h = h + r
+        return h, h
+
+
+def kv_names(layer: str) -> list[str]:
+    """Boundary values that hold the keys and values of a layer."""
+    return [f"keys of {layer}", f"values of {layer}"]
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Norm, a frozen linear [V, H], a cap: logits of rows, never all at once in training."""
+
+    norm: Norm
+    base: ops.Base
+    softcap: float | None = None
+
+    def logits(self, h: mx.array) -> mx.array:
+        z = ops.lora_linear(self.norm(h), self.base)
+        return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
+
+    def cross_entropy(
+        self, h: mx.array, targets: mx.array, weights: mx.array, *, needs_grad: bool = True
+    ) -> mx.array:
+        """Σ weights·CE: ops.linear_cross_entropy."""
+        return ops.linear_cross_entropy(
+            self.norm(h), self.base, targets, weights, softcap=self.softcap, needs_grad=needs_grad
+        )
+
+
+def chain(
+    embed: Callable[[mx.array], mx.array],
+    layers: Sequence[Layer],
+    head: LinearHead,
+    max_length: int | None,
+) -> Chain:
+    """The chain of these layers; `embed` turns tokens [B, T] into h [B, T, H]."""
+    # Behind the last layer with keys of its own nobody reads rows that have no loss behind them.
+    last = max(i for i, layer in enumerate(layers) if layer.attention.k is not None)
+    trimmed = [replace(layer, trims=i == last) for i, layer in enumerate(layers)]
+    reads_tokens = any(layer.reads_tokens for layer in layers)
+
+    def start(tokens: mx.array) -> dict[str, mx.array]:
+        return {"h": embed(tokens), **({"tokens": tokens} if reads_tokens else {})}
+
+    linears = {f"{x.name}.{name}": module for x in layers for name, module in x.modules.items()}
+    return Chain(
+        start=start,
+        inputs=("h", "tokens") if reads_tokens else ("h",),
+        stages=lambda scales: [layer.stage(scales) for layer in trimmed],
+        head=head,
+        linears=linears,
+        layer_of={f"{x.name}.{name}": i for i, x in enumerate(layers) for name in x.modules},
+        n_layers=len(layers),
+        max_length=max_length,
+        trims=True,
+    )
+
+
+def rotary(rope: Any) -> Rotate:
+    """mlx-lm's rotary module through our op; one that also scales its input stays as it is."""
+    kind = type(rope).__name__
+    if kind == "NoPE":
+        return lambda x, offset: x
+    options: dict[str, Any]
+    if kind == "RoPE":
+        options = {"base": rope.base, "scale": rope.scale}
+    elif kind in ("Llama3RoPE", "ProportionalRoPE") or (kind == "YarnRoPE" and rope.mscale == 1):
+        options = {"freqs": rope._freqs}
+    else:
+        return lambda x, offset: rope(x, offset=offset)
+    options["traditional"] = rope.traditional
+    return lambda x, offset: ops.rope(x, rope.dims, offset=offset, **options)
+
+
+def at(module: Any, path: str) -> Any:
+    """The module at a dotted path; None where there is none."""
+    for name in path.split("."):
+        module = module.get(name) if isinstance(module, nn.Module) else None
+    return module

@@ -1,0 +1,106 @@
+"""Loss and LoRA gradients of Hugging Face transformers with PEFT, on torch CPU in float32."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+#: What differs between the arguments of a family in mlx-lm and the config of transformers.
+CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "gemma2": lambda args: {
+        "layer_types": ["full_attention"] * args["num_hidden_layers"],  # mlx-lm has no window
+        "query_pre_attn_scalar": int(args["query_pre_attn_scalar"]),
+    },
+    "gemma3_text": lambda args: {"query_pre_attn_scalar": int(args["query_pre_attn_scalar"])},
+    "gemma4_text": lambda args: {
+        "layer_types": [*args["layer_types"]],  # transformers writes into it
+        "global_head_dim": args["global_head_dim"] or args["head_dim"],
+    },
+}
+
+#: Tensors under another name, by the end of it: those of mlx-lm, joined along the axis before the
+#: last.
+JOINED: dict[str, tuple[str, ...]] = {
+    "experts.gate_up_proj": (
+        "experts.switch_glu.gate_proj.weight",
+        "experts.switch_glu.up_proj.weight",
+    ),
+    "experts.down_proj": ("experts.switch_glu.down_proj.weight",),
+}
+
+
+def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConfig:
+    """The config of transformers, with mlx-lm's default where `config` lacks a field."""
+    args = asdict(importlib.import_module(f"mlx_lm.models.{family}").ModelArgs.from_dict(config))
+    given = {key: value for key, value in args.items() if value is not None}
+    given |= CONFIG[family](args) if family in CONFIG else {}
+    given |= {"model_type": family, "tie_word_embeddings": tied}
+    given |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    result = AutoConfig.for_model(**given, use_cache=False)
+    windows = "sliding_attention" in (args.get("layer_types") or [])
+    if args.get("rope_traditional") or (windows and not family.startswith("gemma")):
+        raise ValueError(f"transformers has no {family} with rope_traditional or sliding layers")
+    if windows and args["layer_types"] != result.layer_types:
+        raise ValueError(f"transformers makes other layer_types of these: {result.layer_types}")
+    return result
+
+
+def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Parameters of an mlx-lm model under the names of transformers."""
+    left = dict(weights)
+    for name, (first, *rest) in JOINED.items():
+        for key in [key for key in left if key.endswith(first)]:
+            prefix = key.removesuffix(first)
+            parts = [left.pop(prefix + part) for part in (first, *rest)]
+            left[prefix + name] = np.concatenate(parts, axis=-2)
+    left.setdefault("lm_head.weight", left["model.embed_tokens.weight"])
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in left.items()}
+
+
+def hf_loss_and_grads(
+    family: str,
+    config: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    loss_weights: np.ndarray,
+    lora: dict[str, tuple[np.ndarray, np.ndarray]],
+    scale: float,
+) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The weighted mean of the tokens' cross-entropy, and (dA, dB) of each linear in `lora`."""
+    model = AutoModelForCausalLM.from_config(
+        hf_config(family, config, tied="lm_head.weight" not in weights),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    model.load_state_dict(hf_weights(weights), strict=True)
+    ranks = {path: a.shape[1] for path, (a, _) in lora.items()}
+    peft_config = LoraConfig(
+        target_modules=list(lora),
+        rank_pattern=ranks,
+        alpha_pattern={path: scale * rank for path, rank in ranks.items()},
+        lora_dropout=0.0,
+    )
+    peers = get_peft_model(model, peft_config).eval()
+    factors = {}
+    for path, pair in lora.items():
+        linear = model.get_submodule(path)
+        factors[path] = [linear.lora_A["default"].weight, linear.lora_B["default"].weight]
+        with torch.no_grad():
+            for parameter, value in zip(factors[path], pair, strict=True):
+                parameter.copy_(torch.tensor(value.T))
+
+    ids = torch.tensor(tokens, dtype=torch.long)
+    logits = peers(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    shares = torch.tensor(loss_weights[:, 1:], dtype=torch.float32).flatten()
+    loss = (losses * shares).sum() / shares.sum()
+    loss.backward()
+    grads = {path: (a.grad.T.numpy(), b.grad.T.numpy()) for path, (a, b) in factors.items()}
+    return loss.item(), grads

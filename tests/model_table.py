@@ -1,0 +1,91 @@
+"""The table of docs/models.md: `python tests/model_table.py` writes it anew.
+
+A tiny random model of each family of mlx-lm takes three steps; at each of them, and behind the
+last, the loss must be that of mlx-lm's own code with the same adapter.
+"""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+
+import tiny_models
+from mlx_segtrain import lora
+from mlx_segtrain.data import Batch
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.lora import Adapter
+from mlx_segtrain.models import chain_of, family_of
+from mlx_segtrain.objectives import sft
+from mlx_segtrain.training.setup import with_params
+
+DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- table: python tests/model_table.py -->", "<!-- end of table -->"
+HEAD = "| mlx-lm | path | why |\n|---|---|---|\n"
+
+
+def fresh(chain) -> Adapter:
+    """Small ranks, B ≠ 0."""
+    adapter = lora.init(chain, dict.fromkeys(chain.linears, 2), 1.0, 0)
+    keys = mx.random.split(mx.random.key(1), len(adapter.tensors))
+    tensors = {
+        path: (a, 0.05 * mx.random.normal(b.shape, key=key))
+        for key, (path, (a, b)) in zip(keys, adapter.tensors.items(), strict=True)
+    }
+    return Adapter(tensors, adapter.scales)
+
+
+def outcome(family: str) -> tuple[str, str]:
+    """(fast, generic or refused, and the reason). AssertionError if the losses differ."""
+    if family in tiny_models.UNBUILDABLE:
+        return "not tried", tiny_models.UNBUILDABLE[family]
+    model = tiny_models.build(family)
+    try:
+        chain = chain_of(model)
+    except InputError as error:
+        return "refused", str(error).split("cannot be trained: ", 1)[1]
+    adapter = fresh(chain)
+    tokens = np.random.default_rng(0).integers(0, 128, (2, 21)).astype(np.int32)
+    batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2))
+    stages = chain.stages(adapter.scales)
+    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    step = sft.value_and_grad(chain, stages, 1)
+    values = sft.values(chain, batch, 40.0)
+    trained, losses = [], []
+    for _ in range(4):
+        trained.append(params)
+        (loss,), grads = step(params, values)
+        losses.append(loss.item())
+        params = {
+            stage: {key: p - 0.05 * grads[stage][key] for key, p in own.items()}
+            for stage, own in params.items()
+        }
+    for loss, params in zip(losses, trained, strict=True):
+        lora.attach(model, chain, with_params(adapter, params))
+        logits = model(mx.array(tokens[:, :-1])).astype(mx.float32)
+        expected = nn.losses.cross_entropy(logits, mx.array(tokens[:, 1:])).mean().item()
+        assert abs(loss - expected) < 1e-4 * expected, (family, loss, expected)
+    assert losses[-1] < losses[0], (family, losses)
+    return ("fast" if family_of(model) else "generic"), ""
+
+
+def table() -> str:
+    names = sorted([*tiny_models.FAMILIES, *tiny_models.UNBUILDABLE], key=str.lower)
+    return HEAD + "".join(f"| {name} | {' | '.join(outcome(name))} |\n" for name in names)
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    """Outcomes by family as docs/models.md has them."""
+    lines = DOCS.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: (path, why) for name, path, why in cells}
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.Device(mx.cpu))
+    text = DOCS.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    DOCS.write_text(f"{before}{BEGIN}\n{table()}{END}{after}", encoding="utf-8")
+    sys.stdout.write(f"{DOCS}: mlx-lm {mlx_lm.__version__}\n")

@@ -1,0 +1,267 @@
+"""Families of models: loss and every LoRA gradient equal those of mlx-lm and of HF transformers."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import tiny_models
+from mlx_segtrain import _core, lora
+from mlx_segtrain.data import Batch
+from mlx_segtrain.lora import Adapter
+from mlx_segtrain.models import chain_of, family_of
+from mlx_segtrain.objectives import sft
+from mlx_segtrain.schedule import forward
+from mlx_segtrain.training.setup import with_params
+from oracle import assert_close
+
+SCALE = 1.5
+#: By name: the family and what it is given. T crosses the window of 8.
+FAST = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "ministral3": ("ministral3", {}),
+    "mistral3": ("mistral3", {}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {}),
+    "granite": ("granite", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "gemma4-E4B": ("gemma4_text", {}),
+    "gemma4-K=V": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+}
+#: Those of HF's whose gradients are compared as well.
+WITH_HF = [
+    *("llama", "qwen3", "gemma3", "gemma4-E4B", "gemma4-K=V", "gemma4-experts"),
+    *("qwen2", "phi3", "olmo2", "smollm3", "granite", "gemma2"),
+]
+
+
+def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
+    """Random tokens with padding on the right, supervised from `prompt` on."""
+    rng = np.random.default_rng(rows)
+    tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
+    weights = rng.uniform(0.5, 1, tokens.shape).astype(np.float32)
+    weights[:, : prompt + 1] = 0
+    for i in range(rows):
+        weights[i, length - 5 * i :] = 0
+    return Batch(tokens, weights, np.arange(rows))
+
+
+def adapter_of(chain, seed=1) -> Adapter:
+    """Ranks that differ, B ≠ 0."""
+    ranks = {path: 3 + i % 3 for i, path in enumerate(sorted(chain.linears))}
+    fresh = lora.init(chain, ranks, SCALE, seed)
+    keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
+    tensors = {
+        path: (a, 0.1 * mx.random.normal(b.shape, key=key))
+        for key, (path, (a, b)) in zip(keys, fresh.tensors.items(), strict=True)
+    }
+    return Adapter(tensors, fresh.scales)
+
+
+def run(chain, adapter, batch, segment_size=1):
+    stages = chain.stages(adapter.scales)
+    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    values = sft.values(chain, batch, float(batch.weights[:, 1:].sum()))
+    (loss,), grads = sft.value_and_grad(chain, stages, segment_size)(params, values)
+    return loss.item(), {f"{s}.{k}": g for s, own in grads.items() for k, g in own.items()}
+
+
+def of_mlx_lm(model, chain, adapter, batch):
+    """The model's own code, with LoRA in its linears; leaves them there."""
+    lora.attach(model, chain, adapter)
+    model.freeze()
+    names = [f"{path}.lora_{ab}" for path in adapter.tensors for ab in "ab"]
+    modules = dict(model.named_modules())
+    for path in adapter.tensors:
+        modules[path].unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    shares = mx.array(batch.weights[:, 1:] / batch.weights[:, 1:].sum())
+    tokens = mx.array(batch.tokens)
+
+    def loss(model):
+        logits = model(tokens[:, :-1]).astype(mx.float32)
+        return (shares * nn.losses.cross_entropy(logits, tokens[:, 1:])).sum()
+
+    value, grads = nn.value_and_grad(model, loss)(model)
+    grads = dict(tree_flatten(grads))
+    return value.item(), {name: grads[name] for name in names}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", FAST)
+def test_loss_and_gradients_are_those_of_mlx_lm(name, rows):
+    family, overrides = FAST[name]
+    model = tiny_models.build(family, **overrides)
+    assert family_of(model) is not None
+    chain = chain_of(model)
+    adapter, batch = adapter_of(chain), batch_of(rows)
+    results = [run(chain, adapter, batch, size) for size in (1, 2, 0)]
+    loss, grads = of_mlx_lm(model, chain, adapter, batch)
+    for got, got_grads in results:
+        assert abs(got - loss) < 1e-5 * abs(loss)
+        assert set(got_grads) == set(grads)
+        for path, grad in grads.items():
+            assert mx.abs(grad).max() > 0, path
+            assert_close(path, got_grads[path], grad, 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", WITH_HF)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(name, rows):
+    hf = pytest.importorskip("hf_peers", reason="needs torch and peft", exc_type=ImportError)
+    family, overrides = FAST[name]
+    model = tiny_models.build(family, **overrides)
+    weights = {key: np.array(value) for key, value in tree_flatten(model.parameters())}
+    chain = chain_of(model)
+    adapter, batch = adapter_of(chain), batch_of(rows)
+    loss, grads = run(chain, adapter, batch)
+    config = tiny_models.config(family, **overrides)
+    pairs = {path: (np.array(a), np.array(b)) for path, (a, b) in adapter.tensors.items()}
+    expected, of_hf = hf.hf_loss_and_grads(
+        family, config, weights, batch.tokens, batch.weights, pairs, SCALE
+    )
+    assert abs(loss - expected) < 1e-5 * abs(expected)
+    for path, pair in of_hf.items():
+        for ab, grad in zip("ab", pair, strict=True):
+            assert_close(path, grads[f"{path}.lora_{ab}"], mx.array(grad), 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B", "gemma4-experts", "phi3"])
+def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
+    """Trimmed or not: the same loss and gradients; and what is trimmed is not computed."""
+    family, overrides = FAST[name]
+    chain = chain_of(tiny_models.build(family, **overrides))
+    adapter, batch = adapter_of(chain), batch_of(rows, prompt=8)
+    monkeypatch.setattr(sft, "TRIM_MULTIPLE", 64)
+    loss, grads = run(chain, adapter, batch)
+    for multiple, left in (1, 12), (3, 14):
+        monkeypatch.setattr(sft, "TRIM_MULTIPLE", multiple)
+        for size in (1, 2, 0):
+            got, got_grads = run(chain, adapter, batch, size)
+            assert abs(got - loss) < 1e-6 * abs(loss)
+            for path, grad in grads.items():
+                assert_close(path, got_grads[path], grad, 2e-5)
+        stages = chain.stages(adapter.scales)
+        params = lora.stage_params(adapter, [stage.name for stage in stages])
+        scope = forward(stages, params, sft.values(chain, batch, 1.0))
+        assert scope["h"].shape[1] == left
+        donors = [x for name, x in scope.items() if name.startswith("keys of")]
+        assert all(keys.shape[2] == 20 for keys in donors)
+
+
+def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
+    """Of 6 layers the last 3 have no keys of their own, and layer 2 needs its own of all rows."""
+    monkeypatch.setattr(sft, "TRIM_MULTIPLE", 1)
+    family, overrides = FAST["gemma4-E4B"]
+    model = tiny_models.build(family, **overrides)
+    chain = chain_of(model)
+    stages = chain.stages({})
+    scope = sft.values(chain, batch_of(1, prompt=8), 1.0)
+    rows = []
+    for stage in stages:
+        scope = forward([stage], {}, scope)
+        rows.append(scope["h"].shape[1])
+    assert rows == [20, 20, 12, 12, 12, 12]
+
+
+def test_an_adapter_of_the_last_layers_runs_the_first_ones_forward_only():
+    chain = chain_of(tiny_models.build("llama", num_hidden_layers=4))
+    adapter, batch = adapter_of(chain), batch_of(1)
+    last = {p: f for p, f in adapter.tensors.items() if chain.layer_of[p] >= 2}
+    zeroed = {p: (a, b if p in last else mx.zeros_like(b)) for p, (a, b) in adapter.tensors.items()}
+    _, expected = run(chain, Adapter(zeroed, adapter.scales), batch)
+    _, got = run(chain, Adapter(last, adapter.scales), batch)
+    assert sorted(got) == sorted(f"{p}.lora_{ab}" for p in last for ab in "ab")
+    for path, grad in got.items():
+        assert_close(path, grad, expected[path], 1e-5)
+    specs = [
+        _core.StageSpec(stage.name, list(stage.reads), list(stage.writes), i >= 2)
+        for i, stage in enumerate(chain.stages(adapter.scales))
+    ]
+    plan = _core.make_plan(specs, ["h", "positions"], ["h"], 1).describe()
+    assert [" ".join(line.split()[:2]) for line in plan] == [
+        *("forward 0:1", "forward 1:2", "forward 2:3", "head 3:4", "backward 2:3"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
+def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
+    """Weights are bfloat16; the truth is the same in float32. Segments part donors and readers."""
+    family, overrides = FAST[name]
+    batch = batch_of(3, length=61)
+
+    def model_of(dtype):
+        model = tiny_models.build(family, **overrides, vocab_size=512, num_attention_heads=8)
+        model.set_dtype(mx.bfloat16)
+        model.set_dtype(dtype)
+        return model
+
+    def error(got, truth):
+        return (mx.linalg.norm(got - truth) / mx.linalg.norm(truth)).item()
+
+    chain = chain_of(model_of(mx.float32))
+    adapter = adapter_of(chain)
+    _, truth = run(chain, adapter, batch)
+    half = model_of(mx.bfloat16)
+    chain = chain_of(half)
+    ours = [run(chain, adapter, batch, size)[1] for size in (0, 1, 4)]
+    _, theirs = of_mlx_lm(half, chain, adapter, batch)
+    for path, true in truth.items():
+        for grads in ours:
+            assert error(grads[path], true) <= 1.2 * error(theirs[path], true), path
+
+
+@pytest.mark.parametrize("name", ["gemma4-E4B", "gemma4-experts"])
+def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
+    """20 steps; then token by token, with sliding caches and shared keys, through mlx-lm."""
+    family, overrides = FAST[name]
+    model = tiny_models.build(family, **overrides)
+    chain = chain_of(model)
+    adapter, batch = adapter_of(chain), batch_of(3)
+    stages = chain.stages(adapter.scales)
+    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    step = sft.value_and_grad(chain, stages, 2)
+    optimizer = optim.Adam(3e-3)
+    losses = []
+    for _ in range(20):
+        values = sft.values(chain, batch, float(batch.weights[:, 1:].sum()))
+        (loss,), grads = step(params, values)
+        params = optimizer.apply_gradients(grads, params)
+        mx.eval(params, optimizer.state)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+    tokens = mx.array(batch.tokens)
+    values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
+    trained = chain.head.logits(forward(stages, params, values)["h"])
+    lora.attach(model, chain, with_params(adapter, params))
+    cache = model.make_cache()
+    decoded = [model(tokens[:, t : t + 1], cache=cache) for t in range(tokens.shape[1])]
+    assert_close("logits", mx.concatenate(decoded, 1), trained, 1e-4)
