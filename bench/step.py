@@ -1,8 +1,10 @@
 """One training step of this package beside its peers: same model, same tokens, one process a cell.
 
-    python bench/step.py [--model DIR] [--length 512] [--steps 10] [--cells segtrain:1 peft …]
+    python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
+                         [--cells segtrain:1 peft …]
 
-LoRA of rank 16 on all seven projections, batch 1, every row in the loss. Cells:
+LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
+SHAPE is a known model's (gemma4-e4b, minicpm5-1b) with random 4-bit weights. Cells:
     segtrain:N    this package, N layers a segment (0: off)
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
     peft          HF transformers + PEFT, torch, float32, no checkpointing; peft:ckpt with it
@@ -24,6 +26,37 @@ from pathlib import Path
 from typing import Any
 
 RANK, SCALE = 16, 1.0
+SHAPES: dict[str, dict[str, Any]] = {
+    "gemma4-e4b": {
+        "model_type": "gemma4_text",
+        "hidden_size": 2560,
+        "num_hidden_layers": 42,
+        "intermediate_size": 10240,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_kv_shared_layers": 18,
+        "hidden_size_per_layer_input": 256,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262144,
+        "use_double_wide_mlp": False,
+    },
+    "minicpm5-1b": {
+        "model_type": "llama",
+        "hidden_size": 1536,
+        "num_hidden_layers": 24,
+        "intermediate_size": 4608,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e6,
+        "vocab_size": 130560,
+        "tie_word_embeddings": False,
+    },
+}
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEYS = [f"{'self_attn' if len(s) == 6 else 'mlp'}.{s}" for s in SUFFIXES]
 
@@ -32,6 +65,35 @@ def tokens(length, vocab):
     import numpy as np
 
     return np.random.default_rng(0).integers(0, vocab, (1, length + 1)).astype(np.int32)
+
+
+def load(name):
+    """(model, vocabulary) of a folder, or of a shape: random weights, 4 bits in groups of 64."""
+    import importlib
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from mlx_segtrain.models import load_base
+
+    if name not in SHAPES:
+        model, config, _ = load_base(name)
+        return model, config["vocab_size"]
+    config = SHAPES[name]
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    for _, weight in tree_flatten(model.parameters()):  # one at a time: float32 passes by
+        mx.eval(weight)
+        mx.clear_cache()
+    return model, config["vocab_size"]
+
+
+def prompt(args):
+    """Tokens before the rows of the loss."""
+    return args.length - round(args.length * args.loss_rows)
 
 
 def timed(step, steps, slow_s=15.0):
@@ -58,25 +120,25 @@ def reset_peak():
         mx.reset_peak_memory()
 
 
-def segtrain(model_dir, length, steps, variant):
+def segtrain(args, variant):
     import mlx.core as mx
     import mlx.optimizers as optim
     import numpy as np
 
     from mlx_segtrain import lora
     from mlx_segtrain.data import Batch
-    from mlx_segtrain.models import chain_of, load_base
+    from mlx_segtrain.models import chain_of
     from mlx_segtrain.objectives import sft
 
-    model, config, _ = load_base(model_dir)
+    model, vocabulary = load(args.model)
     chain = chain_of(model)
-    ranks = {path: RANK for path in chain.linears}
+    ranks = {path: RANK for path in chain.linears if path.endswith(tuple(SUFFIXES))}
     adapter = lora.init(chain, ranks, SCALE, 0)
     stages = chain.stages(adapter.scales)
     params = lora.stage_params(adapter, [stage.name for stage in stages])
-    row = tokens(length, config["vocab_size"])
+    row = tokens(args.length, vocabulary)
     weights = np.ones(row.shape, np.float32)
-    weights[:, 0] = 0
+    weights[:, : prompt(args) + 1] = 0
     batch = Batch(row, weights, np.arange(1))
     value_and_grad = sft.value_and_grad(chain, stages, int(variant or 1))
     optimizer = optim.AdamW(1e-4, bias_correction=True)
@@ -84,38 +146,30 @@ def segtrain(model_dir, length, steps, variant):
 
     def step():
         nonlocal params
-        (loss,), grads = value_and_grad(params, sft.values(chain, batch, float(length)))
+        values = sft.values(chain, batch, float(weights.sum()))
+        (loss,), grads = value_and_grad(params, values)
         params = optimizer.apply_gradients(grads, params)
         mx.eval(params, optimizer.state, loss)
 
-    first, times = timed(step, steps)
+    first, times = timed(step, args.steps)
     return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
 
 
-def mlx_lm(model_dir, length, steps, variant):
+def mlx_lm(args, variant):
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx.utils import tree_map
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
 
-    model, config = load_model(Path(model_dir))
-    if not mx.metal.is_available() and mx.default_device() == mx.Device(mx.cpu):
-        # half precision on the CPU is ten times slower still: give stock its best
-        model.update(
-            tree_map(
-                lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x,
-                model.parameters(),
-            )
-        )
+    # On the CPU in float32: half precision is ten times slower still, and stock gets its best.
+    model, vocabulary = load(args.model)
     model.freeze()
     linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS})
     if variant == "ckpt":
         grad_checkpoint(model["model"]["layers"][0])
-    batch = mx.array(tokens(length, config["vocab_size"]))
-    lengths = mx.array([[1, length]])
+    batch = mx.array(tokens(args.length, vocabulary))
+    lengths = mx.array([[prompt(args) + 1, args.length]])
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     value_and_grad = nn.value_and_grad(model, default_loss)
     mx.eval(model.parameters())
@@ -126,11 +180,11 @@ def mlx_lm(model_dir, length, steps, variant):
         optimizer.update(model, grads)
         mx.eval(loss, model.trainable_parameters(), optimizer.state)
 
-    first, times = timed(step, steps)
+    first, times = timed(step, args.steps)
     return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
 
 
-def peft(model_dir, length, steps, variant):
+def peft(args, variant):
     import mlx.core as mx
     import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
@@ -139,14 +193,14 @@ def peft(model_dir, length, steps, variant):
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, _ = load_model(Path(model_dir))
+    source, _ = load_model(Path(args.model))
     dense: Any = dequantize_model(source).parameters()
     weights = {
         name: torch.from_numpy(np.array(w.astype(mx.float32)))
         for name, w in dict(tree_flatten(dense)).items()
     }
     del source
-    config: Any = AutoConfig.from_pretrained(model_dir)
+    config: Any = AutoConfig.from_pretrained(args.model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(
@@ -161,17 +215,19 @@ def peft(model_dir, length, steps, variant):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    row = torch.from_numpy(tokens(length, config.vocab_size)).long()
+    row = torch.from_numpy(tokens(args.length, config.vocab_size)).long()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step():
         logits = model(input_ids=row[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[0, prompt(args) :], row[0, prompt(args) + 1 :]
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    first, times = timed(step, steps)
+    first, times = timed(step, args.steps)
     return {"first_s": first, "times": times}
 
 
@@ -180,7 +236,11 @@ CELLS = {"segtrain": segtrain, "mlx-lm": mlx_lm, "peft": peft}
 
 def run_cell(args):
     name, _, variant = args.cell.partition(":")
-    result = CELLS[name](args.model, args.length, args.steps, variant)
+    if args.limit_gb and name != "peft":
+        import mlx.core as mx
+
+        mx.set_memory_limit(int(args.limit_gb * 1e9))
+    result = CELLS[name](args, variant)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["rss"] = rss * (1 if sys.platform == "darwin" else 1024)
     print("RESULT " + json.dumps(result))
@@ -188,9 +248,11 @@ def run_cell(args):
 
 def main():
     parser = argparse.ArgumentParser(description="Times a training step beside its peers.")
-    parser.add_argument("--model", type=Path, help="folder of an MLX model; default: the demo's")
+    parser.add_argument("--model", help="folder of an MLX model, or a shape; default: the demo's")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--loss-rows", type=float, default=1.0, help="part of them in the loss")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--limit-gb", type=float, help="MLX waits for the device above it")
     parser.add_argument(
         "--cells", nargs="+", default=["segtrain:1", "segtrain:0", "peft", "peft:ckpt", "mlx-lm"]
     )
@@ -200,7 +262,7 @@ def main():
         from mlx_segtrain.demo.snapshot import smollm2_snapshot
         from mlx_segtrain.files import cache_dir
 
-        args.model = smollm2_snapshot(cache_dir())
+        args.model = str(smollm2_snapshot(cache_dir()))
     if args.cell:
         return run_cell(args)
     packages = ["mlx", "mlx-lm", "mlx-segtrain", "torch", "peft", "transformers"]
@@ -211,11 +273,14 @@ def main():
         except PackageNotFoundError:
             found[package] = "absent"
     print(f"{platform.platform()}, {os.cpu_count()} processors; {found}")
-    print(f"{args.model.name}, T={args.length}, rank {RANK} on all seven, all rows in the loss")
+    rows = f"{args.length - prompt(args)} rows in the loss"
+    print(f"{Path(args.model).name}, T={args.length}, rank {RANK} on all seven, {rows}")
     print("cell          first_s  median_s    p20_s    p80_s  n  resting_gb  peak_gb  rss_gb")
     for cell in args.cells:
-        command = [sys.executable, __file__, "--cell", cell, "--model", str(args.model)]
+        command = [sys.executable, __file__, "--cell", cell, "--model", args.model]
         command += ["--length", str(args.length), "--steps", str(args.steps)]
+        command += ["--loss-rows", str(args.loss_rows)]
+        command += ["--limit-gb", str(args.limit_gb)] if args.limit_gb else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
         if line is None:

@@ -101,11 +101,11 @@ NB_MODULE(_core, m) {
          const Arrays& head_params, const Arrays& inputs) {
         // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
         // mx.custom_function) takes it for granted.
-        auto evaluate = [](const Arrays& made) {
+        auto wait = [](const Arrays& made) {
           nb::gil_scoped_release others;
           mx::eval(made);
         };
-        return run_plan(plan, stages, fns, head, head_reads, params, head_params, inputs, evaluate);
+        return run_plan(plan, stages, fns, head, head_reads, params, head_params, inputs, wait);
       },
       "plan"_a, "stages"_a, "fns"_a, "head"_a, "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
       "Runs a plan over callables (params, reads) → writes, evaluating after every move.");

@@ -41,7 +41,7 @@ class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
          const StageFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const Arrays& head_params, const Arrays& inputs, const Evaluate& evaluate)
+         const Arrays& head_params, const Arrays& inputs, const Wait& wait)
       : plan_(plan),
         stages_(stages),
         fns_(fns),
@@ -49,7 +49,7 @@ class Runner {
         head_reads_(head_reads),
         params_(params),
         head_params_(head_params),
-        evaluate_(evaluate),
+        wait_(wait),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
@@ -59,6 +59,7 @@ class Runner {
   }
 
   StepResult run() {
+    Arrays running;
     for (const auto& move : plan_.moves) {
       Arrays made;
       switch (move.kind) {
@@ -73,9 +74,13 @@ class Runner {
           break;
       }
       for (int value : move.drops) values_[value].reset();
-      // One segment's inner arrays die here: this evaluation is what bounds memory.
-      evaluate_(made);
+      // The move was written down while the one before ran, whose inner arrays die here: that no two run
+      // at a time is what bounds memory.
+      wait_(running);
+      mx::async_eval(made);
+      running = std::move(made);
     }
+    wait_(running);
     return std::move(result_);
   }
 
@@ -234,7 +239,7 @@ class Runner {
   const std::vector<std::string>& head_reads_;
   const std::vector<Arrays>& params_;
   const Arrays& head_params_;
-  const Evaluate& evaluate_;
+  const Wait& wait_;
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::map<int, std::optional<mx::Dtype>> dtypes_;
@@ -246,10 +251,10 @@ class Runner {
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
                     const StageFn& head, const std::vector<std::string>& head_reads,
                     const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
-                    const Evaluate& evaluate) {
+                    const Wait& wait) {
   check(fns.size() == stages.size() && params.size() == stages.size(), "[schedule] expected ", stages.size(),
         " callables and parameter lists, one for each stage; got ", fns.size(), " and ", params.size(), ".");
-  return Runner(plan, stages, fns, head, head_reads, params, head_params, inputs, evaluate).run();
+  return Runner(plan, stages, fns, head, head_reads, params, head_params, inputs, wait).run();
 }
 
 }  // namespace segtrain

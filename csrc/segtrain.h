@@ -111,8 +111,8 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool 
 /// (params, reads) → writes; the head: (params, reads) → {loss, anything else...}.
 using StageFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// mx::eval, with whatever the caller wants around it.
-using Evaluate = std::function<void(const Arrays&)>;
+/// mx::eval of arrays that are being computed, with whatever the caller wants around it.
+using Wait = std::function<void(const Arrays&)>;
 
 struct StepResult {
   Arrays outputs;             ///< of the head, loss first
@@ -121,10 +121,11 @@ struct StepResult {
 };
 
 /// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
-/// `reads` of a stage arrive in the order of its spec. Evaluates by `evaluate` after every move.
+/// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
+/// meanwhile.
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
                     const StageFn& head, const std::vector<std::string>& head_reads,
                     const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
-                    const Evaluate& evaluate);
+                    const Wait& wait);
 
 }  // namespace segtrain

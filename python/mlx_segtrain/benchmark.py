@@ -348,9 +348,10 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
         adapter = adapters.init(chain, dict.fromkeys(chain.linears, rank), 2.0, 0)
         (stage,) = chain.stages(adapter.scales)
         params = adapters.stage_params(adapter, [stage.name])[stage.name]
+        positions = mx.arange(rows)
 
         def ours(h: mx.array, *ab: mx.array) -> mx.array:
-            return stage.fn(dict(zip(params, ab, strict=True)), h)
+            return stage.fn(dict(zip(params, ab, strict=True)), h, positions)
 
         return {"both": with_gradients(ours, [h, *params.values()], dh)["both"]}
 
