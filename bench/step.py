@@ -129,6 +129,7 @@ def segtrain(args, variant):
     from mlx_segtrain.data import Batch
     from mlx_segtrain.models import chain_of
     from mlx_segtrain.objectives import sft
+    from mlx_segtrain.training.layout import Layout
 
     model, vocabulary = load(args.model)
     chain = chain_of(model)
@@ -136,6 +137,8 @@ def segtrain(args, variant):
     adapter = lora.init(chain, ranks, SCALE, 0)
     stages = chain.stages(adapter.scales)
     params = lora.stage_params(adapter, [stage.name for stage in stages])
+    layout = Layout.of(params)
+    vector = layout.join(params)
     row = tokens(args.length, vocabulary)
     weights = np.ones(row.shape, np.float32)
     weights[:, : prompt(args) + 1] = 0
@@ -145,11 +148,12 @@ def segtrain(args, variant):
     resting = mx.get_active_memory()
 
     def step():
-        nonlocal params
+        nonlocal vector
         values = sft.values(chain, batch, float(weights.sum()))
-        (loss,), grads = value_and_grad(params, values)
-        params = optimizer.apply_gradients(grads, params)
-        mx.eval(params, optimizer.state, loss)
+        (loss,), grads = value_and_grad(layout.split(vector), values)
+        gradient = {"factors": layout.join(grads)}
+        vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
+        mx.eval(vector, optimizer.state, loss)
 
     first, times = timed(step, args.steps)
     return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}

@@ -1,5 +1,7 @@
 """Families of models: loss and every LoRA gradient equal those of mlx-lm and of HF transformers."""
 
+import itertools
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -265,3 +267,39 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     cache = model.make_cache()
     decoded = [model(tokens[:, t : t + 1], cache=cache) for t in range(tokens.shape[1])]
     assert_close("logits", mx.concatenate(decoded, 1), trained, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4-E4B", "phi3"])
+def test_every_linear_may_be_quantized_its_own_way(name):
+    """Of 4 and 8 bits, other groups and modes, and dense; embeddings and tied heads too."""
+    kinds = itertools.cycle(
+        [
+            {"group_size": 32, "bits": 4, "mode": "affine"},
+            {"group_size": 64, "bits": 8, "mode": "affine"},
+            False,
+            {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+            {"group_size": 32, "bits": 3, "mode": "affine"},
+            {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+            {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+        ]
+    )
+
+    def kind(path, module):
+        if not hasattr(module, "to_quantized"):
+            return False
+        chosen = next(kinds)
+        return chosen if chosen and module.weight.shape[-1] % chosen["group_size"] == 0 else False
+
+    family, overrides = FAST[name]
+    model = tiny_models.build(family, **overrides)
+    nn.quantize(model, class_predicate=kind)
+    second = model.model.get("embed_tokens_per_layer")
+    if second is not None and "scales" not in second:
+        model.model.embed_tokens_per_layer = second.to_quantized(32, 4)
+    chain = chain_of(model)
+    adapter, batch = adapter_of(chain), batch_of(2)
+    got, got_grads = run(chain, adapter, batch)
+    loss, grads = of_mlx_lm(model, chain, adapter, batch)
+    assert abs(got - loss) < 1e-5 * abs(loss)
+    for path, grad in grads.items():
+        assert_close(path, got_grads[path], grad, 1e-4)

@@ -1,4 +1,4 @@
-"""Every family of mlx-lm: three steps with mlx-lm's losses, or a refusal that docs/models.md has."""
+"""Every family of mlx-lm: three steps with its losses, or a refusal that docs/models.md has."""
 
 import importlib
 

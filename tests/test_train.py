@@ -124,10 +124,10 @@ def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
     taken = []
     original = loop._Step.gradient
 
-    def recorded(self, params, batches):
-        loss, grads = original(self, params, batches)
-        taken.append((params, grads))
-        return loss, grads
+    def recorded(self, vector, batches):
+        loss, gradient = original(self, vector, batches)
+        taken.append((self.layout.split(vector), self.layout.split(gradient)))
+        return loss, gradient
 
     monkeypatch.setattr(loop._Step, "gradient", recorded)
     seen = []
@@ -147,6 +147,17 @@ def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
         for key, value in own.items():
             assert_close(key, final[f"{stage}.{key}"], value, 1e-4)
     assert max(reported) > 0.5
+
+
+def test_a_layout_joins_splits_and_names():
+    b = {"x": mx.arange(6.0).reshape(2, 3), "a": mx.full((4,), 7.0)}
+    params = {"b": b, "a": {"y": mx.ones(1)}}
+    layout = Layout.of(params)
+    vector = layout.join(params)
+    assert vector.tolist() == [7, 7, 7, 7, 0, 1, 2, 3, 4, 5, 1]
+    again = layout.split(vector)
+    assert all(mx.array_equal(again["b"][key], value) for key, value in b.items())
+    assert layout.names(vector == 5) == ["b.x"] and layout.names(vector == 1) == ["b.x", "a.y"]
 
 
 def test_segment_sizes_and_checkpointing_train_the_same(llama4, data, tmp_path):
@@ -256,10 +267,10 @@ def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeyp
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(llama4, data, tmp_path, monkeypatch):
     original, calls = loop._Step.gradient, []
 
-    def broken(self, params, batches):
-        loss, grads = original(self, params, batches)
+    def broken(self, vector, batches):
+        loss, gradient = original(self, vector, batches)
         calls.append(1)
-        return (math.nan if len(calls) == 3 else loss), grads
+        return (math.nan if len(calls) == 3 else loss), gradient
 
     monkeypatch.setattr(loop._Step, "gradient", broken)
     seen = []

@@ -80,10 +80,12 @@ def choose_ranks(
         for path in found:
             if chain.layer_of[path] < first:
                 continue
-            if rank_scaling == "by_kl" and path in kl and median > 0:
-                factor = min(max(kl[path] / median, 0.5), 2.0)
+            own = kl.get(path.removeprefix("language_model."))
+            if own is not None and median > 0:
+                factor = min(max(own / median, 0.5), 2.0)
             elif rank_scaling != "constant" and "scales" in chain.linears[path]:
-                factor = ops.base_of(chain.linears[path]).bits / 4
+                quantized: Any = chain.linears[path]
+                factor = quantized.bits / 4
             else:
                 factor = 1.0
             ranks[path] = max(2, math.ceil(rank * factor))
@@ -91,7 +93,7 @@ def choose_ranks(
 
 
 def _sensitivities(model_dir: Path) -> dict[str, float]:
-    """KL divergence by path from OptiQ's file beside the weights, or nothing."""
+    """KL divergence by path in the text model, from OptiQ's file beside the weights, or nothing."""
     for name in ("optiq/metadata.json", "optiq_metadata.json"):
         file = model_dir / name
         if not file.is_file():
@@ -99,15 +101,23 @@ def _sensitivities(model_dir: Path) -> dict[str, float]:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
-            return {path: float(x["kl"]) for path, x in layers.items() if x.get("kl") is not None}
+            return {
+                path.removeprefix("language_model."): float(x["kl"])
+                for path, x in layers.items()
+                if x.get("kl") is not None
+            }
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
     return {}
 
 
-def shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _has_experts(module: Any) -> bool:
+    return "num_experts" in dir(module)
+
+
+def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of a and b for this linear, as mlx-lm has them."""
-    if "num_experts" in dir(module):
+    if _has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
@@ -161,7 +171,7 @@ class LoRASwitchLinear(LoRALinear):
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         if "lora_a" not in self:
             return y
-        a, b = (f.astype(x.dtype).swapaxes(-2, -1) for f in (self.lora_a, self.lora_b))
+        a, b = (self[key].astype(x.dtype).swapaxes(-2, -1) for key in ("lora_a", "lora_b"))
         return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
 
 
@@ -175,7 +185,7 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     if isinstance(linear, LoRALinear):
         linear.scale = scale
         return linear
-    wrapped = (LoRASwitchLinear if "num_experts" in dir(linear) else LoRALinear)(linear, scale)
+    wrapped = (LoRASwitchLinear if _has_experts(linear) else LoRALinear)(linear, scale)
     if isinstance(at, list):
         at[int(name)] = wrapped
     else:

@@ -200,13 +200,14 @@ def _embedded(module: Any, tokens: mx.array, i: int, size: int) -> mx.array:
         return module(tokens)[..., i * size : (i + 1) * size]
     n = module.scales.shape[1] * module.group_size // size
 
-    def part(x: mx.array | None) -> mx.array | None:
-        return None if x is None else x.reshape(x.shape[0], n, -1)[tokens, i]
+    def part(x: mx.array) -> mx.array:
+        return x.reshape(x.shape[0], n, -1)[tokens, i]
 
+    biases = module.get("biases")
     return mx.dequantize(
         part(weight),
         part(module.scales),
-        part(module.get("biases")),
+        None if biases is None else part(biases),
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,

@@ -66,10 +66,9 @@ class _Body:
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
         """The model on tokens; layers without an answer hand their first argument on."""
         whole = list(self.layers)
+        shown: Any = [_StandIn(layer, answers.get(i, _first)) for i, layer in enumerate(whole)]
         try:
-            self.layers[:] = [  # pyright: ignore[reportArgumentType]
-                _StandIn(layer, answers.get(i, _first)) for i, layer in enumerate(whole)
-            ]
+            self.layers[:] = shown
             return self.model(tokens)
         finally:
             self.layers[:] = whole
@@ -82,9 +81,8 @@ class _Body:
             call.append((args, kwargs))
             raise _Stop
 
-        answers: dict[int, Callable[..., mx.array]] = {i: stop}
-        if h is not None:
-            answers |= {j: lambda *_, **__: h for j in range(i)}
+        answers: dict[int, Any] = {} if h is None else dict.fromkeys(range(i), lambda *_, **__: h)
+        answers[i] = stop
         try:
             self.run(tokens, answers)
         except _Stop:
@@ -94,7 +92,7 @@ class _Body:
 
     def logits(self, tokens: mx.array, h: mx.array) -> mx.array:
         """What the model makes of h [B, T, H], the last layer's output."""
-        return self.run(tokens, {j: lambda *_, **__: h for j in range(len(self.layers))})
+        return self.run(tokens, dict.fromkeys(range(len(self.layers)), lambda *_, **__: h))
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def _try(body: _Body) -> None:
         h = y
     assert h is not None
     got = body.logits(tokens, h).astype(mx.float32)
-    far = (mx.linalg.norm(got - expected) / mx.linalg.norm(expected)).item()
+    far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
     if not far < (FLOAT_BOUND if h.dtype == mx.float32 else HALF_BOUND):
         raise InputError(
             f"{refused} run layer by layer it gives other logits (relative L2 {far:.1g}), so its "

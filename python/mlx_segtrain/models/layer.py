@@ -171,6 +171,7 @@ class Layer:
     trims: bool = False
 
     def stage(self, scales: Mapping[str, float]) -> Stage:
+        """`scales` are the multipliers of LoRA updates by full path."""
         reads = ["h"]
         if self.trims:
             reads.append("positions")
@@ -189,8 +190,9 @@ class Layer:
             h = given["h"]
             rows = given["positions"].size if self.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
-            shared = [given[name] for name in kv_names(self.donor)] if self.donor else None
-            r, kv = self.attention(linears, x, rows, shared and (shared[0], shared[1]))
+            k, v = kv_names(self.donor or self.name)
+            shared = (given[k], given[v]) if self.donor else None
+            r, kv = self.attention(linears, x, rows, shared)
             if rows < h.shape[1]:
                 h = h[:, -rows:]
             h, x = self._add(h, r, self.after_attention, self.before_mlp)

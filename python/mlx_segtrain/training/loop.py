@@ -12,7 +12,6 @@ from typing import IO, Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map
 
 from .. import events, lora
 from ..adapters import write_adapter
@@ -20,8 +19,8 @@ from ..config import TrainConfig
 from ..data import Batch, Dataset, batches
 from ..files import write_json
 from ..objectives import sft
-from ..schedule import Grads
 from .evaluation import mean_loss
+from .layout import Layout
 from .setup import Setup, check_output, prepare, value_and_grad, with_params
 
 
@@ -59,9 +58,9 @@ class ProbeResult:
 
 @dataclass
 class State:
-    """What changes during a run; `params` and `step` change together, at the end of a step."""
+    """What changes during a run; the factors and `step` change together, at the end of a step."""
 
-    params: Grads
+    vector: mx.array
     step: int = 0
     losses: list[float] = field(default_factory=list)
     vals: list[dict[str, float]] = field(default_factory=list)
@@ -101,30 +100,30 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
 def _run(
     config: TrainConfig, setup: Setup, source: Iterator[Batch], tell: events.OnEvent
 ) -> TrainResult:
-    state = State(lora.stage_params(setup.adapter, [stage.name for stage in setup.stages]))
     step = _Step(config, setup)
+    state = State(step.start)
     tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
     mx.reset_peak_memory()
     begin = time.perf_counter()
     interrupted = False
     try:
-        _evaluate(config, setup, state, tell)
+        _evaluate(config, setup, step.layout, state, tell)
         while state.step < config.iters:
             started = time.perf_counter()
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            params, loss, norm = step(state.params, accumulated)
-            state.params, state.step = params, state.step + 1
+            vector, loss, norm = step(state.vector, accumulated)
+            state.vector, state.step = vector, state.step + 1
             seconds = time.perf_counter() - started
             _report(config, state, tell, loss, norm, _count(setup.train, accumulated), seconds)
             last = state.step == config.iters
             if last or state.step % config.steps_per_eval == 0:
-                _evaluate(config, setup, state, tell)
+                _evaluate(config, setup, step.layout, state, tell)
     except KeyboardInterrupt:
         interrupted = True
     except FloatingPointError:
-        _save(config, setup, state, tell)
+        _save(config, setup, step.layout, state, tell)
         raise
-    _save(config, setup, state, tell)
+    _save(config, setup, step.layout, state, tell)
 
     best = min(state.vals, key=lambda v: v["loss"], default=None)
     result = TrainResult(
@@ -154,6 +153,9 @@ class _Step:
     def __init__(self, config: TrainConfig, setup: Setup):
         self.config, self.chain = config, setup.chain
         self.value_and_grad = value_and_grad(setup, config)
+        params = lora.stage_params(setup.adapter, [stage.name for stage in setup.stages])
+        self.layout = Layout.of(params)
+        self.start = self.layout.join(params)
         self.optimizer = optim.AdamW(
             learning_rate=config.learning_rate,
             betas=[0.9, 0.999],
@@ -162,13 +164,12 @@ class _Step:
             bias_correction=True,
         )
 
-    def __call__(self, params: Grads, accumulated: list[Batch]) -> tuple[Grads, float, float]:
-        """New parameters, the loss of a token, and the gradient's norm before clipping."""
-        loss, grads = self.gradient(params, accumulated)
-        named = {f"{stage}.{key}": g for stage, own in grads.items() for key, g in own.items()}
-        norm = math.sqrt(float(mx.stack([mx.square(g).sum() for g in named.values()]).sum()))
+    def __call__(self, vector: mx.array, accumulated: list[Batch]) -> tuple[mx.array, float, float]:
+        """The new factors, the loss of a token, and the gradient's norm before clipping."""
+        loss, gradient = self.gradient(vector, accumulated)
+        norm = math.sqrt(float(mx.square(gradient).sum()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = [name for name, g in named.items() if not mx.isfinite(g).all()]
+            bad = self.layout.names(~mx.isfinite(gradient))
             rows = sorted({int(i) for batch in accumulated for i in batch.rows})
             raise FloatingPointError(
                 f"loss is {loss} and gradient norm {norm} on training rows {rows}"
@@ -177,22 +178,22 @@ class _Step:
             )
         limit = self.config.grad_clip_norm
         if 0 < limit < norm:
-            grads = tree_map(lambda g: g * (limit / norm), grads)
-        params = self.optimizer.apply_gradients(grads, params)
-        mx.eval(params, self.optimizer.state)
-        return params, loss, norm
+            gradient = gradient * (limit / norm)
+        new = self.optimizer.apply_gradients({"factors": gradient}, {"factors": vector})["factors"]
+        mx.eval(new, self.optimizer.state)
+        return new, loss, norm
 
-    def gradient(self, params: Grads, accumulated: list[Batch]) -> tuple[float, Grads]:
+    def gradient(self, vector: mx.array, accumulated: list[Batch]) -> tuple[float, mx.array]:
         """Loss and gradient of the mean token over all micro-batches."""
         total = float(sum(batch.weights.sum() for batch in accumulated))
-        loss, grads = 0.0, None
+        params = self.layout.split(vector)
+        loss, gradient = 0.0, mx.zeros_like(vector)
         for batch in accumulated:
-            (part,), part_grads = self.value_and_grad(params, sft.values(self.chain, batch, total))
+            (part,), grads = self.value_and_grad(params, sft.values(self.chain, batch, total))
             loss += float(part)
-            grads = part_grads if grads is None else tree_map(mx.add, grads, part_grads)
-            mx.eval(grads)
-        assert grads is not None
-        return loss, grads
+            gradient = gradient + self.layout.join(grads)
+            mx.eval(gradient)
+        return loss, gradient
 
 
 def _count(data: Dataset, accumulated: list[Batch]) -> int:
@@ -230,11 +231,14 @@ def _report(
     )
 
 
-def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
+def _evaluate(
+    config: TrainConfig, setup: Setup, layout: Layout, state: State, tell: events.OnEvent
+) -> None:
     """Validation loss, where there is a validation set, and a checkpoint if the user keeps them."""
     loss = None
     if setup.valid is not None:
-        loss = mean_loss(setup.chain, setup.stages, state.params, setup.valid, config.batch_size)
+        params = layout.split(state.vector)
+        loss = mean_loss(setup.chain, setup.stages, params, setup.valid, config.batch_size)
         state.vals.append({"step": state.step, "loss": loss})
         tokens = setup.valid.supervised_tokens
         tell(events.val_metric(state.step, config.iters, loss=loss, tokens=tokens))
@@ -243,16 +247,19 @@ def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEv
         progress = events.run_progress(state.step, config.iters)
         tell(events.stage("checkpoint", progress, name))
         folder = config.adapter_path / "checkpoints" / name
-        write_adapter(folder, with_params(setup.adapter, state.params), config)
+        write_adapter(folder, with_params(setup.adapter, layout.split(state.vector)), config)
 
 
-def _save(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
+def _save(
+    config: TrainConfig, setup: Setup, layout: Layout, state: State, tell: events.OnEvent
+) -> None:
     """The adapter as of the last finished step; an untouched one is not worth a file."""
     if state.step == 0:
         return
     progress = events.run_progress(state.step, config.iters)
     tell(events.stage("checkpoint", progress, f"saving {config.adapter_path}"))
-    write_adapter(config.adapter_path, with_params(setup.adapter, state.params), config)
+    params = layout.split(state.vector)
+    write_adapter(config.adapter_path, with_params(setup.adapter, params), config)
 
 
 def _metrics_file(config: TrainConfig) -> IO[str]:
@@ -287,8 +294,8 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
     rows = longest[: config.batch_size * config.grad_accumulation_steps]
     setup = replace(setup, train=replace(setup.train, rows=rows))
     source: Iterator[Batch] = batches(setup.train, config.batch_size, config.seed)
-    params = lora.stage_params(setup.adapter, [stage.name for stage in setup.stages])
     step = _Step(config, setup)
+    vector = step.start
     resting = mx.get_active_memory()
     mx.reset_peak_memory()
     times, loss, norm, tokens, finite = [], math.nan, math.nan, 0, True
@@ -296,7 +303,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         accumulated = list(islice(source, config.grad_accumulation_steps))
         started = time.perf_counter()
         try:
-            params, loss, norm = step(params, accumulated)
+            vector, loss, norm = step(vector, accumulated)
         except FloatingPointError:
             finite = False
         times.append(time.perf_counter() - started)

@@ -1,0 +1,49 @@
+"""An adapter's factors as one vector: an optimizer step is some kernels, not some a factor."""
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..schedule import Grads, Params
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each factor stands in the vector: stage, name and shape, in order."""
+
+    entries: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, params: Params) -> "Layout":
+        return cls(
+            tuple(
+                (stage, name, tuple(own[name].shape))
+                for stage, own in params.items()
+                for name in sorted(own)
+            )
+        )
+
+    def join(self, params: Params) -> mx.array:
+        """The factors, or their gradients, as a float32 vector."""
+        parts = [params[stage][name] for stage, name, _ in self.entries]
+        return mx.concatenate([part.astype(mx.float32).reshape(-1) for part in parts])
+
+    def split(self, vector: mx.array) -> Grads:
+        """Views of the vector by stage and name."""
+        params: Grads = {}
+        begin = 0
+        for stage, name, shape in self.entries:
+            end = begin + math.prod(shape)
+            params.setdefault(stage, {})[name] = vector[begin:end].reshape(shape)
+            begin = end
+        return params
+
+    def names(self, marked: mx.array) -> list[str]:
+        """Full names of the factors that have a marked element."""
+        return [
+            f"{stage}.{name}"
+            for stage, own in self.split(marked).items()
+            for name, part in own.items()
+            if part.any().item()
+        ]

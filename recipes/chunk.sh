@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Fine-tunes on text in chunks; knobs.sh says what the environment can set.
+#   DATA=/path/to/chunk ITERS=300 RANK=16 SEQ=2048 SEG=4 recipes/chunk.sh [FLAG ...]
+# Flags of `mlx-segtrain train` come last and win: --overwrite takes an adapter's place.
+set -euo pipefail
+recipe=$(cd "$(dirname "$0")" && pwd)/chunk
+source "${recipe%/*}/knobs.sh"
+knobs "$recipe" MiniCPM5-1B-OptiQ-4bit minicpm5-chunk
+exec mlx-segtrain train "${flags[@]}" "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Gemma 4 E4B in two steps; knobs.sh says what the environment can set.
+#   DATA=/path/to/rows recipes/e4b.sh probe     two steps on the longest rows: time, memory, finite or not; writes nothing
+#   DATA=/path/to/rows recipes/e4b.sh train     the run
+#   ITERS=750 SEQ=4096 SEG=1 recipes/e4b.sh train
+# Flags of `mlx-segtrain train` come last and win.
+set -euo pipefail
+case "${1:-}" in
+  probe | train) ;;
+  *) echo "usage: recipes/e4b.sh probe|train [FLAG ...]" >&2; exit 2 ;;
+esac
+recipe=$(cd "$(dirname "$0")" && pwd)/e4b
+source "${recipe%/*}/knobs.sh"
+knobs "$recipe" gemma-4-e4b-it-OptiQ-4bit e4b
+exec mlx-segtrain "$1" "${flags[@]}" "${@:2}"

@@ -1,0 +1,48 @@
+# Environment variables as flags of mlx-segtrain, for the recipes: what is not set stays as the recipe's file has it.
+#
+#   MODEL       model_dir; a folder
+#   DATA        data_dir; a folder with train.jsonl
+#   SEQ         max_seq_length
+#   ITERS       iters
+#   RANK        rank
+#   LR          learning_rate
+#   SCALE       scale
+#   SEG         segment_size: layers a segment, 0 for none, auto
+#   EVAL_EVERY  steps_per_eval; a fifth of ITERS if that is set
+#   ADAPTER     adapter_path
+#   CKPT        save_checkpoints: 1 or 0
+#   GRAD_CKPT   grad_checkpoint: 1 or 0
+
+PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
+command -v mlx-segtrain > /dev/null || { echo "mlx-segtrain is not on PATH: pip install it, or run make dev." >&2; exit 2; }
+
+# The folder that a hub's cache has of a model, the newest where there are several.
+cached() {
+  local hub="${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
+  ls -dt "$hub"/models--*--"$1"/snapshots/*/ 2> /dev/null | head -1 || true
+}
+
+# Fills `flags`. Arguments: the recipe, the model that it is for, and the name of its adapter without the length.
+knobs() {
+  local name=$1 model=$2 adapter=$3
+  local seq=${SEQ:-$(sed -n 's/^max_seq_length: *\([0-9]*\).*/\1/p' "$name.yaml")}
+  MODEL=${MODEL:-$(cached "$model")}
+  [ -n "$MODEL" ] || { echo "MODEL is not set, and no $model is in the hub's cache: give the folder of a model." >&2; exit 2; }
+  [ -n "${DATA:-}" ] || { echo "DATA is not set: give a folder with train.jsonl." >&2; exit 2; }
+  flags=(--config "$name.yaml" --model-dir "$MODEL" --data-dir "$DATA"
+         --adapter-path "${ADAPTER:-$HOME/.cache/mlx-segtrain/finetunes/$adapter-seq$seq}")
+  [[ ! ${ITERS:-} =~ ^[0-9]+$ ]] || EVAL_EVERY=${EVAL_EVERY:-$((ITERS >= 5 ? ITERS / 5 : 1))}
+  local pair
+  for pair in SEQ:max-seq-length ITERS:iters RANK:rank LR:learning-rate SCALE:scale SEG:segment-size EVAL_EVERY:steps-per-eval; do
+    local knob=${pair%%:*}
+    [ -z "${!knob:-}" ] || flags+=("--${pair#*:}" "${!knob}")
+  done
+  for pair in CKPT:save-checkpoints GRAD_CKPT:grad-checkpoint; do
+    local knob=${pair%%:*}
+    case "${!knob:-}" in
+      "") ;;
+      0) flags+=("--no-${pair#*:}") ;;
+      *) flags+=("--${pair#*:}") ;;
+    esac
+  done
+}

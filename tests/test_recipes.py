@@ -1,0 +1,109 @@
+"""The recipes run as their own text shows them."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+
+import tiny_models
+from conftest import VOCABULARY, write_tokenizer
+from mlx_segtrain.demo import snapshot
+from mlx_segtrain.files import cache_dir
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def run(script, *args, **knobs):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLX_")}
+    return subprocess.run(
+        [RECIPES / script, *args],
+        env={**env, **{key: str(value) for key, value in knobs.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def e4b(tmp_path_factory):
+    """A tiny Gemma 4 for text and images on disk, with OptiQ's mix of 4 and 8 bits."""
+    path = tmp_path_factory.mktemp("e4b")
+    more = {"vocab_size": VOCABULARY, "text_config": None}
+    text = tiny_models.config("gemma4_text", vocab_size=VOCABULARY)
+    config = {**tiny_models.config("gemma4"), **more, "text_config": text}
+    model = tiny_models.build("gemma4", vocab_size=VOCABULARY)
+    layers = {}
+
+    def quantization(name, module):
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
+            return False
+        bits = 8 if name.endswith(("down_proj", "v_proj", "embed_tokens")) else 4
+        layers[name] = {"group_size": 32, "bits": bits}
+        return layers[name]
+
+    nn.quantize(model, 32, 4, class_predicate=quantization)
+    config["quantization"] = {"group_size": 32, "bits": 4, **layers}
+    (path / "config.json").write_text(json.dumps(config))
+    kl = {name: {**spec, "kl": 0.1} for name, spec in layers.items()}
+    (path / "optiq").mkdir()
+    (path / "optiq" / "metadata.json").write_text(json.dumps({"per_layer": kl}))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    write_tokenizer(path)
+    return path
+
+
+def test_chunk_finetune_of_smollm2(tmp_path, data):
+    knobs = {
+        "MODEL": snapshot.smollm2_snapshot(cache_dir()),
+        "DATA": data,
+        "ADAPTER": tmp_path / "a",
+    }
+    done = run("chunk.sh", SEQ=64, SEG=4, RANK=4, EVAL_EVERY=1, **knobs)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "a" / "metrics.json").read_text())["config"]
+    wanted = {"iters": 2, "learning_rate": 1e-5, "scale": 20.0, "batch_size": 1, "method": "sft"}
+    wanted |= {"steps_per_report": 1, "save_checkpoints": True, "grad_checkpoint": False}
+    wanted |= {"max_seq_length": 64, "segment_size": 4, "rank": 4, "steps_per_eval": 1}
+    assert {key: config[key] for key in wanted} == wanted
+    assert len(list((tmp_path / "a" / "checkpoints").iterdir())) == 2
+    again = run("chunk.sh", **knobs)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_e4b_probe_then_train(e4b, tmp_path, data):
+    knobs = {"MODEL": e4b, "DATA": data, "ADAPTER": tmp_path / "a", "SEQ": 64}
+    done = run("e4b.sh", "probe", **knobs)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "a").exists()
+    done = run("e4b.sh", "train", ITERS=6, SEG=0, CKPT=0, GRAD_CKPT=1, **knobs)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    ranks = config["optiq"]["applied_ranks"]
+    assert all(name.startswith("language_model.model.layers.") for name in ranks)
+    by_bits = {name: rank for name, rank in ranks.items() if name.endswith(("v_proj", "q_proj"))}
+    assert set(by_bits.values()) == {16, 32}
+    assert config["segtrain"]["iters"] == 6 and config["segtrain"]["steps_per_eval"] == 1
+    assert not (tmp_path / "a" / "checkpoints").exists()
+    model, _ = mlx_lm.load(str(e4b), adapter_path=str(tmp_path / "a"))
+    assert mx.isfinite(model(mx.arange(20)[None])).all()
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "knobs", "says"),
+    [
+        ("chunk.sh", [], {"MODEL": "/"}, "DATA is not set"),
+        ("chunk.sh", [], {"HF_HOME": "/none", "DATA": "/"}, "MODEL is not set, and no MiniCPM5"),
+        ("e4b.sh", [], {}, "usage: recipes/e4b.sh probe|train"),
+        ("e4b.sh", ["train"], {"MODEL": "/", "DATA": "/", "ITERS": "many"}, "iters"),
+    ],
+)
+def test_what_is_missing_is_said(script, args, knobs, says):
+    done = run(script, *args, **knobs)
+    assert done.returncode == 2 and says in done.stderr
