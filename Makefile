@@ -10,7 +10,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench dev wheel clean
+.PHONY: help demo test lint bench models dev wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ lint: $(VENV)/installed ## Check format, style and types
 bench: $(VENV)/installed ## Time attention, and training steps beside peers that are installed
 	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/step.py
+
+models: $(VENV)/installed ## Write the table of docs/models.md anew
+	$(BIN)/python tests/model_table.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
 	$(PIP) install --quiet --editable '.[$(EXTRAS)]'

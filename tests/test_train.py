@@ -15,6 +15,7 @@ from conftest import write_rows
 from mlx_segtrain import InputError, TrainConfig, adapters, lora, train
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.training import evaluate, loop, probe
+from mlx_segtrain.training.layout import Layout
 from oracle import assert_close
 
 
