@@ -136,14 +136,14 @@ def segtrain(args, variant):
     ranks = {path: RANK for path in chain.linears if path.endswith(tuple(SUFFIXES))}
     adapter = lora.init(chain, ranks, SCALE, 0)
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     row = tokens(args.length, vocabulary)
     weights = np.ones(row.shape, np.float32)
     weights[:, : prompt(args) + 1] = 0
     batch = Batch(row, weights, np.arange(1))
-    value_and_grad = sft.value_and_grad(chain, stages, int(variant or 1))
+    value_and_grad = sft.value_and_grad(chain, stages, chain.cuts(int(variant or 1)))
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     resting = mx.get_active_memory()
 

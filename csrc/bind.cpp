@@ -87,8 +87,15 @@ NB_MODULE(_core, m) {
       .def_ro("trainable", &StageSpec::trainable);
   nb::class_<Plan>(m, "Plan", "The order of a segmented backward pass, as data.")
       .def("describe", &describe, "One line per move: what it runs, reads, keeps, takes, gives and drops.");
-  m.def("make_plan", &make_plan, "stages"_a, "inputs"_a, "head_reads"_a, "segment_size"_a,
-        "The plan that keeps boundary values only, every `segment_size` stages (0: nothing is recomputed).");
+  m.def(
+      "make_plan",
+      [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
+         const std::vector<std::string>& head_reads, const std::vector<int>& segments,
+         const std::vector<int>& groups) {
+        return make_plan(stages, inputs, head_reads, {segments, groups});
+      },
+      "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a,
+      "The plan for cuts behind these stages, and groups that end behind these segments.");
 
   nb::class_<StepResult>(m, "StepResult", "Outputs of the head and gradients of every parameter.")
       .def_ro("outputs", &StepResult::outputs)

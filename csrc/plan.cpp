@@ -14,11 +14,18 @@ struct Segment {
   int begin, end;
 };
 
-std::vector<Segment> cut(int n, int size) {
-  if (size == 0) return {{0, n}};
-  std::vector<Segment> segments;
-  for (int begin = 0; begin < n; begin += size) segments.push_back({begin, std::min(begin + size, n)});
-  return segments;
+/// Ranges between rising ends, the last of which must be n.
+std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) {
+  std::vector<Segment> ranges;
+  for (int begin = 0; int end : ends) {
+    if (end <= begin) break;
+    ranges.push_back({begin, end});
+    begin = end;
+  }
+  if (ranges.size() != ends.size() || ranges.empty() || ranges.back().end != n)
+    throw std::invalid_argument(std::string("[plan] the ends of ") + what + " must rise to " +
+                                std::to_string(n) + ".");
+  return ranges;
 }
 
 void add_unique(std::vector<int>& list, int value) {
@@ -67,59 +74,88 @@ class Resolver {
 
 }  // namespace
 
+namespace {
+
+/// Segments before the last one run together: what they read from before, and what is read of them behind.
+Move together(const Plan& plan, const std::vector<Move>& segments, Segment group) {
+  Move move{Move::Kind::forward, segments[group.begin].begin, segments[group.end - 1].end, {}, {}, {}, {}};
+  for (int i = 0; i < static_cast<int>(segments.size()); ++i)
+    for (int value : segments[i].reads) {
+      int producer = plan.values[value].producer;
+      bool inside = i >= group.begin && i < group.end;
+      if (inside && producer < move.begin) add_unique(move.reads, value);
+      if (i >= group.end && producer >= move.begin && producer < move.end) add_unique(move.writes, value);
+    }
+  return move;
+}
+
+/// What nobody needs after a move, or not before it is made again.
+void assign_drops(Plan& plan) {
+  std::set<int> needed;
+  for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move) {
+    if (move->kind == Move::Kind::forward)
+      for (int value : move->writes) needed.erase(value);
+    for (int value : move->reads)
+      if (needed.insert(value).second) move->drops.push_back(value);
+  }
+}
+
+}  // namespace
+
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
-               const std::vector<std::string>& head_reads, int segment_size) {
+               const std::vector<std::string>& head_reads, const Cuts& cuts) {
   if (stages.empty()) throw std::invalid_argument("[plan] expected at least one stage; got none.");
-  if (segment_size < 0)
-    throw std::invalid_argument("[plan] segment_size must be 0 (off) or more; got " +
-                                std::to_string(segment_size) + ".");
   Plan plan;
   Resolver names(plan, inputs);
-  std::vector<Move> forward;
-  for (auto segment : cut(static_cast<int>(stages.size()), segment_size))
-    forward.push_back(names.segment(stages, segment));
-  Move head = forward.back();
-  forward.pop_back();
+  std::vector<Move> segments;
+  for (auto segment : cut("segments", cuts.segments, static_cast<int>(stages.size())))
+    segments.push_back(names.segment(stages, segment));
+  const auto groups = cut("groups", cuts.groups, static_cast<int>(segments.size()));
+  Move& head = segments.back();
   head.kind = Move::Kind::head;
   for (const auto& name : head_reads) {
     int value = names.current(name, "the head");
     if (plan.values[value].producer < head.begin) add_unique(head.reads, value);
   }
-
-  // A segment writes what a later segment, or the head, reads of it.
-  auto producer_of = [&](int value) -> Move* {
-    for (auto& move : forward)
-      if (plan.values[value].producer >= move.begin && plan.values[value].producer < move.end) return &move;
-    return nullptr;  // an input
-  };
-  auto count_reads = [&](Move& move) {
+  for (auto& move : segments)
     for (int value : move.reads) {
       plan.values[value].readers += 1;
       if (plan.values[value].differentiable) move.cotangents.push_back(value);
-      if (Move* producer = producer_of(value)) add_unique(producer->writes, value);
     }
-  };
-  for (auto& move : forward) count_reads(move);
-  count_reads(head);
 
-  for (Move move : forward) {
-    move.cotangents.clear();
-    plan.moves.push_back(move);
-  }
-  plan.moves.push_back(head);
-  for (auto move = forward.rbegin(); move != forward.rend(); ++move) {
-    Move backward = *move;
-    backward.kind = Move::Kind::backward;
-    std::erase_if(backward.writes, [&](int v) { return !plan.values[v].differentiable; });
+  auto forward = [&](Segment range) { plan.moves.push_back(together(plan, segments, range)); };
+  auto backward = [&](int i) {
+    Move move = together(plan, segments, {i, i + 1});
+    move.kind = Move::Kind::backward;
+    move.cotangents = segments[i].cotangents;
+    std::erase_if(move.writes, [&](int v) { return !plan.values[v].differentiable; });
     // Below the first parameter nothing has a cotangent to pass on.
-    if (!backward.writes.empty()) plan.moves.push_back(backward);
+    if (!move.writes.empty()) plan.moves.push_back(move);
+  };
+  const auto last = groups.back();
+  for (auto group : groups)
+    if (group.end != last.end) forward(group);
+  for (int i = last.begin; i + 1 < last.end; ++i) forward({i, i + 1});
+  plan.moves.push_back(head);
+  for (int i = last.end - 2; i >= last.begin; --i) backward(i);
+  for (auto group = groups.rbegin() + 1; group != groups.rend(); ++group) {
+    auto whole = together(plan, segments, *group);
+    if (std::none_of(whole.writes.begin(), whole.writes.end(),
+                     [&](int v) { return plan.values[v].differentiable; }))
+      continue;
+    for (int i = group->begin; i + 1 < group->end; ++i) {
+      Move move = together(plan, segments, {i, i + 1});
+      // Of what it makes only the group's own segments read again.
+      std::erase_if(move.writes, [&](int v) {
+        return std::none_of(segments.begin() + i + 1, segments.begin() + group->end, [&](const Move& reader) {
+          return std::find(reader.reads.begin(), reader.reads.end(), v) != reader.reads.end();
+        });
+      });
+      plan.moves.push_back(move);
+    }
+    for (int i = group->end - 1; i >= group->begin; --i) backward(i);
   }
-
-  // The last move that reads a value drops it; a cotangent is gone once its producer's backward took it.
-  std::set<int> seen;
-  for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)
-    for (int value : move->reads)
-      if (seen.insert(value).second) move->drops.push_back(value);
+  assign_drops(plan);
   return plan;
 }
 

@@ -36,7 +36,7 @@ struct Move {
   std::vector<int> reads;       ///< boundary values it needs
   std::vector<int> writes;      ///< boundary values it makes (forward), or whose cotangents enter (backward)
   std::vector<int> cotangents;  ///< the differentiable ones among `reads`: their cotangents come out
-  std::vector<int> drops;       ///< values that nobody reads after this move
+  std::vector<int> drops;       ///< values that nobody reads after this move, or that are made again first
 };
 
 struct Plan {
@@ -44,14 +44,21 @@ struct Plan {
   std::vector<Move> moves;
 };
 
-/// The plan that keeps boundary values only, every `segment_size` stages (0: one segment, nothing
-/// recomputed).
+/// Where the chain is cut. Stages between two cuts are a segment; segments may be put into groups.
+struct Cuts {
+  std::vector<int> segments;  ///< the stage behind each segment, rising to the number of stages
+  std::vector<int> groups;    ///< the segment behind each group, rising to the number of segments
+};
+
+/// The plan that keeps the boundary values of groups, and of a group's segments while it goes back.
 ///
-/// The last segment is joined to the head and never recomputed. Segments on which no parameter depends run
-/// forward only. Values that nobody reads later are dropped by the move that uses them last.
-/// Throws std::invalid_argument if a stage reads a name that is neither an input nor written before it.
+/// The last segment is joined to the head and never recomputed. A group of several segments is run forward
+/// once more to rebuild the values between them (but the last group, which keeps them). Segments on which no
+/// parameter depends run forward only. The last move that needs a value drops it.
+/// Throws std::invalid_argument if cuts do not rise to the end, or a stage reads a name that is neither an
+/// input nor written before it.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
-               const std::vector<std::string>& head_reads, int segment_size);
+               const std::vector<std::string>& head_reads, const Cuts& cuts);
 
 /// One line per move, for people and tests: "backward 2:4 reads h@b; takes h@d; gives h@b; drops h@b".
 std::vector<std::string> describe(const Plan& plan);

@@ -50,8 +50,8 @@ def outcome(family: str) -> tuple[str, str]:
     tokens = np.random.default_rng(0).integers(0, 128, (2, 21)).astype(np.int32)
     batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2))
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
-    step = sft.value_and_grad(chain, stages, 1)
+    params = lora.stage_params(chain, adapter)
+    step = sft.value_and_grad(chain, stages, chain.cuts(1))
     values = sft.values(chain, batch, 40.0)
     trained, losses = [], []
     for _ in range(4):

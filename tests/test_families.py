@@ -15,7 +15,7 @@ from mlx_segtrain.data import Batch
 from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import chain_of, family_of
 from mlx_segtrain.objectives import sft
-from mlx_segtrain.schedule import forward
+from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
 from oracle import assert_close
 
@@ -87,12 +87,13 @@ def adapter_of(chain, seed=1) -> Adapter:
     return Adapter(tensors, fresh.scales)
 
 
-def run(chain, adapter, batch, segment_size=1):
+def run(chain, adapter, batch, segment_size=1, cuts=None):
+    cuts = cuts or chain.cuts(segment_size)
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    params = lora.stage_params(chain, adapter)
     values = sft.values(chain, batch, float(batch.weights[:, 1:].sum()))
-    (loss,), grads = sft.value_and_grad(chain, stages, segment_size)(params, values)
-    return loss.item(), {f"{s}.{k}": g for s, own in grads.items() for k, g in own.items()}
+    (loss,), grads = sft.value_and_grad(chain, stages, cuts)(params, values)
+    return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
 
 
 def of_mlx_lm(model, chain, adapter, batch):
@@ -171,7 +172,7 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
             for path, grad in grads.items():
                 assert_close(path, got_grads[path], grad, 2e-5)
         stages = chain.stages(adapter.scales)
-        params = lora.stage_params(adapter, [stage.name for stage in stages])
+        params = lora.stage_params(chain, adapter)
         scope = forward(stages, params, sft.values(chain, batch, 1.0))
         assert scope["h"].shape[1] == left
         donors = [x for name, x in scope.items() if name.startswith("keys of")]
@@ -190,13 +191,13 @@ def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
     for stage in stages:
         scope = forward([stage], {}, scope)
         rows.append(scope["h"].shape[1])
-    assert rows == [20, 20, 12, 12, 12, 12]
+    assert rows == [20, 20] * 2 + [12, 12] * 4
 
 
 def test_an_adapter_of_the_last_layers_runs_the_first_ones_forward_only():
     chain = chain_of(tiny_models.build("llama", num_hidden_layers=4))
     adapter, batch = adapter_of(chain), batch_of(1)
-    last = {p: f for p, f in adapter.tensors.items() if chain.layer_of[p] >= 2}
+    last = {p: f for p, f in adapter.tensors.items() if chain.stage_of[p].split(".")[2] in "23"}
     zeroed = {p: (a, b if p in last else mx.zeros_like(b)) for p, (a, b) in adapter.tensors.items()}
     _, expected = run(chain, Adapter(zeroed, adapter.scales), batch)
     _, got = run(chain, Adapter(last, adapter.scales), batch)
@@ -204,12 +205,12 @@ def test_an_adapter_of_the_last_layers_runs_the_first_ones_forward_only():
     for path, grad in got.items():
         assert_close(path, grad, expected[path], 1e-5)
     specs = [
-        _core.StageSpec(stage.name, list(stage.reads), list(stage.writes), i >= 2)
+        _core.StageSpec(stage.name, list(stage.reads), list(stage.writes), i >= 4)
         for i, stage in enumerate(chain.stages(adapter.scales))
     ]
-    plan = _core.make_plan(specs, ["h", "positions"], ["h"], 1).describe()
+    plan = _core.make_plan(specs, ["h", "positions"], ["h"], [2, 4, 6, 8], [1, 2, 3, 4]).describe()
     assert [" ".join(line.split()[:2]) for line in plan] == [
-        *("forward 0:1", "forward 1:2", "forward 2:3", "head 3:4", "backward 2:3"),
+        *("forward 0:2", "forward 2:4", "forward 4:6", "head 6:8", "backward 4:6"),
     ]
 
 
@@ -248,8 +249,8 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     chain = chain_of(model)
     adapter, batch = adapter_of(chain), batch_of(3)
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
-    step = sft.value_and_grad(chain, stages, 2)
+    params = lora.stage_params(chain, adapter)
+    step = sft.value_and_grad(chain, stages, chain.cuts(2))
     optimizer = optim.Adam(3e-3)
     losses = []
     for _ in range(20):
@@ -303,3 +304,26 @@ def test_every_linear_may_be_quantized_its_own_way(name):
     assert abs(got - loss) < 1e-5 * abs(loss)
     for path, grad in grads.items():
         assert_close(path, got_grads[path], grad, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
+def test_every_cut_gives_the_same_bits(name, monkeypatch):
+    """Half layers, groups that are run forward again, cuts between donors and their readers."""
+    monkeypatch.setattr(sft, "TRIM_MULTIPLE", 1)
+    family, overrides = FAST[name]
+    chain = chain_of(tiny_models.build(family, **{"num_hidden_layers": 6, **overrides}))
+    adapter, batch = adapter_of(chain), batch_of(2, prompt=8)
+    loss, grads = run(chain, adapter, batch)
+    halves = tuple(range(1, 13))
+    for cuts in [
+        Cuts(halves, halves),
+        Cuts(halves, (4, 8, 12)),
+        Cuts(halves, (12,)),
+        Cuts((3, 4, 9, 12), (1, 3, 4)),
+        Cuts((2, 4, 6, 8, 12), (4, 5)),
+        Cuts((12,), (1,)),
+    ]:
+        got, got_grads = run(chain, adapter, batch, cuts=cuts)
+        assert got == loss, cuts
+        for path, grad in grads.items():
+            assert mx.array_equal(got_grads[path], grad), (cuts, path)

@@ -51,12 +51,12 @@ def ours(model_dir, batch, sizes):
     chain = chain_of(model)
     adapter = adapter_of(chain)
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    params = lora.stage_params(chain, adapter)
     values = sft.values(chain, batch, float(batch.weights.sum()))
     results = []
     for size in sizes:
-        (loss,), grads = sft.value_and_grad(chain, stages, size)(params, values)
-        flat = {f"{s}.{k}": g for s, own in grads.items() for k, g in own.items()}
+        (loss,), grads = sft.value_and_grad(chain, stages, chain.cuts(size))(params, values)
+        flat = {k: g for own in grads.values() for k, g in own.items()}
         results.append((loss.item(), flat))
     return adapter, results
 
@@ -168,7 +168,7 @@ def test_evaluation_is_the_token_mean_of_mlx_lm(llama4):
     adapter = adapter_of(chain)
     loss, _ = theirs(llama4, adapter, batch, 4)
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    params = lora.stage_params(chain, adapter)
 
     from mlx_segtrain.data import Dataset, Row
 

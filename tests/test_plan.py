@@ -1,8 +1,11 @@
 """The exact order of moves of a plan."""
 
+from dataclasses import astuple
+
 import pytest
 
 from mlx_segtrain._core import StageSpec, make_plan
+from mlx_segtrain.schedule import Cuts
 
 
 def chain(n, trainable=None):
@@ -11,8 +14,9 @@ def chain(n, trainable=None):
     ]
 
 
-def moves(stages, size, inputs=("h",), head=("h",)):
-    return make_plan(stages, list(inputs), list(head), size).describe()
+def moves(stages, size, inputs=("h",), head=("h",), cuts=None):
+    cuts = cuts or Cuts.every(len(stages), size)
+    return make_plan(stages, list(inputs), list(head), *map(list, astuple(cuts))).describe()
 
 
 def test_one_stage_a_segment():
@@ -72,6 +76,38 @@ def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_bac
     assert moves(stages, 4) == ["head 0:4 reads h@input; drops h@input"]
 
 
+def test_a_group_is_run_forward_again_before_it_goes_back():
+    assert moves(chain(5), 0, cuts=Cuts((1, 2, 3, 4, 5), (3, 5))) == [
+        "forward 0:3 reads h@input; keeps h@c",
+        "forward 3:4 reads h@c; keeps h@d",
+        "head 4:5 reads h@d; gives h@d; drops h@d",
+        "backward 3:4 reads h@c; takes h@d; gives h@c; drops h@c",
+        "forward 0:1 reads h@input; keeps h@a",
+        "forward 1:2 reads h@a; keeps h@b",
+        "backward 2:3 reads h@b; takes h@c; gives h@b; drops h@b",
+        "backward 1:2 reads h@a; takes h@b; gives h@a; drops h@a",
+        "backward 0:1 reads h@input; takes h@a; drops h@input",
+    ]
+
+
+def test_what_a_group_shares_inside_and_with_later_ones_is_made_again_for_itself():
+    stages = [
+        StageSpec("a", ["h"], ["h", "kv"], True),
+        StageSpec("b", ["h", "kv"], ["h"], True),
+        StageSpec("c", ["h", "kv"], ["h"], True),
+        StageSpec("d", ["h"], ["h"], True),
+    ]
+    assert moves(stages, 0, cuts=Cuts((1, 2, 3, 4), (2, 4))) == [
+        "forward 0:2 reads h@input; keeps h@b, kv@a",
+        "forward 2:3 reads h@b, kv@a; keeps h@c",
+        "head 3:4 reads h@c; gives h@c; drops h@c",
+        "backward 2:3 reads h@b, kv@a; takes h@c; gives h@b, kv@a; drops h@b, kv@a",
+        "forward 0:1 reads h@input; keeps h@a, kv@a",
+        "backward 1:2 reads h@a, kv@a; takes h@b; gives h@a, kv@a; drops h@a, kv@a",
+        "backward 0:1 reads h@input; takes h@a, kv@a; drops h@input",
+    ]
+
+
 def test_the_head_reads_inputs_and_values_of_earlier_segments():
     stages = [StageSpec("a", ["h"], ["h", "aux"], True), StageSpec("b", ["h"], ["h"], False)]
     assert moves(stages, 1, inputs=["h", "targets"], head=["h", "targets", "aux"]) == [
@@ -84,10 +120,13 @@ def test_the_head_reads_inputs_and_values_of_earlier_segments():
 
 def test_errors():
     with pytest.raises(ValueError, match="b reads 'kv', which is neither an input nor written"):
-        make_plan([chain(1)[0], StageSpec("b", ["h", "kv"], ["h"], True)], ["h"], ["h"], 1)
+        make_plan([chain(1)[0], StageSpec("b", ["h", "kv"], ["h"], True)], ["h"], ["h"], [2], [1])
     with pytest.raises(ValueError, match="the head reads 'x'"):
-        make_plan(chain(1), ["h"], ["x"], 1)
+        make_plan(chain(1), ["h"], ["x"], [1], [1])
     with pytest.raises(ValueError, match="segment_size must be 0"):
-        make_plan(chain(1), ["h"], ["h"], -1)
+        Cuts.every(1, -1)
     with pytest.raises(ValueError, match="at least one stage"):
-        make_plan([], ["h"], ["h"], 1)
+        make_plan([], ["h"], ["h"], [], [])
+    for segments, groups in ([2, 2, 3], [3]), ([1, 4], [2]), ([], []), ([1, 3], [1]), ([3], [0, 1]):
+        with pytest.raises(ValueError, match="must rise to"):
+            make_plan(chain(3), ["h"], ["h"], segments, groups)

@@ -346,12 +346,14 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
             return {"both": with_gradients(plain, [h, *factors], dh)["both"]}
         chain = chain_of(model)
         adapter = adapters.init(chain, dict.fromkeys(chain.linears, rank), 2.0, 0)
-        (stage,) = chain.stages(adapter.scales)
-        params = adapters.stage_params(adapter, [stage.name])[stage.name]
+        attention, mlp = chain.stages(adapter.scales)
+        by_stage = adapters.stage_params(chain, adapter)
+        params = {**by_stage[attention.name], **by_stage[mlp.name]}
         positions = mx.arange(rows)
 
         def ours(h: mx.array, *ab: mx.array) -> mx.array:
-            return stage.fn(dict(zip(params, ab, strict=True)), h, positions)
+            own = dict(zip(params, ab, strict=True))
+            return mlp.fn(own, attention.fn(own, h, positions))
 
         return {"both": with_gradients(ours, [h, *params.values()], dh)["both"]}
 

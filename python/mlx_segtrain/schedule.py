@@ -32,6 +32,28 @@ class Stage:
     writes: tuple[str, ...] = ("h",)
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """Where a chain of stages is cut: segments are run again whole, groups of them in two passes.
+
+    `segments` are the stages behind each segment, rising to their number, `groups` the segments
+    behind each group. What lies between groups is kept from the forward pass on; what lies between
+    the segments of a group is made again when its turn to go back comes, by running it once more.
+    The last group keeps what is between its segments; the last segment is never run again.
+    """
+
+    segments: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @classmethod
+    def every(cls, n: int, size: int) -> "Cuts":
+        """n stages in segments of `size` (0: one segment), each a group."""
+        if size < 0:
+            raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
+        segments = tuple(min(end, n) for end in range(size, n + size, size)) if size else (n,)
+        return cls(segments, tuple(range(1, len(segments) + 1)))
+
+
 def _tuple(value: Any) -> tuple[mx.array, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
@@ -43,20 +65,23 @@ def segmented_value_and_grad(
     inputs: Sequence[str] = ("h",),
     head_reads: Sequence[str] = ("h",),
     segment_size: int = 1,
+    cuts: Cuts | None = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], tuple[tuple[mx.array, ...], Grads]]:
     """Returns `step(params, values) -> (outputs, grads)` for `loss = head(stages(values))`.
 
     `head(params, *head_reads)` returns the loss, or a tuple with the loss first. `params` maps the
     name of a stage, or "head", to a dict of arrays; stages without parameters may be absent.
     `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
-    of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs least
-    memory. Every size gives the same gradients. Results are evaluated.
+    of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
+    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated.
 
-    ValueError if a stage reads a value that nobody wrote.
+    ValueError if a stage reads a value that nobody wrote, or cuts do not fit the stages.
     """
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
+
+    chosen = cuts or Cuts.every(len(stages), segment_size)
 
     def native(fn: Callable[..., Any], keys: list[str]) -> Callable[..., list[mx.array]]:
         return lambda params, reads: list(_tuple(fn(dict(zip(keys, params, strict=True)), *reads)))
@@ -69,7 +94,9 @@ def segmented_value_and_grad(
             _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.name]))
             for s in stages
         ]
-        plan = _core.make_plan(specs, list(inputs), list(head_reads), segment_size)
+        plan = _core.make_plan(
+            specs, list(inputs), list(head_reads), list(chosen.segments), list(chosen.groups)
+        )
 
         def arrays(name: str) -> list[mx.array]:
             return [params[name][key] for key in keys[name]]

@@ -61,11 +61,12 @@ def choose_ranks(
     clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
     not name, `by_bits`. InputError if a target matches nothing.
     """
-    first = 0 if num_layers < 0 else chain.n_layers - num_layers
-    if first < 0:
+    if num_layers > len(chain.layers):
         raise InputError(
-            f"num_layers is {num_layers}, but the model has {chain.n_layers}: give -1 for all."
+            f"num_layers is {num_layers}, but the model has {len(chain.layers)}: give -1 for all."
         )
+    adapted = chain.layers if num_layers < 0 else chain.layers[len(chain.layers) - num_layers :]
+    stages = {stage for layer in adapted for stage in layer}
     ranks: dict[str, int] = {}
     kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
     median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
@@ -78,7 +79,7 @@ def choose_ranks(
                 f"{', '.join(names)}."
             )
         for path in found:
-            if chain.layer_of[path] < first:
+            if chain.stage_of[path] not in stages:
                 continue
             own = kl.get(path.removeprefix("language_model."))
             if own is not None and median > 0:
@@ -137,13 +138,12 @@ def init(chain: Chain, ranks: Mapping[str, int], scale: float, seed: int) -> Ada
     return Adapter(tensors, dict.fromkeys(paths, scale))
 
 
-def stage_params(adapter: Adapter, stages: Sequence[str]) -> dict[str, dict[str, mx.array]]:
-    """The adapter's factors by stage: `{"model.layers.3": {"self_attn.q_proj.lora_a": …}}`."""
+def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:
+    """The factors by stage: `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a": …}}`."""
     params: dict[str, dict[str, mx.array]] = {}
     for path, (a, b) in adapter.tensors.items():
-        stage = next(name for name in stages if path.startswith(name + "."))
-        own = path.removeprefix(stage + ".")
-        params.setdefault(stage, {}).update({f"{own}.lora_a": a, f"{own}.lora_b": b})
+        own = params.setdefault(chain.stage_of[path], {})
+        own |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
     return params
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..schedule import Stage
+from ..schedule import Cuts, Stage
 
 
 class Head(Protocol):
@@ -28,9 +28,10 @@ class Head(Protocol):
 class Chain:
     """A model as stages over boundary values.
 
-    `start(tokens [B, T])` gives the values of `inputs`. `stages(scales)` has one stage a layer,
-    named by its path (`model.layers.3`); its parameters are `self_attn.q_proj.lora_a` and the like,
-    and `scales` the multipliers by full path. The last stage writes `h`. If the chain `trims`, a
+    `start(tokens [B, T])` gives the values of `inputs`. `stages(scales)` has one stage a layer
+    (`model.layers.3`) or two (`….self_attn`, `….mlp`); parameters have the full path of their
+    linear (`model.layers.3.self_attn.q_proj.lora_a`), as have the multipliers `scales`. The last
+    stage writes `h`. If the chain `trims`, a
     stage reads the input `positions` [N], the last N of T, and h has these rows from there on.
     """
 
@@ -39,7 +40,15 @@ class Chain:
     stages: Callable[[Mapping[str, float]], list[Stage]]
     head: Head
     linears: dict[str, nn.Module]  #: what can be adapted, by full path
-    layer_of: dict[str, int]  #: index of the layer that a path belongs to
-    n_layers: int
+    stage_of: dict[str, str]  #: the stage that a path of `linears` belongs to
+    layers: list[list[str]]  #: the stages of each layer
     max_length: int | None  #: positions the model was made for
     trims: bool = False
+
+    def cuts(self, size: int) -> Cuts:
+        """Segments of `size` layers; 0: one segment."""
+        ends = [sum(map(len, self.layers[: i + 1])) for i in range(len(self.layers))]
+        return Cuts(
+            tuple(ends[end - 1] for end in Cuts.every(len(ends), size).segments),
+            Cuts.every(len(ends), size).groups,
+        )

@@ -94,7 +94,9 @@ def _layer(
     modules = {path: found for path in PROJECTIONS if (found := at(layer, path)) is not None}
     if donor:  # an adapter has nothing to change in projections that nobody runs
         modules = {p: m for p, m in modules.items() if p[-6:] not in ("k_proj", "v_proj")}
-    projections = {path: Projection(ops.base_of(module), path) for path, module in modules.items()}
+    projections = {
+        path: Projection(ops.base_of(module), f"{name}.{path}") for path, module in modules.items()
+    }
     d = projections["self_attn.o_proj"].base.in_dims // attn.n_heads
 
     def norm(path: str) -> Norm | None:
@@ -110,7 +112,7 @@ def _layer(
         mlp = _Experts(layer, mlp)
     return Layer(
         name=name,
-        modules=modules,
+        modules={f"{name}.{path}": module for path, module in modules.items()},
         attention=Attention(
             q=projections["self_attn.q_proj"],
             k=projections.get("self_attn.k_proj"),

@@ -126,12 +126,12 @@ def chain_of(model: Any) -> Chain:
     """InputError, with layer and reason, if the model cannot be cut up or differentiated."""
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    linears, layer_of = {}, {}
+    linears, stage_of = {}, {}
     for i, layer in enumerate(body.layers):
         for name, module in layer.named_modules():
             if isinstance(module, kinds):
                 path = f"{body.path}.{i}.{name}"
-                linears[path], layer_of[path] = module, i
+                linears[path], stage_of[path] = module, f"{body.path}.{i}"
     _try(body)
     return Chain(
         start=lambda tokens: {"tokens": tokens},
@@ -139,8 +139,8 @@ def chain_of(model: Any) -> Chain:
         stages=lambda scales: [_stage(body, i, scales) for i in range(len(body.layers))],
         head=_Head(body),
         linears=linears,
-        layer_of=layer_of,
-        n_layers=len(body.layers),
+        stage_of=stage_of,
+        layers=[[f"{body.path}.{i}"] for i in range(len(body.layers))],
         max_length=getattr(getattr(model, "args", None), "max_position_embeddings", None),
     )
 
@@ -165,7 +165,7 @@ def _stage(body: _Body, i: int, scales: Mapping[str, float]) -> Stage:
 
     def forward(params: Mapping[str, mx.array], tokens: mx.array, *h: mx.array) -> mx.array:
         for path, module in adapted.items():
-            module.lora_a, module.lora_b = (params[f"{path}.lora_{ab}"] for ab in "ab")
+            module.lora_a, module.lora_b = (params[f"{name}.{path}.lora_{ab}"] for ab in "ab")
         try:
             return body.layer(i, tokens, *(h or (None,)))
         finally:  # the modules outlive this trace, and must not keep it

@@ -1,6 +1,6 @@
 """The decoder layer of the fast families as a stage: what differs between models is data.
 
-Read `Layer.stage` first: one pass from the residual stream h to the next one.
+Read `Layer.stages` first: from the residual stream h to h + attention(h), and on to h + mlp(h).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,17 +28,16 @@ class Projection:
     """
 
     base: ops.Base
-    name: str
+    path: str  #: in the model, as that of its LoRA factors
     part: slice | None = None
 
     def linear(self, params: Mapping[str, mx.array], scales: Mapping[str, float]) -> ops.Linear:
-        a = params.get(f"{self.name}.lora_a")
+        a = params.get(f"{self.path}.lora_a")
         if a is None:
             return ops.Linear(self.base)
-        b = params[f"{self.name}.lora_b"]
-        return ops.Linear(
-            self.base, a, b if self.part is None else b[:, self.part], scales[self.name]
-        )
+        b = params[f"{self.path}.lora_b"]
+        b = b if self.part is None else b[:, self.part]
+        return ops.Linear(self.base, a, b, scales[self.path])
 
 
 def rows_of(base: ops.Base, begin: int, end: int) -> ops.Base:
@@ -53,12 +52,12 @@ def rows_of(base: ops.Base, begin: int, end: int) -> ops.Base:
     )
 
 
-def parts_of(module: nn.Module, name: str, sizes: Sequence[int]) -> list[Projection]:
+def parts_of(module: nn.Module, path: str, sizes: Sequence[int]) -> list[Projection]:
     """The projections that a fused linear holds one below the other."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     base = ops.base_of(module)
     return [
-        Projection(rows_of(base, end - size, end), name, slice(end - size, end))
+        Projection(rows_of(base, end - size, end), path, slice(end - size, end))
         for end, size in zip(ends, sizes, strict=True)
     ]
 
@@ -95,7 +94,7 @@ class Attention:
     scale_q: Rotate | None = None  #: a further scale by position
 
     def __call__(
-        self, linears: Linears, x: mx.array, rows: int, shared: tuple[mx.array, mx.array] | None
+        self, linears: Linears, x: mx.array, rows: int, shared: Sequence[mx.array] | None
     ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
         """x [B, T, H] → output of the last `rows` rows [B, rows, H], keys and values [B, G, S, D].
 
@@ -150,13 +149,13 @@ class Mlp:
 class Layer:
     """h + attention(h), then + mlp(h), each between its norms; `finish` turns h into the output.
 
-    `donor` names the layer whose keys and values this one reads; `gives`: others read this one's.
-    `trims`: from here on nobody needs rows before the first one with a loss, but for keys and
-    values of this layer.
+    A stage each, so that they can be run again one by one. `donor` names the layer whose keys and
+    values this one reads; `gives`: others read this one's. `trims`: from here on nobody needs rows
+    before the first one with a loss, but for keys and values of this layer.
     """
 
     name: str
-    modules: dict[str, nn.Module]  #: its linears by path within the layer
+    modules: dict[str, nn.Module]  #: its linears by path in the model
     attention: Attention
     mlp: Callable[[Linears, mx.array, mx.array], mx.array]
     before_attention: Norm | None = None
@@ -170,53 +169,39 @@ class Layer:
     gives: bool = False
     trims: bool = False
 
-    def stage(self, scales: Mapping[str, float]) -> Stage:
+    def stages(self, scales: Mapping[str, float]) -> list[Stage]:
         """`scales` are the multipliers of LoRA updates by full path."""
-        reads = ["h"]
-        if self.trims:
-            reads.append("positions")
-        if self.donor:
-            reads += kv_names(self.donor)
-        if self.reads_tokens:
-            reads.append("tokens")
-        own = {name: scales.get(f"{self.name}.{name}", 1.0) for name in self.modules}
+        positions = ["positions"] if self.trims else []
+        shared = kv_names(self.donor) if self.donor else []
+        kept = kv_names(self.name) if self.gives else []
+        tokens = ["tokens"] if self.reads_tokens else []
 
-        def forward(params: Mapping[str, mx.array], *values: mx.array) -> Any:
-            given = dict(zip(reads, values, strict=True))
+        def linears_of(params: Mapping[str, mx.array]) -> Linears:
+            return lambda projection: projection.linear(params, scales)
 
-            def linears(projection: Projection) -> ops.Linear:
-                return projection.linear(params, own)
-
-            h = given["h"]
-            rows = given["positions"].size if self.trims else h.shape[1]
+        def attention(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> Any:
+            rows = more[0].size if self.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
-            k, v = kv_names(self.donor or self.name)
-            shared = (given[k], given[v]) if self.donor else None
-            r, kv = self.attention(linears, x, rows, shared)
-            if rows < h.shape[1]:
-                h = h[:, -rows:]
-            h, x = self._add(h, r, self.after_attention, self.before_mlp)
-            r = self.mlp(linears, h, x)
-            h, _ = self._add(h, r, self.after_mlp, None)
-            if self.finish:
-                h = self.finish(linears, h, given.get("tokens"))
+            r, kv = self.attention(linears_of(params), x, rows, more[-2:] if self.donor else None)
+            h = h if rows == h.shape[1] else h[:, -rows:]
+            h = h + self._branch(r, self.after_attention)
             return (h, *kv) if self.gives else h
 
-        writes = ("h", *kv_names(self.name)) if self.gives else ("h",)
-        return Stage(self.name, forward, tuple(reads), writes)
+        def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
+            linears = linears_of(params)
+            r = self.mlp(linears, h, self.before_mlp(h) if self.before_mlp else h)
+            h = h + self._branch(r, self.after_mlp)
+            return self.finish(linears, h, more[0] if more else None) if self.finish else h
 
-    def _add(
-        self, h: mx.array, r: mx.array, after: Norm | None, before: Norm | None
-    ) -> tuple[mx.array, mx.array]:
-        """h + a branch's result, and what the next branch reads of it."""
-        if after:
-            r = after(r)
-        if self.branch_scale != 1:
-            r = r * self.branch_scale
-        if before:
-            return ops.add_rms_norm(h, r, before.weight, before.eps)
-        h = h + r
-        return h, h
+        return [
+            Stage(f"{self.name}.self_attn", attention, ("h", *positions, *shared), ("h", *kept)),
+            Stage(f"{self.name}.mlp", mlp, ("h", *tokens)),
+        ]
+
+    def _branch(self, r: mx.array, after: Norm | None) -> mx.array:
+        """What a branch adds to h."""
+        r = after(r) if after else r
+        return r if self.branch_scale == 1 else r * self.branch_scale
 
 
 def kv_names(layer: str) -> list[str]:
@@ -260,15 +245,18 @@ def chain(
     def start(tokens: mx.array) -> dict[str, mx.array]:
         return {"h": embed(tokens), **({"tokens": tokens} if reads_tokens else {})}
 
-    linears = {f"{x.name}.{name}": module for x in layers for name, module in x.modules.items()}
     return Chain(
         start=start,
         inputs=("h", "tokens") if reads_tokens else ("h",),
-        stages=lambda scales: [layer.stage(scales) for layer in trimmed],
+        stages=lambda scales: [stage for layer in trimmed for stage in layer.stages(scales)],
         head=head,
-        linears=linears,
-        layer_of={f"{x.name}.{name}": i for i, x in enumerate(layers) for name in x.modules},
-        n_layers=len(layers),
+        linears={path: module for layer in layers for path, module in layer.modules.items()},
+        stage_of={
+            path: f"{layer.name}.{'self_attn' if '.self_attn.' in path else 'mlp'}"
+            for layer in layers
+            for path in layer.modules
+        },
+        layers=[[f"{layer.name}.self_attn", f"{layer.name}.mlp"] for layer in layers],
         max_length=max_length,
         trims=True,
     )

@@ -64,18 +64,20 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
     attn = layer.self_attn
     modules = {path: found for path in PROJECTIONS if (found := at(layer, path)) is not None}
 
+    def projection(path: str) -> Projection:
+        return Projection(ops.base_of(modules[path]), f"{name}.{path}")
+
     def split(fused: str, separate: list[str], sizes: list[int]) -> list[Projection]:
         if fused in modules:
-            return parts_of(modules[fused], fused, sizes)
-        return [Projection(ops.base_of(modules[path]), path) for path in separate]
+            return parts_of(modules[fused], f"{name}.{fused}", sizes)
+        return [projection(path) for path in separate]
 
     def norm(path: str) -> Norm | None:
         found = at(layer, path)
         return None if found is None else Norm(found.weight, found.eps)
 
-    o = modules["self_attn.o_proj"]
-    d = ops.base_of(o).in_dims // attn.n_heads
-    f = ops.base_of(modules["mlp.down_proj"]).in_dims
+    o, down = projection("self_attn.o_proj"), projection("mlp.down_proj")
+    d, f = o.base.in_dims // attn.n_heads, down.base.in_dims
     heads = [attn.n_heads * d, *[attn.n_kv_heads * d] * 2]
     q, k, v = split("self_attn.qkv_proj", [f"self_attn.{p}_proj" for p in "qkv"], heads)
     gate, up = split("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], [f, f])
@@ -84,12 +86,12 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
     q_norm = norm("self_attn.q_norm")
     return Layer(
         name=name,
-        modules=modules,
+        modules={f"{name}.{path}": module for path, module in modules.items()},
         attention=Attention(
             q=q,
             k=k,
             v=v,
-            o=Projection(ops.base_of(o), "self_attn.o_proj"),
+            o=o,
             heads=attn.n_heads,
             kv_heads=attn.n_kv_heads,
             scale=attn.scale,
@@ -100,7 +102,7 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
             wide_norms=q_norm is not None and q_norm.weight.size > d,
             scale_q=_scale_by_position(attn),
         ),
-        mlp=Mlp(gate, up, Projection(ops.base_of(modules["mlp.down_proj"]), "mlp.down_proj")),
+        mlp=Mlp(gate, up, down),
         before_attention=before,
         after_attention=None if before else norm("post_attention_layernorm"),
         before_mlp=norm("post_attention_layernorm") if before else None,

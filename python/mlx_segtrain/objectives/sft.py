@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data import Batch
 from ..models import Chain
-from ..schedule import Stage, segmented_value_and_grad
+from ..schedule import Cuts, Stage, segmented_value_and_grad
 
 #: Boundary values the head reads.
 HEAD_READS = ("h", "rows", "targets", "weights")
@@ -36,14 +36,14 @@ def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
     }
 
 
-def value_and_grad(chain: Chain, stages: Sequence[Stage], segment_size: int) -> Any:
+def value_and_grad(chain: Chain, stages: Sequence[Stage], cuts: Cuts) -> Any:
     """step(params, values) → ((loss,), grads): segmented_value_and_grad of this objective."""
     return segmented_value_and_grad(
         stages,
         head(chain),
         inputs=(*chain.inputs, "positions", *HEAD_READS[1:]),
         head_reads=HEAD_READS,
-        segment_size=segment_size,
+        cuts=cuts,
     )
 
 

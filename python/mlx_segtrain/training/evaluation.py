@@ -80,7 +80,7 @@ def evaluate(
         append_eos=append_eos,
     )
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(adapter, [stage.name for stage in stages])
+    params = lora.stage_params(chain, adapter)
     loss = mean_loss(chain, stages, params, dataset, batch_size)
     return EvalResult(
         loss=loss,

@@ -40,10 +40,10 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Full names of the factors that have a marked element."""
+        """Names of the factors that have a marked element."""
         return [
-            f"{stage}.{name}"
-            for stage, own in self.split(marked).items()
+            name
+            for own in self.split(marked).values()
             for name, part in own.items()
             if part.any().item()
         ]

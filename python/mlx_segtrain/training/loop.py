@@ -153,7 +153,7 @@ class _Step:
     def __init__(self, config: TrainConfig, setup: Setup):
         self.config, self.chain = config, setup.chain
         self.value_and_grad = value_and_grad(setup, config)
-        params = lora.stage_params(setup.adapter, [stage.name for stage in setup.stages])
+        params = lora.stage_params(setup.chain, setup.adapter)
         self.layout = Layout.of(params)
         self.start = self.layout.join(params)
         self.optimizer = optim.AdamW(

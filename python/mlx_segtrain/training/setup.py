@@ -83,15 +83,12 @@ def value_and_grad(setup: Setup, config: TrainConfig) -> Any:
     """step(params, values) → ((loss,), grads) of this run's model and objective."""
     from ..objectives import sft
 
-    return sft.value_and_grad(setup.chain, setup.stages, segment_size(config))
+    cuts = setup.chain.cuts(segment_size(config))
+    return sft.value_and_grad(setup.chain, setup.stages, cuts)
 
 
 def with_params(adapter: Adapter, params: Grads) -> Adapter:
     """The adapter with its factors taken from the stages' parameters."""
-    tensors = {}
-    for stage, own in params.items():
-        for key in own:
-            module, leaf = key.rsplit(".", 1)
-            if leaf == "lora_a":
-                tensors[f"{stage}.{module}"] = (own[key], own[f"{module}.lora_b"])
-    return replace(adapter, tensors=dict(sorted(tensors.items())))
+    flat = {name: factor for own in params.values() for name, factor in own.items()}
+    tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in adapter.tensors}
+    return replace(adapter, tensors=tensors)
