@@ -22,10 +22,8 @@ Arrays fan_out(const mx::array& x, int n) {
 /// The values a segment sees while its stages run one after another, each under its name.
 class Scope {
  public:
-  /// Gives `value` to `readers` readers to come.
-  void define(const std::string& name, const mx::array& value, int readers) {
-    copies_[name] = fan_out(value, readers);
-  }
+  /// Copies for the readers to come, the last one's first.
+  void define(const std::string& name, const Arrays& copies) { copies_[name] = copies; }
   mx::array read(const std::string& name) {
     auto& copies = copies_.at(name);
     auto value = copies.back();
@@ -96,11 +94,11 @@ class Runner {
     Arrays primals = params_of(move);
     primals.insert(primals.end(), head_params_.begin(), head_params_.end());
     size_t n_params = primals.size();
-    append_differentiable(move, primals);
+    append_differentiable(move, primals, true);
     auto fn = [&](const Arrays& in) {
       Arrays stage_params(in.begin(), in.begin() + n_stage_params);
       Arrays head_params(in.begin() + n_stage_params, in.begin() + n_params);
-      auto scope = run_stages(move, stage_params, merge_reads(move, in, n_params), true).scope;
+      auto scope = run_stages(move, stage_params, merge_reads(move, in, n_params, true), true).scope;
       Arrays reads;
       for (const auto& name : head_reads_) reads.push_back(scope.read(name));
       return head_(head_params, reads);
@@ -116,16 +114,16 @@ class Runner {
     result_.outputs = outputs;
     hand_out(move, grads, n_stage_params);
     result_.head_grads.assign(grads.begin() + n_stage_params, grads.begin() + n_params);
-    accumulate(move, grads, n_params);
     Arrays made = outputs;
-    made.insert(made.end(), grads.begin(), grads.end());
+    made.insert(made.end(), grads.begin(), grads.begin() + n_params);
+    for (const auto& sum : accumulate(move, grads, n_params, true)) made.push_back(sum);
     return made;
   }
 
   Arrays backward(const Move& move) {
     Arrays primals = params_of(move);
     size_t n_params = primals.size();
-    append_differentiable(move, primals);
+    append_differentiable(move, primals, false);
     Arrays arriving;
     for (int value : move.writes) {
       arriving.push_back(mx::astype(*cotangents_[value], *dtypes_[value]));
@@ -133,12 +131,13 @@ class Runner {
     }
     auto fn = [&](const Arrays& in) {
       Arrays stage_params(in.begin(), in.begin() + n_params);
-      return run_stages(move, stage_params, merge_reads(move, in, n_params), false).writes;
+      return run_stages(move, stage_params, merge_reads(move, in, n_params, false), false).writes;
     };
     auto grads = mx::vjp(fn, primals, arriving).second;
     hand_out(move, grads, n_params);
-    accumulate(move, grads, n_params);
-    return grads;
+    Arrays made(grads.begin(), grads.begin() + n_params);
+    for (const auto& sum : accumulate(move, grads, n_params, false)) made.push_back(sum);
+    return made;
   }
 
   struct Ran {
@@ -146,13 +145,10 @@ class Runner {
     Scope scope;
   };
 
-  /// Runs stages [begin, end) from `reads`, given in the order of move.reads.
-  Ran run_stages(const Move& move, const Arrays& params, const Arrays& reads, bool with_head) {
+  /// Runs stages [begin, end) from copies of the reads, given in the order of move.reads.
+  Ran run_stages(const Move& move, const Arrays& params, const std::vector<Arrays>& reads, bool with_head) {
     Ran ran;
-    for (size_t i = 0; i < reads.size(); ++i) {
-      const auto& name = plan_.values[move.reads[i]].name;
-      ran.scope.define(name, reads[i], readers(move, name, move.begin, with_head));
-    }
+    for (size_t i = 0; i < reads.size(); ++i) ran.scope.define(plan_.values[move.reads[i]].name, reads[i]);
     size_t next = 0;
     for (int i = move.begin; i < move.end; ++i) {
       Arrays own(params.begin() + next, params.begin() + next + params_[i].size());
@@ -164,7 +160,7 @@ class Runner {
             stages_[i].writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
       for (size_t j = 0; j < out.size(); ++j) {
         const auto& name = stages_[i].writes[j];
-        ran.scope.define(name, out[j], readers(move, name, i + 1, with_head));
+        ran.scope.define(name, fan_out(out[j], readers(move, name, i + 1, with_head)));
       }
     }
     for (int value : move.writes) {
@@ -196,21 +192,36 @@ class Runner {
     return all;
   }
 
-  Arrays reads_of(const Move& move) const {
-    Arrays reads;
-    for (int value : move.reads) reads.push_back(*values_[value]);
+  std::vector<Arrays> reads_of(const Move& move) const {
+    std::vector<Arrays> reads;
+    for (int value : move.reads) reads.push_back({*values_[value]});
     return reads;
   }
 
-  void append_differentiable(const Move& move, Arrays& primals) const {
-    for (int value : move.cotangents) primals.push_back(*values_[value]);
+  /// How many stages of the move read a boundary value as it stands before it.
+  int copies(const Move& move, int value, bool with_head) const {
+    return std::max(1, readers(move, plan_.values[value].name, move.begin, with_head));
+  }
+
+  /// A primal for each reader, so that their cotangents come out one by one.
+  void append_differentiable(const Move& move, Arrays& primals, bool with_head) const {
+    for (int value : move.cotangents)
+      primals.insert(primals.end(), copies(move, value, with_head), *values_[value]);
   }
 
   /// The move's reads with the differentiable ones taken from the primals, from `first` on.
-  Arrays merge_reads(const Move& move, const Arrays& primals, size_t first) const {
-    Arrays reads;
-    for (int value : move.reads)
-      reads.push_back(plan_.values[value].differentiable ? primals[first++] : *values_[value]);
+  std::vector<Arrays> merge_reads(const Move& move, const Arrays& primals, size_t first,
+                                  bool with_head) const {
+    std::vector<Arrays> reads;
+    for (int value : move.reads) {
+      if (!plan_.values[value].differentiable) {
+        reads.push_back({*values_[value]});
+        continue;
+      }
+      auto begin = primals.begin() + first;
+      first += copies(move, value, with_head);
+      reads.emplace_back(begin, primals.begin() + first);
+    }
     return reads;
   }
 
@@ -222,14 +233,21 @@ class Runner {
           " parameters.");
   }
 
-  void accumulate(const Move& move, Arrays& grads, size_t first) {
+  /// Adds the cotangents of the move's reads, from `first` on, to those that arrived before. All readers are
+  /// added up in float32 from the last to the first, whatever the cuts between them.
+  Arrays accumulate(const Move& move, const Arrays& grads, size_t first, bool with_head) {
+    Arrays sums;
     for (int value : move.cotangents) {
-      auto& grad = grads[first++];
-      if (plan_.values[value].readers > 1) grad = mx::astype(grad, mx::float32);
       auto& sum = cotangents_[value];
-      if (sum) grad = mx::add(*sum, grad);
-      sum = grad;
+      int n = copies(move, value, with_head);
+      for (int i = 0; i < n; ++i) {
+        auto grad = grads[first++];
+        if (n > 1 || plan_.values[value].readers > 1) grad = mx::astype(grad, mx::float32);
+        sum = sum ? mx::add(*sum, grad) : grad;
+      }
+      sums.push_back(*sum);
     }
+    return sums;
   }
 
   const Plan& plan_;

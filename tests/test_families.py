@@ -306,12 +306,18 @@ def test_every_linear_may_be_quantized_its_own_way(name):
         assert_close(path, got_grads[path], grad, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
-def test_every_cut_gives_the_same_bits(name, monkeypatch):
-    """Half layers, groups that are run forward again, cuts between donors and their readers."""
+def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
+    """Half layers, groups that are run forward again, cuts between a donor and its four readers."""
     monkeypatch.setattr(sft, "TRIM_MULTIPLE", 1)
+    types = ["full_attention", *["sliding_attention"] * 5]
+    shared = {"num_kv_shared_layers": 4, "layer_types": types}
     family, overrides = FAST[name]
-    chain = chain_of(tiny_models.build(family, **{"num_hidden_layers": 6, **overrides}))
+    overrides = {**overrides, **(shared if family == "gemma4_text" else {}), "num_hidden_layers": 6}
+    model = tiny_models.build(family, **overrides)
+    model.set_dtype(dtype)
+    chain = chain_of(model)
     adapter, batch = adapter_of(chain), batch_of(2, prompt=8)
     loss, grads = run(chain, adapter, batch)
     halves = tuple(range(1, 13))

@@ -85,4 +85,5 @@ def load(model_dir: str | Path, adapter_path: str | Path | None = None) -> tuple
     model, _, tokenizer = load_base(model_dir)
     chain = chain_of(model)
     lora.attach(model, chain, read_adapter(adapter_path, chain) if adapter_path else None)
+    model.eval()
     return model, tokenizer
