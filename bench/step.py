@@ -5,7 +5,7 @@
 
 LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b) with random 4-bit weights. Cells:
-    segtrain:N    this package, N layers a segment (0: off)
+    segtrain:N    this package, N layers a segment (0: off); N+o: attention's output is kept
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
     peft          HF transformers + PEFT, torch, float32, no checkpointing; peft:ckpt with it
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ def segtrain(args, variant):
     weights = np.ones(row.shape, np.float32)
     weights[:, : prompt(args) + 1] = 0
     batch = Batch(row, weights, np.arange(1))
-    value_and_grad = sft.value_and_grad(chain, stages, chain.cuts(int(variant or 1)))
+    size, saves, _ = (variant or "1").partition("+o")
+    cuts = replace(chain.cuts(int(size)), saves=bool(saves))
+    value_and_grad = sft.value_and_grad(chain, stages, cuts)
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     resting = mx.get_active_memory()
 

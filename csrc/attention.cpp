@@ -94,40 +94,63 @@ std::vector<std::string> attention_impls() {
   return names;
 }
 
-mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
-                    std::optional<int> q_start, const std::string& impl, mx::StreamOrDevice s) {
-  auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
-  bool cpu = on_cpu(s);
-  Way kernel = cpu ? cpu_kernel(s) : gpu_kernel("attention", gpu_attention_unfit(c));
+namespace {
+
+/// By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
+std::string way_for(const Call& c, const std::string& impl, bool saves) {
+  bool cpu = on_cpu(c.s);
+  Way kernel = cpu ? cpu_kernel(c.s) : gpu_kernel("attention", gpu_attention_unfit(c));
   Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c));
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
-  Way cudnn = impl == "cudnn" || (impl == "auto" && !c.window && !c.cap && c.T == c.S)
-                  ? cudnn_way(c)
-                  : Way{"cudnn", false, ""};
-  // By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
-  std::vector<Way> ways{cudnn, stock_way(c), kernel, hopper, blocked};
+  bool plain = !c.window && !c.cap && c.T == c.S;
+  Way cudnn = impl == "cudnn" || (impl == "auto" && plain) ? cudnn_way(c) : Way{"cudnn", false, ""};
+  Way stock = saves ? Way{"stock", false, "it does not give what its backward pass needs"} : stock_way(c);
+  std::vector<Way> ways{cudnn, stock, kernel, hopper, blocked};
   if (c.D > 128) std::swap(ways[2], ways[3]);
-  auto name = choose("attention", impl, ways);
-  if (name == "stock") return stock(c, q, k, v);
+  return choose("attention", impl, ways);
+}
 
-  AttentionWay way = name == "blocked"  ? blocked_attention
-                     : name == "hopper" ? hopper_attention
-                     : name == "cudnn"  ? cudnn_attention()
-                     : cpu              ? cpu_attention
-                                        : gpu_attention;
-  auto op = mx::custom_vjp(
-      [c, way](const Arrays& x) {
-        auto y = way.forward(c, x);
-        return Arrays{mx::astype(y[0], c.dtype, c.s), y[1]};
-      },
-      [c, way](const Arrays& x, const Arrays& dy, const Arrays& y) {
-        auto grads = way.vjp(c, x, dy[0], y[0], y[1]);
-        for (auto& grad : grads) grad = mx::astype(grad, c.dtype, c.s);
-        return grads;
-      });
+AttentionWay way_of(const Call& c, const std::string& name) {
+  return name == "blocked"  ? blocked_attention
+         : name == "hopper" ? hopper_attention
+         : name == "cudnn"  ? cudnn_attention()
+         : on_cpu(c.s)      ? cpu_attention
+                            : gpu_attention;
+}
+
+Arrays forward(const Call& c, const AttentionWay& way, const Arrays& qkv) {
+  auto y = way.forward(c, qkv);
+  return {mx::astype(y[0], c.dtype, c.s), y[1]};
+}
+
+}  // namespace
+
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                    std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
+                    std::optional<int> q_start, const std::optional<Arrays>& saved, const std::string& impl,
+                    mx::StreamOrDevice s) {
+  auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
+  auto name = way_for(c, impl, saved.has_value());
+  if (name == "stock") return stock(c, q, k, v);
+  check(!saved || (saved->size() == 2 && (*saved)[0].shape() == mx::Shape{c.B, c.H, c.T, c.Dv}),
+        "[attention] saved must be what attention_forward of the same arguments returned.");
+  auto way = way_of(c, name);
+  auto op = mx::custom_vjp([c, way, saved](const Arrays& x) { return saved ? *saved : forward(c, way, x); },
+                           [c, way](const Arrays& x, const Arrays& dy, const Arrays& y) {
+                             auto grads = way.vjp(c, x, dy[0], y[0], y[1]);
+                             for (auto& grad : grads) grad = mx::astype(grad, c.dtype, c.s);
+                             return grads;
+                           });
   return op({q, k, v})[0];
+}
+
+Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                         std::optional<int> window, std::optional<Ranges> segments,
+                         std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
+                         mx::StreamOrDevice s) {
+  auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
+  return forward(c, way_of(c, way_for(c, impl, true)), {q, k, v});
 }
 
 }  // namespace segtrain

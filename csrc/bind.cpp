@@ -36,9 +36,13 @@ NB_MODULE(_core, m) {
       .def_prop_ro("in_dims", &Base::in);
 
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "scale"_a, "window"_a = nb::none(),
-        "segments"_a = nb::none(), "softcap"_a = nb::none(), "q_start"_a = nb::none(), "impl"_a = "auto",
-        "stream"_a = nb::none(),
+        "segments"_a = nb::none(), "softcap"_a = nb::none(), "q_start"_a = nb::none(), "saved"_a = nb::none(),
+        "impl"_a = "auto", "stream"_a = nb::none(),
         "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
+  m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, nb::kw_only(), "scale"_a,
+        "window"_a = nb::none(), "segments"_a = nb::none(), "softcap"_a = nb::none(),
+        "q_start"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "{o, statistics}, as attention takes them as saved.");
   m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
@@ -79,12 +83,13 @@ NB_MODULE(_core, m) {
         "Never choose an implementation again in this process: it failed the self-check on this device.");
 
   nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
-      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,
-           "reads"_a, "writes"_a, "trainable"_a)
+      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool, bool>(), "name"_a,
+           "reads"_a, "writes"_a, "trainable"_a, "saves"_a = false)
       .def_ro("name", &StageSpec::name)
       .def_ro("reads", &StageSpec::reads)
       .def_ro("writes", &StageSpec::writes)
-      .def_ro("trainable", &StageSpec::trainable);
+      .def_ro("trainable", &StageSpec::trainable)
+      .def_ro("saves", &StageSpec::saves);
   nb::class_<Plan>(m, "Plan", "The order of a segmented backward pass, as data.")
       .def("describe", &describe, "One line per move: what it runs, reads, keeps, takes, gives and drops.");
   m.def(
@@ -104,7 +109,7 @@ NB_MODULE(_core, m) {
   m.def(
       "run_plan",
       [](const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-         const StageFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
+         const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
          const Arrays& head_params, const Arrays& inputs) {
         // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
         // mx.custom_function) takes it for granted.

@@ -12,6 +12,7 @@ struct StageSpec {
   std::vector<std::string> reads;
   std::vector<std::string> writes;
   bool trainable;
+  bool saves = false;  ///< something for when it is run again
 };
 
 /// One version of a boundary value: `h` written by stage `layers.3` is `h@layers.3`, an input `h@input`.

@@ -38,7 +38,7 @@ class Scope {
 class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-         const StageFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
+         const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
          const Arrays& head_params, const Arrays& inputs, const Wait& wait)
       : plan_(plan),
         stages_(stages),
@@ -48,6 +48,7 @@ class Runner {
         params_(params),
         head_params_(head_params),
         wait_(wait),
+        saved_(stages.size()),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
@@ -84,9 +85,11 @@ class Runner {
 
  private:
   Arrays forward(const Move& move) {
-    Arrays writes = run_stages(move, params_of(move), reads_of(move), false).writes;
-    for (size_t i = 0; i < writes.size(); ++i) values_[move.writes[i]] = writes[i];
-    return writes;
+    auto ran = run_stages(move, params_of(move), reads_of(move), false);
+    for (size_t i = 0; i < ran.writes.size(); ++i) values_[move.writes[i]] = ran.writes[i];
+    Arrays made = ran.writes;
+    for (int i = move.begin; i < move.end; ++i) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
+    return made;
   }
 
   Arrays with_head(const Move& move) {
@@ -137,6 +140,7 @@ class Runner {
     hand_out(move, grads, n_params);
     Arrays made(grads.begin(), grads.begin() + n_params);
     for (const auto& sum : accumulate(move, grads, n_params, false)) made.push_back(sum);
+    for (int i = move.begin; i < move.end; ++i) saved_[i].clear();
     return made;
   }
 
@@ -155,7 +159,14 @@ class Runner {
       next += own.size();
       Arrays in;
       for (const auto& name : stages_[i].reads) in.push_back(ran.scope.read(name));
-      auto out = fns_[i](own, in);
+      // The head's segment is not run again: nothing to save.
+      bool save = stages_[i].saves && move.kind == Move::Kind::forward && saved_[i].empty();
+      auto out = fns_[i](own, in, saved_[i], save);
+      if (save && out.size() > stages_[i].writes.size()) {
+        auto behind = out.begin() + stages_[i].writes.size();
+        saved_[i].assign(behind, out.end());
+        out.erase(behind, out.end());
+      }
       check(out.size() == stages_[i].writes.size(), "[schedule] stage '", stages_[i].name, "' must return ",
             stages_[i].writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
       for (size_t j = 0; j < out.size(); ++j) {
@@ -253,11 +264,12 @@ class Runner {
   const Plan& plan_;
   const std::vector<StageSpec>& stages_;
   const std::vector<StageFn>& fns_;
-  const StageFn& head_;
+  const HeadFn& head_;
   const std::vector<std::string>& head_reads_;
   const std::vector<Arrays>& params_;
   const Arrays& head_params_;
   const Wait& wait_;
+  std::vector<Arrays> saved_;  ///< by stage, from its first run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::map<int, std::optional<mx::Dtype>> dtypes_;
@@ -267,7 +279,7 @@ class Runner {
 }  // namespace
 
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-                    const StageFn& head, const std::vector<std::string>& head_reads,
+                    const HeadFn& head, const std::vector<std::string>& head_reads,
                     const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
                     const Wait& wait) {
   check(fns.size() == stages.size() && params.size() == stages.size(), "[schedule] expected ", stages.size(),

@@ -50,7 +50,15 @@ struct Linear {
 /// `segments`. A position in none of them is padding: it sees nothing, is seen by nothing, and gets zeros.
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                     std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
-                    std::optional<int> q_start, const std::string& impl, mx::StreamOrDevice s);
+                    std::optional<int> q_start, const std::optional<Arrays>& saved, const std::string& impl,
+                    mx::StreamOrDevice s);
+
+/// {o, and what else the backward pass needs}: `saved` for attention of the same arguments, which then runs
+/// its backward pass only. Has no gradient itself.
+Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                         std::optional<int> window, std::optional<Ranges> segments,
+                         std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
+                         mx::StreamOrDevice s);
 
 /// The implementations of attention that the default device has, whether or not they serve a given call.
 std::vector<std::string> attention_impls();
@@ -108,8 +116,13 @@ mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);
 mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool transpose_b, float alpha,
                  mx::StreamOrDevice s);
 
-/// (params, reads) → writes; the head: (params, reads) → {loss, anything else...}.
-using StageFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
+/// (params, reads) → writes. One that saves returns, if it is to `save`, something behind its writes that it
+/// is given again as `saved` when it is run once more.
+using StageFn =
+    std::function<Arrays(const Arrays& params, const Arrays& reads, const Arrays& saved, bool save)>;
+
+/// (params, reads) → {loss, anything else...}.
+using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
 /// mx::eval of arrays that are being computed, with whatever the caller wants around it.
 using Wait = std::function<void(const Arrays&)>;
@@ -124,7 +137,7 @@ struct StepResult {
 /// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
 /// meanwhile.
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-                    const StageFn& head, const std::vector<std::string>& head_reads,
+                    const HeadFn& head, const std::vector<std::string>& head_reads,
                     const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
                     const Wait& wait);
 

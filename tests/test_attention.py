@@ -61,6 +61,33 @@ def test_reference_is_the_oracle(spec):
                 oracle.assert_rounded(name, f64(grad), true, dtype)
 
 
+@pytest.mark.parametrize("spec", specs.ATTENTION, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_with_what_was_saved_the_backward_pass_is_the_same(impl, spec):
+    rng = np.random.default_rng(spec.T)
+    d_v = spec.Dv or spec.D
+    dtype = "bfloat16"
+    q, _ = rand(rng, spec.B, spec.H, spec.T, spec.D, dtype=dtype)
+    k, _ = rand(rng, spec.B, spec.G, spec.S, spec.D, dtype=dtype)
+    v, _ = rand(rng, spec.B, spec.G, spec.S, d_v, dtype=dtype)
+    do, _ = rand(rng, spec.B, spec.H, spec.T, d_v, dtype=dtype)
+    options = {"scale": spec.D**-0.5, "impl": impl, **spec.options}
+    if impl == "stock":
+        with pytest.raises(ValueError, match="stock"):
+            ops.attention_forward(q, k, v, **options)
+        return
+    with served():
+        saved = ops.attention_forward(q, k, v, **options)
+        assert mx.array_equal(saved[0], ops.attention(q, k, v, **options))
+        kept = grads(lambda *x: ops.attention(*x, saved=saved, **options), [q, k, v], do)
+        for got, expected in zip(
+            kept, grads(lambda *x: ops.attention(*x, **options), [q, k, v], do), strict=True
+        ):
+            assert mx.array_equal(got, expected)
+        with pytest.raises(ValueError, match="saved must be what attention_forward"):
+            ops.attention(q, k, v, saved=[saved[1], saved[0]], **options)
+
+
 @pytest.mark.parametrize("dtype", specs.DTYPES)
 @pytest.mark.parametrize("spec", specs.ATTENTION, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,6 +1,7 @@
 """Families of models: loss and every LoRA gradient equal those of mlx-lm and of HF transformers."""
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import tiny_models
-from mlx_segtrain import _core, lora
+from mlx_segtrain import _core, lora, ops
 from mlx_segtrain.data import Batch
 from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import chain_of, family_of
@@ -306,6 +307,27 @@ def test_every_linear_may_be_quantized_its_own_way(name):
         assert_close(path, got_grads[path], grad, 1e-4)
 
 
+def test_what_is_saved_is_not_computed_again(monkeypatch):
+    chain = chain_of(tiny_models.build("llama", num_hidden_layers=4))
+    adapter, batch = adapter_of(chain), batch_of(1)
+    calls = []
+    for name in ("attention", "attention_forward"):
+        original = getattr(ops, name)
+
+        def counted(*x, original=original, name=name, **options):
+            calls.append((name, bool(options.get("saved"))))
+            return original(*x, **options)
+
+        monkeypatch.setattr(ops, name, counted)
+    run(chain, adapter, batch, cuts=replace(chain.cuts(1), saves=True))
+    # Three layers save and are run again; the last is with the head.
+    saving, again, with_head = (calls.count(x) for x in SAVED_CALLS)
+    assert (saving, again, with_head, len(calls)) == (3, 3, 1, 7)
+
+
+SAVED_CALLS = [("attention_forward", False), ("attention", True), ("attention", False)]
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
 def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
@@ -328,6 +350,8 @@ def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
         Cuts((3, 4, 9, 12), (1, 3, 4)),
         Cuts((2, 4, 6, 8, 12), (4, 5)),
         Cuts((12,), (1,)),
+        replace(chain.cuts(2), saves=True),
+        Cuts(halves, (4, 8, 12), saves=True),
     ]:
         got, got_grads = run(chain, adapter, batch, cuts=cuts)
         assert got == loss, cuts

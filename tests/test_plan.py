@@ -1,7 +1,5 @@
 """The exact order of moves of a plan."""
 
-from dataclasses import astuple
-
 import pytest
 
 from mlx_segtrain._core import StageSpec, make_plan
@@ -16,7 +14,8 @@ def chain(n, trainable=None):
 
 def moves(stages, size, inputs=("h",), head=("h",), cuts=None):
     cuts = cuts or Cuts.every(len(stages), size)
-    return make_plan(stages, list(inputs), list(head), *map(list, astuple(cuts))).describe()
+    ends = list(cuts.segments), list(cuts.groups)
+    return make_plan(stages, list(inputs), list(head), *ends).describe()
 
 
 def test_one_stage_a_segment():

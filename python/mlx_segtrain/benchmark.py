@@ -353,7 +353,7 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
 
         def ours(h: mx.array, *ab: mx.array) -> mx.array:
             own = dict(zip(params, ab, strict=True))
-            return mlp.fn(own, attention.fn(own, h, positions))
+            return mlp.fn(own, attention.fn(own, h, positions)[0])
 
         return {"both": with_gradients(ours, [h, *params.values()], dh)["both"]}
 

@@ -22,6 +22,7 @@ __all__ = [
     "Linear",
     "add_rms_norm",
     "attention",
+    "attention_forward",
     "base_of",
     "dequantize",
     "dropout_key",
@@ -62,6 +63,7 @@ def attention(
     segments: Segments | None = None,
     softcap: float | None = None,
     q_start: int | None = None,
+    saved: Sequence[mx.array] | None = None,
     impl: str = "auto",
 ) -> mx.array:
     """o = softmax(scale·q·kᵀ)·v over the keys each query may see, in memory linear in T and S.
@@ -73,7 +75,8 @@ def attention(
     padding; the same for every row of the batch, and read when the graph is built, so not under
     mx.compile's tracing. Padding, and what lies behind the last offset, sees nothing and is seen by
     nothing: o = 0 and gradients of 0. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in
-    float32.
+    float32. With `saved`, what `attention_forward` of the same arguments returned, the forward pass
+    is not run again.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
@@ -88,7 +91,36 @@ def attention(
     _check_device()
     # k may have a wrong rank: the core says so.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
-    return _core.attention(q, k, v, segments=ranges, impl=impl, **options)
+    kept = None if saved is None else list(saved)
+    return _core.attention(q, k, v, segments=ranges, saved=kept, impl=impl, **options)
+
+
+def attention_forward(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    segments: Segments | None = None,
+    softcap: float | None = None,
+    q_start: int | None = None,
+    impl: str = "auto",
+) -> list[mx.array]:
+    """o of `attention`, and what its backward pass needs besides: `saved` for it. No gradient."""
+    _check_device()
+    ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
+    return _core.attention_forward(
+        q,
+        k,
+        v,
+        scale=scale,
+        window=window,
+        segments=ranges,
+        softcap=softcap,
+        q_start=q_start,
+        impl=impl,
+    )
 
 
 def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:

@@ -24,12 +24,16 @@ class Stage:
 
     `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
     may rewrite a value it reads, as layers do with the residual stream `h`.
+
+    A stage that `saves` takes two arguments more: `save=True` asks for a list of arrays behind its
+    writes, and `saved` is that list when it is run again for its gradient.
     """
 
     name: str
     fn: Callable[..., Any]
     reads: tuple[str, ...] = ("h",)
     writes: tuple[str, ...] = ("h",)
+    saves: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,13 @@ class Cuts:
     `segments` are the stages behind each segment, rising to their number, `groups` the segments
     behind each group. What lies between groups is kept from the forward pass on; what lies between
     the segments of a group is made again when its turn to go back comes, by running it once more.
-    The last group keeps what is between its segments; the last segment is never run again.
+    The last group keeps what is between its segments; the last segment is never run again. With
+    `saves` the stages that can keep something (attention its output) do, and run again for less.
     """
 
     segments: tuple[int, ...]
     groups: tuple[int, ...]
+    saves: bool = False
 
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
@@ -83,15 +89,23 @@ def segmented_value_and_grad(
 
     chosen = cuts or Cuts.every(len(stages), segment_size)
 
-    def native(fn: Callable[..., Any], keys: list[str]) -> Callable[..., list[mx.array]]:
-        return lambda params, reads: list(_tuple(fn(dict(zip(keys, params, strict=True)), *reads)))
+    def native(
+        fn: Callable[..., Any], keys: list[str], saves: bool = False
+    ) -> Callable[..., list[mx.array]]:
+        def run(params: Any, reads: Any, saved: Any = (), save: bool = False) -> list[mx.array]:
+            more: dict[str, Any] = {"saved": saved, "save": save} if saves else {}
+            return list(_tuple(fn(dict(zip(keys, params, strict=True)), *reads, **more)))
+
+        return run
 
     def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
         if unknown := set(params) - {*names, "head"}:
             raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
         keys = {name: sorted(params.get(name, {})) for name in [*names, "head"]}
         specs = [
-            _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.name]))
+            _core.StageSpec(
+                s.name, list(s.reads), list(s.writes), bool(keys[s.name]), s.saves and chosen.saves
+            )
             for s in stages
         ]
         plan = _core.make_plan(
@@ -104,7 +118,7 @@ def segmented_value_and_grad(
         result = _core.run_plan(
             plan,
             specs,
-            [native(s.fn, keys[s.name]) for s in stages],
+            [native(s.fn, keys[s.name], s.saves) for s in stages],
             native(head, keys["head"]),
             list(head_reads),
             [arrays(name) for name in names],

@@ -94,11 +94,18 @@ class Attention:
     scale_q: Rotate | None = None  #: a further scale by position
 
     def __call__(
-        self, linears: Linears, x: mx.array, rows: int, shared: Sequence[mx.array] | None
-    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        self,
+        linears: Linears,
+        x: mx.array,
+        rows: int,
+        shared: Sequence[mx.array] | None,
+        saved: Sequence[mx.array],
+        save: bool,
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], Sequence[mx.array]]:
         """x [B, T, H] → output of the last `rows` rows [B, rows, H], keys and values [B, G, S, D].
 
-        With `shared` keys and values, S of them, the rows of x are the last T of S.
+        With `shared` keys and values, S of them, the rows of x are the last T of S. The third
+        result is what to save: it goes in as `saved` when this is run again.
         """
         last = x if rows == x.shape[1] else x[:, -rows:]
         own = [] if shared else [p for p in (self.k, self.v) if p is not None]
@@ -116,11 +123,12 @@ class Attention:
         q = self.rotate(self._heads(q, self.heads, self.q_norm, self.wide_norms), offset)
         if self.scale_q:
             q = self.scale_q(q, offset)
-        o = ops.attention(
-            q, keys, values, scale=self.scale, window=self.window, softcap=self.softcap
-        )
+        how: Any = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+        if save:
+            saved = ops.attention_forward(q, keys, values, **how)
+        o = saved[0] if save else ops.attention(q, keys, values, saved=saved or None, **how)
         o = o.transpose(0, 2, 1, 3).reshape(*last.shape[:2], -1)
-        return ops.lora_linears(o, [linears(self.o)])[0], (keys, values)
+        return ops.lora_linears(o, [linears(self.o)])[0], (keys, values), saved
 
     @staticmethod
     def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
@@ -179,13 +187,20 @@ class Layer:
         def linears_of(params: Mapping[str, mx.array]) -> Linears:
             return lambda projection: projection.linear(params, scales)
 
-        def attention(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> Any:
+        def attention(
+            params: Mapping[str, mx.array],
+            h: mx.array,
+            *more: mx.array,
+            saved: Sequence[mx.array] = (),
+            save: bool = False,
+        ) -> tuple[mx.array, ...]:
             rows = more[0].size if self.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
-            r, kv = self.attention(linears_of(params), x, rows, more[-2:] if self.donor else None)
+            given = more[-2:] if self.donor else None
+            r, kv, kept = self.attention(linears_of(params), x, rows, given, saved, save)
             h = h if rows == h.shape[1] else h[:, -rows:]
             h = h + self._branch(r, self.after_attention)
-            return (h, *kv) if self.gives else h
+            return (h, *(kv if self.gives else ()), *(kept if save else ()))
 
         def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
             linears = linears_of(params)
@@ -194,7 +209,13 @@ class Layer:
             return self.finish(linears, h, more[0] if more else None) if self.finish else h
 
         return [
-            Stage(f"{self.name}.self_attn", attention, ("h", *positions, *shared), ("h", *kept)),
+            Stage(
+                f"{self.name}.self_attn",
+                attention,
+                ("h", *positions, *shared),
+                ("h", *kept),
+                saves=True,
+            ),
             Stage(f"{self.name}.mlp", mlp, ("h", *tokens)),
         ]
 
