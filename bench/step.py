@@ -5,7 +5,8 @@
 
 LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b) with random 4-bit weights. Cells:
-    segtrain:N    this package, N layers a segment (0: off); N+o: attention's output is kept
+    segtrain:N    this package, N layers a segment (0: off); N+o: attention's output is kept;
+                  N+apart: groups of N layers, their attentions and MLPs one by one
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
     peft          HF transformers + PEFT, torch, float32, no checkpointing; peft:ckpt with it
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
@@ -144,8 +145,8 @@ def segtrain(args, variant):
     weights = np.ones(row.shape, np.float32)
     weights[:, : prompt(args) + 1] = 0
     batch = Batch(row, weights, np.arange(1))
-    size, saves, _ = (variant or "1").partition("+o")
-    cuts = replace(chain.cuts(int(size)), saves=bool(saves))
+    size, *options = (variant or "1").split("+")
+    cuts = replace(chain.cuts(int(size), apart="apart" in options), saves="o" in options)
     value_and_grad = sft.value_and_grad(chain, stages, cuts)
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     resting = mx.get_active_memory()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -120,6 +121,8 @@ def of_mlx_lm(model, chain, adapter, batch):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", FAST)
 def test_loss_and_gradients_are_those_of_mlx_lm(name, rows):
+    if name == "gemma4-experts" and mlx_lm.__version__ < "0.32":
+        pytest.skip("this mlx-lm's router has no gradient")
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     assert family_of(model) is not None
@@ -351,6 +354,8 @@ def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
         Cuts((2, 4, 6, 8, 12), (4, 5)),
         Cuts((12,), (1,)),
         replace(chain.cuts(2), saves=True),
+        chain.cuts(1, apart=True),
+        chain.cuts(4, apart=True),
         Cuts(halves, (4, 8, 12), saves=True),
     ]:
         got, got_grads = run(chain, adapter, batch, cuts=cuts)

@@ -1,7 +1,6 @@
 """Every family of mlx-lm: three steps with its losses, or a refusal that docs/models.md has."""
 
-import importlib
-
+import mlx_lm
 import pytest
 
 import model_table
@@ -11,11 +10,8 @@ DOCUMENTED = model_table.documented()
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.skipif(mlx_lm.__version__ != "0.32.2", reason="the table is that of another mlx-lm")
 def test_family(family):
-    try:
-        importlib.import_module(f"mlx_lm.models.{family}")
-    except ImportError:
-        pytest.skip("this mlx-lm does not have it")
     assert model_table.outcome(family) == DOCUMENTED[family]
 
 

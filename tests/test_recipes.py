@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 def run(script, *args, **knobs):
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLX_")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     return subprocess.run(
         [RECIPES / script, *args],
         env={**env, **{key: str(value) for key, value in knobs.items()}},

@@ -144,7 +144,11 @@ def _layer(
 
 @dataclass(frozen=True)
 class _Experts:
-    """The dense MLP and the experts side by side; router and experts are mlx-lm's, and frozen."""
+    """The dense MLP and the experts side by side; router and experts are frozen.
+
+    Gradients flow through the experts and the weights of the router, not through its choice, which
+    mlx-lm's own router would differentiate too in some versions.
+    """
 
     layer: Any
     dense: Mlp
@@ -152,9 +156,20 @@ class _Experts:
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         layer = self.layer
         y = _norm(layer.post_feedforward_layernorm_1, True)(self.dense(linears, h, x))
-        chosen, weights = layer.router(h)
-        sparse = layer.experts(_norm(layer.pre_feedforward_layernorm_2, True)(h), chosen, weights)
+        sparse = layer.experts(
+            _norm(layer.pre_feedforward_layernorm_2, True)(h), *self._route(layer.router, h)
+        )
         return y + _norm(layer.post_feedforward_layernorm_2, True)(sparse)
+
+    @staticmethod
+    def _route(router: Any, h: mx.array) -> tuple[mx.array, mx.array]:
+        """The experts of each row [..., K], and their weights."""
+        k = router.config.top_k_experts
+        x = ops.rms_norm(h, router.scale * router.config.hidden_size**-0.5, router.eps)
+        scores = router.proj(x)
+        chosen = mx.argpartition(mx.stop_gradient(scores), kth=-k, axis=-1)[..., -k:]
+        weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1)
+        return chosen, weights * router.per_expert_scale[chosen]
 
 
 _Finish = Callable[

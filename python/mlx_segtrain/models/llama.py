@@ -100,7 +100,7 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
             q_norm=q_norm,
             k_norm=norm("self_attn.k_norm"),
             wide_norms=q_norm is not None and q_norm.weight.size > d,
-            scale_q=_scale_by_position(attn),
+            scale_q=_scale_by_position(args),
         ),
         mlp=Mlp(gate, up, down),
         before_attention=before,
@@ -111,12 +111,13 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
     )
 
 
-def _scale_by_position(attn: Any) -> Rotate | None:
+def _scale_by_position(args: Any) -> Rotate | None:
     """Ministral 3: q grows with the logarithm of how often the first length has passed."""
-    beta: float | None = getattr(attn, "scaling_beta", None)
+    rope: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
+    beta: float | None = rope.get("llama_4_scaling_beta")
     if beta is None:
         return None
-    length = attn.original_max_position_embeddings
+    length = rope["original_max_position_embeddings"]
 
     def scale(q: mx.array, offset: int) -> mx.array:
         passed = mx.floor(mx.arange(offset, offset + q.shape[2]) / length)
