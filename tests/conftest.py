@@ -9,6 +9,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+import tiny_models
+
 # The CPU is what every machine has; DEVICE=gpu runs the same tests there.
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
 
@@ -73,6 +75,28 @@ def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed
 
         nn.quantize(model, group_size=32, bits=bits, class_predicate=quant)
         config["quantization"] = {"group_size": 32, "bits": bits, **overrides}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    write_tokenizer(path)
+    return path
+
+
+def write_tiny(path: Path, family: str, bits_of=lambda name: 4) -> Path:
+    """A tiny random model of any family of mlx-lm, quantized in groups of 32 where that fits."""
+    config = tiny_models.config(family, vocab_size=VOCABULARY)
+    model = tiny_models.build(family, vocab_size=VOCABULARY)
+    layers = {}
+
+    def quantization(name, module):
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
+            return False
+        layers[name] = {"group_size": 32, "bits": bits_of(name)}
+        return layers[name]
+
+    nn.quantize(model, 32, 4, class_predicate=quantization)
+    config["quantization"] = {"group_size": 32, "bits": 4, **layers}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     weights = dict(tree_flatten(model.parameters()))

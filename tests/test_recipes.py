@@ -7,13 +7,10 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import pytest
-from mlx.utils import tree_flatten
 
-import tiny_models
-from conftest import VOCABULARY, write_tokenizer
+from conftest import write_tiny
 from mlx_segtrain.demo import snapshot
 from mlx_segtrain.files import cache_dir
 
@@ -35,29 +32,14 @@ def run(script, *args, **knobs):
 @pytest.fixture(scope="module")
 def e4b(tmp_path_factory):
     """A tiny Gemma 4 for text and images on disk, with OptiQ's mix of 4 and 8 bits."""
-    path = tmp_path_factory.mktemp("e4b")
-    more = {"vocab_size": VOCABULARY, "text_config": None}
-    text = tiny_models.config("gemma4_text", vocab_size=VOCABULARY)
-    config = {**tiny_models.config("gemma4"), **more, "text_config": text}
-    model = tiny_models.build("gemma4", vocab_size=VOCABULARY)
-    layers = {}
-
-    def quantization(name, module):
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
-            return False
-        bits = 8 if name.endswith(("down_proj", "v_proj", "embed_tokens")) else 4
-        layers[name] = {"group_size": 32, "bits": bits}
-        return layers[name]
-
-    nn.quantize(model, 32, 4, class_predicate=quantization)
-    config["quantization"] = {"group_size": 32, "bits": 4, **layers}
-    (path / "config.json").write_text(json.dumps(config))
-    kl = {name: {**spec, "kl": 0.1} for name, spec in layers.items()}
+    eight = ("down_proj", "v_proj", "embed_tokens")
+    path = write_tiny(
+        tmp_path_factory.mktemp("e4b"), "gemma4", lambda name: 8 if name.endswith(eight) else 4
+    )
+    layers = json.loads((path / "config.json").read_text())["quantization"]
+    kl = {name: {**spec, "kl": 0.1} for name, spec in layers.items() if isinstance(spec, dict)}
     (path / "optiq").mkdir()
     (path / "optiq" / "metadata.json").write_text(json.dumps({"per_layer": kl}))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-    write_tokenizer(path)
     return path
 
 

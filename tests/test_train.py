@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mlx_segtrain
-from conftest import write_rows
+from conftest import write_rows, write_tiny
 from mlx_segtrain import InputError, TrainConfig, adapters, lora, train
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.training import evaluate, loop, probe
@@ -232,6 +232,30 @@ def test_ranks_by_kl(llama_mixed, tmp_path):
     assert set(constant.values()) == {10}
     none = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path / "x", **options)
     assert none == by_bits
+
+
+GENERIC = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "mamba2": ["in_proj", "out_proj"],
+    "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],  # the experts', too
+    "gemma4": ["q_proj", "v_proj", "per_layer_input_gate", "per_layer_projection"],
+}
+
+
+@pytest.mark.parametrize("family", GENERIC)
+def test_adapters_of_other_families_load_in_mlx_lm(family, data, tmp_path):
+    if family == "qwen3_moe" and mlx_lm.__version__ < "0.32":
+        pytest.skip("this mlx-lm's router has no gradient")
+    model_dir = write_tiny(tmp_path / "model", family)
+    options = {"target_modules": GENERIC[family], "learning_rate": 1e-2, "iters": 8}
+    result = train(config_of(model_dir, data, tmp_path / "a", **options))
+    assert result.final_val_loss < 0.9 * result.first_val_loss
+    own, _ = mlx_segtrain.load(model_dir, tmp_path / "a")
+    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path / "a"))
+    tokens = mx.arange(10, 40)[None]
+    assert_close("logits", own(tokens), stock(tokens), 1e-4)
+    again = evaluate(model_dir, data, tmp_path / "a", max_seq_length=100)
+    assert math.isclose(again.loss, result.final_val_loss, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("at", ["between steps", "in a stage"])
