@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 
 import mlx.core as mx
@@ -159,6 +160,20 @@ def test_a_layout_joins_splits_and_names():
     again = layout.split(vector)
     assert all(mx.array_equal(again["b"][key], value) for key, value in b.items())
     assert layout.names(vector == 5) == ["x"] and layout.names(vector == 1) == ["x", "y"]
+
+
+def test_memory_of_each_step_is_told_to_those_who_ask(llama4, data, tmp_path, monkeypatch, capfd):
+    train(config_of(llama4, data, tmp_path / "a", iters=2))
+    assert "peak" not in capfd.readouterr().err
+    monkeypatch.setenv("MLX_SEGTRAIN_MEM_LOG", "1")
+    result = train(config_of(llama4, data, tmp_path / "b", iters=3))
+    number = r"(\d+\.\d{3}) GB"
+    line = rf"step (\d): peak {number}, active {number}, cache {number}, process {number}\n"
+    found = re.findall(line, capfd.readouterr().err)
+    assert [step for step, *_ in found] == ["1", "2", "3"]
+    for _, peak, active, _, process in found:  # of a model of a few kilobytes
+        assert float(process) > float(peak) >= float(active)
+    assert abs(max(float(peak) for _, peak, *_ in found) - result.peak_gb) < 1e-3
 
 
 def test_segment_sizes_and_checkpointing_train_the_same(llama4, data, tmp_path):

@@ -21,6 +21,7 @@ from ..files import write_json
 from ..objectives import sft
 from .evaluation import mean_loss
 from .layout import Layout
+from .memory import Memory
 from .setup import Setup, check_output, prepare, value_and_grad, with_params
 
 
@@ -61,6 +62,7 @@ class State:
     """What changes during a run; the factors and `step` change together, at the end of a step."""
 
     vector: mx.array
+    memory: Memory
     step: int = 0
     losses: list[float] = field(default_factory=list)
     vals: list[dict[str, float]] = field(default_factory=list)
@@ -101,9 +103,8 @@ def _run(
     config: TrainConfig, setup: Setup, source: Iterator[Batch], tell: events.OnEvent
 ) -> TrainResult:
     step = _Step(config, setup)
-    state = State(step.start)
+    state = State(step.start, Memory())
     tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
-    mx.reset_peak_memory()
     begin = time.perf_counter()
     interrupted = False
     try:
@@ -113,6 +114,7 @@ def _run(
             accumulated = list(islice(source, config.grad_accumulation_steps))
             vector, loss, norm = step(state.vector, accumulated)
             state.vector, state.step = vector, state.step + 1
+            state.memory.measure(state.step)
             seconds = time.perf_counter() - started
             _report(config, state, tell, loss, norm, _count(setup.train, accumulated), seconds)
             last = state.step == config.iters
@@ -136,7 +138,7 @@ def _run(
         best_step=int(best["step"]) if best else None,
         wall_s=time.perf_counter() - begin,
         tokens_per_sec=state.tokens / state.train_s if state.train_s else 0.0,
-        peak_gb=mx.get_peak_memory() / 1e9,
+        peak_gb=state.memory.peak / 1e9,
         applied_ranks=setup.adapter.ranks,
         interrupted=interrupted,
     )
@@ -225,7 +227,7 @@ def _report(
             learning_rate=config.learning_rate,
             tokens_per_sec=tokens / seconds,
             step_s=seconds,
-            peak_gb=mx.get_peak_memory() / 1e9,
+            peak_gb=state.memory.peak / 1e9,
             active_gb=mx.get_active_memory() / 1e9,
         )
     )

@@ -1,0 +1,39 @@
+"""What memory a run takes, step by step."""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass
+class Memory:
+    """The most bytes that MLX's arrays have taken, over all steps; begins with those there are."""
+
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        mx.reset_peak_memory()
+
+    def measure(self, step: int) -> None:
+        """Takes in what was since the last call; with MLX_SEGTRAIN_MEM_LOG=1 a line to stderr."""
+        now = mx.get_peak_memory()
+        self.peak = max(self.peak, now)
+        mx.reset_peak_memory()
+        if os.environ.get("MLX_SEGTRAIN_MEM_LOG") == "1":
+            parts = {
+                "peak": now,
+                "active": mx.get_active_memory(),
+                "cache": mx.get_cache_memory(),
+                "process": process_peak(),
+            }
+            line = ", ".join(f"{name} {n / 1e9:.3f} GB" for name, n in parts.items())
+            print(f"step {step}: {line}", file=sys.stderr, flush=True)
+
+
+def process_peak() -> int:
+    """The most bytes of main memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
