@@ -72,10 +72,6 @@ class Resolver {
   std::map<std::string, int> version_;
 };
 
-}  // namespace
-
-namespace {
-
 /// Segments before the last one run together: what they read from before, and what is read of them behind.
 Move together(const Plan& plan, const std::vector<Move>& segments, Segment group) {
   Move move{Move::Kind::forward, segments[group.begin].begin, segments[group.end - 1].end, {}, {}, {}, {}};

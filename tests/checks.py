@@ -1,4 +1,4 @@
-"""What the tests of ops share: random arrays, gradients, and the check of one call."""
+"""What tests share: random arrays and adapters, gradients, and the check of one call."""
 
 from contextlib import contextmanager
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import oracle
+from mlx_segtrain import lora
 
 ON_GPU = mx.default_device() != mx.Device(mx.cpu)
 
@@ -52,3 +53,14 @@ def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
             return f(*[*args[:i], x, *args[i + 1 :]])
 
         assert mx.array_equal(grad, grads(alone, [args[i]], dy)[0])
+
+
+def random_adapter(chain, ranks: dict[str, int], scale: float, size: float) -> lora.Adapter:
+    """A LoRA adapter with B ≠ 0, of deviation `size`, so that A has a gradient."""
+    fresh = lora.init(chain, ranks, scale, seed=1)
+    keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
+    tensors = {
+        path: (a, size * mx.random.normal(b.shape, key=key))
+        for key, (path, (a, b)) in zip(keys, fresh.tensors.items(), strict=True)
+    }
+    return lora.Adapter(tensors, fresh.scales)

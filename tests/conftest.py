@@ -38,6 +38,16 @@ def write_tokenizer(path: Path) -> None:
     fast.save_pretrained(path)
 
 
+def write_model(path: Path, config: dict, model: nn.Module) -> Path:
+    """A model folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    write_tokenizer(path)
+    return path
+
+
 def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed=0, **changes):
     """A random Llama of 3 layers, width 64, 4 heads of 16 and 2 for keys."""
     from mlx_lm.models.llama import Model, ModelArgs
@@ -75,12 +85,7 @@ def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed
 
         nn.quantize(model, group_size=32, bits=bits, class_predicate=quant)
         config["quantization"] = {"group_size": 32, "bits": bits, **overrides}
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-    write_tokenizer(path)
-    return path
+    return write_model(path, config, model)
 
 
 def write_tiny(path: Path, family: str, bits_of=lambda name: 4) -> Path:
@@ -97,12 +102,7 @@ def write_tiny(path: Path, family: str, bits_of=lambda name: 4) -> Path:
 
     nn.quantize(model, 32, 4, class_predicate=quantization)
     config["quantization"] = {"group_size": 32, "bits": 4, **layers}
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-    write_tokenizer(path)
-    return path
+    return write_model(path, config, model)
 
 
 def write_rows(path: Path, n=24, name="train.jsonl"):

@@ -13,10 +13,10 @@ import mlx_lm
 import numpy as np
 
 import tiny_models
+from checks import random_adapter
 from mlx_segtrain import lora
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import chain_of, family_of
 from mlx_segtrain.objectives import sft
 from mlx_segtrain.training.setup import with_params
@@ -24,17 +24,6 @@ from mlx_segtrain.training.setup import with_params
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python tests/model_table.py -->", "<!-- end of table -->"
 HEAD = "| mlx-lm | path | why |\n|---|---|---|\n"
-
-
-def fresh(chain) -> Adapter:
-    """Small ranks, B ≠ 0."""
-    adapter = lora.init(chain, dict.fromkeys(chain.linears, 2), 1.0, 0)
-    keys = mx.random.split(mx.random.key(1), len(adapter.tensors))
-    tensors = {
-        path: (a, 0.05 * mx.random.normal(b.shape, key=key))
-        for key, (path, (a, b)) in zip(keys, adapter.tensors.items(), strict=True)
-    }
-    return Adapter(tensors, adapter.scales)
 
 
 def outcome(family: str) -> tuple[str, str]:
@@ -46,7 +35,7 @@ def outcome(family: str) -> tuple[str, str]:
         chain = chain_of(model)
     except InputError as error:
         return "refused", str(error).split("cannot be trained: ", 1)[1]
-    adapter = fresh(chain)
+    adapter = random_adapter(chain, dict.fromkeys(chain.linears, 2), 1.0, 0.05)
     tokens = np.random.default_rng(0).integers(0, 128, (2, 21)).astype(np.int32)
     batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2))
     stages = chain.stages(adapter.scales)

@@ -11,6 +11,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 from transformers import AutoTokenizer
 
+from checks import random_adapter
 from conftest import write_llama
 from mlx_segtrain import lora
 from mlx_segtrain.data import Batch
@@ -25,14 +26,7 @@ SCALE = 1.5
 
 
 def adapter_of(chain, rank=4):
-    """A LoRA adapter with B ≠ 0, so that A has a gradient."""
-    fresh = lora.init(chain, dict.fromkeys(chain.linears, rank), SCALE, seed=1)
-    keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
-    tensors = {
-        path: (a, 0.02 * mx.random.normal(b.shape, key=key))
-        for key, (path, (a, b)) in zip(keys, fresh.tensors.items(), strict=True)
-    }
-    return lora.Adapter(tensors, fresh.scales)
+    return random_adapter(chain, dict.fromkeys(chain.linears, rank), SCALE, 0.02)
 
 
 def batch_of(vocabulary, lengths, prompt, seed=0):
