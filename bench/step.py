@@ -4,11 +4,13 @@
                          [--cells segtrain:1 peft …]
 
 LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
-SHAPE is a known model's (gemma4-e4b, minicpm5-1b) with random 4-bit weights. Cells:
-    segtrain:N    this package, N layers a segment (0: off); N+o: attention's output is kept;
-                  N+apart: groups of N layers, their attentions and MLPs one by one
+SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
+    segtrain:N    this package, N layers a segment (0: off)
+    segtrain:XGB  the fastest plan in so much memory; segtrain:min the least memory, segtrain:auto
+                  what the device has free
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
-    peft          HF transformers + PEFT, torch, float32, no checkpointing; peft:ckpt with it
+    peft          HF transformers + PEFT, torch, no checkpointing; peft:ckpt with it. float32 on the
+                  CPU; of a SHAPE bfloat16 on a GPU, without quantization
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
 and said). `peak` is active memory of MLX; `rss` the process' own high-water mark.
 """
@@ -22,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 130560,
         "tie_word_embeddings": False,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
 }
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEYS = [f"{'self_attn' if len(s) == 6 else 'mlp'}.{s}" for s in SUFFIXES]
@@ -91,6 +106,43 @@ def load(name):
         mx.eval(weight)
         mx.clear_cache()
     return model, config["vocab_size"]
+
+
+def shape_of(name, model):
+    """The model as the planner sees it."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_segtrain import planning
+
+    if name not in SHAPES:
+        return planning.read_shape(Path(name))
+    kinds = {mx.uint32: "U32", mx.float32: "F32", mx.bfloat16: "BF16"}
+    weights: Any = tree_flatten(model.parameters())
+    headers = {path: (kinds[w.dtype], tuple(w.shape)) for path, w in weights}
+    quantization = {"quantization": {"bits": 4, "group_size": 64}}
+    return planning.shape_of({**SHAPES[name], **quantization}, headers)
+
+
+def ranks_of(shape):
+    from mlx_segtrain import planning
+
+    how = {"rank": RANK, "rank_scaling": "constant", "num_layers": -1}
+    return planning.ranks_of(shape, target_modules=SUFFIXES, **how)
+
+
+def plan_of(shape, kind, length, rows):
+    """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
+    from mlx_segtrain import planning
+    from mlx_segtrain.planning.costs import TRIM_MULTIPLE
+
+    trimmed = length - (length - rows) // TRIM_MULTIPLE * TRIM_MULTIPLE
+    batch = planning.BatchShape(1, length, trimmed, rows)
+    what = (shape, batch, ranks_of(shape), planning.device())
+    if kind.isdecimal():
+        return planning.named(*what, int(kind))
+    budget = 0 if kind == "min" else None if kind == "auto" else float(kind.removesuffix("GB"))
+    return planning.choose(*what, planning.budget_bytes(budget))
 
 
 def prompt(args):
@@ -141,13 +193,16 @@ def segtrain(args, variant):
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
+    mx.eval(vector)
+    del adapter, params
     row = tokens(args.length, vocabulary)
     weights = np.ones(row.shape, np.float32)
     weights[:, : prompt(args) + 1] = 0
     batch = Batch(row, weights, np.arange(1))
-    size, *options = (variant or "1").split("+")
-    cuts = replace(chain.cuts(int(size), apart="apart" in options), saves="o" in options)
-    value_and_grad = sft.value_and_grad(chain, stages, cuts)
+    rows = args.length - prompt(args)
+    plan = plan_of(shape_of(args.model, model), variant or "auto", args.length, rows)
+    value_and_grad = sft.value_and_grad(chain, stages, plan.cuts)
+    mx.set_memory_limit(plan.limit)
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     resting = mx.get_active_memory()
 
@@ -201,21 +256,28 @@ def peft(args, variant):
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, _ = load_model(Path(args.model))
-    dense: Any = dequantize_model(source).parameters()
-    weights = {
-        name: torch.from_numpy(np.array(w.astype(mx.float32)))
-        for name, w in dict(tree_flatten(dense)).items()
-    }
-    del source
-    config: Any = AutoConfig.from_pretrained(args.model)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    assert set(missing) <= {"lm_head.weight"}, missing
+    if args.model in SHAPES:  # random weights, bfloat16, on the GPU
+        device, dtype = "cuda", torch.bfloat16
+        fields = {key: value for key, value in SHAPES[args.model].items() if key != "model_type"}
+        config: Any = AutoConfig.for_model(SHAPES[args.model]["model_type"], **fields)
+        weights = None
+    else:
+        device, dtype = "cpu", torch.float32
+        source, _ = load_model(Path(args.model))
+        dense: Any = dequantize_model(source).parameters()
+        weights = {
+            name: torch.from_numpy(np.array(w.astype(mx.float32)))
+            for name, w in dict(tree_flatten(dense)).items()
+        }
+        del source
+        config = AutoConfig.from_pretrained(args.model)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    torch.set_default_device(device)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if weights is not None:
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}, missing
     model = get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=int(RANK * SCALE), target_modules=SUFFIXES)
     )
@@ -223,7 +285,7 @@ def peft(args, variant):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    row = torch.from_numpy(tokens(args.length, config.vocab_size)).long()
+    row = torch.from_numpy(tokens(args.length, config.vocab_size)).long().to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step():
@@ -234,9 +296,12 @@ def peft(args, variant):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     first, times = timed(step, args.steps)
-    return {"first_s": first, "times": times}
+    peak = {"peak": torch.cuda.max_memory_allocated()} if device == "cuda" else {}
+    return {"first_s": first, "times": times, **peak}
 
 
 CELLS = {"segtrain": segtrain, "mlx-lm": mlx_lm, "peft": peft}
@@ -244,7 +309,7 @@ CELLS = {"segtrain": segtrain, "mlx-lm": mlx_lm, "peft": peft}
 
 def run_cell(args):
     name, _, variant = args.cell.partition(":")
-    if args.limit_gb and name != "peft":
+    if args.limit_gb and name == "mlx-lm":
         import mlx.core as mx
 
         mx.set_memory_limit(int(args.limit_gb * 1e9))
@@ -260,9 +325,11 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--loss-rows", type=float, default=1.0, help="part of them in the loss")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--limit-gb", type=float, help="MLX waits for the device above it")
+    parser.add_argument("--limit-gb", type=float, help="mlx-lm waits for the device above it")
     parser.add_argument(
-        "--cells", nargs="+", default=["segtrain:1", "segtrain:0", "peft", "peft:ckpt", "mlx-lm"]
+        "--cells",
+        nargs="+",
+        default=["segtrain:min", "segtrain:auto", "peft", "peft:ckpt", "mlx-lm"],
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()

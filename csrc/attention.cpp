@@ -97,7 +97,7 @@ std::vector<std::string> attention_impls() {
 namespace {
 
 /// By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
-std::string way_for(const Call& c, const std::string& impl, bool saves) {
+std::string way_for(const Call& c, const std::string& impl) {
   bool cpu = on_cpu(c.s);
   Way kernel = cpu ? cpu_kernel(c.s) : gpu_kernel("attention", gpu_attention_unfit(c));
   Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c));
@@ -105,8 +105,7 @@ std::string way_for(const Call& c, const std::string& impl, bool saves) {
   Way blocked{"blocked", true, ""};
   bool plain = !c.window && !c.cap && c.T == c.S;
   Way cudnn = impl == "cudnn" || (impl == "auto" && plain) ? cudnn_way(c) : Way{"cudnn", false, ""};
-  Way stock = saves ? Way{"stock", false, "it does not give what its backward pass needs"} : stock_way(c);
-  std::vector<Way> ways{cudnn, stock, kernel, hopper, blocked};
+  std::vector<Way> ways{cudnn, stock_way(c), kernel, hopper, blocked};
   if (c.D > 128) std::swap(ways[2], ways[3]);
   return choose("attention", impl, ways);
 }
@@ -131,10 +130,11 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
                     std::optional<int> q_start, const std::optional<Arrays>& saved, const std::string& impl,
                     mx::StreamOrDevice s) {
   auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
-  auto name = way_for(c, impl, saved.has_value());
-  if (name == "stock") return stock(c, q, k, v);
-  check(!saved || (saved->size() == 2 && (*saved)[0].shape() == mx::Shape{c.B, c.H, c.T, c.Dv}),
+  auto name = way_for(c, impl);
+  check(!saved ||
+            (name != "stock" && saved->size() == 2 && (*saved)[0].shape() == mx::Shape{c.B, c.H, c.T, c.Dv}),
         "[attention] saved must be what attention_forward of the same arguments returned.");
+  if (name == "stock") return stock(c, q, k, v);
   auto way = way_of(c, name);
   auto op = mx::custom_vjp([c, way, saved](const Arrays& x) { return saved ? *saved : forward(c, way, x); },
                            [c, way](const Arrays& x, const Arrays& dy, const Arrays& y) {
@@ -150,7 +150,8 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
                          std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
                          mx::StreamOrDevice s) {
   auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
-  return forward(c, way_of(c, way_for(c, impl, true)), {q, k, v});
+  auto name = way_for(c, impl);
+  return name == "stock" ? Arrays{} : forward(c, way_of(c, name), {q, k, v});
 }
 
 }  // namespace segtrain

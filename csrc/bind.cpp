@@ -9,6 +9,7 @@
 
 #include "gpu.h"
 #include "kernel.h"
+#include "planner.h"
 #include "segtrain.h"
 
 namespace nb = nanobind;
@@ -83,42 +84,94 @@ NB_MODULE(_core, m) {
         "Never choose an implementation again in this process: it failed the self-check on this device.");
 
   nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
-      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool, bool>(), "name"_a,
-           "reads"_a, "writes"_a, "trainable"_a, "saves"_a = false)
+      .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,
+           "reads"_a, "writes"_a, "trainable"_a)
       .def_ro("name", &StageSpec::name)
       .def_ro("reads", &StageSpec::reads)
       .def_ro("writes", &StageSpec::writes)
-      .def_ro("trainable", &StageSpec::trainable)
-      .def_ro("saves", &StageSpec::saves);
+      .def_ro("trainable", &StageSpec::trainable);
   nb::class_<Plan>(m, "Plan", "The order of a segmented backward pass, as data.")
       .def("describe", &describe, "One line per move: what it runs, reads, keeps, takes, gives and drops.");
   m.def(
       "make_plan",
       [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
          const std::vector<std::string>& head_reads, const std::vector<int>& segments,
-         const std::vector<int>& groups) {
-        return make_plan(stages, inputs, head_reads, {segments, groups});
+         const std::vector<int>& groups, const std::vector<int>& saves) {
+        return make_plan(stages, inputs, head_reads, {segments, groups, saves});
       },
-      "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a,
-      "The plan for cuts behind these stages, and groups that end behind these segments.");
+      "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
+      "The plan for cuts behind these stages, groups that end behind these segments, and saving stages.");
+
+  nb::class_<Cuts>(m, "Cuts", "Where a chain is cut: ends of segments and groups, stages that save.")
+      .def(nb::init<std::vector<int>, std::vector<int>, std::vector<int>>(), "segments"_a, "groups"_a,
+           "saves"_a = std::vector<int>{})
+      .def_ro("segments", &Cuts::segments)
+      .def_ro("groups", &Cuts::groups)
+      .def_ro("saves", &Cuts::saves);
+  nb::class_<StageCost>(m, "StageCost", "Bytes and work of a stage at one batch shape; csrc/planner.h.")
+      .def(nb::init<std::vector<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, double,
+                    double>(),
+           nb::kw_only(), "writes"_a, "forward"_a, "backward"_a, "kept"_a, "saved"_a, "gradients"_a,
+           "forward_work"_a, "again_work"_a, "saved_work"_a, "backward_work"_a)
+      .def_ro("writes", &StageCost::writes)
+      .def_ro("gradients", &StageCost::gradients);
+  nb::class_<Costs>(m, "Costs", "A chain of stages with all that a plan for it depends on; csrc/planner.h.")
+      .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
+                    std::vector<int64_t>, std::vector<int>, std::vector<StageCost>, int64_t, int64_t, double,
+                    int64_t, int64_t, double>(),
+           nb::kw_only(), "stages"_a, "inputs"_a, "head_reads"_a, "input_bytes"_a, "layers"_a, "costs"_a,
+           "head"_a, "ahead"_a, "head_work"_a, "fixed"_a, "update"_a, "widened"_a)
+      .def_ro("stages", &Costs::stages)
+      .def_ro("inputs", &Costs::inputs)
+      .def_ro("head_reads", &Costs::head_reads)
+      .def_ro("layers", &Costs::layers)
+      .def_ro("costs", &Costs::costs)
+      .def_ro("fixed", &Costs::fixed)
+      .def_ro("update", &Costs::update);
+  nb::class_<Alive>(m, "Alive", "Bytes alive at the peak of a move, beyond what is there all the time.")
+      .def_ro("values", &Alive::values)
+      .def_ro("saved", &Alive::saved)
+      .def_ro("cotangents", &Alive::cotangents)
+      .def_ro("gradients", &Alive::gradients)
+      .def_ro("working", &Alive::working)
+      .def_prop_ro("total", &Alive::total);
+  nb::class_<Estimate>(m, "Estimate", "What a plan takes.")
+      .def_ro("moves", &Estimate::moves)
+      .def_ro("peak", &Estimate::peak)
+      .def_ro("work", &Estimate::work)
+      .def_ro("again", &Estimate::again);
+  m.def("estimate", &estimate, "plan"_a, "costs"_a, "Bytes and work of a plan.");
+  nb::class_<Choice>(m, "Choice", "Cuts, and what a plan with them takes.")
+      .def_ro("cuts", &Choice::cuts)
+      .def_ro("estimate", &Choice::estimate);
+  m.def("choose_cuts", &choose_cuts, "costs"_a, "budget"_a,
+        "The cuts of least work whose peak is at most `budget` bytes; those of the least peak if none has.");
+
+  m.def("least_peak", &least_peak, "costs"_a, "The least peak of cuts that keep little, in bytes.");
 
   nb::class_<StepResult>(m, "StepResult", "Outputs of the head and gradients of every parameter.")
-      .def_ro("outputs", &StepResult::outputs)
-      .def_ro("grads", &StepResult::grads)
-      .def_ro("head_grads", &StepResult::head_grads);
+      // Copies of handles: a reference into the result would keep all of it, so that whoever holds the loss
+      // would hold every gradient.
+      .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
+      .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
+      .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy);
   m.def(
       "run_plan",
       [](const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
          const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const Arrays& head_params, const Arrays& inputs) {
+         const Arrays& head_params, const Arrays& inputs, const std::optional<std::function<void()>>& watch) {
         // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
         // mx.custom_function) takes it for granted.
-        auto wait = [](const Arrays& made) {
-          nb::gil_scoped_release others;
-          mx::eval(made);
+        auto wait = [&watch](const Arrays& made) {
+          {
+            nb::gil_scoped_release others;
+            mx::eval(made);
+          }
+          if (watch && !made.empty()) (*watch)();
         };
         return run_plan(plan, stages, fns, head, head_reads, params, head_params, inputs, wait);
       },
       "plan"_a, "stages"_a, "fns"_a, "head"_a, "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
-      "Runs a plan over callables (params, reads) → writes, evaluating after every move.");
+      "watch"_a = nb::none(),
+      "Runs a plan over callables (params, reads) → writes. `watch` is called when a move is through.");
 }

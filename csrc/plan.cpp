@@ -14,11 +14,11 @@ struct Segment {
   int begin, end;
 };
 
-/// Ranges between rising ends, the last of which must be n.
+/// Ranges between rising ends, the last of which must be n. The last range may be empty.
 std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) {
   std::vector<Segment> ranges;
   for (int begin = 0; int end : ends) {
-    if (end <= begin) break;
+    if (end < begin || (end == begin && (ranges.empty() || ranges.size() + 1 != ends.size()))) break;
     ranges.push_back({begin, end});
     begin = end;
   }
@@ -41,7 +41,7 @@ class Resolver {
 
   /// Reads and writes of one segment; `reads` are versions that stood before it.
   Move segment(const std::vector<StageSpec>& stages, Segment s) {
-    Move move{Move::Kind::forward, s.begin, s.end, {}, {}, {}, {}};
+    Move move{Move::Kind::forward, s.begin, s.end, {}, {}, {}, {}, {}};
     for (int i = s.begin; i < s.end; ++i) {
       bool differentiable = stages[i].trainable;
       for (const auto& name : stages[i].reads) {
@@ -74,7 +74,8 @@ class Resolver {
 
 /// Segments before the last one run together: what they read from before, and what is read of them behind.
 Move together(const Plan& plan, const std::vector<Move>& segments, Segment group) {
-  Move move{Move::Kind::forward, segments[group.begin].begin, segments[group.end - 1].end, {}, {}, {}, {}};
+  Move move{
+      Move::Kind::forward, segments[group.begin].begin, segments[group.end - 1].end, {}, {}, {}, {}, {}};
   for (int i = 0; i < static_cast<int>(segments.size()); ++i)
     for (int value : segments[i].reads) {
       int producer = plan.values[value].producer;
@@ -94,6 +95,17 @@ void assign_drops(Plan& plan) {
     for (int value : move->reads)
       if (needed.insert(value).second) move->drops.push_back(value);
   }
+}
+
+/// A stage saves in the last forward move before it goes back; one that never goes back saves nothing.
+void assign_saves(Plan& plan, const std::vector<int>& saves) {
+  std::set<int> wanted;
+  for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)
+    for (int stage : saves) {
+      if (stage < move->begin || stage >= move->end) continue;
+      if (move->kind == Move::Kind::backward) wanted.insert(stage);
+      if (move->kind == Move::Kind::forward && wanted.erase(stage)) move->saves.push_back(stage);
+    }
 }
 
 }  // namespace
@@ -152,6 +164,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
     for (int i = group->end - 1; i >= group->begin; --i) backward(i);
   }
   assign_drops(plan);
+  assign_saves(plan, cuts.saves);
   return plan;
 }
 
@@ -170,6 +183,8 @@ std::vector<std::string> describe(const Plan& plan) {
     list(move.kind == Move::Kind::backward ? "takes" : "keeps", move.writes, "; ");
     list("gives", move.cotangents, "; ");
     list("drops", move.drops, "; ");
+    for (size_t i = 0; i < move.saves.size(); ++i)
+      line += (i ? ", " : "; saves in ") + std::to_string(move.saves[i]);
     lines.push_back(line);
   }
   return lines;

@@ -12,7 +12,6 @@ struct StageSpec {
   std::vector<std::string> reads;
   std::vector<std::string> writes;
   bool trainable;
-  bool saves = false;  ///< something for when it is run again
 };
 
 /// One version of a boundary value: `h` written by stage `layers.3` is `h@layers.3`, an input `h@input`.
@@ -38,6 +37,7 @@ struct Move {
   std::vector<int> writes;      ///< boundary values it makes (forward), or whose cotangents enter (backward)
   std::vector<int> cotangents;  ///< the differentiable ones among `reads`: their cotangents come out
   std::vector<int> drops;       ///< values that nobody reads after this move, or that are made again first
+  std::vector<int> saves;  ///< stages that save something for their backward pass, the next time they run
 };
 
 struct Plan {
@@ -47,15 +47,16 @@ struct Plan {
 
 /// Where the chain is cut. Stages between two cuts are a segment; segments may be put into groups.
 struct Cuts {
-  std::vector<int> segments;  ///< the stage behind each segment, rising to the number of stages
-  std::vector<int> groups;    ///< the segment behind each group, rising to the number of segments
+  std::vector<int> segments;    ///< the stage behind each segment, rising to the number of stages
+  std::vector<int> groups;      ///< the segment behind each group, rising to the number of segments
+  std::vector<int> saves = {};  ///< stages that save something in the last run before their backward pass
 };
 
 /// The plan that keeps the boundary values of groups, and of a group's segments while it goes back.
 ///
-/// The last segment is joined to the head and never recomputed. A group of several segments is run forward
-/// once more to rebuild the values between them (but the last group, which keeps them). Segments on which no
-/// parameter depends run forward only. The last move that needs a value drops it.
+/// The last segment is joined to the head and never recomputed; it may have no stage. A group of several
+/// segments is run forward once more to rebuild the values between them (but the last group, which keeps
+/// them). Segments on which no parameter depends run forward only. The last move that needs a value drops it.
 /// Throws std::invalid_argument if cuts do not rise to the end, or a stage reads a name that is neither an
 /// input nor written before it.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,

@@ -76,6 +76,7 @@ class Runner {
       // The move was written down while the one before ran, whose inner arrays die here: that no two run
       // at a time is what bounds memory.
       wait_(running);
+      running.clear();  // or what the next one uses up would stay until it has run
       mx::async_eval(made);
       running = std::move(made);
     }
@@ -88,7 +89,7 @@ class Runner {
     auto ran = run_stages(move, params_of(move), reads_of(move), false);
     for (size_t i = 0; i < ran.writes.size(); ++i) values_[move.writes[i]] = ran.writes[i];
     Arrays made = ran.writes;
-    for (int i = move.begin; i < move.end; ++i) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
+    for (int i : move.saves) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
     return made;
   }
 
@@ -159,8 +160,7 @@ class Runner {
       next += own.size();
       Arrays in;
       for (const auto& name : stages_[i].reads) in.push_back(ran.scope.read(name));
-      // The head's segment is not run again: nothing to save.
-      bool save = stages_[i].saves && move.kind == Move::Kind::forward && saved_[i].empty();
+      bool save = std::find(move.saves.begin(), move.saves.end(), i) != move.saves.end();
       auto out = fns_[i](own, in, saved_[i], save);
       if (save && out.size() > stages_[i].writes.size()) {
         auto behind = out.begin() + stages_[i].writes.size();

@@ -54,7 +54,8 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
                     mx::StreamOrDevice s);
 
 /// {o, and what else the backward pass needs}: `saved` for attention of the same arguments, which then runs
-/// its backward pass only. Has no gradient itself.
+/// its backward pass only. Empty where the implementation that serves them does not give it (`stock`). Has no
+/// gradient itself.
 Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                          std::optional<int> window, std::optional<Ranges> segments,
                          std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,

@@ -66,7 +66,7 @@ CASES = {
     "torn weights": (
         lambda w: (w / "model/model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
         {},
-        "cannot be loaded",
+        "not a safetensors file",
     ),
     "config is not JSON": (
         lambda w: (w / "model/config.json").write_text("{"),

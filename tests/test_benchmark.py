@@ -38,7 +38,7 @@ def test_bench_as_json_says_why_a_row_has_no_figures(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["what"] for row in rows] == ["forward", "both"]
     assert all(row["ms"] > 0 and row["floor"] > 0 and row["unit"] == "GF/s" for row in rows)
-    row = next(benchmark.measure(benchmark.cases()[0], "stock", benchmark.Device(1, 1), 1))
+    row = next(benchmark.measure(benchmark.cases()[0], "stock", benchmark.Device(1, 1, 1), 1))
     assert "keeps an array of T × S scores" in row.reason and not row.ms
 
 

@@ -28,6 +28,8 @@ TRAINED = training.TrainResult(
     wall_s=61.0,
     tokens_per_sec=12345.6,
     peak_gb=3.25,
+    planned_gb=3.25,
+    process_gb=3.0,
     applied_ranks={},
     interrupted=False,
 )
@@ -123,6 +125,7 @@ def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -
         "grad_clip_norm": 0.0,
         "grad_checkpoint": False,
         "segment_size": 2,
+        "memory_budget_gb": 20.5,
         "save_checkpoints": True,
         "train_on": "last",
         "append_eos": False,
@@ -139,6 +142,7 @@ def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -
         step_s=0.5,
         first_step_s=1,
         peak_gb=1,
+        planned_gb=1,
         resting_gb=1,
         loss=1,
         grad_norm=1,
@@ -266,6 +270,7 @@ def test_probe(
         step_s=0.5,
         first_step_s=0.75,
         peak_gb=3.0,
+        planned_gb=3.0,
         resting_gb=1.5,
         loss=2.25,
         grad_norm=0.125,
@@ -315,12 +320,10 @@ def test_inspect_of_bad_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.jsonl" in error(capsys, "inspect", "train.jsonl")
     assert cli.main(["inspect", "train.jsonl", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["ok"] is False
-    assert "model_dir none holds no tokenizer_config.json" in error(
-        capsys, "inspect", ".", "--model-dir", "none"
-    )
+    assert "model_dir none is not a folder" in error(capsys, "inspect", ".", "--model-dir", "none")
     Path("tokenizer_config.json").write_text("{}")
     Path("config.json").write_text("{}")
-    assert "tokenizer of . cannot be loaded" in error(capsys, "inspect", ".", "--model-dir", ".")
+    assert "model_dir . cannot be loaded" in error(capsys, "inspect", ".", "--model-dir", ".")
     assert "max_seq_length must be" in error(capsys, "inspect", ".", "--max-seq-length", "1")
 
 

@@ -50,6 +50,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         "grad_clip_norm": 1.0,
         "grad_checkpoint": False,
         "segment_size": "auto",
+        "memory_budget_gb": "auto",
         "save_checkpoints": False,
         "train_on": "assistant",
         "append_eos": True,

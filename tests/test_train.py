@@ -124,14 +124,14 @@ def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
 ):
     """Three steps equal mlx.optimizers fed with the gradients that the loop computed."""
     taken = []
-    original = loop._Step.gradient
+    original = loop.Stepper.gradient
 
     def recorded(self, vector, batches):
         loss, gradient = original(self, vector, batches)
-        taken.append((self.layout.split(vector), self.layout.split(gradient)))
+        taken.append((self.setup.layout.split(vector), self.setup.layout.split(gradient)))
         return loss, gradient
 
-    monkeypatch.setattr(loop._Step, "gradient", recorded)
+    monkeypatch.setattr(loop.Stepper, "gradient", recorded)
     seen = []
     config = config_of(llama, data, tmp_path / "a", iters=3, grad_clip_norm=0.5, weight_decay=0.1)
     train(config, seen.append)
@@ -305,14 +305,14 @@ def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeyp
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(llama4, data, tmp_path, monkeypatch):
-    original, calls = loop._Step.gradient, []
+    original, calls = loop.Stepper.gradient, []
 
     def broken(self, vector, batches):
         loss, gradient = original(self, vector, batches)
         calls.append(1)
         return (math.nan if len(calls) == 3 else loss), gradient
 
-    monkeypatch.setattr(loop._Step, "gradient", broken)
+    monkeypatch.setattr(loop.Stepper, "gradient", broken)
     seen = []
     with pytest.raises(FloatingPointError, match=r"loss is nan .* on training rows \[\d+\]"):
         train(config_of(llama4, data, tmp_path / "a"), seen.append)

@@ -20,7 +20,23 @@ from . import _core, ops, reference
 from .doctor import on_gpu
 from .models.llama import PROJECTIONS as LLAMA
 
-Work = Callable[[], Any]
+
+@dataclass(frozen=True)
+class Work:
+    """A call to time: f(*args), first as it is, then compiled if it can be, as a step may be.
+
+    The first call shows what an op waits for, not what MLX's own compiler takes to fuse a graph.
+    """
+
+    f: Callable[..., Any]
+    args: Sequence[Any] = ()
+    compiled: Callable[..., Any] | None = None
+
+    def first(self) -> Any:
+        return self.f(*self.args)
+
+    def __call__(self) -> Any:
+        return (self.compiled or self.f)(*self.args)
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,7 @@ def with_gradients(
     mx.eval(args, cotangents)
     all_args = [*args, *cotangents]
     works = {"forward": (f, args), "grads": (grads, all_args), "both": (both, all_args)}
-    compiled = {what: (mx.compile(g), x) for what, (g, x) in works.items()}
-    return {what: lambda g=g, x=x: g(*x) for what, (g, x) in compiled.items()}
+    return {what: Work(g, x, mx.compile(g)) for what, (g, x) in works.items()}
 
 
 def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
@@ -226,8 +241,8 @@ def dequantize(out: int, width: int, bits: int, group: int) -> Case:
         arrays = [base.weight, base.scales, base.biases]
         mx.eval(arrays)
         if impl == "mlx":
-            return {"forward": lambda: mx.dequantize(*arrays, **quant)}
-        return {"forward": lambda: ops.dequantize(base, dtype())}
+            return {"forward": Work(lambda *x: mx.dequantize(*x, **quant), arrays)}
+        return {"forward": Work(ops.dequantize, (base, dtype()))}
 
     size = out * width
     moved = size * dtype().size + size * bits / 8 + 2 * size / group * dtype().size
@@ -287,8 +302,11 @@ def head(rows: int, width: int, vocabulary: int, bits: int, group: int, cap: flo
         if impl == "products":
             w, h = ops.dequantize(base, dtype()), normal(rows, width)
             mx.eval(w, h)
-            plain = mx.compile(lambda h, w: (h @ w.T) @ w)
-            return {"both": lambda: plain(h, w)}
+
+            def both(h: mx.array, w: mx.array) -> mx.array:
+                return (h @ w.T) @ w
+
+            return {"both": Work(both, (h, w), mx.compile(both))}
 
         def f(h: mx.array) -> mx.array:
             if impl != "mlx":
@@ -409,31 +427,38 @@ def cases() -> list[Case]:
 
 
 def timed(
-    work: Work, runs: int, wait: Callable[[Any], None] = settle
+    work: Callable[[], Any],
+    runs: int,
+    wait: Callable[[Any], None] = settle,
+    first: Callable[[], Any] | None = None,
 ) -> tuple[float, float, float]:
     """First call s; ms of a call that is waited for, median; ms of a call among ten in a row."""
 
-    def call() -> float:
+    def call(work: Callable[[], Any] = work) -> float:
         begin = time.perf_counter()
         wait(work())
         return time.perf_counter() - begin
 
-    first = call()
+    first_s = call(first or work)
     for _ in range(3):
         call()
     times = [call() for _ in range(runs)]
     wait([work() for _ in range(10)])  # the allocator now has what ten at once need
     begin = time.perf_counter()
     wait([work() for _ in range(10)])
-    return first, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100
+    return first_s, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a large product (GF/s) and a large copy reach here: the floor of everything else."""
+    """What a large product (GF/s) and a large copy reach here: the floor of everything else.
+
+    `wait_ms` is what waiting for any call takes, measured on one of next to no work.
+    """
 
     gf_s: float
     gb_s: float
+    wait_ms: float
 
 
 def measure_device() -> Device:
@@ -452,10 +477,13 @@ def measure_device() -> Device:
         size = halves.nbytes
         with ThreadPoolExecutor(2) as pool:  # into fresh memory, as an op's outputs are
             copy = timed(lambda: list(pool.map(np.copy, halves)), 5, lambda _: None)[1]
-    return Device(2 * n**3 / product / 1e6, 2 * size / copy / 1e6)
+    one = mx.ones(16)
+    mx.eval(one)
+    waited = timed(lambda: one + 1, 20)[1]
+    return Device(2 * n**3 / product / 1e6, 2 * size / copy / 1e6, waited)
 
 
-def peak_mb(work: Work) -> float:
+def peak_mb(work: Callable[[], Any]) -> float:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -475,7 +503,7 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
             mx.clear_cache()
             limit = mx.set_memory_limit(mx.get_active_memory() + int(case.limit_mb * 1e6))
         for what, work in works.items():
-            first, ms, queued = timed(work, runs)
+            first, ms, queued = timed(work, runs, first=work.first)
             flops, moved = case.flops.get(what, 0.0), case.moved.get(what, 0.0)
             floor = max(flops / device.gf_s / 1e6, moved / device.gb_s / 1e6)
             rate, unit = (flops or moved) / queued / 1e6, "GF/s" if flops else "GB/s"
@@ -514,7 +542,8 @@ def run(
     wanted, chosen = list(only), set(impls)
     device = measure_device()
     name = str(dtype()).split(".")[-1]
-    show(f"product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s, {name}")
+    rates = f"product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s"
+    show(f"{rates}, {name}; waiting for a call takes {device.wait_ms:.3f} ms at least")
     show(HEADER)
     rows = []
     for case in cases():

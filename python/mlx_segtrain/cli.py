@@ -26,6 +26,10 @@ from mlx_segtrain.config import (
 )
 from mlx_segtrain.errors import InputError
 
+PLANNED = (  # what memory depends on, besides the model
+    *("rank", "rank_scaling", "target_modules", "num_layers", "max_seq_length", "batch_size"),
+    *("grad_accumulation_steps", "grad_checkpoint", "segment_size", "memory_budget_gb"),
+)
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 
@@ -92,6 +96,24 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
             help="YAML file with any of the fields below; flags given here replace its values",
         )
         add_flags(added, TrainConfig.model_fields)
+
+    added = command("plan", _plan, "say what a run would take, without loading anything")
+    add_flags(added, ("model_dir",), required=True)
+    add_flags(added, PLANNED)
+    added.add_argument(
+        "--loss-rows",
+        type=_part,
+        default=1.0,
+        metavar="X",
+        help="part of a row that is trained, its end. Default: 1.",
+    )
+    added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw predicted and measured memory over a step; loads the model and takes two steps",
+    )
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
     added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
@@ -196,6 +218,16 @@ def _count(least: int) -> Callable[[str], int]:
     return count
 
 
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text}")
+    return value
+
+
 def _temperature(text: str) -> float:
     try:
         value = float(text)
@@ -224,7 +256,7 @@ def _train(args: argparse.Namespace) -> int:
             f"(best {result.best_val_loss:.4f} at step {result.best_step})"
         )
     print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
-    print(f"peak memory      {result.peak_gb:.2f} GB")
+    print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
     print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
     print(f"    or: mlx_lm.generate --model {model} --adapter-path {adapter} --prompt …")
     return 130 if result.interrupted else 0
@@ -236,13 +268,38 @@ def _probe(args: argparse.Namespace) -> int:
 
     result = probe(config)
     print(f"resting memory   {result.resting_gb:.2f} GB")
-    print(f"peak memory      {result.peak_gb:.2f} GB")
+    print(f"peak memory      {_peak(result)}")
     print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
     print(f"speed            {result.tokens / result.step_s:,.0f} tokens/s")
     print(f"loss             {result.loss:.4f}")
     print(f"gradient norm    {result.grad_norm:.4f}")
     print(f"finite           {'yes' if result.finite else 'no'}")
     return 0 if result.finite else 1
+
+
+def _peak(result: Any) -> str:
+    planned = "" if result.planned_gb is None else f" (planned {result.planned_gb:.2f} GB)"
+    return f"{result.peak_gb:.2f} GB{planned}"
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
+    from mlx_segtrain.planning import report
+    from mlx_segtrain.planning.run import full_batch, plan_run
+
+    run = plan_run(config, full_batch(config, args.loss_rows))
+    found = report.of(run)
+    if args.plot is not None:
+        from mlx_segtrain.planning.picture import draw
+
+        draw(args.plot, run, config)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    from mlx_segtrain.terminal import show_plan
+
+    show_plan(found)
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -253,10 +310,11 @@ def _inspect(args: argparse.Namespace) -> int:
         adapter_path=UNUSED,
     )
     from mlx_segtrain.data import inspect
+    from mlx_segtrain.models import load_tokenizer
 
     report = inspect(
         config.data_dir,
-        _tokenizer(config.model_dir) if "model_dir" in args else None,
+        load_tokenizer(config.model_dir) if "model_dir" in args else None,
         max_seq_length=config.max_seq_length,
         train_on=config.train_on,
         append_eos=config.append_eos,
@@ -271,20 +329,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
     show_report(report)
     return 0
-
-
-def _tokenizer(model_dir: Path) -> Any:
-    """The tokenizer alone, without the weights: InputError where there is none."""
-    if not (model_dir / "tokenizer_config.json").is_file():  # else mlx-lm asks the network
-        raise InputError(f"model_dir {model_dir} holds no tokenizer_config.json")
-    from mlx_lm.utils import load_config, load_tokenizer
-
-    try:
-        stops = load_config(model_dir).get("eos_token_id")  # as for training
-        return load_tokenizer(model_dir, eos_token_ids=stops)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the tokenizer of {model_dir} cannot be loaded: {reason}") from None
 
 
 def _eval(args: argparse.Namespace) -> int:

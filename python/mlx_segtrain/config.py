@@ -58,6 +58,7 @@ Float = Annotated[float, BeforeValidator(_not_bool)]
 Name = Annotated[str, Field(min_length=1)]
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
+Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
 
 
 class TrainConfig(BaseModel):
@@ -108,7 +109,11 @@ class TrainConfig(BaseModel):
     )
     segment_size: SegmentSize = Field(
         "auto",
-        description="Layers per segment of the segmented backward pass; 0 is off, auto chooses.",
+        description="Layers per segment of the backward pass; 0 is off, auto chooses what fits.",
+    )
+    memory_budget_gb: Budget = Field(
+        "auto",
+        description="Memory that a run may take, in 10⁹ bytes; auto is what the device has free.",
     )
     save_checkpoints: bool = Field(
         False, description="Keep a complete adapter directory of every evaluation."
@@ -148,6 +153,8 @@ def allowed(name: str) -> str:
         return "-1 or an integer >= 1"
     if name == "segment_size":
         return "auto or an integer >= 0"
+    if name == "memory_budget_gb":
+        return "auto or a finite number > 0"
     field = TrainConfig.model_fields[name]
     if is_list(field):
         return "one or more names, each once"

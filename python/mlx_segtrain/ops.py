@@ -107,7 +107,10 @@ def attention_forward(
     q_start: int | None = None,
     impl: str = "auto",
 ) -> list[mx.array]:
-    """o of `attention`, and what its backward pass needs besides: `saved` for it. No gradient."""
+    """o of `attention`, and what its backward pass needs besides: `saved` for it. No gradient.
+
+    Empty where the implementation that would serve the call gives no such thing (`stock`).
+    """
     _check_device()
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.attention_forward(

@@ -43,13 +43,14 @@ class Cuts:
     `segments` are the stages behind each segment, rising to their number, `groups` the segments
     behind each group. What lies between groups is kept from the forward pass on; what lies between
     the segments of a group is made again when its turn to go back comes, by running it once more.
-    The last group keeps what is between its segments; the last segment is never run again. With
-    `saves` the stages that can keep something (attention its output) do, and run again for less.
+    The last group keeps what is between its segments; the last segment is never run again. `saves`
+    are the stages that keep something (attention its output) when they run the last time before
+    their gradient's turn, and then run again for less.
     """
 
     segments: tuple[int, ...]
     groups: tuple[int, ...]
-    saves: bool = False
+    saves: tuple[int, ...] = ()
 
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
@@ -72,6 +73,7 @@ def segmented_value_and_grad(
     head_reads: Sequence[str] = ("h",),
     segment_size: int = 1,
     cuts: Cuts | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], tuple[tuple[mx.array, ...], Grads]]:
     """Returns `step(params, values) -> (outputs, grads)` for `loss = head(stages(values))`.
 
@@ -80,6 +82,7 @@ def segmented_value_and_grad(
     `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
     of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
     memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated.
+    `watch` is called when a move of the plan is through.
 
     ValueError if a stage reads a value that nobody wrote, or cuts do not fit the stages.
     """
@@ -103,14 +106,11 @@ def segmented_value_and_grad(
             raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
         keys = {name: sorted(params.get(name, {})) for name in [*names, "head"]}
         specs = [
-            _core.StageSpec(
-                s.name, list(s.reads), list(s.writes), bool(keys[s.name]), s.saves and chosen.saves
-            )
+            _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.name]))
             for s in stages
         ]
-        plan = _core.make_plan(
-            specs, list(inputs), list(head_reads), list(chosen.segments), list(chosen.groups)
-        )
+        cut = (chosen.segments, chosen.groups, chosen.saves)
+        plan = _core.make_plan(specs, list(inputs), list(head_reads), *map(list, cut))
 
         def arrays(name: str) -> list[mx.array]:
             return [params[name][key] for key in keys[name]]
@@ -124,6 +124,7 @@ def segmented_value_and_grad(
             [arrays(name) for name in names],
             arrays("head"),
             [values[name] for name in inputs],
+            watch,
         )
         grads = {
             name: dict(zip(keys[name], grad, strict=True))

@@ -17,6 +17,7 @@ from mlx_segtrain.events import Event
 if TYPE_CHECKING:
     from mlx_segtrain import doctor
     from mlx_segtrain.data import Preview, Report
+    from mlx_segtrain.planning.report import PlanReport
 
 TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
 CONTEXT = ("default", "dim")
@@ -169,3 +170,37 @@ def _marked(preview: Preview) -> str:
         text = "".join(token for token, _, _ in run)
         parts.append(f"⟦{text}⟧" if trained else text)
     return "".join(parts)
+
+
+def show_plan(report: PlanReport, console: Console | None = None) -> None:
+    """Print what a run would take."""
+    console = console or Console(highlight=False)
+
+    def gb(n: int) -> str:
+        return f"{n / 1e9:.2f} GB"
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("batch", f"{report.rows} × {report.tokens} tokens, {report.loss_rows} trained")
+    table.add_row("budget", gb(report.budget))
+    if not report.predicted:
+        table.add_row("weights", gb(report.weights))
+        table.add_row("plan", report.plan)
+        console.print(table)
+        return
+    table.add_row("plan", report.plan)
+    table.add_row("peak", f"{gb(report.peak)}, predicted")
+    for name, n in report.parts.items():
+        table.add_row("", f"{gb(n)}  {name}")
+    table.add_row("recomputed", f"{report.recomputed:.0%} of the work that must be done")
+    made = f"; the model was made for {report.max_length}" if report.max_length else ""
+    table.add_row("longest", f"{report.longest} tokens a row fit in the budget{made}")
+    for other in report.alternatives:
+        name = f"in {gb(other.budget)}"
+        if other.fits:
+            pace = "as fast" if abs(other.slower) < 0.005 else f"{other.slower:+.0%} work"
+            text = f"{other.plan}; {gb(other.peak)}, {pace}"
+        else:
+            text = f"does not fit: {gb(other.peak)} at least"
+        longest = f"up to {other.longest} tokens" if other.longest else "no length fits"
+        table.add_row(name, f"{text}; {longest}")
+    console.print(table)

@@ -5,6 +5,8 @@ Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is
 the generic path.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,16 @@ from mlx.utils import tree_map
 from ..errors import InputError
 from .chain import Chain, Head
 
-__all__ = ["Chain", "Head", "chain_of", "family_of", "load", "load_base"]
+__all__ = [
+    "Chain",
+    "Head",
+    "chain_of",
+    "family_of",
+    "load",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+]
 
 
 def family_of(model: nn.Module) -> Any:
@@ -47,26 +58,51 @@ def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
     On the CPU floating weights become float32, the dtype its kernels compute in. InputError if the
     folder is missing, is no model, or cannot be read.
     """
-    from mlx_lm.utils import load_model, load_tokenizer
+    tokenizer = load_tokenizer(model_dir)
+    return *load_model(model_dir), tokenizer
 
-    model_dir = Path(model_dir).expanduser()
-    if not model_dir.is_dir():
-        raise InputError(f"model_dir {model_dir} is not a folder: give the path of a model.")
-    for name, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
-        if not (model_dir / name).is_file():
-            raise InputError(f"model_dir {model_dir} holds no {name} ({what}): not a model folder.")
-    if not any(model_dir.glob("model*.safetensors")):
-        raise InputError(f"model_dir {model_dir} holds no model*.safetensors: no weights to load.")
-    try:
-        model, config = load_model(model_dir, lazy=True)
-        tokenizer = load_tokenizer(model_dir, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"model_dir {model_dir} cannot be loaded: {reason}") from error
+
+def load_tokenizer(model_dir: str | Path) -> Any:
+    """mlx-lm's tokenizer of a model folder, without the weights; InputError as for load_base."""
+    folder = _model_folder(model_dir)
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    with _reading(folder):
+        return load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+
+
+def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model and configuration, evaluated; InputError as for load_base."""
+    folder = _model_folder(model_dir)
+    if not any(folder.glob("model*.safetensors")):
+        raise InputError(f"model_dir {folder} holds no model*.safetensors: no weights to load.")
+    from mlx_lm.utils import load_model
+
+    with _reading(folder):
+        model, config = load_model(folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
         model.update(tree_map(_float32, model.parameters()))
     mx.eval(model.parameters())
-    return model, config, tokenizer
+    return model, config
+
+
+def _model_folder(model_dir: str | Path) -> Path:
+    folder = Path(model_dir).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"model_dir {folder} is not a folder: give the path of a model.")
+    for name, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
+        if not (folder / name).is_file():  # else mlx-lm asks the network
+            raise InputError(f"model_dir {folder} holds no {name} ({what}): not a model folder.")
+    return folder
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
 
 
 def _float32(x: mx.array) -> mx.array:

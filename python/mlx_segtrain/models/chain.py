@@ -45,15 +45,8 @@ class Chain:
     max_length: int | None  #: positions the model was made for
     trims: bool = False
 
-    def cuts(self, size: int, *, apart: bool = False) -> Cuts:
-        """Segments of `size` layers; 0: one segment.
-
-        With `apart` these are groups, and each stage in them a segment: the least memory, since
-        attention and MLP go back one after the other, for running all but the last stage of a group
-        once more.
-        """
+    def cuts(self, size: int) -> Cuts:
+        """Segments of `size` layers; 0: one segment."""
         ends = [sum(map(len, self.layers[: i + 1])) for i in range(len(self.layers))]
         behind = tuple(ends[end - 1] for end in Cuts.every(len(ends), size).segments)
-        if apart:
-            return Cuts(tuple(range(1, ends[-1] + 1)), behind)
         return Cuts(behind, tuple(range(1, len(behind) + 1)))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..planning.costs import MLP_ROWS
 from ..schedule import Stage
 from .chain import Chain
 
@@ -126,7 +127,8 @@ class Attention:
         how: Any = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
         if save:
             saved = ops.attention_forward(q, keys, values, **how)
-        o = saved[0] if save else ops.attention(q, keys, values, saved=saved or None, **how)
+        again = saved or None
+        o = saved[0] if save and saved else ops.attention(q, keys, values, saved=again, **how)
         o = o.transpose(0, 2, 1, 3).reshape(*last.shape[:2], -1)
         return ops.lora_linears(o, [linears(self.o)])[0], (keys, values), saved
 
@@ -149,7 +151,10 @@ class Mlp:
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """Of x, which is h behind its norm."""
         return ops.lora_glu_mlp(
-            x, linears(self.gate), linears(self.up), linears(self.down), gelu=self.gelu
+            x,
+            *(linears(projection) for projection in (self.gate, self.up, self.down)),
+            gelu=self.gelu,
+            tile_rows=MLP_ROWS,
         )
 
 

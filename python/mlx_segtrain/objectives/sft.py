@@ -8,12 +8,11 @@ import numpy as np
 
 from ..data import Batch
 from ..models import Chain
+from ..planning.costs import TRIM_MULTIPLE
 from ..schedule import Cuts, Stage, segmented_value_and_grad
 
 #: Boundary values the head reads.
 HEAD_READS = ("h", "rows", "targets", "weights")
-#: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
-TRIM_MULTIPLE = 64
 
 
 def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
@@ -36,7 +35,12 @@ def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
     }
 
 
-def value_and_grad(chain: Chain, stages: Sequence[Stage], cuts: Cuts) -> Any:
+def value_and_grad(
+    chain: Chain,
+    stages: Sequence[Stage],
+    cuts: Cuts,
+    watch: Callable[[], None] | None = None,
+) -> Any:
     """step(params, values) → ((loss,), grads): segmented_value_and_grad of this objective."""
     return segmented_value_and_grad(
         stages,
@@ -44,6 +48,7 @@ def value_and_grad(chain: Chain, stages: Sequence[Stage], cuts: Cuts) -> Any:
         inputs=(*chain.inputs, "positions", *HEAD_READS[1:]),
         head_reads=HEAD_READS,
         cuts=cuts,
+        watch=watch,
     )
 
 

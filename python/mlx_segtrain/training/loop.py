@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,21 +13,26 @@ from typing import IO, Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from .. import events, lora
+from .. import events
 from ..adapters import write_adapter
 from ..config import TrainConfig
 from ..data import Batch, Dataset, batches
 from ..files import write_json
+from ..lora import Adapter
 from ..objectives import sft
+from ..schedule import Grads
 from .evaluation import mean_loss
-from .layout import Layout
-from .memory import Memory
-from .setup import Setup, check_output, prepare, value_and_grad, with_params
+from .memory import Memory, process_peak
+from .setup import RunPlan, Setup, check_output, prepare, value_and_grad, with_params
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Losses in nats per token, peak_gb of MLX's active memory in 10⁹ bytes."""
+    """What a run came to. Losses in nats per token.
+
+    In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb what was predicted for it (None: a
+    family that the planner does not know), process_gb of the process' main memory.
+    """
 
     adapter_path: Path
     steps: int
@@ -39,6 +44,8 @@ class TrainResult:
     wall_s: float
     tokens_per_sec: float
     peak_gb: float
+    planned_gb: float | None
+    process_gb: float
     applied_ranks: dict[str, int]
     interrupted: bool
 
@@ -50,6 +57,7 @@ class ProbeResult:
     step_s: float
     first_step_s: float
     peak_gb: float
+    planned_gb: float | None
     resting_gb: float
     loss: float
     grad_norm: float
@@ -82,16 +90,18 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
     tell(events.started())
     try:
         check_output(config)
-        setup = prepare(config, tell)
+        setup, vector = prepare(config, tell)
+        state = State(vector, Memory())
+        del vector  # or the factors that the run began with would stay to its end
         source = batches(setup.train, config.batch_size, config.seed)
-        with _metrics_file(config) as metrics:
+        with setup.plan.limits(), _metrics_file(config) as metrics:
 
             def record(event: events.Event) -> None:
                 metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
                 metrics.flush()
                 tell(event)
 
-            result = _run(config, setup, source, record)
+            result = _run(config, setup, state, source, record)
             record(events.done(config.adapter_path))
         return result
     except BaseException as error:
@@ -100,32 +110,41 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
 
 
 def _run(
-    config: TrainConfig, setup: Setup, source: Iterator[Batch], tell: events.OnEvent
+    config: TrainConfig,
+    setup: Setup,
+    state: State,
+    source: Iterator[Batch],
+    tell: events.OnEvent,
 ) -> TrainResult:
-    step = _Step(config, setup)
-    state = State(step.start, Memory())
+    step = Stepper(config, setup)
+    plan = setup.plan
     tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
     begin = time.perf_counter()
     interrupted = False
     try:
-        _evaluate(config, setup, step.layout, state, tell)
+        _evaluate(config, setup, state, tell)
         while state.step < config.iters:
             started = time.perf_counter()
             accumulated = list(islice(source, config.grad_accumulation_steps))
             vector, loss, norm = step(state.vector, accumulated)
             state.vector, state.step = vector, state.step + 1
-            state.memory.measure(state.step)
             seconds = time.perf_counter() - started
+            cheaper = plan.tightened(state.memory.measure(state.step))
+            if cheaper is not None:
+                plan = cheaper
+                step.follow(plan)
+                progress = events.run_progress(state.step, config.iters)
+                tell(events.stage("setup", progress, f"over the budget, from now on {plan}"))
             _report(config, state, tell, loss, norm, _count(setup.train, accumulated), seconds)
             last = state.step == config.iters
             if last or state.step % config.steps_per_eval == 0:
-                _evaluate(config, setup, step.layout, state, tell)
+                _evaluate(config, setup, state, tell)
     except KeyboardInterrupt:
         interrupted = True
     except FloatingPointError:
-        _save(config, setup, step.layout, state, tell)
+        _save(config, setup, state, tell)
         raise
-    _save(config, setup, step.layout, state, tell)
+    _save(config, setup, state, tell)
 
     best = min(state.vals, key=lambda v: v["loss"], default=None)
     result = TrainResult(
@@ -139,7 +158,9 @@ def _run(
         wall_s=time.perf_counter() - begin,
         tokens_per_sec=state.tokens / state.train_s if state.train_s else 0.0,
         peak_gb=state.memory.peak / 1e9,
-        applied_ranks=setup.adapter.ranks,
+        planned_gb=plan.planned.peak / 1e9 if plan.planned else None,
+        process_gb=process_peak() / 1e9,
+        applied_ranks=_adapter(setup, state).ranks,
         interrupted=interrupted,
     )
     if config.save_checkpoints:
@@ -149,15 +170,12 @@ def _run(
     return result
 
 
-class _Step:
+class Stepper:
     """One optimizer step over the micro-batches that are accumulated for it."""
 
-    def __init__(self, config: TrainConfig, setup: Setup):
-        self.config, self.chain = config, setup.chain
-        self.value_and_grad = value_and_grad(setup, config)
-        params = lora.stage_params(setup.chain, setup.adapter)
-        self.layout = Layout.of(params)
-        self.start = self.layout.join(params)
+    def __init__(self, config: TrainConfig, setup: Setup, watch: Callable[[], None] | None = None):
+        self.config, self.setup, self.watch = config, setup, watch
+        self.follow(setup.plan)
         self.optimizer = optim.AdamW(
             learning_rate=config.learning_rate,
             betas=[0.9, 0.999],
@@ -166,12 +184,16 @@ class _Step:
             bias_correction=True,
         )
 
+    def follow(self, plan: RunPlan) -> None:
+        """Takes the next steps by this plan."""
+        self.value_and_grad = value_and_grad(self.setup, plan, self.watch)
+
     def __call__(self, vector: mx.array, accumulated: list[Batch]) -> tuple[mx.array, float, float]:
         """The new factors, the loss of a token, and the gradient's norm before clipping."""
         loss, gradient = self.gradient(vector, accumulated)
         norm = math.sqrt(float(mx.square(gradient).sum()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = self.layout.names(~mx.isfinite(gradient))
+            bad = self.setup.layout.names(~mx.isfinite(gradient))
             rows = sorted({int(i) for batch in accumulated for i in batch.rows})
             raise FloatingPointError(
                 f"loss is {loss} and gradient norm {norm} on training rows {rows}"
@@ -188,14 +210,20 @@ class _Step:
     def gradient(self, vector: mx.array, accumulated: list[Batch]) -> tuple[float, mx.array]:
         """Loss and gradient of the mean token over all micro-batches."""
         total = float(sum(batch.weights.sum() for batch in accumulated))
-        params = self.layout.split(vector)
-        loss, gradient = 0.0, mx.zeros_like(vector)
-        for batch in accumulated:
-            (part,), grads = self.value_and_grad(params, sft.values(self.chain, batch, total))
-            loss += float(part)
-            gradient = gradient + self.layout.join(grads)
+        params = self.setup.layout.split(vector)
+        loss, gradient = self._part(params, accumulated[0], total)
+        for batch in accumulated[1:]:
+            part, own = self._part(params, batch, total)
+            loss, gradient = loss + part, gradient + own
             mx.eval(gradient)
         return loss, gradient
+
+    def _part(self, params: Grads, batch: Batch, total: float) -> tuple[float, mx.array]:
+        values = sft.values(self.setup.chain, batch, total)
+        (loss,), grads = self.value_and_grad(params, values)
+        gradient = self.setup.layout.join(grads)
+        mx.eval(gradient)
+        return float(loss), gradient
 
 
 def _count(data: Dataset, accumulated: list[Batch]) -> int:
@@ -233,13 +261,16 @@ def _report(
     )
 
 
-def _evaluate(
-    config: TrainConfig, setup: Setup, layout: Layout, state: State, tell: events.OnEvent
-) -> None:
+def _adapter(setup: Setup, state: State) -> Adapter:
+    """As of the last finished step."""
+    return with_params(setup.scales, setup.layout.split(state.vector))
+
+
+def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
     """Validation loss, where there is a validation set, and a checkpoint if the user keeps them."""
     loss = None
     if setup.valid is not None:
-        params = layout.split(state.vector)
+        params = setup.layout.split(state.vector)
         loss = mean_loss(setup.chain, setup.stages, params, setup.valid, config.batch_size)
         state.vals.append({"step": state.step, "loss": loss})
         tokens = setup.valid.supervised_tokens
@@ -249,19 +280,16 @@ def _evaluate(
         progress = events.run_progress(state.step, config.iters)
         tell(events.stage("checkpoint", progress, name))
         folder = config.adapter_path / "checkpoints" / name
-        write_adapter(folder, with_params(setup.adapter, layout.split(state.vector)), config)
+        write_adapter(folder, _adapter(setup, state), config)
 
 
-def _save(
-    config: TrainConfig, setup: Setup, layout: Layout, state: State, tell: events.OnEvent
-) -> None:
+def _save(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
     """The adapter as of the last finished step; an untouched one is not worth a file."""
     if state.step == 0:
         return
     progress = events.run_progress(state.step, config.iters)
     tell(events.stage("checkpoint", progress, f"saving {config.adapter_path}"))
-    params = layout.split(state.vector)
-    write_adapter(config.adapter_path, with_params(setup.adapter, params), config)
+    write_adapter(config.adapter_path, _adapter(setup, state), config)
 
 
 def _metrics_file(config: TrainConfig) -> IO[str]:
@@ -290,14 +318,19 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
 
     Writes nothing. InputError for input that cannot be used.
     """
-    tell = on_event or (lambda event: None)
-    setup = prepare(config, tell)
+    setup, vector = prepare(config, on_event or (lambda event: None))
+    state = State(vector, Memory())
+    del vector
+    with setup.plan.limits():
+        return _probe(config, setup, state)
+
+
+def _probe(config: TrainConfig, setup: Setup, state: State) -> ProbeResult:
     longest = sorted(setup.train.rows, key=lambda row: -len(row.ids))
     rows = longest[: config.batch_size * config.grad_accumulation_steps]
     setup = replace(setup, train=replace(setup.train, rows=rows))
     source: Iterator[Batch] = batches(setup.train, config.batch_size, config.seed)
-    step = _Step(config, setup)
-    vector = step.start
+    step = Stepper(config, setup)
     resting = mx.get_active_memory()
     mx.reset_peak_memory()
     times, loss, norm, tokens, finite = [], math.nan, math.nan, 0, True
@@ -305,7 +338,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         accumulated = list(islice(source, config.grad_accumulation_steps))
         started = time.perf_counter()
         try:
-            vector, loss, norm = step(vector, accumulated)
+            state.vector, loss, norm = step(state.vector, accumulated)
         except FloatingPointError:
             finite = False
         times.append(time.perf_counter() - started)
@@ -314,6 +347,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         step_s=times[1],
         first_step_s=times[0],
         peak_gb=mx.get_peak_memory() / 1e9,
+        planned_gb=setup.plan.planned.peak / 1e9 if setup.plan.planned else None,
         resting_gb=resting / 1e9,
         loss=loss,
         grad_norm=norm,

@@ -17,8 +17,8 @@ class Memory:
     def __post_init__(self) -> None:
         mx.reset_peak_memory()
 
-    def measure(self, step: int) -> None:
-        """Takes in what was since the last call; with MLX_SEGTRAIN_MEM_LOG=1 a line to stderr."""
+    def measure(self, step: int) -> int:
+        """The peak since the last call; with MLX_SEGTRAIN_MEM_LOG=1 a line to stderr."""
         now = mx.get_peak_memory()
         self.peak = max(self.peak, now)
         mx.reset_peak_memory()
@@ -31,6 +31,7 @@ class Memory:
             }
             line = ", ".join(f"{name} {n / 1e9:.3f} GB" for name, n in parts.items())
             print(f"step {step}: {line}", file=sys.stderr, flush=True)
+        return now
 
 
 def process_peak() -> int:

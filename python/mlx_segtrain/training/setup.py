@@ -1,35 +1,39 @@
 """From a configuration to all that a run needs; every check before anything is written."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from .. import events, lora
 from ..adapters import holds_run
 from ..config import TrainConfig
 from ..data import Dataset, load_dataset
+from ..data.batching import PAD_MULTIPLE
 from ..errors import InputError
 from ..lora import Adapter
-from ..models import Chain, chain_of, load_base
-from ..schedule import Grads, Stage
+from ..models import Chain, chain_of, load_model, load_tokenizer
+from ..objectives import sft
+from ..planning import BatchShape
+from ..planning.run import RunPlan, plan_run
+from ..schedule import Cuts, Grads, Stage
+from .layout import Layout
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A loaded model as stages, its adapter as it starts, and the data."""
+    """A loaded model as stages, where its adapter's factors stand in a vector, and the data."""
 
     chain: Chain
-    adapter: Adapter
+    scales: dict[str, float]
     stages: list[Stage]
+    layout: Layout
     train: Dataset
     valid: Dataset | None
     tokenizer: Any
-
-
-def segment_size(config: TrainConfig) -> int:
-    """Layers per segment; `auto`, and grad_checkpoint, mean one until a planner chooses."""
-    if config.segment_size == "auto" or config.grad_checkpoint:
-        return 1
-    return config.segment_size
+    plan: RunPlan
 
 
 def check_output(config: TrainConfig) -> None:
@@ -52,11 +56,33 @@ def check_length(chain: Chain, max_seq_length: int) -> None:
         )
 
 
-def prepare(config: TrainConfig, on_event: events.OnEvent) -> Setup:
-    """Loads model and data and attaches a fresh adapter. InputError for whatever does not fit."""
+def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.array]:
+    """Reads the data, plans, loads the model, and makes the factors of a fresh adapter, a vector.
+
+    InputError for whatever does not fit, memory included: before the weights are loaded.
+    """
     on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
-    model, _, tokenizer = load_base(config.model_dir)
-    on_event(events.stage("setup", 0.02, "choosing ranks"))
+    tokenizer = load_tokenizer(config.model_dir)
+    train, valid = load_dataset(
+        config.data_dir,
+        tokenizer,
+        max_seq_length=config.max_seq_length,
+        train_on=config.train_on,
+        append_eos=config.append_eos,
+    )
+    plan = plan_run(config, longest_batch(train, config))
+    on_event(events.stage("setup", 0.02, str(plan)))
+    setup, vector = load_setup(config, plan, train, valid, tokenizer)
+    size = f"{len(train.rows)} rows, {train.tokens} tokens"
+    on_event(events.stage("data", 0.05, f"{config.data_dir}: {size}"))
+    return setup, vector
+
+
+def load_setup(
+    config: TrainConfig, plan: RunPlan, train: Dataset, valid: Dataset | None, tokenizer: Any
+) -> tuple[Setup, mx.array]:
+    """Loads the weights; the factors of a fresh adapter as a vector."""
+    model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
     ranks = lora.choose_ranks(
@@ -68,27 +94,44 @@ def prepare(config: TrainConfig, on_event: events.OnEvent) -> Setup:
         model_dir=config.model_dir,
     )
     adapter = lora.init(chain, ranks, config.scale, config.seed)
-    on_event(events.stage("data", 0.05, f"reading {config.data_dir}"))
-    train, valid = load_dataset(
-        config.data_dir,
-        tokenizer,
-        max_seq_length=config.max_seq_length,
-        train_on=config.train_on,
-        append_eos=config.append_eos,
+    params = lora.stage_params(chain, adapter)
+    layout = Layout.of(params)
+    vector = layout.join(params)
+    mx.eval(vector)
+    stages = chain.stages(adapter.scales)
+    return Setup(chain, adapter.scales, stages, layout, train, valid, tokenizer, plan), vector
+
+
+def longest_batch(data: Dataset, config: TrainConfig) -> BatchShape:
+    """One as large as any of the data's in every respect."""
+    width = max(len(row.ids) for row in data.rows)
+    if config.batch_size > 1:
+        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+    length = width - 1  # the last token is only predicted
+    trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
+    first = min((int(t[0]) for t in trained if t.size), default=0)
+    first -= first % sft.TRIM_MULTIPLE
+    return BatchShape(
+        rows=config.batch_size,
+        length=length,
+        trimmed=length - first,
+        loss=config.batch_size * max(t.size for t in trained),
+        accumulates=config.grad_accumulation_steps > 1,
     )
-    return Setup(chain, adapter, chain.stages(adapter.scales), train, valid, tokenizer)
 
 
-def value_and_grad(setup: Setup, config: TrainConfig) -> Any:
-    """step(params, values) → ((loss,), grads) of this run's model and objective."""
-    from ..objectives import sft
+def value_and_grad(setup: Setup, plan: RunPlan, watch: Callable[[], None] | None = None) -> Any:
+    """step(params, values) → ((loss,), grads) of this run's model and objective by a plan."""
+    n = sum(map(len, setup.chain.layers))
+    if plan.planned is not None and plan.planned.cuts.segments[-1] == n:
+        cuts: Cuts = plan.planned.cuts
+    else:
+        cuts = setup.chain.cuts(1 if plan.size is None else plan.size)
+    return sft.value_and_grad(setup.chain, setup.stages, cuts, watch)
 
-    cuts = setup.chain.cuts(segment_size(config))
-    return sft.value_and_grad(setup.chain, setup.stages, cuts)
 
-
-def with_params(adapter: Adapter, params: Grads) -> Adapter:
-    """The adapter with its factors taken from the stages' parameters."""
+def with_params(scales: Mapping[str, float], params: Grads) -> Adapter:
+    """The adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
-    tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in adapter.tensors}
-    return replace(adapter, tensors=tensors)
+    tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in scales}
+    return Adapter(tensors, dict(scales))

@@ -1,0 +1,106 @@
+"""Predicted against measured peak of training steps.
+
+    python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
+                           [--loss-rows 1 0.1] [--moves]
+
+Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, optimizer included
+(two at least: it has no state in the first), after what the one before left is gone. `--moves`
+prints every move of the plan, predicted and measured.
+"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import step as steps
+
+
+def cell(model, shape, vocabulary, length, loss, kind, n_steps):
+    """(plan, best s, measured peak, measured peak of each move of the last step)."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    import numpy as np
+
+    from mlx_segtrain import lora
+    from mlx_segtrain.data import Batch
+    from mlx_segtrain.models import chain_of
+    from mlx_segtrain.objectives import sft
+    from mlx_segtrain.training.layout import Layout
+
+    rows = round(length * loss)
+    plan = steps.plan_of(shape, kind, length, rows)
+    chain = chain_of(model)
+    adapter = lora.init(chain, steps.ranks_of(shape), 1.0, 0)
+    params = lora.stage_params(chain, adapter)
+    layout = Layout.of(params)
+    vector = layout.join(params)
+    mx.eval(vector)
+    scales = adapter.scales
+    del adapter, params
+    row = steps.tokens(length, vocabulary)
+    weights = np.ones(row.shape, np.float32)
+    weights[:, : length - rows + 1] = 0
+    batch = Batch(row, weights, np.arange(1))
+    peaks, times, peak = [], [], 0
+
+    def watch():
+        peaks.append(mx.get_peak_memory())
+        mx.reset_peak_memory()
+
+    stages = chain.stages(scales)
+    value_and_grad = sft.value_and_grad(chain, stages, plan.cuts, watch)
+    optimizer = optim.AdamW(1e-4, bias_correction=True)
+    mx.set_memory_limit(plan.limit)
+    for _ in range(n_steps):
+        peaks.clear()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        begin = time.perf_counter()
+        values = sft.values(chain, batch, float(weights.sum()))
+        (value,), grads = value_and_grad(layout.split(vector), values)
+        gradient = {"factors": layout.join(grads)}
+        del grads
+        vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
+        del gradient
+        mx.eval(vector, optimizer.state, value)
+        del values, value
+        times.append(time.perf_counter() - begin)
+        peak = max([peak, mx.get_peak_memory(), *peaks])
+    return plan, min(times), peak, peaks
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compares predicted with measured peaks.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--lengths", nargs="+", type=int, required=True)
+    parser.add_argument("--plans", nargs="+", default=["min", "1", "auto"])
+    parser.add_argument("--loss-rows", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--moves", action="store_true")
+    args = parser.parse_args()
+    model, vocabulary = steps.load(args.model)
+    shape = steps.shape_of(args.model, model)
+    print("model, tokens, loss rows, plan      predicted  measured  over measured      s  what")
+    for length, loss, kind in itertools.product(args.lengths, args.loss_rows, args.plans):
+        label = f"{Path(args.model).name[:14]:14s} {length:6d} {loss:5g} {kind:9s}"
+        what = (length, loss, kind, args.steps)
+        try:
+            plan, seconds, peak, peaks = cell(model, shape, vocabulary, *what)
+        except (RuntimeError, ValueError) as error:
+            print(label, "failed:", " ".join(str(error).split())[:200], flush=True)
+            continue
+        print(
+            f"{label} {plan.peak / 1e9:9.3f} {peak / 1e9:9.3f} {plan.peak / peak - 1:+9.1%} "
+            f"{seconds:9.3f}  {plan.describe(len(shape.layers))}",
+            flush=True,
+        )
+        for move, predicted, measured in zip(plan.lines, plan.moves, peaks, strict=True):
+            if args.moves:
+                print(f"    {predicted / 1e9:9.3f} {measured / 1e9:9.3f}  {move}")
+        if args.moves:
+            print("   ", {name: round(n / 1e9, 3) for name, n in plan.parts.items()})
+
+
+if __name__ == "__main__":
+    main()

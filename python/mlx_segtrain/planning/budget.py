@@ -1,0 +1,79 @@
+"""How many bytes a run may take on this machine."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _core
+from .costs import CPU, Device
+
+#: Left to others on the same memory: the desktop on a Mac, the interpreter and libraries elsewhere.
+MARGIN = 0.05
+INTERPRETER = 1 << 30
+
+
+def device() -> Device:
+    """What the estimate depends on, of MLX's default device."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return CPU
+    cudnn = "cudnn" in _core.attention_impls()
+    return Device(2, True, cudnn, (33 << 20) if mx.cuda.is_available() else 0)
+
+
+def budget_bytes(gb: float | None = None) -> int:
+    """`gb` · 10⁹ bytes; by default what this machine has for us now.
+
+    On Metal the recommended working set, on CUDA the free memory, on a CPU the memory that is
+    available, within the limits of the process' control groups; less a margin.
+    """
+    if gb is not None:
+        return int(gb * 1e9)
+    if mx.default_device() == mx.Device(mx.cpu):
+        return max(0, int(available_ram() * (1 - MARGIN)) - INTERPRETER)
+    info: dict[str, Any] = dict(mx.device_info())
+    for key in ("max_recommended_working_set_size", "free_memory", "memory_size", "total_memory"):
+        if key in info:
+            return int(int(info[key]) * (1 - MARGIN))
+    return int(available_ram() * (1 - MARGIN))
+
+
+def available_ram(root: Path = Path("/")) -> int:
+    """Bytes that can be allocated without paging, within the control groups' limits."""
+    meminfo = root / "proc/meminfo"
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        ram = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([ram, *_group_limits(root)])
+
+
+def _group_limits(root: Path) -> list[int]:
+    """What the process' control groups and those above leave it, versions 1 and 2."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / path.strip("/")
+        for group in [folder, *folder.parents]:
+            if not group.is_relative_to(base):
+                break
+            try:
+                most = (group / limit).read_text().strip()
+                if most != "max":
+                    limits.append(max(0, int(most) - int((group / used).read_text())))
+            except (OSError, ValueError):
+                continue
+    return limits

@@ -1,0 +1,80 @@
+"""A picture of memory over one step, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import TrainConfig
+from ..errors import InputError
+from .run import RunPlan
+
+
+def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
+    """Loads the model, takes two steps on random tokens, and writes the picture to `file`.
+
+    InputError if the family's memory is not predicted, or matplotlib is not installed.
+    """
+    if run.planned is None:
+        raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError('--plot needs matplotlib: pip install "mlx-segtrain[demo]"') from None
+    predicted = np.array(run.planned.moves) / 1e9
+    measured = np.array(measure(run, config)) / 1e9
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes: Any = figure.subplots()
+    moves = np.arange(len(predicted))
+    axes.bar(moves, measured, width=1.0, color="#9ecae1", label="measured")
+    axes.step(moves, predicted, where="mid", color="#d62728", label="predicted")
+    axes.axhline(run.planned.peak / 1e9, color="#d62728", linestyle=":", label="planned peak")
+    head = next(i for i, line in enumerate(run.planned.lines) if line.startswith("head"))
+    axes.axvline(head, color="gray", linewidth=0.8)
+    axes.annotate("loss", (head, 0), textcoords="offset points", xytext=(3, 4), color="gray")
+    axes.set_xlabel("moves of the plan, in order")
+    axes.set_ylabel("active memory, GB")
+    axes.set_title(
+        f"{config.model_dir.name}, {run.batch.rows} × {run.batch.length} tokens\n"
+        f"{run.planned.describe(len(run.shape.layers))}",
+        fontsize=9,
+    )
+    axes.legend(loc="upper left")
+    figure.savefig(file, dpi=120)
+
+
+def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
+    """Peak of active memory in each move of the second step, on random tokens."""
+    from mlx_segtrain.data.encoding import Row
+
+    from ..data import Batch, Dataset
+    from ..training.loop import Stepper
+    from ..training.setup import load_setup
+
+    rng = np.random.default_rng(0)
+    batch, length = run.batch, run.batch.length
+    vocabulary = run.shape.vocabulary
+    tokens = rng.integers(0, vocabulary, (batch.rows, length + 1)).astype(np.int32)
+    weights = np.zeros(tokens.shape, np.float32)
+    weights[:, length + 1 - batch.loss // batch.rows :] = 1
+    rows = [Row(t, w, "random") for t, w in zip(tokens, weights, strict=True)]
+    data = Dataset(rows, "text", len(rows), 0, 0, tokens.size, int(weights.sum()), 0)
+    peaks: list[int] = []
+
+    def watch() -> None:
+        peaks.append(mx.get_peak_memory())
+        mx.reset_peak_memory()
+
+    setup, vector = load_setup(config, run, data, None, None)
+    step = Stepper(config, setup, watch)
+    with run.limits():
+        for _ in range(2):
+            peaks.clear()
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            vector, _, _ = step(vector, [Batch(tokens, weights, np.arange(batch.rows))])
+    return peaks

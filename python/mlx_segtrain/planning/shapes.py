@@ -1,0 +1,225 @@
+"""What a model is made of, from config.json and the headers of its weights: no weight is read."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+#: By path of the tensor: dtype as safetensors writes it (U32, BF16, …), and shape.
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+#: `model_type` of the fast families, and of models for text and images around them.
+FAST = {
+    *("granite", "llama", "ministral3", "mistral", "mistral3", "olmo2", "phi3", "qwen2", "qwen3"),
+    *("smollm3", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text"),
+}
+#: Parts of a model for text and images that are not loaded.
+OTHER_TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|mm_|embed_vision|embed_audio)")
+SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
+FLOATS = ("F16", "BF16")
+#: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
+    "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
+    "gemma4": {
+        **{"head_dim": 256, "global_head_dim": 512, "num_kv_shared_layers": 20},
+        **{"sliding_window": 512, "sliding_window_pattern": 5},
+    },
+}
+#: Families whose modules in mlx-lm know full attention only, whatever `layer_types` says.
+WITHOUT_WINDOWS = ("gemma2", "granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer's widths, in numbers a token: q of all heads, k (or v) of all of its own."""
+
+    path: str
+    query: int
+    key_value: int  #: 0: it reads another layer's
+    hidden: int
+    head: int  #: of one head
+    window: int | None
+    softcap: bool
+    separate_values: bool  #: False: values are the keys
+    q_norm: bool
+    v_norm: bool
+    after_norms: bool
+    per_layer_input: int
+    experts: int  #: numbers that the experts of a token hold
+    donor: int | None  #: the layer whose keys and values it reads
+    gives: bool  #: others read its keys and values
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that memory and work depend on; `widths` are in and out of linears by path."""
+
+    family: str
+    fast: bool
+    width: int
+    vocabulary: int
+    layers: tuple[LayerShape, ...]
+    widths: dict[str, tuple[int, int]]
+    bits: dict[str, int]  #: of quantized linears, by path
+    tensors: Tensors
+    max_length: int | None
+
+    def weight_bytes(self, float32: bool) -> int:
+        """Of what is loaded; `float32`: floating weights become so, as on the CPU."""
+        return sum(
+            math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
+            for dtype, shape in self.tensors.values()
+        )
+
+
+def read_shape(model_dir: Path) -> ModelShape:
+    """Of a model folder; InputError if there is no config.json or no readable header."""
+    model_dir = Path(model_dir).expanduser()
+    file = model_dir / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"model_dir {model_dir} holds no readable config.json: {error.strerror}."
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}.") from None
+    tensors: Tensors = {}
+    for weights in sorted(model_dir.glob("model*.safetensors")):
+        tensors |= read_header(weights)
+    if not tensors:
+        raise InputError(f"model_dir {model_dir} holds no model*.safetensors: no weights to load.")
+    return shape_of(config, tensors)
+
+
+def read_header(file: Path) -> Tensors:
+    """Names, dtypes and shapes of a safetensors file; what is behind the header is not touched."""
+    try:
+        with open(file, "rb") as weights:
+            (size,) = struct.unpack("<Q", weights.read(8))
+            if size > 1 << 28:
+                raise ValueError("its header would be larger than 256 MB")
+            text = weights.read(size)
+            if len(text) < size:
+                raise ValueError("it ends within its header")
+            header = json.loads(text)
+        return {
+            name: (entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"{file} is not a safetensors file: {error}.") from None
+
+
+def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
+    """From a configuration as mlx-lm reads it, and tensors by name; InputError if layers lack."""
+    family = str(config.get("model_type", "unknown"))
+    assumed = next((d for name, d in DEFAULTS.items() if family.startswith(name)), {})
+    text: dict[str, Any] = {**assumed, **config, **config.get("text_config", {})}
+    loaded = {name: t for name, t in tensors.items() if not OTHER_TOWERS.search(name)}
+    widths, bits = _linears(config, loaded)
+    numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
+    prefixes = {m[1] for name in loaded if (m := _LAYER.match(name))}
+    embedding = next((w for path, w in widths.items() if path.endswith("embed_tokens")), None)
+    if not numbers or embedding is None:
+        if family in FAST:
+            raise InputError(f"the weights of a {family} model name no layers or no embed_tokens.")
+        return ModelShape(family, False, 0, 0, (), widths, bits, loaded, None)
+    width, vocabulary = embedding
+    fast = family in FAST and len(prefixes) == 1
+    layers = _layers(text, prefixes.pop(), len(numbers), widths, loaded) if fast else ()
+    length = text.get("max_position_embeddings")
+    return ModelShape(family, fast, width, vocabulary, layers, widths, bits, loaded, length)
+
+
+_LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
+
+
+def _linears(
+    config: Mapping[str, Any], tensors: Tensors
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """(in, out) of each matrix, and bits of the quantized ones, by path."""
+    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    widths, bits = {}, {}
+    for name, (dtype, shape) in tensors.items():
+        path = name.removesuffix(".weight")
+        if path == name or len(shape) != 2:
+            continue
+        out, packed = shape
+        if f"{path}.scales" in tensors and dtype == "U32":
+            own = quantization.get(path)
+            own = own if isinstance(own, dict) else {}
+            bits[path] = int(own.get("bits", quantization.get("bits", 4)))
+            packed = packed * 32 // bits[path]
+        widths[path] = (packed, out)
+    return widths, bits
+
+
+def _layers(
+    text: Mapping[str, Any],
+    prefix: str,
+    n: int,
+    widths: Mapping[str, tuple[int, int]],
+    tensors: Tensors,
+) -> tuple[LayerShape, ...]:
+    types = _types(text, n)
+    shared = text.get("num_kv_shared_layers") or 0
+    donors: dict[int, int] = {}
+    for i in range(n - shared, n) if shared else ():
+        donors[i] = max(j for j in range(n - shared) if types[j] == types[i])
+    layers = []
+    for i in range(n):
+        path = f"{prefix}{i}"
+
+        def linear(name: str, path: str = path) -> tuple[int, int]:
+            return widths.get(f"{path}.{name}", (0, 0))
+
+        query = linear("self_attn.o_proj")[0]
+        fused = linear("self_attn.qkv_proj")[1]
+        own = (fused - query) // 2 if fused else linear("self_attn.k_proj")[1]
+        q_norm = tensors.get(f"{path}.self_attn.q_norm.weight")
+        head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        if types[i] == "full_attention" and text.get("global_head_dim"):
+            head = text["global_head_dim"]
+        moe = 0
+        if text.get("enable_moe_block"):
+            moe = (text.get("top_k_experts") or 0) * (text.get("moe_intermediate_size") or 0)
+        layers.append(
+            LayerShape(
+                path=path,
+                query=query,
+                key_value=0 if i in donors else own,
+                hidden=linear("mlp.down_proj")[0],
+                head=head,
+                window=text.get("sliding_window") if types[i] == "sliding_attention" else None,
+                softcap=bool(text.get("attn_logit_softcapping")),
+                separate_values=bool(fused or linear("self_attn.v_proj")[1]),
+                q_norm=q_norm is not None,
+                v_norm="gemma4" in str(text.get("model_type")) and i not in donors,
+                after_norms=f"{path}.post_feedforward_layernorm.weight" in tensors,
+                per_layer_input=linear("per_layer_input_gate")[1],
+                experts=moe,
+                donor=donors.get(i),
+                gives=i in donors.values(),
+            )
+        )
+    return tuple(layers)
+
+
+def _types(text: Mapping[str, Any], n: int) -> list[str]:
+    """full_attention or sliding_attention, by layer, as mlx-lm reads the configuration."""
+    family, types = str(text.get("model_type")), text.get("layer_types")
+    if types and not family.startswith("gemma3") and family not in WITHOUT_WINDOWS:
+        return list(types)
+    if not family.startswith(("gemma3", "gemma4")):
+        return ["full_attention"] * n
+    pattern: int = text["sliding_window_pattern"]
+    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n)]
