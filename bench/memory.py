@@ -92,7 +92,7 @@ def main():
             continue
         print(
             f"{label} {plan.peak / 1e9:9.3f} {peak / 1e9:9.3f} {plan.peak / peak - 1:+9.1%} "
-            f"{seconds:9.3f}  {plan.describe(len(shape.layers))}",
+            f"{seconds:9.3f}  {plan.text}",
             flush=True,
         )
         for move, predicted, measured in zip(plan.lines, plan.moves, peaks, strict=True):

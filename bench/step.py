@@ -134,7 +134,7 @@ def ranks_of(shape):
 def plan_of(shape, kind, length, rows):
     """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
     from mlx_segtrain import planning
-    from mlx_segtrain.planning.costs import TRIM_MULTIPLE
+    from mlx_segtrain.stages import TRIM_MULTIPLE
 
     trimmed = length - (length - rows) // TRIM_MULTIPLE * TRIM_MULTIPLE
     batch = planning.BatchShape(1, length, trimmed, rows)

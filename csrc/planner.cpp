@@ -10,6 +10,14 @@ namespace segtrain {
 
 namespace {
 
+/// Those that a parameter stands in or before. The others run forward and keep nothing.
+std::vector<bool> stages_that_go_back(const Plan& plan, size_t stages) {
+  std::vector<bool> back(stages);
+  for (const auto& value : plan.values)
+    if (value.producer >= 0 && value.differentiable) back[value.producer] = true;
+  return back;
+}
+
 /// Walks through a plan with what is alive.
 class Walk {
  public:
@@ -18,7 +26,8 @@ class Walk {
         costs_(costs),
         saved_(costs.stages.size()),
         made_(plan.values.size()),
-        cotangents_(plan.values.size()) {
+        cotangents_(plan.values.size()),
+        goes_back_(stages_that_go_back(plan, costs.stages.size())) {
     if (costs.costs.size() != costs.stages.size() || costs.input_bytes.size() != costs.inputs.size())
       throw std::invalid_argument("[planner] expected the costs of each stage and the bytes of each input.");
     for (const auto& value : plan.values) bytes_.push_back(bytes_of(value));
@@ -91,6 +100,12 @@ class Walk {
     int64_t most = 0, kept = 0;
     for (int i = move.begin; i < move.end; ++i) {
       const auto& cost = costs_.costs[i];
+      if (!goes_back_[i]) {
+        most = std::max(most, (i > move.begin ? written(i - 1) : 0) + cost.forward);
+        (ran_.insert(i).second ? work_ : again_) += cost.forward_work;
+        continue;
+      }
+      if (i > move.begin && !goes_back_[i - 1]) kept += written(i - 1);
       const bool last = i + 1 == move.end && !head;
       // What it saved is counted already, and what arrives for an inner stage is as large as what it wrote.
       most = std::max(most, kept + cost.backward - saved_[i] + (last ? 0 : written(i)));
@@ -112,16 +127,32 @@ class Walk {
         made_[value] = true;
       else
         cotangents_[value] = 0;
-    for (int value : move.cotangents)
-      cotangents_[value] = static_cast<int64_t>(static_cast<double>(bytes_[value]) *
-                                                (plan_.values[value].readers > 1 ? costs_.widened : 1));
+    for (int value : move.cotangents) {
+      bool summed = plan_.values[value].readers > 1 || readers_in(move, plan_.values[value].name) > 1;
+      cotangents_[value] =
+          static_cast<int64_t>(static_cast<double>(bytes_[value]) * (summed ? costs_.widened : 1));
+    }
     for (int stage : move.saves) saved_[stage] = costs_.costs[stage].saved;
     if (move.kind != Move::Kind::forward)
       for (int i = move.begin; i < move.end; ++i) {
         saved_[i] = 0;
         gradients_ += costs_.costs[i].gradients;
       }
-    for (int value : move.drops) made_[value] = false;
+    for (int value : move.drops)
+      if (plan_.values[value].producer >= 0) made_[value] = false;  // whoever calls a step holds its inputs
+  }
+
+  /// Stages of a move that read a value as it stands before it.
+  int readers_in(const Move& move, const std::string& name) const {
+    auto has = [&](const std::vector<std::string>& names) {
+      return std::find(names.begin(), names.end(), name) != names.end();
+    };
+    int count = 0;
+    for (int i = move.begin; i < move.end; ++i) {
+      count += has(costs_.stages[i].reads);
+      if (has(costs_.stages[i].writes)) return count;
+    }
+    return count + (move.kind == Move::Kind::head && has(costs_.head_reads));
   }
 
   const Plan& plan_;
@@ -130,6 +161,7 @@ class Walk {
   std::vector<int64_t> saved_;       ///< by stage
   std::vector<bool> made_;           ///< values that are there
   std::vector<int64_t> cotangents_;  ///< by value
+  std::vector<bool> goes_back_;      ///< by stage
   std::set<int> ran_;
   int64_t gradients_ = 0;
   double work_ = 0, again_ = 0;
@@ -151,15 +183,20 @@ int largest(int most, const std::function<bool(int)>& fits) {
 class Search {
  public:
   Search(const Costs& costs, int64_t budget) : costs_(costs), budget_(budget) {
-    for (size_t i = 0; i < costs.stages.size(); ++i)
-      if (costs.costs[i].saved > 0) savers_.push_back(static_cast<int>(i));
+    const int n = static_cast<int>(costs.stages.size());
+    const auto whole = make_plan(costs.stages, costs.inputs, costs.head_reads, {{n}, {1}});
+    const auto back = stages_that_go_back(whole, costs.stages.size());
+    for (int i = 0; i < n; ++i)
+      if (back[i] && costs.costs[i].saved > 0) savers_.push_back(i);
+    const auto first = std::find(back.begin(), back.end(), true) - back.begin();
+    for (int end : costs.layers) adapted_ += end > first;
     auto gain = [&](int i) { return costs.costs[i].saved_work / static_cast<double>(costs.costs[i].saved); };
     std::stable_sort(savers_.begin(), savers_.end(), [&](int a, int b) { return gain(a) > gain(b); });
   }
 
   Choice run() {
     const int layers = static_cast<int>(costs_.layers.size()), all = static_cast<int>(savers_.size());
-    least();
+    try_least();
     for (bool halves : {false, true})
       for (int group : groups(halves))
         for (int saves : {0, all}) {
@@ -174,14 +211,18 @@ class Search {
 
   /// With nothing saved and next to nothing kept.
   int64_t least() {
-    const int layers = static_cast<int>(costs_.layers.size());
-    for (bool halves : {false, true})
-      for (int group : groups(halves))
-        for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, layers), 0});
+    try_least();
     return least_.estimate.peak;
   }
 
  private:
+  void try_least() {
+    const int layers = static_cast<int>(costs_.layers.size());
+    for (bool halves : {false, true})
+      for (int group : groups(halves))
+        for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, adapted_), 0});
+  }
+
   /// Segments of a layer or a stage (halves). What lies between them is kept (group 0), or they are in groups
   /// of so many layers; of these only the first `grouped` are, the others in groups of one if they are
   /// halves. The last `tail` layers are kept whole, with the head. The first `saves` of savers_ save.
@@ -199,7 +240,7 @@ class Search {
 
   /// As many layers kept whole as fit, or half of them, and as many stages that save.
   void try_tails(Form form) {
-    const int layers = static_cast<int>(costs_.layers.size()), all = static_cast<int>(savers_.size());
+    const int all = static_cast<int>(savers_.size());
     auto with_tail = [&](int n) {
       auto other = form;
       other.tail = n;
@@ -210,7 +251,7 @@ class Search {
       other.saves = n;
       return fits(other);
     };
-    const int tail = largest(layers, with_tail);
+    const int tail = largest(adapted_, with_tail);
     for (int some : {tail, tail / 2}) {
       form.tail = some;
       fits(form);
@@ -268,6 +309,7 @@ class Search {
   const Costs& costs_;
   int64_t budget_;
   std::vector<int> savers_;  ///< those first that spare most work a byte
+  int adapted_ = 0;          ///< layers from the first one on that goes back
   bool found_ = false;
   Choice best_, least_;
 };

@@ -87,10 +87,11 @@ def test_other_towers_are_not_counted_and_unknown_families_are_not_predicted():
     assert not shape_of({**config, "model_type": "mamba2"}, headers(model)).fast
 
 
-def header_only(folder, source, name="model.safetensors"):
+def header_only(folder, source, name="model.safetensors", **changes):
     """config.json and the header of the weights, without the weights."""
     folder.mkdir()
-    (folder / "config.json").write_text((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
     weights = (source / "model.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", weights[:8])
     (folder / name).write_bytes(weights[: 8 + size])
@@ -170,6 +171,18 @@ def test_saving_trades_bytes_for_work():
     assert saving.moves[-1].working == without.moves[-1].working - 7
 
 
+def test_stages_below_the_first_parameter_take_their_forward_pass_only():
+    stage = {"forward": 30, "backward": 100, "kept": 40, "forward_work": 10.0, "again_work": 8.0}
+    stages = [_core.StageSpec(str(i), ["h"], ["h"], i >= 3) for i in range(4)]
+    costs = chain_costs([cost(**stage, backward_work=20.0, saved=5)] * 4, stages=stages, head=7)
+    whole = estimate(costs, [4], [1])
+    assert whole.moves[0].working == 10 + 100 + 10  # its input, itself, its output
+    assert (whole.work, whole.again) == (4 * 10 + 20, 0)
+    best = _core.choose_cuts(costs, 10**6)
+    assert best.estimate.again == 0 and best.cuts.segments[-2:] == [2, 4]
+    assert "everything kept" in planning.describe(best.cuts, 3)
+
+
 def test_a_value_with_several_readers_has_a_wider_cotangent():
     stages = [
         _core.StageSpec("a", ["h"], ["h", "kv"], True),
@@ -178,6 +191,8 @@ def test_a_value_with_several_readers_has_a_wider_cotangent():
     costs = chain_costs([cost(writes=[10, 6]), *[cost()] * 3], stages=stages)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10 + 12, 10 + 12, 10 + 12]
+    together = estimate(costs, [1, 4], [1, 2])  # as wide if they share a segment
+    assert [m.cotangents for m in together.moves] == [0, 0, 10 + 12]
 
 
 def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak():
@@ -337,9 +352,11 @@ def test_what_cannot_fit_is_refused_before_anything_loads(llama4, data, tmp_path
     assert not (tmp_path / "a").exists()
 
 
-def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4):
+def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4, tmp_path):
+    folder = header_only(tmp_path / "m", llama4, max_position_embeddings=10**6)
+
     def config(**given):
-        paths = {"model_dir": llama4, "data_dir": "d", "adapter_path": "a"}
+        paths = {"model_dir": folder, "data_dir": "d", "adapter_path": "a"}
         return TrainConfig(**paths, max_seq_length=129, **given)
 
     free = plan_run(config(), full_batch(config()))
@@ -363,7 +380,7 @@ def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4):
 def test_a_run_over_its_budget_takes_the_next_cheaper_plan(llama4, data, tmp_path, monkeypatch):
     measured = loop.Memory.measure
 
-    def measure(self, step):
+    def measure(self, step=None):
         return measured(self, step) * (100 if step == 2 else 1)
 
     monkeypatch.setattr(loop.Memory, "measure", measure)
@@ -440,6 +457,14 @@ def test_available_memory_within_control_groups(files, expected, tmp_path):
     assert budget.available_ram(tmp_path) == expected
 
 
+def test_files_that_the_kernel_would_drop_are_no_use_of_memory(tmp_path):
+    group = {"memory.max": "3000000\n", "memory.current": "2900000\n"}
+    stat = {"memory.stat": "anon 1000000\ninactive_file 1500000\nactive_file 400000\n"}
+    files = {f"sys/fs/cgroup/{name}": text for name, text in (group | stat).items()}
+    machine(tmp_path, 4000, files | {"proc/self/cgroup": "0::/\n"})
+    assert budget.available_ram(tmp_path) == 2_000_000
+
+
 def test_a_budget_in_gb_is_taken_as_it_is():
     assert budget.budget_bytes(1.5) == 1_500_000_000
     assert budget.budget_bytes() > 0
@@ -449,7 +474,7 @@ def test_a_budget_in_gb_is_taken_as_it_is():
 
 
 def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
-    folder = header_only(tmp_path / "m", llama4)
+    folder = header_only(tmp_path / "m", llama4, max_position_embeddings=8192)
     command = [sys.executable, "-m", "mlx_segtrain.cli", "plan", "--model-dir", str(folder)]
     best = 9.0
     for _ in range(3):
@@ -461,11 +486,12 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         assert word in done.stdout
 
 
-def test_plan_as_json(llama4, capsys):
-    argv = ["plan", "--model-dir", str(llama4), "--json", "--max-seq-length", "300"]
+def test_plan_as_json(llama4, tmp_path, capsys):
+    folder = header_only(tmp_path / "m", llama4, max_position_embeddings=8192)
+    argv = ["plan", "--model-dir", str(folder), "--json", "--max-seq-length", "300"]
     assert cli.main([*argv, "--loss-rows", "0.25", "--memory-budget-gb", "1"]) == 0
     got = json.loads(capsys.readouterr().out)
-    assert (got["rows"], got["tokens"], got["loss_rows"], got["budget"]) == (1, 299, 75, 10**9)
+    assert (got["rows"], got["tokens"], got["trained_tokens"], got["budget"]) == (1, 299, 75, 10**9)
     assert got["peak"] == max(peak for _, peak in got["moves"]) == sum(got["parts"].values())
     assert [a["budget"] for a in got["alternatives"]] == [5 * 10**8, 2 * 10**9]
     assert got["longest"] > 300
@@ -479,6 +505,49 @@ def test_plan_of_a_family_that_is_not_predicted(llama4, tmp_path, capsys):
     assert "memory is not predicted" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["plan", "--model-dir", str(folder), "--plot", str(tmp_path / "x.png")]) == 2
     assert cli.main(["plan", "--model-dir", str(folder), "--loss-rows", "2"]) == 2
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"model_type": "llama", "text_config": 3}'])
+def test_a_configuration_that_is_none_is_named(content, llama4, tmp_path, capsys):
+    folder = header_only(tmp_path / "m", llama4)
+    (folder / "config.json").write_text(content)
+    assert cli.main(["plan", "--model-dir", str(folder)]) == 2
+    assert str(folder / "config.json") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--num-layers", "100"], "but the model has 3"),
+        (["--target-modules", "foo"], "'foo' matches no linear"),
+        (["--max-seq-length", "400"], "made for at most"),
+        (["--memory-budget-gb", "1e-6"], "more than the budget of 0.001 MB"),
+        (["--loss-rows", "0"], "above 0"),
+        (["--plot", "nowhere/x.png"], "a folder that exists"),
+        (["--plot", "x.nothing"], "a folder that exists"),
+    ],
+)
+def test_plan_refuses_what_train_would(flags, says, llama4, capsys):
+    argv = ["plan", "--model-dir", str(llama4), "--max-seq-length", "100", *flags]
+    assert cli.main(argv) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_bits_follow_the_headers_where_the_configuration_does_not_name_them(llama_mixed, tmp_path):
+    quantization = json.loads((llama_mixed / "config.json").read_text())["quantization"]
+    plain = {key: value for key, value in quantization.items() if not isinstance(value, dict)}
+    folder = header_only(tmp_path / "m", llama_mixed, quantization=plain)
+    assert read_shape(folder).bits == read_shape(llama_mixed).bits
+    assert set(read_shape(folder).bits.values()) == {4, 8}
+
+
+def test_weights_of_another_format_are_not_predicted(llama4):
+    config = json.loads((llama4 / "config.json").read_text())
+    other = {
+        name.replace(".weight", ".qweight") if "proj" in name else name: entry
+        for name, entry in read_shape(llama4).tensors.items()
+    }
+    assert not shape_of(config, other).fast
 
 
 def test_the_picture(llama4, tmp_path):

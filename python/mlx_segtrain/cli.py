@@ -98,8 +98,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         add_flags(added, TrainConfig.model_fields)
 
     added = command("plan", _plan, "say what a run would take, without loading anything")
-    add_flags(added, ("model_dir",), required=True)
-    add_flags(added, PLANNED)
+    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as of train")
+    add_flags(added, ("model_dir", *PLANNED))
     added.add_argument(
         "--loss-rows",
         type=_part,

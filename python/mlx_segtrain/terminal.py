@@ -179,28 +179,27 @@ def show_plan(report: PlanReport, console: Console | None = None) -> None:
     def gb(n: int) -> str:
         return f"{n / 1e9:.2f} GB"
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("batch", f"{report.rows} × {report.tokens} tokens, {report.loss_rows} trained")
-    table.add_row("budget", gb(report.budget))
+    def line(name: str, text: str) -> None:
+        console.print(f"{name:<12}  {text}", markup=False, soft_wrap=True)
+
+    line("batch", f"{report.rows} × {report.tokens} tokens, {report.trained_tokens} trained")
+    line("budget", gb(report.budget))
     if not report.predicted:
-        table.add_row("weights", gb(report.weights))
-        table.add_row("plan", report.plan)
-        console.print(table)
+        line("weights", gb(report.weights))
+        line("plan", report.plan)
         return
-    table.add_row("plan", report.plan)
-    table.add_row("peak", f"{gb(report.peak)}, predicted")
+    line("plan", report.plan)
+    line("peak", f"{gb(report.peak)}, predicted")
     for name, n in report.parts.items():
-        table.add_row("", f"{gb(n)}  {name}")
-    table.add_row("recomputed", f"{report.recomputed:.0%} of the work that must be done")
+        line("", f"{gb(n)}  {name}")
+    line("recomputed", f"{report.recomputed:.0%} of the work that must be done")
     made = f"; the model was made for {report.max_length}" if report.max_length else ""
-    table.add_row("longest", f"{report.longest} tokens a row fit in the budget{made}")
+    line("longest", f"{report.longest} tokens a row fit in the budget{made}")
     for other in report.alternatives:
-        name = f"in {gb(other.budget)}"
         if other.fits:
             pace = "as fast" if abs(other.slower) < 0.005 else f"{other.slower:+.0%} work"
             text = f"{other.plan}; {gb(other.peak)}, {pace}"
         else:
             text = f"does not fit: {gb(other.peak)} at least"
         longest = f"up to {other.longest} tokens" if other.longest else "no length fits"
-        table.add_row(name, f"{text}; {longest}")
-    console.print(table)
+        line(f"in {gb(other.budget)}", f"{text}; {longest}")

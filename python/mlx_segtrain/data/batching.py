@@ -7,8 +7,7 @@ import numpy as np
 
 from mlx_segtrain.data.dataset import Dataset
 from mlx_segtrain.errors import InputError
-
-PAD_MULTIPLE = 32  # few distinct widths, so that few kernels are compiled
+from mlx_segtrain.stages import PAD_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,14 @@
 """LoRA: which linears get an update, of which rank, how it starts, and how it is attached."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ops
-from ..errors import InputError
+from .. import ops, ranks
 from ..models import Chain
 
 __all__ = [
@@ -45,71 +42,16 @@ class Adapter:
         return {path: a.shape[1] for path, (a, _) in self.tensors.items()}
 
 
-def choose_ranks(
-    chain: Chain,
-    *,
-    rank: int,
-    rank_scaling: str,
-    target_modules: Sequence[str],
-    num_layers: int,
-    model_dir: Path,
-) -> dict[str, int]:
-    """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
-
-    `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
-    quantization; a dense one gets `rank`. `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl
-    clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
-    not name, `by_bits`. InputError if a target matches nothing.
-    """
-    if num_layers > len(chain.layers):
-        raise InputError(
-            f"num_layers is {num_layers}, but the model has {len(chain.layers)}: give -1 for all."
-        )
-    adapted = chain.layers if num_layers < 0 else chain.layers[len(chain.layers) - num_layers :]
-    stages = {stage for layer in adapted for stage in layer}
-    ranks: dict[str, int] = {}
-    kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
-    median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
-    for target in target_modules:
-        found = [p for p in chain.linears if p == target or p.endswith("." + target)]
-        if not found:
-            names = sorted({path.rsplit(".", 1)[-1] for path in chain.linears})
-            raise InputError(
-                f"target_modules: '{target}' matches no linear of the model; it has "
-                f"{', '.join(names)}."
-            )
-        for path in found:
-            if chain.stage_of[path] not in stages:
-                continue
-            own = kl.get(path.removeprefix("language_model."))
-            if own is not None and median > 0:
-                factor = min(max(own / median, 0.5), 2.0)
-            elif rank_scaling != "constant" and "scales" in chain.linears[path]:
-                quantized: Any = chain.linears[path]
-                factor = quantized.bits / 4
-            else:
-                factor = 1.0
-            ranks[path] = max(2, math.ceil(rank * factor))
-    return dict(sorted(ranks.items()))
-
-
-def _sensitivities(model_dir: Path) -> dict[str, float]:
-    """KL divergence by path in the text model, from OptiQ's file beside the weights, or nothing."""
-    for name in ("optiq/metadata.json", "optiq_metadata.json"):
-        file = model_dir / name
-        if not file.is_file():
-            continue
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
-            return {
-                path.removeprefix("language_model."): float(x["kl"])
-                for path, x in layers.items()
-                if x.get("kl") is not None
-            }
-        except (ValueError, AttributeError, TypeError) as error:
-            raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
-    return {}
+def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
+    """Rank of every linear to adapt, by path: ranks.choose_ranks of the chain's linears."""
+    by_stage: dict[str, list[str]] = {}
+    for path in chain.linears:
+        by_stage.setdefault(chain.stage_of[path], []).append(path)
+    layers = [
+        [path for stage in layer for path in by_stage.get(stage, [])] for layer in chain.layers
+    ]
+    quantized: dict[str, Any] = {p: m for p, m in chain.linears.items() if "scales" in m}
+    return ranks.choose_ranks(layers, {path: m.bits for path, m in quantized.items()}, **how)
 
 
 def _has_experts(module: Any) -> bool:

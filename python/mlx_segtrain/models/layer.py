@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..planning.costs import MLP_ROWS
 from ..schedule import Stage
+from ..stages import MLP_ROWS, kv_names
 from .chain import Chain
 
 #: A projection with its LoRA update, if the stage's parameters have one.
@@ -228,11 +228,6 @@ class Layer:
         """What a branch adds to h."""
         r = after(r) if after else r
         return r if self.branch_scale == 1 else r * self.branch_scale
-
-
-def kv_names(layer: str) -> list[str]:
-    """Boundary values that hold the keys and values of a layer."""
-    return [f"keys of {layer}", f"values of {layer}"]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ import numpy as np
 
 from ..data import Batch
 from ..models import Chain
-from ..planning.costs import TRIM_MULTIPLE
 from ..schedule import Cuts, Stage, segmented_value_and_grad
-
-#: Boundary values the head reads.
-HEAD_READS = ("h", "rows", "targets", "weights")
+from ..stages import HEAD_READS, TRIM_MULTIPLE
 
 
 def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:

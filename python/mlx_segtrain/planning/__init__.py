@@ -6,12 +6,13 @@ takes; csrc/planner.cpp finds the plan of least work within the budget.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import _core
+from ..ranks import choose_ranks
 from ..schedule import Cuts
 from .budget import budget_bytes, device
 from .costs import BatchShape, Device, costs_of, cpu_logits
@@ -40,12 +41,13 @@ STEP = 128
 class Planned:
     """Cuts of a chain and what a step with them takes: bytes, floating-point operations.
 
-    `parts` are the bytes of the peak by what they are; `moves` the bytes alive at the peak of each
-    move of the plan, everything included. `limit` is where MLX should wait for the device: what it
-    allocates ahead of it stays below `peak`.
+    `text` is the plan in words. `parts` are the bytes of the peak by what they are; `moves` those
+    alive at the peak of each move, everything included. `limit` is where MLX should wait for the
+    device: what it allocates ahead of it stays below `peak`.
     """
 
     cuts: Cuts
+    text: str
     peak: int
     limit: int
     parts: dict[str, int]
@@ -59,28 +61,23 @@ class Planned:
         """What runs again over what must run."""
         return self.again / (self.work - self.again)
 
-    def describe(self, layers: int) -> str:
-        """The plan in words."""
-        return describe(self.cuts, layers)
 
-
-def describe(cuts: Cuts, layers: int) -> str:
-    """Cuts of a chain of two stages a layer, in words."""
+def describe(cuts: Any, first: int) -> str:
+    """Cuts of a chain of two stages a layer in words; before stage `first` nothing is adapted."""
     n = cuts.segments[-1]
-    begin = cuts.segments[-2] if len(cuts.segments) > 1 else 0
-    kept = (n - begin) // 2
-    if kept >= layers:
+    starts = [0, *cuts.segments[:-1]]
+    begin = starts[-1]  # from here on everything is kept
+    if begin <= first:
         return "everything kept, nothing recomputed"
-    sizes = {
-        end - start for start, end in zip([0, *cuts.segments[:-2]], cuts.segments[:-1], strict=True)
-    }
-    words = {1: "half layers", 2: "single layers"}.get(max(sizes), f"{max(sizes) // 2} layers")
+    kept = (n - begin) // 2
+    back = [e - s for s, e in zip(starts, cuts.segments, strict=True) if e > first][:-1]
+    words = {1: "half layers", 2: "single layers"}.get(max(back), f"{max(back) // 2} layers")
     text = f"{words} run again"
     # Layers of each group that is run once more; the last one is not.
     groups = [
-        (end - start) * max(sizes) / 2
+        (end - start) * max(back) / 2
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
-        if end - start > 1
+        if end - start > 1 and cuts.segments[end - 1] > first
     ]
     if whole := [size for size in groups if size > 1]:
         text += f", {len(whole)} groups of {max(whole):g} layers once more"
@@ -111,6 +108,7 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     if costs.fixed + alive.total < estimate.peak:
         parts = {"weights, adapter, optimizer": costs.fixed, "optimizer's step": costs.update}
     return Planned(
+        text=describe(cuts, next(i for i, stage in enumerate(costs.stages) if stage.trainable)),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
         peak=estimate.peak,
         limit=max(costs.fixed, estimate.peak - above),
@@ -162,51 +160,19 @@ def named(
     return planned(costs, cuts, overshoot(model, batch, device))
 
 
-def longest(
-    model: ModelShape,
-    ranks: Mapping[str, int],
-    device: Device,
-    budget: int,
-    rows: int = 1,
-    loss: float = 1.0,
-) -> int:
-    """The most tokens a row, in steps of 128, of which a plan fits; 0 if none does."""
-
-    def fits(steps: int) -> bool:
-        length = steps * STEP
-        part = max(1, round(length * loss))
-        batch = BatchShape(rows, length, part, rows * part)
-        return _core.least_peak(costs_of(model, batch, ranks, device)) <= budget
-
-    if not fits(1):
+def longest(fits: Callable[[int], bool]) -> int:
+    """The most tokens a row that fit, in steps of 128 and to a part in 256; 0 if none do."""
+    if not fits(STEP):
         return 0
     low, high = 1, 2
-    while fits(high):
+    while fits(high * STEP):
         low, high = high, high * 2
     while high - low > max(1, low // 256):
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if fits(middle * STEP) else (low, middle)
     return low * STEP
 
 
-def ranks_of(
-    model: ModelShape,
-    *,
-    rank: int,
-    rank_scaling: str,
-    target_modules: Sequence[str],
-    num_layers: int,
-) -> dict[str, int]:
-    """As lora.choose_ranks has them, from the headers; `by_kl` counts as `by_bits`."""
-    adapted = model.layers if num_layers < 0 else model.layers[-num_layers:]
-    found = {}
-    for layer in adapted:
-        for path in model.widths:
-            if not path.startswith(f"{layer.path}."):
-                continue
-            if layer.donor is not None and path.endswith(("k_proj", "v_proj")):
-                continue
-            if any(path.endswith(f".{target}") for target in target_modules):
-                bits = model.bits.get(path, 4) if rank_scaling != "constant" else 4
-                found[path] = max(2, math.ceil(rank * bits / 4))
-    return found
+def ranks_of(model: ModelShape, *, model_dir: Path = Path(), **how: Any) -> dict[str, int]:
+    """The rank of every linear to adapt: ranks.choose_ranks of what the headers name."""
+    return choose_ranks(model.linears, model.bits, model_dir=model_dir, **how)

@@ -1,13 +1,14 @@
 """How many bytes a run may take on this machine."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .. import _core
-from .costs import CPU, Device
+from .costs import CPU, CUDA, METAL, Device
 
 #: Left to others on the same memory: the desktop on a Mac, the interpreter and libraries elsewhere.
 MARGIN = 0.05
@@ -18,8 +19,9 @@ def device() -> Device:
     """What the estimate depends on, of MLX's default device."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
-    cudnn = "cudnn" in _core.attention_impls()
-    return Device(2, True, cudnn, (33 << 20) if mx.cuda.is_available() else 0)
+    if not mx.cuda.is_available():
+        return METAL
+    return replace(CUDA, cudnn="cudnn" in _core.attention_impls())
 
 
 def budget_bytes(gb: float | None = None) -> int:
@@ -29,7 +31,7 @@ def budget_bytes(gb: float | None = None) -> int:
     available, within the limits of the process' control groups; less a margin.
     """
     if gb is not None:
-        return int(gb * 1e9)
+        return int(min(gb, 1e8) * 1e9)
     if mx.default_device() == mx.Device(mx.cpu):
         return max(0, int(available_ram() * (1 - MARGIN)) - INTERPRETER)
     info: dict[str, Any] = dict(mx.device_info())
@@ -73,7 +75,19 @@ def _group_limits(root: Path) -> list[int]:
             try:
                 most = (group / limit).read_text().strip()
                 if most != "max":
-                    limits.append(max(0, int(most) - int((group / used).read_text())))
+                    taken = int((group / used).read_text()) - _file_cache(group)
+                    limits.append(max(0, int(most) - taken))
             except (OSError, ValueError):
                 continue
     return limits
+
+
+def _file_cache(group: Path) -> int:
+    """Bytes of files that the kernel keeps for a group and drops when memory is asked for."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+        stat = {name: int(n) for name, n in (line.split() for line in lines)}
+    except (OSError, ValueError):
+        return 0
+    names = ("inactive_file", "active_file")
+    return sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in names)

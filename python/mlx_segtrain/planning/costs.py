@@ -9,29 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .. import _core
+from ..stages import HEAD_READS, MLP_ROWS, kv_names
 from .shapes import LayerShape, ModelShape
 
-#: Rows that an MLP takes at a time. At more tokens what is inside one stops growing, and its first
-#: product runs twice where everything is kept. The same for every plan, as sums over rows are.
-MLP_ROWS = 16384
-#: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
-TRIM_MULTIPLE = 64
 INPUTS = ("h", "tokens", "positions", "rows", "targets", "weights")
-HEAD_READS = ("h", "rows", "targets", "weights")
 
 
 @dataclass(frozen=True)
 class Device:
     """What of a device the estimate depends on."""
 
-    size: int  #: bytes of a number in training: 2 on a GPU, 4 on the CPU
+    size: int  #: bytes of a number in training
     gpu: bool
-    cudnn: bool  #: attention of heads up to 256 keeps its statistics
+    cudnn: bool  #: it serves plain causal attention, of heads up to 256
+    stock: int  #: so does MLX's own, which saves nothing, of heads up to this; 0: never
     workspace: int  #: bytes that a library's products may take
 
 
-CPU = Device(4, False, False, 0)
-CUDA = Device(2, True, True, 33 << 20)
+CPU = Device(size=4, gpu=False, cudnn=False, stock=0, workspace=0)
+CUDA = Device(size=2, gpu=True, cudnn=True, stock=128, workspace=33 << 20)
+METAL = Device(size=2, gpu=True, cudnn=False, stock=256, workspace=0)
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ def costs_of(
         trims = i == last
         after = batch.trimmed if i >= last else batch.length
         donor = None if layer.donor is None else model.layers[layer.donor].path
-        reads = ["h", *(["positions"] if trims else []), *(names(donor) if donor else [])]
-        writes = ["h", *(names(layer.path) if layer.gives else [])]
+        reads = ["h", *(["positions"] if trims else []), *(kv_names(donor) if donor else [])]
+        writes = ["h", *(kv_names(layer.path) if layer.gives else [])]
         own = {p: n for p, n in parameters.items() if p.startswith(f"{layer.path}.")}
         attention = sum(n for p, n in own.items() if ".self_attn." in p)
         mlp = sum(own.values()) - attention
@@ -94,17 +91,12 @@ def costs_of(
         ahead=ahead,
         head_work=head_work,
         # Factors and AdamW's two moments.
-        fixed=model.weight_bytes(float32=device.size == 4)
+        fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
         update=5 * factors,
         widened=4 / device.size,
     )
-
-
-def names(layer: str) -> list[str]:
-    """Boundary values that hold the keys and values of a layer."""
-    return [f"keys of {layer}", f"values of {layer}"]
 
 
 def pairs(rows: int, keys: int, window: int | None) -> float:
@@ -148,7 +140,9 @@ def _attention(
     writes = [out * h * size]
     if layer.gives:
         writes += [tokens * k * size] * 2
-    saves = not device.gpu or layer.head > 128 or device.cudnn
+    # As csrc/attention.cpp chooses: MLX's own where it serves, unless cuDNN does.
+    plain = after == length and not layer.softcap and (layer.window or length) >= length
+    saves = not (plain and layer.head <= device.stock and not device.cudnn)
     core = 4.0 * rows * pairs(after, length, layer.window) * q
     linears = 2.0 * h * (out * q + tokens * k * (2 if layer.separate_values else 1))
     last = 2.0 * out * q * h

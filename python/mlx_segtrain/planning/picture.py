@@ -25,6 +25,11 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError('--plot needs matplotlib: pip install "mlx-segtrain[demo]"') from None
+    kinds = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:] not in kinds or not file.parent.is_dir():
+        raise InputError(
+            f"--plot {file}: give a file in a folder that exists, of a kind as .png, .svg or .pdf."
+        )
     predicted = np.array(run.planned.moves) / 1e9
     measured = np.array(measure(run, config)) / 1e9
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -40,7 +45,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     axes.set_ylabel("active memory, GB")
     axes.set_title(
         f"{config.model_dir.name}, {run.batch.rows} × {run.batch.length} tokens\n"
-        f"{run.planned.describe(len(run.shape.layers))}",
+        f"{run.planned.text}",
         fontsize=9,
     )
     axes.legend(loc="upper left")

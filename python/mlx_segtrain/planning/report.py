@@ -32,7 +32,7 @@ class PlanReport:
     predicted: bool
     rows: int
     tokens: int
-    loss_rows: int
+    trained_tokens: int
     budget: int
     weights: int
     plan: str
@@ -49,8 +49,8 @@ def of(run: RunPlan) -> PlanReport:
     batch, chosen = run.batch, run.planned
     common = {
         **{"family": run.shape.family, "rows": batch.rows, "tokens": batch.length},
-        **{"loss_rows": batch.loss, "budget": run.budget},
-        "weights": run.shape.weight_bytes(run.device.size == 4),
+        **{"trained_tokens": batch.loss, "budget": run.budget},
+        "weights": run.shape.weight_bytes(not run.device.gpu),
         "max_length": run.shape.max_length,
     }
     if chosen is None:
@@ -65,7 +65,7 @@ def of(run: RunPlan) -> PlanReport:
         return Alternative(
             budget=budget,
             fits=fits,
-            plan=plan.describe(len(run.shape.layers)),
+            plan=plan.text,
             peak=plan.peak,
             slower=plan.work / chosen.work - 1,
             longest=run.longest(budget),
@@ -74,7 +74,7 @@ def of(run: RunPlan) -> PlanReport:
     return PlanReport(
         **common,
         predicted=True,
-        plan=chosen.describe(len(run.shape.layers)),
+        plan=chosen.text,
         peak=chosen.peak,
         parts=chosen.parts,
         recomputed=chosen.recomputed,

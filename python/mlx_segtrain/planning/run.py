@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError
+from ..stages import PAD_MULTIPLE, TRIM_MULTIPLE
 from . import Planned, choose, longest, named, ranks_of
 from .budget import budget_bytes, device
-from .costs import TRIM_MULTIPLE, BatchShape, Device
+from .costs import BatchShape, Device, costs_of
 from .shapes import ModelShape, read_shape
 
 
@@ -36,20 +38,24 @@ class RunPlan:
     def __str__(self) -> str:
         if self.planned is None:
             return f"{self.shape.family} takes the generic path: memory is not predicted"
-        text = self.planned.describe(len(self.shape.layers))
+        text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
         return f"plan: {text}; {peak:.2f} GB at most of {budget:.2f} GB"
 
     def longest(self, budget: int | None = None) -> int:
-        """The most tokens a row that fit with some plan, in steps of 128."""
-        return longest(
-            self.shape,
-            self.ranks,
-            self.device,
-            self.budget if budget is None else budget,
-            self.batch.rows,
-            self.batch.trimmed / self.batch.length,
-        )
+        """The most tokens a row that fit: with the plan that was asked for, or any."""
+        most, batch = self.budget if budget is None else budget, self.batch
+
+        def fits(length: int) -> bool:
+            part = -(-length * batch.trimmed // batch.length)
+            loss = -(-length * batch.loss // batch.length)
+            longer = replace(batch, length=length, trimmed=part, loss=loss)
+            what = (self.shape, longer, self.ranks, self.device)
+            if self.size is not None:
+                return named(*what, self.size).peak <= most
+            return _core.least_peak(costs_of(*what)) <= most
+
+        return longest(fits)
 
     def within(self, budget: int) -> Planned:
         """The fastest plan in another budget."""
@@ -70,18 +76,27 @@ class RunPlan:
         if self.planned is None:
             yield
             return
-        memory = mx.set_memory_limit(self.planned.limit)
-        cache = mx.set_cache_limit(max(self.planned.peak // 4, self.budget - self.planned.peak))
+        memory, cache = self.set_limits()
         try:
             yield
         finally:
             mx.set_memory_limit(memory)
             mx.set_cache_limit(cache)
 
+    def set_limits(self) -> tuple[int, int]:
+        """Sets MLX's limits of memory and of its cache; returns those that were."""
+        assert self.planned is not None
+        peak = self.planned.peak
+        cache = max(peak // 4, self.budget - peak)
+        return mx.set_memory_limit(self.planned.limit), mx.set_cache_limit(cache)
+
 
 def full_batch(config: TrainConfig, loss: float = 1.0) -> BatchShape:
     """Rows of max_seq_length, of each of which the last part `loss` is trained."""
-    length = config.max_seq_length - 1  # the last token is only predicted
+    width = config.max_seq_length
+    if config.batch_size > 1:
+        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+    length = width - 1  # the last token is only predicted
     part = max(1, round(length * loss))
     trimmed = length - (length - part) // TRIM_MULTIPLE * TRIM_MULTIPLE
     accumulates = config.grad_accumulation_steps > 1
@@ -91,25 +106,35 @@ def full_batch(config: TrainConfig, loss: float = 1.0) -> BatchShape:
 def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
     """The plan for batches of up to this shape; InputError if it does not fit, before a load."""
     shape = read_shape(config.model_dir)
-    ranks = ranks_of(
-        shape,
-        rank=config.rank,
-        rank_scaling=config.rank_scaling,
-        target_modules=config.target_modules,
-        num_layers=config.num_layers,
-    )
+    name = Path(config.model_dir).name
+    if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
+        raise InputError(
+            f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
+            f"{shape.max_length} tokens: lower it."
+        )
+    ranks: dict[str, int] = {}
+    if shape.fast:
+        ranks = ranks_of(
+            shape,
+            model_dir=config.model_dir,
+            rank=config.rank,
+            rank_scaling=config.rank_scaling,
+            target_modules=config.target_modules,
+            num_layers=config.num_layers,
+        )
     given = config.memory_budget_gb
     budget = budget_bytes(None if given == "auto" else given)
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
-    run = RunPlan(shape, batch, ranks, device(), budget, size, None)
-    weights = shape.weight_bytes(run.device.size == 4)
-    name = Path(config.model_dir).name
+    on = device()
+    on = replace(on, size=max(on.size, shape.float_size))
+    run = RunPlan(shape, batch, ranks, on, budget, size, None)
+    weights = shape.weight_bytes(not on.gpu)
     if weights > budget:
         raise InputError(
-            f"the weights of {name} alone take {weights / 1e9:.1f} GB, more than the budget of "
-            f"{budget / 1e9:.1f} GB: take a smaller model, or raise memory_budget_gb."
+            f"the weights of {name} alone take {_gb(weights)}, more than the budget of "
+            f"{_gb(budget)}: take a smaller model, or raise memory_budget_gb."
         )
     if not shape.fast:
         return run
@@ -121,12 +146,17 @@ def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
         advice = (
             f"the longest row that fits has {most} tokens (max_seq_length)"
             if most
-            else "no length fits; take a smaller model"
+            else "no length fits; lower batch_size or rank, or raise memory_budget_gb"
         )
         if size is not None and run.within(budget).peak <= budget:
             advice = "segment_size auto fits"
         raise InputError(
-            f"{name} takes {least}{planned.peak / 1e9:.2f} GB for {batch.rows} × {batch.length} "
-            f"tokens, more than the budget of {budget / 1e9:.2f} GB: {advice}."
+            f"{name} takes {least}{_gb(planned.peak)} for {batch.rows} × {batch.length} tokens, "
+            f"more than the budget of {_gb(budget)}: {advice}."
         )
     return replace(run, planned=planned)
+
+
+def _gb(n: int) -> str:
+    """Bytes in words, with digits enough to tell two of them apart."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"

@@ -16,11 +16,13 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 #: `model_type` of the fast families, and of models for text and images around them.
 FAST = {
-    *("granite", "llama", "ministral3", "mistral", "mistral3", "olmo2", "phi3", "qwen2", "qwen3"),
-    *("smollm3", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text"),
+    *("granite", "llama", "ministral3", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("xverse", "iquestcoder", "gemma2", "gemma3_text", "gemma4_text"),
+    *("gemma3", "gemma4", "gemma4_unified", "mistral3", "pixtral", "llava"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 #: Parts of a model for text and images that are not loaded.
-OTHER_TOWERS = re.compile(r"(^|\.)(vision|audio|multi_modal|mm_|embed_vision|embed_audio)")
+OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 FLOATS = ("F16", "BF16")
 #: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
@@ -66,8 +68,10 @@ class ModelShape:
     width: int
     vocabulary: int
     layers: tuple[LayerShape, ...]
+    linears: tuple[tuple[str, ...], ...]  #: paths of what can be adapted, by layer
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: of quantized linears, by path
+    float_size: int  #: bytes of its floating numbers
     tensors: Tensors
     max_length: int | None
 
@@ -82,21 +86,29 @@ class ModelShape:
 def read_shape(model_dir: Path) -> ModelShape:
     """Of a model folder; InputError if there is no config.json or no readable header."""
     model_dir = Path(model_dir).expanduser()
+    if not model_dir.is_dir():
+        raise InputError(f"model_dir {model_dir} is not a folder: give the path of a model.")
     file = model_dir / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"model_dir {model_dir} holds no readable config.json: {error.strerror}."
+            f"model_dir {model_dir} holds no config.json that can be read: {error.strerror}."
         ) from None
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a configuration: expected a JSON object.")
     tensors: Tensors = {}
     for weights in sorted(model_dir.glob("model*.safetensors")):
         tensors |= read_header(weights)
     if not tensors:
         raise InputError(f"model_dir {model_dir} holds no model*.safetensors: no weights to load.")
-    return shape_of(config, tensors)
+    try:
+        return shape_of(config, tensors)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file} and the weights do not go together: {reason}.") from error
 
 
 def read_header(file: Path) -> Tensors:
@@ -123,7 +135,8 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     """From a configuration as mlx-lm reads it, and tensors by name; InputError if layers lack."""
     family = str(config.get("model_type", "unknown"))
     assumed = next((d for name, d in DEFAULTS.items() if family.startswith(name)), {})
-    text: dict[str, Any] = {**assumed, **config, **config.get("text_config", {})}
+    inner: dict[str, Any] = config.get("text_config") or {}
+    text: dict[str, Any] = {**assumed, **config, **inner}
     loaded = {name: t for name, t in tensors.items() if not OTHER_TOWERS.search(name)}
     widths, bits = _linears(config, loaded)
     numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
@@ -132,15 +145,42 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     if not numbers or embedding is None:
         if family in FAST:
             raise InputError(f"the weights of a {family} model name no layers or no embed_tokens.")
-        return ModelShape(family, False, 0, 0, (), widths, bits, loaded, None)
+        return ModelShape(family, False, 0, 0, (), (), widths, bits, 2, loaded, None)
     width, vocabulary = embedding
-    fast = family in FAST and len(prefixes) == 1
+    fast = family in FAST and inner.get("model_type", family) in FAST and len(prefixes) == 1
     layers = _layers(text, prefixes.pop(), len(numbers), widths, loaded) if fast else ()
-    length = text.get("max_position_embeddings")
-    return ModelShape(family, fast, width, vocabulary, layers, widths, bits, loaded, length)
+    # Of a format that mlx-lm converts when it loads, the widths are not these.
+    fast = fast and all(layer.query > 0 < layer.hidden for layer in layers)
+    fast = fast and any(layer.key_value for layer in layers)
+    kinds = {kind for name, (kind, _) in loaded.items() if name.endswith("layernorm.weight")}
+    return ModelShape(
+        family=family,
+        fast=fast,
+        width=width,
+        vocabulary=vocabulary,
+        layers=layers if fast else (),
+        linears=tuple(_linears_of(layer, widths) for layer in layers),
+        widths=widths,
+        bits=bits,
+        float_size=4 if kinds == {"F32"} else 2,
+        tensors=loaded,
+        max_length=text.get("max_position_embeddings"),
+    )
 
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
+_LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projection)")
+
+
+def _linears_of(layer: "LayerShape", widths: Mapping[str, Any]) -> tuple[str, ...]:
+    """Paths of a layer's linears that an adapter could change."""
+    start = f"{layer.path}."
+    own = [
+        path for path in widths if path.startswith(start) and _LINEAR.fullmatch(path[len(start) :])
+    ]
+    if layer.donor is not None:
+        own = [path for path in own if not path.endswith(("k_proj", "v_proj"))]
+    return tuple(own)
 
 
 def _linears(
@@ -155,10 +195,14 @@ def _linears(
             continue
         out, packed = shape
         if f"{path}.scales" in tensors and dtype == "U32":
-            own = quantization.get(path)
-            own = own if isinstance(own, dict) else {}
-            bits[path] = int(own.get("bits", quantization.get("bits", 4)))
-            packed = packed * 32 // bits[path]
+            # As mlx-lm does: the number of groups tells the width, and that the bits.
+            bare = path.removeprefix("language_model.")
+            named = (quantization.get(key) for key in (path, bare, f"language_model.{bare}"))
+            own = next((entry for entry in named if isinstance(entry, dict)), {})
+            group = int(own.get("group_size", quantization.get("group_size", 64)))
+            width = tensors[f"{path}.scales"][1][-1] * group
+            bits[path] = packed * 32 // width
+            packed = width
         widths[path] = (packed, out)
     return widths, bits
 
@@ -186,7 +230,7 @@ def _layers(
         fused = linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else linear("self_attn.k_proj")[1]
         q_norm = tensors.get(f"{path}.self_attn.q_norm.weight")
-        head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        head = text.get("head_dim") or query // text["num_attention_heads"]
         if types[i] == "full_attention" and text.get("global_head_dim"):
             head = text["global_head_dim"]
         moe = 0

@@ -133,6 +133,7 @@ def _run(
             if cheaper is not None:
                 plan = cheaper
                 step.follow(plan)
+                plan.set_limits()
                 progress = events.run_progress(state.step, config.iters)
                 tell(events.stage("setup", progress, f"over the budget, from now on {plan}"))
             _report(config, state, tell, loss, norm, _count(setup.train, accumulated), seconds)
@@ -158,7 +159,7 @@ def _run(
         wall_s=time.perf_counter() - begin,
         tokens_per_sec=state.tokens / state.train_s if state.train_s else 0.0,
         peak_gb=state.memory.peak / 1e9,
-        planned_gb=plan.planned.peak / 1e9 if plan.planned else None,
+        planned_gb=setup.plan.planned.peak / 1e9 if setup.plan.planned else None,
         process_gb=process_peak() / 1e9,
         applied_ranks=_adapter(setup, state).ranks,
         interrupted=interrupted,
@@ -270,11 +271,13 @@ def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEv
     """Validation loss, where there is a validation set, and a checkpoint if the user keeps them."""
     loss = None
     if setup.valid is not None:
+        state.memory.measure()
         params = setup.layout.split(state.vector)
         loss = mean_loss(setup.chain, setup.stages, params, setup.valid, config.batch_size)
         state.vals.append({"step": state.step, "loss": loss})
         tokens = setup.valid.supervised_tokens
         tell(events.val_metric(state.step, config.iters, loss=loss, tokens=tokens))
+        state.memory.measure()  # an evaluation's memory is not the next step's
     if config.save_checkpoints and state.step > 0:
         name = f"step-{state.step:05d}" + (f"-val{loss:.4f}" if loss is not None else "")
         progress = events.run_progress(state.step, config.iters)

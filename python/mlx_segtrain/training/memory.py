@@ -17,12 +17,12 @@ class Memory:
     def __post_init__(self) -> None:
         mx.reset_peak_memory()
 
-    def measure(self, step: int) -> int:
-        """The peak since the last call; with MLX_SEGTRAIN_MEM_LOG=1 a line to stderr."""
+    def measure(self, step: int | None = None) -> int:
+        """The peak since the last call; with MLX_SEGTRAIN_MEM_LOG=1 a line of a step to stderr."""
         now = mx.get_peak_memory()
         self.peak = max(self.peak, now)
         mx.reset_peak_memory()
-        if os.environ.get("MLX_SEGTRAIN_MEM_LOG") == "1":
+        if step is not None and os.environ.get("MLX_SEGTRAIN_MEM_LOG") == "1":
             parts = {
                 "peak": now,
                 "active": mx.get_active_memory(),

@@ -11,7 +11,6 @@ from .. import events, lora
 from ..adapters import holds_run
 from ..config import TrainConfig
 from ..data import Dataset, load_dataset
-from ..data.batching import PAD_MULTIPLE
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
@@ -19,6 +18,7 @@ from ..objectives import sft
 from ..planning import BatchShape
 from ..planning.run import RunPlan, plan_run
 from ..schedule import Cuts, Grads, Stage
+from ..stages import PAD_MULTIPLE, TRIM_MULTIPLE
 from .layout import Layout
 
 
@@ -110,7 +110,7 @@ def longest_batch(data: Dataset, config: TrainConfig) -> BatchShape:
     length = width - 1  # the last token is only predicted
     trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
     first = min((int(t[0]) for t in trained if t.size), default=0)
-    first -= first % sft.TRIM_MULTIPLE
+    first -= first % TRIM_MULTIPLE
     return BatchShape(
         rows=config.batch_size,
         length=length,

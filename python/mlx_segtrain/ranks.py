@@ -1,0 +1,77 @@
+"""The rank of every adapted linear, from names and bits alone. Imports neither MLX nor models."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import InputError
+
+
+def choose_ranks(
+    layers: Sequence[Sequence[str]],
+    bits: Mapping[str, int],
+    *,
+    rank: int,
+    rank_scaling: str,
+    target_modules: Sequence[str],
+    num_layers: int,
+    model_dir: Path,
+) -> dict[str, int]:
+    """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
+
+    `layers` are the paths of each layer's linears, `bits` those of the quantized ones.
+    `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
+    quantization; a dense one gets `rank`. `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl
+    clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
+    not name, `by_bits`. InputError if a target matches nothing, or there are fewer layers.
+    """
+    if num_layers > len(layers):
+        raise InputError(
+            f"num_layers is {num_layers}, but the model has {len(layers)}: give -1 for all."
+        )
+    paths = [path for layer in layers for path in layer]
+    adapted = layers if num_layers < 0 else layers[len(layers) - num_layers :]
+    within = {path for layer in adapted for path in layer}
+    ranks: dict[str, int] = {}
+    kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
+    median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
+    for target in target_modules:
+        found = [path for path in paths if path == target or path.endswith("." + target)]
+        if not found:
+            names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+            raise InputError(
+                f"target_modules: '{target}' matches no linear of the model; it has "
+                f"{', '.join(names)}."
+            )
+        for path in found:
+            if path not in within:
+                continue
+            own = kl.get(path.removeprefix("language_model."))
+            if own is not None and median > 0:
+                factor = min(max(own / median, 0.5), 2.0)
+            elif rank_scaling != "constant" and path in bits:
+                factor = bits[path] / 4
+            else:
+                factor = 1.0
+            ranks[path] = max(2, math.ceil(rank * factor))
+    return dict(sorted(ranks.items()))
+
+
+def _sensitivities(model_dir: Path) -> dict[str, float]:
+    """KL divergence by path in the text model, from OptiQ's file beside the weights, or nothing."""
+    for name in ("optiq/metadata.json", "optiq_metadata.json"):
+        file = model_dir / name
+        if not file.is_file():
+            continue
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
+            return {
+                path.removeprefix("language_model."): float(x["kl"])
+                for path, x in layers.items()
+                if x.get("kl") is not None
+            }
+        except (ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
+    return {}
