@@ -91,7 +91,21 @@ class TrainConfig(BaseModel):
         -1, description="Layers that get adapters, counted from the last one; -1 is all."
     )
     iters: Int = Field(100, ge=1, description="Optimizer steps of the run.")
-    learning_rate: Float = Field(2e-4, gt=0, description="Learning rate of AdamW.")
+    optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
+        "adamw", description="Optimizer; sgd has a momentum of 0.9."
+    )
+    learning_rate: Float = Field(2e-4, gt=0, description="Largest learning rate of the run.")
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "constant",
+        description="Learning rate behind the warmup; all but constant end at a tenth of it.",
+    )
+    warmup_iters: Int = Field(0, ge=0, description="First steps, with a rising learning rate.")
+    lora_plus_ratio: Float = Field(
+        1.0, gt=0, description="Learning rate of B over that of A (LoRA+)."
+    )
+    rs_lora: bool = Field(
+        False, description="Divide scale by the root of the rank (rsLoRA), linear by linear."
+    )
     max_seq_length: Int = Field(512, ge=2, description="Tokens kept of a row; the rest is cut off.")
     batch_size: Int = Field(1, ge=1, description="Rows in a forward and backward pass.")
     grad_accumulation_steps: Int = Field(
@@ -100,7 +114,7 @@ class TrainConfig(BaseModel):
     seed: Int = Field(0, ge=0, description="Seed of the row order and of the LoRA initialization.")
     steps_per_report: Int = Field(10, ge=1, description="Steps between training metrics.")
     steps_per_eval: Int = Field(50, ge=1, description="Steps between evaluations on valid.jsonl.")
-    weight_decay: Float = Field(0.01, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: Float = Field(0.01, ge=0, description="Weight decay, apart from the gradient.")
     grad_clip_norm: Float = Field(
         1.0, ge=0, description="Largest global L2 norm of the gradient; 0 is no clipping."
     )
@@ -126,6 +140,15 @@ class TrainConfig(BaseModel):
         True, description="End every trained row with the end-of-sequence token."
     )
     overwrite: bool = Field(False, description="Replace an adapter that adapter_path holds.")
+
+    @model_validator(mode="after")
+    def _warmup_within_the_run(self) -> TrainConfig:
+        if self.warmup_iters >= self.iters:
+            raise ValueError(
+                f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
+                "the learning rate would never be reached, so lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_memory_plan(self) -> TrainConfig:

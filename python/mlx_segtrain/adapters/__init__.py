@@ -89,7 +89,7 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
         path / "optiq_lora_config.json",
         {
             "rank": config.rank,
-            "scale": config.scale,
+            "scale": scale,
             "method": config.method,
             "target_modules": config.target_modules,
             "num_layers": config.num_layers,

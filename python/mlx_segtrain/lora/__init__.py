@@ -67,8 +67,14 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (base.in_dims, rank), (rank, base.out_dims)
 
 
-def init(chain: Chain, ranks: Mapping[str, int], scale: float, seed: int) -> Adapter:
-    """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0."""
+def init(
+    chain: Chain, ranks: Mapping[str, int], scale: float, seed: int, *, root: bool = False
+) -> Adapter:
+    """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0.
+
+    With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
+    2023, arXiv:2312.03732).
+    """
     paths = sorted(ranks)
     keys = mx.random.split(mx.random.key(seed), len(paths))
     tensors: Tensors = {}
@@ -77,7 +83,7 @@ def init(chain: Chain, ranks: Mapping[str, int], scale: float, seed: int) -> Ada
         bound = 1 / math.sqrt(a[0] if len(a) == 2 else a[2])
         tensors[path] = (mx.random.uniform(-bound, bound, a, key=key), mx.zeros(b))
     mx.eval(tensors)
-    return Adapter(tensors, dict.fromkeys(paths, scale))
+    return Adapter(tensors, {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths})
 
 
 def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:

@@ -152,7 +152,11 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     # Of a format that mlx-lm converts when it loads, the widths are not these.
     fast = fast and all(layer.query > 0 < layer.hidden for layer in layers)
     fast = fast and any(layer.key_value for layer in layers)
-    kinds = {kind for name, (kind, _) in loaded.items() if name.endswith("layernorm.weight")}
+    kinds = {
+        kind
+        for name, (kind, _) in loaded.items()
+        if re.search(r"embed_tokens\.(scales|weight)$", name)
+    }
     return ModelShape(
         family=family,
         fast=fast,
@@ -162,7 +166,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         linears=tuple(_linears_of(layer, widths) for layer in layers),
         widths=widths,
         bits=bits,
-        float_size=4 if kinds == {"F32"} else 2,
+        float_size=4 if "F32" in kinds else 2,
         tensors=loaded,
         max_length=text.get("max_position_embeddings"),
     )

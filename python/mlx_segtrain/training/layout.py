@@ -10,19 +10,23 @@ from ..schedule import Grads, Params
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each factor stands in the vector: stage, name and shape, in order."""
+    """Where each factor stands in the vector: stage, name, shape; every A, then every B."""
 
     entries: tuple[tuple[str, str, tuple[int, ...]], ...]
 
     @classmethod
     def of(cls, params: Params) -> "Layout":
-        return cls(
-            tuple(
-                (stage, name, tuple(own[name].shape))
-                for stage, own in params.items()
-                for name in sorted(own)
-            )
-        )
+        entries = [
+            (stage, name, tuple(own[name].shape))
+            for stage, own in params.items()
+            for name in sorted(own)
+        ]
+        return cls(tuple(sorted(entries, key=lambda entry: entry[1].endswith("lora_b"))))
+
+    @property
+    def first_b(self) -> int:
+        """Where the first B begins."""
+        return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
 
     def join(self, params: Params) -> mx.array:
         """The factors, or their gradients, as a float32 vector."""

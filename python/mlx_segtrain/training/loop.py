@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 
 from .. import events
 from ..adapters import write_adapter
@@ -23,6 +22,7 @@ from ..objectives import sft
 from ..schedule import Grads
 from .evaluation import mean_loss
 from .memory import Memory, process_peak
+from .optimizer import Optimizer
 from .setup import RunPlan, Setup, check_output, prepare, value_and_grad, with_params
 
 
@@ -126,6 +126,7 @@ def _run(
         while state.step < config.iters:
             started = time.perf_counter()
             accumulated = list(islice(source, config.grad_accumulation_steps))
+            rate = step.optimizer.rate
             vector, loss, norm = step(state.vector, accumulated)
             state.vector, state.step = vector, state.step + 1
             seconds = time.perf_counter() - started
@@ -136,7 +137,8 @@ def _run(
                 plan.set_limits()
                 progress = events.run_progress(state.step, config.iters)
                 tell(events.stage("setup", progress, f"over the budget, from now on {plan}"))
-            _report(config, state, tell, loss, norm, _count(setup.train, accumulated), seconds)
+            tokens = _count(setup.train, accumulated)
+            _report(config, state, tell, loss, norm, rate, tokens, seconds)
             last = state.step == config.iters
             if last or state.step % config.steps_per_eval == 0:
                 _evaluate(config, setup, state, tell)
@@ -177,13 +179,7 @@ class Stepper:
     def __init__(self, config: TrainConfig, setup: Setup, watch: Callable[[], None] | None = None):
         self.config, self.setup, self.watch = config, setup, watch
         self.follow(setup.plan)
-        self.optimizer = optim.AdamW(
-            learning_rate=config.learning_rate,
-            betas=[0.9, 0.999],
-            eps=1e-8,
-            weight_decay=config.weight_decay,
-            bias_correction=True,
-        )
+        self.optimizer = Optimizer(config, setup.layout)
 
     def follow(self, plan: RunPlan) -> None:
         """Takes the next steps by this plan."""
@@ -204,9 +200,7 @@ class Stepper:
         limit = self.config.grad_clip_norm
         if 0 < limit < norm:
             gradient = gradient * (limit / norm)
-        new = self.optimizer.apply_gradients({"factors": gradient}, {"factors": vector})["factors"]
-        mx.eval(new, self.optimizer.state)
-        return new, loss, norm
+        return self.optimizer(gradient, vector), loss, norm
 
     def gradient(self, vector: mx.array, accumulated: list[Batch]) -> tuple[float, mx.array]:
         """Loss and gradient of the mean token over all micro-batches."""
@@ -238,6 +232,7 @@ def _report(
     tell: events.OnEvent,
     loss: float,
     norm: float,
+    rate: float,
     tokens: int,
     seconds: float,
 ) -> None:
@@ -253,7 +248,7 @@ def _report(
             config.iters,
             loss=sum(state.losses[-since:]) / since,
             grad_norm=norm,
-            learning_rate=config.learning_rate,
+            learning_rate=rate,
             tokens_per_sec=tokens / seconds,
             step_s=seconds,
             peak_gb=state.memory.peak / 1e9,

@@ -93,7 +93,7 @@ def load_setup(
         num_layers=config.num_layers,
         model_dir=config.model_dir,
     )
-    adapter = lora.init(chain, ranks, config.scale, config.seed)
+    adapter = lora.init(chain, ranks, config.scale, config.seed, root=config.rs_lora)
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)

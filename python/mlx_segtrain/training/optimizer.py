@@ -1,0 +1,98 @@
+"""The optimizer of a run: one of MLX's over all factors, its learning rate on a schedule."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from ..config import TrainConfig
+from .layout import Layout
+
+#: By name: how it is made, and whether it decays weights by itself, apart from the gradient.
+OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
+    "adamw": (
+        lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),
+        True,
+    ),
+    "lion": (lambda c: optim.Lion(c.learning_rate, [0.9, 0.99], c.weight_decay), True),
+    "sgd": (lambda c: optim.SGD(c.learning_rate, momentum=0.9), False),
+    "adafactor": (
+        lambda c: optim.Adafactor(c.learning_rate, scale_parameter=False, relative_step=False),
+        False,
+    ),
+    "muon": (lambda c: optim.Muon(c.learning_rate, weight_decay=0.0), False),
+}
+#: Those that look at a factor as a matrix; to the others all are one vector.
+BY_MATRIX = ("adafactor", "muon")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of a step, counted from 0: warmup in a line, then the schedule down to a tenth of the peak.
+
+    With p the part of the steps behind the warmup: linear 1 − 0.9p; cosine 0.1 + 0.45(1 + cos πp);
+    wsd 1 up to p = 0.8, then in a line.
+    """
+    peak, warmup = config.learning_rate, config.warmup_iters
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    p = (step - warmup) / max(config.iters - warmup, 1)
+    if config.lr_schedule == "linear":
+        return peak * (1 - 0.9 * p)
+    if config.lr_schedule == "cosine":
+        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * p)))
+    if config.lr_schedule == "wsd":
+        return peak * (1 - 0.9 * max(0.0, p - 0.8) / 0.2)
+    return peak
+
+
+class Optimizer:
+    """Updates the vector of all factors. With `lora_plus_ratio` B's learning rate is that over A's.
+
+    Hayou et al. 2024, arXiv:2402.12354, on the ratio.
+    """
+
+    def __init__(self, config: TrainConfig, layout: Layout):
+        self.config, self.layout = config, layout
+        self.step = 0
+        make, self.decays = OPTIMIZERS[config.optimizer]
+        ratios = [1.0] if config.lora_plus_ratio == 1 else [1.0, config.lora_plus_ratio]
+        #: An optimizer for all, or for A and for B, and the multiplier of its rate.
+        self.parts = [(make(config), ratio) for ratio in ratios]
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.config, self.step)
+
+    def __call__(self, gradient: mx.array, vector: mx.array) -> mx.array:
+        """The vector after a step, evaluated."""
+        rate = self.rate
+        pieces = []
+        for (optimizer, ratio), g, p in zip(
+            self.parts, self._split(gradient), self._split(vector), strict=True
+        ):
+            optimizer.learning_rate = rate * ratio
+            if not self.decays:
+                keep = 1 - rate * ratio * self.config.weight_decay
+                p = {name: x * keep for name, x in p.items()}
+            new: dict[str, mx.array] = optimizer.apply_gradients(g, p)
+            pieces += [x.reshape(-1) for x in new.values()]
+        new_vector = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+        mx.eval(new_vector, [optimizer.state for optimizer, _ in self.parts])
+        self.step += 1
+        return new_vector
+
+    def _split(self, vector: mx.array) -> list[dict[str, Any]]:
+        """The vector by part, each as it is or as matrices by name, in the vector's order."""
+        border = self.layout.first_b
+        if self.config.optimizer not in BY_MATRIX:
+            if len(self.parts) == 1:
+                return [{"factors": vector}]
+            return [{"factors": vector[:border]}, {"factors": vector[border:]}]
+        named = [(name, x) for own in self.layout.split(vector).values() for name, x in own.items()]
+        named.sort(key=lambda item: item[0].endswith("lora_b"))
+        if len(self.parts) == 1:
+            return [dict(named)]
+        return [dict(i for i in named if i[0].endswith(end)) for end in ("lora_a", "lora_b")]
