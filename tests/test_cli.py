@@ -32,6 +32,7 @@ TRAINED = training.TrainResult(
     process_gb=3.0,
     applied_ranks={},
     interrupted=False,
+    stopped_early=False,
 )
 
 
@@ -132,6 +133,8 @@ def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -
         "segment_size": 2,
         "memory_budget_gb": 20.5,
         "save_checkpoints": True,
+        "early_stopping_patience": 3,
+        "keep_best": True,
         "train_on": "last",
         "append_eos": False,
         "overwrite": True,

@@ -57,6 +57,8 @@ def test_defaults_are_those_of_the_reference() -> None:
         "segment_size": "auto",
         "memory_budget_gb": "auto",
         "save_checkpoints": False,
+        "early_stopping_patience": 0,
+        "keep_best": False,
         "train_on": "assistant",
         "append_eos": True,
         "overwrite": False,

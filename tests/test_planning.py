@@ -74,6 +74,18 @@ def test_bits_of_each_linear_are_read_from_config_and_headers(llama_mixed):
     assert set(ranks_of(shape, target_modules=["q_proj", "down_proj"], **how).values()) == {4, 8}
 
 
+def test_targets_by_path_and_all_of_them(llama4):
+    shape = read_shape(llama4)
+    how = {"rank": 4, "rank_scaling": "constant", "num_layers": -1}
+    paths = {path for layer in shape.linears for path in layer}
+    assert len(paths) == 7 * len(shape.layers)
+    assert ranks_of(shape, target_modules=["all-linear"], **how).keys() == paths
+    one = "model.layers.1.mlp.up_proj"
+    assert ranks_of(shape, target_modules=[one], **how) == {one: 4}
+    last = ranks_of(shape, target_modules=["all-linear"], **{**how, "num_layers": 1})
+    assert last.keys() == set(shape.linears[-1])
+
+
 def test_other_towers_are_not_counted_and_unknown_families_are_not_predicted():
     model = tiny_models.build("gemma3_text")
     config = tiny_models.config("gemma3_text")

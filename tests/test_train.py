@@ -355,3 +355,46 @@ def test_files_are_written_aside_and_renamed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(InputError):
         adapters.read_adapter(tmp_path / "nothing", None)
+
+
+def losses_of(monkeypatch, losses):
+    """Evaluations that give these losses, the last one again and again."""
+    left = list(losses)
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+
+
+def test_early_stopping_counts_evaluations_without_a_lower_loss(
+    llama4, data, tmp_path, monkeypatch
+):
+    losses_of(monkeypatch, [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.1])
+    options = {"iters": 40, "steps_per_eval": 2, "early_stopping_patience": 3, "keep_best": True}
+    seen = []
+    result = train(config_of(llama4, data, tmp_path / "a", **options), seen.append)
+    # The first is before any step; 3.0 at step 6, and 3.0 once more is not lower.
+    assert (result.best_step, result.best_val_loss, result.steps) == (6, 3.0, 12)
+    assert result.stopped_early and not result.interrupted
+    best = mx.load(str(tmp_path / "a/best/adapters.safetensors"))
+    last = mx.load(str(tmp_path / "a/adapters.safetensors"))
+    assert best.keys() == last.keys() and any(not mx.array_equal(best[k], last[k]) for k in best)
+
+    losses_of(monkeypatch, [5.0, 6.0])
+    options |= {"iters": 6, "overwrite": True, "keep_best": False}
+    again = train(config_of(llama4, data, tmp_path / "a", **options))
+    assert not again.stopped_early and again.steps == 6  # the last evaluation ends nothing
+    assert not (tmp_path / "a/best").exists()
+
+
+def test_the_best_adapter_is_that_of_its_step(llama4, data, tmp_path, monkeypatch):
+    losses_of(monkeypatch, [5.0, 4.0, 4.5])
+    options = {"steps_per_eval": 3, "keep_best": True}
+    train(config_of(llama4, data, tmp_path / "a", iters=9, **options))
+    train(config_of(llama4, data, tmp_path / "b", iters=3))
+    first, second = ((tmp_path / x / "adapters.safetensors").read_bytes() for x in ("a/best", "b"))
+    assert first == second
+
+
+@pytest.mark.parametrize("option", [{"keep_best": True}, {"early_stopping_patience": 1}])
+def test_options_that_need_a_validation_set_say_so(option, llama4, tmp_path):
+    data = write_rows(tmp_path / "data", 4)
+    with pytest.raises(InputError, match="needs a validation loss"):
+        train(config_of(llama4, data, tmp_path / "a", **option))

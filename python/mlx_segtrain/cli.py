@@ -247,6 +247,8 @@ def _train(args: argparse.Namespace) -> int:
         result = train(config, show)
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
     state = "interrupted after" if result.interrupted else "trained"
+    if result.stopped_early:
+        state = "no lower validation loss any more: stopped after"
     print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     print(f"adapter          {result.adapter_path}")
     print(f"training loss    {result.final_train_loss:.4f}")

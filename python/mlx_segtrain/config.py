@@ -85,7 +85,7 @@ class TrainConfig(BaseModel):
     target_modules: Annotated[list[Name], AfterValidator(_distinct)] = Field(
         PROJECTIONS,
         min_length=1,
-        description="Linears that get an adapter, by the end of their path.",
+        description="Linears that get an adapter, by the end of their path; or all-linear.",
     )
     num_layers: LayerCount = Field(
         -1, description="Layers that get adapters, counted from the last one; -1 is all."
@@ -131,6 +131,12 @@ class TrainConfig(BaseModel):
     )
     save_checkpoints: bool = Field(
         False, description="Keep a complete adapter directory of every evaluation."
+    )
+    early_stopping_patience: Int = Field(
+        0, ge=0, description="Evaluations without a lower loss that end the run; 0 is never."
+    )
+    keep_best: bool = Field(
+        False, description="Keep the adapter of the lowest validation loss in adapter_path/best."
     )
     train_on: Literal["assistant", "last"] = Field(
         "assistant",

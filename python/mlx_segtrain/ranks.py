@@ -7,6 +7,9 @@ from pathlib import Path
 
 from .errors import InputError
 
+#: The target that means every linear of a layer.
+ALL = "all-linear"
+
 
 def choose_ranks(
     layers: Sequence[Sequence[str]],
@@ -19,6 +22,8 @@ def choose_ranks(
     model_dir: Path,
 ) -> dict[str, int]:
     """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
+
+    A target may be a whole path, or "all-linear".
 
     `layers` are the paths of each layer's linears, `bits` those of the quantized ones.
     `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
@@ -38,6 +43,8 @@ def choose_ranks(
     median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
     for target in target_modules:
         found = [path for path in paths if path == target or path.endswith("." + target)]
+        if target == ALL:
+            found = paths
         if not found:
             names = sorted({path.rsplit(".", 1)[-1] for path in paths})
             raise InputError(

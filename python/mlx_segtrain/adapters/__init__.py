@@ -28,7 +28,10 @@ __all__ = ["WEIGHTS", "holds_run", "read_adapter", "write_adapter"]
 
 WEIGHTS = "adapters.safetensors"
 UNPADDED = "adapters_unpadded.safetensors"
-RUN_FILES = (WEIGHTS, "adapter_config.json", "metrics.jsonl", "metrics.json", "checkpoints")
+RUN_FILES = (
+    *(WEIGHTS, "adapter_config.json", "metrics.jsonl", "metrics.json"),
+    *("checkpoints", "best"),
+)
 
 
 def holds_run(path: Path) -> bool:

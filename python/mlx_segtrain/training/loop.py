@@ -48,6 +48,7 @@ class TrainResult:
     process_gb: float
     applied_ranks: dict[str, int]
     interrupted: bool
+    stopped_early: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ class State:
     vals: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     train_s: float = 0.0
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """Step and loss of the evaluation with the lowest loss, the first if several have it."""
+        return min(self.vals, key=lambda v: v["loss"], default=None)
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations behind that one."""
+        best = self.best
+        return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
 
 
 def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainResult:
@@ -120,7 +132,7 @@ def _run(
     plan = setup.plan
     tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
     begin = time.perf_counter()
-    interrupted = False
+    interrupted = stopped_early = False
     try:
         _evaluate(config, setup, state, tell)
         while state.step < config.iters:
@@ -142,6 +154,9 @@ def _run(
             last = state.step == config.iters
             if last or state.step % config.steps_per_eval == 0:
                 _evaluate(config, setup, state, tell)
+                if 0 < config.early_stopping_patience <= state.since_best and not last:
+                    stopped_early = True
+                    break
     except KeyboardInterrupt:
         interrupted = True
     except FloatingPointError:
@@ -149,7 +164,7 @@ def _run(
         raise
     _save(config, setup, state, tell)
 
-    best = min(state.vals, key=lambda v: v["loss"], default=None)
+    best = state.best
     result = TrainResult(
         adapter_path=config.adapter_path,
         steps=state.step,
@@ -165,6 +180,7 @@ def _run(
         process_gb=process_peak() / 1e9,
         applied_ranks=_adapter(setup, state).ranks,
         interrupted=interrupted,
+        stopped_early=stopped_early,
     )
     if config.save_checkpoints:
         _write_metrics(config, state, result)
@@ -273,6 +289,8 @@ def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEv
         tokens = setup.valid.supervised_tokens
         tell(events.val_metric(state.step, config.iters, loss=loss, tokens=tokens))
         state.memory.measure()  # an evaluation's memory is not the next step's
+    if config.keep_best and state.step > 0 and state.since_best == 0:
+        write_adapter(config.adapter_path / "best", _adapter(setup, state), config)
     if config.save_checkpoints and state.step > 0:
         name = f"step-{state.step:05d}" + (f"-val{loss:.4f}" if loss is not None else "")
         progress = events.run_progress(state.step, config.iters)
@@ -294,7 +312,8 @@ def _metrics_file(config: TrainConfig) -> IO[str]:
     """metrics.jsonl of the new run, after what an overwritten one left behind is gone."""
     path = config.adapter_path
     path.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", "best"):
+        shutil.rmtree(path / folder, ignore_errors=True)
     (path / "metrics.json").unlink(missing_ok=True)
     metrics = open(path / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
     meta = {"type": "meta", "ts": events.now(), "config": json.loads(config.model_dump_json())}

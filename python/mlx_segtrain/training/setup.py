@@ -70,6 +70,12 @@ def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.ar
         train_on=config.train_on,
         append_eos=config.append_eos,
     )
+    for option in ("early_stopping_patience", "keep_best"):
+        if valid is None and getattr(config, option):
+            raise InputError(
+                f"{option} needs a validation loss, and {config.data_dir} has no valid.jsonl: add "
+                "one, or leave the option out."
+            )
     plan = plan_run(config, longest_batch(train, config))
     on_event(events.stage("setup", 0.02, str(plan)))
     setup, vector = load_setup(config, plan, train, valid, tokenizer)
