@@ -10,9 +10,9 @@ import mlx.core as mx
 from .. import _core
 from .costs import CPU, CUDA, METAL, Device
 
-#: Left to others on the same memory: the desktop on a Mac, the interpreter and libraries elsewhere.
+#: Left to others on the same memory; on a CPU the interpreter and its libraries share it besides.
 MARGIN = 0.05
-INTERPRETER = 1 << 30
+INTERPRETER = 1 << 29
 
 
 def device() -> Device:
