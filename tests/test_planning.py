@@ -560,6 +560,25 @@ def test_weights_of_another_format_are_not_predicted(llama4):
         for name, entry in read_shape(llama4).tensors.items()
     }
     assert not shape_of(config, other).fast
+    halves = {
+        name: ("F8_E4M3", shape) if name.endswith("q_proj.weight") else (kind, shape)
+        for name, (kind, shape) in read_shape(llama4).tensors.items()
+    }
+    assert not shape_of(config, halves).fast
+
+
+def test_a_model_that_loads_otherwise_than_planned_runs_as_the_generic_ones(
+    llama4, data, tmp_path, monkeypatch
+):
+    from mlx_segtrain import models
+    from mlx_segtrain.models import generic
+
+    train(config_of(llama4, data, tmp_path / "a", iters=2))
+    monkeypatch.setattr(setup, "chain_of", generic.chain_of)
+    result = train(config_of(llama4, data, tmp_path / "b", iters=2))
+    assert models.chain_of is not generic.chain_of and result.planned_gb is None
+    names = [mx.load(str(tmp_path / x / "adapters.safetensors")).keys() for x in "ab"]
+    assert names[0] == names[1]
 
 
 def test_the_picture(llama4, tmp_path):

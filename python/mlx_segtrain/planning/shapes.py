@@ -149,7 +149,9 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     width, vocabulary = embedding
     fast = family in FAST and inner.get("model_type", family) in FAST and len(prefixes) == 1
     layers = _layers(text, prefixes.pop(), len(numbers), widths, loaded) if fast else ()
-    # Of a format that mlx-lm converts when it loads, the widths are not these.
+    # Of a format that mlx-lm converts when it loads, widths and sizes are not these.
+    weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
+    fast = fast and weights <= {"U32", *FLOATS, "F32"}
     fast = fast and all(layer.query > 0 < layer.hidden for layer in layers)
     fast = fast and any(layer.key_value for layer in layers)
     kinds = {

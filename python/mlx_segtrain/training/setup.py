@@ -1,7 +1,7 @@
 """From a configuration to all that a run needs; every check before anything is written."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from ..models import Chain, chain_of, load_model, load_tokenizer
 from ..objectives import sft
 from ..planning import BatchShape
 from ..planning.run import RunPlan, plan_run
-from ..schedule import Cuts, Grads, Stage
+from ..schedule import Grads, Stage
 from ..stages import PAD_MULTIPLE, TRIM_MULTIPLE
 from .layout import Layout
 
@@ -91,6 +91,9 @@ def load_setup(
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
+    stages = sum(map(len, chain.layers))
+    if plan.planned is not None and plan.planned.cuts.segments[-1] != stages:
+        plan = replace(plan, planned=None)  # the family takes the generic path after all
     ranks = lora.choose_ranks(
         chain,
         rank=config.rank,
@@ -128,9 +131,8 @@ def longest_batch(data: Dataset, config: TrainConfig) -> BatchShape:
 
 def value_and_grad(setup: Setup, plan: RunPlan, watch: Callable[[], None] | None = None) -> Any:
     """step(params, values) → ((loss,), grads) of this run's model and objective by a plan."""
-    n = sum(map(len, setup.chain.layers))
-    if plan.planned is not None and plan.planned.cuts.segments[-1] == n:
-        cuts: Cuts = plan.planned.cuts
+    if plan.planned is not None:
+        cuts = plan.planned.cuts
     else:
         cuts = setup.chain.cuts(1 if plan.size is None else plan.size)
     return sft.value_and_grad(setup.chain, setup.stages, cuts, watch)
