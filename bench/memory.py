@@ -19,52 +19,21 @@ import step as steps
 def cell(model, shape, vocabulary, length, loss, kind, n_steps):
     """(plan, best s, measured peak, measured peak of each move of the last step)."""
     import mlx.core as mx
-    import mlx.optimizers as optim
-    import numpy as np
-
-    from mlx_segtrain import lora
-    from mlx_segtrain.data import Batch
-    from mlx_segtrain.models import chain_of
-    from mlx_segtrain.objectives import sft
-    from mlx_segtrain.training.layout import Layout
 
     rows = round(length * loss)
     plan = steps.plan_of(shape, kind, length, rows)
-    chain = chain_of(model)
-    adapter = lora.init(chain, steps.ranks_of(shape), 1.0, 0)
-    params = lora.stage_params(chain, adapter)
-    layout = Layout.of(params)
-    vector = layout.join(params)
-    mx.eval(vector)
-    scales = adapter.scales
-    del adapter, params
-    row = steps.tokens(length, vocabulary)
-    weights = np.ones(row.shape, np.float32)
-    weights[:, : length - rows + 1] = 0
-    batch = Batch(row, weights, np.arange(1))
     peaks, times, peak = [], [], 0
 
     def watch():
         peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
 
-    stages = chain.stages(scales)
-    value_and_grad = sft.value_and_grad(chain, stages, plan.cuts, watch)
-    optimizer = optim.AdamW(1e-4, bias_correction=True)
-    mx.set_memory_limit(plan.limit)
+    step = steps.training_step(model, vocabulary, shape, plan, length, rows, watch)
     for _ in range(n_steps):
         peaks.clear()
-        mx.clear_cache()
-        mx.reset_peak_memory()
+        steps.reset_peak()
         begin = time.perf_counter()
-        values = sft.values(chain, batch, float(weights.sum()))
-        (value,), grads = value_and_grad(layout.split(vector), values)
-        gradient = {"factors": layout.join(grads)}
-        del grads
-        vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
-        del gradient
-        mx.eval(vector, optimizer.state, value)
-        del values, value
+        step()
         times.append(time.perf_counter() - begin)
         peak = max([peak, mx.get_peak_memory(), *peaks])
     return plan, min(times), peak, peaks

@@ -134,10 +134,9 @@ def ranks_of(shape):
 def plan_of(shape, kind, length, rows):
     """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
     from mlx_segtrain import planning
-    from mlx_segtrain.stages import TRIM_MULTIPLE
+    from mlx_segtrain.stages import trim_start
 
-    trimmed = length - (length - rows) // TRIM_MULTIPLE * TRIM_MULTIPLE
-    batch = planning.BatchShape(1, length, trimmed, rows)
+    batch = planning.BatchShape(1, length, length - trim_start(length - rows), rows)
     what = (shape, batch, ranks_of(shape), planning.device())
     if kind.isdecimal():
         return planning.named(*what, int(kind))
@@ -174,7 +173,8 @@ def reset_peak():
         mx.reset_peak_memory()
 
 
-def segtrain(args, variant):
+def training_step(model, vocabulary, shape, plan, length, rows, watch=None):
+    """A function that takes a whole step by a plan, optimizer included; the last rows count."""
     import mlx.core as mx
     import mlx.optimizers as optim
     import numpy as np
@@ -185,35 +185,43 @@ def segtrain(args, variant):
     from mlx_segtrain.objectives import sft
     from mlx_segtrain.training.layout import Layout
 
-    model, vocabulary = load(args.model)
     chain = chain_of(model)
-    ranks = {path: RANK for path in chain.linears if path.endswith(tuple(SUFFIXES))}
-    adapter = lora.init(chain, ranks, SCALE, 0)
+    adapter = lora.init(chain, ranks_of(shape), SCALE, 0)
     stages = chain.stages(adapter.scales)
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
     del adapter, params
-    row = tokens(args.length, vocabulary)
+    row = tokens(length, vocabulary)
     weights = np.ones(row.shape, np.float32)
-    weights[:, : prompt(args) + 1] = 0
+    weights[:, : length - rows + 1] = 0
     batch = Batch(row, weights, np.arange(1))
-    rows = args.length - prompt(args)
-    plan = plan_of(shape_of(args.model, model), variant or "auto", args.length, rows)
-    value_and_grad = sft.value_and_grad(chain, stages, plan.cuts)
-    mx.set_memory_limit(plan.limit)
+    value_and_grad = sft.value_and_grad(chain, stages, plan.cuts, watch)
     optimizer = optim.AdamW(1e-4, bias_correction=True)
-    resting = mx.get_active_memory()
+    mx.set_memory_limit(plan.limit)
 
     def step():
         nonlocal vector
         values = sft.values(chain, batch, float(weights.sum()))
         (loss,), grads = value_and_grad(layout.split(vector), values)
         gradient = {"factors": layout.join(grads)}
+        del grads
         vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
+        del gradient
         mx.eval(vector, optimizer.state, loss)
 
+    return step
+
+
+def segtrain(args, variant):
+    import mlx.core as mx
+
+    model, vocabulary = load(args.model)
+    shape, rows = shape_of(args.model, model), args.length - prompt(args)
+    plan = plan_of(shape, variant or "auto", args.length, rows)
+    step = training_step(model, vocabulary, shape, plan, args.length, rows)
+    resting = mx.get_active_memory()
     first, times = timed(step, args.steps)
     return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
 

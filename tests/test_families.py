@@ -161,10 +161,10 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
     family, overrides = FAST[name]
     chain = chain_of(tiny_models.build(family, **overrides))
     adapter, batch = adapter_of(chain), batch_of(rows, prompt=8)
-    monkeypatch.setattr(sft, "TRIM_MULTIPLE", 64)
+    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 64)
     loss, grads = run(chain, adapter, batch)
     for multiple, left in (1, 12), (3, 14):
-        monkeypatch.setattr(sft, "TRIM_MULTIPLE", multiple)
+        monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", multiple)
         for size in (1, 2, 0):
             got, got_grads = run(chain, adapter, batch, size)
             assert abs(got - loss) < 1e-6 * abs(loss)
@@ -180,7 +180,7 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
 
 def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
     """Of 6 layers the last 3 have no keys of their own, and layer 2 needs its own of all rows."""
-    monkeypatch.setattr(sft, "TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
     family, overrides = FAST["gemma4-E4B"]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -342,7 +342,7 @@ SAVED_CALLS = [("attention_forward", False), ("attention", True), ("attention", 
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
 def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
     """Half layers, groups that are run forward again, cuts between a donor and its four readers."""
-    monkeypatch.setattr(sft, "TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
     types = ["full_attention", *["sliding_attention"] * 5]
     shared = {"num_kv_shared_layers": 4, "layer_types": types}
     family, overrides = FAST[name]

@@ -62,18 +62,25 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
         assert a_or_b.dtype == mx.float32 and mx.isfinite(a_or_b).all()
 
 
+def assert_same_in_mlx_lm(model_dir, adapter, apart):
+    """Stock mlx-lm with the adapter has our logits, which are `apart` from the base's. Returns
+    tokens and these logits."""
+    tokens = mx.array([[1, 5, 9, 200, 17, 33]])
+    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
+    own, _ = mlx_segtrain.load(model_dir, adapter)
+    base, _ = mlx_segtrain.load(model_dir)
+    assert_close("logits", own(tokens), stock(tokens), 1e-5)
+    assert mx.abs(base(tokens) - stock(tokens)).max() > apart
+    return tokens, stock(tokens)
+
+
 @pytest.mark.parametrize("fixture", ["llama4", "llama_mixed"])
 def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, tmp_path, request):
     """llama_mixed has 4 and 8 bits, so by_bits gives two ranks, which mlx-lm does not know."""
     model_dir = request.getfixturevalue(fixture)
     result = train(config_of(model_dir, data, tmp_path / "a", scale=2.0))
     assert set(result.applied_ranks.values()) == ({4, 8} if fixture == "llama_mixed" else {4})
-    tokens = mx.array([[1, 5, 9, 200, 17, 33]])
-    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path / "a"))
-    own, _ = mlx_segtrain.load(model_dir, tmp_path / "a")
-    base, _ = mlx_segtrain.load(model_dir)
-    assert_close("logits", own(tokens), stock(tokens), 1e-5)
-    assert mx.abs(base(tokens) - stock(tokens)).max() > 1e-2
+    tokens, stock = assert_same_in_mlx_lm(model_dir, tmp_path / "a", apart=1e-2)
     # The training forward gives the same logits.
     model, _, _ = load_base(model_dir)
     chain = chain_of(model)
@@ -84,7 +91,7 @@ def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, t
     values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
     h = mlx_segtrain.schedule.forward(stages, params, values)["h"]
     logits = chain.head.logits(h)
-    assert_close("training forward", logits, stock(tokens), 1e-5)
+    assert_close("training forward", logits, stock, 1e-5)
 
 
 def test_generate_with_the_adapter(llama4, data, tmp_path):

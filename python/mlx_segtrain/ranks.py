@@ -4,7 +4,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from .config import TrainConfig
 from .errors import InputError
 
 #: The target that means every linear of a layer.
@@ -63,6 +65,12 @@ def choose_ranks(
                 factor = 1.0
             ranks[path] = max(2, math.ceil(rank * factor))
     return dict(sorted(ranks.items()))
+
+
+def asked(config: TrainConfig) -> dict[str, Any]:
+    """What a configuration says of ranks, as choose_ranks takes it."""
+    names = ("rank", "rank_scaling", "target_modules", "num_layers", "model_dir")
+    return {name: getattr(config, name) for name in names}
 
 
 def _sensitivities(model_dir: Path) -> dict[str, float]:

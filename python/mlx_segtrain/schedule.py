@@ -55,9 +55,15 @@ class Cuts:
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
         """n stages in segments of `size` (0: one segment), each a group."""
+        return cls.by_layer(range(1, n + 1), size)
+
+    @classmethod
+    def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
+        """Layers that end behind these stages in segments of `size` (0: one), each a group."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
-        segments = tuple(min(end, n) for end in range(size, n + size, size)) if size else (n,)
+        step = size or max(1, len(ends))
+        segments = (*ends[step - 1 : len(ends) - 1 : step], *ends[-1:])
         return cls(segments, tuple(range(1, len(segments) + 1)))
 
 

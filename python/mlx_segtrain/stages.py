@@ -11,6 +11,16 @@ PAD_MULTIPLE = 32
 HEAD_READS = ("h", "rows", "targets", "weights")
 
 
+def padded(width: int, batch_size: int) -> int:
+    """The width of a batch whose longest row has `width` tokens."""
+    return width if batch_size == 1 else -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def trim_start(first: int) -> int:
+    """The position from which a chain that trims runs, if the first one with a loss is `first`."""
+    return first // TRIM_MULTIPLE * TRIM_MULTIPLE
+
+
 def kv_names(layer: str) -> list[str]:
     """Boundary values that hold the keys and values of a layer."""
     return [f"keys of {layer}", f"values of {layer}"]

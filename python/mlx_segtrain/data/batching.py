@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_segtrain.data.dataset import Dataset
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.stages import PAD_MULTIPLE
+from mlx_segtrain.stages import padded
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _batches(dataset: Dataset, batch_size: int, seed: int, start: int) -> Iterat
     epoch, skip = divmod(start, per_epoch)
     while True:
         for rows in _epoch(dataset, batch_size, seed, epoch)[skip:]:
-            yield _batch(dataset, rows, batch_size > 1)
+            yield _batch(dataset, rows, batch_size)
         epoch, skip = epoch + 1, 0
 
 
@@ -59,13 +59,11 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
     """Every row once, in the order of the file; the last batch may have fewer rows."""
     for start in range(0, len(dataset.rows), batch_size):
         rows = np.arange(start, min(start + batch_size, len(dataset.rows)))
-        yield _batch(dataset, rows, batch_size > 1)
+        yield _batch(dataset, rows, batch_size)
 
 
-def _batch(dataset: Dataset, rows: np.ndarray, pad: bool) -> Batch:
-    width = max(len(dataset.rows[i].ids) for i in rows)
-    if pad:
-        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> Batch:
+    width = padded(max(len(dataset.rows[i].ids) for i in rows), batch_size)
     tokens = np.full((len(rows), width), dataset.pad_id, np.int32)
     weights = np.zeros((len(rows), width), np.float32)
     for b, i in enumerate(rows):

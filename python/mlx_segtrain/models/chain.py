@@ -48,5 +48,4 @@ class Chain:
     def cuts(self, size: int) -> Cuts:
         """Segments of `size` layers; 0: one segment."""
         ends = [sum(map(len, self.layers[: i + 1])) for i in range(len(self.layers))]
-        behind = tuple(ends[end - 1] for end in Cuts.every(len(ends), size).segments)
-        return Cuts(behind, tuple(range(1, len(behind) + 1)))
+        return Cuts.by_layer(ends, size)

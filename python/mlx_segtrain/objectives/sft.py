@@ -9,7 +9,7 @@ import numpy as np
 from ..data import Batch
 from ..models import Chain
 from ..schedule import Cuts, Stage, segmented_value_and_grad
-from ..stages import HEAD_READS, TRIM_MULTIPLE
+from ..stages import HEAD_READS, trim_start
 
 
 def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
@@ -22,7 +22,7 @@ def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
     tokens, weights = batch.tokens, batch.weights[:, 1:]
     b, t = np.nonzero(weights)
     length = weights.shape[1]
-    first = int(t.min()) // TRIM_MULTIPLE * TRIM_MULTIPLE if chain.trims and t.size else 0
+    first = trim_start(int(t.min())) if chain.trims and t.size else 0
     return {
         **chain.start(mx.array(tokens[:, :-1])),
         "positions": mx.arange(first, length),

@@ -154,9 +154,7 @@ def named(
 ) -> Planned:
     """The plan of `segment_size: size`."""
     costs = costs_of(model, batch, ranks, device)
-    n = len(model.layers)
-    ends = [2 * min(end, n) for end in range(size, n + size, size)] if size else [2 * n]
-    cuts = _core.Cuts(ends, list(range(1, len(ends) + 1)))
+    cuts = Cuts.by_layer(costs.layers, size)
     return planned(costs, cuts, overshoot(model, batch, device))
 
 

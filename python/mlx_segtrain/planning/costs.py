@@ -12,8 +12,6 @@ from .. import _core
 from ..stages import HEAD_READS, MLP_ROWS, kv_names
 from .shapes import LayerShape, ModelShape
 
-INPUTS = ("h", "tokens", "positions", "rows", "targets", "weights")
-
 
 @dataclass(frozen=True)
 class Device:
@@ -74,9 +72,9 @@ def costs_of(
         "h": n * model.width * device.size,
         "tokens": 4 * n,
         "positions": 4 * batch.trimmed,
-        **dict.fromkeys(("rows", "targets", "weights"), 4 * batch.loss),
+        **dict.fromkeys(HEAD_READS[1:], 4 * batch.loss),
     }
-    inputs = [name for name in INPUTS if name != "tokens" or per_layer]
+    inputs = ["h", *(["tokens"] if per_layer else []), "positions", *HEAD_READS[1:]]
     head, head_work = _head(model, batch, device)
     widest = max(layer.hidden for layer in model.layers)
     ahead = 0 if device.gpu else (4 << 20) + 7 * batch.rows * batch.trimmed * widest

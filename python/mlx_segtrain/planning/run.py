@@ -12,7 +12,8 @@ import mlx.core as mx
 from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError
-from ..stages import PAD_MULTIPLE, TRIM_MULTIPLE
+from ..ranks import asked
+from ..stages import padded, trim_start
 from . import Planned, choose, longest, named, ranks_of
 from .budget import budget_bytes, device
 from .costs import BatchShape, Device, costs_of
@@ -93,12 +94,10 @@ class RunPlan:
 
 def full_batch(config: TrainConfig, loss: float = 1.0) -> BatchShape:
     """Rows of max_seq_length, of each of which the last part `loss` is trained."""
-    width = config.max_seq_length
-    if config.batch_size > 1:
-        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
-    length = width - 1  # the last token is only predicted
+    # The last token is only predicted.
+    length = padded(config.max_seq_length, config.batch_size) - 1
     part = max(1, round(length * loss))
-    trimmed = length - (length - part) // TRIM_MULTIPLE * TRIM_MULTIPLE
+    trimmed = length - trim_start(length - part)
     accumulates = config.grad_accumulation_steps > 1
     return BatchShape(config.batch_size, length, trimmed, config.batch_size * part, accumulates)
 
@@ -112,16 +111,7 @@ def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
             f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
             f"{shape.max_length} tokens: lower it."
         )
-    ranks: dict[str, int] = {}
-    if shape.fast:
-        ranks = ranks_of(
-            shape,
-            model_dir=config.model_dir,
-            rank=config.rank,
-            rank_scaling=config.rank_scaling,
-            target_modules=config.target_modules,
-            num_layers=config.num_layers,
-        )
+    ranks = ranks_of(shape, **asked(config)) if shape.fast else {}
     given = config.memory_budget_gb
     budget = budget_bytes(None if given == "auto" else given)
     size = None if config.segment_size == "auto" else config.segment_size

@@ -91,8 +91,8 @@ class Optimizer:
             if len(self.parts) == 1:
                 return [{"factors": vector}]
             return [{"factors": vector[:border]}, {"factors": vector[border:]}]
-        named = [(name, x) for own in self.layout.split(vector).values() for name, x in own.items()]
-        named.sort(key=lambda item: item[0].endswith("lora_b"))
+        factors = self.layout.split(vector)
+        named = [(name, factors[stage][name]) for stage, name, _ in self.layout.entries]
         if len(self.parts) == 1:
             return [dict(named)]
         return [dict(i for i in named if i[0].endswith(end)) for end in ("lora_a", "lora_b")]

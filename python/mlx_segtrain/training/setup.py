@@ -17,8 +17,9 @@ from ..models import Chain, chain_of, load_model, load_tokenizer
 from ..objectives import sft
 from ..planning import BatchShape
 from ..planning.run import RunPlan, plan_run
+from ..ranks import asked
 from ..schedule import Grads, Stage
-from ..stages import PAD_MULTIPLE, TRIM_MULTIPLE
+from ..stages import padded, trim_start
 from .layout import Layout
 
 
@@ -91,17 +92,9 @@ def load_setup(
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
-    stages = sum(map(len, chain.layers))
-    if plan.planned is not None and plan.planned.cuts.segments[-1] != stages:
+    if plan.planned is not None and plan.planned.cuts.segments[-1] != sum(map(len, chain.layers)):
         plan = replace(plan, planned=None)  # the family takes the generic path after all
-    ranks = lora.choose_ranks(
-        chain,
-        rank=config.rank,
-        rank_scaling=config.rank_scaling,
-        target_modules=config.target_modules,
-        num_layers=config.num_layers,
-        model_dir=config.model_dir,
-    )
+    ranks = lora.choose_ranks(chain, **asked(config))
     adapter = lora.init(chain, ranks, config.scale, config.seed, root=config.rs_lora)
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
@@ -113,17 +106,14 @@ def load_setup(
 
 def longest_batch(data: Dataset, config: TrainConfig) -> BatchShape:
     """One as large as any of the data's in every respect."""
-    width = max(len(row.ids) for row in data.rows)
-    if config.batch_size > 1:
-        width = -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
-    length = width - 1  # the last token is only predicted
+    # The last token is only predicted.
+    length = padded(max(len(row.ids) for row in data.rows), config.batch_size) - 1
     trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
     first = min((int(t[0]) for t in trained if t.size), default=0)
-    first -= first % TRIM_MULTIPLE
     return BatchShape(
         rows=config.batch_size,
         length=length,
-        trimmed=length - first,
+        trimmed=length - trim_start(first),
         loss=config.batch_size * max(t.size for t in trained),
         accumulates=config.grad_accumulation_steps > 1,
     )
