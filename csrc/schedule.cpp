@@ -269,7 +269,7 @@ class Runner {
   const std::vector<Arrays>& params_;
   const Arrays& head_params_;
   const Wait& wait_;
-  std::vector<Arrays> saved_;  ///< by stage, from its first run to its backward pass
+  std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::map<int, std::optional<mx::Dtype>> dtypes_;
