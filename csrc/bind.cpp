@@ -159,7 +159,8 @@ NB_MODULE(_core, m) {
       "run_plan",
       [](const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
          const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const Arrays& head_params, const Arrays& inputs, const std::optional<std::function<void()>>& watch) {
+         const std::vector<int>& owners, const Arrays& head_params, const Arrays& inputs,
+         const std::optional<std::function<void()>>& watch) {
         // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
         // mx.custom_function) takes it for granted.
         auto wait = [&watch](const Arrays& made) {
@@ -169,9 +170,10 @@ NB_MODULE(_core, m) {
           }
           if (watch && !made.empty()) (*watch)();
         };
-        return run_plan(plan, stages, fns, head, head_reads, params, head_params, inputs, wait);
+        return run_plan(plan, stages, fns, head, head_reads, params, owners, head_params, inputs, wait);
       },
-      "plan"_a, "stages"_a, "fns"_a, "head"_a, "head_reads"_a, "params"_a, "head_params"_a, "inputs"_a,
-      "watch"_a = nb::none(),
-      "Runs a plan over callables (params, reads) → writes. `watch` is called when a move is through.");
+      "plan"_a, "stages"_a, "fns"_a, "head"_a, "head_reads"_a, "params"_a, "owners"_a, "head_params"_a,
+      "inputs"_a, "watch"_a = nb::none(),
+      "Runs a plan over callables (params, reads) → writes; a stage has the params of its owner. `watch` is "
+      "called when a move is through.");
 }

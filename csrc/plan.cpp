@@ -159,7 +159,10 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
           return std::find(reader.reads.begin(), reader.reads.end(), v) != reader.reads.end();
         });
       });
-      plan.moves.push_back(move);
+      // What no segment of the group reads again need not run, unless something is saved in it.
+      const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
+                                     [&](int stage) { return stage >= move.begin && stage < move.end; });
+      if (!move.writes.empty() || saves) plan.moves.push_back(move);
     }
     for (int i = group->end - 1; i >= group->begin; --i) backward(i);
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <set>
 #include <stdexcept>
@@ -27,11 +28,21 @@ class Walk {
         saved_(costs.stages.size()),
         made_(plan.values.size()),
         cotangents_(plan.values.size()),
-        goes_back_(stages_that_go_back(plan, costs.stages.size())) {
+        goes_back_(stages_that_go_back(plan, costs.stages.size())),
+        readers_(plan.values.size()) {
     if (costs.costs.size() != costs.stages.size() || costs.input_bytes.size() != costs.inputs.size())
       throw std::invalid_argument("[planner] expected the costs of each stage and the bytes of each input.");
     for (const auto& value : plan.values) bytes_.push_back(bytes_of(value));
     for (size_t i = 0; i < plan.values.size(); ++i) made_[i] = plan.values[i].producer < 0;
+    // Versions stand in the plan in the order in which they are written.
+    std::map<std::string, size_t> version;
+    size_t next = 0;
+    while (next < costs.inputs.size()) version[costs.inputs[next]] = next, ++next;
+    for (size_t i = 0; i < costs.stages.size(); ++i) {
+      for (const auto& name : costs.stages[i].reads)
+        readers_[version.at(name)].push_back(static_cast<int>(i));
+      for (const auto& name : costs.stages[i].writes) version[name] = next++;
+    }
   }
 
   Estimate run() {
@@ -80,12 +91,27 @@ class Walk {
     return std::find(move.saves.begin(), move.saves.end(), stage) != move.saves.end();
   }
 
-  /// Most inside a forward move: what is kept of it, the value that the next stage reads, and that stage.
+  /// Bytes of values made in the move before `stage` that it or a later stage of the move reads; those that
+  /// the move keeps are counted apart.
+  int64_t passing(const Move& move, int stage) const {
+    int64_t bytes = 0;
+    for (size_t v = 0; v < bytes_.size(); ++v) {
+      const int producer = plan_.values[v].producer;
+      if (producer < move.begin || producer >= stage) continue;
+      if (std::find(move.writes.begin(), move.writes.end(), static_cast<int>(v)) != move.writes.end())
+        continue;
+      auto next = std::lower_bound(readers_[v].begin(), readers_[v].end(), stage);
+      if (next != readers_[v].end() && *next < move.end) bytes += bytes_[v];
+    }
+    return bytes;
+  }
+
+  /// Most inside a forward move: what is kept of it, what later stages of it read, and the stage.
   int64_t forward(const Move& move) {
     int64_t most = 0, kept = 0;
     for (int i = move.begin; i < move.end; ++i) {
       const auto& cost = costs_.costs[i];
-      most = std::max(most, kept + (i > move.begin ? written(i - 1) : 0) + cost.forward);
+      most = std::max(most, kept + passing(move, i) + cost.forward);
       for (int value : move.writes)
         if (plan_.values[value].producer == i) kept += bytes_[value];
       if (saves(move, i)) kept += cost.saved;
@@ -101,11 +127,11 @@ class Walk {
     for (int i = move.begin; i < move.end; ++i) {
       const auto& cost = costs_.costs[i];
       if (!goes_back_[i]) {
-        most = std::max(most, (i > move.begin ? written(i - 1) : 0) + cost.forward);
+        most = std::max(most, passing(move, i) + cost.forward);
         (ran_.insert(i).second ? work_ : again_) += cost.forward_work;
         continue;
       }
-      if (i > move.begin && !goes_back_[i - 1]) kept += written(i - 1);
+      if (i > move.begin && !goes_back_[i - 1]) kept += passing(move, i);
       const bool last = i + 1 == move.end && !head;
       // What it saved is counted already, and what arrives for an inner stage is as large as what it wrote.
       most = std::max(most, kept + cost.backward - saved_[i] + (last ? 0 : written(i)));
@@ -157,11 +183,12 @@ class Walk {
 
   const Plan& plan_;
   const Costs& costs_;
-  std::vector<int64_t> bytes_;       ///< of each value
-  std::vector<int64_t> saved_;       ///< by stage
-  std::vector<bool> made_;           ///< values that are there
-  std::vector<int64_t> cotangents_;  ///< by value
-  std::vector<bool> goes_back_;      ///< by stage
+  std::vector<int64_t> bytes_;             ///< of each value
+  std::vector<int64_t> saved_;             ///< by stage
+  std::vector<bool> made_;                 ///< values that are there
+  std::vector<int64_t> cotangents_;        ///< by value
+  std::vector<bool> goes_back_;            ///< by stage
+  std::vector<std::vector<int>> readers_;  ///< stages that read a value, rising
   std::set<int> ran_;
   int64_t gradients_ = 0;
   double work_ = 0, again_ = 0;

@@ -1,4 +1,6 @@
 // Runs a plan over callables. The whole training step passes through run_plan, top to bottom.
+#include <set>
+
 #include "kernel.h"
 #include "segtrain.h"
 
@@ -39,22 +41,21 @@ class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
          const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const Arrays& head_params, const Arrays& inputs, const Wait& wait)
+         const std::vector<int>& owners, const Arrays& head_params, const Arrays& inputs, const Wait& wait)
       : plan_(plan),
         stages_(stages),
         fns_(fns),
         head_(head),
         head_reads_(head_reads),
         params_(params),
+        owners_(owners),
         head_params_(head_params),
         wait_(wait),
         saved_(stages.size()),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
-    result_.grads.resize(stages.size());
-    for (size_t i = 0; i < stages.size(); ++i)
-      for (const auto& p : params[i]) result_.grads[i].push_back(mx::zeros_like(p));
+    result_.grads.resize(params.size());
   }
 
   StepResult run() {
@@ -81,6 +82,9 @@ class Runner {
       running = std::move(made);
     }
     wait_(running);
+    for (size_t i = 0; i < params_.size(); ++i)
+      if (result_.grads[i].empty())  // nothing that the loss depends on
+        for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
     return std::move(result_);
   }
 
@@ -116,10 +120,10 @@ class Runner {
       std::tie(outputs, grads) = mx::value_and_grad(fn, all)(primals);
     }
     result_.outputs = outputs;
-    hand_out(move, grads, n_stage_params);
     result_.head_grads.assign(grads.begin() + n_stage_params, grads.begin() + n_params);
     Arrays made = outputs;
-    made.insert(made.end(), grads.begin(), grads.begin() + n_params);
+    for (const auto& sum : hand_out(move, grads, n_stage_params)) made.push_back(sum);
+    made.insert(made.end(), result_.head_grads.begin(), result_.head_grads.end());
     for (const auto& sum : accumulate(move, grads, n_params, true)) made.push_back(sum);
     return made;
   }
@@ -138,8 +142,7 @@ class Runner {
       return run_stages(move, stage_params, merge_reads(move, in, n_params, false), false).writes;
     };
     auto grads = mx::vjp(fn, primals, arriving).second;
-    hand_out(move, grads, n_params);
-    Arrays made(grads.begin(), grads.begin() + n_params);
+    Arrays made = hand_out(move, grads, n_params);
     for (const auto& sum : accumulate(move, grads, n_params, false)) made.push_back(sum);
     for (int i = move.begin; i < move.end; ++i) saved_[i].clear();
     return made;
@@ -156,7 +159,7 @@ class Runner {
     for (size_t i = 0; i < reads.size(); ++i) ran.scope.define(plan_.values[move.reads[i]].name, reads[i]);
     size_t next = 0;
     for (int i = move.begin; i < move.end; ++i) {
-      Arrays own(params.begin() + next, params.begin() + next + params_[i].size());
+      Arrays own(params.begin() + next, params.begin() + next + params_[owners_[i]].size());
       next += own.size();
       Arrays in;
       for (const auto& name : stages_[i].reads) in.push_back(ran.scope.read(name));
@@ -199,7 +202,10 @@ class Runner {
 
   Arrays params_of(const Move& move) const {
     Arrays all;
-    for (int i = move.begin; i < move.end; ++i) all.insert(all.end(), params_[i].begin(), params_[i].end());
+    for (int i = move.begin; i < move.end; ++i) {
+      const auto& own = params_[owners_[i]];
+      all.insert(all.end(), own.begin(), own.end());
+    }
     return all;
   }
 
@@ -236,12 +242,27 @@ class Runner {
     return reads;
   }
 
-  void hand_out(const Move& move, const Arrays& grads, size_t n_stage_params) {
-    size_t next = 0;
-    for (int i = move.begin; i < move.end; ++i)
-      for (auto& grad : result_.grads[i]) grad = grads[next++];
-    check(next == n_stage_params, "[schedule] internal: ", next, " gradients for ", n_stage_params,
-          " parameters.");
+  /// Adds the gradients of the move's parameters to those of stages behind it that share them; from the last
+  /// stage to the first, whatever the cuts between them. Returns the sums.
+  Arrays hand_out(const Move& move, const Arrays& grads, size_t n_stage_params) {
+    std::set<int> touched;
+    size_t end = n_stage_params;
+    for (int i = move.end - 1; i >= move.begin; --i) {
+      auto& sum = result_.grads[owners_[i]];
+      const size_t n = params_[owners_[i]].size(), begin = end - n;
+      if (n) touched.insert(owners_[i]);
+      for (size_t j = 0; j < n; ++j)
+        if (sum.size() < n)
+          sum.push_back(grads[begin + j]);
+        else
+          sum[j] = mx::add(sum[j], grads[begin + j]);
+      end = begin;
+    }
+    check(end == 0, "[schedule] internal: ", end, " gradients of no parameter.");
+    Arrays sums;
+    for (int owner : touched)
+      sums.insert(sums.end(), result_.grads[owner].begin(), result_.grads[owner].end());
+    return sums;
   }
 
   /// Adds the cotangents of the move's reads, from `first` on, to those that arrived before. All readers are
@@ -266,7 +287,8 @@ class Runner {
   const std::vector<StageFn>& fns_;
   const HeadFn& head_;
   const std::vector<std::string>& head_reads_;
-  const std::vector<Arrays>& params_;
+  const std::vector<Arrays>& params_;  ///< by owner
+  const std::vector<int>& owners_;     ///< by stage
   const Arrays& head_params_;
   const Wait& wait_;
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
@@ -280,11 +302,14 @@ class Runner {
 
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
                     const HeadFn& head, const std::vector<std::string>& head_reads,
-                    const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
-                    const Wait& wait) {
-  check(fns.size() == stages.size() && params.size() == stages.size(), "[schedule] expected ", stages.size(),
-        " callables and parameter lists, one for each stage; got ", fns.size(), " and ", params.size(), ".");
-  return Runner(plan, stages, fns, head, head_reads, params, head_params, inputs, wait).run();
+                    const std::vector<Arrays>& params, const std::vector<int>& owners,
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait) {
+  check(fns.size() == stages.size() && owners.size() == stages.size(), "[schedule] expected ", stages.size(),
+        " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
+        ".");
+  for (int owner : owners)
+    check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters ", owner, ".");
+  return Runner(plan, stages, fns, head, head_reads, params, owners, head_params, inputs, wait).run();
 }
 
 }  // namespace segtrain

@@ -130,16 +130,17 @@ using Wait = std::function<void(const Arrays&)>;
 
 struct StepResult {
   Arrays outputs;             ///< of the head, loss first
-  std::vector<Arrays> grads;  ///< per stage, in the order of its params
+  std::vector<Arrays> grads;  ///< per owner, in the order of its params
   Arrays head_grads;
 };
 
 /// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
+/// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
 /// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
 /// meanwhile.
 StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
                     const HeadFn& head, const std::vector<std::string>& head_reads,
-                    const std::vector<Arrays>& params, const Arrays& head_params, const Arrays& inputs,
-                    const Wait& wait);
+                    const std::vector<Arrays>& params, const std::vector<int>& owners,
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait);
 
 }  // namespace segtrain

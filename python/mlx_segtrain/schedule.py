@@ -27,6 +27,9 @@ class Stage:
 
     A stage that `saves` takes two arguments more: `save=True` asks for a list of arrays behind its
     writes, and `saved` is that list when it is run again for its gradient.
+
+    Stages of the same `owner` share the parameters that are given under this name; it is the
+    stage's own name by default. Their gradients are added.
     """
 
     name: str
@@ -34,6 +37,10 @@ class Stage:
     reads: tuple[str, ...] = ("h",)
     writes: tuple[str, ...] = ("h",)
     saves: bool = False
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "owner", self.owner or self.name)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def segmented_value_and_grad(
     """Returns `step(params, values) -> (outputs, grads)` for `loss = head(stages(values))`.
 
     `head(params, *head_reads)` returns the loss, or a tuple with the loss first. `params` maps the
-    name of a stage, or "head", to a dict of arrays; stages without parameters may be absent.
+    owner of stages, or "head", to a dict of arrays; those without parameters may be absent.
     `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
     of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
     memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated.
@@ -96,6 +103,7 @@ def segmented_value_and_grad(
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
 
+    owners = list(dict.fromkeys(stage.owner for stage in stages))
     chosen = cuts or Cuts.every(len(stages), segment_size)
 
     def native(
@@ -108,11 +116,11 @@ def segmented_value_and_grad(
         return run
 
     def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
-        if unknown := set(params) - {*names, "head"}:
+        if unknown := set(params) - {*owners, "head"}:
             raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
-        keys = {name: sorted(params.get(name, {})) for name in [*names, "head"]}
+        keys = {name: sorted(params.get(name, {})) for name in [*owners, "head"]}
         specs = [
-            _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.name]))
+            _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.owner]))
             for s in stages
         ]
         cut = (chosen.segments, chosen.groups, chosen.saves)
@@ -124,17 +132,20 @@ def segmented_value_and_grad(
         result = _core.run_plan(
             plan,
             specs,
-            [native(s.fn, keys[s.name], s.saves) for s in stages],
+            [native(s.fn, keys[s.owner], s.saves) for s in stages],
             native(head, keys["head"]),
             list(head_reads),
-            [arrays(name) for name in names],
+            [arrays(name) for name in owners],
+            [owners.index(s.owner) for s in stages],
             arrays("head"),
             [values[name] for name in inputs],
             watch,
         )
         grads = {
             name: dict(zip(keys[name], grad, strict=True))
-            for name, grad in zip([*names, "head"], [*result.grads, result.head_grads], strict=True)
+            for name, grad in zip(
+                [*owners, "head"], [*result.grads, result.head_grads], strict=True
+            )
             if keys[name]
         }
         return tuple(result.outputs), grads
@@ -143,12 +154,22 @@ def segmented_value_and_grad(
 
 
 def forward(
-    stages: Sequence[Stage], params: Params, values: Mapping[str, mx.array]
+    stages: Sequence[Stage],
+    params: Params,
+    values: Mapping[str, mx.array],
+    keep: Sequence[str] = ("h",),
 ) -> dict[str, mx.array]:
-    """Runs the chain without gradients, evaluating after every stage; returns all values."""
+    """Runs the chain without gradients, evaluating after every stage; the values to `keep`.
+
+    Others are gone when no later stage reads them.
+    """
     scope = dict(values)
-    for stage in stages:
-        out = stage.fn(params.get(stage.name, {}), *(scope[name] for name in stage.reads))
+    last = {name: i for i, stage in enumerate(stages) for name in stage.reads}
+    for i, stage in enumerate(stages):
+        out = stage.fn(params.get(stage.owner, {}), *(scope[name] for name in stage.reads))
         scope.update(zip(stage.writes, _tuple(out), strict=True))
         mx.eval([scope[name] for name in stage.writes])
-    return scope
+        for name in stage.reads:
+            if last[name] == i and name not in keep:
+                del scope[name]
+    return {name: scope[name] for name in keep}

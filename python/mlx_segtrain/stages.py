@@ -1,4 +1,8 @@
-"""What the fast families' models and the planner of their memory must agree on. Imports nothing."""
+"""What models and the planner of their memory must agree on. Imports neither."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 #: Rows that an MLP takes at a time. At more tokens what is inside one stops growing, and its first
 #: product runs twice where everything is kept. The same for every plan, as sums over rows are.
@@ -7,8 +11,41 @@ MLP_ROWS = 16384
 TRIM_MULTIPLE = 64
 #: Widths of batches of several rows are multiples of it, so that few kernels are compiled.
 PAD_MULTIPLE = 32
-#: Boundary values the head reads.
-HEAD_READS = ("h", "rows", "targets", "weights")
+#: Pairs that begin with fewer equal tokens run as two streams.
+SHARED_LEAST = 64
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A sequence that runs through the layers; with others beside it boundary values bear its name.
+
+    With `branch`, its last rows are a sequence of their own, that goes on behind the first `shared`
+    rows as if those between were not there.
+    """
+
+    name: str = ""
+    shared: int = 0
+    branch: int = 0
+
+    def of(self, value: str) -> str:
+        """The name of this stream's own."""
+        return f"{value} of {self.name}" if self.name else value
+
+
+#: A row, or rows, alone.
+SINGLE = (Stream(),)
+#: The two sequences of pairs.
+PAIR = (Stream("chosen"), Stream("rejected"))
+
+
+def joined(shared: int = 0, branch: int = 0) -> Stream:
+    """Both sequences of pairs in one: the chosen one, and what differs of the other."""
+    return Stream("pair", shared, branch)
+
+
+def head_reads(streams: tuple[Stream, ...]) -> tuple[str, ...]:
+    """Boundary values that every head reads: of each stream h and the rows of it that count."""
+    return tuple(stream.of(value) for stream in streams for value in ("h", "rows"))
 
 
 def padded(width: int, batch_size: int) -> int:
@@ -21,6 +58,6 @@ def trim_start(first: int) -> int:
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 
 
-def kv_names(layer: str) -> list[str]:
-    """Boundary values that hold the keys and values of a layer."""
-    return [f"keys of {layer}", f"values of {layer}"]
+def kv_names(layer: str, stream: Stream) -> list[str]:
+    """Boundary values that hold a stream's keys and values of a layer."""
+    return [stream.of(f"keys of {layer}"), stream.of(f"values of {layer}")]
