@@ -1,13 +1,16 @@
 """Training data: JSONL rows to token ids with a loss weight for each token, and batches of them."""
 
-from mlx_segtrain.data.batching import Batch, batches, eval_batches
+from mlx_segtrain.data.batching import AnyBatch, Batch, PairBatch, batches, eval_batches
 from mlx_segtrain.data.dataset import Dataset, load_dataset, load_split
-from mlx_segtrain.data.encoding import Row
+from mlx_segtrain.data.encoding import Pair, Row
 from mlx_segtrain.data.inspection import Preview, Report, inspect
 
 __all__ = [
+    "AnyBatch",
     "Batch",
     "Dataset",
+    "Pair",
+    "PairBatch",
     "Preview",
     "Report",
     "Row",

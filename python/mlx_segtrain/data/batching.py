@@ -6,20 +6,42 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_segtrain.data.dataset import Dataset
+from mlx_segtrain.data.encoding import Row
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.stages import padded
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding; `rows` indices int64 [B]."""
+    """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
+
+    `rows` are indices into the data, `lengths` tokens that are no padding, both int64 [B].
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
     rows: np.ndarray
+    lengths: np.ndarray
 
 
-def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class PairBatch:
+    """Both sequences of each pair, whole; the first `shared` tokens of all pairs are the same.
+
+    `reference` float32 [2B], chosen ones first, or None.
+    """
+
+    chosen: Batch
+    rejected: Batch
+    shared: int
+    rows: np.ndarray
+    reference: np.ndarray | None = None
+
+
+AnyBatch = Batch | PairBatch
+
+
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[AnyBatch]:
     """Endless training batches from batch number `start` on, the same for the same seed.
 
     Every epoch has a new order. Rows of similar length share a batch. Rows that do not fill a last
@@ -34,7 +56,7 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     return _batches(dataset, batch_size, seed, start)
 
 
-def _batches(dataset: Dataset, batch_size: int, seed: int, start: int) -> Iterator[Batch]:
+def _batches(dataset: Dataset, batch_size: int, seed: int, start: int) -> Iterator[AnyBatch]:
     per_epoch = len(dataset.rows) // batch_size
     epoch, skip = divmod(start, per_epoch)
     while True:
@@ -50,24 +72,37 @@ def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> np.ndarr
     circle = np.random.default_rng([seed, 0]).permutation(n)
     out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
     rows = np.setdiff1d(np.arange(n), out)
-    lengths = np.array([len(dataset.rows[i].ids) for i in rows])
+    lengths = np.array([len(dataset.rows[i]) for i in rows])
     windows = rows[np.argsort(lengths, kind="stable")].reshape(-1, batch_size)
     return np.random.default_rng([seed, 1, epoch]).permutation(windows)
 
 
-def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
+def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
     """Every row once, in the order of the file; the last batch may have fewer rows."""
     for start in range(0, len(dataset.rows), batch_size):
         rows = np.arange(start, min(start + batch_size, len(dataset.rows)))
         yield _batch(dataset, rows, batch_size)
 
 
-def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> Batch:
-    width = padded(max(len(dataset.rows[i].ids) for i in rows), batch_size)
-    tokens = np.full((len(rows), width), dataset.pad_id, np.int32)
-    weights = np.zeros((len(rows), width), np.float32)
-    for b, i in enumerate(rows):
-        row = dataset.rows[i]
-        tokens[b, : len(row.ids)] = row.ids
-        weights[b, : len(row.ids)] = row.weights
-    return Batch(tokens, weights, rows)
+def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> AnyBatch:
+    own = [dataset.rows[i] for i in rows]
+    if dataset.format != "preference":
+        return _padded(own, rows, batch_size, dataset.pad_id)
+    chosen, rejected = (
+        _padded([getattr(pair, key) for pair in own], rows, batch_size, dataset.pad_id)
+        for key in ("chosen", "rejected")
+    )
+    known = [pair.reference for pair in own]
+    reference = None if None in known else np.array(known, np.float32).T.reshape(-1)
+    return PairBatch(chosen, rejected, min(pair.shared for pair in own), rows, reference)
+
+
+def _padded(own: list[Row], rows: np.ndarray, batch_size: int, pad_id: int) -> Batch:
+    lengths = np.array([len(row) for row in own])
+    width = padded(int(lengths.max()), batch_size)
+    tokens = np.full((len(own), width), pad_id, np.int32)
+    weights = np.zeros((len(own), width), np.float32)
+    for b, row in enumerate(own):
+        tokens[b, : len(row)] = row.ids
+        weights[b, : len(row)] = row.weights
+    return Batch(tokens, weights, rows, lengths)

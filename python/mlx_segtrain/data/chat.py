@@ -92,8 +92,8 @@ def _start(i: int, messages: list[dict[str, Any]], full: str, render, source: st
         if not full.startswith(render(messages[:i])):
             raise InputError(
                 f"{source}: the chat template renders what comes before messages[{i}] differently "
-                'once that turn follows, so it cannot be trained; set "train": false on it or '
-                "merge it with the turn before it."
+                'once that turn follows, so it cannot be trained; set "train": false on it, '
+                "merge it with the turn before it, or leave the row out."
             )
     # Only the generation prompt differs (some open a thinking block), or nothing comes before:
     # the turn then starts at its own content, which is where another content stands instead.
@@ -102,6 +102,6 @@ def _start(i: int, messages: list[dict[str, Any]], full: str, render, source: st
     if not found or not full.startswith(header):
         raise InputError(
             f"{source}: where the content of messages[{i}] starts in the chat template cannot be "
-            'told, so that turn cannot be trained; set "train": false on it.'
+            'told, so that turn cannot be trained; set "train": false on it or leave the row out.'
         )
     return len(header)

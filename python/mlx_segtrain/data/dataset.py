@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_segtrain.data.encoding import Encoder, Row
-from mlx_segtrain.data.jsonl import Record, read_records
+from mlx_segtrain.data.encoding import Encoder, Pair, Row
+from mlx_segtrain.data.jsonl import PAIR_KEYS, Record, read_records
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,12 +21,14 @@ ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, s
 class Dataset:
     """The rows of one file that have something to train.
 
-    `format` is messages | prompt-completion | text, or mixed; `n_rows` counts the rows read,
-    `truncated` the rows here that were cut, `dropped` those left out since no trained token
-    remained; `tokens` and `supervised_tokens` count what is here; `pad_id` fills short rows.
+    `format` is messages | prompt-completion | text | preference, or mixed; `n_rows` counts the rows
+    read, `truncated` the rows here that were cut, of pairs those that lost part of a response,
+    `dropped` those left out since no trained token remained; `tokens` and `supervised_tokens` count
+    what is here; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of
+    their prompt.
     """
 
-    rows: list[Row]
+    rows: list[Any]  #: Row, or Pair in the format preference
     format: str
     n_rows: int
     truncated: int
@@ -34,6 +36,7 @@ class Dataset:
     tokens: int
     supervised_tokens: int
     pad_id: int
+    prompts_cut: int = 0
 
 
 def load_dataset(
@@ -43,14 +46,14 @@ def load_dataset(
     max_seq_length: int,
     train_on: str = "assistant",
     append_eos: bool = True,
+    method: str = "sft",
 ) -> tuple[Dataset, Dataset | None]:
     """train.jsonl and, if there is one, valid.jsonl of a directory; raises InputError."""
-    encoder = Encoder(tokenizer, train_on, append_eos)
     train_path, valid_path = split_paths(Path(data_dir))
-    train = fit(train_path, *read(train_path, encoder), tokenizer, max_seq_length)
-    if valid_path is None:
-        return train, None
-    return train, fit(valid_path, *read(valid_path, encoder), tokenizer, max_seq_length)
+    how: Any = {"max_seq_length": max_seq_length, "train_on": train_on}
+    how |= {"append_eos": append_eos, "method": method}
+    train = load_split(train_path, tokenizer, **how)
+    return train, load_split(valid_path, tokenizer, **how) if valid_path else None
 
 
 def load_split(
@@ -60,11 +63,12 @@ def load_split(
     max_seq_length: int,
     train_on: str = "assistant",
     append_eos: bool = True,
+    method: str = "sft",
 ) -> Dataset:
     """One JSONL file; raises InputError."""
     path = Path(path)
     encoder = Encoder(tokenizer, train_on, append_eos)
-    return fit(path, *read(path, encoder), tokenizer, max_seq_length)
+    return fit(path, *read(path, encoder, method), encoder, max_seq_length)
 
 
 def split_paths(data_dir: Path) -> tuple[Path, Path | None]:
@@ -77,19 +81,37 @@ def split_paths(data_dir: Path) -> tuple[Path, Path | None]:
     return train, valid if valid.exists() else None
 
 
-def merge_format(format: str | None, record: Record) -> str:
-    """The format of a file that has had `format` so far and now has `record`."""
+def merge_format(format: str | None, record: Record, method: str | None) -> str:
+    """The format of a file that has had `format` so far and now has `record`.
+
+    InputError if a record is not for the method (None: any), or pairs stand beside other rows.
+    """
+    pair = record.format == "preference"
+    if method == "sft" and pair:
+        raise InputError(
+            f'{record.source}: the row has "chosen" and "rejected", which method sft does not '
+            "train: give method dpo or orpo."
+        )
+    if method in ("dpo", "orpo") and not pair:
+        raise InputError(f"{record.source}: method {method} needs the keys {PAIR_KEYS}.")
+    if format is not None and pair != (format == "preference"):
+        raise InputError(
+            f"{record.source}: pairs and other rows do not go together; put them into two files."
+        )
     return record.format if format in (None, record.format) else "mixed"
 
 
-def read(path: Path, encoder: Encoder) -> tuple[str, int, list[Row]]:
+def read(
+    path: Path, encoder: Encoder, method: str | None = None
+) -> tuple[str, int, list[Row] | list[Pair]]:
     """Format, number of rows read, and the rows, not truncated; raises InputError."""
-    records, rows, count, format = read_records(path), [], 0, None
+    records, count, format = read_records(path), 0, None
+    rows: list[Any] = []
     while chunk := list(islice(records, ROWS_PER_CALL)):
         for record in chunk:
-            format = merge_format(format, record)
+            format = merge_format(format, record, method)
         count += len(chunk)
-        rows += encoder.encode(chunk)
+        rows += encoder.encode_pairs(chunk) if format == "preference" else encoder.encode(chunk)
     if format is None:
         raise InputError(f"{path} has no rows; put one JSON object on each line.")
     return format, count, rows
@@ -99,17 +121,16 @@ def fit(
     path: Path,
     format: str,
     n_rows: int,
-    rows: list[Row],
-    tokenizer: "TokenizerWrapper",
+    rows: list[Row] | list[Pair],
+    encoder: Encoder,
     max_seq_length: int,
 ) -> Dataset:
-    """`rows` cut on the right to `max_seq_length` tokens; InputError if nothing is trained."""
-    whole = [row for row in rows if row.weights[:max_seq_length].any()]
-    kept = [
-        Row(row.ids[:max_seq_length], row.weights[:max_seq_length], row.source) for row in whole
-    ]
+    """`rows` cut to `max_seq_length` tokens; InputError if nothing is trained."""
+    cut = [shorten(row, encoder, max_seq_length) for row in rows]
+    kept = [x for x in cut if _trained(x.row)]
     if not kept:
-        longest = max((len(row.ids) for row in rows if row.weights.any()), default=0)
+        trained = [own for row in rows if _trained(row) for own in sequences(row)]
+        longest = max(map(len, trained), default=0)
         reason = (
             f"all trained tokens lie beyond max_seq_length {max_seq_length}; raise it (the longest "
             f"row has {longest} tokens)"
@@ -117,14 +138,55 @@ def fit(
             else "no row has an assistant turn or text that is trained"
         )
         raise InputError(f"{path} has nothing to train in {n_rows} rows: {reason}.")
-    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Dataset(
-        rows=kept,
+        rows=[x.row for x in kept],
         format=format,
         n_rows=n_rows,
-        truncated=sum(len(row.ids) > max_seq_length for row in whole),
+        truncated=sum(x.truncated for x in kept),
         dropped=len(rows) - len(kept),
-        tokens=sum(len(row.ids) for row in kept),
-        supervised_tokens=sum(int(np.count_nonzero(row.weights)) for row in kept),
-        pad_id=next(pad_id for pad_id in pad_ids if pad_id is not None),
+        tokens=sum(len(x.row) for x in kept),
+        supervised_tokens=sum(
+            int(np.count_nonzero(row.weights)) for x in kept for row in sequences(x.row)
+        ),
+        pad_id=encoder.pad_id,
+        prompts_cut=sum(x.prompt_cut for x in kept),
     )
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A row of at most so many tokens, and what was cut off."""
+
+    row: Any
+    truncated: bool
+    prompt_cut: bool
+
+
+def sequences(row: Row | Pair) -> tuple[Row, ...]:
+    """The sequences of tokens that a row is."""
+    return (row.chosen, row.rejected) if isinstance(row, Pair) else (row,)
+
+
+def _trained(row: Row | Pair) -> bool:
+    return all(own.weights.any() for own in sequences(row))
+
+
+def shorten(row: Row | Pair, encoder: Encoder, n: int) -> Shortened:
+    """Cut on the right; of a pair first the prompt on the left, as far as its last token.
+
+    Both prompts lose as much, and what the tokenizer puts before a text (BOS) stays.
+    """
+    over = max(len(own) for own in sequences(row)) - n
+    if isinstance(row, Row):
+        return Shortened(Row(row.ids[:n], row.weights[:n], row.source), over > 0, False)
+    sides = sequences(row)
+    prompts = [int(np.argmax(own.weights > 0)) for own in sides]
+    bos = len(encoder.bos) if all(encoder.begins(own.ids) for own in sides) else 0
+    cut = max(0, min(over, min(prompts) - bos - 1))
+
+    def shorter(own: Row) -> Row:
+        keep = np.r_[0:bos, bos + cut : len(own)][:n]
+        return Row(own.ids[keep], own.weights[keep], own.source)
+
+    pair = Pair.of(shorter(row.chosen), shorter(row.rejected), row.source)
+    return Shortened(pair, over > cut, cut > 0)

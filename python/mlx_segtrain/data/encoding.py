@@ -19,12 +19,44 @@ class Row:
     """One tokenized row.
 
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
-    token j (0 = context, and always 0 for j = 0); `source` is "file:line".
+    token j (0 = context, and always 0 for j = 0); `source` is "file:line", of a pair's sequences
+    "file:line chosen" and "file:line rejected".
     """
 
     ids: np.ndarray
     weights: np.ndarray
     source: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with two responses, as two whole sequences; weights are 1 on response tokens.
+
+    `shared` tokens at the beginning are the same, of each at most all but the last two: what
+    follows has a row to run. `source` is "file:line". `reference` are the responses'
+    log-probabilities (chosen, rejected) under the model without an adapter, once they are known.
+    """
+
+    chosen: Row
+    rejected: Row
+    shared: int
+    source: str
+    reference: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, chosen: Row, rejected: Row, source: str) -> "Pair":
+        """With `shared` as it follows from the two."""
+        n = min(len(chosen), len(rejected))
+        differ = np.flatnonzero(chosen.ids[:n] != rejected.ids[:n])
+        shared = min(int(differ[0]) if differ.size else n, n - 2)
+        return cls(chosen, rejected, max(shared, 0), source)
+
+    def __len__(self) -> int:
+        """Tokens that are run."""
+        return len(self.chosen) + len(self.rejected) - self.shared
 
 
 class Encoder:
@@ -39,18 +71,40 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.items()  # of some tokenizers, runs of blanks too
         self._special = self._eos | {i for i, token in added if str(token).strip()}
         # What the tokenizer puts before a text: BOS, for those that have one.
-        self._bos: list[int] = list(tokenizer.encode(""))
-        while self._bos and self._bos[-1] in self._eos - {tokenizer.bos_token_id}:
-            self._bos.pop()
+        self.bos: list[int] = list(tokenizer.encode(""))
+        while self.bos and self.bos[-1] in self._eos - {tokenizer.bos_token_id}:
+            self.bos.pop()
         self._blank: dict[tuple[int, ...], bool] = {}
+        pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(pad_id for pad_id in pad_ids if pad_id is not None)
+
+    def begins(self, ids: np.ndarray) -> bool:
+        """Whether ids start with what the tokenizer puts before a text."""
+        return ids[: len(self.bos)].tolist() == self.bos
 
     def encode(self, records: list[Record]) -> list[Row]:
         """Token ids and weights of `records`, not truncated; raises InputError."""
+        return self._encode(records, self._train_on)
+
+    def encode_pairs(self, records: list[Record]) -> list[Pair]:
+        """Pairs of preference records, not truncated; raises InputError."""
+        branches = [_branch(record, key) for record in records for key in ("chosen", "rejected")]
+        rows = self._encode(branches, "assistant")  # every turn of a response counts
+        for row, after in pairwise(rows):
+            if row.source == after.source:
+                raise InputError(
+                    f"{row.source}: the chat template renders a turn of the response differently "
+                    "once others follow; give a response of one assistant message."
+                )
+        pairs = zip(records, rows[::2], rows[1::2], strict=True)
+        return [Pair.of(chosen, rejected, record.source) for record, chosen, rejected in pairs]
+
+    def _encode(self, records: list[Record], train_on: str) -> list[Row]:
         samples: list[tuple[Record, Pieces]] = []
         for record in records:
             row = record.row
             if record.format == "messages":
-                for pieces in split_turns(record, self._wrapper, self._train_on):
+                for pieces in split_turns(record, self._wrapper, train_on):
                     samples.append((record, pieces))
             elif record.format == "prompt-completion":
                 samples.append((record, [(row["prompt"], 0.0), (row["completion"], 1.0)]))
@@ -92,9 +146,9 @@ class Encoder:
             if self._append_eos and not ended:
                 ids = [*ids, self._eos_id(record)]
                 weights = np.append(weights, np.float32(1))
-            if ids[: len(self._bos)] != self._bos:
-                ids = self._bos + ids
-                weights = np.append(np.zeros(len(self._bos), np.float32), weights)
+            if ids[: len(self.bos)] != self.bos:
+                ids = self.bos + ids
+                weights = np.append(np.zeros(len(self.bos), np.float32), weights)
         weights[:1] = 0  # nothing comes before the first token to predict it from
         return Row(np.array(ids, np.int32), weights, record.source)
 
@@ -152,3 +206,13 @@ class Encoder:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _branch(record: Record, key: str) -> Record:
+    """One sequence of a pair as a record whose response is trained."""
+    row, source = record.row, f"{record.source} {key}"
+    if isinstance(row["prompt"], str):
+        completed = {"prompt": row["prompt"], "completion": row[key]}
+        return Record(source, "prompt-completion", completed)
+    prompt = [{**message, "train": False} for message in row["prompt"]]
+    return Record(source, "messages", {**row, "messages": [*prompt, *row[key]]})

@@ -2,12 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_segtrain.data.dataset import fit, merge_format, read, split_paths
-from mlx_segtrain.data.encoding import Encoder, Row
+from mlx_segtrain.data.dataset import (
+    fit,
+    merge_format,
+    read,
+    sequences,
+    shorten,
+    split_paths,
+)
+from mlx_segtrain.data.encoding import Encoder
 from mlx_segtrain.data.jsonl import read_records
 from mlx_segtrain.errors import InputError
 
@@ -44,6 +51,7 @@ class Report:
     supervised_tokens: int | None = None
     truncated: int | None = None
     dropped: int | None = None
+    prompts_cut: int | None = None
     previews: list[Preview] = field(default_factory=list)
 
 
@@ -54,58 +62,61 @@ def inspect(
     max_seq_length: int = 512,
     train_on: str = "assistant",
     append_eos: bool = True,
+    method: str | None = None,
     n_preview: int = 3,
 ) -> Report:
-    """Checks a directory or one .jsonl file; what is wrong is in the report, not raised."""
+    """Checks a directory or one .jsonl file; what is wrong is in the report, not raised.
+
+    Without a method, rows of any.
+    """
     report = Report()
     try:
         path = Path(path)
         train, valid = (path, None) if path.is_file() else split_paths(path)
-        report.format, report.n_train = _count(train)
+        report.format, report.n_train = _count(train, method)
         if valid:
-            report.n_valid = _count(valid)[1]
+            report.n_valid = _count(valid, method)[1]
         if tokenizer is None:
             return report
         encoder = Encoder(tokenizer, train_on, append_eos)
-        format, n_rows, rows = read(train, encoder)
-        _describe(report, rows, tokenizer, max_seq_length, n_preview)
-        dataset = fit(train, format, n_rows, rows, tokenizer, max_seq_length)
+        format, n_rows, rows = read(train, encoder, method)
+        lengths = np.array([len(row) for row in rows])
+        report.length_min, report.length_max = int(lengths.min()), int(lengths.max())
+        report.length_median, report.length_p95 = map(
+            int, np.percentile(lengths, (50, 95), method="higher")
+        )
+        report.previews = _previews(rows[:n_preview], encoder, tokenizer, max_seq_length)
+        dataset = fit(train, format, n_rows, rows, encoder, max_seq_length)
         report.tokens, report.supervised_tokens = dataset.tokens, dataset.supervised_tokens
         report.truncated, report.dropped = dataset.truncated, dataset.dropped
+        report.prompts_cut = dataset.prompts_cut
         if valid:
-            fit(valid, *read(valid, encoder), tokenizer, max_seq_length)
+            fit(valid, *read(valid, encoder, method), encoder, max_seq_length)
     except InputError as error:
         report.ok, report.error = False, str(error)
     return report
 
 
-def _count(path: Path) -> tuple[str, int]:
+def _count(path: Path, method: str | None) -> tuple[str, int]:
     format, count = None, 0
     for record in read_records(path):
-        format, count = merge_format(format, record), count + 1
+        format, count = merge_format(format, record, method), count + 1
     if format is None:
         raise InputError(f"{path} has no rows; put one JSON object on each line.")
     return format, count
 
 
-def _describe(
-    report: Report,
-    rows: list[Row],
-    tokenizer: "TokenizerWrapper",
-    max_seq_length: int,
-    n_preview: int,
-) -> None:
-    lengths = np.array([len(row.ids) for row in rows])
-    report.length_min, report.length_max = int(lengths.min()), int(lengths.max())
-    report.length_median, report.length_p95 = map(
-        int, np.percentile(lengths, (50, 95), method="higher")
-    )
-    for row in rows[:n_preview]:
-        texts = _texts(row.ids[:max_seq_length].tolist(), tokenizer)
-        weights = row.weights[:max_seq_length].tolist()
-        report.previews.append(
-            Preview(row.source, [(t, w > 0, w) for t, w in zip(texts, weights, strict=True)])
-        )
+def _previews(
+    rows: list[Any], encoder: Encoder, tokenizer: "TokenizerWrapper", max_seq_length: int
+) -> list[Preview]:
+    """Of each row what is left of it; of a pair both sequences."""
+    shown = []
+    for row in rows:
+        for own in sequences(shorten(row, encoder, max_seq_length).row):
+            texts, weights = _texts(own.ids.tolist(), tokenizer), own.weights.tolist()
+            tokens = [(t, w > 0, w) for t, w in zip(texts, weights, strict=True)]
+            shown.append(Preview(own.source, tokens))
+    return shown
 
 
 def _texts(ids: list[int], tokenizer: "TokenizerWrapper") -> list[str]:

@@ -8,13 +8,18 @@ from typing import Any
 
 from mlx_segtrain.errors import InputError
 
-KEYS = '"messages", "prompt" and "completion", or "text"'
+PAIR_KEYS = '"prompt", "chosen" and "rejected"'
+KEYS = f'"messages", "prompt" and "completion", "text", or {PAIR_KEYS}'
 MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
 
 
 @dataclass(frozen=True)
 class Record:
-    """One checked row; `source` is "file:line", `format` messages | prompt-completion | text."""
+    """One checked row; `source` is "file:line".
+
+    `format` is messages | prompt-completion | text | preference. Of the last, prompt, chosen and
+    rejected are all strings, or all lists of messages.
+    """
 
     source: str
     format: str
@@ -63,18 +68,11 @@ def _parse(line: bytes, source: str) -> dict[str, Any]:
 
 
 def _check(row: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+    if "chosen" in row and "rejected" in row:
+        return "preference", _check_pair(row, source)
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list):
-            raise InputError(f'{source}: "messages" must be a list, not {_kind(messages)}.')
-        tools = row.get("tools")
-        if tools is not None and not isinstance(tools, list):
-            raise InputError(f'{source}: "tools" must be a list, not {_kind(tools)}.')
-        checked = [
-            _check_message(message, f'{source}: "messages"[{i}]')
-            for i, message in enumerate(messages)
-        ]
-        return "messages", {**row, "messages": checked}
+        _check_tools(row, source)
+        return "messages", {**row, "messages": _check_messages(row, "messages", source)}
     if "prompt" in row and "completion" in row:
         _check_strings(row, ("prompt", "completion"), source)
         return "prompt-completion", row
@@ -83,6 +81,67 @@ def _check(row: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
         return "text", row
     found = ", ".join(map(repr, row)) or "no keys"
     raise InputError(f"{source}: the row needs the keys {KEYS}, but has {found}.")
+
+
+def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
+    if isinstance(row.get("prompt"), str):
+        for key in ("chosen", "rejected"):
+            if not isinstance(row[key], str):
+                raise InputError(
+                    f'{source}: "{key}" must be a string as "prompt" is, not {_kind(row[key])}; '
+                    f'if "{key}" holds the prompt too, remove "prompt".'
+                )
+        return row
+    _check_tools(row, source)
+    sides = {
+        # A string behind messages is what the assistant says.
+        key: [{"role": "assistant", "content": row[key]}]
+        if isinstance(row[key], str)
+        else _check_messages(row, key, source, "a string or a list")
+        for key in ("chosen", "rejected")
+    }
+    if "prompt" in row:
+        prompt = _check_messages(row, "prompt", source, "a string or a list")
+    else:  # what both begin with
+        alike = [a == b for a, b in zip(*sides.values(), strict=False)]
+        n = [*alike, False].index(False)
+        prompt = sides["chosen"][:n]
+        sides = {key: messages[n:] for key, messages in sides.items()}
+    if not prompt:
+        raise InputError(
+            f'{source}: the pair has no prompt; give "prompt", or begin "chosen" and "rejected" '
+            "with the same messages."
+        )
+    for key, messages in sides.items():
+        if all(message["role"] != "assistant" for message in messages):
+            raise InputError(
+                f'{source}: "{key}" has no assistant message of its own; let a response follow '
+                "the prompt."
+            )
+    for message in (*prompt, *sides["chosen"], *sides["rejected"]):
+        if "train" in message or "weight" in message:
+            raise InputError(
+                f'{source}: "train" and "weight" have no effect in a pair, whose responses are '
+                "compared as a whole; remove them."
+            )
+    return {**row, "prompt": prompt, **sides}
+
+
+def _check_tools(row: dict[str, Any], source: str) -> None:
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise InputError(f'{source}: "tools" must be a list, not {_kind(tools)}.')
+
+
+def _check_messages(
+    row: dict[str, Any], key: str, source: str, wanted: str = "a list"
+) -> list[dict[str, Any]]:
+    messages = row[key]
+    if not isinstance(messages, list):
+        raise InputError(f'{source}: "{key}" must be {wanted}, not {_kind(messages)}.')
+    return [
+        _check_message(message, f'{source}: "{key}"[{i}]') for i, message in enumerate(messages)
+    ]
 
 
 def _check_strings(row: dict[str, Any], keys: tuple[str, ...], source: str) -> None:

@@ -102,7 +102,7 @@ def run(
     questions = [question for question, _ in held_out]
     say(f"the model answers {SHOWN} held-out questions ...")
     before = _answers(model_dir, None, questions)
-    with Terminal(config.iters, console) as show:
+    with Terminal(console) as show:
         trained = mlx_segtrain.train(config, show)
     if trained.interrupted:
         raise KeyboardInterrupt

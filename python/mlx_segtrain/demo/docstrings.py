@@ -38,6 +38,28 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
     No top-level module has rows in both files. The rows depend on the version of Python and on
     `seed` (which modules are held out, and the order). InputError if the library has no sources.
     """
+    return _write(out_dir, _split(seed))
+
+
+def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
+    """The same as pairs: the summary is chosen, rejected are those of the next three rows at once.
+
+    So what is rejected is long and wrong. A user's question is the prompt.
+    """
+
+    def pairs(rows: list[Row]) -> list[Row]:
+        turns = [row["messages"] for row in rows]
+        summaries = [assistant["content"] for _, assistant in turns]
+        wrong = [" ".join((summaries * 2)[i + 1 : i + 4]) for i in range(len(summaries))]
+        return [
+            {"prompt": [user], "chosen": assistant["content"], "rejected": other}
+            for (user, assistant), other in zip(turns, wrong, strict=True)
+        ]
+
+    return _write(out_dir, {name: pairs(part) for name, part in _split(seed).items()})
+
+
+def _split(seed: int) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {"train": [], "valid": []}
     for module, row in _rows(Path(sysconfig.get_path("stdlib"))):
         top = module.partition(".")[0]
@@ -50,6 +72,10 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
     for part in rows.values():
         random.Random(seed).shuffle(part)
     del rows["valid"][VALID_ROWS:]
+    return rows
+
+
+def _write(out_dir: Path, rows: dict[str, list[Row]]) -> dict[str, int]:
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, part in rows.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
@@ -137,3 +163,7 @@ def summary_line(docstring: str, name: str) -> str | None:
     if "->" in sentence or ">>>" in sentence or sentence.endswith(":"):
         return None
     return sentence if 3 <= len(sentence.split()) <= 40 else None
+
+
+if __name__ == "__main__":
+    print(write_preferences(Path(sys.argv[1])))
