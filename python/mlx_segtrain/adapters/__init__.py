@@ -1,4 +1,4 @@
-"""Adapter directories: what a run writes, and what `load` reads back.
+"""Adapter directories as a run writes them; adapters/reading.py reads these and others.
 
     adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm)
     adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
@@ -12,24 +12,22 @@ but a padded column has no gradient, hence the second file for training on.
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..errors import InputError
 from ..files import atomic, write_json
-from ..lora import Adapter, shapes
-from ..models import Chain
+from ..lora import Adapter
+from .folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
+from .reading import ranks_in, read_adapter
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
 
-__all__ = ["WEIGHTS", "holds_run", "read_adapter", "write_adapter"]
+__all__ = ["WEIGHTS", "holds_run", "ranks_in", "read_adapter", "write_adapter"]
 
-WEIGHTS = "adapters.safetensors"
-UNPADDED = "adapters_unpadded.safetensors"
 RUN_FILES = (
-    *(WEIGHTS, "adapter_config.json", "metrics.jsonl", "metrics.json"),
+    *(WEIGHTS, CONFIG, "metrics.jsonl", "metrics.json"),
     *("checkpoints", "best"),
 )
 
@@ -60,14 +58,17 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
             tensors[f"{module}.lora_b"] = mx.pad(b, more_b).astype(mx.float32)
         return tensors
 
-    lora_parameters = {"rank": largest, "scale": scale, "dropout": 0.0, "keys": sorted(ranks)}
+    lora_parameters = {
+        **{"rank": largest, "scale": scale, "dropout": config.lora_dropout},
+        "keys": sorted(ranks),
+    }
     suffixes = sorted({module.rsplit(".", 1)[-1] for module in ranks})
     shared = {
         "rank_scaling": config.rank_scaling,
         "applied_ranks": ranks,
     }
     write_json(
-        path / "adapter_config.json",
+        path / CONFIG,
         {
             "fine_tune_type": "lora",
             "num_layers": -1,
@@ -78,7 +79,7 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
             "base_model_name_or_path": str(config.model_dir),
             "r": largest,
             "lora_alpha": largest * scale,
-            "lora_dropout": 0.0,
+            "lora_dropout": config.lora_dropout,
             "target_modules": suffixes,
             "bias": "none",
             "fan_in_fan_out": False,
@@ -89,7 +90,7 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
         },
     )
     write_json(
-        path / "optiq_lora_config.json",
+        path / OPTIQ_CONFIG,
         {
             "rank": config.rank,
             "scale": scale,
@@ -108,60 +109,3 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
         (path / UNPADDED).unlink(missing_ok=True)
     with atomic(path / WEIGHTS) as aside:
         mx.save_safetensors(str(aside), flat(largest if padded else None), {"format": "mlx"})
-
-
-def read_adapter(path: str | Path, chain: Chain) -> Adapter:
-    """Reads an adapter directory of ours or mlx-lm's for the model of `chain`.
-
-    InputError if files are missing or unreadable, or names and shapes do not fit the model.
-    """
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise InputError(f"adapter_path {path} is not a folder: give the path of an adapter.")
-    weights = path / UNPADDED if (path / UNPADDED).is_file() else path / WEIGHTS
-    for file in (weights, path / "adapter_config.json"):
-        if not file.is_file():
-            raise InputError(f"adapter_path {path} holds no {file.name}: not an adapter folder.")
-    try:
-        scale = float(_json(path / "adapter_config.json")["lora_parameters"]["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path / 'adapter_config.json'} has no number at lora_parameters.scale: {error}"
-        ) from error
-    try:
-        arrays = mx.load(str(weights))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{weights} is not a readable safetensors file: {error}") from error
-    assert isinstance(arrays, dict)
-    tensors = {}
-    for name in sorted(arrays):
-        module, leaf = name.rsplit(".", 1) if "." in name else (name, "")
-        if leaf not in ("lora_a", "lora_b") or module not in chain.linears:
-            raise InputError(f"{weights}: tensor '{name}' belongs to no linear of this model.")
-        if leaf == "lora_b":
-            continue
-        tensors[module] = _pair(weights, arrays, module, chain)
-    unpaired = {n.rsplit(".", 1)[0] for n in arrays} - set(tensors)
-    if unpaired or not tensors:
-        raise InputError(f"{weights}: no lora_a for {sorted(unpaired) or 'any linear'}.")
-    return Adapter(tensors, dict.fromkeys(tensors, scale))
-
-
-def _pair(weights: Path, arrays: Any, module: str, chain: Chain) -> tuple[mx.array, mx.array]:
-    a, b = arrays[f"{module}.lora_a"], arrays.get(f"{module}.lora_b")
-    if b is None:
-        raise InputError(f"{weights}: '{module}' has lora_a but no lora_b.")
-    wanted = shapes(chain.linears[module], a.shape[1] if a.ndim > 1 else 0)
-    if (a.shape, b.shape) != wanted:
-        raise InputError(
-            f"{weights}: '{module}' has lora_a {a.shape} and lora_b {b.shape}, but the model wants "
-            f"{wanted[0]} and {wanted[1]}: it was trained on another model."
-        )
-    return a.astype(mx.float32), b.astype(mx.float32)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error

@@ -1,0 +1,108 @@
+"""An adapter folder: which file holds the weights, its configuration, and what is refused."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import InputError
+
+WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
+#: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
+#: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
+PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of an adapter that is nothing but LoRA, as far as its configuration tells."""
+
+    weights: Path
+    config_file: Path
+    config: dict[str, Any]
+
+    @property
+    def peft(self) -> bool:
+        """Factors are named as PEFT does, and transposed."""
+        return self.weights.name == PEFT_WEIGHTS
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Of ours the weights are the file in which every rank is its own.
+
+    InputError if a file is missing, the configuration is unreadable, or the kind is refused.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise InputError(f"the adapter {path} is not a folder: give the path of an adapter.")
+    weights = [path / name for name in (UNPADDED, WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
+    if not weights:
+        raise InputError(f"{path} holds neither {WEIGHTS} nor {PEFT_WEIGHTS}: not an adapter.")
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path} holds no {CONFIG}, which tells the scale: not an adapter.")
+    folder = Folder(weights[0], path / CONFIG, read_json(path / CONFIG))
+    _check_kind(folder)
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; InputError if it holds none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a configuration: expected a JSON object.")
+    return values
+
+
+def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object at `key`; empty if there is none."""
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: {key} is {found!r}, expected a JSON object.")
+    return found
+
+
+def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
+    """The number at `key`; None if there is none."""
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{file}: {key} is {value!r}, expected a finite number.")
+    return float(value)
+
+
+def _check_kind(folder: Folder) -> None:
+    """InputError if the configuration says that the adapter is more than a LoRA of linears."""
+    config = folder.config
+    kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
+    bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
+    refused = {
+        "fully trained weights (fine_tune_type full)": kind == "full",
+        "DoRA adapters": kind == "dora" or config.get("use_dora"),
+        f"adapters of peft_type {peft_type}": peft_type != "LORA",
+        f"adapters with biases (bias {bias})": bias != "none",
+        "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
+        "adapters of parameters (target_parameters)": config.get("target_parameters"),
+        "adapters of a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
+        "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
+        f"adapters that may count on a changed base (init_lora_weights {start})": start
+        not in PLAIN_STARTS,
+    }
+    for what, holds in refused.items():
+        if holds:
+            refuse(folder, what)
+
+
+def refuse(folder: Folder, what: str) -> NoReturn:
+    """InputError: what the folder holds is of a kind that we do not have."""
+    raise InputError(
+        f"{what} cannot be read, only plain LoRA: merge {folder.weights.parent} into its model "
+        "with the tool that made it."
+    )

@@ -1,0 +1,396 @@
+"""Adapters of others: the same factors in every format, what is refused, and mlx-lm's own."""
+
+import json
+import math
+import struct
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import save_config
+
+import mlx_segtrain
+from conftest import write_tiny
+from mlx_segtrain import InputError, TrainConfig
+from mlx_segtrain.adapters import ranks_in, read_adapter, write_adapter
+from mlx_segtrain.lora import Adapter, shapes
+from mlx_segtrain.models import chain_of, load_base
+from oracle import assert_close
+
+RANK, SCALE = 4, 1.5
+Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+TOKENS = mx.array([[1, 5, 9, 200, 17, 33]])
+MLX_LM = {
+    "fine_tune_type": "lora",
+    "num_layers": -1,
+    "lora_parameters": {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": None},
+}
+PEFT = {
+    **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base"},
+    **{"r": RANK, "lora_alpha": RANK * SCALE, "lora_dropout": 0.05, "bias": "none"},
+    **{"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}},
+    **{"init_lora_weights": True, "modules_to_save": None, "target_parameters": None},
+    "target_modules": ["q_proj", "down_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def chain(llama):
+    return chain_of(load_base(llama)[0])
+
+
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory):
+    """A text model within one for text and images."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "gemma4", "gemma4")
+
+
+def factors_of(chain, ranks):
+    """Random a and b by path, in numbers that bfloat16 has."""
+    mx.random.seed(7)
+    return {
+        path: tuple(
+            (0.3 * mx.random.normal(shape)).astype(mx.bfloat16).astype(mx.float32)
+            for shape in shapes(chain.linears[path], rank)
+        )
+        for path, rank in ranks.items()
+    }
+
+
+def write(folder, tensors, config, weights="adapters.safetensors", optiq=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / weights), tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if optiq:
+        (folder / "optiq_lora_config.json").write_text(json.dumps(optiq))
+    return folder
+
+
+def write_mlx(folder, factors, config=MLX_LM, *, dtype=mx.float32, optiq=None):
+    tensors = {}
+    for path, (a, b) in factors.items():
+        tensors |= {f"{path}.lora_a": a.astype(dtype), f"{path}.lora_b": b.astype(dtype)}
+    return write(folder, tensors, config, optiq=optiq)
+
+
+def write_peft(folder, factors, more=None, **config):
+    tensors = dict(more or {})
+    for path, (a, b) in factors.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = mx.contiguous(a.T)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = mx.contiguous(b.T)
+    return write(folder, tensors, {**PEFT, **config}, "adapter_model.safetensors")
+
+
+def write_ours(folder, factors):
+    config = TrainConfig(model_dir="m", data_dir="d", adapter_path=folder)
+    write_adapter(folder, Adapter(factors, dict.fromkeys(factors, SCALE)), config)
+    return folder
+
+
+def without_scale(**instead):
+    return {"fine_tune_type": "lora", "num_layers": -1, **instead}
+
+
+FORMATS = {
+    "mlx-lm": write_mlx,
+    "mlx-lm in bfloat16": lambda *to: write_mlx(*to, dtype=mx.bfloat16),
+    "scale at the top": lambda *to: write_mlx(*to, without_scale(scale=SCALE)),
+    "alpha over r": lambda *to: write_mlx(*to, without_scale(lora_alpha=RANK * SCALE, r=RANK)),
+    "PEFT": write_peft,
+    "ours": write_ours,
+}
+
+
+@pytest.fixture(scope="module")
+def expected_logits(llama, chain, tmp_path_factory):
+    """Stock mlx-lm's."""
+    factors = factors_of(chain, dict.fromkeys(chain.linears, RANK))
+    folder = write_mlx(tmp_path_factory.mktemp("adapters") / "stock", factors)
+    return mlx_lm.load(str(llama), adapter_path=str(folder))[0](TOKENS)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_same_factors_in_every_format(form, llama, chain, expected_logits, tmp_path):
+    ranks = dict.fromkeys(chain.linears, RANK)
+    factors = factors_of(chain, ranks)
+    folder = FORMATS[form](tmp_path / "a", factors)
+    adapter = read_adapter(folder, chain)
+    assert adapter.scales == dict.fromkeys(factors, SCALE)
+    assert adapter.tensors.keys() == factors.keys()
+    for path, pair in adapter.tensors.items():
+        for got, want in zip(pair, factors[path], strict=True):
+            assert got.dtype == mx.float32 and mx.array_equal(got, want)
+    assert ranks_in(folder) == ranks
+    logits = mlx_segtrain.load(llama, folder)[0](TOKENS)
+    assert_close("logits", logits, expected_logits, 1e-5)
+    assert mx.abs(logits - mlx_segtrain.load(llama)[0](TOKENS)).max() > 0.1
+
+
+def test_of_ours_every_linear_has_its_own_rank(chain, tmp_path):
+    ranks = {Q0: 2, DOWN1: 8}
+    folder = write_ours(tmp_path / "a", factors_of(chain, ranks))
+    assert mx.load(str(folder / "adapters.safetensors"))[f"{Q0}.lora_a"].shape[1] == 8
+    assert read_adapter(folder, chain).ranks == ranks == ranks_in(folder)
+
+
+# ---- multipliers
+
+
+@pytest.mark.parametrize(
+    "config,scale",
+    [
+        ({"lora_parameters": {"scale": 3.0}, "scale": 5.0, "lora_alpha": 7, "r": 2}, 3.0),
+        ({"lora_parameters": {"rank": 2}, "scale": 5.0, "lora_alpha": 7, "r": 2}, 5.0),
+        ({"lora_parameters": None, "scale": None, "lora_alpha": 7, "r": 2}, 3.5),
+    ],
+)
+def test_where_the_scale_stands(config, scale, chain, tmp_path):
+    folder = write_mlx(tmp_path, factors_of(chain, {Q0: 2, DOWN1: 8}), config)
+    assert read_adapter(folder, chain).scales == {Q0: scale, DOWN1: scale}
+
+
+@pytest.mark.parametrize(
+    "config,optiq",
+    [
+        ({"scale": SCALE, "rs_lora": True}, None),
+        ({"lora_parameters": {"scale": SCALE, "rs_lora": True}}, None),
+        (MLX_LM, {"rs_lora": True}),
+        (MLX_LM, {"lora_parameters": {"rs_lora": True}}),
+    ],
+)
+def test_rs_lora_is_over_the_root_of_each_rank(config, optiq, chain, tmp_path):
+    factors = factors_of(chain, {Q0: 2, DOWN1: 8})
+    folder = write_mlx(tmp_path / "a", factors, config, optiq=optiq)
+    want = {Q0: SCALE / math.sqrt(2), DOWN1: SCALE / math.sqrt(8)}
+    assert read_adapter(folder, chain).scales == pytest.approx(want)
+    # Ours holds the root already, in the scale or in B.
+    ours = write_mlx(tmp_path / "b", factors, {**config, "segtrain": {}}, optiq=optiq)
+    assert read_adapter(ours, chain).scales == {Q0: SCALE, DOWN1: SCALE}
+
+
+K0, Q1 = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "patterns,ranks,alphas",
+    [
+        ({"rank_pattern": {"q_proj": 2}}, (2, 4, 2), (6, 6, 6)),
+        # The first that matches counts, from a dot on: neither "roj" nor "0.self_attn" is an end.
+        (
+            {"rank_pattern": {"roj": 9, "0.self_attn": 9, r"layers\.1\..*": 8, "q_proj": 2}},
+            (2, 4, 8),
+            (6, 6, 6),
+        ),
+        ({"alpha_pattern": {"^model.layers.0.self_attn.(q|k)_proj": 20}}, (4, 4, 4), (20, 20, 6)),
+        ({"alpha_pattern": {"^layers.0.self_attn.q_proj": 20}}, (4, 4, 4), (6, 6, 6)),
+        (
+            {"rank_pattern": {"k_proj": 8}, "alpha_pattern": {"1.self_attn.q_proj": 5}},
+            (4, 8, 4),
+            (6, 6, 5),
+        ),
+    ],
+)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_by_pattern(patterns, ranks, alphas, rslora, chain, tmp_path):
+    paths = (Q0, K0, Q1)
+    factors = factors_of(chain, dict(zip(paths, ranks, strict=True)))
+    adapter = read_adapter(write_peft(tmp_path, factors, **patterns, use_rslora=rslora), chain)
+    over = [math.sqrt(rank) if rslora else rank for rank in ranks]
+    assert [adapter.scales[p] for p in paths] == [a / x for a, x in zip(alphas, over, strict=True)]
+    assert tuple(adapter.ranks[p] for p in paths) == ranks
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "stored", ["language_model.model.layers", "model.language_model.layers", "model.layers"]
+)
+def test_a_text_model_stands_alone_or_in_a_larger_one(stored, chain, gemma4, tmp_path):
+    larger = chain_of(load_base(gemma4)[0])
+    inner = {"language_model.model.layers": larger, "model.layers": chain}
+    for prefix, model in inner.items():
+        path = f"{prefix}.0.self_attn.q_proj"
+        factors = factors_of(model, {path: RANK})
+        renamed = {path.replace(prefix, stored): factors[path]}
+        pattern = {f"^{stored}.0.self_attn.q_proj": 20}  # of the path as it is stored
+        for folder, scale in (
+            (write_mlx(tmp_path / prefix / "mlx", renamed), SCALE),
+            (write_peft(tmp_path / prefix / "peft", renamed, alpha_pattern=pattern), 20 / RANK),
+        ):
+            adapter = read_adapter(folder, model)
+            assert adapter.scales == {path: scale}
+            assert mx.array_equal(adapter.tensors[path][1], factors[path][1])
+            known = stored.replace("model.language_model", "language_model.model")
+            assert ranks_in(folder) == {f"{known}.0.self_attn.q_proj": RANK}
+
+
+def test_ranks_are_read_from_the_header_alone(chain, tmp_path):
+    ranks = {Q0: 2, DOWN1: 8}
+    for folder in (
+        write_mlx(tmp_path / "mlx", factors_of(chain, ranks)),
+        write_peft(tmp_path / "peft", factors_of(chain, ranks)),
+    ):
+        (weights,) = folder.glob("*.safetensors")
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: 8 + struct.unpack("<Q", whole[:8])[0]])
+        assert ranks_in(folder) == ranks
+        with pytest.raises(InputError, match="not a readable safetensors file"):
+            read_adapter(folder, chain)
+
+
+# ---- what is refused
+
+REFUSED = {
+    "biases": ({"bias": "lora_only"}, r"adapters with biases \(bias lora_only\) cannot be read"),
+    "modules": ({"modules_to_save": ["lm_head"]}, r"whole modules \(modules_to_save\) cannot be"),
+    "dora": ({"use_dora": True}, "DoRA adapters cannot be read"),
+    "parameters": ({"target_parameters": ["mlp.experts.down_proj"]}, r"\(target_parameters\)"),
+    "type": ({"peft_type": "IA3"}, "adapters of peft_type IA3 cannot be read"),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, r"\(aLoRA\) cannot be read"),
+    "layers": ({"layer_replication": [[0, 2], [1, 3]]}, r"\(layer_replication\) cannot be read"),
+    **{
+        start: ({"init_lora_weights": start}, rf"changed base \(init_lora_weights {start}\)")
+        for start in ("pissa", "pissa_niter_16", "olora", "corda", "eva", "loftq", "lora_ga")
+    },
+}
+
+
+def says(folder, chain, message, ranks_too=True):
+    """The InputError, one sentence that names the folder."""
+    readers = [lambda: read_adapter(folder, chain)] + [lambda: ranks_in(folder)] * ranks_too
+    for read in readers:
+        with pytest.raises(InputError, match=message) as error:
+            read()
+        text = str(error.value)
+        assert str(folder) in text and "\n" not in text
+
+
+@pytest.mark.parametrize("changes,message", REFUSED.values(), ids=REFUSED)
+def test_what_peft_has_and_we_have_not(changes, message, chain, tmp_path):
+    says(write_peft(tmp_path, factors_of(chain, {Q0: RANK}), **changes), chain, message)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_starts_that_leave_the_base_as_it_is(start, chain, tmp_path):
+    folder = write_peft(tmp_path, factors_of(chain, {Q0: RANK}), init_lora_weights=start)
+    assert read_adapter(folder, chain).ranks == {Q0: RANK}
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        (f"{Q0}.lora_magnitude_vector", "DoRA adapters cannot be read"),
+        (f"{Q0}.lora_magnitude_vector.weight", "DoRA adapters cannot be read"),
+        ("model.embed_tokens.lora_embedding_A", r"an embedding \(lora_embedding_A\) cannot be"),
+        ("lm_head.weight", "tensor 'base_model.model.lm_head.weight' is no factor"),
+        (f"{Q0}.lora_B.bias", "lora_B.bias' is no factor"),
+    ],
+)
+def test_tensors_that_are_no_factors(name, message, chain, tmp_path):
+    more = {f"base_model.model.{name}": mx.ones((4, 4))}
+    says(write_peft(tmp_path, factors_of(chain, {Q0: RANK}), more), chain, message)
+
+
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("dora", "DoRA adapters cannot be read"),
+        ("full", r"fully trained weights \(fine_tune_type full\) cannot be read"),
+    ],
+)
+def test_what_mlx_lm_has_and_we_have_not(kind, message, chain, tmp_path):
+    config = {**MLX_LM, "fine_tune_type": kind, "lora_parameters": None}
+    says(write_mlx(tmp_path, factors_of(chain, {Q0: RANK}), config), chain, message)
+
+
+def test_folders_that_are_no_adapter(chain, tmp_path):
+    says(tmp_path / "none", chain, "is not a folder: give the path of an adapter")
+    says(tmp_path, chain, "neither adapters.safetensors nor adapter_model.safetensors")
+    folder = write_mlx(tmp_path / "a", factors_of(chain, {Q0: RANK}))
+    config = folder / "adapter_config.json"
+    config.write_text("{")
+    says(folder, chain, "cannot be read as JSON")
+    config.write_text("[]")
+    says(folder, chain, "expected a JSON object")
+    config.unlink()
+    says(folder, chain, "holds no adapter_config.json")
+    says(write(tmp_path / "b", {}, MLX_LM), chain, "holds no lora_a")
+
+
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (without_scale(), r"no lora_parameters\.scale, no scale, and no lora_alpha with an r"),
+        (without_scale(lora_alpha=8), "no lora_alpha with an r"),
+        (without_scale(lora_alpha=8, r=0), "no lora_alpha with an r"),
+        (without_scale(scale="2"), "scale is '2', expected a finite number"),
+        (without_scale(scale=True), "scale is True, expected"),
+        (without_scale(scale=math.nan), "scale is nan, expected"),
+        (without_scale(lora_parameters=[20]), r"lora_parameters is \[20\], expected a JSON object"),
+    ],
+)
+def test_scales_that_are_none(config, message, chain, tmp_path):
+    folder = write_mlx(tmp_path, factors_of(chain, {Q0: RANK}), config)
+    says(folder, chain, message, ranks_too=False)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"r": None}, "has no r: add it"),
+        ({"lora_alpha": None}, "has no lora_alpha: add it"),
+        ({"r": 8}, "has rank 4, but r and rank_pattern in adapter_config.json say 8"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern has no regular expression"),
+        ({"alpha_pattern": {"q_proj": "a"}}, "q_proj is 'a', expected a finite number"),
+        ({"alpha_pattern": 8}, "alpha_pattern is 8, expected a JSON object"),
+    ],
+)
+def test_configurations_of_peft_that_make_no_sense(changes, message, chain, tmp_path):
+    folder = write_peft(tmp_path, factors_of(chain, {Q0: RANK}), **changes)
+    says(folder, chain, message, ranks_too=False)
+
+
+def test_factors_that_make_no_sense(chain, tmp_path):
+    factors = factors_of(chain, {Q0: RANK})
+    a, b = factors[Q0]
+    for name, pair in {"one dimension": (a[0], b), "no rank": (a[:, :0], b[:0])}.items():
+        says(write_mlx(tmp_path / name, {Q0: pair}), chain, "which has no rank")
+    twice = {**factors, f"language_model.{Q0}": factors[Q0]}
+    says(write_mlx(tmp_path / "twice", twice), chain, "holds two updates", ranks_too=False)
+    half = {f"base_model.model.{DOWN1}.lora_B.weight": mx.ones((64, 4))}
+    says(write_peft(tmp_path / "half", factors, half), chain, f"{DOWN1}' has lora_b but no lora_a")
+    other = {f"{Q0}x": factors[Q0]}
+    says(write_peft(tmp_path / "other", other), chain, "belongs to no linear", ranks_too=False)
+    wide = {Q0: (mx.ones((65, RANK)), b)}
+    message = r"lora_a \(65, 4\) and lora_b \(4, 64\), but the model wants \(64, 4\)"
+    says(write_peft(tmp_path / "wide", wide), chain, message, ranks_too=False)
+
+
+# ---- mlx-lm's own
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
+def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
+    """As mlx_lm.lora writes it; with keys null mlx-lm takes every linear of its layers."""
+    model_dir = request.getfixturevalue(fixture)
+    model, _ = mlx_lm.load(str(model_dir))
+    model.freeze()
+    linear_to_lora_layers(model, num_layers, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    mx.random.seed(3)
+    factors = {
+        name: (x if name.endswith("lora_a") else 0.02 * mx.random.normal(x.shape)).astype(dtype)
+        for name, x in tree_flatten(model.trainable_parameters())
+    }
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), factors)
+    lora_parameters = {"rank": 8, "dropout": 0.0, "scale": 20.0}
+    args = {"model": str(model_dir), "fine_tune_type": "lora", "num_layers": num_layers}
+    save_config({**args, "lora_parameters": lora_parameters}, tmp_path / "adapter_config.json")
+    own = mlx_segtrain.load(model_dir, tmp_path)[0](TOKENS)
+    stock = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path))[0](TOKENS)
+    assert_close("logits", own, stock, 1e-5)
+    assert mx.abs(own - mlx_segtrain.load(model_dir)[0](TOKENS)).max() > 0.1
+    assert ranks_in(tmp_path).keys() == {name.rsplit(".", 1)[0] for name in factors}
