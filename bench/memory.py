@@ -1,11 +1,11 @@
 """Predicted against measured peak of training steps.
 
     python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
-                           [--loss-rows 1 0.1] [--moves]
+                           [--loss-rows 1 0.1] [--pairs 0 0.9] [--moves]
 
 Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, optimizer included
 (two at least: it has no state in the first), after what the one before left is gone. `--moves`
-prints every move of the plan, predicted and measured.
+prints every move of the plan, predicted and measured. `--pairs` are of DPO, by the part both share.
 """
 
 import argparse
@@ -16,19 +16,19 @@ from pathlib import Path
 import step as steps
 
 
-def cell(model, shape, vocabulary, length, loss, kind, n_steps):
+def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps):
     """(plan, best s, measured peak, measured peak of each move of the last step)."""
     import mlx.core as mx
 
-    rows = round(length * loss)
-    plan = steps.plan_of(shape, kind, length, rows)
+    objective, batch, of = steps.batch_of(vocabulary, length, round(length * loss), shared)
+    plan = steps.plan_of(shape, kind, of)
     peaks, times, peak = [], [], 0
 
     def watch():
         peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
 
-    step = steps.training_step(model, vocabulary, shape, plan, length, rows, watch)
+    step = steps.training_step(model, shape, plan, objective, batch, watch)
     for _ in range(n_steps):
         peaks.clear()
         steps.reset_peak()
@@ -45,15 +45,18 @@ def main():
     parser.add_argument("--lengths", nargs="+", type=int, required=True)
     parser.add_argument("--plans", nargs="+", default=["min", "1", "auto"])
     parser.add_argument("--loss-rows", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--pairs", nargs="+", type=float, default=[None])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--moves", action="store_true")
     args = parser.parse_args()
     model, vocabulary = steps.load(args.model)
     shape = steps.shape_of(args.model, model)
     print("model, tokens, loss rows, plan      predicted  measured  over measured      s  what")
-    for length, loss, kind in itertools.product(args.lengths, args.loss_rows, args.plans):
+    cells = itertools.product(args.lengths, args.loss_rows, args.pairs, args.plans)
+    for length, loss, shared, kind in cells:
         label = f"{Path(args.model).name[:14]:14s} {length:6d} {loss:5g} {kind:9s}"
-        what = (length, loss, kind, args.steps)
+        label += "" if shared is None else f" {shared:g} shared"
+        what = (length, loss, kind, shared, args.steps)
         try:
             plan, seconds, peak, peaks = cell(model, shape, vocabulary, *what)
         except (RuntimeError, ValueError) as error:

@@ -1,13 +1,15 @@
 """One training step of this package beside its peers: same model, same tokens, one process a cell.
 
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
-                         [--cells segtrain:1 peft …]
+                         [--cells segtrain:1 peft …] [--shared 0.9]
 
 LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
     segtrain:N    this package, N layers a segment (0: off)
     segtrain:XGB  the fastest plan in so much memory; segtrain:min the least memory, segtrain:auto
                   what the device has free
+    dpo:…         the same plans, of a DPO step of one pair: --length tokens in each sequence, both
+                  begin with the part --shared; what follows is the response; references are there
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
     peft          HF transformers + PEFT, torch, no checkpointing; peft:ckpt with it. float32 on the
                   CPU; of a SHAPE bfloat16 on a GPU, without quantization
@@ -131,12 +133,42 @@ def ranks_of(shape):
     return planning.ranks_of(shape, target_modules=SUFFIXES, **how)
 
 
-def plan_of(shape, kind, length, rows):
+def batch_of(vocabulary, length, rows, shared=None):
+    """(objective, batch, its shape): a row with its last `rows` in the loss, or a pair."""
+    import numpy as np
+
+    from mlx_segtrain import planning
+    from mlx_segtrain.data import Batch, PairBatch
+    from mlx_segtrain.objectives.preference import Dpo
+    from mlx_segtrain.objectives.sft import Sft
+    from mlx_segtrain.stages import PAIR, joined, trim_start
+
+    def batch(ids, first):
+        weights = np.ones(ids.shape, np.float32)
+        weights[:, :first] = 0
+        return Batch(ids, weights, np.arange(1), np.array([ids.shape[1]]))
+
+    trimmed = length - trim_start(length - rows)
+    row = tokens(length, vocabulary)
+    if shared is None:
+        of = planning.BatchShape.single(1, length, trimmed, rows)
+        return Sft(), batch(row, length + 1 - rows), of
+    same = round(length * shared)
+    other = np.concatenate([row[:, :same], tokens(length, vocabulary)[:, ::-1][:, same:]], 1)
+    first = max(same, length + 1 - rows)
+    pair = PairBatch(batch(row, first), batch(other, first), same, np.arange(1), None)
+    rest = length - same
+    streams = [planning.StreamShape(stream, length, trimmed) for stream in PAIR]
+    if same:
+        trimmed = min(trimmed, rest + length - trim_start(same - 1))
+        streams = [planning.StreamShape(joined(), length + rest, trimmed + rest, same, rest)]
+    return Dpo(), pair, planning.BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
+
+
+def plan_of(shape, kind, batch):
     """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
     from mlx_segtrain import planning
-    from mlx_segtrain.stages import trim_start
 
-    batch = planning.BatchShape(1, length, length - trim_start(length - rows), rows)
     what = (shape, batch, ranks_of(shape), planning.device())
     if kind.isdecimal():
         return planning.named(*what, int(kind))
@@ -173,40 +205,34 @@ def reset_peak():
         mx.reset_peak_memory()
 
 
-def training_step(model, vocabulary, shape, plan, length, rows, watch=None):
-    """A function that takes a whole step by a plan, optimizer included; the last rows count."""
+def training_step(model, shape, plan, objective, batch, watch=None):
+    """A function that takes a whole step by a plan, optimizer included."""
     import mlx.core as mx
     import mlx.optimizers as optim
-    import numpy as np
 
     from mlx_segtrain import lora
-    from mlx_segtrain.data import Batch
     from mlx_segtrain.models import chain_of
-    from mlx_segtrain.objectives import sft
+    from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.training.layout import Layout
 
     chain = chain_of(model)
     adapter = lora.init(chain, ranks_of(shape), SCALE, 0)
-    stages = chain.stages(adapter.scales)
+    scales = adapter.scales
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
     del adapter, params
-    row = tokens(length, vocabulary)
-    weights = np.ones(row.shape, np.float32)
-    weights[:, : length - rows + 1] = 0
-    batch = Batch(row, weights, np.arange(1))
-    value_and_grad = sft.value_and_grad(chain, stages, plan.cuts, watch)
+    total = objective.total([batch])
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     mx.set_memory_limit(plan.limit)
 
     def step():
         nonlocal vector
-        values = sft.values(chain, batch, float(weights.sum()))
-        (loss,), grads = value_and_grad(layout.split(vector), values)
+        what = (objective, chain, scales, layout.split(vector), batch, total)
+        (loss, *_), grads = value_and_grad(*what, cuts=lambda streams: plan.cuts, watch=watch)
         gradient = {"factors": layout.join(grads)}
-        del grads
+        del grads, what
         vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
         del gradient
         mx.eval(vector, optimizer.state, loss)
@@ -214,16 +240,21 @@ def training_step(model, vocabulary, shape, plan, length, rows, watch=None):
     return step
 
 
-def segtrain(args, variant):
+def segtrain(args, variant, shared=None):
     import mlx.core as mx
 
     model, vocabulary = load(args.model)
-    shape, rows = shape_of(args.model, model), args.length - prompt(args)
-    plan = plan_of(shape, variant or "auto", args.length, rows)
-    step = training_step(model, vocabulary, shape, plan, args.length, rows)
+    shape = shape_of(args.model, model)
+    objective, batch, of = batch_of(vocabulary, args.length, args.length - prompt(args), shared)
+    plan = plan_of(shape, variant or "auto", of)
+    step = training_step(model, shape, plan, objective, batch)
     resting = mx.get_active_memory()
     first, times = timed(step, args.steps)
     return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
+
+
+def dpo(args, variant):
+    return segtrain(args, variant, args.shared)
 
 
 def mlx_lm(args, variant):
@@ -312,7 +343,7 @@ def peft(args, variant):
     return {"first_s": first, "times": times, **peak}
 
 
-CELLS = {"segtrain": segtrain, "mlx-lm": mlx_lm, "peft": peft}
+CELLS = {"segtrain": segtrain, "dpo": dpo, "mlx-lm": mlx_lm, "peft": peft}
 
 
 def run_cell(args):
@@ -333,6 +364,7 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--loss-rows", type=float, default=1.0, help="part of them in the loss")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--shared", type=float, default=0.0, help="part that both of a pair share")
     parser.add_argument("--limit-gb", type=float, help="mlx-lm waits for the device above it")
     parser.add_argument(
         "--cells",
@@ -362,7 +394,7 @@ def main():
     for cell in args.cells:
         command = [sys.executable, __file__, "--cell", cell, "--model", args.model]
         command += ["--length", str(args.length), "--steps", str(args.steps)]
-        command += ["--loss-rows", str(args.loss_rows)]
+        command += ["--loss-rows", str(args.loss_rows), "--shared", str(args.shared)]
         command += ["--limit-gb", str(args.limit_gb)] if args.limit_gb else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)

@@ -4,6 +4,7 @@ A tiny random model of each family of mlx-lm takes three steps; at each of them,
 last, the loss must be that of mlx-lm's own code with the same adapter.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from mlx_segtrain import lora
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import chain_of, family_of
-from mlx_segtrain.objectives import sft
+from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.setup import with_params
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
@@ -37,15 +39,14 @@ def outcome(family: str) -> tuple[str, str]:
         return "refused", str(error).split("cannot be trained: ", 1)[1]
     adapter = random_adapter(chain, dict.fromkeys(chain.linears, 2), 1.0, 0.05)
     tokens = np.random.default_rng(0).integers(0, 128, (2, 21)).astype(np.int32)
-    batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2))
-    stages = chain.stages(adapter.scales)
+    batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2), np.full(2, 21))
     params = lora.stage_params(chain, adapter)
-    step = sft.value_and_grad(chain, stages, chain.cuts(1))
-    values = sft.values(chain, batch, 40.0)
+    cuts = functools.partial(chain.cuts, 1)
     trained, losses = [], []
     for _ in range(4):
         trained.append(params)
-        (loss,), grads = step(params, values)
+        what = (Sft(), chain, adapter.scales, params, batch, 40.0)
+        (loss,), grads = value_and_grad(*what, cuts=cuts)
         losses.append(loss.item())
         params = {
             stage: {key: p - 0.05 * grads[stage][key] for key, p in own.items()}

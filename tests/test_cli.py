@@ -24,6 +24,8 @@ TRAINED = training.TrainResult(
     final_val_loss=2.0,
     best_val_loss=1.5,
     best_step=10,
+    first_val_accuracy=0.5,
+    final_val_accuracy=0.9,
     final_train_loss=1.25,
     wall_s=61.0,
     tokens_per_sec=12345.6,
@@ -102,9 +104,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 @pytest.mark.parametrize("command", ["train", "probe"])
-def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {
+def test_every_field_has_a_flag(command: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {
         "model_dir": "m1",
         "data_dir": "d1",
         "adapter_path": "a1",
@@ -114,13 +117,22 @@ def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -
         "rank_scaling": "constant",
         "target_modules": ["q_proj", "up_proj"],
         "num_layers": -1,
+        "warm_start": None,
         "iters": 7,
+        "epochs": None,
         "optimizer": "lion",
         "learning_rate": 1e-5,
         "lr_schedule": "cosine",
         "warmup_iters": 2,
         "lora_plus_ratio": 4.0,
         "rs_lora": True,
+        "lora_dropout": 0.1,
+        "dpo_beta": 0.1,
+        "dpo_loss": "sigmoid",
+        "label_smoothing": 0.0,
+        "reference_free": False,
+        "orpo_lambda": 0.1,
+        "sft_scope": "full",
         "max_seq_length": 77,
         "batch_size": 3,
         "grad_accumulation_steps": 4,
@@ -135,13 +147,31 @@ def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -
         "save_checkpoints": True,
         "early_stopping_patience": 3,
         "keep_best": True,
+        "sample_prompts": ["why?", "how?"],
+        "sample_tokens": 9,
+        "eval_command": "score {adapter}",
         "train_on": "last",
         "append_eos": False,
         "overwrite": True,
     }
     assert list(given) == list(TrainConfig.model_fields)
+    # Some have an effect with others only.
+    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
+    given |= {
+        "sft": {},
+        "dpo": {
+            **{name: defaults[name] for name in ("train_on", "rank", "scale", "rank_scaling")},
+            **{name: defaults[name] for name in ("target_modules", "rs_lora", "iters")},
+            **{"method": "dpo", "warm_start": "w", "epochs": 2.5, "dpo_beta": 0.2},
+            **{"dpo_loss": "robust", "label_smoothing": 0.2, "reference_free": True},
+        },
+        "orpo": {"method": "orpo", "train_on": "assistant", "orpo_lambda": 0.3}
+        | {"sft_scope": "response"},
+    }[method]
+    shown = [name for name in given if given[name] != defaults[name]]
     argv = [command]
-    for name, value in given.items():
+    for name in shown:
+        value = given[name]
         if isinstance(value, bool):
             argv.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         else:
@@ -163,6 +193,27 @@ def test_every_field_has_a_flag(command: str, monkeypatch: pytest.MonkeyPatch) -
     if command == "probe":
         del got["adapter_path"], given["adapter_path"]  # probe writes nothing
     assert got == given
+    tried = {"warm_start", "epochs", "dpo_beta", "dpo_loss", "label_smoothing", "reference_free"}
+    missing = set(TrainConfig.model_fields) - set(shown)
+    assert (
+        missing
+        <= {
+            "sft": {*tried, "method", "orpo_lambda", "sft_scope", "num_layers", "grad_checkpoint"},
+            "dpo": {
+                *(
+                    "train_on",
+                    "rank",
+                    "scale",
+                    "rank_scaling",
+                    "target_modules",
+                    "rs_lora",
+                    "iters",
+                ),
+                *("orpo_lambda", "sft_scope", "num_layers", "grad_checkpoint"),
+            },
+            "orpo": {*tried, "train_on", "num_layers", "grad_checkpoint"},
+        }[method]
+    )
 
 
 def test_a_flag_that_is_not_given_leaves_the_file_alone(train: Mock) -> None:
@@ -186,7 +237,7 @@ def test_train_shows_progress_and_a_summary(
     train: Mock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: TrainConfig, on_event: events.OnEvent) -> training.TrainResult:
-        on_event(events.val_metric(0, config.iters, loss=3.0, tokens=10))
+        on_event(events.val_metric(0, config.iters, loss=3.0, tokens=10, metrics={}))
         return TRAINED
 
     train.side_effect = run
@@ -296,23 +347,30 @@ def test_probe(
 
 def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = training.EvalResult(
-        loss=2.0, perplexity=7.389, tokens=1000, rows=10, truncated=1, dropped=2
+        loss=2.0, perplexity=7.389, metrics={}, tokens=1000, rows=10, truncated=1, dropped=2
     )
     evaluate = replace(monkeypatch, "evaluate", result)
     argv = ["eval", "--model-dir", "m", "--data-dir", "d", "--split", "train"]
     assert cli.main([*argv, "--max-seq-length", "99", "--no-append-eos"]) == 0
     assert "7.389" in capsys.readouterr().out
-    assert evaluate.call_args.args == (Path("m"), Path("d"), None)
-    assert evaluate.call_args.kwargs == {
-        "split": "train",
-        "max_seq_length": 99,
-        "batch_size": 1,
-        "train_on": "assistant",
-        "append_eos": False,
-    }
+    config, adapter = evaluate.call_args.args
+    assert (config.model_dir, config.data_dir, adapter) == (Path("m"), Path("d"), None)
+    assert (config.max_seq_length, config.append_eos) == (99, False)
+    assert evaluate.call_args.kwargs == {"split": "train"}
     assert cli.main([*argv, "--adapter-path", "a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == 7.389
-    assert evaluate.call_args.args[2] == Path("a")
+    assert evaluate.call_args.args[1] == Path("a")
+
+
+def test_eval_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"accuracy": 0.75, "margin": 1.5, "chosen_reward": 1.0, "rejected_reward": -0.5}
+    result = training.EvalResult(0.4, None, metrics, 1000, 10, 1, 2)
+    evaluate = replace(monkeypatch, "evaluate", result)
+    argv = ["eval", "--model-dir", "m", "--data-dir", "d", "--method", "dpo", "--dpo-beta", "0.3"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "0.4000 nats per pair" in out and "accuracy        0.7500" in out
+    assert evaluate.call_args.args[0].dpo_beta == 0.3
 
 
 def test_inspect_counts_rows_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,6 +410,7 @@ def test_inspect_gives_its_flags_to_the_data_module(
         max_seq_length=512,
         train_on="last",
         append_eos=False,
+        method=None,
         n_preview=0,
     )
     load.assert_called_once_with(Path("."), eos_token_ids=[7, 8])

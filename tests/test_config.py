@@ -38,13 +38,22 @@ def test_defaults_are_those_of_the_reference() -> None:
             *("gate_proj", "up_proj", "down_proj"),
         ],
         "num_layers": -1,
+        "warm_start": None,
         "iters": 100,
+        "epochs": None,
         "optimizer": "adamw",
         "learning_rate": 2e-4,
         "lr_schedule": "constant",
         "warmup_iters": 0,
         "lora_plus_ratio": 1.0,
         "rs_lora": False,
+        "lora_dropout": 0.0,
+        "dpo_beta": 0.1,
+        "dpo_loss": "sigmoid",
+        "label_smoothing": 0.0,
+        "reference_free": False,
+        "orpo_lambda": 0.1,
+        "sft_scope": "full",
         "max_seq_length": 512,
         "batch_size": 1,
         "grad_accumulation_steps": 1,
@@ -59,10 +68,51 @@ def test_defaults_are_those_of_the_reference() -> None:
         "save_checkpoints": False,
         "early_stopping_patience": 0,
         "keep_best": False,
+        "sample_prompts": [],
+        "sample_tokens": 64,
+        "eval_command": None,
         "train_on": "assistant",
         "append_eos": True,
         "overwrite": False,
     }
+
+
+def test_defaults_and_names_of_methods() -> None:
+    dpo = load_config(None, {**REQUIRED, "method": "dpo"})
+    assert (dpo.learning_rate, dpo.lr_schedule) == (5e-5, "cosine")
+    orpo = load_config(None, {**REQUIRED, "method": "orpo", "learning_rate": 1e-4})
+    assert (orpo.learning_rate, orpo.lr_schedule) == (1e-4, "cosine")
+    names = {"dpo_lr_schedule": "linear", "dpo_warmup_iters": 3}
+    dpo = load_config(None, {**REQUIRED, "method": "dpo", **names})
+    assert (dpo.lr_schedule, dpo.warmup_iters) == ("linear", 3)
+    assert load_config(None, dpo.model_dump()) == dpo
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"dpo_beta": 0.2}, "dpo_beta has no effect outside of method dpo: leave it out"),
+        ({"method": "orpo", "reference_free": True}, "reference_free has no effect outside of"),
+        ({"method": "dpo", "sft_scope": "response"}, "sft_scope has no effect outside of method"),
+        (
+            {"method": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1},
+            "label_smoothing has no effect outside of method dpo with dpo_loss sigmoid or robust",
+        ),
+        ({"method": "dpo", "train_on": "last"}, "train_on has no effect with preference rows"),
+        ({"warm_start": "x", "rank": 16}, "rank has no effect with warm_start, whose adapter has"),
+        ({"epochs": 2, "iters": 7}, "iters has no effect beside epochs: leave it out"),
+        ({"sample_tokens": 9}, "sample_tokens has no effect without sample_prompts"),
+        ({"dpo_warmup_iters": 9}, "dpo_warmup_iters is for method dpo: give warmup_iters"),
+        (
+            {"method": "dpo", "dpo_lr_schedule": "linear", "lr_schedule": "linear"},
+            "dpo_lr_schedule and lr_schedule are the same: give one of them",
+        ),
+        ({"label_smoothing": 0.5, "method": "dpo"}, "a finite number >= 0 and < 0.5; got 0.5"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be a finite number >= 0 and < 1; got 1.0"),
+    ],
+)
+def test_options_without_an_effect_are_errors(fields: dict[str, object], text: str) -> None:
+    assert text in fault(None, **{**REQUIRED, **fields})
 
 
 def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
@@ -85,7 +135,7 @@ def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
         ("scale", "nan", "a finite number > 0"),
         ("scale", float("inf"), "a finite number > 0"),
         ("rank_scaling", "by_bit", "constant, by_bits or by_kl"),
-        ("method", "dpo", "sft"),
+        ("method", "ppo", "sft, dpo or orpo"),
         ("target_modules", [], "one or more names"),
         ("target_modules", ["q_proj", ""], "one or more names"),
         ("target_modules", ["q_proj", "q_proj"], "each once"),

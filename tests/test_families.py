@@ -17,7 +17,8 @@ from mlx_segtrain import _core, lora, ops
 from mlx_segtrain.data import Batch
 from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import chain_of, family_of
-from mlx_segtrain.objectives import sft
+from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
 from oracle import assert_close
@@ -75,7 +76,7 @@ def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
     weights[:, : prompt + 1] = 0
     for i in range(rows):
         weights[i, length - 5 * i :] = 0
-    return Batch(tokens, weights, np.arange(rows))
+    return Batch(tokens, weights, np.arange(rows), length - 5 * np.arange(rows))
 
 
 def adapter_of(chain) -> Adapter:
@@ -86,10 +87,9 @@ def adapter_of(chain) -> Adapter:
 
 def run(chain, adapter, batch, segment_size=1, cuts=None):
     cuts = cuts or chain.cuts(segment_size)
-    stages = chain.stages(adapter.scales)
     params = lora.stage_params(chain, adapter)
-    values = sft.values(chain, batch, float(batch.weights[:, 1:].sum()))
-    (loss,), grads = sft.value_and_grad(chain, stages, cuts)(params, values)
+    what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
+    (loss,), grads = value_and_grad(*what, cuts=lambda streams: cuts)
     return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
 
 
@@ -172,7 +172,8 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
                 assert_close(path, got_grads[path], grad, 2e-5)
         stages = chain.stages(adapter.scales)
         params = lora.stage_params(chain, adapter)
-        scope = forward(stages, params, sft.values(chain, batch, 1.0))
+        keep = ["h", *(name for stage in stages for name in stage.writes if "keys of" in name)]
+        scope = forward(stages, params, Sft().values(chain, batch, 1.0), keep)
         assert scope["h"].shape[1] == left
         donors = [x for name, x in scope.items() if name.startswith("keys of")]
         assert all(keys.shape[2] == 20 for keys in donors)
@@ -185,10 +186,10 @@ def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
     stages = chain.stages({})
-    scope = sft.values(chain, batch_of(1, prompt=8), 1.0)
+    scope = Sft().values(chain, batch_of(1, prompt=8), 1.0)
     rows = []
     for stage in stages:
-        scope = forward([stage], {}, scope)
+        scope |= forward([stage], {}, scope, stage.writes)
         rows.append(scope["h"].shape[1])
     assert rows == [20, 20] * 2 + [12, 12] * 4
 
@@ -259,14 +260,12 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
     adapter, batch = adapter_of(chain), batch_of(3)
-    stages = chain.stages(adapter.scales)
     params = lora.stage_params(chain, adapter)
-    step = sft.value_and_grad(chain, stages, chain.cuts(2))
     optimizer = optim.Adam(3e-3)
     losses = []
     for _ in range(20):
-        values = sft.values(chain, batch, float(batch.weights[:, 1:].sum()))
-        (loss,), grads = step(params, values)
+        what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
+        (loss,), grads = value_and_grad(*what, cuts=lambda streams: chain.cuts(2))
         params = optimizer.apply_gradients(grads, params)
         mx.eval(params, optimizer.state)
         losses.append(loss.item())
@@ -274,7 +273,7 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
 
     tokens = mx.array(batch.tokens)
     values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
-    trained = chain.head.logits(forward(stages, params, values)["h"])
+    trained = chain.head.logits(forward(chain.stages(adapter.scales), params, values)["h"])
     lora.attach(model, chain, with_params(adapter.scales, params))
     cache = model.make_cache()
     decoded = [model(tokens[:, t : t + 1], cache=cache) for t in range(tokens.shape[1])]

@@ -19,11 +19,21 @@ from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import chain_of
-from mlx_segtrain.objectives import sft
-from mlx_segtrain.planning import BatchShape, budget, choose, named, ranks_of, shape_of
+from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives.sft import Sft
+from mlx_segtrain.planning import (
+    BatchShape,
+    StreamShape,
+    budget,
+    choose,
+    named,
+    ranks_of,
+    shape_of,
+)
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
 from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.planning.shapes import read_header, read_shape
+from mlx_segtrain.stages import PAIR, joined
 from mlx_segtrain.training import loop, setup, train
 from mlx_segtrain.training.layout import Layout
 from test_families import FAST
@@ -58,14 +68,22 @@ def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
 
     adapter = lora.init(chain, ranks, 1.0, 0)
     params = lora.stage_params(chain, adapter)
-    costs = costs_of(shape, BatchShape(2, 24, 16, 8), ranks, CPU)
-    stages = chain.stages(adapter.scales)
-    assert [(s.name, tuple(s.reads), tuple(s.writes)) for s in costs.stages] == [
-        (s.name, s.reads, s.writes) for s in stages
-    ]
-    assert [s.trainable for s in costs.stages] == [s.name in params for s in stages]
-    sizes = [sum(f.nbytes for f in params.get(s.name, {}).values()) for s in stages]
-    assert [cost.gradients for cost in costs.costs] == sizes
+    pair = tuple(StreamShape(stream, 30, 20) for stream in PAIR)
+    tree = (StreamShape(joined(), 40, 30, 20, 10),)
+    for batch in (BatchShape.single(2, 24, 16, 8), *(BatchShape(1, x, 20) for x in (pair, tree))):
+        costs = costs_of(shape, batch, ranks, CPU)
+        streams = [stream.stream for stream in batch.streams]
+        stages = chain.stages(adapter.scales, streams)
+        assert [(s.name, tuple(s.reads), tuple(s.writes)) for s in costs.stages] == [
+            (s.name, s.reads, s.writes) for s in stages
+        ]
+        assert tuple(costs.layers) == chain.cuts(1, streams).segments
+        assert [s.trainable for s in costs.stages] == [s.owner in params for s in stages]
+        # Those of several streams are added to those of the last one.
+        last = {stage.owner: stage for stage in stages}.values()
+        sizes = [sum(f.nbytes for f in params.get(s.owner, {}).values()) for s in stages]
+        sizes = [n if stage in last else 0 for n, stage in zip(sizes, stages, strict=True)]
+        assert [cost.gradients for cost in costs.costs] == sizes
 
 
 def test_bits_of_each_linear_are_read_from_config_and_headers(llama_mixed):
@@ -192,7 +210,7 @@ def test_stages_below_the_first_parameter_take_their_forward_pass_only():
     assert (whole.work, whole.again) == (4 * 10 + 20, 0)
     best = _core.choose_cuts(costs, 10**6)
     assert best.estimate.again == 0 and best.cuts.segments[-2:] == [2, 4]
-    assert "everything kept" in planning.describe(best.cuts, 3)
+    assert "everything kept" in planning.describe(best.cuts, 3, 2)
 
 
 def test_a_value_with_several_readers_has_a_wider_cotangent():
@@ -272,8 +290,8 @@ def test_work_on_loss_rows_only_is_less_and_longer_rows_take_more():
     ranks = ranks_of(shape, **how)
     last = None
     for length in (256, 1024, 4096):
-        whole = choose(shape, BatchShape(1, length, length, length), ranks, CUDA, 10**15)
-        few = choose(shape, BatchShape(1, length, 64, 50), ranks, CUDA, 10**15)
+        whole = choose(shape, BatchShape.single(1, length, length, length), ranks, CUDA, 10**15)
+        few = choose(shape, BatchShape.single(1, length, 64, 50), ranks, CUDA, 10**15)
         assert few.work < whole.work and few.peak < whole.peak
         assert last is None or (whole.peak > last.peak and whole.work > 4 * last.work)
         last = whole
@@ -302,24 +320,23 @@ def test_predicted_peak_is_the_measured_one():
     length = 1024
     tokens = np.random.default_rng(0).integers(0, 16384, (1, length + 1)).astype(np.int32)
     weights = np.ones(tokens.shape, np.float32)
-    batch = Batch(tokens, weights, np.arange(1))
+    batch = Batch(tokens, weights, np.arange(1), np.array([length + 1]))
     scales = adapter.scales
     others = mx.get_active_memory() - sum(w.nbytes for _, w in tree_flatten(model.parameters()))
-    what = (shape, BatchShape(1, length, length, length), ranks, planning.device())
+    what = (shape, BatchShape.single(1, length, length, length), ranks, planning.device())
     least = choose(*what, 0)
     plans = [least, named(*what, 1), choose(*what, int(1.3 * least.peak)), named(*what, 0)]
     assert len({plan.cuts for plan in plans}) == 4
     losses = set()
     limit = mx.get_active_memory()
     for plan in plans:
-        step = sft.value_and_grad(chain, chain.stages(scales), plan.cuts)
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
         limit = mx.set_memory_limit(plan.limit + others)
         for _ in range(2):
             mx.clear_cache()
             mx.reset_peak_memory()
-            values = sft.values(chain, batch, float(length))
-            (loss,), grads = step(layout.split(vector), values)
+            own = (Sft(), chain, scales, layout.split(vector), batch, float(length))
+            (loss,), grads = value_and_grad(*own, cuts=lambda _, cuts=plan.cuts: cuts)
             gradient = {"v": layout.join(grads)}
             del grads
             vector = optimizer.apply_gradients(gradient, {"v": vector})["v"]
@@ -372,7 +389,7 @@ def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4, tmp_path):
         return TrainConfig(**paths, max_seq_length=129, **given)
 
     free = plan_run(config(), full_batch(config()))
-    least = free.within(0).peak
+    least = free.within(0).planned.peak
     tight = config(segment_size=0, memory_budget_gb=least * 1.02 / 1e9)
     assert free.planned is not None and free.planned.peak > least * 1.02
     with pytest.raises(InputError, match="segment_size auto fits"):

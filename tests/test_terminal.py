@@ -18,6 +18,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
         return events.train_metric(
             step,
             iters,
+            metrics={},
             loss=2.5 / step,
             grad_norm=1.0,
             learning_rate=1e-4,
@@ -30,11 +31,11 @@ def run_events(iters: int = 20) -> list[events.Event]:
     return [
         events.started(),
         events.stage("load", 0.01, "loading the model"),
-        events.stage("train", 0.05, "training"),
-        events.val_metric(0, iters, loss=math.log(8.0), tokens=100),
+        events.stage("train", 0.05, "training", iters=iters),
+        events.val_metric(0, iters, loss=math.log(8.0), tokens=100, metrics={}),
         train(10),
         train(20),
-        events.val_metric(20, iters, loss=800.0, tokens=100),
+        events.val_metric(20, iters, loss=800.0, tokens=100, metrics={}),
         events.stage("done", 1.0, "", adapter_path="out", applied_ranks={}),
         events.done(Path("out")),
     ]
@@ -43,7 +44,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
 def show(width: int, terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
-    with Terminal(20, console) as terminal_:
+    with Terminal(console) as terminal_:
         for event in run_events():
             terminal_(event)
     return out.getvalue()
@@ -70,7 +71,7 @@ def test_a_bar_on_a_terminal() -> None:
 
 def test_markup_in_a_message_is_text() -> None:
     out = io.StringIO()
-    with Terminal(1, Console(file=out, width=80)) as terminal:
+    with Terminal(Console(file=out, width=80)) as terminal:
         terminal(events.stage("load", 0.01, "loading [bold]x[/bold]"))
         terminal(events.failed(ValueError("the exception that follows says it")))
     assert out.getvalue() == "loading [bold]x[/bold]\n"

@@ -21,8 +21,9 @@ from oracle import assert_close
 
 
 def config_of(model, data, out, **changes):
-    base = {"iters": 4, "rank": 4, "learning_rate": 1e-2, "steps_per_report": 1}
-    base["max_seq_length"] = 100
+    base = {"learning_rate": 1e-2, "steps_per_report": 1, "max_seq_length": 100}
+    base |= {} if "epochs" in changes else {"iters": 4}
+    base |= {} if "warm_start" in changes else {"rank": 4}
     return TrainConfig(model_dir=model, data_dir=data, adapter_path=out, **{**base, **changes})
 
 
@@ -276,7 +277,7 @@ def test_adapters_of_other_families_load_in_mlx_lm(family, data, tmp_path):
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path / "a"))
     tokens = mx.arange(10, 40)[None]
     assert_close("logits", own(tokens), stock(tokens), 1e-4)
-    again = evaluate(model_dir, data, tmp_path / "a", max_seq_length=100)
+    again = evaluate(config_of(model_dir, data, tmp_path), tmp_path / "a")
     assert math.isclose(again.loss, result.final_val_loss, rel_tol=1e-5)
 
 
@@ -315,9 +316,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(llama4, data, tmp_
     original, calls = loop.Stepper.gradient, []
 
     def broken(self, vector, batches):
-        loss, gradient = original(self, vector, batches)
+        outputs, gradient = original(self, vector, batches)
         calls.append(1)
-        return (math.nan if len(calls) == 3 else loss), gradient
+        return ([math.nan] if len(calls) == 3 else outputs), gradient
 
     monkeypatch.setattr(loop.Stepper, "gradient", broken)
     seen = []
@@ -344,10 +345,10 @@ def test_probe_writes_nothing_and_takes_the_longest_rows(llama4, data, tmp_path)
 
 def test_evaluate_agrees_with_the_run(llama4, data, tmp_path):
     result = train(config_of(llama4, data, tmp_path / "a"))
-    own = evaluate(llama4, data, tmp_path / "a", max_seq_length=100)
+    own = evaluate(config_of(llama4, data, tmp_path), tmp_path / "a")
     assert math.isclose(own.loss, result.final_val_loss, rel_tol=1e-5) and own.rows == 6
     assert math.isclose(own.perplexity, math.exp(own.loss))
-    base = evaluate(llama4, data, max_seq_length=100, batch_size=4)
+    base = evaluate(config_of(llama4, data, tmp_path, batch_size=4))
     assert math.isclose(base.loss, result.first_val_loss, rel_tol=1e-5)
 
 
@@ -367,7 +368,7 @@ def test_files_are_written_aside_and_renamed(tmp_path):
 def losses_of(monkeypatch, losses):
     """Evaluations that give these losses, the last one again and again."""
     left = list(losses)
-    monkeypatch.setattr(loop, "mean_loss", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+    monkeypatch.setattr(loop, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
 
 def test_early_stopping_counts_evaluations_without_a_lower_loss(

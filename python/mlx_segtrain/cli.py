@@ -21,14 +21,20 @@ from mlx_segtrain.config import (
     default,
     flag,
     is_list,
+    kind,
     load_config,
     nearest,
 )
 from mlx_segtrain.errors import InputError
 
 PLANNED = (  # what memory depends on, besides the model
-    *("rank", "rank_scaling", "target_modules", "num_layers", "max_seq_length", "batch_size"),
+    *("method", "rank", "rank_scaling", "target_modules", "num_layers", "warm_start"),
+    *("lora_dropout", "max_seq_length", "batch_size"),
     *("grad_accumulation_steps", "grad_checkpoint", "segment_size", "memory_budget_gb"),
+)
+EVALUATED = (  # what a loss depends on, besides model and data
+    *("method", "max_seq_length", "batch_size", "train_on", "append_eos", "dpo_beta", "dpo_loss"),
+    *("label_smoothing", "reference_free", "orpo_lambda", "sft_scope"),
 )
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
@@ -107,6 +113,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="X",
         help="part of a row that is trained, its end. Default: 1.",
     )
+    added.add_argument(
+        "--shared",
+        type=_share,
+        default=0.0,
+        metavar="X",
+        help="part of a row that both sequences of a pair begin with (dpo, orpo). Default: 0.",
+    )
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument(
         "--plot",
@@ -117,13 +130,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
     added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
-    add_flags(added, ("model_dir", "max_seq_length", "train_on", "append_eos"))
+    add_flags(added, ("model_dir", "method", "max_seq_length", "train_on", "append_eos"))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
     add_flags(added, ("model_dir", "data_dir"), required=True)
-    add_flags(added, ("adapter_path", "max_seq_length", "batch_size", "train_on", "append_eos"))
+    add_flags(added, ("adapter_path", *EVALUATED))
     added.add_argument("--split", choices=("valid", "train"), default="valid", help="the file")
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -196,11 +209,10 @@ def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -
 def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
-        return "NAME"
+        return "TEXT" if name == "sample_prompts" else "NAME"
     if words := choices(field):
         return "{" + ",".join(words) + "}"
-    kind = field.annotation
-    return "PATH" if kind is Path else "X" if kind is float else "N"
+    return {Path: "PATH", float: "X", str: "TEXT"}.get(kind(field), "N")
 
 
 def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
@@ -228,6 +240,10 @@ def _part(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _part(text)
+
+
 def _temperature(text: str) -> float:
     try:
         value = float(text)
@@ -243,7 +259,7 @@ def _train(args: argparse.Namespace) -> int:
     from mlx_segtrain.terminal import Terminal, duration
     from mlx_segtrain.training import train
 
-    with Terminal(config.iters) as show:
+    with Terminal() as show:
         result = train(config, show)
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
     state = "interrupted after" if result.interrupted else "trained"
@@ -256,6 +272,11 @@ def _train(args: argparse.Namespace) -> int:
         print(
             f"validation loss  {result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
             f"(best {result.best_val_loss:.4f} at step {result.best_step})"
+        )
+    if result.final_val_accuracy is not None:
+        print(
+            f"accuracy         {result.first_val_accuracy:.1%} -> {result.final_val_accuracy:.1%} "
+            "of validation pairs"
         )
     print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
     print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
@@ -289,7 +310,7 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_segtrain.planning import report
     from mlx_segtrain.planning.run import full_batch, plan_run
 
-    run = plan_run(config, full_batch(config, args.loss_rows))
+    run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
     if args.plot is not None:
         from mlx_segtrain.planning.picture import draw
@@ -320,6 +341,7 @@ def _inspect(args: argparse.Namespace) -> int:
         max_seq_length=config.max_seq_length,
         train_on=config.train_on,
         append_eos=config.append_eos,
+        method=config.method if "method" in args else None,
         n_preview=args.rows,
     )
     if args.json:
@@ -337,20 +359,15 @@ def _eval(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
     from mlx_segtrain.training import evaluate
 
-    result = evaluate(
-        config.model_dir,
-        config.data_dir,
-        config.adapter_path if "adapter_path" in args else None,
-        split=args.split,
-        max_seq_length=config.max_seq_length,
-        batch_size=config.batch_size,
-        train_on=config.train_on,
-        append_eos=config.append_eos,
-    )
+    adapter = config.adapter_path if "adapter_path" in args else None
+    result = evaluate(config, adapter, split=args.split)
     if args.json:
         print(json.dumps(asdict(result)))
         return 0
-    print(f"loss        {result.loss:.4f} nats per token")
+    per = "pair" if result.metrics else "token"
+    print(f"loss        {result.loss:.4f} nats per {per}")
+    for name, x in result.metrics.items():
+        print(f"{name.replace('_', ' '):16s}{x:.4f}")
     if result.perplexity is not None:
         print(f"perplexity  {result.perplexity:.3f}")
     print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")

@@ -7,7 +7,7 @@ and the table in docs/configuration.md (`python -m mlx_segtrain.config` prints i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -61,6 +61,29 @@ SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
 
 
+#: When an option that is not at its default does something, and when it does not, in words.
+EFFECTIVE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("dpo_beta", "dpo_loss", "reference_free"),
+        (lambda c: c.method == "dpo", "outside of method dpo"),
+    ),
+    "label_smoothing": (
+        lambda c: c.method == "dpo" and c.dpo_loss in ("sigmoid", "robust"),
+        "outside of method dpo with dpo_loss sigmoid or robust",
+    ),
+    **dict.fromkeys(
+        ("orpo_lambda", "sft_scope"), (lambda c: c.method == "orpo", "outside of method orpo")
+    ),
+    "train_on": (lambda c: c.method == "sft", "with preference rows, whose responses are trained"),
+    **dict.fromkeys(
+        ("rank", "rank_scaling", "target_modules", "num_layers", "scale", "rs_lora"),
+        (lambda c: c.warm_start is None, "with warm_start, whose adapter has its own"),
+    ),
+    "iters": (lambda c: c.epochs is None, "beside epochs"),
+    "sample_tokens": (lambda c: bool(c.sample_prompts), "without sample_prompts"),
+}
+
+
 class TrainConfig(BaseModel):
     """One training run; raises pydantic.ValidationError (a ValueError) on a bad value."""
 
@@ -73,7 +96,9 @@ class TrainConfig(BaseModel):
     adapter_path: Directory = Field(
         description="Directory of the adapter; a run also writes metrics.jsonl and checkpoints."
     )
-    method: Literal["sft"] = Field("sft", description="Training objective.")
+    method: Literal["sft", "dpo", "orpo"] = Field(
+        "sft", description="Training objective; dpo and orpo take rows with chosen and rejected."
+    )
     rank: Int = Field(8, ge=2, description="LoRA rank of an adapted linear, before rank_scaling.")
     scale: Float = Field(
         1.0, gt=0, description="Factor of the LoRA update, y = W x + scale * B A x."
@@ -90,14 +115,25 @@ class TrainConfig(BaseModel):
     num_layers: LayerCount = Field(
         -1, description="Layers that get adapters, counted from the last one; -1 is all."
     )
+    warm_start: Directory | None = Field(
+        None,
+        description="Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, "
+        "ranks and scale are taken.",
+    )
     iters: Int = Field(100, ge=1, description="Optimizer steps of the run.")
+    epochs: Float | None = Field(
+        None, gt=0, description="Passes over the training rows, in the place of iters."
+    )
     optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
         "adamw", description="Optimizer; sgd has a momentum of 0.9."
     )
-    learning_rate: Float = Field(2e-4, gt=0, description="Largest learning rate of the run.")
+    learning_rate: Float = Field(
+        2e-4, gt=0, description="Largest learning rate of the run; of dpo and orpo 5e-5 by default."
+    )
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
         "constant",
-        description="Learning rate behind the warmup; all but constant end at a tenth of it.",
+        description="Learning rate behind the warmup; all but constant end at a tenth of it. "
+        "Of dpo and orpo cosine by default.",
     )
     warmup_iters: Int = Field(0, ge=0, description="First steps, with a rising learning rate.")
     lora_plus_ratio: Float = Field(
@@ -105,6 +141,25 @@ class TrainConfig(BaseModel):
     )
     rs_lora: bool = Field(
         False, description="Divide scale by the root of the rank (rsLoRA), linear by linear."
+    )
+    lora_dropout: Float = Field(
+        0.0, ge=0, lt=1, description="Part of a LoRA branch's inputs that each step leaves out."
+    )
+    dpo_beta: Float = Field(
+        0.1, gt=0, description="Strength with which dpo stays near the model without adapter."
+    )
+    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
+        "sigmoid", description="Loss of dpo."
+    )
+    label_smoothing: Float = Field(
+        0.0, ge=0, lt=0.5, description="Part of pairs taken to be mislabelled (sigmoid, robust)."
+    )
+    reference_free: bool = Field(
+        False, description="Leave the model without adapter out of dpo's loss."
+    )
+    orpo_lambda: Float = Field(0.1, gt=0, description="Weight of orpo's odds-ratio term.")
+    sft_scope: Literal["full", "response"] = Field(
+        "full", description="Tokens of the chosen sequence that orpo's cross-entropy counts."
     )
     max_seq_length: Int = Field(512, ge=2, description="Tokens kept of a row; the rest is cut off.")
     batch_size: Int = Field(1, ge=1, description="Rows in a forward and backward pass.")
@@ -138,6 +193,15 @@ class TrainConfig(BaseModel):
     keep_best: bool = Field(
         False, description="Keep the adapter of the lowest validation loss in adapter_path/best."
     )
+    sample_prompts: Annotated[list[Name], AfterValidator(_distinct)] = Field(
+        [], description="Prompts that every evaluation answers, for the log."
+    )
+    sample_tokens: Int = Field(64, ge=1, description="Most tokens of such an answer.")
+    eval_command: Name | None = Field(
+        None,
+        description="Command that scores every evaluation's adapter: {adapter} in it is a copy's "
+        "directory, and the last line it prints a number or a JSON object of numbers.",
+    )
     train_on: Literal["assistant", "last"] = Field(
         "assistant",
         description="Turns of a chat that are trained: every assistant turn or the last one.",
@@ -147,9 +211,35 @@ class TrainConfig(BaseModel):
     )
     overwrite: bool = Field(False, description="Replace an adapter that adapter_path holds.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        """What depends on the method: two defaults, and DPO's names of two fields."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name in ("lr_schedule", "warmup_iters"):
+            if f"dpo_{name}" not in values:
+                continue
+            if values.get("method") != "dpo":
+                raise ValueError(f"dpo_{name} is for method dpo: give {name}")
+            if name in values:
+                raise ValueError(f"dpo_{name} and {name} are the same: give one of them")
+            values[name] = values.pop(f"dpo_{name}")
+        if values.get("method") in ("dpo", "orpo"):
+            values = {"learning_rate": 5e-5, "lr_schedule": "cosine", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self) -> TrainConfig:
+        for name, (holds, what) in EFFECTIVE.items():
+            if getattr(self, name) != type(self).model_fields[name].default and not holds(self):
+                raise ValueError(f"{name} has no effect {what}: leave it out")
+        return self
+
     @model_validator(mode="after")
     def _warmup_within_the_run(self) -> TrainConfig:
-        if self.warmup_iters >= self.iters:
+        if self.epochs is None and self.warmup_iters >= self.iters:
             raise ValueError(
                 f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
                 "the learning rate would never be reached, so lower it"
@@ -166,6 +256,13 @@ class TrainConfig(BaseModel):
         return self
 
 
+def kind(field: FieldInfo) -> Any:
+    """The type of the field's value, where it has one."""
+    some = [x for x in get_args(field.annotation) if x is not type(None)]
+    own = some[0] if len(some) < len(get_args(field.annotation)) else field.annotation
+    return get_args(own)[0] if get_origin(own) is Annotated else own
+
+
 def is_list(field: FieldInfo) -> bool:
     """Whether the field takes several values."""
     return get_origin(field.annotation) is list
@@ -178,25 +275,32 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 def allowed(name: str) -> str:
     """The values of a field in words, e.g. "an integer >= 2"; for errors, --help and the table."""
-    if name == "num_layers":
-        return "-1 or an integer >= 1"
-    if name == "segment_size":
-        return "auto or an integer >= 0"
-    if name == "memory_budget_gb":
-        return "auto or a finite number > 0"
+    if name in SPECIAL:
+        return SPECIAL[name]
     field = TrainConfig.model_fields[name]
     if is_list(field):
         return "one or more names, each once"
     if words := choices(field):
         return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-    kind = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
+    kinds = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
+    signs = {"ge": ">=", "gt": ">", "lt": "<"}
     bounds = [
-        f" {sign} {getattr(item, key)}"
+        f"{sign} {getattr(item, key)}"
         for item in field.metadata
-        for key, sign in (("ge", ">="), ("gt", ">"))
+        for key, sign in signs.items()
         if hasattr(item, key)
     ]
-    return kind[field.annotation] + "".join(bounds)  # type: ignore[index]
+    return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
+
+
+#: Values that the types do not say.
+SPECIAL = {
+    "num_layers": "-1 or an integer >= 1",
+    "segment_size": "auto or an integer >= 0",
+    "memory_budget_gb": "auto or a finite number > 0",
+    "sample_prompts": "texts, each once",
+    "eval_command": "a command line",
+}
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -282,6 +386,8 @@ def default(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if field.is_required():
         return "required"
+    if field.default is None or field.default == []:
+        return "none"
     if isinstance(field.default, list):
         return ", ".join(field.default)
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)

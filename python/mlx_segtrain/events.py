@@ -33,6 +33,7 @@ def train_metric(
     iters: int,
     *,
     loss: float,
+    metrics: dict[str, float],
     grad_norm: float,
     learning_rate: float,
     tokens_per_sec: float,
@@ -40,12 +41,16 @@ def train_metric(
     peak_gb: float,
     active_gb: float,
 ) -> Event:
-    """Means over the steps since the last report: loss in nats per token, seconds, gigabytes."""
+    """Means over the steps since the last report: loss in nats per token, seconds, gigabytes.
+
+    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    """
     return {
         "type": "metric",
         "kind": "train",
         "step": step,
         "loss": loss,
+        **metrics,
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "tokens_per_sec": tokens_per_sec,
@@ -57,17 +62,31 @@ def train_metric(
     }
 
 
-def val_metric(step: int, iters: int, *, loss: float, tokens: int) -> Event:
-    """An evaluation: loss in nats per token over `tokens` supervised tokens."""
+def val_metric(
+    step: int, iters: int, *, loss: float, tokens: int, metrics: dict[str, float]
+) -> Event:
+    """An evaluation: loss in nats per token over `tokens` supervised tokens; or as train_metric."""
     return {
         "type": "metric",
         "kind": "val",
         "step": step,
         "loss": loss,
-        "perplexity": perplexity(loss),
+        **metrics,
+        "perplexity": None if metrics else perplexity(loss),
         "tokens": tokens,
         "progress": run_progress(step, iters),
     }
+
+
+def sample(step: int, prompt: str, text: str) -> Event:
+    """An answer of the adapter as of this step."""
+    return {"type": "sample", "step": step, "prompt": prompt, "text": text}
+
+
+def score(step: int, scores: dict[str, float] | str) -> Event:
+    """Numbers that the user's command or function gives the adapter; a str says why none."""
+    found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
+    return {"type": "metric", "kind": "score", "step": step, **found}
 
 
 def done(output_dir: Path) -> Event:

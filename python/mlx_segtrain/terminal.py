@@ -24,13 +24,13 @@ CONTEXT = ("default", "dim")
 
 
 class Terminal:
-    """Show events (use it as on_event): `with Terminal(config.iters) as show: train(config, show)`.
+    """Show events (use it as on_event): `with Terminal() as show: train(config, show)`.
 
     The bar is drawn only where the console is a terminal; everything else is one line per event.
     """
 
-    def __init__(self, iters: int, console: Console | None = None) -> None:
-        self.iters = iters
+    def __init__(self, console: Console | None = None) -> None:
+        self.iters = 0
         self.console = console or Console(highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -62,22 +62,32 @@ class Terminal:
             text = f"loss {event['loss']:.4f}"
             if event["perplexity"] is not None:
                 text += f", perplexity {event['perplexity']:.2f}"
+            if "accuracy" in event:
+                text += f", accuracy {event['accuracy']:.1%}, margin {event['margin']:.3f}"
             self._line(f"step {event['step']}: validation {text}")
+        elif event["type"] == "metric" and event["kind"] == "score":
+            found = event.get("scores") or {"failed": event.get("error")}
+            text = ", ".join(f"{name} {x}" for name, x in found.items())
+            self._line(f"step {event['step']}: score {text}")
+        elif event["type"] == "sample":
+            self._line(f"step {event['step']}: {event['prompt']}")
+            self._line(f"  -> {event['text'].strip()}")
         elif event["type"] == "metric":
             self._train(event)
 
     def _stage(self, event: Event) -> None:
-        if event["stage"] == "train" and self._task is None:
+        if event["stage"] == "train":
+            self.iters = event["iters"]
             self._task = self._bar.add_task("train", total=self.iters, status="")
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
 
     def _train(self, event: Event) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task("train", total=self.iters, status="")
+        assert self._task is not None  # the stage `train` comes before its metrics
         left_s = event["step_s"] * (self.iters - event["step"])
+        accuracy = f"  accuracy {event['accuracy']:.0%}" if "accuracy" in event else ""
         status = (
-            f"loss {event['loss']:.4f}  {event['tokens_per_sec']:,.0f} tokens/s  "
+            f"loss {event['loss']:.4f}{accuracy}  {event['tokens_per_sec']:,.0f} tokens/s  "
             f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
         )
         self._bar.update(self._task, completed=event["step"], status=status)

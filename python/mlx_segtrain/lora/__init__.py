@@ -1,7 +1,8 @@
 """LoRA: which linears get an update, of which rank, how it starts, and how it is attached."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoRASwitchLinear",
     "Tensors",
     "attach",
+    "attached",
     "choose_ranks",
     "init",
     "shapes",
@@ -102,11 +104,20 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.scale = scale
+        self.dropout = 0.0
         self.freeze()
+
+    def clear(self) -> None:
+        """Takes the update away."""
+        self.dropout = 0.0
+        for name in ("lora_a", "lora_b", "key"):
+            self.pop(name, None)
 
     def __call__(self, x: mx.array) -> mx.array:
         base = ops.base_of(self.linear)
-        return ops.lora_linear(x, base, self.get("lora_a"), self.get("lora_b"), self.scale)
+        factors = self.get("lora_a"), self.get("lora_b")
+        how: Any = {"dropout": self.dropout, "key": self.get("key")}
+        return ops.lora_linear(x, base, *factors, self.scale, **how)
 
 
 class LoRASwitchLinear(LoRALinear):
@@ -120,6 +131,9 @@ class LoRASwitchLinear(LoRALinear):
         if "lora_a" not in self:
             return y
         a, b = (self[key].astype(x.dtype).swapaxes(-2, -1) for key in ("lora_a", "lora_b"))
+        if self.dropout:
+            kept = mx.random.bernoulli(1 - self.dropout, x.shape, self["key"])
+            x = mx.where(kept, x, 0) / (1 - self.dropout)
         return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
 
 
@@ -141,9 +155,25 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     return wrapped
 
 
-def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> None:
+def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> list[LoRALinear]:
     """Puts LoRALinear in the place of every adaptable linear of the model, in place."""
+    modules = []
     for path in chain.linears:
         module = wrap(model, path, adapter.scales.get(path, 1.0) if adapter else 1.0)
         if adapter and path in adapter.tensors:
             module.lora_a, module.lora_b = adapter.tensors[path]
+        modules.append(module)
+    return modules
+
+
+@contextmanager
+def attached(model: nn.Module, chain: Chain, adapter: Adapter) -> Iterator[nn.Module]:
+    """The model with the adapter, for as long as the context lasts."""
+    modules = attach(model, chain, adapter)
+    try:
+        model.eval()
+        yield model
+    finally:
+        for module in modules:
+            module.clear()
+        model.train()

@@ -197,9 +197,9 @@ def _finish(body: Any, embed: Callable[[mx.array], mx.array], i: int) -> _Finish
         def finish(linears: Linears, h: mx.array, tokens: mx.array | None) -> mx.array:
             if tokens is not None:
                 x = own_input(tokens[:, -h.shape[1] :])
-                (gate,) = ops.lora_linears(h, [linears(projections["per_layer_input_gate"])])
+                (gate,) = linears(h, projections["per_layer_input_gate"])
                 x = ops.geglu(gate, x)
-                (x,) = ops.lora_linears(x, [linears(projections["per_layer_projection"])])
+                (x,) = linears(x, projections["per_layer_projection"])
                 h = h + _norm(layer.post_per_layer_input_norm, True)(x)
             return h * layer.layer_scalar
 

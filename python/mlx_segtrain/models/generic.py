@@ -7,7 +7,7 @@ comparing the chain with the model on a few tokens, before training.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from .. import lora
 from ..errors import InputError
 from ..schedule import Stage
-from .chain import Chain
+from ..stages import SINGLE, Stream
+from .chain import Chain, Dropout
 
 #: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
@@ -121,6 +122,18 @@ class _Head:
         parts = [part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)]
         return mx.stack(parts).sum()
 
+    def log_probs(self, h: mx.array, targets: mx.array, *, needs_grad: bool = True) -> mx.array:
+        def part(begin: int) -> mx.array:
+            rows = slice(begin, begin + HEAD_ROWS)
+
+            def of(h: mx.array) -> mx.array:
+                z = self.logits(h).astype(mx.float32)
+                return -nn.losses.cross_entropy(z, targets[rows])
+
+            return (mx.checkpoint(of) if needs_grad else of)(h[rows])
+
+        return mx.concatenate([part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)])
+
 
 def chain_of(model: Any) -> Chain:
     """InputError, with layer and reason, if the model cannot be cut up or differentiated."""
@@ -133,10 +146,22 @@ def chain_of(model: Any) -> Chain:
                 path = f"{body.path}.{i}.{name}"
                 linears[path], stage_of[path] = module, f"{body.path}.{i}"
     _try(body)
+
+    def stages(
+        scales: Mapping[str, float],
+        streams: Sequence[Stream] = SINGLE,
+        dropout: Dropout | None = None,
+    ) -> list[Stage]:
+        return [
+            _stage(body, i, scales, stream, dropout)
+            for stream in streams
+            for i in range(len(body.layers))
+        ]
+
     return Chain(
         start=lambda tokens: {"tokens": tokens},
         inputs=("tokens",),
-        stages=lambda scales: [_stage(body, i, scales) for i in range(len(body.layers))],
+        stages=stages,
         head=_Head(body),
         linears=linears,
         stage_of=stage_of,
@@ -158,7 +183,9 @@ def _body(model: Any) -> _Body:
     raise InputError(f"{kind} cannot be trained: its layers are in more than one list.")
 
 
-def _stage(body: _Body, i: int, scales: Mapping[str, float]) -> Stage:
+def _stage(
+    body: _Body, i: int, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
+) -> Stage:
     name = f"{body.path}.{i}"
     own = {p.removeprefix(f"{name}."): s for p, s in scales.items() if p.startswith(f"{name}.")}
     adapted = {path: lora.wrap(body.layers[i], path, scale) for path, scale in own.items()}
@@ -166,13 +193,18 @@ def _stage(body: _Body, i: int, scales: Mapping[str, float]) -> Stage:
     def forward(params: Mapping[str, mx.array], tokens: mx.array, *h: mx.array) -> mx.array:
         for path, module in adapted.items():
             module.lora_a, module.lora_b = (params[f"{name}.{path}.lora_{ab}"] for ab in "ab")
+            if dropout:
+                module.dropout = dropout.rate
+                module.key = dropout.key(stream.of(f"{name}.{path}"))
         try:
             return body.layer(i, tokens, *(h or (None,)))
         finally:  # the modules outlive this trace, and must not keep it
             for module in adapted.values():
-                del module["lora_a"], module["lora_b"]
+                module.clear()
 
-    return Stage(name, forward, ("tokens", "h") if i else ("tokens",), ("h",))
+    h = stream.of("h")
+    reads = (stream.of("tokens"), h) if i else (stream.of("tokens"),)
+    return Stage(stream.of(name), forward, reads, (h,), owner=name)
 
 
 def _try(body: _Body) -> None:

@@ -12,11 +12,9 @@ import mlx.nn as nn
 
 from .. import ops
 from ..schedule import Stage
-from ..stages import MLP_ROWS, kv_names
-from .chain import Chain
+from ..stages import MLP_ROWS, SINGLE, Stream, kv_names
+from .chain import Chain, Dropout
 
-#: A projection with its LoRA update, if the stage's parameters have one.
-Linears = Callable[["Projection"], ops.Linear]
 #: x [B, n, T, D] whose first row stands at `offset` → rotated.
 Rotate = Callable[[mx.array, int], mx.array]
 
@@ -39,6 +37,33 @@ class Projection:
         b = params[f"{self.path}.lora_b"]
         b = b if self.part is None else b[:, self.part]
         return ops.Linear(self.base, a, b, scales[self.path])
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Runs projections, each with its LoRA update if the stage's parameters have one."""
+
+    params: Mapping[str, mx.array]
+    scales: Mapping[str, float]
+    dropout: Dropout | None
+    stream: Stream
+
+    def __call__(self, x: mx.array, *projections: Projection) -> list[mx.array]:
+        """x [..., in] → y [..., out] of each."""
+        linears = [self.of(projection) for projection in projections]
+        if self.dropout is None:
+            return ops.lora_linears(x, linears)
+        rate = self.dropout.rate
+        keys = [self.dropout.key(self.stream.of(p.path)) for p in projections]
+        return [
+            ops.lora_linear(x, w.base)
+            if w.a is None
+            else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=rate, key=key)
+            for w, key in zip(linears, keys, strict=True)
+        ]
+
+    def of(self, projection: Projection) -> ops.Linear:
+        return projection.linear(self.params, self.scales)
 
 
 def rows_of(base: ops.Base, begin: int, end: int) -> ops.Base:
@@ -99,27 +124,49 @@ class Attention:
         linears: Linears,
         x: mx.array,
         rows: int,
-        shared: Sequence[mx.array] | None,
+        given: Sequence[mx.array],
         saved: Sequence[mx.array],
         save: bool,
-    ) -> tuple[mx.array, tuple[mx.array, mx.array], Sequence[mx.array]]:
-        """x [B, T, H] → output of the last `rows` rows [B, rows, H], keys and values [B, G, S, D].
+    ) -> tuple[mx.array, Sequence[mx.array], Sequence[mx.array]]:
+        """x [B, T, H] → output of the last `rows` rows [B, rows, H], keys and values [B, G, T, D].
 
-        With `shared` keys and values, S of them, the rows of x are the last T of S. The third
+        `given` keys and values, those of another layer, stand in the place of x's own. The third
         result is what to save: it goes in as `saved` when this is run again.
         """
-        last = x if rows == x.shape[1] else x[:, -rows:]
-        own = [] if shared else [p for p in (self.k, self.v) if p is not None]
+        own = [] if given else [p for p in (self.k, self.v) if p is not None]
         if rows == x.shape[1]:
-            q, *kv = ops.lora_linears(x, [linears(p) for p in (self.q, *own)])
+            q, *kv = linears(x, self.q, *own)
         else:
-            (q,) = ops.lora_linears(last, [linears(self.q)])
-            kv = ops.lora_linears(x, [linears(p) for p in own])
-        if shared:
-            keys, values = shared
-        else:
-            keys = self.rotate(self._heads(kv[0], self.kv_heads, self.k_norm, self.wide_norms), 0)
-            values = self._heads(kv[-1], self.kv_heads, self.v_norm)
+            (q,) = linears(x[:, -rows:], self.q)
+            kv = linears(x, *own) if own else []
+
+        def keys_values(begin: int, end: int | None, position: int) -> list[mx.array]:
+            if given:
+                return [y[:, :, begin:end] for y in given]
+            k = self._heads(kv[0][:, begin:end], self.kv_heads, self.k_norm, self.wide_norms)
+            v = self._heads(kv[-1][:, begin:end], self.kv_heads, self.v_norm)
+            return [self.rotate(k, position), v]
+
+        shared, branch = linears.stream.shared, linears.stream.branch
+        if not branch:
+            keys = keys_values(0, None, 0)
+            o, kept = self._attend(q, keys, saved, save)
+            return linears(o, self.o)[0], keys, kept
+        cut = (given[0].shape[2] if given else x.shape[1]) - branch
+        main, other = keys_values(0, cut, 0), keys_values(cut, None, shared)
+        behind = [_joined(a[:, :, :shared], b, 2) for a, b in zip(main, other, strict=True)]
+        o, kept = self._attend(q[:, :-branch], main, saved[:2], save)
+        more, more_kept = self._attend(q[:, -branch:], behind, saved[2:], save)
+        kept = [*kept, *more_kept] if kept and more_kept else []
+        keys = [_joined(a, b, 2) for a, b in zip(main, other, strict=True)]
+        return linears(_joined(o, more, 1), self.o)[0], keys, kept
+
+    def _attend(
+        self, q: mx.array, keys_values: Sequence[mx.array], saved: Sequence[mx.array], save: bool
+    ) -> tuple[mx.array, Sequence[mx.array]]:
+        """q [B, n, ·], the last rows of those keys → output [B, n, ·], and what to save."""
+        keys, values = keys_values
+        b, rows, _ = q.shape
         offset = keys.shape[2] - rows
         q = self.rotate(self._heads(q, self.heads, self.q_norm, self.wide_norms), offset)
         if self.scale_q:
@@ -129,8 +176,7 @@ class Attention:
             saved = ops.attention_forward(q, keys, values, **how)
         again = saved or None
         o = saved[0] if save and saved else ops.attention(q, keys, values, saved=again, **how)
-        o = o.transpose(0, 2, 1, 3).reshape(*last.shape[:2], -1)
-        return ops.lora_linears(o, [linears(self.o)])[0], (keys, values), saved
+        return o.transpose(0, 2, 1, 3).reshape(b, rows, -1), saved
 
     @staticmethod
     def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
@@ -150,9 +196,12 @@ class Mlp:
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """Of x, which is h behind its norm."""
+        if linears.dropout:
+            gate, up = linears(x, self.gate, self.up)
+            return linears((ops.geglu if self.gelu else ops.swiglu)(gate, up), self.down)[0]
         return ops.lora_glu_mlp(
             x,
-            *(linears(projection) for projection in (self.gate, self.up, self.down)),
+            *(linears.of(projection) for projection in (self.gate, self.up, self.down)),
             gelu=self.gelu,
             tile_rows=MLP_ROWS,
         )
@@ -182,15 +231,18 @@ class Layer:
     gives: bool = False
     trims: bool = False
 
-    def stages(self, scales: Mapping[str, float]) -> list[Stage]:
-        """`scales` are the multipliers of LoRA updates by full path."""
-        positions = ["positions"] if self.trims else []
-        shared = kv_names(self.donor) if self.donor else []
-        kept = kv_names(self.name) if self.gives else []
-        tokens = ["tokens"] if self.reads_tokens else []
+    def stages(
+        self, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
+    ) -> list[Stage]:
+        """Of one stream; `scales` are the multipliers of LoRA updates by full path."""
+        positions = [stream.of("positions")] if self.trims else []
+        shared = kv_names(self.donor, stream) if self.donor else []
+        written = kv_names(self.name, stream) if self.gives else []
+        tokens = [stream.of("tokens")] if self.reads_tokens else []
+        h_name = stream.of("h")
 
         def linears_of(params: Mapping[str, mx.array]) -> Linears:
-            return lambda projection: projection.linear(params, scales)
+            return Linears(params, scales, dropout, stream)
 
         def attention(
             params: Mapping[str, mx.array],
@@ -201,7 +253,7 @@ class Layer:
         ) -> tuple[mx.array, ...]:
             rows = more[0].size if self.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
-            given = more[-2:] if self.donor else None
+            given = more[-2:] if self.donor else ()
             r, kv, kept = self.attention(linears_of(params), x, rows, given, saved, save)
             h = h if rows == h.shape[1] else h[:, -rows:]
             h = h + self._branch(r, self.after_attention)
@@ -213,15 +265,17 @@ class Layer:
             h = h + self._branch(r, self.after_mlp)
             return self.finish(linears, h, more[0] if more else None) if self.finish else h
 
+        names = f"{self.name}.self_attn", f"{self.name}.mlp"
         return [
             Stage(
-                f"{self.name}.self_attn",
+                stream.of(names[0]),
                 attention,
-                ("h", *positions, *shared),
-                ("h", *kept),
+                (h_name, *positions, *shared),
+                (h_name, *written),
                 saves=True,
+                owner=names[0],
             ),
-            Stage(f"{self.name}.mlp", mlp, ("h", *tokens)),
+            Stage(stream.of(names[1]), mlp, (h_name, *tokens), (h_name,), owner=names[1]),
         ]
 
     def _branch(self, r: mx.array, after: Norm | None) -> mx.array:
@@ -250,6 +304,12 @@ class LinearHead:
             self.norm(h), self.base, targets, weights, softcap=self.softcap, needs_grad=needs_grad
         )
 
+    def log_probs(self, h: mx.array, targets: mx.array, *, needs_grad: bool = True) -> mx.array:
+        """ops.linear_log_probs"""
+        return ops.linear_log_probs(
+            self.norm(h), self.base, targets, softcap=self.softcap, needs_grad=needs_grad
+        )
+
 
 def chain(
     embed: Callable[[mx.array], mx.array],
@@ -266,10 +326,22 @@ def chain(
     def start(tokens: mx.array) -> dict[str, mx.array]:
         return {"h": embed(tokens), **({"tokens": tokens} if reads_tokens else {})}
 
+    def stages(
+        scales: Mapping[str, float],
+        streams: Sequence[Stream] = SINGLE,
+        dropout: Dropout | None = None,
+    ) -> list[Stage]:
+        return [
+            stage
+            for stream in streams
+            for layer in trimmed
+            for stage in layer.stages(scales, stream, dropout)
+        ]
+
     return Chain(
         start=start,
         inputs=("h", "tokens") if reads_tokens else ("h",),
-        stages=lambda scales: [stage for layer in trimmed for stage in layer.stages(scales)],
+        stages=stages,
         head=head,
         linears={path: module for layer in layers for path, module in layer.modules.items()},
         stage_of={
@@ -280,7 +352,12 @@ def chain(
         layers=[[f"{layer.name}.self_attn", f"{layer.name}.mlp"] for layer in layers],
         max_length=max_length,
         trims=True,
+        branches=True,
     )
+
+
+def _joined(a: mx.array, b: mx.array, axis: int) -> mx.array:
+    return mx.concatenate([a, b], axis)
 
 
 def rotary(rope: Any) -> Rotate:

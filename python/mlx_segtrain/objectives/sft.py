@@ -1,65 +1,54 @@
 """Supervised fine-tuning: cross-entropy of the next token, weighted by token."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from ..data import Batch
 from ..models import Chain
-from ..schedule import Cuts, Stage, segmented_value_and_grad
-from ..stages import HEAD_READS, trim_start
+from ..stages import SINGLE, Stream
+from . import stream_values
 
 
-def values(chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-    """Inputs of the chain for a batch, and index, target and weight of the rows that count.
+@dataclass(frozen=True)
+class Sft:
+    """loss = Σ weights·CE / total, the step's sum of weights: batches add up to one large batch."""
 
-    `positions` are those from the first row of the loss on, if the chain trims; `rows` index h as
-    it then is. Weights are divided by `total`, the step's sum over all micro-batches, so that the
-    losses and gradients of these add up to those of one large batch.
-    """
-    tokens, weights = batch.tokens, batch.weights[:, 1:]
-    b, t = np.nonzero(weights)
-    length = weights.shape[1]
-    first = trim_start(int(t.min())) if chain.trims and t.size else 0
-    return {
-        **chain.start(mx.array(tokens[:, :-1])),
-        "positions": mx.arange(first, length),
-        "rows": mx.array((b * (length - first) + t - first).astype(np.int32)),
-        "targets": mx.array(tokens[:, 1:][b, t]),
-        "weights": mx.array((weights[b, t] / total).astype(np.float32)),
-    }
+    metrics: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ("targets", "weights")
 
+    def total(self, batches: Sequence[Batch]) -> float:
+        return float(sum(batch.weights.sum() for batch in batches))
 
-def value_and_grad(
-    chain: Chain,
-    stages: Sequence[Stage],
-    cuts: Cuts,
-    watch: Callable[[], None] | None = None,
-) -> Any:
-    """step(params, values) → ((loss,), grads): segmented_value_and_grad of this objective."""
-    return segmented_value_and_grad(
-        stages,
-        head(chain),
-        inputs=(*chain.inputs, "positions", *HEAD_READS[1:]),
-        head_reads=HEAD_READS,
-        cuts=cuts,
-        watch=watch,
-    )
+    def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
+        return SINGLE
 
+    def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
+        """Index, target and weight of the rows that count; `rows` index h [B·N, H]."""
+        weights = batch.weights[:, 1:]
+        b, t = np.nonzero(weights)
+        first = int(t.min()) if t.size else 0
+        inputs, n = stream_values(chain, SINGLE[0], batch.tokens[:, :-1], first)
+        return {
+            **inputs,
+            "rows": mx.array((b * n + t - (weights.shape[1] - n)).astype(np.int32)),
+            "targets": mx.array(batch.tokens[:, 1:][b, t]),
+            "weights": mx.array((weights[b, t] / total).astype(np.float32)),
+        }
 
-def head(chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-    """loss = Σ weights·CE(head(h[rows]), targets): only rows that count meet the head."""
+    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
+        """Only rows that count meet the head."""
 
-    def loss(
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        rows: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-    ) -> mx.array:
-        h = h.reshape(-1, h.shape[-1])[rows]
-        return chain.head.cross_entropy(h, targets, weights, needs_grad=needs_grad)
+        def loss(
+            params: Mapping[str, mx.array],
+            h: mx.array,
+            rows: mx.array,
+            targets: mx.array,
+            weights: mx.array,
+        ) -> mx.array:
+            h = h.reshape(-1, h.shape[-1])[rows]
+            return chain.head.cross_entropy(h, targets, weights, needs_grad=needs_grad)
 
-    return loss
+        return loss

@@ -15,7 +15,7 @@ from .. import _core
 from ..ranks import choose_ranks
 from ..schedule import Cuts
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, costs_of, cpu_logits
+from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits
 from .shapes import ModelShape, read_shape, shape_of
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Device",
     "ModelShape",
     "Planned",
+    "StreamShape",
     "budget_bytes",
     "choose",
     "device",
@@ -62,20 +63,21 @@ class Planned:
         return self.again / (self.work - self.again)
 
 
-def describe(cuts: Any, first: int) -> str:
-    """Cuts of a chain of two stages a layer in words; before stage `first` nothing is adapted."""
+def describe(cuts: Any, first: int, layer: int) -> str:
+    """Cuts in words, of a chain with so many stages a layer; before `first` nothing is adapted."""
     n = cuts.segments[-1]
     starts = [0, *cuts.segments[:-1]]
     begin = starts[-1]  # from here on everything is kept
     if begin <= first:
         return "everything kept, nothing recomputed"
-    kept = (n - begin) // 2
+    kept = (n - begin) // layer
     back = [e - s for s, e in zip(starts, cuts.segments, strict=True) if e > first][:-1]
-    words = {1: "half layers", 2: "single layers"}.get(max(back), f"{max(back) // 2} layers")
+    words = {1: "half layers", layer: "single layers"}
+    words = words.get(max(back), f"{max(back) // layer} layers")
     text = f"{words} run again"
     # Layers of each group that is run once more; the last one is not.
     groups = [
-        (end - start) * max(back) / 2
+        (end - start) * max(back) / layer
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
         if end - start > 1 and cuts.segments[end - 1] > first
     ]
@@ -107,8 +109,9 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     }
     if costs.fixed + alive.total < estimate.peak:
         parts = {"weights, adapter, optimizer": costs.fixed, "optimizer's step": costs.update}
+    first = next(i for i, stage in enumerate(costs.stages) if stage.trainable)
     return Planned(
-        text=describe(cuts, next(i for i, stage in enumerate(costs.stages) if stage.trainable)),
+        text=describe(cuts, first, costs.layers[0]),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
         peak=estimate.peak,
         limit=max(costs.fixed, estimate.peak - above),
@@ -128,7 +131,8 @@ def overshoot(model: ModelShape, batch: BatchShape, device: Device) -> int:
     come to as much. On the CPU the head allocates when it runs, and not when it is written down.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
-    largest = batch.rows * batch.length * widest * device.size
+    longest = max(shape.length for shape in batch.streams)
+    largest = batch.rows * longest * widest * device.size + device.workspace
     return largest if device.gpu else largest // 2 + cpu_logits(model, batch)
 
 

@@ -5,11 +5,14 @@ measurement (bench/memory.py); the constants behind them are what was measured. 
 floating-point operations of the products.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from .. import _core
-from ..stages import HEAD_READS, MLP_ROWS, kv_names
+from ..stages import MLP_ROWS, Stream, head_reads, kv_names
 from .shapes import LayerShape, ModelShape
 
 
@@ -29,15 +32,64 @@ CUDA = Device(size=2, gpu=True, cudnn=True, stock=128, workspace=33 << 20)
 METAL = Device(size=2, gpu=True, cudnn=False, stock=256, workspace=0)
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """Rows of tokens; of each the last `trimmed` come into question for the loss, `loss` in all."""
+#: What heads read besides h and its rows: a few numbers a token that counts.
+COUNTED = ("targets", "weights")
 
-    rows: int
+
+@dataclass(frozen=True)
+class StreamShape:
+    """Streams of `length` tokens, of which the last `trimmed` come into question for the loss.
+
+    The last `branch` go on behind the first `shared`.
+    """
+
+    stream: Stream
     length: int
     trimmed: int
+    shared: int = 0
+    branch: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer sequence."""
+        return max(self.length - self.branch, self.shared + self.branch)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """So many rows of each stream; `loss` tokens count, in all."""
+
+    rows: int
+    streams: tuple[StreamShape, ...]
     loss: int
     accumulates: bool = False  #: onto the gradient of batches before
+    dropout: bool = False
+
+    @classmethod
+    def single(cls, rows: int, length: int, trimmed: int, loss: int, **more: bool) -> BatchShape:
+        """Rows of one sequence each."""
+        return cls(rows, (StreamShape(Stream(), length, trimmed),), loss, **more)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(stream.longest for stream in self.streams)
+
+    def stretched(self, length: int) -> BatchShape:
+        """The same in proportion, with so many tokens in the longest sequence."""
+
+        def longer(n: int) -> int:
+            return -(-length * n // self.length)
+
+        streams = tuple(
+            replace(
+                x,
+                **{"length": longer(x.length), "trimmed": longer(x.trimmed)},
+                **{"shared": longer(x.shared), "branch": longer(x.branch)},
+            )
+            for x in self.streams
+        )
+        return replace(self, streams=streams, loss=longer(self.loss))
 
 
 def costs_of(
@@ -50,45 +102,51 @@ def costs_of(
     parameters = {path: sum(model.widths[path]) * rank for path, rank in ranks.items()}
     last = max(i for i, layer in enumerate(model.layers) if layer.key_value)
     specs, costs, layers = [], [], []
-    for i, layer in enumerate(model.layers):
-        trims = i == last
-        after = batch.trimmed if i >= last else batch.length
-        donor = None if layer.donor is None else model.layers[layer.donor].path
-        reads = ["h", *(["positions"] if trims else []), *(kv_names(donor) if donor else [])]
-        writes = ["h", *(kv_names(layer.path) if layer.gives else [])]
+    for shape, (i, layer) in product(batch.streams, enumerate(model.layers)):
         own = {p: n for p, n in parameters.items() if p.startswith(f"{layer.path}.")}
         attention = sum(n for p, n in own.items() if ".self_attn." in p)
         mlp = sum(own.values()) - attention
-        specs.append(_core.StageSpec(f"{layer.path}.self_attn", reads, writes, attention > 0))
-        costs.append(_attention(model, i, batch, after, attention, device))
-        more = ["tokens"] if layer.per_layer_input else []
-        specs.append(_core.StageSpec(f"{layer.path}.mlp", ["h", *more], ["h"], mlp > 0))
-        costs.append(_mlp(model, layer, batch.rows * after, mlp, device))
+        donor = None if layer.donor is None else model.layers[layer.donor].path
+        stream = shape.stream
+        after = shape.trimmed if i >= last else shape.length
+        h = stream.of("h")
+        reads = [h, *([stream.of("positions")] if i == last else [])]
+        reads += kv_names(donor, stream) if donor else []
+        writes = [h, *(kv_names(layer.path, stream) if layer.gives else [])]
+        name = stream.of(f"{layer.path}.self_attn")
+        specs.append(_core.StageSpec(name, reads, writes, attention > 0))
+        costs.append(_attention(model, i, batch, shape, after, attention, device))
+        more = [stream.of("tokens")] if layer.per_layer_input else []
+        name = stream.of(f"{layer.path}.mlp")
+        specs.append(_core.StageSpec(name, [h, *more], [h], mlp > 0))
+        costs.append(_mlp(model, layer, batch, shape, after, mlp, device))
         layers.append(len(specs))
-    n = batch.rows * batch.length
     factors = 4 * sum(parameters.values())
     per_layer = any(layer.per_layer_input for layer in model.layers)
-    sizes = {
-        "h": n * model.width * device.size,
-        "tokens": 4 * n,
-        "positions": 4 * batch.trimmed,
-        **dict.fromkeys(HEAD_READS[1:], 4 * batch.loss),
-    }
-    inputs = ["h", *(["tokens"] if per_layer else []), "positions", *HEAD_READS[1:]]
+    sizes: dict[str, int] = {}
+    for shape in batch.streams:
+        of, n = shape.stream.of, batch.rows * shape.length
+        sizes |= {of("h"): n * model.width * device.size, of("positions"): 4 * shape.trimmed}
+        sizes |= {of("tokens"): 4 * n} if per_layer else {}
+        sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
+    reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
+    # Of pairs, which of the two sequences of each row a token belongs to.
+    sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, device)
     widest = max(layer.hidden for layer in model.layers)
-    ahead = 0 if device.gpu else (4 << 20) + 7 * batch.rows * batch.trimmed * widest
+    trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
+    ahead = 0 if device.gpu else (4 << 20) + 7 * trimmed * widest
     return _core.Costs(
         stages=specs,
-        inputs=inputs,
-        head_reads=list(HEAD_READS),
-        input_bytes=[sizes[name] for name in inputs],
+        inputs=list(sizes),
+        head_reads=reads,
+        input_bytes=list(sizes.values()),
         layers=layers,
         costs=costs,
         head=head,
         ahead=ahead,
         head_work=head_work,
-        # Factors and AdamW's two moments.
+        # Factors and AdamW's two moments; on a GPU what was measured beside them.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -107,14 +165,23 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def _attention(
-    model: ModelShape, i: int, batch: BatchShape, after: int, parameters: int, device: Device
+    model: ModelShape,
+    i: int,
+    batch: BatchShape,
+    shape: StreamShape,
+    after: int,
+    parameters: int,
+    device: Device,
 ) -> _core.StageCost:
     """`after` queries a row over all keys. Numbers a token: H, q of all heads, k of its own."""
     layer = model.layers[i]
     h, q, k, size = model.width, layer.query, layer.key_value, device.size
-    rows, length = batch.rows, batch.length
+    rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
-    tokens = rows * length if k else out
+    tokens = rows * shape.length if k else out
+    # Keys that the branch sees stand in an array of their own; so does o of both parts.
+    behind = rows * (shape.shared + shape.branch) if shape.branch else 0
+    both = out * (shape.branch > 0)
     weights = h * (q + 2 * k)
     low_rank = 4 * parameters
     if device.gpu:
@@ -134,14 +201,30 @@ def _attention(
     if layer.donor is not None:  # dk and dv of the donor's
         backward += rows * length * 2 * model.layers[layer.donor].key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
+    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # what it writes counts apart
+    forward += 2 * k * behind + both * q
+    if behind and device.gpu:  # our kernel sums dk and dv of each query head in float32
+        backward += 2 * behind * q * 4 / size
+    elif behind:
+        backward += 4 * k * behind
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
+    if batch.dropout:  # random bits and what is left of x, of one projection at a time
+        masks = (4 / size + 1) * max(tokens * h, out * q)
+        forward, backward = forward + masks, backward + masks
     writes = [out * h * size]
     if layer.gives:
         writes += [tokens * k * size] * 2
     # As csrc/attention.cpp chooses: MLX's own where it serves, unless cuDNN does.
-    plain = after == length and not layer.softcap and (layer.window or length) >= length
+    plain = (
+        after == shape.length
+        and not shape.branch
+        and not layer.softcap
+        and (layer.window or length) >= length
+    )
     saves = not (plain and layer.head <= device.stock and not device.cudnn)
-    core = 4.0 * rows * pairs(after, length, layer.window) * q
+    seen = pairs(max(after - shape.branch, 0), length, layer.window)
+    seen += pairs(shape.branch, shape.shared + shape.branch, layer.window)
+    core = 4.0 * rows * seen * q
     linears = 2.0 * h * (out * q + tokens * k * (2 if layer.separate_values else 1))
     last = 2.0 * out * q * h
     return _core.StageCost(
@@ -150,7 +233,7 @@ def _attention(
         backward=int(backward * size) + scratch + low_rank,
         kept=int(kept * size),
         saved=out * q * size + 4 * rows * (q // layer.head) * after if saves else 0,
-        gradients=low_rank,
+        gradients=low_rank if shape is batch.streams[-1] else 0,  # others are added to these
         forward_work=linears + core + last,
         again_work=linears + core,
         saved_work=core if saves else 0.0,
@@ -159,12 +242,19 @@ def _attention(
 
 
 def _mlp(
-    model: ModelShape, layer: LayerShape, tokens: int, parameters: int, device: Device
+    model: ModelShape,
+    layer: LayerShape,
+    batch: BatchShape,
+    shape: StreamShape,
+    after: int,
+    parameters: int,
+    device: Device,
 ) -> _core.StageCost:
     """Numbers a token: H, F. gate and up are one array of 2F, and so are their cotangents."""
+    tokens = batch.rows * after
     h, f, size = model.width, layer.hidden, device.size
     weights, low_rank = 2 * f * h, 4 * parameters
-    tile = min(tokens, MLP_ROWS)
+    tile = tokens if batch.dropout else min(tokens, MLP_ROWS)
     tiled = tile < tokens  # keeps x alone, and makes the rest again tile by tile
     own = 4 * layer.per_layer_input + (2 * h if layer.per_layer_input else 0)
     experts = 6 * layer.experts
@@ -181,6 +271,10 @@ def _mlp(
         forward = (tile * 3 * f + whole + weights) * size
         backward = (tile * 7 * f + whole - tokens * h + tokens * (own + 2 * experts)) * size
         backward += 1.2e6
+    if batch.dropout:  # act(gate)·up is kept, and there are random bits and what is left of it
+        kept += f * tokens
+        masks = (2 + 4 / size) * f * tokens * size
+        forward, backward = forward + masks, backward + masks
     product = 2.0 * tokens * h * f
     more = 4.0 * tokens * h * layer.per_layer_input + 3 * 2.0 * tokens * h * layer.experts
     return _core.StageCost(
@@ -189,7 +283,7 @@ def _mlp(
         backward=int(backward) + low_rank,
         kept=int(kept * size),
         saved=0,
-        gradients=low_rank,
+        gradients=low_rank if shape is batch.streams[-1] else 0,  # others are added to these
         forward_work=3 * product + more,
         again_work=(0 if tiled else 2 * product) + more,
         saved_work=0.0,
@@ -200,12 +294,13 @@ def _mlp(
 def _head(model: ModelShape, batch: BatchShape, device: Device) -> tuple[int, float]:
     """Most bytes and the work: a block of the weight, logits of a chunk of rows, h, dh."""
     h, m = model.width, batch.loss
+    trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     work = 4.0 * m * h * model.vocabulary
     if device.gpu:  # csrc/head.cpp: a tile of the weight, logits and their cotangents of some rows
         tile, chunk = min(model.vocabulary, 16384), min(m, 2048)
         inside = 2 * tile * h + 4 * chunk * tile + 6 * chunk * h + 6 * m * h
-        return max(inside, 4 * batch.rows * batch.trimmed * h + 12 * m * h), work
-    return cpu_logits(model, batch) + 4 * h * (batch.rows * batch.trimmed + 2 * m), work
+        return max(inside, 4 * trimmed * h + 12 * m * h), work
+    return cpu_logits(model, batch) + 4 * h * (trimmed + 2 * m), work
 
 
 def cpu_logits(model: ModelShape, batch: BatchShape) -> int:

@@ -19,6 +19,8 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
     InputError if the family's memory is not predicted, or matplotlib is not installed.
     """
+    if config.method != "sft":
+        raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
     if run.planned is None:
         raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
     try:
@@ -81,5 +83,6 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
             peaks.clear()
             mx.clear_cache()
             mx.reset_peak_memory()
-            vector, _, _ = step(vector, [Batch(tokens, weights, np.arange(batch.rows))])
+            one = Batch(tokens, weights, np.arange(batch.rows), np.full(batch.rows, length + 1))
+            vector, _ = step(vector, [one])
     return peaks

@@ -60,7 +60,8 @@ def of(run: RunPlan) -> PlanReport:
         )
 
     def other(budget: int) -> Alternative:
-        plan = run.within(budget)
+        plan = run.within(budget).planned
+        assert plan is not None
         fits = plan.peak <= budget
         return Alternative(
             budget=budget,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -13,28 +14,52 @@ from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError
 from ..ranks import asked
-from ..stages import padded, trim_start
+from ..schedule import Cuts
+from ..stages import PAIR, SHARED_LEAST, Stream, joined, padded, trim_start
 from . import Planned, choose, longest, named, ranks_of
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, costs_of
+from .costs import BatchShape, Device, StreamShape, costs_of
 from .shapes import ModelShape, read_shape
+
+if TYPE_CHECKING:
+    from ..models import Chain
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes of the machine. `planned` is None where memory cannot be predicted.
+    """What a run takes of the machine: its largest batches, one for each number of streams.
 
-    That is so for families on the generic path, whose layers are mlx-lm's own: they run one layer
-    a segment unless the configuration says otherwise.
+    `plans` are theirs, none where memory cannot be predicted. That is so for families on the
+    generic path, whose layers are mlx-lm's own: they run one layer a segment unless the
+    configuration says otherwise.
     """
 
     shape: ModelShape
-    batch: BatchShape
+    batches: tuple[BatchShape, ...]
     ranks: dict[str, int]
     device: Device
     budget: int
     size: int | None  #: layers a segment, by the configuration; None: the planner chooses
-    planned: Planned | None
+    plans: tuple[Planned, ...]
+
+    @property
+    def planned(self) -> Planned | None:
+        """The plan that takes the most memory."""
+        return max(self.plans, key=lambda plan: plan.peak, default=None)
+
+    @property
+    def batch(self) -> BatchShape:
+        """The batch of that plan."""
+        if self.planned is None:
+            return self.batches[0]
+        return self.batches[self.plans.index(self.planned)]
+
+    def cuts(self, chain: Chain, streams: Sequence[Stream]) -> Cuts:
+        """How a batch of so many streams is cut."""
+        for batch, plan in zip(self.batches, self.plans, strict=False):
+            if len(batch.streams) == len(streams):
+                return plan.cuts
+        return chain.cuts(1 if self.size is None else self.size, streams)
 
     def __str__(self) -> str:
         if self.planned is None:
@@ -48,28 +73,30 @@ class RunPlan:
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
-            part = -(-length * batch.trimmed // batch.length)
-            loss = -(-length * batch.loss // batch.length)
-            longer = replace(batch, length=length, trimmed=part, loss=loss)
-            what = (self.shape, longer, self.ranks, self.device)
+            what = (self.shape, batch.stretched(length), self.ranks, self.device)
             if self.size is not None:
                 return named(*what, self.size).peak <= most
             return _core.least_peak(costs_of(*what)) <= most
 
         return longest(fits)
 
-    def within(self, budget: int) -> Planned:
-        """The fastest plan in another budget."""
-        return choose(self.shape, self.batch, self.ranks, self.device, budget)
+    def within(self, budget: int) -> RunPlan:
+        """With the fastest plans in this budget."""
+        what = [(self.shape, batch, self.ranks, self.device) for batch in self.batches]
+        return replace(self, plans=tuple(choose(*args, budget) for args in what))
+
+    def of_size(self, size: int) -> RunPlan:
+        """With so many layers a segment."""
+        what = [(self.shape, batch, self.ranks, self.device) for batch in self.batches]
+        return replace(self, plans=tuple(named(*args, size) for args in what))
 
     def tightened(self, measured: int) -> RunPlan | None:
         """The next cheaper plan if `measured` bytes were over the budget, if there is one."""
         if self.planned is None or self.size is not None or measured <= self.budget:
             return None
         cheaper = self.within(int(self.budget * min(self.planned.peak / measured, 0.95)))
-        if cheaper.cuts == self.planned.cuts:
-            return None
-        return replace(self, planned=cheaper)
+        same = [plan.cuts for plan in cheaper.plans] == [plan.cuts for plan in self.plans]
+        return None if same else cheaper
 
     @contextmanager
     def limits(self) -> Iterator[None]:
@@ -92,18 +119,33 @@ class RunPlan:
         return mx.set_memory_limit(self.planned.limit), mx.set_cache_limit(cache)
 
 
-def full_batch(config: TrainConfig, loss: float = 1.0) -> BatchShape:
-    """Rows of max_seq_length, of each of which the last part `loss` is trained."""
+def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
+    """Rows of max_seq_length, of each of which the last part `loss` is trained.
+
+    Of pairs, the first part `shared` of both is the same.
+    """
     # The last token is only predicted.
     length = padded(config.max_seq_length, config.batch_size) - 1
     part = max(1, round(length * loss))
     trimmed = length - trim_start(length - part)
-    accumulates = config.grad_accumulation_steps > 1
-    return BatchShape(config.batch_size, length, trimmed, config.batch_size * part, accumulates)
+    how = (config.grad_accumulation_steps > 1, config.lora_dropout > 0)
+    same = min(round(length * shared), length - 1)
+    if config.method == "sft":
+        streams = (StreamShape(Stream(), length, trimmed),)
+    elif same < SHARED_LEAST:
+        streams = tuple(StreamShape(stream, length, trimmed) for stream in PAIR)
+    else:
+        rest = length - same
+        streams = (StreamShape(joined(), length + rest, trimmed + rest, same, rest),)
+    loss_rows = part if config.method == "sft" else 2 * part
+    return BatchShape(config.batch_size, streams, config.batch_size * loss_rows, *how)
 
 
-def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
-    """The plan for batches of up to this shape; InputError if it does not fit, before a load."""
+def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
+    """The plan for batches of up to these shapes, each with another number of streams.
+
+    InputError if one does not fit, before a load.
+    """
     shape = read_shape(config.model_dir)
     name = Path(config.model_dir).name
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
@@ -111,7 +153,7 @@ def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
             f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
             f"{shape.max_length} tokens: lower it."
         )
-    ranks = ranks_of(shape, **asked(config)) if shape.fast else {}
+    ranks = _ranks(config, shape) if shape.fast else {}
     given = config.memory_budget_gb
     budget = budget_bytes(None if given == "auto" else given)
     size = None if config.segment_size == "auto" else config.segment_size
@@ -119,7 +161,7 @@ def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
         size = 1
     on = device()
     on = replace(on, size=max(on.size, shape.float_size))
-    run = RunPlan(shape, batch, ranks, on, budget, size, None)
+    run = RunPlan(shape, batches, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
     if weights > budget:
         raise InputError(
@@ -128,9 +170,9 @@ def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
         )
     if not shape.fast:
         return run
-    what = (shape, batch, ranks, run.device)
-    planned = run.within(budget) if size is None else named(*what, size)
-    if planned.peak > budget:
+    run = run.within(budget) if size is None else run.of_size(size)
+    assert run.planned is not None
+    if run.planned.peak > budget:
         least = "at least " if size is None else f"with segment_size {size} "
         most = run.longest()
         advice = (
@@ -138,13 +180,29 @@ def plan_run(config: TrainConfig, batch: BatchShape) -> RunPlan:
             if most
             else "no length fits; lower batch_size or rank, or raise memory_budget_gb"
         )
-        if size is not None and run.within(budget).peak <= budget:
+        if size is not None and all(plan.peak <= budget for plan in run.within(budget).plans):
             advice = "segment_size auto fits"
         raise InputError(
-            f"{name} takes {least}{_gb(planned.peak)} for {batch.rows} × {batch.length} tokens, "
-            f"more than the budget of {_gb(budget)}: {advice}."
+            f"{name} takes {least}{_gb(run.planned.peak)} for {run.batch.rows} × "
+            f"{run.batch.length} tokens, more than the budget of {_gb(budget)}: {advice}."
         )
-    return replace(run, planned=planned)
+    return run
+
+
+def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
+    if config.warm_start is None:
+        return ranks_of(shape, **asked(config))
+    from ..adapters import ranks_in
+
+    found = ranks_in(config.warm_start)
+    known = {path.removeprefix("language_model."): path for path in shape.widths}
+    ranks = {known.get(path.removeprefix("language_model."), ""): r for path, r in found.items()}
+    if "" in ranks:
+        raise InputError(
+            f"warm_start {config.warm_start} adapts linears that {Path(config.model_dir).name} "
+            "does not have: it was trained on another model."
+        )
+    return ranks
 
 
 def _gb(n: int) -> str:

@@ -1,90 +1,97 @@
-"""Evaluation: the mean loss of a token over a whole set."""
+"""Evaluation: the mean loss of a token, or of a pair, over a whole set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import mlx.core as mx
-
 from .. import events, lora
 from ..adapters import read_adapter
+from ..config import TrainConfig
 from ..data import Dataset, eval_batches, load_split
 from ..data.dataset import split_paths
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_base
-from ..objectives import sft
-from ..schedule import Stage, forward
+from ..objectives import Objective, value
+from ..schedule import Params
+from .references import with_references
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """loss in nats per token over `tokens` supervised tokens of `rows` rows."""
+    """loss in nats per token over `tokens` supervised tokens of `rows` rows.
+
+    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    """
 
     loss: float
     perplexity: float | None
+    metrics: dict[str, float]
     tokens: int
     rows: int
     truncated: int
     dropped: int
 
 
-def mean_loss(
+def measure(
+    objective: Objective,
     chain: Chain,
-    stages: list[Stage],
-    params: Mapping[str, Mapping[str, mx.array]],
+    scales: Mapping[str, float],
+    params: Params,
     dataset: Dataset,
     batch_size: int,
-) -> float:
-    """Σ weight·CE / Σ weight over all rows, forward only."""
-    head = sft.head(chain, needs_grad=False)
-    total = float(sum(row.weights.sum() for row in dataset.rows))
-    loss = 0.0
-    for batch in eval_batches(dataset, batch_size):
-        scope = forward(stages, params, sft.values(chain, batch, total))
-        loss += float(head({}, *(scope[name] for name in sft.HEAD_READS)))
-    return loss
+) -> tuple[float, dict[str, float]]:
+    """Loss and metrics of an objective over all rows, forward only."""
+    batches = list(eval_batches(dataset, batch_size))
+    total = objective.total(batches)
+    sums = [0.0] * (1 + len(objective.metrics))
+    for batch in batches:
+        outputs = value(objective, chain, scales, params, batch, total)
+        sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
+    return sums[0], dict(zip(objective.metrics, sums[1:], strict=True))
 
 
 def evaluate(
-    model_dir: Path,
-    data_dir: Path,
+    config: TrainConfig,
     adapter_path: Path | None = None,
     *,
     split: Literal["valid", "train"] = "valid",
-    max_seq_length: int = 512,
-    batch_size: int = 1,
-    train_on: str = "assistant",
-    append_eos: bool = True,
 ) -> EvalResult:
-    """Loss and perplexity of a model, with an adapter or without, on a split of a data folder.
+    """Loss of a model, with an adapter or without, on a split of the configuration's data.
 
     InputError for what cannot be read or does not fit.
     """
-    from .setup import check_length
+    from .setup import check_length, objective_of
 
-    train_file, valid_file = split_paths(Path(data_dir))
+    train_file, valid_file = split_paths(config.data_dir)
     file = train_file if split == "train" else valid_file
     if file is None:
-        raise InputError(f"data_dir {data_dir} holds no valid.jsonl: add one, or evaluate train.")
-    model, _, tokenizer = load_base(model_dir)
+        raise InputError(
+            f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
+        )
+    model, _, tokenizer = load_base(config.model_dir)
     chain = chain_of(model)
-    check_length(chain, max_seq_length)
+    check_length(chain, config.max_seq_length)
     adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
     dataset = load_split(
         file,
         tokenizer,
-        max_seq_length=max_seq_length,
-        train_on=train_on,
-        append_eos=append_eos,
+        max_seq_length=config.max_seq_length,
+        train_on=config.train_on,
+        append_eos=config.append_eos,
+        method=config.method,
     )
-    stages = chain.stages(adapter.scales)
+    if config.method == "dpo" and not config.reference_free:
+        rows = range(len(dataset.rows))
+        dataset = with_references(config, chain, lambda event: None, dataset, rows)
     params = lora.stage_params(chain, adapter)
-    loss = mean_loss(chain, stages, params, dataset, batch_size)
+    what = (objective_of(config), chain, adapter.scales, params, dataset, config.batch_size)
+    loss, metrics = measure(*what)
     return EvalResult(
         loss=loss,
-        perplexity=events.perplexity(loss),
+        perplexity=None if metrics else events.perplexity(loss),
+        metrics=metrics,
         tokens=dataset.supervised_tokens,
         rows=len(dataset.rows),
         truncated=dataset.truncated,

@@ -15,20 +15,22 @@ import mlx.core as mx
 from .. import events
 from ..adapters import write_adapter
 from ..config import TrainConfig
-from ..data import Batch, Dataset, batches
+from ..data import AnyBatch, Dataset, batches
 from ..files import write_json
-from ..lora import Adapter
-from ..objectives import sft
+from ..lora import Adapter, attached
+from ..models.chain import Dropout
+from ..objectives import value_and_grad
 from ..schedule import Grads
-from .evaluation import mean_loss
+from .evaluation import measure
+from .judging import Score, command_score, numbers, sample
 from .memory import Memory, process_peak
 from .optimizer import Optimizer
-from .setup import RunPlan, Setup, check_output, prepare, value_and_grad, with_params
+from .setup import Setup, check_output, prepare, with_params
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Losses in nats per token.
+    """What a run came to. Losses in nats per token, of preference methods per pair.
 
     In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb what was predicted for it (None: a
     family that the planner does not know), process_gb of the process' main memory.
@@ -41,6 +43,8 @@ class TrainResult:
     final_val_loss: float | None
     best_val_loss: float | None
     best_step: int | None
+    first_val_accuracy: float | None
+    final_val_accuracy: float | None
     wall_s: float
     tokens_per_sec: float
     peak_gb: float
@@ -66,6 +70,15 @@ class ProbeResult:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Of a step: loss, gradient norm before clipping, and what else the objective measures."""
+
+    loss: float
+    norm: float
+    metrics: dict[str, float]
+
+
 @dataclass
 class State:
     """What changes during a run; the factors and `step` change together, at the end of a step."""
@@ -73,7 +86,7 @@ class State:
     vector: mx.array
     memory: Memory
     step: int = 0
-    losses: list[float] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     vals: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     train_s: float = 0.0
@@ -90,19 +103,26 @@ class State:
         return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
 
 
-def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    on_event: events.OnEvent | None = None,
+    *,
+    score: Score | None = None,
+) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
     `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
-    the same. Ctrl-C ends the run after saving the last finished step (`interrupted`).
-    InputError, before anything is written, for input that cannot be used; FloatingPointError if
-    loss or gradient is not finite, after saving the last good step.
+    the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
+    adapter attached, for a number or a dict of numbers. Ctrl-C ends the run after saving the last
+    finished step (`interrupted`). InputError, before anything is written, for input that cannot be
+    used; FloatingPointError if loss or gradient is not finite, after saving the last good step.
     """
     tell = on_event or (lambda event: None)
     tell(events.started())
     try:
         check_output(config)
         setup, vector = prepare(config, tell)
+        config = setup.config
         state = State(vector, Memory())
         del vector  # or the factors that the run began with would stay to its end
         source = batches(setup.train, config.batch_size, config.seed)
@@ -113,7 +133,7 @@ def train(config: TrainConfig, on_event: events.OnEvent | None = None) -> TrainR
                 metrics.flush()
                 tell(event)
 
-            result = _run(config, setup, state, source, record)
+            result = _run(config, setup, state, source, record, score)
             record(events.done(config.adapter_path))
         return result
     except BaseException as error:
@@ -125,35 +145,38 @@ def _run(
     config: TrainConfig,
     setup: Setup,
     state: State,
-    source: Iterator[Batch],
+    source: Iterator[AnyBatch],
     tell: events.OnEvent,
+    score: Score | None,
 ) -> TrainResult:
     step = Stepper(config, setup)
     plan = setup.plan
-    tell(events.stage("train", 0.05, f"{config.iters} steps on {len(setup.train.rows)} rows"))
+    what = f"{config.iters} steps on {len(setup.train.rows)} rows"
+    tell(events.stage("train", 0.05, what, iters=config.iters))
     begin = time.perf_counter()
     interrupted = stopped_early = False
     try:
-        _evaluate(config, setup, state, tell)
+        _evaluate(config, setup, state, tell, score)
         while state.step < config.iters:
             started = time.perf_counter()
             accumulated = list(islice(source, config.grad_accumulation_steps))
             rate = step.optimizer.rate
-            vector, loss, norm = step(state.vector, accumulated)
+            vector, outcome = step(state.vector, accumulated)
             state.vector, state.step = vector, state.step + 1
+            state.outcomes.append(outcome)
             seconds = time.perf_counter() - started
             cheaper = plan.tightened(state.memory.measure(state.step))
             if cheaper is not None:
                 plan = cheaper
-                step.follow(plan)
+                step.plan = plan
                 plan.set_limits()
                 progress = events.run_progress(state.step, config.iters)
                 tell(events.stage("setup", progress, f"over the budget, from now on {plan}"))
             tokens = _count(setup.train, accumulated)
-            _report(config, state, tell, loss, norm, rate, tokens, seconds)
+            _report(config, state, tell, rate, tokens, seconds)
             last = state.step == config.iters
             if last or state.step % config.steps_per_eval == 0:
-                _evaluate(config, setup, state, tell)
+                _evaluate(config, setup, state, tell, score)
                 if 0 < config.early_stopping_patience <= state.since_best and not last:
                     stopped_early = True
                     break
@@ -168,11 +191,13 @@ def _run(
     result = TrainResult(
         adapter_path=config.adapter_path,
         steps=state.step,
-        final_train_loss=state.losses[-1] if state.losses else None,
+        final_train_loss=state.outcomes[-1].loss if state.outcomes else None,
         first_val_loss=state.vals[0]["loss"] if state.vals else None,
         final_val_loss=state.vals[-1]["loss"] if state.vals else None,
         best_val_loss=best["loss"] if best else None,
         best_step=int(best["step"]) if best else None,
+        first_val_accuracy=state.vals[0].get("accuracy") if state.vals else None,
+        final_val_accuracy=state.vals[-1].get("accuracy") if state.vals else None,
         wall_s=time.perf_counter() - begin,
         tokens_per_sec=state.tokens / state.train_s if state.train_s else 0.0,
         peak_gb=state.memory.peak / 1e9,
@@ -190,20 +215,16 @@ def _run(
 
 
 class Stepper:
-    """One optimizer step over the micro-batches that are accumulated for it."""
+    """One optimizer step over the micro-batches that are accumulated for it, by a plan."""
 
     def __init__(self, config: TrainConfig, setup: Setup, watch: Callable[[], None] | None = None):
         self.config, self.setup, self.watch = config, setup, watch
-        self.follow(setup.plan)
+        self.plan = setup.plan
         self.optimizer = Optimizer(config, setup.layout)
 
-    def follow(self, plan: RunPlan) -> None:
-        """Takes the next steps by this plan."""
-        self.value_and_grad = value_and_grad(self.setup, plan, self.watch)
-
-    def __call__(self, vector: mx.array, accumulated: list[Batch]) -> tuple[mx.array, float, float]:
-        """The new factors, the loss of a token, and the gradient's norm before clipping."""
-        loss, gradient = self.gradient(vector, accumulated)
+    def __call__(self, vector: mx.array, accumulated: list[AnyBatch]) -> tuple[mx.array, Outcome]:
+        """The new factors, and how the step was."""
+        (loss, *metrics), gradient = self.gradient(vector, accumulated)
         norm = math.sqrt(float(mx.square(gradient).sum()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bad = self.setup.layout.names(~mx.isfinite(gradient))
@@ -216,54 +237,76 @@ class Stepper:
         limit = self.config.grad_clip_norm
         if 0 < limit < norm:
             gradient = gradient * (limit / norm)
-        return self.optimizer(gradient, vector), loss, norm
+        named = dict(zip(self.setup.objective.metrics, metrics, strict=True))
+        return self.optimizer(gradient, vector), Outcome(loss, norm, named)
 
-    def gradient(self, vector: mx.array, accumulated: list[Batch]) -> tuple[float, mx.array]:
-        """Loss and gradient of the mean token over all micro-batches."""
-        total = float(sum(batch.weights.sum() for batch in accumulated))
+    def gradient(
+        self, vector: mx.array, accumulated: list[AnyBatch]
+    ) -> tuple[list[float], mx.array]:
+        """Outputs of the objective and gradient of its loss over all micro-batches."""
+        total = self.setup.objective.total(accumulated)
         params = self.setup.layout.split(vector)
-        loss, gradient = self._part(params, accumulated[0], total)
-        for batch in accumulated[1:]:
-            part, own = self._part(params, batch, total)
-            loss, gradient = loss + part, gradient + own
+        outputs, gradient = self._part(params, accumulated, 0, total)
+        for i in range(1, len(accumulated)):
+            part, own = self._part(params, accumulated, i, total)
+            outputs = [x + y for x, y in zip(outputs, part, strict=True)]
+            gradient = gradient + own
             mx.eval(gradient)
-        return loss, gradient
+        return outputs, gradient
 
-    def _part(self, params: Grads, batch: Batch, total: float) -> tuple[float, mx.array]:
-        values = sft.values(self.setup.chain, batch, total)
-        (loss,), grads = self.value_and_grad(params, values)
-        gradient = self.setup.layout.join(grads)
+    def _part(
+        self, params: Grads, accumulated: list[AnyBatch], i: int, total: Any
+    ) -> tuple[list[float], mx.array]:
+        """Of the i-th micro-batch."""
+        setup, config = self.setup, self.config
+        dropout = None
+        if config.lora_dropout:
+            draw = self.optimizer.step * config.grad_accumulation_steps + i
+            dropout = Dropout(config.lora_dropout, config.seed, draw)
+        outputs, grads = value_and_grad(
+            setup.objective,
+            setup.chain,
+            setup.scales,
+            params,
+            accumulated[i],
+            total,
+            cuts=lambda streams: self.plan.cuts(setup.chain, streams),
+            dropout=dropout,
+            watch=self.watch,
+        )
+        gradient = setup.layout.join(grads)
+        del grads
         mx.eval(gradient)
-        return float(loss), gradient
+        return [float(x) for x in outputs], gradient
 
 
-def _count(data: Dataset, accumulated: list[Batch]) -> int:
+def _count(data: Dataset, accumulated: list[AnyBatch]) -> int:
     """Tokens that are no padding."""
-    return sum(len(data.rows[i].ids) for batch in accumulated for i in batch.rows)
+    return sum(len(data.rows[i]) for batch in accumulated for i in batch.rows)
 
 
 def _report(
     config: TrainConfig,
     state: State,
     tell: events.OnEvent,
-    loss: float,
-    norm: float,
     rate: float,
     tokens: int,
     seconds: float,
 ) -> None:
-    state.losses.append(loss)
     state.tokens += tokens
     state.train_s += seconds
     if state.step != 1 and state.step % config.steps_per_report and state.step != config.iters:
         return
     since = state.step % config.steps_per_report or min(config.steps_per_report, state.step)
+    recent = state.outcomes[-since:]
+    names = recent[-1].metrics
     tell(
         events.train_metric(
             state.step,
             config.iters,
-            loss=sum(state.losses[-since:]) / since,
-            grad_norm=norm,
+            loss=sum(outcome.loss for outcome in recent) / since,
+            metrics={name: sum(o.metrics[name] for o in recent) / since for name in names},
+            grad_norm=recent[-1].norm,
             learning_rate=rate,
             tokens_per_sec=tokens / seconds,
             step_s=seconds,
@@ -278,17 +321,27 @@ def _adapter(setup: Setup, state: State) -> Adapter:
     return with_params(setup.scales, setup.layout.split(state.vector))
 
 
-def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
-    """Validation loss, where there is a validation set, and a checkpoint if the user keeps them."""
+def _evaluate(
+    config: TrainConfig,
+    setup: Setup,
+    state: State,
+    tell: events.OnEvent,
+    score: Score | None,
+) -> None:
+    """What the adapter is like now: validation, answers, scores; and a checkpoint if kept."""
     loss = None
     if setup.valid is not None:
         state.memory.measure()
         params = setup.layout.split(state.vector)
-        loss = mean_loss(setup.chain, setup.stages, params, setup.valid, config.batch_size)
-        state.vals.append({"step": state.step, "loss": loss})
+        what = (setup.objective, setup.chain, setup.scales, params, setup.valid, config.batch_size)
+        loss, metrics = measure(*what)
+        state.vals.append({"step": state.step, "loss": loss, **metrics})
         tokens = setup.valid.supervised_tokens
-        tell(events.val_metric(state.step, config.iters, loss=loss, tokens=tokens))
-        state.memory.measure()  # an evaluation's memory is not the next step's
+        tell(events.val_metric(state.step, config.iters, loss=loss, tokens=tokens, metrics=metrics))
+    if config.sample_prompts or config.eval_command or score:
+        for event in _judged(config, setup, state, score):
+            tell(event)
+    state.memory.measure()  # an evaluation's memory is not the next step's
     if config.keep_best and state.step > 0 and state.since_best == 0:
         write_adapter(config.adapter_path / "best", _adapter(setup, state), config)
     if config.save_checkpoints and state.step > 0:
@@ -297,6 +350,21 @@ def _evaluate(config: TrainConfig, setup: Setup, state: State, tell: events.OnEv
         tell(events.stage("checkpoint", progress, name))
         folder = config.adapter_path / "checkpoints" / name
         write_adapter(folder, _adapter(setup, state), config)
+
+
+def _judged(
+    config: TrainConfig, setup: Setup, state: State, score: Score | None
+) -> Iterator[events.Event]:
+    """Answers of the adapter as it is now, and what the command and the callable say of it."""
+    adapter = _adapter(setup, state)
+    with attached(setup.model, setup.chain, adapter) as model:
+        for prompt in config.sample_prompts:
+            text = sample(model, setup.tokenizer, prompt, config.sample_tokens)
+            yield events.sample(state.step, prompt, text)
+        if score:
+            yield events.score(state.step, numbers(score(model, setup.tokenizer)))
+    if config.eval_command:
+        yield events.score(state.step, command_score(config, adapter))
 
 
 def _save(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent) -> None:
@@ -343,10 +411,11 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
 
 
 def _probe(config: TrainConfig, setup: Setup, state: State) -> ProbeResult:
-    longest = sorted(setup.train.rows, key=lambda row: -len(row.ids))
+    config = setup.config
+    longest: list[Any] = sorted(setup.train.rows, key=lambda row: -len(row))
     rows = longest[: config.batch_size * config.grad_accumulation_steps]
     setup = replace(setup, train=replace(setup.train, rows=rows))
-    source: Iterator[Batch] = batches(setup.train, config.batch_size, config.seed)
+    source = batches(setup.train, config.batch_size, config.seed)
     step = Stepper(config, setup)
     resting = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -355,7 +424,8 @@ def _probe(config: TrainConfig, setup: Setup, state: State) -> ProbeResult:
         accumulated = list(islice(source, config.grad_accumulation_steps))
         started = time.perf_counter()
         try:
-            state.vector, loss, norm = step(state.vector, accumulated)
+            state.vector, outcome = step(state.vector, accumulated)
+            loss, norm = outcome.loss, outcome.norm
         except FloatingPointError:
             finite = False
         times.append(time.perf_counter() - started)

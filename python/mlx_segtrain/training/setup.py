@@ -1,6 +1,7 @@
 """From a configuration to all that a run needs; every check before anything is written."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,28 +9,36 @@ import mlx.core as mx
 import numpy as np
 
 from .. import events, lora
-from ..adapters import holds_run
+from ..adapters import holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, load_dataset
+from ..data import Dataset, Pair, Row, batches, load_dataset
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
-from ..objectives import sft
-from ..planning import BatchShape
+from ..objectives import Objective
+from ..objectives.preference import Dpo, Orpo
+from ..objectives.sft import Sft
+from ..planning import BatchShape, StreamShape
 from ..planning.run import RunPlan, plan_run
 from ..ranks import asked
-from ..schedule import Grads, Stage
-from ..stages import padded, trim_start
+from ..schedule import Grads
+from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
 from .layout import Layout
+from .references import with_references
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A loaded model as stages, where its adapter's factors stand in a vector, and the data."""
+    """A loaded model, its objective, where its adapter's factors stand in a vector, and the data.
 
+    `config` has the number of steps that its epochs come to.
+    """
+
+    config: TrainConfig
+    model: Any
     chain: Chain
+    objective: Objective
     scales: dict[str, float]
-    stages: list[Stage]
     layout: Layout
     train: Dataset
     valid: Dataset | None
@@ -57,8 +66,16 @@ def check_length(chain: Chain, max_seq_length: int) -> None:
         )
 
 
+def objective_of(config: TrainConfig) -> Objective:
+    if config.method == "dpo":
+        return Dpo(config.dpo_beta, config.dpo_loss, config.label_smoothing)
+    if config.method == "orpo":
+        return Orpo(config.orpo_lambda, config.sft_scope)
+    return Sft()
+
+
 def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.array]:
-    """Reads the data, plans, loads the model, and makes the factors of a fresh adapter, a vector.
+    """Reads the data, plans, loads the model, and makes the factors of an adapter, a vector.
 
     InputError for whatever does not fit, memory included: before the weights are loaded.
     """
@@ -70,6 +87,7 @@ def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.ar
         max_seq_length=config.max_seq_length,
         train_on=config.train_on,
         append_eos=config.append_eos,
+        method=config.method,
     )
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
@@ -77,55 +95,140 @@ def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.ar
                 f"{option} needs a validation loss, and {config.data_dir} has no valid.jsonl: add "
                 "one, or leave the option out."
             )
-    plan = plan_run(config, longest_batch(train, config))
+    config = with_iters(config, train)
+    plan, train = _planned(config, train)
     on_event(events.stage("setup", 0.02, str(plan)))
     setup, vector = load_setup(config, plan, train, valid, tokenizer)
+    if config.method == "dpo" and not config.reference_free:
+        with plan.limits():
+            setup = _referenced(setup, on_event)
     size = f"{len(train.rows)} rows, {train.tokens} tokens"
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {size}"))
     return setup, vector
 
 
+def _planned(config: TrainConfig, train: Dataset) -> tuple[RunPlan, Dataset]:
+    """The plan, and the data as it is run: pairs share nothing if only apart they fit."""
+    try:
+        return plan_run(config, *largest_batches(train, config)), train
+    except InputError as error:
+        if not any(isinstance(row, Pair) and row.shared >= SHARED_LEAST for row in train.rows):
+            raise
+        apart = replace(train, rows=[replace(pair, shared=0) for pair in train.rows])
+        try:
+            return plan_run(config, *largest_batches(apart, config)), apart
+        except InputError:
+            raise error from None
+
+
+def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
+    """With the steps that the epochs come to, rounded up; InputError if the warmup takes them."""
+    if config.epochs is None:
+        return config
+    per_step = config.batch_size * config.grad_accumulation_steps
+    iters = max(1, math.ceil(config.epochs * len(train.rows) / per_step))
+    if config.warmup_iters >= iters:
+        raise InputError(
+            f"warmup_iters = {config.warmup_iters} leaves nothing of the {iters} steps that epochs "
+            f"= {config.epochs:g} are: lower it."
+        )
+    return config.model_copy(update={"iters": iters})
+
+
 def load_setup(
     config: TrainConfig, plan: RunPlan, train: Dataset, valid: Dataset | None, tokenizer: Any
 ) -> tuple[Setup, mx.array]:
-    """Loads the weights; the factors of a fresh adapter as a vector."""
+    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
-    if plan.planned is not None and plan.planned.cuts.segments[-1] != sum(map(len, chain.layers)):
-        plan = replace(plan, planned=None)  # the family takes the generic path after all
-    ranks = lora.choose_ranks(chain, **asked(config))
-    adapter = lora.init(chain, ranks, config.scale, config.seed, root=config.rs_lora)
+    if any(
+        plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
+        for batch, plan in zip(plan.batches, plan.plans, strict=False)
+    ):
+        plan = replace(plan, plans=())  # the family takes the generic path after all
+    if config.warm_start is not None:
+        adapter = read_adapter(config.warm_start, chain)
+    else:
+        ranks = lora.choose_ranks(chain, **asked(config))
+        adapter = lora.init(chain, ranks, config.scale, config.seed, root=config.rs_lora)
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
-    stages = chain.stages(adapter.scales)
-    return Setup(chain, adapter.scales, stages, layout, train, valid, tokenizer, plan), vector
+    objective = objective_of(config)
+    what = (config, model, chain, objective, adapter.scales, layout)
+    return Setup(*what, train, valid, tokenizer, plan), vector
 
 
-def longest_batch(data: Dataset, config: TrainConfig) -> BatchShape:
-    """One as large as any of the data's in every respect."""
-    # The last token is only predicted.
-    length = padded(max(len(row.ids) for row in data.rows), config.batch_size) - 1
-    trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
-    first = min((int(t[0]) for t in trained if t.size), default=0)
-    return BatchShape(
-        rows=config.batch_size,
-        length=length,
-        trimmed=length - trim_start(first),
-        loss=config.batch_size * max(t.size for t in trained),
-        accumulates=config.grad_accumulation_steps > 1,
+def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
+    """With what the model without adapter gives for the pairs that the run will see."""
+    config = setup.config
+    source = batches(setup.train, config.batch_size, config.seed)
+    steps = config.iters * config.grad_accumulation_steps
+    epoch = len(setup.train.rows) // config.batch_size
+    seen = {int(i) for _, batch in zip(range(steps), source, strict=False) for i in batch.rows}
+    if steps >= 2 * epoch:
+        seen = set(range(len(setup.train.rows)))
+    how = (config, setup.chain, on_event)
+    train = with_references(*how, setup.train, seen)
+    valid = setup.valid and with_references(*how, setup.valid, range(len(setup.valid.rows)))
+    return replace(setup, train=train, valid=valid)
+
+
+def largest_batches(data: Dataset, config: TrainConfig) -> list[BatchShape]:
+    """As large as any of the data's in every respect, one for each number of streams there is."""
+    rows = config.batch_size
+    how = (config.grad_accumulation_steps > 1, config.lora_dropout > 0)
+    if config.method == "sft":
+        # The last token is only predicted.
+        length = padded(max(len(row) for row in data.rows), rows) - 1
+        trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
+        first = min((int(t[0]) for t in trained if t.size), default=0)
+        streams = (StreamShape(SINGLE[0], length, length - trim_start(first)),)
+        return [BatchShape(rows, streams, rows * max(t.size for t in trained), *how)]
+    full = config.method == "orpo" and config.sft_scope == "full"
+    pairs: list[Pair] = data.rows
+    alike = [pair for pair in pairs if pair.shared >= SHARED_LEAST]
+    # A batch of several pairs shares what all of them do: with one that does not, nothing.
+    apart = [pair for pair in pairs if pair.shared < SHARED_LEAST] if rows == 1 else pairs
+    if len(alike) == len(pairs):
+        apart = []
+    shapes = []
+    if apart:
+        streams = tuple(
+            StreamShape(stream, *_rows([getattr(pair, stream.name) for pair in apart], rows, full))
+            for stream, full in zip(PAIR, (full, False), strict=True)
+        )
+        shapes.append(BatchShape(rows, streams, rows * _counted(apart, full), *how))
+    if alike:
+        length, trimmed = _rows([pair.chosen for pair in alike], rows, full)
+        least = min(pair.shared for pair in alike)
+        rests = [
+            padded(len(pair.rejected), rows) - 1 - (pair.shared if rows == 1 else least)
+            for pair in alike
+        ]
+        shared, rest = max(pair.shared for pair in alike), max(rests)
+        stream = StreamShape(joined(), length + rest, trimmed + rest, shared, rest)
+        shapes.append(BatchShape(rows, (stream,), rows * _counted(alike, full), *how))
+    return shapes
+
+
+def _rows(sequences: list[Row], rows: int, full: bool) -> tuple[int, int]:
+    """Most tokens that run, and most that come into question for the loss: of `full` ones all."""
+    lengths = [padded(len(row), rows) - 1 for row in sequences]
+    first = [0 if full else int(np.flatnonzero(row.weights)[0]) - 1 for row in sequences]
+    trimmed = [n - trim_start(max(t, 0)) for n, t in zip(lengths, first, strict=True)]
+    return max(lengths), max(lengths) if rows > 1 and full else max(trimmed)
+
+
+def _counted(pairs: list[Pair], full: bool) -> int:
+    """Most tokens of a pair that meet the head."""
+    return max(
+        (len(pair.chosen) - 1 if full else np.count_nonzero(pair.chosen.weights))
+        + np.count_nonzero(pair.rejected.weights)
+        for pair in pairs
     )
-
-
-def value_and_grad(setup: Setup, plan: RunPlan, watch: Callable[[], None] | None = None) -> Any:
-    """step(params, values) → ((loss,), grads) of this run's model and objective by a plan."""
-    if plan.planned is not None:
-        cuts = plan.planned.cuts
-    else:
-        cuts = setup.chain.cuts(1 if plan.size is None else plan.size)
-    return sft.value_and_grad(setup.chain, setup.stages, cuts, watch)
 
 
 def with_params(scales: Mapping[str, float], params: Grads) -> Adapter:

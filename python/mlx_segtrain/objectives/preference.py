@@ -1,0 +1,244 @@
+"""Preference losses over pairs of answers: DPO and ORPO.
+
+A pair runs as two streams, or as one where both sequences begin alike: the chosen sequence, and
+behind it what differs of the rejected one, as a branch. That is exact under causal attention,
+wherever the first token lies that differs. Only rows that count meet the head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..data import Batch, PairBatch
+from ..models import Chain
+from ..stages import PAIR, SHARED_LEAST, Stream, joined
+from . import stream_values
+
+METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+#: 1 − p is at least this in log-odds: a sequence of probability 1 has none.
+LEAST_REST = 1e-7
+
+
+@dataclass(frozen=True)
+class Total:
+    """Pairs, and tokens of all chosen sequences that a cross-entropy term counts."""
+
+    pairs: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Log-probabilities of B pairs, float32 [B]: sums over the response; its tokens; chosen first.
+
+    `likelihood` is the cross-entropy term's part of the mean, a scalar.
+    """
+
+    chosen: mx.array
+    rejected: mx.array
+    n_chosen: mx.array
+    n_rejected: mx.array
+    likelihood: mx.array
+
+    @property
+    def means(self) -> tuple[mx.array, mx.array]:
+        """Log-probability of a token."""
+        return self.chosen / self.n_chosen, self.rejected / self.n_rejected
+
+
+class Pairs:
+    """What preference objectives have in common; `_loss` is theirs."""
+
+    metrics: tuple[str, ...] = METRICS
+    reads: tuple[str, ...] = ("targets", "members", "weights", "reference", "part")
+
+    def total(self, batches: Sequence[PairBatch]) -> Total:
+        tokens = sum(float(self._likely(batch.chosen).sum()) for batch in batches)
+        return Total(sum(len(batch.rows) for batch in batches), tokens)
+
+    def streams(self, chain: Chain, batch: PairBatch) -> tuple[Stream, ...]:
+        if not chain.branches or batch.shared < SHARED_LEAST:
+            return PAIR
+        return (joined(batch.shared, batch.rejected.tokens.shape[1] - 1 - batch.shared),)
+
+    def values(self, chain: Chain, batch: PairBatch, total: Total) -> dict[str, mx.array]:
+        """M rows in the order of the streams, with what each predicts.
+
+        `members` [2B, M] are 1 where a row predicts a response token of a sequence, chosen ones
+        first; `weights` [M] those of the cross-entropy term; `reference` [2B] what the model
+        without its adapter gives; `part` 1 over the pairs of the step.
+        """
+        b = len(batch.rows)
+        values: dict[str, mx.array] = {}
+        found = []
+        for stream in self.streams(chain, batch):
+            tokens, rows = self._stream(batch, stream)
+            at = rows["at"]
+            first = int(at.min()) if at.size else tokens.shape[1] - 1
+            inputs, n = stream_values(chain, stream, tokens, first)
+            index = rows["row"] * n + at - (tokens.shape[1] - n)
+            values |= {**inputs, stream.of("rows"): mx.array(index.astype(np.int32))}
+            found.append(rows)
+        target, owner, response, weight = (
+            np.concatenate([rows[name] for rows in found])
+            for name in ("target", "owner", "response", "weight")
+        )
+        members = (np.arange(2 * b)[:, None] == owner) * response
+        reference = np.zeros(2 * b) if batch.reference is None else batch.reference
+        return {
+            **values,
+            "targets": mx.array(target),
+            "members": mx.array(members.astype(np.float32)),
+            "weights": mx.array((weight / max(total.tokens, 1)).astype(np.float32)),
+            "reference": mx.array(reference.astype(np.float32)),
+            "part": mx.array(1 / total.pairs, mx.float32),
+        }
+
+    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
+        def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
+            *of_streams, targets, members, weights, reference, part = reads
+            log_p = _log_probs(chain, of_streams, targets, needs_grad)
+            # Sums of products, not a product of matrices: GPUs round its operands.
+            sums, counts = (members * log_p).sum(1), members.sum(1)
+            (chosen, rejected), (n_chosen, n_rejected) = mx.split(sums, 2), mx.split(counts, 2)
+            likelihood = -(weights * log_p).sum()
+            answers = Answers(chosen, rejected, n_chosen, n_rejected, likelihood)
+            ref_chosen, ref_rejected = mx.split(reference, 2)
+            loss, rewards, margins = self._loss(answers, ref_chosen, ref_rejected, part)
+            right = (margins > 0) + 0.5 * (margins == 0)  # of equals either may be the better
+            means = (right, margins, *rewards)
+            return (loss, *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means))
+
+        return outputs
+
+    def _loss(
+        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+        """The loss's part of the mean; rewards of chosen and rejected [B]; margins [B]."""
+        raise NotImplementedError
+
+    def _likely(self, chosen: Batch) -> np.ndarray:
+        """Weights [B, T] of the tokens of the cross-entropy term."""
+        return np.zeros_like(chosen.weights)
+
+    def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Tokens [B, T] of a stream, and the rows of it that count: _rows of what it holds."""
+        sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
+        if not stream.branch:  # the last token of a sequence is only predicted
+            return sides[stream.name], self._rows(batch, stream.name)
+        chosen, rejected = self._rows(batch, "chosen"), self._rows(batch, "rejected")
+        shared, length = stream.shared, sides["chosen"].shape[1]
+        behind = rejected["at"] >= shared
+        rejected["at"] = rejected["at"] + np.where(behind, length - shared, 0)
+        tokens = np.concatenate([sides["chosen"], sides["rejected"][:, shared:]], 1)
+        return tokens, {name: np.concatenate([x, rejected[name]]) for name, x in chosen.items()}
+
+    def _rows(self, batch: PairBatch, side: str) -> dict[str, np.ndarray]:
+        """Of each row that counts in a sequence: row in the batch, position, what it predicts."""
+        chosen = side == "chosen"
+        own = batch.chosen if chosen else batch.rejected
+        likely = self._likely(own) if chosen else np.zeros_like(own.weights)
+        b, t = np.nonzero((own.weights[:, 1:] > 0) | (likely[:, 1:] > 0))
+        return {
+            "row": b,
+            "at": t,
+            "target": own.tokens[b, t + 1],
+            "owner": b + (0 if chosen else len(batch.rows)),
+            "response": own.weights[b, t + 1] > 0,
+            "weight": likely[b, t + 1],
+        }
+
+
+def _log_probs(
+    chain: Chain, of_streams: Sequence[mx.array], targets: mx.array, needs_grad: bool
+) -> mx.array:
+    """Of the targets [M] behind the rows that count of each stream's h."""
+    pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
+    h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
+    return chain.head.log_probs(h, targets, needs_grad=needs_grad)
+
+
+@dataclass(frozen=True)
+class Reference(Pairs):
+    """No loss: outputs the log-probabilities of the responses, [2B]."""
+
+    metrics: tuple[str, ...] = ()
+
+    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
+        def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
+            *of_streams, targets, members, _, _, _ = reads
+            return ((members * _log_probs(chain, of_streams, targets, needs_grad)).sum(1),)
+
+        return outputs
+
+
+@dataclass(frozen=True)
+class Dpo(Pairs):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+    With l = (π_c − π_r) − (ref_c − ref_r), sums of log-probabilities over the response, and the
+    smoothing ε: sigmoid −(1 − ε)·log σ(βl) − ε·log σ(−βl) (conservative DPO for ε > 0); robust
+    (−(1 − ε)·log σ(βl) + ε·log σ(−βl)) / (1 − 2ε) (Chowdhury et al. 2024, arXiv:2403.00409); hinge
+    max(0, 1 − βl) (Zhao et al. 2023, arXiv:2305.10425); ipo (l − 1/(2β))² of means over the
+    response (Azar et al. 2023, arXiv:2310.12036). A reward is β·(π − ref).
+    """
+
+    beta: float = 0.1
+    kind: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def _loss(
+        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+        chosen, rejected = answers.chosen - ref_chosen, answers.rejected - ref_rejected
+        if self.kind == "ipo":
+            chosen, rejected = chosen / answers.n_chosen, rejected / answers.n_rejected
+        rewards = self.beta * chosen, self.beta * rejected
+        z, eps = rewards[0] - rewards[1], self.label_smoothing
+        if self.kind == "hinge":
+            losses = mx.maximum(1 - z, 0)
+        elif self.kind == "ipo":
+            losses = (chosen - rejected - 1 / (2 * self.beta)) ** 2
+        elif self.kind == "robust":
+            losses = ((1 - eps) * nn.softplus(-z) - eps * nn.softplus(z)) / (1 - 2 * eps)
+        else:
+            losses = (1 - eps) * nn.softplus(-z) + eps * nn.softplus(z)
+        return losses.sum() * part, rewards, z
+
+
+@dataclass(frozen=True)
+class Orpo(Pairs):
+    """Odds-ratio preference optimization (Hong et al. 2024, arXiv:2403.07691), without a reference.
+
+    loss = NLL − λ·log σ(o), o = log odds(p_c) − log odds(p_r), p the mean log-probability of a
+    response token. NLL is the mean over all tokens of the chosen sequence (`full`), or the mean
+    over pairs of −p_c (`response`). A reward is λ·p; the margin is o.
+    """
+
+    weight: float = 0.1
+    scope: Literal["full", "response"] = "full"
+
+    def _loss(
+        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+        chosen, rejected = answers.means
+        odds = chosen - rejected - (_log_rest(chosen) - _log_rest(rejected))
+        likelihood = -chosen.sum() * part if self.scope == "response" else answers.likelihood
+        loss = likelihood + self.weight * nn.softplus(-odds).sum() * part
+        return loss, (self.weight * chosen, self.weight * rejected), odds
+
+    def _likely(self, chosen: Batch) -> np.ndarray:
+        if self.scope == "response":
+            return super()._likely(chosen)
+        position = np.arange(chosen.tokens.shape[1])
+        inside = (position > 0) & (position < chosen.lengths[:, None])
+        return inside.astype(np.float32)
+
+
+def _log_rest(log_p: mx.array) -> mx.array:
+    """log(1 − exp(log_p))"""
+    return mx.log(mx.maximum(-mx.expm1(log_p), LEAST_REST))

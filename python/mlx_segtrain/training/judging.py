@@ -1,0 +1,65 @@
+"""What an adapter is worth while it is trained, besides its loss: answers and scores."""
+
+import json
+import math
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..adapters import write_adapter
+from ..config import TrainConfig
+from ..errors import InputError
+from ..lora import Adapter
+
+#: (model with adapter, tokenizer) → a number, or several by name.
+Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
+
+
+def sample(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> str:
+    """The model's likeliest answer; through the chat template, if there is one."""
+    from mlx_lm.generate import generate
+
+    text: Any = prompt
+    if tokenizer.has_chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    return generate(model, tokenizer, text, max_tokens=max_tokens)
+
+
+def numbers(found: Any) -> dict[str, float]:
+    """A score as numbers by name; ValueError if it is something else or not finite."""
+    named = found if isinstance(found, Mapping) else {"score": found}
+    for name, x in named.items():
+        if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+            raise ValueError(f"a score must be a finite number; '{name}' is {x!r}")
+    return {str(name): float(x) for name, x in named.items()}
+
+
+def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
+    """What `eval_command` prints for the adapter, or why there is nothing, in a sentence.
+
+    A command that fails does not end the run; InputError if it cannot be started at all.
+    """
+    assert config.eval_command is not None
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder), adapter, config)
+        command = [x.replace("{adapter}", folder) for x in shlex.split(config.eval_command)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise InputError(
+                f"eval_command cannot be started: {command[0]}: {error.strerror}"
+            ) from error
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        return f"eval_command ended with {done.returncode}: {' '.join(last)}"
+    lines = done.stdout.strip().splitlines()
+    try:
+        return numbers(json.loads(lines[-1]))
+    except (IndexError, ValueError):
+        return f"eval_command printed no number at the end, but {lines[-1:]}"

@@ -1,0 +1,102 @@
+"""What the model without an adapter gives for pairs: computed once, kept by content.
+
+A file for each model in the cache directory; in it, for each pair of token sequences that a run has
+seen, the log-probabilities of both responses. A pair that is cut elsewhere, rendered by another
+template or written otherwise is another pair.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import events
+from ..config import TrainConfig
+from ..data import Dataset, Pair, eval_batches
+from ..files import atomic, cache_dir
+from ..models import Chain
+from ..objectives import value
+from ..objectives.preference import Reference
+
+#: Bytes of a key.
+KEY = 16
+
+
+def with_references(
+    config: TrainConfig,
+    chain: Chain,
+    on_event: events.OnEvent,
+    data: Dataset,
+    wanted: Collection[int],
+) -> Dataset:
+    """The data, in which the wanted pairs have their `reference`."""
+    file = cache_dir() / "references" / f"{model_key(config.model_dir)}.npz"
+    known = _read(file)
+    keys = [pair_key(pair) for pair in data.rows]
+    missing = sorted(i for i in set(wanted) if keys[i] not in known)
+    if missing:
+        count = f"{len(missing)} pairs through the model without an adapter"
+        on_event(events.stage("data", 0.03, f"reference: {count}"))
+        part = replace(data, rows=[data.rows[i] for i in missing])
+        objective = Reference()
+        found: Iterator[Any] = eval_batches(part, config.batch_size)
+        for batch in found:
+            (sums,) = value(objective, chain, {}, {}, batch, objective.total([batch]))
+            for i, both in zip(batch.rows, np.array(sums).reshape(2, -1).T, strict=True):
+                known[keys[missing[int(i)]]] = (float(both[0]), float(both[1]))
+        _write(file, known)
+    rows = [
+        replace(pair, reference=known.get(key)) for pair, key in zip(data.rows, keys, strict=True)
+    ]
+    return replace(data, rows=rows)
+
+
+def model_key(model_dir: Path) -> str:
+    """Of configuration and weights as they stand there, and of what computes with them.
+
+    Weights by name, size and time of change: gigabytes are not read for it.
+    """
+    digest = hashlib.blake2b(digest_size=KEY)
+    files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json")])
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    digest.update(
+        f"{version('mlx')}\0{mx.default_device()}\0{mx.device_info().get('device_name')}".encode()
+    )
+    return digest.hexdigest()
+
+
+def pair_key(pair: Pair) -> bytes:
+    """Of both sequences' tokens, and which of them are the response."""
+    digest = hashlib.blake2b(digest_size=KEY)
+    for row in (pair.chosen, pair.rejected):
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.ids.astype("<i4").tobytes() + (row.weights > 0).tobytes())
+    return digest.digest()
+
+
+def _read(file: Path) -> dict[bytes, tuple[float, float]]:
+    """What is known; nothing if the file cannot be read, since it can be computed again."""
+    try:
+        with np.load(file) as stored:
+            keys, values = stored["keys"], stored["values"]
+            return {
+                key.tobytes(): (float(c), float(r))
+                for key, (c, r) in zip(keys, values, strict=True)
+            }
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def _write(file: Path, known: dict[bytes, tuple[float, float]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, KEY)
+    with atomic(file) as aside:
+        np.savez(aside, keys=keys, values=np.array(list(known.values()), np.float64))
