@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DPO on pairs; without DATA on pairs made of the docstrings of Python's own library.
+# DPO on pairs; without DATA the demo's model, on pairs made of the docstrings of Python's own library.
 #   MODEL=/path/to/model DATA=/path/to/pairs ITERS=60 RANK=16 recipes/dpo.sh [FLAG ...]
 # Flags of `mlx-segtrain train` come last and win: --overwrite takes an adapter's place.
 set -euo pipefail
@@ -7,7 +7,8 @@ recipe=$(cd "$(dirname "$0")" && pwd)/dpo
 source "${recipe%/*}/knobs.sh"
 if [ -z "${DATA:-}" ]; then
   DATA=$HOME/.cache/mlx-segtrain/data/preferences
-  python -m mlx_segtrain.demo.docstrings "$DATA"
+  demo_model=$(python -m mlx_segtrain.demo "$DATA")
+  MODEL=${MODEL:-$demo_model}
 fi
 knobs "$recipe" SmolLM2-135M-Instruct-4bit smollm2-dpo
 exec mlx-segtrain train "${flags[@]}" "$@"

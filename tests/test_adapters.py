@@ -246,7 +246,7 @@ def test_ranks_are_read_from_the_header_alone(chain, tmp_path):
 REFUSED = {
     "biases": ({"bias": "lora_only"}, r"adapters with biases \(bias lora_only\) cannot be read"),
     "modules": ({"modules_to_save": ["lm_head"]}, r"whole modules \(modules_to_save\) cannot be"),
-    "dora": ({"use_dora": True}, "DoRA adapters cannot be read"),
+    "dora": ({"use_dora": True}, "has lora_a, lora_b but no magnitudes"),
     "parameters": ({"target_parameters": ["mlp.experts.down_proj"]}, r"\(target_parameters\)"),
     "type": ({"peft_type": "IA3"}, "adapters of peft_type IA3 cannot be read"),
     "alora": ({"alora_invocation_tokens": [1, 2]}, r"\(aLoRA\) cannot be read"),
@@ -282,8 +282,8 @@ def test_starts_that_leave_the_base_as_it_is(start, chain, tmp_path):
 @pytest.mark.parametrize(
     "name,message",
     [
-        (f"{Q0}.lora_magnitude_vector", "DoRA adapters cannot be read"),
-        (f"{Q0}.lora_magnitude_vector.weight", "DoRA adapters cannot be read"),
+        (f"{Q0}.lora_magnitude_vector", "has magnitudes, but adapter_config.json does not say"),
+        (f"{Q0}.lora_magnitude", "lora_magnitude' is no factor"),
         ("model.embed_tokens.lora_embedding_A", r"an embedding \(lora_embedding_A\) cannot be"),
         ("lm_head.weight", "tensor 'base_model.model.lm_head.weight' is no factor"),
         (f"{Q0}.lora_B.bias", "lora_B.bias' is no factor"),
@@ -297,12 +297,12 @@ def test_tensors_that_are_no_factors(name, message, chain, tmp_path):
 @pytest.mark.parametrize(
     "kind,message",
     [
-        ("dora", "DoRA adapters cannot be read"),
+        ("dora", "has lora_a, lora_b but no magnitudes"),
         ("full", r"fully trained weights \(fine_tune_type full\) cannot be read"),
     ],
 )
 def test_what_mlx_lm_has_and_we_have_not(kind, message, chain, tmp_path):
-    config = {**MLX_LM, "fine_tune_type": kind, "lora_parameters": None}
+    config = {**MLX_LM, "fine_tune_type": kind}
     says(write_mlx(tmp_path, factors_of(chain, {Q0: RANK}), config), chain, message)
 
 

@@ -47,6 +47,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         "warmup_iters": 0,
         "lora_plus_ratio": 1.0,
         "rs_lora": False,
+        "use_dora": False,
         "lora_dropout": 0.0,
         "dpo_beta": 0.1,
         "dpo_loss": "sigmoid",

@@ -76,7 +76,7 @@ EFFECTIVE: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "train_on": (lambda c: c.method == "sft", "with preference rows, whose responses are trained"),
     **dict.fromkeys(
-        ("rank", "rank_scaling", "target_modules", "num_layers", "scale", "rs_lora"),
+        ("rank", "rank_scaling", "target_modules", "num_layers", "scale", "rs_lora", "use_dora"),
         (lambda c: c.warm_start is None, "with warm_start, whose adapter has its own"),
     ),
     "iters": (lambda c: c.epochs is None, "beside epochs"),
@@ -110,7 +110,8 @@ class TrainConfig(BaseModel):
     target_modules: Annotated[list[Name], AfterValidator(_distinct)] = Field(
         PROJECTIONS,
         min_length=1,
-        description="Linears that get an adapter, by the end of their path; or all-linear.",
+        description="Linears that get an adapter, by the end of their path; or all-linear. "
+        "embed_tokens and lm_head too, if they are named.",
     )
     num_layers: LayerCount = Field(
         -1, description="Layers that get adapters, counted from the last one; -1 is all."
@@ -137,10 +138,13 @@ class TrainConfig(BaseModel):
     )
     warmup_iters: Int = Field(0, ge=0, description="First steps, with a rising learning rate.")
     lora_plus_ratio: Float = Field(
-        1.0, gt=0, description="Learning rate of B over that of A (LoRA+)."
+        1.0, gt=0, description="Learning rate of B over that of the others (LoRA+)."
     )
     rs_lora: bool = Field(
         False, description="Divide scale by the root of the rank (rsLoRA), linear by linear."
+    )
+    use_dora: bool = Field(
+        False, description="Train the lengths of the adapted weights' rows apart (DoRA)."
     )
     lora_dropout: Float = Field(
         0.0, ge=0, lt=1, description="Part of a LoRA branch's inputs that each step leaves out."

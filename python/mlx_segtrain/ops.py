@@ -34,6 +34,7 @@ __all__ = [
     "lora_linears",
     "rms_norm",
     "rope",
+    "rows_of",
     "swiglu",
 ]
 
@@ -45,6 +46,16 @@ def base_of(module: nn.Module) -> Base:
         return Base(module["weight"], bias=bias)
     quant: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
     return Base(module["weight"], module["scales"], module.get("biases"), bias, **quant)
+
+
+def rows_of(base: Base, begin: int, end: int) -> Base:
+    """Rows [begin, end) of a weight [out, in] as a weight of its own."""
+
+    def cut(x: mx.array | None) -> mx.array | None:
+        return None if x is None else x[begin:end]
+
+    quant: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
+    return Base(base.weight[begin:end], *map(cut, (base.scales, base.biases, base.bias)), **quant)
 
 
 def _check_device() -> None:

@@ -22,12 +22,14 @@ def choose_ranks(
     target_modules: Sequence[str],
     num_layers: int,
     model_dir: Path,
+    outer: Sequence[str] = (),
 ) -> dict[str, int]:
     """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
 
-    A target may be a whole path, or "all-linear".
+    A target may be a whole path, or "all-linear", which is all of every layer.
 
-    `layers` are the paths of each layer's linears, `bits` those of the quantized ones.
+    `layers` are the paths of each layer's linears, `outer` those of embedding and head, `bits`
+    those of the quantized ones.
     `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
     quantization; a dense one gets `rank`. `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl
     clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
@@ -39,16 +41,17 @@ def choose_ranks(
         )
     paths = [path for layer in layers for path in layer]
     adapted = layers if num_layers < 0 else layers[len(layers) - num_layers :]
-    within = {path for layer in adapted for path in layer}
+    within = {path for layer in adapted for path in layer} | set(outer)
     ranks: dict[str, int] = {}
     kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
     median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
     for target in target_modules:
-        found = [path for path in paths if path == target or path.endswith("." + target)]
+        known = (*paths, *outer)
+        found = [path for path in known if path == target or path.endswith("." + target)]
         if target == ALL:
             found = paths
         if not found:
-            names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+            names = sorted({path.rsplit(".", 1)[-1] for path in known})
             raise InputError(
                 f"target_modules: '{target}' matches no linear of the model; it has "
                 f"{', '.join(names)}."

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 #: Rows that an MLP takes at a time. At more tokens what is inside one stops growing, and its first
 #: product runs twice where everything is kept. The same for every plan, as sums over rows are.
 MLP_ROWS = 16384
+#: Rows of logits that exist at a time where no op of ours serves the head.
+HEAD_ROWS = 256
 #: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
 TRIM_MULTIPLE = 64
 #: Widths of batches of several rows are multiples of it, so that few kernels are compiled.

@@ -1,6 +1,7 @@
 """Adapter directories as a run writes them; adapters/reading.py reads these and others.
 
-    adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm)
+    adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm);
+                                   of DoRA m [out] as well
     adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
     adapter_config.json            mlx-lm's keys and PEFT's keys together
     optiq_lora_config.json         ranks by layer
@@ -19,12 +20,12 @@ import mlx.core as mx
 from ..files import atomic, write_json
 from ..lora import Adapter
 from .folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
-from .reading import ranks_in, read_adapter
+from .reading import is_dora, ranks_in, read_adapter
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
 
-__all__ = ["WEIGHTS", "holds_run", "ranks_in", "read_adapter", "write_adapter"]
+__all__ = ["WEIGHTS", "holds_run", "is_dora", "ranks_in", "read_adapter", "write_adapter"]
 
 RUN_FILES = (
     *(WEIGHTS, CONFIG, "metrics.jsonl", "metrics.json"),
@@ -56,7 +57,7 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
             tensors[f"{module}.lora_a"] = mx.pad(a, more_a).astype(mx.float32)
             b = b if ratio == 1 else b * ratio
             tensors[f"{module}.lora_b"] = mx.pad(b, more_b).astype(mx.float32)
-        return tensors
+        return tensors | {f"{module}.m": m for module, m in adapter.magnitudes.items()}
 
     lora_parameters = {
         **{"rank": largest, "scale": scale, "dropout": config.lora_dropout},
@@ -70,7 +71,7 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
     write_json(
         path / CONFIG,
         {
-            "fine_tune_type": "lora",
+            "fine_tune_type": "dora" if adapter.magnitudes else "lora",
             "num_layers": -1,
             "lora_parameters": lora_parameters,
             "model": str(config.model_dir),
@@ -80,6 +81,7 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
             "r": largest,
             "lora_alpha": largest * scale,
             "lora_dropout": config.lora_dropout,
+            "use_dora": bool(adapter.magnitudes),
             "target_modules": suffixes,
             "bias": "none",
             "fan_in_fan_out": False,

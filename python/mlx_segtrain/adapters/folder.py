@@ -19,7 +19,7 @@ PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of an adapter that is nothing but LoRA, as far as its configuration tells."""
+    """A folder of an adapter that is LoRA or DoRA, as far as its configuration tells."""
 
     weights: Path
     config_file: Path
@@ -29,6 +29,11 @@ class Folder:
     def peft(self) -> bool:
         """Factors are named as PEFT does, and transposed."""
         return self.weights.name == PEFT_WEIGHTS
+
+    @property
+    def dora(self) -> bool:
+        """Every linear has magnitudes beside its factors."""
+        return self.config.get("fine_tune_type") == "dora" or bool(self.config.get("use_dora"))
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -85,7 +90,6 @@ def _check_kind(folder: Folder) -> None:
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
     refused = {
         "fully trained weights (fine_tune_type full)": kind == "full",
-        "DoRA adapters": kind == "dora" or config.get("use_dora"),
         f"adapters of peft_type {peft_type}": peft_type != "LORA",
         f"adapters with biases (bias {bias})": bias != "none",
         "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
@@ -103,6 +107,6 @@ def _check_kind(folder: Folder) -> None:
 def refuse(folder: Folder, what: str) -> NoReturn:
     """InputError: what the folder holds is of a kind that we do not have."""
     raise InputError(
-        f"{what} cannot be read, only plain LoRA: merge {folder.weights.parent} into its model "
+        f"{what} cannot be read, only LoRA and DoRA: merge {folder.weights.parent} into its model "
         "with the tool that made it."
     )

@@ -163,7 +163,3 @@ def summary_line(docstring: str, name: str) -> str | None:
     if "->" in sentence or ">>>" in sentence or sentence.endswith(":"):
         return None
     return sentence if 3 <= len(sentence.split()) <= 40 else None
-
-
-if __name__ == "__main__":
-    print(write_preferences(Path(sys.argv[1])))

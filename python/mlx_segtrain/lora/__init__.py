@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops, ranks
+from ..errors import InputError
 from ..models import Chain
+from ..models.chain import EMBEDDINGS
+from ..models.dora import Stretch
 
 __all__ = [
     "Adapter",
@@ -33,11 +37,14 @@ Tensors = dict[str, tuple[mx.array, mx.array]]
 class Adapter:
     """LoRA factors by full path of the linear, float32, and multipliers.
 
-    a [in, R] and b [R, out]; of a linear with E experts a [E, R, in] and b [E, out, R].
+    a [in, R] and b [R, out]; of a linear with E experts a [E, R, in] and b [E, out, R]; of an
+    embedding a [V, R] and b [R, H]. Of DoRA `magnitudes` are the lengths of the adapted weight's
+    rows, float32 [out].
     """
 
     tensors: Tensors
     scales: dict[str, float]
+    magnitudes: dict[str, mx.array] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -52,8 +59,9 @@ def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
     layers = [
         [path for stage in layer for path in by_stage.get(stage, [])] for layer in chain.layers
     ]
-    quantized: dict[str, Any] = {p: m for p, m in chain.linears.items() if "scales" in m}
-    return ranks.choose_ranks(layers, {path: m.bits for path, m in quantized.items()}, **how)
+    quantized: dict[str, Any] = {p: m for p, m in chain.adaptable.items() if "scales" in m}
+    bits = {path: m.bits for path, m in quantized.items()}
+    return ranks.choose_ranks(layers, bits, outer=list(chain.outer), **how)
 
 
 def _has_experts(module: Any) -> bool:
@@ -66,26 +74,47 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
-    return (base.in_dims, rank), (rank, base.out_dims)
+    ends = base.in_dims, base.out_dims
+    if isinstance(module, EMBEDDINGS):  # from a token to its vector
+        ends = ends[::-1]
+    return (ends[0], rank), (rank, ends[1])
 
 
 def init(
-    chain: Chain, ranks: Mapping[str, int], scale: float, seed: int, *, root: bool = False
+    chain: Chain,
+    ranks: Mapping[str, int],
+    scale: float,
+    seed: int,
+    *,
+    root: bool = False,
+    dora: bool = False,
 ) -> Adapter:
     """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0.
 
     With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
-    2023, arXiv:2312.03732).
+    2023, arXiv:2312.03732). With `dora` magnitudes are the lengths that the weights' rows have;
+    InputError if one is of experts or an embedding.
     """
     paths = sorted(ranks)
     keys = mx.random.split(mx.random.key(seed), len(paths))
     tensors: Tensors = {}
     for path, key in zip(paths, keys, strict=True):
-        a, b = shapes(chain.linears[path], ranks[path])
+        a, b = shapes(chain.adaptable[path], ranks[path])
         bound = 1 / math.sqrt(a[0] if len(a) == 2 else a[2])
         tensors[path] = (mx.random.uniform(-bound, bound, a, key=key), mx.zeros(b))
-    mx.eval(tensors)
-    return Adapter(tensors, {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths})
+    magnitudes: dict[str, mx.array] = {}
+    for path in paths if dora else ():
+        module = chain.adaptable[path]
+        if _has_experts(module) or isinstance(module, EMBEDDINGS):
+            what = "an embedding" if isinstance(module, EMBEDDINGS) else "a linear of experts"
+            raise InputError(
+                f"use_dora: '{path}' is {what}, of which there is no DoRA: leave it out of "
+                "target_modules, or train without use_dora."
+            )
+        magnitudes[path] = Stretch.of(ops.base_of(module)).norms
+    mx.eval(tensors, magnitudes)
+    scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
+    return Adapter(tensors, scales, magnitudes)
 
 
 def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:
@@ -94,11 +123,13 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
     for path, (a, b) in adapter.tensors.items():
         own = params.setdefault(chain.stage_of[path], {})
         own |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+        if path in adapter.magnitudes:
+            own[f"{path}.m"] = adapter.magnitudes[path]
     return params
 
 
 class LoRALinear(nn.Module):
-    """A linear of an mlx-lm model that runs through our op, with a LoRA update if it has one."""
+    """A linear of an mlx-lm model that runs through our op, with an update if it has one."""
 
     def __init__(self, linear: nn.Module, scale: float):
         super().__init__()
@@ -110,14 +141,20 @@ class LoRALinear(nn.Module):
     def clear(self) -> None:
         """Takes the update away."""
         self.dropout = 0.0
-        for name in ("lora_a", "lora_b", "key"):
+        for name in ("lora_a", "lora_b", "m", "key"):
             self.pop(name, None)
 
+    @cached_property
+    def stretch(self) -> Stretch:
+        return Stretch.of(ops.base_of(self.linear))
+
     def __call__(self, x: mx.array) -> mx.array:
-        base = ops.base_of(self.linear)
-        factors = self.get("lora_a"), self.get("lora_b")
-        how: Any = {"dropout": self.dropout, "key": self.get("key")}
-        return ops.lora_linear(x, base, *factors, self.scale, **how)
+        m = self.get("m")
+        base = ops.base_of(self.linear) if m is None else self.stretch.base
+        linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
+        keys = [self["key"]] if self.dropout else []
+        (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)
+        return y if m is None else self.stretch(y, linear, m)
 
 
 class LoRASwitchLinear(LoRALinear):
@@ -137,6 +174,28 @@ class LoRASwitchLinear(LoRALinear):
         return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
 
 
+class LoRAEmbedding(LoRALinear):
+    """An embedding, with an update of its rows; as a linear it is the head of tied models."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Tokens [...] → [..., H]"""
+        y = self.linear(x)
+        if "lora_a" not in self:
+            return y
+        z = self["lora_a"][x] @ self["lora_b"]
+        if self.dropout:
+            kept = mx.random.bernoulli(1 - self.dropout, z.shape, self["key"])
+            z = mx.where(kept, z, 0) / (1 - self.dropout)
+        return y + (self.scale * z).astype(y.dtype)
+
+    def as_linear(self, h: mx.array) -> mx.array:
+        """h [..., H] → logits [..., V]"""
+        factors = (self["lora_b"].T, self["lora_a"].T) if "lora_a" in self else (None, None)
+        linear = ops.Linear(ops.base_of(self.linear), *factors, self.scale)
+        keys = [self["key"]] if self.dropout else []
+        return ops.lora_linears(h, [linear], dropout=self.dropout, keys=keys)[0]
+
+
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
     *parents, name = path.split(".")
@@ -147,7 +206,8 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     if isinstance(linear, LoRALinear):
         linear.scale = scale
         return linear
-    wrapped = (LoRASwitchLinear if _has_experts(linear) else LoRALinear)(linear, scale)
+    kind = LoRASwitchLinear if _has_experts(linear) else LoRALinear
+    wrapped = (LoRAEmbedding if isinstance(linear, EMBEDDINGS) else kind)(linear, scale)
     if isinstance(at, list):
         at[int(name)] = wrapped
     else:
@@ -156,12 +216,15 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
 
 
 def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> list[LoRALinear]:
-    """Puts LoRALinear in the place of every adaptable linear of the model, in place."""
+    """Puts ours in the place of all that can be adapted in the layers, and of what is besides."""
     modules = []
-    for path in chain.linears:
+    outer = [path for path in chain.outer if adapter and path in adapter.tensors]
+    for path in (*chain.linears, *outer):
         module = wrap(model, path, adapter.scales.get(path, 1.0) if adapter else 1.0)
         if adapter and path in adapter.tensors:
             module.lora_a, module.lora_b = adapter.tensors[path]
+            if path in adapter.magnitudes:
+                module.m = adapter.magnitudes[path]
         modules.append(module)
     return modules
 

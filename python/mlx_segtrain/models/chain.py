@@ -1,7 +1,7 @@
 """A model as the trainer sees it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -9,26 +9,76 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..schedule import Cuts, Stage
-from ..stages import SINGLE, Stream
+from ..schedule import Cuts, Params, Stage
+from ..stages import HEAD_ROWS, SINGLE, Stream
+
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class Head(Protocol):
-    """What turns rows of the last h into logits, and these into losses."""
+    """What turns rows of the last h into logits, and these into losses.
+
+    `params` are the factors of its own update, by full path; none without one.
+    """
+
+    @property
+    def path(self) -> str:
+        """The module that can be adapted: the head's own, or the embedding it shares."""
+        ...
 
     def logits(self, h: mx.array) -> mx.array:
-        """h [..., H] → logits [..., V]"""
+        """h [..., H] → logits [..., V], without an update."""
         ...
 
     def cross_entropy(
-        self, h: mx.array, targets: mx.array, weights: mx.array, *, needs_grad: bool = True
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        *,
+        needs_grad: bool = True,
     ) -> mx.array:
         """Σ weights·CE of h [M, H] against targets [M], a scalar in float32."""
         ...
 
-    def log_probs(self, h: mx.array, targets: mx.array, *, needs_grad: bool = True) -> mx.array:
+    def log_probs(
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        *,
+        needs_grad: bool = True,
+    ) -> mx.array:
         """Of targets [M] behind h [M, H], float32 [M]."""
         ...
+
+    def adapting(self, scales: Mapping[str, float], dropout: "Dropout | None" = None) -> "Head":
+        """Of an adapter with these multipliers."""
+        ...
+
+
+def log_probs_by_rows(
+    logits: Callable[[Mapping[str, mx.array], mx.array, int], mx.array],
+    params: Mapping[str, mx.array],
+    h: mx.array,
+    targets: mx.array,
+    needs_grad: bool,
+) -> mx.array:
+    """Of targets [M] behind h [M, H], float32 [M]; `logits(params, rows of h, their first)`.
+
+    Rows are run again in the backward pass: at no time there are more than HEAD_ROWS of logits.
+    """
+
+    def part(begin: int) -> mx.array:
+        def of(params: Mapping[str, mx.array], h: mx.array) -> mx.array:
+            z = logits(params, h, begin).astype(mx.float32)
+            return -nn.losses.cross_entropy(z, targets[begin : begin + HEAD_ROWS])
+
+        own = h[begin : begin + HEAD_ROWS]
+        return (mx.checkpoint(of) if needs_grad else of)(dict(params), own)
+
+    return mx.concatenate([part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)])
 
 
 @dataclass(frozen=True)
@@ -41,6 +91,10 @@ class Dropout:
 
     def key(self, path: str) -> mx.array:
         return ops.dropout_key(self.seed, self.draw, path)
+
+    def __call__(self, x: mx.array, path: str) -> mx.array:
+        kept = mx.random.bernoulli(1 - self.rate, x.shape, self.key(path))
+        return mx.where(kept, x, 0) / (1 - self.rate)
 
 
 class Stages(Protocol):
@@ -58,15 +112,14 @@ class Stages(Protocol):
 class Chain:
     """A model as stages over boundary values.
 
-    `start(tokens [B, T])` gives the values of `inputs`. `stages(scales)` has one stage a layer
-    (`model.layers.3`) or two (`….self_attn`, `….mlp`), one stream behind the other; parameters have
-    the full path of their linear (`model.layers.3.self_attn.q_proj.lora_a`), as have the
-    multipliers `scales`. The last stage of a stream writes its `h`. If the chain `trims`, a stage
-    reads the input `positions` [N], the last N of T, and h has these rows from there on.
+    `start(tokens [B, T])` gives those that the stages read first. `stages(scales)` has a stage a
+    layer (`model.layers.3`) or two (`….self_attn`, `….mlp`), one stream behind the other;
+    parameters have the full path of their linear (`model.layers.3.self_attn.q_proj.lora_a`), as
+    have the multipliers `scales`. The last stage of a stream writes its `h`. If the chain `trims`,
+    a stage reads the input `positions` [N], the last N of T, and h has these rows from there on.
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
-    inputs: tuple[str, ...]
     stages: Stages
     head: Head
     linears: dict[str, nn.Module]  #: what can be adapted, by full path
@@ -75,6 +128,25 @@ class Chain:
     max_length: int | None  #: positions the model was made for
     trims: bool = False
     branches: bool = False  #: streams may have a branch
+    outer: dict[str, nn.Module] = field(default_factory=dict)  #: embedding and head, if adaptable
+    embedded: Callable[[], "Chain"] | None = None  #: the same with the embedding as a stage
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """All that an adapter may name."""
+        return {**self.linears, **self.outer}
+
+    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "Chain":
+        """For an adapter with these multipliers, which may be one of embedding or head too."""
+        chain = self
+        if chain.embedded and any(isinstance(self.outer.get(p), EMBEDDINGS) for p in scales):
+            chain = chain.embedded()
+        return replace(chain, head=chain.head.adapting(scales, dropout))
+
+    def of_head(self, params: Params) -> dict[str, mx.array]:
+        """The factors that the head's update has; those of an embedding may be another's too."""
+        own = params.get(self.stage_of.get(self.head.path, ""), {})
+        return {name: x for name, x in own.items() if name.rpartition(".")[0] == self.head.path}
 
     def cuts(self, size: int, streams: Sequence[Stream] = SINGLE) -> Cuts:
         """Segments of `size` layers; 0: one segment."""

@@ -16,6 +16,7 @@ from .. import ops
 from .chain import Chain
 from .layer import (
     Attention,
+    Embedding,
     Layer,
     LinearHead,
     Linears,
@@ -24,8 +25,8 @@ from .layer import (
     Projection,
     at,
     chain,
+    outer_of,
     rotary,
-    rows_of,
 )
 
 FORMS = ("gemma2", "gemma3_text", "gemma4_text")
@@ -47,21 +48,24 @@ def chain_of(model: Any, prefix: str) -> Chain:
     donors = getattr(body, "previous_kvs", range(len(body.layers)))
     names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
 
-    def embed(tokens: mx.array) -> mx.array:
-        h = body.embed_tokens(tokens)
+    def scaled(h: mx.array) -> mx.array:
         if type(model).__module__.endswith("gemma3_text"):  # which rounds the factor first
             return h * mx.array(args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
         return h * args.hidden_size**0.5
 
     tied = getattr(model, "tie_word_embeddings", True)
+    embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", scaled)
+    head, outer = outer_of(model, embedding, prefix, tied)
+    if getattr(body, "hidden_size_per_layer_input", 0):
+        outer.pop(embedding.path)  # inputs of every layer are made from it, too
     return chain(
-        embed,
+        embedding,
         [
             _layer(
                 names[i],
                 layer,
                 args,
-                finish=_finish(body, embed, i) if fourth else None,
+                finish=_finish(body, embedding, i) if fourth else None,
                 donor=names[donors[i]] if donors[i] != i else None,
                 gives=any(donors[j] == i for j in range(i + 1, len(names))),
             )
@@ -69,10 +73,11 @@ def chain_of(model: Any, prefix: str) -> Chain:
         ],
         LinearHead(
             _norm(body.norm, fourth),
-            ops.base_of(body.embed_tokens if tied else model.lm_head),
+            head,
             getattr(model, "final_logit_softcapping", None),
         ),
         getattr(args, "max_position_embeddings", None),
+        outer,
     )
 
 
@@ -184,7 +189,7 @@ def _finish(body: Any, embed: Callable[[mx.array], mx.array], i: int) -> _Finish
     def own_input(tokens: mx.array) -> mx.array:
         """Layer i's part of the token's second embedding and of a projection of the first."""
         begin, end = i * size, (i + 1) * size
-        base = rows_of(ops.base_of(body.per_layer_model_projection), begin, end)
+        base = ops.rows_of(ops.base_of(body.per_layer_model_projection), begin, end)
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         norm = _norm(body.per_layer_projection_norm, True)
         x = norm(x * body.per_layer_projection_scale)

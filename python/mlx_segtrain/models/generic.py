@@ -7,8 +7,9 @@ comparing the chain with the model on a few tokens, before training.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,12 +20,10 @@ from .. import lora
 from ..errors import InputError
 from ..schedule import Stage
 from ..stages import SINGLE, Stream
-from .chain import Chain, Dropout
+from .chain import EMBEDDINGS, Chain, Dropout, log_probs_by_rows
 
 #: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
-#: Rows of logits that exist at a time.
-HEAD_ROWS = 256
 
 
 class _Stop(Exception):
@@ -101,38 +100,68 @@ class _Head:
     """The model's own way from h to logits, a few rows at a time."""
 
     body: _Body
+    path: str
+    module: lora.LoRALinear | None = None  #: in the place of what stands at `path`
+    dropout: Dropout | None = None
+
+    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "_Head":
+        if self.path not in scales:
+            return self
+        module = lora.wrap(self.body.model, self.path, scales[self.path])
+        return replace(self, module=module, dropout=dropout)
 
     def logits(self, h: mx.array) -> mx.array:
+        return self._logits({}, h, 0)
+
+    def _logits(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         flat = h.reshape(1, -1, h.shape[-1])
-        z = self.body.logits(mx.zeros(flat.shape[:2], mx.int32), flat)
+        modules = {self.path: self.module} if self.module else {}
+        with _attached(modules, params, self.dropout, Stream(f"rows {begin}")):
+            z = self.body.logits(mx.zeros(flat.shape[:2], mx.int32), flat)
         return z.reshape(*h.shape[:-1], -1)
 
     def cross_entropy(
-        self, h: mx.array, targets: mx.array, weights: mx.array, *, needs_grad: bool = True
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        *,
+        needs_grad: bool = True,
     ) -> mx.array:
-        def part(begin: int) -> mx.array:
-            rows = slice(begin, begin + HEAD_ROWS)
+        return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
 
-            def loss(h: mx.array) -> mx.array:
-                z = self.logits(h).astype(mx.float32)
-                return (weights[rows] * nn.losses.cross_entropy(z, targets[rows])).sum()
+    def log_probs(
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        *,
+        needs_grad: bool = True,
+    ) -> mx.array:
+        return log_probs_by_rows(self._logits, params, h, targets, needs_grad)
 
-            return (mx.checkpoint(loss) if needs_grad else loss)(h[rows])
 
-        parts = [part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)]
-        return mx.stack(parts).sum()
-
-    def log_probs(self, h: mx.array, targets: mx.array, *, needs_grad: bool = True) -> mx.array:
-        def part(begin: int) -> mx.array:
-            rows = slice(begin, begin + HEAD_ROWS)
-
-            def of(h: mx.array) -> mx.array:
-                z = self.logits(h).astype(mx.float32)
-                return -nn.losses.cross_entropy(z, targets[rows])
-
-            return (mx.checkpoint(of) if needs_grad else of)(h[rows])
-
-        return mx.concatenate([part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)])
+@contextmanager
+def _attached(
+    modules: Mapping[str, lora.LoRALinear],
+    params: Mapping[str, mx.array],
+    dropout: Dropout | None,
+    stream: Stream,
+) -> Iterator[None]:
+    """With the factors of `params` in the modules, for as long as the context lasts."""
+    for path, module in modules.items():
+        for tensor in ("lora_a", "lora_b", "m"):
+            if f"{path}.{tensor}" in params:
+                setattr(module, tensor, params[f"{path}.{tensor}"])
+        if dropout:
+            module.dropout = dropout.rate
+            module.key = dropout.key(stream.of(path))
+    try:
+        yield
+    finally:  # the modules outlive this trace, and must not keep it
+        for module in modules.values():
+            module.clear()
 
 
 def chain_of(model: Any) -> Chain:
@@ -145,7 +174,11 @@ def chain_of(model: Any) -> Chain:
             if isinstance(module, kinds):
                 path = f"{body.path}.{i}.{name}"
                 linears[path], stage_of[path] = module, f"{body.path}.{i}"
-    _try(body)
+    vocabulary = _try(body)
+    outer = _outer(body, vocabulary)
+    first = f"{body.path}.0"
+    embeddings = [path for path, module in outer.items() if isinstance(module, EMBEDDINGS)]
+    stage_of |= {p: first if isinstance(m, EMBEDDINGS) else "head" for p, m in outer.items()}
 
     def stages(
         scales: Mapping[str, float],
@@ -153,21 +186,34 @@ def chain_of(model: Any) -> Chain:
         dropout: Dropout | None = None,
     ) -> list[Stage]:
         return [
-            _stage(body, i, scales, stream, dropout)
+            _stage(body, i, scales, stream, dropout, embeddings)
             for stream in streams
             for i in range(len(body.layers))
         ]
 
     return Chain(
         start=lambda tokens: {"tokens": tokens},
-        inputs=("tokens",),
         stages=stages,
-        head=_Head(body),
+        head=_Head(body, next((p for p in outer if stage_of[p] == "head"), next(iter(outer), ""))),
         linears=linears,
         stage_of=stage_of,
         layers=[[f"{body.path}.{i}"] for i in range(len(body.layers))],
         max_length=getattr(getattr(model, "args", None), "max_position_embeddings", None),
+        outer=outer,
     )
+
+
+def _outer(body: _Body, vocabulary: int) -> dict[str, nn.Module]:
+    """The embedding of the tokens and the head's linear, by path, where they are modules."""
+    kinds = (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS)
+    inside = f"{body.path}."
+    return {
+        path: module
+        for path, module in body.model.named_modules()
+        if isinstance(module, kinds)
+        and not path.startswith(inside)
+        and module.weight.shape[0] == vocabulary
+    }
 
 
 def _body(model: Any) -> _Body:
@@ -184,31 +230,35 @@ def _body(model: Any) -> _Body:
 
 
 def _stage(
-    body: _Body, i: int, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
+    body: _Body,
+    i: int,
+    scales: Mapping[str, float],
+    stream: Stream,
+    dropout: Dropout | None,
+    outer: Collection[str],
 ) -> Stage:
+    """Layer i; of the first also the embedding, which is one of `outer`."""
     name = f"{body.path}.{i}"
-    own = {p.removeprefix(f"{name}."): s for p, s in scales.items() if p.startswith(f"{name}.")}
-    adapted = {path: lora.wrap(body.layers[i], path, scale) for path, scale in own.items()}
+    adapted = {
+        path: lora.wrap(body.model, path, scale)
+        for path, scale in scales.items()
+        if path.startswith(f"{name}.") or (i == 0 and path in outer)
+    }
 
     def forward(params: Mapping[str, mx.array], tokens: mx.array, *h: mx.array) -> mx.array:
-        for path, module in adapted.items():
-            module.lora_a, module.lora_b = (params[f"{name}.{path}.lora_{ab}"] for ab in "ab")
-            if dropout:
-                module.dropout = dropout.rate
-                module.key = dropout.key(stream.of(f"{name}.{path}"))
-        try:
+        with _attached(adapted, params, dropout, stream):
             return body.layer(i, tokens, *(h or (None,)))
-        finally:  # the modules outlive this trace, and must not keep it
-            for module in adapted.values():
-                module.clear()
 
     h = stream.of("h")
     reads = (stream.of("tokens"), h) if i else (stream.of("tokens"),)
     return Stage(stream.of(name), forward, reads, (h,), owner=name)
 
 
-def _try(body: _Body) -> None:
-    """Runs the chain and its backward pass on a few tokens. InputError where that fails."""
+def _try(body: _Body) -> int:
+    """Runs the chain and its backward pass on a few tokens; the size of the vocabulary.
+
+    InputError where that fails.
+    """
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     try:
@@ -240,6 +290,7 @@ def _try(body: _Body) -> None:
             f"{refused} run layer by layer it gives other logits (relative L2 {far:.1g}), so its "
             "layers share more than h."
         )
+    return expected.shape[-1]
 
 
 def _listed(body: _Body, i: int, tokens: mx.array, h: mx.array) -> list[mx.array]:

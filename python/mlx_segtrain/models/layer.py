@@ -3,8 +3,10 @@
 Read `Layer.stages` first: from the residual stream h to h + attention(h), and on to h + mlp(h).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +15,8 @@ import mlx.nn as nn
 from .. import ops
 from ..schedule import Stage
 from ..stages import MLP_ROWS, SINGLE, Stream, kv_names
-from .chain import Chain, Dropout
+from .chain import Chain, Dropout, log_probs_by_rows
+from .dora import Stretch
 
 #: x [B, n, T, D] whose first row stands at `offset` → rotated.
 Rotate = Callable[[mx.array, int], mx.array]
@@ -29,14 +32,27 @@ class Projection:
     base: ops.Base
     path: str  #: in the model, as that of its LoRA factors
     part: slice | None = None
+    embedding: bool = False  #: it is one, [V, H], read as a linear: a is [V, R] and b [R, H]
+
+    @cached_property
+    def stretch(self) -> Stretch:
+        return Stretch.of(self.base)
 
     def linear(self, params: Mapping[str, mx.array], scales: Mapping[str, float]) -> ops.Linear:
+        """With its update; that of DoRA stretches what this one gives, and then adds the bias."""
         a = params.get(f"{self.path}.lora_a")
         if a is None:
             return ops.Linear(self.base)
         b = params[f"{self.path}.lora_b"]
         b = b if self.part is None else b[:, self.part]
-        return ops.Linear(self.base, a, b, scales[self.path])
+        a, b = (b.T, a.T) if self.embedding else (a, b)
+        base = self.base if self.magnitude(params) is None else self.stretch.base
+        return ops.Linear(base, a, b, scales[self.path])
+
+    def magnitude(self, params: Mapping[str, mx.array]) -> mx.array | None:
+        """Of DoRA: the lengths of its rows, [out]."""
+        m = params.get(f"{self.path}.m")
+        return m if m is None or self.part is None else m[self.part]
 
 
 @dataclass(frozen=True)
@@ -52,30 +68,27 @@ class Linears:
         """x [..., in] → y [..., out] of each."""
         linears = [self.of(projection) for projection in projections]
         if self.dropout is None:
-            return ops.lora_linears(x, linears)
-        rate = self.dropout.rate
-        keys = [self.dropout.key(self.stream.of(p.path)) for p in projections]
+            ys = ops.lora_linears(x, linears)
+        else:
+            rate = self.dropout.rate
+            keys = [self.dropout.key(self.stream.of(p.path)) for p in projections]
+            ys = [
+                ops.lora_linear(x, w.base)
+                if w.a is None
+                else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=rate, key=key)
+                for w, key in zip(linears, keys, strict=True)
+            ]
         return [
-            ops.lora_linear(x, w.base)
-            if w.a is None
-            else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=rate, key=key)
-            for w, key in zip(linears, keys, strict=True)
+            y if (m := p.magnitude(self.params)) is None else p.stretch(y, w, m)
+            for y, w, p in zip(ys, linears, projections, strict=True)
         ]
+
+    def plain(self, *projections: Projection) -> bool:
+        """Whether their updates are nothing but products: no dropout, no DoRA."""
+        return self.dropout is None and all(p.magnitude(self.params) is None for p in projections)
 
     def of(self, projection: Projection) -> ops.Linear:
         return projection.linear(self.params, self.scales)
-
-
-def rows_of(base: ops.Base, begin: int, end: int) -> ops.Base:
-    """Rows [begin, end) of a weight [out, in] as a weight of its own."""
-
-    def cut(x: mx.array | None) -> mx.array | None:
-        return None if x is None else x[begin:end]
-
-    quant: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
-    return ops.Base(
-        base.weight[begin:end], *map(cut, (base.scales, base.biases, base.bias)), **quant
-    )
 
 
 def parts_of(module: nn.Module, path: str, sizes: Sequence[int]) -> list[Projection]:
@@ -83,7 +96,7 @@ def parts_of(module: nn.Module, path: str, sizes: Sequence[int]) -> list[Project
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     base = ops.base_of(module)
     return [
-        Projection(rows_of(base, end - size, end), path, slice(end - size, end))
+        Projection(ops.rows_of(base, end - size, end), path, slice(end - size, end))
         for end, size in zip(ends, sizes, strict=True)
     ]
 
@@ -196,15 +209,12 @@ class Mlp:
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """Of x, which is h behind its norm."""
-        if linears.dropout:
-            gate, up = linears(x, self.gate, self.up)
-            return linears((ops.geglu if self.gelu else ops.swiglu)(gate, up), self.down)[0]
-        return ops.lora_glu_mlp(
-            x,
-            *(linears.of(projection) for projection in (self.gate, self.up, self.down)),
-            gelu=self.gelu,
-            tile_rows=MLP_ROWS,
-        )
+        projections = (self.gate, self.up, self.down)
+        if linears.plain(*projections):
+            whole = map(linears.of, projections)
+            return ops.lora_glu_mlp(x, *whole, gelu=self.gelu, tile_rows=MLP_ROWS)
+        gate, up = linears(x, self.gate, self.up)
+        return linears((ops.geglu if self.gelu else ops.swiglu)(gate, up), self.down)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,74 +295,154 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """Tokens → h through a frozen table [V, H] and an update of its rows; then `finish`."""
+
+    module: nn.Module
+    path: str
+    finish: Callable[[mx.array], mx.array]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """tokens [B, T] → h [B, T, H], without an update."""
+        return self.finish(self.module(tokens))
+
+    def stage(self, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None) -> Stage:
+        def embed(params: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
+            h = self.module(tokens)
+            if f"{self.path}.lora_a" in params:
+                z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
+                if dropout:
+                    z = dropout(z, stream.of(self.path))
+                h = h + (scales[self.path] * z).astype(h.dtype)
+            return self.finish(h)
+
+        tokens, h = stream.of("tokens"), stream.of("h")
+        return Stage(stream.of(self.path), embed, (tokens,), (h,), owner=self.path)
+
+
+@dataclass(frozen=True)
 class LinearHead:
     """Norm, a frozen linear [V, H], a cap: logits of rows, never all at once in training."""
 
     norm: Norm
-    base: ops.Base
+    projection: Projection
     softcap: float | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    dropout: Dropout | None = None
+
+    @property
+    def path(self) -> str:
+        return self.projection.path
+
+    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "LinearHead":
+        return replace(self, scales=scales, dropout=dropout)
 
     def logits(self, h: mx.array) -> mx.array:
-        z = ops.lora_linear(self.norm(h), self.base)
-        return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
+        return self._logits({}, self.norm(h), 0)
 
     def cross_entropy(
-        self, h: mx.array, targets: mx.array, weights: mx.array, *, needs_grad: bool = True
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        *,
+        needs_grad: bool = True,
     ) -> mx.array:
-        """Σ weights·CE: ops.linear_cross_entropy."""
-        return ops.linear_cross_entropy(
-            self.norm(h), self.base, targets, weights, softcap=self.softcap, needs_grad=needs_grad
-        )
+        """ops.linear_cross_entropy; with an update some rows at a time."""
+        if params:
+            return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
+        x, base = self.norm(h), self.projection.base
+        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
+        return ops.linear_cross_entropy(x, base, targets, weights, **how)
 
-    def log_probs(self, h: mx.array, targets: mx.array, *, needs_grad: bool = True) -> mx.array:
-        """ops.linear_log_probs"""
-        return ops.linear_log_probs(
-            self.norm(h), self.base, targets, softcap=self.softcap, needs_grad=needs_grad
-        )
+    def log_probs(
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        *,
+        needs_grad: bool = True,
+    ) -> mx.array:
+        """ops.linear_log_probs; with an update some rows at a time."""
+        x, base = self.norm(h), self.projection.base
+        if params:
+            return log_probs_by_rows(self._logits, params, x, targets, needs_grad)
+        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
+        return ops.linear_log_probs(x, base, targets, **how)
+
+    def _logits(self, params: Mapping[str, mx.array], x: mx.array, begin: int) -> mx.array:
+        """Of rows of x from the `begin`-th on."""
+        linears = Linears(params, self.scales, self.dropout, Stream(f"rows {begin}"))
+        (z,) = linears(x, self.projection)
+        return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
+
+
+def outer_of(
+    model: Any, embedding: Embedding, prefix: str, tied: bool
+) -> tuple[Projection, dict[str, nn.Module]]:
+    """The head's linear, and what can be adapted beside the layers."""
+    if tied:
+        head = Projection(ops.base_of(embedding.module), embedding.path, embedding=True)
+        return head, {embedding.path: embedding.module}
+    path = f"{prefix}lm_head"
+    outer = {embedding.path: embedding.module, path: model.lm_head}
+    return Projection(ops.base_of(model.lm_head), path), outer
 
 
 def chain(
-    embed: Callable[[mx.array], mx.array],
+    embedding: Embedding,
     layers: Sequence[Layer],
     head: LinearHead,
     max_length: int | None,
+    outer: Mapping[str, nn.Module],
+    *,
+    embeds: bool = False,
 ) -> Chain:
-    """The chain of these layers; `embed` turns tokens [B, T] into h [B, T, H]."""
+    """The chain of these layers; `embeds`: with the embedding as a stage, so that it may learn."""
     # Behind the last layer with keys of its own nobody reads rows that have no loss behind them.
     last = max(i for i, layer in enumerate(layers) if layer.attention.k is not None)
     trimmed = [replace(layer, trims=i == last) for i, layer in enumerate(layers)]
     reads_tokens = any(layer.reads_tokens for layer in layers)
 
     def start(tokens: mx.array) -> dict[str, mx.array]:
-        return {"h": embed(tokens), **({"tokens": tokens} if reads_tokens else {})}
+        if embeds:
+            return {"tokens": tokens}
+        return {"h": embedding(tokens), **({"tokens": tokens} if reads_tokens else {})}
 
     def stages(
         scales: Mapping[str, float],
         streams: Sequence[Stream] = SINGLE,
         dropout: Dropout | None = None,
     ) -> list[Stage]:
-        return [
-            stage
-            for stream in streams
-            for layer in trimmed
-            for stage in layer.stages(scales, stream, dropout)
-        ]
+        found = []
+        for stream in streams:
+            found += [embedding.stage(scales, stream, dropout)] if embeds else []
+            found += [s for layer in trimmed for s in layer.stages(scales, stream, dropout)]
+        return found
 
+    owners = [[f"{layer.name}.self_attn", f"{layer.name}.mlp"] for layer in layers]
+    if embeds:
+        owners[0].insert(0, embedding.path)
+    stage_of = {
+        path: f"{layer.name}.{'self_attn' if '.self_attn.' in path else 'mlp'}"
+        for layer in layers
+        for path in layer.modules
+    }
+    stage_of |= {path: embedding.path if path == embedding.path else "head" for path in outer}
+    again = functools.partial(chain, embedding, layers, head, max_length, outer, embeds=True)
     return Chain(
         start=start,
-        inputs=("h", "tokens") if reads_tokens else ("h",),
         stages=stages,
         head=head,
         linears={path: module for layer in layers for path, module in layer.modules.items()},
-        stage_of={
-            path: f"{layer.name}.{'self_attn' if '.self_attn.' in path else 'mlp'}"
-            for layer in layers
-            for path in layer.modules
-        },
-        layers=[[f"{layer.name}.self_attn", f"{layer.name}.mlp"] for layer in layers],
+        stage_of=stage_of,
+        layers=owners,
         max_length=max_length,
         trims=True,
         branches=True,
+        outer=dict(outer),
+        embedded=None if embeds else again,
     )
 
 

@@ -13,6 +13,7 @@ from .. import ops
 from .chain import Chain
 from .layer import (
     Attention,
+    Embedding,
     Layer,
     LinearHead,
     Mlp,
@@ -21,6 +22,7 @@ from .layer import (
     Rotate,
     at,
     chain,
+    outer_of,
     parts_of,
     rotary,
 )
@@ -43,20 +45,19 @@ def chain_of(model: Any, prefix: str) -> Chain:
     shrink = 1 / getattr(model, "logits_scaling", 1.0)
     grow = getattr(body, "embedding_multiplier", 1.0)
 
-    def embed(tokens: mx.array) -> mx.array:
-        h = body.embed_tokens(tokens)
+    def grown(h: mx.array) -> mx.array:
         return h if grow == 1 else h * grow
 
     # A multiplier of the logits is one of the norm's weight, which meets every row.
     weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
+    embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grown)
+    head, outer = outer_of(model, embedding, prefix, args.tie_word_embeddings)
     return chain(
-        embed,
+        embedding,
         [_layer(name, layer, args) for name, layer in zip(names, body.layers, strict=True)],
-        LinearHead(
-            Norm(weight, body.norm.eps),
-            ops.base_of(body.embed_tokens if args.tie_word_embeddings else model.lm_head),
-        ),
+        LinearHead(Norm(weight, body.norm.eps), head),
         args.max_position_embeddings,
+        outer,
     )
 
 

@@ -59,6 +59,7 @@ def value_and_grad(
     watch: Callable[[], None] | None = None,
 ) -> tuple[tuple[mx.array, ...], Grads]:
     """Outputs of the objective for a batch, and gradients; `cuts` of the chain of its streams."""
+    chain = chain.adapting(scales, dropout)
     streams = objective.streams(chain, batch)
     values = objective.values(chain, batch, total)
     step = segmented_value_and_grad(
@@ -69,7 +70,11 @@ def value_and_grad(
         cuts=cuts(streams),
         watch=watch,
     )
-    return step(params, values)
+    outputs, grads = step({**params, "head": chain.of_head(params)}, values)
+    for name, grad in grads.pop("head", {}).items():
+        own = grads.setdefault(chain.stage_of[chain.head.path], {})
+        own[name] = own[name] + grad if name in own else grad
+    return outputs, grads
 
 
 def value(
@@ -81,11 +86,13 @@ def value(
     total: Any,
 ) -> list[mx.array]:
     """Outputs of the objective for a batch, forward only."""
+    chain = chain.adapting(scales)
     streams = objective.streams(chain, batch)
     reads = (*head_reads(streams), *objective.reads)
     values = objective.values(chain, batch, total)
     scope = forward(chain.stages(scales, streams), params, values, keep=reads)
-    outputs = objective.head(chain, needs_grad=False)({}, *(scope[name] for name in reads))
+    head = objective.head(chain, needs_grad=False)
+    outputs = head(chain.of_head(params), *(scope[name] for name in reads))
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 

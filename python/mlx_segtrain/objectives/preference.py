@@ -101,7 +101,7 @@ class Pairs:
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
             *of_streams, targets, members, weights, reference, part = reads
-            log_p = _log_probs(chain, of_streams, targets, needs_grad)
+            log_p = _log_probs(chain, params, of_streams, targets, needs_grad)
             # Sums of products, not a product of matrices: GPUs round its operands.
             sums, counts = (members * log_p).sum(1), members.sum(1)
             (chosen, rejected), (n_chosen, n_rejected) = mx.split(sums, 2), mx.split(counts, 2)
@@ -154,12 +154,16 @@ class Pairs:
 
 
 def _log_probs(
-    chain: Chain, of_streams: Sequence[mx.array], targets: mx.array, needs_grad: bool
+    chain: Chain,
+    params: Mapping[str, mx.array],
+    of_streams: Sequence[mx.array],
+    targets: mx.array,
+    needs_grad: bool,
 ) -> mx.array:
     """Of the targets [M] behind the rows that count of each stream's h."""
     pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
     h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
-    return chain.head.log_probs(h, targets, needs_grad=needs_grad)
+    return chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,8 @@ class Reference(Pairs):
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
             *of_streams, targets, members, _, _, _ = reads
-            return ((members * _log_probs(chain, of_streams, targets, needs_grad)).sum(1),)
+            log_p = _log_probs(chain, params, of_streams, targets, needs_grad)
+            return ((members * log_p).sum(1),)
 
         return outputs
 

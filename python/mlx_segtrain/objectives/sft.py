@@ -49,6 +49,6 @@ class Sft:
             weights: mx.array,
         ) -> mx.array:
             h = h.reshape(-1, h.shape[-1])[rows]
-            return chain.head.cross_entropy(h, targets, weights, needs_grad=needs_grad)
+            return chain.head.cross_entropy(params, h, targets, weights, needs_grad=needs_grad)
 
         return loss

@@ -15,7 +15,7 @@ from .. import _core
 from ..ranks import choose_ranks
 from ..schedule import Cuts
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits
+from .costs import STAGES_PER_LAYER, BatchShape, Device, StreamShape, costs_of, cpu_logits
 from .shapes import ModelShape, read_shape, shape_of
 
 __all__ = [
@@ -109,9 +109,10 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     }
     if costs.fixed + alive.total < estimate.peak:
         parts = {"weights, adapter, optimizer": costs.fixed, "optimizer's step": costs.update}
-    first = next(i for i, stage in enumerate(costs.stages) if stage.trainable)
+    n = len(costs.stages)
+    first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
     return Planned(
-        text=describe(cuts, first, costs.layers[0]),
+        text=describe(cuts, first, STAGES_PER_LAYER),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
         peak=estimate.peak,
         limit=max(costs.fixed, estimate.peak - above),
@@ -177,4 +178,4 @@ def longest(fits: Callable[[int], bool]) -> int:
 
 def ranks_of(model: ModelShape, *, model_dir: Path = Path(), **how: Any) -> dict[str, int]:
     """The rank of every linear to adapt: ranks.choose_ranks of what the headers name."""
-    return choose_ranks(model.linears, model.bits, model_dir=model_dir, **how)
+    return choose_ranks(model.linears, model.bits, model_dir=model_dir, outer=model.outer, **how)

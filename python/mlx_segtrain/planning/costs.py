@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from .. import _core
-from ..stages import MLP_ROWS, Stream, head_reads, kv_names
+from ..stages import HEAD_ROWS, MLP_ROWS, Stream, head_reads, kv_names
 from .shapes import LayerShape, ModelShape
 
 
@@ -32,6 +32,8 @@ CUDA = Device(size=2, gpu=True, cudnn=True, stock=128, workspace=33 << 20)
 METAL = Device(size=2, gpu=True, cudnn=False, stock=256, workspace=0)
 
 
+#: Attention and MLP.
+STAGES_PER_LAYER = 2
 #: What heads read besides h and its rows: a few numbers a token that counts.
 COUNTED = ("targets", "weights")
 
@@ -64,6 +66,7 @@ class BatchShape:
     loss: int
     accumulates: bool = False  #: onto the gradient of batches before
     dropout: bool = False
+    dora: bool = False
 
     @classmethod
     def single(cls, rows: int, length: int, trimmed: int, loss: int, **more: bool) -> BatchShape:
@@ -99,10 +102,18 @@ def costs_of(
     device: Device,
 ) -> _core.Costs:
     """All that a plan depends on. `ranks` are those of adapted linears, by path in the model."""
-    parameters = {path: sum(model.widths[path]) * rank for path, rank in ranks.items()}
+    parameters = {
+        path: sum(model.widths[path]) * rank + batch.dora * model.widths[path][1]
+        for path, rank in ranks.items()
+    }
     last = max(i for i, layer in enumerate(model.layers) if layer.key_value)
+    embeds, heads = (parameters.get(path, 0) for path in (model.embedding, model.head))
     specs, costs, layers = [], [], []
     for shape, (i, layer) in product(batch.streams, enumerate(model.layers)):
+        if embeds and i == 0:
+            of = shape.stream.of
+            specs.append(_core.StageSpec(of(model.embedding), [of("tokens")], [of("h")], True))
+            costs.append(_embedding(model, batch, shape, embeds, device))
         own = {p: n for p, n in parameters.items() if p.startswith(f"{layer.path}.")}
         attention = sum(n for p, n in own.items() if ".self_attn." in p)
         mlp = sum(own.values()) - attention
@@ -126,13 +137,14 @@ def costs_of(
     sizes: dict[str, int] = {}
     for shape in batch.streams:
         of, n = shape.stream.of, batch.rows * shape.length
-        sizes |= {of("h"): n * model.width * device.size, of("positions"): 4 * shape.trimmed}
-        sizes |= {of("tokens"): 4 * n} if per_layer else {}
+        sizes |= {} if embeds else {of("h"): n * model.width * device.size}
+        sizes |= {of("tokens"): 4 * n} if per_layer or embeds else {}
+        sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
     # Of pairs, which of the two sequences of each row a token belongs to.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
-    head, head_work = _head(model, batch, device)
+    head, head_work = _head(model, batch, heads, device)
     widest = max(layer.hidden for layer in model.layers)
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     ahead = 0 if device.gpu else (4 << 20) + 7 * trimmed * widest
@@ -211,6 +223,9 @@ def _attention(
     if batch.dropout:  # random bits and what is left of x, of one projection at a time
         masks = (4 / size + 1) * max(tokens * h, out * q)
         forward, backward = forward + masks, backward + masks
+    if batch.dora and parameters:  # what each linear gives is kept beside that stretched
+        given = out * (q + h) + 2 * tokens * k
+        kept, forward, backward = kept + given, forward + given, backward + given + out * q
     writes = [out * h * size]
     if layer.gives:
         writes += [tokens * k * size] * 2
@@ -254,7 +269,8 @@ def _mlp(
     tokens = batch.rows * after
     h, f, size = model.width, layer.hidden, device.size
     weights, low_rank = 2 * f * h, 4 * parameters
-    tile = tokens if batch.dropout else min(tokens, MLP_ROWS)
+    dora = batch.dora and parameters > 0
+    tile = tokens if batch.dropout or dora else min(tokens, MLP_ROWS)
     tiled = tile < tokens  # keeps x alone, and makes the rest again tile by tile
     own = 4 * layer.per_layer_input + (2 * h if layer.per_layer_input else 0)
     experts = 6 * layer.experts
@@ -271,10 +287,15 @@ def _mlp(
         forward = (tile * 3 * f + whole + weights) * size
         backward = (tile * 7 * f + whole - tokens * h + tokens * (own + 2 * experts)) * size
         backward += 1.2e6
-    if batch.dropout:  # act(gate)·up is kept, and there are random bits and what is left of it
+    if batch.dropout or dora:  # act(gate)·up is kept
         kept += f * tokens
+    if batch.dropout:  # random bits and what is left of it
         masks = (2 + 4 / size) * f * tokens * size
         forward, backward = forward + masks, backward + masks
+    if dora:  # what each linear gives is kept beside that stretched
+        given = tokens * (2 * f + h)
+        kept, forward = kept + given, forward + tokens * 2 * f * size
+        backward += (given + tokens * 2 * f) * size
     product = 2.0 * tokens * h * f
     more = 4.0 * tokens * h * layer.per_layer_input + 3 * 2.0 * tokens * h * layer.experts
     return _core.StageCost(
@@ -291,11 +312,40 @@ def _mlp(
     )
 
 
-def _head(model: ModelShape, batch: BatchShape, device: Device) -> tuple[int, float]:
-    """Most bytes and the work: a block of the weight, logits of a chunk of rows, h, dh."""
+def _embedding(
+    model: ModelShape, batch: BatchShape, shape: StreamShape, parameters: int, device: Device
+) -> _core.StageCost:
+    """An adapted one: rows of the table, and of the update in float32."""
+    tokens, size, low_rank = batch.rows * shape.length, device.size, 4 * parameters
+    inside = int(tokens * model.width * (size + 4))
+    return _core.StageCost(
+        writes=[tokens * model.width * size],
+        forward=inside,
+        backward=inside + low_rank,
+        kept=inside,
+        saved=0,
+        gradients=low_rank if shape is batch.streams[-1] else 0,
+        forward_work=0.0,
+        again_work=0.0,
+        saved_work=0.0,
+        backward_work=0.0,
+    )
+
+
+def _head(
+    model: ModelShape, batch: BatchShape, parameters: int, device: Device
+) -> tuple[int, float]:
+    """Most bytes and the work: a block of the weight, logits of a chunk of rows, h, dh.
+
+    One with an update makes its logits a second time.
+    """
     h, m = model.width, batch.loss
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     work = 4.0 * m * h * model.vocabulary
+    if parameters:
+        logits = min(m, HEAD_ROWS) * model.vocabulary
+        inside = int(logits * (8 + 2 * device.size)) + 8 * parameters
+        return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
     if device.gpu:  # csrc/head.cpp: a tile of the weight, logits and their cotangents of some rows
         tile, chunk = min(model.vocabulary, 16384), min(m, 2048)
         inside = 2 * tile * h + 4 * chunk * tile + 6 * chunk * h + 6 * m * h

@@ -119,6 +119,17 @@ class RunPlan:
         return mx.set_memory_limit(self.planned.limit), mx.set_cache_limit(cache)
 
 
+def ways(config: TrainConfig) -> dict[str, bool]:
+    """What of a BatchShape follows from the configuration, and from the adapter it goes on from."""
+    from ..adapters import is_dora
+
+    return {
+        "accumulates": config.grad_accumulation_steps > 1,
+        "dropout": config.lora_dropout > 0,
+        "dora": config.use_dora or (config.warm_start is not None and is_dora(config.warm_start)),
+    }
+
+
 def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
     """Rows of max_seq_length, of each of which the last part `loss` is trained.
 
@@ -128,7 +139,7 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
     length = padded(config.max_seq_length, config.batch_size) - 1
     part = max(1, round(length * loss))
     trimmed = length - trim_start(length - part)
-    how = (config.grad_accumulation_steps > 1, config.lora_dropout > 0)
+    how = ways(config)
     same = min(round(length * shared), length - 1)
     if config.method == "sft":
         streams = (StreamShape(Stream(), length, trimmed),)
@@ -138,7 +149,7 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
         rest = length - same
         streams = (StreamShape(joined(), length + rest, trimmed + rest, same, rest),)
     loss_rows = part if config.method == "sft" else 2 * part
-    return BatchShape(config.batch_size, streams, config.batch_size * loss_rows, *how)
+    return BatchShape(config.batch_size, streams, config.batch_size * loss_rows, **how)
 
 
 def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:

@@ -69,11 +69,18 @@ class ModelShape:
     vocabulary: int
     layers: tuple[LayerShape, ...]
     linears: tuple[tuple[str, ...], ...]  #: paths of what can be adapted, by layer
+    embedding: str  #: path of the table of the tokens
+    outer: tuple[str, ...]  #: what else can be adapted: the embedding, a head of its own
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: of quantized linears, by path
     float_size: int  #: bytes of its floating numbers
     tensors: Tensors
     max_length: int | None
+
+    @property
+    def head(self) -> str:
+        """Path of the linear that the head has: its own, or the embedding."""
+        return next((path for path in self.outer if path != self.embedding), self.embedding)
 
     def weight_bytes(self, float32: bool) -> int:
         """Of what is loaded; `float32`: floating weights become so, as on the CPU."""
@@ -141,12 +148,12 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     widths, bits = _linears(config, loaded)
     numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
     prefixes = {m[1] for name in loaded if (m := _LAYER.match(name))}
-    embedding = next((w for path, w in widths.items() if path.endswith("embed_tokens")), None)
+    embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
     if not numbers or embedding is None:
         if family in FAST:
             raise InputError(f"the weights of a {family} model name no layers or no embed_tokens.")
-        return ModelShape(family, False, 0, 0, (), (), widths, bits, 2, loaded, None)
-    width, vocabulary = embedding
+        return ModelShape(family, False, 0, 0, (), (), "", (), widths, bits, 2, loaded, None)
+    width, vocabulary = widths[embedding]
     fast = family in FAST and inner.get("model_type", family) in FAST and len(prefixes) == 1
     layers = _layers(text, prefixes.pop(), len(numbers), widths, loaded) if fast else ()
     # Of a format that mlx-lm converts when it loads, widths and sizes are not these.
@@ -166,6 +173,8 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         vocabulary=vocabulary,
         layers=layers if fast else (),
         linears=tuple(_linears_of(layer, widths) for layer in layers),
+        embedding=embedding,
+        outer=_outer(text, embedding, layers, widths),
         widths=widths,
         bits=bits,
         float_size=4 if "F32" in kinds else 2,
@@ -187,6 +196,22 @@ def _linears_of(layer: "LayerShape", widths: Mapping[str, Any]) -> tuple[str, ..
     if layer.donor is not None:
         own = [path for path in own if not path.endswith(("k_proj", "v_proj"))]
     return tuple(own)
+
+
+def _outer(
+    text: Mapping[str, Any],
+    embedding: str,
+    layers: tuple[LayerShape, ...],
+    widths: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """What models.layer.outer_of finds in the loaded model."""
+    family = str(text.get("model_type"))
+    tied = text.get("tie_word_embeddings", not family.startswith("phi3"))
+    # Of Gemma 2 the head is the embedding, of Gemma 3 unless the weights have one.
+    tied = family.startswith("gemma2") or (tied and not family.startswith("gemma3"))
+    heads = [] if tied else [path for path in widths if path.endswith("lm_head")]
+    own = [] if any(layer.per_layer_input for layer in layers) else [embedding]
+    return (*own, *heads)
 
 
 def _linears(

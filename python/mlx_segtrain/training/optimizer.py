@@ -48,7 +48,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Optimizer:
-    """Updates the vector of all factors. With `lora_plus_ratio` B's learning rate is that over A's.
+    """Updates the vector of all factors. With `lora_plus_ratio` B's learning rate is that over the
+    others'.
 
     Hayou et al. 2024, arXiv:2402.12354, on the ratio.
     """
@@ -95,4 +96,4 @@ class Optimizer:
         named = [(name, factors[stage][name]) for stage, name, _ in self.layout.entries]
         if len(self.parts) == 1:
             return [dict(named)]
-        return [dict(i for i in named if i[0].endswith(end)) for end in ("lora_a", "lora_b")]
+        return [dict(i for i in named if i[0].endswith("lora_b") is b) for b in (False, True)]

@@ -19,7 +19,7 @@ from ..objectives import Objective
 from ..objectives.preference import Dpo, Orpo
 from ..objectives.sft import Sft
 from ..planning import BatchShape, StreamShape
-from ..planning.run import RunPlan, plan_run
+from ..planning.run import RunPlan, plan_run, ways
 from ..ranks import asked
 from ..schedule import Grads
 from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
@@ -142,16 +142,18 @@ def load_setup(
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
+    if config.warm_start is not None:
+        adapter = read_adapter(config.warm_start, chain)
+    else:
+        ranks = lora.choose_ranks(chain, **asked(config))
+        kinds: dict[str, bool] = {"root": config.rs_lora, "dora": config.use_dora}
+        adapter = lora.init(chain, ranks, config.scale, config.seed, **kinds)
+    chain = chain.adapting(adapter.scales)
     if any(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
         plan = replace(plan, plans=())  # the family takes the generic path after all
-    if config.warm_start is not None:
-        adapter = read_adapter(config.warm_start, chain)
-    else:
-        ranks = lora.choose_ranks(chain, **asked(config))
-        adapter = lora.init(chain, ranks, config.scale, config.seed, root=config.rs_lora)
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
@@ -179,14 +181,14 @@ def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
 def largest_batches(data: Dataset, config: TrainConfig) -> list[BatchShape]:
     """As large as any of the data's in every respect, one for each number of streams there is."""
     rows = config.batch_size
-    how = (config.grad_accumulation_steps > 1, config.lora_dropout > 0)
+    how = ways(config)
     if config.method == "sft":
         # The last token is only predicted.
         length = padded(max(len(row) for row in data.rows), rows) - 1
         trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
         first = min((int(t[0]) for t in trained if t.size), default=0)
         streams = (StreamShape(SINGLE[0], length, length - trim_start(first)),)
-        return [BatchShape(rows, streams, rows * max(t.size for t in trained), *how)]
+        return [BatchShape(rows, streams, rows * max(t.size for t in trained), **how)]
     full = config.method == "orpo" and config.sft_scope == "full"
     pairs: list[Pair] = data.rows
     alike = [pair for pair in pairs if pair.shared >= SHARED_LEAST]
@@ -200,7 +202,7 @@ def largest_batches(data: Dataset, config: TrainConfig) -> list[BatchShape]:
             StreamShape(stream, *_rows([getattr(pair, stream.name) for pair in apart], rows, full))
             for stream, full in zip(PAIR, (full, False), strict=True)
         )
-        shapes.append(BatchShape(rows, streams, rows * _counted(apart, full), *how))
+        shapes.append(BatchShape(rows, streams, rows * _counted(apart, full), **how))
     if alike:
         length, trimmed = _rows([pair.chosen for pair in alike], rows, full)
         least = min(pair.shared for pair in alike)
@@ -210,7 +212,7 @@ def largest_batches(data: Dataset, config: TrainConfig) -> list[BatchShape]:
         ]
         shared, rest = max(pair.shared for pair in alike), max(rests)
         stream = StreamShape(joined(), length + rest, trimmed + rest, shared, rest)
-        shapes.append(BatchShape(rows, (stream,), rows * _counted(alike, full), *how))
+        shapes.append(BatchShape(rows, (stream,), rows * _counted(alike, full), **how))
     return shapes
 
 
@@ -235,4 +237,5 @@ def with_params(scales: Mapping[str, float], params: Grads) -> Adapter:
     """The adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
     tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in scales}
-    return Adapter(tensors, dict(scales))
+    magnitudes = {path: flat[f"{path}.m"] for path in scales if f"{path}.m" in flat}
+    return Adapter(tensors, dict(scales), magnitudes)
