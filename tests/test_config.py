@@ -55,6 +55,8 @@ def test_defaults_are_those_of_the_reference() -> None:
         "reference_free": False,
         "orpo_lambda": 0.1,
         "sft_scope": "full",
+        "simpo_beta": 2.0,
+        "simpo_gamma": 1.0,
         "max_seq_length": 512,
         "batch_size": 1,
         "grad_accumulation_steps": 1,
@@ -92,6 +94,7 @@ def test_defaults_and_names_of_methods() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
+        ({"method": "orpo", "simpo_gamma": 2}, "simpo_gamma has no effect outside of method simpo"),
         ({"dpo_beta": 0.2}, "dpo_beta has no effect outside of method dpo: leave it out"),
         ({"method": "orpo", "reference_free": True}, "reference_free has no effect outside of"),
         ({"method": "dpo", "sft_scope": "response"}, "sft_scope has no effect outside of method"),
@@ -136,7 +139,7 @@ def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
         ("scale", "nan", "a finite number > 0"),
         ("scale", float("inf"), "a finite number > 0"),
         ("rank_scaling", "by_bit", "constant, by_bits or by_kl"),
-        ("method", "ppo", "sft, dpo or orpo"),
+        ("method", "ppo", "sft, dpo, orpo or simpo"),
         ("target_modules", [], "one or more names"),
         ("target_modules", ["q_proj", ""], "one or more names"),
         ("target_modules", ["q_proj", "q_proj"], "each once"),

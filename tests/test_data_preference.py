@@ -339,7 +339,9 @@ def test_inspection_counts_what_is_cut(tmp_path):
     assert (report.length_min, report.length_max) == (6, 10)  # <s> and prompt run once
     assert (report.truncated, report.prompts_cut, report.dropped) == (0, 1, 0)
     assert "".join(text for text, *_ in report.previews[0].tokens) == "<s>QWW</s>"
-    assert "give method dpo or orpo" in (inspect(tmp_path, tokenizer, method="sft").error or "")
+    assert "give method dpo, orpo or simpo" in (
+        inspect(tmp_path, tokenizer, method="sft").error or ""
+    )
 
 
 def test_another_template(tmp_path):

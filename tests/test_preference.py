@@ -16,7 +16,7 @@ from mlx_segtrain.data import Batch, PairBatch
 from mlx_segtrain.models import chain_of
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value, value_and_grad
-from mlx_segtrain.objectives.preference import Dpo, Orpo, Reference
+from mlx_segtrain.objectives.preference import Dpo, Orpo, Reference, Simpo
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
 from oracle import assert_close
@@ -36,6 +36,7 @@ OBJECTIVES = {
     "ipo": Dpo(beta=0.3, kind="ipo"),
     "orpo": Orpo(weight=0.4),
     "orpo, response": Orpo(weight=0.4, scope="response"),
+    "simpo": Simpo(beta=2.0, gamma=0.7),
 }
 
 
@@ -125,6 +126,10 @@ def trl(objective, log_p: list, batch: PairBatch):
             likelihood = -(log_p[0] * real).sum() / real.sum()
         rewards = [objective.weight * p for p in means]
         return likelihood - objective.weight * ratio.mean(), rewards, odds
+    if isinstance(objective, Simpo):
+        apart = means[0] - means[1]
+        good = mx.log(mx.sigmoid(objective.beta * (apart - objective.gamma / objective.beta)))
+        return -good.mean(), [objective.beta * p for p in means], objective.beta * apart
     reference = mx.split(mx.array(batch.reference), 2)
     ratios = [s - r for s, r in zip(sums, reference, strict=True)]
     if objective.kind == "ipo":
@@ -278,7 +283,7 @@ def test_dropout_acts_and_follows_seed_step_and_stream(name):
     assert abs(losses[5] - losses[0]) < 1e-3  # nearly nothing is left out
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo", "orpo, response"])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo", "orpo, response", "simpo"])
 def test_a_batch_is_the_sum_of_its_pairs(kind):
     objective = OBJECTIVES[kind]
     batch = pair_batch(9, lengths=((21, 17), (15, 20), (18, 18)))

@@ -13,7 +13,7 @@ from mlx_segtrain import InputError, adapters, train
 from mlx_segtrain.training import evaluate, references
 from test_train import config_of, weights_of
 
-METHODS = ["sft", "dpo", "orpo"]
+METHODS = ["sft", "dpo", "orpo", "simpo"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def setup_of(method, model, data, pairs, out, **changes):
     return config_of(model, data if method == "sft" else pairs, out, **changes)
 
 
-@pytest.mark.parametrize("method", ["dpo", "orpo"])
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
     seen = []
     config = setup_of(method, llama4, None, pairs, tmp_path / "a", iters=25, steps_per_eval=25)

@@ -29,12 +29,12 @@ from mlx_segtrain.errors import InputError
 
 PLANNED = (  # what memory depends on, besides the model
     *("method", "rank", "rank_scaling", "target_modules", "num_layers", "warm_start"),
-    *("lora_dropout", "max_seq_length", "batch_size"),
+    *("use_dora", "lora_dropout", "max_seq_length", "batch_size"),
     *("grad_accumulation_steps", "grad_checkpoint", "segment_size", "memory_budget_gb"),
 )
 EVALUATED = (  # what a loss depends on, besides model and data
     *("method", "max_seq_length", "batch_size", "train_on", "append_eos", "dpo_beta", "dpo_loss"),
-    *("label_smoothing", "reference_free", "orpo_lambda", "sft_scope"),
+    *("label_smoothing", "reference_free", "orpo_lambda", "sft_scope", "simpo_beta", "simpo_gamma"),
 )
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
@@ -118,7 +118,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         type=_share,
         default=0.0,
         metavar="X",
-        help="part of a row that both sequences of a pair begin with (dpo, orpo). Default: 0.",
+        help="part of a row that both sequences of a pair begin with. Default: 0.",
     )
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument(

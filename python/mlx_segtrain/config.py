@@ -74,6 +74,9 @@ EFFECTIVE: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("orpo_lambda", "sft_scope"), (lambda c: c.method == "orpo", "outside of method orpo")
     ),
+    **dict.fromkeys(
+        ("simpo_beta", "simpo_gamma"), (lambda c: c.method == "simpo", "outside of method simpo")
+    ),
     "train_on": (lambda c: c.method == "sft", "with preference rows, whose responses are trained"),
     **dict.fromkeys(
         ("rank", "rank_scaling", "target_modules", "num_layers", "scale", "rs_lora", "use_dora"),
@@ -96,8 +99,8 @@ class TrainConfig(BaseModel):
     adapter_path: Directory = Field(
         description="Directory of the adapter; a run also writes metrics.jsonl and checkpoints."
     )
-    method: Literal["sft", "dpo", "orpo"] = Field(
-        "sft", description="Training objective; dpo and orpo take rows with chosen and rejected."
+    method: Literal["sft", "dpo", "orpo", "simpo"] = Field(
+        "sft", description="Training objective; all but sft take rows with chosen and rejected."
     )
     rank: Int = Field(8, ge=2, description="LoRA rank of an adapted linear, before rank_scaling.")
     scale: Float = Field(
@@ -129,12 +132,12 @@ class TrainConfig(BaseModel):
         "adamw", description="Optimizer; sgd has a momentum of 0.9."
     )
     learning_rate: Float = Field(
-        2e-4, gt=0, description="Largest learning rate of the run; of dpo and orpo 5e-5 by default."
+        2e-4, gt=0, description="Largest learning rate of the run; of all but sft 5e-5 by default."
     )
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
         "constant",
         description="Learning rate behind the warmup; all but constant end at a tenth of it. "
-        "Of dpo and orpo cosine by default.",
+        "Of all but sft cosine by default.",
     )
     warmup_iters: Int = Field(0, ge=0, description="First steps, with a rising learning rate.")
     lora_plus_ratio: Float = Field(
@@ -164,6 +167,10 @@ class TrainConfig(BaseModel):
     orpo_lambda: Float = Field(0.1, gt=0, description="Weight of orpo's odds-ratio term.")
     sft_scope: Literal["full", "response"] = Field(
         "full", description="Tokens of the chosen sequence that orpo's cross-entropy counts."
+    )
+    simpo_beta: Float = Field(2.0, gt=0, description="Factor of simpo's rewards.")
+    simpo_gamma: Float = Field(
+        1.0, ge=0, description="Margin that simpo wants between the rewards of a pair."
     )
     max_seq_length: Int = Field(512, ge=2, description="Tokens kept of a row; the rest is cut off.")
     batch_size: Int = Field(1, ge=1, description="Rows in a forward and backward pass.")
@@ -230,7 +237,7 @@ class TrainConfig(BaseModel):
             if name in values:
                 raise ValueError(f"dpo_{name} and {name} are the same: give one of them")
             values[name] = values.pop(f"dpo_{name}")
-        if values.get("method") in ("dpo", "orpo"):
+        if values.get("method", "sft") != "sft":
             values = {"learning_rate": 5e-5, "lr_schedule": "cosine", **values}
         return values
 

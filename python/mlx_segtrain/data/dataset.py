@@ -90,9 +90,9 @@ def merge_format(format: str | None, record: Record, method: str | None) -> str:
     if method == "sft" and pair:
         raise InputError(
             f'{record.source}: the row has "chosen" and "rejected", which method sft does not '
-            "train: give method dpo or orpo."
+            "train: give method dpo, orpo or simpo."
         )
-    if method in ("dpo", "orpo") and not pair:
+    if method not in ("sft", None) and not pair:
         raise InputError(f"{record.source}: method {method} needs the keys {PAIR_KEYS}.")
     if format is not None and pair != (format == "preference"):
         raise InputError(

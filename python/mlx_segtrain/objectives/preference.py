@@ -1,4 +1,4 @@
-"""Preference losses over pairs of answers: DPO and ORPO.
+"""Preference losses over pairs of answers: DPO, ORPO and SimPO.
 
 A pair runs as two streams, or as one where both sequences begin alike: the chosen sequence, and
 behind it what differs of the rejected one, as a branch. That is exact under causal attention,
@@ -242,6 +242,25 @@ class Orpo(Pairs):
         position = np.arange(chosen.tokens.shape[1])
         inside = (position > 0) & (position < chosen.lengths[:, None])
         return inside.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Simpo(Pairs):
+    """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734), without a reference.
+
+    loss = −log σ(β(p_c − p_r) − γ), p the mean log-probability of a response token. A reward is
+    β·p; the margin is that of the rewards.
+    """
+
+    beta: float = 2.0
+    gamma: float = 1.0
+
+    def _loss(
+        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+        chosen, rejected = (self.beta * p for p in answers.means)
+        z = chosen - rejected
+        return nn.softplus(self.gamma - z).sum() * part, (chosen, rejected), z
 
 
 def _log_rest(log_p: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
 from ..objectives import Objective
-from ..objectives.preference import Dpo, Orpo
+from ..objectives.preference import Dpo, Orpo, Simpo
 from ..objectives.sft import Sft
 from ..planning import BatchShape, StreamShape
 from ..planning.run import RunPlan, plan_run, ways
@@ -71,6 +71,8 @@ def objective_of(config: TrainConfig) -> Objective:
         return Dpo(config.dpo_beta, config.dpo_loss, config.label_smoothing)
     if config.method == "orpo":
         return Orpo(config.orpo_lambda, config.sft_scope)
+    if config.method == "simpo":
+        return Simpo(config.simpo_beta, config.simpo_gamma)
     return Sft()
 
 
