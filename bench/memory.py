@@ -1,14 +1,16 @@
 """Predicted against measured peak of training steps.
 
     python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
-                           [--loss-rows 1 0.1] [--pairs 0 0.9] [--moves]
+                           [--loss-rows 1 0.1] [--pairs 0 0.9] [--adapter dora] [--moves]
 
 Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, optimizer included
 (two at least: it has no state in the first), after what the one before left is gone. `--moves`
 prints every move of the plan, predicted and measured. `--pairs` are of DPO, by the part both share.
+`--adapter` is lora, dora, dropout (0.1), or embeddings: those and the head besides the layers.
 """
 
 import argparse
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -16,19 +18,20 @@ from pathlib import Path
 import step as steps
 
 
-def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps):
+def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter):
     """(plan, best s, measured peak, measured peak of each move of the last step)."""
     import mlx.core as mx
 
     objective, batch, of = steps.batch_of(vocabulary, length, round(length * loss), shared)
-    plan = steps.plan_of(shape, kind, of)
+    of = dataclasses.replace(of, dora=adapter == "dora", dropout=adapter == "dropout")
+    plan = steps.plan_of(shape, kind, of, adapter)
     peaks, times, peak = [], [], 0
 
     def watch():
         peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
 
-    step = steps.training_step(model, shape, plan, objective, batch, watch)
+    step = steps.training_step(model, shape, plan, objective, batch, watch, adapter)
     for _ in range(n_steps):
         peaks.clear()
         steps.reset_peak()
@@ -46,6 +49,7 @@ def main():
     parser.add_argument("--plans", nargs="+", default=["min", "1", "auto"])
     parser.add_argument("--loss-rows", nargs="+", type=float, default=[1.0])
     parser.add_argument("--pairs", nargs="+", type=float, default=[None])
+    parser.add_argument("--adapter", default="lora", choices=steps.ADAPTERS)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--moves", action="store_true")
     args = parser.parse_args()
@@ -56,7 +60,7 @@ def main():
     for length, loss, shared, kind in cells:
         label = f"{Path(args.model).name[:14]:14s} {length:6d} {loss:5g} {kind:9s}"
         label += "" if shared is None else f" {shared:g} shared"
-        what = (length, loss, kind, shared, args.steps)
+        what = (length, loss, kind, shared, args.steps, args.adapter)
         try:
             plan, seconds, peak, peaks = cell(model, shape, vocabulary, *what)
         except (RuntimeError, ValueError) as error:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 RANK, SCALE = 16, 1.0
+ADAPTERS = ("lora", "dora", "dropout", "embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma4-e4b": {
         "model_type": "gemma4_text",
@@ -126,11 +127,12 @@ def shape_of(name, model):
     return planning.shape_of({**SHAPES[name], **quantization}, headers)
 
 
-def ranks_of(shape):
+def ranks_of(shape, adapter="lora"):
     from mlx_segtrain import planning
 
     how = {"rank": RANK, "rank_scaling": "constant", "num_layers": -1}
-    return planning.ranks_of(shape, target_modules=SUFFIXES, **how)
+    outer = shape.outer if adapter == "embeddings" else ()
+    return planning.ranks_of(shape, target_modules=[*SUFFIXES, *outer], **how)
 
 
 def batch_of(vocabulary, length, rows, shared=None):
@@ -165,11 +167,11 @@ def batch_of(vocabulary, length, rows, shared=None):
     return Dpo(), pair, planning.BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
 
 
-def plan_of(shape, kind, batch):
+def plan_of(shape, kind, batch, adapter="lora"):
     """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
     from mlx_segtrain import planning
 
-    what = (shape, batch, ranks_of(shape), planning.device())
+    what = (shape, batch, ranks_of(shape, adapter), planning.device())
     if kind.isdecimal():
         return planning.named(*what, int(kind))
     budget = 0 if kind == "min" else None if kind == "auto" else float(kind.removesuffix("GB"))
@@ -205,19 +207,21 @@ def reset_peak():
         mx.reset_peak_memory()
 
 
-def training_step(model, shape, plan, objective, batch, watch=None):
+def training_step(model, shape, plan, objective, batch, watch=None, kind="lora"):
     """A function that takes a whole step by a plan, optimizer included."""
     import mlx.core as mx
     import mlx.optimizers as optim
 
     from mlx_segtrain import lora
     from mlx_segtrain.models import chain_of
+    from mlx_segtrain.models.chain import Dropout
     from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.training.layout import Layout
 
     chain = chain_of(model)
-    adapter = lora.init(chain, ranks_of(shape), SCALE, 0)
+    adapter = lora.init(chain, ranks_of(shape, kind), SCALE, 0, dora=kind == "dora")
     scales = adapter.scales
+    dropout = Dropout(0.1, 0, 0) if kind == "dropout" else None
     params = lora.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
@@ -230,7 +234,8 @@ def training_step(model, shape, plan, objective, batch, watch=None):
     def step():
         nonlocal vector
         what = (objective, chain, scales, layout.split(vector), batch, total)
-        (loss, *_), grads = value_and_grad(*what, cuts=lambda streams: plan.cuts, watch=watch)
+        how = {"cuts": lambda streams: plan.cuts, "dropout": dropout, "watch": watch}
+        (loss, *_), grads = value_and_grad(*what, **how)
         gradient = {"factors": layout.join(grads)}
         del grads, what
         vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]

@@ -210,7 +210,7 @@ def test_stages_below_the_first_parameter_take_their_forward_pass_only():
     assert (whole.work, whole.again) == (4 * 10 + 20, 0)
     best = _core.choose_cuts(costs, 10**6)
     assert best.estimate.again == 0 and best.cuts.segments[-2:] == [2, 4]
-    assert "everything kept" in planning.describe(best.cuts, 3, 2)
+    assert "everything kept" in planning.describe(best.cuts, 3, [2, 4])
 
 
 def test_a_value_with_several_readers_has_a_wider_cotangent():

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,22 +64,40 @@ def log_probs_by_rows(
     params: Mapping[str, mx.array],
     h: mx.array,
     targets: mx.array,
-    needs_grad: bool,
 ) -> mx.array:
     """Of targets [M] behind h [M, H], float32 [M]; `logits(params, rows of h, their first)`.
 
-    Rows are run again in the backward pass: at no time there are more than HEAD_ROWS of logits.
+    HEAD_ROWS at a time, in either direction: a graph without order would have the logits of all.
+    The backward pass runs them again.
     """
+    names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
 
-    def part(begin: int) -> mx.array:
-        def of(params: Mapping[str, mx.array], h: mx.array) -> mx.array:
-            z = logits(params, h, begin).astype(mx.float32)
-            return -nn.losses.cross_entropy(z, targets[begin : begin + HEAD_ROWS])
+    def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
+        z = logits(dict(zip(names, factors, strict=True)), h, begin).astype(mx.float32)
+        return -nn.losses.cross_entropy(z, targets[begin : begin + HEAD_ROWS])
 
-        own = h[begin : begin + HEAD_ROWS]
-        return (mx.checkpoint(of) if needs_grad else of)(dict(params), own)
+    @mx.custom_function
+    def run(h: mx.array, factors: list[mx.array]) -> mx.array:
+        parts: list[mx.array] = []
+        for begin in begins:
+            own = mx.depends([h[begin : begin + HEAD_ROWS]], parts[-1:])[0]
+            parts.append(part(begin, own, *factors))
+        return mx.concatenate(parts)
 
-    return mx.concatenate([part(begin) for begin in range(0, h.shape[0], HEAD_ROWS)])
+    @run.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        h, factors = primals
+        dh: list[mx.array] = []
+        totals = [mx.zeros_like(x) for x in factors]
+        for begin in begins:
+            own, do = (x[begin : begin + HEAD_ROWS] for x in (h, cotangent))
+            own = mx.depends([own], [*dh[-1:], *totals])[0]
+            d_own, *grads = mx.vjp(partial(part, begin), [own, *factors], [do])[1]
+            dh.append(d_own)
+            totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
+        return mx.concatenate(dh), totals
+
+    return cast(mx.array, run(h, list(params.values())))
 
 
 @dataclass(frozen=True)

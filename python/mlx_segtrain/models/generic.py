@@ -139,7 +139,7 @@ class _Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        return log_probs_by_rows(self._logits, params, h, targets, needs_grad)
+        return log_probs_by_rows(self._logits, params, h, targets)
 
 
 @contextmanager

@@ -367,7 +367,7 @@ class LinearHead:
         """ops.linear_log_probs; with an update some rows at a time."""
         x, base = self.norm(h), self.projection.base
         if params:
-            return log_probs_by_rows(self._logits, params, x, targets, needs_grad)
+            return log_probs_by_rows(self._logits, params, x, targets)
         how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
         return ops.linear_log_probs(x, base, targets, **how)
 

@@ -6,7 +6,7 @@ takes; csrc/planner.cpp finds the plan of least work within the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .. import _core
 from ..ranks import choose_ranks
 from ..schedule import Cuts
 from .budget import budget_bytes, device
-from .costs import STAGES_PER_LAYER, BatchShape, Device, StreamShape, costs_of, cpu_logits
+from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits
 from .shapes import ModelShape, read_shape, shape_of
 
 __all__ = [
@@ -63,32 +63,41 @@ class Planned:
         return self.again / (self.work - self.again)
 
 
-def describe(cuts: Any, first: int, layer: int) -> str:
-    """Cuts in words, of a chain with so many stages a layer; before `first` nothing is adapted."""
-    n = cuts.segments[-1]
+def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
+    """Cuts in words, of a chain whose layers end behind `layers`; none before `first` learns."""
+
+    def within(start: int, end: int) -> int:
+        return sum(start < layer <= end for layer in layers)
+
+    def named(n: int) -> str:
+        return f"{n} layer{'s' if n > 1 else ''}"
+
     starts = [0, *cuts.segments[:-1]]
     begin = starts[-1]  # from here on everything is kept
     if begin <= first:
         return "everything kept, nothing recomputed"
-    kept = (n - begin) // layer
-    back = [e - s for s, e in zip(starts, cuts.segments, strict=True) if e > first][:-1]
-    words = {1: "half layers", layer: "single layers"}
-    words = words.get(max(back), f"{max(back) // layer} layers")
+    kept = within(begin, cuts.segments[-1])
+    back = [(s, e) for s, e in zip(starts, cuts.segments, strict=True) if e > first][:-1]
+    most = max(within(*segment) for segment in back)
+    words = "single layers" if most == 1 else named(most)
+    if max(end - start for start, end in back) == 1:
+        words = "half layers"
     text = f"{words} run again"
-    # Layers of each group that is run once more; the last one is not.
+    # Each group that is run once more; the last one is not.
     groups = [
-        (end - start) * max(back) / layer
+        (starts[start], cuts.segments[end - 1])
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
         if end - start > 1 and cuts.segments[end - 1] > first
     ]
-    if whole := [size for size in groups if size > 1]:
-        text += f", {len(whole)} groups of {max(whole):g} layers once more"
+    if whole := [n for n in (within(*group) for group in groups) if n > 1]:
+        text += f", {len(whole)} group{'s' if len(whole) > 1 else ''}"
+        text += f" of {max(whole)} layers once more"
     if single := len(groups) - len(whole):
-        text += f", attention of {single} layers once more"
+        text += f", attention of {named(single)} once more"
     if cuts.saves:
         text += f", attention's output kept in {len(cuts.saves)}"
     if kept:
-        text += f", everything kept in the last {kept} layer{'s' if kept > 1 else ''}"
+        text += f", everything kept in the last {named(kept)}"
     return text
 
 
@@ -112,7 +121,7 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     n = len(costs.stages)
     first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
     return Planned(
-        text=describe(cuts, first, STAGES_PER_LAYER),
+        text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
         peak=estimate.peak,
         limit=max(costs.fixed, estimate.peak - above),

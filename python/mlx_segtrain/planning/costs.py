@@ -32,8 +32,6 @@ CUDA = Device(size=2, gpu=True, cudnn=True, stock=128, workspace=33 << 20)
 METAL = Device(size=2, gpu=True, cudnn=False, stock=256, workspace=0)
 
 
-#: Attention and MLP.
-STAGES_PER_LAYER = 2
 #: What heads read besides h and its rows: a few numbers a token that counts.
 COUNTED = ("targets", "weights")
 
