@@ -343,6 +343,8 @@ def _head(
     if parameters:
         logits = min(m, HEAD_ROWS) * model.vocabulary
         inside = int(logits * (8 + 2 * device.size)) + 8 * parameters
+        if device.gpu:  # the weight dequantized, and logits in float32 once more
+            inside += device.size * h * model.vocabulary + 4 * logits
         return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
     if device.gpu:  # csrc/head.cpp: a tile of the weight, logits and their cotangents of some rows
         tile, chunk = min(model.vocabulary, 16384), min(m, 2048)
