@@ -89,10 +89,24 @@ class Runner {
   }
 
  private:
+  /// Under vjp as when it will go back, though nothing does: mx.compile leaves functions as they are there, and
+  /// what it fuses elsewhere may round in another way; MLX's own ops choose by it, too.
   Arrays forward(const Move& move) {
-    auto ran = run_stages(move, params_of(move), reads_of(move), false);
-    for (size_t i = 0; i < ran.writes.size(); ++i) values_[move.writes[i]] = ran.writes[i];
-    Arrays made = ran.writes;
+    Arrays primals = params_of(move);
+    size_t n_params = primals.size();
+    for (int value : move.reads)
+      if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
+    auto fn = [&](const Arrays& in) {
+      Arrays params(in.begin(), in.begin() + n_params);
+      std::vector<Arrays> reads = reads_of(move);
+      for (size_t i = 0, next = n_params; i < reads.size(); ++i)
+        if (plan_.values[move.reads[i]].differentiable) reads[i] = {in[next++]};
+      Arrays writes = run_stages(move, params, reads, false).writes;
+      for (auto& x : writes) x = mx::stop_gradient(x);
+      return writes;
+    };
+    Arrays made = mx::vjp(fn, primals, {}).first;
+    for (size_t i = 0; i < made.size(); ++i) values_[move.writes[i]] = made[i];
     for (int i : move.saves) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
     return made;
   }

@@ -170,3 +170,19 @@ def test_misuse_is_named():
         segmented_value_and_grad([bad, stages[0]], lambda p, h: h.sum())(
             {"layer.0": params["layer.0"]}, {"h": values["h"]}
         )
+
+
+def test_every_move_traces_what_mx_compile_would_fuse():
+    """A fused function may round in another way than the operations that vjp goes back through."""
+    traces = []
+
+    @mx.compile
+    def inner(x):
+        traces.append(x)
+        return x * mx.tanh(x + x**3)
+
+    stages = [Stage(f"layer.{i}", lambda p, h: h + inner(h @ p["w"])) for i in range(4)]
+    params = {s.name: {"w": mx.random.normal((H, H), key=mx.random.key(0))} for s in stages}
+    step = segmented_value_and_grad(stages, lambda p, h: (h**2).mean(), segment_size=1)
+    step(params, {"h": mx.ones((5, H))})
+    assert len(traces) == 3 + 1 + 3

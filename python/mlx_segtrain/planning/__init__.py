@@ -133,16 +133,22 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     )
 
 
-def overshoot(model: ModelShape, batch: BatchShape, device: Device) -> int:
+def overshoot(
+    model: ModelShape, batch: BatchShape, ranks: Mapping[str, int], device: Device
+) -> int:
     """Bytes that MLX may come to have above the limit at which it waits.
 
     It waits before an op, for what it allocated ahead of the device. The largest array there is are
     gate and up of all tokens; where the MLP is tiled, attention's backward pass makes several that
-    come to as much. On the CPU the head allocates when it runs, and not when it is written down.
+    come to as much. An adapted head's weight, unpacked, may be larger. On the CPU the head
+    allocates when it runs, and not when it is written down.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
     longest = max(shape.length for shape in batch.streams)
-    largest = batch.rows * longest * widest * device.size + device.workspace
+    largest = batch.rows * longest * widest * device.size
+    if device.gpu and model.head in ranks:
+        largest = max(largest, model.vocabulary * model.width * device.size)
+    largest += device.workspace
     return largest if device.gpu else largest // 2 + cpu_logits(model, batch)
 
 
@@ -156,7 +162,7 @@ def choose(
     """The plan of least work whose peak is within `budget` bytes; that of least peak if none is."""
     costs = costs_of(model, batch, ranks, device)
     cuts = _core.choose_cuts(costs, budget).cuts
-    return planned(costs, cuts, overshoot(model, batch, device))
+    return planned(costs, cuts, overshoot(model, batch, ranks, device))
 
 
 def named(
@@ -169,7 +175,7 @@ def named(
     """The plan of `segment_size: size`."""
     costs = costs_of(model, batch, ranks, device)
     cuts = Cuts.by_layer(costs.layers, size)
-    return planned(costs, cuts, overshoot(model, batch, device))
+    return planned(costs, cuts, overshoot(model, batch, ranks, device))
 
 
 def longest(fits: Callable[[int], bool]) -> int:
