@@ -89,8 +89,8 @@ class Runner {
   }
 
  private:
-  /// Under vjp as when it will go back, though nothing does: mx.compile leaves functions as they are there, and
-  /// what it fuses elsewhere may round in another way; MLX's own ops choose by it, too.
+  /// Under vjp as when it will go back, though nothing does: mx.compile leaves functions as they are there,
+  /// and what it fuses elsewhere may round in another way; MLX's own ops choose by it, too.
   Arrays forward(const Move& move) {
     Arrays primals = params_of(move);
     size_t n_params = primals.size();
