@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -61,6 +65,44 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
     }
     for a_or_b in weights_of(tmp_path / "a").values():
         assert a_or_b.dtype == mx.float32 and mx.isfinite(a_or_b).all()
+
+
+def test_a_folder_is_of_one_run_at_a_time(llama4, data, tmp_path):
+    """Until that run ends, however it ends; the second one changes nothing."""
+    config = config_of(llama4, data, tmp_path / "a", overwrite=True)
+    refused = []
+
+    def second(event):
+        if event.get("kind") == "train" and event["step"] == 2:
+            before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+            with pytest.raises(InputError) as error:
+                train(config)
+            refused.append(str(error.value))
+            assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before
+
+    assert train(config, second).steps == 4
+    assert refused == [
+        f"adapter_path {tmp_path / 'a'} is in use by a run that goes on (process {os.getpid()}): "
+        "choose another folder, or wait for its end."
+    ]
+    assert train(config).steps == 4
+
+
+def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
+    config = config_of(llama4, data, tmp_path / "a", overwrite=True)
+    flags = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    long = [*flags, "--max-seq-length", "100", "--iters", "1000000"]
+    with subprocess.Popen([sys.executable, "-m", "mlx_segtrain.cli", "train", *long]) as run:
+        try:
+            begin = time.monotonic()
+            while not (tmp_path / "a" / "metrics.jsonl").exists():
+                assert run.poll() is None and time.monotonic() < begin + 60
+                time.sleep(0.1)
+            with pytest.raises(InputError, match="in use by a run that goes on"):
+                train(config)
+        finally:
+            run.kill()
+    assert train(config).steps == 4
 
 
 def assert_same_in_mlx_lm(model_dir, adapter, apart):

@@ -1,11 +1,12 @@
 """Files are written aside and renamed, so that a reader never sees half of one."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def cache_dir() -> Path:
@@ -29,6 +30,18 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Whether nobody else has locked `file`, which then is ours until it is closed.
+
+    The system gives up what a process held that was killed: a lock is never stale.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

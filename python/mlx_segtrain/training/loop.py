@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from .evaluation import measure
 from .judging import Score, command_score, numbers, sample
 from .memory import Memory, process_peak
 from .optimizer import Optimizer
-from .setup import Setup, check_output, prepare, with_params
+from .setup import Setup, check_output, claim, prepare, with_params
 
 
 @dataclass(frozen=True)
@@ -377,14 +378,20 @@ def _save(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent)
 
 
 def _metrics_file(config: TrainConfig) -> IO[str]:
-    """metrics.jsonl of the new run, after what an overwritten one left behind is gone."""
+    """metrics.jsonl of the new run, after what an overwritten one left behind is gone.
+
+    Its lock, until it is closed, says that the folder is this run's.
+    """
     path = config.adapter_path
     path.mkdir(parents=True, exist_ok=True)
+    metrics = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    claim(metrics, path)  # once more: another may have begun while this one loaded
     for folder in ("checkpoints", "best"):
         shutil.rmtree(path / folder, ignore_errors=True)
     (path / "metrics.json").unlink(missing_ok=True)
-    metrics = open(path / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-    meta = {"type": "meta", "ts": events.now(), "config": json.loads(config.model_dump_json())}
+    metrics.truncate(0)
+    ours = {"type": "meta", "ts": events.now(), "pid": os.getpid()}
+    meta = {**ours, "config": json.loads(config.model_dump_json())}
     metrics.write(json.dumps(meta, ensure_ascii=False) + "\n")
     metrics.flush()
     return metrics

@@ -1,9 +1,11 @@
 """From a configuration to all that a run needs; every check before anything is written."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +15,7 @@ from ..adapters import holds_run, read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Pair, Row, batches, load_dataset
 from ..errors import InputError
+from ..files import lock
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
 from ..objectives import Objective
@@ -51,10 +54,29 @@ def check_output(config: TrainConfig) -> None:
     path = config.adapter_path
     if path.exists() and not path.is_dir():
         raise InputError(f"adapter_path {path} is a file: give a folder for the adapter.")
+    if (path / "metrics.jsonl").exists():
+        with open(path / "metrics.jsonl", encoding="utf-8") as metrics:
+            claim(metrics, path)
     if holds_run(path) and not config.overwrite:
         raise InputError(
             f"adapter_path {path} already holds a run: choose another folder, or give --overwrite."
         )
+
+
+def claim(metrics: IO[str], folder: Path) -> None:
+    """Takes `folder` for one run until `metrics`, its metrics.jsonl, is closed.
+
+    InputError if a run that goes on has it.
+    """
+    if lock(metrics):
+        return
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        meta = file.readline()
+    owner = f" (process {json.loads(meta)['pid']})" if meta.endswith("\n") else ""
+    raise InputError(
+        f"adapter_path {folder} is in use by a run that goes on{owner}: choose another folder, or "
+        "wait for its end."
+    )
 
 
 def check_length(chain: Chain, max_seq_length: int) -> None:
