@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,38 @@ def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in left.items()}
 
 
+def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
+    """The model of transformers with an mlx-lm model's weights."""
+    model = AutoModelForCausalLM.from_config(
+        hf_config(family, config, tied="lm_head.weight" not in weights),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    model.load_state_dict(hf_weights(weights), strict=True)
+    return model
+
+
+def saved_by_peft(
+    folder: Path,
+    config: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    **how: Any,
+) -> np.ndarray:
+    """Logits [B, T, V] of a Llama with an adapter of PEFT's, no longer fresh, saved there."""
+    model = get_peft_model(hf_model("llama", config, weights), LoraConfig(**how)).eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "lora_B" in name:
+                x.normal_(0, 0.1, generator=draw)
+            if "magnitude" in name:
+                x.mul_(torch.empty_like(x).uniform_(0.8, 1.2, generator=draw))
+        logits = model(torch.tensor(tokens)).logits.numpy()
+    model.save_pretrained(folder)
+    return logits
+
+
 def hf_loss_and_grads(
     family: str,
     config: dict[str, Any],
@@ -72,12 +105,7 @@ def hf_loss_and_grads(
     scale: float,
 ) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """The weighted mean of the tokens' cross-entropy, and (dA, dB) of each linear in `lora`."""
-    model = AutoModelForCausalLM.from_config(
-        hf_config(family, config, tied="lm_head.weight" not in weights),
-        attn_implementation="eager",
-        dtype=torch.float32,
-    )
-    model.load_state_dict(hf_weights(weights), strict=True)
+    model = hf_model(family, config, weights)
     ranks = {path: a.shape[1] for path, (a, _) in lora.items()}
     peft_config = LoraConfig(
         target_modules=list(lora),

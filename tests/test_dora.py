@@ -216,6 +216,22 @@ def test_those_of_peft_are_read(end, llama, tmp_path):
         assert all(map(mx.array_equal, got.tensors[path], adapter.tensors[path]))
 
 
+@pytest.mark.parametrize("how", [{}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
+def test_those_that_peft_saves_give_its_logits(how, tmp_path):
+    hf = pytest.importorskip("hf_peers", reason="needs torch and peft", exc_type=ImportError)
+    model = tiny_models.build("llama")
+    chain = chain_of(model)
+    weights = {key: np.array(value) for key, value in tree_flatten(model.parameters())}
+    tokens = np.array([[1, 5, 9, 100, 17, 33]])
+    how = {"target_modules": list(chain.linears), "r": RANK, "lora_alpha": 6, **how}
+    what = (tiny_models.config("llama"), weights, tokens)
+    theirs = mx.array(hf.saved_by_peft(tmp_path, *what, **how))
+    plain = model(mx.array(tokens))
+    lora.attach(model, chain, read_adapter(tmp_path, chain))
+    assert_close("logits", model(mx.array(tokens)), theirs, 1e-5)
+    assert mx.abs(plain - theirs).max() > 0.1
+
+
 def test_magnitudes_that_do_not_fit(llama, tmp_path):
     chain = chain_of(load_base(llama)[0])
     path = "model.layers.0.self_attn.q_proj"
