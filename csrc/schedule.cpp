@@ -94,14 +94,9 @@ class Runner {
   Arrays forward(const Move& move) {
     Arrays primals = params_of(move);
     size_t n_params = primals.size();
-    for (int value : move.reads)
-      if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
+    append_differentiable(move, primals, false);
     auto fn = [&](const Arrays& in) {
-      Arrays params(in.begin(), in.begin() + n_params);
-      std::vector<Arrays> reads = reads_of(move);
-      for (size_t i = 0, next = n_params; i < reads.size(); ++i)
-        if (plan_.values[move.reads[i]].differentiable) reads[i] = {in[next++]};
-      Arrays writes = run_stages(move, params, reads, false).writes;
+      Arrays writes = writes_of(move, in, n_params);
       for (auto& x : writes) x = mx::stop_gradient(x);
       return writes;
     };
@@ -151,10 +146,7 @@ class Runner {
       arriving.push_back(mx::astype(*cotangents_[value], *dtypes_[value]));
       cotangents_[value].reset();
     }
-    auto fn = [&](const Arrays& in) {
-      Arrays stage_params(in.begin(), in.begin() + n_params);
-      return run_stages(move, stage_params, merge_reads(move, in, n_params, false), false).writes;
-    };
+    auto fn = [&](const Arrays& in) { return writes_of(move, in, n_params); };
     auto grads = mx::vjp(fn, primals, arriving).second;
     Arrays made = hand_out(move, grads, n_params);
     for (const auto& sum : accumulate(move, grads, n_params, false)) made.push_back(sum);
@@ -166,6 +158,12 @@ class Runner {
     Arrays writes;  ///< the move's boundary writes
     Scope scope;
   };
+
+  /// What a move without a head makes of its primals: parameters, then differentiable reads.
+  Arrays writes_of(const Move& move, const Arrays& primals, size_t n_params) {
+    Arrays params(primals.begin(), primals.begin() + n_params);
+    return run_stages(move, params, merge_reads(move, primals, n_params, false), false).writes;
+  }
 
   /// Runs stages [begin, end) from copies of the reads, given in the order of move.reads.
   Ran run_stages(const Move& move, const Arrays& params, const std::vector<Arrays>& reads, bool with_head) {
@@ -223,12 +221,6 @@ class Runner {
     return all;
   }
 
-  std::vector<Arrays> reads_of(const Move& move) const {
-    std::vector<Arrays> reads;
-    for (int value : move.reads) reads.push_back({*values_[value]});
-    return reads;
-  }
-
   /// How many stages of the move read a boundary value as it stands before it.
   int copies(const Move& move, int value, bool with_head) const {
     return std::max(1, readers(move, plan_.values[value].name, move.begin, with_head));
@@ -236,8 +228,9 @@ class Runner {
 
   /// A primal for each reader, so that their cotangents come out one by one.
   void append_differentiable(const Move& move, Arrays& primals, bool with_head) const {
-    for (int value : move.cotangents)
-      primals.insert(primals.end(), copies(move, value, with_head), *values_[value]);
+    for (int value : move.reads)
+      if (plan_.values[value].differentiable)
+        primals.insert(primals.end(), copies(move, value, with_head), *values_[value]);
   }
 
   /// The move's reads with the differentiable ones taken from the primals, from `first` on.

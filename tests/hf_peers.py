@@ -74,15 +74,9 @@ def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]
     return model
 
 
-def saved_by_peft(
-    folder: Path,
-    config: dict[str, Any],
-    weights: dict[str, np.ndarray],
-    tokens: np.ndarray,
-    **how: Any,
-) -> np.ndarray:
-    """Logits [B, T, V] of a Llama with an adapter of PEFT's, no longer fresh, saved there."""
-    model = get_peft_model(hf_model("llama", config, weights), LoraConfig(**how)).eval()
+def saved_by_peft(folder: Path, base: Any, tokens: np.ndarray, **how: Any) -> np.ndarray:
+    """Logits [B, T, V] of a model with an adapter of PEFT's, no longer fresh, saved there."""
+    model = get_peft_model(base, LoraConfig(**how)).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, x in model.named_parameters():

@@ -224,8 +224,8 @@ def test_those_that_peft_saves_give_its_logits(how, tmp_path):
     weights = {key: np.array(value) for key, value in tree_flatten(model.parameters())}
     tokens = np.array([[1, 5, 9, 100, 17, 33]])
     how = {"target_modules": list(chain.linears), "r": RANK, "lora_alpha": 6, **how}
-    what = (tiny_models.config("llama"), weights, tokens)
-    theirs = mx.array(hf.saved_by_peft(tmp_path, *what, **how))
+    base = hf.hf_model("llama", tiny_models.config("llama"), weights)
+    theirs = mx.array(hf.saved_by_peft(tmp_path, base, tokens, **how))
     plain = model(mx.array(tokens))
     lora.attach(model, chain, read_adapter(tmp_path, chain))
     assert_close("logits", model(mx.array(tokens)), theirs, 1e-5)

@@ -1,4 +1,4 @@
-"""Files are written aside and renamed, so that a reader never sees half of one."""
+"""Files are written aside and renamed, so that a reader never sees half of one; and locked."""
 
 import fcntl
 import json

@@ -15,7 +15,7 @@ from .. import _core
 from ..ranks import choose_ranks
 from ..schedule import Cuts
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits
+from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits, head_weight
 from .shapes import ModelShape, read_shape, shape_of
 
 __all__ = [
@@ -147,7 +147,7 @@ def overshoot(
     longest = max(shape.length for shape in batch.streams)
     largest = batch.rows * longest * widest * device.size
     if device.gpu and model.head in ranks:
-        largest = max(largest, model.vocabulary * model.width * device.size)
+        largest = max(largest, head_weight(model, device))
     largest += device.workspace
     return largest if device.gpu else largest // 2 + cpu_logits(model, batch)
 

@@ -344,13 +344,18 @@ def _head(
         logits = min(m, HEAD_ROWS) * model.vocabulary
         inside = int(logits * (8 + 2 * device.size)) + 8 * parameters
         if device.gpu:  # the weight dequantized, and logits in float32 once more
-            inside += device.size * h * model.vocabulary + 4 * logits
+            inside += head_weight(model, device) + 4 * logits
         return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
     if device.gpu:  # csrc/head.cpp: a tile of the weight, logits and their cotangents of some rows
         tile, chunk = min(model.vocabulary, 16384), min(m, 2048)
         inside = 2 * tile * h + 4 * chunk * tile + 6 * chunk * h + 6 * m * h
         return max(inside, 4 * trimmed * h + 12 * m * h), work
     return cpu_logits(model, batch) + 4 * h * (trimmed + 2 * m), work
+
+
+def head_weight(model: ModelShape, device: Device) -> int:
+    """Bytes of the head's weight, unpacked."""
+    return device.size * model.width * model.vocabulary
 
 
 def cpu_logits(model: ModelShape, batch: BatchShape) -> int:

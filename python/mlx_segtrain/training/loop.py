@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -377,24 +378,25 @@ def _save(config: TrainConfig, setup: Setup, state: State, tell: events.OnEvent)
     write_adapter(config.adapter_path, _adapter(setup, state), config)
 
 
-def _metrics_file(config: TrainConfig) -> IO[str]:
+@contextmanager
+def _metrics_file(config: TrainConfig) -> Iterator[IO[str]]:
     """metrics.jsonl of the new run, after what an overwritten one left behind is gone.
 
     Its lock, until it is closed, says that the folder is this run's.
     """
     path = config.adapter_path
     path.mkdir(parents=True, exist_ok=True)
-    metrics = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-    claim(metrics, path)  # once more: another may have begun while this one loaded
-    for folder in ("checkpoints", "best"):
-        shutil.rmtree(path / folder, ignore_errors=True)
-    (path / "metrics.json").unlink(missing_ok=True)
-    metrics.truncate(0)
-    ours = {"type": "meta", "ts": events.now(), "pid": os.getpid()}
-    meta = {**ours, "config": json.loads(config.model_dump_json())}
-    metrics.write(json.dumps(meta, ensure_ascii=False) + "\n")
-    metrics.flush()
-    return metrics
+    with open(path / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        claim(metrics, path)  # once more: another may have begun while this one loaded
+        metrics.truncate(0)
+        for folder in ("checkpoints", "best"):
+            shutil.rmtree(path / folder, ignore_errors=True)
+        (path / "metrics.json").unlink(missing_ok=True)
+        ours = {"type": "meta", "ts": events.now(), "pid": os.getpid()}
+        meta = {**ours, "config": json.loads(config.model_dump_json())}
+        metrics.write(json.dumps(meta, ensure_ascii=False) + "\n")
+        metrics.flush()
+        yield metrics
 
 
 def _write_metrics(config: TrainConfig, state: State, result: TrainResult) -> None:
