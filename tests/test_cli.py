@@ -12,11 +12,11 @@ from unittest.mock import Mock, create_autospec
 
 import pytest
 
-from mlx_segtrain import cli, data, events, training
+from mlx_segtrain import RunError, cli, data, events, training
 from mlx_segtrain.config import TrainConfig, flag
 
 REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
-COMMANDS = ["train", "probe", "inspect", "eval", "generate", "doctor", "bench", "demo"]
+COMMANDS = ["train", "probe", "verify", "inspect", "eval", "generate", "doctor", "bench", "demo"]
 TRAINED = training.TrainResult(
     adapter_path=Path("a b"),
     steps=20,
@@ -125,6 +125,10 @@ def changed(method: str) -> dict[str, Any]:
         "grad_clip_norm": 0.0,
         "segment_size": 2,
         "memory_budget_gb": 20.5,
+        "steps_per_save": 3,
+        "keep_checkpoints": 4,
+        "on_spike": "skip",
+        "report_to": ["wandb", "tensorboard"],
         "save_checkpoints": True,
         "early_stopping_patience": 3,
         "keep_best": True,
@@ -155,8 +159,32 @@ METHODS = get_args(TrainConfig.model_fields["method"].annotation)
 
 def test_every_field_is_tried() -> None:
     tried = {name for method in METHODS for name in changed(method)}
-    # Beside segment_size it is an error.
-    assert tried | {"grad_checkpoint"} == set(TrainConfig.model_fields)
+    # Beside segment_size, and beside overwrite, they are errors.
+    assert tried | {"grad_checkpoint", "resume"} == set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [([], False), (["--resume"], True), (["--resume", "auto"], "auto"), (["--resume=no"], False)],
+)
+def test_resume_alone_or_with_a_word(argv: list, value: object, monkeypatch: Any) -> None:
+    train = Mock(return_value=TRAINED)
+    monkeypatch.setattr(training, "train", train)
+    paths = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
+    assert cli.main(["train", *argv, *paths]) == 0
+    assert train.call_args[0][0].resume == value
+
+
+def test_resume_takes_no_other_word(capsys: pytest.CaptureFixture[str]) -> None:
+    paths = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
+    assert cli.main(["train", "--resume", "yesterday", *paths]) == 2
+    assert "resume must be true, false or auto; got 'yesterday'" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_go_on_is_one_sentence(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(training, "train", Mock(side_effect=RunError("step 3: the disk is full.")))
+    assert cli.main(["train", "--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]) == 1
+    assert capsys.readouterr().err == "mlx-segtrain: error: step 3: the disk is full.\n"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -31,7 +31,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
     return [
         events.started(),
         events.stage("load", 0.01, "loading the model"),
-        events.stage("train", 0.05, "training", iters=iters),
+        events.stage("train", 0.05, "training", iters=iters, step=0),
         events.val_metric(0, iters, loss=math.log(8.0), tokens=100, metrics={}),
         train(10),
         train(20),

@@ -17,9 +17,9 @@ import pytest
 
 import mlx_segtrain
 from conftest import write_rows, write_tiny
-from mlx_segtrain import InputError, TrainConfig, adapters, lora, train
+from mlx_segtrain import InputError, RunError, TrainConfig, adapters, lora, train
 from mlx_segtrain.models import chain_of, load_base
-from mlx_segtrain.training import evaluate, loop, probe
+from mlx_segtrain.training import evaluate, loop, probe, step
 from mlx_segtrain.training.layout import Layout
 from oracle import assert_close
 
@@ -62,6 +62,8 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
         "adapter_config.json",
         "optiq_lora_config.json",
         "metrics.jsonl",
+        "run.json",
+        "state",
     }
     for a_or_b in weights_of(tmp_path / "a").values():
         assert a_or_b.dtype == mx.float32 and mx.isfinite(a_or_b).all()
@@ -174,14 +176,14 @@ def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
 ):
     """Three steps equal mlx.optimizers fed with the gradients that the loop computed."""
     taken = []
-    original = loop.Stepper.gradient
+    original = step.Stepper.gradient
 
-    def recorded(self, vector, batches):
-        loss, gradient = original(self, vector, batches)
-        taken.append((self.setup.layout.split(vector), self.setup.layout.split(gradient)))
+    def recorded(self, at, batches):
+        loss, gradient = original(self, at, batches)
+        taken.append((self.setup.layout.split(at.vector), self.setup.layout.split(gradient)))
         return loss, gradient
 
-    monkeypatch.setattr(loop.Stepper, "gradient", recorded)
+    monkeypatch.setattr(step.Stepper, "gradient", recorded)
     seen = []
     config = config_of(llama, data, tmp_path / "a", iters=3, grad_clip_norm=0.5, weight_decay=0.1)
     train(config, seen.append)
@@ -355,16 +357,16 @@ def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeyp
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(llama4, data, tmp_path, monkeypatch):
-    original, calls = loop.Stepper.gradient, []
+    original, calls = step.Stepper.gradient, []
 
-    def broken(self, vector, batches):
-        outputs, gradient = original(self, vector, batches)
+    def broken(self, at, batches):
+        outputs, gradient = original(self, at, batches)
         calls.append(1)
         return ([math.nan] if len(calls) == 3 else outputs), gradient
 
-    monkeypatch.setattr(loop.Stepper, "gradient", broken)
+    monkeypatch.setattr(step.Stepper, "gradient", broken)
     seen = []
-    with pytest.raises(FloatingPointError, match=r"loss is nan .* on training rows \[\d+\]"):
+    with pytest.raises(RunError, match=r"step 3: loss is nan .*, on .*train.jsonl:\d+"):
         train(config_of(llama4, data, tmp_path / "a"), seen.append)
     assert seen[-1]["type"] == "failed"
     monkeypatch.undo()

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .errors import InputError
+    from .errors import InputError, RunError
     from .models import load
     from .schedule import Stage, segmented_value_and_grad
     from .training import TrainResult, train
 
 __all__ = [
     "InputError",
+    "RunError",
     "Stage",
     "TrainConfig",
     "TrainResult",
@@ -30,6 +31,7 @@ __all__ = [
 
 _HOME = {
     "InputError": "errors",
+    "RunError": "errors",
     "Stage": "schedule",
     "TrainConfig": "config",
     "TrainResult": "training",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from mlx_segtrain.config import (
     TrainConfig,
@@ -25,7 +25,7 @@ from mlx_segtrain.config import (
     load_config,
     nearest,
 )
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, RunError
 
 PLANNED = (  # what memory depends on, besides the model
     *("method", "rank", "rank_scaling", "target_modules", "num_layers", "warm_start"),
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C)."""
+    """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (a signal)."""
     try:
         parser, commands = _parsers()
         args, rest = parser.parse_known_args(argv)
@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"mlx-segtrain: error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"mlx-segtrain: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
@@ -102,6 +105,10 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
             help="YAML file with any of the fields below; flags given here replace its values",
         )
         add_flags(added, TrainConfig.model_fields)
+
+    added = command("verify", _verify, "say whether what a run was made of is still the same")
+    added.add_argument("folder", type=Path, metavar="RUN", help="the adapter_path of a run")
+    added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("plan", _plan, "say what a run would take, without loading anything")
     added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as of train")
@@ -200,6 +207,8 @@ def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif bool in get_args(field.annotation):  # or a word
+            options |= {"nargs": "?", "const": True, "metavar": _metavar(name)}
         else:
             options["metavar"] = _metavar(name)
             options["nargs"] = "+" if is_list(field) else None
@@ -210,6 +219,8 @@ def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
         return "TEXT" if name == "sample_prompts" else "NAME"
+    if name == "resume":
+        return "auto"
     if words := choices(field):
         return "{" + ",".join(words) + "}"
     return {Path: "PATH", float: "X", str: "TEXT"}.get(kind(field), "N")
@@ -267,7 +278,8 @@ def _train(args: argparse.Namespace) -> int:
         state = "no lower validation loss any more: stopped after"
     print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     print(f"adapter          {result.adapter_path}")
-    print(f"training loss    {result.final_train_loss:.4f}")
+    if result.final_train_loss is not None:
+        print(f"training loss    {result.final_train_loss:.4f}")
     if result.final_val_loss is not None:
         print(
             f"validation loss  {result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
@@ -298,6 +310,20 @@ def _probe(args: argparse.Namespace) -> int:
     print(f"gradient norm    {result.grad_norm:.4f}")
     print(f"finite           {'yes' if result.finite else 'no'}")
     return 0 if result.finite else 1
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mlx_segtrain.training import verify
+
+    found = verify(args.folder)
+    if args.json:
+        print(json.dumps({**asdict(found), "run": str(found.run), "ok": found.ok}))
+        return 0 if found.ok else 1
+    ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
+    print(f"{'run':12s}  {found.run}: {ended}")
+    for part, faults in found.parts.items():
+        print(f"{part:12s}  {'; '.join(faults) or 'the same'}")
+    return 0 if found.ok else 1
 
 
 def _peak(result: Any) -> str:

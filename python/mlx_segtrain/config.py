@@ -59,6 +59,7 @@ Name = Annotated[str, Field(min_length=1)]
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
+Resume = bool | Literal["auto"]
 
 
 #: When an option that is not at its default does something, and when it does not, in words.
@@ -195,6 +196,24 @@ class TrainConfig(BaseModel):
         "auto",
         description="Memory that a run may take, in 10⁹ bytes; auto is what the device has free.",
     )
+    steps_per_save: Int = Field(
+        50,
+        ge=0,
+        description="Steps between checkpoints, from which a run can be resumed; 0 is none but at "
+        "its end. The adapter is written with each.",
+    )
+    keep_checkpoints: Int = Field(2, ge=1, description="Newest of these checkpoints to keep.")
+    resume: Resume = Field(
+        False,
+        description="Go on from the newest whole checkpoint in adapter_path; auto begins if there "
+        "is none.",
+    )
+    on_spike: Literal["warn", "skip", "stop"] = Field(
+        "warn", description="What to do at a loss far above those of the steps before."
+    )
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_distinct)] = Field(
+        [], description="Trackers that get the metrics, besides metrics.jsonl."
+    )
     save_checkpoints: bool = Field(
         False, description="Keep a complete adapter directory of every evaluation."
     )
@@ -258,6 +277,12 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _resume_or_overwrite(self) -> TrainConfig:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other: set only one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _one_memory_plan(self) -> TrainConfig:
         if self.grad_checkpoint and isinstance(self.segment_size, int) and self.segment_size > 0:
             raise ValueError(
@@ -310,6 +335,8 @@ SPECIAL = {
     "segment_size": "auto or an integer >= 0",
     "memory_budget_gb": "auto or a finite number > 0",
     "sample_prompts": "texts, each once",
+    "resume": "true, false or auto",
+    "report_to": "tensorboard or wandb, each once",
     "eval_command": "a command line",
 }
 

@@ -1,8 +1,16 @@
-"""The one exception for input that the user can mend."""
+"""What ends a run in one sentence: input that the user can mend, and what happens on the way."""
 
 
 class InputError(ValueError):
     """Bad input. The message is one sentence: what is wrong, where, and what to do about it.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message is one sentence: what happened, at which step, what is
+    kept, and what to do.
+
+    The command line prints it without a traceback and exits with code 1.
     """

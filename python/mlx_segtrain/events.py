@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,19 @@ def now() -> str:
 def started() -> Event:
     """The first event of a run."""
     return {"type": "started", "ts": now()}
+
+
+def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
+    """The first line of a log, or of its part behind the step from which a run was resumed."""
+    return {
+        **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
+        "config": config,
+    }
+
+
+def warning(message: str) -> Event:
+    """Something that the user should know, and that the run goes on with."""
+    return {"type": "warning", "message": message}
 
 
 def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:

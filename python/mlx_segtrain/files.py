@@ -1,12 +1,23 @@
-"""Files are written aside and renamed, so that a reader never sees half of one; and locked."""
+"""Files are written aside and renamed, so that a reader never sees half of one; and locked.
 
+What is written reaches the disk in order: content before the name that it gets, and a name before
+whatever counts on it. A power cut leaves the old file or the new one.
+"""
+
+import errno
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 def cache_dir() -> Path:
@@ -18,18 +29,90 @@ def cache_dir() -> Path:
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is fsynced and takes `path`'s name.
 
-    The temporary keeps the suffix, since `mx.save_safetensors` appends one that is missing. After
-    an exception the temporary is removed and whatever stood at `path` is untouched.
+    After an exception the temporary is removed and whatever stood at `path` is untouched.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    aside = _aside(path)
     try:
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        sync(aside)
         os.replace(aside, path)
+        sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic`, of a folder with files; one that stands at `path` is replaced."""
+    aside = _aside(path)
+    old = path.with_name(aside.name + ".old")
+    make_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        yield aside
+        for file in aside.iterdir():
+            sync(file)
+        sync(aside)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(aside, path)
+        sync(path.parent)
+    finally:
+        for folder in (aside, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def clean(folder: Path) -> None:
+    """Removes what a process that was killed had written aside in this folder."""
+    for path in folder.glob(".*.tmp*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder and what is in it, if it is there; of its name at once."""
+    if path.exists():
+        aside = _aside(path)
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it, if they are not there, and waits for the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has the content of a file, or the names in a folder."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        sync_open(file)
+    except OSError as error:
+        # Some network and FUSE file systems know no fsync of folders.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(file)
+
+
+def sync_open(file: int) -> None:
+    """As `sync`, of an open file's number. On macOS fsync alone leaves it in the disk's cache."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is None:
+        os.fsync(file)
+    else:
+        fcntl.fcntl(file, full)
 
 
 def lock(file: IO[Any]) -> bool:
@@ -53,3 +136,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: "Mapping[str, mx.array]", metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, not atomically; OSError with its reason, which MLX's own has not.
+
+    mlx.core is imported here: reading a configuration needs no MLX.
+    """
+    import mlx.core as mx
+
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, dict(tensors), dict(metadata))
+
+
+def hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file by its name, in hexadecimal; OSError if one cannot be read."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+    return digest.hexdigest()

@@ -69,6 +69,8 @@ class Terminal:
             found = event.get("scores") or {"failed": event.get("error")}
             text = ", ".join(f"{name} {x}" for name, x in found.items())
             self._line(f"step {event['step']}: score {text}")
+        elif event["type"] == "warning":
+            self._line(f"warning: {event['message']}")
         elif event["type"] == "sample":
             self._line(f"step {event['step']}: {event['prompt']}")
             self._line(f"  -> {event['text'].strip()}")
@@ -78,7 +80,8 @@ class Terminal:
     def _stage(self, event: Event) -> None:
         if event["stage"] == "train":
             self.iters = event["iters"]
-            self._task = self._bar.add_task("train", total=self.iters, status="")
+            done = event["step"]
+            self._task = self._bar.add_task("train", total=self.iters, completed=done, status="")
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
 

@@ -13,11 +13,11 @@ but a padded column has no gradient, hence the second file for training on.
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..files import atomic, write_json
+from ..files import atomic, make_folder, write_json, write_tensors
 from ..lora import Adapter
 from .folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
 from .reading import is_dora, ranks_in, read_adapter
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["WEIGHTS", "holds_run", "is_dora", "ranks_in", "read_adapter", "write_adapter"]
 
 RUN_FILES = (
-    *(WEIGHTS, CONFIG, "metrics.jsonl", "metrics.json"),
-    *("checkpoints", "best"),
+    *(WEIGHTS, CONFIG, "metrics.jsonl", "metrics.json", "run.json"),
+    *("state", "checkpoints", "best"),
 )
 
 
@@ -39,8 +39,11 @@ def holds_run(path: Path) -> bool:
 
 
 def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
-    """Writes a complete adapter directory, every file atomically, the weights last."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Writes a complete adapter directory, every file atomically, the weights last.
+
+    Weights of another configuration are removed first: at no time do two that differ lie together.
+    """
+    make_folder(path)
     ranks = adapter.ranks
     largest = max(ranks.values())
     padded = len(set(ranks.values())) > 1
@@ -68,29 +71,32 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
         "rank_scaling": config.rank_scaling,
         "applied_ranks": ranks,
     }
-    write_json(
-        path / CONFIG,
-        {
-            "fine_tune_type": "dora" if adapter.magnitudes else "lora",
-            "num_layers": -1,
-            "lora_parameters": lora_parameters,
-            "model": str(config.model_dir),
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(config.model_dir),
-            "r": largest,
-            "lora_alpha": largest * scale,
-            "lora_dropout": config.lora_dropout,
-            "use_dora": bool(adapter.magnitudes),
-            "target_modules": suffixes,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "optiq": shared,
-            "segtrain": json.loads(config.model_dump_json()),
-        },
-    )
+    about = {
+        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
+        "num_layers": -1,
+        "lora_parameters": lora_parameters,
+        "model": str(config.model_dir),
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(config.model_dir),
+        "r": largest,
+        "lora_alpha": largest * scale,
+        "lora_dropout": config.lora_dropout,
+        "use_dora": bool(adapter.magnitudes),
+        "target_modules": suffixes,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "optiq": shared,
+        "segtrain": json.loads(config.model_dump_json()),
+    }
+    before = _config_in(path)
+    if any(before.get(name) != value for name, value in about.items() if name != "segtrain"):
+        for name in (WEIGHTS, UNPADDED):
+            (path / name).unlink(missing_ok=True)
+    if before != about:
+        write_json(path / CONFIG, about)
     write_json(
         path / OPTIQ_CONFIG,
         {
@@ -106,8 +112,16 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
     )
     if padded:
         with atomic(path / UNPADDED) as aside:
-            mx.save_safetensors(str(aside), flat(None), {"format": "mlx"})
+            write_tensors(aside, flat(None), {"format": "mlx"})
     else:
         (path / UNPADDED).unlink(missing_ok=True)
     with atomic(path / WEIGHTS) as aside:
-        mx.save_safetensors(str(aside), flat(largest if padded else None), {"format": "mlx"})
+        write_tensors(aside, flat(largest if padded else None), {"format": "mlx"})
+
+
+def _config_in(path: Path) -> dict[str, Any]:
+    """What the folder's configuration holds; nothing if there is none."""
+    try:
+        return dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -1,6 +1,6 @@
 """Training data: JSONL rows to token ids with a loss weight for each token, and batches of them."""
 
-from mlx_segtrain.data.batching import AnyBatch, Batch, PairBatch, batches, eval_batches
+from mlx_segtrain.data.batching import AnyBatch, Batch, PairBatch, batches, eval_batches, one_row
 from mlx_segtrain.data.dataset import Dataset, load_dataset, load_split
 from mlx_segtrain.data.encoding import Pair, Row
 from mlx_segtrain.data.inspection import Preview, Report, inspect
@@ -19,4 +19,5 @@ __all__ = [
     "inspect",
     "load_dataset",
     "load_split",
+    "one_row",
 ]

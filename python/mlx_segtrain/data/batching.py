@@ -84,6 +84,11 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
         yield _batch(dataset, rows, batch_size)
 
 
+def one_row(dataset: Dataset, i: int) -> AnyBatch:
+    """The row of this index alone."""
+    return _batch(dataset, np.array([i]), 1)
+
+
 def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> AnyBatch:
     own = [dataset.rows[i] for i in rows]
     if dataset.format != "preference":

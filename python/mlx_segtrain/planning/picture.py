@@ -59,8 +59,8 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset
-    from ..training.loop import Stepper
     from ..training.setup import load_setup
+    from ..training.step import Stepper
 
     rng = np.random.default_rng(0)
     batch, length = run.batch, run.batch.length
@@ -78,11 +78,13 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
 
     setup, vector = load_setup(config, run, data, None, None)
     step = Stepper(config, setup, watch)
+    at = step.optimizer.start(vector)
+    del vector
     with run.limits():
         for _ in range(2):
             peaks.clear()
             mx.clear_cache()
             mx.reset_peak_memory()
             one = Batch(tokens, weights, np.arange(batch.rows), np.full(batch.rows, length + 1))
-            vector, _ = step(vector, [one])
+            at, _ = step(at, [one])
     return peaks

@@ -92,9 +92,18 @@ class RunPlan:
 
     def tightened(self, measured: int) -> RunPlan | None:
         """The next cheaper plan if `measured` bytes were over the budget, if there is one."""
-        if self.planned is None or self.size is not None or measured <= self.budget:
+        if self.planned is None or measured <= self.budget:
             return None
-        cheaper = self.within(int(self.budget * min(self.planned.peak / measured, 0.95)))
+        return self._cheaper(int(self.budget * min(self.planned.peak / measured, 0.95)))
+
+    def cheaper(self) -> RunPlan | None:
+        """The next plan that takes less, if there is one and none was asked for."""
+        return self.planned and self._cheaper(int(0.95 * self.planned.peak))
+
+    def _cheaper(self, budget: int) -> RunPlan | None:
+        if self.size is not None:
+            return None
+        cheaper = self.within(budget)
         same = [plan.cuts for plan in cheaper.plans] == [plan.cuts for plan in self.plans]
         return None if same else cheaper
 

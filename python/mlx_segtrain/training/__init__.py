@@ -1,6 +1,18 @@
-"""Training: the loop, its optimizer step, evaluation and the probe."""
+"""Training: the loop, its optimizer step, checkpoints, evaluation and the probe."""
 
 from .evaluation import EvalResult, evaluate
-from .loop import ProbeResult, TrainResult, probe, train
+from .loop import train
+from .probing import probe
+from .record import Verified, verify
+from .results import ProbeResult, TrainResult
 
-__all__ = ["EvalResult", "ProbeResult", "TrainResult", "evaluate", "probe", "train"]
+__all__ = [
+    "EvalResult",
+    "ProbeResult",
+    "TrainResult",
+    "Verified",
+    "evaluate",
+    "probe",
+    "train",
+    "verify",
+]

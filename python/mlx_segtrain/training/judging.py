@@ -47,7 +47,10 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
     """
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:
-        write_adapter(Path(folder), adapter, config)
+        try:
+            write_adapter(Path(folder), adapter, config)
+        except OSError as error:
+            return f"no adapter for eval_command in {folder}: {error.strerror or error}"
         command = [x.replace("{adapter}", folder) for x in shlex.split(config.eval_command)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,9 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_map
 
 from ..config import TrainConfig
 from .layout import Layout
+from .state import Iterate
 
 #: By name: how it is made, and whether it decays weights by itself, apart from the gradient.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
@@ -56,34 +58,36 @@ class Optimizer:
 
     def __init__(self, config: TrainConfig, layout: Layout):
         self.config, self.layout = config, layout
-        self.step = 0
         make, self.decays = OPTIMIZERS[config.optimizer]
         ratios = [1.0] if config.lora_plus_ratio == 1 else [1.0, config.lora_plus_ratio]
         #: An optimizer for all, or for A and for B, and the multiplier of its rate.
         self.parts = [(make(config), ratio) for ratio in ratios]
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of the next step."""
-        return learning_rate(self.config, self.step)
+    def start(self, vector: mx.array) -> Iterate:
+        """Before the first step, with what the optimizer remembers then."""
+        for (optimizer, _), own in zip(self.parts, self._split(vector), strict=True):
+            optimizer.init(own)
+        return Iterate(vector, [optimizer.state for optimizer, _ in self.parts])
 
-    def __call__(self, gradient: mx.array, vector: mx.array) -> mx.array:
-        """The vector after a step, evaluated."""
-        rate = self.rate
-        pieces = []
-        for (optimizer, ratio), g, p in zip(
-            self.parts, self._split(gradient), self._split(vector), strict=True
+    def __call__(self, gradient: mx.array, at: Iterate) -> Iterate:
+        """Behind a step, evaluated. What `at` holds stays as it is."""
+        rate = learning_rate(self.config, at.step)
+        pieces, moments = [], []
+        for (optimizer, ratio), g, p, state in zip(
+            self.parts, self._split(gradient), self._split(at.vector), at.moments, strict=True
         ):
+            optimizer.state = tree_map(lambda x: x, state)  # it writes into the dicts it is given
             optimizer.learning_rate = rate * ratio
             if not self.decays:
                 keep = 1 - rate * ratio * self.config.weight_decay
                 p = {name: x * keep for name, x in p.items()}
             new: dict[str, mx.array] = optimizer.apply_gradients(g, p)
             pieces += [x.reshape(-1) for x in new.values()]
-        new_vector = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
-        mx.eval(new_vector, [optimizer.state for optimizer, _ in self.parts])
-        self.step += 1
-        return new_vector
+            moments.append(optimizer.state)
+            optimizer.state = {}
+        vector = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+        mx.eval(vector, moments)
+        return Iterate(vector, moments, at.step + 1)
 
     def _split(self, vector: mx.array) -> list[dict[str, Any]]:
         """The vector by part, each as it is or as matrices by name, in the vector's order."""

@@ -19,7 +19,7 @@ import numpy as np
 from .. import events
 from ..config import TrainConfig
 from ..data import Dataset, Pair, eval_batches
-from ..files import atomic, cache_dir
+from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
 from ..objectives import value
 from ..objectives.preference import Reference
@@ -35,11 +35,14 @@ def with_references(
     data: Dataset,
     wanted: Collection[int],
 ) -> Dataset:
-    """The data, in which the wanted pairs have their `reference`."""
+    """The data, in which the wanted pairs have their `reference`, those that had one the same."""
+    wanted = {i for i in wanted if data.rows[i].reference is None}
+    if not wanted:
+        return data
     file = cache_dir() / "references" / f"{model_key(config.model_dir)}.npz"
     known = _read(file)
     keys = [pair_key(pair) for pair in data.rows]
-    missing = sorted(i for i in set(wanted) if keys[i] not in known)
+    missing = sorted(i for i in wanted if keys[i] not in known)
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
@@ -50,9 +53,31 @@ def with_references(
             (sums,) = value(objective, chain, {}, {}, batch, objective.total([batch]))
             for i, both in zip(batch.rows, np.array(sums).reshape(2, -1).T, strict=True):
                 known[keys[missing[int(i)]]] = (float(both[0]), float(both[1]))
-        _write(file, known)
+        try:
+            _write(file, known)
+        except OSError as error:
+            reason = error.strerror or error
+            on_event(
+                events.warning(f"{file} cannot be written ({reason}): not kept for other runs")
+            )
     rows = [
-        replace(pair, reference=known.get(key)) for pair, key in zip(data.rows, keys, strict=True)
+        pair if pair.reference else replace(pair, reference=known.get(key))
+        for pair, key in zip(data.rows, keys, strict=True)
+    ]
+    return replace(data, rows=rows)
+
+
+def references_of(data: Dataset) -> np.ndarray:
+    """Of all pairs, float64 [pairs, 2]; NaN where there is none."""
+    none = (np.nan, np.nan)
+    return np.array([pair.reference or none for pair in data.rows], np.float64).reshape(-1, 2)
+
+
+def given_references(data: Dataset, found: np.ndarray) -> Dataset:
+    """The data with what `references_of` has found."""
+    rows = [
+        pair if np.isnan(both).any() else replace(pair, reference=(float(both[0]), float(both[1])))
+        for pair, both in zip(data.rows, found, strict=True)
     ]
     return replace(data, rows=rows)
 
@@ -96,7 +121,7 @@ def _read(file: Path) -> dict[bytes, tuple[float, float]]:
 
 
 def _write(file: Path, known: dict[bytes, tuple[float, float]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, KEY)
-    with atomic(file) as aside:
-        np.savez(aside, keys=keys, values=np.array(list(known.values()), np.float64))
+    with atomic(file) as aside, open(aside, "wb") as stored:
+        np.savez(stored, keys=keys, values=np.array(list(known.values()), np.float64))

@@ -1,21 +1,18 @@
 """From a configuration to all that a run needs; every check before anything is written."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .. import events, lora
-from ..adapters import holds_run, read_adapter
+from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Pair, Row, batches, load_dataset
 from ..errors import InputError
-from ..files import lock
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
 from ..objectives import Objective
@@ -26,15 +23,17 @@ from ..planning.run import RunPlan, plan_run, ways
 from ..ranks import asked
 from ..schedule import Grads
 from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
+from .checkpoint import Checkpoint, newest
 from .layout import Layout
-from .references import with_references
+from .log import check_free
+from .references import given_references, with_references
 
 
 @dataclass(frozen=True)
 class Setup:
     """A loaded model, its objective, where its adapter's factors stand in a vector, and the data.
 
-    `config` has the number of steps that its epochs come to.
+    `config` has the number of steps that its epochs come to; `apart`: pairs share nothing.
     """
 
     config: TrainConfig
@@ -47,36 +46,43 @@ class Setup:
     valid: Dataset | None
     tokenizer: Any
     plan: RunPlan
+    apart: bool = False
 
 
-def check_output(config: TrainConfig) -> None:
-    """InputError if adapter_path cannot take a new run."""
+def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Where a run that is gone on with stands; None if one begins. InputError if adapter_path
+    cannot take it."""
     path = config.adapter_path
     if path.exists() and not path.is_dir():
         raise InputError(f"adapter_path {path} is a file: give a folder for the adapter.")
-    if (path / "metrics.jsonl").exists():
-        with open(path / "metrics.jsonl", encoding="utf-8") as metrics:
-            claim(metrics, path)
-    if holds_run(path) and not config.overwrite:
+    check_free(path)
+    if config.resume:
+        checkpoint = newest(path, warn)
+        if checkpoint is not None:
+            return checkpoint
+        if config.resume is True:
+            raise InputError(
+                f"adapter_path {path} holds no checkpoint to resume: leave --resume out, or give "
+                "--resume auto, which then begins."
+            )
+    elif holds_run(path) and not config.overwrite:
         raise InputError(
-            f"adapter_path {path} already holds a run: choose another folder, or give --overwrite."
+            f"adapter_path {path} already holds a run: choose another folder, give --resume to go "
+            "on with it, or --overwrite."
         )
-
-
-def claim(metrics: IO[str], folder: Path) -> None:
-    """Takes `folder` for one run until `metrics`, its metrics.jsonl, is closed.
-
-    InputError if a run that goes on has it.
-    """
-    if lock(metrics):
-        return
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        meta = file.readline()
-    owner = f" (process {json.loads(meta)['pid']})" if meta.endswith("\n") else ""
-    raise InputError(
-        f"adapter_path {folder} is in use by a run that goes on{owner}: choose another folder, or "
-        "wait for its end."
-    )
+    if (path / WEIGHTS).exists() and not config.overwrite:
+        raise InputError(
+            f"adapter_path {path} holds an adapter, but no checkpoint to resume: choose another "
+            "folder, or give --overwrite."
+        )
+    if config.warm_start is not None:
+        warm, own = config.warm_start.resolve(), path.resolve()
+        if warm in (own, own / "best") or warm.parent == own / "checkpoints":
+            raise InputError(
+                f"warm_start {warm} lies in adapter_path {path}, which this run replaces: give "
+                "another adapter_path."
+            )
+    return None
 
 
 def check_length(chain: Chain, max_seq_length: int) -> None:
@@ -98,11 +104,18 @@ def objective_of(config: TrainConfig) -> Objective:
     return Sft()
 
 
-def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.array]:
-    """Reads the data, plans, loads the model, and makes the factors of an adapter, a vector.
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
 
-    InputError for whatever does not fit, memory included: before the weights are loaded.
-    """
+    config: TrainConfig
+    tokenizer: Any
+    train: Dataset
+    valid: Dataset | None
+
+
+def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
+    """InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
     tokenizer = load_tokenizer(config.model_dir)
     train, valid = load_dataset(
@@ -119,30 +132,48 @@ def prepare(config: TrainConfig, on_event: events.OnEvent) -> tuple[Setup, mx.ar
                 f"{option} needs a validation loss, and {config.data_dir} has no valid.jsonl: add "
                 "one, or leave the option out."
             )
-    config = with_iters(config, train)
-    plan, train = _planned(config, train)
+    return Inputs(with_iters(config, train), tokenizer, train, valid)
+
+
+def prepare(
+    inputs: Inputs, on_event: events.OnEvent, resumed: Checkpoint | None = None
+) -> tuple[Setup, mx.array]:
+    """Plans, loads the model, and makes the factors of a fresh adapter, a vector.
+
+    Pairs run as in the run that is resumed, with its references. InputError for whatever does not
+    fit, memory included: before the weights are loaded.
+    """
+    config, train, valid = inputs.config, inputs.train, inputs.valid
+    apart = resumed is not None and resumed.apart
+    try:
+        plan = plan_run(config, *largest_batches(_apart(train) if apart else train, config))
+    except InputError as error:
+        if apart or not _shares(train):
+            raise
+        try:  # pairs share nothing if only apart they fit
+            plan, apart = plan_run(config, *largest_batches(_apart(train), config)), True
+        except InputError:
+            raise error from None
+    train = _apart(train) if apart else train
     on_event(events.stage("setup", 0.02, str(plan)))
-    setup, vector = load_setup(config, plan, train, valid, tokenizer)
+    setup, vector = load_setup(config, plan, train, valid, inputs.tokenizer)
+    setup = replace(setup, apart=apart)
     if config.method == "dpo" and not config.reference_free:
         with plan.limits():
-            setup = _referenced(setup, on_event)
+            setup = _referenced(setup, on_event, resumed.references if resumed else {})
     size = f"{len(train.rows)} rows, {train.tokens} tokens"
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {size}"))
     return setup, vector
 
 
-def _planned(config: TrainConfig, train: Dataset) -> tuple[RunPlan, Dataset]:
-    """The plan, and the data as it is run: pairs share nothing if only apart they fit."""
-    try:
-        return plan_run(config, *largest_batches(train, config)), train
-    except InputError as error:
-        if not any(isinstance(row, Pair) and row.shared >= SHARED_LEAST for row in train.rows):
-            raise
-        apart = replace(train, rows=[replace(pair, shared=0) for pair in train.rows])
-        try:
-            return plan_run(config, *largest_batches(apart, config)), apart
-        except InputError:
-            raise error from None
+def _apart(train: Dataset) -> Dataset:
+    """With pairs that share nothing."""
+    return replace(train, rows=[replace(pair, shared=0) for pair in train.rows])
+
+
+def _shares(train: Dataset) -> bool:
+    """Whether any batch runs what both of a pair begin with once."""
+    return any(isinstance(row, Pair) and row.shared >= SHARED_LEAST for row in train.rows)
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
@@ -187,9 +218,13 @@ def load_setup(
     return Setup(*what, train, valid, tokenizer, plan), vector
 
 
-def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
+def _referenced(setup: Setup, on_event: events.OnEvent, known: Mapping[str, np.ndarray]) -> Setup:
     """With what the model without adapter gives for the pairs that the run will see."""
-    config = setup.config
+    config, valid = setup.config, setup.valid
+    if "train" in known:
+        setup = replace(setup, train=given_references(setup.train, known["train"]))
+    if "valid" in known and valid is not None:
+        valid = given_references(valid, known["valid"])
     source = batches(setup.train, config.batch_size, config.seed)
     steps = config.iters * config.grad_accumulation_steps
     epoch = len(setup.train.rows) // config.batch_size
@@ -198,7 +233,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
         seen = set(range(len(setup.train.rows)))
     how = (config, setup.chain, on_event)
     train = with_references(*how, setup.train, seen)
-    valid = setup.valid and with_references(*how, setup.valid, range(len(setup.valid.rows)))
+    valid = valid and with_references(*how, valid, range(len(valid.rows)))
     return replace(setup, train=train, valid=valid)
 
 

@@ -1,0 +1,165 @@
+"""Checkpoints: the complete state of a run between two steps, in folders that are whole or absent.
+
+    state/step-00050/state.safetensors  factors, what the optimizer remembers, references of pairs;
+                                        its metadata is the rest, as JSON
+    state/step-00050/manifest.json      size and SHA-256 of that file
+
+The order of rows, masks of dropout and the learning rate follow from the configuration and the
+step: there is no other random state.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from ..errors import InputError
+from ..files import atomic_folder, clean, remove_folder, sha256, write_json, write_tensors
+from .state import Iterate, Moments, Progress, State
+
+STATE, TENSORS, MANIFEST = "state", "state.safetensors", "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read of one.
+
+    `record` is what the run was made of, `log_bytes` where metrics.jsonl stood, `apart` whether
+    pairs ran as two sequences; `references` are those of training and validation pairs, by name.
+    """
+
+    folder: Path
+    step: int
+    progress: Progress
+    record: dict[str, Any]
+    log_bytes: int
+    apart: bool
+    references: dict[str, np.ndarray]
+    tensors: dict[str, mx.array]
+
+    def iterate(self, fresh: Iterate) -> Iterate:
+        """Where the run stood; `fresh` is where it began, and has the same structure.
+
+        InputError if it has not.
+        """
+
+        def stored(name: str, like: mx.array) -> mx.array:
+            found = self.tensors.get(name)
+            if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
+                raise InputError(f"{self.folder} is not of this run: {name} is missing or differs.")
+            return found
+
+        moments: Moments = tree_map_with_path(
+            lambda path, like: stored(f"moments.{path}", like), fresh.moments
+        )
+        return Iterate(stored("factors", fresh.vector), moments, self.step)
+
+
+def save(
+    run: Path,
+    state: State,
+    keep: int,
+    *,
+    record: dict[str, Any],
+    log_bytes: int,
+    apart: bool,
+    **references: np.ndarray,
+) -> None:
+    """Writes a checkpoint below the folder of a run and removes all but the newest `keep`, and
+    those of steps that the run has not come to, which are of another future.
+
+    OSError if it cannot be written; what was there is there still.
+    """
+    tensors: dict[str, Any] = {"factors": state.at.vector}
+    tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
+    # As bits: safetensors of MLX have no float64.
+    tensors |= {f"references.{name}": mx.array(x.view(np.uint32)) for name, x in references.items()}
+    rest = {
+        "version": VERSION,
+        "record": record,
+        "step": state.step,
+        "log_bytes": log_bytes,
+        "apart": apart,
+        "progress": state.progress.to_json(),
+    }
+    with atomic_folder(run / STATE / f"step-{state.step:05d}") as folder:
+        write_tensors(folder / TENSORS, tensors, {"segtrain": json.dumps(rest)})
+        file = folder / TENSORS
+        own = {"size": file.stat().st_size, "sha256": sha256(file)}
+        write_json(folder / MANIFEST, {"files": {TENSORS: own}})
+    clean(run / STATE)
+    steps = found(run)
+    past = [step for step in steps if step <= state.step]
+    for step in steps:
+        if step not in past[:keep]:
+            remove_folder(steps[step])
+
+
+def found(run: Path) -> dict[int, Path]:
+    """Folders of checkpoints by their step, whole or not, the newest first."""
+    named = {
+        int(match[1]): path
+        for path in (run / STATE).glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+    }
+    return dict(sorted(named.items(), reverse=True))
+
+
+def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, if there is one; `warn` is told of each torn one."""
+    for folder in found(run).values():
+        fault = torn(folder)
+        if fault is None:
+            return _read(folder)
+        warn(f"the checkpoint {folder} is torn ({fault}): it is left out")
+    return None
+
+
+def torn(folder: Path) -> str | None:
+    """Why a checkpoint is not what was written; None if it is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        own = files[TENSORS]
+        size = (folder / TENSORS).stat().st_size
+        if size != own["size"]:
+            return f"{TENSORS} has {size} bytes of {own['size']}"
+        if sha256(folder / TENSORS) != own["sha256"]:
+            return f"{TENSORS} has another SHA-256 than when it was written"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not what was written"
+    return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    loaded: Any = mx.load(str(folder / TENSORS), return_metadata=True)
+    tensors, metadata = loaded
+    rest = json.loads(metadata["segtrain"])
+    if rest["version"] != VERSION:
+        raise InputError(
+            f"{folder} is of another version of mlx-segtrain ({rest['version']}, not {VERSION}): "
+            "resume with that one."
+        )
+    prefix = "references."
+    return Checkpoint(
+        folder,
+        rest["step"],
+        Progress.from_json(rest["progress"]),
+        rest["record"],
+        rest["log_bytes"],
+        rest["apart"],
+        {
+            name.removeprefix(prefix): np.array(x).view(np.float64)
+            for name, x in tensors.items()
+            if name.startswith(prefix)
+        },
+        {name: x for name, x in tensors.items() if not name.startswith(prefix)},
+    )

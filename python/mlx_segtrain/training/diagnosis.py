@@ -1,0 +1,114 @@
+"""Why a step must not be taken: which row, and where numbers first stopped being finite."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..data import AnyBatch, Dataset, one_row
+from ..objectives import value
+from ..schedule import Stage
+from .setup import Setup
+from .state import Iterate, Outcome
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the report of a step that was not taken holds: `step` from 1, rows as "file:line".
+
+    `tensor` is the first that is not finite: a factor of the adapter, what a layer gives, or the
+    gradient of a factor.
+    """
+
+    kind: str  #: nonfinite or spike
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    rows: list[str]
+    tensor: str | None
+    losses: list[float]
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        at: Iterate,
+        outcome: Outcome,
+        rows: list[str],
+        losses: list[float],
+        tensor: str | None = None,
+    ) -> "Fault":
+        what = (outcome.loss, outcome.norm, outcome.rate)
+        return cls(kind, at.step + 1, *what, rows, tensor, losses)
+
+    @property
+    def place(self) -> str:
+        """Rows and tensor in words."""
+        more = f" and {len(self.rows) - 3} more" if len(self.rows) > 3 else ""
+        where = f" (first in {self.tensor})" if self.tensor else ""
+        return f"on {', '.join(self.rows[:3])}{more}{where}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers that JSON does not have as words."""
+        return {
+            name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in asdict(self).items()
+        }
+
+
+def rows_of(data: Dataset, accumulated: Sequence[AnyBatch]) -> list[str]:
+    """Where the rows of these batches stand."""
+    indices = sorted({int(i) for batch in accumulated for i in batch.rows})
+    return [data.rows[i].source for i in indices]
+
+
+def diagnose(
+    setup: Setup,
+    at: Iterate,
+    accumulated: Sequence[AnyBatch],
+    outcome: Outcome,
+    gradient: mx.array,
+) -> Fault:
+    """Runs each row alone, forward, until one is not finite; all of them if none is."""
+    rows = rows_of(setup.train, accumulated)
+    bad = setup.layout.names(~mx.isfinite(at.vector))
+    tensor = f"the factor {bad[0]}" if bad else None
+    if tensor is None:
+        for i in sorted({int(i) for batch in accumulated for i in batch.rows}):
+            tensor = _first_bad(setup, at, one_row(setup.train, i))
+            if tensor is not None:
+                rows = [setup.train.rows[i].source]
+                break
+    if tensor is None:
+        bad = setup.layout.names(~mx.isfinite(gradient))
+        tensor = f"the gradient of {bad[0]}" if bad else None
+    return Fault.of("nonfinite", at, outcome, rows, [], tensor)
+
+
+def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
+    """What a layer or the head gives that is not finite, by name."""
+    found: list[str] = []
+
+    def watched(stage: Stage) -> Stage:
+        def fn(*args: Any, **kwargs: Any) -> Any:
+            out = stage.fn(*args, **kwargs)
+            outs = out if isinstance(out, tuple | list) else (out,)
+            for name, x in zip(stage.writes, outs, strict=False):
+                if not mx.isfinite(x).all():
+                    found.append(f"{name} behind {stage.name}")
+            return out
+
+        return replace(stage, fn=fn)
+
+    stages = setup.chain.stages
+    chain = replace(setup.chain, stages=lambda *a, **k: [watched(s) for s in stages(*a, **k)])
+    params = setup.layout.split(at.vector)
+    what = (setup.objective, chain, setup.scales, params, batch, setup.objective.total([batch]))
+    outputs = np.array([float(x) for x in value(*what)])
+    if found:
+        return found[0]
+    return None if np.isfinite(outputs).all() else "the loss"

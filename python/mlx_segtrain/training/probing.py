@@ -1,0 +1,57 @@
+"""A few steps, to see what a run would take."""
+
+import math
+import time
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+
+from .. import events
+from ..config import TrainConfig
+from ..data import batches
+from .results import ProbeResult
+from .setup import prepare, read_inputs
+from .step import Halted, Stepper
+
+
+def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeResult:
+    """Two steps on the longest rows of the data: memory, time, and whether numbers stay finite.
+
+    Writes nothing. InputError for input that cannot be used.
+    """
+    tell = on_event or (lambda event: None)
+    setup, vector = prepare(read_inputs(config, tell), tell)
+    config = setup.config
+    longest: list[Any] = sorted(setup.train.rows, key=lambda row: -len(row))
+    rows = longest[: config.batch_size * config.grad_accumulation_steps]
+    setup = replace(setup, train=replace(setup.train, rows=rows))
+    source = batches(setup.train, config.batch_size, config.seed)
+    step = Stepper(config, setup)
+    at = step.optimizer.start(vector)
+    del vector
+    with setup.plan.limits():
+        resting = mx.get_active_memory()
+        mx.reset_peak_memory()
+        times, loss, norm, tokens, finite = [], math.nan, math.nan, 0, True
+        for _ in range(2):
+            accumulated = list(islice(source, config.grad_accumulation_steps))
+            started = time.perf_counter()
+            try:
+                at, outcome = step(at, accumulated)
+                loss, norm, tokens = outcome.loss, outcome.norm, outcome.tokens
+            except Halted:
+                finite = False
+            times.append(time.perf_counter() - started)
+    return ProbeResult(
+        step_s=times[1],
+        first_step_s=times[0],
+        peak_gb=mx.get_peak_memory() / 1e9,
+        planned_gb=setup.plan.planned.peak / 1e9 if setup.plan.planned else None,
+        resting_gb=resting / 1e9,
+        loss=loss,
+        grad_norm=norm,
+        finite=finite,
+        tokens=tokens,
+    )

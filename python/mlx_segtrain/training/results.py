@@ -1,0 +1,48 @@
+"""What train and probe return."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. Losses in nats per token, of preference methods per pair.
+
+    In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb what was predicted for it (None: a
+    family that the planner does not know), process_gb of the process' main memory. Of a run that
+    was resumed behind the step `resumed_from`, all but process_gb are of all its parts.
+    """
+
+    adapter_path: Path
+    steps: int
+    final_train_loss: float | None
+    first_val_loss: float | None
+    final_val_loss: float | None
+    best_val_loss: float | None
+    best_step: int | None
+    first_val_accuracy: float | None
+    final_val_accuracy: float | None
+    wall_s: float
+    tokens_per_sec: float
+    peak_gb: float
+    planned_gb: float | None
+    process_gb: float
+    applied_ranks: dict[str, int]
+    interrupted: bool
+    stopped_early: bool
+    resumed_from: int | None = None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Two steps on the longest rows. resting_gb: the loaded model alone."""
+
+    step_s: float
+    first_step_s: float
+    peak_gb: float
+    planned_gb: float | None
+    resting_gb: float
+    loss: float
+    grad_norm: float
+    finite: bool
+    tokens: int

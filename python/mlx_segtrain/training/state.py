@@ -1,0 +1,93 @@
+"""What changes during a run, and what of it a checkpoint holds."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from .memory import Memory
+
+#: The states of MLX's optimizers, one for each part of the factors.
+Moments = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """All factors, what the optimizer remembers, and the steps behind them: they change at once."""
+
+    vector: mx.array
+    moments: Moments
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a step: loss, gradient norm before clipping, and what else the objective measures.
+
+    `rate` is the learning rate, `tokens` those that are no padding. `bound` is the loss above which
+    it was a spike, None if it was none.
+    """
+
+    loss: float
+    norm: float
+    metrics: dict[str, float]
+    rate: float
+    tokens: int
+    bound: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run has come besides its factors; numbers and lists of them, so that JSON holds it.
+
+    `reported` and `evaluated` are the last steps of which that was done. `recent` are the outcomes
+    since the last report, `losses` those that tell what a spike is. Seconds and the peak, in bytes,
+    are of all parts of a run that was resumed.
+    """
+
+    reported: int = 0
+    evaluated: int = -1
+    last: Outcome | None = None
+    recent: list[Outcome] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    vals: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    train_s: float = 0.0
+    wall_s: float = 0.0
+    peak: int = 0
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """Step and loss of the evaluation with the lowest loss, the first if several have it."""
+        return min(self.vals, key=lambda v: v["loss"], default=None)
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations behind that one."""
+        best = self.best
+        return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        last, recent = values["last"], values["recent"]
+        return cls(
+            **values | {"last": last and Outcome(**last), "recent": [Outcome(**x) for x in recent]}
+        )
+
+
+@dataclass
+class State:
+    """A run between two steps."""
+
+    at: Iterate
+    progress: Progress
+    memory: Memory
+
+    @property
+    def step(self) -> int:
+        """Steps that are finished."""
+        return self.at.step

@@ -1,0 +1,100 @@
+"""Trackers of others that get the metrics too. What goes wrong in one never stops a run."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from .. import events
+from ..config import TrainConfig
+from ..errors import InputError
+
+Close = Callable[[], None]
+
+
+def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
+    """Scalars in adapter_path/tensorboard, for the command tensorboard --logdir."""
+    writer = import_module("tensorboard.summary").Writer(str(config.adapter_path / "tensorboard"))
+
+    def on_event(event: events.Event) -> None:
+        for name, x in scalars(event).items():
+            writer.add_scalar(name, x, event["step"])
+        if event["type"] == "metric":
+            writer.flush()
+
+    return on_event, writer.close
+
+
+def wandb(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
+    """A run of Weights & Biases; a resumed one goes on there. Their WANDB_* variables hold."""
+    run = import_module("wandb").init(
+        project=os.environ.get("WANDB_PROJECT", "mlx-segtrain"),
+        id=run_id,
+        resume="allow",
+        name=config.adapter_path.name,
+        dir=str(config.adapter_path),
+        config=config.model_dump(mode="json"),
+    )
+
+    def on_event(event: events.Event) -> None:
+        if found := scalars(event):
+            run.log({**found, "step": event["step"]})
+
+    return on_event, run.finish
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def scalars(event: events.Event) -> dict[str, float]:
+    """Numbers of a metric by name, as train/loss."""
+    if event["type"] != "metric":
+        return {}
+    values: dict[str, Any] = event.get("scores", event)
+    return {
+        f"{event['kind']}/{name}": float(x)
+        for name, x in values.items()
+        if isinstance(x, int | float) and name not in ("step", "progress")
+    }
+
+
+def check_installed(config: TrainConfig) -> None:
+    """InputError if a tracker's package is not there."""
+    for name in config.report_to:
+        if find_spec(name) is None:
+            raise InputError(
+                f"report_to {name} needs a package that is not installed: pip install {name}."
+            )
+
+
+@contextmanager
+def tracked(
+    config: TrainConfig, run_id: str, warn: Callable[[str], None]
+) -> Iterator[events.OnEvent]:
+    """Tells the configured trackers of an event; one that fails is told no more."""
+    live: dict[str, tuple[events.OnEvent, Close]] = {}
+
+    def attempt(name: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            live.pop(name, None)
+            text = " ".join(str(error).split())[:200]
+            warn(f"{name} failed and gets no more metrics ({type(error).__name__}: {text})")
+
+    for name in config.report_to:
+        made = attempt(name, lambda name=name: TRACKERS[name](config, run_id))
+        if made:
+            live[name] = made
+
+    def tell(event: events.Event) -> None:
+        for name, (on_event, _) in list(live.items()):
+            attempt(name, lambda on_event=on_event: on_event(event))
+
+    try:
+        yield tell
+    finally:
+        for name, (_, close) in list(live.items()):
+            attempt(name, close)

@@ -1,0 +1,422 @@
+"""Runs that end early and are gone on with: the same run, to the last bit, as its twin that was
+not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from conftest import write_llama, write_rows, write_tiny
+from mlx_segtrain import InputError, RunError, train
+from mlx_segtrain.demo import snapshot
+from mlx_segtrain.files import cache_dir
+from mlx_segtrain.training import checkpoint, step
+from mlx_segtrain.training import log as training_log
+from test_preference_runs import write_pairs
+from test_train import config_of, weights_of
+
+TIMES = ("ts", "pid", "id", "tokens_per_sec", "step_s", "peak_gb", "active_gb", "message", "at")
+
+
+class Crash(Exception):
+    """What ends a run in the middle."""
+
+
+def crash_behind(last, told=None):
+    """An on_event that ends the run when it is told of this step's loss."""
+
+    def on_event(event):
+        if told is not None:
+            told.append(event)
+        if event.get("kind") == "train" and event["step"] == last:
+            raise Crash
+
+    return on_event
+
+
+def lines_of(run):
+    """metrics.jsonl without what the time of day decides, and without where it was resumed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: x for key, x in line.items() if key not in TIMES and "path" not in key}
+        for line in lines
+        if line["type"] in ("metric", "sample")
+    ]
+
+
+def essence(result):
+    """What of a result is no time, memory or place."""
+    return replace(
+        result, adapter_path=None, wall_s=0, tokens_per_sec=0, peak_gb=0, process_gb=0,
+        resumed_from=None,
+    )  # fmt: skip
+
+
+def files_of(run):
+    """Bytes of all that is the run's product, but for configurations, which name their folder."""
+    return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
+
+
+def assert_twins(config, resumed, plain):
+    """The folders of two runs, and what they returned."""
+    (a, one), (b, two) = resumed, plain
+    assert essence(one) == essence(two)
+    assert lines_of(a) == lines_of(b)
+    adapters = {name: x for name, x in files_of(a).items() if "state" not in name.parts}
+    assert adapters == {name: x for name, x in files_of(b).items() if "state" not in name.parts}
+    # Of checkpoints the tensors: their metadata holds times.
+    for name in ("factors", "moments.0.step"):
+        x, y = (mx.load(str(checkpoint_of(run) / "state.safetensors"))[name] for run in (a, b))
+        assert mx.array_equal(x, y)
+
+
+def checkpoint_of(run):
+    return next(iter(checkpoint.found(run).values()))
+
+
+DPO = {"method": "dpo", "learning_rate": 5e-3}
+RUNS = {
+    "sft": {},
+    "batches": {"batch_size": 4},
+    "accumulation": {"grad_accumulation_steps": 3},
+    "dropout": {"lora_dropout": 0.2},
+    "accumulation and dropout": {"grad_accumulation_steps": 2, "lora_dropout": 0.1},
+    "by bits": {"model": "mixed"},
+    "by bits, cosine": {"model": "mixed", "lr_schedule": "cosine", "warmup_iters": 2},
+    "wsd": {"lr_schedule": "wsd"},
+    "epochs": {"epochs": 0.5},
+    "lion": {"optimizer": "lion", "learning_rate": 1e-3},
+    "sgd": {"optimizer": "sgd"},
+    "adafactor": {"optimizer": "adafactor"},
+    "muon": {"optimizer": "muon", "lora_plus_ratio": 4.0},
+    "lora plus": {"lora_plus_ratio": 8.0},
+    "dora": {"use_dora": True},
+    "rslora": {"rs_lora": True, "model": "mixed"},
+    "head": {"target_modules": ["q_proj", "lm_head"], "model": "untied"},
+    "gemma": {"model": "gemma4"},
+    "patience": {"early_stopping_patience": 3, "steps_per_eval": 1, "learning_rate": 0.05},
+    "dpo": DPO,
+    "dpo, batches": {**DPO, "batch_size": 2, "grad_accumulation_steps": 2},
+    "dpo, dropout": {**DPO, "lora_dropout": 0.1},
+    "orpo": {"method": "orpo", "learning_rate": 5e-3},
+    "simpo": {"method": "simpo", "learning_rate": 5e-3, "lr_schedule": "linear"},
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, llama4, llama_mixed):
+    folder = tmp_path_factory.mktemp("resumed")
+    return {
+        "plain": llama4,
+        "mixed": llama_mixed,
+        "untied": write_llama(folder / "untied", bits=4, tied=False),
+        "gemma4": write_tiny(folder / "gemma4", "gemma4"),
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_its_twin(name, models, data, tmp_path, monkeypatch):
+    """Crashed between two checkpoints, and interrupted: each goes on to the twin's bytes."""
+    monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
+    options = {"iters": 12, "steps_per_eval": 3, "steps_per_save": 2, "keep_best": True}
+    options |= {"save_checkpoints": True, **RUNS[name]}
+    if "epochs" in options:
+        del options["iters"]
+    model = models[options.pop("model", "plain")]
+    if options.get("method", "sft") != "sft":
+        data = write_pairs(tmp_path / "pairs")
+
+    def config(out, **more):
+        return config_of(model, data, tmp_path / out, **options, **more)
+
+    plain = train(config("plain"))
+    with pytest.raises(Crash):
+        train(config("a"), crash_behind(5))
+    if "dpo" in name:  # what the model gave without adapter is in the checkpoint
+        for file in (tmp_path / "cache").rglob("*.npz"):
+            file.unlink()
+    assert checkpoint_of(tmp_path / "a").name == "step-00004"
+    stopped = train(config("a", resume=True), interrupt_behind(7))
+    assert stopped.interrupted and stopped.steps == 7 and stopped.resumed_from == 4
+    result = train(config("a", resume="auto"))
+    assert result.resumed_from == 7
+    assert_twins(config("a"), (tmp_path / "a", result), (tmp_path / "plain", plain))
+    if "dpo" in name:
+        assert not list((tmp_path / "cache").rglob("*.npz"))
+
+
+def interrupt_behind(last):
+    def on_event(event):
+        if event.get("kind") == "train" and event["step"] == last:
+            raise KeyboardInterrupt
+
+    return on_event
+
+
+def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
+    model = snapshot.smollm2_snapshot(cache_dir())
+    data = write_rows(tmp_path / "data", 8)
+    options = {"iters": 4, "steps_per_save": 1, "grad_accumulation_steps": 2, "lora_dropout": 0.05}
+    options |= {"learning_rate": 1e-4, "max_seq_length": 48}
+    plain = train(config_of(model, data, tmp_path / "plain", **options))
+    with pytest.raises(Crash):
+        train(config_of(model, data, tmp_path / "a", **options), crash_behind(3))
+    config = config_of(model, data, tmp_path / "a", resume=True, **options)
+    result = train(config)
+    assert result.resumed_from == 2
+    assert_twins(config, (tmp_path / "a", result), (tmp_path / "plain", plain))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
+    """Sent to the command, in the middle of a step: exit code 130, and resumable to the twin."""
+    options = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
+    options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
+    command = [sys.executable, "-m", "mlx_segtrain.cli", "train", *options]
+    long = [*command, "--iters", "1000000"]
+    with subprocess.Popen(long, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("step 20/"):
+                run.send_signal(number)
+                break
+        rest = run.stdout.read()
+    assert run.returncode == 130 and "interrupted after" in rest
+    done = int(checkpoint_of(tmp_path / "a").name.removeprefix("step-"))
+    assert done >= 20 and checkpoint.torn(checkpoint_of(tmp_path / "a")) is None
+    plain = {"iters": done, "steps_per_eval": 1000}
+    train(config_of(llama4, data, tmp_path / "b", **plain))
+    stopped, full = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(mx.array_equal(stopped[key], full[key]) for key in full)
+
+
+def test_signals_mean_again_what_they_meant_before(llama4, data, tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    within = []
+    config = config_of(llama4, data, tmp_path / "a", iters=1)
+    train(config, lambda event: within.append(signal.getsignal(signal.SIGTERM)))
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert before[signal.SIGTERM] in within and len(set(within)) == 2
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_can_be_lengthened(llama4, data, tmp_path):
+    options = {"steps_per_eval": 100, "steps_per_save": 3}
+    first = train(config_of(llama4, data, tmp_path / "a", iters=5, **options))
+    before = files_of(tmp_path / "a")
+    again = train(config_of(llama4, data, tmp_path / "a", iters=5, resume="auto", **options))
+    assert essence(again) == essence(first) and again.resumed_from == 5
+    assert {n: x for n, x in files_of(tmp_path / "a").items() if "state" not in n.parts} == {
+        n: x for n, x in before.items() if "state" not in n.parts
+    }
+    told = []
+    config = config_of(llama4, data, tmp_path / "a", iters=9, resume=True, **options)
+    assert train(config, told.append).steps == 9
+    warnings = [event["message"] for event in told if event["type"] == "warning"]
+    assert len(warnings) == 1 and "iters is 9, but the run in" in warnings[0]
+    train(config_of(llama4, data, tmp_path / "b", iters=9, **options))
+    assert weights_of(tmp_path / "a").keys() == weights_of(tmp_path / "b").keys()
+    for key, value in weights_of(tmp_path / "b").items():
+        assert mx.array_equal(weights_of(tmp_path / "a")[key], value)
+
+
+def test_the_newest_checkpoints_are_kept(llama4, data, tmp_path):
+    options = {"iters": 11, "steps_per_save": 2, "keep_checkpoints": 3}
+    train(config_of(llama4, data, tmp_path / "a", **options))
+    assert list(checkpoint.found(tmp_path / "a")) == [11, 10, 8]
+
+
+def truncated(folder):
+    file = folder / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "bytes of"
+
+
+def flipped(folder):
+    file = folder / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "another SHA-256"
+
+
+def without_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "manifest.json: No such file"
+
+
+def without_tensors(folder):
+    (folder / "state.safetensors").unlink()
+    return "state.safetensors: No such file"
+
+
+def bad_manifest(folder):
+    (folder / "manifest.json").write_text('{"files": {"state.saf')
+    return "manifest.json is not what was written"
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, flipped, without_manifest, without_tensors, bad_manifest]
+)
+def test_a_torn_checkpoint_is_left_out_with_a_warning(damage, llama4, data, tmp_path):
+    options = {"iters": 8, "steps_per_save": 2, "steps_per_eval": 4}
+    plain = train(config_of(llama4, data, tmp_path / "plain", **options))
+    with pytest.raises(Crash):
+        train(config_of(llama4, data, tmp_path / "a", **options), crash_behind(7))
+    reason = damage(tmp_path / "a/state/step-00006")
+    told = []
+    config = config_of(llama4, data, tmp_path / "a", resume=True, **options)
+    result = train(config, told.append)
+    assert result.resumed_from == 4
+    (warning,) = [event["message"] for event in told if event["type"] == "warning"]
+    assert "state/step-00006 is torn (" in warning and reason in warning
+    assert_twins(config, (tmp_path / "a", result), (tmp_path / "plain", plain))
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data, tmp_path):
+    train(config_of(llama4, data, tmp_path / "a", iters=1))
+    folder = checkpoint_of(tmp_path / "a")
+    rng = np.random.default_rng(0)
+    whole = checkpoint._read(folder)
+    for name in ("state.safetensors", "manifest.json"):
+        content = (folder / name).read_bytes()
+        for bit in rng.choice(8 * len(content), 150, replace=False):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(changed)
+            if checkpoint.torn(folder) is None:  # space to another space
+                assert name == "manifest.json"
+                assert mx.array_equal(
+                    checkpoint._read(folder).tensors["factors"], whole.tensors["factors"]
+                )
+        (folder / name).write_bytes(content)
+
+
+# ---- what is refused
+
+
+def begun(llama4, data, path, **changes):
+    train(config_of(llama4, data, path, iters=2, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"rank": 8}, "rank is 8, but the run in .* began with 4: give --rank 4, or begin"),
+        ({"seed": 1}, "seed is 1, but the run in .* began with 0"),
+        ({"batch_size": 2}, "batch_size is 2"),
+        ({"optimizer": "sgd"}, "optimizer is sgd"),
+        ({"max_seq_length": 64}, "max_seq_length is 64"),
+        ({"lora_dropout": 0.1}, "lora_dropout is 0.1"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(changes, error, llama4, data, tmp_path):
+    begun(llama4, data, tmp_path / "a")
+    before = files_of(tmp_path / "a")
+    with pytest.raises(InputError, match=error):
+        train(config_of(llama4, data, tmp_path / "a", iters=2, resume=True, **changes))
+    assert files_of(tmp_path / "a") == before
+
+
+def test_a_steering_change_is_told(llama4, data, tmp_path):
+    begun(llama4, data, tmp_path / "a")
+    told = []
+    changes = {"iters": 3, "learning_rate": 1e-3, "resume": True}
+    train(config_of(llama4, data, tmp_path / "a", **changes), told.append)
+    (line,) = [e["learning_rate"] for e in told if e.get("kind") == "train"]
+    assert line == 1e-3
+    warnings = [event["message"] for event in told if event["type"] == "warning"]
+    assert any("learning_rate is 0.001, but the run in" in text for text in warnings)
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_changed_files_are_not_gone_on_with(what, data, tmp_path):
+    model = write_llama(tmp_path / "model", bits=4)
+    own = write_rows(tmp_path / "data", 8)
+    begun(model, own, tmp_path / "a")
+    if what == "data":
+        write_rows(own, 9)
+        name = "data/train.jsonl"
+    else:
+        write_llama(model, bits=4, seed=1)
+        name = "model/model.safetensors"
+    with pytest.raises(InputError, match=f"{name} has changed since the run in"):
+        train(config_of(model, own, tmp_path / "a", iters=4, resume=True))
+
+
+def test_a_folder_that_was_moved_is_the_same_run(llama4, tmp_path):
+    own = write_rows(tmp_path / "data", 8)
+    begun(llama4, own, tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    own.rename(tmp_path / "moved")
+    config = config_of(llama4, tmp_path / "moved", tmp_path / "b", iters=4, resume=True)
+    assert train(config).resumed_from == 2
+
+
+def test_nothing_to_resume(llama4, data, tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint to resume"):
+        train(config_of(llama4, data, tmp_path / "a", resume=True))
+    assert train(config_of(llama4, data, tmp_path / "a", resume="auto")).resumed_from is None
+    with pytest.raises(InputError, match="give --resume to go on with it, or --overwrite"):
+        train(config_of(llama4, data, tmp_path / "a"))
+    for folder in checkpoint.found(tmp_path / "a").values():
+        truncated(folder)
+    before = files_of(tmp_path / "a")
+    with pytest.raises(InputError, match="holds an adapter, but no checkpoint to resume"):
+        train(config_of(llama4, data, tmp_path / "a", resume="auto"))
+    assert files_of(tmp_path / "a") == before
+    with pytest.raises(ValueError, match="resume and overwrite contradict"):
+        config_of(llama4, data, tmp_path / "a", resume="auto", overwrite=True)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(llama4, data, tmp_path):
+    with pytest.raises(Crash):
+        train(config_of(llama4, data, tmp_path / "a"), crash_behind(2))
+    assert train(config_of(llama4, data, tmp_path / "a", resume="auto")).resumed_from is None
+    assert [x["step"] for x in lines_of(tmp_path / "a") if x.get("kind") == "train"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("inside", ["", "best", "checkpoints/step-00002"])
+def test_a_run_does_not_replace_what_it_starts_from(inside, llama4, data, tmp_path):
+    own = tmp_path / "a" / inside
+    begun(llama4, data, own)
+    changes = {"warm_start": own, "overwrite": True}
+    with pytest.raises(InputError, match="lies in adapter_path"):
+        train(config_of(llama4, data, tmp_path / "a", **changes))
+    assert (own / "adapters.safetensors").exists()
+
+
+def test_a_torn_last_line_of_the_log_goes(llama4, data, tmp_path):
+    options = {"iters": 8, "steps_per_save": 2}
+    train(config_of(llama4, data, tmp_path / "plain", **options))
+    with pytest.raises(Crash):
+        train(config_of(llama4, data, tmp_path / "a", **options), crash_behind(5))
+    file = tmp_path / "a" / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-25])
+    train(config_of(llama4, data, tmp_path / "a", resume=True, **options))
+    assert lines_of(tmp_path / "a") == lines_of(tmp_path / "plain")
+    metas = [json.loads(x) for x in file.read_text().splitlines() if '"meta"' in x]
+    assert [meta["step"] for meta in metas] == [0, 4] and len({meta["id"] for meta in metas}) == 1
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert [x["step"] for x in record["resumed"]] == [4] and record["id"] == metas[0]["id"]
+
+
+def test_two_resumers_do_not_meet(llama4, data, tmp_path):
+    begun(llama4, data, tmp_path / "a")
+    with open(tmp_path / "a" / training_log.NAME, "rb") as file:
+        training_log._claim(file, tmp_path / "a")
+        with pytest.raises(InputError, match=f"in use by a run .* .process {os.getpid()}"):
+            train(config_of(llama4, data, tmp_path / "a", iters=4, resume="auto"))
+
+
+def test_a_checkpoint_of_another_structure_is_refused(llama4, data, tmp_path, monkeypatch):
+    begun(llama4, data, tmp_path / "a")
+    monkeypatch.setattr(step.Optimizer, "start", lambda self, vector: step.Iterate(vector[1:], []))
+    with pytest.raises(InputError, match="is not of this run: factors is missing or differs"):
+        train(config_of(llama4, data, tmp_path / "a", iters=4, resume=True))
+    assert issubclass(RunError, RuntimeError)
