@@ -21,7 +21,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_segtrain import InputError, RunError, files, train
-from mlx_segtrain.training import checkpoint, loop
+from mlx_segtrain.training import checkpoint
 from test_resume import files_of
 from test_train import config_of
 
@@ -260,7 +260,7 @@ class Disk:
 
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "replace", replace)
-        monkeypatch.setattr(loop.checkpoint, "save", save)
+        monkeypatch.setattr(checkpoint, "save", save)
 
     def hold(self, path):
         self.held.append(os.open(path, os.O_RDONLY))
