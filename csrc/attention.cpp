@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <atomic>
+
 #include "cudnn/cudnn.h"
 #include "gpu.h"
 
@@ -96,6 +98,14 @@ std::vector<std::string> attention_impls() {
 
 namespace {
 
+std::atomic<bool> repeatable{false};
+
+}  // namespace
+
+bool set_repeatable(bool on) { return repeatable.exchange(on); }
+
+namespace {
+
 /// By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
 std::string way_for(const Call& c, const std::string& impl) {
   bool cpu = on_cpu(c.s);
@@ -104,8 +114,10 @@ std::string way_for(const Call& c, const std::string& impl) {
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
   bool plain = !c.window && !c.cap && c.T == c.S;
-  Way cudnn = impl == "cudnn" || (impl == "auto" && plain) ? cudnn_way(c) : Way{"cudnn", false, ""};
-  std::vector<Way> ways{cudnn, stock_way(c), kernel, hopper, blocked};
+  bool libraries = impl != "auto" || !repeatable || gpu() != Gpu::cuda;
+  Way cudnn = impl == "cudnn" || (impl == "auto" && plain && libraries) ? cudnn_way(c) : Way{"cudnn", false, ""};
+  Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
+  std::vector<Way> ways{cudnn, stock, kernel, hopper, blocked};
   if (c.D > 128) std::swap(ways[2], ways[3]);
   return choose("attention", impl, ways);
 }

@@ -80,6 +80,8 @@ NB_MODULE(_core, m) {
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
         "A quantized weight as an array [out, in].");
 
+  m.def("set_repeatable", &set_repeatable, "on"_a,
+        "Whether 'auto' takes only implementations that give the same bits again; what was set before.");
   m.def("switch_off", &switch_off, "op"_a, "impl"_a, "reason"_a,
         "Never choose an implementation again in this process: it failed the self-check on this device.");
 

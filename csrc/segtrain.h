@@ -64,6 +64,10 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 /// The implementations of attention that the default device has, whether or not they serve a given call.
 std::vector<std::string> attention_impls();
 
+/// Whether 'auto' takes only what gives the same bits again; returns what was set before. On CUDA those of
+/// cuDNN, MLX's own among them, add dq up in any order.
+bool set_repeatable(bool on);
+
 /// silu(gate)·up. [..., F] → [..., F].
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
 

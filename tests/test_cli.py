@@ -125,6 +125,7 @@ def changed(method: str) -> dict[str, Any]:
         "grad_clip_norm": 0.0,
         "segment_size": 2,
         "memory_budget_gb": 20.5,
+        "deterministic": False,
         "steps_per_save": 3,
         "keep_checkpoints": 4,
         "on_spike": "skip",

@@ -61,6 +61,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         "batch_size": 1,
         "grad_accumulation_steps": 1,
         "seed": 0,
+        "deterministic": True,
         "steps_per_report": 10,
         "steps_per_eval": 50,
         "weight_decay": 0.01,

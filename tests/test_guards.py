@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from mlx_segtrain import InputError, RunError, train
 from mlx_segtrain.training import checkpoint, clock, log, spikes, step
 from mlx_segtrain.training.memory import process_peak
 from test_resume import Crash, assert_twins, crash_behind, files_of, lines_of
-from test_train import config_of, weights_of
+from test_train import config_of, losses_of, weights_of
 
 
 def warnings_of(told):
@@ -56,9 +57,10 @@ def test_the_row_and_the_layer_are_named(tmp_path):
     found = [int(word) for word in str(error.value).split(":")[0].split() if word.isdigit()]
     (at,) = found
     assert "train.jsonl:4 (first in h behind model.layers.0.self_attn)" in str(error.value)
-    assert f"the state of step {at - 1} is kept" in str(error.value)
+    kept = f"the state of step {at - 1} is kept" if at > 1 else "nothing has been trained yet"
+    assert kept in str(error.value)
     report = json.loads((tmp_path / "a" / f"fault-step-{at:05d}.json").read_text())
-    assert report["kind"] == "nonfinite" and report["loss"] == "nan" and report["step"] == at
+    assert report["kind"] == "nonfinite" and report["loss"] is None and report["step"] == at
     assert report["rows"] == ["train.jsonl:4"]
     assert report["tensor"] == "h behind model.layers.0.self_attn"
     assert told[-1]["type"] == "failed"
@@ -184,7 +186,7 @@ def test_a_step_without_memory_is_taken_by_a_cheaper_plan(llama4, data, tmp_path
 @pytest.mark.parametrize("options", [{}, {"segment_size": 1}])
 def test_no_plan_takes_less(options, llama4, data, tmp_path, monkeypatch):
     no_memory(monkeypatch, 1000)
-    with pytest.raises(RunError, match=r"step 3: the device has no memory .*state of step 2"):
+    with pytest.raises(RunError, match=r"step 3: the device has no memory .*no plan takes less"):
         train(config_of(llama4, data, tmp_path / "a", **options))
     monkeypatch.undo()
     assert train(config_of(llama4, data, tmp_path / "a", resume=True)).resumed_from == 2
@@ -256,14 +258,14 @@ def test_a_folder_that_another_run_took(llama4, data, tmp_path):
         held.append(log.RunLog(tmp_path / "a", print))
 
     on_event, _ = at_step(3, take)
-    with pytest.raises(RunError, match=r"was removed, and made by another: .* in use"):
+    with pytest.raises(RunError, match=r"was taken away, and another run has been there"):
         train(config_of(llama4, data, tmp_path / "a", steps_per_save=1), on_event)
     held[0].close()
 
 
 def test_a_folder_that_cannot_be_made(llama4, data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be written: (File exists|Not a directory)"):
+    with pytest.raises(InputError, match=r"cannot be written .(File exists|Not a directory)"):
         train(config_of(llama4, data, tmp_path / "file" / "a"))
 
 
@@ -302,7 +304,7 @@ def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch)
                 raise OSError(28, "No space left on device")
             return self.file.write(data[:7])  # a write may take a part
 
-    monkeypatch.setattr(log.RunLog, "_open", lambda self: File(original(self)))
+    monkeypatch.setattr(log.RunLog, "_open", lambda self, *flags: File(original(self, *flags)))
     told = []
 
     def on_event(event):
@@ -372,3 +374,85 @@ def test_crash_keeps_what_was_saved(llama4, data, tmp_path):
         train(config_of(llama4, data, tmp_path / "a", steps_per_save=2), crash_behind(3))
     assert list(checkpoint.found(tmp_path / "a")) == [2]
     assert any("adapters" in name.name for name in files_of(tmp_path / "a"))
+
+
+def test_an_update_that_is_not_finite_is_not_taken(llama4, data, tmp_path, monkeypatch):
+    original = step.Optimizer.__call__
+
+    def broken(self, gradient, at):
+        new = original(self, gradient, at)
+        return replace(new, vector=new.vector * math.inf) if at.step == 2 else new
+
+    monkeypatch.setattr(step.Optimizer, "__call__", broken)
+    with pytest.raises(RunError, match=r"step 3: the update is not finite, on train.jsonl:"):
+        train(config_of(llama4, data, tmp_path / "a", keep_checkpoints=1, steps_per_save=1))
+    assert list(checkpoint.found(tmp_path / "a")) == [2]
+    assert all(mx.isfinite(x).all() for x in weights_of(tmp_path / "a").values())
+
+
+def test_a_validation_loss_that_is_no_number(llama4, data, tmp_path, monkeypatch):
+    losses_of(monkeypatch, [math.nan, 4.0, math.nan, 3.5])
+    options = {"iters": 6, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
+    result = train(config_of(llama4, data, tmp_path / "a", **options))
+    assert result.best_step == 6 and result.best_val_loss == 3.5
+    text = (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and '"loss": null' in text
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text())["first_val_loss"] is None
+
+
+def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
+    """Losses that stay high are what losses are by now."""
+    original = step.Stepper.gradient
+
+    def gradient(self, at, batches):
+        outputs, found = original(self, at, batches)
+        return ([outputs[0] + (1000 if at.step >= 20 else 0)]), found
+
+    monkeypatch.setattr(step.Stepper, "gradient", gradient)
+    told = []
+    options = {**SPIKE, "iters": 40, "on_spike": "skip"}
+    train(config_of(llama4, data, tmp_path / "a", **options), told.append)
+    steps = [int(text.split()[1][:-1]) for text in warnings_of(told)]
+    assert steps == list(range(21, 21 + spikes.MOST_SKIPPED))
+
+
+def test_an_error_of_somebody_else_keeps_the_state(llama4, data, tmp_path):
+    """In a callable of the user's, in an evaluation: whatever it is."""
+
+    def score(model, tokenizer):
+        if calls:
+            raise RuntimeError("[malloc] Unable to allocate 5 bytes.")
+        calls.append(1)
+        return 1.0
+
+    calls = []
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        train(config_of(llama4, data, tmp_path / "a", steps_per_eval=3), score=score)
+    assert list(checkpoint.found(tmp_path / "a")) == [3]
+    last = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["type"] == "failed"
+
+
+def test_a_folder_that_another_run_took_and_left(llama4, data, tmp_path):
+    """What that one made stays."""
+    other = config_of(llama4, data, tmp_path / "a", seed=5)
+
+    def take():
+        (tmp_path / "a").rename(tmp_path / "away")
+        train(other)
+
+    on_event, _ = at_step(2, take)
+    config = config_of(llama4, data, tmp_path / "a", steps_per_eval=3, keep_best=True)
+    with pytest.raises(RunError, match="was taken away, and another run has been there"):
+        train(config, on_event)
+    train(config_of(llama4, data, tmp_path / "b", seed=5))
+    assert same(tmp_path / "a", tmp_path / "b") and not (tmp_path / "a" / "best").exists()
+
+
+def test_inputs_that_cannot_be_read(llama4, data, tmp_path):
+    with pytest.raises(InputError, match="is not a folder: give the path of an adapter"):
+        train(config_of(llama4, data, tmp_path / "a", warm_start=tmp_path / "nope"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"cannot be written \(Is a directory\)"):
+        train(config_of(llama4, data, tmp_path / "a", resume="auto"))

@@ -3,19 +3,24 @@ not."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 
 from conftest import write_llama, write_rows, write_tiny
-from mlx_segtrain import InputError, RunError, train
+from mlx_segtrain import InputError, RunError, _core, adapters, train
+from mlx_segtrain.adapters import ranks_in, step_of
 from mlx_segtrain.demo import snapshot
 from mlx_segtrain.files import cache_dir
+from mlx_segtrain.planning.shapes import read_header
 from mlx_segtrain.training import checkpoint, step
 from mlx_segtrain.training import log as training_log
 from test_preference_runs import write_pairs
@@ -24,8 +29,8 @@ from test_train import config_of, weights_of
 TIMES = ("ts", "pid", "id", "tokens_per_sec", "step_s", "peak_gb", "active_gb", "message", "at")
 
 
-class Crash(Exception):
-    """What ends a run in the middle."""
+class Crash(BaseException):
+    """What ends a run in the middle, so that it saves nothing any more."""
 
 
 def crash_behind(last, told=None):
@@ -70,10 +75,17 @@ def assert_twins(config, resumed, plain):
     assert lines_of(a) == lines_of(b)
     adapters = {name: x for name, x in files_of(a).items() if "state" not in name.parts}
     assert adapters == {name: x for name, x in files_of(b).items() if "state" not in name.parts}
-    # Of checkpoints the tensors: their metadata holds times.
-    for name in ("factors", "moments.0.step"):
-        x, y = (mx.load(str(checkpoint_of(run) / "state.safetensors"))[name] for run in (a, b))
-        assert mx.array_equal(x, y)
+    x, y = (checkpoint._read(checkpoint_of(run)) for run in (a, b))
+    assert x.step == y.step and x.tensors.keys() == y.tensors.keys()
+    assert all(mx.array_equal(x.tensors[name], own) for name, own in y.tensors.items())
+    assert timeless(x.progress) == timeless(y.progress)
+
+
+def timeless(progress):
+    """What of it the time of day does not decide."""
+    last = progress.last and replace(progress.last, seconds=0)
+    recent = [replace(outcome, seconds=0) for outcome in progress.recent]
+    return replace(progress, last=last, recent=recent, train_s=0, wall_s=0, peak=0)
 
 
 def checkpoint_of(run):
@@ -138,17 +150,15 @@ def test_a_resumed_run_is_its_twin(name, models, data, tmp_path, monkeypatch):
     plain = train(config("plain"))
     with pytest.raises(Crash):
         train(config("a"), crash_behind(5))
-    if "dpo" in name:  # what the model gave without adapter is in the checkpoint
+    if "dpo" in name:  # what the model gives without adapter is computed again
         for file in (tmp_path / "cache").rglob("*.npz"):
             file.unlink()
-    assert checkpoint_of(tmp_path / "a").name == "step-00004"
+    assert next(iter(checkpoint.found(tmp_path / "a"))) == 4
     stopped = train(config("a", resume=True), interrupt_behind(7))
     assert stopped.interrupted and stopped.steps == 7 and stopped.resumed_from == 4
     result = train(config("a", resume="auto"))
     assert result.resumed_from == 7
     assert_twins(config("a"), (tmp_path / "a", result), (tmp_path / "plain", plain))
-    if "dpo" in name:
-        assert not list((tmp_path / "cache").rglob("*.npz"))
 
 
 def interrupt_behind(last):
@@ -419,4 +429,137 @@ def test_a_checkpoint_of_another_structure_is_refused(llama4, data, tmp_path, mo
     monkeypatch.setattr(step.Optimizer, "start", lambda self, vector: step.Iterate(vector[1:], []))
     with pytest.raises(InputError, match="is not of this run: factors is missing or differs"):
         train(config_of(llama4, data, tmp_path / "a", iters=4, resume=True))
-    assert issubclass(RunError, RuntimeError)
+
+
+def test_fewer_steps_than_there_were(llama4, data, tmp_path):
+    train(config_of(llama4, data, tmp_path / "a", iters=6))
+    before = files_of(tmp_path / "a")
+    with pytest.raises(InputError, match=r"iters is 4, but the run in .* has come to step 6"):
+        train(config_of(llama4, data, tmp_path / "a", iters=4, resume=True))
+    assert files_of(tmp_path / "a") == before
+
+
+def test_another_future_has_its_own_best(llama4, data, tmp_path):
+    """Of the steps that are not come to any more nothing stays."""
+    options = {"iters": 8, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
+    train(config_of(llama4, data, tmp_path / "a", **options))
+    shutil.rmtree(checkpoint_of(tmp_path / "a"))
+    assert list(checkpoint.found(tmp_path / "a")) == [6]
+    changes = {**options, "iters": 9, "learning_rate": 1e-9, "resume": True}
+    assert step_of(tmp_path / "a" / "best") == 8
+    result = train(config_of(llama4, data, tmp_path / "a", **changes))
+    names = sorted(path.name[:10] for path in (tmp_path / "a" / "checkpoints").iterdir())
+    assert names == ["step-00002", "step-00004", "step-00006", "step-00008", "step-00009"]
+    assert step_of(tmp_path / "a" / "best") == result.best_step
+
+
+def test_a_run_over_another_keeps_its_adapter_until_it_has_one(llama4, data, tmp_path):
+    train(config_of(llama4, data, tmp_path / "a", iters=6, keep_best=True))
+    before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
+    changes = {"overwrite": True, "rank": 8, "steps_per_save": 3}
+    with pytest.raises(Crash):
+        train(config_of(llama4, data, tmp_path / "a", iters=6, **changes), crash_behind(2))
+    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == before
+    assert not list(checkpoint.found(tmp_path / "a")) and not (tmp_path / "a" / "best").exists()
+    with pytest.raises(Crash):
+        train(config_of(llama4, data, tmp_path / "a", iters=6, **changes), crash_behind(4))
+    assert list(checkpoint.found(tmp_path / "a")) == [3]
+    assert set(read_header(tmp_path / "a" / "adapters.safetensors").values()) != before
+    mlx_lm.load(str(llama4), adapter_path=str(tmp_path / "a"))
+
+
+def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, monkeypatch):
+    """Of another configuration, on a disk that is full."""
+    train(config_of(llama4, data, tmp_path / "a"))
+    before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapters, "write_tensors", full)
+    config = config_of(llama4, data, tmp_path / "a", overwrite=True, rank=8)
+    with pytest.raises(RunError, match="No space left on device"):
+        train(config)
+    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == before
+    assert ranks_in(tmp_path / "a").popitem()[1] == 4
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(llama4, data, tmp_path):
+    train(config_of(llama4, data, tmp_path / "a", keep_checkpoints=1))
+    folder = checkpoint_of(tmp_path / "a")
+    folder.rename(folder.with_name(".step-00004.123.tmp.old"))
+    assert train(config_of(llama4, data, tmp_path / "a", resume=True)).resumed_from == 4
+    assert [path.name for path in (tmp_path / "a" / "state").iterdir()] == ["step-00004"]
+
+
+def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path):
+    changes = {"overwrite": True}
+    other = config_of(llama4, data, tmp_path / "a", **changes)
+
+    def on_event(event):
+        if event.get("stage") == "setup":
+            train(other)
+
+    with pytest.raises(InputError, match="was used by another run while this one loaded"):
+        train(config_of(llama4, data, tmp_path / "a", **changes), on_event)
+    assert list(checkpoint.found(tmp_path / "a")) == [4]
+
+
+@pytest.mark.parametrize("ends", ["interrupted", "finished"])
+def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
+    """The reader of the output is gone: the run ends as it would have, with its state kept."""
+    options = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
+    iters = 1_000_000 if ends == "interrupted" else 30
+    options += ["--steps-per-save", "0", "--steps-per-eval", "1000000", "--iters", str(iters)]
+    command = [sys.executable, "-m", "mlx_segtrain.cli", "train", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            if line.startswith("step 10/"):
+                break
+        run.stdout.close()
+        if ends == "interrupted":
+            time.sleep(0.3)
+            run.send_signal(signal.SIGHUP)
+            run.send_signal(signal.SIGTERM)  # as a terminal that is closed does: one request
+        run.wait(60)
+    done = next(iter(checkpoint.found(tmp_path / "a")))
+    assert done == 30 if ends == "finished" else done >= 10
+    assert checkpoint.torn(checkpoint_of(tmp_path / "a")) is None
+    assert (tmp_path / "a" / "adapters.safetensors").exists()
+
+
+def test_a_second_signal_later_ends_the_process(llama4, data, tmp_path):
+    """Held back while it writes, for ever here; behind two seconds no more."""
+    code = (
+        "import time, sys\n"
+        "from mlx_segtrain.training.interrupts import Interrupts\n"
+        "with Interrupts():\n"
+        "    print('in', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        run.stdout.readline()
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        run.send_signal(signal.SIGTERM)
+        time.sleep(2.2)
+        assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(10) == -signal.SIGTERM
+
+
+def test_the_same_bytes_are_asked_for_by_default_and_only_within_a_run(llama4, data, tmp_path):
+    seen = []
+
+    def on_event(event):
+        before = _core.set_repeatable(True)
+        _core.set_repeatable(before)
+        seen.append(before)
+
+    train(config_of(llama4, data, tmp_path / "a", iters=1), on_event)
+    assert set(seen[1:]) == {True}
+    seen.clear()
+    train(config_of(llama4, data, tmp_path / "b", iters=1, deterministic=False), on_event)
+    assert set(seen) == {False}

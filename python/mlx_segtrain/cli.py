@@ -31,6 +31,7 @@ PLANNED = (  # what memory depends on, besides the model
     *("method", "rank", "rank_scaling", "target_modules", "num_layers", "warm_start"),
     *("use_dora", "lora_dropout", "max_seq_length", "batch_size"),
     *("grad_accumulation_steps", "grad_checkpoint", "segment_size", "memory_budget_gb"),
+    "deterministic",
 )
 EVALUATED = (  # what a loss depends on, besides model and data
     *("method", "max_seq_length", "batch_size", "train_on", "append_eos", "dpo_beta", "dpo_loss"),

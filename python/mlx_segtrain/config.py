@@ -179,6 +179,11 @@ class TrainConfig(BaseModel):
         1, ge=1, description="Batches whose gradients are summed into an optimizer step."
     )
     seed: Int = Field(0, ge=0, description="Seed of the row order and of the LoRA initialization.")
+    deterministic: bool = Field(
+        True,
+        description="Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, "
+        "which is faster and adds up in any order.",
+    )
     steps_per_report: Int = Field(10, ge=1, description="Steps between training metrics.")
     steps_per_eval: Int = Field(50, ge=1, description="Steps between evaluations on valid.jsonl.")
     weight_decay: Float = Field(0.01, ge=0, description="Weight decay, apart from the gradient.")

@@ -8,7 +8,7 @@ class InputError(ValueError):
     """
 
 
-class RunError(RuntimeError):
+class RunError(Exception):
     """A run that cannot go on. The message is one sentence: what happened, at which step, what is
     kept, and what to do.
 

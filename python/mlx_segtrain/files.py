@@ -8,11 +8,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """As `atomic`, of a folder with files; one that stands at `path` is replaced."""
     aside = _aside(path)
-    old = path.with_name(aside.name + ".old")
+    old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -60,8 +61,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
         sync(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         for folder in (aside, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+#: The end of the name that a folder has while another takes its place.
+OLD = ".old"
 
 
 def _aside(path: Path) -> Path:
@@ -69,7 +76,12 @@ def _aside(path: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a process that was killed had written aside in this folder."""
+    """Removes what a process that was killed had written aside in this folder; a folder whose
+    place nothing has taken yet goes back to it."""
+    for path in folder.glob(f".*.tmp{OLD}"):
+        place = path.with_name(path.name.removeprefix(".").rsplit(".", 3)[0])
+        if not place.exists():
+            os.replace(path, place)
     for path in folder.glob(".*.tmp*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -109,10 +121,11 @@ def sync(path: Path) -> None:
 def sync_open(file: int) -> None:
     """As `sync`, of an open file's number. On macOS fsync alone leaves it in the disk's cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is None:
-        os.fsync(file)
-    else:
-        fcntl.fcntl(file, full)
+    if full is not None:
+        with suppress(OSError):  # of a file system that does not know it
+            fcntl.fcntl(file, full)
+            return
+    os.fsync(file)
 
 
 def lock(file: IO[Any]) -> bool:
@@ -135,7 +148,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """As JSON, which has no infinity and no NaN: these are null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_tensors(

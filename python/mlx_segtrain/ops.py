@@ -7,7 +7,8 @@ reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -62,6 +63,16 @@ def _check_device() -> None:
     """Kernels of a GPU are compared with the plain code once a device, before first use."""
     if doctor.on_gpu():
         doctor.self_check()
+
+
+@contextmanager
+def repeatable(on: bool) -> Iterator[None]:
+    """Within it `auto` is what gives the same bits again, if `on`; process-wide."""
+    before = _core.set_repeatable(on)
+    try:
+        yield
+    finally:
+        _core.set_repeatable(before)
 
 
 def attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ class Terminal:
 
     def __init__(self, console: Console | None = None) -> None:
         self.iters = 0
+        self.gone = False
         self.console = console or Console(highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -52,10 +54,22 @@ class Terminal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Show one event; `failed` is not shown, since its exception follows."""
+        """Show one event; `failed` is not shown, since its exception follows.
+
+        Where the terminal or the reader of the output has gone away, nothing is shown any more.
+        """
+        if self.gone:
+            return
+        try:
+            self._show(event)
+        except (OSError, SystemExit):  # the second is rich's answer to a pipe without a reader
+            self.gone = True
+
+    def _show(self, event: Event) -> None:
         if event["type"] == "stage":
             self._stage(event)
         elif event["type"] == "metric" and event["kind"] == "val":

@@ -25,7 +25,15 @@ from .reading import is_dora, ranks_in, read_adapter
 if TYPE_CHECKING:
     from ..config import TrainConfig
 
-__all__ = ["WEIGHTS", "holds_run", "is_dora", "ranks_in", "read_adapter", "write_adapter"]
+__all__ = [
+    "WEIGHTS",
+    "holds_run",
+    "is_dora",
+    "ranks_in",
+    "read_adapter",
+    "step_of",
+    "write_adapter",
+]
 
 RUN_FILES = (
     *(WEIGHTS, CONFIG, "metrics.jsonl", "metrics.json", "run.json"),
@@ -33,15 +41,22 @@ RUN_FILES = (
 )
 
 
+#: What of adapter_config.json says how the weights are to be read.
+MEANING = ("fine_tune_type", "lora_parameters", "use_dora")
+
+
 def holds_run(path: Path) -> bool:
     """Whether the folder has anything that a run writes."""
     return any((path / name).exists() for name in RUN_FILES)
 
 
-def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
+def write_adapter(
+    path: Path, adapter: Adapter, config: "TrainConfig", step: int | None = None
+) -> None:
     """Writes a complete adapter directory, every file atomically, the weights last.
 
-    Weights of another configuration are removed first: at no time do two that differ lie together.
+    Weights that another configuration is for go before it does, and when the new ones are on the
+    disk: at no time do two lie together that do not belong to each other.
     """
     make_folder(path)
     ranks = adapter.ranks
@@ -89,34 +104,37 @@ def write_adapter(path: Path, adapter: Adapter, config: "TrainConfig") -> None:
         "inference_mode": True,
         "init_lora_weights": True,
         "optiq": shared,
-        "segtrain": json.loads(config.model_dump_json()),
+        "segtrain": config.model_dump(mode="json") | {"step": step},
     }
-    before = _config_in(path)
-    if any(before.get(name) != value for name, value in about.items() if name != "segtrain"):
-        for name in (WEIGHTS, UNPADDED):
-            (path / name).unlink(missing_ok=True)
-    if before != about:
-        write_json(path / CONFIG, about)
-    write_json(
-        path / OPTIQ_CONFIG,
-        {
-            "rank": config.rank,
-            "scale": scale,
-            "method": config.method,
-            "target_modules": config.target_modules,
-            "num_layers": config.num_layers,
-            "lora_parameters": {"rank": largest, "scale": scale},
-            "source_model": str(config.model_dir),
-            **shared,
-        },
-    )
-    if padded:
-        with atomic(path / UNPADDED) as aside:
-            write_tensors(aside, flat(None), {"format": "mlx"})
-    else:
-        (path / UNPADDED).unlink(missing_ok=True)
+    optiq = {
+        "rank": config.rank,
+        "scale": scale,
+        "method": config.method,
+        "target_modules": config.target_modules,
+        "num_layers": config.num_layers,
+        "lora_parameters": {"rank": largest, "scale": scale},
+        "source_model": str(config.model_dir),
+        **shared,
+    }
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, flat(largest if padded else None), {"format": "mlx"})
+        before = _config_in(path)
+        if any(before.get(name) != about[name] for name in MEANING):
+            for name in (WEIGHTS, UNPADDED):
+                (path / name).unlink(missing_ok=True)
+        if padded:
+            with atomic(path / UNPADDED) as unpadded:
+                write_tensors(unpadded, flat(None), {"format": "mlx"})
+        else:
+            (path / UNPADDED).unlink(missing_ok=True)
+        write_json(path / CONFIG, about)
+        write_json(path / OPTIQ_CONFIG, optiq)
+
+
+def step_of(path: Path) -> int | None:
+    """The step that an adapter of ours is of, if its folder says so."""
+    own = _config_in(path).get("segtrain")
+    return own.get("step") if isinstance(own, dict) else None
 
 
 def _config_in(path: Path) -> dict[str, Any]:

@@ -15,13 +15,14 @@ MARGIN = 0.05
 INTERPRETER = 1 << 29
 
 
-def device() -> Device:
+def device(deterministic: bool = False) -> Device:
     """What the estimate depends on, of MLX's default device."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
         return METAL
-    return replace(CUDA, cudnn="cudnn" in _core.attention_impls())
+    stock = 0 if deterministic else CUDA.stock
+    return replace(CUDA, cudnn="cudnn" in _core.attention_impls(), stock=stock)
 
 
 def budget_bytes(gb: float | None = None) -> int:

@@ -179,7 +179,7 @@ def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
-    on = device()
+    on = device(config.deterministic)
     on = replace(on, size=max(on.size, shape.float_size))
     run = RunPlan(shape, batches, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)

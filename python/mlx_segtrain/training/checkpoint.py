@@ -1,7 +1,7 @@
 """Checkpoints: the complete state of a run between two steps, in folders that are whole or absent.
 
-    state/step-00050/state.safetensors  factors, what the optimizer remembers, references of pairs;
-                                        its metadata is the rest, as JSON
+    state/step-00050/state.safetensors  factors and what the optimizer remembers; its metadata is
+                                        the rest, as JSON
     state/step-00050/manifest.json      size and SHA-256 of that file
 
 The order of rows, masks of dropout and the learning rate follow from the configuration and the
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..errors import InputError
@@ -32,7 +31,7 @@ class Checkpoint:
     """What was read of one.
 
     `record` is what the run was made of, `log_bytes` where metrics.jsonl stood, `apart` whether
-    pairs ran as two sequences; `references` are those of training and validation pairs, by name.
+    pairs ran as two sequences.
     """
 
     folder: Path
@@ -41,7 +40,6 @@ class Checkpoint:
     record: dict[str, Any]
     log_bytes: int
     apart: bool
-    references: dict[str, np.ndarray]
     tensors: dict[str, mx.array]
 
     def iterate(self, fresh: Iterate) -> Iterate:
@@ -70,7 +68,6 @@ def save(
     record: dict[str, Any],
     log_bytes: int,
     apart: bool,
-    **references: np.ndarray,
 ) -> None:
     """Writes a checkpoint below the folder of a run and removes all but the newest `keep`, and
     those of steps that the run has not come to, which are of another future.
@@ -79,8 +76,6 @@ def save(
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
-    # As bits: safetensors of MLX have no float64.
-    tensors |= {f"references.{name}": mx.array(x.view(np.uint32)) for name, x in references.items()}
     rest = {
         "version": VERSION,
         "record": record,
@@ -148,7 +143,7 @@ def _read(folder: Path) -> Checkpoint:
             f"{folder} is of another version of mlx-segtrain ({rest['version']}, not {VERSION}): "
             "resume with that one."
         )
-    prefix = "references."
+    mx.eval(tensors)  # read now: what the hash was of
     return Checkpoint(
         folder,
         rest["step"],
@@ -156,10 +151,5 @@ def _read(folder: Path) -> Checkpoint:
         rest["record"],
         rest["log_bytes"],
         rest["apart"],
-        {
-            name.removeprefix(prefix): np.array(x).view(np.float64)
-            for name, x in tensors.items()
-            if name.startswith(prefix)
-        },
-        {name: x for name, x in tensors.items() if not name.startswith(prefix)},
+        tensors,
     )

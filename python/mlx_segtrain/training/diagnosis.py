@@ -1,8 +1,7 @@
 """Why a step must not be taken: which row, and where numbers first stopped being finite."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -52,13 +51,6 @@ class Fault:
         where = f" (first in {self.tensor})" if self.tensor else ""
         return f"on {', '.join(self.rows[:3])}{more}{where}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Numbers that JSON does not have as words."""
-        return {
-            name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
-            for name, x in asdict(self).items()
-        }
-
 
 def rows_of(data: Dataset, accumulated: Sequence[AnyBatch]) -> list[str]:
     """Where the rows of these batches stand."""
@@ -73,13 +65,17 @@ def diagnose(
     outcome: Outcome,
     gradient: mx.array,
 ) -> Fault:
-    """Runs each row alone, forward, until one is not finite; all of them if none is."""
+    """Runs each row alone, forward, until one is not finite; all of them if none is, or there is no
+    memory to look."""
     rows = rows_of(setup.train, accumulated)
     bad = setup.layout.names(~mx.isfinite(at.vector))
     tensor = f"the factor {bad[0]}" if bad else None
     if tensor is None:
         for i in sorted({int(i) for batch in accumulated for i in batch.rows}):
-            tensor = _first_bad(setup, at, one_row(setup.train, i))
+            try:
+                tensor = _first_bad(setup, at, one_row(setup.train, i))
+            except RuntimeError:
+                break
             if tensor is not None:
                 rows = [setup.train.rows[i].source]
                 break

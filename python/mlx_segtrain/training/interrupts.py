@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -16,28 +17,37 @@ DEFAULTS = {
 }
 
 
-class Interrupts:
-    """Within it the first signal raises KeyboardInterrupt in the next, or the present, `allowed`;
-    the second one raises it wherever the run is.
+#: Seconds in which signals are taken for one: a terminal that is closed sends several.
+PATIENCE = 2.0
 
-    Only the main thread gets signals: elsewhere this does nothing.
+
+class Interrupts:
+    """Within it a signal raises KeyboardInterrupt in the next, or the present, `allowed`.
+
+    One that comes PATIENCE seconds behind it, or later, ends the process at once, which costs no
+    more than a power cut. Only the main thread gets signals: elsewhere this does nothing.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: float | None = None  # when
         self.open = False
         self.before: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self.asked = self.asked, True
-        if self.open or again:
-            raise KeyboardInterrupt
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked = now
+            if self.open:
+                raise KeyboardInterrupt
+        elif now - self.asked > PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
         self.open = True
         try:
-            if self.asked:
+            if self.asked is not None:
                 raise KeyboardInterrupt
             yield
         finally:

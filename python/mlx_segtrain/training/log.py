@@ -9,16 +9,26 @@ from typing import Any
 
 from .. import events
 from ..errors import InputError, RunError
-from ..files import lock, make_folder, sync, sync_open
+from ..files import lock, make_folder, sync, sync_open, to_json
 
 NAME = "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
-    """InputError if a run that goes on has this folder."""
-    if (folder / NAME).exists():
-        with open(folder / NAME, "rb") as file:
+    """InputError if a run that goes on has this folder, or it cannot be told."""
+    try:
+        # To be written: some network file systems lock nothing else.
+        with open(folder / NAME, "r+b") as file:
             _claim(file, folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(_cannot(folder, error)) from None
+
+
+def _cannot(folder: Path, error: OSError) -> str:
+    reason = error.strerror or error
+    return f"adapter_path {folder} cannot be written ({reason}): choose another folder."
 
 
 def _claim(file: Any, folder: Path) -> None:
@@ -42,19 +52,18 @@ class RunLog:
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         self.folder, self.warn = folder, warn
-        self.waiting = b""
+        self.waiting = bytearray()
         self.warned = False
         try:
             make_folder(folder)
             self.file = self._open()
         except OSError as error:
-            raise InputError(
-                f"adapter_path {folder} cannot be written: {error.strerror}: choose another folder."
-            ) from None
+            raise InputError(_cannot(folder, error)) from None
 
-    def _open(self) -> Any:
+    def _open(self, flags: int = 0) -> Any:
         # Not O_APPEND: some network file systems have none that holds.
-        file = os.fdopen(os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT, 0o644), "r+b", 0)
+        number = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | flags, 0o644)
+        file = os.fdopen(number, "r+b", 0)
         try:
             _claim(file, self.folder)  # once more: another may have begun while this one loaded
         except InputError:
@@ -69,13 +78,13 @@ class RunLog:
         self.file.seek(0, os.SEEK_END)
 
     def write(self, event: events.Event) -> None:
-        self.waiting += json.dumps(event, ensure_ascii=False).encode() + b"\n"
+        self.waiting += to_json(event).encode() + b"\n"
         self._flush()
 
     def _flush(self) -> None:
         try:
             while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
+                del self.waiting[: self.file.write(bytes(self.waiting))]
             self.warned = False
         except OSError as error:
             self._failed(error)
@@ -86,13 +95,7 @@ class RunLog:
             self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}): its lines wait")
 
     def sync(self) -> int:
-        """Waits until the disk has all lines; the bytes they are, with those that still wait.
-
-        If the folder has vanished it is made anew, with what was in the file. OSError if that
-        fails, RunError if another run has a folder of this name by now.
-        """
-        if not self._in_place():
-            self._move()
+        """Waits until the disk has all lines; the bytes they are, with those that still wait."""
         self._flush()
         try:
             sync_open(self.file.fileno())
@@ -100,27 +103,31 @@ class RunLog:
             self._failed(error)
         return self.file.tell() + len(self.waiting)
 
-    def _in_place(self) -> bool:
+    def ensure(self) -> None:
+        """That the folder is there and this run's, before something is written to it.
+
+        If it has vanished it is made anew, with what was in the log. OSError if that fails,
+        RunError if somebody else has a folder of this name by now.
+        """
         try:
             there = os.stat(self.folder / NAME)
+            if os.path.samestat(there, os.fstat(self.file.fileno())):
+                return
         except FileNotFoundError:
-            return False
-        return os.path.samestat(there, os.fstat(self.file.fileno()))
-
-    def _move(self) -> None:
+            pass
         make_folder(self.folder)
         try:
-            new = self._open()
-        except InputError as error:
+            new = self._open(os.O_EXCL)
+        except (FileExistsError, InputError):
             raise RunError(
-                f"the folder of this run was removed, and made by another: {error}"
+                f"adapter_path {self.folder} was taken away, and another run has been there since: "
+                "nothing more is written to it."
             ) from None
         self.warn(f"{self.folder} had vanished: it is made anew")
         self.file.seek(0)
-        text = self.file.read()
+        self.waiting[:0] = self.file.read()
         self.file.close()
-        self.file, self.waiting = new, text + self.waiting
-        self.file.truncate(0)
+        self.file = new
         sync(self.folder)
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from .. import events
+from .. import events, ops
 from ..config import TrainConfig
 from ..data import AnyBatch, batches
-from ..errors import RunError
+from ..errors import InputError
 from ..lora import attached
 from ..planning.run import RunPlan
 from .clock import Clock
@@ -25,14 +25,14 @@ from .memory import Memory, process_peak
 from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, check_output, prepare, read_inputs
-from .spikes import WINDOW
+from .spikes import MOST_SKIPPED, WINDOW
 from .state import Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
 
 T = TypeVar("T")
 #: What MLX and its back ends say when an allocation fails.
-NO_MEMORY = re.compile(r"out of memory|malloc|allocate", re.IGNORECASE)
+NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
 def train(
@@ -50,47 +50,62 @@ def train(
     input that cannot be used; RunError if the run cannot go on, after saving the last good step.
     """
     tell = on_event or (lambda event: None)
-
-    def warn(message: str) -> None:
-        tell(events.warning(message))
-
     tell(events.started())
     try:
-        check_installed(config)
-        resumed = check_output(config, warn)
-        inputs = read_inputs(config, tell)
-        config = inputs.config
-        made_of = Record(config, resumed.record if resumed else None)
-        if resumed is not None:
-            check_same(made_of, resumed.record, warn)
-        setup, vector = prepare(inputs, tell, resumed)
-        step = Stepper(config, setup)
-        at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
-        if resumed is not None:
-            at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
-            made_of.resume(resumed_from)
-        state = State(at, progress, Memory(progress.peak))
-        first = state.step * config.grad_accumulation_steps
-        source = batches(setup.train, config.batch_size, config.seed, first)
-        with setup.plan.limits(), RunLog(config.adapter_path, warn) as log:
-            keeper = Keeper(config, setup, log, made_of, warn)
-            keeper.open(state, resumed)
-            del at, vector, inputs, resumed  # or what the run began with would stay to its end
-            with tracked(config, made_of.values["id"], warn) as track, Interrupts() as interrupts:
-
-                def record(event: events.Event) -> None:
-                    log.write(event)
-                    track(event)
-                    tell(event)
-
-                keeper.warn = lambda message: record(events.warning(message))
-                run = Run(config, setup, step, state, keeper, record, interrupts, score)
-                result = run(source, resumed_from)
-                record(events.done(config.adapter_path))
-        return result
+        with ops.repeatable(config.deterministic):
+            return _train(config, tell, score)
     except BaseException as error:
         tell(events.failed(error))
         raise
+
+
+def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> TrainResult:
+    def warn(message: str) -> None:
+        tell(events.warning(message))
+
+    check_installed(config)
+    start = check_output(config, warn)
+    resumed, same = start.resumed, True
+    inputs = read_inputs(config, tell)
+    config = inputs.config
+    made_of = Record(config, resumed.record if resumed else None)
+    if resumed is not None:
+        same = check_same(made_of, resumed.record, warn)
+        if resumed.step > config.iters:
+            raise InputError(
+                f"iters is {config.iters}, but the run in {config.adapter_path} has come to "
+                f"step {resumed.step}: give as many or more, or begin another run."
+            )
+    setup, vector = prepare(inputs, tell, resumed)
+    step = Stepper(config, setup)
+    at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
+    if resumed is not None:
+        at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
+        made_of.resume(resumed_from)
+    state = State(at, progress, Memory(progress.peak))
+    first = state.step * config.grad_accumulation_steps
+    source = batches(setup.train, config.batch_size, config.seed, first)
+    with setup.plan.limits(), RunLog(config.adapter_path, warn) as log:
+        keeper = Keeper(config, setup, log, made_of, warn)
+        keeper.open(state, start, same)
+        # Or what the run began with would stay to its end.
+        del at, vector, inputs, resumed, start
+        with tracked(config, made_of.values["id"], warn) as track, Interrupts() as interrupts:
+
+            def record(event: events.Event) -> None:
+                log.write(event)
+                track(event)
+                tell(event)
+
+            keeper.warn = lambda message: record(events.warning(message))
+            run = Run(config, setup, step, state, keeper, record, interrupts, score)
+            try:
+                result = run(source, resumed_from)
+                record(events.done(config.adapter_path))
+            except BaseException as error:
+                log.write(events.failed(error))
+                raise
+    return result
 
 
 @dataclass
@@ -116,7 +131,8 @@ class Run:
         if resumed_from is not None:
             what += f", resumed behind step {resumed_from}"
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
-        self.looked, self.saved, self.clock = time.perf_counter(), state.step, Clock()
+        self.looked, self.clock = time.perf_counter(), Clock()
+        self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
         interrupted = stopped_early = False
         try:
             # What is due behind a step comes before the next one, in a run that is resumed too.
@@ -124,16 +140,16 @@ class Run:
                 self._report_if_due()
                 self._evaluate_if_due()
                 stopped_early = state.step < config.iters and self._has_stopped_improving()
-                if state.step == config.iters or stopped_early:
+                if state.step >= config.iters or stopped_early:
                     break
                 self._save_if_due()
                 self._take_step(source)
         except KeyboardInterrupt:
             interrupted = True
-        except Halted as error:
-            self._save()
-            if error.fault is not None:
+        except Exception as error:
+            if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
+            self._save()  # whatever it was, no step was half taken
             raise
         self._save()
         result = self._result(resumed_from, interrupted, stopped_early)
@@ -146,17 +162,21 @@ class Run:
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
         started = time.perf_counter()
+        losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            at, outcome = self._in_memory(lambda: self.step(state.at, accumulated, progress.losses))
+            at, outcome = self._in_memory(lambda: self.step(state.at, accumulated, losses))
         state.at = at
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent.append(progress.last)
-        progress.losses = [*progress.losses, outcome.loss][-WINDOW:]
+        left_out = outcome.bound is not None and config.on_spike == "skip"
+        progress.skipped = progress.skipped + 1 if left_out else 0
+        if not left_out:
+            progress.losses = [*progress.losses, outcome.loss][-WINDOW:]
         progress.tokens += outcome.tokens
         progress.train_s += progress.last.seconds
         if outcome.bound is not None:
-            done = "left out" if config.on_spike == "skip" else "taken"
+            done = "left out" if left_out else "taken"
             spike = f"loss {outcome.loss:.4f} is a spike, above {outcome.bound:.4f}"
             self._warn(f"step {state.step}: {spike}: the step was {done}")
         cheaper = self.step.plan.tightened(state.memory.measure(state.step))
@@ -173,17 +193,16 @@ class Run:
             try:
                 return take()
             except (RuntimeError, MemoryError) as error:
-                if isinstance(error, RunError) or not NO_MEMORY.search(str(error)):
+                if not NO_MEMORY.search(str(error)):
                     raise
                 cheaper, reason = self.step.plan.cheaper(), str(error)
             # Outside of the handler: the exception's frames hold arrays of the step.
             mx.clear_cache()
             if cheaper is None:
-                done = self.state.step
                 raise Halted(
-                    f"step {done + 1}: the device has no memory for it ({reason}), and no plan "
-                    f"takes less: the state of step {done} is kept; free memory and resume, or "
-                    "begin with a lower max_seq_length or batch_size."
+                    f"step {self.state.step + 1}: the device has no memory for it ({reason}), and "
+                    "no plan takes less: free memory and go on, or begin with a lower "
+                    "max_seq_length or batch_size."
                 )
             self._change_plan(cheaper, "no memory for a step")
 
@@ -261,7 +280,9 @@ class Run:
             return
         if config.keep_best and progress.since_best == 0:
             self.keeper.best(state)
+            self.owed = True
         if config.save_checkpoints:
+            self.owed = True
             name = f"step-{state.step:05d}" + (f"-val{val['loss']:.4f}" if val else "")
             self.tell(events.stage("checkpoint", self._share, name))
             self.keeper.evaluated(state, name)
@@ -284,9 +305,10 @@ class Run:
         return progress.evaluated == self.state.step and 0 < patience <= progress.since_best
 
     def _save_if_due(self) -> None:
+        """Every so many steps, and with each adapter that is kept of an evaluation."""
         every, step = self.config.steps_per_save, self.state.step
-        if every and step != self.saved and step % every == 0:
-            self.saved = step
+        if step != self.saved and (self.owed or (every and step % every == 0)):
+            self.saved, self.owed = step, False
             self._count_time()
             self.keeper.checkpoint(self.state)
 
@@ -294,9 +316,9 @@ class Run:
         """For good; an untouched adapter is not worth a file."""
         if self.state.step == 0:
             return
-        self.tell(events.stage("checkpoint", self._share, f"saving {self.config.adapter_path}"))
         self._count_time()
         self.keeper.last(self.state)
+        self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _count_time(self) -> None:
         before, self.looked = self.looked, time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import events
+from .. import events, ops
 from ..config import TrainConfig
 from ..data import batches
 from .results import ProbeResult
@@ -21,7 +21,11 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
 
     Writes nothing. InputError for input that cannot be used.
     """
-    tell = on_event or (lambda event: None)
+    with ops.repeatable(config.deterministic):
+        return _probe(config, on_event or (lambda event: None))
+
+
+def _probe(config: TrainConfig, tell: events.OnEvent) -> ProbeResult:
     setup, vector = prepare(read_inputs(config, tell), tell)
     config = setup.config
     longest: list[Any] = sorted(setup.train.rows, key=lambda row: -len(row))

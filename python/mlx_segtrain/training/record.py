@@ -14,7 +14,7 @@ from uuid import uuid4
 import mlx.core as mx
 
 from .. import events
-from ..adapters import WEIGHTS
+from ..adapters.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from ..config import TrainConfig, flag
 from ..data.dataset import split_paths
 from ..errors import InputError, RunError
@@ -23,7 +23,9 @@ from .checkpoint import found, torn
 
 NAME = "run.json"
 #: What a model's folder holds that says what the model is, by the end of its name.
-OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
+OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
+#: And an adapter's.
+OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 #: Fields that change nothing of what a run computes.
 FREE = (
@@ -36,25 +38,27 @@ FREE = (
 STEERING = (
     *("iters", "epochs", "learning_rate", "lr_schedule", "warmup_iters", "weight_decay"),
     *("grad_clip_norm", "on_spike", "steps_per_eval", "early_stopping_patience"),
+    "deterministic",
 )
 
 
 def files_of(config: TrainConfig) -> dict[str, Path]:
     """What a run reads, by a name that stays when its folder is moved; InputError without data."""
     train, valid = split_paths(config.data_dir)
-    files = {f"model/{path.name}": path for path in _files_in(config.model_dir)}
+    files = _files_in("model", config.model_dir, OF_MODEL)
     files |= {f"data/{path.name}": path for path in (train, valid) if path}
     if config.warm_start is not None:
-        files |= {f"warm_start/{path.name}": path for path in _files_in(config.warm_start)}
+        files |= _files_in("warm_start", config.warm_start, OF_ADAPTER)
     return files
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in OF_MODEL and not path.name.startswith(".") and path.is_file()
-    )
+def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
+    """Those whose names end so, by part and name; none if there is no such folder."""
+    return {
+        f"{part}/{path.name}": path
+        for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
+        if path.name.endswith(ends) and not path.name.startswith(".") and path.is_file()
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -83,7 +87,7 @@ def read(run: Path) -> dict[str, Any]:
     """InputError if there is none that can be read."""
     try:
         record = json.loads((run / NAME).read_text(encoding="utf-8"))
-        if not {"id", "config", "inputs", "versions"} <= set(record):
+        if not set(record) >= PARTS or not all(isinstance(record[x], dict) for x in PARTS - {"id"}):
             raise KeyError
     except OSError as error:
         raise InputError(
@@ -94,6 +98,10 @@ def read(run: Path) -> dict[str, Any]:
     return record
 
 
+#: What every record has.
+PARTS = {"id", "config", "folders", "inputs", "versions", "device", "settings"}
+
+
 class Record:
     """What run.json of a run that goes on will hold, and the inputs as they were at its start."""
 
@@ -101,12 +109,25 @@ class Record:
         self.folder = config.adapter_path
         self.files = files_of(config)
         self.stats = {name: _stat(path) for name, path in self.files.items()}
-        self.inputs = hashes(self.files)
+        try:
+            self.inputs = hashes(self.files)
+        except OSError as error:
+            raise InputError(
+                f"{error.filename} cannot be read: {error.strerror or error}."
+            ) from None
         earlier = resumed or {}
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
             "started": earlier.get("started", events.now()),
-            "config": json.loads(config.model_dump_json()),
+            "config": config.model_dump(mode="json"),
+            "folders": {
+                part: str(folder.resolve())
+                for part, folder in (
+                    *(("model", config.model_dir), ("data", config.data_dir)),
+                    ("warm_start", config.warm_start),
+                )
+                if folder is not None
+            },
             **machine(),
             "inputs": self.inputs,
             "resumed": earlier.get("resumed", []),
@@ -121,23 +142,34 @@ class Record:
 
     def finish(self, step: int) -> None:
         """Notes what the run has made, for `verify`."""
-        made = {WEIGHTS: sha256(self.folder / WEIGHTS)} if (self.folder / WEIGHTS).exists() else {}
-        self.values["made"] = {"step": step, "at": events.now(), "files": made}
+        files = hashes(_made(self.folder))
+        self.values["made"] = {"step": step, "at": events.now(), "files": files}
         self.write()
 
     def check_model(self, step: int) -> None:
-        """RunError if a file of the model is not what it was when the run began."""
+        """RunError if a file of the model is not what it was when the run began, behind a step
+        whose state has been kept."""
         for name, path in self.files.items():
-            if not name.startswith("model/") or _stat(path) == self.stats[name]:
+            now = _stat(path)
+            if not name.startswith("model/") or now == self.stats[name]:
                 continue
-            if _stat(path) and sha256(path) == self.inputs[name]:
-                self.stats[name] = _stat(path)
+            try:
+                if now and sha256(path) == self.inputs[name]:
+                    self.stats[name] = now
+                    continue
+            except OSError:  # cannot be told: the next checkpoint looks again
                 continue
-            what = "was changed" if _stat(path) else "was removed"
+            what = "was changed" if now else "was removed"
             raise RunError(
                 f"step {step}: {path} {what} under the run, whose adapter would be of no model "
                 f"there is: the state of step {step} is kept; put the file back and resume."
             )
+
+
+def _made(run: Path) -> dict[str, Path]:
+    """Files of a run's adapters, by their place in its folder."""
+    own = {file.name: file for file in _files_in("", run, OF_ADAPTER).values()}
+    return own | _files_in("best", run / "best", OF_ADAPTER)
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
@@ -149,26 +181,35 @@ def _stat(path: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-    """InputError if a run cannot go on with this configuration and these files; `warn` is told of
-    what makes its steps to come others than they would have been."""
+def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
+    """Whether a run goes on as it would have; InputError if it cannot go on with this configuration
+    and these files. `warn` is told what makes its steps to come others than they would have been.
+    """
     run, now, before = record.folder, record.values["config"], earlier["config"]
-    for name in now:
-        if name in FREE or now[name] == before.get(name):
+    same = True
+    for name, field in TrainConfig.model_fields.items():
+        then = before.get(name, field.default)
+        if name in FREE or now[name] == then:
             continue
-        change = f"{name} is {now[name]}, but the run in {run} began with {before.get(name)}"
+        change = f"{name} is {now[name]}, but the run in {run} began with {then}"
         if name not in STEERING:
-            raise InputError(
-                f"{change}: give {flag(name)} {before.get(name)}, or begin another run."
-            )
+            raise InputError(f"{change}: give {flag(name)} {then}, or begin another run.")
         warn(f"{change}: from here on it is another run than it would have been")
+        same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
-        raise InputError(
-            f"{what} {differs} since the run in {run} began: put it back, or begin another run."
-        )
+        # mlx-lm reads weights of any name like these, and of the rest only what it knows.
+        if differs != COME or what.endswith(".safetensors"):
+            raise InputError(
+                f"{what} {differs} since the run in {run} began: put it back, or begin another run."
+            )
     for part in ("versions", "device", "settings"):
-        for what, differs in differences(record.values[part], earlier.get(part, {})).items():
+        for what, differs in differences(record.values[part], earlier[part]).items():
             warn(f"{what} {differs} since the run began: its last bits may be others")
+    return same
+
+
+#: Of what was not there.
+COME = "has come"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
@@ -178,7 +219,7 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
         if name not in now:
             found[name] = "is missing"
         elif name not in then:
-            found[name] = "has come"
+            found[name] = COME
         elif now[name] != then[name]:
             long = isinstance(now[name], str) and len(now[name]) == 64
             found[name] = "has changed" if long else f"has changed from {then[name]} to {now[name]}"
@@ -206,28 +247,22 @@ def verify(run: Path) -> Verified:
     Model and data are looked for where the run found them.
     """
     record = read(run)
-    config = record["config"]
-    folders = {"model": "model_dir", "data": "data_dir", "warm_start": "warm_start"}
     parts: dict[str, list[str]] = {}
-    for part, name in folders.items():
-        if config.get(name) is None:
-            continue
-        folder = Path(config[name])
+    for part, folder in record["folders"].items():
         then = {k: v for k, v in record["inputs"].items() if k.startswith(f"{part}/")}
-        files = {k: folder / k.partition("/")[2] for k in then}
-        if part != "data" and folder.is_dir():
-            files |= {f"{part}/{path.name}": path for path in _files_in(folder)}
+        files = {name: Path(folder) / name.partition("/")[2] for name in then}
+        if part == "model":
+            files |= _files_in(part, Path(folder), OF_MODEL)
         parts[part] = _sentences(_hashes_of(files), then)
     here = machine()
     for part in ("versions", "device", "settings"):
         parts[part] = _sentences(here[part], record[part])
     made = record.get("made")
     if made:
-        files = {name: run / name for name in made["files"]}
-        parts["adapter"] = _sentences(_hashes_of(files), made["files"])
+        parts["adapter"] = _sentences(hashes(_made(run)), made["files"])
     faults = {folder.name: torn(folder) for folder in found(run).values()}
     parts["checkpoints"] = [f"{name} is torn: {why}" for name, why in faults.items() if why]
-    return Verified(run, made and made["step"], config["iters"], parts)
+    return Verified(run, made and made["step"], record["config"]["iters"], parts)
 
 
 def _hashes_of(files: Mapping[str, Path]) -> dict[str, str]:

@@ -35,20 +35,20 @@ def with_references(
     data: Dataset,
     wanted: Collection[int],
 ) -> Dataset:
-    """The data, in which the wanted pairs have their `reference`, those that had one the same."""
-    wanted = {i for i in wanted if data.rows[i].reference is None}
-    if not wanted:
-        return data
-    file = cache_dir() / "references" / f"{model_key(config.model_dir)}.npz"
+    """The data, in which the wanted pairs have their `reference`.
+
+    Each is computed alone: what it is beside others must not depend on who they are.
+    """
+    file = cache_dir() / "references" / f"{model_key(config)}.npz"
     known = _read(file)
     keys = [pair_key(pair) for pair in data.rows]
-    missing = sorted(i for i in wanted if keys[i] not in known)
+    missing = sorted(i for i in set(wanted) if keys[i] not in known)
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         part = replace(data, rows=[data.rows[i] for i in missing])
         objective = Reference()
-        found: Iterator[Any] = eval_batches(part, config.batch_size)
+        found: Iterator[Any] = eval_batches(part, 1)
         for batch in found:
             (sums,) = value(objective, chain, {}, {}, batch, objective.total([batch]))
             for i, both in zip(batch.rows, np.array(sums).reshape(2, -1).T, strict=True):
@@ -61,39 +61,25 @@ def with_references(
                 events.warning(f"{file} cannot be written ({reason}): not kept for other runs")
             )
     rows = [
-        pair if pair.reference else replace(pair, reference=known.get(key))
-        for pair, key in zip(data.rows, keys, strict=True)
+        replace(pair, reference=known.get(key)) for pair, key in zip(data.rows, keys, strict=True)
     ]
     return replace(data, rows=rows)
 
 
-def references_of(data: Dataset) -> np.ndarray:
-    """Of all pairs, float64 [pairs, 2]; NaN where there is none."""
-    none = (np.nan, np.nan)
-    return np.array([pair.reference or none for pair in data.rows], np.float64).reshape(-1, 2)
-
-
-def given_references(data: Dataset, found: np.ndarray) -> Dataset:
-    """The data with what `references_of` has found."""
-    rows = [
-        pair if np.isnan(both).any() else replace(pair, reference=(float(both[0]), float(both[1])))
-        for pair, both in zip(data.rows, found, strict=True)
-    ]
-    return replace(data, rows=rows)
-
-
-def model_key(model_dir: Path) -> str:
+def model_key(config: TrainConfig) -> str:
     """Of configuration and weights as they stand there, and of what computes with them.
 
     Weights by name, size and time of change: gigabytes are not read for it.
     """
     digest = hashlib.blake2b(digest_size=KEY)
+    model_dir = config.model_dir
     files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json")])
     for file in files:
         stat = file.stat()
         digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     digest.update(
-        f"{version('mlx')}\0{mx.default_device()}\0{mx.device_info().get('device_name')}".encode()
+        f"{version('mlx')}\0{mx.default_device()}\0{mx.device_info().get('device_name')}\0"
+        f"{config.deterministic}".encode()
     )
     return digest.hexdigest()
 

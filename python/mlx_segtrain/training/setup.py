@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Pair, Row, batches, load_dataset
 from ..errors import InputError
+from ..files import clean
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
 from ..objectives import Objective
@@ -23,10 +26,10 @@ from ..planning.run import RunPlan, plan_run, ways
 from ..ranks import asked
 from ..schedule import Grads
 from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
-from .checkpoint import Checkpoint, newest
+from .checkpoint import STATE, Checkpoint, found, newest
 from .layout import Layout
 from .log import check_free
-from .references import given_references, with_references
+from .references import with_references
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,34 @@ class Setup:
     apart: bool = False
 
 
-def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Where a run that is gone on with stands; None if one begins. InputError if adapter_path
-    cannot take it."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on from, if it does, and what its folder held when that was found."""
+
+    resumed: Checkpoint | None
+    seen: Any
+
+    @staticmethod
+    def trace(path: Path) -> Any:
+        """What tells whether a run has been in the folder."""
+        log = path / "metrics.jsonl"
+        return list(found(path)), log.stat().st_size if log.exists() else 0
+
+
+def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
+    """InputError if adapter_path cannot take the run."""
     path = config.adapter_path
     if path.exists() and not path.is_dir():
         raise InputError(f"adapter_path {path} is a file: give a folder for the adapter.")
     check_free(path)
     if config.resume:
+        with suppress(OSError):
+            clean(path / STATE)  # a checkpoint that was about to be written anew
+    seen = Start.trace(path)
+    if config.resume:
         checkpoint = newest(path, warn)
         if checkpoint is not None:
-            return checkpoint
+            return Start(checkpoint, seen)
         if config.resume is True:
             raise InputError(
                 f"adapter_path {path} holds no checkpoint to resume: leave --resume out, or give "
@@ -82,7 +102,7 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Checkpoint
                 f"warm_start {warm} lies in adapter_path {path}, which this run replaces: give "
                 "another adapter_path."
             )
-    return None
+    return Start(None, seen)
 
 
 def check_length(chain: Chain, max_seq_length: int) -> None:
@@ -140,15 +160,15 @@ def prepare(
 ) -> tuple[Setup, mx.array]:
     """Plans, loads the model, and makes the factors of a fresh adapter, a vector.
 
-    Pairs run as in the run that is resumed, with its references. InputError for whatever does not
-    fit, memory included: before the weights are loaded.
+    Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
+    before the weights are loaded.
     """
     config, train, valid = inputs.config, inputs.train, inputs.valid
     apart = resumed is not None and resumed.apart
     try:
         plan = plan_run(config, *largest_batches(_apart(train) if apart else train, config))
     except InputError as error:
-        if apart or not _shares(train):
+        if resumed is not None or not _shares(train):
             raise
         try:  # pairs share nothing if only apart they fit
             plan, apart = plan_run(config, *largest_batches(_apart(train), config)), True
@@ -160,7 +180,7 @@ def prepare(
     setup = replace(setup, apart=apart)
     if config.method == "dpo" and not config.reference_free:
         with plan.limits():
-            setup = _referenced(setup, on_event, resumed.references if resumed else {})
+            setup = _referenced(setup, on_event)
     size = f"{len(train.rows)} rows, {train.tokens} tokens"
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {size}"))
     return setup, vector
@@ -218,13 +238,9 @@ def load_setup(
     return Setup(*what, train, valid, tokenizer, plan), vector
 
 
-def _referenced(setup: Setup, on_event: events.OnEvent, known: Mapping[str, np.ndarray]) -> Setup:
+def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     """With what the model without adapter gives for the pairs that the run will see."""
-    config, valid = setup.config, setup.valid
-    if "train" in known:
-        setup = replace(setup, train=given_references(setup.train, known["train"]))
-    if "valid" in known and valid is not None:
-        valid = given_references(valid, known["valid"])
+    config = setup.config
     source = batches(setup.train, config.batch_size, config.seed)
     steps = config.iters * config.grad_accumulation_steps
     epoch = len(setup.train.rows) // config.batch_size
@@ -233,7 +249,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent, known: Mapping[str, np.n
         seen = set(range(len(setup.train.rows)))
     how = (config, setup.chain, on_event)
     train = with_references(*how, setup.train, seen)
-    valid = valid and with_references(*how, valid, range(len(valid.rows)))
+    valid = setup.valid and with_references(*how, setup.valid, range(len(setup.valid.rows)))
     return replace(setup, train=train, valid=valid)
 
 

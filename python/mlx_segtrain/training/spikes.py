@@ -7,6 +7,8 @@ from statistics import median
 WINDOW, LEAST = 64, 16
 #: Deviations above the median, as of a normal distribution: 1.4826 times the median deviation.
 DEVIATIONS = 6
+#: Steps in a row that are left out at most: then it is no spike, but what losses are by now.
+MOST_SKIPPED = 8
 #: Nats above the median that are never a spike, and the multiple of the window's largest loss.
 SLACK, MULTIPLE = 1.0, 1.5
 
@@ -14,8 +16,8 @@ SLACK, MULTIPLE = 1.0, 1.5
 def spike_bound(losses: Sequence[float]) -> float:
     """The loss from which on one is a spike, behind steps of these losses; infinite at first.
 
-    Median and median deviation are not moved by the spikes themselves; the largest loss is, so that
-    losses which stay high are spikes once or twice only.
+    Median and median deviation are not moved by spikes that were taken; the largest loss is, so
+    that losses which stay high are told once or twice only.
     """
     if len(losses) < LEAST:
         return float("inf")

@@ -1,5 +1,6 @@
 """What changes during a run, and what of it a checkpoint holds."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,8 +43,8 @@ class Progress:
     """How far a run has come besides its factors; numbers and lists of them, so that JSON holds it.
 
     `reported` and `evaluated` are the last steps of which that was done. `recent` are the outcomes
-    since the last report, `losses` those that tell what a spike is. Seconds and the peak, in bytes,
-    are of all parts of a run that was resumed.
+    since the last report, `losses` those that tell what a spike is, `skipped` the steps in a row
+    that were left out. Seconds and the peak, in bytes, are of all parts of a run that was resumed.
     """
 
     reported: int = 0
@@ -51,6 +52,7 @@ class Progress:
     last: Outcome | None = None
     recent: list[Outcome] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0
     vals: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     train_s: float = 0.0
@@ -60,7 +62,11 @@ class Progress:
     @property
     def best(self) -> dict[str, float] | None:
         """Step and loss of the evaluation with the lowest loss, the first if several have it."""
-        return min(self.vals, key=lambda v: v["loss"], default=None)
+        return min(
+            self.vals,
+            key=lambda v: math.inf if math.isnan(v["loss"]) else v["loss"],
+            default=None,
+        )
 
     @property
     def since_best(self) -> int:

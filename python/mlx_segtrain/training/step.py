@@ -56,12 +56,13 @@ class Stepper:
             rate=learning_rate(self.config, at.step),
             tokens=count(self.setup.train, accumulated),
         )
+        kept = f"the state of step {at.step} is kept" if at.step else "nothing has been trained yet"
+        mend = "look at the row, or go on with a lower learning_rate"
         if not (math.isfinite(loss) and math.isfinite(norm)):
             fault = diagnose(self.setup, at, accumulated, outcome, gradient)
             raise Halted(
                 f"step {at.step + 1}: loss is {loss} and gradient norm {norm}, {fault.place}: "
-                f"the state of step {at.step} is kept; look at the row, or resume with a lower "
-                "learning_rate.",
+                f"{kept}; {mend}.",
                 fault,
             )
         bound = spike_bound(losses)
@@ -72,9 +73,8 @@ class Stepper:
                 fault = Fault.of("spike", at, outcome, rows, list(losses))
                 raise Halted(
                     f"step {at.step + 1}: loss is {loss:.4f}, where {bound:.4f} is the most that "
-                    f"the last {len(losses)} steps let expect, {fault.place}: the "
-                    f"state of step {at.step} is kept; look at the row, or resume with a lower "
-                    "learning_rate or on_spike skip.",
+                    f"the last {len(losses)} steps let expect, {fault.place}: {kept}; {mend} or "
+                    "with on_spike skip.",
                     fault,
                 )
             if self.config.on_spike == "skip":
@@ -82,7 +82,16 @@ class Stepper:
         limit = self.config.grad_clip_norm
         if 0 < limit < norm:
             gradient = gradient * (limit / norm)
-        return self.optimizer(gradient, at), outcome
+        new = self.optimizer(gradient, at)
+        if not mx.isfinite(new.vector).all():
+            bad = self.setup.layout.names(~mx.isfinite(new.vector))
+            rows = rows_of(self.setup.train, accumulated)
+            fault = Fault.of("nonfinite", at, outcome, rows, [], f"the factor {bad[0]}")
+            raise Halted(
+                f"step {at.step + 1}: the update is not finite, {fault.place}: {kept}; {mend}.",
+                fault,
+            )
+        return new, outcome
 
     def gradient(self, at: Iterate, accumulated: list[AnyBatch]) -> tuple[list[float], mx.array]:
         """Outputs of the objective and gradient of its loss over all micro-batches."""
