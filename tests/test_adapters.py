@@ -14,7 +14,7 @@ from mlx_lm.utils import save_config
 import mlx_segtrain
 from conftest import write_tiny
 from mlx_segtrain import InputError, TrainConfig
-from mlx_segtrain.adapters import ranks_in, read_adapter, write_adapter
+from mlx_segtrain.adapters import About, ranks_in, read_adapter, write_adapter
 from mlx_segtrain.lora import Adapter, shapes
 from mlx_segtrain.models import chain_of, load_base
 from oracle import assert_close
@@ -85,7 +85,7 @@ def write_peft(folder, factors, more=None, **config):
 
 def write_ours(folder, factors):
     config = TrainConfig(model_dir="m", data_dir="d", adapter_path=folder)
-    write_adapter(folder, Adapter(factors, dict.fromkeys(factors, SCALE)), config)
+    write_adapter(folder, Adapter(factors, dict.fromkeys(factors, SCALE)), About.of(config))
     return folder
 
 
@@ -227,18 +227,17 @@ def test_a_text_model_stands_alone_or_in_a_larger_one(stored, chain, gemma4, tmp
             assert ranks_in(folder) == {f"{known}.0.self_attn.q_proj": RANK}
 
 
-def test_ranks_are_read_from_the_header_alone(chain, tmp_path):
+def test_a_file_that_is_cut_is_not_read(chain, tmp_path):
     ranks = {Q0: 2, DOWN1: 8}
     for folder in (
         write_mlx(tmp_path / "mlx", factors_of(chain, ranks)),
         write_peft(tmp_path / "peft", factors_of(chain, ranks)),
     ):
+        assert ranks_in(folder) == ranks
         (weights,) = folder.glob("*.safetensors")
         whole = weights.read_bytes()
         weights.write_bytes(whole[: 8 + struct.unpack("<Q", whole[:8])[0]])
-        assert ranks_in(folder) == ranks
-        with pytest.raises(InputError, match="not a readable safetensors file"):
-            read_adapter(folder, chain)
+        says(folder, chain, "not a readable safetensors file: its tensors take")
 
 
 # ---- what is refused
@@ -284,7 +283,7 @@ def test_starts_that_leave_the_base_as_it_is(start, chain, tmp_path):
     [
         (f"{Q0}.lora_magnitude_vector", "has magnitudes, but adapter_config.json does not say"),
         (f"{Q0}.lora_magnitude", "lora_magnitude' is no factor"),
-        ("model.embed_tokens.lora_embedding_A", r"an embedding \(lora_embedding_A\) cannot be"),
+        ("model.embed_tokens.lora_embedding_A", "has lora_a but no lora_b"),
         ("lm_head.weight", "tensor 'base_model.model.lm_head.weight' is no factor"),
         (f"{Q0}.lora_B.bias", "lora_B.bias' is no factor"),
     ],
@@ -363,7 +362,9 @@ def test_factors_that_make_no_sense(chain, tmp_path):
     half = {f"base_model.model.{DOWN1}.lora_B.weight": mx.ones((64, 4))}
     says(write_peft(tmp_path / "half", factors, half), chain, f"{DOWN1}' has lora_b but no lora_a")
     other = {f"{Q0}x": factors[Q0]}
-    says(write_peft(tmp_path / "other", other), chain, "belongs to no linear", ranks_too=False)
+    says(
+        write_peft(tmp_path / "other", other), chain, "is no linear of this model", ranks_too=False
+    )
     wide = {Q0: (mx.ones((65, RANK)), b)}
     message = r"lora_a \(65, 4\) and lora_b \(4, 64\), but the model wants \(64, 4\)"
     says(write_peft(tmp_path / "wide", wide), chain, message, ranks_too=False)

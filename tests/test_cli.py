@@ -16,7 +16,10 @@ from mlx_segtrain import RunError, cli, data, events, training
 from mlx_segtrain.config import TrainConfig, flag
 
 REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
-COMMANDS = ["train", "probe", "verify", "inspect", "eval", "generate", "doctor", "bench", "demo"]
+COMMANDS = [
+    *("train", "probe", "verify", "plan", "export", "import", "merge", "adapters", "inspect"),
+    *("eval", "generate", "doctor", "bench", "demo"),
+]
 TRAINED = training.TrainResult(
     adapter_path=Path("a b"),
     steps=20,

@@ -18,7 +18,7 @@ import tiny_models
 from checks import random_adapter
 from conftest import write_llama
 from mlx_segtrain import InputError, TrainConfig, lora, ops, train
-from mlx_segtrain.adapters import is_dora, ranks_in, read_adapter, write_adapter
+from mlx_segtrain.adapters import About, is_dora, ranks_in, read_adapter, write_adapter
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.models.dora import Stretch
@@ -172,7 +172,7 @@ def test_experts_have_none():
 
 def written(folder, adapter):
     config = TrainConfig(model_dir="m", data_dir="d", adapter_path=folder, use_dora=True)
-    write_adapter(folder, adapter, config)
+    write_adapter(folder, adapter, About.of(config))
     return folder
 
 

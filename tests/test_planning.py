@@ -32,7 +32,8 @@ from mlx_segtrain.planning import (
 )
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.planning.shapes import read_header, read_shape
+from mlx_segtrain.planning.shapes import read_shape
+from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.stages import PAIR, joined
 from mlx_segtrain.training import loop, setup, train
 from mlx_segtrain.training.layout import Layout

@@ -20,7 +20,7 @@ from mlx_segtrain import InputError, RunError, _core, adapters, train
 from mlx_segtrain.adapters import ranks_in, step_of
 from mlx_segtrain.demo import snapshot
 from mlx_segtrain.files import cache_dir
-from mlx_segtrain.planning.shapes import read_header
+from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.training import checkpoint, step
 from mlx_segtrain.training import log as training_log
 from test_preference_runs import write_pairs
@@ -476,7 +476,7 @@ def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters, "write_tensors", full)
+    monkeypatch.setattr(adapters.writing, "write_tensors", full)
     config = config_of(llama4, data, tmp_path / "a", overwrite=True, rank=8)
     with pytest.raises(RunError, match="No space left on device"):
         train(config)

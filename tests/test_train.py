@@ -62,6 +62,8 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
         "adapter_config.json",
         "optiq_lora_config.json",
         "metrics.jsonl",
+        "metrics.json",
+        "README.md",
         "run.json",
         "state",
     }

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from mlx_segtrain.adapter_commands import add_commands
 from mlx_segtrain.config import (
     TrainConfig,
     allowed,
@@ -165,6 +166,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--no-chat-template", action="store_true", help="give the prompt to the model as it is"
     )
 
+    add_commands(command)
+
     added = command("doctor", _doctor, "check and time the kernels on this device")
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -273,6 +276,7 @@ def _train(args: argparse.Namespace) -> int:
 
     with Terminal() as show:
         result = train(config, show)
+        _draw(config, result)
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
@@ -296,6 +300,18 @@ def _train(args: argparse.Namespace) -> int:
     print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
     print(f"    or: mlx_lm.generate --model {model} --adapter-path {adapter} --prompt …")
     return 130 if result.interrupted else 0
+
+
+def _draw(config: TrainConfig, result: Any) -> None:
+    """Loss curves beside the log; a run is not lost for want of a picture."""
+    from mlx_segtrain.curves import draw
+
+    title = f"{config.model_dir.name} on {config.data_dir.name}"
+    unit = "nats per token" if config.method == "sft" else "per pair"
+    try:
+        draw(result.adapter_path / "metrics.jsonl", title, unit)
+    except OSError as error:
+        print(f"the loss curves cannot be written ({error.strerror or error})", file=sys.stderr)
 
 
 def _probe(args: argparse.Namespace) -> int:

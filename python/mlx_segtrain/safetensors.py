@@ -28,10 +28,10 @@ MOST, DIMENSIONS = 100 << 20, 8
 NAME = re.compile(r"[!-~]{1,512}")
 
 
-def read_header(file: Path) -> Tensors:
+def read_header(file: Path, *, whole: bool = True) -> Tensors:
     """Names, dtypes and shapes of a safetensors file; what is behind the header is not read.
 
-    InputError if it is none, or the header and the file do not fit each other.
+    InputError if it is none, or, if the file is to be `whole`, header and data do not fit.
     """
     try:
         with open(file, "rb") as opened:
@@ -41,7 +41,7 @@ def read_header(file: Path) -> Tensors:
             if size > min(MOST, total - 8):
                 raise ValueError("it ends within its header, or the header is too long")
             header = json.loads(opened.read(size), object_pairs_hook=_once)
-        return _checked(header, total - 8 - size)
+        return _checked(header, total - 8 - size if whole else None)
     except (OSError, ValueError, struct.error, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise InputError(f"{file} is not a readable safetensors file: {reason}.") from None
@@ -54,7 +54,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _checked(header: Any, data: int) -> Tensors:
+def _checked(header: Any, data: int | None) -> Tensors:
     """The tensors of a header with so many bytes of data behind it; ValueError if it is none."""
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
@@ -62,8 +62,8 @@ def _checked(header: Any, data: int) -> Tensors:
     spans = []
     for name, entry in header.items():
         if name == "__metadata__":
-            texts = entry.values() if isinstance(entry, dict) else (None,)
-            if not all(isinstance(text, str) for text in texts):
+            texts = entry.values() if isinstance(entry, dict) else (entry,)
+            if entry is not None and not all(isinstance(text, str) for text in texts):
                 raise ValueError("its metadata are no texts")
             continue
         if not NAME.fullmatch(name):
@@ -86,7 +86,7 @@ def _checked(header: Any, data: int) -> Tensors:
         if begin != end:
             raise ValueError("its tensors overlap, or leave gaps")
         end = after
-    if end != data:
+    if data not in (end, None):
         raise ValueError(f"its tensors take {end} bytes, and {data} are there")
     return tensors
 

@@ -16,7 +16,10 @@ from rich.text import Text
 from mlx_segtrain.events import Event
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlx_segtrain import doctor
+    from mlx_segtrain.adapters import discovery, folding
     from mlx_segtrain.data import Preview, Report
     from mlx_segtrain.planning.report import PlanReport
 
@@ -230,3 +233,60 @@ def show_plan(report: PlanReport, console: Console | None = None) -> None:
             text = f"does not fit: {gb(other.peak)} at least"
         longest = f"up to {other.longest} tokens" if other.longest else "no length fits"
         line(f"in {gb(other.budget)}", f"{text}; {longest}")
+
+
+def _wide() -> Console:
+    """A console that cuts no name off where there is no terminal to fit into."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def show_fold(report: folding.Report, console: Console | None = None) -> None:
+    """Print what a fold did to each linear, and which updates it swallowed."""
+    console = console or _wide()
+    table = Table("linear", box=box.SIMPLE_HEAD)
+    for name in ("bits", "update / weight", "lost", "rounding / update"):
+        table.add_column(name, justify="right")
+    loud = report.swallowed
+    for own in report.linears:
+        bits = "dense" if own.bits is None else str(own.bits)
+        share = f"{own.update / own.weight:.2e}" if own.weight else "–"
+        style = "bold red" if own in loud else ""
+        row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
+        table.add_row(own.path, *row, style=style)
+    console.print(table)
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    line(f"model    {report.path}, {report.size / 1e9:.2f} GB")
+    line(f"copied   {report.untouched:,} tensors as they were")
+    if loud:
+        line(
+            f"warning: in {len(loud)} of {len(report.linears)} linears rounding to the base's grid "
+            "is louder than the update, which the model then has little of. Fold with --bits 8 or "
+            "--dequantize, or serve base and adapter apart."
+        )
+
+
+def show_adapters(found: Sequence[discovery.Found], console: Console | None = None) -> None:
+    """Print adapters; why one cannot be used stands below the table."""
+    console = console or _wide()
+    asked = any(own.fits is not None for own in found)
+    columns = ("adapter", "base", "kind", "rank", "linears", "step", "best loss", "MB")
+    table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)
+    for own in (own for own in found if own.fault is None):
+        ranks = ", ".join(map(str, own.ranks))
+        best = "–" if own.best_loss is None else f"{own.best_loss:.4f}"
+        step = "–" if own.step is None else str(own.step)
+        base = own.base.rstrip("/").rsplit("/", 1)[-1] or "–"
+        row = [str(own.path), base, own.kind, ranks, str(own.linears), step, best]
+        row.append(f"{own.size / 1e6:.1f}")
+        table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
+    if any(own.fault is None for own in found):
+        console.print(table)
+    else:
+        console.print("no adapters here", markup=False)
+    for own in found:
+        if own.fault is not None:
+            console.print(f"left out: {own.fault}", markup=False, soft_wrap=True)

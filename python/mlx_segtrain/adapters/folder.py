@@ -12,6 +12,9 @@ from ..errors import InputError
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
+README = "README.md"
+#: Bytes that a configuration may have.
+MOST = 16 << 20
 #: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
 #: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica")
@@ -57,19 +60,33 @@ def open_folder(path: str | Path) -> Folder:
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; InputError if it holds none."""
     try:
+        if file.stat().st_size > MOST:
+            raise ValueError("it is too large for a configuration")
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
     if not isinstance(values, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object.")
     return values
+
+
+def shown(value: Any) -> str:
+    """A stranger's value as it may stand in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def word(value: Any) -> str:
+    """The same, of one that should be a word."""
+    return value if isinstance(value, str) and value.isidentifier() else shown(value)
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The object at `key`; empty if there is none."""
     found = values.get(key) or {}
     if not isinstance(found, dict):
-        raise InputError(f"{file}: {key} is {found!r}, expected a JSON object.")
+        raise InputError(f"{file}: {key} is {shown(found)}, expected a JSON object.")
     return found
 
 
@@ -79,7 +96,7 @@ def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{file}: {key} is {value!r}, expected a finite number.")
+        raise InputError(f"{file}: {key} is {shown(value)}, expected a finite number.")
     return float(value)
 
 
@@ -90,13 +107,13 @@ def _check_kind(folder: Folder) -> None:
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
     refused = {
         "fully trained weights (fine_tune_type full)": kind == "full",
-        f"adapters of peft_type {peft_type}": peft_type != "LORA",
-        f"adapters with biases (bias {bias})": bias != "none",
+        f"adapters of peft_type {word(peft_type)}": peft_type != "LORA",
+        f"adapters with biases (bias {word(bias)})": bias != "none",
         "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
         "adapters of parameters (target_parameters)": config.get("target_parameters"),
         "adapters of a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
         "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
-        f"adapters that may count on a changed base (init_lora_weights {start})": start
+        f"adapters that may count on a changed base (init_lora_weights {word(start)})": start
         not in PLAIN_STARTS,
     }
     for what, holds in refused.items():

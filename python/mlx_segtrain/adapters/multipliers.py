@@ -62,11 +62,20 @@ def _peft_multiplier(folder: Folder, stored: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
 
 
+def _is_quick(pattern: str) -> bool:
+    """Whether it repeats little enough that matching ends soon, whatever the text: no group is
+    repeated, and few other things are. Patterns are a stranger's, and have no time limit."""
+    repeats = re.findall(r"(?<!\\)[*+{?]", pattern)
+    return len(pattern) <= 1000 and len(repeats) <= 4 and not re.search(r"\)[*+{?]", pattern)
+
+
 def _by_pattern(folder: Folder, patterns: str, general: str, stored: str) -> float:
     """The value of the first pattern that matches an end of the path, from a dot on, as PEFT does;
     the general one if there is none."""
     file, config = folder.config_file, folder.config
     own = section(file, config, patterns)
+    if slow := next((key for key in own if not _is_quick(key)), None):
+        raise InputError(f"{file}: {patterns} has {slow[:60]!r}, which may take for ever to match.")
     try:
         key = next((key for key in own if re.match(rf"(.*\.)?({key})$", stored)), None)
     except re.error as error:

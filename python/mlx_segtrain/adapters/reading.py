@@ -2,7 +2,8 @@
 
     adapters.safetensors       <path>.lora_a [in, R], <path>.lora_b [R, out]; one multiplier
     adapter_model.safetensors  base_model.model.<path>.lora_A.weight [R, in], ….lora_B.weight
-                               [out, R]; alpha over the rank, by linear
+                               [out, R], of an embedding ….lora_embedding_A and B; alpha over the
+                               rank, by linear
     DoRA                       besides <path>.m [out], ….lora_magnitude_vector [out]
 
 adapter_config.json is beside either. What is more than an update of low rank is refused by name.
@@ -18,14 +19,17 @@ import mlx.core as mx
 from ..errors import InputError
 from ..lora import Adapter, shapes
 from ..models import Chain
-from ..planning.shapes import read_header
-from .folder import CONFIG, Folder, open_folder, refuse
+from ..safetensors import read_header
+from .folder import CONFIG, Folder, open_folder
 from .multipliers import multiplier_of
 
 _FACTOR = re.compile(r"(.+)\.(lora_[ab]|m)")
 _PEFT_FACTOR = re.compile(
-    r"base_model\.model\.(.+)\.(lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?)"
+    r"base_model\.model\.(.+)\."
+    r"(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?)"
 )
+#: Dtypes that factors may have.
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def read_adapter(path: str | Path, chain: Chain) -> Adapter:
@@ -34,41 +38,75 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
     InputError if files are missing or unreadable, names or shapes do not fit the model, or the
     adapter is more than a LoRA of linears.
     """
+    stored, weights = read_stored(path), open_folder(path).weights
+    tensors, scales, magnitudes = {}, {}, {}
+    for name, (a, b) in stored.tensors.items():
+        linear = _in_model(name, chain.adaptable)
+        if linear is None:
+            raise InputError(
+                f"{weights}: '{name}' is no linear of this model that can be adapted: it was "
+                "trained on another model, or on more."
+            )
+        if linear in tensors:
+            raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
+        wanted = shapes(chain.adaptable[linear], a.shape[1])
+        if (a.shape, b.shape) != wanted:
+            raise InputError(
+                f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
+                f"model wants {wanted[0]} and {wanted[1]}: it was trained on another model."
+            )
+        m = stored.magnitudes.get(name)
+        if m is not None:
+            if m.shape != b.shape[-1:]:
+                raise InputError(
+                    f"{weights}: '{linear}' has magnitudes {m.shape}, but the model wants "
+                    f"{b.shape[-1:]}: it was trained on another model."
+                )
+            magnitudes[linear] = m
+        tensors[linear], scales[linear] = (a, b), stored.scales[name]
+    return Adapter(tensors, scales, magnitudes)
+
+
+def read_stored(path: str | Path) -> Adapter:
+    """Reads an adapter folder without its model: linears under the names that mlx-lm gives them.
+
+    InputError as from read_adapter, as far as it takes no model.
+    """
     folder = open_folder(path)
     multiplier = multiplier_of(folder)
+    found = _by_linear(folder, header := read_header(folder.weights))
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS:
+            raise InputError(f"{folder.weights}: '{name}' is {dtype}, and factors are not.")
     try:
         arrays: Any = mx.load(str(folder.weights))
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder.weights} is not a readable safetensors file: {error}") from error
     tensors, scales, magnitudes = {}, {}, {}
-    for stored, names in _by_linear(folder, arrays).items():
-        linear = _in_model(stored, chain.adaptable)
-        if linear is None:
-            raise InputError(
-                f"{folder.weights}: tensor '{min(names.values())}' belongs to no linear of this "
-                "model that can be adapted: it was trained on another model, or on more."
-            )
-        if linear in tensors:
-            raise InputError(f"{folder.weights} holds two updates of '{linear}': remove one.")
+    for stored, names in found.items():
+        path = _in_mlx_lm(stored)
         a, b, *m = (arrays[name].astype(mx.float32) for name in _all(folder, stored, names))
         rank = _rank(folder, stored, a.shape)
-        if folder.peft:
+        if folder.peft and a.ndim == b.ndim == 2:
             a, b = a.T, b.T
-        wanted = shapes(chain.adaptable[linear], rank)
-        if (a.shape, b.shape) != wanted:
+        if path in tensors:
+            raise InputError(f"{folder.weights} holds two updates of '{path}': remove one.")
+        if not _fit(a.shape, b.shape):
             raise InputError(
-                f"{folder.weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
-                f"model wants {wanted[0]} and {wanted[1]}: it was trained on another model."
+                f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, which do "
+                "not go together."
             )
-        tensors[linear], scales[linear] = (a, b), multiplier(stored, rank)
+        tensors[path], scales[path] = (a, b), multiplier(stored, rank)
         if m:
-            if m[0].shape != b.shape[-1:]:
-                raise InputError(
-                    f"{folder.weights}: '{linear}' has magnitudes {m[0].shape}, but the model "
-                    f"wants {b.shape[-1:]}: it was trained on another model."
-                )
-            magnitudes[linear] = m[0]
+            magnitudes[path] = m[0]
     return Adapter(tensors, scales, magnitudes)
+
+
+def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether factors of these shapes can be multiplied: of a linear, or of one with experts."""
+    if len(a) != len(b) or len(a) not in (2, 3):
+        return False
+    return a[1] == b[0] if len(a) == 2 else (a[0], a[1]) == (b[0], b[2])
 
 
 def is_dora(path: str | Path) -> bool:
@@ -89,15 +127,30 @@ def ranks_in(path: str | Path) -> dict[str, int]:
     }
 
 
+def stored_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
+    """In and out of each adapted linear (of one with experts, of each), by its stored path in
+    mlx-lm's terms; reads the header alone. InputError as from ranks_in."""
+    folder = open_folder(path)
+    header = read_header(folder.weights)
+    found = {}
+    for stored, names in _by_linear(folder, header).items():
+        a, b = (header[name][1] for name in _all(folder, stored, names)[:2])
+        if folder.peft:
+            a, b = a[::-1], b[::-1]
+        ends = (a[2], b[1]) if len(a) == 3 == len(b) else (a[0], b[-1]) if a and b else (0, 0)
+        found[_in_mlx_lm(stored)] = ends
+    return found
+
+
 def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Names of the tensors a, b and m by the stored path of their linear."""
     factor = _PEFT_FACTOR if folder.peft else _FACTOR
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
+        if folder.peft and name.endswith(".base_layer.weight"):
+            continue  # of an adapted embedding PEFT saves the base too, which is as it was
         match = factor.fullmatch(name)
         if match is None:
-            if "lora_embedding_" in name:
-                refuse(folder, "adapters of an embedding (lora_embedding_A)")
             raise InputError(f"{folder.weights}: tensor '{name}' is no factor of a linear's LoRA.")
         kind = match[2].removesuffix(".weight").lower()
         found.setdefault(match[1], {})["m" if "magnitude" in kind else kind[-1]] = name

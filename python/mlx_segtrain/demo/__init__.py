@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -10,7 +9,6 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +17,7 @@ from rich.text import Text
 import mlx_segtrain
 from mlx_segtrain import files
 from mlx_segtrain.config import TrainConfig, load_config
+from mlx_segtrain.curves import draw
 from mlx_segtrain.demo.docstrings import write_dataset
 from mlx_segtrain.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.errors import InputError
@@ -63,7 +62,7 @@ def run(
     """Train SmolLM2-135M on docstrings and show it: out_dir gets docstrings/ and adapter/.
 
     The model is kept in cache_dir ($MLX_SEGTRAIN_CACHE or ~/.cache/mlx-segtrain). InputError if
-    out_dir holds other files, matplotlib is missing, or the model cannot be downloaded;
+    out_dir holds other files, or the model cannot be downloaded;
     KeyboardInterrupt after Ctrl-C during training, with the adapter saved.
     """
     begin = time.perf_counter()
@@ -72,10 +71,6 @@ def run(
     if out_dir.exists() and os.listdir(out_dir) and not data_dir.is_dir():
         raise InputError(
             f"{out_dir} holds files that are not of an earlier demo: name another directory"
-        )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "the demo draws with matplotlib: install it with pip install 'mlx-segtrain[demo]'"
         )
     say = console.print
     say("model: SmolLM2-135M-Instruct, 4 bits (the first time it is downloaded, 93 MB)")
@@ -121,7 +116,7 @@ def run(
         peak_gb=trained.peak_gb,
         wall_s=time.perf_counter() - begin,
     )
-    draw_curve(config.adapter_path / "metrics.jsonl", result.curve_path)
+    draw(config.adapter_path / "metrics.jsonl", "SmolLM2-135M on docstrings")
     _show(result, config, console)
     return result
 
@@ -155,26 +150,6 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
         answers.append(" ".join(text.split()))
         last = ids
     return answers
-
-
-def draw_curve(metrics: Path, png: Path) -> None:
-    """Draw the training and validation losses (nats per token) of a metrics.jsonl over steps."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    points: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        event: dict[str, Any] = json.loads(line)
-        if event.get("type") == "metric":
-            points[event["kind"]].append((event["step"], event["loss"]))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, label, style in (("train", "training", "-"), ("val", "held out", "o-")):
-        axes.plot(*zip(*points[kind], strict=True), style, label=label) if points[kind] else None
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="SmolLM2-135M on docstrings")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with files.atomic(png) as aside:
-        figure.savefig(aside, dpi=120)
 
 
 def _show(result: DemoResult, config: TrainConfig, console: Console) -> None:

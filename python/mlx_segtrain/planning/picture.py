@@ -17,16 +17,14 @@ from .run import RunPlan
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     """Loads the model, takes two steps on random tokens, and writes the picture to `file`.
 
-    InputError if the family's memory is not predicted, or matplotlib is not installed.
+    InputError if the family's memory is not predicted.
     """
     if config.method != "sft":
         raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
     if run.planned is None:
         raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('--plot needs matplotlib: pip install "mlx-segtrain[demo]"') from None
+    from matplotlib.figure import Figure
+
     kinds = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:] not in kinds or not file.parent.is_dir():
         raise InputError(

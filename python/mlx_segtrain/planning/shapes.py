@@ -3,16 +3,13 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-
-#: By path of the tensor: dtype as safetensors writes it (U32, BF16, …), and shape.
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
+from ..safetensors import SIZES, Tensors, read_header
 
 #: `model_type` of the fast families, and of models for text and images around them.
 FAST = {
@@ -23,7 +20,6 @@ FAST = {
 }
 #: Parts of a model for text and images that are not loaded.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 FLOATS = ("F16", "BF16")
 #: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -108,7 +104,7 @@ def read_shape(model_dir: Path) -> ModelShape:
         raise InputError(f"{file} is not a configuration: expected a JSON object.")
     tensors: Tensors = {}
     for weights in sorted(model_dir.glob("model*.safetensors")):
-        tensors |= read_header(weights)
+        tensors |= read_header(weights, whole=False)
     if not tensors:
         raise InputError(f"model_dir {model_dir} holds no model*.safetensors: no weights to load.")
     try:
@@ -116,26 +112,6 @@ def read_shape(model_dir: Path) -> ModelShape:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{file} and the weights do not go together: {reason}.") from error
-
-
-def read_header(file: Path) -> Tensors:
-    """Names, dtypes and shapes of a safetensors file; what is behind the header is not touched."""
-    try:
-        with open(file, "rb") as weights:
-            (size,) = struct.unpack("<Q", weights.read(8))
-            if size > 1 << 28:
-                raise ValueError("its header would be larger than 256 MB")
-            text = weights.read(size)
-            if len(text) < size:
-                raise ValueError("it ends within its header")
-            header = json.loads(text)
-        return {
-            name: (entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(f"{file} is not a safetensors file: {error}.") from None
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:

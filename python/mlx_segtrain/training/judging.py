@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..adapters import write_adapter
+from ..adapters import About, write_adapter
 from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
@@ -48,7 +48,7 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            write_adapter(Path(folder), adapter, config)
+            write_adapter(Path(folder), adapter, About.of(config))
         except OSError as error:
             return f"no adapter for eval_command in {folder}: {error.strerror or error}"
         command = [x.replace("{adapter}", folder) for x in shlex.split(config.eval_command)]

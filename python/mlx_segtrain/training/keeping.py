@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import events
-from ..adapters import step_of, write_adapter
+from ..adapters import About, step_of, write_adapter
 from ..config import TrainConfig
 from ..errors import InputError, RunError
 from ..files import atomic_folder, clean, remove_folder, write_json
@@ -16,7 +16,7 @@ from .diagnosis import Fault
 from .log import RunLog
 from .results import TrainResult
 from .setup import Setup, Start, with_params
-from .state import State
+from .state import Progress, State
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Keeper:
     setup: Setup
     log: RunLog
     made_of: record.Record
+    progress: Progress
     warn: Callable[[str], None]
     unwritten: tuple[Adapter, int] | None = None
 
@@ -81,6 +82,19 @@ class Keeper:
         setup = self.setup
         return with_params(setup.scales, setup.layout.split(state.at.vector))
 
+    def _about(self, step: int) -> About:
+        """Of an adapter behind this step: losses are those that are known now."""
+        vals = self.progress.vals
+        data = self.made_of.inputs.get("data/train.jsonl", "")
+        facts = {"data": f"{self.config.data_dir} (train.jsonl {data[:16]})"}
+        if self.progress.last:
+            facts["training loss"] = f"{self.progress.last.loss:.4f}"
+        if own := [val for val in vals if val["step"] <= step]:
+            best = min(own, key=lambda val: val["loss"])
+            facts["validation loss"] = f"{vals[0]['loss']:.4f} -> {own[-1]['loss']:.4f}"
+            facts["lowest"] = f"{best['loss']:.4f} at step {best['step']:.0f}"
+        return About.of(self.config, step, facts)
+
     def checkpoint(self, state: State) -> None:
         """RunError, behind it, if the model is no longer what it was."""
         self._write_best()
@@ -111,7 +125,7 @@ class Keeper:
             log_bytes=self.log.sync(),
             apart=self.setup.apart,
         )
-        write_adapter(self.path, self.adapter(state), self.config, state.step)
+        write_adapter(self.path, self.adapter(state), self._about(state.step))
         if not (self.path / record.NAME).exists():  # the folder had vanished
             self.made_of.write()
 
@@ -124,7 +138,7 @@ class Keeper:
         if self.unwritten is None:
             return
         path, (best, step) = self.path / "best", self.unwritten
-        if self._attempt(path, lambda: write_adapter(path, best, self.config, step)):
+        if self._attempt(path, lambda: write_adapter(path, best, self._about(step))):
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
@@ -133,7 +147,7 @@ class Keeper:
 
         def write() -> None:
             with atomic_folder(folder) as aside:
-                write_adapter(aside, self.adapter(state), self.config, state.step)
+                write_adapter(aside, self.adapter(state), self._about(state.step))
 
         self._attempt(folder, write)
 

@@ -86,7 +86,7 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
     with setup.plan.limits(), RunLog(config.adapter_path, warn) as log:
-        keeper = Keeper(config, setup, log, made_of, warn)
+        keeper = Keeper(config, setup, log, made_of, progress, warn)
         keeper.open(state, start, same)
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
@@ -153,8 +153,7 @@ class Run:
             raise
         self._save()
         result = self._result(resumed_from, interrupted, stopped_early)
-        if config.save_checkpoints:
-            self.keeper.result(result, state.progress.vals)
+        self.keeper.result(result, state.progress.vals)
         more = {"adapter_path": str(config.adapter_path), "applied_ranks": result.applied_ranks}
         self.tell(events.stage("done", 1.0, f"{state.step} steps", **more))
         return result

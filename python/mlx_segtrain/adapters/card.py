@@ -1,0 +1,72 @@
+"""README.md of an adapter's folder: what it is, of what it was made, how it is loaded."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..lora import Adapter
+
+#: Fields of a run that say most about it.
+TOLD = (
+    *("method", "iters", "batch_size", "grad_accumulation_steps", "max_seq_length", "optimizer"),
+    *("learning_rate", "lr_schedule", "lora_dropout", "seed"),
+)
+
+
+def card(
+    adapter: Adapter,
+    model: str,
+    step: int | None,
+    run: Mapping[str, Any],
+    facts: Mapping[str, str],
+) -> str:
+    """The text, with the metadata that model hubs read at its head."""
+    kind = "DoRA" if adapter.magnitudes else "LoRA"
+    ranks = Counter(adapter.ranks.values())
+    spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
+    scales = ", ".join(f"{x:g}" for x in sorted(set(adapter.scales.values()))[:4])
+    numbers = sum(a.size + b.size for a, b in adapter.tensors.values())
+    rows = {
+        "base": model,
+        "kind": kind,
+        "rank": spread,
+        "multiplier": scales,
+        "parameters": f"{numbers:,}",
+        **({"step": str(step)} if step is not None else {}),
+        **facts,
+        **{name: str(run[name]) for name in TOLD if name in run},
+    }
+    table = "\n".join(f"| {name.replace('_', ' ')} | {_cell(x)} |" for name, x in rows.items())
+    return f"""---
+base_model: {model}
+library_name: mlx
+tags: [mlx, {kind.lower()}, adapter]
+---
+
+# {kind} adapter of {model.rstrip("/").rsplit("/", 1)[-1]}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+    mlx-segtrain generate --model-dir {model} --adapter-path . --prompt "…"
+    python -m mlx_lm generate --model {model} --adapter-path . --prompt "…"
+
+With Hugging Face PEFT, behind `mlx-segtrain export . --to peft --out peft`:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("…")  # the model this base was made from
+model = PeftModel.from_pretrained(base, "peft")
+```
+
+`mlx-segtrain merge . --into {model} --out merged` folds it into the base.
+"""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,101 @@
+"""Which adapters there are below some folders, and which of them a model can take."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..planning.shapes import ModelShape, read_shape
+from .conversion import about_of
+from .folder import open_folder
+from .reading import ranks_in, stored_shapes
+from .writing import step_of
+
+#: Folders below a root that are looked into.
+DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter on disk. `fits` says whether the model in question can take it, None: no model was
+    given; `fault` why it cannot be used."""
+
+    path: Path
+    kind: str
+    base: str
+    ranks: list[int]
+    linears: int
+    step: int | None
+    best_loss: float | None
+    size: int
+    fits: bool | None = None
+    fault: str | None = None
+
+
+def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found]:
+    """All adapters below the roots, by path; what is no adapter at all is passed over."""
+    shape = read_shape(model_dir) if model_dir is not None else None
+    return [look(folder, shape) for root in roots for folder in sorted(_folders(root))]
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: give one to look into.")
+    for place, folders, files in os.walk(root):
+        depth = len(Path(place).relative_to(root).parts)
+        # Checkpoints of the state are no adapters; those of evaluations are.
+        folders[:] = [
+            x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
+        ]
+        if {"adapters.safetensors", "adapter_model.safetensors"} & set(files):
+            yield Path(place)
+
+
+def look(folder: Path, shape: ModelShape | None = None) -> Found:
+    """What an adapter's folder tells; a fault is told, not raised."""
+    try:
+        opened = open_folder(folder)
+        ranks, about = ranks_in(folder), about_of(folder)
+        kind = "DoRA" if opened.dora else "LoRA"
+        fits = None if shape is None else _fits(folder, shape)
+    except InputError as error:
+        return Found(folder, "", "", [], 0, None, None, 0, None, str(error))
+    return Found(
+        path=folder,
+        kind=kind,
+        base=about.model,
+        ranks=sorted(set(ranks.values())),
+        linears=len(ranks),
+        step=step_of(folder),
+        best_loss=best_loss(folder),
+        size=opened.weights.stat().st_size,
+        fits=fits,
+    )
+
+
+def _fits(folder: Path, shape: ModelShape) -> bool:
+    """Whether every linear is one of the model's, as wide."""
+    bare = {path.removeprefix("language_model."): ends for path, ends in shape.widths.items()}
+    return all(
+        bare.get(path.removeprefix("language_model.")) == ends
+        for path, ends in stored_shapes(folder).items()
+    )
+
+
+def best_loss(run: Path) -> float | None:
+    """The lowest validation loss in a run's log, if it has one."""
+    best = math.inf
+    try:
+        with open(run / "metrics.jsonl", encoding="utf-8", errors="replace") as log:
+            for line in log:
+                if '"val"' not in line:
+                    continue
+                event = json.loads(line)
+                if event.get("kind") == "val" and isinstance(event.get("loss"), int | float):
+                    best = min(best, event["loss"])
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    return best if math.isfinite(best) else None

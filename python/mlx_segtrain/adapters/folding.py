@@ -1,0 +1,304 @@
+"""An adapter folded into its base: weights that need no adapter any more, one shard at a time."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..files import atomic_folder, sync, write_json, write_tensors
+from ..lora import Adapter
+from ..safetensors import read_header
+from .conversion import check_new
+
+#: Bytes of a file of weights, at most, unless one tensor is larger.
+SHARD = 4 << 30
+#: Rounding that is as loud as the update swallows it.
+LOUD = 1.0
+#: Keys of a quantization in config.json that are no module's.
+COMMON = ("group_size", "bits", "mode")
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What became of a linear's update. Norms are roots of sums of squares.
+
+    W is the base's weight, ΔW the update, W' what was written. `lost` is the share of ΔW that W'
+    has not, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: 0 if all of it is there, 1 if nothing. `error` is what
+    rounding did besides, ‖W' − (W + ΔW)‖ / ‖ΔW‖: above 1 it is louder than the update.
+    """
+
+    path: str
+    bits: int | None  #: of the folded weight; None: not quantized
+    update: float
+    weight: float
+    lost: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot that was written, and what it has of the adapter."""
+
+    path: Path
+    linears: list[Folded]
+    untouched: int  #: tensors that are bit for bit those of the base
+    size: int  #: bytes of all weights
+
+    @property
+    def swallowed(self) -> list[Folded]:
+        """Linears whose update is lost in the rounding of the folded weight."""
+        return [own for own in self.linears if own.error > LOUD]
+
+
+def fold(
+    adapter: Adapter,
+    model_dir: Path,
+    out: Path,
+    *,
+    dequantize: bool = False,
+    bits: int | None = None,
+    dtype: mx.Dtype | None = None,
+    on_linear: Callable[[Folded], None] = lambda own: None,
+) -> Report:
+    """Writes the base with the adapter in its weights, a model folder that mlx-lm loads.
+
+    Quantized linears are quantized again as they were, or with so many `bits`; with `dequantize`
+    the whole model is dense afterwards, in `dtype` or that in which the base computes. What the
+    adapter does not touch is copied bit for bit. One file of weights is in memory at a time.
+    InputError if the two do not fit each other.
+    """
+    if dequantize and bits is not None:
+        raise InputError("--dequantize and --bits contradict each other: give one of them.")
+    if dtype is not None and not dequantize:
+        raise InputError("--dtype is of weights that --dequantize makes: give both.")
+    if bits not in (None, 2, 3, 4, 5, 6, 8):
+        raise InputError(f"--bits is {bits}: MLX quantizes to 2, 3, 4, 5, 6 or 8.")
+    check_new(out)
+    base = Base.open(model_dir)
+    linears = base.linears_of(adapter)
+    found: list[Folded] = []
+    untouched = 0
+    with atomic_folder(out) as aside:
+        writer = _Writer(aside)
+        config = dict(base.config)
+        for path in base.modules:
+            module = base.load(path)
+            if path in linears:
+                how = (dequantize, bits, dtype)
+                module, own = _folded(base, adapter, linears[path], path, module, *how)
+                found.append(own)
+                on_linear(own)
+                if bits is not None and own.bits is not None:
+                    _requantized(config, path, base.quantization(path), bits)
+            elif dequantize and "scales" in module:
+                dense = _dense(base, path, module, dtype)
+                module = {"weight": dense, **_bias(module)}
+            else:
+                untouched += len(module)
+            writer.add({f"{path}.{name}" if path else name: x for name, x in module.items()})
+        size = writer.close()
+        if dequantize:
+            for key in ("quantization", "quantization_config"):
+                config.pop(key, None)
+        for file in sorted(model_dir.iterdir()):
+            weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+            if file.is_file() and not weights and file.name not in ("config.json", "README.md"):
+                shutil.copyfile(file, aside / file.name)
+        write_json(aside / "config.json", config)
+    return Report(out, found, untouched, size)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder in mlx-lm's form: tensors by module, in the order of the files."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: dict[str, Path]  #: by tensor
+    modules: dict[str, list[str]]  #: names of the tensors, by path of the module
+
+    @classmethod
+    def open(cls, folder: Path) -> "Base":
+        if not folder.is_dir():
+            raise InputError(f"model_dir {folder} is not a folder: give the path of a model.")
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"model_dir {folder} has no config.json to read: {error}.") from None
+        files: dict[str, Path] = {}
+        modules: dict[str, list[str]] = {}
+        for file in sorted(folder.glob("model*.safetensors")):
+            for name in read_header(file):
+                files[name] = file
+                modules.setdefault(name.rpartition(".")[0], []).append(name)
+        if not files:
+            raise InputError(f"model_dir {folder} holds no model*.safetensors: no weights to fold.")
+        # By file, so that each is read once; a module goes with its first tensor.
+        order = sorted(modules, key=lambda path: (files[modules[path][0]], path))
+        return cls(folder, config, files, {path: modules[path] for path in order})
+
+    def linears_of(self, adapter: Adapter) -> dict[str, str]:
+        """The adapter's name of each linear, by the module's; InputError if one is not there."""
+        found = {}
+        for name in adapter.tensors:
+            bare = name.removeprefix("language_model.")
+            places = (name, bare, f"language_model.{bare}")
+            path = next((p for p in places if f"{p}.weight" in self.files), None)
+            if path is None:
+                raise InputError(
+                    f"'{name}' is no linear of {self.folder} as its files name them: it is of "
+                    "another model, or this one is not in mlx-lm's form (mlx_lm.convert)."
+                )
+            found[path] = name
+        return found
+
+    def load(self, path: str) -> dict[str, mx.array]:
+        """The tensors of a module, not read before they are used."""
+        found: dict[str, mx.array] = {}
+        for name in self.modules[path]:
+            arrays: Any = mx.load(str(self.files[name]))
+            found[name.rpartition(".")[2]] = arrays[name]
+        return found
+
+    def quantization(self, path: str) -> dict[str, Any]:
+        """How a quantized module is: group_size, bits and mode."""
+        whole = self.config.get("quantization") or self.config.get("quantization_config") or {}
+        own = whole.get(path)
+        chosen = own if isinstance(own, dict) else whole
+        return {"mode": "affine", **{key: chosen[key] for key in COMMON if key in chosen}}
+
+
+def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """What a module has beside its weight: a bias that is added."""
+    return {"bias": module["bias"]} if "bias" in module else {}
+
+
+def _dense(
+    base: Base, path: str, module: Mapping[str, mx.array], dtype: mx.Dtype | None = None
+) -> mx.array:
+    """A quantized weight in this dtype, or in that of its scales."""
+    return _unpacked(module, base.quantization(path), dtype or _dtype(base, module))
+
+
+def _unpacked(module: Mapping[str, mx.array], how: Any, dtype: mx.Dtype) -> mx.array:
+    weight, scales, biases = module["weight"], module["scales"], module.get("biases")
+    if biases is not None:  # MLX computes in their dtype, whichever is asked for
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    return mx.dequantize(weight, scales, biases, **how, dtype=dtype)
+
+
+def _dtype(base: Base, module: Mapping[str, mx.array]) -> mx.Dtype:
+    scales = module["scales"].dtype
+    if mx.issubdtype(scales, mx.floating):
+        return scales
+    text = base.config.get("text_config") or base.config
+    return getattr(mx, str(text.get("torch_dtype") or text.get("dtype") or "bfloat16"), mx.bfloat16)
+
+
+def _folded(
+    base: Base,
+    adapter: Adapter,
+    name: str,
+    path: str,
+    module: Mapping[str, mx.array],
+    dequantize: bool,
+    bits: int | None,
+    dtype: mx.Dtype | None,
+) -> tuple[dict[str, mx.array], Folded]:
+    """The module with the update in its weight, and how much of it is there."""
+    quantized = "scales" in module
+    weight = module["weight"]
+    before = _dense(base, path, module, mx.float32) if quantized else weight
+    dtype = dtype or (_dtype(base, module) if quantized else weight.dtype)
+    before = before.astype(mx.float32)
+    wanted = _updated(adapter, name, before, path)
+    new = {"weight": wanted.astype(dtype), **_bias(module)}
+    after, kept = new["weight"].astype(mx.float32), None
+    if quantized and not dequantize:
+        how: Any = base.quantization(path) | ({} if bits is None else {"bits": bits})
+        parts: Any = mx.quantize(wanted.astype(dtype), **how)
+        new |= dict(zip(("weight", "scales", "biases"), parts, strict=False))
+        kept = how["bits"]
+        after = _unpacked(new, how, mx.float32)
+    delta, real = wanted - before, after - before
+    size = _norm(delta)
+    square = max(size * size, 1e-30)
+    lost = 1 - float((real * delta).sum()) / square
+    error = _norm(after - wanted) / max(size, 1e-15)
+    mx.eval(new)
+    return new, Folded(path, kept, size, _norm(before), lost, error)
+
+
+def _norm(x: mx.array) -> float:
+    return float(mx.sqrt(mx.square(x).sum()))
+
+
+def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.array:
+    """W + ΔW in float32: [out, in], of an embedding [V, H], of experts [E, out, in]."""
+    a, b = adapter.tensors[name]
+    if a.ndim == 3:
+        delta = b @ a
+    elif path.endswith("embed_tokens"):
+        delta = a @ b
+    else:
+        delta = (a @ b).T
+    if delta.shape != weight.shape:
+        raise InputError(
+            f"'{name}' has an update of {delta.shape}, but the model's weight is {weight.shape}: "
+            "it was trained on another model."
+        )
+    new = weight + adapter.scales[name] * delta
+    m = adapter.magnitudes.get(name)
+    if m is not None:  # DoRA: rows of this direction and of their own length
+        new = new * (m / mx.linalg.norm(new, axis=1))[:, None]
+    return new
+
+
+def _requantized(config: dict[str, Any], path: str, how: dict[str, Any], bits: int) -> None:
+    """Says in config.json that this module has so many bits."""
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = {**config[key], path: {**how, "bits": bits}}
+
+
+class _Writer:
+    """Files of weights of at most SHARD bytes, and their index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pending: dict[str, mx.array] = {}
+        self.files: list[list[str]] = []
+        self.size = 0
+
+    def add(self, tensors: Mapping[str, mx.array]) -> None:
+        more = sum(x.nbytes for x in tensors.values())
+        if self.pending and sum(x.nbytes for x in self.pending.values()) + more > SHARD:
+            self._write()
+        self.pending.update(tensors)
+        self.size += more
+
+    def _write(self) -> None:
+        file = self.folder / f"{len(self.files) + 1}.safetensors"
+        write_tensors(file, self.pending, {"format": "mlx"})
+        sync(file)
+        self.files.append(list(self.pending))
+        self.pending = {}
+        mx.clear_cache()
+
+    def close(self) -> int:
+        """Gives the files their names, of which each tells the number of all; bytes of all."""
+        self._write()
+        n = len(self.files)
+        where = {}
+        for i, names in enumerate(self.files, 1):
+            name = "model.safetensors" if n == 1 else f"model-{i:05d}-of-{n:05d}.safetensors"
+            (self.folder / f"{i}.safetensors").rename(self.folder / name)
+            where |= dict.fromkeys(names, name)
+        index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(where.items()))}
+        write_json(self.folder / "model.safetensors.index.json", index)
+        return self.size

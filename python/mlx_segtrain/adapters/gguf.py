@@ -1,0 +1,110 @@
+"""Adapters for llama.cpp, written and read by the gguf package (the extra gguf)."""
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..files import write_text
+from ..lora import Adapter
+from .card import card
+from .folder import README
+from .writing import About
+
+NAME = "adapter.gguf"
+#: By model_type: the architecture in llama.cpp, and whether rotary pairs are neighbours there.
+ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "gemma2": ("gemma2", False),
+    "gemma3": ("gemma3", False),
+    "gemma3_text": ("gemma3", False),
+}
+
+
+def write_gguf(
+    folder: Path, adapter: Adapter, about: About, base: dict[str, Any], dtype: mx.Dtype
+) -> Adapter:
+    """Writes adapter.gguf and README.md; what is in the file, read again.
+
+    B has the multiplier in it, and alpha 0 says that there is none besides. InputError for what
+    llama.cpp has not, or if the package is missing.
+    """
+    if find_spec("gguf") is None:
+        raise InputError('--to gguf needs the package gguf: pip install "mlx-segtrain[gguf]".')
+    gguf: Any = import_module("gguf")
+    if adapter.magnitudes:
+        raise InputError("llama.cpp has no DoRA: merge the adapter into its base instead.")
+    text = base.get("text_config") or base
+    family = str(base.get("model_type"))
+    if family not in ARCHITECTURES:
+        raise InputError(
+            f"models of type {family} cannot be exported to GGUF: known are "
+            f"{', '.join(sorted(ARCHITECTURES))}."
+        )
+    name, neighbours = ARCHITECTURES[family]
+    heads = int(text["num_attention_heads"])
+    heads_of = {"q_proj": heads, "k_proj": int(text.get("num_key_value_heads") or heads)}
+    kinds = {kind: key for key, kind in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[name], int(text["num_hidden_layers"]))
+    places = {path: _place(names, path) for path in adapter.tensors}
+    turned = {
+        path: heads_of[path.rpartition(".")[2]]
+        for path in places
+        if neighbours and path.rpartition(".")[2] in heads_of
+    }
+
+    writer = gguf.GGUFWriter(folder / NAME, name)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    for path, place in places.items():
+        a, b = adapter.tensors[path]
+        b = _neighbours((adapter.scales[path] * b).T, turned.get(path))
+        for letter, x in (("a", a.T), ("b", b)):
+            number = np.float16 if dtype == mx.float16 else np.float32
+            writer.add_tensor(f"{place}.weight.lora_{letter}", np.array(x).astype(number))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    write_text(folder / README, card(adapter, about.model, about.step, about.run, about.facts))
+
+    found = {x.name: mx.array(np.array(x.data)) for x in gguf.GGUFReader(folder / NAME).tensors}
+    tensors = {}
+    for path, place in places.items():
+        a, b = (found[f"{place}.weight.lora_{x}"].astype(mx.float32) for x in "ab")
+        tensors[path] = a.T, _halves(b, turned.get(path)).T
+    return Adapter(tensors, dict.fromkeys(tensors, 1.0))
+
+
+def _place(names: Any, path: str) -> str:
+    bare = path.removeprefix("language_model.")
+    found = names.get_name(bare)
+    if found is None or "switch_mlp" in path or re.search(r"embed_tokens", path):
+        raise InputError(f"'{path}' cannot be exported to GGUF: llama.cpp adapts linears only.")
+    return str(found)
+
+
+def _neighbours(b: mx.array, heads: int | None) -> mx.array:
+    """B [out, R] with rows in the order in which rotary pairs are neighbours: of each head one of
+    the first half, then its partner of the second."""
+    if heads is None:
+        return b
+    out, rank = b.shape
+    return b.reshape(heads, 2, out // heads // 2, rank).swapaxes(1, 2).reshape(out, rank)
+
+
+def _halves(b: mx.array, heads: int | None) -> mx.array:
+    """The other way."""
+    if heads is None:
+        return b
+    out, rank = b.shape
+    return b.reshape(heads, out // heads // 2, 2, rank).swapaxes(1, 2).reshape(out, rank)

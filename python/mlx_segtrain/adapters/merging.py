@@ -1,0 +1,74 @@
+"""Several adapters as one, exactly: their factors side by side."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..files import atomic_folder
+from ..lora import Adapter
+from .conversion import Converted, about_of, check_new, compared
+from .reading import read_stored
+from .writing import About, write_adapter
+
+
+def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """ΔW = Σ weight·ΔW: A next to A, B below B with its multiplier and weight in it.
+
+    The rank of a linear is the sum of those it has. InputError for DoRA, whose lengths do not add,
+    and for adapters of different models.
+    """
+    tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter.magnitudes:
+            raise InputError(
+                "DoRA adapters cannot be merged: the lengths of their rows do not add."
+            )
+        for path, (a, b) in adapter.tensors.items():
+            tensors.setdefault(path, []).append((a, weight * adapter.scales[path] * b))
+    joined = {}
+    for path, parts in tensors.items():
+        ends = {_ends(a, b) for a, b in parts}
+        if len(ends) > 1:
+            raise InputError(f"the adapters are of different models: '{path}' has other widths.")
+        axis = 2 if parts[0][1].ndim == 3 else 0  # of experts B is [E, out, R]
+        a = mx.concatenate([a for a, _ in parts], axis=1)
+        joined[path] = a, mx.concatenate([b for _, b in parts], axis=axis)
+    return Adapter(joined, dict.fromkeys(joined, 1.0))
+
+
+def _ends(a: mx.array, b: mx.array) -> tuple[int, ...]:
+    """What does not depend on the rank."""
+    if a.ndim == 3:
+        return 3, a.shape[0], a.shape[2], b.shape[1]
+    return 2, a.shape[0], b.shape[1]
+
+
+def weighted(paths: Sequence[Path], weights: Sequence[float] | None = None) -> Adapter:
+    """The sum of the adapters in these folders; a single one as it is, DoRA too."""
+    chosen = [1.0] * len(paths) if weights is None else list(weights)
+    if len(chosen) != len(paths):
+        raise InputError(f"{len(chosen)} weights for {len(paths)} adapters: give one for each.")
+    if not all(map(math.isfinite, chosen)):
+        raise InputError("a weight is no finite number.")
+    if len(paths) == 1 and chosen == [1.0]:
+        return read_stored(paths[0])
+    return merged([read_stored(path) for path in paths], chosen)
+
+
+def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Converted:
+    """Writes the sum of several adapters, weighted (by default with 1), as one of ours."""
+    check_new(out)
+    adapter = weighted(paths, weights)
+    chosen = [1.0] * len(paths) if weights is None else weights
+    abouts = [about_of(path) for path in paths]
+    if len({Path(about.model).name for about in abouts if about.model}) > 1:
+        bases = ", ".join(sorted({about.model for about in abouts}))
+        raise InputError(f"the adapters are of different bases ({bases}): their sum is of none.")
+    sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
+    with atomic_folder(out) as aside:
+        write_adapter(aside, adapter, About(abouts[0].model, facts={"merged of": sources}))
+        again = read_stored(aside)
+    return compared(out, adapter, again)

@@ -1,0 +1,103 @@
+"""HF PEFT's folders: names as transformers has them, factors transposed, alpha over the rank."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..files import write_json, write_tensors, write_text
+from ..lora import Adapter
+from .card import card
+from .folder import CONFIG, PEFT_WEIGHTS, README
+from .writing import About
+
+Names = Literal["text", "multimodal"]
+
+#: Modules that mlx-lm and transformers have under the same names, but for the wrapper's.
+_KNOWN = re.compile(
+    r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.layers\.\d+\.per_layer_\w+"
+    r"|model\.embed_tokens|lm_head"
+)
+_EMBEDDING = "embed_tokens"
+
+
+def hf_path(path: str, names: Names) -> str:
+    """A module of mlx-lm's as transformers names it.
+
+    Of a model for text and images mlx-lm has the text model around `model`, transformers within it.
+    InputError if it has no counterpart there.
+    """
+    inner = path.removeprefix("language_model.")
+    if not _KNOWN.fullmatch(inner):
+        why = (
+            "experts are one tensor there, which PEFT's LoRA does not take apart"
+            if "switch_mlp" in inner or "experts" in inner
+            else "it is not known under which name transformers has it"
+        )
+        raise InputError(f"'{path}' cannot be exported to PEFT: {why}.")
+    if names == "multimodal" and inner.startswith("model."):
+        return f"model.language_model.{inner.removeprefix('model.')}"
+    return inner
+
+
+def names_of(base: dict[str, Any]) -> Names:
+    """How transformers names modules of the model with this config.json, loaded as it says."""
+    architectures = " ".join(base.get("architectures") or [])
+    wrapped = "ForConditionalGeneration" in architectures
+    return "multimodal" if wrapped or (not architectures and "text_config" in base) else "text"
+
+
+def write_peft(
+    path: Path, adapter: Adapter, about: About, names: Names, dtype: mx.Dtype, tied: bool
+) -> None:
+    """Writes adapter_model.safetensors, adapter_config.json and README.md into an empty folder.
+
+    `tied`: the base has no head of its own. InputError for what PEFT does not have.
+    """
+    tensors: dict[str, mx.array] = {}
+    targets = {}
+    for module, (a, b) in adapter.tensors.items():
+        target = hf_path(module, names)
+        if module.endswith(_EMBEDDING) and tied:
+            raise InputError(
+                f"'{module}' cannot be exported to PEFT: it is the head of this model too, and "
+                "PEFT's update of an embedding leaves the head as it is."
+            )
+        kind = "embedding_{}" if module.endswith(_EMBEDDING) else "{}.weight"
+        for letter, x in (("A", a), ("B", b)):
+            name = f"base_model.model.{target}.lora_{kind.format(letter)}"
+            tensors[name] = mx.contiguous(x.T).astype(dtype)
+        if module in adapter.magnitudes:
+            name = f"base_model.model.{target}.lora_magnitude_vector"
+            tensors[name] = adapter.magnitudes[module].astype(dtype)
+        targets[module] = target
+    ranks, scales = adapter.ranks, adapter.scales
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alphas = {module: scales[module] * ranks[module] for module in ranks}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    write_json(
+        path / CONFIG,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": about.model,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
+            "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
+            "target_modules": sorted(targets.values()),
+            "lora_dropout": about.dropout,
+            "use_dora": bool(adapter.magnitudes),
+            "use_rslora": False,  # the multipliers have it
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+        },
+    )
+    write_text(path / README, card(adapter, about.model, about.step, about.run, about.facts))
+    write_tensors(path / PEFT_WEIGHTS, tensors, {"format": "pt"})

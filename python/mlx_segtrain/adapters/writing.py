@@ -1,0 +1,171 @@
+"""Our adapter folder, which stock mlx-lm and OptiQ load as it is.
+
+    adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm);
+                                   of DoRA m [out] as well
+    adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
+    adapter_config.json            mlx-lm's keys and PEFT's keys together
+    optiq_lora_config.json         ranks by layer
+    README.md                      what it is, and how it is loaded
+
+mlx-lm gives all linears one rank, so differing ranks are padded to the largest: B with zeros, which
+is exact, and A with the numbers that a fresh adapter has, so that what is trained on from there
+uses every column.
+"""
+
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..files import atomic, make_folder, write_json, write_tensors, write_text
+from ..lora import Adapter
+from .card import card
+from .folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
+
+#: What of adapter_config.json says how the weights are to be read.
+MEANING = ("fine_tune_type", "lora_parameters", "use_dora")
+
+
+@dataclass(frozen=True)
+class About:
+    """What an adapter's folder says besides the factors.
+
+    `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
+    card by name.
+    """
+
+    model: str
+    dropout: float = 0.0
+    run: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        config: "TrainConfig",
+        step: int | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> "About":
+        """An adapter of a run."""
+        run = config.model_dump(mode="json")
+        return cls(str(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
+
+
+def common_scale(adapter: Adapter) -> float:
+    """The multiplier that most linears have."""
+    return Counter(adapter.scales.values()).most_common(1)[0][0]
+
+
+def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.array]:
+    """Factors by mlx-lm's names for one multiplier, at one rank or at their own."""
+    tensors = {}
+    for module, (a, b) in adapter.tensors.items():
+        ratio = adapter.scales[module] / scale
+        b = b if ratio == 1 else b * ratio
+        extra = rank - a.shape[1] if rank else 0
+        if extra:
+            experts = a.ndim == 3
+            shape = (a.shape[0], extra, a.shape[2]) if experts else (a.shape[0], extra)
+            bound = 1 / math.sqrt(a.shape[2] if experts else a.shape[0])
+            key = mx.random.key(zlib.crc32(module.encode()))
+            fresh = mx.random.uniform(-bound, bound, shape, key=key)
+            a = mx.concatenate([a, fresh.astype(a.dtype)], axis=1)
+            more = [(0, 0), (0, 0), (0, extra)] if experts else [(0, extra), (0, 0)]
+            b = mx.pad(b, more)
+        tensors[f"{module}.lora_a"] = a.astype(mx.float32)
+        tensors[f"{module}.lora_b"] = b.astype(mx.float32)
+    return tensors | {f"{module}.m": m for module, m in adapter.magnitudes.items()}
+
+
+def mlx_lm_config(adapter: Adapter, scale: float, dropout: float) -> dict[str, Any]:
+    """The keys of adapter_config.json that mlx-lm reads."""
+    return {
+        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            **{"rank": max(adapter.ranks.values()), "scale": scale, "dropout": dropout},
+            "keys": sorted(adapter.ranks),
+        },
+    }
+
+
+def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
+    """Writes a complete adapter directory, every file atomically, the weights last.
+
+    Weights that another configuration is for go before it does, and when the new ones are on the
+    disk: at no time do two lie together that do not belong to each other.
+    """
+    make_folder(path)
+    ranks, run = adapter.ranks, about.run
+    largest = max(ranks.values())
+    # One multiplier for all is what mlx-lm knows: differences go into B.
+    scale = common_scale(adapter)
+    suffixes = sorted({module.rsplit(".", 1)[-1] for module in ranks})
+    shared = {"rank_scaling": run.get("rank_scaling", "constant"), "applied_ranks": ranks}
+    config = {
+        **mlx_lm_config(adapter, scale, about.dropout),
+        "model": about.model,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": about.model,
+        "r": largest,
+        "lora_alpha": largest * scale,
+        "lora_dropout": about.dropout,
+        "use_dora": bool(adapter.magnitudes),
+        "target_modules": suffixes,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "optiq": shared,
+        "segtrain": run | {"step": about.step},
+    }
+    optiq = {
+        "rank": run.get("rank", largest),
+        "scale": scale,
+        "method": run.get("method", "sft"),
+        "target_modules": run.get("target_modules", suffixes),
+        "num_layers": run.get("num_layers", -1),
+        "lora_parameters": {"rank": largest, "scale": scale},
+        "source_model": about.model,
+        **shared,
+    }
+    differ = len(set(ranks.values())) > 1
+    with atomic(path / WEIGHTS) as aside:
+        write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
+        before = config_in(path)
+        if any(before.get(name) != config[name] for name in MEANING):
+            for name in (WEIGHTS, UNPADDED):
+                (path / name).unlink(missing_ok=True)
+        if differ:
+            with atomic(path / UNPADDED) as unpadded:
+                write_tensors(unpadded, padded(adapter, None, scale), {"format": "mlx"})
+        else:
+            (path / UNPADDED).unlink(missing_ok=True)
+        write_json(path / CONFIG, config)
+        write_json(path / OPTIQ_CONFIG, optiq)
+        write_text(path / README, card(adapter, about.model, about.step, run, about.facts))
+
+
+def step_of(path: Path) -> int | None:
+    """The step that an adapter of ours is of, if its folder says so."""
+    own = config_in(path).get("segtrain")
+    return own.get("step") if isinstance(own, dict) else None
+
+
+def config_in(path: Path) -> dict[str, Any]:
+    """What the folder's configuration holds; nothing if there is none."""
+    try:
+        return dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}

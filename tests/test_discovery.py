@@ -1,0 +1,123 @@
+"""What adapters there are, what their folders say, and the commands that make others of them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import write_llama
+from mlx_segtrain import InputError, curves, train
+from mlx_segtrain.adapters.conversion import export
+from mlx_segtrain.adapters.discovery import adapters
+from test_train import config_of
+
+
+def run(*argv):
+    command = [sys.executable, "-m", "mlx_segtrain.cli", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def root(llama_mixed, data, tmp_path_factory):
+    """A run with its best and its checkpoints, an export of it, and something broken."""
+    root = tmp_path_factory.mktemp("adapters")
+    options = {"iters": 4, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
+    train(config_of(llama_mixed, data, root / "one", **options))
+    export(root / "one", root / "more" / "peft", "peft", names="text")
+    (root / "broken").mkdir()
+    (root / "broken" / "adapters.safetensors").write_bytes(b"not one")
+    (root / "nothing").mkdir()
+    return root
+
+
+def test_all_that_is_there(root, llama_mixed, tmp_path):
+    found = {str(own.path.relative_to(root)): own for own in adapters([root], llama_mixed)}
+    assert {name.split("-val")[0] for name in found} == {
+        "one", "one/best", "one/checkpoints/step-00002", "one/checkpoints/step-00004",
+        "more/peft", "broken",
+    }  # fmt: skip
+    one = found["one"]
+    assert one.ranks == [4, 8] and one.linears == 21 and one.step == 4 and one.fits is True
+    assert one.base == str(llama_mixed) and one.kind == "LoRA"
+    vals = curves.losses(root / "one" / "metrics.jsonl")["val"]
+    assert one.best_loss == min(loss for _, loss in vals)
+    assert found["more/peft"].fits is True and found["more/peft"].step is None
+    assert "adapter_config.json" in found["broken"].fault and found["broken"].fits is None
+    other = write_llama(tmp_path / "other", bits=4, hidden_size=96)
+    assert {own.fits for own in adapters([root / "one"], other)} == {False}
+    assert adapters([root / "nothing"]) == []
+    with pytest.raises(InputError, match="is not a folder"):
+        adapters([root / "nowhere"])
+
+
+def test_the_list(root, llama_mixed):
+    done = run("adapters", root, "--model-dir", llama_mixed)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (line,) = (line for line in lines if line.split()[:1] == [str(root / "one")])
+    assert line.split()[1:4] == [llama_mixed.name, "LoRA", "4,"] and line.split()[-1] == "yes"
+    assert any(line.startswith("left out: ") and "broken" in line for line in lines)
+    listed = json.loads(run("adapters", "--json", root).stdout)
+    assert len(listed) == 6 and listed[0]["path"].startswith(str(root))
+    assert "no adapters here" in run("adapters", root / "nothing").stdout
+
+
+def test_the_card(root, llama_mixed, data):
+    text = (root / "one" / "README.md").read_text()
+    assert text.startswith(f"---\nbase_model: {llama_mixed}\nlibrary_name: mlx\n")
+    sha = json.loads((root / "one" / "run.json").read_text())["inputs"]["data/train.jsonl"]
+    assert f"{data} (train.jsonl {sha[:16]})" in text
+    vals = curves.losses(root / "one" / "metrics.jsonl")["val"]
+    assert f"| validation loss | {vals[0][1]:.4f} -> {vals[-1][1]:.4f} |" in text
+    assert "| rank | 4 (18 linears), 8 (3 linears) |" in text and "| step | 4 |" in text
+    assert "| learning rate | 0.01 |" in text and "--to peft" in text
+    for folder in (root / "one" / "best", root / "more" / "peft"):
+        assert (folder / "README.md").read_text().startswith("---\nbase_model: ")
+
+
+def test_curves(root, tmp_path):
+    log = shutil.copy(root / "one" / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    files = curves.draw(log, "a & b")
+    assert [file.name for file in files] == ["loss.png", "loss.svg"]
+    assert files[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "a &amp; b" in files[1].read_text() and "held out" in files[1].read_text()
+    points = curves.losses(log)
+    assert [step for step, _ in points["train"]] == [1, 2, 3, 4]
+    assert [step for step, _ in points["val"]] == [0, 2, 4]
+    (tmp_path / "metrics.jsonl").write_text("")
+    curves.draw(log, "nothing yet")
+
+
+def test_the_commands(root, llama_mixed, data, tmp_path):
+    """From a run to PEFT and back, to a sum, and into the model."""
+    done = run(
+        "export", root / "one", "--to", "peft", "--names", "text", "--out", tmp_path / "peft"
+    )
+    assert done.returncode == 0 and "off by" in done.stdout, done.stderr
+    done = run("import", tmp_path / "peft", "--out", tmp_path / "back", "--json")
+    assert json.loads(done.stdout)["linears"] == 21
+    both = [root / "one", tmp_path / "back"]
+    done = run("merge", *both, "--weights", "0.5", "0.5", "--out", tmp_path / "sum")
+    assert done.returncode == 0 and "of rank 8, 16" in done.stdout, done.stderr
+    done = run("merge", tmp_path / "sum", "--into", llama_mixed, "--out", tmp_path / "m", "--json")
+    report = json.loads(done.stdout)
+    assert len(report["linears"]) == 21 and {own["bits"] for own in report["linears"]} == {4, 8}
+    done = run("eval", "--model-dir", tmp_path / "m", "--data-dir", data, "--max-seq-length", "100")
+    assert done.returncode == 0
+    done = run("export", root / "one", "--to", "peft", "--out", tmp_path / "peft")
+    assert done.returncode == 2 and "is there already" in done.stderr
+    done = run("merge", root / "one", "--bits", "4", "--out", tmp_path / "x")
+    assert done.returncode == 2 and "are for --into MODEL" in done.stderr
+    done = run("merge", root / "broken", "--out", tmp_path / "x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_the_train_command_draws_its_curves(llama4, data, tmp_path):
+    argv = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    done = run("train", *argv, "--iters", "2", "--max-seq-length", "100")
+    assert done.returncode == 0, done.stderr
+    assert {"loss.png", "loss.svg", "metrics.json", "README.md"} <= {
+        path.name for path in (tmp_path / "a").iterdir()
+    }

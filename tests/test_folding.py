@@ -1,0 +1,342 @@
+"""Adapters added to one, and folded into their base: what is exact, what rounding takes."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+import mlx_segtrain
+from conftest import write_llama, write_rows, write_tiny
+from mlx_segtrain import InputError, lora, train
+from mlx_segtrain.adapters import folding, read_stored, write_adapter
+from mlx_segtrain.adapters.folding import fold
+from mlx_segtrain.adapters.merging import merge, weighted
+from mlx_segtrain.adapters.writing import About
+from mlx_segtrain.demo import snapshot
+from mlx_segtrain.files import cache_dir
+from mlx_segtrain.models import chain_of, load_base
+from oracle import assert_close
+from test_train import config_of
+
+TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
+
+
+def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5, 2.0)):
+    """Of the linears named, with multipliers that differ."""
+    chain = chain_of(load_base(model_dir)[0])
+    mx.random.seed(seed)
+    fresh = lora.init(chain, ranks, 1.0, seed, dora=dora)
+    tensors = {
+        path: (a, size * mx.random.normal(b.shape)) for path, (a, b) in fresh.tensors.items()
+    }
+    own = {path: scales[i % len(scales)] for i, path in enumerate(tensors)}
+    lengths = {
+        path: m * (1 + 0.1 * mx.random.uniform(shape=m.shape))
+        for path, m in fresh.magnitudes.items()
+    }
+    return lora.Adapter(tensors, own, lengths)
+
+
+def ranks_of(model_dir, *ends, ranks=(4, 6)):
+    chain = chain_of(load_base(model_dir)[0])
+    paths = sorted(p for p in chain.adaptable if not ends or p.endswith(ends))
+    return {path: ranks[i % len(ranks)] for i, path in enumerate(paths)}
+
+
+def written(folder, adapter, model=""):
+    write_adapter(folder, adapter, About(str(model)))
+    return folder
+
+
+def logits(model_dir, adapter=None):
+    return mlx_segtrain.load(model_dir, adapter)[0](TOKENS)
+
+
+# ---- merging
+
+
+def test_a_merged_adapter_is_the_weighted_sum(llama4, tmp_path):
+    """Of different linears, ranks and multipliers, to the last rounding; in mlx-lm too."""
+    one = random_adapter(llama4, ranks_of(llama4, "q_proj", "down_proj"))
+    two = random_adapter(llama4, ranks_of(llama4, "q_proj", "v_proj", ranks=(8, 2)), seed=1)
+    a, b = written(tmp_path / "a", one), written(tmp_path / "b", two)
+    done = merge([a, b], tmp_path / "sum", [0.5, -2.0])
+    assert done.difference == 0
+    both = read_stored(tmp_path / "sum")
+    for path in {*one.tensors, *two.tensors}:
+        want = 0.0
+        for adapter, weight in ((one, 0.5), (two, -2.0)):
+            if path in adapter.tensors:
+                x, y = (np.array(f, np.float64) for f in adapter.tensors[path])
+                want = want + weight * adapter.scales[path] * x @ y
+        x, y = (np.array(f, np.float64) for f in both.tensors[path])
+        assert np.allclose(both.scales[path] * x @ y, want, atol=1e-6)
+        ranks = [x.tensors[path][0].shape[1] for x in (one, two) if path in x.tensors]
+        assert both.ranks[path] == sum(ranks)
+    stock, _ = mlx_lm.load(str(llama4), adapter_path=str(tmp_path / "sum"))
+    assert_close("logits", stock(TOKENS), logits(llama4, tmp_path / "sum"), 1e-5)
+    assert "0.5 ×" in (tmp_path / "sum" / "README.md").read_text()
+
+
+def test_experts_are_merged(tmp_path):
+    model = write_tiny(tmp_path / "m", "qwen3_moe")
+    parts = [random_adapter(model, ranks_of(model, "up_proj"), seed=i) for i in range(2)]
+    folders = [written(tmp_path / str(i), part) for i, part in enumerate(parts)]
+    merge(folders, tmp_path / "sum")
+    both = read_stored(tmp_path / "sum")
+    for path, (a, b) in both.tensors.items():
+        if a.ndim == 3:
+            want = sum(p.scales[path] * p.tensors[path][1] @ p.tensors[path][0] for p in parts)
+            assert_close(path, both.scales[path] * (b @ a), want, 1e-5)
+    assert {a.ndim for a, _ in both.tensors.values()} == {2, 3} or a.ndim == 3
+    logits(model, tmp_path / "sum")
+
+
+def test_what_cannot_be_merged(llama4, tmp_path):
+    a = written(tmp_path / "a", random_adapter(llama4, ranks_of(llama4, "q_proj")), "x/one")
+    b = written(tmp_path / "b", random_adapter(llama4, ranks_of(llama4, "q_proj")), "x/two")
+    with pytest.raises(InputError, match=r"different bases \(x/one, x/two\)"):
+        merge([a, b], tmp_path / "c")
+    with pytest.raises(InputError, match="3 weights for 2 adapters"):
+        merge([a, b], tmp_path / "c", [1, 2, 3])
+    dora = random_adapter(llama4, ranks_of(llama4, "q_proj"), dora=True)
+    with pytest.raises(InputError, match="DoRA adapters cannot be merged"):
+        merge([a, written(tmp_path / "d", dora, "x/one")], tmp_path / "c")
+    wide = lora.Adapter({"model.layers.0.self_attn.q_proj": (mx.ones((9, 4)), mx.ones((4, 64)))},
+                        {"model.layers.0.self_attn.q_proj": 1.0})  # fmt: skip
+    with pytest.raises(InputError, match="has other widths"):
+        merge([a, written(tmp_path / "w", wide, "x/one")], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+# ---- folding
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "embedding and head", "experts", "dense"])
+def test_a_dense_fold_has_the_logits_of_base_and_adapter(kind, llama, llama4, tmp_path):
+    model, ends = llama4, ("q_proj", "down_proj", "o_proj")
+    if kind == "embedding and head":
+        model = write_llama(tmp_path / "untied", bits=4, tied=False)
+        ends = ("embed_tokens", "lm_head", "v_proj")
+    if kind == "experts":
+        model, ends = write_tiny(tmp_path / "moe", "qwen3_moe"), ("up_proj", "down_proj")
+    if kind == "dense":
+        model = llama
+    adapter = random_adapter(model, ranks_of(model, *ends), dora=kind == "dora")
+    folder = written(tmp_path / "a", adapter)
+    report = fold(weighted([folder]), model, tmp_path / "out", dequantize=True)
+    ours = logits(model, folder)
+    assert_close("ours", logits(tmp_path / "out"), ours, 1e-4)
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert_close("mlx-lm", stock(TOKENS).astype(mx.float32), ours, 1e-4)
+    assert mx.abs(ours - logits(model)).max() > 1e-2
+    assert "quantization" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(report.linears) == len(adapter.tensors)
+    assert all(own.bits is None and abs(own.lost) < 1e-2 for own in report.linears)
+    assert not report.swallowed
+
+
+def test_a_tied_embedding_is_folded_for_both(llama4, tmp_path):
+    adapter = random_adapter(llama4, {"model.embed_tokens": 4})
+    folder = written(tmp_path / "a", adapter)
+    fold(weighted([folder]), llama4, tmp_path / "out", dequantize=True)
+    assert_close("logits", logits(tmp_path / "out"), logits(llama4, folder), 1e-4)
+
+
+def tensors_of(folder):
+    found = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        found |= mx.load(str(file))
+    return found
+
+
+def same_bits(x, y):
+    return (
+        x.dtype == y.dtype and x.shape == y.shape and bytes(memoryview(x)) == bytes(memoryview(y))
+    )
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_quantized_fold(bits, llama_mixed, tmp_path):
+    """The same grid, layer by layer, or another for what is adapted; the rest bit for bit."""
+    ends = ("q_proj", "down_proj")
+    adapter = random_adapter(llama_mixed, ranks_of(llama_mixed, *ends), size=0.3)
+    folder = written(tmp_path / "a", adapter)
+    told = []
+    report = fold(
+        weighted([folder]), llama_mixed, tmp_path / "out", bits=bits, on_linear=told.append
+    )
+    assert told == report.linears and report.path == tmp_path / "out"
+    before, after = tensors_of(llama_mixed), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    untouched = [name for name in before if name.rpartition(".")[0] not in adapter.tensors]
+    assert report.untouched == len(untouched)
+    assert all(same_bits(before[name], after[name]) for name in untouched)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    dense = logits_of_dense(llama_mixed, folder, tmp_path)
+    for own in report.linears:
+        was = 8 if "down_proj" in own.path else 4
+        assert own.bits == (bits or was)
+        assert (config.get(own.path) or config)["bits"] == own.bits
+        # Against an independent sum in float64.
+        a, b = (np.array(x, np.float64) for x in adapter.tensors[own.path])
+        delta = adapter.scales[own.path] * (a @ b).T
+        how = dict(group_size=32, bits=was)
+        base = np.array(mx.dequantize(*parts(before, own.path), **how), np.float64)
+        how = dict(group_size=32, bits=own.bits)
+        new = np.array(mx.dequantize(*parts(after, own.path), **how), np.float64)
+        size = np.linalg.norm(delta)
+        assert np.isclose(own.update, size, rtol=1e-4)
+        assert np.isclose(own.error, np.linalg.norm(new - base - delta) / size, rtol=1e-3)
+        lost = 1 - ((new - base) * delta).sum() / size**2
+        assert np.isclose(own.lost, lost, atol=1e-3)
+    if bits:
+        assert_close("logits", logits(tmp_path / "out"), dense, 0.05)
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert_close("mlx-lm", stock(TOKENS), logits(tmp_path / "out"), 1e-4)
+
+
+def logits_of_dense(model, folder, tmp_path):
+    return logits(model, folder)
+
+
+def parts(tensors, path):
+    return [tensors[f"{path}.{name}"] for name in ("weight", "scales", "biases")]
+
+
+def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=1e-3)
+    folder = written(tmp_path / "a", adapter)
+    report = fold(weighted([folder]), llama4, tmp_path / "out")
+    assert {own.path for own in report.swallowed} == set(adapter.tensors)
+    assert not fold(weighted([folder]), llama4, tmp_path / "dense", dequantize=True).swallowed
+    command = [sys.executable, "-m", "mlx_segtrain.cli", "merge", folder, "--into", llama4]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "again"], capture_output=True, text=True, check=True
+    )
+    assert "louder than the update" in done.stdout and "Fold with --bits 8" in done.stdout
+    assert "layers.0.self_attn.q_proj" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_other_quantizations(mode, tmp_path):
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    model_dir = write_llama(tmp_path / "m")
+    model, config = load_base(model_dir)[:2]
+    group, bits = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}[mode]
+    nn.quantize(model, group, bits, mode=mode)
+    config["quantization"] = {"group_size": group, "bits": bits, "mode": mode}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(model_dir / "model.safetensors"), weights, {"format": "mlx"})
+    adapter = random_adapter(model_dir, ranks_of(model_dir, "down_proj"), size=0.3)
+    folder = written(tmp_path / "a", adapter)
+    fold(weighted([folder]), model_dir, tmp_path / "dense", dequantize=True)
+    # The dense weight is in the dtype that the configuration names.
+    assert_close("logits", logits(tmp_path / "dense"), logits(model_dir, folder), 1e-3)
+    report = fold(weighted([folder]), model_dir, tmp_path / "out")
+    assert all(own.bits == bits for own in report.linears)
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert mx.isfinite(stock(TOKENS)).all()
+
+
+def test_shards_are_written_one_at_a_time(llama4, tmp_path, monkeypatch):
+    """A base in several files, folded into several others: the same tensors; memory of one."""
+    model = shutil.copytree(llama4, tmp_path / "m")
+    tensors = tensors_of(llama4)
+    names = sorted(tensors)
+    (model / "model.safetensors").unlink()
+    for i in range(3):  # a module may be cut between two files
+        own = {name: tensors[name] for name in names[i::3]}
+        mx.save_safetensors(str(model / f"model-0000{i + 1}-of-00003.safetensors"), own)
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj", "up_proj"))
+    folder = written(tmp_path / "a", adapter)
+    monkeypatch.setattr(folding, "SHARD", 30_000)
+    fold(weighted([folder]), model, tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("model*.safetensors"))
+    assert len(files) > 2 and files[-1].name.endswith(f"-of-{len(files):05d}.safetensors")
+    assert all(file.stat().st_size < 60_000 for file in files)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(names)
+    monkeypatch.undo()
+    fold(weighted([folder]), llama4, tmp_path / "one")
+    one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "out")
+    assert all(same_bits(one[name], many[name]) for name in names)
+    mlx_lm.load(str(tmp_path / "out"))
+
+
+def test_memory_is_that_of_a_file(tmp_path, monkeypatch):
+    model = write_llama(tmp_path / "m", layers=24, hidden_size=256, intermediate_size=1024)
+    size = (model / "model.safetensors").stat().st_size
+    adapter = random_adapter(model, ranks_of(model, "q_proj"))
+    folder = written(tmp_path / "a", adapter)
+    monkeypatch.setattr(folding, "SHARD", 4 << 20)
+    adapter = weighted([folder])
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    begin = mx.get_active_memory()
+    fold(adapter, model, tmp_path / "out")
+    assert size > 80e6 and mx.get_peak_memory() - begin < 16e6
+
+
+def test_what_cannot_be_folded(llama, llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"))
+    other = lora.Adapter({"model.layers.9.self_attn.q_proj": (mx.ones((64, 4)), mx.ones((4, 64)))},
+                         {"model.layers.9.self_attn.q_proj": 1.0})  # fmt: skip
+    with pytest.raises(InputError, match="as its files name them"):
+        fold(other, llama4, tmp_path / "out")
+    path = "model.layers.0.self_attn.q_proj"
+    wide = lora.Adapter({path: (mx.ones((65, 4)), mx.ones((4, 64)))}, {path: 1.0})
+    with pytest.raises(InputError, match=r"update of \(64, 65\), but the model's weight is"):
+        fold(wide, llama, tmp_path / "out")
+    for how, message in (
+        ({"dequantize": True, "bits": 4}, "contradict each other"),
+        ({"bits": 7}, "--bits is 7"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fold(adapter, llama4, tmp_path / "out", **how)
+    with pytest.raises(InputError, match="no model"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "config.json").write_text("{}")
+        fold(adapter, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(InputError, match="is there already"):
+        fold(adapter, llama4, llama)
+    torn = shutil.copytree(llama4, tmp_path / "torn")
+    content = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(content[:-9])
+    with pytest.raises(InputError, match="are there"):
+        fold(adapter, torn, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and struct
+
+
+def test_the_demo_s_model_is_folded(tmp_path):
+    """SmolLM2: dense equals base and adapter; with 4 bits the report says what was lost."""
+    model = snapshot.smollm2_snapshot(cache_dir())
+    data = write_rows(tmp_path / "data", 8)
+    options = {"iters": 3, "rank": 4, "learning_rate": 5e-4, "max_seq_length": 48}
+    train(config_of(model, data, tmp_path / "a", **options))
+    adapter = weighted([tmp_path / "a"])
+    fold(adapter, model, tmp_path / "dense", dequantize=True, dtype=mx.float32)
+    fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, as the base computes
+    tokens = mx.array([[1, 504, 3575, 282, 4649, 314]])
+    both = mlx_segtrain.load(model, tmp_path / "a")[0](tokens)
+    alone = mlx_segtrain.load(model)[0](tokens)
+    dense = mlx_segtrain.load(tmp_path / "dense")[0](tokens)
+    half = mlx_segtrain.load(tmp_path / "half")[0](tokens)
+    assert_close("dense", dense, both, 1e-4)
+    assert mx.abs(half - both).max() < 0.01 * mx.abs(both).max()
+    assert mx.abs(both - alone).max() > 1e-2
+    report = fold(adapter, model, tmp_path / "four")
+    assert len(report.linears) == 210 and all(own.lost > 0 for own in report.linears[:1])
+    for folder in ("dense", "half", "four"):
+        answer, tokenizer = mlx_lm.load(str(tmp_path / folder))
+        text = mlx_lm.generate(answer, tokenizer, "Once upon a time", max_tokens=4)
+        assert isinstance(text, str) and text

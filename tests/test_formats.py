@@ -1,0 +1,374 @@
+"""Adapters that we trained, in stock mlx-lm and in HF PEFT; theirs in ours; round trips."""
+
+import json
+import math
+
+import gguf
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
+
+import mlx_segtrain
+import tiny_models
+from conftest import write_llama, write_rows, write_tiny
+from hf_peers import hf_model, hf_weights
+from mlx_segtrain import InputError, lora, train
+from mlx_segtrain.adapters import read_adapter, read_stored, write_adapter
+from mlx_segtrain.adapters.conversion import compare, export, import_
+from mlx_segtrain.adapters.folder import PEFT_WEIGHTS
+from mlx_segtrain.adapters.peft import hf_path, names_of
+from mlx_segtrain.adapters.writing import About
+from mlx_segtrain.demo import snapshot
+from mlx_segtrain.files import cache_dir
+from mlx_segtrain.models import chain_of, load_base
+from oracle import assert_close
+from test_train import config_of
+
+TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
+
+#: Name of the model, and how it is adapted.
+RUNS = {
+    "constant": ("llama", {"rank_scaling": "constant"}),
+    "by bits": ("mixed", {}),
+    "rslora": ("mixed", {"rs_lora": True, "scale": 3.0}),
+    "dora": ("llama4", {"use_dora": True}),
+    "last layer": ("llama4", {"num_layers": 1, "target_modules": ["q_proj", "down_proj"]}),
+    "head": ("untied", {"target_modules": ["v_proj", "lm_head"]}),
+    "embedding": ("untied", {"target_modules": ["embed_tokens", "o_proj"]}),
+    "gemma 4": ("gemma4_text", {}),
+    "gemma 4, by bits": ("gemma4_mixed", {}),
+    "gemma 4, dora": ("gemma4_text", {"use_dora": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, llama, llama4, llama_mixed):
+    folder = tmp_path_factory.mktemp("bases")
+
+    def bits(name):
+        return 8 if "down_proj" in name else 4
+
+    return {
+        "llama": llama,
+        "llama4": llama4,
+        "mixed": llama_mixed,
+        "untied": write_llama(folder / "untied", bits=4, tied=False),
+        "gemma4_text": write_tiny(folder / "gemma4_text", "gemma4_text"),
+        "gemma4_mixed": write_tiny(folder / "gemma4_mixed", "gemma4_text", bits),
+    }
+
+
+def dense_weights(model_dir):
+    """Weights of a model as mlx-lm computes with them, float32, by name."""
+    model, _, _ = load_base(model_dir)
+    found = {}
+    for path, module in model.named_modules():
+        for name, x in module.items():
+            if not isinstance(x, mx.array) or name in ("scales", "biases") or name[0] == "_":
+                continue
+            if name == "weight" and "scales" in module:
+                how = (module.group_size, module.bits, module.mode)
+                x = mx.dequantize(x, module["scales"], module.get("biases"), *how)
+            found[f"{path}.{name}" if path else name] = np.array(x.astype(mx.float32))
+    return found
+
+
+def transformers_model(model_dir):
+    config = json.loads((model_dir / "config.json").read_text())
+    config.pop("quantization", None)
+    if config["model_type"] == "llama":
+        base = AutoModelForCausalLM.from_config(
+            llama_config(config), attn_implementation="eager", dtype=torch.float32
+        )
+        base.load_state_dict(hf_weights(dense_weights(model_dir)), strict=True)
+        return base.eval()
+    return hf_model(config["model_type"], config, dense_weights(model_dir)).eval()
+
+
+def llama_config(config):
+    from transformers import LlamaConfig
+
+    known = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    known += ("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size", "rope_theta")
+    known += ("max_position_embeddings", "tie_word_embeddings")
+    return LlamaConfig(**{key: config[key] for key in known})
+
+
+def peft_logits(model_dir, folder, tokens=TOKENS):
+    """Of the model in transformers with the folder's adapter, loaded by PEFT."""
+    model = PeftModel.from_pretrained(transformers_model(model_dir), folder).eval()
+    with torch.no_grad():
+        return mx.array(model(torch.tensor(tokens)).logits.numpy())
+
+
+def trained(name, models, data, folder):
+    model, how = RUNS[name]
+    options = {"iters": 6, "learning_rate": 2e-2, **how}
+    train(config_of(models[model], data, folder, **options))
+    return models[model], folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_trained_adapter_loads_everywhere(name, models, data, tmp_path):
+    """mlx-lm from our folder and from an export, PEFT from an export: our logits; and back."""
+    model_dir, folder = trained(name, models, data, tmp_path / "a")
+    tokens = mx.array(TOKENS)
+    ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
+    plain = mlx_segtrain.load(model_dir)[0](tokens)
+    assert mx.abs(ours - plain).max() > 1e-2
+    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(folder))
+    assert_close("mlx-lm", stock(tokens).astype(mx.float32), ours, 1e-4)
+
+    done = export(folder, tmp_path / "mlx", "mlx-lm")
+    assert done.difference == 0 and done.update > 1e-3
+    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path / "mlx"))
+    assert_close("mlx-lm, exported", stock(tokens).astype(mx.float32), ours, 1e-4)
+
+    done = export(folder, tmp_path / "peft", "peft", names="text")
+    # A multiplier is alpha over the rank there.
+    assert done.difference <= 1e-6 * done.update
+    assert_close("PEFT", peft_logits(model_dir, tmp_path / "peft"), ours, 1e-4)
+
+    for form in ("mlx", "peft"):
+        import_(tmp_path / form, tmp_path / f"{form} again")
+        again = mlx_segtrain.load(model_dir, tmp_path / f"{form} again")[0](tokens)
+        assert_close(form, again, ours, 1e-6)
+
+
+def test_smollm2_loads_everywhere(tmp_path):
+    """The real one, with its own tokens."""
+    model_dir = snapshot.smollm2_snapshot(cache_dir())
+    data = write_rows(tmp_path / "data", 8)
+    options = {"iters": 2, "rank": 4, "learning_rate": 1e-3, "max_seq_length": 48}
+    train(config_of(model_dir, data, tmp_path / "a", **options))
+    tokens = mx.array([[1, 504, 3575, 282, 4649, 314]])
+    ours = mlx_segtrain.load(model_dir, tmp_path / "a")[0](tokens)
+    assert mx.abs(ours - mlx_segtrain.load(model_dir)[0](tokens)).max() > 1e-2
+    done = export(tmp_path / "a", tmp_path / "peft", "peft")
+    assert done.difference <= 1e-6 * done.update and done.linears == 210
+    theirs = peft_logits(model_dir, tmp_path / "peft", tokens.tolist())
+    assert_close("PEFT", theirs, ours, 1e-4)
+
+
+# ---- theirs
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 9},
+        {"target_modules": r".*\.(k|v)_proj", "use_rslora": True, "lora_alpha": 5},
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 6},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 24},
+        },
+        {"target_modules": ["o_proj"], "use_dora": True},
+        {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_an_adapter_that_peft_made_is_imported(how, models, tmp_path):
+    model_dir = models["untied"]
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **how}
+    torch.manual_seed(0)
+    model = get_peft_model(transformers_model(model_dir), LoraConfig(**options)).eval()
+    with torch.no_grad():
+        theirs = mx.array(model(torch.tensor(TOKENS)).logits.numpy())
+    model.save_pretrained(tmp_path / "theirs")
+    done = import_(tmp_path / "theirs", tmp_path / "ours")
+    assert done.difference <= 1e-6 * done.update
+    ours = mlx_segtrain.load(model_dir, tmp_path / "ours")[0](mx.array(TOKENS))
+    assert_close("logits", ours, theirs, 1e-4)
+    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(tmp_path / "ours"))
+    assert_close("mlx-lm", stock(mx.array(TOKENS)).astype(mx.float32), theirs, 1e-4)
+
+
+def test_an_adapter_of_a_model_for_text_and_images(tmp_path):
+    """In transformers the text model is within the model, in mlx-lm around it."""
+    from transformers import Gemma3Config
+
+    config = tiny_models.config("gemma3_text")
+    whole = Gemma3Config(
+        text_config={**config, "model_type": "gemma3_text", "query_pre_attn_scalar": 16},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    base = Gemma3ForConditionalGeneration(whole).eval()
+    names = {name for name, _ in base.named_modules()}
+    path = "language_model.model.layers.0.self_attn.q_proj"
+    assert hf_path(path, "multimodal") in names
+    width, out = base.get_submodule(hf_path(path, "multimodal")).weight.shape[::-1]
+    factors = mx.random.normal((width, 4)), mx.random.normal((4, out))
+    write_adapter(tmp_path / "a", lora.Adapter({path: factors}, {path: 0.5}), About("base"))
+    export(tmp_path / "a", tmp_path / "peft", "peft", names="multimodal")
+    model = PeftModel.from_pretrained(base, tmp_path / "peft")
+    linear = model.base_model.model.get_submodule(hf_path(path, "multimodal"))
+    weight = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
+    want = 0.5 * (factors[0] @ factors[1]).T
+    assert_close(
+        "update", mx.array((linear.scaling["default"] * weight).detach().numpy()), want, 1e-5
+    )
+    assert names_of({"architectures": ["Gemma3ForConditionalGeneration"]}) == "multimodal"
+    assert names_of({"architectures": ["Gemma3ForCausalLM"], "text_config": {}}) == "text"
+    assert names_of({"text_config": {}}) == "multimodal" and names_of({}) == "text"
+    assert hf_path(path, "text") == "model.layers.0.self_attn.q_proj"
+    assert hf_path("language_model.lm_head", "multimodal") == "lm_head"
+
+
+def test_what_peft_has_not(models, data, tmp_path):
+    factors = mx.ones((2, 4, 8)), mx.ones((2, 8, 4))
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    write_adapter(tmp_path / "experts", lora.Adapter({path: factors}, {path: 1.0}), About("m"))
+    with pytest.raises(InputError, match="experts are one tensor there"):
+        export(tmp_path / "experts", tmp_path / "out", "peft")
+    path = "transformer.h.0.attn.c_attn"
+    pair = mx.ones((8, 4)), mx.ones((4, 8))
+    write_adapter(tmp_path / "gpt2", lora.Adapter({path: pair}, {path: 1.0}), About("m"))
+    with pytest.raises(InputError, match="not known under which name transformers has it"):
+        export(tmp_path / "gpt2", tmp_path / "out", "peft")
+    how = {"target_modules": ["embed_tokens"], "iters": 1}
+    train(config_of(models["llama4"], data, tmp_path / "tied", **how))
+    with pytest.raises(InputError, match="it is the head of this model too"):
+        export(tmp_path / "tied", tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="is there already: give a new folder"):
+        export(tmp_path / "tied", tmp_path / "experts", "mlx-lm")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("to", ["peft", "mlx-lm"])
+def test_smaller_numbers_and_what_they_cost(to, dtype, models, data, tmp_path):
+    _, folder = trained("constant", models, data, tmp_path / "a")
+    done = export(folder, tmp_path / "out", to, dtype=dtype)
+    assert 0 < done.difference < 0.02 * done.update
+    stored = mx.load(str(next((tmp_path / "out").glob("*.safetensors"))))
+    assert {x.dtype for x in stored.values()} == {getattr(mx, dtype)}
+
+
+# ---- further training
+
+
+def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
+    """Exported with the ranks 4 and 8 at 8: what was added has a gradient from the first step."""
+    model_dir, folder = trained("by bits", models, data, tmp_path / "a")
+    export(folder, tmp_path / "mlx", "mlx-lm")
+    tensors = mx.load(str(tmp_path / "mlx" / "adapters.safetensors"))
+    own = read_stored(folder)
+    assert {x.shape[1] for name, x in tensors.items() if name.endswith("a")} == {8}
+    path = next(path for path, rank in own.ranks.items() if rank == 4)
+    assert (
+        not tensors[f"{path}.lora_b"][4:].any()
+        and mx.abs(tensors[f"{path}.lora_a"][:, 4:]).min(0).max() > 0
+    )
+    options = {"warm_start": tmp_path / "mlx", "iters": 3, "optimizer": "sgd", "weight_decay": 0}
+    train(config_of(model_dir, data, tmp_path / "b", **options))
+    further = mx.load(str(tmp_path / "b" / "adapters.safetensors"))
+    for name, x in further.items():
+        axis = 0 if name.endswith("lora_a") else 1
+        moved = mx.abs(x - tensors[name]).max(axis)
+        # A's new columns wait for B, which moves at once, until the second step.
+        assert (moved > 0).all(), name
+
+
+# ---- GGUF
+
+
+@pytest.mark.parametrize("name", ["by bits", "head", "last layer"])
+def test_gguf(name, models, data, tmp_path):
+    _, folder = trained(name, models, data, tmp_path / "a")
+    done = export(folder, tmp_path / "out", "gguf")
+    assert done.difference <= 1e-6 * done.update
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.architecture"] == "llama" and fields["general.type"] == "adapter"
+    assert fields["adapter.type"] == "lora" and fields["adapter.lora.alpha"] == 0
+    tensors = {x.name: np.array(x.data) for x in reader.tensors}
+    own = read_stored(folder)
+    assert len(tensors) == 2 * len(own.tensors)
+    kinds = {"q_proj": "attn_q", "k_proj": "attn_k", "down_proj": "ffn_down", "v_proj": "attn_v"}
+    for path, (a, b) in own.tensors.items():
+        kind = path.rpartition(".")[2]
+        if path == "lm_head":
+            place = "output"
+        elif kind in kinds:
+            place = f"blk.{path.split('.')[2]}.{kinds[kind]}"
+        else:
+            continue
+        delta = tensors[f"{place}.weight.lora_b"] @ tensors[f"{place}.weight.lora_a"]
+        want = np.array(own.scales[path] * (a @ b).T)
+        heads = {"q_proj": 4, "k_proj": 2}.get(kind)
+        if heads:  # row 2i is of the first half of a head, 2i + 1 its partner of the second
+            half = want.shape[0] // heads // 2
+            rows = [
+                h * 2 * half + i + j * half
+                for h in range(heads)
+                for i in range(half)
+                for j in (0, 1)
+            ]
+            want = want[rows]
+        assert np.allclose(delta, want, atol=1e-6), path
+
+
+def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
+    """SmolLM2's own file, whose rows the snapshot puts back."""
+    from mlx_segtrain.adapters.gguf import _halves, _neighbours
+
+    rows = mx.arange(64.0)[:, None]
+    assert mx.array_equal(_halves(_neighbours(rows, 4), 4), rows)
+    assert _neighbours(rows, 4)[:4, 0].tolist() == [0, 8, 1, 9]
+
+
+def test_what_gguf_has_not(models, data, tmp_path):
+    _, folder = trained("gemma 4", models, data, tmp_path / "a")
+    with pytest.raises(InputError, match="models of type gemma4_text cannot be exported to GGUF"):
+        export(folder, tmp_path / "out", "gguf")
+    _, folder = trained("dora", models, data, tmp_path / "b")
+    with pytest.raises(InputError, match=r"llama.cpp has no DoRA"):
+        export(folder, tmp_path / "out", "gguf")
+    (tmp_path / "c").mkdir()
+    path = "model.layers.0.self_attn.q_proj"
+    pair = mx.ones((8, 4)), mx.ones((4, 8))
+    write_adapter(tmp_path / "c", lora.Adapter({path: pair}, {path: 1.0}), About("nowhere"))
+    with pytest.raises(InputError, match="--to gguf needs the base"):
+        export(tmp_path / "c", tmp_path / "out", "gguf")
+
+
+# ---- what is compared
+
+
+def test_a_difference_is_seen():
+    path = "model.layers.0.self_attn.q_proj"
+    a, b = mx.random.normal((8, 4)), mx.random.normal((4, 6))
+    one = lora.Adapter({path: (a, b)}, {path: 1.0})
+    assert (
+        compare(
+            one, lora.Adapter({f"language_model.{path}": (a, b)}, {f"language_model.{path}": 1.0})
+        )[1]
+        == 0
+    )
+    update, difference = compare(one, lora.Adapter({path: (a, b)}, {path: 1.5}))
+    assert math.isclose(difference, 0.5 * update, rel_tol=1e-5)
+    with pytest.raises(InputError, match="adapts other linears"):
+        compare(one, lora.Adapter({}, {}))
+
+
+def test_peft_s_embedding_adapters_are_read(models, tmp_path):
+    model, _, _ = load_base(models["untied"])
+    chain = chain_of(model)
+    a, b = mx.random.normal((300, 4)), mx.random.normal((4, 64))
+    tensors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": mx.contiguous(a.T),
+        "base_model.model.model.embed_tokens.lora_embedding_B": mx.contiguous(b.T),
+    }
+    (tmp_path / "a").mkdir()
+    mx.save_safetensors(str(tmp_path / "a" / PEFT_WEIGHTS), tensors)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    found = read_adapter(tmp_path / "a", chain)
+    assert all(map(mx.array_equal, found.tensors["model.embed_tokens"], (a, b)))

@@ -1,0 +1,208 @@
+"""Adapter files of strangers: changed at random, they are read, or refused in a sentence.
+
+MUTATIONS is how many are tried.
+"""
+
+import json
+import os
+import random
+import struct
+import time
+
+import mlx.core as mx
+import pytest
+
+from mlx_segtrain import InputError
+from mlx_segtrain.adapters import ranks_in, read_adapter, read_stored
+from mlx_segtrain.adapters.discovery import look
+from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.safetensors import read_header
+from test_adapters import DOWN1, MLX_LM, PEFT, Q0, RANK, factors_of, write_mlx, write_peft
+
+MUTATIONS = int(os.environ.get("MUTATIONS", 3000))
+#: What a stranger may write in the place of anything.
+HOSTILE = [
+    None, True, -1, 0, 1, 2**63, 2**64, 1e308, -1e308, "", "a", "../../etc/passwd", "\x00",
+    "\n" * 9, [], {}, [[]], {"a": {}}, [0] * 9, "(a+)+$", "(", "lora_A", "é" * 600,
+    "__proto__", "F32", "U8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(llama):
+    return chain_of(load_base(llama)[0])
+
+
+@pytest.fixture
+def folders(chain, tmp_path):
+    """One of mlx-lm's and one of PEFT's, as they should be."""
+    factors = factors_of(chain, {Q0: RANK, DOWN1: RANK})
+    patterns = {"rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"layers.1.*down": 8}}
+    return [
+        write_mlx(tmp_path / "in" / "mlx", factors),
+        write_peft(tmp_path / "in" / "peft", factors, **patterns),
+    ]
+
+
+def bytes_changed(content, chance):
+    """A few bytes, a length, or an end that is missing or too much."""
+    found = bytearray(content)
+    kind = chance.randrange(6)
+    if kind == 0:
+        return found[: chance.randrange(len(found))]
+    if kind == 1:
+        return found + bytes(chance.randrange(1, 100))
+    if kind == 2:
+        length = chance.choice([0, 1, 2**63, 2**64 - 1, 2**31, len(found), chance.randrange(9999)])
+        return struct.pack("<Q", length) + found[8:]
+    header = 8 + struct.unpack("<Q", found[:8])[0]
+    for _ in range(chance.randrange(1, 6)):
+        found[chance.randrange(8, header if kind < 5 else len(found))] = chance.randrange(256)
+    return found
+
+
+def changed(value, chance):
+    """JSON with something hostile somewhere."""
+    if isinstance(value, dict) and value and chance.random() < 0.8:
+        key = chance.choice(list(value))
+        kind = chance.randrange(4)
+        if kind == 0:
+            return {k: x for k, x in value.items() if k != key}
+        if kind == 1:
+            return value | {chance.choice(["", "../x", "lora_A", key + "x"]): value[key]}
+        return value | {key: changed(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.5:
+        return [changed(value[0], chance), *value[1:]]
+    return chance.choice(HOSTILE)
+
+
+def with_header(content, header):
+    text = json.dumps(header).encode()
+    begin = 8 + struct.unpack("<Q", content[:8])[0]
+    return struct.pack("<Q", len(text)) + text + content[begin:]
+
+
+def test_whatever_is_in_the_files(chain, folders, tmp_path):
+    """No traceback, no hang, nothing written: values, or one sentence."""
+    chance = random.Random(0)
+    whole = {f: {x.name: x.read_bytes() for x in f.iterdir()} for f in folders}
+    listing = sorted(tmp_path.rglob("*"))
+    refused, slowest = 0, 0.0
+    for i in range(MUTATIONS):
+        folder = folders[i % 2]
+        (weights,) = (name for name in whole[folder] if name.endswith(".safetensors"))
+        content = whole[folder][weights]
+        header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+        kind = chance.randrange(4)
+        if kind == 0:
+            (folder / weights).write_bytes(bytes_changed(content, chance))
+        elif kind == 1:
+            (folder / weights).write_bytes(with_header(content, changed(header, chance)))
+        elif kind == 2:
+            values = changed(json.loads(whole[folder]["adapter_config.json"]), chance)
+            (folder / "adapter_config.json").write_text(json.dumps(values))
+        else:
+            text = whole[folder]["adapter_config.json"]
+            text = bytes_changed(struct.pack("<Q", len(text)) + text, chance)[8:]
+            (folder / "adapter_config.json").write_bytes(text)
+        began = time.monotonic()
+        try:
+            ranks_in(folder)
+            adapter = read_stored(folder)
+            mx.eval(list(adapter.tensors.values()))
+            read_adapter(folder, chain)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 1500
+        look(folder)
+        slowest = max(slowest, time.monotonic() - began)
+        for name, own in whole[folder].items():
+            (folder / name).write_bytes(own)
+    assert sorted(tmp_path.rglob("*")) == listing
+    assert refused > MUTATIONS / 3 and slowest < 5
+    print(f"{MUTATIONS} files, {refused} refused, the slowest took {slowest:.2f} s")
+
+
+def header_of(**entry):
+    own = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    return {"a": {**own, **entry}}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (header_of(), 15, "its tensors take 16 bytes, and 15 are there"),
+        (header_of(), 17, "its tensors take 16 bytes, and 17 are there"),
+        (header_of(shape=[2, 3]), 16, "a has another size than its shape"),
+        (header_of(shape=[-2, -2]), 16, "a has no shape"),
+        (header_of(shape=[1] * 9), 16, "a has no shape"),
+        (header_of(shape=[2.0, 2]), 16, "a has no shape"),
+        (header_of(shape=[2**62, 4]), 16, "a has no shape"),
+        (header_of(data_offsets=[16, 0]), 16, "a has another size"),
+        (header_of(data_offsets=[8, 24]), 24, "overlap, or leave gaps"),
+        (header_of(data_offsets=[0]), 16, "a has no place"),
+        (header_of(dtype="F99"), 16, "a has the dtype F99"),
+        (header_of(dtype=5), 16, "a has the dtype 5"),
+        (header_of(more=1), 16, "its entry of a is not dtype"),
+        ({"a\nb": header_of()["a"]}, 16, "is no name of a tensor"),
+        ({"": header_of()["a"]}, 16, "is no name of a tensor"),
+        ({"__metadata__": {"x": 1}, **header_of()}, 16, "its metadata are no texts"),
+        ([], 0, "its header is no object"),
+        ({**header_of(), "b": header_of()["a"]}, 16, "overlap, or leave gaps"),
+    ],
+)
+def test_headers_that_do_not_fit_their_file(header, data, message, tmp_path):
+    text = json.dumps(header).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    with pytest.raises(InputError, match=message) as error:
+        read_header(file)
+    assert str(error.value).startswith(f"{file} is not a readable safetensors file: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x01", b"\xff" * 8, struct.pack("<Q", 10) + b"{}", struct.pack("<Q", 2) + b"{",
+        struct.pack("<Q", 4) + b"\xff\xfe{}", struct.pack("<Q", 200_000) + b"[" * 200_000,
+        struct.pack("<Q", 31) + b'{"__metadata__":{},"a":1,"a":2}',
+    ],
+)  # fmt: skip
+def test_files_that_are_none(content, tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="is not a readable safetensors file"):
+        read_header(file)
+
+
+def test_a_header_may_be_large_but_not_too_large(tmp_path):
+    file = tmp_path / "x.safetensors"
+    with open(file, "wb") as opened:
+        opened.write(struct.pack("<Q", 101 << 20))
+        opened.truncate(102 << 20)
+    with pytest.raises(InputError, match="the header is too long"):
+        read_header(file)
+
+
+def test_pickles_are_not_read(tmp_path):
+    import pickle
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT))
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InputError, match="holds neither"):
+        read_stored(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 5, "a" * 2000])
+def test_patterns_that_would_take_for_ever(pattern, chain, tmp_path):
+    factors = factors_of(chain, {Q0: RANK})
+    folder = write_peft(tmp_path, factors, rank_pattern={pattern: 3})
+    with pytest.raises(InputError, match="may take for ever to match"):
+        read_stored(folder)
+
+
+def test_integers_are_no_factors(chain, tmp_path):
+    factors = factors_of(chain, {Q0: RANK})
+    folder = write_mlx(tmp_path, factors, MLX_LM, dtype=mx.int32)
+    with pytest.raises(InputError, match="is I32, and factors are not"):
+        read_stored(folder)
