@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMMA := ,
-EXTRAS := $(if $(filter Darwin,$(shell uname -s)),,cpu$(COMMA))dev
+CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
+DEV := $(if $(CPU),$(CPU)$(COMMA))dev
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
@@ -18,26 +19,26 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
 
-test: $(VENV)/installed ## Run the tests
+test: $(VENV)/tools ## Run the tests
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/installed ## Check format, style and types
+lint: $(VENV)/tools ## Check format, style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	@cp $(VENV)/lib/python*/site-packages/mlx_segtrain/_core.pyi python/mlx_segtrain/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/installed ## Time attention, and training steps beside peers that are installed
+bench: $(VENV)/tools ## Time attention, and training steps beside peers that are installed
 	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/step.py
 
-models: $(VENV)/installed ## Write the table of docs/models.md anew
+models: $(VENV)/tools ## Write the table of docs/models.md anew
 	$(BIN)/python tests/model_table.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
-	$(PIP) install --quiet --editable '.[$(EXTRAS)]'
-	@touch $(VENV)/installed
+	$(PIP) install --quiet --editable '.[$(DEV)]'
+	@touch $(VENV)/installed $(VENV)/tools
 
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -54,5 +55,11 @@ $(VENV)/made:
 
 $(VENV)/installed: $(VENV)/made $(SOURCES)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
-	$(PIP) install --quiet '.[$(EXTRAS)]'
+	$(PIP) install --quiet '.[$(CPU)]'
 	@touch $@
+
+# With what tests and checks need: the peers that we compare with are large.
+$(VENV)/tools: $(VENV)/made $(SOURCES)
+	@echo "Installing into $(VENV), with peers and tools (a few minutes the first time)"
+	$(PIP) install --quiet '.[$(DEV)]'
+	@touch $@ $(VENV)/installed

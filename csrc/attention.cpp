@@ -102,7 +102,9 @@ std::atomic<bool> repeatable{false};
 
 }  // namespace
 
-bool set_repeatable(bool on) { return repeatable.exchange(on); }
+bool set_repeatable(bool on) {
+  return repeatable.exchange(on);
+}
 
 namespace {
 
@@ -115,7 +117,8 @@ std::string way_for(const Call& c, const std::string& impl) {
   Way blocked{"blocked", true, ""};
   bool plain = !c.window && !c.cap && c.T == c.S;
   bool libraries = impl != "auto" || !repeatable || gpu() != Gpu::cuda;
-  Way cudnn = impl == "cudnn" || (impl == "auto" && plain && libraries) ? cudnn_way(c) : Way{"cudnn", false, ""};
+  Way cudnn =
+      impl == "cudnn" || (impl == "auto" && plain && libraries) ? cudnn_way(c) : Way{"cudnn", false, ""};
   Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
   std::vector<Way> ways{cudnn, stock, kernel, hopper, blocked};
   if (c.D > 128) std::swap(ways[2], ways[3]);

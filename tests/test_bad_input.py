@@ -66,7 +66,7 @@ CASES = {
     "torn weights": (
         lambda w: (w / "model/model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
         {},
-        "not a safetensors file",
+        "is not a readable safetensors file",
     ),
     "config is not JSON": (
         lambda w: (w / "model/config.json").write_text("{"),
@@ -150,7 +150,7 @@ def test_adapters_that_do_not_fit(world, llama):
         with pytest.raises(InputError, match=message):
             read_adapter(out, chain)
 
-    says({**good, "model.layers.9.x.lora_a": mx.ones((2, 2))}, "belongs to no linear")
+    says({**good, "model.layers.9.x.lora_a": mx.ones((2, 2))}, "x' has lora_a but no lora_b")
     says({**good, f"{name}.lora_a": mx.ones((9, 8))}, r"lora_a \(9, 8\) .*another model")
     says({k: v for k, v in good.items() if k != f"{name}.lora_b"}, "no lora_b")
     says({k: v for k, v in good.items() if k != f"{name}.lora_a"}, "but no lora_a")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import write_llama
+from conftest import write_llama, write_tiny
 from mlx_segtrain import InputError, curves, train
 from mlx_segtrain.adapters.conversion import export
 from mlx_segtrain.adapters.discovery import adapters
@@ -50,6 +50,16 @@ def test_all_that_is_there(root, llama_mixed, tmp_path):
     assert adapters([root / "nothing"]) == []
     with pytest.raises(InputError, match="is not a folder"):
         adapters([root / "nowhere"])
+
+
+def test_embeddings_and_experts_fit_too(data, tmp_path):
+    moe = write_tiny(tmp_path / "moe", "qwen3_moe")
+    train(config_of(moe, data, tmp_path / "a", target_modules=["up_proj", "q_proj"], iters=1))
+    tied = write_llama(tmp_path / "tied", bits=4)
+    train(config_of(tied, data, tmp_path / "b", target_modules=["embed_tokens"], iters=1))
+    assert [own.fits for own in adapters([tmp_path / "a"], moe)] == [True]
+    assert [own.fits for own in adapters([tmp_path / "b"], tied)] == [True]
+    assert [own.fits for own in adapters([tmp_path / "a"], tied)] == [False]
 
 
 def test_the_list(root, llama_mixed):

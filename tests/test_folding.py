@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import struct
 import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -179,7 +179,6 @@ def test_a_quantized_fold(bits, llama_mixed, tmp_path):
     assert report.untouched == len(untouched)
     assert all(same_bits(before[name], after[name]) for name in untouched)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
-    dense = logits_of_dense(llama_mixed, folder, tmp_path)
     for own in report.linears:
         was = 8 if "down_proj" in own.path else 4
         assert own.bits == (bits or was)
@@ -197,13 +196,9 @@ def test_a_quantized_fold(bits, llama_mixed, tmp_path):
         lost = 1 - ((new - base) * delta).sum() / size**2
         assert np.isclose(own.lost, lost, atol=1e-3)
     if bits:
-        assert_close("logits", logits(tmp_path / "out"), dense, 0.05)
+        assert_close("logits", logits(tmp_path / "out"), logits(llama_mixed, folder), 0.05)
     stock, _ = mlx_lm.load(str(tmp_path / "out"))
     assert_close("mlx-lm", stock(TOKENS), logits(tmp_path / "out"), 1e-4)
-
-
-def logits_of_dense(model, folder, tmp_path):
-    return logits(model, folder)
 
 
 def parts(tensors, path):
@@ -226,17 +221,8 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(llama4, tmp
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
 def test_other_quantizations(mode, tmp_path):
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-
-    model_dir = write_llama(tmp_path / "m")
-    model, config = load_base(model_dir)[:2]
-    group, bits = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}[mode]
-    nn.quantize(model, group, bits, mode=mode)
-    config["quantization"] = {"group_size": group, "bits": bits, "mode": mode}
-    (model_dir / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(model_dir / "model.safetensors"), weights, {"format": "mlx"})
+    model_dir = quantized(tmp_path, mode)
+    bits = 8 if mode == "mxfp8" else 4
     adapter = random_adapter(model_dir, ranks_of(model_dir, "down_proj"), size=0.3)
     folder = written(tmp_path / "a", adapter)
     fold(weighted([folder]), model_dir, tmp_path / "dense", dequantize=True)
@@ -314,7 +300,7 @@ def test_what_cannot_be_folded(llama, llama4, tmp_path):
     (torn / "model.safetensors").write_bytes(content[:-9])
     with pytest.raises(InputError, match="are there"):
         fold(adapter, torn, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and struct
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_demo_s_model_is_folded(tmp_path):
@@ -340,3 +326,117 @@ def test_the_demo_s_model_is_folded(tmp_path):
         answer, tokenizer = mlx_lm.load(str(tmp_path / folder))
         text = mlx_lm.generate(answer, tokenizer, "Once upon a time", max_tokens=4)
         assert isinstance(text, str) and text
+
+
+# ---- what a review found
+
+
+def test_an_update_that_is_rounded_away_is_swallowed(tmp_path):
+    """W' = W: rounding is as loud as the update then, and not louder."""
+    model = quantized(tmp_path, "mxfp4")
+    folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj"), size=1e-5))
+    report = fold(weighted([folder]), model, tmp_path / "out")
+    assert len(report.swallowed) == len(report.linears) == 3
+    assert all(own.lost > 0.9 for own in report.linears)
+
+
+def quantized(tmp_path, mode, name="m"):
+    from mlx.utils import tree_flatten
+
+    model_dir = write_llama(tmp_path / name)
+    model, config = load_base(model_dir)[:2]
+    group, bits = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}[mode]
+    nn.quantize(model, group, bits, mode=mode)
+    config["quantization"] = {"group_size": group, "bits": bits, "mode": mode}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(model_dir / "model.safetensors"), weights, {"format": "mlx"})
+    return model_dir
+
+
+def test_a_linear_without_an_update_stays_as_it_is(llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=0.0)
+    report = fold(adapter, llama4, tmp_path / "out")
+    before, after = tensors_of(llama4), tensors_of(tmp_path / "out")
+    assert all(same_bits(before[name], after[name]) for name in before) and not report.swallowed
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_bits_that_the_configuration_does_not_name(dequantize, llama_mixed, tmp_path):
+    """mlx-lm reckons them from the shapes."""
+    model = shutil.copytree(llama_mixed, tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    adapter = random_adapter(model, ranks_of(model, "down_proj"), size=0.3)
+    folder = written(tmp_path / "a", adapter)
+    report = fold(weighted([folder]), model, tmp_path / "out", dequantize=dequantize)
+    assert {own.bits for own in report.linears} == {None if dequantize else 8}
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert_close("logits", stock(TOKENS), logits(model, folder), 1e-4 if dequantize else 0.1)
+
+
+def test_more_than_a_weight_is_refused_and_not_dropped(llama, llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"))
+    for name, x, message in (
+        ("global_scale", mx.ones(1), "has global_scale, which is not folded"),
+        ("weight_scale_inv", mx.ones((1, 1)), "has weight_scale_inv"),
+    ):
+        model = shutil.copytree(llama4, tmp_path / name)
+        path = "model.layers.0.self_attn.q_proj"
+        mx.save_safetensors(
+            str(model / "model.safetensors"), tensors_of(llama4) | {f"{path}.{name}": x}
+        )
+        with pytest.raises(InputError, match=message):
+            fold(adapter, model, tmp_path / "out")
+    model = shutil.copytree(llama, tmp_path / "integers")
+    found = tensors_of(llama)
+    found = {k: x.astype(mx.uint8) if "q_proj" in k else x for k, x in found.items()}
+    mx.save_safetensors(str(model / "model.safetensors"), found)
+    with pytest.raises(InputError, match=r"uint8, which is not folded"):
+        fold(adapter, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_and_without_the_wrapper_are_one_linear(llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"))
+    wrapped = lora.Adapter(
+        {f"language_model.{path}": pair for path, pair in adapter.tensors.items()},
+        {f"language_model.{path}": scale for path, scale in adapter.scales.items()},
+    )
+    a, b = written(tmp_path / "a", adapter), written(tmp_path / "b", wrapped)
+    merge([a, b], tmp_path / "sum")
+    assert read_stored(tmp_path / "sum").tensors.keys() == adapter.tensors.keys()
+    fold(weighted([a, b]), llama4, tmp_path / "both", dequantize=True)
+    fold(weighted([a], [2.0]), llama4, tmp_path / "twice", dequantize=True)
+    assert_close("logits", logits(tmp_path / "both"), logits(tmp_path / "twice"), 1e-5)
+    both = lora.Adapter(adapter.tensors | wrapped.tensors, adapter.scales | wrapped.scales)
+    with pytest.raises(InputError, match="two updates of"):
+        fold(both, llama4, tmp_path / "out")
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    """A model of many tensors where no more than 64 may be."""
+    model = write_llama(tmp_path / "m", layers=24)
+    folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj")))
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from mlx_segtrain.adapters.folding import fold\n"
+        "from mlx_segtrain.adapters import read_stored\n"
+        "adapter = read_stored(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "fold(adapter, Path(sys.argv[2]), Path(sys.argv[3]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, folder, model, tmp_path / "out"], check=True)
+    assert len(tensors_of(tmp_path / "out")) == len(tensors_of(model)) > 200
+
+
+def test_other_bits_of_what_has_no_choice_of_them(tmp_path, llama):
+    model = quantized(tmp_path, "mxfp4")
+    folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "down_proj"), size=0.3))
+    report = fold(weighted([folder]), model, tmp_path / "out", bits=8)
+    assert {own.bits for own in report.linears} == {8} and not report.swallowed
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert_close("logits", stock(TOKENS), logits(model, folder), 0.05)
+    with pytest.raises(InputError, match="is not quantized where the adapter is"):
+        fold(random_adapter(llama, ranks_of(llama, "q_proj")), llama, tmp_path / "x", bits=8)

@@ -372,3 +372,96 @@ def test_peft_s_embedding_adapters_are_read(models, tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     found = read_adapter(tmp_path / "a", chain)
     assert all(map(mx.array_equal, found.tensors["model.embed_tokens"], (a, b)))
+
+
+# ---- what a review found
+
+
+def test_whether_the_head_is_the_embedding_must_be_known(models, tmp_path):
+    pair = mx.ones((300, 4)), mx.ones((4, 64))
+    adapter = lora.Adapter({"model.embed_tokens": pair}, {"model.embed_tokens": 1.0})
+    write_adapter(tmp_path / "a", adapter, About("nowhere"))
+    with pytest.raises(InputError, match="cannot be told without the base"):
+        export(tmp_path / "a", tmp_path / "out", "peft")
+    with pytest.raises(InputError, match="it is the head of this model too"):
+        export(tmp_path / "a", tmp_path / "out", "peft", model_dir=models["gemma4_text"])
+    export(tmp_path / "a", tmp_path / "out", "peft", model_dir=models["untied"])
+
+
+def test_which_names_must_be_known(tmp_path):
+    path = "language_model.model.layers.0.self_attn.q_proj"
+    adapter = lora.Adapter({path: (mx.ones((8, 4)), mx.ones((4, 8)))}, {path: 1.0})
+    write_adapter(tmp_path / "a", adapter, About(""))
+    with pytest.raises(InputError, match="--model-dir, or --names"):
+        export(tmp_path / "a", tmp_path / "out", "peft")
+
+
+def test_unpadded_factors_of_an_earlier_adapter_are_not_read(models, data, tmp_path):
+    """Somebody trains on in place with mlx-lm, which writes adapters.safetensors alone."""
+    _, folder = trained("by bits", models, data, tmp_path / "a")
+    assert set(read_stored(folder).ranks.values()) == {4, 8}
+    file = folder / "adapters.safetensors"
+    tensors = {name: 2 * x for name, x in mx.load(str(file)).items()}
+    mx.save_safetensors(str(file), tensors)
+    found = read_stored(folder)
+    assert set(found.ranks.values()) == {8}
+    path = next(iter(found.tensors))
+    assert mx.array_equal(found.tensors[path][0], tensors[f"{path}.lora_a"])
+
+
+def test_numbers_that_are_none_are_refused(models, data, tmp_path):
+    _, folder = trained("constant", models, data, tmp_path / "a")
+    file = folder / "adapters.safetensors"
+    good = mx.load(str(file))
+    name = next(name for name in good if name.endswith("lora_b"))
+    mx.save_safetensors(str(file), good | {name: good[name] * math.nan})
+    with pytest.raises(InputError, match="has factors that are not finite"):
+        import_(folder, tmp_path / "out")
+    mx.save_safetensors(str(file), good | {name: good[name] + 1e6})
+    with pytest.raises(InputError, match=r"not finite|is off by"):
+        export(folder, tmp_path / "out", "peft", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multiplier_of_nothing(tmp_path):
+    path = "model.layers.0.self_attn.q_proj"
+    adapter = lora.Adapter({path: (mx.ones((8, 4)), mx.ones((4, 8)))}, {path: 0.0})
+    write_adapter(tmp_path / "a", adapter, About("m"))
+    assert read_stored(tmp_path / "a").scales == {path: 0.0}
+    assert export(tmp_path / "a", tmp_path / "out", "peft", names="text").update == 0
+
+
+@pytest.mark.parametrize("out", ["file/x", "/proc/nowhere/x"])
+def test_places_that_cannot_be_written(out, models, data, tmp_path):
+    _, folder = trained("constant", models, data, tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        export(folder, tmp_path / out, "mlx-lm")
+
+
+def test_a_readme_of_somebody_else_stays(models, data, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "README.md").write_text("mine")
+    trained("constant", models, data, tmp_path / "a")
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+
+
+def test_names_are_those_of_the_model_that_is_given(models, tmp_path):
+    wrapped = write_tiny(tmp_path / "gemma4", "gemma4")
+    chain = chain_of(load_base(wrapped)[0])
+    path = next(path for path in chain.linears if path.endswith("q_proj"))
+    shapes = lora.shapes(chain.linears[path], 4)
+    bare = path.removeprefix("language_model.")
+    adapter = lora.Adapter({bare: tuple(map(mx.ones, shapes))}, {bare: 0.1})
+    write_adapter(tmp_path / "a", adapter, About("m"))
+    import_(tmp_path / "a", tmp_path / "b", wrapped)
+    assert set(read_stored(tmp_path / "b").tensors) == {path}
+    mlx_lm.load(str(wrapped), adapter_path=str(tmp_path / "b"))
+
+
+def test_dora_that_mlx_lm_cannot_load_is_told(data, tmp_path):
+    model = write_llama(tmp_path / "six", bits=6)
+    told = []
+    train(config_of(model, data, tmp_path / "a", use_dora=True, iters=1), told.append)
+    (text,) = [event["message"] for event in told if event["type"] == "warning"]
+    assert text.startswith("stock mlx-lm 0.32 cannot load DoRA of linears with 3, 5 or 6 bits")

@@ -142,7 +142,7 @@ def test_no_weight_is_read(llama4, tmp_path):
 def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(InputError, match=f"{file} is not a safetensors file"):
+    with pytest.raises(InputError, match=f"{file} is not a readable safetensors file"):
         read_header(file)
 
 
@@ -433,7 +433,7 @@ def test_active_memory_does_not_grow(llama4, data, tmp_path):
     options = {"iters": 40, "steps_per_report": 1, "steps_per_eval": 1000}
     train(config_of(llama4, data, tmp_path / "a", **options), seen.append)
     active = [e["active_gb"] for e in seen if e.get("kind") == "train"]
-    assert len(active) == 40 and max(active[2:]) <= active[2] * 1.001
+    assert len(active) == 40 and max(active[2:]) <= active[2] + 1e-5
 
 
 def test_limits_end_with_the_run(llama4, data, tmp_path):

@@ -6,6 +6,7 @@ MUTATIONS is how many are tried.
 import json
 import os
 import random
+import shutil
 import struct
 import time
 
@@ -14,6 +15,7 @@ import pytest
 
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters import ranks_in, read_adapter, read_stored
+from mlx_segtrain.adapters.conversion import export, import_
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.safetensors import read_header
@@ -22,7 +24,8 @@ from test_adapters import DOWN1, MLX_LM, PEFT, Q0, RANK, factors_of, write_mlx, 
 MUTATIONS = int(os.environ.get("MUTATIONS", 3000))
 #: What a stranger may write in the place of anything.
 HOSTILE = [
-    None, True, -1, 0, 1, 2**63, 2**64, 1e308, -1e308, "", "a", "../../etc/passwd", "\x00",
+    None, True, -1, 0, 1, 2**63, 10**400, 1e308, "\ud800", "~nobody/x", -1e308, "", "a",
+    "../../etc/passwd", "\x00",
     "\n" * 9, [], {}, [[]], {"a": {}}, [0] * 9, "(a+)+$", "(", "lora_A", "é" * 600,
     "__proto__", "F32", "U8",
 ]  # fmt: skip
@@ -111,9 +114,15 @@ def test_whatever_is_in_the_files(chain, folders, tmp_path):
             adapter = read_stored(folder)
             mx.eval(list(adapter.tensors.values()))
             read_adapter(folder, chain)
+            if i % 10 == 0:
+                shutil.rmtree(tmp_path / "out", ignore_errors=True)
+                import_(folder, tmp_path / "out")
+                shutil.rmtree(tmp_path / "out")
+                export(folder, tmp_path / "out", "peft", names="text")
         except InputError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1500
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         look(folder)
         slowest = max(slowest, time.monotonic() - began)
         for name, own in whole[folder].items():
@@ -193,7 +202,9 @@ def test_pickles_are_not_read(tmp_path):
         read_stored(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 5, "a" * 2000])
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 2, r"\\\\*" * 8, "a" * 2000]
+)
 def test_patterns_that_would_take_for_ever(pattern, chain, tmp_path):
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={pattern: 3})

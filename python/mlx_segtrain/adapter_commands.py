@@ -38,6 +38,12 @@ def add_commands(command: Callable[..., Any]) -> None:
     added = command("import", _import, "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun")
     added.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
     _out(added, "the new adapter")
+    added.add_argument(
+        "--model-dir",
+        type=Path,
+        metavar="PATH",
+        help="a model whose names the linears get. Default: as the adapter has them.",
+    )
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("merge", _merge, "add adapters to one, or fold them into their base")
@@ -85,7 +91,7 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import import_
 
-    return _told(import_(args.adapter, args.out), args.json)
+    return _told(import_(args.adapter, args.out, args.model_dir), args.json)
 
 
 def _told(done: Any, as_json: bool) -> int:

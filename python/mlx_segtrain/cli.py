@@ -310,8 +310,8 @@ def _draw(config: TrainConfig, result: Any) -> None:
     unit = "nats per token" if config.method == "sft" else "per pair"
     try:
         draw(result.adapter_path / "metrics.jsonl", title, unit)
-    except OSError as error:
-        print(f"the loss curves cannot be written ({error.strerror or error})", file=sys.stderr)
+    except Exception as error:
+        print(f"the loss curves cannot be drawn ({error})", file=sys.stderr)
 
 
 def _probe(args: argparse.Namespace) -> int:

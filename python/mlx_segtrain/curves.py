@@ -30,7 +30,8 @@ def draw(log: Path, title: str, unit: str = "nats per token") -> list[Path]:
     for kind, label, style in (("train", "training", "-"), ("val", "held out", "o-")):
         if found[kind]:
             axes.plot(*zip(*found[kind], strict=True), style, label=label)
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     if any(found.values()):
         axes.legend()

@@ -25,7 +25,7 @@ SIZES = {
 #: Bytes of a header, and dimensions of a tensor, at most.
 MOST, DIMENSIONS = 100 << 20, 8
 #: Names go into sentences and, at last, into paths of modules: printable, and no line of text.
-NAME = re.compile(r"[!-~]{1,512}")
+NAME = re.compile(r"[!-~]{1,256}")
 
 
 def read_header(file: Path, *, whole: bool = True) -> Tensors:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -253,7 +254,7 @@ def show_fold(report: folding.Report, console: Console | None = None) -> None:
         share = f"{own.update / own.weight:.2e}" if own.weight else "–"
         style = "bold red" if own in loud else ""
         row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
-        table.add_row(own.path, *row, style=style)
+        table.add_row(escape(own.path), *row, style=style)
     console.print(table)
 
     def line(text: str) -> None:
@@ -262,10 +263,12 @@ def show_fold(report: folding.Report, console: Console | None = None) -> None:
     line(f"model    {report.path}, {report.size / 1e9:.2f} GB")
     line(f"copied   {report.untouched:,} tensors as they were")
     if loud:
+        quantized = any(own.bits is not None for own in loud)
+        way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         line(
             f"warning: in {len(loud)} of {len(report.linears)} linears rounding to the base's grid "
-            "is louder than the update, which the model then has little of. Fold with --bits 8 or "
-            "--dequantize, or serve base and adapter apart."
+            "is louder than the update, which the model then has little of. Fold with "
+            f"{way}, or serve base and adapter apart."
         )
 
 
@@ -280,7 +283,7 @@ def show_adapters(found: Sequence[discovery.Found], console: Console | None = No
         best = "–" if own.best_loss is None else f"{own.best_loss:.4f}"
         step = "–" if own.step is None else str(own.step)
         base = own.base.rstrip("/").rsplit("/", 1)[-1] or "–"
-        row = [str(own.path), base, own.kind, ranks, str(own.linears), step, best]
+        row = [escape(str(own.path)), escape(base), own.kind, ranks, str(own.linears), step, best]
         row.append(f"{own.size / 1e6:.1f}")
         table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
     if any(own.fault is None for own in found):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..lora import Adapter
@@ -19,8 +20,10 @@ def card(
     step: int | None,
     run: Mapping[str, Any],
     facts: Mapping[str, str],
+    form: str = "ours",
 ) -> str:
-    """The text, with the metadata that model hubs read at its head."""
+    """The text, with the metadata that model hubs read at its head; `form` is ours, mlx-lm, peft or
+    gguf."""
     kind = "DoRA" if adapter.magnitudes else "LoRA"
     ranks = Counter(adapter.ranks.values())
     spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
@@ -51,21 +54,49 @@ tags: [mlx, {kind.lower()}, adapter]
 
 ## Use
 
-    mlx-segtrain generate --model-dir {model} --adapter-path . --prompt "…"
-    python -m mlx_lm generate --model {model} --adapter-path . --prompt "…"
+{_use(form, model or "MODEL")}
 
-With Hugging Face PEFT, behind `mlx-segtrain export . --to peft --out peft`:
+{MARK}
+"""
 
-```python
+
+#: Our own cards are written anew; somebody else's README.md is left.
+MARK = "<!-- written by mlx-segtrain -->"
+
+
+def is_ours(file: Path) -> bool:
+    """Whether there is no README.md but a card of ours."""
+    try:
+        return MARK in file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _use(form: str, model: str) -> str:
+    mlx = f'python -m mlx_lm generate --model {model} --adapter-path . --prompt "…"'
+    peft = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("…")  # the model this base was made from
-model = PeftModel.from_pretrained(base, "peft")
-```
+base = AutoModelForCausalLM.from_pretrained("…")  # the model that {model} was made from
+model = PeftModel.from_pretrained(base, "{"." if form == "peft" else "peft"}")
+```"""
+    if form == "gguf":
+        return "    llama-cli -m base.gguf --lora adapter.gguf"
+    if form == "peft":
+        return peft
+    if form == "mlx-lm":
+        return f"    {mlx}"
+    return f"""    mlx-segtrain generate --model-dir {model} --adapter-path . --prompt "…"
+    {mlx}
 
-`mlx-segtrain merge . --into {model} --out merged` folds it into the base.
-"""
+With Hugging Face PEFT, behind `mlx-segtrain export . --to peft --out peft`:
+
+{peft}
+
+`mlx-segtrain merge . --into {model} --out merged` folds it into the base."""
 
 
 def _cell(text: str) -> str:

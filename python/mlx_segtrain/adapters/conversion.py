@@ -1,6 +1,10 @@
 """From one format to another; what was written is read again and compared."""
 
 import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +14,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import atomic_folder, write_json, write_tensors, write_text
 from ..lora import Adapter
+from ..safetensors import read_header
 from .card import card
 from .folder import CONFIG, README, WEIGHTS, open_folder
 from .gguf import write_gguf
@@ -58,19 +63,23 @@ def export(
     follow the `names` that transformers has. GGUF needs it. InputError for what a format has not.
     """
     adapter, about = read_stored(adapter_path), about_of(adapter_path)
-    check_new(out)
     base = _base_config(model_dir, about)
     if to == "gguf":
         if base is None:
             raise InputError(
                 "--to gguf needs the base: give --model-dir, a folder with config.json."
             )
-        with atomic_folder(out) as aside:
+        with new_folder(out) as aside:
             read_back = write_gguf(aside, adapter, about, base, DTYPES[dtype])
-        return compared(out, adapter, read_back)
-    with atomic_folder(out) as aside:
+            return compared(out, adapter, read_back, dtype)
+    with new_folder(out) as aside:
         if to == "peft":
-            tied = bool((base or {}).get("tie_word_embeddings", False))
+            if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
+                raise InputError(
+                    "the adapter is of a model for text and images, which transformers names in "
+                    "two ways: give its folder with --model-dir, or --names."
+                )
+            tied = _is_tied(model_dir or Path(about.model), base, adapter)
             chosen = names or names_of(base or {})
             write_peft(aside, adapter, about, chosen, DTYPES[dtype], tied)
         else:
@@ -79,27 +88,63 @@ def export(
             tensors = {k: x.astype(DTYPES[dtype]) for k, x in padded(adapter, rank, scale).items()}
             keys = mlx_lm_config(adapter, scale, about.dropout)
             write_json(aside / CONFIG, {**keys, "model": about.model})
-            text = card(adapter, about.model, about.step, about.run, about.facts)
+            text = card(adapter, about.model, about.step, about.run, about.facts, "mlx-lm")
             write_text(aside / README, text)
             write_tensors(aside / WEIGHTS, tensors, {"format": "mlx"})
-        read_back = read_stored(aside)
-    return compared(out, adapter, read_back)
+        return compared(out, adapter, read_stored(aside), dtype)
 
 
-def import_(adapter_path: Path, out: Path) -> Converted:
-    """Writes an adapter folder of mlx-lm's, PEFT's, OptiQ's or mlx-bun's as one of ours."""
+def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
+    """Writes an adapter folder of mlx-lm's, PEFT's, OptiQ's or mlx-bun's as one of ours.
+
+    With `model_dir` linears get the names that this model's files have.
+    """
     adapter = read_stored(adapter_path)
-    check_new(out)
-    with atomic_folder(out) as aside:
+    if model_dir is not None:
+        from .folding import Base
+
+        names = {name: path for path, name in Base.open(model_dir).linears_of(adapter).items()}
+        adapter = Adapter(
+            {names[name]: pair for name, pair in adapter.tensors.items()},
+            {names[name]: scale for name, scale in adapter.scales.items()},
+            {names[name]: m for name, m in adapter.magnitudes.items()},
+        )
+    with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(adapter_path))
-        read_back = read_stored(aside)
-    return compared(out, adapter, read_back)
+        return compared(out, adapter, read_stored(aside))
 
 
-def check_new(out: Path) -> None:
-    """InputError if there is something that would be replaced."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already: give a new folder.")
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes `out`'s name once all is in it; InputError if that is not free, or it
+    cannot be written."""
+    place = out.resolve()
+    try:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise InputError(f"{out} is there already: give a new folder.")
+        with atomic_folder(place) as aside:
+            yield aside
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
+
+
+def is_wrapped(path: str) -> bool:
+    """Whether a module is of a text model within another."""
+    return path.startswith("language_model.")
+
+
+def _is_tied(folder: Path, base: dict[str, Any] | None, adapter: Adapter) -> bool:
+    """Whether the base has no head of its own; InputError if that must be known, and is not."""
+    if not any(path.endswith("embed_tokens") for path in adapter.tensors):
+        return False
+    if base is None:
+        raise InputError(
+            "whether the embedding is the head too cannot be told without the base: give its "
+            "folder with --model-dir."
+        )
+    files = folder.glob("model*.safetensors")
+    names = {name for file in files for name in read_header(file, whole=False)}
+    return not any(re.search(r"(^|\.)lm_head\.weight$", name) for name in names)
 
 
 def about_of(adapter_path: Path) -> About:
@@ -112,13 +157,16 @@ def about_of(adapter_path: Path) -> About:
     dropout: Any = inner.get("dropout") if isinstance(inner, dict) else config.get("lora_dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         dropout = 0.0
-    model = config.get("base_model_name_or_path") or config.get("model") or ""
-    return About(" ".join(str(model).split()), float(dropout), run, step)
+    model = str(config.get("base_model_name_or_path") or config.get("model") or "")
+    model = model.encode("utf-8", "replace").decode()
+    return About(" ".join(model.split())[:1000], float(dropout), run, step)
 
 
 def _base_config(model_dir: Path | None, about: About) -> dict[str, Any] | None:
     """config.json of the base; None if it is not there and none was given."""
-    folder = Path(about.model).expanduser() if model_dir is None else model_dir
+    if model_dir is None and not about.model:
+        return None
+    folder = Path(about.model) if model_dir is None else model_dir
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else None
@@ -128,9 +176,19 @@ def _base_config(model_dir: Path | None, about: About) -> dict[str, Any] | None:
         raise InputError(f"model_dir {model_dir} has no config.json to read: {error}.") from None
 
 
-def compared(out: Path, adapter: Adapter, again: Adapter) -> Converted:
-    """Of an adapter that was written, and what was read of it."""
+#: What rounding may change, relative to the largest update.
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
+
+
+def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32") -> Converted:
+    """Of an adapter that was written, and what was read of it; InputError if they differ by more
+    than rounding does."""
     update, difference = compare(adapter, again)
+    if not difference <= BOUNDS[dtype] * update + 1e-30:
+        raise InputError(
+            f"what was written as {dtype} is off by {difference:.2g} where the update is "
+            f"{update:.2g}: nothing was kept of it."
+        )
     ranks = sorted(set(adapter.ranks.values()))
     return Converted(out, len(adapter.tensors), ranks, update, difference)
 
@@ -141,7 +199,7 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
     x is normal, the same for both. InputError if they adapt other linears, or lengths differ.
     """
     names = {_bare(path): path for path in other.tensors}
-    if {_bare(path) for path in one.tensors} != set(names):
+    if not {_bare(path) for path in one.tensors} == set(names) or len(names) != len(one.tensors):
         raise InputError("what was written adapts other linears than what was read.")
     update = difference = 0.0
     for i, path in enumerate(sorted(one.tensors)):
@@ -150,7 +208,8 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         x = mx.random.normal((PROBES, a.shape[-1 if a.ndim == 3 else 0]), key=mx.random.key(i))
         y, z = _updated(one, path, x), _updated(other, twin, x)
         update = max(update, float(mx.abs(y).max()))
-        difference = max(difference, float(mx.abs(y - z).max()))
+        apart = float(mx.abs(y - z).max())
+        difference = max(difference, math.inf if math.isnan(apart) else apart)
         m, n = one.magnitudes.get(path), other.magnitudes.get(twin)
         if (m is None) != (n is None):
             raise InputError(f"'{path}' has magnitudes in one of the two only.")

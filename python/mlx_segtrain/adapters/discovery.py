@@ -79,10 +79,16 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
 def _fits(folder: Path, shape: ModelShape) -> bool:
     """Whether every linear is one of the model's, as wide."""
     bare = {path.removeprefix("language_model."): ends for path, ends in shape.widths.items()}
-    return all(
-        bare.get(path.removeprefix("language_model.")) == ends
-        for path, ends in stored_shapes(folder).items()
-    )
+    known = {name.removeprefix("language_model.") for name in shape.tensors}
+
+    def fits(path: str, ends: tuple[int, int]) -> bool:
+        if path.endswith("embed_tokens"):
+            ends = ends[1], ends[0]
+        # Widths of experts are not in the header's two dimensions.
+        return bare.get(path) == ends or (path not in bare and f"{path}.weight" in known)
+
+    found = stored_shapes(folder).items()
+    return all(fits(path.removeprefix("language_model."), ends) for path, ends in found)
 
 
 def best_loss(run: Path) -> float | None:
@@ -94,8 +100,8 @@ def best_loss(run: Path) -> float | None:
                 if '"val"' not in line:
                     continue
                 event = json.loads(line)
-                if event.get("kind") == "val" and isinstance(event.get("loss"), int | float):
+                if event.get("kind") == "val" and isinstance(event.get("loss"), float):
                     best = min(best, event["loss"])
     except (OSError, ValueError, AttributeError, RecursionError):
-        pass
+        pass  # what was found so far counts
     return best if math.isfinite(best) else None

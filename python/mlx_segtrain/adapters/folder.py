@@ -1,13 +1,13 @@
 """An adapter folder: which file holds the weights, its configuration, and what is refused."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
+from ..files import sha256
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -17,7 +17,7 @@ README = "README.md"
 MOST = 16 << 20
 #: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
 #: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
-PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica")
+PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,29 @@ def open_folder(path: str | Path) -> Folder:
     path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(f"the adapter {path} is not a folder: give the path of an adapter.")
-    weights = [path / name for name in (UNPADDED, WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
+    weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
     if not weights:
         raise InputError(f"{path} holds neither {WEIGHTS} nor {PEFT_WEIGHTS}: not an adapter.")
     if not (path / CONFIG).is_file():
         raise InputError(f"{path} holds no {CONFIG}, which tells the scale: not an adapter.")
-    folder = Folder(weights[0], path / CONFIG, read_json(path / CONFIG))
+    config = read_json(path / CONFIG)
+    if _is_unpadded(path, config):
+        weights.insert(0, path / UNPADDED)
+    folder = Folder(weights[0], path / CONFIG, config)
     _check_kind(folder)
     return folder
+
+
+def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the unpadded factors are those of the padded ones that lie there: others may have
+    trained on with the latter, and know nothing of the former."""
+    own = config.get("segtrain")
+    if not (isinstance(own, dict) and (path / UNPADDED).is_file() and (path / WEIGHTS).is_file()):
+        return False
+    try:
+        return own.get("padded") == sha256(path / WEIGHTS)
+    except OSError:
+        return False
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -95,7 +110,8 @@ def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
     value = values.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    if not usable or not abs(value) < 1e30:
         raise InputError(f"{file}: {key} is {shown(value)}, expected a finite number.")
     return float(value)
 
@@ -112,6 +128,9 @@ def _check_kind(folder: Folder) -> None:
         "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
         "adapters of parameters (target_parameters)": config.get("target_parameters"),
         "adapters of a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
+        "adapters whose linears have scales of their own (Unsloth)": config.get(
+            "unsloth_mlx_requires_unsloth_loader"
+        ),
         "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
         f"adapters that may count on a changed base (init_lora_weights {word(start)})": start
         not in PLAIN_STARTS,

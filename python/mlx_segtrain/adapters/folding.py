@@ -3,22 +3,26 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import atomic_folder, sync, write_json, write_tensors
+from ..files import sync, write_json, write_tensors
 from ..lora import Adapter
 from ..safetensors import read_header
-from .conversion import check_new
+from .conversion import new_folder
 
 #: Bytes of a file of weights, at most, unless one tensor is larger.
 SHARD = 4 << 30
-#: Rounding that is as loud as the update swallows it.
-LOUD = 1.0
+#: Rounding that is as loud as the update swallows it; or more than half of it is not there.
+LOUD, LOST = 1.0, 0.5
+#: What a module that is changed may hold.
+LEAVES = {"weight", "scales", "biases", "bias"}
+#: What of a model's folder is copied: no weights of other formats.
+NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a quantization in config.json that are no module's.
 COMMON = ("group_size", "bits", "mode")
 
@@ -52,7 +56,7 @@ class Report:
     @property
     def swallowed(self) -> list[Folded]:
         """Linears whose update is lost in the rounding of the folded weight."""
-        return [own for own in self.linears if own.error > LOUD]
+        return [own for own in self.linears if not (own.error < LOUD and own.lost < LOST)]
 
 
 def fold(
@@ -78,23 +82,28 @@ def fold(
         raise InputError("--dtype is of weights that --dequantize makes: give both.")
     if bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--bits is {bits}: MLX quantizes to 2, 3, 4, 5, 6 or 8.")
-    check_new(out)
     base = Base.open(model_dir)
     linears = base.linears_of(adapter)
+    if bits is not None and not any(f"{path}.scales" in base.files for path in linears):
+        raise InputError(f"{model_dir} is not quantized where the adapter is: leave --bits out.")
     found: list[Folded] = []
     untouched = 0
-    with atomic_folder(out) as aside:
+    with new_folder(out) as aside:
         writer = _Writer(aside)
         config = dict(base.config)
         for path in base.modules:
             module = base.load(path)
+            if path in linears or (dequantize and "scales" in module):
+                base.check(path, module)
             if path in linears:
-                how = (dequantize, bits, dtype)
-                module, own = _folded(base, adapter, linears[path], path, module, *how)
+                kept = base.quantization(path, module) if "scales" in module else None
+                kept = None if dequantize else _with_bits(kept, bits)
+                name = linears[path]
+                module, own = _folded(base, adapter, name, path, module, kept, dtype)
                 found.append(own)
                 on_linear(own)
-                if bits is not None and own.bits is not None:
-                    _requantized(config, path, base.quantization(path), bits)
+                if kept is not None:
+                    _tell(config, path, kept)
             elif dequantize and "scales" in module:
                 dense = _dense(base, path, module, dtype)
                 module = {"weight": dense, **_bias(module)}
@@ -106,8 +115,8 @@ def fold(
             for key in ("quantization", "quantization_config"):
                 config.pop(key, None)
         for file in sorted(model_dir.iterdir()):
-            weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-            if file.is_file() and not weights and file.name not in ("config.json", "README.md"):
+            other = file.name in ("config.json", "README.md") or file.name.endswith(NOT_COPIED)
+            if file.is_file() and not other:
                 shutil.copyfile(file, aside / file.name)
         write_json(aside / "config.json", config)
     return Report(out, found, untouched, size)
@@ -121,6 +130,7 @@ class Base:
     config: dict[str, Any]
     files: dict[str, Path]  #: by tensor
     modules: dict[str, list[str]]  #: names of the tensors, by path of the module
+    opened: dict[Path, dict[str, mx.array]] = field(default_factory=dict)  #: what is still to come
 
     @classmethod
     def open(cls, folder: Path) -> "Base":
@@ -154,23 +164,58 @@ class Base:
                     f"'{name}' is no linear of {self.folder} as its files name them: it is of "
                     "another model, or this one is not in mlx-lm's form (mlx_lm.convert)."
                 )
+            if path in found:
+                raise InputError(f"the adapter holds two updates of '{path}': remove one.")
             found[path] = name
         return found
 
     def load(self, path: str) -> dict[str, mx.array]:
-        """The tensors of a module, not read before they are used."""
+        """The tensors of a module, once, and not read before they are used."""
         found: dict[str, mx.array] = {}
         for name in self.modules[path]:
-            arrays: Any = mx.load(str(self.files[name]))
-            found[name.rpartition(".")[2]] = arrays[name]
+            file = self.files[name]
+            if file not in self.opened:  # at a time one, or two where a module lies in both
+                arrays: Any = mx.load(str(file))
+                self.opened[file] = arrays
+            found[name.rpartition(".")[2]] = self.opened[file].pop(name)
+            if not self.opened[file]:
+                del self.opened[file]
         return found
 
-    def quantization(self, path: str) -> dict[str, Any]:
-        """How a quantized module is: group_size, bits and mode."""
+    def check(self, path: str, module: Mapping[str, mx.array]) -> None:
+        """InputError if a module that is changed is more than a weight, quantized by MLX or not."""
+        more = sorted(set(module) - LEAVES)
+        if more or not ("scales" in module or mx.issubdtype(module["weight"].dtype, mx.floating)):
+            what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
+            raise InputError(
+                f"'{path}' of {self.folder} {what}, which is not folded: convert the model first "
+                "(mlx_lm.convert)."
+            )
+
+    def quantization(self, path: str, module: Mapping[str, mx.array]) -> dict[str, Any]:
+        """How a quantized module is: group_size, bits and mode, as mlx-lm finds them."""
         whole = self.config.get("quantization") or self.config.get("quantization_config") or {}
-        own = whole.get(path)
-        chosen = own if isinstance(own, dict) else whole
-        return {"mode": "affine", **{key: chosen[key] for key in COMMON if key in chosen}}
+        bare = path.removeprefix("language_model.")
+        places = (path, bare, f"language_model.{bare}")
+        own = next((whole[p] for p in places if isinstance(whole.get(p), dict)), {})
+        group = int(own.get("group_size") or whole.get("group_size") or 64)
+        weight, scales = module["weight"], module["scales"]
+        bits = weight.shape[-1] * 32 // (scales.shape[-1] * group)
+        mode = own.get("mode") or whole.get("mode") or "affine"
+        if mx.issubdtype(scales.dtype, mx.floating):
+            mode = "affine"
+        elif mode == "affine":
+            mode = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}.get((bits, group), mode)
+        return {"group_size": group, "bits": bits, "mode": mode}
+
+
+def _with_bits(how: dict[str, Any] | None, bits: int | None) -> dict[str, Any] | None:
+    """A quantization with so many bits; MLX has a choice of them in the affine mode alone."""
+    if how is None or bits is None:
+        return how
+    if how["mode"] == "affine":
+        return how | {"bits": bits}
+    return {"group_size": 32, "bits": bits, "mode": "affine"}
 
 
 def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -182,7 +227,8 @@ def _dense(
     base: Base, path: str, module: Mapping[str, mx.array], dtype: mx.Dtype | None = None
 ) -> mx.array:
     """A quantized weight in this dtype, or in that of its scales."""
-    return _unpacked(module, base.quantization(path), dtype or _dtype(base, module))
+    how = base.quantization(path, module)
+    return _unpacked(module, how, dtype or _dtype(base, module))
 
 
 def _unpacked(module: Mapping[str, mx.array], how: Any, dtype: mx.Dtype) -> mx.array:
@@ -206,32 +252,31 @@ def _folded(
     name: str,
     path: str,
     module: Mapping[str, mx.array],
-    dequantize: bool,
-    bits: int | None,
+    how: dict[str, Any] | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """The module with the update in its weight, and how much of it is there."""
-    quantized = "scales" in module
+    """The module with the update in its weight, quantized so, and how much of it is there."""
+    quantized, bits = "scales" in module, None if how is None else how["bits"]
     weight = module["weight"]
-    before = _dense(base, path, module, mx.float32) if quantized else weight
-    dtype = dtype or (_dtype(base, module) if quantized else weight.dtype)
-    before = before.astype(mx.float32)
+    before = _dense(base, path, module, mx.float32) if quantized else weight.astype(mx.float32)
     wanted = _updated(adapter, name, before, path)
-    new = {"weight": wanted.astype(dtype), **_bias(module)}
-    after, kept = new["weight"].astype(mx.float32), None
-    if quantized and not dequantize:
-        how: Any = base.quantization(path) | ({} if bits is None else {"bits": bits})
-        parts: Any = mx.quantize(wanted.astype(dtype), **how)
-        new |= dict(zip(("weight", "scales", "biases"), parts, strict=False))
-        kept = how["bits"]
-        after = _unpacked(new, how, mx.float32)
-    delta, real = wanted - before, after - before
+    delta = wanted - before
     size = _norm(delta)
+    if size == 0 and quantized == (how is not None) and dtype is None:
+        return dict(module), Folded(path, bits, 0.0, _norm(before), 0.0, 0.0)
+    chosen = dtype or (_dtype(base, module) if quantized else weight.dtype)
+    new = {"weight": wanted.astype(chosen), **_bias(module)}
+    after = new["weight"].astype(mx.float32)
+    if how is not None:
+        options: Any = how
+        parts: Any = mx.quantize(new["weight"], **options)
+        new |= dict(zip(("weight", "scales", "biases"), parts, strict=False))
+        after = _unpacked(new, how, mx.float32)
     square = max(size * size, 1e-30)
-    lost = 1 - float((real * delta).sum()) / square
-    error = _norm(after - wanted) / max(size, 1e-15)
+    lost = 1 - float(((after - before) * delta).sum()) / square if size else 0.0
+    error = _norm(after - wanted) / max(size, 1e-15) if size else 0.0
     mx.eval(new)
-    return new, Folded(path, kept, size, _norm(before), lost, error)
+    return new, Folded(path, bits, size, _norm(before), lost, error)
 
 
 def _norm(x: mx.array) -> float:
@@ -259,11 +304,14 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
     return new
 
 
-def _requantized(config: dict[str, Any], path: str, how: dict[str, Any], bits: int) -> None:
-    """Says in config.json that this module has so many bits."""
+def _tell(config: dict[str, Any], path: str, how: dict[str, Any]) -> None:
+    """Says in config.json how a module is quantized, unless that follows from the rest."""
     for key in ("quantization", "quantization_config"):
-        if key in config:
-            config[key] = {**config[key], path: {**how, "bits": bits}}
+        whole = config.get(key)
+        if isinstance(whole, dict):
+            common = {"mode": "affine", **{name: whole[name] for name in COMMON if name in whole}}
+            if path in whole or how != common:
+                config[key] = {**whole, path: how}
 
 
 class _Writer:

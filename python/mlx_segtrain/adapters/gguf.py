@@ -39,6 +39,8 @@ def write_gguf(
     """
     if find_spec("gguf") is None:
         raise InputError('--to gguf needs the package gguf: pip install "mlx-segtrain[gguf]".')
+    if dtype == mx.bfloat16:
+        raise InputError("--dtype of GGUF is float32 or float16.")
     gguf: Any = import_module("gguf")
     if adapter.magnitudes:
         raise InputError("llama.cpp has no DoRA: merge the adapter into its base instead.")
@@ -50,15 +52,17 @@ def write_gguf(
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
     name, neighbours = ARCHITECTURES[family]
-    heads = int(text["num_attention_heads"])
-    heads_of = {"q_proj": heads, "k_proj": int(text.get("num_key_value_heads") or heads)}
+    heads_of = {}
+    if neighbours:
+        heads = int(text["num_attention_heads"])
+        heads_of = {"q_proj": heads, "k_proj": int(text.get("num_key_value_heads") or heads)}
     kinds = {kind: key for key, kind in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[name], int(text["num_hidden_layers"]))
     places = {path: _place(names, path) for path in adapter.tensors}
     turned = {
         path: heads_of[path.rpartition(".")[2]]
         for path in places
-        if neighbours and path.rpartition(".")[2] in heads_of
+        if path.rpartition(".")[2] in heads_of
     }
 
     writer = gguf.GGUFWriter(folder / NAME, name)
@@ -75,7 +79,9 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    write_text(folder / README, card(adapter, about.model, about.step, about.run, about.facts))
+    write_text(
+        folder / README, card(adapter, about.model, about.step, about.run, about.facts, "gguf")
+    )
 
     found = {x.name: mx.array(np.array(x.data)) for x in gguf.GGUFReader(folder / NAME).tensors}
     tensors = {}

@@ -7,9 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import atomic_folder
 from ..lora import Adapter
-from .conversion import Converted, about_of, check_new, compared
+from .conversion import Converted, about_of, compared, new_folder
 from .reading import read_stored
 from .writing import About, write_adapter
 
@@ -21,13 +20,18 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
+    names: dict[
+        str, str
+    ] = {}  # a text model may stand alone in one, and within another in the next
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter.magnitudes:
             raise InputError(
                 "DoRA adapters cannot be merged: the lengths of their rows do not add."
             )
         for path, (a, b) in adapter.tensors.items():
-            tensors.setdefault(path, []).append((a, weight * adapter.scales[path] * b))
+            path_here = names.setdefault(path.removeprefix("language_model."), path)
+            own = (a, weight * adapter.scales[path] * b)
+            tensors.setdefault(path_here, []).append(own)
     joined = {}
     for path, parts in tensors.items():
         ends = {_ends(a, b) for a, b in parts}
@@ -60,7 +64,6 @@ def weighted(paths: Sequence[Path], weights: Sequence[float] | None = None) -> A
 
 def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Converted:
     """Writes the sum of several adapters, weighted (by default with 1), as one of ours."""
-    check_new(out)
     adapter = weighted(paths, weights)
     chosen = [1.0] * len(paths) if weights is None else weights
     abouts = [about_of(path) for path in paths]
@@ -68,7 +71,6 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters are of different bases ({bases}): their sum is of none.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    with atomic_folder(out) as aside:
+    with new_folder(out) as aside:
         write_adapter(aside, adapter, About(abouts[0].model, facts={"merged of": sources}))
-        again = read_stored(aside)
-    return compared(out, adapter, again)
+        return compared(out, adapter, read_stored(aside))

@@ -99,5 +99,7 @@ def write_peft(
             "modules_to_save": None,
         },
     )
-    write_text(path / README, card(adapter, about.model, about.step, about.run, about.facts))
+    write_text(
+        path / README, card(adapter, about.model, about.step, about.run, about.facts, "peft")
+    )
     write_tensors(path / PEFT_WEIGHTS, tensors, {"format": "pt"})

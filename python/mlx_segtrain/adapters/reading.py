@@ -19,6 +19,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..lora import Adapter, shapes
 from ..models import Chain
+from ..models.chain import EMBEDDINGS
 from ..safetensors import read_header
 from .folder import CONFIG, Folder, open_folder
 from .multipliers import multiplier_of
@@ -57,11 +58,8 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
             )
         m = stored.magnitudes.get(name)
         if m is not None:
-            if m.shape != b.shape[-1:]:
-                raise InputError(
-                    f"{weights}: '{linear}' has magnitudes {m.shape}, but the model wants "
-                    f"{b.shape[-1:]}: it was trained on another model."
-                )
+            if isinstance(chain.adaptable[linear], EMBEDDINGS):
+                raise InputError(f"{weights}: '{linear}' is an embedding, of which is no DoRA.")
             magnitudes[linear] = m
         tensors[linear], scales[linear] = (a, b), stored.scales[name]
     return Adapter(tensors, scales, magnitudes)
@@ -96,6 +94,12 @@ def read_stored(path: str | Path) -> Adapter:
                 f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, which do "
                 "not go together."
             )
+        if m and (b.ndim != 2 or m[0].shape != b.shape[1:]):
+            raise InputError(
+                f"{folder.weights}: '{stored}' has magnitudes {m[0].shape} for lora_b {b.shape}."
+            )
+        if not all(mx.isfinite(x).all() for x in (a, b, *m)):
+            raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")
         tensors[path], scales[path] = (a, b), multiplier(stored, rank)
         if m:
             magnitudes[path] = m[0]
@@ -105,6 +109,8 @@ def read_stored(path: str | Path) -> Adapter:
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether factors of these shapes can be multiplied: of a linear, or of one with experts."""
     if len(a) != len(b) or len(a) not in (2, 3):
+        return False
+    if 0 in (*a, *b):
         return False
     return a[1] == b[0] if len(a) == 2 else (a[0], a[1]) == (b[0], b[2])
 

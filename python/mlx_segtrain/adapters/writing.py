@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..files import atomic, make_folder, write_json, write_tensors, write_text
+from ..files import atomic, make_folder, sha256, write_json, write_tensors, write_text
 from ..lora import Adapter
-from .card import card
+from .card import card, is_ours
 from .folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 
 if TYPE_CHECKING:
@@ -62,15 +62,16 @@ class About:
 
 
 def common_scale(adapter: Adapter) -> float:
-    """The multiplier that most linears have."""
-    return Counter(adapter.scales.values()).most_common(1)[0][0]
+    """The multiplier that most linears have, of those that are not 0."""
+    some = [scale for scale in adapter.scales.values() if scale]
+    return Counter(some).most_common(1)[0][0] if some else 0.0
 
 
 def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.array]:
     """Factors by mlx-lm's names for one multiplier, at one rank or at their own."""
     tensors = {}
     for module, (a, b) in adapter.tensors.items():
-        ratio = adapter.scales[module] / scale
+        ratio = adapter.scales[module] / scale if scale else 1.0  # then all are 0
         b = b if ratio == 1 else b * ratio
         extra = rank - a.shape[1] if rank else 0
         if extra:
@@ -128,7 +129,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
         "inference_mode": True,
         "init_lora_weights": True,
         "optiq": shared,
-        "segtrain": run | {"step": about.step},
+        "segtrain": run | {"step": about.step, "padded": None},
     }
     optiq = {
         "rank": run.get("rank", largest),
@@ -143,6 +144,8 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     differ = len(set(ranks.values())) > 1
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
+        if differ:  # by which the unpadded factors are known to be these
+            config["segtrain"]["padded"] = sha256(aside)
         before = config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
             for name in (WEIGHTS, UNPADDED):
@@ -154,7 +157,8 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
             (path / UNPADDED).unlink(missing_ok=True)
         write_json(path / CONFIG, config)
         write_json(path / OPTIQ_CONFIG, optiq)
-        write_text(path / README, card(adapter, about.model, about.step, run, about.facts))
+        if is_ours(path / README):
+            write_text(path / README, card(adapter, about.model, about.step, run, about.facts))
 
 
 def step_of(path: Path) -> int | None:

@@ -178,12 +178,26 @@ def prepare(
     on_event(events.stage("setup", 0.02, str(plan)))
     setup, vector = load_setup(config, plan, train, valid, inputs.tokenizer)
     setup = replace(setup, apart=apart)
+    if coarse := _coarse(setup):
+        on_event(
+            events.warning(
+                f"stock mlx-lm 0.32 cannot load DoRA of linears with 3, 5 or 6 bits ({coarse}): "
+                "only we can load this adapter."
+            )
+        )
     if config.method == "dpo" and not config.reference_free:
         with plan.limits():
             setup = _referenced(setup, on_event)
     size = f"{len(train.rows)} rows, {train.tokens} tokens"
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {size}"))
     return setup, vector
+
+
+def _coarse(setup: Setup) -> str | None:
+    """The first linear with DoRA of which mlx-lm reckons the width wrongly."""
+    names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
+    odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
+    return next(odd, None)
 
 
 def _apart(train: Dataset) -> Dataset:
