@@ -248,11 +248,11 @@ def show_fold(report: folding.Report, console: Console | None = None) -> None:
     table = Table("linear", box=box.SIMPLE_HEAD)
     for name in ("bits", "update / weight", "lost", "rounding / update"):
         table.add_column(name, justify="right")
-    loud = report.swallowed
+    swallowed = report.swallowed
     for own in report.linears:
         bits = "dense" if own.bits is None else str(own.bits)
         share = f"{own.update / own.weight:.2e}" if own.weight else "–"
-        style = "bold red" if own in loud else ""
+        style = "bold red" if own in swallowed else ""
         row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
         table.add_row(escape(own.path), *row, style=style)
     console.print(table)
@@ -262,13 +262,14 @@ def show_fold(report: folding.Report, console: Console | None = None) -> None:
 
     line(f"model    {report.path}, {report.size / 1e9:.2f} GB")
     line(f"copied   {report.untouched:,} tensors as they were")
-    if loud:
-        quantized = any(own.bits is not None for own in loud)
+    line(f"lost     {report.lost:.1%} of the update")
+    if swallowed:
+        quantized = any(own.bits is not None for own in swallowed)
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         line(
-            f"warning: in {len(loud)} of {len(report.linears)} linears rounding to the base's grid "
-            "is louder than the update, which the model then has little of. Fold with "
-            f"{way}, or serve base and adapter apart."
+            f"warning: in {len(swallowed)} of {len(report.linears)} linears more than a tenth of "
+            f"the update is lost to the grid of the folded weight. Fold with {way}, or serve base "
+            "and adapter apart."
         )
 
 

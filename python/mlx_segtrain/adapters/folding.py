@@ -17,8 +17,8 @@ from .conversion import new_folder
 
 #: Bytes of a file of weights, at most, unless one tensor is larger.
 SHARD = 4 << 30
-#: Rounding that is as loud as the update swallows it; or more than half of it is not there.
-LOUD, LOST = 1.0, 0.5
+#: Share of an update that may be missing before the report warns.
+LOST = 0.1
 #: What a module that is changed may hold.
 LEAVES = {"weight", "scales", "biases", "bias"}
 #: What of a model's folder is copied: no weights of other formats.
@@ -33,7 +33,7 @@ class Folded:
 
     W is the base's weight, ΔW the update, W' what was written. `lost` is the share of ΔW that W'
     has not, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: 0 if all of it is there, 1 if nothing. `error` is what
-    rounding did besides, ‖W' − (W + ΔW)‖ / ‖ΔW‖: above 1 it is louder than the update.
+    rounding did besides, ‖W' − (W + ΔW)‖ / ‖ΔW‖: noise, which a model bears better than a loss.
     """
 
     path: str
@@ -55,8 +55,14 @@ class Report:
 
     @property
     def swallowed(self) -> list[Folded]:
-        """Linears whose update is lost in the rounding of the folded weight."""
-        return [own for own in self.linears if not (own.error < LOUD and own.lost < LOST)]
+        """Linears of which the folded weight misses more than a tenth of the update."""
+        return [own for own in self.linears if not own.lost < LOST]
+
+    @property
+    def lost(self) -> float:
+        """The share of the whole update that is missing."""
+        total = sum(own.update**2 for own in self.linears)
+        return sum(own.lost * own.update**2 for own in self.linears) / total if total else 0.0
 
 
 def fold(
