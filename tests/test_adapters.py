@@ -15,6 +15,7 @@ import mlx_segtrain
 from conftest import write_tiny
 from mlx_segtrain import InputError, TrainConfig
 from mlx_segtrain.adapters import About, ranks_in, read_adapter, write_adapter
+from mlx_segtrain.adapters.conversion import import_
 from mlx_segtrain.lora import Adapter, shapes
 from mlx_segtrain.models import chain_of, load_base
 from oracle import assert_close
@@ -395,3 +396,6 @@ def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, reque
     assert_close("logits", own, stock, 1e-5)
     assert mx.abs(own - mlx_segtrain.load(model_dir)[0](TOKENS)).max() > 0.1
     assert ranks_in(tmp_path).keys() == {name.rsplit(".", 1)[0] for name in factors}
+    assert import_(tmp_path, tmp_path / "ours").difference == 0
+    imported = mlx_segtrain.load(model_dir, tmp_path / "ours")[0](TOKENS)
+    assert_close("imported", imported, stock, 1e-5)
