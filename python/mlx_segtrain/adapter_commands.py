@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_segtrain.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16")
+KINDS = ("float32", "bfloat16", "float16")
 
 
 def add_commands(command: Callable[..., Any]) -> None:
@@ -20,30 +20,20 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
     added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True)
     _out(added, "the new adapter")
-    added.add_argument(
-        "--model-dir",
-        type=Path,
-        metavar="PATH",
-        help="the base. Default: the one that the adapter names, if it is there.",
-    )
+    _model(added, "the base. Default: the one that the adapter names, if it is there.")
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
         help="of PEFT: modules of the text model alone, or of one for text and images. Default: as "
         "the base's config.json says.",
     )
-    added.add_argument("--dtype", choices=DTYPES, default="float32", help="of the factors")
+    added.add_argument("--dtype", choices=KINDS, default="float32", help="of the factors")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("import", _import, "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun")
     added.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
     _out(added, "the new adapter")
-    added.add_argument(
-        "--model-dir",
-        type=Path,
-        metavar="PATH",
-        help="a model whose names the linears get. Default: as the adapter has them.",
-    )
+    _model(added, "a model whose names the linears get. Default: as the adapter has them.")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("merge", _merge, "add adapters to one, or fold them into their base")
@@ -64,15 +54,21 @@ def add_commands(command: Callable[..., Any]) -> None:
         help="with --into: bits of the linears that are adapted. Default: as they have.",
     )
     added.add_argument(
-        "--dtype", choices=DTYPES, help="with --dequantize: of its weights. Default: the base's."
+        "--dtype",
+        choices=KINDS,
+        help="with --dequantize: of its weights. Default: the base's.",
     )
     _out(added, "the new adapter or model")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("adapters", _adapters, "list adapters, and whether a model can take them")
     added.add_argument("roots", type=Path, nargs="*", metavar="ROOT", help="default: this folder")
-    added.add_argument("--model-dir", type=Path, metavar="PATH", help="the model in question")
+    _model(added, "the model in question")
     added.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _model(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--model-dir", type=Path, metavar="PATH", help=what)
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -112,13 +108,13 @@ def _merge(args: argparse.Namespace) -> int:
         from mlx_segtrain.adapters.merging import merge
 
         return _told(merge(args.adapters, args.out, args.weights), args.json)
-    from mlx_segtrain.adapters.conversion import dtype_of
+    from mlx_segtrain.adapters.conversion import DTYPES
     from mlx_segtrain.adapters.folding import fold
     from mlx_segtrain.adapters.merging import weighted
     from mlx_segtrain.terminal import show_fold
 
     adapter = weighted(args.adapters, args.weights)
-    how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": dtype_of(args.dtype)}
+    how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype)}
     report = fold(adapter, args.into, args.out, **how)
     if args.json:
         print(json.dumps({**asdict(report), "path": str(report.path)}))

@@ -6,14 +6,12 @@ make others of them.
 
 from pathlib import Path
 
-from .folder import CONFIG, README, UNPADDED, WEIGHTS
+from .card import About
+from .folder import CONFIG, WEIGHTS
 from .reading import is_dora, ranks_in, read_adapter, read_stored
-from .writing import About, step_of, write_adapter
+from .writing import step_of, write_adapter
 
 __all__ = [
-    "CONFIG",
-    "README",
-    "UNPADDED",
     "WEIGHTS",
     "About",
     "holds_run",

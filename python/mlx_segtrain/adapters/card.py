@@ -2,10 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..files import write_text
 from ..lora import Adapter
+from .folder import README
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
 
 #: Fields of a run that say most about it.
 TOLD = (
@@ -14,16 +20,42 @@ TOLD = (
 )
 
 
-def card(
-    adapter: Adapter,
-    model: str,
-    step: int | None,
-    run: Mapping[str, Any],
-    facts: Mapping[str, str],
-    form: str = "ours",
-) -> str:
-    """The text, with the metadata that model hubs read at its head; `form` is ours, mlx-lm, peft or
+@dataclass(frozen=True)
+class About:
+    """What an adapter's folder says besides the factors.
+
+    `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
+    card by name.
+    """
+
+    model: str
+    dropout: float = 0.0
+    run: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        config: "TrainConfig",
+        step: int | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> "About":
+        """An adapter of a run."""
+        run = config.model_dump(mode="json")
+        return cls(str(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
+
+
+def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
+    """README.md, unless there is one that somebody else wrote; `form` is ours, mlx-lm, peft or
     gguf."""
+    if is_ours(folder / README):
+        write_text(folder / README, card(adapter, about, form))
+
+
+def card(adapter: Adapter, about: About, form: str) -> str:
+    """The text, with the metadata that model hubs read at its head."""
+    model, run = about.model, about.run
     kind = "DoRA" if adapter.magnitudes else "LoRA"
     ranks = Counter(adapter.ranks.values())
     spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
@@ -35,8 +67,8 @@ def card(
         "rank": spread,
         "multiplier": scales,
         "parameters": f"{numbers:,}",
-        **({"step": str(step)} if step is not None else {}),
-        **facts,
+        **({"step": str(about.step)} if about.step is not None else {}),
+        **about.facts,
         **{name: str(run[name]) for name in TOLD if name in run},
     }
     table = "\n".join(f"| {name.replace('_', ' ')} | {_cell(x)} |" for name, x in rows.items())

@@ -1,6 +1,5 @@
 """From one format to another; what was written is read again and compared."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -12,25 +11,20 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import atomic_folder, write_json, write_tensors, write_text
+from ..files import atomic_folder, write_json, write_tensors
 from ..lora import Adapter
 from ..safetensors import read_header
-from .card import card
-from .folder import CONFIG, README, WEIGHTS, open_folder
+from .card import About, write_card
+from .folder import CONFIG, WEIGHTS, Folder, bare, open_folder, read_json
 from .gguf import write_gguf
 from .peft import Names, names_of, write_peft
 from .reading import read_stored
-from .writing import About, common_scale, mlx_lm_config, padded, write_adapter
+from .writing import common_scale, mlx_lm_config, padded, write_adapter
 
 Format = Literal["peft", "mlx-lm", "gguf"]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 #: Random inputs that two adapters are compared with.
 PROBES = 8
-
-
-def dtype_of(name: str | None) -> mx.Dtype | None:
-    """MLX's dtype of this name."""
-    return None if name is None else DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,8 @@ def export(
     `model_dir` is the base, by default the one that the adapter names, if it is there; from it
     follow the `names` that transformers has. GGUF needs it. InputError for what a format has not.
     """
-    adapter, about = read_stored(adapter_path), about_of(adapter_path)
+    folder = open_folder(adapter_path)
+    adapter, about = read_stored(folder), about_of(folder)
     base = _base_config(model_dir, about)
     if to == "gguf":
         if base is None:
@@ -88,8 +83,7 @@ def export(
             tensors = {k: x.astype(DTYPES[dtype]) for k, x in padded(adapter, rank, scale).items()}
             keys = mlx_lm_config(adapter, scale, about.dropout)
             write_json(aside / CONFIG, {**keys, "model": about.model})
-            text = card(adapter, about.model, about.step, about.run, about.facts, "mlx-lm")
-            write_text(aside / README, text)
+            write_card(aside, adapter, about, "mlx-lm")
             write_tensors(aside / WEIGHTS, tensors, {"format": "mlx"})
         return compared(out, adapter, read_stored(aside), dtype)
 
@@ -99,7 +93,8 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
 
     With `model_dir` linears get the names that this model's files have.
     """
-    adapter = read_stored(adapter_path)
+    folder = open_folder(adapter_path)
+    adapter = read_stored(folder)
     if model_dir is not None:
         from .folding import Base
 
@@ -110,7 +105,7 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
             {names[name]: m for name, m in adapter.magnitudes.items()},
         )
     with new_folder(out) as aside:
-        write_adapter(aside, adapter, about_of(adapter_path))
+        write_adapter(aside, adapter, about_of(folder))
         return compared(out, adapter, read_stored(aside))
 
 
@@ -147,7 +142,7 @@ def _is_tied(folder: Path, base: dict[str, Any] | None, adapter: Adapter) -> boo
     return not any(re.search(r"(^|\.)lm_head\.weight$", name) for name in names)
 
 
-def about_of(adapter_path: Path) -> About:
+def about_of(adapter_path: Path | Folder) -> About:
     """What an adapter's folder says of itself; empty where it says nothing."""
     config = open_folder(adapter_path).config
     own = config.get("segtrain")
@@ -168,12 +163,11 @@ def _base_config(model_dir: Path | None, about: About) -> dict[str, Any] | None:
         return None
     folder = Path(about.model) if model_dir is None else model_dir
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
-    except (OSError, ValueError) as error:
+        return read_json(folder / "config.json")
+    except InputError:
         if model_dir is None:
             return None
-        raise InputError(f"model_dir {model_dir} has no config.json to read: {error}.") from None
+        raise
 
 
 #: What rounding may change, relative to the largest update.
@@ -198,12 +192,12 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
 
     x is normal, the same for both. InputError if they adapt other linears, or lengths differ.
     """
-    names = {_bare(path): path for path in other.tensors}
-    if not {_bare(path) for path in one.tensors} == set(names) or len(names) != len(one.tensors):
+    names = {bare(path): path for path in other.tensors}
+    if not {bare(path) for path in one.tensors} == set(names) or len(names) != len(one.tensors):
         raise InputError("what was written adapts other linears than what was read.")
     update = difference = 0.0
     for i, path in enumerate(sorted(one.tensors)):
-        twin = names[_bare(path)]
+        twin = names[bare(path)]
         a = one.tensors[path][0]
         x = mx.random.normal((PROBES, a.shape[-1 if a.ndim == 3 else 0]), key=mx.random.key(i))
         y, z = _updated(one, path, x), _updated(other, twin, x)
@@ -216,10 +210,6 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         if m is not None and n is not None:
             difference = max(difference, float(mx.abs(m - n).max()))
     return update, difference
-
-
-def _bare(path: str) -> str:
-    return path.removeprefix("language_model.")
 
 
 def _updated(adapter: Adapter, path: str, x: mx.array) -> mx.array:

@@ -4,15 +4,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
 from ..planning.shapes import ModelShape, read_shape
 from .conversion import about_of
-from .folder import open_folder
+from .folder import Folder, bare, open_folder
 from .reading import ranks_in, stored_shapes
-from .writing import step_of
 
 #: Folders below a root that are looked into.
 DEPTH = 6
@@ -24,13 +23,13 @@ class Found:
     given; `fault` why it cannot be used."""
 
     path: Path
-    kind: str
-    base: str
-    ranks: list[int]
-    linears: int
-    step: int | None
-    best_loss: float | None
-    size: int
+    kind: str = ""
+    base: str = ""
+    ranks: list[int] = field(default_factory=list)
+    linears: int = 0
+    step: int | None = None
+    best_loss: float | None = None
+    size: int = 0
     fits: bool | None = None
     fault: str | None = None
 
@@ -58,37 +57,37 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
     """What an adapter's folder tells; a fault is told, not raised."""
     try:
         opened = open_folder(folder)
-        ranks, about = ranks_in(folder), about_of(folder)
+        ranks, about = ranks_in(opened), about_of(opened)
         kind = "DoRA" if opened.dora else "LoRA"
-        fits = None if shape is None else _fits(folder, shape)
+        fits = None if shape is None else _fits(opened, shape)
     except InputError as error:
-        return Found(folder, "", "", [], 0, None, None, 0, None, str(error))
+        return Found(folder, fault=str(error))
     return Found(
         path=folder,
         kind=kind,
         base=about.model,
         ranks=sorted(set(ranks.values())),
         linears=len(ranks),
-        step=step_of(folder),
+        step=about.step,
         best_loss=best_loss(folder),
         size=opened.weights.stat().st_size,
         fits=fits,
     )
 
 
-def _fits(folder: Path, shape: ModelShape) -> bool:
+def _fits(folder: Folder, shape: ModelShape) -> bool:
     """Whether every linear is one of the model's, as wide."""
-    bare = {path.removeprefix("language_model."): ends for path, ends in shape.widths.items()}
-    known = {name.removeprefix("language_model.") for name in shape.tensors}
+    widths = {bare(path): ends for path, ends in shape.widths.items()}
+    known = {bare(name) for name in shape.tensors}
 
     def fits(path: str, ends: tuple[int, int]) -> bool:
         if path.endswith("embed_tokens"):
             ends = ends[1], ends[0]
         # Widths of experts are not in the header's two dimensions.
-        return bare.get(path) == ends or (path not in bare and f"{path}.weight" in known)
+        return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
     found = stored_shapes(folder).items()
-    return all(fits(path.removeprefix("language_model."), ends) for path, ends in found)
+    return all(fits(bare(path), ends) for path, ends in found)
 
 
 def best_loss(run: Path) -> float | None:

@@ -39,11 +39,13 @@ class Folder:
         return self.config.get("fine_tune_type") == "dora" or bool(self.config.get("use_dora"))
 
 
-def open_folder(path: str | Path) -> Folder:
-    """Of ours the weights are the file in which every rank is its own.
+def open_folder(path: "str | Path | Folder") -> Folder:
+    """Of ours the weights are the file in which every rank is its own. One that is open stays.
 
     InputError if a file is missing, the configuration is unreadable, or the kind is refused.
     """
+    if isinstance(path, Folder):
+        return path
     path = Path(path).expanduser()
     if not path.is_dir():
         raise InputError(f"the adapter {path} is not a folder: give the path of an adapter.")
@@ -84,6 +86,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object.")
     return values
+
+
+def bare(path: str) -> str:
+    """A module's path without the wrapper that a text model has within one for text and images."""
+    return path.removeprefix("language_model.")
+
+
+def spellings(path: str) -> tuple[str, str, str]:
+    """A module's path as it is, without the wrapper, and with it."""
+    return path, bare(path), f"language_model.{bare(path)}"
 
 
 def shown(value: Any) -> str:

@@ -1,6 +1,5 @@
 """An adapter folded into its base: weights that need no adapter any more, one shard at a time."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from ..files import sync, write_json, write_tensors
 from ..lora import Adapter
 from ..safetensors import read_header
 from .conversion import new_folder
+from .folder import read_json, spellings
 
 #: Bytes of a file of weights, at most, unless one tensor is larger.
 SHARD = 4 << 30
@@ -142,10 +142,7 @@ class Base:
     def open(cls, folder: Path) -> "Base":
         if not folder.is_dir():
             raise InputError(f"model_dir {folder} is not a folder: give the path of a model.")
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"model_dir {folder} has no config.json to read: {error}.") from None
+        config = read_json(folder / "config.json")
         files: dict[str, Path] = {}
         modules: dict[str, list[str]] = {}
         for file in sorted(folder.glob("model*.safetensors")):
@@ -162,9 +159,7 @@ class Base:
         """The adapter's name of each linear, by the module's; InputError if one is not there."""
         found = {}
         for name in adapter.tensors:
-            bare = name.removeprefix("language_model.")
-            places = (name, bare, f"language_model.{bare}")
-            path = next((p for p in places if f"{p}.weight" in self.files), None)
+            path = next((p for p in spellings(name) if f"{p}.weight" in self.files), None)
             if path is None:
                 raise InputError(
                     f"'{name}' is no linear of {self.folder} as its files name them: it is of "
@@ -201,9 +196,7 @@ class Base:
     def quantization(self, path: str, module: Mapping[str, mx.array]) -> dict[str, Any]:
         """How a quantized module is: group_size, bits and mode, as mlx-lm finds them."""
         whole = self.config.get("quantization") or self.config.get("quantization_config") or {}
-        bare = path.removeprefix("language_model.")
-        places = (path, bare, f"language_model.{bare}")
-        own = next((whole[p] for p in places if isinstance(whole.get(p), dict)), {})
+        own = next((whole[p] for p in spellings(path) if isinstance(whole.get(p), dict)), {})
         group = int(own.get("group_size") or whole.get("group_size") or 64)
         weight, scales = module["weight"], module["scales"]
         bits = weight.shape[-1] * 32 // (scales.shape[-1] * group)

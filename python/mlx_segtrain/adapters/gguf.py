@@ -10,11 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..files import write_text
 from ..lora import Adapter
-from .card import card
-from .folder import README
-from .writing import About
+from .card import About, write_card
+from .folder import bare
 
 NAME = "adapter.gguf"
 #: By model_type: the architecture in llama.cpp, and whether rotary pairs are neighbours there.
@@ -79,9 +77,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    write_text(
-        folder / README, card(adapter, about.model, about.step, about.run, about.facts, "gguf")
-    )
+    write_card(folder, adapter, about, "gguf")
 
     found = {x.name: mx.array(np.array(x.data)) for x in gguf.GGUFReader(folder / NAME).tensors}
     tensors = {}
@@ -92,8 +88,7 @@ def write_gguf(
 
 
 def _place(names: Any, path: str) -> str:
-    bare = path.removeprefix("language_model.")
-    found = names.get_name(bare)
+    found = names.get_name(bare(path))
     if found is None or "switch_mlp" in path or re.search(r"embed_tokens", path):
         raise InputError(f"'{path}' cannot be exported to GGUF: llama.cpp adapts linears only.")
     return str(found)

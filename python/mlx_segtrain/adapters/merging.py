@@ -8,9 +8,11 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..lora import Adapter
+from .card import About
 from .conversion import Converted, about_of, compared, new_folder
+from .folder import bare
 from .reading import read_stored
-from .writing import About, write_adapter
+from .writing import write_adapter
 
 
 def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -20,16 +22,14 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
-    names: dict[
-        str, str
-    ] = {}  # a text model may stand alone in one, and within another in the next
+    names: dict[str, str] = {}  # by path without the wrapper, which one may have and one not
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter.magnitudes:
             raise InputError(
                 "DoRA adapters cannot be merged: the lengths of their rows do not add."
             )
         for path, (a, b) in adapter.tensors.items():
-            path_here = names.setdefault(path.removeprefix("language_model."), path)
+            path_here = names.setdefault(bare(path), path)
             own = (a, weight * adapter.scales[path] * b)
             tensors.setdefault(path_here, []).append(own)
     joined = {}

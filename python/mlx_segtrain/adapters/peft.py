@@ -8,11 +8,10 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import write_json, write_tensors, write_text
+from ..files import write_json, write_tensors
 from ..lora import Adapter
-from .card import card
-from .folder import CONFIG, PEFT_WEIGHTS, README
-from .writing import About
+from .card import About, write_card
+from .folder import CONFIG, PEFT_WEIGHTS, bare
 
 Names = Literal["text", "multimodal"]
 
@@ -30,7 +29,7 @@ def hf_path(path: str, names: Names) -> str:
     Of a model for text and images mlx-lm has the text model around `model`, transformers within it.
     InputError if it has no counterpart there.
     """
-    inner = path.removeprefix("language_model.")
+    inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
             "experts are one tensor there, which PEFT's LoRA does not take apart"
@@ -99,7 +98,5 @@ def write_peft(
             "modules_to_save": None,
         },
     )
-    write_text(
-        path / README, card(adapter, about.model, about.step, about.run, about.facts, "peft")
-    )
+    write_card(path, adapter, about, "peft")
     write_tensors(path / PEFT_WEIGHTS, tensors, {"format": "pt"})

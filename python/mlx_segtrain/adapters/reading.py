@@ -21,7 +21,7 @@ from ..lora import Adapter, shapes
 from ..models import Chain
 from ..models.chain import EMBEDDINGS
 from ..safetensors import read_header
-from .folder import CONFIG, Folder, open_folder
+from .folder import CONFIG, Folder, open_folder, spellings
 from .multipliers import multiplier_of
 
 _FACTOR = re.compile(r"(.+)\.(lora_[ab]|m)")
@@ -39,7 +39,8 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
     InputError if files are missing or unreadable, names or shapes do not fit the model, or the
     adapter is more than a LoRA of linears.
     """
-    stored, weights = read_stored(path), open_folder(path).weights
+    folder = open_folder(path)
+    stored, weights = read_stored(folder), folder.weights
     tensors, scales, magnitudes = {}, {}, {}
     for name, (a, b) in stored.tensors.items():
         linear = _in_model(name, chain.adaptable)
@@ -65,7 +66,7 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
     return Adapter(tensors, scales, magnitudes)
 
 
-def read_stored(path: str | Path) -> Adapter:
+def read_stored(path: str | Path | Folder) -> Adapter:
     """Reads an adapter folder without its model: linears under the names that mlx-lm gives them.
 
     InputError as from read_adapter, as far as it takes no model.
@@ -120,7 +121,7 @@ def is_dora(path: str | Path) -> bool:
     return open_folder(path).dora
 
 
-def ranks_in(path: str | Path) -> dict[str, int]:
+def ranks_in(path: str | Path | Folder) -> dict[str, int]:
     """Rank of each adapted linear by its stored path, in mlx-lm's terms; reads the header alone.
 
     InputError as from read_adapter, as far as it takes no model.
@@ -133,7 +134,7 @@ def ranks_in(path: str | Path) -> dict[str, int]:
     }
 
 
-def stored_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
+def stored_shapes(path: str | Path | Folder) -> dict[str, tuple[int, int]]:
     """In and out of each adapted linear (of one with experts, of each), by its stored path in
     mlx-lm's terms; reads the header alone. InputError as from ranks_in."""
     folder = open_folder(path)
@@ -199,5 +200,4 @@ def _in_mlx_lm(stored: str) -> str:
 def _in_model(stored: str, linears: Mapping[str, Any]) -> str | None:
     """The linear that a stored path means; a text model may stand alone here, and not there."""
     path = _in_mlx_lm(stored)
-    bare = path.removeprefix("language_model.")
-    return next((p for p in (stored, path, f"language_model.{bare}", bare) if p in linears), None)
+    return next((p for p in (stored, *spellings(path)) if p in linears), None)

@@ -12,53 +12,21 @@ is exact, and A with the numbers that a fresh adapter has, so that what is train
 uses every column.
 """
 
-import json
-import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from ..files import atomic, make_folder, sha256, write_json, write_tensors, write_text
-from ..lora import Adapter
-from .card import card, is_ours
-from .folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
+from ..errors import InputError
+from ..files import atomic, make_folder, sha256, write_json, write_tensors
+from ..lora import Adapter, fresh_a
+from .card import About, write_card
+from .folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS, read_json
 
 #: What of adapter_config.json says how the weights are to be read.
 MEANING = ("fine_tune_type", "lora_parameters", "use_dora")
-
-
-@dataclass(frozen=True)
-class About:
-    """What an adapter's folder says besides the factors.
-
-    `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
-    card by name.
-    """
-
-    model: str
-    dropout: float = 0.0
-    run: dict[str, Any] = field(default_factory=dict)
-    step: int | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        config: "TrainConfig",
-        step: int | None = None,
-        facts: Mapping[str, str] | None = None,
-    ) -> "About":
-        """An adapter of a run."""
-        run = config.model_dump(mode="json")
-        return cls(str(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
 
 
 def common_scale(adapter: Adapter) -> float:
@@ -77,9 +45,7 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
         if extra:
             experts = a.ndim == 3
             shape = (a.shape[0], extra, a.shape[2]) if experts else (a.shape[0], extra)
-            bound = 1 / math.sqrt(a.shape[2] if experts else a.shape[0])
-            key = mx.random.key(zlib.crc32(module.encode()))
-            fresh = mx.random.uniform(-bound, bound, shape, key=key)
+            fresh = fresh_a(shape, mx.random.key(zlib.crc32(module.encode())))
             a = mx.concatenate([a, fresh.astype(a.dtype)], axis=1)
             more = [(0, 0), (0, 0), (0, extra)] if experts else [(0, extra), (0, 0)]
             b = mx.pad(b, more)
@@ -157,8 +123,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
             (path / UNPADDED).unlink(missing_ok=True)
         write_json(path / CONFIG, config)
         write_json(path / OPTIQ_CONFIG, optiq)
-        if is_ours(path / README):
-            write_text(path / README, card(adapter, about.model, about.step, run, about.facts))
+        write_card(path, adapter, about)
 
 
 def step_of(path: Path) -> int | None:
@@ -170,6 +135,6 @@ def step_of(path: Path) -> int | None:
 def config_in(path: Path) -> dict[str, Any]:
     """What the folder's configuration holds; nothing if there is none."""
     try:
-        return dict(json.loads((path / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return read_json(path / CONFIG)
+    except InputError:
         return {}

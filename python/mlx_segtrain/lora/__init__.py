@@ -24,6 +24,7 @@ __all__ = [
     "attach",
     "attached",
     "choose_ranks",
+    "fresh_a",
     "init",
     "shapes",
     "stage_params",
@@ -80,6 +81,12 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (ends[0], rank), (rank, ends[1])
 
 
+def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
+    """A ~ U(−1/√in, 1/√in) float32, of a linear [in, R], of one with experts [E, R, in]."""
+    bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
+    return mx.random.uniform(-bound, bound, shape, key=key)
+
+
 def init(
     chain: Chain,
     ranks: Mapping[str, int],
@@ -100,8 +107,7 @@ def init(
     tensors: Tensors = {}
     for path, key in zip(paths, keys, strict=True):
         a, b = shapes(chain.adaptable[path], ranks[path])
-        bound = 1 / math.sqrt(a[0] if len(a) == 2 else a[2])
-        tensors[path] = (mx.random.uniform(-bound, bound, a, key=key), mx.zeros(b))
+        tensors[path] = (fresh_a(a, key), mx.zeros(b))
     magnitudes: dict[str, mx.array] = {}
     for path in paths if dora else ():
         module = chain.adaptable[path]

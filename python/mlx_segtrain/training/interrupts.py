@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 #: Ctrl-C, the system's request to end, and a terminal that was closed; and what they do unless
@@ -15,8 +15,6 @@ DEFAULTS = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
 }
-
-
 #: Seconds in which signals are taken for one: a terminal that is closed sends several.
 PATIENCE = 2.0
 
@@ -60,11 +58,6 @@ class Interrupts:
                     self.before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

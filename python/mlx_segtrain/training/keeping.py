@@ -16,23 +16,22 @@ from .diagnosis import Fault
 from .log import RunLog
 from .results import TrainResult
 from .setup import Setup, Start, with_params
-from .state import Progress, State
+from .state import State
 
 
 @dataclass
 class Keeper:
     """The folder of a run. A write that the run can do without is told if it fails.
 
-    `unwritten` is the best adapter and its step, as long as it could not be written.
+    `unwritten` is the best adapter and what its card says, as long as it could not be written.
     """
 
     config: TrainConfig
     setup: Setup
     log: RunLog
     made_of: record.Record
-    progress: Progress
     warn: Callable[[str], None]
-    unwritten: tuple[Adapter, int] | None = None
+    unwritten: tuple[Adapter, About] | None = None
 
     @property
     def path(self) -> Path:
@@ -82,18 +81,18 @@ class Keeper:
         setup = self.setup
         return with_params(setup.scales, setup.layout.split(state.at.vector))
 
-    def _about(self, step: int) -> About:
-        """Of an adapter behind this step: losses are those that are known now."""
-        vals = self.progress.vals
+    def _about(self, state: State) -> About:
+        """Of the adapter as it is now."""
+        progress = state.progress
         data = self.made_of.inputs.get("data/train.jsonl", "")
         facts = {"data": f"{self.config.data_dir} (train.jsonl {data[:16]})"}
-        if self.progress.last:
-            facts["training loss"] = f"{self.progress.last.loss:.4f}"
-        if own := [val for val in vals if val["step"] <= step]:
-            best = min(own, key=lambda val: val["loss"])
-            facts["validation loss"] = f"{vals[0]['loss']:.4f} -> {own[-1]['loss']:.4f}"
+        if progress.last:
+            facts["training loss"] = f"{progress.last.loss:.4f}"
+        if best := progress.best:
+            first, last = progress.vals[0], progress.vals[-1]
+            facts["validation loss"] = f"{first['loss']:.4f} -> {last['loss']:.4f}"
             facts["lowest"] = f"{best['loss']:.4f} at step {best['step']:.0f}"
-        return About.of(self.config, step, facts)
+        return About.of(self.config, state.step, facts)
 
     def checkpoint(self, state: State) -> None:
         """RunError, behind it, if the model is no longer what it was."""
@@ -125,20 +124,20 @@ class Keeper:
             log_bytes=self.log.sync(),
             apart=self.setup.apart,
         )
-        write_adapter(self.path, self.adapter(state), self._about(state.step))
+        write_adapter(self.path, self.adapter(state), self._about(state))
         if not (self.path / record.NAME).exists():  # the folder had vanished
             self.made_of.write()
 
     def best(self, state: State) -> None:
         """The adapter as the best there is; one that cannot be written is tried again later."""
-        self.unwritten = self.adapter(state), state.step
+        self.unwritten = self.adapter(state), self._about(state)
         self._write_best()
 
     def _write_best(self) -> None:
         if self.unwritten is None:
             return
-        path, (best, step) = self.path / "best", self.unwritten
-        if self._attempt(path, lambda: write_adapter(path, best, self._about(step))):
+        path, best = self.path / "best", self.unwritten
+        if self._attempt(path, lambda: write_adapter(path, *best)):
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
@@ -147,7 +146,7 @@ class Keeper:
 
         def write() -> None:
             with atomic_folder(folder) as aside:
-                write_adapter(aside, self.adapter(state), self._about(state.step))
+                write_adapter(aside, self.adapter(state), self._about(state))
 
         self._attempt(folder, write)
 

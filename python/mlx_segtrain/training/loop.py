@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -85,8 +86,8 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
-    with setup.plan.limits(), RunLog(config.adapter_path, warn) as log:
-        keeper = Keeper(config, setup, log, made_of, progress, warn)
+    with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
+        keeper = Keeper(config, setup, log, made_of, warn)
         keeper.open(state, start, same)
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
@@ -179,7 +180,6 @@ class Run:
             spike = f"loss {outcome.loss:.4f} is a spike, above {outcome.bound:.4f}"
             self._warn(f"step {state.step}: {spike}: the step was {done}")
         cheaper = self.step.plan.tightened(state.memory.measure(state.step))
-        progress.peak = state.memory.peak
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
 
@@ -270,7 +270,6 @@ class Run:
             if config.sample_prompts or config.eval_command or self.score:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's
-        progress.peak = state.memory.peak
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:
@@ -308,18 +307,20 @@ class Run:
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
-            self._count_time()
+            self._count()
             self.keeper.checkpoint(self.state)
 
     def _save(self) -> None:
         """For good; an untouched adapter is not worth a file."""
         if self.state.step == 0:
             return
-        self._count_time()
+        self._count()
         self.keeper.last(self.state)
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
-    def _count_time(self) -> None:
+    def _count(self) -> None:
+        """Time and memory up to now, for what is written next."""
+        self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before
 
@@ -328,7 +329,7 @@ class Run:
     ) -> TrainResult:
         progress, planned = self.state.progress, self.setup.plan.planned
         best, vals = progress.best, progress.vals
-        self._count_time()
+        self._count()
         return TrainResult(
             adapter_path=self.config.adapter_path,
             steps=self.state.step,
