@@ -78,6 +78,11 @@ CASES = {
         {},
         "nothing",
     ),
+    "a model that brings a program": (
+        lambda w: (w / "model/config.json").write_text('{"model_file": "mine.py"}'),
+        {},
+        "a program of its own",
+    ),
     "data folder missing": (lambda w: shutil.rmtree(w / "data"), {}, "data"),
     "data folder empty": (lambda w: empty(w / "data"), {}, "train.jsonl"),
     "data file empty": (lambda w: (w / "data/train.jsonl").write_text(""), {}, "train.jsonl"),

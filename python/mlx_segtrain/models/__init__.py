@@ -76,8 +76,15 @@ def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = _model_folder(model_dir)
     if not any(folder.glob("model*.safetensors")):
         raise InputError(f"model_dir {folder} holds no model*.safetensors: no weights to load.")
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_config, load_model
 
+    with _reading(folder):
+        program = load_config(folder).get("model_file")
+    if program is not None:  # some releases of mlx-lm would run it
+        raise InputError(
+            f"model_dir {folder} brings a program of its own (model_file in config.json), which is "
+            "not run: take a model of a family that mlx-lm has."
+        )
     with _reading(folder):
         model, config = load_model(folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
