@@ -40,6 +40,7 @@ def test_all_that_is_there(root, llama_mixed, tmp_path):
     }  # fmt: skip
     one = found["one"]
     assert one.ranks == [4, 8] and one.linears == 21 and one.step == 4 and one.fits is True
+    assert one.scale == found["more/peft"].scale == 1.0
     assert one.base == str(llama_mixed) and one.kind == "LoRA"
     vals = curves.losses(root / "one" / "metrics.jsonl")["val"]
     assert one.best_loss == min(loss for _, loss in vals)

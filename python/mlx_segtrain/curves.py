@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_segtrain.files import atomic
+
+if TYPE_CHECKING:
+    from mlx_segtrain.config import TrainConfig
 
 FORMATS = ("png", "svg")
 
@@ -40,3 +45,13 @@ def draw(log: Path, title: str, unit: str = "nats per token") -> list[Path]:
         with atomic(file) as aside:
             figure.savefig(aside, format=file.suffix[1:], dpi=120, metadata={})
     return files
+
+
+def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
+    """The curves of a run that is over; it is not lost for want of a picture."""
+    title = f"{config.model_dir.name} on {config.data_dir.name}"
+    unit = "nats per token" if config.method == "sft" else "per pair"
+    try:
+        draw(config.adapter_path / "metrics.jsonl", title, unit)
+    except Exception as error:
+        warn(f"the loss curves cannot be drawn ({error})")

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class NoRoom(InputError):
+    """A run whose plan takes more memory than there is."""
+
+
 class RunError(Exception):
     """A run that cannot go on. The message is one sentence: what happened, at which step, what is
     kept, and what to do.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
-Stage = Literal["load", "setup", "data", "checkpoint", "train", "done"]
+Stage = Literal["load", "setup", "data", "checkpoint", "train", "fold", "done"]
 
 
 def now() -> str:

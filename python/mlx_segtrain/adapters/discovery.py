@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..planning.shapes import ModelShape, read_shape
 from .conversion import about_of
 from .folder import Folder, bare, open_folder
+from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 
 #: Folders below a root that are looked into.
@@ -27,6 +28,7 @@ class Found:
     base: str = ""
     ranks: list[int] = field(default_factory=list)
     linears: int = 0
+    scale: float | None = None
     step: int | None = None
     best_loss: float | None = None
     size: int = 0
@@ -59,6 +61,7 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
         opened = open_folder(folder)
         ranks, about = ranks_in(opened), about_of(opened)
         kind = "DoRA" if opened.dora else "LoRA"
+        scale = common_multiplier(opened, max(ranks.values(), default=1))
         fits = None if shape is None else _fits(opened, shape)
     except InputError as error:
         return Found(folder, fault=str(error))
@@ -68,6 +71,7 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
         base=about.model,
         ranks=sorted(set(ranks.values())),
         linears=len(ranks),
+        scale=scale,
         step=about.step,
         best_loss=best_loss(folder),
         size=opened.weights.stat().st_size,

@@ -17,6 +17,17 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
 
 
+def common_multiplier(folder: Folder, rank: int) -> float | None:
+    """Of linears of this rank that no pattern of PEFT's names; None if the files do not say it."""
+    if not folder.peft:
+        return multiplier_of(folder)("", rank)
+    alpha = number(folder.config_file, folder.config, "lora_alpha")
+    r = number(folder.config_file, folder.config, "r")
+    if alpha is None or not r or r < 0:
+        return None
+    return alpha / (math.sqrt(r) if folder.config.get("use_rslora") else r)
+
+
 def _scale(folder: Folder) -> float:
     """Where mlx-lm has it, else at the top as OptiQ may have it, else alpha over the rank."""
     file, config = folder.config_file, folder.config

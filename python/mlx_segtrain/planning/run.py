@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .. import _core
 from ..config import TrainConfig
-from ..errors import InputError
+from ..errors import InputError, NoRoom
 from ..ranks import asked
 from ..schedule import Cuts
 from ..stages import PAIR, SHARED_LEAST, Stream, joined, padded, trim_start
@@ -164,7 +164,7 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
 def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
     """The plan for batches of up to these shapes, each with another number of streams.
 
-    InputError if one does not fit, before a load.
+    NoRoom if one does not fit, before a load; InputError if the model cannot take them.
     """
     shape = read_shape(config.model_dir)
     name = Path(config.model_dir).name
@@ -184,7 +184,7 @@ def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
     run = RunPlan(shape, batches, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
     if weights > budget:
-        raise InputError(
+        raise NoRoom(
             f"the weights of {name} alone take {_gb(weights)}, more than the budget of "
             f"{_gb(budget)}: take a smaller model, or raise memory_budget_gb."
         )
@@ -202,7 +202,7 @@ def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
         )
         if size is not None and all(plan.peak <= budget for plan in run.within(budget).plans):
             advice = "segment_size auto fits"
-        raise InputError(
+        raise NoRoom(
             f"{name} takes {least}{_gb(run.planned.peak)} for {run.batch.rows} × "
             f"{run.batch.length} tokens, more than the budget of {_gb(budget)}: {advice}."
         )
