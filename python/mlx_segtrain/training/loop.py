@@ -156,7 +156,8 @@ class Run:
         result = self._result(resumed_from, interrupted, stopped_early)
         self.keeper.result(result, state.progress.vals)
         more = {"adapter_path": str(config.adapter_path), "applied_ranks": result.applied_ranks}
-        self.tell(events.stage("done", 1.0, f"{state.step} steps", **more))
+        share = self._share if interrupted else 1.0
+        self.tell(events.stage("done", share, f"{state.step} steps", **more))
         return result
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:

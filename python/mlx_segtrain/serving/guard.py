@@ -1,0 +1,249 @@
+"""Who may ask what: Host, Origin, token, size and pace of bodies; and which folders may be named.
+
+What is refused gets one sentence, and a line in the server's log.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import InputError
+
+logger = logging.getLogger("mlx_segtrain.serving")
+
+#: Bytes of a body, at most: a prompt of a million tokens has about 4 MB.
+MOST_BYTES = 8 << 20
+#: Seconds in which the next part of a body must come, and a body as a whole.
+PART_S, BODY_S = 10.0, 60.0
+#: The cookie in which a browser keeps the token.
+COOKIE = "mlx-segtrain-token"
+#: Names of this machine for itself.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+#: What a browser asks for before it has the token.
+OPEN = ("/login", "/healthz", "/favicon.ico")
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        # The page's library makes functions of text; nothing comes from elsewhere.
+        b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+        b"connect-src 'self' ws: wss:; frame-ancestors 'none'",
+    ),
+)
+
+
+class Outside(InputError):
+    """A path that does not lie under the roots."""
+
+
+class Roots:
+    """The folders below which a client may name paths."""
+
+    def __init__(self, roots: Iterable[Path]):
+        self.folders = tuple(dict.fromkeys(Path(root).expanduser().resolve() for root in roots))
+
+    def resolve(self, text: str | Path) -> Path:
+        """The path without links; Outside if it, or what lies in it as a link, is elsewhere."""
+        try:
+            if "\0" in str(text):
+                raise ValueError("it holds a null character")
+            if not str(text):
+                raise ValueError("it is empty")
+            path = Path(text).expanduser().resolve()
+            self._check(path, path)
+            if path.is_dir():
+                with os.scandir(path) as entries:
+                    links = [Path(entry.path) for entry in entries if entry.is_symlink()]
+                for link in links:
+                    self._check(link, link.resolve())
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
+        return path
+
+    def _check(self, named: Path, path: Path) -> None:
+        if not any(path.is_relative_to(root) for root in self.folders):
+            where = ", ".join(map(str, self.folders))
+            raise Outside(
+                f"{named} lies outside of what this server may use ({where}): see --root."
+            )
+
+
+class Refused(Exception):
+    """A request that is not passed on: status, and why in one sentence."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Guard:
+    """The outermost of the app: what it lets through is from here, known, and not too large."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, any_address: bool):
+        self.app, self.token, self.any_address = app, token, any_address
+        self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        body = _Body(receive)
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            if body.refused is not None and not started:
+                return  # what the app makes of a body that broke off
+            if message["type"] == "http.response.start":
+                started = True
+                known = {name.lower() for name, _ in message.get("headers", ())}
+                added = [pair for pair in HEADERS if pair[0] not in known]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        refused: Refused | None = None
+        try:
+            self._check_host(headers)
+            self._check_origin(scope, headers)
+            self._check_token(scope, headers)
+            if scope["type"] == "websocket":
+                return await self.app(scope, receive, send)
+            body.check_length(headers.get(b"content-length"))
+            await self.app(scope, body.receive, send_on)
+        except Refused as error:
+            refused = error
+        refused, body.refused = refused or body.refused, None
+        if refused is None:
+            return
+        _log(scope, refused.status, refused.reason)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": refused.reason})
+        elif not started:
+            await _answer(scope, headers, refused, send_on)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        text = headers.get(b"host", b"").decode("latin-1").lower()
+        name = text.partition("]")[0].lstrip("[") if text.startswith("[") else text.split(":")[0]
+        if name in self.hosts or (self.any_address and _is_address(name)):
+            return
+        raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")
+
+    def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """A page elsewhere can make a browser send requests; the browser then says from where."""
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        host = headers[b"host"].decode("latin-1").lower()
+        if origin and origin not in (f"http://{host}", f"https://{host}"):
+            raise Refused(403, f"a page of {origin[:100]!r} may not use this server.")
+        site, mode = headers.get(b"sec-fetch-site"), headers.get(b"sec-fetch-mode")
+        if site == b"cross-site" and not (mode == b"navigate" and scope.get("method") == "GET"):
+            raise Refused(403, "a page of another site may not use this server.")
+
+    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if self.token is None or scope["path"] in OPEN:
+            return
+        given = headers.get(b"authorization", b"").decode("latin-1")
+        scheme, _, value = given.partition(" ")
+        cookie = _cookie(headers.get(b"cookie", b"").decode("latin-1"))
+        if scheme.lower() == "bearer" and self.is_token(value.strip()):
+            return
+        if cookie is not None and self.is_token(cookie):
+            return
+        raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
+
+    def is_token(self, given: str) -> bool:
+        """Takes as long whatever is given."""
+        return hmac.compare_digest(given.encode("latin-1", "replace"), (self.token or "").encode())
+
+
+class _Body:
+    """Of a request, counted and timed. Once it is refused, the client is taken to be gone."""
+
+    def __init__(self, receive: Receive):
+        self.inner, self.size, self.ended = receive, 0, False
+        self.begun = time.monotonic()
+        self.refused: Refused | None = None
+
+    def check_length(self, header: bytes | None) -> None:
+        if header is not None and header.isdigit() and int(header) > MOST_BYTES:
+            raise Refused(413, f"the body has {int(header)} bytes, more than {MOST_BYTES}.")
+
+    async def receive(self) -> Message:
+        if self.ended:
+            return await self.inner()
+        left = min(PART_S, BODY_S - (time.monotonic() - self.begun))
+        try:
+            message = await asyncio.wait_for(self.inner(), max(left, 0.01))
+        except asyncio.TimeoutError:
+            raise self._refuse(408, "the body did not come in time.") from None
+        self.size += len(message.get("body", b""))
+        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
+        if self.size > MOST_BYTES:
+            raise self._refuse(413, f"the body has more than {MOST_BYTES} bytes.")
+        return message
+
+    def _refuse(self, status: int, reason: str) -> Refused:
+        self.ended, self.refused = True, Refused(status, reason)
+        return self.refused
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _cookie(header: str) -> str | None:
+    try:
+        found = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return None
+    return found.value if found else None
+
+
+async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, send: Send) -> None:
+    """As the routes of the path answer; a browser without a token is led to where it gives it."""
+    more = [(b"connection", b"close")]  # whatever of the body is still to come
+    if refused.status == 401:
+        more.append((b"www-authenticate", b"Bearer"))
+        if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":
+            start = {"type": "http.response.start", "status": 303}
+            await send({**start, "headers": [(b"location", b"/login")]})
+            await send({"type": "http.response.body"})
+            return
+    content = json.dumps(error_body(scope["path"], refused.reason, refused.status)).encode()
+    more += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": refused.status, "headers": more})
+    await send({"type": "http.response.body", "body": content})
+
+
+def error_body(path: str, message: str, status: int) -> dict[str, object]:
+    """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
+    if path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        return {"error": {"message": message, "type": kind, "code": None}}
+    return {"ok": False, "error": message}
+
+
+def _log(scope: Scope, status: int, reason: str) -> None:
+    client = (scope.get("client") or ("?",))[0]
+    what = scope.get("method", "WEBSOCKET")
+    # repr: a path may hold characters that a terminal obeys. No query: it may hold a secret.
+    logger.warning(
+        "refused (%d) %s %.200r from %s: %s", status, what, scope["path"], client, reason
+    )

@@ -1,0 +1,333 @@
+"""The queue of jobs: who runs, what it says, and how it ends, whoever was killed in between.
+
+Each job is a process of its own (worker.py) in a session of its own; its output is its log, which
+is locked while it lives (eventlog.py). So a server that starts finds out from the logs what became
+of the jobs it knows: one whose log is locked runs, one whose log has an end has ended, and of one
+without either the process was killed. Jobs that compute take turns, first come, first served.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..events import now
+from ..files import make_folder, write_text
+from . import eventlog
+from .store import ENDED, Row, Store
+from .store import now as clock
+
+logger = logging.getLogger("mlx_segtrain.serving")
+
+#: Kinds that need the accelerator, which one job has at a time.
+COMPUTING = ("finetune", "fold", "evaluate")
+#: Of the others so many run at once.
+OTHERS = 2
+#: Jobs that may wait.
+LONGEST_QUEUE = 200
+#: Seconds between looks at a job that runs.
+POLL_S = 0.1
+#: Of a job that is to be cancelled: whether its process was told. A second signal ends it at once.
+ASKED, SIGNALLED = 1, 2
+
+
+class Conflict(InputError):
+    """What is asked for does not go with the state that a job is in."""
+
+
+class Full(InputError):
+    """No more jobs are taken for now."""
+
+
+@dataclass
+class Live:
+    """A job that waits or runs. `changed` is set, and replaced, whenever there is news."""
+
+    pid: int | None = None
+    process: subprocess.Popen[bytes] | None = None  #: None: not this server's child
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Jobs:
+    """All jobs of a folder, which has one server at a time."""
+
+    def __init__(self, folder: Path):
+        self.logs = folder / "jobs"
+        make_folder(self.logs)
+        self.claim = eventlog.claim(self.logs / "server.lock")
+        if self.claim is None:
+            raise InputError(
+                f"another server has the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE to "
+                "another folder."
+            )
+        self.store = Store(folder / "jobs.sqlite")
+        self.environment: dict[str, str] = {}  #: what processes get besides ours; in no file
+        self.live: dict[str, Live] = {}
+        self.monitors: set[asyncio.Task[None]] = set()
+
+    # What a server does with its jobs
+
+    async def start(self) -> None:
+        """Finds the jobs again that there were, and lets the next ones run."""
+        for row in self.store.with_status("queued"):
+            self.live[row.id] = Live()
+        for row in self.store.with_status("running"):
+            self.live[row.id] = Live()
+            path = self.log(row.id)
+            running = eventlog.is_written(path)
+            if not running and not eventlog.read(path, row.begins, ended=True)[0]:
+                # The last server was killed before the job's process said a word.
+                self.store.update(row.id, status="queued", started_at=None)
+            else:
+                self._watch(row.id)
+        self._run_next()
+
+    async def close(self) -> None:
+        """Leaves what runs to run on: the next server finds it."""
+        for task in self.monitors:
+            task.cancel()
+        await asyncio.gather(*self.monitors, return_exceptions=True)
+        self.store.close()
+        if self.claim is not None:
+            os.close(self.claim)
+
+    @property
+    def training(self) -> bool:
+        """Whether a job has the accelerator."""
+        return any(row.kind in COMPUTING for row in self.store.with_status("running"))
+
+    # What users do
+
+    def submit(self, kind: str, values: dict[str, Any], output: Path | None = None) -> Row:
+        """A new job; Conflict if one that has not ended writes to the same place."""
+        if len(self.live) >= LONGEST_QUEUE:
+            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
+        self._check_free(output)
+        row = self.store.add(kind, json.dumps(values), None if output is None else str(output))
+        eventlog.append(self.log(row.id), {"type": "queued", "ts": now()})
+        self.live[row.id] = Live()
+        self._run_next()
+        return self.get(row.id)
+
+    def get(self, id: str) -> Row:
+        """KeyError if there is none."""
+        row = self.store.get(id)
+        if row is None:
+            raise KeyError(id)
+        return row
+
+    def cancel(self, id: str) -> Row:
+        """Ends a job; of a run the last finished step is kept. It goes on to its end after this.
+
+        A second one, two seconds later, does not wait for the step. Conflict if it has ended.
+        """
+        row = self.get(id)
+        if row.status in ENDED:
+            raise Conflict(f"{id} is {row.status}: there is nothing to cancel.")
+        if row.status == "queued":
+            self._say_end(id, {"type": "cancelled", "ts": now(), "message": "it had not begun"})
+            self._run_next()
+        else:
+            self.store.update(id, cancelling=ASKED, message="cancelling")
+            self._interrupt(id)
+        return self.get(id)
+
+    def resume(self, id: str) -> Row:
+        """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+        row = self.get(id)
+        if row.status not in ("failed", "cancelled"):
+            raise Conflict(f"{id} is {row.status}: only what failed or was cancelled is resumed.")
+        if len(self.live) >= LONGEST_QUEUE:
+            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
+        self._check_free(None if row.output_path is None else Path(row.output_path))
+        values = json.loads(row.config_json)
+        if row.kind == "finetune":
+            values |= {"resume": "auto", "overwrite": False}
+        self.store.requeue(id, json.dumps(values))
+        eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
+        self.live[id] = Live()
+        self._run_next()
+        return self.get(id)
+
+    def remove(self, id: str) -> None:
+        """Forgets a job and its log; what it wrote stays. Conflict if it has not ended."""
+        row = self.get(id)
+        if row.status not in ENDED:
+            raise Conflict(f"{id} is {row.status}: cancel it first.")
+        self.store.remove(id)
+        for path in (self.log(id), self._config(id)):
+            path.unlink(missing_ok=True)
+
+    async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
+        """Events behind one, as (id, JSON), those that come too, until the job has ended."""
+        path = self.log(id)
+        while True:
+            live = self.live.get(id)
+            changed = live.changed if live else None
+            while True:
+                found, after = eventlog.read(path, after, ended=live is None)
+                for event in found:
+                    yield event
+                if not found:
+                    break
+                await asyncio.sleep(0)  # a long past is not told in one breath
+            if changed is None:
+                return
+            await changed.wait()
+
+    async def ended(self, id: str) -> Row:
+        """The job, once it has ended."""
+        while live := self.live.get(id):
+            await live.changed.wait()
+        return self.get(id)
+
+    def log(self, id: str) -> Path:
+        return self.logs / f"{id}.log"
+
+    def _config(self, id: str) -> Path:
+        return self.logs / f"{id}.json"
+
+    # What happens in between
+
+    def _check_free(self, output: Path | None) -> None:
+        rows = (self.store.get(id) for id in self.live)
+        if output is not None and any(row and row.output_path == str(output) for row in rows):
+            raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
+
+    def _run_next(self) -> None:
+        running = [row.kind in COMPUTING for row in self.store.with_status("running")]
+        busy, others = sum(running), len(running) - sum(running)
+        for row in self.store.with_status("queued"):
+            if row.kind in COMPUTING and not busy:
+                busy += self._run(row)
+            elif row.kind not in COMPUTING and others < OTHERS:
+                others += self._run(row)
+
+    def _run(self, row: Row) -> bool:
+        """Starts a job's process; whether it runs."""
+        path = self.log(row.id)
+        try:
+            write_text(self._config(row.id), row.config_json)
+            log = eventlog.claim(path)
+            if log is None:
+                raise OSError(f"{path} is written by another process")
+            try:
+                # Before it starts: no process is ever unknown.
+                self.store.update(
+                    row.id,
+                    **{"status": "running", "started_at": clock(), "message": None},
+                    begins=os.fstat(log).st_size,
+                )
+                worker = (sys.executable, "-m", "mlx_segtrain.serving.worker")
+                process = subprocess.Popen(
+                    [*worker, row.kind, str(self._config(row.id))],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,  # and with it the lock
+                    stderr=log,
+                    start_new_session=True,
+                    env={**os.environ, **self.environment},
+                )
+            finally:
+                os.close(log)
+        except OSError as error:
+            self._say_end(row.id, {"type": "failed", "ts": now(), "error": str(error)})
+            return False
+        live = self.live[row.id]
+        live.process, live.pid = process, process.pid
+        logger.info("%s (%s) runs as process %d", row.id, row.kind, process.pid)
+        self._watch(row.id)
+        return True
+
+    def _watch(self, id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._monitor(id))
+        self.monitors.add(task)
+        task.add_done_callback(self.monitors.discard)
+
+    async def _monitor(self, id: str) -> None:
+        """Follows a job's log to its end, keeps the row up to date, and lets the next one run."""
+        path, live, row = self.log(id), self.live[id], self.get(id)
+        after = row.begins
+        while True:
+            running = eventlog.is_written(path)
+            found, after = eventlog.read(path, after, ended=not running)
+            if found:
+                self._note(id, live, [json.loads(frame) for _, frame in found])
+                await asyncio.sleep(0)
+            elif not running:
+                break
+            else:
+                await asyncio.sleep(POLL_S)
+        code = await asyncio.to_thread(live.process.wait) if live.process else None
+        end = eventlog.last(path, row.begins)
+        if end is None:
+            self._say_end(id, _killed(self.get(id), code))
+        else:
+            self._end(id, end)
+        self._run_next()
+
+    def _note(self, id: str, live: Live, events: list[eventlog.Event]) -> None:
+        news: dict[str, Any] = {}
+        for event in events:
+            if event["type"] == "started" and live.pid is None:
+                live.pid = event.get("pid")
+            if isinstance(event.get("progress"), int | float):
+                news["progress"] = event["progress"]
+            if event["type"] == "stage" or event.get("kind") == "train":
+                news["message"] = event.get("message")
+        row = self.get(id)
+        if row.cancelling:
+            news.pop("message", None)
+            if row.cancelling == ASKED:
+                self._interrupt(id)
+        if news:
+            self.store.update(id, **news)
+        live.tell()
+
+    def _interrupt(self, id: str) -> None:
+        """Its log is locked, so that the process is the one which said its number there."""
+        live = self.live[id]
+        if live.pid is not None and eventlog.is_written(self.log(id)):
+            with suppress(ProcessLookupError):
+                os.kill(live.pid, signal.SIGTERM)
+            self.store.update(id, cancelling=SIGNALLED)
+
+    def _say_end(self, id: str, event: eventlog.Event) -> None:
+        """Ends a job whose process did not say so: there was none, or it was killed."""
+        eventlog.append(self.log(id), event)
+        self._end(id, event)
+
+    def _end(self, id: str, event: eventlog.Event) -> None:
+        news = {key: event.get(key) for key in ("error", "message")}
+        if event["type"] == "done":
+            news |= {"progress": 1.0, "result_json": json.dumps(event.get("result"))}
+            news |= {"output_path": event["output_dir"]} if "output_dir" in event else {}
+        self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
+        logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
+        self.live.pop(id).tell()
+
+
+def _killed(row: Row, code: int | None) -> eventlog.Event:
+    if row.cancelling:
+        message = "its process was ended before it could say so"
+        return {"type": "cancelled", "ts": now(), "message": message}
+    if code is None:
+        how = "its process was killed while no server watched it"
+    elif code < 0:
+        how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
+    else:
+        how = f"its process exited with {code}"
+    advice = "; resume it to go on from its last checkpoint" if row.kind == "finetune" else ""
+    return {"type": "failed", "ts": now(), "error": how + advice}

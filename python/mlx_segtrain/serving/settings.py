@@ -1,0 +1,44 @@
+"""How a server is set up."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import InputError
+from ..files import cache_dir
+from .guard import LOOPBACK
+
+PORT = 8090
+
+
+@dataclass(frozen=True)
+class Settings:
+    """InputError for a server that anyone could use."""
+
+    model_dir: Path | None = None
+    adapter: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = PORT
+    token: str | None = field(default=None, repr=False)
+    roots: tuple[Path, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
+    while_training: Literal["serve", "refuse"] = "serve"
+    store: Path = field(default_factory=cache_dir)
+
+    def __post_init__(self) -> None:
+        if self.token is not None and len(self.token) < 8:
+            raise InputError("the token has fewer than 8 characters: choose a longer one.")
+        if self.host not in LOOPBACK and self.token is None:
+            raise InputError(
+                f"on the address {self.host} others reach this server: give a --token, or leave "
+                "--host out."
+            )
+        if self.adapter is not None and self.model_dir is None:
+            raise InputError("--adapter is one of a MODEL: give that too.")
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Below which clients may name paths: what was given; else here, and the two caches."""
+        given = [path for path in (self.model_dir, self.adapter) if path is not None]
+        hub = Path.home() / ".cache" / "huggingface"
+        return (*(self.roots or (Path.cwd(), hub)), self.store, *given)

@@ -1,0 +1,141 @@
+"""Jobs as rows of SQLite. What a job said is in its log; a row has what lists and queues need."""
+
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..files import make_folder
+
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+#: Of jobs that neither run nor wait.
+ENDED = ("done", "failed", "cancelled")
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY,
+    place INTEGER NOT NULL,        -- in the queue: the lowest is the next
+    kind TEXT NOT NULL,
+    status TEXT NOT NULL,
+    config_json TEXT NOT NULL,
+    output_path TEXT,
+    progress REAL NOT NULL DEFAULT 0,
+    message TEXT,
+    error TEXT,
+    result_json TEXT,
+    created_at TEXT NOT NULL,
+    started_at TEXT,
+    ended_at TEXT,
+    begins INTEGER NOT NULL DEFAULT 0,   -- where in the log the present attempt's events begin
+    cancelling INTEGER NOT NULL DEFAULT 0
+)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job. Times are UTC, "YYYY-MM-DD HH:MM:SS"; progress is 0..1."""
+
+    id: str
+    place: int
+    kind: str
+    status: Status
+    config_json: str
+    output_path: str | None
+    progress: float
+    message: str | None
+    error: str | None
+    result_json: str | None
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    begins: int
+    cancelling: int
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+class Store:
+    """The table. A change is on the disk when the call returns."""
+
+    def __init__(self, file: Path):
+        make_folder(file.parent)
+        try:
+            self.connection = sqlite3.connect(file, isolation_level=None)
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=FULL")
+            self.connection.execute(TABLE)
+        except sqlite3.Error as error:
+            raise InputError(
+                f"the jobs' database {file} cannot be used ({error}): move it away, or set "
+                "MLX_SEGTRAIN_CACHE to another folder."
+            ) from None
+        self.connection.row_factory = lambda cursor, values: Row(*values)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def add(self, kind: str, config_json: str, output_path: str | None) -> Row:
+        """A new job at the end of the queue."""
+        id = f"job_{secrets.token_hex(8)}"
+        self.connection.execute(
+            "INSERT INTO jobs (id, place, kind, status, config_json, output_path, created_at)"
+            f" VALUES (?, {_LAST}, ?, 'queued', ?, ?, ?)",
+            (id, kind, config_json, output_path, now()),
+        )
+        row = self.get(id)
+        assert row is not None
+        return row
+
+    def requeue(self, id: str, config_json: str) -> None:
+        """Again to the end of the queue."""
+        self.connection.execute(
+            f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
+            " result_json = NULL, ended_at = NULL, cancelling = 0 WHERE id = ?",
+            (config_json, id),
+        )
+
+    def update(self, id: str, **values: Any) -> None:
+        """Sets columns of a job."""
+        names = ", ".join(f"{name} = ?" for name in values)
+        self.connection.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), id))
+
+    def remove(self, id: str) -> None:
+        self.connection.execute("DELETE FROM jobs WHERE id = ?", (id,))
+
+    def get(self, id: str) -> Row | None:
+        return self.connection.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
+
+    def newest(self, limit: int, kind: str | None = None) -> list[Row]:
+        """The last jobs of the queue first."""
+        return self.connection.execute(
+            "SELECT * FROM jobs WHERE ? IS NULL OR kind = ? ORDER BY place DESC LIMIT ?",
+            (kind, kind, limit),
+        ).fetchall()
+
+    def with_status(self, status: Status) -> list[Row]:
+        """The next of the queue first."""
+        return self.connection.execute(
+            "SELECT * FROM jobs WHERE status = ? ORDER BY place", (status,)
+        ).fetchall()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """What is changed within it is changed as a whole."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.connection.execute("ROLLBACK")
+            raise
+        self.connection.execute("COMMIT")
+
+
+_LAST = "(SELECT COALESCE(MAX(place), 0) + 1 FROM jobs)"
