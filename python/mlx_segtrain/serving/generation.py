@@ -1,0 +1,63 @@
+"""The pieces of an answer, from the engine's thread to a reader in an event loop."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Generation", "Outbox", "Piece"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text; `tokens` of the answer so far, `cached` ones of the prompt. The last has `finish`:
+    at an end-of-sequence token or a stop string, or at the most tokens that there may be."""
+
+    text: str
+    tokens: int
+    cached: int
+    finish: Literal["stop", "length"] | None = None
+
+
+class Outbox:
+    """From the engine's thread to a reader in an event loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self.closed = False
+
+    def put(self, item: Piece | Exception) -> None:
+        if self.closed:
+            return
+        try:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:  # the loop has ended
+            self.closed = True
+
+
+class Generation(AsyncIterator[Piece]):
+    """The pieces of an answer. Closed or forgotten, it ends; RunError if it failed."""
+
+    def __init__(self, outbox: Outbox):
+        self._outbox = outbox
+
+    async def __anext__(self) -> Piece:
+        if self._outbox.closed:
+            raise StopAsyncIteration
+        item = await self._outbox.queue.get()
+        if not isinstance(item, Piece):
+            self._outbox.closed = True
+            raise item or StopAsyncIteration
+        if item.finish:
+            self._outbox.closed = True
+        return item
+
+    async def aclose(self) -> None:
+        """Ends it, also for who waits for a piece in another task."""
+        if not self._outbox.closed:
+            self._outbox.closed = True
+            self._outbox.queue.put_nowait(None)
+
+    def __del__(self) -> None:
+        self._outbox.closed = True

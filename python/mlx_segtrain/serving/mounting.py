@@ -1,0 +1,250 @@
+"""A base, adapters in memory, and which of them is in the base's linears.
+
+What makes arrays here is called on the engine's thread.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import lora
+from ..adapters import read_adapter
+from ..adapters.merging import merged
+from ..adapters.writing import common_scale
+from ..errors import InputError
+from ..models import Chain, chain_of, load_base
+from .catalog import model_id
+
+__all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
+
+#: Sums of adapters that are kept.
+MOST_SUMS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A model that is loaded; `created` in seconds since 1970, `max_length` in tokens if known."""
+
+    id: str
+    path: Path
+    created: int
+    tokenizer: Any
+    max_length: int | None
+    vocabulary: int
+    model: Any
+    chain: Chain
+    modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
+    lock: threading.Lock = field(default_factory=threading.Lock)  #: of the tokenizer's encoding
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
+        bos = self.tokenizer.bos_token
+        with self.lock:
+            return self.tokenizer.encode(
+                text, add_special_tokens=bos is None or not text.startswith(bos)
+            )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a chat and of the begin of an answer; InputError without a template, or with
+        its own complaint."""
+        if not self.tokenizer.has_chat_template:
+            raise InputError(
+                f"messages: {self.id} has no chat template: ask /v1/completions with a prompt."
+            )
+        try:
+            with self.lock:
+                return list(
+                    self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+                )
+        except Exception as error:  # a template may raise what it likes
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"messages: the chat template of {self.id} says: {reason}") from None
+
+    def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
+        """InputError if the prompt is empty, too long, or one of the two of other tokens."""
+        if not prompt:
+            raise InputError("the prompt has no tokens: give some text.")
+        if self.max_length is not None and len(prompt) > self.max_length:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, but {self.id} was made for "
+                f"{self.max_length}: shorten it."
+            )
+        for name, tokens in (("prompt", prompt), ("logit_bias", logit_bias)):
+            wrong = next((x for x in tokens if not 0 <= x < self.vocabulary), None)
+            if wrong is not None:
+                last = self.vocabulary - 1
+                raise InputError(f"{name}: {wrong} is no token of {self.id}: 0 to {last} are.")
+
+
+@dataclass(frozen=True, eq=False)
+class Mounted:
+    """An adapter in memory; `rank` the largest, `scale` the multiplier that most linears have."""
+
+    id: str
+    path: Path
+    rank: int
+    scale: float
+    size_bytes: int
+    mounted_layers: int
+    adapter: lora.Adapter
+    #: No two that were ever mounted have the same.
+    serial: int = field(default_factory=count().__next__, init=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """What a request runs on, whatever is mounted and unmounted meanwhile."""
+
+    base: Base
+    adapters: tuple[Mounted, ...] = ()
+
+    @property
+    def id(self) -> str | None:
+        return "+".join(mounted.id for mounted in self.adapters) or None
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(mounted.serial for mounted in self.adapters)
+
+
+def check_id(id: str) -> None:
+    """InputError if requests could not name an adapter so."""
+    if not id.strip(".") or id != id.strip() or id.lower() == "none":
+        raise InputError(f"id: {id!r} cannot name an adapter: give a word.")
+    if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
+        raise InputError(
+            f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
+            "characters, and take 200 characters at most."
+        )
+
+
+def read_base(path: Path) -> Base:
+    """The model of a folder; InputError if it cannot be read."""
+    path = path.expanduser().resolve()
+    model, config, tokenizer = load_base(path)
+    chain = chain_of(model)
+    modules = {name: lora.wrap(model, name, 1.0) for name in chain.linears}
+    model.eval()
+    sizes = [x.get("vocab_size") for x in (config, config.get("text_config") or {})]
+    return Base(
+        id=model_id(path),
+        path=path,
+        created=int(time.time()),
+        tokenizer=tokenizer,
+        max_length=chain.max_length,
+        vocabulary=next((n for n in sizes if n), None) or len(tokenizer.get_vocab()),
+        model=model,
+        chain=chain,
+        modules=modules,
+    )
+
+
+def read_mounted(id: str, path: Path, base: Base) -> Mounted:
+    """The adapter of a folder, for this base; InputError if it will not do."""
+    adapter = read_adapter(path, base.chain)
+    arrays = [*(x for pair in adapter.tensors.values() for x in pair)]
+    arrays += adapter.magnitudes.values()
+    mx.eval(arrays)
+    return Mounted(
+        id=id,
+        path=path,
+        rank=max(adapter.ranks.values()),
+        scale=common_scale(adapter),
+        size_bytes=sum(x.nbytes for x in arrays),
+        mounted_layers=len(adapter.tensors),
+        adapter=adapter,
+    )
+
+
+def select(named: str, base: Base, mounted: Mapping[str, Mounted]) -> Selected:
+    """What a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base alone.
+
+    InputError if one is not mounted, or cannot be in a stack.
+    """
+    text = named.strip()
+    if text.lower() in ("", "none"):
+        return Selected(base)
+    ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
+    for i, id in enumerate(ids):
+        if id not in mounted:
+            names = ", ".join(mounted) or "none is"
+            raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
+        if id in ids[:i]:
+            raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
+        if len(ids) > 1 and mounted[id].adapter.magnitudes:
+            raise InputError(f"adapter {id!r} is a DoRA adapter, which goes into no stack.")
+    return Selected(base, tuple(mounted[id] for id in ids))
+
+
+class Linears:
+    """What is in a base's linears; another for each base."""
+
+    def __init__(self) -> None:
+        self.key: tuple[int, ...] | None = None  #: of what is in
+        self._touched: set[str] = set()  # the linears that have an update
+        self._sums: OrderedDict[tuple[int, ...], lora.Adapter] = OrderedDict()
+
+    def put_in(self, selected: Selected) -> None:
+        """Swaps the adapter in the base's linears, if another is in; nothing is computed."""
+        if selected.key == self.key:
+            return
+        adapter, base = self._sum(selected.adapters), selected.base
+        self.key = None  # until all is done
+        for path in self._touched - adapter.tensors.keys():
+            base.modules[path].clear()
+            if path in base.chain.outer:
+                _put(base.model, path, base.chain.outer[path])
+        self._touched |= adapter.tensors.keys()
+        for path, (a, b) in adapter.tensors.items():
+            module = base.modules.get(path)
+            if module is None:
+                module = base.modules[path] = lora.wrap(base.model, path, 1.0)
+            elif path in base.chain.outer:
+                _put(base.model, path, module)
+            module.lora_a, module.lora_b, module.scale = a, b, adapter.scales[path]
+            if path in adapter.magnitudes:
+                module.m = adapter.magnitudes[path]
+            else:
+                module.pop("m", None)
+        self._touched = set(adapter.tensors)
+        self.key = selected.key
+
+    def forget(self, mounted: Mounted, base: Base) -> None:
+        """Lets go of an adapter's arrays, which else stay until the next request."""
+        for key in [key for key in self._sums if mounted.serial in key]:
+            del self._sums[key]
+        if self.key and mounted.serial in self.key:
+            self.put_in(Selected(base))
+
+    def drop_sums(self) -> None:
+        """Frees what is kept for speed alone."""
+        self._sums.clear()
+
+    def _sum(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
+        """One adapter as it is; of several their sum, made once."""
+        if len(adapters) < 2:
+            return adapters[0].adapter if adapters else lora.Adapter({}, {})
+        key = tuple(mounted.serial for mounted in adapters)
+        if key not in self._sums:
+            total = merged([mounted.adapter for mounted in adapters], [1.0] * len(adapters))
+            mx.eval(total.tensors)
+            self._sums[key] = total
+            if len(self._sums) > MOST_SUMS:
+                self._sums.popitem(last=False)
+        self._sums.move_to_end(key)
+        return self._sums[key]
+
+
+def _put(model: Any, path: str, module: Any) -> None:
+    """Of an embedding or a head: neither stands in a list."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        model = model[parent]
+    setattr(model, name, module)

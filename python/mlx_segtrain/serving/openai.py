@@ -1,0 +1,362 @@
+"""/v1: chat, completions, models and adapters, in the forms that OpenAI's clients know."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from sse_starlette import EventSourceResponse
+from starlette.responses import Response
+
+from ..errors import InputError, RunError
+from .engine import Busy, Engine, NoMemory
+from .generation import Generation, Piece
+from .guard import Outside
+from .mounting import Base, Mounted, Selected
+from .openai_forms import (
+    LACKING,
+    AvailableAdapters,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Error,
+    Generate,
+    ModelInfo,
+    ModelList,
+    MountAnswer,
+    MountedAdapter,
+    MountedAdapters,
+    MountRequest,
+    UnmountAnswer,
+    chat_turns,
+    names_base,
+    prompt_tokens,
+    refuse_lacking,
+)
+
+__all__ = ["router"]
+
+#: Seconds after which a client may try again, by status.
+RETRY_S = {429: 5, 503: 30}
+#: Seconds between two looks whether a client that waits for a whole answer is still there.
+LOOK_S = 0.25
+
+
+# Errors
+
+
+class _Fault(Exception):
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class _Route(APIRoute):
+    """A route whose errors are answered in OpenAI's form. Bodies that are not of their schema are
+    the application's."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except _Fault as error:
+                return _error(error.status, str(error), error.code)
+            except Outside as error:
+                return _error(403, str(error))
+            except InputError as error:
+                return _error(400, str(error))
+            except Busy as error:
+                return _error(429, str(error), "busy")
+            except NoMemory as error:
+                return _error(503, str(error), "no_memory")
+            except RunError as error:
+                return _error(500, str(error))
+
+        return answer
+
+
+def _error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": code}}
+
+
+def _error(status: int, message: str, code: str | None = None) -> JSONResponse:
+    headers = {"retry-after": str(RETRY_S[status])} if status in RETRY_S else None
+    return JSONResponse(_error_body(status, message, code), status, headers)
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the document says of them. With 4XX FastAPI adds no 422, which there is not."""
+    said = {
+        400: "a field that cannot be used, named in the message",
+        403: "a path outside of the folders that the server may use",
+        404: "there is no such model or adapter",
+        413: "the body is too large",
+        429: "too many requests wait: try again in a moment",
+        500: "the generation failed",
+        503: "no model is loaded, a job trains and the server is set to wait for it, or memory is "
+        "short",
+        "4XX": "a request that is refused: not allowed, not found, or not of the schema",
+    }
+    return {s: {"model": Error, "description": said[s]} for s in (*statuses, "4XX")}
+
+
+def _usage(prompt: Sequence[int], last: Piece) -> dict[str, Any]:
+    return {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": last.tokens,
+        "total_tokens": len(prompt) + last.tokens,
+        "prompt_tokens_details": {"cached_tokens": last.cached},
+    }
+
+
+async def _whole(generation: Generation, request: Request) -> list[Piece]:
+    """All pieces. If the client goes, the generation ends, and the last has no `finish`."""
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(LOOK_S)
+        await generation.aclose()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return [piece async for piece in generation]
+    finally:
+        watcher.cancel()
+        await generation.aclose()
+
+
+async def _events(
+    generation: Generation,
+    prompt: Sequence[int],
+    head: Mapping[str, Any],
+    choice: Callable[[str | None, str | None], dict[str, Any]],
+    with_usage: bool,
+) -> AsyncIterator[dict[str, str]]:
+    """A chunk for the role if there is one, one for each piece, one for the usage if wanted."""
+
+    def event(choices: list[dict[str, Any]], **more: Any) -> dict[str, str]:
+        usage = {"usage": None} if with_usage else {}
+        return {"data": json.dumps({**head, "choices": choices, **usage, **more})}
+
+    try:
+        if head["object"] == "chat.completion.chunk":
+            yield event([choice(None, None)])
+        async for piece in generation:
+            if piece.text:
+                yield event([choice(piece.text, None)])
+            if piece.finish:
+                yield event([choice("", piece.finish)])
+                if with_usage:
+                    yield event([], usage=_usage(prompt, piece))
+                yield {"data": "[DONE]"}
+    except (Busy, RunError) as error:  # the status is sent already
+        status = 500 if not isinstance(error, Busy | NoMemory) else 503
+        yield {"data": json.dumps(_error_body(status, str(error)))}
+    finally:
+        await generation.aclose()
+
+
+def _chat_choice(text: str | None, finish: str | None) -> dict[str, Any]:
+    delta = {"role": "assistant", "content": ""} if text is None else {"content": text}
+    return {
+        "index": 0,
+        "delta": {} if finish else delta,
+        "logprobs": None,
+        "finish_reason": finish,
+    }
+
+
+def _text_choice(text: str | None, finish: str | None) -> dict[str, Any]:
+    return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
+
+
+def router(
+    engine: Engine,
+    training: Callable[[], bool],
+    policy: Literal["serve", "refuse"],
+    resolve: Callable[[str], Path],
+    available: Callable[[], Awaitable[list[dict[str, Any]]]],
+) -> APIRouter:
+    """The routes of /v1.
+
+    `training()` says whether a job trains, during which the policy may be to refuse; `resolve`
+    makes an allowed path of a client's, or raises InputError, Outside among them; `available()`
+    gives the rows of GET /v1/adapters/available.
+    """
+    v1 = APIRouter(route_class=_Route, tags=["OpenAI"])
+    stream: dict[int | str, dict[str, Any]] = {
+        200: {
+            "description": "The answer; with stream, chunks as server-sent events up to [DONE].",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    }
+
+    def ready() -> Base:
+        if engine.base is None:
+            raise _Fault(
+                503,
+                "no model is loaded: start the server as `mlx-segtrain serve MODEL`, or load one "
+                "on its page.",
+                "no_model",
+            )
+        if policy == "refuse" and training():
+            raise _Fault(503, "a job trains, and this server waits for it: try later.", "training")
+        return engine.base
+
+    def selected(base: Base, body: Generate) -> Selected:
+        adapter = body.adapter
+        if not names_base(base, body.model):
+            if body.model not in engine.adapters:
+                names = ", ".join((base.id, *engine.adapters))
+                message = f"model {(body.model or '')[:200]!r} is not served: {names}."
+                raise _Fault(404, message, "model_not_found")
+            if adapter not in (None, body.model):
+                raise InputError(
+                    f"model names the adapter {body.model!r}, and adapter is {adapter[:100]!r}: "
+                    "give one of the two."
+                )
+            adapter = body.model
+        chosen = engine.select(adapter)
+        if chosen.base is not base:
+            raise Busy("the model was replaced: try again.")
+        return chosen
+
+    async def answer(
+        request: Request, body: Generate, encode: Callable[[], list[int]], most: int
+    ) -> Any:
+        chat = isinstance(body, ChatRequest)
+        base = ready()
+        chosen = selected(base, body)
+        refuse_lacking(body.model_extra or {}, LACKING, "")
+        prompt = await asyncio.to_thread(encode)
+        generation = engine.generate(prompt, chosen, body.options(most, continues=not chat))
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": body.model or base.id,
+            "adapter": chosen.id,
+        }
+        if body.stream:
+            if chat:
+                head["object"] = "chat.completion.chunk"
+            options = body.stream_options
+            choice = _chat_choice if chat else _text_choice
+            with_usage = bool(options and options.include_usage)
+            events = _events(generation, prompt, head, choice, with_usage)
+            return EventSourceResponse(events, sep="\n")
+        pieces = await _whole(generation, request)
+        if not pieces or pieces[-1].finish is None:
+            return _error(499, "the client has gone.")
+        text, last = "".join(piece.text for piece in pieces), pieces[-1]
+        whole = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choice = {"index": 0, **whole, "logprobs": None, "finish_reason": last.finish}
+        return {**head, "choices": [choice], "usage": _usage(prompt, last)}
+
+    @v1.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={**stream, **_errors(400, 404, 413, 429, 500, 503)},
+    )
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        """The next turn of a chat."""
+        most = body.max_completion_tokens or body.max_tokens or 512
+        base = ready()
+        return await answer(
+            request, body, lambda: base.encode_chat(chat_turns(body.messages)), most
+        )
+
+    @v1.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={**stream, **_errors(400, 404, 413, 429, 500, 503)},
+    )
+    async def complete(body: CompletionRequest, request: Request) -> Any:
+        """How a text goes on."""
+        base = ready()
+        return await answer(
+            request, body, lambda: prompt_tokens(base, body.prompt), body.max_tokens or 16
+        )
+
+    def models() -> list[ModelInfo]:
+        base = engine.base
+        if base is None:
+            return []
+        own = ModelInfo(id=base.id, created=base.created)
+        return [
+            own,
+            *(ModelInfo(id=id, created=base.created, parent=base.id) for id in engine.adapters),
+        ]
+
+    @v1.get("/v1/models", response_model=ModelList)
+    async def list_models() -> Any:
+        """The served model, and each mounted adapter."""
+        return ModelList(data=models())
+
+    @v1.get("/v1/models/{id:path}", response_model=ModelInfo, responses=_errors(404))
+    async def get_model(id: str) -> Any:
+        """One of them."""
+        base = engine.base
+        name = base.id if base is not None and names_base(base, id) else id
+        found = next((model for model in models() if model.id == name), None)
+        if found is None:
+            raise _Fault(404, f"model {id[:200]!r} is not served.", "model_not_found")
+        return found
+
+    @v1.get("/v1/adapters", response_model=MountedAdapters, tags=["adapters"])
+    async def list_adapters() -> Any:
+        """The mounted adapters."""
+        names = MountedAdapter.model_fields
+        return {
+            "adapters": [
+                {name: getattr(x, name) for name in names} | {"path": str(x.path)}
+                for x in engine.adapters.values()
+            ]
+        }
+
+    @v1.get("/v1/adapters/available", response_model=AvailableAdapters, tags=["adapters"])
+    async def list_available() -> Any:
+        """Adapters on disk that the served model can take."""
+        return {"adapters": await available()}
+
+    @v1.post(
+        "/v1/adapters",
+        response_model=MountAnswer,
+        responses=_errors(400, 403, 413, 429, 503),
+        tags=["adapters"],
+    )
+    async def mount(body: MountRequest) -> Any:
+        """Mounts an adapter; one that is mounted under this id stays as it is."""
+        if engine.base is None:
+            ready()
+        mounted: Mounted | None = engine.adapters.get(body.id)
+        if mounted is None:
+            path = await asyncio.to_thread(resolve, body.path)
+            mounted = await engine.mount(body.id, path)
+        names = MountAnswer.model_fields
+        return {name: getattr(mounted, name) for name in names}
+
+    @v1.delete(
+        "/v1/adapters/{id:path}",
+        response_model=UnmountAnswer,
+        responses=_errors(404, 429),
+        tags=["adapters"],
+    )
+    async def unmount(id: str) -> Any:
+        """Unmounts an adapter; requests that run on it end on it."""
+        try:
+            return {"id": id, "removed_layers": await engine.unmount(id)}
+        except KeyError:
+            raise _Fault(404, f"adapter {id} not mounted") from None
+
+    return v1

@@ -1,0 +1,346 @@
+"""What /v1 takes and gives, and what the fields of a request mean.
+
+What a field means to OpenAI's clients it means here, or the request is refused by name. Fields that
+change nothing of an answer (user, metadata, store, …) are taken without effect.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import InputError
+from .decoding import Options
+from .mounting import Base
+
+__all__ = [
+    "LACKING",
+    "AvailableAdapters",
+    "ChatCompletion",
+    "ChatRequest",
+    "Completion",
+    "CompletionRequest",
+    "Error",
+    "Generate",
+    "ModelInfo",
+    "ModelList",
+    "MountAnswer",
+    "MountRequest",
+    "MountedAdapter",
+    "MountedAdapters",
+    "UnmountAnswer",
+    "chat_turns",
+    "names_base",
+    "prompt_tokens",
+    "refuse_lacking",
+]
+
+#: Fields that we do not have, with the values that mean the same as leaving them out.
+LACKING: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "web_search_options": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+}
+#: The same of a message.
+LACKING_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "tool_calls": (None, []),
+    "function_call": (None,),
+    "audio": (None,),
+}
+
+
+# Requests
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Part(_Request):
+    """A part of a message's content; parts are put together without anything between them."""
+
+    type: str = Field(description="text; others are refused")
+    text: str | None = None
+
+
+class Message(_Request):
+    """A turn. `developer` is `system` to the model; of an assistant the content may be null."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+
+class StreamOptions(_Request):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool | None = Field(None, description="a last chunk with the usage")
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Generate(_Request):
+    """What chat and completions share."""
+
+    model: str | None = Field(
+        None, description="the served model (its id, path, name or 'default'), or a mounted adapter"
+    )
+    adapter: str | None = Field(
+        None,
+        description="a mounted adapter; several as 'a+b', whose updates add; 'none' or '' for the "
+        "model alone; left out, the server's own default",
+    )
+    max_tokens: int | None = Field(None, ge=1, description="tokens of the answer, at most")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="0 if left out: always the likeliest token, so that answers with and without "
+        "an adapter can be compared. OpenAI's own default is 1",
+    )
+    top_p: float | None = Field(None, ge=0, le=1, description="1 if left out: all tokens")
+    top_k: int | None = Field(None, ge=0, description="0 if left out: all tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="0 if left out: all tokens")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="for tokens of prompt and answer; 1 if left out: none"
+    )
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="for the answer's tokens")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="for the answer's tokens, by how often they came"
+    )
+    logit_bias: dict[Token, Bias] | None = Field(
+        None, max_length=1024, description="what is added to the logits of tokens, by their number"
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer"
+    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="where the answer ends; it holds none of these"
+    )
+    stream: bool | None = Field(None, description="server-sent events, a piece of text each")
+    stream_options: StreamOptions | None = None
+
+    def options(self, most: int, *, continues: bool) -> Options:
+        """For an answer of `most` tokens."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = (*names, "presence_penalty", "frequency_penalty", "seed")
+        given = {x: value for x in names if (value := getattr(self, x)) is not None}
+        return Options(
+            max_tokens=most,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            continues=continues,
+            **given,
+        )
+
+
+class ChatRequest(Generate):
+    """A chat whose next turn is asked for."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="goes before max_tokens; 512 if both are left out"
+    )
+
+
+class CompletionRequest(Generate):
+    """A text that is to go on."""
+
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+        description="a text, or its tokens; a list of more than one is refused"
+    )
+
+
+class MountRequest(BaseModel):
+    """An adapter folder, and the name under which requests may use it."""
+
+    model_config = ConfigDict(strict=True)
+    id: str
+    path: str
+
+
+# Answers
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    code: str | None = None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="of the prompt, that needed no computing")
+
+
+class Usage(BaseModel):
+    """In tokens; the end of the sequence counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Answer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: Literal[0] = 0
+    message: Answer
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    adapter: str | None = Field(description="what was in the model: 'a', 'a+b', or null")
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextChoice(BaseModel):
+    index: Literal[0] = 0
+    text: str
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    adapter: str | None = Field(description="what was in the model: 'a', 'a+b', or null")
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class ModelInfo(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["mlx_segtrain"] = "mlx_segtrain"
+    parent: str | None = Field(default=None, description="of an adapter: its model")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class MountedAdapter(BaseModel):
+    id: str
+    path: str
+    rank: int = Field(description="the largest")
+    scale: float
+    size_bytes: int
+    mounted_layers: int = Field(description="linears with an update")
+
+
+class MountedAdapters(BaseModel):
+    adapters: list[MountedAdapter]
+
+
+class AvailableAdapter(BaseModel):
+    id: str
+    path: str
+    rank: int
+    scale: float | None
+    base_model: str | None
+    mounted: bool
+
+
+class AvailableAdapters(BaseModel):
+    adapters: list[AvailableAdapter]
+
+
+class MountAnswer(BaseModel):
+    id: str
+    mounted_layers: int
+    rank: int
+    scale: float
+
+
+class UnmountAnswer(BaseModel):
+    id: str
+    removed_layers: int
+
+
+# Meaning
+
+
+def refuse_lacking(
+    given: Mapping[str, Any], lacking: Mapping[str, tuple[Any, ...]], where: str
+) -> None:
+    """InputError if a field is given that we do not have, and would change an answer."""
+    for name, harmless in lacking.items():
+        value = given.get(name)
+        if not any(type(value) is type(x) and value == x for x in harmless):
+            shown = json.dumps(value)
+            shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+            raise InputError(
+                f"{where}{name}: this server has no such thing ({shown}): leave it out."
+            )
+
+
+def chat_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """As chat templates take them; InputError for what is no text."""
+    turns = []
+    for i, message in enumerate(messages):
+        where = f"messages.{i}"
+        refuse_lacking(message.model_extra or {}, LACKING_IN_MESSAGE, f"{where}.")
+        content = message.content
+        if content is None and message.role != "assistant":
+            raise InputError(f"{where}.content is missing: give a text.")
+        if isinstance(content, list):
+            for part in content:
+                if part.type != "text" or part.text is None:
+                    raise InputError(
+                        f"{where}.content: the model reads text, not {part.type[:60]!r}: give "
+                        'parts {"type": "text", "text": …}.'
+                    )
+            content = "".join(part.text or "" for part in content)
+        role = "system" if message.role == "developer" else message.role
+        turns.append({"role": role, "content": content or ""})
+    return turns
+
+
+def prompt_tokens(base: Base, prompt: str | list[int] | list[str] | list[list[int]]) -> list[int]:
+    """Of the one prompt that there is; InputError if there are more."""
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        if len(prompt) > 1:
+            raise InputError(f"prompt: {len(prompt)} prompts in one request: send one in each.")
+        return prompt_tokens(base, prompt[0])
+    return base.encode(prompt) if isinstance(prompt, str) else prompt  # pyright: ignore
+
+
+def names_base(base: Base, model: str | None) -> bool:
+    """Whether a request's model is the base."""
+    if model is None or model == str(base.path):
+        return True
+    return model.lower() in (base.id.lower(), base.id.rsplit("/", 1)[-1].lower(), "default")

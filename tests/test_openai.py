@@ -1,0 +1,510 @@
+"""/v1 as OpenAI's own client sees it, over a socket."""
+
+import asyncio
+import json
+import random
+import resource
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import mlx.core as mx
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from mlx_segtrain.serving import app as application
+from mlx_segtrain.serving import engine as module
+from mlx_segtrain.serving.engine import Engine
+from mlx_segtrain.serving.guard import Outside
+from mlx_segtrain.serving.openai import router
+from test_serving_engine import END, Alone, write_adapters, write_lively
+
+NEVER_ENDS = {"logit_bias": {str(END): -100}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("openai")
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+    model = write_lively(folder / "ORG-Model")
+    return Alone(model, write_adapters(folder, model))
+
+
+class Server:
+    """The routes over an engine, at a port of this machine."""
+
+    def __init__(self, folder, policy="serve"):
+        self.engine, self.trains, self.folder = Engine(), False, folder
+
+        async def available():
+            return [
+                {**dict.fromkeys(("scale", "base_model")), "id": "a", "path": "/a", "rank": 2}
+                | {"mounted": False}
+            ]
+
+        app = FastAPI()
+        app.include_router(
+            router(self.engine, lambda: self.trains, policy, self.resolve, available)
+        )
+        application._add_errors(app)
+        self.app = app
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def resolve(self, text):
+        path = (self.folder / text).resolve()
+        if not path.is_relative_to(self.folder):
+            raise Outside(f"{path} lies outside.")
+        return path
+
+    def mount(self, *names):
+        for name in names:
+            answer = self.http.post("/v1/adapters", json={"id": name, "path": name})
+            assert answer.status_code == 200, answer.text
+
+    def call(self, fn):
+        return asyncio.run(self.engine.call(fn))
+
+    def idle(self, within_s=5.0):
+        """Waits until nothing generates."""
+        end = time.monotonic() + within_s
+        while self.engine._active or self.engine._waiting:
+            assert time.monotonic() < end, "a sequence goes on for nobody"
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(folder, model=None, **how):
+    server = Server(folder, **how)
+    if model:
+        asyncio.run(server.engine.load(model))
+    yield server
+    server.http.close()
+    server.server.should_exit = True
+    server.thread.join()
+    server.engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(folder, said):
+    with serving(folder, said.model) as server:
+        server.mount("a", "b", "c", "dora", "ab")
+        yield server
+
+
+HELLO = [{"role": "user", "content": "Hello, who are you?"}]
+
+
+def chat_tokens(said, messages=HELLO):
+    return said.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def ask(server, adapter=None, n=16, messages=HELLO, **more):
+    extra = {"adapter": adapter} if adapter is not None else {}
+    return server.client.chat.completions.create(
+        model="ORG-Model", messages=messages, max_tokens=n, extra_body=extra, **more
+    )
+
+
+def test_chat(server, said):
+    tokens = chat_tokens(said)
+    for adapter in (None, "none", "", "a", "b", "dora"):
+        answer = ask(server, adapter)
+        name = adapter if adapter not in (None, "none", "") else None
+        made = said.tokens(tokens, name, 16)
+        assert answer.choices[0].message.content == said(tokens, name, 16)
+        assert answer.choices[0].finish_reason == ("stop" if made[-1] == END else "length")
+        assert answer.model == "ORG-Model" and answer.adapter == name
+        usage = answer.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
+        assert usage.total_tokens == len(tokens) + len(made)
+    assert ask(server, "b").usage.prompt_tokens_details.cached_tokens == len(tokens) - 2
+
+
+def test_stream(server, said):
+    wanted = said(chat_tokens(said), "a", 30)
+    chunks = list(ask(server, "a", 30, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    texts = [c.choices[0].delta.content or "" for c in chunks[:-1]]
+    assert "".join(texts) == wanted and sum(map(bool, texts)) > 20
+    finishes = [c.choices[0].finish_reason for c in chunks[:-1]]
+    assert set(finishes[:-1]) == {None} and finishes[-1] in ("stop", "length")
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 30
+    assert all(c.usage is None for c in chunks[:-1])
+    assert {c.id for c in chunks} == {chunks[0].id} and chunks[0].adapter == "a"
+
+
+def test_stream_as_it_is_on_the_wire(server):
+    body = {"messages": HELLO, "stream": True, "max_tokens": 2}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""] and "\r" not in answer.text
+    assert all("usage" not in json.loads(e.removeprefix("data: ")) for e in events[:-2])
+
+
+def test_completions(server, said):
+    text = "The adapter says"
+    tokens = said.tokenizer.encode(text)
+    wanted = said(tokens, "b", 16)
+    for prompt in (text, [text], tokens, [tokens]):
+        answer = server.client.completions.create(
+            model="default", prompt=prompt, extra_body={"adapter": "b"}
+        )
+        assert answer.choices[0].text == wanted and answer.object == "text_completion"
+    stream = server.client.completions.create(
+        model="default", prompt=text, stream=True, extra_body={"adapter": "b"}
+    )
+    assert "".join(chunk.choices[0].text for chunk in stream) == wanted
+
+
+def test_messages_of_every_form(server, said):
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}],
+        },
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "Again", "name": "me"},
+    ]
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Again"},
+    ]
+    answer = ask(server, messages=turns, user="me", store=True, metadata={"x": "y"})
+    assert answer.choices[0].message.content == said(chat_tokens(said, plain), None, 16)
+
+
+def test_a_stack_equals_the_merged_adapter(server, said):
+    texts = {ask(server, name, 24).choices[0].message.content for name in ("a+b", "a,b", "ab")}
+    assert texts == {said(chat_tokens(said), "ab", 24)}
+    assert ask(server, "a,b").adapter == "a+b"
+
+
+def test_the_adapter_as_model(server, said):
+    for model, adapter in (("a", None), ("a", "a")):
+        answer = server.client.chat.completions.create(
+            model=model,
+            messages=HELLO,
+            max_tokens=16,
+            extra_body={} if adapter is None else {"adapter": adapter},
+        )
+        assert answer.choices[0].message.content == said(chat_tokens(said), "a", 16)
+        assert answer.model == "a"
+
+
+def test_names_of_the_model(server, said):
+    for model in ("ORG-Model", "org-model", "default", str(said.model), None):
+        body = {"messages": HELLO, "max_tokens": 1, "model": model}
+        assert server.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_models(server):
+    models = {model.id: model for model in server.client.models.list()}
+    assert list(models) == ["ORG-Model", "a", "b", "c", "dora", "ab"]
+    assert models["ORG-Model"].parent is None and models["a"].parent == "ORG-Model"
+    assert server.client.models.retrieve("a").id == "a"
+    assert server.client.models.retrieve("default").id == "ORG-Model"
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("ORG/other")
+
+
+CHAT = {"messages": HELLO, "max_tokens": 1}
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+BAD_CHATS = [
+    ({"adapter": "nobody"}, "adapter 'nobody' is not mounted"),
+    ({"adapter": "a+dora"}, "'dora' is a DoRA adapter"),
+    ({"model": "a", "adapter": "b"}, "model names the adapter 'a', and adapter is 'b'"),
+    ({"tools": [{"type": "function"}]}, "tools: "),
+    ({"tool_choice": "required"}, "tool_choice: "),
+    ({"functions": [{"name": "f"}]}, "functions: "),
+    ({"response_format": {"type": "json_object"}}, "response_format: "),
+    ({"n": 2}, "n: "),
+    ({"logprobs": True}, "logprobs: "),
+    ({"logprobs": 0}, "logprobs: "),
+    ({"top_logprobs": 3}, "top_logprobs: "),
+    ({"messages": IMAGE}, "messages.0.content: the model reads text, not 'image_url'"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content is missing"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [HELLO[0] | {"tool_calls": [1]}]}, "messages.0.tool_calls: "),
+    ({"messages": []}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 2}, "top_p"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"stop": ""}, "stop"),
+    ({"stop": list("abcde")}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"999": 1}}, "logit_bias: 999 is no token"),
+    ({"seed": 2**70}, "seed"),
+    ({"stream": "yes"}, "stream"),
+    ({"messages": [{"role": "user", "content": "x" * 20_001}]}, "was made for 20000"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), BAD_CHATS, ids=str)
+def test_bad_chats(server, change, says):
+    check(server.http.post("/v1/chat/completions", json=CHAT | change), 400, says)
+
+
+def check(answer, status, says):
+    """OpenAI's form, and one sentence."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "code"} and "\n" not in error["message"]
+    assert says in error["message"]
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt: 2 prompts"),
+        ({"prompt": ""}, "the prompt has no tokens"),
+        ({"prompt": []}, "the prompt has no tokens"),
+        ({"prompt": [5, 300]}, "prompt: 300 is no token"),
+        ({"prompt": [-1]}, "prompt: -1 is no token"),
+        ({"prompt": {}}, "prompt"),
+        ({"echo": True}, "echo: "),
+        ({"suffix": "x"}, "suffix: "),
+        ({"best_of": 2}, "best_of: "),
+        ({"logprobs": 5}, "logprobs: "),
+    ],
+    ids=str,
+)
+def test_bad_completions(server, change, says):
+    check(server.http.post("/v1/completions", json={"prompt": "x"} | change), 400, says)
+
+
+def test_bodies_that_are_none(server):
+    for body in (b"", b"{", b"[]", b"null", b'"x"', b"\xff"):
+        answer = server.http.post(
+            "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+        )
+        check(answer, 400, "")
+
+
+def test_a_model_that_is_not_served(server):
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.client.chat.completions.create(model="gpt-4", messages=HELLO)
+    assert caught.value.code == "model_not_found" and "'gpt-4'" in str(caught.value)
+
+
+def test_templates(folder, said):
+    with serving(folder, said.model) as server:
+        tokenizer = server.engine.base.tokenizer
+        tokenizer._tokenizer.chat_template = "{{ raise_exception('first the user, please') }}"
+        answer = server.http.post("/v1/chat/completions", json=CHAT)
+        check(answer, 400, "the chat template of ORG-Model says: first the user, please")
+        tokenizer.has_chat_template = False
+        check(server.http.post("/v1/chat/completions", json=CHAT), 400, "/v1/completions")
+
+
+# Adapters
+
+
+def test_adapter_routes(folder, said, tmp_path):
+    with serving(folder, said.model) as server:
+        http = server.http
+        assert http.get("/v1/adapters").json() == {"adapters": []}
+        answer = http.post("/v1/adapters", json={"id": "a", "path": "a"})
+        mounted = server.engine.adapters["a"]
+        n = mounted.mounted_layers
+        assert answer.json() == {"id": "a", "mounted_layers": n, "rank": 2, "scale": 1.0}
+        # What is mounted stays.
+        assert http.post("/v1/adapters", json={"id": "a", "path": "b"}).json() == answer.json()
+        (row,) = http.get("/v1/adapters").json()["adapters"]
+        assert row == {
+            **answer.json(),
+            "path": str(folder / "a"),
+            "size_bytes": mounted.size_bytes,
+        }
+        (row,) = http.get("/v1/adapters/available").json()["adapters"]
+        assert row["id"] == "a" and row["scale"] is None
+        shutil.copytree(folder / "a", folder / "broken")
+        (folder / "broken" / "adapters.safetensors").write_bytes(b"")
+        for body, status, says in [
+            ({"id": "x", "path": "nowhere"}, 400, "is not a folder"),
+            ({"id": "x", "path": "broken"}, 400, "adapters.safetensors"),
+            ({"id": "x", "path": "../../etc"}, 403, "lies outside"),
+            ({"id": "a+b", "path": "a"}, 400, "cannot name an adapter"),
+            ({"id": "x"}, 400, "path"),
+            ({"path": "a"}, 400, "id"),
+            ({"id": 1, "path": "a"}, 400, "id"),
+        ]:
+            check(http.post("/v1/adapters", json=body), status, says)
+        assert list(server.engine.adapters) == ["a"]
+        assert http.delete("/v1/adapters/a").json() == {"id": "a", "removed_layers": n}
+        check(http.delete("/v1/adapters/a"), 404, "adapter a not mounted")
+        check(http.delete("/v1/adapters/a%2Fb"), 404, "adapter a/b not mounted")
+
+
+def test_remounting_under_the_same_id(folder, said):
+    """Prompts that were kept are of the weights, not of the name."""
+    with serving(folder, said.model) as server:
+        for name in ("a", "b", "a"):
+            server.http.post("/v1/adapters", json={"id": "x", "path": name})
+            for _ in range(2):
+                content = ask(server, "x").choices[0].message.content
+                assert content == said(chat_tokens(said), name, 16)
+            server.http.delete("/v1/adapters/x")
+
+
+def test_unmounting_under_a_stream(folder, said):
+    with serving(folder, said.model) as server:
+        server.mount("a")
+        stream = ask(server, "a", 150, stream=True, **NEVER_ENDS)
+        text = next(c.choices[0].delta.content for c in stream if c.choices[0].delta.content)
+        assert server.http.delete("/v1/adapters/a").status_code == 200
+        assert server.engine._active  # else there is nothing to see here
+        check(server.http.post("/v1/completions", json={"prompt": "x", "adapter": "a"}), 400, "a")
+        text += "".join(c.choices[0].delta.content or "" for c in stream)
+        assert text == said(chat_tokens(said), "a", 150, goes_on=True)
+
+
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+
+def test_swaps_under_load(server, said):
+    """Eight clients and three adapters: over 100 requests, each with its own answer."""
+    names = ["a", "b", "c", None]
+    prompts = [[{"role": "user", "content": f"Tell me about {x}"}] for x in ("you", "it")]
+    jobs = [(name, i) for name in names for i in range(2)]
+    wanted = {(n, i): said(chat_tokens(said, prompts[i]), n, 12) for n, i in jobs}
+    assert len(set(wanted.values())) == 8
+
+    def one(job):
+        answer = ask(server, job[0] or "none", 12, prompts[job[1]])
+        return job, answer.choices[0].message.content
+
+    swaps = 0
+    linears = server.engine._linears
+    put_in = linears.put_in
+
+    def counted(selected):
+        nonlocal swaps
+        swaps += selected.key != linears.key
+        put_in(selected)
+
+    def load(n):
+        order = jobs * n
+        random.Random(n).shuffle(order)
+        with ThreadPoolExecutor(8) as pool:
+            for job, text in pool.map(one, order):
+                assert text == wanted[job], job
+        return server.call(lambda: (mx.clear_cache(), mx.get_active_memory())[1]), rss()
+
+    linears.put_in = counted
+    try:
+        active, resident = load(4)
+        later, much_later = load(13)
+    finally:
+        del linears.put_in
+    assert swaps > 100
+    assert later - active < 1 << 20 and much_later - resident < 24 << 20
+    assert len(server.engine._prompts) <= module.MOST_PROMPTS
+    server.idle()
+
+
+def test_seeds_under_load(server):
+    def one(seed):
+        answer = ask(server, "a", 20, temperature=1.0, seed=seed)
+        return answer.choices[0].message.content
+
+    alone = [one(seed) for seed in range(6)]
+    assert len(set(alone)) == 6
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(one, range(6))) == alone
+
+
+def test_clients_that_go_free_their_place(server):
+    """An answer of 15,000 tokens would take a minute."""
+    stream = ask(server, "a", 15_000, stream=True, **NEVER_ENDS)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    assert server.engine._active
+    stream.close()
+    server.idle()
+    body = CHAT | NEVER_ENDS | {"max_tokens": 15_000}
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/v1/chat/completions", json=body, timeout=0.5)
+    server.idle()
+
+
+def test_too_many_at_once(server, monkeypatch):
+    monkeypatch.setattr(module, "MOST_ACTIVE", 1)
+    monkeypatch.setattr(module, "MOST_WAITING", 0)
+    answer = server.http.post("/v1/chat/completions", json=CHAT)
+    assert check(answer, 429, "wait already")["code"] == "busy"
+    assert answer.headers["retry-after"] == "5"
+
+
+def test_failures(server, monkeypatch):
+    def sampler(options):
+        raise RuntimeError("[malloc] Unable to allocate" if options.seed == 1 else "a bug")
+
+    monkeypatch.setattr(module, "sampler", sampler)
+    answer = server.http.post("/v1/chat/completions", json=CHAT | {"seed": 1})
+    check(answer, 503, "too little memory")
+    check(server.http.post("/v1/chat/completions", json=CHAT), 500, "RuntimeError: a bug")
+    with pytest.raises(openai.APIError, match="a bug"):  # where the status is out already
+        list(ask(server, stream=True))
+    monkeypatch.undo()
+    ask(server)
+
+
+def test_no_model_and_a_job_that_trains(folder, said):
+    with serving(folder, policy="refuse") as server:
+        for path, body in [
+            ("chat/completions", CHAT),
+            ("completions", {"prompt": "x"}),
+            ("adapters", {"id": "a", "path": "a"}),
+        ]:
+            error = check(server.http.post(f"/v1/{path}", json=body), 503, "no model is loaded")
+            assert error["code"] == "no_model"
+        assert server.http.get("/v1/models").json() == {"object": "list", "data": []}
+        asyncio.run(server.engine.load(said.model))
+        assert ask(server).choices
+        server.trains = True
+        answer = server.http.post("/v1/chat/completions", json=CHAT)
+        check(answer, 503, "a job trains")
+        assert answer.headers["retry-after"] == "30"
+        assert server.http.get("/v1/models").json()["data"]
+
+
+def test_the_document(server):
+    paths = server.app.openapi()["paths"]
+    routes = {(p, m) for p, methods in paths.items() for m in methods if p.startswith("/v1")}
+    assert len(routes) == 8
+    for path, method in routes:
+        responses = paths[path][method]["responses"]
+        assert "422" not in responses and "$ref" in str(responses["200"]), path
+        for status, response in responses.items():
+            if status != "200":
+                assert response["content"]["application/json"]["schema"] == {
+                    "$ref": "#/components/schemas/Error"
+                }
+    chat = paths["/v1/chat/completions"]["post"]["responses"]
+    assert set(chat) == {"200", "400", "404", "413", "429", "500", "503", "4XX"}
+    assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
