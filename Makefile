@@ -19,7 +19,7 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
 
-test: $(VENV)/tools ## Run the tests
+test: $(VENV)/tools $(VENV)/browser ## Run the tests
 	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/tools ## Check format, style and types
@@ -57,6 +57,16 @@ $(VENV)/installed: $(VENV)/made $(SOURCES)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	$(PIP) install --quiet '.[$(CPU)]'
 	@touch $@
+
+# The tests of the page look at it with a browser: one that is there, else Debian's.
+$(VENV)/browser: $(VENV)/made
+	@for name in chromium chromium-browser google-chrome; do \
+	  command -v $$name >/dev/null && exec touch $@; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing chromium" && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium \
+	    fonts-dejavu-core >/dev/null && touch $@; \
+	else echo "No chromium: the tests of the page will be skipped (install it to run them)"; fi
 
 # With what tests and checks need: the peers that we compare with are large.
 $(VENV)/tools: $(VENV)/made $(SOURCES)

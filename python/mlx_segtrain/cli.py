@@ -168,6 +168,43 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     add_commands(command)
 
+    added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
+    added.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL", help="its folder")
+    added.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="adapter of requests that name none"
+    )
+    added.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on. Default: 127.0.0.1."
+    )
+    added.add_argument("--port", type=_count(0), default=8090, metavar="N", help="default: 8090")
+    added.add_argument(
+        "--token",
+        metavar="TEXT",
+        help="what clients must know; needed on other addresses. Default: $MLX_SEGTRAIN_TOKEN.",
+    )
+    added.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder below which clients may name paths; may be repeated. Default: this folder and "
+        "the Hugging Face cache, besides our own.",
+    )
+    added.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this machine that browsers may use; may be repeated",
+    )
+    added.add_argument(
+        "--while-training",
+        choices=("serve", "refuse"),
+        default="serve",
+        help="what to do with requests while a job computes. Default: serve.",
+    )
+
     added = command("doctor", _doctor, "check and time the kernels on this device")
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -271,12 +308,13 @@ def _temperature(text: str) -> float:
 
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
+    from mlx_segtrain.curves import draw_run
     from mlx_segtrain.terminal import Terminal, duration
     from mlx_segtrain.training import train
 
     with Terminal() as show:
         result = train(config, show)
-        _draw(config, result)
+        draw_run(config, lambda message: print(message, file=sys.stderr))
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
@@ -300,18 +338,6 @@ def _train(args: argparse.Namespace) -> int:
     print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
     print(f"    or: mlx_lm.generate --model {model} --adapter-path {adapter} --prompt …")
     return 130 if result.interrupted else 0
-
-
-def _draw(config: TrainConfig, result: Any) -> None:
-    """Loss curves beside the log; a run is not lost for want of a picture."""
-    from mlx_segtrain.curves import draw
-
-    title = f"{config.model_dir.name} on {config.data_dir.name}"
-    unit = "nats per token" if config.method == "sft" else "per pair"
-    try:
-        draw(result.adapter_path / "metrics.jsonl", title, unit)
-    except Exception as error:
-        print(f"the loss curves cannot be drawn ({error})", file=sys.stderr)
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -459,6 +485,30 @@ def _prompt(args: argparse.Namespace) -> str:
     if not text.strip():
         raise InputError("the prompt is empty")
     return text
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from mlx_segtrain.serving import app
+        from mlx_segtrain.serving.settings import Settings
+    except ImportError as error:
+        raise InputError(
+            f"serve needs packages that are not installed ({error.name}): pip install "
+            '"mlx-segtrain[serve]".'
+        ) from None
+    app.run(
+        Settings(
+            model_dir=args.model_dir,
+            adapter=args.adapter,
+            host=args.host,
+            port=args.port,
+            token=args.token or os.environ.get("MLX_SEGTRAIN_TOKEN") or None,
+            roots=tuple(args.root),
+            allow_hosts=tuple(args.allow_host),
+            while_training=args.while_training,
+        )
+    )
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

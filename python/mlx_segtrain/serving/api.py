@@ -1,0 +1,281 @@
+"""/api: training, data, models and jobs. The contract of docs/http.md, as thin as it can be."""
+
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.routing import APIRoute
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from .. import __version__
+from ..errors import InputError
+from ..events import now
+from .forms import (
+    Answer,
+    DataRow,
+    DatasetsAnswer,
+    Defaults,
+    EvaluateRequest,
+    Export,
+    Exported,
+    FinetuneSubmit,
+    FoldSubmitted,
+    HasHfToken,
+    Health,
+    HfToken,
+    InspectDataset,
+    Inspected,
+    JobAnswer,
+    JobRow,
+    JobsAnswer,
+    Merge,
+    Merged,
+    ModelRow,
+    ModelsAnswer,
+    Planned,
+    PlanRequest,
+    Problem,
+    Push,
+    Pushed,
+    Served,
+    ServeModel,
+    Stats,
+    Submitted,
+    rows_of_fields,
+)
+from .service import Service
+from .store import Row
+
+#: Seconds after which a client that takes nothing of a stream is let go.
+PATIENCE_S = 30
+
+
+class Commented(Request):
+    """A request whose JSON may have // comments, as people write it in a shell."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            text = (await self.body()).decode("utf-8", "replace")
+            try:
+                self._json = json.loads(text)
+            except json.JSONDecodeError:
+                self._json = json.loads(_COMMENT.sub(lambda found: found[1] or "", text))
+        return self._json
+
+
+#: A string, which stays, or a comment to the end of its line.
+_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*')
+
+
+class Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def with_comments(request: Request) -> Response:
+            return await handle(Commented(request.scope, request.receive))
+
+        return with_comments
+
+
+def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """How a route may fail, besides what any may."""
+    common = (400, 401, 403, 408, 413, 422, 500)
+    return {code: {"model": Problem} for code in sorted({*common, *codes})}
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(route_class=Route)
+    jobs = service.jobs
+
+    def shown(row: Row) -> JobRow:
+        values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
+        result = json.loads(row.result_json) if row.result_json else None
+        return JobRow(**values, result=result, log_path=str(jobs.log(row.id)))
+
+    def found(id: str) -> Row:
+        try:
+            return jobs.get(id)
+        except KeyError:
+            raise NotFound("job not found") from None
+
+    def submitted(row: Row, **more: Any) -> dict[str, Any]:
+        return {"ok": True, "job_id": row.id, "jobId": row.id, **more}
+
+    async def result(row: Row) -> dict[str, Any]:
+        """Of a job that is waited for; what it failed of is the request's fault."""
+        end = await jobs.ended(row.id)
+        if end.status != "done":
+            raise InputError(end.error or f"{row.id} was {end.status}.")
+        return json.loads(end.result_json or "null")
+
+    @routes.get("/healthz", tags=["server"], responses=problems())
+    async def health() -> Health:
+        """The server is up."""
+        base = service.engine.base
+        model = None if base is None else base.id
+        return Health(version=__version__, model=model, training=jobs.training)
+
+    @routes.get("/api/models", tags=["models and data"], responses=problems())
+    async def models() -> ModelsAnswer:
+        """Models below the roots."""
+        return ModelsAnswer(models=[ModelRow(**vars(model)) for model in await service.models()])
+
+    @routes.post("/api/models/serve", tags=["models and data"], responses=problems())
+    async def serve(body: ServeModel) -> Served:
+        """Loads a model for /v1, in the place of the one that is served."""
+        base = await service.serve(body.model_dir)
+        return Served(id=base.id, path=str(base.path))
+
+    @routes.get("/api/datasets", tags=["models and data"], responses=problems())
+    async def datasets() -> DatasetsAnswer:
+        """Folders with train.jsonl below the roots."""
+        found = await service.datasets()
+        return DatasetsAnswer(datasets=[DataRow(**vars(own)) for own in found])
+
+    @routes.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
+    async def inspect_dataset(body: InspectDataset) -> Inspected:
+        """What a data set trains, token by token for its first rows; its faults are told here."""
+        report = await service.inspect(**body.model_dump())
+        values = {**asdict(report), "format": report.format or "unknown"}
+        return Inspected(**values)
+
+    @routes.get("/api/finetune/defaults", tags=["training"], responses=problems())
+    async def defaults() -> Defaults:
+        """Every field of a run, with what it takes and its default."""
+        return Defaults(fields=rows_of_fields())
+
+    @routes.post("/api/finetune/plan", tags=["training"], responses=problems())
+    async def plan(body: PlanRequest) -> Planned:
+        """Whether a run fits this machine; loads nothing."""
+        return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
+
+    @routes.post("/api/finetune/submit", tags=["training"], responses=problems(409, 429))
+    async def submit(body: FinetuneSubmit) -> Submitted:
+        """A training run, as a job."""
+        row = service.submit(body.model_dump(exclude_unset=True))
+        return Submitted(**submitted(row, adapter_path=row.output_path))
+
+    @routes.post("/api/finetune/evaluate", tags=["training"], responses=problems(409, 429))
+    async def evaluate(body: EvaluateRequest) -> Submitted:
+        """Loss and perplexity on a split, with an adapter or without, as a job."""
+        values = body.model_dump(exclude_unset=True)
+        row = service.evaluate(values, values.pop("split", "valid"))
+        return Submitted(**submitted(row))
+
+    @routes.post("/api/finetune/merge", tags=["adapters"], responses=problems(409, 429))
+    async def merge(body: Merge) -> Merged | FoldSubmitted:
+        """Two adapters to one, exactly; or one into its base's weights, as a job."""
+        if body.model_dir is not None and body.adapter_path is not None:
+            how = {"dequantize": body.dequantize, "bits": body.bits, "dtype": body.dtype}
+            row = service.fold(body.model_dir, body.adapter_path, body.output_dir, **how)
+            return FoldSubmitted(**submitted(row, output_dir=row.output_path))
+        sources = [body.adapter_a or "", body.adapter_b or ""]
+        row = service.merge(sources, body.scales, body.output_dir)
+        made = await result(row)
+        stats = Stats(
+            layersMerged=made["linears_in_all"],
+            layersOnlyInOne=made["linears_in_some"],
+            totalKeysOut=2 * made["linears"],
+            sources=sources,
+            scales=body.scales or [1.0, 1.0],
+        )
+        return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
+
+    @routes.post("/api/finetune/export", tags=["adapters"], responses=problems(409, 429))
+    async def export(body: Export) -> Exported:
+        """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
+        row = service.export(**body.model_dump())
+        made = await result(row)
+        return Exported(job_id=row.id, export_path=made["path"], manifest=made)
+
+    @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409, 429))
+    async def push(body: Push) -> Pushed:
+        """An adapter, or another folder, to the Hugging Face hub."""
+        source = body.source_path
+        if body.job_id is not None:
+            source = found(body.job_id).output_path
+        if source is None:
+            raise InputError("give source_path, or the job_id of a job that wrote a folder.")
+        row = service.push(body.repo_id, source, body.private)
+        return Pushed(job_id=row.id, url=(await result(row))["url"])
+
+    @routes.get("/api/settings/hf-token", tags=["server"], responses=problems())
+    async def has_hf_token() -> HasHfToken:
+        """Whether there is a token of the hub; nobody is told which."""
+        return HasHfToken(hasToken=service.has_hf_token)
+
+    @routes.post("/api/settings/hf-token", tags=["server"], responses=problems())
+    async def set_hf_token(body: HfToken) -> Answer:
+        """Sets the token of the hub for as long as the server runs; it is written nowhere."""
+        jobs.environment["HF_TOKEN"] = body.token
+        return Answer()
+
+    @routes.get("/api/jobs", tags=["jobs"], responses=problems())
+    async def list_jobs(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50, kind: str | None = None
+    ) -> JobsAnswer:
+        """The last jobs of the queue first."""
+        return JobsAnswer(jobs=[shown(row) for row in jobs.store.newest(limit, kind)])
+
+    @routes.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
+    async def job(id: str) -> JobAnswer:
+        return JobAnswer(job=shown(found(id)))
+
+    @routes.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
+    async def cancel(id: str) -> JobAnswer:
+        """Ends a job; a run keeps its last finished step."""
+        found(id)
+        return JobAnswer(job=shown(jobs.cancel(id)))
+
+    @routes.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409, 429))
+    async def resume(id: str) -> JobAnswer:
+        """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+        found(id)
+        return JobAnswer(job=shown(jobs.resume(id)))
+
+    @routes.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
+    async def delete(id: str) -> Answer:
+        """Forgets a job that has ended, and its log; what it wrote stays."""
+        found(id)
+        jobs.remove(id)
+        return Answer()
+
+    @routes.get(
+        "/api/jobs/{id}/stream",
+        tags=["jobs"],
+        response_class=EventSourceResponse,
+        responses={**problems(), 200: {"content": {"text/event-stream": {}}}},
+    )
+    async def stream(
+        id: str,
+        after: Annotated[int, Query(ge=0, description="Events behind the one with this id.")] = 0,
+        last_event_id: Annotated[str | None, Header()] = None,
+    ) -> EventSourceResponse:
+        """A job's events, from the first or behind one, until it has ended; then `event: end`."""
+        if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
+            after = int(last_event_id)
+        return EventSourceResponse(
+            _frames(service, id, after), sep="\n", send_timeout=PATIENCE_S, ping=15
+        )
+
+    return routes
+
+
+class NotFound(Exception):
+    """404, with its sentence."""
+
+
+async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+    yield ServerSentEvent(retry=1500, sep="\n")
+    try:
+        service.jobs.get(id)
+    except KeyError:
+        failed = {"type": "failed", "error": "job not found", "ts": now()}
+        yield ServerSentEvent(json.dumps(failed), sep="\n")
+    else:
+        async for place, frame in service.jobs.follow(id, after):
+            yield ServerSentEvent(frame, id=str(place), sep="\n")
+    yield ServerSentEvent("{}", event="end", sep="\n")

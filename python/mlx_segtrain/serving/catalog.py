@@ -1,0 +1,132 @@
+"""What lies below the roots: models, data sets, adapters. Nothing is loaded, little is read."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapters import discovery
+from ..adapters.folder import bare
+from ..errors import InputError
+from ..planning.shapes import read_shape
+
+#: Folders below a root that are looked into, and how many at most.
+DEPTH, MOST = 6, 20_000
+#: Of a repository in the Hugging Face cache.
+HUB = re.compile(r"models--([^/]+?)--([^/]+)")
+#: Folders that hold no data of a user's.
+PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk. `bits` of most of its weights; `fast`: over our own ops."""
+
+    id: str
+    path: str
+    family: str
+    fast: bool
+    bits: int | None
+    size_bytes: int
+    parameters: int
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """A folder with train.jsonl."""
+
+    path: str
+    size_bytes: int
+    has_valid: bool
+
+
+def model_id(path: Path) -> str:
+    """ORG/NAME of a repository in the Hugging Face cache, else the folder's name."""
+    found = HUB.search(str(path))
+    return f"{found[1]}/{found[2]}" if found else path.name
+
+
+def models(roots: Sequence[Path]) -> list[Model]:
+    """By name; what cannot be read as a model is passed over."""
+    found = {}
+    for place, files in _folders(roots):
+        if {"config.json", "tokenizer_config.json"} <= files and place not in found:
+            try:
+                found[place] = look(place)
+            except InputError:
+                continue
+    return sorted(found.values(), key=lambda model: (model.id.lower(), model.path))
+
+
+def look(path: Path) -> Model:
+    """InputError if the folder is no model's."""
+    shape = read_shape(path)
+    bits = list(shape.bits.values())
+    n = sum(
+        _product(shape.widths.get(name.removesuffix(".weight"), size))
+        for name, (_, size) in shape.tensors.items()
+        if name.endswith(".weight")
+    )
+    return Model(
+        id=model_id(path),
+        path=str(path),
+        family=shape.family,
+        fast=shape.fast,
+        bits=max(set(bits), key=bits.count) if bits else None,
+        size_bytes=sum(file.stat().st_size for file in path.glob("model*.safetensors")),
+        parameters=n,
+        max_length=shape.max_length,
+    )
+
+
+def datasets(roots: Sequence[Path]) -> list[DataFolder]:
+    """By path."""
+    found = {}
+    for place, files in _folders(roots):
+        if "train.jsonl" in files:
+            size = (place / "train.jsonl").stat().st_size
+            found[place] = DataFolder(str(place), size, "valid.jsonl" in files)
+    return [found[place] for place in sorted(found)]
+
+
+def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
+    """Those that can be read, and that `base`, if there is one, can take: by path."""
+    shape = None if base is None else read_shape(base)
+    found = {}
+    for place, files in _folders(roots):
+        if {"adapters.safetensors", "adapter_model.safetensors"} & files:
+            own = discovery.look(place, shape)
+            if own.fault is None and own.fits is not False and place not in found:
+                found[place] = own
+    return [found[place] for place in sorted(found)]
+
+
+def is_of(adapter: discovery.Found, base: Path) -> bool:
+    """Whether an adapter names this base, in any spelling, or none."""
+    name = model_id(Path(adapter.base)).rpartition("/")[2].lower()
+    return not adapter.base or bare(name) == model_id(base).rpartition("/")[2].lower()
+
+
+def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
+    """Folders and the names of their files; links to folders are not followed."""
+    seen: set[Path] = set()
+    for root in roots:
+        for name, folders, files in os.walk(root):
+            place = Path(name)
+            if place in seen or len(seen) >= MOST:  # a root within another
+                folders.clear()
+                continue
+            seen.add(place)
+            deep = len(place.relative_to(root).parts) >= DEPTH
+            hidden = [x for x in folders if x.startswith(".") or x in PASSED]
+            folders[:] = [] if deep else sorted(set(folders) - set(hidden))
+            yield place, set(files)
+
+
+def _product(shape: Sequence[int]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

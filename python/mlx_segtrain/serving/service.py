@@ -1,0 +1,284 @@
+"""What the API and the page both do: paths and configurations checked, then jobs and plans."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..adapters import holds_run
+from ..adapters.discovery import Found
+from ..config import TrainConfig, load_config
+from ..data import Report, inspect
+from ..errors import InputError, NoRoom
+from ..planning import report as plan_report
+from ..planning.run import full_batch, plan_run
+from . import catalog
+from .engine import Engine
+from .guard import Roots
+from .jobs import Full, Jobs
+from .mounting import Base
+from .settings import Settings
+from .store import Row
+
+#: Fields of a configuration that are paths.
+PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")
+#: Fields that the command line alone has: a client of the server must not run commands.
+OWN = {"eval_command": "it runs a command, which the command line alone may"}
+#: Jobs that a server takes at once, and how many more each minute.
+BURST, PER_MINUTE = 60, 60
+
+
+class Fault(InputError):
+    """A field that is wrong: its name, what it was, what is allowed."""
+
+    def __init__(self, message: str, field: str | None, value: Any = None, allowed: str = ""):
+        super().__init__(message)
+        self.field, self.value, self.allowed = field, value, allowed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a run fits: in a sentence, and with all that the planner says if it does."""
+
+    fits: bool
+    message: str
+    plan: dict[str, Any] | None
+
+
+class Service:
+    """A server's folders, jobs and model."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.roots = Roots(settings.folders)
+        self.jobs = Jobs(settings.store)
+        self.engine = Engine()
+        self.tokens, self.refilled = float(BURST), time.monotonic()
+
+    async def start(self) -> None:
+        await self.jobs.start()
+        if self.settings.model_dir is not None:
+            await self.engine.load(self.settings.model_dir)
+        if self.settings.adapter is not None:
+            path = self.settings.adapter
+            self.engine.default = (await self.engine.mount(path.resolve().name, path)).id
+
+    async def close(self) -> None:
+        await self.jobs.close()
+        await asyncio.to_thread(self.engine.close)
+
+    # What there is
+
+    async def models(self) -> list[catalog.Model]:
+        return await asyncio.to_thread(catalog.models, self.roots.folders)
+
+    async def datasets(self) -> list[catalog.DataFolder]:
+        return await asyncio.to_thread(catalog.datasets, self.roots.folders)
+
+    async def adapters(self, base: Path | None = None) -> list[Found]:
+        """Those that fit the base; by default the one that is served."""
+        if base is None and self.engine.base is not None:
+            base = self.engine.base.path
+        return await asyncio.to_thread(catalog.adapters, self.roots.folders, base)
+
+    async def available(self) -> list[dict[str, Any]]:
+        """Adapters that the served model can take, as GET /v1/adapters/available lists them."""
+        base = self.engine.base
+        found = [] if base is None else await self.adapters()
+        mounted = {own.path for own in self.engine.adapters.values()}
+        return [
+            {
+                "id": own.path.name,
+                "path": str(own.path),
+                "rank": max(own.ranks, default=0),
+                "scale": own.scale,
+                "base_model": own.base or None,
+                "mounted": own.path in mounted,
+            }
+            for own in found
+            if base is not None and catalog.is_of(own, base.path)
+        ]
+
+    async def serve(self, model_dir: str | Path) -> Base:
+        """Loads a model in the place of the one that is served."""
+        return await self.engine.load(self.roots.resolve(model_dir))
+
+    # Before a run
+
+    def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
+        """As the command line checks it; paths lie under the roots. Fault, Outside, InputError."""
+        for name, why in OWN.items():
+            if values.get(name) is not None:
+                raise Fault(f"{name} is not taken: {why}.", name, values[name], "nothing")
+        try:
+            config = load_config(None, {**fill, **values})
+        except InputError as error:
+            raise Fault(str(error), None) from None
+        paths = {
+            name: self.roots.resolve(getattr(config, name))
+            for name in PATHS
+            if values.get(name) is not None
+        }
+        return config.model_copy(update=paths)
+
+    async def plan(self, values: Mapping[str, Any]) -> Plan:
+        """InputError for what is wrong, apart from a lack of memory."""
+        config = self.config(values, data_dir="unused", adapter_path="unused")
+        return await asyncio.to_thread(_plan, config)
+
+    async def inspect(
+        self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
+    ) -> Report:
+        """What a data set trains; what is wrong with it is in the report."""
+        place = self.roots.resolve(path)
+        base = None if model_dir is None else self.roots.resolve(model_dir)
+        return await asyncio.to_thread(_inspect, place, base, n_preview, how)
+
+    # Jobs
+
+    def submit(self, values: Mapping[str, Any]) -> Row:
+        """A training run."""
+        fill = {} if values.get("adapter_path") else {"adapter_path": self._new("adapter")}
+        given = {key: value for key, value in values.items() if value is not None}
+        config = self.config({**given, **fill})
+        _check_inputs(config, "train")
+        if holds_run(config.adapter_path) and not (config.overwrite or config.resume):
+            raise InputError(
+                f"adapter_path {config.adapter_path} already holds a run: give another folder, "
+                "resume or overwrite."
+            )
+        stated = config.model_dump(mode="json", include=set(given) | set(fill))
+        return self._submit("finetune", stated, config.adapter_path)
+
+    def fold(
+        self,
+        model_dir: str,
+        adapter_path: str,
+        output_dir: str | None = None,
+        *,
+        dequantize: bool = False,
+        bits: int | None = None,
+        dtype: str | None = None,
+    ) -> Row:
+        """An adapter into its base's weights."""
+        out = self._output(output_dir, "model")
+        values = {"model_dir": self._path(model_dir), "adapter_path": self._path(adapter_path)}
+        how = {"dequantize": dequantize, "bits": bits, "dtype": dtype}
+        return self._submit("fold", {**values, **how, "output_dir": str(out)}, out)
+
+    def merge(
+        self,
+        adapters: list[str],
+        scales: list[float] | None = None,
+        output_dir: str | None = None,
+    ) -> Row:
+        """Adapters to one."""
+        out = self._output(output_dir, "merged")
+        paths = [self._path(path) for path in adapters]
+        values = {"adapters": paths, "scales": scales, "output_dir": str(out)}
+        return self._submit("merge", values, out)
+
+    def export(
+        self,
+        adapter_path: str,
+        base_model: str | None = None,
+        method: str = "peft",
+        output_dir: str | None = None,
+    ) -> Row:
+        """An adapter as others read it."""
+        out = self._output(output_dir, "export")
+        base = None if base_model is None else self._path(base_model)
+        values = {"adapter_path": self._path(adapter_path), "base_model": base, "method": method}
+        return self._submit("export", {**values, "output_dir": str(out)}, out)
+
+    def evaluate(self, values: Mapping[str, Any], split: str = "valid") -> Row:
+        """Loss of a model, with an adapter or without."""
+        given = {key: value for key, value in values.items() if value is not None}
+        config = self.config(given, adapter_path="unused")
+        _check_inputs(config, split)
+        stated = config.model_dump(mode="json", include=set(given))
+        return self._submit("evaluate", {**stated, "split": split}, None)
+
+    def push(self, repo_id: str, source: str, private: bool) -> Row:
+        """A folder to the Hugging Face hub, with the token that was set, or the machine's own."""
+        if not self.has_hf_token:
+            raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
+        values = {"repo_id": repo_id, "source": self._path(source), "private": private}
+        return self._submit("push", values, None)
+
+    @property
+    def has_hf_token(self) -> bool:
+        from huggingface_hub import get_token
+
+        return "HF_TOKEN" in self.jobs.environment or get_token() is not None
+
+    def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
+        now = time.monotonic()
+        self.tokens = min(BURST, self.tokens + (now - self.refilled) * PER_MINUTE / 60)
+        self.refilled = now
+        if self.tokens < 1:
+            raise Full(f"more than {PER_MINUTE} jobs a minute are not taken: come back later.")
+        self.tokens -= 1
+        return self.jobs.submit(kind, values, output)
+
+    def _path(self, text: str) -> str:
+        path = self.roots.resolve(text)
+        if not path.is_dir():
+            raise InputError(f"{text} is not a folder: give one that is there.")
+        return str(path)
+
+    def _output(self, text: str | None, kind: str) -> Path:
+        out = self._new(kind) if text is None else self.roots.resolve(text)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is there already: give a new folder.")
+        return out
+
+    def _new(self, kind: str) -> Path:
+        """A folder in our own store that is not there yet."""
+        where = {"adapter": "adapters", "merged": "adapters"}.get(kind, f"{kind}s")
+        stamp = time.time_ns() // 1_000_000
+        taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}
+        while True:
+            path = self.settings.store.resolve() / where / f"{kind}-{stamp}"
+            if not path.exists() and str(path) not in taken:
+                return path
+            stamp += 1
+
+
+def _check_inputs(config: TrainConfig, split: str) -> None:
+    """What can be said before a job begins."""
+    if not (config.model_dir / "config.json").is_file():
+        raise InputError(f"model_dir {config.model_dir} holds no config.json: no model there.")
+    if not (config.data_dir / f"{split}.jsonl").is_file():
+        raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
+
+
+def _plan(config: TrainConfig) -> Plan:
+    try:
+        run = plan_run(config, full_batch(config))
+    except NoRoom as error:
+        return Plan(False, str(error), None)
+    found = plan_report.of(run)
+    if not found.predicted:
+        return Plan(True, found.plan, asdict(found))
+    peak, budget = found.peak / 1e9, found.budget / 1e9
+    text = f"fits: {peak:.1f} of {budget:.1f} GB, longest {found.longest:,} tokens"
+    return Plan(True, text, asdict(found))
+
+
+def _inspect(path: Path, base: Path | None, n_preview: int, how: Mapping[str, Any]) -> Report:
+    try:
+        tokenizer = None if base is None else _tokenizer(base)
+    except InputError as error:
+        return Report(ok=False, error=str(error))
+    return inspect(path, tokenizer, n_preview=n_preview, **how)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(base: Path) -> Any:
+    from ..models import load_tokenizer
+
+    return load_tokenizer(base)

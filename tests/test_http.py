@@ -1,0 +1,478 @@
+"""The HTTP contract, against a server as users have it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from mlx_segtrain.config import TrainConfig
+from served import Server, frames, write_place
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    place = write_place(tmp_path_factory.mktemp("server"))
+    with Server(place, place / "model") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def run(server):
+    """A run that is done: its job."""
+    return server.ended(server.submit(iters=4, steps_per_report=1, scale=20, learning_rate=0.01))
+
+
+def test_the_curl_lines_of_users(server, tmp_path):
+    """As documentation prints them: with comments, over several lines."""
+    body = """{
+      "model_dir": "/path/to/snapshot",
+      "data_dir": "/path/to/dataset",      // dir with train.jsonl (+ optional valid.jsonl)
+      "adapter_path": "/path/to/output-adapter",
+      "method": "sft", "rank": 16, "iters": 300, "learning_rate": 2e-4, "max_seq_length": 2048
+    }"""
+    for theirs, ours in (
+        ("/path/to/snapshot", server.cwd / "model"),
+        ("/path/to/dataset", server.cwd / "data"),
+        ("/path/to/output-adapter", server.cwd / "curled"),
+        *(("300", 3), ("2048", 128)),  # the tiny model was made for no more
+    ):
+        body = body.replace(theirs, str(ours))
+
+    def curl(path, *args):
+        command = ["curl", "-s", f"{server.url}{path}", *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    as_json = ("-X", "POST", "-H", "content-type: application/json", "-d")
+    answer = json.loads(curl("/api/finetune/submit", *as_json, body))
+    assert answer["ok"] is True and re.fullmatch(r"job_[0-9a-f]{16}", answer["jobId"])
+    assert answer["job_id"] == answer["jobId"]
+    assert answer["adapter_path"] == str(server.cwd / "curled")
+    stream = curl(f"/api/jobs/{answer['jobId']}/stream", "-N")
+    assert stream.startswith("retry: 1500\n\n") and stream.endswith("event: end\ndata: {}\n\n")
+    events = [json.loads(x) for x in re.findall(r"^data: (\{.+\})$", stream, re.M)]
+    assert events[-1]["type"] == "done"
+    assert events[-1]["output_dir"] == str(server.cwd / "curled")
+    path = json.dumps({"path": str(server.cwd / "data")})
+    probe = json.loads(curl("/api/finetune/inspect-dataset", *as_json, path))
+    assert {"ok": True, "n_train": 24, "n_valid": 4, "format": "messages"}.items() <= probe.items()
+    adapter = {"model_dir": str(server.cwd / "model"), "adapter_path": str(server.cwd / "curled")}
+    fold = json.loads(curl("/api/finetune/merge", *as_json, json.dumps(adapter)))
+    done = server.ended(fold["job_id"])
+    assert done["status"] == "done" and (Path(fold["output_dir"]) / "config.json").is_file()
+    assert 0 <= done["result"]["lost"] <= 1
+
+
+def test_a_run_leaves_all_that_it_should(server, run):
+    assert run["status"] == "done" and run["progress"] == 1 and run["error"] is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", run["ended_at"])
+    assert json.loads(run["config_json"])["scale"] == 20
+    assert Path(run["log_path"]).is_file()
+    events = server.events(run["id"])
+    assert [x["type"] for x in events][:2] == ["queued", "started"]
+    train = [x for x in events if x.get("kind") == "train"]
+    assert [x["step"] for x in train] == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_sec", "progress"} <= set(train[0])
+    jobs = server.http.get("/api/jobs", params={"kind": "finetune", "limit": 1}).json()
+    assert len(jobs["jobs"]) == 1
+    assert server.http.get("/api/jobs", params={"kind": "fold", "limit": 9}).json()["ok"]
+
+
+def test_merge_export_evaluate(server, run):
+    out = run["output_path"]
+    body = {"adapter_a": out, "adapter_b": out, "scales": [0.25, 0.75]}
+    merged = server.http.post("/api/finetune/merge", json=body).json()
+    assert merged["ok"] and merged["stats"] == {
+        **{"layersMerged": 21, "layersOnlyInOne": 0, "totalKeysOut": 42},
+        **{"sources": [out, out], "scales": [0.25, 0.75]},
+    }
+    assert (Path(merged["merged_path"]) / "adapters.safetensors").is_file()
+    body = {"base_model": str(server.cwd / "model"), "adapter_path": out}
+    exported = server.http.post("/api/finetune/export", json=body).json()
+    assert (Path(exported["export_path"]) / "adapter_model.safetensors").is_file()
+    assert exported["manifest"]["linears"] == 21
+    losses = []
+    for adapter in ({}, {"adapter_path": out}, {"adapter_path": merged["merged_path"]}):
+        common = {key: str(server.cwd / key[:-4]) for key in ("model_dir", "data_dir")}
+        common["max_seq_length"] = 64
+        answer = server.http.post("/api/finetune/evaluate", json={**common, **adapter}).json()
+        losses.append(server.ended(answer["job_id"])["result"]["loss"])
+    assert abs(losses[1] - losses[2]) < 1e-4 < abs(losses[0] - losses[1])
+
+
+def test_what_is_on_disk(server, run):
+    models = {row["path"]: row for row in server.http.get("/api/models").json()["models"]}
+    model = models[str(server.cwd / "model")]
+    assert (model["id"], model["family"], model["bits"]) == ("model", "llama", 4)
+    assert model["fast"] and model["parameters"] > 100_000
+    (data,) = server.http.get("/api/datasets").json()["datasets"]
+    assert data["path"] == str(server.cwd / "data") and data["has_valid"]
+    rows = server.http.get("/v1/adapters/available").json()["adapters"]
+    mine = next(row for row in rows if row["path"] == run["output_path"])
+    assert (mine["scale"], mine["rank"], mine["mounted"]) == (20, 8, False)
+    assert server.http.get("/healthz").json()["model"] == "model"
+
+
+def test_inspect_shows_what_is_trained(server):
+    body = {"path": str(server.cwd / "data"), "model_dir": str(server.cwd / "model")}
+    found = server.http.post("/api/finetune/inspect-dataset", json={**body, "n_preview": 1}).json()
+    (row,) = found["previews"]
+    assert "".join(text for text, trained, _ in row["tokens"] if trained) == "1<|im_end|>"
+    assert found["tokens"] > found["supervised_tokens"] > 0
+    nothing = {"path": str(server.cwd)}
+    answer = server.http.post("/api/finetune/inspect-dataset", json=nothing)
+    assert answer.status_code == 200
+    assert {"ok": False, "format": "unknown", "n_train": 0}.items() <= answer.json().items()
+    assert "train.jsonl" in answer.json()["error"]
+
+
+def test_plan(server):
+    body = {"model_dir": str(server.cwd / "model"), "max_seq_length": 128}
+    found = server.http.post("/api/finetune/plan", json=body).json()
+    assert found["fits"] and found["message"].startswith("fits: ")
+    assert found["plan"]["peak"] < found["plan"]["budget"]
+    small = server.http.post("/api/finetune/plan", json={**body, "memory_budget_gb": 0.0005})
+    assert small.status_code == 200 and small.json()["fits"] is False
+    assert "more than the budget" in small.json()["message"]
+
+
+def test_the_schema_is_the_command_line_s(server):
+    rows = server.http.get("/api/finetune/defaults").json()["fields"]
+    assert {row["name"] for row in rows} == set(TrainConfig.model_fields) - {"eval_command"}
+    rank = next(row for row in rows if row["name"] == "rank")
+    assert (rank["default"], rank["allowed"]) == ("8", "an integer >= 2")
+    spec = server.http.get("/openapi.json").json()
+    assert "/api/finetune/submit" in spec["paths"] and "/v1/chat/completions" in spec["paths"]
+    page = server.http.get("/docs")
+    assert page.status_code == 200
+    for address in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+        assert address.startswith("/") and server.http.get(address).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"rank": 1}, 422, ("rank", "an integer >= 2", "1")),
+        ({"rank": "many"}, 422, ("rank", "many")),
+        ({"rnak": 8}, 422, ("rnak", "Did you mean rank?")),
+        ({"method": "magic"}, 422, ("method", "sft, dpo")),
+        ({"dpo_beta": 0.5}, 422, ("dpo_beta has no effect",)),
+        ({"eval_command": "touch /tmp/x"}, 422, ("eval_command",)),
+        ({"model_dir": None}, 422, ("model_dir",)),
+        ({"model_dir": "/etc"}, 403, ("/etc", "--root")),
+        ({"adapter_path": "/root/x"}, 403, ("--root",)),
+        ({"data_dir": "nowhere"}, 400, ("no train.jsonl",)),
+    ],
+)
+def test_bad_runs_are_refused_in_a_sentence(server, change, status, words):
+    body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
+    answer = server.http.post("/api/finetune/submit", json={**body, **change})
+    assert answer.status_code == status, answer.text
+    found = answer.json()
+    assert found["ok"] is False and all(word in found["error"] for word in words), found
+    if status == 422 and "has no effect" not in found["error"]:
+        assert found["field"] == next(iter(change))
+
+
+def test_other_mistakes(server, run):
+    post, url = server.http.post, "/api/finetune/submit"
+    json_type = {"content-type": "application/json"}
+    answer = post(url, json={})
+    assert (answer.status_code, answer.json()["error"]) == (400, "model_dir and data_dir required")
+    assert "not JSON" in post(url, content=b'{"a": ', headers=json_type).json()["error"]
+    assert "JSON object" in post(url, content=b"[]", headers=json_type).json()["error"]
+    assert "JSON object" in post(url, content=b"a=b").json()["error"]
+    assert post(url, content=b"[" * 100_000, headers=json_type).status_code == 400
+    body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
+    again = post(url, json={**body, "adapter_path": run["output_path"]})
+    assert again.status_code == 400 and "already holds a run" in again.json()["error"]
+    for path in ("/api/jobs/job_0", "/api/nothing", "/v1/nothing"):
+        answer = server.http.get(path)
+        assert answer.status_code == 404 and "error" in answer.json()
+    assert server.http.get("/api/jobs/job_0").json() == {"ok": False, "error": "job not found"}
+    assert server.http.put("/api/jobs").status_code == 405
+    assert post(f"/api/jobs/{run['id']}/cancel").status_code == 409
+    assert post(f"/api/jobs/{run['id']}/resume").status_code == 409
+    assert post("/api/finetune/merge", json={"adapter_a": "x"}).status_code == 422
+    gone = server.http.get("/api/jobs/job_0/stream").text
+    assert '"type": "failed"' in gone and gone.endswith("event: end\ndata: {}\n\n")
+
+
+def test_cancel_and_resume(server):
+    id = server.submit(iters=100000, steps_per_report=1)
+    with server.http.stream("GET", f"/api/jobs/{id}/stream") as stream:
+        for line in stream.iter_lines():
+            if '"step": 3,' in line:
+                break
+    assert server.http.delete(f"/api/jobs/{id}").status_code == 409
+    assert server.http.post(f"/api/jobs/{id}/cancel").json()["job"]["status"] == "running"
+    row = server.ended(id)
+    assert row["status"] == "cancelled" and "is kept" in row["message"]
+    assert server.http.post(f"/api/jobs/{id}/resume").json()["job"]["status"] == "running"
+    while '"started"' not in Path(row["log_path"]).read_text().partition("cancelled")[2]:
+        time.sleep(0.05)
+    server.http.post(f"/api/jobs/{id}/cancel")
+    assert server.ended(id)["status"] == "cancelled"
+    assert server.http.delete(f"/api/jobs/{id}").json() == {"ok": True}
+    assert server.http.get(f"/api/jobs/{id}").status_code == 404
+
+
+def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch):
+    """FOLLOWERS of one job, whose connections drop, beside 200 other requests."""
+    import os
+
+    n = int(os.environ.get("FOLLOWERS", "100"))
+    id = server.submit(iters=60, steps_per_report=1)
+    limits = httpx.Limits(max_connections=n + 20, max_keepalive_connections=n + 20)
+    before = server.resident_mb
+    with httpx.Client(base_url=server.url, timeout=120, limits=limits) as http:
+
+        def follow(i):
+            """Every third breaks its connection off now and then."""
+            found, last_id = [], ""
+            while True:
+                headers = {"last-event-id": last_id} if last_id else {}
+                with http.stream("GET", f"/api/jobs/{id}/stream", headers=headers) as stream:
+                    own, count = "", 0
+                    for line in stream.iter_lines():
+                        if line.startswith("id: "):
+                            own = line[4:]
+                        elif line.startswith("data: ") and own:
+                            found.append(line[6:])
+                            last_id, own, count = own, "", count + 1
+                            if i % 3 == 0 and count == 25:
+                                break
+                        elif line == "event: end":
+                            return found
+
+        def other(i):
+            path = ("/api/jobs", "/healthz", "/v1/models", f"/api/jobs/{id}", "/api/finetune/x")
+            return http.get(path[i % 5]).status_code
+
+        with ThreadPoolExecutor(n + 10) as pool:
+            followers = [pool.submit(follow, i) for i in range(n)]
+            codes = list(pool.map(other, range(200)))
+            during = server.resident_mb
+            seen = [follower.result() for follower in followers]
+    assert set(codes) == {200, 404}
+    whole = [json.dumps(event) for _, event in frames(server.http, id)]
+    assert len(whole) > 65 and json.loads(whole[-1])["type"] == "done"
+    for found in seen:
+        assert [json.loads(x) for x in found] == [json.loads(x) for x in whole]
+    grown = server.resident_mb - before
+    assert during - before < 40 + 0.2 * n and grown < 30 + 0.1 * n, (before, during, grown)
+
+
+def test_the_client_of_the_examples(server):
+    command = [sys.executable, str(ROOT / "examples" / "client.py"), "--url", server.url]
+    command += ["--model", str(server.cwd / "model"), "--data", str(server.cwd / "data")]
+    command += ["--iters", "5", "--max-seq-length", "64", "--drop-every", "3"]
+    command += ["--max-tokens", "3", "--prompt", "Count to 3."]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert [line[:9] for line in lines if "train" in line.split()] == [
+        f"step {i:4d}" for i in range(1, 6)
+    ]
+    assert lines[-5].startswith("trained") and lines[-4].endswith("21 linears")
+    assert [line.split()[0] for line in lines[-3:]] == ["none", "mine", "merged"]
+    assert lines[-2].split(maxsplit=1)[1] == lines[-1].split(maxsplit=1)[1]
+
+
+def test_a_server_that_is_killed_finds_its_jobs_again(tmp_path):
+    place = write_place(tmp_path)
+    with Server(place) as server:
+        id, next_id = server.submit(iters=300, steps_per_report=1), server.submit(iters=2)
+        while "step" not in (server.job(id)["message"] or ""):
+            time.sleep(0.05)
+        server.process.kill()
+        server.process.wait()
+    with Server(place) as server:
+        assert server.job(next_id)["status"] == "queued"
+        assert server.job(id)["status"] == "running"
+        server.http.post(f"/api/jobs/{id}/cancel")
+        assert server.ended(id)["status"] == "cancelled"
+        assert server.ended(next_id)["status"] == "done"
+        steps = [x["step"] for x in server.events(id) if x.get("kind") == "train"]
+        assert steps == list(range(1, len(steps) + 1)) and 0 < len(steps) < 300
+
+
+def test_security_against_a_real_server(tmp_path):
+    """What tests/test_guard.py tests of the guard alone, as clients meet it."""
+    import socket
+
+    place = write_place(tmp_path)
+    secret = "correct-horse-battery"
+    (place / "sly").mkdir()
+    (place / "sly" / "train.jsonl").symlink_to("/etc/passwd")
+    with Server(place, place / "model", "--token", secret) as server:
+        http = server.http
+        good = {"authorization": f"Bearer {secret}"}
+        assert http.get("/api/jobs").status_code == 401
+        assert http.get("/api/jobs", headers={"authorization": "Bearer no"}).status_code == 401
+        assert http.get("/v1/models").status_code == 401
+        assert http.get("/openapi.json").status_code == 401
+        page = http.get("/finetune", headers={"accept": "text/html"})
+        assert (page.status_code, page.headers["location"]) == (303, "/login")
+        assert http.post("/login", data={"token": "wrong-token"}).status_code == 401
+        entered = http.post("/login", data={"token": secret})
+        cookie = entered.headers["set-cookie"]
+        assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
+        assert http.get("/api/jobs").status_code == 200  # by the cookie
+        http.cookies.clear()
+        http.headers.update(good)
+        assert http.get("/api/jobs", headers={"host": "evil.example"}).status_code == 403
+        foreign = {"origin": "https://evil.example"}
+        assert http.post("/api/finetune/submit", json={}, headers=foreign).status_code == 403
+        for path in (f"{place}/../../etc", "/etc", str(place / "sly"), "../" * 20 + "etc/passwd"):
+            answer = http.post("/api/finetune/inspect-dataset", json={"path": path})
+            assert answer.status_code == 403 and "root:" not in answer.text
+            assert http.post("/v1/adapters", json={"id": "x", "path": path}).status_code == 403
+        odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
+        assert odd.status_code == 404
+        assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
+        # A body of 1 GB, said or not.
+        huge = {"content-length": str(10**9), "content-type": "application/json"}
+        answer = _raw(server, good, "POST /api/finetune/submit", huge, b"x" * 1000)
+        assert answer.startswith(b"HTTP/1.1 413")
+
+        def gigabyte():
+            for _ in range(1000):
+                yield b" " * 10**6
+
+        try:
+            refused = http.post("/api/finetune/submit", content=gigabyte())
+            assert refused.status_code == 413
+        except httpx.TransportError:
+            pass  # the server closed, whatever more was to come
+        # Clients that take their time: a head, and a body, that never end.
+        slow = socket.create_connection(("127.0.0.1", server.port))
+        slow.sendall(b"GET /api/jobs HTTP/1.1\r\nhost: local")
+        late = threading.Thread(target=_trickle, args=(slow,), daemon=True)
+        late.start()
+        begun = time.monotonic()
+        body = {"content-length": "50", "content-type": "application/json"}
+        answer = _raw(server, good, "POST /api/finetune/submit", body, b"{")
+        assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - begun < 15
+        late.join(15)
+        assert not late.is_alive()
+        # More submits than it takes.
+        many = {"adapter_path": str(place / "none"), "base_model": str(place / "model")}
+        limit = [http.post("/api/finetune/export", json=many).status_code for _ in range(1)]
+        assert set(limit) == {400}
+        assert http.get("/api/jobs").status_code == 200
+        said = server.said
+        for status in ("401", "403", "413", "408"):
+            assert f"refused ({status})" in said, said
+        assert secret not in said and "Traceback" not in said
+
+
+def _raw(server, more, request, headers, body):
+    import socket
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as wire:
+        lines = [f"{request} HTTP/1.1", "host: localhost"]
+        lines += [f"{name}: {value}" for name, value in {**more, **headers}.items()]
+        wire.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        return wire.recv(65536)
+
+
+def _trickle(wire):
+    """A byte now and then, until the server has enough of it."""
+    try:
+        while True:
+            time.sleep(0.5)
+            wire.sendall(b"x")
+    except OSError:
+        wire.close()
+
+
+def test_serving_without_its_packages_says_what_to_install(tmp_path):
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
+    found = subprocess.run(
+        [sys.executable, "-m", "mlx_segtrain.cli", "serve"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": shutil.os.environ["PATH"]},
+    )
+    assert found.returncode == 2 and 'pip install "mlx-segtrain[serve]"' in found.stderr
+
+
+def test_push_to_a_hub(tmp_path, hub):
+    place = write_place(tmp_path)
+    told, url = hub
+    with Server(place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="") as server:
+        post = server.http.post
+        id = server.submit(iters=2)
+        done = server.ended(id)
+        answer = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
+        assert answer.status_code == 400 and "/api/settings/hf-token" in answer.json()["error"]
+        assert server.http.get("/api/settings/hf-token").json() == {"ok": True, "hasToken": False}
+        secret = "hf_" + "s" * 20
+        assert post("/api/settings/hf-token", json={"token": secret}).json() == {"ok": True}
+        assert server.http.get("/api/settings/hf-token").json()["hasToken"] is True
+        assert post("/api/finetune/push", json={"repo_id": "me/mine"}).status_code == 400
+        assert post("/api/finetune/push", json={"repo_id": "../x", "job_id": id}).status_code == 422
+        pushed = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
+        assert pushed.status_code == 200, pushed.text + server.said
+        assert pushed.json()["url"] == f"{url}/me/mine"
+        created = told["/api/repos/create"]
+        assert created.get("private") is True or created.get("visibility") == "private"
+        assert told["authorization"] == {f"Bearer {secret}"}
+        mine = Path(done["output_path"])
+        sent = told["files"]
+        assert sent["adapters.safetensors"] == (mine / "adapters.safetensors").read_bytes()
+        assert "README.md" in sent and not any(name.startswith("state/") for name in sent)
+        texts = [path.read_bytes() for path in server.cache.rglob("*") if path.is_file()]
+        assert secret not in server.said and not any(secret.encode() in text for text in texts)
+
+
+@pytest.fixture
+def hub():
+    """A Hugging Face hub that takes all files in its commits: what it was told, and its address."""
+    import base64
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    told = {"files": {}, "authorization": set()}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            told["authorization"].add(self.headers["authorization"])
+            answer = {}
+            if "/commit/" in self.path:
+                for line in body.splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        content = base64.b64decode(entry["value"]["content"])
+                        told["files"][entry["value"]["path"]] = content
+                answer = {"success": True, "commitUrl": f"{url}/me/mine/commit/1", "commitOid": "1"}
+            elif "/preupload/" in self.path:
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                how = {"uploadMode": "regular", "shouldIgnore": False}
+                answer = {"files": [{"path": path, **how} for path in paths]}
+            else:
+                told[self.path] = json.loads(body)
+                answer = {"url": f"{url}/me/mine"} if self.path == "/api/repos/create" else {}
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield told, url
+        server.shutdown()

@@ -1,0 +1,39 @@
+"""Schemathesis: what the OpenAPI document says, the server does, whatever is sent."""
+
+import os
+import subprocess
+import sys
+
+from served import Server, write_place
+
+CHECKS = (
+    *("not_a_server_error", "status_code_conformance", "content_type_conformance"),
+    *("response_headers_conformance", "response_schema_conformance", "unsupported_method"),
+    "negative_data_rejection",
+)
+
+
+#: Of these the borders are those of /api/finetune/submit.
+ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
+
+
+def test_every_route_does_what_it_says(tmp_path):
+    """EXAMPLES requests of each route by chance, besides those at the borders of its schema."""
+    place = write_place(tmp_path)
+    alike = [word for path in ALIKE for word in ("--exclude-path", path)]
+    with Server(place, place / "model") as server:
+        for more in (["--phases", "fuzzing,stateful"], ["--phases", "coverage", *alike]):
+            command = [sys.executable, "-m", "schemathesis.cli", "run"]
+            command += [f"{server.url}/openapi.json", "--checks", ",".join(CHECKS), *more]
+            command += ["--seed", "1", "--no-color", "--request-timeout", "60"]
+            command += ["--max-examples", os.environ.get("EXAMPLES", "10")]
+            found = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=1200,
+                cwd=tmp_path,
+            )
+            assert found.returncode == 0, found.stdout[-20_000:] + server.said[-5000:]
+        assert server.http.get("/healthz").status_code == 200
+        assert "Traceback" not in server.said, server.said[-5000:]
