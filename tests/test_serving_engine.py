@@ -24,6 +24,7 @@ from mlx_segtrain.serving import decoding
 from mlx_segtrain.serving import engine as module
 from mlx_segtrain.serving.decoding import Options
 from mlx_segtrain.serving.engine import Busy, Engine, NoMemory
+from mlx_segtrain.serving.mounting import read_base
 
 END = 259  # <|im_end|>
 GOES_ON = {END: -100.0}
@@ -675,3 +676,32 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, monkeypatch):
+    """What MLX's own products make of few rows is what our op makes of them."""
+    base = read_base(llama4)
+    path = "model.layers.0.self_attn.q_proj"
+    linear = base.modules[path]
+    keys = mx.random.split(mx.random.key(3), 5)
+    x = mx.random.normal((1, 3, 64), key=keys[0])
+    found = []
+    for few in (False, True):
+        monkeypatch.setattr(lora, "are_few", lambda x, few=few: few)
+        ys = [linear(x)]
+        for i in (1, 3, 1):  # the first one again: from what was kept
+            linear.lora_a = mx.random.normal((64, 4), key=keys[i])
+            linear.lora_b, linear.scale = mx.random.normal((4, 64), key=keys[i + 1]), float(i)
+            ys.append(linear(x))
+            linear.take_out()
+        found.append([*ys, linear(x)])
+    # On GPUs our products of float32 are TF32.
+    bound = 1e-5 if mx.default_device() == mx.Device(mx.cpu) else 5e-3
+    for ours, few in zip(*found, strict=True):
+        assert mx.abs(ours - few).max() < bound * mx.abs(ours).max()
+    assert not mx.allclose(found[1][1], found[1][2], atol=1) and linear._casts
+    linear.clear()
+    assert not linear._casts
+    linear.train()
+    monkeypatch.setattr(linear, "_of_few", None)
+    linear(x)  # in training it is ours, whose gradient is

@@ -134,6 +134,18 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
     return params
 
 
+#: Rows up to which a GPU is better served by MLX's own products than by our op: so few of them
+#: are computed sooner than anything is launched (bench/LOG.md, 2026-11-27).
+FEW = 16
+#: Adapters whose factors a linear keeps in the dtype of such rows.
+MOST_CASTS = 8
+
+
+def are_few(x: mx.array) -> bool:
+    """Whether these are rows of a generation on a GPU, and not of a batch."""
+    return x.size <= FEW * x.shape[-1] and mx.default_device().type == mx.DeviceType.gpu
+
+
 class LoRALinear(nn.Module):
     """A linear of an mlx-lm model that runs through our op, with an update if it has one."""
 
@@ -142,13 +154,37 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
+        self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
-    def clear(self) -> None:
-        """Takes the update away."""
+    def take_out(self) -> None:
+        """Takes the update away, which may come again."""
         self.dropout = 0.0
         for name in ("lora_a", "lora_b", "m", "key"):
             self.pop(name, None)
+
+    def clear(self) -> None:
+        """Takes the update away for good."""
+        self.take_out()
+        self.forget_casts()
+
+    def forget_casts(self) -> None:
+        """Frees what is kept of updates that may come again."""
+        self._casts.clear()
+
+    def _of_few(self, x: mx.array) -> mx.array:
+        """Without a gradient that is ours, and with factors in x's dtype."""
+        y = self.linear(x)
+        if "lora_a" not in self:
+            return y
+        a, b = self["lora_a"], self["lora_b"]
+        key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
+        if key not in self._casts:
+            if len(self._casts) == MOST_CASTS:
+                self._casts.pop(next(iter(self._casts)))
+            self._casts[key] = a.astype(x.dtype), (self.scale * b).astype(x.dtype), a, b
+        a, b = self._casts[key][:2]
+        return mx.addmm(y, x @ a, b)
 
     @cached_property
     def stretch(self) -> Stretch:
@@ -156,6 +192,8 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         m = self.get("m")
+        if m is None and not self.training and are_few(x):
+            return self._of_few(x)
         base = ops.base_of(self.linear) if m is None else self.stretch.base
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
         keys = [self["key"]] if self.dropout else []

@@ -32,8 +32,8 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Sequences that generate at once, and that wait for it.
 MOST_ACTIVE, MOST_WAITING = 16, 256
-#: Tokens of a prompt between two looks at the other sequences.
-PREFILL = 256
+#: Tokens of a prompt between two looks at the other sequences: a fraction of a second's work.
+PREFILL, PREFILL_GPU = 256, 2048
 #: Prompts kept.
 MOST_PROMPTS = 32
 
@@ -101,6 +101,7 @@ class Engine:
         self._prompts: Any = None
         self._linears = Linears()
         self._device = mx.default_device()
+        self._prefill = PREFILL_GPU if self._device.type == mx.DeviceType.gpu else PREFILL
         threading.Thread(target=self._work, name="mlx-segtrain engine", daemon=True).start()
 
     # What an event loop calls
@@ -334,7 +335,7 @@ class Engine:
         self._begin(sequence)
         last = len(prompt) - 1  # at least one token has to be left, whose logits begin the answer
         while sequence.done < last:
-            end = min(last, sequence.done + PREFILL)
+            end = min(last, sequence.done + self._prefill)
             base.model(mx.array(prompt[sequence.done : end])[None], cache=sequence.cache)
             mx.eval([layer.state for layer in sequence.cache or ()])
             sequence.done = end

@@ -198,7 +198,7 @@ class Linears:
         adapter, base = self._sum(selected.adapters), selected.base
         self.key = None  # until all is done
         for path in self._touched - adapter.tensors.keys():
-            base.modules[path].clear()
+            base.modules[path].take_out()
             if path in base.chain.outer:
                 _put(base.model, path, base.chain.outer[path])
         self._touched |= adapter.tensors.keys()
@@ -222,6 +222,8 @@ class Linears:
             del self._sums[key]
         if self.key and mounted.serial in self.key:
             self.put_in(Selected(base))
+        for module in base.modules.values():
+            module.forget_casts()
 
     def drop_sums(self) -> None:
         """Frees what is kept for speed alone."""
