@@ -15,7 +15,6 @@ from ..errors import InputError
 from ..events import now
 from .forms import (
     Answer,
-    DataRow,
     DatasetsAnswer,
     Defaults,
     EvaluateRequest,
@@ -33,7 +32,6 @@ from .forms import (
     JobsAnswer,
     Merge,
     Merged,
-    ModelRow,
     ModelsAnswer,
     Planned,
     PlanRequest,
@@ -121,7 +119,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/api/models", tags=["models and data"], responses=problems())
     async def models() -> ModelsAnswer:
         """Models below the roots."""
-        return ModelsAnswer(models=[ModelRow(**vars(model)) for model in await service.models()])
+        return ModelsAnswer(models=await service.models())
 
     @routes.post("/api/models/serve", tags=["models and data"], responses=problems())
     async def serve(body: ServeModel) -> Served:
@@ -132,8 +130,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/api/datasets", tags=["models and data"], responses=problems())
     async def datasets() -> DatasetsAnswer:
         """Folders with train.jsonl below the roots."""
-        found = await service.datasets()
-        return DatasetsAnswer(datasets=[DataRow(**vars(own)) for own in found])
+        return DatasetsAnswer(datasets=await service.datasets())
 
     @routes.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
     async def inspect_dataset(body: InspectDataset) -> Inspected:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..config import TrainConfig, allowed, choices, default, is_list, kind
+from .catalog import DataFolder, Model
 from .service import OWN
 
 
@@ -227,29 +228,12 @@ class Defaults(Answer):
     fields: list[FieldRow]
 
 
-class ModelRow(BaseModel):
-    id: str
-    path: str
-    family: str
-    fast: bool
-    bits: int | None
-    size_bytes: int
-    parameters: int
-    max_length: int | None
-
-
 class ModelsAnswer(Answer):
-    models: list[ModelRow]
-
-
-class DataRow(BaseModel):
-    path: str
-    size_bytes: int
-    has_valid: bool
+    models: list[Model]
 
 
 class DatasetsAnswer(Answer):
-    datasets: list[DataRow]
+    datasets: list[DataFolder]
 
 
 class Health(Answer):

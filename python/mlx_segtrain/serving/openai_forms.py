@@ -201,14 +201,14 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class Answer(BaseModel):
+class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class ChatChoice(BaseModel):
     index: Literal[0] = 0
-    message: Answer
+    message: AssistantMessage
     logprobs: None = None
     finish_reason: Literal["stop", "length"]
 
