@@ -32,7 +32,8 @@ class Client:
         answer = self.http.post(route, json=body)
         found = answer.json()
         if answer.is_error:
-            sys.exit(f"{route}: {found['error']}")
+            error = found["error"]  # of /v1 as OpenAI has it
+            sys.exit(f"{route}: {error if isinstance(error, str) else error['message']}")
         return found
 
     def follow(self, job: str, drop_every: int = 0) -> Iterator[Event]:
@@ -55,7 +56,7 @@ class Client:
                         yield event
                         if seen == drop_every:
                             break
-            except httpx.TransportError as error:  # the server restarts, the network is away
+            except httpx.HTTPError as error:  # the server restarts, or is busy
                 print(f"connection lost ({error}), trying again", file=sys.stderr)
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, 10)
@@ -103,8 +104,8 @@ def main() -> None:
     for event in client.follow(job["job_id"], args.drop_every):
         if event["type"] == "metric":
             print(f"step {event['step']:4d}  {event['kind']:5s}  loss {event['loss']:.4f}")
-        elif event["type"] == "failed":
-            sys.exit(event["error"])
+        elif event["type"] in ("failed", "cancelled"):
+            sys.exit(event.get("error") or "the job was cancelled")
     adapter = job["adapter_path"]
     print(f"trained {adapter}")
 

@@ -60,12 +60,18 @@ def ask(headers=(), body=(b"",), *, token=None, any_address=False, kind="http", 
     [
         *[(name, 200) for name in ("localhost", "LOCALHOST:1", "127.0.0.1:8090", "[::1]:8090")],
         *[("box.local:80", 200), ("evil.example", 403), ("localhost.evil.example", 403)],
+        *[("localhost:x@evil", 403), ("[::1]evil", 403), ("[[127.0.0.1", 403)],
         *[("10.0.0.7", 403), ("", 403), ("[::2]", 403), ("localhost@evil.example", 403)],
     ],
 )
 def test_host(host, status, caplog):
     assert ask({"host": host})[0] == status
     assert ("refused (403)" in caplog.text) == (status == 403)
+
+
+def test_a_header_that_stands_twice():
+    for name in ("host", "origin", "content-length"):
+        assert ask({name.upper(): "localhost", name: "localhost"})[0] == 400
 
 
 def test_on_another_address_any_address_is_a_name():

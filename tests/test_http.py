@@ -407,6 +407,92 @@ def test_serving_without_its_packages_says_what_to_install(tmp_path):
     assert found.returncode == 2 and 'pip install "mlx-segtrain[serve]"' in found.stderr
 
 
+def test_a_run_gets_a_folder_of_its_own(server, run):
+    """A run clears its folder by name: nothing of others is to lie there."""
+    body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
+    mine = server.cwd / "mine"
+    (mine / "state").mkdir(parents=True)
+    (mine / "state" / "notes.txt").write_text("years of work")
+    (server.cwd / "model" / "below").mkdir(exist_ok=True)
+    for path in (mine, server.cwd, server.cwd / "model", server.cwd / "data", server.cache):
+        for how in ({}, {"overwrite": True}, {"resume": "auto"}):
+            answer = server.http.post(
+                "/api/finetune/submit", json={**body, "adapter_path": str(path), **how}
+            )
+            assert answer.status_code == 400, (path, how, answer.text)
+            assert "give a" in answer.json()["error"]
+    for path in (server.cache / "jobs" / "x", server.cwd / "model" / "below"):
+        answer = server.http.post("/api/finetune/submit", json={**body, "adapter_path": str(path)})
+        assert answer.status_code == 400
+    assert (mine / "state" / "notes.txt").read_text() == "years of work"
+    folder = {"adapter_path": run["output_path"], "output_dir": str(mine)}
+    assert server.http.post("/api/finetune/export", json=folder).status_code == 400
+
+
+def test_what_a_client_sends_keeps_nobody_waiting(server):
+    """A string without an end, long configurations, and text that is none."""
+    http, as_json = server.http, {"content-type": "application/json"}
+    begun = time.monotonic()
+    for body in (b'"' + b'\\"' * 500_000, b'{"a": "' + b"//" * 1_000_000, b'"\\' * 300_000):
+        answer = http.post("/api/finetune/plan", content=body, headers=as_json)
+        assert answer.status_code == 422 and "not JSON" in answer.json()["error"]
+    assert time.monotonic() - begun < 5
+    body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
+    answer = http.post("/api/finetune/submit", json={**body, "sample_prompts": ["x" * 70_000]})
+    assert answer.status_code == 422 and "more than 65536 bytes" in answer.json()["error"]
+    for field in ("rank", "method", "adapter_path", "model_dir", "sample_prompts"):
+        value = '["\\ud800"]' if field == "sample_prompts" else '"\\ud800"'
+        text = json.dumps(body)[:-1] + f', "{field}": {value}}}'
+        answer = http.post("/api/finetune/submit", content=text.encode(), headers=as_json)
+        assert answer.status_code in (200, 400, 422), (field, answer.text)
+    for route, text in (
+        (
+            "chat/completions",
+            '{"max_tokens": 2, "messages": [{"role": "user", "content": "\\ud800"}]}',
+        ),
+        ("completions", '{"max_tokens": 2, "prompt": "\\ud800"}'),
+        ("chat/completions", '{"model": "\\ud800", "messages": [{"role": "user", "content": ""}]}'),
+        ("adapters", '{"id": "\\ud800", "path": "\\ud800"}'),
+    ):
+        answer = http.post(f"/v1/{route}", content=text.encode(), headers=as_json)
+        assert answer.status_code in (200, 400, 404), (route, answer.text)
+    for token in ("hf_SECRET SECRET", "\\ud800hf_SECRET"):
+        text = f'{{"token": "{token}"}}'.encode()
+        answer = http.post("/api/settings/hf-token", content=text, headers=as_json)
+        assert answer.status_code == 422 and "SECRET" not in answer.text
+    assert "SECRET" not in server.said and "Traceback" not in server.said
+
+
+def test_odd_things_on_disk_do_not_hide_the_others(server):
+    odd = server.cwd / "odd"
+    for name in ("nowhere", "elsewhere"):
+        (odd / name).mkdir(parents=True)
+    (odd / "nowhere" / "train.jsonl").symlink_to("/nowhere")
+    (odd / "elsewhere" / "train.jsonl").symlink_to("/etc/passwd")
+    strange = shutil.os.fsencode(odd) + b"/\xff"
+    shutil.os.mkdir(strange)
+    with open(strange + b"/train.jsonl", "w") as file:
+        file.write("{}")
+    answer = server.http.get("/api/datasets")
+    assert answer.status_code == 200
+    assert [row["path"] for row in answer.json()["datasets"]] == [str(server.cwd / "data")]
+    assert server.http.get("/api/models").status_code == 200
+
+
+def test_a_queued_job_obeys_the_roots_of_the_server_that_runs_it(tmp_path):
+    place = write_place(tmp_path)
+    with Server(place) as server:
+        long, id = server.submit(iters=100_000), server.submit(iters=2)
+        server.http.post(f"/api/jobs/{id}/cancel")
+        server.http.post(f"/api/jobs/{long}/cancel")
+        server.ended(long)
+    (tmp_path / "other").mkdir()
+    with Server(place, "--root", tmp_path / "other") as server:
+        server.http.post(f"/api/jobs/{id}/resume")
+        row = server.ended(id)
+        assert row["status"] == "failed" and "lies outside" in row["error"]
+
+
 def test_push_to_a_hub(tmp_path, hub):
     place = write_place(tmp_path)
     told, url = hub
@@ -428,6 +514,10 @@ def test_push_to_a_hub(tmp_path, hub):
         created = told["/api/repos/create"]
         assert created.get("private") is True or created.get("visibility") == "private"
         assert told["authorization"] == {f"Bearer {secret}"}
+        (Path(done["output_path"]) / "sub").mkdir()
+        (Path(done["output_path"]) / "sub" / "x").symlink_to("/etc/passwd")
+        again = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
+        assert again.status_code == 403 and "lies outside" in again.json()["error"]
         mine = Path(done["output_path"])
         sent = told["files"]
         assert sent["adapters.safetensors"] == (mine / "adapters.safetensors").read_bytes()

@@ -200,6 +200,64 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path):
     assert eventlog.events(log)[-1]["error"] == killed.error
 
 
+def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
+    """Not the run that it was to replace."""
+
+    async def use(jobs):
+        one = submit(jobs, place, tmp_path / "out", iters=3, seed=1)
+        await jobs.ended(one.id)
+        before = (tmp_path / "out" / "adapters.safetensors").read_bytes()
+        busy = submit(jobs, place, tmp_path / "busy", iters=100_000)
+        two = submit(jobs, place, tmp_path / "out", iters=3, seed=2, overwrite=True)
+        jobs.cancel(two.id)
+        jobs.cancel(busy.id)
+        await jobs.ended(busy.id)
+        jobs.resume(two.id)
+        row = await jobs.ended(two.id)
+        return row, before
+
+    row, before = served(tmp_path / "store", use)
+    assert row.status == "done", row.error
+    assert json.loads(row.result_json)["resumed_from"] is None
+    assert (tmp_path / "out" / "adapters.safetensors").read_bytes() != before
+
+
+def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
+    """A job's news that cannot be written now are written later, and the next job runs."""
+
+    async def use(jobs):
+        one = submit(jobs, place, tmp_path / "one", iters=30)
+        two = submit(jobs, place, tmp_path / "two", iters=2)
+        update, faults = jobs.store.update, []
+
+        def full(id, **values):
+            if len(faults) < 3:
+                faults.append(values)
+                raise OSError(28, "No space left on device")
+            update(id, **values)
+
+        monkeypatch.setattr(jobs.store, "update", full)
+        return await jobs.ended(one.id), await jobs.ended(two.id), faults
+
+    one, two, faults = served(tmp_path / "store", use)
+    assert (one.status, two.status, len(faults)) == ("done", "done", 3)
+
+
+def test_what_a_process_leaves_behind_does_not_hold_its_job(tmp_path):
+    """A library's process that lives longer has its output, not its lock."""
+    log = tmp_path / "x.log"
+    lock, out = eventlog.claim(log), eventlog.open_end(log)
+    script = "import os, subprocess, sys; os.set_inheritable(int(sys.argv[1]), False); "
+    script += "subprocess.Popen(['sleep', '20']); print('up', flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdout=out, pass_fds=[lock]
+    )
+    for file in (lock, out):
+        os.close(file)
+    process.wait()
+    assert log.read_text() == "up\n" and not eventlog.is_written(log)
+
+
 def test_one_server_has_a_folder(place, tmp_path):
     async def use(jobs):
         with pytest.raises(InputError, match="another server has the jobs"):

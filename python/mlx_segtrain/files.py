@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The end of the name that a folder has while another takes its place.
 OLD = ".old"
+#: Names of what is written aside, which has a process' number, and of nobody else's files.
+ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
 def _aside(path: Path) -> Path:
@@ -78,11 +81,12 @@ def _aside(path: Path) -> Path:
 def clean(folder: Path) -> None:
     """Removes what a process that was killed had written aside in this folder; a folder whose
     place nothing has taken yet goes back to it."""
-    for path in folder.glob(f".*.tmp{OLD}"):
+    asides = [path for path in folder.glob(".*.tmp*") if ASIDE.fullmatch(path.name)]
+    for path in asides:
         place = path.with_name(path.name.removeprefix(".").rsplit(".", 3)[0])
-        if not place.exists():
+        if path.name.endswith(OLD) and not place.exists():
             os.replace(path, place)
-    for path in folder.glob(".*.tmp*"):
+    for path in asides:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -25,7 +25,7 @@ __all__ = [
 
 RUN_FILES = (
     *(WEIGHTS, CONFIG, "metrics.jsonl", "metrics.json", "run.json"),
-    *("state", "checkpoints", "best"),
+    *("state", "checkpoints", "best", "tensorboard"),
 )
 
 

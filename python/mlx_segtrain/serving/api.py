@@ -44,11 +44,9 @@ from .forms import (
     Submitted,
     rows_of_fields,
 )
+from .guard import PATIENCE_S
 from .service import Service
 from .store import Row
-
-#: Seconds after which a client that takes nothing of a stream is let go.
-PATIENCE_S = 30
 
 
 class Commented(Request):
@@ -64,8 +62,9 @@ class Commented(Request):
         return self._json
 
 
-#: A string, which stays, or a comment to the end of its line.
-_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|//[^\n]*')
+#: A string, which stays, or a comment to the end of its line. A string without an end is one too:
+#: or each of its quotes would be tried anew.
+_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
 
 
 class Route(APIRoute):
@@ -231,7 +230,7 @@ def router(service: Service) -> APIRouter:
     async def resume(id: str) -> JobAnswer:
         """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
         found(id)
-        return JobAnswer(job=shown(jobs.resume(id)))
+        return JobAnswer(job=shown(service.resume(id)))
 
     @routes.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
     async def delete(id: str) -> Answer:

@@ -1,6 +1,7 @@
 """The application: routes, errors as sentences, the guard around it, and its server."""
 
 import asyncio
+import json
 import logging
 import re
 import resource
@@ -31,6 +32,8 @@ from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
+#: Fields that no answer repeats.
+SECRET = ("token",)
 #: Seconds in which the head of a request must have come.
 HEAD_S = 10.0
 #: Connections at once; more are answered 503.
@@ -104,6 +107,8 @@ box-sizing:border-box;margin:.25rem 0}}</style>
 def _add_login(app: FastAPI, guard: Guard) -> None:
     """Where a browser gets the cookie that stands for the token."""
 
+    guessing = asyncio.Lock()
+
     @app.get("/login", include_in_schema=False)
     async def login() -> HTMLResponse:
         return HTMLResponse(LOGIN.format(problem=""))
@@ -111,7 +116,8 @@ def _add_login(app: FastAPI, guard: Guard) -> None:
     @app.post("/login", include_in_schema=False)
     async def check(token: str = Form("")) -> Response:
         if guard.token is not None and not guard.is_token(token):
-            await asyncio.sleep(1)  # one guess a second is enough
+            async with guessing:  # of all clients together
+                await asyncio.sleep(1)
             logger.warning("refused (401) a wrong token at /login")
             return HTMLResponse(LOGIN.format(problem="That is not the token."), 401)
         answer = RedirectResponse("/finetune", 303)
@@ -130,7 +136,7 @@ def _add_errors(app: FastAPI) -> None:
     def answer(request: Request, status: int, message: str, **more: Any) -> JSONResponse:
         body = error_body(request.url.path, message, status)
         headers = {"retry-after": "30"} if status in (429, 503) else {}
-        return JSONResponse({**body, **more}, status, headers)
+        return Ascii({**body, **more}, status, headers)
 
     @app.exception_handler(InputError)
     async def bad_input(request: Request, error: InputError) -> Response:
@@ -187,6 +193,13 @@ def _add_errors(app: FastAPI) -> None:
         app.add_route(start + "/{rest:path}", unknown, every, include_in_schema=False)
 
 
+class Ascii(JSONResponse):
+    """What a client sent may be no text at all (a lone surrogate), and is repeated to it."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode("ascii")
+
+
 def _sentence(fault: Any) -> tuple[str, dict[str, Any]]:
     """A fault that pydantic found, with its field, what it was and what is allowed."""
     where = [str(part) for part in fault["loc"] if part != "body"]
@@ -202,7 +215,7 @@ def _sentence(fault: Any) -> tuple[str, dict[str, Any]]:
     said = fault["msg"][0].lower() + fault["msg"][1:]
     if fault["type"] == "missing":
         return f"{field} is missing.", {"field": field, "allowed": "required"}
-    value = _plain(fault["input"])
+    value = None if field in SECRET else _plain(fault["input"])
     if fault["type"] == "extra_forbidden":
         hint = nearest(field, list(TrainConfig.model_fields))
         return f"unknown field {field}.{hint}", {"field": field, "value": value}

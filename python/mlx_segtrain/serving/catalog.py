@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +54,8 @@ def models(roots: Sequence[Path]) -> list[Model]:
     found = {}
     for place, files in _folders(roots):
         if {"config.json", "tokenizer_config.json"} <= files and place not in found:
-            try:
+            with suppress(InputError, OSError):
                 found[place] = look(place)
-            except InputError:
-                continue
     return sorted(found.values(), key=lambda model: (model.id.lower(), model.path))
 
 
@@ -86,8 +85,9 @@ def datasets(roots: Sequence[Path]) -> list[DataFolder]:
     found = {}
     for place, files in _folders(roots):
         if "train.jsonl" in files:
-            size = (place / "train.jsonl").stat().st_size
-            found[place] = DataFolder(str(place), size, "valid.jsonl" in files)
+            with suppress(OSError):  # a link to nowhere
+                size = (place / "train.jsonl").stat().st_size
+                found[place] = DataFolder(str(place), size, "valid.jsonl" in files)
     return [found[place] for place in sorted(found)]
 
 
@@ -122,7 +122,15 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(".") or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            yield place, set(files)
+            # A name that is no text could be in no answer; a link may lead out of the roots.
+            own = [file for file in files if not os.path.islink(place / file) or _is_hub(place)]
+            if str(place).isprintable():
+                yield place, set(own)
+
+
+def _is_hub(place: Path) -> bool:
+    """A repository in the Hugging Face cache, whose files are links to blobs beside it."""
+    return HUB.search(str(place)) is not None
 
 
 def _product(shape: Sequence[int]) -> int:

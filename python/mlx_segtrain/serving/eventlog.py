@@ -1,7 +1,7 @@
 """A job's log: a line an event, as its process writes them; whoever follows reads from any place.
 
-An event's id is the place in the file behind its line. The file is locked as long as the process
-lives that writes it, whoever started that and whether they live: the lock goes with its output.
+An event's id is the place in the file behind its line. Beside the log is a lock, which the process
+that writes it holds as long as it lives, whoever started it and whether they live.
 """
 
 import fcntl
@@ -19,13 +19,18 @@ Event = dict[str, Any]
 BLOCK = 1 << 16
 #: Bytes of a line, at most: the rest of a longer one is not shown.
 LONGEST = 1 << 16
+#: Bytes of a line that is kept in memory for the next reader.
+SHORT = 1 << 11
 #: With these an attempt at a job ends.
 LAST = ("done", "failed", "cancelled")
 
 
-@lru_cache(maxsize=4096)
 def _frame(line: bytes) -> str:
     """The JSON of a line, on one line; what is no event is one of type log."""
+    return _known(line) if len(line) < SHORT else _parsed(line)
+
+
+def _parsed(line: bytes) -> str:
     try:
         event = json.loads(line)
         if isinstance(event, dict) and isinstance(event.get("type"), str):
@@ -33,6 +38,9 @@ def _frame(line: bytes) -> str:
     except (ValueError, RecursionError):
         pass
     return to_json({"type": "log", "line": line[:LONGEST].decode("utf-8", "replace").rstrip("\r")})
+
+
+_known = lru_cache(maxsize=4096)(_parsed)  # many follow one job
 
 
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
@@ -99,13 +107,19 @@ def append(path: Path, event: Event) -> None:
 
 
 def claim(path: Path) -> int | None:
-    """The open file, locked and at the beginning of a line; None if a process writes it."""
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    """The lock of a log, open and held until each process has closed it; None if another has it."""
+    file = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
         return None
+    return file
+
+
+def open_end(path: Path) -> int:
+    """The log, open to write at its end, which is the beginning of a line."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     _end_line(file)
     return file
 
@@ -118,9 +132,13 @@ def _end_line(file: int) -> None:
 
 
 def is_written(path: Path) -> bool:
-    """Whether a process that writes it lives."""
+    """Whether the process that writes it lives."""
     try:
-        with open(path, "rb") as file:
+        with open(lock_of(path), "rb") as file:
             return not lock(file)
     except FileNotFoundError:
         return False
+
+
+def lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")

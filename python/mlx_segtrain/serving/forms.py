@@ -163,6 +163,7 @@ class Pushed(Answer):
 
 
 class HfToken(Closed):
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
     token: Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
 
 

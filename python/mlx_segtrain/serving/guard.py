@@ -9,6 +9,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from http.cookies import CookieError, SimpleCookie
@@ -24,10 +25,14 @@ logger = logging.getLogger("mlx_segtrain.serving")
 MOST_BYTES = 8 << 20
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
+#: Seconds after which a client that takes nothing of a stream is let go.
+PATIENCE_S = 30
 #: The cookie in which a browser keeps the token.
 COOKIE = "mlx-segtrain-token"
 #: Names of this machine for itself.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+#: A name, or an address of version 6 in brackets, and a port.
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
 #: What a browser asks for before it has the token.
 OPEN = ("/login", "/healthz", "/favicon.ico")
 HEADERS = (
@@ -74,6 +79,14 @@ class Roots:
             raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
         return path
 
+    def check_below(self, folder: Path) -> None:
+        """Outside if anything below the folder is a link to elsewhere."""
+        for place, folders, files in os.walk(folder):
+            for name in (*folders, *files):
+                path = Path(place, name)
+                if path.is_symlink():
+                    self._check(path, path.resolve())
+
     def _check(self, named: Path, path: Path) -> None:
         if not any(path.is_relative_to(root) for root in self.folders):
             where = ", ".join(map(str, self.folders))
@@ -101,6 +114,7 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
+        names = [name.lower() for name, _ in scope["headers"]]
         body = _Body(receive)
         started = False
 
@@ -117,6 +131,8 @@ class Guard:
 
         refused: Refused | None = None
         try:
+            if any(names.count(name) > 1 for name in (b"host", b"origin", b"content-length")):
+                raise Refused(400, "a header stands twice.")
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_token(scope, headers)
@@ -137,7 +153,8 @@ class Guard:
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         text = headers.get(b"host", b"").decode("latin-1").lower()
-        name = text.partition("]")[0].lstrip("[") if text.startswith("[") else text.split(":")[0]
+        parts = HOST.fullmatch(text)
+        name = (parts[1] or parts[2]) if parts else ""
         if name in self.hosts or (self.any_address and _is_address(name)):
             return
         raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")

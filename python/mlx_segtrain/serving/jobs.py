@@ -1,9 +1,9 @@
 """The queue of jobs: who runs, what it says, and how it ends, whoever was killed in between.
 
-Each job is a process of its own (worker.py) in a session of its own; its output is its log, which
-is locked while it lives (eventlog.py). So a server that starts finds out from the logs what became
-of the jobs it knows: one whose log is locked runs, one whose log has an end has ended, and of one
-without either the process was killed. Jobs that compute take turns, first come, first served.
+Each job is a process of its own (worker.py) in a session of its own; its output is its log, whose
+lock it holds while it lives (eventlog.py). So a server that starts finds out from the logs what
+became of the jobs it knows: one whose log is locked runs, one whose log has an end has ended, and
+of one without either the process was killed. Jobs that compute take turns, first come first.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,10 +64,12 @@ class Live:
 class Jobs:
     """All jobs of a folder, which has one server at a time."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, check: Callable[[dict[str, Any]], None] = lambda values: None):
+        """`check` raises InputError for a configuration that may not be run, or not any more."""
+        self.check = check
         self.logs = folder / "jobs"
         make_folder(self.logs)
-        self.claim = eventlog.claim(self.logs / "server.lock")
+        self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
             raise InputError(
                 f"another server has the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE to "
@@ -154,7 +156,7 @@ class Jobs:
             raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = json.loads(row.config_json)
-        if row.kind == "finetune":
+        if row.opened:  # else what lies there is not this job's
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
@@ -168,7 +170,7 @@ class Jobs:
         if row.status not in ENDED:
             raise Conflict(f"{id} is {row.status}: cancel it first.")
         self.store.remove(id)
-        for path in (self.log(id), self._config(id)):
+        for path in (self.log(id), eventlog.lock_of(self.log(id)), self._config(id)):
             path.unlink(missing_ok=True)
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
@@ -218,13 +220,18 @@ class Jobs:
 
     def _run(self, row: Row) -> bool:
         """Starts a job's process; whether it runs."""
-        path = self.log(row.id)
+        path, values = self.log(row.id), self.get(row.id).config_json
+        opened: list[int] = []
         try:
-            write_text(self._config(row.id), row.config_json)
-            log = eventlog.claim(path)
-            if log is None:
+            self.check(json.loads(values))
+            write_text(self._config(row.id), values)
+            lock = eventlog.claim(path)
+            if lock is None:
                 raise OSError(f"{path} is written by another process")
+            opened.append(lock)
             try:
+                log = eventlog.open_end(path)
+                opened.append(log)
                 # Before it starts: no process is ever unknown.
                 self.store.update(
                     row.id,
@@ -233,16 +240,18 @@ class Jobs:
                 )
                 worker = (sys.executable, "-m", "mlx_segtrain.serving.worker")
                 process = subprocess.Popen(
-                    [*worker, row.kind, str(self._config(row.id))],
+                    [*worker, row.kind, str(self._config(row.id)), str(lock)],
                     stdin=subprocess.DEVNULL,
-                    stdout=log,  # and with it the lock
+                    stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    env={**os.environ, **self.environment},
+                    pass_fds=[lock],
+                    env={**_without_token(), **self.environment},
                 )
             finally:
-                os.close(log)
-        except OSError as error:
+                for file in opened:
+                    os.close(file)
+        except (OSError, InputError) as error:
             self._say_end(row.id, {"type": "failed", "ts": now(), "error": str(error)})
             return False
         live = self.live[row.id]
@@ -257,26 +266,37 @@ class Jobs:
         task.add_done_callback(self.monitors.discard)
 
     async def _monitor(self, id: str) -> None:
-        """Follows a job's log to its end, keeps the row up to date, and lets the next one run."""
-        path, live, row = self.log(id), self.live[id], self.get(id)
-        after = row.begins
-        while True:
-            running = eventlog.is_written(path)
-            found, after = eventlog.read(path, after, ended=not running)
-            if found:
-                self._note(id, live, [json.loads(frame) for _, frame in found])
-                await asyncio.sleep(0)
-            elif not running:
-                break
-            else:
-                await asyncio.sleep(POLL_S)
+        """Sees a job to its end, and lets the next one run, whatever goes wrong on the way.
+
+        A disk that is full may have room again.
+        """
+        after = self.get(id).begins
+        while id in self.live:
+            try:
+                after = await self._look(id, after)
+            except Exception:
+                logger.exception("%s cannot be followed for now", id)
+                await asyncio.sleep(1)
+        self._run_next()
+
+    async def _look(self, id: str, after: int) -> int:
+        """Keeps the row up to date with the log behind a place, and ends a job that has ended."""
+        path, live = self.log(id), self.live[id]
+        running = eventlog.is_written(path)
+        found, behind = eventlog.read(path, after, ended=not running)
+        if found:
+            self._note(id, live, [json.loads(frame) for _, frame in found])
+        if found or running:
+            await asyncio.sleep(0 if found else POLL_S)
+            return behind
         code = await asyncio.to_thread(live.process.wait) if live.process else None
+        row = self.get(id)
         end = eventlog.last(path, row.begins)
         if end is None:
-            self._say_end(id, _killed(self.get(id), code))
+            self._say_end(id, _killed(row, code))
         else:
             self._end(id, end)
-        self._run_next()
+        return behind
 
     def _note(self, id: str, live: Live, events: list[eventlog.Event]) -> None:
         news: dict[str, Any] = {}
@@ -285,6 +305,8 @@ class Jobs:
                 live.pid = event.get("pid")
             if isinstance(event.get("progress"), int | float):
                 news["progress"] = event["progress"]
+            if event.get("stage") == "train":
+                news["opened"] = 1
             if event["type"] == "stage" or event.get("kind") == "train":
                 news["message"] = event.get("message")
         row = self.get(id)
@@ -317,6 +339,11 @@ class Jobs:
         self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
         logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
         self.live.pop(id).tell()
+
+
+def _without_token() -> dict[str, str]:
+    """The environment without what only the server has to know."""
+    return {key: value for key, value in os.environ.items() if key != "MLX_SEGTRAIN_TOKEN"}
 
 
 def _killed(row: Row, code: int | None) -> eventlog.Event:

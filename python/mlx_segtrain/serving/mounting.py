@@ -45,6 +45,8 @@ class Base:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError("prompt: it holds half of a character (a surrogate): send text.")
         bos = self.tokenizer.bos_token
         with self.lock:
             return self.tokenizer.encode(

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from ..errors import InputError, RunError
 from .engine import Busy, Engine, NoMemory
 from .generation import Generation, Piece
-from .guard import Outside
+from .guard import PATIENCE_S, Outside
 from .mounting import Base, Mounted, Selected
 from .openai_forms import (
     LACKING,
@@ -254,7 +254,7 @@ def router(
             choice = _chat_choice if chat else _text_choice
             with_usage = bool(options and options.include_usage)
             events = _events(generation, prompt, head, choice, with_usage)
-            return EventSourceResponse(events, sep="\n")
+            return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
         pieces = await _whole(generation, request)
         if not pieces or pieces[-1].finish is None:
             return _error(499, "the client has gone.")

@@ -1,6 +1,7 @@
 """What the API and the page both do: paths and configurations checked, then jobs and plans."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..adapters import holds_run
 from ..adapters.discovery import Found
 from ..config import TrainConfig, load_config
 from ..data import Report, inspect
@@ -27,6 +27,10 @@ from .store import Row
 PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")
 #: Fields that the command line alone has: a client of the server must not run commands.
 OWN = {"eval_command": "it runs a command, which the command line alone may"}
+#: Fields of jobs that are paths.
+JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
+#: Bytes of a job's configuration.
+MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
 BURST, PER_MINUTE = 60, 60
 
@@ -54,7 +58,7 @@ class Service:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.roots = Roots(settings.folders)
-        self.jobs = Jobs(settings.store)
+        self.jobs = Jobs(settings.store, self._check_paths)
         self.engine = Engine()
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
@@ -145,11 +149,7 @@ class Service:
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config({**given, **fill})
         _check_inputs(config, "train")
-        if holds_run(config.adapter_path) and not (config.overwrite or config.resume):
-            raise InputError(
-                f"adapter_path {config.adapter_path} already holds a run: give another folder, "
-                "resume or overwrite."
-            )
+        self._check_output(config)
         stated = config.model_dump(mode="json", include=set(given) | set(fill))
         return self._submit("finetune", stated, config.adapter_path)
 
@@ -202,11 +202,17 @@ class Service:
         stated = config.model_dump(mode="json", include=set(given))
         return self._submit("evaluate", {**stated, "split": split}, None)
 
+    def resume(self, id: str) -> Row:
+        """Queues a job again; KeyError if there is none."""
+        self._take_token()
+        return self.jobs.resume(id)
+
     def push(self, repo_id: str, source: str, private: bool) -> Row:
         """A folder to the Hugging Face hub, with the token that was set, or the machine's own."""
         if not self.has_hf_token:
             raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
         values = {"repo_id": repo_id, "source": self._path(source), "private": private}
+        self.roots.check_below(Path(values["source"]))
         return self._submit("push", values, None)
 
     @property
@@ -216,13 +222,48 @@ class Service:
         return "HF_TOKEN" in self.jobs.environment or get_token() is not None
 
     def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
+        if len(json.dumps(values)) > MOST_CONFIG:
+            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.", None)
+        self._take_token()
+        return self.jobs.submit(kind, values, output)
+
+    def _take_token(self) -> None:
         now = time.monotonic()
         self.tokens = min(BURST, self.tokens + (now - self.refilled) * PER_MINUTE / 60)
         self.refilled = now
         if self.tokens < 1:
             raise Full(f"more than {PER_MINUTE} jobs a minute are not taken: come back later.")
         self.tokens -= 1
-        return self.jobs.submit(kind, values, output)
+
+    def _check_paths(self, values: Mapping[str, Any]) -> None:
+        """Of a job that is about to run: roots may be others than when it was submitted."""
+        for name in JOB_PATHS:
+            if values.get(name) is not None:
+                self.roots.resolve(values[name])
+        for path in values.get("adapters") or ():
+            self.roots.resolve(path)
+
+    def _check_output(self, config: TrainConfig) -> None:
+        """A run clears its folder by name: it must be new, or a run's."""
+        path = config.adapter_path
+        store = self.settings.store.resolve()
+        near = [*self.roots.folders, store, store / "jobs", config.model_dir, config.data_dir]
+        near += [config.warm_start] if config.warm_start else []
+        if any(other.is_relative_to(path) for other in near) or any(
+            path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
+        ):
+            raise InputError(f"adapter_path {path} is in use by others: give a folder of its own.")
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not (path / "run.json").is_file():
+            raise InputError(
+                f"adapter_path {path} is there, and holds no run of ours: give a new folder."
+            )
+        if not (config.overwrite or config.resume):
+            raise InputError(
+                f"adapter_path {path} already holds a run: give another folder, resume or "
+                "overwrite."
+            )
 
     def _path(self, text: str) -> str:
         path = self.roots.resolve(text)
@@ -232,7 +273,7 @@ class Service:
 
     def _output(self, text: str | None, kind: str) -> Path:
         out = self._new(kind) if text is None else self.roots.resolve(text)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists():
             raise InputError(f"{out} is there already: give a new folder.")
         return out
 

@@ -4,7 +4,7 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     started_at TEXT,
     ended_at TEXT,
     begins INTEGER NOT NULL DEFAULT 0,   -- where in the log the present attempt's events begin
-    cancelling INTEGER NOT NULL DEFAULT 0
+    cancelling INTEGER NOT NULL DEFAULT 0,
+    opened INTEGER NOT NULL DEFAULT 0    -- it has begun to write to output_path
 )
 """
 
@@ -56,6 +57,7 @@ class Row:
     ended_at: str | None
     begins: int
     cancelling: int
+    opened: int
 
 
 def now() -> str:
@@ -121,9 +123,10 @@ class Store:
         ).fetchall()
 
     def with_status(self, status: Status) -> list[Row]:
-        """The next of the queue first."""
+        """The next of the queue first; without their configurations, which may be long."""
+        names = ", ".join("''" if f.name == "config_json" else f.name for f in fields(Row))
         return self.connection.execute(
-            "SELECT * FROM jobs WHERE status = ? ORDER BY place", (status,)
+            f"SELECT {names} FROM jobs WHERE status = ? ORDER BY place", (status,)
         ).fetchall()
 
     @contextmanager

@@ -1,4 +1,6 @@
-"""A job's process: `python -m mlx_segtrain.serving.worker KIND FILE`, FILE has its configuration.
+"""A job's process: `python -m mlx_segtrain.serving.worker KIND FILE LOCK`.
+
+FILE has its configuration; LOCK is the number of an open file, whose lock lives as long as it does.
 
 Its events go to standard output, a line each, the first of them before anything heavy is imported;
 whoever started it may be gone. What the libraries print stands between them.
@@ -137,7 +139,7 @@ def push(values: Values) -> events.Event:
 
 
 #: What of a run's folder is its own: the state to go on from, and what others keep of it.
-NOT_PUSHED = ["state/*", "checkpoints/*", "best/*", ".*", "metrics.jsonl"]
+NOT_PUSHED = ["state/*", "checkpoints/*", "best/*", ".*", "*/.*", "metrics.jsonl"]
 
 KINDS: dict[str, Callable[[Values], events.Event]] = {
     "finetune": finetune,
@@ -149,8 +151,9 @@ KINDS: dict[str, Callable[[Values], events.Event]] = {
 }
 
 
-def main(kind: str, file: str) -> int:
+def main(kind: str, file: str, lock: str) -> int:
     """0, 1 (it failed) or 130 (it was cancelled)."""
+    os.set_inheritable(int(lock), False)  # processes of libraries may live longer
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     if kind != "finetune":  # which ends in good order by itself
         signal.signal(signal.SIGTERM, signal.default_int_handler)
