@@ -200,7 +200,7 @@ class JobView:
         self._do(lambda: self.service.jobs.cancel(self.row.id))
 
     def _resume(self) -> None:
-        self._do(lambda: self.service.jobs.resume(self.row.id))
+        self._do(lambda: self.service.resume(self.row.id))
 
     def _do(self, action: Any) -> None:
         try:
