@@ -230,7 +230,7 @@ def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch
     """FOLLOWERS of one job, whose connections drop, beside 200 other requests."""
     import os
 
-    n = int(os.environ.get("FOLLOWERS", "100"))
+    n = int(os.environ.get("FOLLOWERS", "60"))
     id = server.submit(iters=60, steps_per_report=1)
     limits = httpx.Limits(max_connections=n + 20, max_keepalive_connections=n + 20)
     before = server.resident_mb

@@ -294,7 +294,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
 
     served(store, fill)  # the first of them runs on
     killed_jobs = 0
-    for _ in range(int(os.environ.get("KILLS", "8"))):
+    for _ in range(int(os.environ.get("KILLS", "5"))):
         server = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(store)], stdout=subprocess.PIPE, text=True
         )
