@@ -337,6 +337,12 @@ def test_security_against_a_real_server(tmp_path):
             answer = http.post("/api/finetune/inspect-dataset", json={"path": path})
             assert answer.status_code == 403 and "root:" not in answer.text
             assert http.post("/v1/adapters", json={"id": "x", "path": path}).status_code == 403
+        outside = server.said.count("refused (403) POST '/api/finetune/inspect-dataset'")
+        assert outside == 4 == server.said.count("refused (403) POST '/v1/adapters'")
+        torn = http.post(
+            "/api/finetune/submit", content=b'{"a', headers={"content-type": "application/json"}
+        )
+        assert torn.status_code == 422 and "refused (422)" in server.said
         odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
         assert odd.status_code == 404
         assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
@@ -371,7 +377,7 @@ def test_security_against_a_real_server(tmp_path):
         assert set(limit) == {400}
         assert http.get("/api/jobs").status_code == 200
         said = server.said
-        for status in ("401", "403", "413", "408"):
+        for status in ("401", "403", "413", "408", "422"):
             assert f"refused ({status})" in said, said
         assert secret not in said and "Traceback" not in said
 

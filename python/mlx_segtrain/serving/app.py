@@ -118,7 +118,6 @@ def _add_login(app: FastAPI, guard: Guard) -> None:
         if guard.token is not None and not guard.is_token(token):
             async with guessing:  # of all clients together
                 await asyncio.sleep(1)
-            logger.warning("refused (401) a wrong token at /login")
             return HTMLResponse(LOGIN.format(problem="That is not the token."), 401)
         answer = RedirectResponse("/finetune", 303)
         if guard.token is not None:

@@ -25,6 +25,8 @@ logger = logging.getLogger("mlx_segtrain.serving")
 MOST_BYTES = 8 << 20
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
+#: Statuses of answers that the log has, too.
+REFUSALS = (400, 401, 403, 422, 429)
 #: Seconds after which a client that takes nothing of a stream is let go.
 PATIENCE_S = 30
 #: The cookie in which a browser keeps the token.
@@ -117,6 +119,7 @@ class Guard:
         names = [name.lower() for name, _ in scope["headers"]]
         body = _Body(receive)
         started = False
+        refused: Refused | None = None
 
         async def send_on(message: Message) -> None:
             nonlocal started
@@ -124,12 +127,13 @@ class Guard:
                 return  # what the app makes of a body that broke off
             if message["type"] == "http.response.start":
                 started = True
+                if refused is None and message["status"] in REFUSALS:
+                    _log(scope, message["status"], "its answer says why")
                 known = {name.lower() for name, _ in message.get("headers", ())}
                 added = [pair for pair in HEADERS if pair[0] not in known]
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
-        refused: Refused | None = None
         try:
             if any(names.count(name) > 1 for name in (b"host", b"origin", b"content-length")):
                 raise Refused(400, "a header stands twice.")
