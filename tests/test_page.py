@@ -16,17 +16,14 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
-pytest.importorskip("nicegui", reason="the page needs the packages of [serve]")
-playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need Playwright")
+from conftest import write_llama, write_rows
+from mlx_segtrain.demo.docstrings import write_dataset
+from mlx_segtrain.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.files import cache_dir
+from mlx_segtrain.serving.page.runs import MOST, Curve
 
-from conftest import write_llama, write_rows  # noqa: E402
-from mlx_segtrain.demo.docstrings import write_dataset  # noqa: E402
-from mlx_segtrain.demo.snapshot import smollm2_snapshot  # noqa: E402
-from mlx_segtrain.files import cache_dir  # noqa: E402
-from mlx_segtrain.serving.page.runs import MOST, Curve  # noqa: E402
-
-expect = playwright.expect
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(
@@ -112,7 +109,7 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as play:
+    with sync_playwright() as play:
         made = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield made
         made.close()

@@ -132,7 +132,7 @@ def sync_open(file: int) -> None:
     os.fsync(file)
 
 
-def lock(file: IO[Any]) -> bool:
+def lock(file: IO[Any] | int) -> bool:
     """Whether nobody else has locked `file`, which then is ours until it is closed.
 
     The system gives up what a process held that was killed: a lock is never stale.

@@ -25,7 +25,7 @@ from .. import __version__
 from ..config import TrainConfig, allowed, nearest
 from ..errors import InputError
 from . import api, openai, page
-from .guard import COOKIE, Guard, Outside, error_body
+from .guard import COOKIE, LOOPBACK, Guard, Outside, error_body
 from .jobs import Conflict, Full
 from .service import Fault, Service
 from .settings import Settings
@@ -61,7 +61,7 @@ def create(service: Service) -> Guard:
         app,
         hosts=(settings.host, *settings.allow_hosts),
         token=settings.token,
-        any_address=settings.host not in ("localhost", "127.0.0.1", "::1"),
+        any_address=settings.host not in LOOPBACK,
     )
     app.include_router(api.router(service))
     app.include_router(

@@ -1,5 +1,6 @@
 """What lies below the roots: models, data sets, adapters. Nothing is loaded, little is read."""
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ def look(path: Path) -> Model:
     shape = read_shape(path)
     bits = list(shape.bits.values())
     n = sum(
-        _product(shape.widths.get(name.removesuffix(".weight"), size))
+        math.prod(shape.widths.get(name.removesuffix(".weight"), size))
         for name, (_, size) in shape.tensors.items()
         if name.endswith(".weight")
     )
@@ -131,10 +132,3 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
 def _is_hub(place: Path) -> bool:
     """A repository in the Hugging Face cache, whose files are links to blobs beside it."""
     return HUB.search(str(place)) is not None
-
-
-def _product(shape: Sequence[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

@@ -4,7 +4,6 @@ An event's id is the place in the file behind its line. Beside the log is a lock
 that writes it holds as long as it lives, whoever started it and whether they live.
 """
 
-import fcntl
 import json
 import os
 from contextlib import suppress
@@ -109,12 +108,10 @@ def append(path: Path, event: Event) -> None:
 def claim(path: Path) -> int | None:
     """The lock of a log, open and held until each process has closed it; None if another has it."""
     file = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    return file
+    if lock(file):
+        return file
+    os.close(file)
+    return None
 
 
 def open_end(path: Path) -> int:

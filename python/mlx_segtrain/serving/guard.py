@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -253,12 +254,17 @@ async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, s
     await send({"type": "http.response.body", "body": content})
 
 
-def error_body(path: str, message: str, status: int) -> dict[str, object]:
+def error_body(path: str, message: str, status: int) -> dict[str, Any]:
     """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
     if path.startswith("/v1/"):
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return {"error": {"message": message, "type": kind, "code": None}}
+        return openai_error(status, message)
     return {"ok": False, "error": message}
+
+
+def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients know it."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": code}}
 
 
 def _log(scope: Scope, status: int, reason: str) -> None:

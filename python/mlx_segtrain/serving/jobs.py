@@ -115,8 +115,6 @@ class Jobs:
 
     def submit(self, kind: str, values: dict[str, Any], output: Path | None = None) -> Row:
         """A new job; Conflict if one that has not ended writes to the same place."""
-        if len(self.live) >= LONGEST_QUEUE:
-            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
         self._check_free(output)
         row = self.store.add(kind, json.dumps(values), None if output is None else str(output))
         eventlog.append(self.log(row.id), {"type": "queued", "ts": now()})
@@ -152,8 +150,6 @@ class Jobs:
         row = self.get(id)
         if row.status not in ("failed", "cancelled"):
             raise Conflict(f"{id} is {row.status}: only what failed or was cancelled is resumed.")
-        if len(self.live) >= LONGEST_QUEUE:
-            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = json.loads(row.config_json)
         if row.opened:  # else what lies there is not this job's
@@ -205,6 +201,9 @@ class Jobs:
     # What happens in between
 
     def _check_free(self, output: Path | None) -> None:
+        """Full or Conflict if a job that writes there cannot wait with the others."""
+        if len(self.live) >= LONGEST_QUEUE:
+            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
         rows = (self.store.get(id) for id in self.live)
         if output is not None and any(row and row.output_path == str(output) for row in rows):
             raise Conflict(f"a job that has not ended writes to {output}: give another folder.")

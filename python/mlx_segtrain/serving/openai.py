@@ -17,7 +17,7 @@ from starlette.responses import Response
 from ..errors import InputError, RunError
 from .engine import Busy, Engine, NoMemory
 from .generation import Generation, Piece
-from .guard import PATIENCE_S, Outside
+from .guard import PATIENCE_S, Outside, openai_error
 from .mounting import Base, Mounted, Selected
 from .openai_forms import (
     LACKING,
@@ -84,14 +84,9 @@ class _Route(APIRoute):
         return answer
 
 
-def _error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": code}}
-
-
 def _error(status: int, message: str, code: str | None = None) -> JSONResponse:
     headers = {"retry-after": str(RETRY_S[status])} if status in RETRY_S else None
-    return JSONResponse(_error_body(status, message, code), status, headers)
+    return JSONResponse(openai_error(status, message, code), status, headers)
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -161,7 +156,7 @@ async def _events(
                 yield {"data": "[DONE]"}
     except (Busy, RunError) as error:  # the status is sent already
         status = 500 if not isinstance(error, Busy | NoMemory) else 503
-        yield {"data": json.dumps(_error_body(status, str(error)))}
+        yield {"data": json.dumps(openai_error(status, str(error)))}
     finally:
         await generation.aclose()
 

@@ -2,8 +2,6 @@
 
 import secrets
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -128,17 +126,6 @@ class Store:
         return self.connection.execute(
             f"SELECT {names} FROM jobs WHERE status = ? ORDER BY place", (status,)
         ).fetchall()
-
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        """What is changed within it is changed as a whole."""
-        self.connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.connection.execute("ROLLBACK")
-            raise
-        self.connection.execute("COMMIT")
 
 
 _LAST = "(SELECT COALESCE(MAX(place), 0) + 1 FROM jobs)"
