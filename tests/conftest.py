@@ -122,8 +122,7 @@ def write_rows(path: Path, n=24, name="train.jsonl"):
     return path
 
 
-@pytest.fixture(scope="session")
-def hf():
+def load_peers():
     """hf_peers.py, where torch and PEFT are installed; with PEERS=1 they have to be."""
     missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
     if missing and os.environ.get("PEERS", "0") in ("", "0"):
@@ -132,6 +131,11 @@ def hf():
             "with, and runs this too"
         )
     return importlib.import_module("hf_peers")
+
+
+@pytest.fixture(scope="session")
+def hf():
+    return load_peers()
 
 
 @pytest.fixture(scope="session")
