@@ -227,13 +227,13 @@ def router(
         return chosen
 
     async def answer(
-        request: Request, body: Generate, encode: Callable[[], list[int]], most: int
+        request: Request, body: Generate, encode: Callable[[Selected], list[int]], most: int
     ) -> Any:
         chat = isinstance(body, ChatRequest)
         base = ready()
         chosen = selected(base, body)
         refuse_lacking(body.model_extra or {}, LACKING, "")
-        prompt = await asyncio.to_thread(encode)
+        prompt = await asyncio.to_thread(encode, chosen)
         generation = engine.generate(prompt, chosen, body.options(most, continues=not chat))
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -266,10 +266,11 @@ def router(
     async def chat(body: ChatRequest, request: Request) -> Any:
         """The next turn of a chat."""
         most = body.max_completion_tokens or body.max_tokens or 512
-        base = ready()
-        return await answer(
-            request, body, lambda: base.encode_chat(chat_turns(body.messages)), most
-        )
+
+        def encode(chosen: Selected) -> list[int]:
+            return chosen.encode_chat(chat_turns(body.messages), body.chat_template_kwargs)
+
+        return await answer(request, body, encode, most)
 
     @v1.post(
         "/v1/completions",
@@ -278,10 +279,11 @@ def router(
     )
     async def complete(body: CompletionRequest, request: Request) -> Any:
         """How a text goes on."""
-        base = ready()
-        return await answer(
-            request, body, lambda: prompt_tokens(base, body.prompt), body.max_tokens or 16
-        )
+
+        def encode(chosen: Selected) -> list[int]:
+            return prompt_tokens(chosen.base, body.prompt)
+
+        return await answer(request, body, encode, body.max_tokens or 16)
 
     def models() -> list[ModelInfo]:
         base = engine.base

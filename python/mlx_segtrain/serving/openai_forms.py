@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ..config import fault_of_variables
 from ..errors import InputError
 from .decoding import Options
 from .mounting import Base
@@ -52,7 +53,6 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "modalities": (None, ["text"]),
     "web_search_options": (None,),
-    "chat_template_kwargs": (None, {}),
     "continue_final_message": (None, False),
 }
 #: The same of a message.
@@ -64,6 +64,12 @@ LACKING_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 
 
 # Requests
+
+
+def _variables(values: dict[str, Any]) -> dict[str, Any]:
+    if fault := fault_of_variables(values):
+        raise ValueError(f"chat_template_kwargs: {fault}")
+    return values
 
 
 class _Request(BaseModel):
@@ -156,6 +162,11 @@ class ChatRequest(Generate):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(
         None, ge=1, description="goes before max_tokens; 512 if both are left out"
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
+        None,
+        description="variables of the chat template; by default those that the adapter was "
+        "trained with",
     )
 
 

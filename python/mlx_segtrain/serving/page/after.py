@@ -17,9 +17,9 @@ from .frame import Announcer, badge, button, empty, fact, facts, link, notice, t
 
 #: Of a run's configuration, what a loss depends on.
 MEASURED = (
-    "model_dir data_dir method max_seq_length batch_size train_on append_eos memory_budget_gb "
-    "segment_size dpo_beta dpo_loss label_smoothing reference_free orpo_lambda sft_scope "
-    "simpo_beta simpo_gamma"
+    "model_dir data_dir method max_seq_length batch_size train_on append_eos prompt_format "
+    "chat_template_kwargs strict memory_budget_gb segment_size dpo_beta dpo_loss label_smoothing "
+    "reference_free orpo_lambda sft_scope simpo_beta simpo_gamma"
 )
 FORMATS = {
     "peft": "Hugging Face PEFT",

@@ -17,7 +17,10 @@ from .frame import Announcer, button, card, empty, fact, facts, frame, looking, 
 #: Seconds without a change behind which the planner is asked.
 PAUSE_S = 0.35
 #: Parameters that the report on the data depends on.
-INSPECTED = ("method", "max_seq_length", "train_on", "append_eos")
+INSPECTED = (
+    *("method", "max_seq_length", "train_on", "append_eos"),
+    *("prompt_format", "chat_template_kwargs", "strict"),
+)
 #: Choices from which on one can type to find one.
 MANY = 12
 
@@ -152,7 +155,7 @@ class Setup:
         with self.report:
             if self.model.value is None:
                 notice("Choose a model to see lengths and tokens.")
-            show_report(report, length)
+            show_report(report)
         self.announce(f"{report.n_train:,} rows to train." if report.ok else str(report.error))
 
     # Plan and start
