@@ -436,9 +436,10 @@ class Chat:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return raw(text)
 
-    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> list[int]:
-        assert options == {"add_generation_prompt": True}
-        return [ord(letter) for turn in turns for letter in f"{turn['role'][0]}:{turn['content']};"]
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> str:
+        asked = options.pop("add_generation_prompt", None)
+        assert options == {"tokenize": False} and asked in (True, None)
+        return "".join(f"{turn['role'][0]}:{turn['content']};" for turn in turns)
 
 
 @pytest.mark.parametrize(

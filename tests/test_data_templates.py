@@ -78,9 +78,14 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         (PARTS, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
-def test_each_turn_follows_its_prompt_and_ends_with_one_stop_token(tmp_path, template, answers):
+@pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])  # also in <|im_end|>
+def test_each_turn_follows_its_prompt_and_ends_with_one_stop_token(
+    tmp_path, template, answers, answers_are
+):
     tokenizer = byte_level(template, stops=("<|user|>", "<|tool|>"))
-    messages = [{"role": "system", "content": "Be"}, *chat("a", "one", "b", "two")]
+    one, two = answers_are
+    answers = [own.replace("one", one).replace("two", two) for own in answers]
+    messages = [{"role": "system", "content": "Be"}, *chat("a", one, "b", two)]
     on = {"enable_thinking": True}
     data = load(tmp_path, tokenizer, {"messages": messages}, chat_template_kwargs=on)
     assert spans(data, tokenizer) == answers

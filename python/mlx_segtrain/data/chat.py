@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_segtrain.data.jsonl import Record
 from mlx_segtrain.data.losses import lost_from_context, lost_from_response
 from mlx_segtrain.data.spelling import Spelling, reasoning, spell, spellings, traits
-from mlx_segtrain.data.template import OPEN, ChatTemplate, TemplateError
+from mlx_segtrain.data.template import OPEN, ChatTemplate, TemplateError, wants_parts
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,10 +87,15 @@ class Conversations:
         row = _Row(own, weights, tools.get("tools"), render, self._stops)
         return _joined(self._turns(row, record.source))
 
+    @cached_property
+    def _usual(self) -> Spelling:
+        parts = wants_parts(self._tokenizer, self._kwargs)
+        return Spelling(content="parts" if parts else "text")
+
     def _turns(self, row: "_Row", source: str) -> list[_Turn]:
         """In the first spelling that loses nothing, or the one that loses least."""
         of = traits(row.messages)
-        known, accepted, searches = self._learned.get(of, (Spelling(), set(), 0))
+        known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
         for spelling in (known, *spellings(of)):
             try:

@@ -20,9 +20,33 @@ OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
 def prompt_ids(
     tokenizer: "TokenizerWrapper", messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Ids of the messages with the generation prompt; `kwargs` are variables of the template."""
-    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **kwargs)
-    return list(rendered)
+    """Ids of the messages with the generation prompt; `kwargs` are variables of the template.
+
+    The messages' content is text. Raises what the template raises.
+    """
+    if wants_parts(tokenizer, kwargs):
+        messages = [{**message, **content(message["content"], True)} for message in messages]
+    how: Any = {"tokenize": False, "add_generation_prompt": True, **kwargs}
+    text = tokenizer.apply_chat_template(list(messages), **how)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def wants_parts(tokenizer: "TokenizerWrapper", kwargs: Mapping[str, Any]) -> bool:
+    """Whether the template renders content as a list of parts, and none as text."""
+
+    def renders(parts: bool) -> bool:
+        asked = [{"role": "user", **content(MARK, parts)}]
+        try:
+            return MARK in tokenizer.apply_chat_template(asked, tokenize=False, **kwargs)
+        except Exception:  # a template may fail in any way
+            return False
+
+    return not renders(parts=False) and renders(parts=True)
+
+
+def content(text: str, parts: bool) -> dict[str, Any]:
+    """Content of a message, as text or as one part."""
+    return {"content": [{"type": "text", "text": text}] if parts else text}
 
 
 class TemplateError(Exception):
@@ -48,13 +72,13 @@ class ChatTemplate:
         """The text before the content of the last message; None if content is not rendered."""
         *before, last = messages
         plain = {key: value for key, value in last.items() if key not in (*REASONING, "tool_calls")}
-        before_mark, found, _ = self([*before, plain | _content(MARK, last)]).partition(MARK)
+        before_mark, found, _ = self([*before, plain | _like(last)]).partition(MARK)
         return before_mark if found else None
 
     def transition(self, messages: Sequence[Message], following: Message) -> str:
         """The text between an answer to `messages` and the content of the message after it."""
-        answer = {"role": "assistant", **_content(MARK, following)}
-        after = {**following, **_content(MARK, following)}
+        answer = {"role": "assistant", **_like(following)}
+        after = {**following, **_like(following)}
         try:
             parts = self([*messages, answer, after]).split(MARK)
         except TemplateError:
@@ -94,7 +118,6 @@ class ChatTemplate:
         return f"{tag[0]}/{tag[1:]}"
 
 
-def _content(text: str, like: Message) -> dict[str, Any]:
-    """Content in the form that another message has."""
-    parts = isinstance(like.get("content"), list)
-    return {"content": [{"type": "text", "text": text}] if parts else text}
+def _like(message: Message) -> dict[str, Any]:
+    """The mark as content, in the form that a message's content has."""
+    return content(MARK, isinstance(message.get("content"), list))
