@@ -4,8 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMMA := ,
+SPACE := $(subst ,, )
+# On Linux MLX's back end is an extra, on macOS it comes with MLX.
 CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
-DEV := $(if $(CPU),$(CPU)$(COMMA))dev
+# PEERS=1: with torch and PEFT, which are large, and the tests that compare with them.
+PEERS ?=
+PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
+TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
+# This package with these extras; pip takes no empty brackets.
+package = '.$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])'
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
@@ -19,26 +26,26 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
 
-test: $(VENV)/tools $(VENV)/browser ## Run the tests
+test: $(TOOLS) $(VENV)/browser ## Run the tests; PEERS=1: those that compare with torch too
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/tools ## Check format, style and types
+lint: $(TOOLS) ## Check format, style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	@cp $(VENV)/lib/python*/site-packages/mlx_segtrain/_core.pyi python/mlx_segtrain/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/tools ## Time attention, and training steps beside peers that are installed
+bench: $(TOOLS) ## Time attention, and training steps beside peers that are installed
 	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/step.py
 
-models: $(VENV)/tools ## Write the table of docs/models.md anew
+models: $(TOOLS) ## Write the table of docs/models.md anew
 	$(BIN)/python tests/model_table.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
-	$(PIP) install --quiet --editable '.[$(DEV)]'
-	@touch $(VENV)/installed $(VENV)/tools
+	$(PIP) install --quiet --editable $(call package,$(CPU) dev $(PEER_EXTRA))
+	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -55,7 +62,7 @@ $(VENV)/made:
 
 $(VENV)/installed: $(VENV)/made $(SOURCES)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
-	$(PIP) install --quiet '.[$(CPU)]'
+	$(PIP) install --quiet $(call package,$(CPU))
 	@touch $@
 
 # The tests of the page look at it with a browser: one that is there, else Debian's.
@@ -68,8 +75,8 @@ $(VENV)/browser: $(VENV)/made
 	    fonts-dejavu-core >/dev/null && touch $@; \
 	else echo "No chromium: the tests of the page will be skipped (install it to run them)"; fi
 
-# With what tests and checks need: the peers that we compare with are large.
-$(VENV)/tools: $(VENV)/made $(SOURCES)
-	@echo "Installing into $(VENV), with peers and tools (a few minutes the first time)"
-	$(PIP) install --quiet '.[$(DEV)]'
-	@touch $@ $(VENV)/installed
+# With what tests and checks need.
+$(TOOLS): $(VENV)/made $(SOURCES)
+	@echo "Installing into $(VENV), with tools$(if $(PEER_EXTRA), and peers) (a few minutes the first time)"
+	$(PIP) install --quiet $(call package,$(CPU) dev $(PEER_EXTRA))
+	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))

@@ -1,5 +1,7 @@
 """Tiny models with random weights, on disk as mlx-lm and transformers read them."""
 
+import importlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -118,6 +120,18 @@ def write_rows(path: Path, n=24, name="train.jsonl"):
     path.mkdir(parents=True, exist_ok=True)
     (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def hf():
+    """hf_peers.py, where torch and PEFT are installed; with PEERS=1 they have to be."""
+    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get("PEERS", "0") in ("", "0"):
+        pytest.skip(
+            f"{' and '.join(missing)} not installed: `make test PEERS=1` installs what we compare "
+            "with, and runs this too"
+        )
+    return importlib.import_module("hf_peers")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Loss and LoRA gradients of Hugging Face transformers with PEFT, on torch CPU in float32."""
+"""Hugging Face transformers with PEFT, on torch CPU in float32: logits, loss and LoRA gradients.
+
+The only file that imports torch and PEFT; tests reach it through the fixture `hf`.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -8,8 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 #: What differs between the arguments of a family in mlx-lm and the config of transformers.
 CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -74,8 +84,46 @@ def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]
     return model
 
 
+def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
+    """A Llama from the fields that its config.json shares with transformers."""
+    known = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    known += ("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size", "rope_theta")
+    known += ("max_position_embeddings", "tie_word_embeddings")
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{key: config[key] for key in known}),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    )
+    model.load_state_dict(hf_weights(weights), strict=True)
+    return model.eval()
+
+
+def gemma3_with_images(text_config: dict[str, Any]) -> Any:
+    """A random Gemma 3 for text and images, around a text model of this config."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(1)
+    config = Gemma3Config(text_config=text_config, vision_config=vision)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+def logits_with_adapter(base: Any, folder: Path, tokens: list[list[int]]) -> np.ndarray:
+    """Logits [B, T, V] of a model with the folder's adapter, loaded by PEFT."""
+    model = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def update_of(base: Any, folder: Path, path: str) -> np.ndarray:
+    """What PEFT adds to a linear's weight [out, in] with the folder's adapter."""
+    linear = PeftModel.from_pretrained(base, folder).base_model.model.get_submodule(path)
+    weight = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
+    return (linear.scaling["default"] * weight).detach().numpy()
+
+
 def saved_by_peft(folder: Path, base: Any, tokens: np.ndarray, **how: Any) -> np.ndarray:
     """Logits [B, T, V] of a model with an adapter of PEFT's, no longer fresh, saved there."""
+    torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(**how)).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -217,8 +217,7 @@ def test_those_of_peft_are_read(end, llama, tmp_path):
 
 
 @pytest.mark.parametrize("how", [{}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}])
-def test_those_that_peft_saves_give_its_logits(how, tmp_path):
-    hf = pytest.importorskip("hf_peers", reason="needs torch and peft", exc_type=ImportError)
+def test_those_that_peft_saves_give_its_logits(how, hf, tmp_path):
     model = tiny_models.build("llama")
     chain = chain_of(model)
     weights = {key: np.array(value) for key, value in tree_flatten(model.parameters())}

@@ -135,8 +135,7 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name, rows):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", WITH_HF)
-def test_loss_and_gradients_are_those_of_transformers_and_peft(name, rows):
-    hf = pytest.importorskip("hf_peers", reason="needs torch and peft", exc_type=ImportError)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(name, rows, hf):
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     weights = {key: np.array(value) for key, value in tree_flatten(model.parameters())}

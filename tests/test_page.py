@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is on the path"
 )
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+#: The first row of the data set; which docstring would come first depends on the Python.
+ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
 #: Milliseconds for what a model computes; other things take the default.
 LONG = 90_000
 
@@ -79,9 +81,12 @@ def site(tmp_path_factory) -> Iterator[Site]:
     write_llama(work / "tiny", bits=4)
     write_rows(write_rows(work / "counting"), 6, "valid.jsonl")
     write_dataset(work / "docstrings")
-    for name in ("train", "valid"):  # an evaluation of all rows takes a while on a CPU
+    turns = [{"role": r, "content": x} for r, x in zip(("user", "assistant"), ROW, strict=True)]
+    # An evaluation of all rows takes a while on a CPU.
+    for name, first, most in (("train", [{"messages": turns}], 59), ("valid", [], 8)):
         path = work / "docstrings" / f"{name}.jsonl"
-        path.write_text("".join(path.read_text().splitlines(True)[: 60 if name == "train" else 8]))
+        rows = path.read_text(encoding="utf-8").splitlines(True)[:most]
+        path.write_text("".join(json.dumps(row) + "\n" for row in first) + "".join(rows), "utf-8")
     with serving(work, cache) as own:
         yield own
 
@@ -205,10 +210,8 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site):
     page.get_by_label("Evaluate every, steps").fill("10")
     page.get_by_role("button", name="Inspect data").click()
     expect(page.get_by_text("Rows to train", exact=True)).to_be_visible(timeout=LONG)
-    with open(site.work / "docstrings" / "train.jsonl", encoding="utf-8") as rows:
-        answer = json.loads(next(rows))["messages"][1]["content"]
-    trained = page.locator(".tokens:not(.legend) mark").first.inner_text()
-    assert trained and answer.startswith(trained)  # 64 tokens do not hold all of it
+    marked = page.locator(".tokens:not(.legend) mark").first
+    expect(marked).to_have_text(f"{ROW[1]}<|im_end|>")
     expect(page.get_by_text(re.compile("Fits: .* GB, longest [0-9,]+ tokens"))).to_be_visible()
     user.shot(page, "setup")
     page.get_by_role("button", name="Start training").click()

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import shlex
+import sys
 
 import mlx.core as mx
 import mlx_lm
@@ -236,7 +238,8 @@ def test_answers_and_scores_at_every_evaluation(llama4, data, tmp_path):
 
     seen = []
     how = {"iters": 4, "steps_per_eval": 2, "sample_prompts": ["one two", "three"]}
-    how |= {"sample_tokens": 4, "eval_command": f"python {score} {{adapter}}"}
+    command = shlex.join([sys.executable, str(score), "{adapter}"])
+    how |= {"sample_tokens": 4, "eval_command": command}
     train(config_of(llama4, data, tmp_path / "a", **how), seen.append, score=ask)
     plain = train(config_of(llama4, data, tmp_path / "b", iters=4, steps_per_eval=2))
     answers = [event for event in seen if event["type"] == "sample"]
