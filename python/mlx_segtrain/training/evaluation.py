@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_base
 from ..objectives import Objective, value
+from ..policy import run_policy
 from ..schedule import Params
 from .references import with_references
 
@@ -62,6 +63,13 @@ def evaluate(
 
     InputError for what cannot be read or does not fit.
     """
+    with run_policy(config):
+        return _evaluate(config, adapter_path, split)
+
+
+def _evaluate(
+    config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
+) -> EvalResult:
     from .setup import check_length, objective_of
 
     train_file, valid_file = split_paths(config.data_dir)
