@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from mlx_segtrain.config import TrainConfig
+from mlx_segtrain.serving.app import allow_open_files
 from served import Server, frames, write_place
 
 ROOT = Path(__file__).parents[1]
@@ -572,3 +574,34 @@ def hub():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield told, url
         server.shutdown()
+
+
+@pytest.mark.parametrize("infinity", [-1, 2**63 - 1])  # Linux's, macOS's
+@pytest.mark.parametrize(
+    ("soft", "hard", "allows", "then"),
+    [
+        (1024, 4096, 4096, 4096),  # less than we would like
+        (1024, 524288, 524288, 65536),
+        (1024, None, 2**62, 65536),
+        (256, None, 24576, 24576),  # macOS: the hard limit says infinity, kern.maxfilesperproc less
+        (256, None, 10240, 10240),
+        (256, None, 256, 256),  # nothing more is allowed
+        (100_000, None, 10240, 100_000),  # there are more already
+        (None, None, 10240, None),
+    ],
+)
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_as_many_open_files_as_are_allowed(monkeypatch, infinity, soft, hard, allows, then, error):
+    limits = [infinity if x is None else x for x in (soft, hard)]
+
+    def setrlimit(which, asked):
+        assert which == resource.RLIMIT_NOFILE and asked[1] == limits[1]
+        if not 0 <= asked[0] <= allows:
+            raise error("not allowed to raise maximum limit")
+        limits[0] = asked[0]
+
+    monkeypatch.setattr(resource, "RLIM_INFINITY", infinity)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    allow_open_files(65536)
+    assert limits[0] == (infinity if then is None else then)
