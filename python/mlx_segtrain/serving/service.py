@@ -67,8 +67,8 @@ class Service:
         if self.settings.model_dir is not None:
             await self.engine.load(self.settings.model_dir)
         if self.settings.adapter is not None:
-            path = self.settings.adapter
-            self.engine.default = (await self.engine.mount(path.resolve().name, path)).id
+            path = self.settings.adapter.resolve()
+            self.engine.default = (await self.engine.mount(path.name, path)).id
 
     async def close(self) -> None:
         await self.jobs.close()

@@ -8,6 +8,7 @@ from nicegui import background_tasks, ui
 
 from ...errors import InputError
 from ..catalog import DataFolder, Model
+from ..kinds import kind_of
 from ..service import Plan, Service
 from . import text
 from .data import show_report
@@ -163,7 +164,7 @@ class Setup:
     def _fill(self, origin: str | None) -> None:
         """With the values of an earlier run, or with what there is only one of."""
         row = self.service.jobs.store.get(origin) if origin else None
-        if row is not None and row.kind == "finetune":
+        if row is not None and kind_of(row.kind).trains:
             values = json.loads(row.config_json)
             self._choose(values.pop("model_dir", None), values.pop("data_dir", None))
             for name in ("adapter_path", "resume", "overwrite"):
