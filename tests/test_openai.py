@@ -290,7 +290,7 @@ REFUSED = {
         **{"truncate_prompt_tokens": 5, "truncation_side": "left", "prompt_logprobs": 0},
         **{"allowed_token_ids": [5], "logprob_token_ids": [5], "use_beam_search": True},
         **{"length_penalty": 2, "documents": [{"text": "x"}], "chat_template": "x"},
-        **{"chat_template_kwargs": {"enable_thinking": False}, "mm_processor_kwargs": {}},
+        **{"mm_processor_kwargs": {}},
         **{"media_io_kwargs": {}, "request_id": "x", "session_id": "x", "cache_salt": "x"},
         **{"kv_transfer_params": {}, "ec_transfer_params": {}, "vllm_xargs": {"x": 1}},
         **{"repetition_detection": {}, "thinking_token_budget": 5, "include_reasoning": False},
@@ -328,6 +328,17 @@ def test_every_field_of_openai_s_client_is_known():
     own = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
     for params in (chats.CompletionCreateParamsStreaming, completions.CompletionCreateParamsBase):
         assert set(params.__annotations__) <= own | set(NEUTRAL["OpenAI"])
+
+
+def test_template_variables_are_of_chats(server):
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert server.http.post("/v1/chat/completions", json=CHAT | variables).status_code == 200
+    answer = server.http.post("/v1/completions", json={"prompt": "x", **variables})
+    assert answer.status_code == 400 and "chat_template_kwargs" in answer.text
+    for wrong in ({"chat_template": "x"}, {"tokenize": True}, {"not a name": 1}, [1]):
+        body = CHAT | {"chat_template_kwargs": wrong}
+        answer = server.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and "chat_template_kwargs" in answer.text
 
 
 @pytest.mark.parametrize("source", NEUTRAL)

@@ -1,6 +1,7 @@
 """A model that has learned its rows by heart answers them and stops, whatever the chat template."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from mlx_lm.generate import stream_generate
@@ -10,6 +11,10 @@ import chat_templates
 from conftest import write_llama
 from mlx_segtrain import TrainConfig, load, train
 from mlx_segtrain.adapters import prompting_of
+from mlx_segtrain.adapters.merging import merge
+from mlx_segtrain.data import Prompting
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.serving.mounting import Selected, read_base, read_mounted
 
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
 STOPS = ["<|im_end|>", "</s>", "<|user|>", "<|eot|>"]
@@ -85,3 +90,19 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, tmp_path)
         parts = list(stream_generate(trained, tokenizer, prompt, max_tokens=40))
         assert "".join(part.text for part in parts) == before + answer
         assert parts[-1].finish_reason == "stop"
+
+    # The server asks in the same way.
+    base = read_base(model)
+    mounted = read_mounted("own", tmp_path / "adapter", base)
+    if kind != "raw":
+        chat = [*system, {"role": "user", "content": question}]
+        assert Selected(base, (mounted,)).encode_chat(chat) == prompt
+    if kind == "SWITCHED off":
+        on = {"enable_thinking": True}
+        assert Selected(base, (mounted,)).encode_chat(chat, on) != prompt
+        other = replace(mounted, id="other", prompting=Prompting("chat", on))
+        with pytest.raises(InputError, match=r"own\+other were trained with different values"):
+            Selected(base, (mounted, other)).encode_chat(chat)
+        assert Selected(base, (mounted, other)).encode_chat(chat, variables) == prompt
+        merge([tmp_path / "adapter"] * 2, tmp_path / "merged")
+        assert prompting_of(tmp_path / "merged") == prompting

@@ -151,7 +151,8 @@ def show_report(report: Report, console: Console | None = None) -> None:
     for sentence in report.remarks:
         line(f"warning: {sentence}")
     for name, rows in report.findings.items():
-        line(f"{FINDINGS[name]}: {', '.join(rows)}")
+        if len(rows) > 1:
+            line(f"{FINDINGS[name]}: {', '.join(rows)}")
     if report.previews:
         line("")
         line(

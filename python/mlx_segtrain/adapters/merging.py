@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..data.prompting import Prompting
 from ..errors import InputError
 from ..lora import Adapter
 from .card import About
@@ -71,6 +72,10 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters are of different bases ({bases}): their sum is of none.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
+    # How prompts are rendered is kept where all were trained alike; else generation decides.
+    first, *others = (Prompting.of(about.run) for about in abouts)
+    run = first.as_run() if all(other == first for other in others) else {}
+    about = About(abouts[0].model, run=run, facts={"merged of": sources})
     with new_folder(out) as aside:
-        write_adapter(aside, adapter, About(abouts[0].model, facts={"merged of": sources}))
+        write_adapter(aside, adapter, about)
         return compared(out, adapter, read_stored(aside))

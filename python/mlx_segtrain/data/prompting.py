@@ -31,6 +31,10 @@ class Prompting:
             variables if isinstance(variables, dict) and not fault_of_variables(variables) else {},
         )
 
+    def as_run(self) -> dict[str, Any]:
+        """The fields of a configuration that `of` reads."""
+        return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
+
     def is_raw(self, tokenizer: "TokenizerWrapper") -> bool:
         """Whether plain prompts are given to the model as they are; InputError for a chat without
         a template."""

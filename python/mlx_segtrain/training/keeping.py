@@ -87,7 +87,7 @@ class Keeper:
         progress = state.progress
         data = self.made_of.inputs.get("data/train.jsonl", "")
         facts = {"data": f"{self.config.data_dir} (train.jsonl {data[:16]})"}
-        facts["rows"] = self.setup.train.summary
+        facts["trained on"] = self.setup.train.summary
         if said := remarks(self.config.data_dir, self.setup.train, self.setup.valid):
             facts["remarks"] = "; ".join(said)
         if progress.last:
