@@ -96,7 +96,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
         "inference_mode": True,
         "init_lora_weights": True,
         "optiq": shared,
-        "segtrain": run | {"step": about.step, "padded": None},
+        "segtrain": run | {"step": about.step, "padded": None, "tied": adapter.tied},
     }
     optiq = {
         "rank": run.get("rank", largest),

@@ -84,7 +84,7 @@ def fold(values: Values) -> events.Event:
     from ..adapters.folding import fold
     from ..adapters.merging import weighted
 
-    adapter = weighted([Path(values["adapter_path"])])
+    adapter = weighted([Path(values["adapter_path"])], model_dir=Path(values["model_dir"]))
     count = 0
 
     def count_on(own: Folded) -> None:

@@ -80,7 +80,7 @@ class Keeper:
     def adapter(self, state: State) -> Adapter:
         """As of the last finished step."""
         setup = self.setup
-        return with_params(setup.scales, setup.layout.split(state.at.vector))
+        return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
     def _about(self, state: State) -> About:
         """Of the adapter as it is now."""

@@ -319,9 +319,9 @@ def _counted(pairs: list[Pair], full: bool) -> int:
     )
 
 
-def with_params(scales: Mapping[str, float], params: Grads) -> Adapter:
+def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
     """The adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
     tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in scales}
     magnitudes = {path: flat[f"{path}.m"] for path in scales if f"{path}.m" in flat}
-    return Adapter(tensors, dict(scales), magnitudes)
+    return Adapter(tensors, dict(scales), magnitudes, chain.tied_for(tensors))
