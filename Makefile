@@ -4,15 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMMA := ,
-SPACE := $(subst ,, )
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
 # On Linux MLX's back end is an extra, on macOS it comes with MLX.
 CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 # PEERS=1: with torch and PEFT, which are large, and the tests that compare with them.
 PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
-# This package with these extras; pip takes no empty brackets.
-package = '.$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])'
+# A file's tests share servers and trained models, so one process runs them all. torch gets one thread beside the others.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+test: export OMP_NUM_THREADS := 1
+# What `pip install` gets of the wheel that was built, with these extras.
+package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
@@ -27,7 +31,7 @@ demo: $(VENV)/installed ## Train a small model on this machine and show what it 
 	$(BIN)/mlx-segtrain demo
 
 test: $(TOOLS) $(VENV)/browser ## Run the tests; PEERS=1: those that compare with torch too
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
 lint: $(TOOLS) ## Check format, style and types
 	$(BIN)/ruff check
@@ -44,8 +48,8 @@ models: $(TOOLS) ## Write the table of docs/models.md anew
 	$(BIN)/python tests/model_table.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
-	$(PIP) install --quiet --editable $(call package,$(CPU) dev $(PEER_EXTRA))
-	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
+	$(PIP) install --quiet --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
+	@touch $(VENV)/built $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -60,10 +64,23 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/installed: $(VENV)/made $(SOURCES)
-	@echo "Installing into $(VENV) (a few minutes the first time)"
+# Built once, whatever is installed with it. --force-reinstall: the version is that of the one before.
+$(VENV)/built: $(VENV)/made $(SOURCES)
+	@echo "Building the package (a few minutes the first time)"
+	@rm -rf $(VENV)/wheel
+	$(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
+	$(PIP) install --quiet --no-deps --force-reinstall $(call package)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/built
+	@echo "Installing what it needs into $(VENV)"
 	$(PIP) install --quiet $(call package,$(CPU))
 	@touch $@
+
+$(TOOLS): $(VENV)/built
+	@echo "Installing what it needs into $(VENV), with tools$(if $(PEER_EXTRA), and peers)"
+	$(PIP) install --quiet $(call package,$(CPU) dev $(PEER_EXTRA))
+	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 # The tests of the page look at it with a browser: one that is there, else Debian's.
 $(VENV)/browser: $(VENV)/made
@@ -74,9 +91,3 @@ $(VENV)/browser: $(VENV)/made
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium \
 	    fonts-dejavu-core >/dev/null && touch $@; \
 	else echo "No chromium: the tests of the page will be skipped (install it to run them)"; fi
-
-# With what tests and checks need.
-$(TOOLS): $(VENV)/made $(SOURCES)
-	@echo "Installing into $(VENV), with tools$(if $(PEER_EXTRA), and peers) (a few minutes the first time)"
-	$(PIP) install --quiet $(call package,$(CPU) dev $(PEER_EXTRA))
-	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 import tiny_models
+
+# What a terminal or an account on this machine has set is not what the tests are about, nor their
+# children: widths, colours, settings of a hub or a tracker.
+OURS = r"(COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*|MLX_SEGTRAIN_(TOKEN|MEM_LOG))"
+for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
+    del os.environ[name]
 
 # The CPU is what every machine has; DEVICE=gpu runs the same tests there.
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
@@ -122,8 +129,7 @@ def write_rows(path: Path, n=24, name="train.jsonl"):
     return path
 
 
-@pytest.fixture(scope="session")
-def hf():
+def load_peers():
     """hf_peers.py, where torch and PEFT are installed; with PEERS=1 they have to be."""
     missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
     if missing and os.environ.get("PEERS", "0") in ("", "0"):
@@ -132,6 +138,11 @@ def hf():
             "with, and runs this too"
         )
     return importlib.import_module("hf_peers")
+
+
+@pytest.fixture(scope="session")
+def hf():
+    return load_peers()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import resource
 import shutil
 import threading
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 import httpx
 import mlx.core as mx
 import openai
+import psutil
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -602,10 +602,6 @@ def test_unmounting_under_a_stream(folder, said):
         assert text == said(chat_tokens(said), "a", 150, goes_on=True)
 
 
-def rss():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-
-
 def test_swaps_under_load(server, said):
     """Eight clients and three adapters: over 100 requests, each with its own answer."""
     names = ["a", "b", "c", None]
@@ -633,7 +629,8 @@ def test_swaps_under_load(server, said):
         with ThreadPoolExecutor(8) as pool:
             for job, text in pool.map(one, order):
                 assert text == wanted[job], job
-        return server.call(lambda: (mx.clear_cache(), mx.get_active_memory())[1]), rss()
+        active = server.call(lambda: (mx.clear_cache(), mx.get_active_memory())[1])
+        return active, psutil.Process().memory_info().rss
 
     linears.put_in = counted
     try:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,16 +22,15 @@ import numpy as np
 HERE = Path(__file__).parent
 #: Rising, falling, and one random order of simdgroups and lanes.
 ORDERS = (0, 1, 7)
-CXX = os.environ.get("METAL_EMULATOR_CXX", "g++")
+CXX = shlex.split(os.environ.get("METAL_EMULATOR_CXX", "g++"))
+#: Those of every compiler. Clang takes `1.0 * x` for a double's product, which Metal does not:
+#: the text writes `1.0f`.
 FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off"),
-    *(
-        "-fsingle-precision-constant",
-        "-Wdouble-promotion",
-        "-Wno-unknown-pragmas",
-        "-Wno-literal-suffix",
-    ),
+    *("-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-deprecated-declarations"),
 ]
+GCC_FLAGS = ["-fsingle-precision-constant", "-Wno-literal-suffix"]
+CLANG_FLAGS = ["-Wno-user-defined-literals"]
 TYPES = {
     mx.bool_: "bool",
     mx.int8: "int8_t",
@@ -175,19 +175,28 @@ def rewrite(text: str, body_begins: int) -> str:
 
 
 @functools.cache
+def compiler() -> tuple[list[str], str]:
+    """The command with its flags, and what the compiler says of its version."""
+    version = subprocess.run([*CXX, "--version"], capture_output=True, text=True, check=True).stdout
+    more = CLANG_FLAGS if "clang" in version else GCC_FLAGS
+    return [*CXX, *FLAGS, *more], version
+
+
+@functools.cache
 def build_folder() -> Path:
     """The folder of this emulator.h, these flags and this compiler; the header is built ahead."""
     header = (HERE / "emulator.h").read_text()
-    version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(repr((header, FLAGS, CXX, version)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((header, compiler())).encode()).hexdigest()[:16]
     root = Path(tempfile.gettempdir()) / f"metal_emulator_{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise MetalError(f"{root} belongs to another user; set TMPDIR")
     folder = root / key
     folder.mkdir(exist_ok=True)
-    if not (folder / "emulator.h").exists():
-        (folder / "emulator.h").write_text(header)
+    if not (folder / "emulator.h").exists():  # another process may build here at the same time
+        aside = folder / f"emulator.{os.getpid()}"
+        aside.write_text(header)
+        aside.rename(folder / "emulator.h")
     built_ahead = folder / "emulator.h.gch"
     if not built_ahead.exists():
         compile_cxx(folder / "emulator.h", built_ahead, "-x", "c++-header")
@@ -197,9 +206,9 @@ def build_folder() -> Path:
 def compile_cxx(source: Path, target: Path, *flags: str) -> None:
     aside = target.with_suffix(f".{os.getpid()}")
     run = subprocess.run(
-        [CXX, *FLAGS, *flags, str(source), "-o", str(aside)], capture_output=True, text=True
+        [*compiler()[0], *flags, str(source), "-o", str(aside)], capture_output=True, text=True
     )
-    if run.returncode or "[-Wdouble-promotion]" in run.stderr:
+    if run.returncode or re.search(r"to .double.*\[-Wdouble-promotion\]", run.stderr):
         raise MetalError("the kernel does not compile\n" + run.stderr[:4000])
     aside.rename(target)
 
@@ -210,7 +219,7 @@ def build(cxx: str):
     key = hashlib.sha256(cxx.encode()).hexdigest()[:24]
     library = folder / f"{key}.so"
     if not library.exists():
-        source = folder / f"{key}.cpp"
+        source = folder / f"{key}.{os.getpid()}.cpp"
         source.write_text(cxx)
         compile_cxx(source, library, "-shared", "-include", str(folder / "emulator.h"))
     function = ctypes.CDLL(str(library)).launch
@@ -240,6 +249,26 @@ def to_bytes(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=True)
 
 
+def to_cxx(
+    name: str,
+    source: str,
+    header: str,
+    inputs: Mapping[str, mx.array],
+    outputs: Outputs,
+    template: Template,
+) -> str:
+    """The C++ of a kernel, to be built with emulator.h included ahead: it exports `launch`."""
+    text, full, arguments = kernel_text(name, source, header, inputs, outputs, template)
+    body = rewrite(text, body_begins=len(header))
+    return (
+        f'#line 1 "{name}"\n{body}\n'
+        "static std::deque<emu::Block> blocks;\n"
+        f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n"
+        'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
+        " { return emu::launch(kernel, blocks, args, n, *at); }\n"
+    )
+
+
 def emulate(
     name: str,
     source: str,
@@ -256,16 +285,7 @@ def emulate(
     mx arrays come back because NumPy has no bfloat16. Raises MetalError.
     """
     arrays = {k: x if isinstance(x, mx.array) else mx.array(x) for k, x in inputs.items()}
-    text, full, arguments = kernel_text(name, source, header, arrays, outputs, template)
-    body = rewrite(text, body_begins=len(header))
-    cxx = (
-        f'#line 1 "{name}"\n{body}\n'
-        "static std::deque<emu::Block> blocks;\n"
-        f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n"
-        'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
-        " { return emu::launch(kernel, blocks, args, n, *at); }\n"
-    )
-    function = build(cxx)
+    function = build(to_cxx(name, source, header, arrays, outputs, template))
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:
         raise MetalError(f"{name}: a threadgroup of {math.prod(group)} threads is over 1024")

@@ -1,0 +1,107 @@
+"""What `make` and the tests need of a machine: nothing that only a developer's has.
+
+`.ci/run` is the rest of the proof: it runs the README's commands with an empty environment.
+"""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import conftest
+
+ROOT = Path(__file__).parents[1]
+TESTS = sorted((ROOT / "tests").glob("**/*.py"))
+#: Extras that a target installs, besides `cpu` where the system has it; None: it installs nothing.
+TARGETS = {
+    **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None},
+    **{name: ["dev"] for name in ("test", "lint", "bench", "models")},
+}
+
+
+def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
+    """The commands of `make -n` where `uname` says `system` and no environment is there yet."""
+    fake = folder / "uname"
+    fake.write_text(f"#!/bin/sh\necho {system}\n")
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["make", "-n", "-C", ROOT, f"VENV={folder / 'venv'}", *words],
+        env={"PATH": f"{folder}:{os.environ['PATH']}"},  # without the MAKEFLAGS of `make test`
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.replace("`", "")) for line in lines if "pip" in line]
+
+
+def installed(commands: list[list[str]]) -> list[str]:
+    """What `pip install` is given, without options."""
+    found = []
+    for words in commands:
+        if "install" in words:
+            rest = words[words.index("install") + 1 :]
+            found += [word for word in rest if not word.startswith("-")]
+    return found
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("peers", [False, True])
+@pytest.mark.parametrize("system", ["Linux", "Darwin"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_a_target_installs(target, system, peers, tmp_path):
+    got = installed(dry_run(tmp_path, system, target, *(["PEERS=1"] if peers else [])))
+    wheel = f"$(echo {tmp_path}/venv/wheel/*.whl)"
+    extras = TARGETS[target]
+    if extras is None:
+        assert got == []
+        return
+    cpu = ["cpu"] if system == "Linux" else []  # on macOS MLX has no such extra
+    extras = [*cpu, *extras, *(["peers"] if peers and extras else [])]
+    bracket = f"[{','.join(extras)}]" if extras else ""  # pip takes no empty brackets
+    assert got == ([f".{bracket}"] if target == "dev" else [wheel, wheel + bracket])
+
+
+def test_every_target_is_looked_at():
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert set(phony.split()) == set(TARGETS)
+
+
+def test_peers_that_are_missing_are_said(monkeypatch):
+    monkeypatch.setattr(conftest.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PEERS", "")
+    with pytest.raises(pytest.skip.Exception, match=r"torch and peft not .* `make test PEERS=1`"):
+        conftest.load_peers()
+    monkeypatch.setenv("PEERS", "1")  # where they must be, nothing is skipped
+    monkeypatch.setitem(sys.modules, "hf_peers", None)
+    with pytest.raises(ImportError):
+        conftest.load_peers()
+
+
+def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
+    """The texts in a file, without docstrings, and the packages that it imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts, packages = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            texts.add(node.value)
+        elif isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            packages.add(node.module.partition(".")[0])
+    return texts, packages
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_test_counts_on_torch_or_on_a_python_on_the_path(path):
+    texts, packages = strings_and_imports(path)
+    if path.name != "hf_peers.py":
+        assert not packages & {"torch", "peft"}, "use the fixture hf"
+    assert not [x for x in texts if re.match(r"python3?( |$)", x)], "use sys.executable"
