@@ -16,7 +16,10 @@ import tiny_models
 
 # What a terminal or an account on this machine has set is not what the tests are about, nor their
 # children: widths, colours, settings of a hub or a tracker.
-OURS = r"(COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*|MLX_SEGTRAIN_(TOKEN|MEM_LOG))"
+OURS = (
+    r"COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*"
+    r"|MLX_SEGTRAIN_(TOKEN|MEM_LOG)"
+)
 for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 
 import mlx_segtrain
+import test_formats
 from checks import random_adapter
 from conftest import write_llama
 from mlx_segtrain import InputError, lora, train
