@@ -205,6 +205,14 @@ def test_samples_and_tokens_are_counted(tmp_path):
     assert f"{data.tokens} tokens to run, {data.supervised_tokens} of them" in data.summary
 
 
+def test_a_developer_s_message_is_one_of_the_system_where_the_template_knows_no_other(tmp_path):
+    template = CHATML.replace("in messages %}", "in messages if m.role != 'developer' %}", 1)
+    messages = [{"role": "developer", "content": "Be kind"}, *chat("a", "one")]
+    data = load(tmp_path, byte_level(template), {"messages": messages})
+    assert text(data.rows[0], byte_level()).startswith("<|im_start|>system\nBe kind<|im_end|>\n")
+    assert not data.notes.findings
+
+
 # 4. Tool calls in OpenAI's form
 
 

@@ -2,7 +2,8 @@
 
 OpenAI's form, in which rows come, leaves open what templates read: arguments of tool calls as JSON
 text or as a mapping, no content as null or as "", reasoning by one of three keys or in the content
-between tags, content as text or as a list of parts, ids of calls of any form or of nine letters.
+between tags, content as text or as a list of parts, ids of calls of any form or of nine letters,
+and the role of a developer's message.
 """
 
 import json
@@ -25,6 +26,7 @@ class Spelling:
     reasoning: str = "given"  #: or one of the keys, or tags
     ids: str = "given"  #: or short, as Mistral's templates want them
     content: str = "text"  #: or parts
+    developer: str = "developer"  #: the role of such messages
 
 
 #: What templates differ in, by the part of a message that it is about; the default comes first.
@@ -32,6 +34,7 @@ CHOICES = {
     "ids": ("given", "short"),
     "arguments": ("mapping", "text"),
     "null": (None, ""),
+    "developer": ("developer", "system"),
     "reasoning": ("given", *REASONING, "tags"),
     "content": ("text", "parts"),
 }
@@ -46,6 +49,8 @@ def traits(messages: Messages) -> frozenset[str]:
             found |= {"arguments", "ids"}
         if message.get("content") is None:
             found.add("null")
+        if message.get("role") == "developer":
+            found.add("developer")
         if reasoning(message)[0]:
             found.add("reasoning")
     return frozenset(found)
@@ -65,6 +70,8 @@ def spell(messages: Messages, spelling: Spelling) -> list[dict[str, Any]]:
 
 def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
     own = dict(message)
+    if own.get("role") == "developer":
+        own["role"] = spelling.developer
     if calls := own.get("tool_calls"):
         own["tool_calls"] = [_call(call, spelling) for call in calls]
     if spelling.ids == "short" and own.get("tool_call_id"):
