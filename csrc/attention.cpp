@@ -9,15 +9,34 @@ namespace segtrain {
 
 namespace {
 
+/// Does MLX's own have a kernel for this GPU's neural accelerators? Only asking for one tells: whether a
+/// kernel serves is decided when the call is written down, and a call that insists on one throws if none
+/// does.
+bool has_nax() {
+  static const bool has = [] {
+    auto x = mx::zeros({1, 1, 9, 512}, mx::bfloat16, mx::Device::gpu);
+    try {
+      mx::fast::scaled_dot_product_attention(x, x, x, 1, "causal", {}, {}, true, mx::Device::gpu);
+    } catch (const std::invalid_argument&) {
+      return false;
+    }
+    return true;
+  }();
+  return has;
+}
+
 Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
                std::optional<int> window, const std::optional<Ranges>& segments, std::optional<float> softcap,
                std::optional<int> q_start, mx::StreamOrDevice s) {
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4,
         "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ", q.shape(), ", ", k.shape(), ", ",
         v.shape(), ".");
-  Call c{q.shape(0), q.shape(1),         k.shape(1), q.shape(2), k.shape(2),
-         q.shape(3), v.shape(3),         0,          scale,      softcap.value_or(0),
-         false,      window.value_or(0), {},         q.dtype(),  s};
+  Gpu device = on_cpu(s) ? Gpu::none : gpu();
+  Call c{q.shape(0), q.shape(1),          k.shape(1), q.shape(2),
+         k.shape(2), q.shape(3),          v.shape(3), 0,
+         scale,      softcap.value_or(0), false,      window.value_or(0),
+         {},         q.dtype(),           s,          device,
+         false};
   check(k.shape(0) == c.B && v.shape(0) == c.B && v.shape(1) == c.G && v.shape(2) == c.S && k.shape(3) == c.D,
         "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(),
         ", ", v.shape(), ".");
@@ -45,34 +64,52 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float
     int in_window = window ? position - *window + 1 : 0;
     c.first.push_back(padding ? position + 1 : std::max(in_window, segment->first));
   }
+  c.nax = device == Gpu::metal && c.D == 512 && has_nax();
   c.causal_only = !softcap && c.T == c.S && c.first == std::vector<int32_t>(c.T, 0);
   return c;
 }
 
+/// Why MLX's own would have arrays of T × S scores for heads of this size in one of its directions; empty if
+/// it has not. Read from MLX 0.32.4: has_fused_kernel in mlx/backend/metal and mlx/backend/cuda,
+/// scaled_dot_product_attention.cpp.
+std::string stock_heads_unfit(const Call& c) {
+  bool half = c.dtype == mx::float16 || c.dtype == mx::bfloat16;
+  std::string sizes;
+  if (c.device == Gpu::metal) {
+    for (int d : {64, 72, 80, 96, 128, 192, 256})
+      if (c.D == d && c.Dv == d) return "";
+    if (c.D == 512 && c.Dv == 512 && c.nax && half) return "";
+    sizes = "of 64, 72, 80, 96, 128, 192 and 256 and, with neural accelerators, 512 in half precision";
+  } else {
+    if (!half) return "it has no float32 kernel on CUDA";
+    if (int has = compute_capability(); has && has < 80) return "it needs a GPU of compute capability 8.0";
+    if (c.D % 8 == 0 && c.D <= 128 && c.D == c.Dv) return "";
+    sizes = "in multiples of 8 up to 128";
+  }
+  return "its memory is linear for D = Dv " + sizes + " only";
+}
+
 /// MLX's own, where both of its directions are linear in memory.
 Way stock_way(const Call& c) {
-  if (on_cpu(c.s)) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
+  if (c.device == Gpu::none) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
   if (!c.causal_only)
     return {"stock", false, "it takes windows, segments, caps and T < S as arrays of masks only"};
-  int most = gpu() == Gpu::metal ? 256 : 128;
-  if (c.D > most || c.D != c.Dv)
-    return {"stock", false,
-            "its backward pass is linear in memory up to D = " + std::to_string(most) + " only"};
-  if (c.dtype == mx::float32 && gpu() == Gpu::cuda)
-    return {"stock", false, "it has no float32 kernel on CUDA"};
-  return {"stock", true, ""};
+  auto unfit = stock_heads_unfit(c);
+  return {"stock", unfit.empty(), unfit};
 }
 
 /// On CUDA MLX leaves its fused kernel when T is no multiple of 128: zeros behind the last key are seen by no
-/// query.
+/// query. On Metal it leaves it for wide heads where there is no backward pass, because that is faster: it is
+/// told not to. Up to 8 queries are for another kernel, which gives no backward pass, and too few to matter.
 mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
-  int more = gpu() == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
+  int more = c.device == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
+  bool insist = c.device == Gpu::metal && c.T > 8;
   auto longer = [&](const mx::array& x) {
     return more ? mx::pad(x, {{0, 0}, {0, 0}, {0, more}, {0, 0}}, mx::array(0, x.dtype()), "constant", c.s)
                 : x;
   };
   auto o = mx::fast::scaled_dot_product_attention(longer(q), longer(k), longer(v), c.scale, "causal", {}, {},
-                                                  false, c.s);
+                                                  insist, c.s);
   return more ? mx::slice(o, {0, 0, 0, 0}, {c.B, c.H, c.T, c.Dv}, c.s) : o;
 }
 
@@ -106,31 +143,47 @@ bool set_repeatable(bool on) {
   return repeatable.exchange(on);
 }
 
+bool is_repeatable() {
+  return repeatable;
+}
+
+bool has_neural_accelerators() {
+  return gpu() == Gpu::metal && has_nax();
+}
+
 namespace {
 
+/// May MLX's own and cuDNN be taken? What is named always may.
+bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
+  return impl != "auto" || !repeats || device != Gpu::cuda;
+}
+
 /// By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
-std::string way_for(const Call& c, const std::string& impl) {
-  bool cpu = on_cpu(c.s);
-  Way kernel = cpu ? cpu_kernel(c.s) : gpu_kernel("attention", gpu_attention_unfit(c));
-  Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c));
+std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
+  Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
+                                     : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
+  Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c), c.device);
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
-  bool plain = !c.window && !c.cap && c.T == c.S;
-  bool libraries = impl != "auto" || !repeatable || gpu() != Gpu::cuda;
-  Way cudnn =
-      impl == "cudnn" || (impl == "auto" && plain && libraries) ? cudnn_way(c) : Way{"cudnn", false, ""};
   Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
   std::vector<Way> ways{cudnn, stock, kernel, hopper, blocked};
   if (c.D > 128) std::swap(ways[2], ways[3]);
   return choose("attention", impl, ways);
 }
 
+std::string way_for(const Call& c, const std::string& impl) {
+  bool libraries = may_use_libraries(c.device, impl, repeatable);
+  bool plain = !c.window && !c.cap && c.T == c.S;
+  bool ask = impl == "cudnn" || (impl == "auto" && plain && libraries);
+  return way_among(c, impl, ask ? cudnn_way(c) : Way{"cudnn", false, ""}, libraries);
+}
+
 AttentionWay way_of(const Call& c, const std::string& name) {
-  return name == "blocked"  ? blocked_attention
-         : name == "hopper" ? hopper_attention
-         : name == "cudnn"  ? cudnn_attention()
-         : on_cpu(c.s)      ? cpu_attention
-                            : gpu_attention;
+  return name == "blocked"       ? blocked_attention
+         : name == "hopper"      ? hopper_attention
+         : name == "cudnn"       ? cudnn_attention()
+         : c.device == Gpu::none ? cpu_attention
+                                 : gpu_attention;
 }
 
 Arrays forward(const Call& c, const AttentionWay& way, const Arrays& qkv) {
@@ -167,6 +220,21 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
   auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
   auto name = way_for(c, impl);
   return name == "stock" ? Arrays{} : forward(c, way_of(c, name), {q, k, v});
+}
+
+std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
+                          bool repeats) {
+  const std::map<std::string, Gpu> devices{{"cpu", Gpu::none}, {"metal", Gpu::metal}, {"cuda", Gpu::cuda}};
+  auto found = devices.find(device);
+  check(found != devices.end(), "[attention_way] device must be 'cpu', 'metal' or 'cuda'; got '", device,
+        "'.");
+  constexpr int T = 1024;
+  const Call c{
+      1, 1, 1, T, T, head, head, 0, 1, 0, true, 0, std::vector<int32_t>(T, 0), dtype, {}, found->second, nax};
+  bool libraries = may_use_libraries(c.device, "auto", repeats);
+  bool serves = cudnn && libraries && c.device == Gpu::cuda && cudnn_heads_unfit(head, head).empty() &&
+                dtype != mx::float32;
+  return way_among(c, "auto", {"cudnn", serves, ""}, libraries);
 }
 
 }  // namespace segtrain

@@ -15,6 +15,8 @@ struct Call {
                                ///< own position; where it sees none, its position + 1
   mx::Dtype dtype;
   mx::StreamOrDevice s;
+  Gpu device;  ///< none: the CPU
+  bool nax;    ///< MLX's own has kernels for this GPU's neural accelerators; known where a choice asks for it
 
   int share() const { return H / G; }
 };

@@ -82,7 +82,7 @@ Template gpu_template(const Call& c) {
 }
 
 Grid query_grid(const Call& c, bool backward) {
-  if (gpu() == Gpu::metal) return {{tiles(c.T, 32), c.H, c.B}, 128};
+  if (c.device == Gpu::metal) return {{tiles(c.T, 32), c.H, c.B}, 128};
   CudaTiles t(c.D);
   return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
 }
@@ -96,7 +96,7 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
                const mx::array& lse) {
   // On CUDA the heads of a group are split over `parts` blocks where there are few tiles of keys, and summed
   // after.
-  bool metal = gpu() == Gpu::metal;
+  bool metal = c.device == Gpu::metal;
   CudaTiles t(c.D);
   int parts = 1;
   while (!metal && parts < c.share() && c.share() % (2 * parts) == 0 &&
@@ -127,7 +127,7 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 
 std::string gpu_attention_unfit(const Call& c) {
   if (c.D != c.Dv) return "D and Dv differ";
-  if (gpu() == Gpu::metal) {
+  if (c.device == Gpu::metal) {
     bool fits = c.D == 64 || c.D == 80 || c.D == 96 || c.D == 128 || c.D == 192 || c.D == 256;
     return fits ? "" : "its head sizes are 64, 80, 96, 128, 192 and 256";
   }

@@ -82,6 +82,13 @@ NB_MODULE(_core, m) {
 
   m.def("set_repeatable", &set_repeatable, "on"_a,
         "Whether 'auto' takes only implementations that give the same bits again; what was set before.");
+  m.def("is_repeatable", &is_repeatable, "What set_repeatable set last.");
+  m.def("attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
+        "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
+        "The implementation that 'auto' takes for plain causal attention of many tokens on a device, 'cpu', "
+        "'metal' or 'cuda', which need not be here.");
+  m.def("has_neural_accelerators", &has_neural_accelerators,
+        "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
   m.def("switch_off", &switch_off, "op"_a, "impl"_a, "reason"_a,
         "Never choose an implementation again in this process: it failed the self-check on this device.");
 
@@ -116,6 +123,8 @@ NB_MODULE(_core, m) {
            nb::kw_only(), "writes"_a, "forward"_a, "backward"_a, "kept"_a, "saved"_a, "gradients"_a,
            "forward_work"_a, "again_work"_a, "saved_work"_a, "backward_work"_a)
       .def_ro("writes", &StageCost::writes)
+      .def_ro("saved", &StageCost::saved)
+      .def_ro("saved_work", &StageCost::saved_work)
       .def_ro("gradients", &StageCost::gradients);
   nb::class_<Costs>(m, "Costs", "A chain of stages with all that a plan for it depends on; csrc/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,

@@ -184,9 +184,10 @@ void switch_off(const std::string& op, const std::string& impl, const std::strin
   off[op + " " + impl] = reason;
 }
 
-Way gpu_kernel(const std::string& op, const std::string& unfit) {
-  if (gpu() == Gpu::none) return {"kernel", false, "there is no GPU"};
+Way gpu_kernel(const std::string& op, const std::string& unfit, Gpu device) {
+  if (device == Gpu::none) return {"kernel", false, "there is no GPU"};
   if (!unfit.empty()) return {"kernel", false, unfit};
+  if (device != gpu()) return {"kernel", true, ""};
   std::lock_guard lock(off_lock);
   auto found = off.find(op + " kernel");
   if (found != off.end())

@@ -28,6 +28,8 @@ void check(bool ok, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
+enum class Gpu { none, metal, cuda };
+
 /// One way to compute an op, and whether it serves the arguments at hand.
 struct Way {
   std::string name;

@@ -68,6 +68,18 @@ std::vector<std::string> attention_impls();
 /// cuDNN, MLX's own among them, add dq up in any order.
 bool set_repeatable(bool on);
 
+/// What set_repeatable set last.
+bool is_repeatable();
+
+/// The implementation that 'auto' takes for plain causal attention of many tokens on a device ("cpu",
+/// "metal", "cuda") that need not be here: with `cudnn` as the package may have it on CUDA, `nax` as Metal
+/// may have it, and repeatable as `repeats` says.
+std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
+                          bool repeats);
+
+/// Does MLX on this machine's GPU have attention kernels for neural accelerators (M5)?
+bool has_neural_accelerators();
+
 /// silu(gate)·up. [..., F] → [..., F].
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
 

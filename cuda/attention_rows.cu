@@ -1,4 +1,5 @@
-// Row passes of blocked attention, whose products are plain matrix products. docs/attention.md; CPU twin: csrc/attention.cpp, blocked.
+// Row passes of blocked attention, whose products are plain matrix products. docs/attention.md; on the CPU
+// csrc/attention_blocked.cpp does the same in MLX's ops.
 //
 // softmax_rows, softmax_vjp_rows: one threadgroup per row of s [R, cols]. Row r is query q0 + r % nq and sees the
 // columns first[query] − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: every `period` queries
@@ -62,7 +63,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
   s += row * cols;
   p += row * cols;
 
-  /// s' = cap·tanh(s/cap), −∞ where unseen
+  /// m = max S, l = sum of exp(S − m) of what the row sees, S capped
   auto scores = [&](int col, float (&x)[8]) {
     load(s, col, see, aligned, -infinity(), x);
     for (int i = 0; i < 8; ++i)
@@ -73,7 +74,6 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
   for (int n = 0; n < KEPT; ++n)
     if (mine + n * stride < end) scores(mine + n * stride, kept[n]);
 
-  /// m = max s'
 #pragma unroll
   for (int n = 0; n < KEPT; ++n)
     for (int i = 0; i < 8; ++i)
@@ -85,7 +85,6 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
   top = block_reduce<true>(top);
   if (top == -infinity()) top = 0;  // a row that sees nothing: p = 0
 
-  /// l = Σ exp(s' − m)
   auto exps = [&](float (&y)[8]) {
     for (int i = 0; i < 8; ++i) y[i] = exp2_of((y[i] - top) * LOG2E);
   };
@@ -102,7 +101,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
   }
   sum = block_reduce<false>(sum);
 
-  /// p = exp(s' − m)/l, lse = m + log l
+  /// lse = m + log l, P = exp(S − lse), 0 where unseen
   const float inverse = sum > 0 ? 1 / sum : 0;
   auto write = [&](int col, float (&y)[8]) {
     for (int i = 0; i < 8; ++i) y[i] *= inverse;
@@ -136,7 +135,7 @@ __device__ void softmax_vjp_rows(const S* s, const S* dp, const float* lse, cons
     load(s, col, see, aligned, 0, x);
     load(dp, col, see, aligned, 0, dx);
     for (int i = 0; i < 8; ++i) {
-      /// p = exp(s' − lse), ds = p·(dp − delta)·scale·(1 − (s'/cap)²)
+      /// P = exp(S − lse), dS = P·(dP − delta)·scale·(1 − (S/c)²) with S capped, 0 where unseen
       float t = CAP ? tanh_of(x[i] / cap) : 0, y = CAP ? cap * t : x[i];
       x[i] = see.has(col + i) ? exp2_of((y - lse_r) * LOG2E) : 0;
       dx[i] = x[i] * (dx[i] - delta_r) * scale * (1 - t * t);

@@ -38,7 +38,7 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
   p += size_t(row) * nk;
   const Seen see = seen(first, q_start, q0, k0, nq, period, nk, row);
 
-  /// m, l: maximum, and sum of exp(s - m), of this thread's columns
+  /// m = max S, l = sum of exp(S - m) of what the row sees, S capped
   float m = -INFINITY, l = 0;
   for (int c = see.begin + int(thread_index); c < see.end; c += THREADS) {
     const float x = capped<CAP>(float(s[c]), cap);
@@ -49,7 +49,7 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
     l += fast::exp(x - m);
   }
 
-  /// m, l of the row; lse = m + log(l)
+  // Of the thread's columns so far; of the row:
   const float simd_top = simd_max(m);
   const float simd_l = simd_sum(l > 0 ? l * fast::exp(m - simd_top) : 0.0f);
   if (lane == 0) {
@@ -61,10 +61,10 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
   for (int i = 0; i < SIMDS; ++i) m = max(m, tops[i]);
   l = 0;
   for (int i = 0; i < SIMDS; ++i) l += sums[i] > 0 ? sums[i] * fast::exp(tops[i] - m) : 0.0f;
+
+  /// lse = m + log l, P = exp(S - lse), 0 where unseen
   const float row_lse = l > 0 ? m + log(l) : -INFINITY;
   if (thread_index == 0) lse[row] = row_lse;
-
-  /// p = exp(s - lse), 0 where unseen
   for (int c = thread_index; c < nk; c += THREADS)
     p[c] = c < see.begin || c >= see.end ? T(0.0f) : T(fast::exp(capped<CAP>(float(s[c]), cap) - row_lse));
 }
@@ -77,7 +77,7 @@ void softmax_vjp_rows(Scores s, Scores dp, Rows lse, Rows delta, Ints first, int
   const Seen see = seen(first, q_start, q0, k0, nq, period, nk, row);
   const float row_lse = lse[row], row_delta = delta[row];
 
-  /// p = exp(s - lse), 0 where unseen; ds = p * (dp - delta) * scale * slope
+  /// P = exp(S - lse), dS = P (dP - delta) scale (1 - (S/c)^2) with S capped, 0 where unseen
   for (int c = thread_index; c < nk; c += THREADS) {
     float p_c = 0, ds_c = 0;
     if (c >= see.begin && c < see.end) {

@@ -16,8 +16,11 @@ import tiny_models
 
 # What a terminal or an account on this machine has set is not what the tests are about, nor their
 # children: widths, colours, settings of a hub or a tracker.
-SET = "COLUMNS|LINES|TERM|.*_COLOR|COLORTERM|HF_.*|WANDB_.*|MLX_SEGTRAIN_(TOKEN|MEM_LOG)"
-for name in [name for name in os.environ if re.fullmatch(SET, name)]:
+OURS = (
+    r"COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*"
+    r"|MLX_SEGTRAIN_(TOKEN|MEM_LOG)"
+)
+for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
 
 # The CPU is what every machine has; DEVICE=gpu runs the same tests there.

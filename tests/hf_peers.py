@@ -128,7 +128,7 @@ def saved_by_peft(folder: Path, base: Any, tokens: np.ndarray, **how: Any) -> np
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, x in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 x.normal_(0, 0.1, generator=draw)
             if "magnitude" in name:
                 x.mul_(torch.empty_like(x).uniform_(0.8, 1.2, generator=draw))

@@ -140,6 +140,9 @@ def changed(method: str) -> dict[str, Any]:
         "sample_tokens": 9,
         "eval_command": "score {adapter}",
         "append_eos": False,
+        "prompt_format": "raw",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "strict": True,
         "overwrite": True,
     }
     fresh = {
@@ -197,7 +200,9 @@ def test_every_field_has_a_flag(command: str, method: str, monkeypatch: pytest.M
     given = changed(method)
     argv = [command]
     for name, value in given.items():
-        if isinstance(value, bool):
+        if isinstance(value, dict):
+            argv += [flag(name), json.dumps(value)]
+        elif isinstance(value, bool):
             argv.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         else:
             argv += [flag(name), *map(str, value if isinstance(value, list) else [value])]
@@ -305,7 +310,7 @@ def test_bad_input_of_a_run(
         (["generate", "--model-dir", "m", "--prompt", "x", "--max-tokens", "0"], "integer >= 1"),
         (["generate", "--model-dir", "m", "--prompt", "x", "--temp", "-1"], "number >= 0"),
         (
-            ["generate", "--model-dir=m", "--prompt=x", "--system=y", "--no-chat-template"],
+            ["generate", "--model-dir=m", "--prompt=x", "--system=y", "--prompt-format=raw"],
             "--system needs the chat template",
         ),
         (["eval", "--model-dir=m", "--data-dir=d", "--max-seq-length=1"], "integer >= 2; got '1'"),
@@ -413,23 +418,28 @@ def test_inspect_gives_its_flags_to_the_data_module(
     inspect.assert_called_once_with(
         Path("x.jsonl"),
         "a tokenizer",
-        max_seq_length=512,
-        train_on="last",
-        append_eos=False,
-        method=None,
+        data.Options(512, None, "last", append_eos=False),
         n_preview=0,
     )
     load.assert_called_once_with(Path("."), eos_token_ids=[7, 8])
 
 
+def raw(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
 class Chat:
     """A tokenizer whose template shows roles and whose ids are code points."""
 
-    has_chat_template = True
+    has_chat_template, bos_token = True, None
 
-    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> list[int]:
-        assert options == {"add_generation_prompt": True}
-        return [ord(letter) for turn in turns for letter in f"{turn['role'][0]}:{turn['content']};"]
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return raw(text)
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> str:
+        asked = options.pop("add_generation_prompt", None)
+        assert options == {"tokenize": False} and asked in (True, None)
+        return "".join(f"{turn['role'][0]}:{turn['content']};" for turn in turns)
 
 
 @pytest.mark.parametrize(
@@ -437,10 +447,10 @@ class Chat:
     [
         (["--prompt", "hi"], "", [ord(letter) for letter in "u:hi;"]),
         (["--prompt", "hi", "--system", "be"], "", [ord(letter) for letter in "s:be;u:hi;"]),
-        (["--prompt", "hi", "--no-chat-template"], "", "hi"),
-        (["--prompt", "-", "--no-chat-template"], "from stdin", "from stdin"),
-        (["--prompt-file", "-", "--no-chat-template"], "from stdin", "from stdin"),
-        (["--prompt-file", "p.txt", "--no-chat-template"], "", "from a file"),
+        (["--prompt", "hi", "--prompt-format", "raw"], "", raw("hi")),
+        (["--prompt", "-", "--prompt-format", "raw"], "from stdin", raw("from stdin")),
+        (["--prompt-file", "-", "--prompt-format", "raw"], "from stdin", raw("from stdin")),
+        (["--prompt-file", "p.txt", "--prompt-format", "raw"], "", raw("from a file")),
     ],
 )
 def test_generate(
@@ -477,7 +487,7 @@ def test_system_message_needs_a_template(
     bare = SimpleNamespace(has_chat_template=False)
     monkeypatch.setattr(mlx_segtrain, "load", Mock(return_value=("model", bare)))
     text = error(capsys, "generate", "--model-dir", "m", "--prompt", "x", "--system", "y")
-    assert "m has none" in text
+    assert "a system message needs a chat template: the model has none" in text
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:

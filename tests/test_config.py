@@ -82,6 +82,9 @@ def test_defaults_are_those_of_the_reference() -> None:
         "eval_command": None,
         "train_on": "assistant",
         "append_eos": True,
+        "prompt_format": "auto",
+        "chat_template_kwargs": {},
+        "strict": False,
         "overwrite": False,
     }
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_segtrain.data import inspect
+from mlx_segtrain.data import Options, inspect
 from test_data_masking import byte_level, chat, metaspace
 
 
@@ -24,7 +24,9 @@ def test_without_tokenizer_formats_and_counts(tmp_path):
 def test_one_file_with_tokenizer(tmp_path):
     rows = [{"prompt": "QX", "completion": "W" * n + "Z"} for n in range(20)]
     path = write(tmp_path / "data.jsonl", *rows, {"prompt": "Q" * 30, "completion": "W"})
-    report = inspect(path, byte_level(), max_seq_length=20, n_preview=2)
+    report = inspect(
+        path, byte_level(), Options(max_seq_length=20, prompt_format="raw"), n_preview=2
+    )
     assert report.ok and (report.format, report.n_train, report.n_valid) == (
         "prompt-completion",
         21,
@@ -67,7 +69,7 @@ def test_errors_are_in_the_report(tmp_path):
     assert not report.ok and (report.error or "").startswith("train.jsonl:2: ")
     # What is never trained is still shown, so that one sees why.
     write(tmp_path / "train.jsonl", {"messages": chat("Hello")}, {"prompt": "a", "completion": ""})
-    report = inspect(tmp_path, byte_level(), append_eos=False)
+    report = inspect(tmp_path, byte_level(), Options(append_eos=False, prompt_format="raw"))
     assert not report.ok and "nothing to train" in (report.error or "")
     assert len(report.previews) == 2 and report.n_train == 2
     write(tmp_path / "train.jsonl", {"text": "a"})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_segtrain.data import load_dataset
+from mlx_segtrain.data import Options, load_dataset
 from mlx_segtrain.errors import InputError
 from test_data_masking import byte_level, chat
 
@@ -17,7 +17,7 @@ def tokenizer():
 
 
 def load(directory, tokenizer):
-    return load_dataset(directory, tokenizer, max_seq_length=64)
+    return load_dataset(directory, tokenizer, Options(max_seq_length=64))
 
 
 def message(**fields):
@@ -37,7 +37,7 @@ def message(**fields):
         ('{"prompt": "a", "chosen": "b"}', "has 'prompt', 'chosen'"),
         ('{"text": 7}', '"text" must be a string, not a number'),
         ('{"text": null}', '"text" must be a string, not null'),
-        ('{"prompt": "a", "completion": ["b"]}', '"completion" must be a string, not a list'),
+        ('{"prompt": "a", "completion": ["b"]}', '"completion"[0] must be an object, not a string'),
         ('{"messages": "a"}', '"messages" must be a list, not a string'),
         ('{"messages": ["a"]}', '"messages"[0] must be an object, not a string'),
         ('{"messages": [{"from": "user"}]}', '"messages"[0] needs "role"'),

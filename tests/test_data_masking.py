@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_segtrain.data import load_split
+from mlx_segtrain.data import Options, load_split
 from mlx_segtrain.errors import InputError
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|eot|>", "<|pad|>"]
@@ -49,12 +49,13 @@ OPEN_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{%
 TOOLS = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML
 
 
-def wrap(tokenizer, template, eos="</s>", pad=None):
+def wrap(tokenizer, template, eos="</s>", pad=None, stops=()):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=pad
     )
     fast.chat_template = template
-    return TokenizerWrapper(fast)
+    ends = [fast.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|eot|>", *stops)]
+    return TokenizerWrapper(fast, eos_token_ids=ends)
 
 
 def add_bos(tokenizer):
@@ -63,7 +64,7 @@ def add_bos(tokenizer):
     )
 
 
-def byte_level(template=CHATML, bos=True, eos="</s>", pad=None):
+def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
     """Byte-level BPE, whose pieces never depend on what stands before them but by merging."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,12 +73,15 @@ def byte_level(template=CHATML, bos=True, eos="</s>", pad=None):
     tokenizer.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
-            vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+            vocab_size=420,
+            special_tokens=[*SPECIAL, *stops],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     if bos:
         add_bos(tokenizer)
-    return wrap(tokenizer, template, eos, pad)
+    return wrap(tokenizer, template, eos, pad, stops)
 
 
 def metaspace(template=INST, scheme="first"):
@@ -98,7 +102,8 @@ def metaspace(template=INST, scheme="first"):
 def load(tmp_path, tokenizer, *rows, max_seq_length=4096, **options):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_split(path, tokenizer, max_seq_length=max_seq_length, **options)
+    how = {"max_seq_length": max_seq_length, "prompt_format": "raw", **options}
+    return load_split(path, tokenizer, Options(**how))
 
 
 def chat(*contents, first="user"):
@@ -201,20 +206,24 @@ def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
     )
     tokenizer = metaspace(template, scheme)
     messages = chat("Hello", "fine", "how", "blue")
-    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    row = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False).rows[0]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == ids(tokenizer, whole)
     # "▁fine" holds the space of the prompt and the answer; a token with any answer is trained.
-    # The newline is its end of turn, there being no special token.
+    # The newline is its end of turn, there being no special token and none to be appended.
     assert trained(row, tokenizer) == ["fine\n", "blue\n"]
 
 
 def test_a_turn_without_special_token_is_trained_whole(tmp_path):
     tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     messages = chat("Hello", "I say <|im_end|> here", "Bye", "fine")
-    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    data = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False)
     # Without a generation prompt, the model writes the name of the speaker too.
-    assert trained(row, tokenizer) == ["assistant: I say <|im_end|> here\n", "assistant: fine\n"]
+    assert trained(data.rows[0], tokenizer) == [
+        "assistant: I say <|im_end|> here\n",
+        "assistant: fine\n",
+    ]
+    assert set(data.notes.findings) == {"stop", "special"}
 
 
 def test_tokens_that_merge_across_the_start_of_a_turn(tmp_path):
@@ -241,19 +250,33 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_turn_as_generated(tmp
 
 def test_a_generation_prompt_that_the_finished_turn_lacks(tmp_path):
     tokenizer = byte_level(OPEN_THINKING)
-    row = load(tmp_path, tokenizer, {"messages": chat("a", "<this is fine", "b", "two")}).rows[0]
-    assert trained(row, tokenizer) == ["<this is fine<|im_end|>", "two<|im_end|>"]
+    messages = chat("a", "<this is fine", "b", "two")
+    data = load(tmp_path, tokenizer, {"messages": messages})
+    # The thinking block that the generation prompt opens is closed before the answer.
+    closed = "\n</think>\n\n"
+    assert [trained(row, tokenizer) for row in data.rows] == [
+        [closed + "<this is fine<|im_end|>"],
+        [closed + "two<|im_end|>"],
+    ]
+    for row, n in zip(data.rows, (1, 3), strict=True):
+        prompt = tokenizer.apply_chat_template(
+            messages[:n], tokenize=False, add_generation_prompt=True
+        )
+        assert text(row, tokenizer).startswith(prompt + closed)
 
 
-def test_a_template_that_changes_what_came_before_is_refused(tmp_path):
+def test_a_template_that_changes_what_came_before_is_trained_after_what_generation_meets(tmp_path):
     tokenizer = byte_level("{{ messages | length }}" + CHATML)
-    with pytest.raises(InputError, match=r"train\.jsonl:2: .*before messages\[1\] differently"):
-        load(tmp_path, tokenizer, {"text": "fine"}, {"messages": chat("a", "one")})
+    (row,) = load(tmp_path, tokenizer, {"messages": chat("a", "one")}).rows
+    assert text(row, tokenizer).startswith(
+        "1<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert trained(row, tokenizer) == ["one<|im_end|>"]
 
 
 def test_a_template_that_hides_or_cannot_render_a_turn_is_refused(tmp_path):
     hidden = byte_level("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(InputError, match=r"train\.jsonl:1: where the content of messages\[0\]"):
+    with pytest.raises(InputError, match=r"train\.jsonl:1: where messages\[0\] starts"):
         load(tmp_path, hidden, {"messages": chat("one", "a", first="assistant")})
     strict = byte_level("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InputError, match=r"train\.jsonl:1: .*roles must alternate"):
@@ -274,7 +297,7 @@ def test_turns_that_overlap_do_not_repeat_text(tmp_path):
     tokenizer = byte_level("{% for m in messages %}{{ m.content }}{% endfor %}" + marks)
     messages = chat("Q", "W")
     messages.append({"role": "assistant", "content": "!Z"})
-    row = load(tmp_path, tokenizer, {"messages": messages}).rows[0]
+    row = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False).rows[0]
     assert text(row, tokenizer) == "QW!Z!" and trained(row, tokenizer) == ["W!Z!"]
 
 

@@ -6,7 +6,16 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from mlx_segtrain.data import Pair, PairBatch, Row, batches, eval_batches, inspect, load_dataset
+from mlx_segtrain.data import (
+    Options,
+    Pair,
+    PairBatch,
+    Row,
+    batches,
+    eval_batches,
+    inspect,
+    load_dataset,
+)
 from mlx_segtrain.errors import InputError
 from test_data_masking import LLAMA3, THINKING, TOOLS, byte_level, ids, metaspace, trained
 
@@ -25,7 +34,8 @@ def tokenizer():
 def load(folder, tokenizer, *rows, method="dpo", length=500, **options):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "train.jsonl").write_text(text)
-    return load_dataset(folder, tokenizer, max_seq_length=length, method=method, **options)[0]
+    how = {"max_seq_length": length, "method": method, "prompt_format": "raw", **options}
+    return load_dataset(folder, tokenizer, Options(**how))[0]
 
 
 def text_pair(prompt, chosen, rejected):
@@ -110,7 +120,6 @@ def test_a_text_prompt_has_bos_once_and_eos(tmp_path):
         ("WX", "ZZ", 3),  # <s> Q Q
         ("WX", "WZ", 4),  # <s> Q Q W
         ("W", "WZ", 3),  # of <s> Q Q W </s> two are left
-        ("W", "W", 3),
         ("", "Z", 2),
     ],
 )
@@ -122,8 +131,10 @@ def test_what_a_pair_shares(tmp_path, chosen, rejected, shared):
 
 
 def test_sequences_that_are_too_short_share_nothing(tmp_path):
-    data = load(tmp_path, byte_level(bos=False), text_pair("", "QW", "QW"), text_pair("", "Q", "Q"))
-    assert [(pair.shared, len(pair)) for pair in data.rows] == [(1, 5), (0, 4)]
+    for n, shared in ((3, 1), (2, 0)):
+        row = Row(np.arange(n, dtype=np.int32), np.ones(n, np.float32), "train.jsonl:1 chosen")
+        pair = Pair.of(row, row, "train.jsonl:1")
+        assert (pair.shared, len(pair)) == (shared, 2 * n - shared)
     row = Row(np.zeros(1, np.int32), np.zeros(1, np.float32), "train.jsonl:1 chosen")
     assert Pair.of(row, row, "train.jsonl:1").shared == 0
 
@@ -335,12 +346,14 @@ def test_inspection_shows_both_sequences(tmp_path, tokenizer):
 def test_inspection_counts_what_is_cut(tmp_path):
     tokenizer = byte_level()
     load(tmp_path, tokenizer, text_pair("QQQ", "WW", "ZZ"), text_pair("Q", "W", "Z"))
-    report = inspect(tmp_path, tokenizer, max_seq_length=5, method="dpo")
+    report = inspect(
+        tmp_path, tokenizer, Options(max_seq_length=5, method="dpo", prompt_format="raw")
+    )
     assert (report.length_min, report.length_max) == (6, 10)  # <s> and prompt run once
     assert (report.truncated, report.prompts_cut, report.dropped) == (0, 1, 0)
     assert "".join(text for text, *_ in report.previews[0].tokens) == "<s>QWW</s>"
     assert "give method dpo, orpo or simpo" in (
-        inspect(tmp_path, tokenizer, method="sft").error or ""
+        inspect(tmp_path, tokenizer, Options(method="sft")).error or ""
     )
 
 

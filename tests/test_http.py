@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import httpx
 import pytest
 
 from mlx_segtrain.config import TrainConfig
+from mlx_segtrain.serving.app import allow_open_files
+from mlx_segtrain.serving.kinds import KINDS
+from mlx_segtrain.serving.store import Store
 from served import Server, frames, write_place
 
 ROOT = Path(__file__).parents[1]
@@ -572,3 +576,90 @@ def hub():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield told, url
         server.shutdown()
+
+
+@pytest.mark.parametrize("infinity", [-1, 2**63 - 1])  # Linux's, macOS's
+@pytest.mark.parametrize(
+    ("soft", "hard", "allows", "then"),
+    [
+        (1024, 4096, 4096, 4096),  # less than we would like
+        (1024, 524288, 524288, 65536),
+        (1024, None, 2**62, 65536),
+        (256, None, 24576, 24576),  # macOS: the hard limit says infinity, kern.maxfilesperproc less
+        (256, None, 10240, 10240),
+        (256, None, 256, 256),  # nothing more is allowed
+        (100_000, None, 10240, 100_000),  # there are more already
+        (None, None, 10240, None),
+    ],
+)
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_as_many_open_files_as_are_allowed(monkeypatch, infinity, soft, hard, allows, then, error):
+    limits = [infinity if x is None else x for x in (soft, hard)]
+
+    def setrlimit(which, asked):
+        assert which == resource.RLIMIT_NOFILE and asked[1] == limits[1]
+        if not 0 <= asked[0] <= allows:
+            raise error("not allowed to raise maximum limit")
+        limits[0] = asked[0]
+
+    monkeypatch.setattr(resource, "RLIM_INFINITY", infinity)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    allow_open_files(65536)
+    assert limits[0] == (infinity if then is None else then)
+
+
+#: Of a job of each kind: its configuration, its result, and how the page names it.
+OF_EACH_KIND = {
+    "finetune": (
+        {"model_dir": "/m/model", "data_dir": "/d/notes"},
+        {"final_train_loss": 1.5},
+        "Training",
+        "model on notes",
+    ),
+    "evaluate": (
+        {"model_dir": "/m/model", "data_dir": "/d/notes", "split": "valid"},
+        {"loss": 1.5, "tokens": 10},
+        "Evaluation",
+        "model alone on notes",
+    ),
+    "fold": (
+        {"model_dir": "/m/model", "adapter_path": "/a/one"},
+        {"lost": 0.25},
+        "Fold",
+        "one into model",
+    ),
+    "merge": ({"adapters": ["/a/one", "/a/two"]}, {"linears": 2}, "Merge", "one + two"),
+    "export": ({"adapter_path": "/a/one", "method": "gguf"}, {}, "Export", "one as gguf"),
+    "push": (
+        {"source": "/a/one", "repo_id": "me/one"},
+        {"url": "https://hub.example/me/one"},
+        "Push",
+        "one to me/one",
+    ),
+}
+
+
+def test_the_page_shows_jobs_of_each_kind(server):
+    """A job whose kind the page does not know took the list of all jobs with it."""
+    assert set(OF_EACH_KIND) == set(KINDS)
+    of_later = {"distill": ({"x": 1}, {"y": 2}, "Distill", "distill")}
+    store, ids = Store(server.cache / "jobs.sqlite"), {}
+    try:
+        for kind, (config, result, *_) in {**OF_EACH_KIND, **of_later}.items():
+            ids[kind] = store.add(kind, json.dumps(config), None).id
+            own = {"status": "done", "progress": 1.0, "result_json": json.dumps(result)}
+            store.update(ids[kind], **own)
+        listed = server.http.get("/finetune/jobs")
+        assert listed.status_code == 200
+        for kind, (_, _, title, name) in {**OF_EACH_KIND, **of_later}.items():
+            assert f"{title} · {ids[kind]}" in listed.text and name in listed.text, kind
+            own = server.http.get(f"/finetune/job/{ids[kind]}")
+            assert own.status_code == 200 and f"{title} · {ids[kind]}" in own.text, kind
+            assert name in own.text
+        assert "https://hub.example/me/one" in listed.text
+        assert {row["kind"] for row in server.http.get("/api/jobs").json()["jobs"]} >= set(ids)
+    finally:
+        for id in ids.values():
+            store.remove(id)
+        store.close()

@@ -22,6 +22,7 @@ from mlx_segtrain.serving import engine as module
 from mlx_segtrain.serving.engine import Engine
 from mlx_segtrain.serving.guard import Outside
 from mlx_segtrain.serving.openai import router
+from mlx_segtrain.serving.openai_forms import ChatRequest, CompletionRequest
 from test_serving_engine import END, Alone, write_adapters, write_lively
 
 NEVER_ENDS = {"logit_bias": {str(END): -100}}
@@ -190,7 +191,7 @@ def test_messages_of_every_form(server, said):
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "Again"},
     ]
-    answer = ask(server, messages=turns, user="me", store=True, metadata={"x": "y"})
+    answer = ask(server, messages=turns, user="me", store=False, metadata={"x": "y"})
     assert answer.choices[0].message.content == said(chat_tokens(said, plain), None, 16)
 
 
@@ -226,6 +227,224 @@ def test_models(server):
     assert server.client.models.retrieve("default").id == "ORG-Model"
     with pytest.raises(openai.NotFoundError):
         server.client.models.retrieve("ORG/other")
+
+
+#: What a field of another server's requests does here: nothing, which is true there too with this
+#: value; or it is refused with this one.
+NEUTRAL = {
+    "OpenAI": {
+        **{"user": "me", "metadata": {"a": "b"}, "safety_identifier": "me", "store": False},
+        **{"prompt_cache_key": "k", "prompt_cache_retention": "24h", "service_tier": "auto"},
+        **{"n": 1, "logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}},
+        **{"modalities": ["text"], "tools": [], "tool_choice": "auto", "function_call": "none"},
+        **{"functions": [], "parallel_tool_calls": True, "verbosity": "medium"},
+        **{"echo": False, "suffix": "", "best_of": 1, "stream_options": {"include_usage": True}},
+        **dict.fromkeys(("audio", "prediction", "web_search_options", "reasoning_effort")),
+        **dict.fromkeys(("moderation", "prompt_cache_options")),
+    },
+    "vLLM": {
+        **{"min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "length_penalty": 1.0},
+        **{"skip_special_tokens": True, "spaces_between_special_tokens": True, "bad_words": []},
+        **{"include_stop_str_in_output": False, "use_beam_search": False, "watermarking": False},
+        **{"add_generation_prompt": True, "continue_final_message": False, "priority": 0},
+        **{"include_reasoning": True, "return_token_ids": False, "return_mm_kwargs": True},
+        **{"return_tokens_as_token_ids": False, "return_token_offsets": False, "documents": []},
+        **{"return_prompt_text": False, "routed_experts_prompt_start": 0, "stream_interval": 1},
+        **{"chat_template_kwargs": {}, "logits_processors": [], "top_k": -1},
+    },
+    "SGLang": {
+        **{"no_stop_trim": False, "separate_reasoning": False, "stream_reasoning": True},
+        **{
+            "return_hidden_states": False,
+            "return_routed_experts": False,
+            "use_audio_in_video": False,
+        },
+        **{"routed_experts_start_len": 0, "return_cached_tokens_details": False},
+        **{
+            "return_prompt_token_ids": False,
+            "return_meta_info": False,
+            "custom_labels": {"a": "b"},
+        },
+    },
+    "mlx_lm.server": {
+        **{"xtc_probability": 0.0, "xtc_threshold": 0.1, "draft_model": "default_model"},
+        **{"role_mapping": {}, "top_logprobs": -1},
+    },
+}
+REFUSED = {
+    "OpenAI": {
+        **{"store": True, "service_tier": "flex", "n": 2, "logprobs": True, "top_logprobs": 3},
+        **{"tools": [{"type": "function"}], "tool_choice": "required", "verbosity": "low"},
+        **{"functions": [{"name": "f"}], "function_call": {"name": "f"}, "modalities": ["audio"]},
+        **{"response_format": {"type": "json_object"}, "audio": {"voice": "x"}, "best_of": 2},
+        **{"prediction": {"type": "content", "content": "x"}, "web_search_options": {}},
+        **{"reasoning_effort": "low", "moderation": "x", "prompt_cache_options": {"x": 1}},
+        **{"echo": True, "suffix": "x"},
+    },
+    "vLLM": {
+        **{"guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a"},
+        **{"structured_outputs": {"choice": ["a"]}, "min_tokens": 2, "ignore_eos": True},
+        **{"stop_token_ids": [5], "include_stop_str_in_output": True, "bad_words": ["x"]},
+        **{"skip_special_tokens": False, "spaces_between_special_tokens": False},
+        **{"add_generation_prompt": False, "continue_final_message": True, "priority": 1},
+        **{"truncate_prompt_tokens": 5, "truncation_side": "left", "prompt_logprobs": 0},
+        **{"allowed_token_ids": [5], "logprob_token_ids": [5], "use_beam_search": True},
+        **{"length_penalty": 2, "documents": [{"text": "x"}], "chat_template": "x"},
+        **{"mm_processor_kwargs": {}},
+        **{"media_io_kwargs": {}, "request_id": "x", "session_id": "x", "cache_salt": "x"},
+        **{"kv_transfer_params": {}, "ec_transfer_params": {}, "vllm_xargs": {"x": 1}},
+        **{"repetition_detection": {}, "thinking_token_budget": 5, "include_reasoning": False},
+        **{"return_token_ids": True, "return_tokens_as_token_ids": True, "prompt_embeds": "x"},
+        **{"return_prompt_text": True, "stream_interval": 4, "watermarking": True},
+        **{"logits_processors": ["x"], "return_token_offsets": True, "return_mm_kwargs": False},
+        **{"routed_experts_prompt_start": 1},
+    },
+    "SGLang": {
+        **{"regex": "a", "ebnf": "a", "json_schema": "{}", "stop_regex": "a", "no_stop_trim": True},
+        **{"separate_reasoning": True, "stream_reasoning": False, "return_hidden_states": "last"},
+        **{"session_params": {}, "custom_params": {}, "custom_logit_processor": "x", "task": "x"},
+        **{"images_config": {}, "max_dynamic_patch": 1, "min_dynamic_patch": 1, "rid": "x"},
+        **{"use_audio_in_video": True, "input_ids": [5], "extra_key": "x", "reasoning": {}},
+        **{"ngram_corpus_id": "x", "bootstrap_host": "x", "bootstrap_port": 1, "bootstrap_room": 1},
+        **{"routed_dp_rank": 0, "disagg_prefill_dp_rank": 0, "data_parallel_rank": 0},
+        **{"return_cached_tokens_details": True, "return_routed_experts": True},
+        **{"routed_experts_start_len": 1, "return_prompt_token_ids": True},
+        **{"return_meta_info": True},
+    },
+    "mlx_lm.server": {
+        **{"xtc_probability": 0.5, "draft_model": "x", "num_draft_tokens": 3},
+        **{"role_mapping": {"bos": "x"}, "repetition_context_size": 20},
+        **{"presence_context_size": 20, "frequency_context_size": 20},
+    },
+    "others": {"grammar": "root ::= x", "lora": [{"id": 0}], "think": False, "options": {}}
+    | {"keep_alive": 5, "max_new_tokens": 5, "Temperature": 0, "top_a": 0.5},
+}
+
+
+def test_every_field_of_openai_s_client_is_known():
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chats
+
+    own = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    for params in (chats.CompletionCreateParamsStreaming, completions.CompletionCreateParamsBase):
+        assert set(params.__annotations__) <= own | set(NEUTRAL["OpenAI"])
+
+
+def test_template_variables_are_of_chats(server):
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert server.http.post("/v1/chat/completions", json=CHAT | variables).status_code == 200
+    answer = server.http.post("/v1/completions", json={"prompt": "x", **variables})
+    assert answer.status_code == 400 and "chat_template_kwargs" in answer.text
+    for wrong in ({"chat_template": "x"}, {"tokenize": True}, {"not a name": 1}, [1]):
+        body = CHAT | {"chat_template_kwargs": wrong}
+        answer = server.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and "chat_template_kwargs" in answer.text
+
+
+@pytest.mark.parametrize("source", NEUTRAL)
+def test_fields_that_change_nothing_are_taken(server, source):
+    fields = NEUTRAL[source]
+    body = CHAT | fields
+    body |= dict.fromkeys(REFUSED[source].keys() - fields.keys())  # null is as if left out
+    answer = server.http.post("/v1/chat/completions", json=body | {"add_special_tokens": False})
+    assert answer.status_code == 200, answer.text
+    body = {key: value for key, value in body.items() if key != "messages"} | {"prompt": "x"}
+    answer = server.http.post("/v1/completions", json=body | {"add_special_tokens": True})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [pair for fields in REFUSED.values() for pair in fields.items()], ids=str
+)
+def test_fields_that_would_have_no_effect_are_refused_by_name(server, name, value):
+    for path, body in (("chat/completions", CHAT), ("completions", {"prompt": "x"})):
+        answer = server.http.post(f"/v1/{path}", json=body | {name: value})
+        error = check(answer, 400, f"{name}: this server does not implement it")
+        assert "leave it out" in error["message"]
+
+
+def test_fields_within_fields_are_refused_too(server):
+    hello = HELLO[0]
+    part = {"type": "text", "text": "Hello"}
+    for change, name in [
+        ({"messages": [hello | {"prefix": True}]}, "messages.0.prefix"),
+        ({"messages": [hello | {"reasoning_content": "x"}]}, "messages.0.reasoning_content"),
+        ({"messages": [hello | {"content": [part | {"x": 1}]}]}, "messages.0.content.0.x"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"temprature": 1}, "Did you mean temperature?"),
+    ]:
+        check(server.http.post("/v1/chat/completions", json=CHAT | change), 400, name)
+    answer = server.http.post("/v1/adapters", json={"id": "a", "path": "a", "scale": 2})
+    check(answer, 400, "unknown field scale")
+    own = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
+    turn = {"role": "assistant", "content": "Hi", "annotations": [], **own}  # as OpenAI answers
+    cached = {"role": "user", "content": [part | {"cache_control": {"type": "ephemeral"}}]}
+    answer = ask(server, messages=[hello, turn, cached])
+    assert answer.choices[0].message.content
+
+
+def test_other_spellings_of_an_adapter(server, said, folder):
+    wanted = said(chat_tokens(said), "a", 16)
+    body = CHAT | {"max_tokens": 16}
+    for more in [
+        *({"adapters": "a"}, {"lora_path": "a"}, {"adapters": str(folder / "a")}),
+        *({"lora_path": f"{folder}/b/../a"}, {"adapter": "a", "adapters": "a", "lora_path": "a"}),
+        *({"model": "a", "lora_path": "a"}, {"adapters": "a", "max_completion_tokens": 16}),
+    ]:
+        answer = server.http.post("/v1/chat/completions", json=body | more).json()
+        assert answer["adapter"] == "a", (more, answer)
+        assert answer["choices"][0]["message"]["content"] == wanted
+    (folder / "unmounted").mkdir(exist_ok=True)
+    for more, status, says in [
+        ({"adapters": "nobody"}, 400, "adapter 'nobody' is not mounted"),
+        ({"adapters": str(folder / "unmounted")}, 400, "POST its id and path to /v1/adapters"),
+        ({"lora_path": "../../etc"}, 403, "lies outside"),
+        ({"lora_path": ["a"]}, 400, "lora_path: input should be a valid string"),
+        ({"adapter": "a", "lora_path": "b"}, 400, "adapter names the adapter 'a', and lora_path"),
+        ({"model": "a", "adapters": "b"}, 400, "model names the adapter 'a', and adapters"),
+    ]:
+        check(server.http.post("/v1/chat/completions", json=body | more), status, says)
+
+
+def test_faults_of_fields_that_may_be_several_things(server):
+    turn = {"role": "user"}
+    for change, says in [
+        ({"stop": 5}, "stop: input should be a valid string or a valid list."),
+        ({"stop": [""]}, "stop.0: string should have at least 1 character."),
+        ({"stop": ["a", 5]}, "stop.1: input should be a valid string."),
+        ({"messages": [turn | {"content": 5}]}, "messages.0.content: input should be a valid s"),
+        (
+            {"messages": [turn | {"content": [{"type": "text", "text": 5}]}]},
+            "messages.0.content.0.text: input should be a valid string.",
+        ),
+        ({"messages": [turn | {"content": [{}]}]}, "messages.0.content.0.type is missing."),
+        ({"messages": [{"content": "x"}]}, "messages.0.role is missing."),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ]:
+        error = check(server.http.post("/v1/chat/completions", json=CHAT | change), 400, says)
+        assert error["message"].startswith(says[:6])
+        assert not any(word in error["message"] for word in ("constrained", "list[", "[key]"))
+    for prompt in (5, {}, [1.5], ["a", 1], [[1], "a"]):
+        error = check(server.http.post("/v1/completions", json={"prompt": prompt}), 400, "prompt")
+        assert "input should be" in error["message"] and "list[" not in error["message"]
+
+
+def test_text_that_is_none(server):
+    post, kind = server.http.post, {"content-type": "application/json"}
+    for path, body, says in [
+        ("chat/completions", CHAT | {"messages": [HELLO[0] | {"content": "\ud83c"}]}, "messages.0"),
+        ("chat/completions", CHAT | {"stop": ["\udfff"]}, "stop.0 has half of a character"),
+        ("chat/completions", CHAT | {"\udc00": 1}, "holds a key that has half of a character"),
+        ("completions", {"prompt": "a\ud800b"}, "prompt has half of a character"),
+        ("adapters", {"id": "\ud800", "path": "a"}, "id has half of a character"),
+    ]:
+        error = check(post(f"/v1/{path}", content=json.dumps(body), headers=kind), 400, says)
+        assert "template" not in error["message"]
+    body = b'{"prompt": "caf\xe9"}'
+    check(post("/v1/completions", content=body, headers=kind), 400, "the body is not UTF-8")
+    body = json.dumps({"prompt": "\U0001f389"})  # a pair is one character
+    assert "\\ud83c" in body
+    assert post("/v1/completions", content=body, headers=kind).status_code == 200
 
 
 CHAT = {"messages": HELLO, "max_tokens": 1}

@@ -1,70 +1,162 @@
-"""Kernels of one op for several devices have the same stages: their `///` comments, in order."""
+"""Kernels of one op for several devices have the same stages: their `///` comments, in order.
 
+Which kernels are twins follows from the texts: those with the same outputs on two devices. A
+function of csrc/cpu/ that has the name of one of them is a twin, too.
+"""
+
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: Section → (file, function) of its twins.
-TWINS = {
-    "attention forward": [
-        ("csrc/cpu/attention.cpp", "attention"),
-        ("cuda/attention.cu", "attention"),
-        ("cuda/attention_hopper.cu", "attention_hopper"),
-        ("metal/attention.metal", "attention"),
-    ],
-    **{
-        section: [
-            ("csrc/cpu/rows.cpp", name),
-            ("cuda/glu.cu", name),
-            ("metal/glu.metal", name),
-        ]
-        for section, name in (("glu forward", "glu"), ("glu backward", "glu_vjp"))
-    },
+TEXTS = {
+    file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+    for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp")
+    for file in sorted(ROOT.glob(pattern))
 }
-#: Outputs of a kernel → the section that its function belongs to.
-SECTIONS = {
-    "o lse": "attention forward",
-    "y": "glu forward",
-    "dgate dup": "glu backward",
+#: Kernels with outputs as another's that are no twin of it, and why.
+EXEMPT = {
+    "attention_sum_parts": "adds up what parts of the heads gave attention_vjp_kv",
+    "attention_queries_vjp": "one product with a dS that attention_scores_vjp wrote out",
 }
 #: Metal's text is ASCII.
-ASCII = str.maketrans({"·": " ", "ᵀ": "^T", "−": "-"})
+ASCII = str.maketrans({"·": " ", "ᵀ": "^T", "−": "-", "²": "^2"})
+
+
+@functools.cache
+def functions(text: str) -> dict[str, list[str]]:
+    """Name → bodies of the functions that a text defines, up to a brace at the begin of a line."""
+    found: dict[str, list[str]] = {}
+    for match in re.finditer(r"^[\w ]*\bvoid (\w+)\(", text, flags=re.M):
+        end = text.find("\n}", match.start())
+        found.setdefault(match[1], []).append(text[match.start() : end])
+    return found
 
 
 def stages(text: str, function: str) -> list[str]:
     """The stage lines within the only function of this name, as ASCII."""
-    bodies = re.findall(rf"^[\w ]*\bvoid {function}\(.*?^\}}", text, flags=re.M | re.S)
+    bodies = functions(text).get(function, [])
     assert len(bodies) == 1, f"{len(bodies)} functions are called {function}"
     return [line.translate(ASCII) for line in re.findall(r"^ +/// *(.*)$", bodies[0], flags=re.M)]
 
 
-def kernels(text: str) -> dict[str, str]:
-    """Name → outputs of the kernels that a text holds."""
-    return dict(re.findall(r"^//: (\w+): .* -> (.*)$", text, flags=re.M))
+@functools.cache
+def kernels(text: str) -> dict[str, tuple[str, str]]:
+    """Name → outputs and body of the kernels that a text holds."""
+    _, *parts = re.split(r"^//: ", text, flags=re.M)
+    found = {}
+    for part in parts:
+        line, body = part.split("\n", 1)
+        name, _, outputs = re.split(r": | -> ", line)
+        found[name] = outputs, body
+    return found
 
 
-@pytest.mark.parametrize("section", TWINS)
-def test_twins_have_the_same_stages(section):
-    found = {
-        f"{file}: {function}": stages((ROOT / file).read_text(), function)
-        for file, function in TWINS[section]
+def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Outputs → (file, function) of all twins."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for file, text in texts.items():
+        for name, (outputs, body) in kernels(text).items():
+            if name not in EXEMPT:
+                found.setdefault(outputs, []).append((file, name, body))
+    shared = {}
+    for outputs, own in found.items():
+        if len({file.split("/", 1)[0] for file, *_ in own}) > 1:
+            names = {name for _, name, _ in own}
+            shared[outputs] = [(file, called(texts[file], body)) for file, _, body in own]
+            host = [
+                (file, name)
+                for file, text in texts.items()
+                for name in sorted(names & functions(text).keys())
+                if file.startswith("csrc/")
+            ]
+            # One with stages may be called by another of its name, which deals out the work.
+            shared[outputs] += [twin for twin in host if stages(texts[twin[0]], twin[1])] or host
+    return shared
+
+
+@functools.cache
+def called(text: str, body: str) -> str:
+    """The function of the text that a kernel's body calls."""
+    found = [name for name in functions(text) if re.search(rf"\b{name}\b *[<(]", body)]
+    assert len(found) == 1, f"a kernel calls {found}, not one function: {body}"
+    return found[0]
+
+
+def differences(texts: Mapping[str, str]) -> list[str]:
+    """What is wrong with the twins of these texts, in sentences."""
+    wrong = []
+    for own in twins(texts).values():
+        found = {f"{file}: {function}": stages(texts[file], function) for file, function in own}
+        (first, lines), *others = found.items()
+        wrong += [f"{name} has no stage lines" for name, theirs in found.items() if not theirs]
+        wrong += [f"{name} and {first} differ" for name, theirs in others if theirs != lines]
+    return wrong
+
+
+TWINS = twins(TEXTS)
+
+
+def test_twins_have_the_same_stages():
+    assert differences(TEXTS) == []
+
+
+def test_what_is_known_to_be_shared_is_found():
+    """Or an empty derivation would be content."""
+    names = {(file, function) for own in TWINS.values() for file, function in own}
+    assert {file for file, _ in names} >= {
+        "metal/attention.metal",
+        "metal/attention_rows.metal",
+        "metal/glu.metal",
+        "cuda/attention.cu",
+        "cuda/attention_hopper.cu",
+        "cuda/attention_rows.cu",
+        "cuda/glu.cu",
+        "csrc/cpu/attention.cpp",
+        "csrc/cpu/rows.cpp",
     }
-    (first, lines), *others = found.items()
-    assert lines, f"{first} has no stage lines"
-    for name, other in others:
-        assert other == lines, f"{name} and {first} differ"
+    for file, text in TEXTS.items():
+        if file.startswith("metal/"):  # which has nothing that CUDA has not
+            for name, (outputs, _) in kernels(text).items():
+                assert outputs in TWINS, f"{name} of {file} has no twin"
 
 
-def test_every_twin_is_listed():
-    files = [*ROOT.glob("metal/*.metal"), *ROOT.glob("cuda/*.cu")]
-    assert files
-    for file in files:
-        for name, outputs in kernels(file.read_text()).items():
-            if outputs in SECTIONS:
-                twin = (file.relative_to(ROOT).as_posix(), name)
-                assert twin in TWINS[SECTIONS[outputs]], f"{twin} is in no section of TWINS"
+@pytest.mark.parametrize(
+    ("file", "function"), [twin for own in TWINS.values() for twin in own], ids=" ".join
+)
+def test_a_stage_that_is_changed_in_one_twin_is_seen(file, function):
+    (body,) = functions(TEXTS[file])[function]
+    lines = re.findall(r"^ +/// .*$", body, flags=re.M)
+    assert lines
+    for line in lines:
+        for changed in ("", line + " twice", line.replace("///", "//")):
+            other = body.replace(line, changed, 1)
+            said = differences({**TEXTS, file: TEXTS[file].replace(body, other)})
+            assert any(file in sentence for sentence in said), line
+
+
+def test_a_twin_without_stages_is_seen():
+    bare = {"metal/x.metal": "void f(int x) {\n}\n//: x: a -> b\nf<T>(a, b);\n"}
+    cuda = {"cuda/x.cu": "void g(int x) {\n  /// b = a\n}\n//: x: a at -> b\ng(a, b);\n"}
+    assert differences({**bare, **cuda}) == [
+        "metal/x.metal: f has no stage lines",
+        "cuda/x.cu: g and metal/x.metal: f differ",
+    ]
+
+
+def test_a_name_is_of_one_thing_on_every_device():
+    outputs: dict[str, set[str]] = {}
+    for text in TEXTS.values():
+        for name, (own, _) in kernels(text).items():
+            outputs.setdefault(name, set()).add(own)
+    assert all(len(own) == 1 for own in outputs.values()), outputs
+
+
+def test_no_exemption_outlives_its_kernel():
+    assert EXEMPT.keys() <= {name for text in TEXTS.values() for name in kernels(text)}
 
 
 def test_stages_are_those_of_the_function():

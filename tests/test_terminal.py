@@ -120,7 +120,7 @@ def test_report_marks_trained_tokens_in_plain_text() -> None:
         "format   messages",
         "rows     1,200 to train, 30 to validate",
         "length   4 to 7 tokens, median 5, 95 % have at most 6",
-        "tokens   6,000, of which 2,400 are trained",
+        "tokens   6,000 to run, 2,400 of them in the loss",
         "rows cut 1 truncated, 2 dropped",
         "",
         "trained tokens stand in ⟦ ⟧, all others are context:",

@@ -382,9 +382,9 @@ def test_probe_writes_nothing_and_takes_the_longest_rows(llama4, data, tmp_path)
     assert result.finite and result.loss > 0 and result.grad_norm > 0
     assert result.peak_gb > result.resting_gb > 0 and result.step_s > 0
     _, _, tokenizer = load_base(llama4)
-    from mlx_segtrain.data import load_dataset
+    from mlx_segtrain.data import Options, load_dataset
 
-    rows, _ = load_dataset(data, tokenizer, max_seq_length=100)
+    rows, _ = load_dataset(data, tokenizer, Options(max_seq_length=100))
     assert result.tokens == max(len(row.ids) for row in rows.rows)
     assert not (tmp_path / "a").exists()
 

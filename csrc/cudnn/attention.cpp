@@ -305,7 +305,7 @@ std::string unfit(const Call& c) {
     if (int64_t{c.B} * c.H * c.T * std::max(c.D, c.Dv) > INT32_MAX)
       return "it takes packed segments in arrays of up to 2³¹ − 1 elements";
   }
-  if (c.D % 8 || c.Dv % 8 || c.D > 256 || c.Dv > 256) return "its head sizes are multiples of 8 up to 256";
+  if (auto heads = cudnn_heads_unfit(c.D, c.Dv); !heads.empty()) return heads;
   if (cudnn_function<decltype(cudnnGetVersion)>("cudnnGetVersion")() < CUDNN_MIN)
     return "it takes cuDNN 9.16 or newer";
   for (bool backward : {false, true}) {

@@ -21,6 +21,12 @@ bool has_cudnn();
 /// Asking takes a second for a new shape: both directions are planned.
 Way cudnn_way(const Call& c);
 
+/// Why cuDNN takes no heads of these sizes; empty if it does.
+inline std::string cudnn_heads_unfit(int D, int Dv) {
+  bool fits = D % 8 == 0 && Dv % 8 == 0 && D <= 256 && Dv <= 256;
+  return fits ? "" : "its head sizes are multiples of 8 up to 256";
+}
+
 /// The implementation, where cudnn_way is ok.
 const AttentionWay& cudnn_attention();
 

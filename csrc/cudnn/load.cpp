@@ -36,7 +36,7 @@ bool has_cudnn() {
 }
 
 Way cudnn_way(const Call& c) {
-  if (on_cpu(c.s)) return {"cudnn", false, "it runs on the GPU only"};
+  if (c.device != Gpu::cuda) return {"cudnn", false, "it is for NVIDIA GPUs"};
   if (!library().attention) return {"cudnn", false, library().reason};
   Way way = gpu_kernel("attention_cudnn", library().attention->unfit(c));
   way.name = "cudnn";

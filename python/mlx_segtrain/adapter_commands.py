@@ -113,7 +113,7 @@ def _merge(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.merging import weighted
     from mlx_segtrain.terminal import show_fold
 
-    adapter = weighted(args.adapters, args.weights)
+    adapter = weighted(args.adapters, args.weights, args.into)
     how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype)}
     report = fold(adapter, args.into, args.out, **how)
     if args.json:

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -34,8 +34,9 @@ PLANNED = (  # what memory depends on, besides the model
     *("grad_accumulation_steps", "grad_checkpoint", "segment_size", "memory_budget_gb"),
     "deterministic",
 )
+DATA = ("train_on", "append_eos", "prompt_format", "chat_template_kwargs", "strict")
 EVALUATED = (  # what a loss depends on, besides model and data
-    *("method", "max_seq_length", "batch_size", "train_on", "append_eos", "dpo_beta", "dpo_loss"),
+    *("method", "max_seq_length", "batch_size", *DATA, "dpo_beta", "dpo_loss"),
     *("label_smoothing", "reference_free", "orpo_lambda", "sft_scope", "simpo_beta", "simpo_gamma"),
 )
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
@@ -139,7 +140,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
     added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
-    add_flags(added, ("model_dir", "method", "max_seq_length", "train_on", "append_eos"))
+    add_flags(added, ("model_dir", "method", "max_seq_length", *DATA))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -151,7 +152,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("generate", _generate, "answer a prompt, with or without an adapter")
     add_flags(added, ("model_dir",), required=True)
-    add_flags(added, ("adapter_path",))
+    add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, or - to read it from stdin")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, - is stdin")
@@ -161,9 +162,6 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     added.add_argument(
         "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
-    )
-    added.add_argument(
-        "--no-chat-template", action="store_true", help="give the prompt to the model as it is"
     )
 
     add_commands(command)
@@ -264,7 +262,7 @@ def _metavar(name: str) -> str:
         return "auto"
     if words := choices(field):
         return "{" + ",".join(words) + "}"
-    return {Path: "PATH", float: "X", str: "TEXT"}.get(kind(field), "N")
+    return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
 
 
 def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
@@ -315,7 +313,10 @@ def _train(args: argparse.Namespace) -> int:
     with Terminal() as show:
         result = train(config, show)
         draw_run(config, lambda message: print(message, file=sys.stderr))
+    from mlx_segtrain.adapters import prompting_of
+
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
+    flags = shlex.join(prompting_of(result.adapter_path).flags)
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
         state = "no lower validation loss any more: stopped after"
@@ -336,7 +337,8 @@ def _train(args: argparse.Namespace) -> int:
     print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
     print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
     print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
-    print(f"    or: mlx_lm.generate --model {model} --adapter-path {adapter} --prompt …")
+    theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"
+    print(f"    or: {theirs} {flags and flags + ' '}--prompt …")
     return 130 if result.interrupted else 0
 
 
@@ -401,16 +403,13 @@ def _inspect(args: argparse.Namespace) -> int:
         model_dir=getattr(args, "model_dir", UNUSED),
         adapter_path=UNUSED,
     )
-    from mlx_segtrain.data import inspect
+    from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
     report = inspect(
         config.data_dir,
         load_tokenizer(config.model_dir) if "model_dir" in args else None,
-        max_seq_length=config.max_seq_length,
-        train_on=config.train_on,
-        append_eos=config.append_eos,
-        method=config.method if "method" in args else None,
+        replace(Options.of(config), method=config.method if "method" in args else None),
         n_preview=args.rows,
     )
     if args.json:
@@ -446,20 +445,20 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     config = _config(args, data_dir=UNUSED, adapter_path=getattr(args, "adapter_path", UNUSED))
-    if args.system is not None and args.no_chat_template:
-        raise InputError("--system needs the chat template: drop --no-chat-template")
-    prompt = _prompt(args)
+    if args.system is not None and config.prompt_format == "raw":
+        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+    text = _prompt(args)
     import mlx_segtrain
+    from mlx_segtrain.adapters import prompting_of
 
     adapter = config.adapter_path if "adapter_path" in args else None
     model, tokenizer = mlx_segtrain.load(config.model_dir, adapter)
-    if not args.no_chat_template and tokenizer.has_chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        if args.system is not None:
-            turns.insert(0, {"role": "system", "content": args.system})
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    elif args.system is not None:
-        raise InputError(f"--system needs a chat template, and {config.model_dir} has none")
+    prompting = prompting_of(adapter)  # as the adapter was trained, where nothing else is asked for
+    if "prompt_format" in args:
+        prompting = replace(prompting, format=config.prompt_format)
+    if "chat_template_kwargs" in args:
+        prompting = replace(prompting, variables=config.chat_template_kwargs)
+    prompt = prompting.ids(tokenizer, text, args.system)
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_sampler
 

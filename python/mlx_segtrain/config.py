@@ -7,6 +7,7 @@ and the table in docs/configuration.md (`python -m mlx_segtrain.config` prints i
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -52,10 +53,43 @@ def _distinct(value: list[Any]) -> list[Any]:
     return value
 
 
+def _decoded(value: Any) -> Any:
+    """JSON text, as a flag or a form field gives it, as what it says."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("not JSON") from None
+
+
+#: Arguments of `apply_chat_template` that are not variables of the template.
+NO_VARIABLES = (
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "tokenizer_kwargs", "return_assistant_tokens_mask"),
+)
+
+
+def fault_of_variables(values: dict[str, Any]) -> str | None:
+    """Why these cannot be variables of a chat template, in words; None if they can."""
+    for name in values:
+        if not isinstance(name, str) or not name.isidentifier():
+            return f"{name!r} is not the name of a variable"
+        if name in NO_VARIABLES:
+            return f"{name} is not a variable of the template"
+    return None
+
+
+def _variables(values: dict[str, Any]) -> dict[str, Any]:
+    if fault := fault_of_variables(values):
+        raise ValueError(fault)
+    return values
+
+
 Directory = Annotated[Path, BeforeValidator(_expand)]
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Name = Annotated[str, Field(min_length=1)]
+Variables = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_variables)]
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
@@ -242,7 +276,24 @@ class TrainConfig(BaseModel):
         description="Turns of a chat that are trained: every assistant turn or the last one.",
     )
     append_eos: bool = Field(
-        True, description="End every trained row with the end-of-sequence token."
+        True,
+        description="End every trained response with a token that stops generation, where the chat "
+        "template or the row does not.",
+    )
+    prompt_format: Literal["auto", "chat", "raw"] = Field(
+        "auto",
+        description="Whether plain prompts (prompt with completion, chosen or rejected as strings) "
+        "go through the chat template; auto: if the tokenizer has one.",
+    )
+    chat_template_kwargs: Variables = Field(
+        {},
+        description='Variables of the chat template, such as {"enable_thinking": false}; a row may '
+        "have its own. Generation with the adapter uses them too.",
+    )
+    strict: bool = Field(
+        False,
+        description="Refuse data of which the chat template loses a part, or leaves a trained turn "
+        "without a token that stops generation; otherwise such rows are counted and reported.",
     )
     overwrite: bool = Field(False, description="Replace an adapter that adapter_path holds.")
 
@@ -300,6 +351,8 @@ class TrainConfig(BaseModel):
 def kind(field: FieldInfo) -> Any:
     """The type of the field's value, where it has one."""
     some = [x for x in get_args(field.annotation) if x is not type(None)]
+    if get_origin(field.annotation) is dict:
+        return dict
     own = some[0] if len(some) < len(get_args(field.annotation)) else field.annotation
     return get_args(own)[0] if get_origin(own) is Annotated else own
 
@@ -343,6 +396,7 @@ SPECIAL = {
     "resume": "true, false or auto",
     "report_to": "tensorboard or wandb, each once",
     "eval_command": "a command line",
+    "chat_template_kwargs": "a JSON object whose keys are variables of the template",
 }
 
 
@@ -429,7 +483,7 @@ def default(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if field.is_required():
         return "required"
-    if field.default is None or field.default == []:
+    if field.default in (None, [], {}):
         return "none"
     if isinstance(field.default, list):
         return ", ".join(field.default)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.events import Event
 
 if TYPE_CHECKING:
@@ -132,6 +133,12 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
     line(f"format   {report.format}")
     line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
+    if report.samples is not None:
+        line(f"samples  {report.samples:,}, with {report.trained_turns:,} trained turns")
+    if report.prompt_format == "chat":
+        line("prompts  go through the chat template")
+    elif report.prompt_format == "raw":
+        line("prompts  are raw, without the chat template")
     if report.length_max is None:
         line("give --model-dir to count tokens and to see which of them are trained")
         return
@@ -139,8 +146,13 @@ def show_report(report: Report, console: Console | None = None) -> None:
         f"length   {report.length_min} to {report.length_max} tokens, "
         f"median {report.length_median}, 95 % have at most {report.length_p95}"
     )
-    line(f"tokens   {report.tokens:,}, of which {report.supervised_tokens:,} are trained")
+    line(f"tokens   {report.tokens:,} to run, {report.supervised_tokens:,} of them in the loss")
     line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
+    for sentence in report.remarks:
+        line(f"warning: {sentence}")
+    for name, rows in report.findings.items():
+        if len(rows) > 1:
+            line(f"{FINDINGS[name]}: {', '.join(rows)}")
     if report.previews:
         line("")
         line(
@@ -151,6 +163,8 @@ def show_report(report: Report, console: Console | None = None) -> None:
     for preview in report.previews:
         line("")
         line(preview.source)
+        for sentence in preview.findings:
+            line(f"warning: {sentence}")
         line(_coloured(preview) if console.is_terminal else _marked(preview))
 
 

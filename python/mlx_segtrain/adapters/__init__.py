@@ -9,13 +9,14 @@ from pathlib import Path
 from .card import About
 from .folder import CONFIG, WEIGHTS
 from .reading import is_dora, ranks_in, read_adapter, read_stored
-from .writing import step_of, write_adapter
+from .writing import prompting_of, step_of, write_adapter
 
 __all__ = [
     "WEIGHTS",
     "About",
     "holds_run",
     "is_dora",
+    "prompting_of",
     "ranks_in",
     "read_adapter",
     "read_stored",

@@ -1,11 +1,13 @@
 """README.md of an adapter's folder: what it is, of what it was made, how it is loaded."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.prompting import Prompting
 from ..files import write_text
 from ..lora import Adapter
 from .folder import README
@@ -86,7 +88,7 @@ tags: [mlx, {kind.lower()}, adapter]
 
 ## Use
 
-{_use(form, model or "MODEL")}
+{_use(form, model or "MODEL", Prompting.of(run))}
 
 {MARK}
 """
@@ -106,8 +108,9 @@ def is_ours(file: Path) -> bool:
         return False
 
 
-def _use(form: str, model: str) -> str:
-    mlx = f'python -m mlx_lm generate --model {model} --adapter-path . --prompt "…"'
+def _use(form: str, model: str, prompting: Prompting) -> str:
+    flags = "".join(f" {shlex.quote(flag)}" for flag in prompting.flags)
+    mlx = f'python -m mlx_lm generate --model {model} --adapter-path .{flags} --prompt "…"'
     peft = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

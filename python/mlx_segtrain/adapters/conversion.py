@@ -1,10 +1,9 @@
 """From one format to another; what was written is read again and compared."""
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import atomic_folder, write_json, write_tensors
 from ..lora import Adapter
-from ..safetensors import read_header
+from ..planning.shapes import read_shape
 from .card import About, write_card
 from .folder import CONFIG, WEIGHTS, Folder, bare, open_folder, read_json
 from .gguf import write_gguf
@@ -57,7 +56,7 @@ def export(
     follow the `names` that transformers has. GGUF needs it. InputError for what a format has not.
     """
     folder = open_folder(adapter_path)
-    adapter, about = read_stored(folder), about_of(folder)
+    adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
     base = _base_config(model_dir, about)
     if to == "gguf":
         if base is None:
@@ -74,9 +73,8 @@ def export(
                     "the adapter is of a model for text and images, which transformers names in "
                     "two ways: give its folder with --model-dir, or --names."
                 )
-            tied = _is_tied(model_dir or Path(about.model), base, adapter)
-            chosen = names or names_of(base or {})
-            write_peft(aside, adapter, about, chosen, DTYPES[dtype], tied)
+            adapter = _of_kind(adapter, None if base is None else model_dir or Path(about.model))
+            write_peft(aside, adapter, about, names or names_of(base or {}), DTYPES[dtype])
         else:
             scale = common_scale(adapter)
             rank = max(adapter.ranks.values())
@@ -85,7 +83,7 @@ def export(
             write_json(aside / CONFIG, {**keys, "model": about.model})
             write_card(aside, adapter, about, "mlx-lm")
             write_tensors(aside / WEIGHTS, tensors, {"format": "mlx"})
-        return compared(out, adapter, read_stored(aside), dtype)
+        return compared(out, adapter, read_stored(aside, tied=adapter.tied), dtype)
 
 
 def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
@@ -94,7 +92,7 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
     With `model_dir` linears get the names that this model's files have.
     """
     folder = open_folder(adapter_path)
-    adapter = read_stored(folder)
+    adapter = read_stored(folder, model_dir=model_dir)
     if model_dir is not None:
         from .folding import Base
 
@@ -103,10 +101,11 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
             {names[name]: pair for name, pair in adapter.tensors.items()},
             {names[name]: scale for name, scale in adapter.scales.items()},
             {names[name]: m for name, m in adapter.magnitudes.items()},
+            _of_kind(adapter, model_dir).tied,
         )
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(folder))
-        return compared(out, adapter, read_stored(aside))
+        return compared(out, adapter, read_stored(aside, tied=adapter.tied))
 
 
 @contextmanager
@@ -128,18 +127,18 @@ def is_wrapped(path: str) -> bool:
     return path.startswith("language_model.")
 
 
-def _is_tied(folder: Path, base: dict[str, Any] | None, adapter: Adapter) -> bool:
-    """Whether the base has no head of its own; InputError if that must be known, and is not."""
-    if not any(path.endswith("embed_tokens") for path in adapter.tensors):
-        return False
-    if base is None:
+def _of_kind(adapter: Adapter, base: Path | None) -> Adapter:
+    """The adapter, of which is known whether its embedding is the head too if it has one;
+    InputError if that is not."""
+    if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
+        return adapter
+    tied = None if base is None else read_shape(base).tied
+    if tied is None:
         raise InputError(
             "whether the embedding is the head too cannot be told without the base: give its "
             "folder with --model-dir."
         )
-    files = folder.glob("model*.safetensors")
-    names = {name for file in files for name in read_header(file, whole=False)}
-    return not any(re.search(r"(^|\.)lm_head\.weight$", name) for name in names)
+    return replace(adapter, tied=tied)
 
 
 def about_of(adapter_path: Path | Folder) -> About:

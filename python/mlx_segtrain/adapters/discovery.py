@@ -90,7 +90,10 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
         # Widths of experts are not in the header's two dimensions.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
-    found = stored_shapes(folder).items()
+    try:
+        found = stored_shapes(folder, shape.tied).items()
+    except InputError:
+        return False
     return all(fits(bare(path), ends) for path, ends in found)
 
 

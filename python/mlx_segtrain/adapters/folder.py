@@ -38,6 +38,13 @@ class Folder:
         """Every linear has magnitudes beside its factors."""
         return self.config.get("fine_tune_type") == "dora" or bool(self.config.get("use_dora"))
 
+    @property
+    def tied(self) -> bool | None:
+        """Whether an update of the embedding is for a base whose head it is; None if not said."""
+        own = self.config.get("segtrain")
+        tied = own.get("tied") if isinstance(own, dict) else None
+        return tied if isinstance(tied, bool) else None
+
 
 def open_folder(path: "str | Path | Folder") -> Folder:
     """Of ours the weights are the file in which every rank is its own. One that is open stays.

@@ -14,6 +14,7 @@ from ..lora import Adapter
 from ..safetensors import read_header
 from .conversion import new_folder
 from .folder import read_json, spellings
+from .tying import check_base
 
 #: Bytes of a file of weights, at most, unless one tensor is larger.
 SHARD = 4 << 30
@@ -89,6 +90,7 @@ def fold(
     if bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--bits is {bits}: MLX quantizes to 2, 3, 4, 5, 6 or 8.")
     base = Base.open(model_dir)
+    check_base(adapter, model_dir)
     linears = base.linears_of(adapter)
     if bits is not None and not any(f"{path}.scales" in base.files for path in linears):
         raise InputError(f"{model_dir} is not quantized where the adapter is: leave --bits out.")

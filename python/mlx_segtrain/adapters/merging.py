@@ -6,12 +6,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..data.prompting import Prompting
 from ..errors import InputError
 from ..lora import Adapter
 from .card import About
 from .conversion import Converted, about_of, compared, new_folder
 from .folder import bare
 from .reading import read_stored
+from .tying import common
 from .writing import write_adapter
 
 
@@ -40,7 +42,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         axis = 2 if parts[0][1].ndim == 3 else 0  # of experts B is [E, out, R]
         a = mx.concatenate([a for a, _ in parts], axis=1)
         joined[path] = a, mx.concatenate([b for _, b in parts], axis=axis)
-    return Adapter(joined, dict.fromkeys(joined, 1.0))
+    return Adapter(joined, dict.fromkeys(joined, 1.0), tied=common(list(adapters)))
 
 
 def _ends(a: mx.array, b: mx.array) -> tuple[int, ...]:
@@ -50,16 +52,21 @@ def _ends(a: mx.array, b: mx.array) -> tuple[int, ...]:
     return 2, a.shape[0], b.shape[1]
 
 
-def weighted(paths: Sequence[Path], weights: Sequence[float] | None = None) -> Adapter:
-    """The sum of the adapters in these folders; a single one as it is, DoRA too."""
+def weighted(
+    paths: Sequence[Path], weights: Sequence[float] | None = None, model_dir: Path | None = None
+) -> Adapter:
+    """The sum of the adapters in these folders; a single one as it is, DoRA too.
+
+    `model_dir` is the base, by default the one that an adapter names.
+    """
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
         raise InputError(f"{len(chosen)} weights for {len(paths)} adapters: give one for each.")
     if not all(map(math.isfinite, chosen)):
         raise InputError("a weight is no finite number.")
     if len(paths) == 1 and chosen == [1.0]:
-        return read_stored(paths[0])
-    return merged([read_stored(path) for path in paths], chosen)
+        return read_stored(paths[0], model_dir=model_dir)
+    return merged([read_stored(path, model_dir=model_dir) for path in paths], chosen)
 
 
 def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Converted:
@@ -71,6 +78,10 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters are of different bases ({bases}): their sum is of none.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
+    # How prompts are rendered is kept where all were trained alike; else generation decides.
+    first, *others = (Prompting.of(about.run) for about in abouts)
+    run = first.as_run() if all(other == first for other in others) else {}
+    about = About(abouts[0].model, run=run, facts={"merged of": sources})
     with new_folder(out) as aside:
-        write_adapter(aside, adapter, About(abouts[0].model, facts={"merged of": sources}))
-        return compared(out, adapter, read_stored(aside))
+        write_adapter(aside, adapter, about)
+        return compared(out, adapter, read_stored(aside, tied=adapter.tied))

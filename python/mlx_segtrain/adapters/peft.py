@@ -20,7 +20,7 @@ _KNOWN = re.compile(
     r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.layers\.\d+\.per_layer_\w+"
     r"|model\.embed_tokens|lm_head"
 )
-_EMBEDDING = "embed_tokens"
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
 
 def hf_path(path: str, names: Names) -> str:
@@ -49,22 +49,18 @@ def names_of(base: dict[str, Any]) -> Names:
     return "multimodal" if wrapped or (not architectures and "text_config" in base) else "text"
 
 
-def write_peft(
-    path: Path, adapter: Adapter, about: About, names: Names, dtype: mx.Dtype, tied: bool
-) -> None:
+def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: mx.Dtype) -> None:
     """Writes adapter_model.safetensors, adapter_config.json and README.md into an empty folder.
 
-    `tied`: the base has no head of its own. InputError for what PEFT does not have.
+    The update of an embedding that is the head too is written for both, as PEFT does with
+    ensure_weight_tying; releases that do not know it read two updates that are the same. InputError
+    for what PEFT does not have.
     """
     tensors: dict[str, mx.array] = {}
-    targets = {}
+    targets: dict[str, str] = {}
+    twin: str | None = None  # the embedding whose update the head has too
     for module, (a, b) in adapter.tensors.items():
         target = hf_path(module, names)
-        if module.endswith(_EMBEDDING) and tied:
-            raise InputError(
-                f"'{module}' cannot be exported to PEFT: it is the head of this model too, and "
-                "PEFT's update of an embedding leaves the head as it is."
-            )
         kind = "embedding_{}" if module.endswith(_EMBEDDING) else "{}.weight"
         for letter, x in (("A", a), ("B", b)):
             name = f"base_model.model.{target}.lora_{kind.format(letter)}"
@@ -73,7 +69,13 @@ def write_peft(
             name = f"base_model.model.{target}.lora_magnitude_vector"
             tensors[name] = adapter.magnitudes[module].astype(dtype)
         targets[module] = target
-    ranks, scales = adapter.ranks, adapter.scales
+        if module.endswith(_EMBEDDING) and adapter.tied:
+            twin = module
+            tensors[f"base_model.model.{_HEAD}.lora_A.weight"] = b.astype(dtype)
+            tensors[f"base_model.model.{_HEAD}.lora_B.weight"] = a.astype(dtype)
+    ranks, scales = adapter.ranks, dict(adapter.scales)
+    if twin is not None:
+        targets[_HEAD], ranks[_HEAD], scales[_HEAD] = _HEAD, ranks[twin], scales[twin]
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alphas = {module: scales[module] * ranks[module] for module in ranks}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -88,6 +90,7 @@ def write_peft(
             "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
             "target_modules": sorted(targets.values()),
+            "ensure_weight_tying": twin is not None,
             "lora_dropout": about.dropout,
             "use_dora": bool(adapter.magnitudes),
             "use_rslora": False,  # the multipliers have it

@@ -23,6 +23,7 @@ from ..models.chain import EMBEDDINGS
 from ..safetensors import read_header
 from .folder import CONFIG, Folder, open_folder, spellings
 from .multipliers import multiplier_of
+from .tying import check_twins, joined, tied_by_files
 
 _FACTOR = re.compile(r"(.+)\.(lora_[ab]|m)")
 _PEFT_FACTOR = re.compile(
@@ -40,7 +41,7 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
     adapter is more than a LoRA of linears.
     """
     folder = open_folder(path)
-    stored, weights = read_stored(folder), folder.weights
+    stored, weights = read_stored(folder, tied=chain.tied), folder.weights
     tensors, scales, magnitudes = {}, {}, {}
     for name, (a, b) in stored.tensors.items():
         linear = _in_model(name, chain.adaptable)
@@ -63,17 +64,24 @@ def read_adapter(path: str | Path, chain: Chain) -> Adapter:
                 raise InputError(f"{weights}: '{linear}' is an embedding, of which is no DoRA.")
             magnitudes[linear] = m
         tensors[linear], scales[linear] = (a, b), stored.scales[name]
-    return Adapter(tensors, scales, magnitudes)
+    return Adapter(tensors, scales, magnitudes, chain.tied_for(tensors))
 
 
-def read_stored(path: str | Path | Folder) -> Adapter:
+def read_stored(
+    path: str | Path | Folder, *, model_dir: Path | None = None, tied: bool | None = None
+) -> Adapter:
     """Reads an adapter folder without its model: linears under the names that mlx-lm gives them.
 
-    InputError as from read_adapter, as far as it takes no model.
+    `tied`: the base has no head of its own; by default that is looked up where it matters, in
+    `model_dir` or the base that the adapter names. InputError as from read_adapter, as far as it
+    takes no model, and if that cannot be told.
     """
     folder = open_folder(path)
     multiplier = multiplier_of(folder)
-    found = _by_linear(folder, header := read_header(folder.weights))
+    everything = _by_linear(folder, header := read_header(folder.weights))
+    if tied is None:
+        tied = tied_by_files(folder, everything, model_dir)
+    found, twins = joined(folder, everything, tied)
     for name, (dtype, _) in header.items():
         if dtype not in FLOATS:
             raise InputError(f"{folder.weights}: '{name}' is {dtype}, and factors are not.")
@@ -81,8 +89,8 @@ def read_stored(path: str | Path | Folder) -> Adapter:
         arrays: Any = mx.load(str(folder.weights))
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder.weights} is not a readable safetensors file: {error}") from error
-    tensors, scales, magnitudes = {}, {}, {}
-    for stored, names in found.items():
+    tensors, scales, magnitudes, updates = {}, {}, {}, {}
+    for stored, names in everything.items():
         path = _in_mlx_lm(stored)
         a, b, *m = (arrays[name].astype(mx.float32) for name in _all(folder, stored, names))
         rank = _rank(folder, stored, a.shape)
@@ -101,10 +109,15 @@ def read_stored(path: str | Path | Folder) -> Adapter:
             )
         if not all(mx.isfinite(x).all() for x in (a, b, *m)):
             raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")
-        tensors[path], scales[path] = (a, b), multiplier(stored, rank)
+        updates[stored] = a, b, multiplier(stored, rank)
+        if stored not in found:
+            continue
+        tensors[path], scales[path] = (a, b), updates[stored][2]
         if m:
             magnitudes[path] = m[0]
-    return Adapter(tensors, scales, magnitudes)
+    check_twins(folder, twins, updates)
+    embeds = folder.tied is not None or any(".lora_embedding_" in name for name in header)
+    return Adapter(tensors, scales, magnitudes, tied if embeds else None)
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -121,26 +134,30 @@ def is_dora(path: str | Path) -> bool:
     return open_folder(path).dora
 
 
-def ranks_in(path: str | Path | Folder) -> dict[str, int]:
+def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, int]:
     """Rank of each adapted linear by its stored path, in mlx-lm's terms; reads the header alone.
 
-    InputError as from read_adapter, as far as it takes no model.
+    `tied`: the base has no head of its own; None: it is not known. InputError as from read_adapter,
+    as far as it takes no model.
     """
     folder = open_folder(path)
     header = read_header(folder.weights)
+    found, _ = joined(folder, _by_linear(folder, header), tied)
     return {
         _in_mlx_lm(stored): _rank(folder, stored, header[_all(folder, stored, names)[0]][1])
-        for stored, names in _by_linear(folder, header).items()
+        for stored, names in found.items()
     }
 
 
-def stored_shapes(path: str | Path | Folder) -> dict[str, tuple[int, int]]:
+def stored_shapes(
+    path: str | Path | Folder, tied: bool | None = None
+) -> dict[str, tuple[int, int]]:
     """In and out of each adapted linear (of one with experts, of each), by its stored path in
     mlx-lm's terms; reads the header alone. InputError as from ranks_in."""
     folder = open_folder(path)
     header = read_header(folder.weights)
-    found = {}
-    for stored, names in _by_linear(folder, header).items():
+    found, (stored_by, _) = {}, joined(folder, _by_linear(folder, header), tied)
+    for stored, names in stored_by.items():
         a, b = (header[name][1] for name in _all(folder, stored, names)[:2])
         if folder.peft:
             a, b = a[::-1], b[::-1]
@@ -150,7 +167,7 @@ def stored_shapes(path: str | Path | Folder) -> dict[str, tuple[int, int]]:
 
 
 def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Names of the tensors a, b and m by the stored path of their linear."""
+    """Names of the tensors a, b and m by the stored path of their linear; none is missing."""
     factor = _PEFT_FACTOR if folder.peft else _FACTOR
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
@@ -163,6 +180,8 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]
         found.setdefault(match[1], {})["m" if "magnitude" in kind else kind[-1]] = name
     if not found:
         raise InputError(f"{folder.weights} holds no lora_a for any linear.")
+    for stored, kinds in found.items():
+        _all(folder, stored, kinds)
     return found
 
 

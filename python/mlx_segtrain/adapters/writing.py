@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..data.prompting import Prompting
 from ..errors import InputError
 from ..files import atomic, make_folder, sha256, write_json, write_tensors
 from ..lora import Adapter, fresh_a
@@ -95,7 +96,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
         "inference_mode": True,
         "init_lora_weights": True,
         "optiq": shared,
-        "segtrain": run | {"step": about.step, "padded": None},
+        "segtrain": run | {"step": about.step, "padded": None, "tied": adapter.tied},
     }
     optiq = {
         "rank": run.get("rank", largest),
@@ -130,6 +131,12 @@ def step_of(path: Path) -> int | None:
     """The step that an adapter of ours is of, if its folder says so."""
     own = config_in(path).get("segtrain")
     return own.get("step") if isinstance(own, dict) else None
+
+
+def prompting_of(path: Path | None) -> Prompting:
+    """How prompts for the adapter of a folder are rendered; the default if it does not say."""
+    own = config_in(path).get("segtrain") if path else None
+    return Prompting.of(own if isinstance(own, dict) else {})
 
 
 def config_in(path: Path) -> dict[str, Any]:

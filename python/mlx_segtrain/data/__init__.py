@@ -2,16 +2,19 @@
 
 from mlx_segtrain.data.batching import AnyBatch, Batch, PairBatch, batches, eval_batches, one_row
 from mlx_segtrain.data.dataset import Dataset, load_dataset, load_split
-from mlx_segtrain.data.encoding import Pair, Row
+from mlx_segtrain.data.encoding import Options, Pair, Row
 from mlx_segtrain.data.inspection import Preview, Report, inspect
+from mlx_segtrain.data.prompting import Prompting
 
 __all__ = [
     "AnyBatch",
     "Batch",
     "Dataset",
+    "Options",
     "Pair",
     "PairBatch",
     "Preview",
+    "Prompting",
     "Report",
     "Row",
     "batches",

@@ -1,8 +1,21 @@
-"""Where the trained turns of a conversation lie, found by rendering its chat template."""
+"""What a conversation trains: every assistant turn after exactly the text that generation meets.
 
+A trained turn is a context, which is the rendering of the messages before it with the generation
+prompt, and a response, which ends with the first token that stops generation. Rows are rendered in
+the spelling (spelling.py) in which the template loses nothing of them; what is lost in every
+spelling, or cannot be ended, is a finding (notes.py).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlx_segtrain.data.jsonl import Record
+from mlx_segtrain.data.losses import lost_from_context, lost_from_response
+from mlx_segtrain.data.spelling import Spelling, reasoning, spell, spellings, traits
+from mlx_segtrain.data.template import OPEN, ChatTemplate, TemplateError, wants_parts
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -11,53 +24,111 @@ if TYPE_CHECKING:
 # Consecutive pieces of one text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-# A private-use character: content that no real message starts with.
-SENTINEL = "\ue000"
+#: Characters of a generation prompt by which it is found in another rendering, most first.
+ANCHORS = range(40, 3, -1)
+#: Rows of one kind for which every spelling is tried, if none loses nothing.
+MOST_SEARCHES = 20
 
 
-def split_turns(record: Record, tokenizer: "TokenizerWrapper", train_on: str) -> list[Pieces]:
-    """Renders a messages row and cuts it where a trained turn starts and ends.
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of a row: its pieces, the number of its trained turns, its findings, and whether
+    a chat template rendered it."""
 
-    Gives one list of pieces, or several for a template that renders a turn differently once
-    others follow it: then every such turn is rendered as it is when it is generated. What follows
-    the last trained turn cannot change the loss and is left out. Raises InputError.
-    """
-    messages = record.row["messages"]
-    weights = _weights(messages, train_on)
-    messages = [
-        {key: value for key, value in message.items() if key not in ("train", "weight")}
-        for message in messages
-    ]
-    turns = [i for i, weight in enumerate(weights) if weight > 0]
-    if not turns:
-        return [[]]
-    if not tokenizer.has_chat_template:
-        raise InputError(
-            f"{record.source}: the tokenizer has no chat template to render messages with; give "
-            '"prompt" and "completion", or "text".'
-        )
-    render = _renderer(record, tokenizer)
-    spans = {}
-    for i in turns:
-        full = render(messages[: i + 1])
-        spans[i] = (_start(i, messages, full, render, record.source), full)
-
-    samples = []
-    while turns:
-        whole = spans[turns[-1]][1]
-        inside = [i for i in turns if whole.startswith(spans[i][1])]
-        pieces, position = [], 0
-        for i in inside:
-            start, full = spans[i]
-            start = max(start, position)
-            pieces += [(whole[position:start], 0.0), (whole[start : len(full)], weights[i])]
-            position = len(full)
-        samples.append([piece for piece in pieces if piece[0]])
-        turns = [i for i in turns if i not in inside]
-    return samples[::-1]
+    pieces: Pieces
+    turns: int = 1
+    findings: tuple[str, ...] = ()
+    rendered: bool = False
 
 
-def _weights(messages: list[dict[str, Any]], train_on: str) -> list[float]:
+@dataclass(frozen=True)
+class _Turn:
+    context: str
+    response: str
+    rest: str  #: what the template writes after the response
+    weight: float
+    findings: tuple[str, ...]
+
+
+class Conversations:
+    """Cuts messages rows of one data set into samples; remembers which spelling works."""
+
+    def __init__(
+        self,
+        tokenizer: "TokenizerWrapper",
+        train_on: str,
+        kwargs: Mapping[str, Any],
+        append_eos: bool,
+    ):
+        self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
+        self._stops = _Stops.of(tokenizer, append_eos)
+        # What was found out about rows with the same traits: spelling, findings, searches.
+        self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
+
+    def samples(self, record: Record) -> list[Sample]:
+        """The sequences that a messages row trains.
+
+        One, or several where the context of a later turn does not begin with an earlier turn as
+        it was generated, as with templates that drop earlier reasoning. Raises InputError.
+        """
+        messages = record.row["messages"]
+        weights = _weights(messages, self._train_on)
+        if not any(weights):
+            return [Sample([], 0, rendered=True)]
+        if not self._tokenizer.has_chat_template:
+            raise InputError(
+                f"{record.source}: the tokenizer has no chat template to render messages with; "
+                'give "prompt" and "completion", or "text".'
+            )
+        tools = {"tools": record.row["tools"]} if record.row.get("tools") else {}
+        more = record.row.get("chat_template_kwargs") or {}
+        render = ChatTemplate(self._tokenizer, {**self._kwargs, **more, **tools})
+        own = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+        row = _Row(own, weights, tools.get("tools"), render, self._stops)
+        return _joined(self._turns(row, record.source))
+
+    @cached_property
+    def _usual(self) -> Spelling:
+        parts = wants_parts(self._tokenizer, self._kwargs)
+        return Spelling(content="parts" if parts else "text")
+
+    def _turns(self, row: "_Row", source: str) -> list[_Turn]:
+        """In the first spelling that loses nothing, or the one that loses least."""
+        of = traits(row.messages)
+        known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
+        best, refusal = None, None
+        for spelling in (known, *spellings(of)):
+            try:
+                turns = row.turns(spelling)
+            except TemplateError as error:
+                refusal = refusal or (
+                    f"{source}: the chat template cannot render the row ({error}); change the row "
+                    "to what the template takes."
+                )
+                continue
+            except _Unplaced as error:
+                refusal = refusal or (
+                    f"{source}: where messages[{error.index}] starts in the rendering of the chat "
+                    'template cannot be told, so that turn cannot be trained; set "train": false '
+                    "on it or leave the row out."
+                )
+                continue
+            lost = [x for turn in turns for x in turn.findings if x not in ("special", "stop")]
+            if best is None or len(lost) < len(best[0]):
+                best = lost, turns, spelling
+            if not lost or set(lost) <= accepted or searches >= MOST_SEARCHES:
+                break
+        if best is None:
+            raise InputError(refusal)
+        lost, turns, spelling = best
+        if lost:
+            self._learned[of] = spelling, accepted | set(lost), searches + 1
+        elif spelling != known:
+            self._learned[of] = spelling, accepted, searches
+        return turns
+
+
+def _weights(messages: Sequence[Mapping[str, Any]], train_on: str) -> list[float]:
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = set(assistant[-1:] if train_on == "last" else assistant)
     return [
@@ -66,42 +137,182 @@ def _weights(messages: list[dict[str, Any]], train_on: str) -> list[float]:
     ]
 
 
-def _renderer(record: Record, tokenizer: "TokenizerWrapper"):
-    tools = {"tools": record.row["tools"]} if record.row.get("tools") else {}
+def _joined(turns: list[_Turn]) -> list[Sample]:
+    """Turns that stand in the context of the last one share its sequence; so on for the others."""
+    samples = []
+    while turns:
+        last = turns[-1]
+        whole = last.context + last.response
+        inside = [turn for turn in turns if whole.startswith(turn.context + turn.response)]
+        pieces, position = [], 0
+        for turn in inside:
+            start, end = len(turn.context), len(turn.context) + len(turn.response)
+            start = max(start, position)
+            pieces += [(whole[position:start], 0.0), (whole[start:end], turn.weight)]
+            position = end
+        pieces = [piece for piece in (*pieces, (last.rest, 0.0)) if piece[0]]
+        findings = tuple(dict.fromkeys(x for turn in inside for x in turn.findings))
+        samples.append(Sample(pieces, len(inside), findings, rendered=True))
+        turns = [turn for turn in turns if turn not in inside]
+    return samples[::-1]
 
-    def render(messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt, **tools
-            )
-        except Exception as error:  # a template is a program, and may fail in any way
-            raise InputError(
-                f"{record.source}: the chat template cannot render the first {len(messages)} "
-                f"messages ({error}); change the row to what the template takes."
-            ) from error
 
-    return render
+class _Unplaced(Exception):
+    """The place of a turn in its rendering cannot be told."""
+
+    def __init__(self, index: int):
+        super().__init__(index)
+        self.index = index
 
 
-def _start(i: int, messages: list[dict[str, Any]], full: str, render, source: str) -> int:
-    """Where, in the rendering of messages[:i + 1], the text that the model generates starts."""
-    if i > 0:
-        prefix = render(messages[:i], True)
-        if full.startswith(prefix):
-            return len(prefix)
-        if not full.startswith(render(messages[:i])):
-            raise InputError(
-                f"{source}: the chat template renders what comes before messages[{i}] differently "
-                'once that turn follows, so it cannot be trained; set "train": false on it, '
-                "merge it with the turn before it, or leave the row out."
-            )
-    # Only the generation prompt differs (some open a thinking block), or nothing comes before:
-    # the turn then starts at its own content, which is where another content stands instead.
-    other = render([*messages[:i], {**messages[i], "content": SENTINEL}])
-    header, found, _ = other.partition(SENTINEL)
-    if not found or not full.startswith(header):
-        raise InputError(
-            f"{source}: where the content of messages[{i}] starts in the chat template cannot be "
-            'told, so that turn cannot be trained; set "train": false on it or leave the row out.'
-        )
-    return len(header)
+@dataclass(frozen=True)
+class _Row:
+    """A conversation, its messages' weights, and what it is rendered with."""
+
+    messages: list[dict[str, Any]]
+    weights: list[float]
+    tools: Any
+    render: ChatTemplate
+    stops: "_Stops"
+
+    @cached_property
+    def special(self) -> list[bool]:
+        """Which messages hold the text of a special token."""
+        return [self.stops.are_in(str(message.get("content") or "")) for message in self.messages]
+
+    def turns(self, spelling: Spelling) -> list[_Turn]:
+        messages = spell(self.messages, spelling)
+        return [self._turn(i, messages) for i, weight in enumerate(self.weights) if weight > 0]
+
+    def _turn(self, i: int, messages: list[dict[str, Any]]) -> _Turn:
+        full = self.render(messages[: i + 1])
+        context = self.render(messages[:i], True) if i else ""
+        follows = i > 0 and full.startswith(context)
+        if follows:
+            response = full[len(context) :]
+        else:
+            context, response = self._aligned(i, messages, full, context)
+        given, findings = self.messages[i], []
+        thoughts, answer = reasoning(given)
+        if i and not (follows and OPEN.search(context) is None):
+            response, findings = self._thought(messages[:i], context, response, thoughts)
+        findings += lost_from_context(context, self.messages[:i], self.tools)
+        findings += lost_from_response(response, given)
+        if any(self.special[: i + 1]):
+            findings.append("special")
+        response, rest, ended = self._ended(i, messages, response, thoughts, answer)
+        findings += [] if ended else ["stop"]
+        return _Turn(context, response, rest, self.weights[i], tuple(dict.fromkeys(findings)))
+
+    def _thought(
+        self, before: list[dict[str, Any]], context: str, response: str, thoughts: str
+    ) -> tuple[str, list[str]]:
+        """A response that ends the thinking block which the generation prompt opens, if it does;
+        and findings."""
+        closing = self.render.closing(before, context)
+        if closing is None:
+            return response, []
+        closed = response.lstrip().startswith(closing.strip())
+        if not thoughts:
+            return (response if closed else closing + response), []
+        if thoughts in response:
+            return response, ["reasoning"] if closed else []  # it follows an empty block
+        return thoughts + (response if closed else closing + response.lstrip("\n")), []
+
+    def _aligned(
+        self, i: int, messages: list[dict[str, Any]], full: str, context: str
+    ) -> tuple[str, str]:
+        """Context and response of a turn whose rendering does not begin with its context.
+
+        Either the generation prompt opens a block that the finished turn has not, or the template
+        renders earlier messages differently once an answer follows them (Mistral's puts the system
+        message before the last user message, as long as it is the last message of all).
+        """
+        header = self.render.header(messages[: i + 1])
+        if header is None or not full.startswith(header):
+            if not i:
+                raise _Unplaced(i)
+            header = full  # an empty turn, or one of calls alone, may have another form
+        answer = full[len(header) :]
+        if not i:  # nothing comes before it
+            return header, answer
+        shared = _common(context, header)
+        said = [reasoning(message)[1].strip() for message in self.messages[:i]]
+        if not any(text and text in context[shared:] for text in said):
+            return context, header[shared:] + answer
+        prompt = OPEN.sub("", context)
+        anchor = next((prompt[-n:] for n in ANCHORS if prompt[-n:] in header), None)
+        if not anchor:
+            raise _Unplaced(i)
+        return context, header[header.rindex(anchor) + len(anchor) :] + answer
+
+    def _ended(
+        self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
+    ) -> tuple[str, str, bool]:
+        """A response up to its first stop token, the rest, and whether it has one."""
+        if stop := self.stops.first(response, texts):
+            return response[: stop.end()], response[stop.end() :], True
+        # Some templates end a turn by the header of the next one, which is a stop token then.
+        following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
+        if stop := self.stops.at_start(self.render.transition(messages[:i], following)):
+            return response.rstrip("\n") + stop, "", True
+        if self.stops.append is None:
+            return response, "", False
+        blanks = texts[-1][len(texts[-1].rstrip()) :]  # the answer's own
+        body = response.rstrip()
+        body += blanks if response[len(body) :].startswith(blanks) else ""
+        return body + self.stops.append, "", True
+
+
+def _common(a: str, b: str) -> int:
+    """The length of what both begin with, up to a tag that only begins alike."""
+    n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if n == len(a) or n == len(b):
+        return n
+    for opens, closes in ("<>", "[]"):
+        start = a.rfind(opens, 0, n)
+        if start >= 0 and closes not in a[start:n]:
+            return start
+    return n
+
+
+@dataclass(frozen=True)
+class _Stops:
+    """Text of the tokens that stop generation, of all tokens that control it, and of the one that
+    is appended to a response without a stop (None: none is)."""
+
+    stop: re.Pattern[str]
+    control: re.Pattern[str]
+    tail: re.Pattern[str]
+    append: str | None
+
+    @classmethod
+    def of(cls, tokenizer: "TokenizerWrapper", append_eos: bool) -> "_Stops":
+        added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        ids = set(tokenizer.eos_token_ids)
+        stops = {added.get(i) or tokenizer.decode([i]) for i in ids}
+        stop, control = _any_of(stops), _any_of(stops | special)
+        tail = re.compile(rf"(?:\s|{control.pattern})*\Z")
+        return cls(stop, control, tail, tokenizer.eos_token if append_eos else None)
+
+    def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
+        """The first stop after a message's own texts."""
+        start = 0
+        if any(map(self.stop.search, texts)):  # their stops are not the turn's
+            tail = self.tail.search(response)
+            start = tail.start() if tail else len(response)
+        return self.stop.search(response, start)
+
+    def at_start(self, text: str) -> str | None:
+        """The stop that a text begins with, after blanks."""
+        found = self.stop.match(text.lstrip())
+        return found[0] if found else None
+
+    def are_in(self, text: str) -> bool:
+        return self.control.search(text) is not None
+
+
+def _any_of(words: set[str]) -> re.Pattern[str]:
+    known = sorted((word for word in words if word.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, known)) or r"(?!)")

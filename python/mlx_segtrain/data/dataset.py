@@ -1,14 +1,15 @@
 """Data sets in memory: every row tokenized once, truncated and counted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_segtrain.data.encoding import Encoder, Pair, Row
+from mlx_segtrain.data.encoding import Encoder, Options, Pair, Row
 from mlx_segtrain.data.jsonl import PAIR_KEYS, Record, read_records
+from mlx_segtrain.data.notes import Notes
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Dataset:
     read, `truncated` the rows here that were cut, of pairs those that lost part of a response,
     `dropped` those left out since no trained token remained; `tokens` and `supervised_tokens` count
     what is here; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of
-    their prompt.
+    their prompt; `notes` says what was found in the rows.
     """
 
     rows: list[Any]  #: Row, or Pair in the format preference
@@ -37,38 +38,49 @@ class Dataset:
     supervised_tokens: int
     pad_id: int
     prompts_cut: int = 0
+    notes: Notes = field(default_factory=Notes)
+
+    @property
+    def summary(self) -> str:
+        """Rows, samples and tokens, and how plain prompts are read, in a sentence."""
+        said = f"{self.n_rows:,} rows"
+        if len(self.rows) != self.n_rows:
+            said += f" give {len(self.rows):,} samples"
+        said += f", {self.tokens:,} tokens to run, {self.supervised_tokens:,} of them in the loss"
+        if self.notes.prompt_format == "chat":
+            said += "; prompts go through the chat template"
+        elif self.notes.prompt_format == "raw":
+            said += "; prompts are raw, without the chat template"
+        return said
+
+    def as_json(self) -> dict[str, Any]:
+        """What metrics.json says of it."""
+        counts = ("truncated", "dropped", "prompts_cut", "tokens", "supervised_tokens")
+        return {**self.notes.as_json(), **{name: getattr(self, name) for name in counts}}
 
 
 def load_dataset(
-    data_dir: Path,
-    tokenizer: "TokenizerWrapper",
-    *,
-    max_seq_length: int,
-    train_on: str = "assistant",
-    append_eos: bool = True,
-    method: str = "sft",
+    data_dir: Path, tokenizer: "TokenizerWrapper", options: Options
 ) -> tuple[Dataset, Dataset | None]:
     """train.jsonl and, if there is one, valid.jsonl of a directory; raises InputError."""
     train_path, valid_path = split_paths(Path(data_dir))
-    how: Any = {"max_seq_length": max_seq_length, "train_on": train_on}
-    how |= {"append_eos": append_eos, "method": method}
-    train = load_split(train_path, tokenizer, **how)
-    return train, load_split(valid_path, tokenizer, **how) if valid_path else None
+    train = load_split(train_path, tokenizer, options)
+    return train, load_split(valid_path, tokenizer, options) if valid_path else None
 
 
-def load_split(
-    path: Path,
-    tokenizer: "TokenizerWrapper",
-    *,
-    max_seq_length: int,
-    train_on: str = "assistant",
-    append_eos: bool = True,
-    method: str = "sft",
-) -> Dataset:
+def load_split(path: Path, tokenizer: "TokenizerWrapper", options: Options) -> Dataset:
     """One JSONL file; raises InputError."""
-    path = Path(path)
-    encoder = Encoder(tokenizer, train_on, append_eos)
-    return fit(path, *read(path, encoder, method), encoder, max_seq_length)
+    path, encoder = Path(path), Encoder(tokenizer, options)
+    format, rows = read(path, encoder, options.method)
+    if options.strict:
+        refuse_faults(path, encoder.notes)
+    return fit(path, format, rows, encoder, options.max_seq_length)
+
+
+def refuse_faults(path: Path, notes: Notes) -> None:
+    """InputError if rows are not trained as they are."""
+    if faults := notes.faults():
+        raise InputError(f"{path.name}: {faults[0]}; mend the rows, or leave out strict.")
 
 
 def split_paths(data_dir: Path) -> tuple[Path, Path | None]:
@@ -79,6 +91,47 @@ def split_paths(data_dir: Path) -> tuple[Path, Path | None]:
     if not train.is_file():
         raise InputError(f"{data_dir} has no file train.jsonl; put the training rows there.")
     return train, valid if valid.exists() else None
+
+
+#: Endings of files that could hold rows.
+ROW_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz")
+
+
+def unread(data_dir: Path) -> list[str]:
+    """Names of files beside those of `split_paths` that look as if they held rows."""
+    read = ("train.jsonl", "valid.jsonl")
+    return sorted(
+        path.name
+        for path in data_dir.iterdir()
+        if path.name.endswith(ROW_FILES) and path.name not in read and not path.name.startswith(".")
+    )
+
+
+def remarks(data_dir: Path | None, train: Dataset, valid: Dataset | None) -> list[str]:
+    """What is left out of the data or wrong with it, in sentences."""
+    said = []
+    for name, data in (("train.jsonl", train), ("valid.jsonl", valid)):
+        if data is None:
+            continue
+        counts = (
+            (data.truncated, "rows are truncated to max_seq_length"),
+            (data.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
+            (data.dropped, "samples are dropped: nothing of them is trained"),
+        )
+        own = [f"{count:,} {what}" for count, what in counts if count]
+        own += [*data.notes.left_out(), *data.notes.faults()]
+        said += [f"{name}: {sentence}" for sentence in own]
+    if data_dir is None:  # one file was read
+        return said
+    if names := unread(data_dir):
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        said.append(
+            f"not read in {data_dir}: {shown} (training rows are read from train.jsonl, validation "
+            "rows from valid.jsonl)"
+        )
+    if valid is None:
+        said.append(f"{data_dir} has no valid.jsonl, so there is no validation loss")
+    return said
 
 
 def merge_format(format: str | None, record: Record, method: str | None) -> str:
@@ -103,29 +156,28 @@ def merge_format(format: str | None, record: Record, method: str | None) -> str:
 
 def read(
     path: Path, encoder: Encoder, method: str | None = None
-) -> tuple[str, int, list[Row] | list[Pair]]:
-    """Format, number of rows read, and the rows, not truncated; raises InputError."""
-    records, count, format = read_records(path), 0, None
+) -> tuple[str, list[Row] | list[Pair]]:
+    """The format and the rows, not truncated; raises InputError."""
+    records, format = read_records(path), None
     rows: list[Any] = []
     while chunk := list(islice(records, ROWS_PER_CALL)):
         for record in chunk:
             format = merge_format(format, record, method)
-        count += len(chunk)
         rows += encoder.encode_pairs(chunk) if format == "preference" else encoder.encode(chunk)
     if format is None:
         raise InputError(f"{path} has no rows; put one JSON object on each line.")
-    return format, count, rows
+    return format, rows
 
 
 def fit(
     path: Path,
     format: str,
-    n_rows: int,
     rows: list[Row] | list[Pair],
     encoder: Encoder,
     max_seq_length: int,
 ) -> Dataset:
     """`rows` cut to `max_seq_length` tokens; InputError if nothing is trained."""
+    n_rows = encoder.notes.rows
     cut = [shorten(row, encoder, max_seq_length) for row in rows]
     kept = [x for x in cut if _trained(x.row)]
     if not kept:
@@ -150,6 +202,7 @@ def fit(
         ),
         pad_id=encoder.pad_id,
         prompts_cut=sum(x.prompt_cut for x in kept),
+        notes=encoder.notes,
     )
 
 
@@ -178,7 +231,7 @@ def shorten(row: Row | Pair, encoder: Encoder, n: int) -> Shortened:
     """
     over = max(len(own) for own in sequences(row)) - n
     if isinstance(row, Row):
-        return Shortened(Row(row.ids[:n], row.weights[:n], row.source), over > 0, False)
+        return Shortened(replace(row, ids=row.ids[:n], weights=row.weights[:n]), over > 0, False)
     sides = sequences(row)
     prompts = [int(np.argmax(own.weights > 0)) for own in sides]
     bos = len(encoder.bos) if all(encoder.begins(own.ids) for own in sides) else 0
@@ -186,7 +239,7 @@ def shorten(row: Row | Pair, encoder: Encoder, n: int) -> Shortened:
 
     def shorter(own: Row) -> Row:
         keep = np.r_[0:bos, bos + cut : len(own)][:n]
-        return Row(own.ids[keep], own.weights[keep], own.source)
+        return replace(own, ids=own.ids[keep], weights=own.weights[keep])
 
     pair = Pair.of(shorter(row.chosen), shorter(row.rejected), row.source)
     return Shortened(pair, over > cut, cut > 0)

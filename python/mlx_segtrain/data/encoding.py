@@ -1,31 +1,57 @@
 """Text pieces to token ids, with the loss weight of every token."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_segtrain.data.chat import Pieces, split_turns
+from mlx_segtrain.data.chat import Conversations, Pieces, Sample
 from mlx_segtrain.data.jsonl import Record
+from mlx_segtrain.data.notes import Notes
+from mlx_segtrain.data.prompting import Prompting
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from mlx_segtrain.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """How rows are read: the fields of a configuration that decide it (docs/configuration.md).
+
+    Without a method, rows of any.
+    """
+
+    max_seq_length: int = 512
+    method: str | None = "sft"
+    train_on: str = "assistant"
+    append_eos: bool = True
+    prompt_format: str = "auto"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    @classmethod
+    def of(cls, config: "TrainConfig") -> "Options":
+        return cls(**{own.name: getattr(config, own.name) for own in fields(cls)})
+
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenized row.
+    """One tokenized sequence.
 
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
     token j (0 = context, and always 0 for j = 0); `source` is "file:line", of a pair's sequences
-    "file:line chosen" and "file:line rejected".
+    "file:line chosen" and "file:line rejected"; `findings` are keys of notes.FINDINGS.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     source: str
+    findings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,16 +86,20 @@ class Pair:
 
 
 class Encoder:
-    """Tokenizes records; what it needs to know of the tokenizer is asked once."""
+    """Tokenizes records; what it needs to know of the tokenizer is asked once.
 
-    def __init__(self, tokenizer: "TokenizerWrapper", train_on: str, append_eos: bool):
-        self._wrapper = tokenizer
+    `notes` counts what was read.
+    """
+
+    def __init__(self, tokenizer: "TokenizerWrapper", options: Options):
         self._tokenizer = tokenizer._tokenizer  # the wrapper itself cannot be called on a batch
-        self._train_on = train_on
-        self._append_eos = append_eos
+        self._append_eos = options.append_eos
+        self._raw = Prompting(options.prompt_format).is_raw(tokenizer)
+        how = (options.chat_template_kwargs, options.append_eos)
+        self._chats = Conversations(tokenizer, options.train_on, *how)
+        self._responses = Conversations(tokenizer, "assistant", *how)  # whose turns all count
+        self.notes = Notes()
         self._eos: set[int] = set(tokenizer.eos_token_ids)
-        added = tokenizer.added_tokens_decoder.items()  # of some tokenizers, runs of blanks too
-        self._special = self._eos | {i for i, token in added if str(token).strip()}
         # What the tokenizer puts before a text: BOS, for those that have one.
         self.bos: list[int] = list(tokenizer.encode(""))
         while self.bos and self.bos[-1] in self._eos - {tokenizer.bos_token_id}:
@@ -84,41 +114,61 @@ class Encoder:
 
     def encode(self, records: list[Record]) -> list[Row]:
         """Token ids and weights of `records`, not truncated; raises InputError."""
-        return self._encode(records, self._train_on)
+        return self._encode(self._read(records))
 
     def encode_pairs(self, records: list[Record]) -> list[Pair]:
         """Pairs of preference records, not truncated; raises InputError."""
         branches = [_branch(record, key) for record in records for key in ("chosen", "rejected")]
-        rows = self._encode(branches, "assistant")  # every turn of a response counts
+        rows = self._encode(self._read(branches))
         for row, after in pairwise(rows):
             if row.source == after.source:
                 raise InputError(
                     f"{row.source}: the chat template renders a turn of the response differently "
                     "once others follow; give a response of one assistant message."
                 )
+        self.notes.rows += len(records) - len(branches)
+        for record in records:
+            self.notes.ignored.update(record.ignored)
+            self.notes.repeated += record.repeated
         pairs = zip(records, rows[::2], rows[1::2], strict=True)
         return [Pair.of(chosen, rejected, record.source) for record, chosen, rejected in pairs]
 
-    def _encode(self, records: list[Record], train_on: str) -> list[Row]:
-        samples: list[tuple[Record, Pieces]] = []
+    def _read(self, records: list[Record]) -> list[tuple[Record, Sample]]:
+        """The samples of each record."""
+        found = []
         for record in records:
-            row = record.row
-            if record.format == "messages":
-                for pieces in split_turns(record, self._wrapper, train_on):
-                    samples.append((record, pieces))
-            elif record.format == "prompt-completion":
-                samples.append((record, [(row["prompt"], 0.0), (row["completion"], 1.0)]))
-            else:
-                samples.append((record, [(row["text"], 1.0)]))
+            self.notes.rows += 1
+            self.notes.ignored.update(record.ignored)
+            for sample in self._samples(record):
+                if sample.turns:
+                    self.notes.add(record.source, sample.turns, sample.findings)
+                found.append((record, sample))
+        return found
 
+    def _samples(self, record: Record) -> list[Sample]:
+        row = record.row
+        if record.format == "messages":
+            return self._chats.samples(record)
+        if record.format == "text":
+            return [Sample([(row["text"], 1.0)])]
+        # A prompt, to be completed: messages already, or text.
+        if isinstance(row["prompt"], str):
+            self.notes.prompt_format = "raw" if self._raw else "chat"
+            if self._raw:
+                if row.get("system"):
+                    self.notes.ignored["system"] += 1
+                return [Sample([(row["prompt"], 0.0), (row["completion"], 1.0)])]
+        return self._responses.samples(_as_messages(record))
+
+    def _encode(self, samples: list[tuple[Record, Sample]]) -> list[Row]:
         # One call for all of them: the whole texts, then the pieces one by one.
-        texts = ["".join(text for text, _ in pieces) for _, pieces in samples]
-        parts = [text for _, pieces in samples for text, _ in pieces]
+        texts = ["".join(text for text, _ in sample.pieces) for _, sample in samples]
+        parts = [text for _, sample in samples for text, _ in sample.pieces]
         encoded = iter(self._ids(texts + parts))
         wholes = [next(encoded) for _ in samples]
         return [
-            self._row(record, pieces, text, whole, [next(encoded) for _ in pieces])
-            for (record, pieces), text, whole in zip(samples, texts, wholes, strict=True)
+            self._row(record, sample, text, whole, [next(encoded) for _ in sample.pieces])
+            for (record, sample), text, whole in zip(samples, texts, wholes, strict=True)
         ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -133,24 +183,24 @@ class Encoder:
         )["input_ids"]
 
     def _row(
-        self, record: Record, pieces: Pieces, text: str, whole: list[int], parts: list[list[int]]
+        self, record: Record, sample: Sample, text: str, whole: list[int], parts: list[list[int]]
     ) -> Row:
+        pieces = sample.pieces
         ids, bounds = self._join(record, pieces, text, whole, parts)
         weights = np.zeros(len(ids), np.float32)
         for (_, weight), (start, end) in zip(pieces, pairwise(bounds), strict=True):
-            if weight > 0 and record.format == "messages":
-                end = self._turn_end(ids, start, end)
             weights[start:end] = weight
-        if record.format != "messages":  # a chat template writes BOS and end of turn itself
-            ended = bounds[-1] > bounds[-2] and ids[-1] in self._eos
-            if self._append_eos and not ended:
+        if not sample.rendered:  # a chat template writes BOS itself, and its turns are ended
+            end, stopped = self._end(ids, bounds[-2])
+            ids, weights = ids[:end], weights[:end]
+            if self._append_eos and not stopped:
                 ids = [*ids, self._eos_id(record)]
                 weights = np.append(weights, np.float32(1))
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
         weights[:1] = 0  # nothing comes before the first token to predict it from
-        return Row(np.array(ids, np.int32), weights, record.source)
+        return Row(np.array(ids, np.int32), weights, record.source, sample.findings)
 
     def _eos_id(self, record: Record) -> int:
         eos = self._tokenizer.eos_token_id
@@ -186,17 +236,17 @@ class Encoder:
         starts = np.searchsorted(np.maximum.accumulate(ends), [0, *cuts[:-1]], side="right")
         return output["input_ids"], [0, *map(int, starts[1:]), len(ends)]
 
-    def _turn_end(self, ids: list[int], start: int, end: int) -> int:
-        """The index after the end-of-turn token, which a template may follow with blanks.
+    def _end(self, ids: list[int], start: int) -> tuple[int, bool]:
+        """Where a completion from `start` on ends, and whether by a token that stops generation.
 
-        A turn in which text follows the last special token has no such token: all of it counts.
+        Blanks after such a token would never be generated.
         """
-        for last in range(end - 1, start - 1, -1):
-            if ids[last] in self._special:
-                return last + 1
-            if not self._is_blank(ids[last:end]):
-                break
-        return end
+        last = len(ids)
+        while last > start and self._is_blank(ids[last - 1 : last]):
+            last -= 1
+        if last > start and ids[last - 1] in self._eos:
+            return last, True
+        return len(ids), False
 
     def _is_blank(self, ids: list[int]) -> bool:
         key = tuple(ids)
@@ -210,9 +260,17 @@ class Encoder:
 
 def _branch(record: Record, key: str) -> Record:
     """One sequence of a pair as a record whose response is trained."""
-    row, source = record.row, f"{record.source} {key}"
-    if isinstance(row["prompt"], str):
-        completed = {"prompt": row["prompt"], "completion": row[key]}
-        return Record(source, "prompt-completion", completed)
-    prompt = [{**message, "train": False} for message in row["prompt"]]
-    return Record(source, "messages", {**row, "messages": [*prompt, *row[key]]})
+    row = {**record.row, "completion": record.row[key]}
+    return replace(record, source=f"{record.source} {key}", format="prompt-completion", row=row)
+
+
+def _as_messages(record: Record) -> Record:
+    """A prompt with its completion as a conversation whose last messages are trained."""
+    row = record.row
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        prompt = [*system, {"role": "user", "content": prompt}]
+        completion = [{"role": "assistant", "content": completion}]
+    prompt = [{**message, "train": False} for message in prompt]
+    return replace(record, format="messages", row={**row, "messages": [*prompt, *completion]})

@@ -8,14 +8,18 @@ import numpy as np
 
 from mlx_segtrain.data.dataset import (
     fit,
+    load_split,
     merge_format,
     read,
+    refuse_faults,
+    remarks,
     sequences,
     shorten,
     split_paths,
 )
-from mlx_segtrain.data.encoding import Encoder
+from mlx_segtrain.data.encoding import Encoder, Options
 from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,10 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preview:
-    """One row as trained: for each token its text, whether it is trained, and its weight."""
+    """One sequence as trained: for each token its text, whether it is trained, and its weight;
+    `findings` are sentences about it."""
 
     source: str
     tokens: list[tuple[str, bool, float]]
+    findings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -35,7 +41,9 @@ class Report:
     """What `inspect` found.
 
     `n_train` and `n_valid` count rows read; lengths are in tokens before truncation, all of the
-    training file like the counts after them (None without a tokenizer). `error` is one sentence.
+    training file like the counts after them (None without a tokenizer). `remarks` say what is left
+    out of both files or wrong with them, `findings` name rows of the training file by what is wrong
+    with them (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True
@@ -52,24 +60,23 @@ class Report:
     truncated: int | None = None
     dropped: int | None = None
     prompts_cut: int | None = None
+    samples: int | None = None
+    trained_turns: int | None = None
+    prompt_format: str | None = None
+    remarks: list[str] = field(default_factory=list)
+    findings: dict[str, list[str]] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
 
 
 def inspect(
     path: Path,
     tokenizer: "TokenizerWrapper | None" = None,
+    options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
-    max_seq_length: int = 512,
-    train_on: str = "assistant",
-    append_eos: bool = True,
-    method: str | None = None,
     n_preview: int = 3,
 ) -> Report:
-    """Checks a directory or one .jsonl file; what is wrong is in the report, not raised.
-
-    Without a method, rows of any.
-    """
-    report = Report()
+    """Checks a directory or one .jsonl file; what is wrong is in the report, not raised."""
+    report, method = Report(), options.method
     try:
         path = Path(path)
         train, valid = (path, None) if path.is_file() else split_paths(path)
@@ -78,20 +85,26 @@ def inspect(
             report.n_valid = _count(valid, method)[1]
         if tokenizer is None:
             return report
-        encoder = Encoder(tokenizer, train_on, append_eos)
-        format, n_rows, rows = read(train, encoder, method)
+        encoder = Encoder(tokenizer, options)
+        format, rows = read(train, encoder, method)
         lengths = np.array([len(row) for row in rows])
         report.length_min, report.length_max = int(lengths.min()), int(lengths.max())
         report.length_median, report.length_p95 = map(
             int, np.percentile(lengths, (50, 95), method="higher")
         )
-        report.previews = _previews(rows[:n_preview], encoder, tokenizer, max_seq_length)
-        dataset = fit(train, format, n_rows, rows, encoder, max_seq_length)
+        length = options.max_seq_length
+        report.previews = _previews(rows[:n_preview], encoder, tokenizer, length)
+        notes = encoder.notes
+        report.samples, report.trained_turns = len(rows), notes.turns
+        report.prompt_format, report.findings = notes.prompt_format, notes.where
+        dataset = fit(train, format, rows, encoder, length)
         report.tokens, report.supervised_tokens = dataset.tokens, dataset.supervised_tokens
         report.truncated, report.dropped = dataset.truncated, dataset.dropped
         report.prompts_cut = dataset.prompts_cut
-        if valid:
-            fit(valid, *read(valid, encoder, method), encoder, max_seq_length)
+        others = load_split(valid, tokenizer, options) if valid else None
+        report.remarks = remarks(None if path.is_file() else path, dataset, others)
+        if options.strict:
+            refuse_faults(train, notes)
     except InputError as error:
         report.ok, report.error = False, str(error)
     return report
@@ -115,7 +128,7 @@ def _previews(
         for own in sequences(shorten(row, encoder, max_seq_length).row):
             texts, weights = _texts(own.ids.tolist(), tokenizer), own.weights.tolist()
             tokens = [(t, w > 0, w) for t, w in zip(texts, weights, strict=True)]
-            shown.append(Preview(own.source, tokens))
+            shown.append(Preview(own.source, tokens, [FINDINGS[name] for name in own.findings]))
     return shown
 
 

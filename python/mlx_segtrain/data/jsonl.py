@@ -2,28 +2,52 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_segtrain.config import fault_of_variables
 from mlx_segtrain.errors import InputError
+
+#: The keys by which messages carry reasoning.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 PAIR_KEYS = '"prompt", "chosen" and "rejected"'
 KEYS = f'"messages", "prompt" and "completion", "text", or {PAIR_KEYS}'
 MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
+#: The roles that messages have, and names for them in other data sets.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "model", "ai", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("function", "ipython", "observation"), "tool"),
+}
+#: What a format reads besides its own keys.
+ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
+FORMATS = {
+    "preference": ("prompt", "chosen", "rejected", "system", *ROW_KEYS),
+    "messages": ("messages", *ROW_KEYS),
+    "prompt-completion": ("prompt", "completion", "system", *ROW_KEYS),
+    "text": ("text",),
+}
 
 
 @dataclass(frozen=True)
 class Record:
     """One checked row; `source` is "file:line".
 
-    `format` is messages | prompt-completion | text | preference. Of the last, prompt, chosen and
-    rejected are all strings, or all lists of messages.
+    `format` is messages | prompt-completion | text | preference. Prompt and responses of the second
+    and the last are all strings, beside which there may be a `system` string, or all lists of
+    messages. `ignored` are the row's keys that nothing reads; `repeated` tells that both sides of a
+    pair began with the prompt once more, which `row` has once.
     """
 
     source: str
     format: str
     row: dict[str, Any]
+    ignored: tuple[str, ...] = ()
+    repeated: bool = False
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -37,7 +61,7 @@ def read_records(path: Path) -> Iterator[Record]:
                 if line.strip():
                     source = f"{path.name}:{number}"
                     row = _parse(line, source)
-                    yield Record(source, *_check(row, source))
+                    yield checked(row, source)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -67,20 +91,90 @@ def _parse(line: bytes, source: str) -> dict[str, Any]:
     return row
 
 
-def _check(row: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+def checked(row: dict[str, Any], source: str) -> Record:
+    """A row as a record; raises InputError."""
     if "chosen" in row and "rejected" in row:
-        return "preference", _check_pair(row, source)
-    if "messages" in row:
-        _check_tools(row, source)
-        return "messages", {**row, "messages": _check_messages(row, "messages", source)}
-    if "prompt" in row and "completion" in row:
-        _check_strings(row, ("prompt", "completion"), source)
-        return "prompt-completion", row
-    if "text" in row:
+        format, read = "preference", _check_pair
+    elif "messages" in row:
+        format, read = "messages", _check_chat
+    elif "prompt" in row and "completion" in row:
+        format, read = "prompt-completion", _check_completion
+    elif "text" in row:
         _check_strings(row, ("text",), source)
-        return "text", row
-    found = ", ".join(map(repr, row)) or "no keys"
-    raise InputError(f"{source}: the row needs the keys {KEYS}, but has {found}.")
+        format, read = "text", lambda row, source: row
+    else:
+        found = ", ".join(map(repr, row)) or "no keys"
+        raise InputError(f"{source}: the row needs the keys {KEYS}, but has {found}.")
+    ignored = tuple(key for key in row if key not in FORMATS[format])
+    if format != "text":
+        row = {**row, **_template_keys(row, source)}
+    own, repeated = read(row, source), False
+    if format == "preference":
+        own, repeated = _once(own, source)
+    return Record(source, format, own, ignored, repeated)
+
+
+def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """Tools and template variables of a row, decoded where they are JSON text."""
+    found = {}
+    for key, kind, wanted in (
+        ("tools", list, "a list"),
+        ("functions", list, "a list"),
+        ("chat_template_kwargs", dict, "an object"),
+    ):
+        value = row.get(key)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f'{source}: "{key}" must be {wanted}, not {_kind(value)}.')
+        found[key] = value
+    if fault := fault_of_variables(found["chat_template_kwargs"] or {}):
+        raise InputError(f'{source}: "chat_template_kwargs": {fault}.')
+    if functions := found.pop("functions"):  # OpenAI's name before "tools"
+        own = [{"type": "function", "function": function} for function in functions]
+        found["tools"] = [*(found["tools"] or ()), *own]
+    return found
+
+
+def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
+    return {**row, "messages": _check_messages(row, "messages", source)}
+
+
+def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
+    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        _check_system(row, source)
+        return row
+    sides = {key: _check_turns(row, key, source) for key in ("prompt", "completion")}
+    if all(message["role"] != "assistant" for message in sides["completion"]):
+        raise InputError(f'{source}: "completion" has no assistant message, so nothing to train.')
+    return _with_system({**row, **sides}, source)
+
+
+def _check_turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    """A prompt or a response as messages: a string is what the user or the assistant says."""
+    if isinstance(row[key], str):
+        role = "user" if key == "prompt" else "assistant"
+        return [{"role": role, "content": row[key]}]
+    return _check_messages(row, key, source, "a string or a list")
+
+
+def _check_system(row: dict[str, Any], source: str) -> None:
+    if row.get("system") is not None:
+        _check_strings(row, ("system",), source)
+
+
+def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """A row whose prompt is a list of messages, with the text of "system" as the first of them."""
+    _check_system(row, source)
+    system = row.pop("system", None)
+    if not system:
+        return row
+    if any(message["role"] in ("system", "developer") for message in row["prompt"]):
+        raise InputError(
+            f'{source}: the row has "system" and a system message in "prompt"; remove one of them.'
+        )
+    return {**row, "prompt": [{"role": "system", "content": system}, *row["prompt"]]}
 
 
 def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -91,20 +185,13 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
                     f'{source}: "{key}" must be a string as "prompt" is, not {_kind(row[key])}; '
                     f'if "{key}" holds the prompt too, remove "prompt".'
                 )
+        _check_system(row, source)
         return row
-    _check_tools(row, source)
-    sides = {
-        # A string behind messages is what the assistant says.
-        key: [{"role": "assistant", "content": row[key]}]
-        if isinstance(row[key], str)
-        else _check_messages(row, key, source, "a string or a list")
-        for key in ("chosen", "rejected")
-    }
+    sides = {key: _check_turns(row, key, source) for key in ("chosen", "rejected")}
     if "prompt" in row:
         prompt = _check_messages(row, "prompt", source, "a string or a list")
     else:  # what both begin with
-        alike = [a == b for a, b in zip(*sides.values(), strict=False)]
-        n = [*alike, False].index(False)
+        n = _alike(*sides.values())
         prompt = sides["chosen"][:n]
         sides = {key: messages[n:] for key, messages in sides.items()}
     if not prompt:
@@ -124,13 +211,33 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
                 f'{source}: "train" and "weight" have no effect in a pair, whose responses are '
                 "compared as a whole; remove them."
             )
-    return {**row, "prompt": prompt, **sides}
+    return _with_system({**row, "prompt": prompt, **sides}, source)
 
 
-def _check_tools(row: dict[str, Any], source: str) -> None:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise InputError(f'{source}: "tools" must be a list, not {_kind(tools)}.')
+def _alike(a: list[Any], b: list[Any]) -> int:
+    """How many items both begin with."""
+    return [*(x == y for x, y in zip(a, b, strict=False)), False].index(False)
+
+
+def _once(row: dict[str, Any], source: str) -> tuple[dict[str, Any], bool]:
+    """A pair whose prompt stands once, and whether both sides repeated it; InputError if only one
+    side does, or both sides are the same."""
+    n, sides = len(row["prompt"]), {key: row[key] for key in ("chosen", "rejected")}
+    repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
+    messages = not isinstance(row["prompt"], str)
+    if messages and any(repeats) and not all(repeats):
+        raise InputError(
+            f'{source}: "{"chosen" if repeats[0] else "rejected"}" repeats the prompt, and the '
+            "other side does not; remove the prompt from it."
+        )
+    if all(repeats):
+        sides = {key: own[n:] for key, own in sides.items()}
+    if sides["chosen"] == sides["rejected"]:
+        raise InputError(
+            f'{source}: "chosen" and "rejected" are the same, so there is nothing to prefer; '
+            "remove the row."
+        )
+    return {**row, **sides}, all(repeats)
 
 
 def _check_messages(
@@ -156,6 +263,14 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
         raise InputError(f'{where} needs "role", a string such as "user" or "assistant".')
+    known = role.strip().lower()
+    known = OTHER_ROLES.get(known, known)
+    if known not in ROLES:
+        raise InputError(f'{where}: the role "{role[:40]}" is not one of {", ".join(ROLES)}.')
+    # Tables have every column in every row: null is what is not there.
+    empty = [key for key, value in message.items() if value is None and key != "content"]
+    message = {key: value for key, value in message.items() if key not in empty} | {"role": known}
+    role, message = known, _with_calls(message, where)
     train = message.get("train", True)
     if not isinstance(train, bool):
         raise InputError(f'{where}: "train" must be true or false, not {_kind(train)}.')
@@ -176,6 +291,24 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     # A message that only calls tools has no content.
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise InputError(f'{where}: "content" must be a string, not {_kind(content)}.')
+    return message
+
+
+def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """With tool calls that are well formed; OpenAI's earlier "function_call" as one of them."""
+    if "function_call" in message and "tool_calls" not in message:
+        call = message.pop("function_call")
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f'{where}: "tool_calls" must be a list of objects.')
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f'{where}: a tool call needs the "name" of a function.')
+    for key in REASONING:
+        if not isinstance(message.get(key, ""), str):
+            raise InputError(f'{where}: "{key}" must be a string, not {_kind(message[key])}.')
     return message
 
 

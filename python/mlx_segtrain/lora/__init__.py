@@ -40,12 +40,14 @@ class Adapter:
 
     a [in, R] and b [R, out]; of a linear with E experts a [E, R, in] and b [E, out, R]; of an
     embedding a [V, R] and b [R, H]. Of DoRA `magnitudes` are the lengths of the adapted weight's
-    rows, float32 [out].
+    rows, float32 [out]. Where an embedding is adapted, `tied` says whether it is the head of the
+    model too, which then computes with the same update; None if that is not known.
     """
 
     tensors: Tensors
     scales: dict[str, float]
     magnitudes: dict[str, mx.array] = field(default_factory=dict)
+    tied: bool | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -120,7 +122,7 @@ def init(
         magnitudes[path] = Stretch.of(ops.base_of(module)).norms
     mx.eval(tensors, magnitudes)
     scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
-    return Adapter(tensors, scales, magnitudes)
+    return Adapter(tensors, scales, magnitudes, chain.tied_for(tensors))
 
 
 def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:

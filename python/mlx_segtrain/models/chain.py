@@ -1,6 +1,6 @@
 """A model as the trainer sees it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -154,6 +154,16 @@ class Chain:
     def adaptable(self) -> dict[str, nn.Module]:
         """All that an adapter may name."""
         return {**self.linears, **self.outer}
+
+    @property
+    def tied(self) -> bool:
+        """Whether there is no head of its own that could be adapted."""
+        return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
+
+    def tied_for(self, paths: Iterable[str]) -> bool | None:
+        """The same if one of these is an embedding; else None, since it does not matter."""
+        embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
+        return self.tied if embeds else None
 
     def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "Chain":
         """For an adapter with these multipliers, which may be one of embedding or head too."""

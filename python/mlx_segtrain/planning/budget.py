@@ -20,23 +20,33 @@ def device(deterministic: bool = False) -> Device:
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
-        return METAL
-    stock = 0 if deterministic else CUDA.stock
-    return replace(CUDA, cudnn="cudnn" in _core.attention_impls(), stock=stock)
+        return replace(METAL, nax=_core.has_neural_accelerators())
+    return replace(CUDA, cudnn="cudnn" in _core.attention_impls(), repeatable=deterministic)
+
+
+def working_set() -> int | None:
+    """Bytes that Metal recommends a process to have at a time, and lets it wire; None elsewhere."""
+    if mx.default_device() == mx.Device(mx.cpu) or not mx.metal.is_available():
+        return None
+    return int(mx.device_info()["max_recommended_working_set_size"])
 
 
 def budget_bytes(gb: float | None = None) -> int:
     """`gb` · 10⁹ bytes; by default what this machine has for us now.
 
-    On Metal the recommended working set, on CUDA the free memory, on a CPU the memory that is
-    available, within the limits of the process' control groups; less a margin.
+    On Metal the recommended working set, all of which a run wires, on CUDA the free memory, on a
+    CPU the memory that is available, within the limits of the process' control groups; less a
+    margin.
     """
     if gb is not None:
         return int(min(gb, 1e8) * 1e9)
     if mx.default_device() == mx.Device(mx.cpu):
         return max(0, int(available_ram() * (1 - MARGIN)) - INTERPRETER)
+    wired = working_set()
+    if wired is not None:
+        return int(wired * (1 - MARGIN))
     info: dict[str, Any] = dict(mx.device_info())
-    for key in ("max_recommended_working_set_size", "free_memory", "memory_size", "total_memory"):
+    for key in ("free_memory", "memory_size", "total_memory"):
         if key in info:
             return int(int(info[key]) * (1 - MARGIN))
     return int(available_ram() * (1 - MARGIN))

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
+
+import mlx.core as mx
 
 from .. import _core
 from ..stages import HEAD_ROWS, MLP_ROWS, Stream, head_reads, kv_names
@@ -20,16 +23,27 @@ from .shapes import LayerShape, ModelShape
 class Device:
     """What of a device the estimate depends on."""
 
+    name: Literal["cpu", "metal", "cuda"]
     size: int  #: bytes of a number in training
-    gpu: bool
-    cudnn: bool  #: it serves plain causal attention, of heads up to 256
-    stock: int  #: so does MLX's own, which saves nothing, of heads up to this; 0: never
-    workspace: int  #: bytes that a library's products may take
+    workspace: int = 0  #: bytes that a library's products may take
+    cudnn: bool = False  #: the package has cuDNN's attention
+    nax: bool = False  #: MLX's own attention has kernels for neural accelerators
+    repeatable: bool = False  #: implementations whose bits vary are not taken
+
+    @property
+    def gpu(self) -> bool:
+        return self.name != "cpu"
+
+    def attention(self, head: int) -> str:
+        """The implementation that plain causal attention with heads of this size gets."""
+        dtype = mx.float32 if self.size == 4 else mx.bfloat16
+        how = {"cudnn": self.cudnn, "nax": self.nax, "repeatable": self.repeatable}
+        return _core.attention_way(self.name, head, dtype, **how)
 
 
-CPU = Device(size=4, gpu=False, cudnn=False, stock=0, workspace=0)
-CUDA = Device(size=2, gpu=True, cudnn=True, stock=128, workspace=33 << 20)
-METAL = Device(size=2, gpu=True, cudnn=False, stock=256, workspace=0)
+CPU = Device("cpu", size=4)
+CUDA = Device("cuda", size=2, cudnn=True, workspace=33 << 20)
+METAL = Device("metal", size=2)
 
 
 #: What heads read besides h and its rows: a few numbers a token that counts.
@@ -227,14 +241,14 @@ def _attention(
     writes = [out * h * size]
     if layer.gives:
         writes += [tokens * k * size] * 2
-    # As csrc/attention.cpp chooses: MLX's own where it serves, unless cuDNN does.
+    # MLX's own gives nothing that its backward pass could be spared.
     plain = (
         after == shape.length
         and not shape.branch
         and not layer.softcap
         and (layer.window or length) >= length
     )
-    saves = not (plain and layer.head <= device.stock and not device.cudnn)
+    saves = not (plain and device.attention(layer.head) == "stock")
     seen = pairs(max(after - shape.branch, 0), length, layer.window)
     seen += pairs(shape.branch, shape.shared + shape.branch, layer.window)
     core = 4.0 * rows * seen * q

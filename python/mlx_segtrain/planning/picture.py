@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import TrainConfig
 from ..errors import InputError
+from ..policy import run_policy
 from .run import RunPlan
 
 
@@ -74,15 +75,16 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
         peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
 
-    setup, vector = load_setup(config, run, data, None, None)
-    step = Stepper(config, setup, watch)
-    at = step.optimizer.start(vector)
-    del vector
-    with run.limits():
-        for _ in range(2):
-            peaks.clear()
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            one = Batch(tokens, weights, np.arange(batch.rows), np.full(batch.rows, length + 1))
-            at, _ = step(at, [one])
+    with run_policy(config):
+        setup, vector = load_setup(config, run, data, None, None)
+        step = Stepper(config, setup, watch)
+        at = step.optimizer.start(vector)
+        del vector
+        with run.limits():
+            for _ in range(2):
+                peaks.clear()
+                mx.clear_cache()
+                mx.reset_peak_memory()
+                one = Batch(tokens, weights, np.arange(batch.rows), np.full(batch.rows, length + 1))
+                at, _ = step(at, [one])
     return peaks

@@ -214,7 +214,7 @@ def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
         return ranks_of(shape, **asked(config))
     from ..adapters import ranks_in
 
-    found = ranks_in(config.warm_start)
+    found = ranks_in(config.warm_start, shape.tied)
     known = {path.removeprefix("language_model."): path for path in shape.widths}
     ranks = {known.get(path.removeprefix("language_model."), ""): r for path, r in found.items()}
     if "" in ranks:

@@ -78,6 +78,15 @@ class ModelShape:
         """Path of the linear that the head has: its own, or the embedding."""
         return next((path for path in self.outer if path != self.embedding), self.embedding)
 
+    @property
+    def tied(self) -> bool | None:
+        """Whether the embedding is the head too; None where neither is found by its name."""
+        if not self.embedding:
+            return None
+        if self.fast:
+            return self.head == self.embedding
+        return not any(path.endswith("lm_head") for path in self.widths)
+
     def weight_bytes(self, float32: bool) -> int:
         """Of what is loaded; `float32`: floating weights become so, as on the CPU."""
         return sum(

@@ -6,7 +6,8 @@ A request comes in at the top and goes down:
     guard.py     who may ask what, from where, and how much; which folders may be named
     api.py       /api: training, data, models, jobs; forms.py: what these take and answer
     service.py   what the API and the page both do
-    jobs.py      the queue; store.py: its rows; eventlog.py: its news; worker.py: a job's process
+    jobs.py      the queue; store.py: its rows; eventlog.py: its news; worker.py: a job's process;
+                 kinds.py: what each kind of job is
     openai.py    /v1: chat, completions, models, adapters; openai_forms.py: what these take and mean
     engine.py    the thread that generates, and whose turn it is; generation.py: pieces of an answer
     mounting.py  one base, adapters, and which of them is in its linears

@@ -22,9 +22,9 @@ from starlette.routing import compile_path
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
-from ..config import TrainConfig, allowed, nearest
 from ..errors import InputError
 from . import api, openai, page
+from .faults import sentence
 from .guard import COOKIE, LOOPBACK, Guard, Outside, error_body
 from .jobs import Conflict, Full
 from .service import Fault, Service
@@ -32,12 +32,12 @@ from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Fields that no answer repeats.
-SECRET = ("token",)
 #: Seconds in which the head of a request must have come.
 HEAD_S = 10.0
 #: Connections at once; more are answered 503.
 CONNECTIONS = 2000
+#: Files that are open at once, if the system allows it: each follower of a job is a connection.
+OPEN_FILES = 65536
 
 
 def create(service: Service) -> Guard:
@@ -153,11 +153,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-        message, more = _sentence(fault)
+        message, more = sentence(error.errors(), error.body)
         if request.url.path.startswith("/v1/"):
             return answer(request, 400, message)
-        if request.url.path == "/api/finetune/submit" and fault["type"] == "missing":
+        if request.url.path == "/api/finetune/submit" and more.get("allowed") == "required":
             return answer(request, 400, "model_dir and data_dir required")  # as it ever was
         return answer(request, 422, message, **more)
 
@@ -197,40 +196,6 @@ class Ascii(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode("ascii")
-
-
-def _sentence(fault: Any) -> tuple[str, dict[str, Any]]:
-    """A fault that pydantic found, with its field, what it was and what is allowed."""
-    where = [str(part) for part in fault["loc"] if part != "body"]
-    field = ".".join(where)
-    if fault["type"] == "json_invalid":
-        reason = fault.get("ctx", {}).get("error", "it ends early")
-        return f"the body is not JSON: {reason} (at character {where[-1]}).", {}
-    if not field:
-        said = fault["msg"].removeprefix("Value error, ")
-        if fault["type"].endswith("_type"):
-            said = "it is not a JSON object (content-type: application/json)"
-        return f"the body cannot be used: {said}.", {}
-    said = fault["msg"][0].lower() + fault["msg"][1:]
-    if fault["type"] == "missing":
-        return f"{field} is missing.", {"field": field, "allowed": "required"}
-    value = None if field in SECRET else _plain(fault["input"])
-    if fault["type"] == "extra_forbidden":
-        hint = nearest(field, list(TrainConfig.model_fields))
-        return f"unknown field {field}.{hint}", {"field": field, "value": value}
-    if where[0] in TrainConfig.model_fields:
-        said = allowed(where[0])
-        return f"{where[0]} must be {said}; got {value!r}.", {
-            **{"field": where[0], "value": value, "allowed": said}
-        }
-    return f"{field}: {said}.", {"field": field, "value": value, "allowed": said}
-
-
-def _plain(value: Any) -> Any:
-    """A value as an answer may repeat it."""
-    text = repr(value)
-    simple = isinstance(value, str | int | bool | None) and len(text) <= 200
-    return value if simple else text[:200]
 
 
 class Plain(logging.Formatter):
@@ -279,10 +244,7 @@ class Patient(HttpToolsProtocol):
 
 def run(settings: Settings) -> None:
     """Serves until a signal; jobs go on. InputError, before it listens, for what cannot be used."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft < most:  # each follower of a job is a connection
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
@@ -295,6 +257,24 @@ def run(settings: Settings) -> None:
             "give another --port."
         ) from None
     asyncio.run(_serve(Service(settings), listener))
+
+
+def allow_open_files(wanted: int) -> None:
+    """Lets this process have so many files open, or as many as the system allows.
+
+    The hard limit may be more than that: macOS says infinity, and takes kern.maxfilesperproc.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    taken, refused = soft, most + 1
+    while (asked := most if refused > most else (taken + refused) // 2) > taken:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (asked, hard))
+            taken = asked
+        except (ValueError, OSError):
+            refused = asked
 
 
 async def _serve(service: Service, listener: socket.socket) -> None:

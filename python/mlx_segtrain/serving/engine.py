@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ..errors import InputError, RunError
+from ..policy import wire
 from .decoding import CONTEXT, Options, Text, processors, sampler
 from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
@@ -184,8 +185,7 @@ class Engine:
         from mlx_lm.generate import generation_stream
 
         mx.set_default_device(self._device)
-        if mx.metal.is_available():  # else weights may be paged out between two tokens
-            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        wire()  # else weights may be paged out between two tokens
         # Generators of generate_step enter this stream and leave it, in any order.
         with mx.stream(generation_stream):
             while not self._stopped:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ..config import TrainConfig, allowed, choices, default, is_list, kind
+from ..config import TrainConfig, Variables, allowed, choices, default, is_list, kind
 from .catalog import DataFolder, Model
 from .service import OWN
 
@@ -179,6 +179,9 @@ class InspectDataset(Closed):
     method: Literal["sft", "dpo", "orpo", "simpo"] | None = None
     train_on: Literal["assistant", "last"] = "assistant"
     append_eos: bool = True
+    prompt_format: Literal["auto", "chat", "raw"] = "auto"
+    chat_template_kwargs: Variables = Field({}, description="Variables of the chat template.")
+    strict: bool = False
 
 
 class PreviewRow(BaseModel):
@@ -186,6 +189,7 @@ class PreviewRow(BaseModel):
 
     source: str
     tokens: list[tuple[str, bool, float]]
+    findings: list[str]
 
 
 class Inspected(BaseModel):
@@ -203,6 +207,11 @@ class Inspected(BaseModel):
     truncated: int | None
     dropped: int | None
     prompts_cut: int | None
+    samples: int | None
+    trained_turns: int | None
+    prompt_format: str | None
+    remarks: list[str]
+    findings: dict[str, list[str]]
     previews: list[PreviewRow]
 
 

@@ -23,14 +23,13 @@ from ..errors import InputError
 from ..events import now
 from ..files import make_folder, write_text
 from . import eventlog
+from .kinds import kind_of
 from .store import ENDED, Row, Store
 from .store import now as clock
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Kinds that need the accelerator, which one job has at a time.
-COMPUTING = ("finetune", "fold", "evaluate")
-#: Of the others so many run at once.
+#: Jobs that do not compute, at once.
 OTHERS = 2
 #: Jobs that may wait.
 LONGEST_QUEUE = 200
@@ -109,7 +108,7 @@ class Jobs:
     @property
     def training(self) -> bool:
         """Whether a job has the accelerator."""
-        return any(row.kind in COMPUTING for row in self.store.with_status("running"))
+        return any(kind_of(row.kind).computes for row in self.store.with_status("running"))
 
     # What users do
 
@@ -209,12 +208,13 @@ class Jobs:
             raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
 
     def _run_next(self) -> None:
-        running = [row.kind in COMPUTING for row in self.store.with_status("running")]
+        running = [kind_of(row.kind).computes for row in self.store.with_status("running")]
         busy, others = sum(running), len(running) - sum(running)
         for row in self.store.with_status("queued"):
-            if row.kind in COMPUTING and not busy:
+            computes = kind_of(row.kind).computes
+            if computes and not busy:
                 busy += self._run(row)
-            elif row.kind not in COMPUTING and others < OTHERS:
+            elif not computes and others < OTHERS:
                 others += self._run(row)
 
     def _run(self, row: Row) -> bool:
@@ -355,5 +355,5 @@ def _killed(row: Row, code: int | None) -> eventlog.Event:
         how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
     else:
         how = f"its process exited with {code}"
-    advice = "; resume it to go on from its last checkpoint" if row.kind == "finetune" else ""
+    advice = "; resume it to go on from its last checkpoint" if kind_of(row.kind).trains else ""
     return {"type": "failed", "ts": now(), "error": how + advice}

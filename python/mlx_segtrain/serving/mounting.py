@@ -15,9 +15,11 @@ from typing import Any
 import mlx.core as mx
 
 from .. import lora
-from ..adapters import read_adapter
+from ..adapters import prompting_of, read_adapter
 from ..adapters.merging import merged
 from ..adapters.writing import common_scale
+from ..data import Prompting
+from ..data.template import prompt_ids
 from ..errors import InputError
 from ..models import Chain, chain_of, load_base
 from .catalog import model_id
@@ -53,18 +55,18 @@ class Base:
                 text, add_special_tokens=bos is None or not text.startswith(bos)
             )
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a chat and of the begin of an answer; InputError without a template, or with
-        its own complaint."""
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    ) -> list[int]:
+        """Tokens of a chat with the generation prompt; `variables` are the template's. InputError
+        without a template, or with its own complaint."""
         if not self.tokenizer.has_chat_template:
             raise InputError(
                 f"messages: {self.id} has no chat template: ask /v1/completions with a prompt."
             )
         try:
             with self.lock:
-                return list(
-                    self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-                )
+                return prompt_ids(self.tokenizer, messages, variables)
         except Exception as error:  # a template may raise what it likes
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"messages: the chat template of {self.id} says: {reason}") from None
@@ -96,6 +98,7 @@ class Mounted:
     size_bytes: int
     mounted_layers: int
     adapter: lora.Adapter
+    prompting: Prompting  #: as the adapter was trained to be asked
     #: No two that were ever mounted have the same.
     serial: int = field(default_factory=count().__next__, init=False)
 
@@ -110,6 +113,21 @@ class Selected:
     @property
     def id(self) -> str | None:
         return "+".join(mounted.id for mounted in self.adapters) or None
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """As Base.encode_chat; with the template variables that the adapters were trained with,
+        which a request's own replace. InputError if those of several adapters differ."""
+        found: dict[str, Any] = {}
+        for mounted in self.adapters:
+            for name, value in mounted.prompting.variables.items():
+                if name not in (variables or {}) and found.setdefault(name, value) != value:
+                    raise InputError(
+                        f"chat_template_kwargs: the adapters {self.id} were trained with different "
+                        f"values of {name}: give one."
+                    )
+        return self.base.encode_chat(messages, {**found, **(variables or {})})
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -162,6 +180,7 @@ def read_mounted(id: str, path: Path, base: Base) -> Mounted:
         size_bytes=sum(x.nbytes for x in arrays),
         mounted_layers=len(adapter.tensors),
         adapter=adapter,
+        prompting=prompting_of(path),
     )
 
 

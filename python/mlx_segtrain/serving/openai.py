@@ -15,12 +15,12 @@ from sse_starlette import EventSourceResponse
 from starlette.responses import Response
 
 from ..errors import InputError, RunError
+from .bodies import Json
 from .engine import Busy, Engine, NoMemory
 from .generation import Generation, Piece
 from .guard import PATIENCE_S, Outside, openai_error
 from .mounting import Base, Mounted, Selected
 from .openai_forms import (
-    LACKING,
     AvailableAdapters,
     ChatCompletion,
     ChatRequest,
@@ -38,7 +38,6 @@ from .openai_forms import (
     chat_turns,
     names_base,
     prompt_tokens,
-    refuse_lacking,
 )
 
 __all__ = ["router"]
@@ -67,7 +66,7 @@ class _Route(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(Json(request.scope, request.receive))
             except _Fault as error:
                 return _error(error.status, str(error), error.code)
             except Outside as error:
@@ -208,32 +207,47 @@ def router(
             raise _Fault(503, "a job trains, and this server waits for it: try later.", "training")
         return engine.base
 
-    def selected(base: Base, body: Generate) -> Selected:
-        adapter = body.adapter
+    async def selected(base: Base, body: Generate) -> Selected:
+        named = {"adapter": body.adapter}
+        for field in ("adapters", "lora_path"):
+            text = getattr(body, field)
+            named[field] = await by_path(field, text) if text and "/" in text else text
         if not names_base(base, body.model):
             if body.model not in engine.adapters:
                 names = ", ".join((base.id, *engine.adapters))
                 message = f"model {(body.model or '')[:200]!r} is not served: {names}."
                 raise _Fault(404, message, "model_not_found")
-            if adapter not in (None, body.model):
+            named = {"model": body.model, **named}
+        given = [(field, id) for field, id in named.items() if id is not None]
+        for field, id in given[1:]:
+            if id != given[0][1]:
                 raise InputError(
-                    f"model names the adapter {body.model!r}, and adapter is {adapter[:100]!r}: "
-                    "give one of the two."
+                    f"{given[0][0]} names the adapter {given[0][1][:100]!r}, and {field} is "
+                    f"{id[:100]!r}: give one of the two."
                 )
-            adapter = body.model
-        chosen = engine.select(adapter)
+        chosen = engine.select(given[0][1] if given else None)
         if chosen.base is not base:
             raise Busy("the model was replaced: try again.")
         return chosen
 
+    async def by_path(field: str, text: str) -> str:
+        """The id of an adapter that is mounted, by its folder."""
+        path = await asyncio.to_thread(resolve, text)
+        for mounted in engine.adapters.values():
+            if mounted.path == path:
+                return mounted.id
+        raise InputError(
+            f"{field}: {text[:200]} is not mounted: POST its id and path to /v1/adapters first."
+        )
+
     async def answer(
-        request: Request, body: Generate, encode: Callable[[], list[int]], most: int
+        request: Request, body: Generate, encode: Callable[[Selected], list[int]], most: int
     ) -> Any:
         chat = isinstance(body, ChatRequest)
         base = ready()
-        chosen = selected(base, body)
-        refuse_lacking(body.model_extra or {}, LACKING, "")
-        prompt = await asyncio.to_thread(encode)
+        body.refuse_extra()
+        chosen = await selected(base, body)
+        prompt = await asyncio.to_thread(encode, chosen)
         generation = engine.generate(prompt, chosen, body.options(most, continues=not chat))
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -266,10 +280,11 @@ def router(
     async def chat(body: ChatRequest, request: Request) -> Any:
         """The next turn of a chat."""
         most = body.max_completion_tokens or body.max_tokens or 512
-        base = ready()
-        return await answer(
-            request, body, lambda: base.encode_chat(chat_turns(body.messages)), most
-        )
+
+        def encode(chosen: Selected) -> list[int]:
+            return chosen.encode_chat(chat_turns(body.messages), body.chat_template_kwargs)
+
+        return await answer(request, body, encode, most)
 
     @v1.post(
         "/v1/completions",
@@ -278,10 +293,12 @@ def router(
     )
     async def complete(body: CompletionRequest, request: Request) -> Any:
         """How a text goes on."""
-        base = ready()
-        return await answer(
-            request, body, lambda: prompt_tokens(base, body.prompt), body.max_tokens or 16
-        )
+
+        def encode(chosen: Selected) -> list[int]:
+            return prompt_tokens(chosen.base, body.prompt)
+
+        most = body.max_completion_tokens or body.max_tokens or 16
+        return await answer(request, body, encode, most)
 
     def models() -> list[ModelInfo]:
         base = engine.base

@@ -1,21 +1,29 @@
 """What /v1 takes and gives, and what the fields of a request mean.
 
-What a field means to OpenAI's clients it means here, or the request is refused by name. Fields that
-change nothing of an answer (user, metadata, store, …) are taken without effect.
+What a field means to OpenAI's clients it means here, or the request is refused by name
+(openai_fields.py).
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ..config import fault_of_variables
 from ..errors import InputError
 from .decoding import Options
 from .mounting import Base
+from .openai_fields import (
+    IN_CHAT,
+    IN_COMPLETION,
+    IN_MESSAGE,
+    IN_PART,
+    IN_STREAM_OPTIONS,
+    Neutral,
+    refuse_extra,
+)
 
 __all__ = [
-    "LACKING",
     "AvailableAdapters",
     "ChatCompletion",
     "ChatRequest",
@@ -33,37 +41,15 @@ __all__ = [
     "chat_turns",
     "names_base",
     "prompt_tokens",
-    "refuse_lacking",
 ]
 
-#: Fields that we do not have, with the values that mean the same as leaving them out.
-LACKING: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-    "web_search_options": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
-}
-#: The same of a message.
-LACKING_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": (None, []),
-    "function_call": (None,),
-    "audio": (None,),
-}
-
-
 # Requests
+
+
+def _variables(values: dict[str, Any]) -> dict[str, Any]:
+    if fault := fault_of_variables(values):
+        raise ValueError(f"chat_template_kwargs: {fault}")
+    return values
 
 
 class _Request(BaseModel):
@@ -106,7 +92,20 @@ class Generate(_Request):
         description="a mounted adapter; several as 'a+b', whose updates add; 'none' or '' for the "
         "model alone; left out, the server's own default",
     )
-    max_tokens: int | None = Field(None, ge=1, description="tokens of the answer, at most")
+    adapters: str | None = Field(
+        None,
+        description="the same in mlx_lm.server's spelling: an id as in adapter, or the path of a "
+        "mounted adapter",
+    )
+    lora_path: str | None = Field(None, description="the same as adapters, in SGLang's spelling")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of the answer, at most; left out, 512 of a chat, 16 of a completion",
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="max_tokens by another name; it goes first"
+    )
     temperature: float | None = Field(
         None,
         ge=0,
@@ -115,7 +114,7 @@ class Generate(_Request):
         "an adapter can be compared. OpenAI's own default is 1",
     )
     top_p: float | None = Field(None, ge=0, le=1, description="1 if left out: all tokens")
-    top_k: int | None = Field(None, ge=0, description="0 if left out: all tokens")
+    top_k: int | None = Field(None, ge=-1, description="0 if left out: all tokens; so does -1")
     min_p: float | None = Field(None, ge=0, le=1, description="0 if left out: all tokens")
     repetition_penalty: float | None = Field(
         None, gt=0, le=10, description="for tokens of prompt and answer; 1 if left out: none"
@@ -135,12 +134,21 @@ class Generate(_Request):
     )
     stream: bool | None = Field(None, description="server-sent events, a piece of text each")
     stream_options: StreamOptions | None = None
+    neutral: ClassVar[Neutral] = {}
+
+    def refuse_extra(self) -> None:
+        """InputError if a field is given that we do not have, and may change an answer."""
+        refuse_extra(self.model_extra, self.neutral, "", list(type(self).model_fields))
+        if (own := self.stream_options) is not None:
+            known = list(StreamOptions.model_fields)
+            refuse_extra(own.model_extra, IN_STREAM_OPTIONS, "stream_options.", known)
 
     def options(self, most: int, *, continues: bool) -> Options:
         """For an answer of `most` tokens."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         names = (*names, "presence_penalty", "frequency_penalty", "seed")
         given = {x: value for x in names if (value := getattr(self, x)) is not None}
+        given["top_k"] = max(given.get("top_k", 0), 0)
         return Options(
             max_tokens=most,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
@@ -154,9 +162,12 @@ class ChatRequest(Generate):
     """A chat whose next turn is asked for."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="goes before max_tokens; 512 if both are left out"
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
+        None,
+        description="variables of the chat template; by default those that the adapter was "
+        "trained with",
     )
+    neutral: ClassVar[Neutral] = IN_CHAT
 
 
 class CompletionRequest(Generate):
@@ -165,12 +176,13 @@ class CompletionRequest(Generate):
     prompt: str | list[int] | list[str] | list[list[int]] = Field(
         description="a text, or its tokens; a list of more than one is refused"
     )
+    neutral: ClassVar[Neutral] = IN_COMPLETION
 
 
 class MountRequest(BaseModel):
     """An adapter folder, and the name under which requests may use it."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     id: str
     path: str
 
@@ -294,36 +306,24 @@ class UnmountAnswer(BaseModel):
 # Meaning
 
 
-def refuse_lacking(
-    given: Mapping[str, Any], lacking: Mapping[str, tuple[Any, ...]], where: str
-) -> None:
-    """InputError if a field is given that we do not have, and would change an answer."""
-    for name, harmless in lacking.items():
-        value = given.get(name)
-        if not any(type(value) is type(x) and value == x for x in harmless):
-            shown = json.dumps(value)
-            shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
-            raise InputError(
-                f"{where}{name}: this server has no such thing ({shown}): leave it out."
-            )
-
-
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
     """As chat templates take them; InputError for what is no text."""
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"
-        refuse_lacking(message.model_extra or {}, LACKING_IN_MESSAGE, f"{where}.")
+        refuse_extra(message.model_extra, IN_MESSAGE, f"{where}.", list(Message.model_fields))
         content = message.content
         if content is None and message.role != "assistant":
             raise InputError(f"{where}.content is missing: give a text.")
         if isinstance(content, list):
-            for part in content:
+            for j, part in enumerate(content):
                 if part.type != "text" or part.text is None:
                     raise InputError(
                         f"{where}.content: the model reads text, not {part.type[:60]!r}: give "
                         'parts {"type": "text", "text": …}.'
                     )
+                there = f"{where}.content.{j}."
+                refuse_extra(part.model_extra, IN_PART, there, list(Part.model_fields))
             content = "".join(part.text or "" for part in content)
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": content or ""})

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters.discovery import Found
 from ..config import TrainConfig, load_config
-from ..data import Report, inspect
+from ..data import Options, Report, inspect
 from ..errors import InputError, NoRoom
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
@@ -67,8 +67,8 @@ class Service:
         if self.settings.model_dir is not None:
             await self.engine.load(self.settings.model_dir)
         if self.settings.adapter is not None:
-            path = self.settings.adapter
-            self.engine.default = (await self.engine.mount(path.resolve().name, path)).id
+            path = self.settings.adapter.resolve()
+            self.engine.default = (await self.engine.mount(path.name, path)).id
 
     async def close(self) -> None:
         await self.jobs.close()
@@ -315,7 +315,7 @@ def _inspect(path: Path, base: Path | None, n_preview: int, how: Mapping[str, An
         tokenizer = None if base is None else _tokenizer(base)
     except InputError as error:
         return Report(ok=False, error=str(error))
-    return inspect(path, tokenizer, n_preview=n_preview, **how)
+    return inspect(path, tokenizer, Options(**how), n_preview=n_preview)
 
 
 @lru_cache(maxsize=4)

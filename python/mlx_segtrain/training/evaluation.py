@@ -8,12 +8,13 @@ from typing import Literal
 from .. import events, lora
 from ..adapters import read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, eval_batches, load_split
+from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import split_paths
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_base
 from ..objectives import Objective, value
+from ..policy import run_policy
 from ..schedule import Params
 from .references import with_references
 
@@ -62,6 +63,13 @@ def evaluate(
 
     InputError for what cannot be read or does not fit.
     """
+    with run_policy(config):
+        return _evaluate(config, adapter_path, split)
+
+
+def _evaluate(
+    config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
+) -> EvalResult:
     from .setup import check_length, objective_of
 
     train_file, valid_file = split_paths(config.data_dir)
@@ -74,14 +82,7 @@ def evaluate(
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
     adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
-    dataset = load_split(
-        file,
-        tokenizer,
-        max_seq_length=config.max_seq_length,
-        train_on=config.train_on,
-        append_eos=config.append_eos,
-        method=config.method,
-    )
+    dataset = load_split(file, tokenizer, Options.of(config))
     if config.method == "dpo" and not config.reference_free:
         rows = range(len(dataset.rows))
         dataset = with_references(config, chain, lambda event: None, dataset, rows)

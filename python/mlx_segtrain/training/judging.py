@@ -20,15 +20,11 @@ from ..lora import Adapter
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
-def sample(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> str:
-    """The model's likeliest answer; through the chat template, if there is one."""
+def sample(model: nn.Module, tokenizer: Any, prompt: list[int], max_tokens: int) -> str:
+    """The model's likeliest answer to the tokens of a prompt."""
     from mlx_lm.generate import generate
 
-    text: Any = prompt
-    if tokenizer.has_chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    return generate(model, tokenizer, text, max_tokens=max_tokens)
+    return generate(model, tokenizer, prompt, max_tokens=max_tokens)
 
 
 def numbers(found: Any) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 from .. import events
 from ..adapters import About, step_of, write_adapter
 from ..config import TrainConfig
+from ..data.dataset import remarks
 from ..errors import InputError, RunError
 from ..files import atomic_folder, clean, remove_folder, write_json
 from ..lora import Adapter
@@ -79,13 +80,16 @@ class Keeper:
     def adapter(self, state: State) -> Adapter:
         """As of the last finished step."""
         setup = self.setup
-        return with_params(setup.scales, setup.layout.split(state.at.vector))
+        return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
     def _about(self, state: State) -> About:
         """Of the adapter as it is now."""
         progress = state.progress
         data = self.made_of.inputs.get("data/train.jsonl", "")
         facts = {"data": f"{self.config.data_dir} (train.jsonl {data[:16]})"}
+        facts["trained on"] = self.setup.train.summary
+        if said := remarks(self.config.data_dir, self.setup.train, self.setup.valid):
+            facts["remarks"] = "; ".join(said)
         if progress.last:
             facts["training loss"] = f"{progress.last.loss:.4f}"
         if best := progress.best:
@@ -157,7 +161,17 @@ class Keeper:
     def result(self, result: TrainResult, vals: list[dict[str, float]]) -> None:
         """metrics.json."""
         summary: dict[str, Any] = {**asdict(result), "adapter_path": str(self.path)}
-        values = {"config": self.config.model_dump(mode="json"), **summary, "val_losses": vals}
+        train, valid = self.setup.train, self.setup.valid
+        values = {
+            "config": self.config.model_dump(mode="json"),
+            **summary,
+            "val_losses": vals,
+            "data": {
+                "train": train.as_json(),
+                "valid": valid and valid.as_json(),
+                "remarks": remarks(self.config.data_dir, train, valid),
+            },
+        }
         file = self.path / "metrics.json"
         self._attempt(file, lambda: write_json(file, values))
 

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from .. import events, ops
+from .. import events
 from ..config import TrainConfig
-from ..data import AnyBatch, batches
+from ..data import AnyBatch, Prompting, batches
 from ..errors import InputError
 from ..lora import attached
 from ..planning.run import RunPlan
+from ..policy import run_policy
 from .clock import Clock
 from .evaluation import measure
 from .interrupts import Interrupts
@@ -53,7 +54,7 @@ def train(
     tell = on_event or (lambda event: None)
     tell(events.started())
     try:
-        with ops.repeatable(config.deterministic):
+        with run_policy(config):
             return _train(config, tell, score)
     except BaseException as error:
         tell(events.failed(error))
@@ -291,8 +292,10 @@ class Run:
         config, setup, step = self.config, self.setup, self.state.step
         adapter = self.keeper.adapter(self.state)
         with attached(setup.model, setup.chain, adapter) as model:
+            prompting = Prompting(config.prompt_format, config.chat_template_kwargs)
             for prompt in config.sample_prompts:
-                text = sample(model, setup.tokenizer, prompt, config.sample_tokens)
+                ids = prompting.ids(setup.tokenizer, prompt)
+                text = sample(model, setup.tokenizer, ids, config.sample_tokens)
                 yield events.sample(step, prompt, text)
             if self.score:
                 yield events.score(step, numbers(self.score(model, setup.tokenizer)))

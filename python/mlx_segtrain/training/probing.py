@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import events, ops
+from .. import events
 from ..config import TrainConfig
 from ..data import batches
+from ..policy import run_policy
 from .results import ProbeResult
 from .setup import prepare, read_inputs
 from .step import Halted, Stepper
@@ -21,7 +22,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
 
     Writes nothing. InputError for input that cannot be used.
     """
-    with ops.repeatable(config.deterministic):
+    with run_policy(config):
         return _probe(config, on_event or (lambda event: None))
 
 

@@ -29,7 +29,7 @@ OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 #: Fields that change nothing of what a run computes.
 FREE = (
-    *("adapter_path", "model_dir", "data_dir", "warm_start", "overwrite", "resume"),
+    *("adapter_path", "model_dir", "data_dir", "warm_start", "overwrite", "resume", "strict"),
     *("grad_checkpoint", "segment_size", "memory_budget_gb", "report_to"),
     *("steps_per_report", "steps_per_save", "keep_checkpoints", "save_checkpoints"),
     *("sample_prompts", "sample_tokens", "eval_command", "keep_best"),

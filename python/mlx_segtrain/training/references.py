@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import events
+from .. import _core, events
 from ..config import TrainConfig
 from ..data import Dataset, Pair, eval_batches
 from ..files import atomic, cache_dir, make_folder
@@ -67,9 +67,10 @@ def with_references(
 
 
 def model_key(config: TrainConfig) -> str:
-    """Of configuration and weights as they stand there, and of what computes with them.
+    """Of configuration and weights as they stand there, and of what computes with them now.
 
-    Weights by name, size and time of change: gigabytes are not read for it.
+    Weights by name, size and time of change: gigabytes are not read for it. Whether the numbers are
+    repeatable is asked of what computes them, not of the configuration.
     """
     digest = hashlib.blake2b(digest_size=KEY)
     model_dir = config.model_dir
@@ -79,7 +80,7 @@ def model_key(config: TrainConfig) -> str:
         digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     digest.update(
         f"{version('mlx')}\0{mx.default_device()}\0{mx.device_info().get('device_name')}\0"
-        f"{config.deterministic}".encode()
+        f"{_core.is_repeatable()}".encode()
     )
     return digest.hexdigest()
 

@@ -13,7 +13,8 @@ import numpy as np
 from .. import events, lora
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, Pair, Row, batches, load_dataset
+from ..data import Dataset, Options, Pair, Prompting, Row, batches, load_dataset
+from ..data.dataset import remarks
 from ..errors import InputError
 from ..files import clean
 from ..lora import Adapter
@@ -138,20 +139,17 @@ def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
     """InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
     tokenizer = load_tokenizer(config.model_dir)
-    train, valid = load_dataset(
-        config.data_dir,
-        tokenizer,
-        max_seq_length=config.max_seq_length,
-        train_on=config.train_on,
-        append_eos=config.append_eos,
-        method=config.method,
-    )
+    raw = Prompting(config.prompt_format).is_raw(tokenizer)
+    config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
+    train, valid = load_dataset(config.data_dir, tokenizer, Options.of(config))
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
                 f"{option} needs a validation loss, and {config.data_dir} has no valid.jsonl: add "
                 "one, or leave the option out."
             )
+    for sentence in remarks(config.data_dir, train, valid):
+        on_event(events.warning(sentence))
     return Inputs(with_iters(config, train), tokenizer, train, valid)
 
 
@@ -188,8 +186,7 @@ def prepare(
     if config.method == "dpo" and not config.reference_free:
         with plan.limits():
             setup = _referenced(setup, on_event)
-    size = f"{len(train.rows)} rows, {train.tokens} tokens"
-    on_event(events.stage("data", 0.05, f"{config.data_dir}: {size}"))
+    on_event(events.stage("data", 0.05, f"{config.data_dir}: {train.summary}"))
     return setup, vector
 
 
@@ -322,9 +319,9 @@ def _counted(pairs: list[Pair], full: bool) -> int:
     )
 
 
-def with_params(scales: Mapping[str, float], params: Grads) -> Adapter:
+def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
     """The adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
     tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in scales}
     magnitudes = {path: flat[f"{path}.m"] for path in scales if f"{path}.m" in flat}
-    return Adapter(tensors, dict(scales), magnitudes)
+    return Adapter(tensors, dict(scales), magnitudes, chain.tied_for(tensors))

@@ -9,6 +9,7 @@ from urllib.parse import quote
 from nicegui import ui
 
 from ...errors import InputError
+from ..kinds import kind_of
 from ..service import Service
 from ..store import Row
 from . import text
@@ -17,9 +18,9 @@ from .frame import Announcer, badge, button, empty, fact, facts, link, notice, t
 
 #: Of a run's configuration, what a loss depends on.
 MEASURED = (
-    "model_dir data_dir method max_seq_length batch_size train_on append_eos memory_budget_gb "
-    "segment_size dpo_beta dpo_loss label_smoothing reference_free orpo_lambda sft_scope "
-    "simpo_beta simpo_gamma"
+    "model_dir data_dir method max_seq_length batch_size train_on append_eos prompt_format "
+    "chat_template_kwargs strict memory_budget_gb segment_size dpo_beta dpo_loss label_smoothing "
+    "reference_free orpo_lambda sft_scope simpo_beta simpo_gamma"
 )
 FORMATS = {
     "peft": "Hugging Face PEFT",
@@ -52,6 +53,7 @@ FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "size_bytes": ("Size", text.size),
     "method": ("Format", str),
     "rank": ("Largest rank", str),
+    "url": ("Repository", str),
 }
 
 
@@ -177,7 +179,7 @@ class After:
             with problem:
                 notice(str(error), "bad")
             return
-        self.announce(f"{text.KINDS[rows[0].kind]} has been queued.")
+        self.announce(f"{kind_of(rows[0].kind).title} has been queued.")
         self.refresh()
 
     # The jobs that came of it
@@ -193,7 +195,9 @@ class After:
             for row in rows[:20]:
                 with ui.element("div").classes("row-line"):
                     badge(row.status)
-                    link(f"{text.KINDS[row.kind]}: {text.name_of(row)}", f"/finetune/job/{row.id}")
+                    link(
+                        f"{kind_of(row.kind).title}: {text.name_of(row)}", f"/finetune/job/{row.id}"
+                    )
                     tag("span", said(row), "muted wrap")
 
     def _is_of_this(self, row: Row) -> bool:
@@ -202,7 +206,7 @@ class After:
             own = {key: self.values.get(key) for key in ("model_dir", "data_dir")}
             return own == {key: values.get(key) for key in own}
         paths = [values.get("adapter_path"), *values.get("adapters", [])]
-        return row.kind != "finetune" and self.adapter in paths
+        return not kind_of(row.kind).trains and self.adapter in paths
 
 
 def said(row: Row) -> str:
@@ -216,6 +220,8 @@ def said(row: Row) -> str:
             return (
                 f"loss {found['loss']:.4f} over {text.counted(found['tokens'], 'token')} ({split})"
             )
+        case "push":
+            return found["url"]
         case "fold":
             return f"{text.percent(found['lost'], 1)} of the update lost, {found_path(row)}"
         case "finetune":

@@ -284,7 +284,7 @@ def _encode(selected: Selected, messages: list[Message]) -> list[int]:
     """A base model without a chat template goes on from the text."""
     base = selected.base
     if base.tokenizer.has_chat_template:
-        return base.encode_chat(messages)
+        return selected.encode_chat(messages)
     return base.encode("\n".join(own["content"] for own in messages))
 
 

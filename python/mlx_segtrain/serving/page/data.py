@@ -28,7 +28,7 @@ def _visible(token: str) -> str:
     return token.replace("\n", "↵\n").replace("\t", "⇥")
 
 
-def show_report(report: Report, max_seq_length: int) -> None:
+def show_report(report: Report) -> None:
     """Within the element that is open."""
     if not report.ok:
         notice(report.error or "the data cannot be read.", "bad").props("role=alert")
@@ -40,18 +40,15 @@ def show_report(report: Report, max_seq_length: int) -> None:
             fact("Tokens a row, median", f"{report.length_median:,}")
             fact("95 of 100 rows up to", f"{report.length_p95:,} tokens")
             fact("Longest row", f"{report.length_max:,} tokens")
+        if report.samples not in (None, report.n_train):
+            fact("Samples", f"{report.samples:,}")
+        if report.prompt_format:
+            fact("Prompts", "chat template" if report.prompt_format == "chat" else "raw")
         if report.tokens:
             share = (report.supervised_tokens or 0) / report.tokens
             fact("Trained tokens", f"{report.supervised_tokens:,} ({text.percent(share)})")
-    if report.ok and report.n_valid == 0:
-        notice("There is no valid.jsonl: the run will have no validation loss.", "warn")
-    for count, what in (
-        (report.truncated, f"cut off at {max_seq_length:,} tokens"),
-        (report.prompts_cut, "with a prompt that is cut"),
-        (report.dropped, "left out: nothing of them is trained within that length"),
-    ):
-        if count:
-            notice(f"{text.counted(count, 'row')} {what}.", "warn")
+    for sentence in report.remarks:
+        notice(f"{sentence}.", "warn")
     if not report.previews:
         return
     with ui.element("div").classes("row-line small"):
@@ -62,6 +59,8 @@ def show_report(report: Report, max_seq_length: int) -> None:
             tag("span", "only read")
     for preview in report.previews:
         tag("div", preview.source, "small muted wrap")
+        for sentence in preview.findings:
+            notice(f"{sentence}.", "warn")
         Tokens(preview)
         if len(preview.tokens) > SHOWN:
             tag("div", f"and {len(preview.tokens) - SHOWN:,} more tokens", "small muted")

@@ -1,5 +1,6 @@
 """A run's parameters as a form, from the schema alone. Only what was changed is sent."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ GROUPS = {
     "Optimizer": "optimizer lr_schedule warmup_iters lora_plus_ratio weight_decay grad_clip_norm "
     "grad_accumulation_steps on_spike seed deterministic",
     "Memory": "memory_budget_gb segment_size grad_checkpoint",
-    "Data": "train_on append_eos",
+    "Data": "train_on append_eos prompt_format chat_template_kwargs strict",
     "Preference": "dpo_beta dpo_loss label_smoothing reference_free orpo_lambda sft_scope "
     "simpo_beta simpo_gamma",
     "Evaluation and checkpoints": "steps_per_report steps_per_eval early_stopping_patience "
@@ -44,7 +45,10 @@ NAMES = {
     "memory_budget_gb": "Memory budget, GB",
     "segment_size": "Segment, layers",
     "grad_checkpoint": "Checkpoint every layer",
-    "append_eos": "End rows with EOS",
+    "append_eos": "End responses with EOS",
+    "prompt_format": "Plain prompts",
+    "chat_template_kwargs": "Template variables",
+    "strict": "Refuse incomplete rows",
     "train_on": "Trained turns",
     "dpo_beta": "DPO beta",
     "dpo_loss": "DPO loss",
@@ -171,6 +175,8 @@ class FormField:
         """Shows a value, as of an earlier run."""
         if isinstance(value, bool):
             value = str(value).lower()
+        elif isinstance(value, dict):
+            value = json.dumps(value) if value else ""
         elif isinstance(value, list):
             value = ("\n" if self.row.name in LINES else ", ").join(map(str, value))
         text = str(value)

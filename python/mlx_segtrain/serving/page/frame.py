@@ -9,6 +9,7 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
+from ..kinds import kind_of
 from ..service import Service
 from ..store import Status
 from . import text
@@ -143,7 +144,7 @@ def _running(service: Service) -> None:
         to.set_visibility(bool(rows))
         if rows:
             more = f", {queued} waiting" if queued > 0 else ""
-            job = text.KINDS.get(rows[0].kind, rows[0].kind)
+            job = kind_of(rows[0].kind).title
             words.set_text(f"{job} {text.percent(rows[0].progress)}{more}")
             to.props(f"href=/finetune/job/{rows[0].id}")
 

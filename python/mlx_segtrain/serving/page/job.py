@@ -8,7 +8,7 @@ from nicegui import background_tasks, ui
 
 from ...errors import InputError
 from ..eventlog import Event
-from ..jobs import COMPUTING
+from ..kinds import kind_of
 from ..service import Service
 from ..store import ENDED, Row
 from . import text
@@ -61,7 +61,8 @@ class JobView:
     def __init__(self, service: Service, runs: Runs, row: Row, announce: Announcer):
         self.service, self.runs, self.row, self.announce = service, runs, row, announce
         self.values: dict[str, Any] = json.loads(row.config_json)
-        self.trains = row.kind == "finetune"
+        self.kind = kind_of(row.kind)
+        self.trains = self.kind.trains
         self.client = ui.context.client
         self.looking = self.acted = False
         self.state: tuple[Any, ...] = ()  #: that is shown
@@ -72,7 +73,7 @@ class JobView:
         with ui.element("div").classes("row-line between"):
             with ui.element("div"):
                 tag("h1", text.name_of(self.row))
-                tag("p", f"{text.KINDS[self.row.kind]} · {self.row.id}", "muted small")
+                tag("p", f"{self.kind.title} · {self.row.id}", "muted small")
             self.buttons = ui.element("div").classes("actions")
         with card(""):
             self._head()
@@ -243,7 +244,7 @@ class JobView:
         if self.trains and run.iters and row.status != "queued":
             parts.append(f"Step {run.step:,} of {run.iters:,}")
         if row.status == "queued":
-            busy = row.kind in COMPUTING and self.service.jobs.training
+            busy = self.kind.computes and self.service.jobs.training
             parts.append("Waits for the job that computes now" if busy else "Starts in a moment")
         else:
             parts.append(text.percent(share))

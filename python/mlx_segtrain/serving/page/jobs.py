@@ -5,6 +5,7 @@ from typing import Any
 
 from nicegui import ui
 
+from ..kinds import kind_of
 from ..service import Service
 from ..store import Row
 from . import text
@@ -63,7 +64,7 @@ class JobsView:
     def _build(self, rows: list[Row]) -> None:
         self.listed, self.cells = [row.id for row in rows], {}
         self.list.clear()
-        self.comparison.set_visibility(any(row.kind == "finetune" for row in rows))
+        self.comparison.set_visibility(any(kind_of(row.kind).trains for row in rows))
         with self.list:
             if not rows:
                 empty("No job yet: start one under New run.")
@@ -92,14 +93,14 @@ class JobsView:
         name = text.name_of(row)
         with ui.element("tr"):
             with ui.element("td").classes("tight"):
-                if row.kind == "finetune":
+                if kind_of(row.kind).trains:
                     ui.checkbox(
                         value=row.id in self.chosen,
                         on_change=lambda event: self._choose(row.id, event.value),
                     ).props(f'dense aria-label="Compare {row.id}"')
             with ui.element("td").classes("main"):
                 link(name, f"/finetune/job/{row.id}")
-                tag("div", f"{text.KINDS[row.kind]} · {row.id}", "muted small")
+                tag("div", f"{kind_of(row.kind).title} · {row.id}", "muted small")
             status = ui.element("td").classes("tight")
             with ui.element("td").classes("tight"):
                 with ui.element("div").classes("meter").props("aria-hidden=true") as meter:
@@ -146,7 +147,7 @@ class JobsView:
         await self._look()
 
     async def _compare(self, rows: list[Row]) -> None:
-        known = {row.id: row for row in rows if row.kind == "finetune"}
+        known = {row.id: row for row in rows if kind_of(row.kind).trains}
         chosen = [known[id] for id in self.chosen if id in known]
         self.how.set_text(
             f"Tick up to {COMPARED} runs below to see their losses in one chart."

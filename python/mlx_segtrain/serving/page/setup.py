@@ -8,6 +8,7 @@ from nicegui import background_tasks, ui
 
 from ...errors import InputError
 from ..catalog import DataFolder, Model
+from ..kinds import kind_of
 from ..service import Plan, Service
 from . import text
 from .data import show_report
@@ -17,7 +18,10 @@ from .frame import Announcer, button, card, empty, fact, facts, frame, looking, 
 #: Seconds without a change behind which the planner is asked.
 PAUSE_S = 0.35
 #: Parameters that the report on the data depends on.
-INSPECTED = ("method", "max_seq_length", "train_on", "append_eos")
+INSPECTED = (
+    *("method", "max_seq_length", "train_on", "append_eos"),
+    *("prompt_format", "chat_template_kwargs", "strict"),
+)
 #: Choices from which on one can type to find one.
 MANY = 12
 
@@ -152,7 +156,7 @@ class Setup:
         with self.report:
             if self.model.value is None:
                 notice("Choose a model to see lengths and tokens.")
-            show_report(report, length)
+            show_report(report)
         self.announce(f"{report.n_train:,} rows to train." if report.ok else str(report.error))
 
     # Plan and start
@@ -160,7 +164,7 @@ class Setup:
     def _fill(self, origin: str | None) -> None:
         """With the values of an earlier run, or with what there is only one of."""
         row = self.service.jobs.store.get(origin) if origin else None
-        if row is not None and row.kind == "finetune":
+        if row is not None and kind_of(row.kind).trains:
             values = json.loads(row.config_json)
             self._choose(values.pop("model_dir", None), values.pop("data_dir", None))
             for name in ("adapter_path", "resume", "overwrite"):

@@ -2,21 +2,13 @@
 
 import json
 from datetime import datetime, timezone
-from typing import Any
 
 from ..eventlog import Event
+from ..kinds import kind_of
 from ..store import Row
 
 #: A space that does not break a number from its unit.
 SPACE = "\u00a0"
-#: What jobs of each kind are called.
-KINDS = {
-    "finetune": "Training",
-    "fold": "Fold",
-    "evaluate": "Evaluation",
-    "merge": "Merge",
-    "export": "Export",
-}
 
 
 def size(n: float) -> str:
@@ -105,18 +97,7 @@ def tail(path: str | None, parts: int = 1) -> str:
 
 def name_of(row: Row) -> str:
     """What a job works on, in short."""
-    values: dict[str, Any] = json.loads(row.config_json)
-    model, data = tail(values.get("model_dir")), tail(values.get("data_dir"))
-    adapter = tail(values.get("adapter_path"))
-    if row.kind == "finetune":
-        return f"{model} on {data}"
-    if row.kind == "fold":
-        return f"{adapter} into {model}"
-    if row.kind == "evaluate":
-        return f"{adapter or f'{model} alone'} on {data}"
-    if row.kind == "export":
-        return f"{adapter} as {values['method']}"
-    return " + ".join(map(tail, values.get("adapters", [])))
+    return kind_of(row.kind).named(json.loads(row.config_json))
 
 
 def line_of(event: Event) -> str:

@@ -1,0 +1,148 @@
+"""Updates of an embedding that is the head too: what they mean to mlx-lm, to PEFT, and to us.
+
+To mlx-lm, and so in our files, an update of the embedding is one of its weight: a head that has no
+weight of its own computes with it, too. To PEFT it is one of the module: the head goes on with the
+base's weight unless it has an update as well. With `ensure_weight_tying` PEFT gives it the
+embedding's, and writes those factors a second time, transposed, under the head's name. So of PEFT's
+adapters for such a base only those are ours in which both have the same update. In our files
+`segtrain.tied` says which kind of base the update of an embedding is for.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import InputError
+from ..lora import Adapter
+from ..planning.shapes import read_shape
+from .folder import Folder
+
+#: Names of the tensors a, b and m by the stored path of their linear.
+Found = dict[str, dict[str, str]]
+#: What transformers calls a head.
+HEADS = ("lm_head", "embed_out")
+MENDED = (
+    "but this model has one weight for both: train it again with ensure_weight_tying, or merge it "
+    "with PEFT into a model that has a head of its own."
+)
+
+
+def is_head(path: str) -> bool:
+    return path.rpartition(".")[2] in HEADS
+
+
+def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool | None:
+    """Whether the adapter's base has no head of its own, if that matters; None if it is not known.
+
+    The base is `model_dir`, or what the adapter names, where that is a folder. InputError if it
+    matters and cannot be told, or the base cannot be read.
+    """
+    embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
+    if not (embeds or heads or folder.tied is not None):
+        return None
+    if model_dir is None:
+        named = folder.config.get("base_model_name_or_path") or folder.config.get("model") or ""
+        model_dir = Path(str(named).replace("\0", "")) if named else None
+        if model_dir is None or not (model_dir / "config.json").is_file():
+            if not embeds or (heads and folder.config.get("ensure_weight_tying")):
+                return folder.tied if not embeds else True
+            raise InputError(
+                f"{folder.weights}: whether the embedding is the head too cannot be told without "
+                "the base: give its folder with --model-dir."
+            )
+    return read_shape(model_dir).tied
+
+
+def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
+    """What is left if embedding and head of the base are one weight, and the head's part by path.
+
+    By names alone: whether what is left out of it is the embedding's update, `check_twins` tells.
+    InputError if the adapter is of one of the two, or of another kind of base.
+    """
+    if tied is None:
+        return found, {}
+    if folder.tied is not None and folder.tied != tied:
+        own, other = ("no head", "one") if tied else ("a head", "none")
+        raise InputError(
+            f"{folder.weights}: this model has {own} of its own, and that for which the update of "
+            f"the embedding was made has {other}: it was trained on another model."
+        )
+    if not tied:
+        return found, {}
+    embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
+    if heads and not folder.peft:
+        raise InputError(
+            f"{folder.weights}: '{heads[0]}' is a head, and this model has none of its own: its "
+            "embedding is its head."
+        )
+    if heads and not embeds:
+        raise InputError(
+            f"{folder.weights}: PEFT's update of '{heads[0]}' leaves the embedding as it is, "
+            f"{MENDED}"
+        )
+    if embeds and not heads and not folder.config.get("ensure_weight_tying"):
+        raise InputError(
+            f"{folder.weights}: PEFT's update of '{embeds[0]}' leaves the head as it is, {MENDED}"
+        )
+    rest = {path: names for path, names in found.items() if path not in heads}
+    return rest, dict(zip(embeds, heads, strict=False))
+
+
+def check_twins(
+    folder: Folder,
+    twins: Mapping[str, str],
+    update: Mapping[str, tuple[mx.array, mx.array, float]],
+) -> None:
+    """InputError unless each head has its embedding's update: its a is b of that, transposed.
+
+    `update` has a [in, R], b [R, out] and the multiplier by stored path.
+    """
+    for embedding, head in twins.items():
+        (a, b, scale), (head_a, head_b, head_scale) = update[embedding], update[head]
+        same = a.shape[::-1] == head_b.shape and b.shape[::-1] == head_a.shape
+        if not (same and mx.array_equal(a, head_b.T) and mx.array_equal(b, head_a.T)) or (
+            abs(scale - head_scale) > 1e-6 * abs(scale)
+        ):
+            raise InputError(
+                f"{folder.weights}: PEFT's updates of '{embedding}' and '{head}' differ, {MENDED}"
+            )
+
+
+def check_base(adapter: Adapter, model_dir: Path) -> None:
+    """InputError if the adapter changes embedding or head in a way that the base cannot have."""
+    heads = list(filter(is_head, adapter.tensors))
+    if not heads and adapter.tied is None:
+        return
+    tied = read_shape(model_dir).tied
+    if tied and heads:
+        raise InputError(
+            f"'{heads[0]}' is a head, and {model_dir} has none of its own: its embedding is its "
+            "head."
+        )
+    if None not in (tied, adapter.tied) and adapter.tied != tied:
+        has = "no head" if tied else "a head"
+        raise InputError(
+            f"{model_dir} has {has} of its own, other than the model for which the update of the "
+            "embedding was made."
+        )
+
+
+def common(adapters: list[Adapter]) -> bool | None:
+    """For which kind of base the sum of adapters is; InputError if they are for both."""
+    kinds = {adapter.tied for adapter in adapters} - {None}
+    if len(kinds) > 1:
+        raise InputError(
+            "the adapters are of different models: one is of an embedding that is the head too, "
+            "another of one beside a head."
+        )
+    return kinds.pop() if kinds else None
+
+
+def _embeddings(folder: Folder, found: Found) -> list[str]:
+    """Those that PEFT says are embeddings."""
+    return [
+        path
+        for path, names in found.items()
+        if folder.peft and any(".lora_embedding_" in name for name in names.values())
+    ]

@@ -1,0 +1,86 @@
+"""What of a row is missing from its rendering."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mlx_segtrain.data.spelling import arguments, reasoning
+
+Message = Mapping[str, Any]
+
+
+def lost_from_context(context: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:
+    """Findings of the messages before a trained turn. Reasoning and calls of earlier turns count
+    only if nothing of such a turn is there: templates drop earlier reasoning on purpose."""
+    for message in messages:
+        text = reasoning(message)[1]
+        if not _holds(context, text):
+            yield "result" if message["role"] == "tool" else "text"
+        for call in message.get("tool_calls") or ():
+            if not _holds_call(context, call):
+                yield "call"
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
+        if name and name not in context:
+            yield "tools"
+
+
+def lost_from_response(response: str, message: Message) -> Iterator[str]:
+    """Findings of a trained turn."""
+    thoughts, answer = reasoning(message)
+    if not _holds(response, thoughts):
+        yield "reasoning"
+    if not _holds(response, answer):
+        yield "text"
+    for call in message.get("tool_calls") or ():
+        if not _holds_call(response, call):
+            yield "call"
+
+
+#: A list of parts as Python or JSON writes it, where a template took it for text.
+PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
+
+
+def _holds(rendered: str, text: str) -> bool:
+    """Whether a text is there, as it is or within a JSON string."""
+    text = text.strip()
+    if text and any(part in rendered and part not in text for part in PARTS):
+        return False
+    if text in rendered:
+        return True
+    if any(json.dumps(text, ensure_ascii=x)[1:-1] in rendered for x in (True, False)):
+        return True
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict | list) and _holds_value(rendered, value)
+
+
+def _holds_call(rendered: str, call: Message) -> bool:
+    """Whether a call is there with its arguments as JSON, or each by itself; not as Python
+    writes a mapping, and not as JSON within JSON."""
+    name, given = call.get("function", call)["name"], arguments(call)
+    if name and name not in rendered:
+        return False
+    if not isinstance(given, dict):
+        return given is None or str(given) in rendered
+    if given and repr(given) in rendered and repr(given) not in json.dumps(given):
+        return False
+    quoted = json.dumps(json.dumps(given))[1:-1]
+    if given and quoted != json.dumps(given) and quoted in rendered:
+        return False
+    return _holds_value(rendered, given)
+
+
+def _holds_value(rendered: str, value: Any) -> bool:
+    """Whether every key and every leaf of a JSON value is there."""
+    if isinstance(value, dict):
+        return all(
+            _holds(rendered, str(key)) and _holds_value(rendered, own) for key, own in value.items()
+        )
+    if isinstance(value, list):
+        return all(_holds_value(rendered, own) for own in value)
+    if isinstance(value, str):
+        return _holds(rendered, value)
+    return json.dumps(value) in rendered or str(value) in rendered

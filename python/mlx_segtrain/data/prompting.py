@@ -1,0 +1,74 @@
+"""How a prompt becomes tokens: what a run trained with is what its adapter is asked with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlx_segtrain.config import fault_of_variables
+from mlx_segtrain.data.template import prompt_ids
+from mlx_segtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """`format` is that of plain prompts (config.prompt_format); `variables` are the chat template's
+    (config.chat_template_kwargs)."""
+
+    format: str = "auto"
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Mapping[str, Any]) -> "Prompting":
+        """From the configuration of a run, as its adapter's folder has it; unusable values, which a
+        stranger's folder may hold, count as not given."""
+        format, variables = run.get("prompt_format"), run.get("chat_template_kwargs")
+        return cls(
+            format if format in ("chat", "raw") else "auto",
+            variables if isinstance(variables, dict) and not fault_of_variables(variables) else {},
+        )
+
+    def as_run(self) -> dict[str, Any]:
+        """The fields of a configuration that `of` reads."""
+        return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
+
+    def is_raw(self, tokenizer: "TokenizerWrapper") -> bool:
+        """Whether plain prompts are given to the model as they are; InputError for a chat without
+        a template."""
+        if self.format == "chat" and not tokenizer.has_chat_template:
+            raise InputError(
+                "prompt_format is chat, but the tokenizer has no chat template; give prompt_format "
+                "raw."
+            )
+        return self.format == "raw" or not tokenizer.has_chat_template
+
+    def ids(
+        self, tokenizer: "TokenizerWrapper", prompt: str, system: str | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, with what comes before the answer; InputError for a system message
+        without a chat template to put it into."""
+        if self.is_raw(tokenizer):
+            if system is not None:
+                raise InputError(
+                    "a system message needs a chat template: the model has none, or the adapter "
+                    "was trained without it."
+                )
+            bos = tokenizer.bos_token
+            known = bos is not None and prompt.startswith(bos)
+            return list(tokenizer.encode(prompt, add_special_tokens=not known))
+        turns = [{"role": "user", "content": prompt}]
+        if system is not None:
+            turns.insert(0, {"role": "system", "content": system})
+        return prompt_ids(tokenizer, turns, self.variables)
+
+    @property
+    def flags(self) -> list[str]:
+        """The options of `mlx_lm.generate` that ask in the same way."""
+        if self.format == "raw":
+            return ["--ignore-chat-template"]
+        if self.variables:
+            return ["--chat-template-config", json.dumps(dict(self.variables))]
+        return []

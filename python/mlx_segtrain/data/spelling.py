@@ -1,0 +1,143 @@
+"""The ways to spell a conversation's messages, of which a chat template takes some.
+
+OpenAI's form, in which rows come, leaves open what templates read: arguments of tool calls as JSON
+text or as a mapping, no content as null or as "", reasoning by one of three keys or in the content
+between tags, content as text or as a list of parts, ids of calls of any form or of nine letters,
+and the role of a developer's message.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from mlx_segtrain.data.jsonl import REASONING
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One of the ways; the defaults are what most templates take."""
+
+    arguments: str = "mapping"  #: or text
+    null: str | None = None  #: the content of a message that has none
+    reasoning: str = "given"  #: or one of the keys, or tags
+    ids: str = "given"  #: or short, as Mistral's templates want them
+    content: str = "text"  #: or parts
+    developer: str = "developer"  #: the role of such messages
+
+
+#: What templates differ in, by the part of a message that it is about; the default comes first.
+CHOICES = {
+    "ids": ("given", "short"),
+    "arguments": ("mapping", "text"),
+    "null": (None, ""),
+    "developer": ("developer", "system"),
+    "reasoning": ("given", *REASONING, "tags"),
+    "content": ("text", "parts"),
+}
+assert set(CHOICES) == {field.name for field in fields(Spelling)}
+
+
+def traits(messages: Messages) -> frozenset[str]:
+    """Which choices make a difference to these messages."""
+    found = {"content"}
+    for message in messages:
+        if message.get("tool_calls"):
+            found |= {"arguments", "ids"}
+        if message.get("content") is None:
+            found.add("null")
+        if message.get("role") == "developer":
+            found.add("developer")
+        if reasoning(message)[0]:
+            found.add("reasoning")
+    return frozenset(found)
+
+
+def spellings(of: frozenset[str]) -> Iterator[Spelling]:
+    """Every spelling of messages with these traits, the usual one first."""
+    names = [name for name in reversed(CHOICES) if name in of]
+    for values in product(*(CHOICES[name] for name in names)):
+        yield Spelling(**dict(zip(names, values, strict=True)))
+
+
+def spell(messages: Messages, spelling: Spelling) -> list[dict[str, Any]]:
+    """The messages in a spelling."""
+    return [_spelled(message, spelling) for message in messages]
+
+
+def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+    own = dict(message)
+    if own.get("role") == "developer":
+        own["role"] = spelling.developer
+    if calls := own.get("tool_calls"):
+        own["tool_calls"] = [_call(call, spelling) for call in calls]
+    if spelling.ids == "short" and own.get("tool_call_id"):
+        own["tool_call_id"] = _short(own["tool_call_id"])
+    thoughts, answer = reasoning(own)
+    if thoughts and spelling.reasoning != "given":
+        own = {key: value for key, value in own.items() if key not in REASONING}
+        if spelling.reasoning == "tags":
+            own["content"] = f"<think>\n{thoughts}\n</think>\n\n{answer}"
+        else:
+            own |= {"content": answer or (own.get("content") and ""), spelling.reasoning: thoughts}
+    if own.get("content") is None:
+        own["content"] = spelling.null
+    if spelling.content == "parts" and isinstance(own.get("content"), str):
+        own["content"] = [{"type": "text", "text": own["content"]}]
+    return own
+
+
+def _call(call: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+    own = dict(call)
+    function = dict(call.get("function", call))
+    if "arguments" in function:
+        function["arguments"] = given = arguments(call)
+        if spelling.arguments == "text" and not isinstance(given, str):
+            function["arguments"] = json.dumps(given, ensure_ascii=False)
+    own = {**own, "function": function} if "function" in call else function
+    if spelling.ids == "short":
+        own["id"] = _short(str(own.get("id") or ""))
+    return own
+
+
+def _short(id: str) -> str:
+    """Nine letters and digits for an id: Mistral's templates refuse others."""
+    plain = "".join(char for char in id if char.isascii() and char.isalnum())
+    return plain[-9:].rjust(9, "0")
+
+
+def arguments(call: Mapping[str, Any]) -> Any:
+    """The arguments of a call, decoded if they are the text of a JSON object."""
+    given = call.get("function", call).get("arguments")
+    if isinstance(given, str):
+        try:
+            decoded = json.loads(given or "{}")
+        except ValueError:
+            return given
+        return decoded if isinstance(decoded, dict) else given
+    return {} if given is None else given
+
+
+def reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
+    """The reasoning and the answer of a message, each without blanks around a tag.
+
+    Reasoning stands by a key of its own, or at the start of the content between tags.
+    """
+    content = message.get("content")
+    text = content if isinstance(content, str) else ""
+    for key in REASONING:
+        if isinstance(message.get(key), str) and message[key].strip():
+            return message[key].strip(), text
+    if message.get("role") == "assistant":
+        for start, end in TAGS:
+            if text.lstrip().startswith(start) and end in text:
+                thoughts, _, answer = text.lstrip()[len(start) :].partition(end)
+                return thoughts.strip(), answer.lstrip()
+    return "", text
+
+
+#: Tags between which rows write reasoning into the content.
+TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))

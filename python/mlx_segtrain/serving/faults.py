@@ -1,0 +1,87 @@
+"""What pydantic finds wrong with a request, in a sentence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import TrainConfig, allowed, nearest
+
+__all__ = ["sentence"]
+
+#: Fields that no answer repeats.
+SECRET = ("token",)
+#: What pydantic begins many of its messages with.
+SHOULD_BE = "input should be "
+
+
+def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
+    """The first fault, with its field, what it was and what is allowed.
+
+    Unknown fields go first: one of them is often why another one is missing.
+    """
+    fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
+    if fault["type"] == "json_invalid":
+        reason = fault.get("ctx", {}).get("error", "it ends early")
+        return f"the body is not JSON: {reason} (at character {fault['loc'][-1]}).", {}
+    where = place(fault, body)
+    if not where:
+        said = fault["msg"].removeprefix("Value error, ")
+        if fault["type"].endswith("_type"):
+            said = "it is not a JSON object (content-type: application/json)"
+        return f"the body cannot be used: {said}.", {}
+    if where[0] in TrainConfig.model_fields and fault["type"] not in ("missing", "extra_forbidden"):
+        value, said = _plain(fault["input"]), allowed(where[0])
+        return f"{where[0]} must be {said}; got {value!r}.", {
+            **{"field": where[0], "value": value, "allowed": said}
+        }
+    own, where = _within(faults, where, body)
+    fault, field = own[0], ".".join(where)
+    value = None if field in SECRET else _plain(fault["input"])
+    if fault["type"] == "missing":
+        return f"{field} is missing.", {"field": field, "allowed": "required"}
+    if fault["type"] == "extra_forbidden":
+        hint = nearest(field, list(TrainConfig.model_fields))
+        return f"unknown field {field}.{hint}", {"field": field, "value": value}
+    said = _either([fault["msg"] for fault in own])
+    return f"{field}: {said}.", {"field": field, "value": value, "allowed": said}
+
+
+def _within(
+    faults: Sequence[Any], where: tuple[str, ...], body: Any
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The faults of a field, and their place: of one that may be several things, those within the
+    thing that it nearly is."""
+    found = [(place(fault, body), fault) for fault in faults]
+    found = [pair for pair in found if pair[0][: len(where)] == where]
+    deepest = max((at for at, _ in found), key=len)
+    return [fault for at, fault in found if at == deepest], deepest
+
+
+def _either(messages: Sequence[str]) -> str:
+    """What a field may be, by one message of each thing."""
+    said = list(dict.fromkeys(words[0].lower() + words[1:] for words in messages))
+    if len(said) > 1 and all(words.startswith(SHOULD_BE) for words in said):
+        return SHOULD_BE + " or ".join(words.removeprefix(SHOULD_BE) for words in said)
+    return ", or ".join(said)
+
+
+def place(fault: Any, body: Any) -> tuple[str, ...]:
+    """Where in the body a fault is: pydantic's own place names the members of unions, too."""
+    start, *parts = fault["loc"]
+    if start != "body":  # of a query, a header or a path
+        return tuple(map(str, parts))
+    found: list[str] = []
+    for i, part in enumerate(parts):
+        keys = body if isinstance(body, dict) else range(len(body) if isinstance(body, list) else 0)
+        if part in keys:
+            body = body[part]
+        elif fault["type"] != "missing" or i + 1 < len(parts):
+            continue
+        found.append(str(part))
+    return tuple(found)
+
+
+def _plain(value: Any) -> Any:
+    """A value as an answer may repeat it."""
+    text = repr(value)
+    simple = isinstance(value, str | int | bool | None) and len(text) <= 200
+    return value if simple else text[:200]

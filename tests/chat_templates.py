@@ -1,0 +1,74 @@
+"""Chat templates of our own, each of which behaves like a kind that models have."""
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The generation prompt opens a thinking block, which no finished turn has (DeepSeek R1).
+OPEN = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# As before, but a variable closes the block (Nemotron 3, MiniCPM5).
+SWITCHED = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+    "{% else %}<think>\n{% endif %}{% endif %}",
+)
+# A finished turn without reasoning has the closing tag alone; earlier reasoning is dropped (GLM).
+# A turn ends by the header of the next one.
+NEXT_ROLE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>"
+    "{% else %}</think>{% endif %}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}]"
+    "{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+# The system message stands before the last user message, if that is the last message (Mistral).
+SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+# Two tokens that stop generation at the end (Phi 3).
+TWO_STOPS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}"
+)
+# Always goes on into the header of an answer (Command R7B, Firefunction).
+ALWAYS_HEADER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot|>{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+# No token at the end of a turn (Apertus' end is not one of the model's stop tokens).
+NO_STOP = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+# Content as a list of parts (SmolVLM).
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Tools, calls with arguments as a mapping, and results; content must be text (Qwen, Hermes).
+CALLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '' + m.content }}"
+    "{% for call in m.tool_calls or [] %}"
+    "<tool_call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}"
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The same with arguments as text (DeepSeek V3), and with ids of nine letters (Mistral).
+TEXT_CALLS = CALLS.replace(
+    "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}",
+    "{{ call.function.name + '\n' + call.function.arguments }}",
+)
+SHORT_IDS = CALLS.replace(
+    "<tool_call>",
+    "{% if call.id | length != 9 %}{{ raise_exception('ids of nine letters') }}{% endif %}"
+    "<tool_call>",
+)
