@@ -181,12 +181,13 @@ def assert_no_worse(name, x, reference, truth, dtype):
     """x may err twice as much as the plain code does in the same dtype, in both measures.
 
     A rule on the largest error alone would pass a gradient that is 1 % wrong in bfloat16. The
-    allowance for one rounding has a float32 part: lse, a float32 number, scales a whole row.
+    allowance for one rounding has a float32 part: lse, a float32 number, scales a whole row, and
+    which order a product adds up in is the BLAS's choice by the kind of CPU.
     """
     eps = EPS[dtype]
     (l2, top), (ref_l2, ref_top) = errors(x, truth), errors(reference, truth)
     assert l2 <= 2 * ref_l2 + eps / 2, f"{name}: relative L2 {l2:.2e}, plain code {ref_l2:.2e}"
-    assert top <= 2 * ref_top + 2 * (eps + EPS["float32"]), (
+    assert top <= 2 * ref_top + 2 * eps + 4 * EPS["float32"], (
         f"{name}: largest error {top:.2e}, plain code {ref_top:.2e}"
     )
 

