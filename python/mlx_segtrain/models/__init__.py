@@ -107,8 +107,12 @@ def _model_folder(model_dir: str | Path) -> Path:
 def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # What a stranger's files make the libraries raise may be anything: a panic of Rust is no
+    # Exception of Python.
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -108,10 +108,12 @@ def router(service: Service) -> APIRouter:
             raise InputError(end.error or f"{row.id} was {end.status}.")
         return json.loads(end.result_json or "null")
 
-    @routes.get("/healthz", tags=["server"], responses=problems())
+    @routes.get("/healthz", tags=["server"], responses=problems(503))
     async def health() -> Health:
-        """The server is up."""
+        """The server is up, and can generate; 503 if it cannot any more."""
         base = service.engine.base
+        if service.engine.fault is not None:
+            raise HTTPException(503, service.engine.fault)
         model = None if base is None else base.id
         return Health(version=__version__, model=model, training=jobs.training)
 

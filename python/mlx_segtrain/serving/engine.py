@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ from .decoding import CONTEXT, Options, Text, processors, sampler
 from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
 
-__all__ = ["Busy", "Engine", "NoMemory"]
+__all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -46,6 +46,10 @@ class Busy(Exception):
 
 class NoMemory(RunError):
     """A request that the device's memory did not do for; others go on."""
+
+
+class Ended(RunError):
+    """The engine's thread is no more; the process has to be started anew."""
 
 
 @dataclass(eq=False)
@@ -97,6 +101,7 @@ class Engine:
         self._waiting: deque[_Sequence] = deque()
         self._active: list[_Sequence] = []
         self._stopped, self._ended = False, threading.Event()
+        self.fault: str | None = None  #: why nothing can be generated any more
         # Of the engine's thread alone:
         self._prompts: Any = None
         self._linears = Linears()
@@ -152,8 +157,7 @@ class Engine:
         sequence = _Sequence(prompt, selected, options, outbox, next(self._numbers))
         with self._wake:
             self._drop_closed()
-            if self._stopped:
-                raise Busy("the server ends: try again later.")
+            self._check_runs()
             if base is not self.base or any(command.alone for command in self._commands):
                 raise Busy("the model is being replaced: try again in a moment.")
             if len(self._waiting) >= MOST_WAITING:
@@ -172,15 +176,34 @@ class Engine:
     async def _do(self, run: Callable[[], T], *, alone: bool = False) -> T:
         command = _Command(run, alone=alone)
         with self._wake:
-            if self._stopped:
-                raise Busy("the server ends: try again later.")
+            self._check_runs()
             self._commands.append(command)
             self._wake.notify()
         return await asyncio.wrap_future(command.future)
 
+    def _check_runs(self) -> None:
+        if self.fault is not None:
+            raise Ended(self.fault)
+        if self._stopped:
+            raise Busy("the server ends: try again later.")
+
     # What runs on the engine's thread
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            logger.critical("the engine has ended", exc_info=error)
+            self.fault = f"the engine has ended ({_reason(error)}): restart the server."
+            self._stopped = True
+            with suppress(Exception):
+                self._give_up(Ended(self.fault))
+        self._ended.set()
+        # What MLX compiled for a thread goes with it, and wants Python for that: a process that
+        # ends at this moment would be aborted (ml-explore/mlx#4110). So it goes with the process.
+        threading.Event().wait()
+
+    def _serve(self) -> None:
         from mlx_lm.generate import generation_stream
 
         mx.set_default_device(self._device)
@@ -189,19 +212,41 @@ class Engine:
         # Generators of generate_step enter this stream and leave it, in any order.
         with mx.stream(generation_stream):
             while not self._stopped:
-                self._run_commands()
-                self._admit()
-                self._round()
-                with self._wake:
-                    self._wake.wait_for(
-                        lambda: self._stopped or self._commands or self._waiting or self._active
-                    )
-            self._give_up()
+                try:
+                    self._turn()
+                # A library in Rust that panics raises what is no Exception; no request may end the
+                # thread that all the others need.
+                except BaseException as error:
+                    self._start_over(error)
+            self._give_up(Busy("the server ends: try again later."))
         mx.clear_streams()
-        self._ended.set()
-        # What MLX compiled for a thread goes with it, and wants Python for that: a process that
-        # ends at this moment would be aborted (ml-explore/mlx#4110). So it goes with the process.
-        threading.Event().wait()
+
+    def _turn(self) -> None:
+        self._run_commands()
+        self._admit()
+        self._round()
+        with self._wake:
+            self._wake.wait_for(
+                lambda: self._stopped or self._commands or self._waiting or self._active
+            )
+
+    def _start_over(self, error: BaseException) -> None:
+        """After an error that belongs to no request: what runs ends, what waits is done next."""
+        logger.error("the engine failed, and starts over without what ran", exc_info=error)
+        told = RunError(f"the engine failed: {_reason(error)}")
+        active, self._active = self._active, []
+        for sequence in active:
+            sequence.cache = None
+            sequence.outbox.put(told)
+            with suppress(BaseException):
+                sequence.close()
+        with self._wake:
+            running = [x for x in self._commands if x.future.running()]
+            self._commands = deque(x for x in self._commands if x not in running)
+        for command in running:
+            command.future.set_exception(told)
+        self._linears.drop_sums()
+        mx.clear_cache()
 
     def _admit(self) -> None:
         with self._wake:
@@ -209,9 +254,8 @@ class Engine:
             while self._waiting and len(self._active) < MOST_ACTIVE:
                 self._active.append(self._waiting.popleft())
 
-    def _give_up(self) -> None:
+    def _give_up(self, ended: Busy | RunError) -> None:
         """Tells all that still want something, and frees what there is."""
-        ended = Busy("the server ends: try again later.")
         for sequence in (*self._active, *self._waiting):
             sequence.close()
             sequence.outbox.put(ended)
@@ -240,8 +284,8 @@ class Engine:
             if command.future.set_running_or_notify_cancel():
                 try:
                     result = command.run()
-                except Exception as raised:
-                    error = _no_memory(raised, "this") or raised
+                except BaseException as raised:
+                    error = _as_exception(_no_memory(raised, "this") or raised)
             with self._wake:
                 self._commands.popleft()  # until here generate() sees it
             if command.future.cancelled():
@@ -270,7 +314,7 @@ class Engine:
                 next(sequence.steps)
             except StopIteration:
                 self._end(sequence)
-            except Exception as error:
+            except BaseException as error:
                 self._fail(sequence, error)
 
     def _end(self, sequence: _Sequence) -> None:
@@ -283,14 +327,13 @@ class Engine:
         if not self._active:
             mx.clear_cache()
 
-    def _fail(self, sequence: _Sequence, error: Exception) -> None:
+    def _fail(self, sequence: _Sequence, error: BaseException) -> None:
         """Takes a sequence out that cannot go on. The others can."""
         self._active.remove(sequence)
         told = _no_memory(error, f"a request of {len(sequence.prompt)} tokens")
         if told is None:
             logger.error("a generation failed", exc_info=error)
-            reason = " ".join(str(error).split())[:200]
-            told = RunError(f"the generation failed: {type(error).__name__}: {reason}")
+            told = RunError(f"the generation failed: {_reason(error)}")
         else:  # what is kept for speed alone goes first
             logger.warning("%s", told)
             self._prompts.trim_to(n_sequences=0)
@@ -384,7 +427,16 @@ class Engine:
         sequence.cache, sequence.cached, sequence.done = cache, known, known
 
 
-def _no_memory(error: Exception, what: str) -> RunError | None:
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """A panic of a library in Rust as an error that a caller may have."""
+    return error if isinstance(error, Exception) else RunError(f"it failed: {_reason(error)}")
+
+
+def _no_memory(error: BaseException, what: str) -> RunError | None:
     """A lack of memory as a sentence; None if the error is another. MLX has no class for it."""
     reason = " ".join(str(error).split())[:200]
     known = isinstance(error, RuntimeError) and re.search("alloc|memory", reason, re.IGNORECASE)

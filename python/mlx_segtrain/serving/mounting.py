@@ -20,6 +20,7 @@ from ..adapters.merging import merged
 from ..adapters.writing import common_scale
 from ..errors import InputError
 from ..models import Chain, chain_of, load_base
+from ..models.tables import tables_of
 from .catalog import model_id
 
 __all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
@@ -37,7 +38,8 @@ class Base:
     created: int
     tokenizer: Any
     max_length: int | None
-    vocabulary: int
+    vocabulary: int  #: rows of the table of tokens that was loaded
+    logits: int  #: tokens that the head knows
     model: Any
     chain: Chain
     modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
@@ -78,10 +80,11 @@ class Base:
                 f"the prompt has {len(prompt)} tokens, but {self.id} was made for "
                 f"{self.max_length}: shorten it."
             )
-        for name, tokens in (("prompt", prompt), ("logit_bias", logit_bias)):
-            wrong = next((x for x in tokens if not 0 <= x < self.vocabulary), None)
+        known = (("prompt", prompt, self.vocabulary), ("logit_bias", logit_bias, self.logits))
+        for name, tokens, n in known:
+            wrong = next((x for x in tokens if not 0 <= x < n), None)
             if wrong is not None:
-                last = self.vocabulary - 1
+                last = n - 1
                 raise InputError(f"{name}: {wrong} is no token of {self.id}: 0 to {last} are.")
 
 
@@ -130,18 +133,25 @@ def check_id(id: str) -> None:
 def read_base(path: Path) -> Base:
     """The model of a folder; InputError if it cannot be read."""
     path = path.expanduser().resolve()
-    model, config, tokenizer = load_base(path)
+    model, _, tokenizer = load_base(path)
+    tables = tables_of(model)
+    if tables.logits > tables.tokens:  # a token that it draws could not be read
+        raise InputError(
+            f"the head of {path} has {tables.logits} rows, and its embedding {tables.tokens}: the "
+            "weights do not go together."
+        )
     chain = chain_of(model)
     modules = {name: lora.wrap(model, name, 1.0) for name in chain.linears}
     model.eval()
-    sizes = [x.get("vocab_size") for x in (config, config.get("text_config") or {})]
+    lengths = [n for n in (chain.max_length, tables.positions) if n is not None]
     return Base(
         id=model_id(path),
         path=path,
         created=int(time.time()),
         tokenizer=tokenizer,
-        max_length=chain.max_length,
-        vocabulary=next((n for n in sizes if n), None) or len(tokenizer.get_vocab()),
+        max_length=min(lengths, default=None),
+        vocabulary=tables.tokens,
+        logits=tables.logits,
         model=model,
         chain=chain,
         modules=modules,

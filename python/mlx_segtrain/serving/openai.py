@@ -15,7 +15,7 @@ from sse_starlette import EventSourceResponse
 from starlette.responses import Response
 
 from ..errors import InputError, RunError
-from .engine import Busy, Engine, NoMemory
+from .engine import Busy, Ended, Engine, NoMemory
 from .generation import Generation, Piece
 from .guard import PATIENCE_S, Outside, openai_error
 from .mounting import Base, Mounted, Selected
@@ -78,6 +78,8 @@ class _Route(APIRoute):
                 return _error(429, str(error), "busy")
             except NoMemory as error:
                 return _error(503, str(error), "no_memory")
+            except Ended as error:
+                return _error(503, str(error), "ended")
             except RunError as error:
                 return _error(500, str(error))
 

@@ -62,7 +62,7 @@ def evaluate(
 
     InputError for what cannot be read or does not fit.
     """
-    from .setup import check_length, objective_of
+    from .setup import check_length, check_tokens, objective_of
 
     train_file, valid_file = split_paths(config.data_dir)
     file = train_file if split == "train" else valid_file
@@ -82,6 +82,7 @@ def evaluate(
         append_eos=config.append_eos,
         method=config.method,
     )
+    check_tokens(model, dataset)
     if config.method == "dpo" and not config.reference_free:
         rows = range(len(dataset.rows))
         dataset = with_references(config, chain, lambda event: None, dataset, rows)
