@@ -1,7 +1,6 @@
 """/api: training, data, models and jobs. The contract of docs/http.md, as thin as it can be."""
 
 import json
-import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from .. import __version__
 from ..errors import InputError
 from ..events import now
+from .bodies import Commented
 from .forms import (
     Answer,
     DatasetsAnswer,
@@ -47,24 +47,6 @@ from .forms import (
 from .guard import PATIENCE_S
 from .service import Service
 from .store import Row
-
-
-class Commented(Request):
-    """A request whose JSON may have // comments, as people write it in a shell."""
-
-    async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            text = (await self.body()).decode("utf-8", "replace")
-            try:
-                self._json = json.loads(text)
-            except json.JSONDecodeError:
-                self._json = json.loads(_COMMENT.sub(lambda found: found[1] or "", text))
-        return self._json
-
-
-#: A string, which stays, or a comment to the end of its line. A string without an end is one too:
-#: or each of its quotes would be tried anew.
-_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
 
 
 class Route(APIRoute):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import reprlib
 import resource
 import socket
 from collections.abc import AsyncIterator
@@ -237,9 +238,15 @@ def _sentence(fault: Any) -> tuple[str, dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """A value as an answer may repeat it."""
-    text = repr(value)
-    simple = isinstance(value, str | int | bool | None) and len(text) <= 200
-    return value if simple else text[:200]
+    if isinstance(value, bool | None) or (isinstance(value, str) and len(value) <= 200):
+        return value
+    if isinstance(value, int) and abs(value) < 1 << 64:
+        return value
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 class Plain(logging.Formatter):

@@ -25,6 +25,7 @@ from ..errors import InputError, RunError
 from .decoding import CONTEXT, Options, Text, processors, sampler
 from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
+from .pools import Busy
 
 __all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 
@@ -38,10 +39,6 @@ PREFILL, PREFILL_GPU = 256, 2048
 MOST_PROMPTS = 32
 
 T = TypeVar("T")
-
-
-class Busy(Exception):
-    """A request that is not taken now. The message is one sentence: why, and what to do."""
 
 
 class NoMemory(RunError):

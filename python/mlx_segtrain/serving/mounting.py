@@ -82,9 +82,8 @@ class Base:
             )
         known = (("prompt", prompt, self.vocabulary), ("logit_bias", logit_bias, self.logits))
         for name, tokens, n in known:
-            wrong = next((x for x in tokens if not 0 <= x < n), None)
-            if wrong is not None:
-                last = n - 1
+            if tokens and (min(tokens) < 0 or max(tokens) >= n):
+                wrong, last = next(x for x in tokens if not 0 <= x < n), n - 1
                 raise InputError(f"{name}: {wrong} is no token of {self.id}: 0 to {last} are.")
 
 

@@ -15,6 +15,7 @@ from sse_starlette import EventSourceResponse
 from starlette.responses import Response
 
 from ..errors import InputError, RunError
+from .bodies import Body
 from .engine import Busy, Ended, Engine, NoMemory
 from .generation import Generation, Piece
 from .guard import PATIENCE_S, Outside, openai_error
@@ -67,7 +68,7 @@ class _Route(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(Body(request.scope, request.receive))
             except _Fault as error:
                 return _error(error.status, str(error), error.code)
             except Outside as error:
@@ -236,6 +237,9 @@ def router(
         chosen = selected(base, body)
         refuse_lacking(body.model_extra or {}, LACKING, "")
         prompt = await asyncio.to_thread(encode)
+        if isinstance(request, Body):  # it may wait for long, and then the answer takes long
+            request.let_go()
+            body.let_go()
         generation = engine.generate(prompt, chosen, body.options(most, continues=not chat))
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",

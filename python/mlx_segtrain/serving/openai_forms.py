@@ -6,9 +6,10 @@ change nothing of an answer (user, metadata, store, …) are taken without effec
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import InputError
 from .decoding import Options
@@ -81,7 +82,7 @@ class Message(_Request):
     """A turn. `developer` is `system` to the model; of an assistant the content may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
 class StreamOptions(_Request):
@@ -90,8 +91,21 @@ class StreamOptions(_Request):
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
 
 
+#: Biases, and turns of a chat, at most.
+BIASES, TURNS = 1024, 10_000
+
+
+def _few(values: Any) -> Any:
+    """Pydantic would check each before it counts them."""
+    if isinstance(values, Mapping) and len(values) > BIASES:
+        raise ValueError(f"{len(values)} are given, and {BIASES} is the most")
+    return values
+
+
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -124,17 +138,22 @@ class Generate(_Request):
     frequency_penalty: float | None = Field(
         None, ge=-2, le=2, description="for the answer's tokens, by how often they came"
     )
-    logit_bias: dict[Token, Bias] | None = Field(
-        None, max_length=1024, description="what is added to the logits of tokens, by their number"
+    logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
+        None,
+        max_length=BIASES,
+        description="what is added to the logits of tokens, by their number",
     )
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer"
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
         None, description="where the answer ends; it holds none of these"
     )
     stream: bool | None = Field(None, description="server-sent events, a piece of text each")
     stream_options: StreamOptions | None = None
+
+    def let_go(self) -> None:
+        """Frees what was asked, whose tokens are known by now."""
 
     def options(self, most: int, *, continues: bool) -> Options:
         """For an answer of `most` tokens."""
@@ -153,18 +172,26 @@ class Generate(_Request):
 class ChatRequest(Generate):
     """A chat whose next turn is asked for."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=TURNS
+    )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="goes before max_tokens; 512 if both are left out"
     )
+
+    def let_go(self) -> None:
+        self.messages = []
 
 
 class CompletionRequest(Generate):
     """A text that is to go on."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
         description="a text, or its tokens; a list of more than one is refused"
     )
+
+    def let_go(self) -> None:
+        self.prompt = ""
 
 
 class MountRequest(BaseModel):
@@ -301,7 +328,7 @@ def refuse_lacking(
     for name, harmless in lacking.items():
         value = given.get(name)
         if not any(type(value) is type(x) and value == x for x in harmless):
-            shown = json.dumps(value)
+            shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))
             shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
             raise InputError(
                 f"{where}{name}: this server has no such thing ({shown}): leave it out."
