@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ..errors import InputError, RunError
+from .confined import Confined
 from .decoding import CONTEXT, Options, Text, processors, sampler
 from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
-from .pools import Busy
+from .pools import Busy, Pool
 
 __all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 
@@ -37,6 +38,9 @@ MOST_ACTIVE, MOST_WAITING = 16, 256
 PREFILL, PREFILL_GPU = 256, 2048
 #: Prompts kept.
 MOST_PROMPTS = 32
+
+#: Tokenizers that are tried before their model is loaded.
+_LOADING = Pool("models", 1, 8)
 
 T = TypeVar("T")
 
@@ -114,7 +118,14 @@ class Engine:
         Adapters and prompts go with the old one. InputError if the new one cannot be read: the old
         one stays.
         """
-        return await self._do(lambda: self._load(Path(model_dir)), alone=True)
+        path = Path(model_dir).expanduser().resolve()
+        confined = Confined(path)
+        try:
+            await _LOADING.run(confined.start)
+            return await self._do(lambda: self._load(path, confined), alone=True)
+        except BaseException:
+            confined.close()
+            raise
 
     async def mount(self, id: str, path: Path) -> Mounted:
         """Reads an adapter folder for this base; one that is mounted under this id stays.
@@ -259,6 +270,8 @@ class Engine:
         for command in self._commands:
             if command.future.set_running_or_notify_cancel():
                 command.future.set_exception(ended)
+        if self.base is not None:
+            self.base.confined.close()
         self._active, self.base, self._prompts = [], None, None
         self._waiting.clear()
         self._commands.clear()
@@ -339,10 +352,12 @@ class Engine:
         sequence.cache = None
         mx.clear_cache()
 
-    def _load(self, path: Path) -> Base:
+    def _load(self, path: Path, confined: Confined) -> Base:
         from mlx_lm.models.cache import LRUPromptCache
 
-        base = read_base(path)
+        base = read_base(path, confined)
+        if self.base is not None:
+            self.base.confined.close()
         self._prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
         self._linears = Linears()
         self.adapters, self.default, self.base = {}, None, base

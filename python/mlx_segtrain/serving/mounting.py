@@ -3,7 +3,6 @@
 What makes arrays here is called on the engine's thread.
 """
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,12 @@ from ..errors import InputError
 from ..models import Chain, chain_of, load_base
 from ..models.tables import tables_of
 from .catalog import model_id
+from .confined import Confined, Limits
 
 __all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
 
+#: Tokens of a prompt to a model that does not say for how many it was made.
+MOST_TOKENS = 1 << 20
 #: Sums of adapters that are kept.
 MOST_SUMS = 8
 
@@ -43,17 +45,14 @@ class Base:
     model: Any
     chain: Chain
     modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
-    lock: threading.Lock = field(default_factory=threading.Lock)  #: of the tokenizer's encoding
+    confined: Confined  #: where its tokenizer and its chat template run
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError("prompt: it holds half of a character (a surrogate): send text.")
-        bos = self.tokenizer.bos_token
-        with self.lock:
-            return self.tokenizer.encode(
-                text, add_special_tokens=bos is None or not text.startswith(bos)
-            )
+        what = f"prompt: the tokenizer of {self.id}"
+        return self._tokens("encode", what, len(text), text=text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a chat and of the begin of an answer; InputError without a template, or with
@@ -62,24 +61,24 @@ class Base:
             raise InputError(
                 f"messages: {self.id} has no chat template: ask /v1/completions with a prompt."
             )
-        try:
-            with self.lock:
-                return list(
-                    self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-                )
-        except Exception as error:  # a template may raise what it likes
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"messages: the chat template of {self.id} says: {reason}") from None
+        what = f"messages: the chat template of {self.id}"
+        size = sum(len(message["content"]) for message in messages)
+        how = {"add_generation_prompt": True}
+        return self._tokens("chat", what, size, messages=list(messages), how=how)
+
+    def _tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
+        most = MOST_TOKENS if self.max_length is None else self.max_length
+        found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
+        if isinstance(found, int):
+            raise _too_long(found, most, self.id)
+        return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
         """InputError if the prompt is empty, too long, or one of the two of other tokens."""
         if not prompt:
             raise InputError("the prompt has no tokens: give some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, but {self.id} was made for "
-                f"{self.max_length}: shorten it."
-            )
+            raise _too_long(len(prompt), self.max_length, self.id)
         known = (("prompt", prompt, self.vocabulary), ("logit_bias", logit_bias, self.logits))
         for name, tokens, n in known:
             if tokens and (min(tokens) < 0 or max(tokens) >= n):
@@ -129,9 +128,12 @@ def check_id(id: str) -> None:
         )
 
 
-def read_base(path: Path) -> Base:
-    """The model of a folder; InputError if it cannot be read."""
-    path = path.expanduser().resolve()
+def _too_long(n: int, most: int, id: str) -> InputError:
+    return InputError(f"the prompt has {n} tokens, but {id} was made for {most}: shorten it.")
+
+
+def read_base(path: Path, confined: Confined) -> Base:
+    """The model of a folder whose tokenizer has been tried; InputError if it cannot be read."""
     model, _, tokenizer = load_base(path)
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a token that it draws could not be read
@@ -154,6 +156,7 @@ def read_base(path: Path) -> Base:
         model=model,
         chain=chain,
         modules=modules,
+        confined=confined,
     )
 
 

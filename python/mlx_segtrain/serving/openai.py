@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from ..errors import InputError, RunError
 from .bodies import Body
+from .confined import prompts
 from .engine import Busy, Ended, Engine, NoMemory
 from .generation import Generation, Piece
 from .guard import PATIENCE_S, Outside, openai_error
@@ -236,7 +237,7 @@ def router(
         base = ready()
         chosen = selected(base, body)
         refuse_lacking(body.model_extra or {}, LACKING, "")
-        prompt = await asyncio.to_thread(encode)
+        prompt = await prompts(body.size).run(encode)
         if isinstance(request, Body):  # it may wait for long, and then the answer takes long
             request.let_go()
             body.let_go()

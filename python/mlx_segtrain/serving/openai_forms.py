@@ -84,6 +84,13 @@ class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters."""
+        if isinstance(self.content, list):
+            return sum(len(part.text or "") for part in self.content)
+        return len(self.content or "")
+
 
 class StreamOptions(_Request):
     """What a stream holds besides the answer."""
@@ -152,6 +159,11 @@ class Generate(_Request):
     stream: bool | None = Field(None, description="server-sent events, a piece of text each")
     stream_options: StreamOptions | None = None
 
+    @property
+    def size(self) -> int:
+        """Characters that have to become tokens."""
+        return 0
+
     def let_go(self) -> None:
         """Frees what was asked, whose tokens are known by now."""
 
@@ -179,6 +191,10 @@ class ChatRequest(Generate):
         None, ge=1, description="goes before max_tokens; 512 if both are left out"
     )
 
+    @property
+    def size(self) -> int:
+        return sum(message.size for message in self.messages)
+
     def let_go(self) -> None:
         self.messages = []
 
@@ -189,6 +205,11 @@ class CompletionRequest(Generate):
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
         description="a text, or its tokens; a list of more than one is refused"
     )
+
+    @property
+    def size(self) -> int:
+        first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else self.prompt
+        return len(first) if isinstance(first, str) else 0
 
     def let_go(self) -> None:
         self.prompt = ""
