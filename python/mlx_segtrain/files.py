@@ -111,7 +111,7 @@ def make_folder(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read; OSError if it is none with an end: a pipe would be waited for for ever."""
+    """Opens a file to read; OSError if it has no end: a pipe is waited for for ever."""
     # Without O_NONBLOCK it is the opening that waits.
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

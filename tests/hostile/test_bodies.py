@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-
 from attack import bystander, memory_mb, patience
+
 from served import Server, write_place
 
 AS_JSON = {"content-type": "application/json"}

@@ -1,7 +1,7 @@
 """How many tokens and positions a loaded model knows.
 
-MLX reads and writes past the end of a table without a word, so a number that indexes one is compared
-with the rows that were loaded, and not with what config.json says.
+MLX reads and writes past the end of a table without a word, so a number that indexes one is
+compared with the rows that were loaded, and not with what config.json says.
 """
 
 import re

@@ -65,7 +65,7 @@ INSPECTING = Limits(120, 256 << 20)
 
 
 class Failed(InputError):
-    """What was to be done raised an error, or was killed; the message is half a sentence."""
+    """What was to be done raised an error, or was killed."""
 
 
 @dataclass(eq=False)
@@ -266,7 +266,7 @@ class Confined:
             raise Busy("the tokenizer's process has ended: try again.") from None
 
     def _add_slow(self, worker: _Process, begun: float, seconds: float) -> _Slow:
-        """It may go on, beside a few others: of too many that ends which took the most of its time."""
+        """It goes on beside a few others; of too many that ends which has used most of its time."""
         own = _Slow(worker, begun, seconds)
         with self._lock:
             self._slow.append(own)
@@ -302,6 +302,8 @@ class Confined:
 
 
 def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseException:
+    if isinstance(error, _Told) and error.kind == "InputError":
+        return Failed(str(error))
     if isinstance(error, _Told) and error.kind != "memory":
         return Failed(f"{what} says: {error}")
     if isinstance(error, _Told):

@@ -176,7 +176,7 @@ def confine(seconds: float, memory: int) -> None:
 
 
 class _Memory:
-    """A limit of memory: the system's own on Linux; where it has none, a look every now and then."""
+    """A limit of memory: the system's own on Linux; elsewhere a look every now and then."""
 
     def __init__(self) -> None:
         self.pid, self.most = 0, 0
@@ -212,7 +212,7 @@ def _resident() -> int:
 
 
 def _without_torch() -> None:
-    """transformers loads it if it is there, which takes seconds and memory, and needs none of it."""
+    """transformers loads it if it is there, which takes seconds and memory, and is not needed."""
     find = importlib.util.find_spec
 
     def without(name: str, package: str | None = None) -> Any:

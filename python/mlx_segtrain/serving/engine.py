@@ -7,9 +7,12 @@ counts, so that what it gives does not depend on what runs beside it.
 """
 
 import asyncio
+import ctypes
 import logging
 import re
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -34,8 +37,16 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Sequences that generate at once, and that wait for it.
 MOST_ACTIVE, MOST_WAITING = 16, 256
+#: Seconds for which a sequence generates while others wait; then it waits, with its cache, of which
+#: there are so many more at most. Seconds after which one that has not begun is told to come back.
+TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
+#: Seconds for which a model that is to be loaded waits for the answers that are being given, and for
+#: which the next is refused after one that waited in vain: others are not served meanwhile.
+SWAP_S, SWAP_REST_S = 10.0, 30.0
 #: Tokens of a prompt between two looks at the other sequences: a fraction of a second's work.
 PREFILL, PREFILL_GPU = 256, 2048
+#: Adapters that are mounted at once, and the bytes of all of them.
+MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Prompts kept.
 MOST_PROMPTS = 32
 
@@ -67,6 +78,7 @@ class _Sequence:
     done: int = 0
     cache: list[Any] | None = None
     steps: Generator[None, None, None] | None = None
+    since: float = field(default_factory=time.monotonic)  #: it waits, or generates
 
     def close(self) -> None:
         """On the engine's thread: a stream's context ends where it began."""
@@ -85,7 +97,8 @@ class _Sequence:
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: waits until no sequence is left
+    alone: bool = False  #: waits until no sequence is left, for a while
+    since: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -101,6 +114,7 @@ class Engine:
         self._commands: deque[_Command] = deque()
         self._waiting: deque[_Sequence] = deque()
         self._active: list[_Sequence] = []
+        self._next_swap = 0.0
         self._stopped, self._ended = False, threading.Event()
         self.fault: str | None = None  #: why nothing can be generated any more
         # Of the engine's thread alone:
@@ -118,6 +132,7 @@ class Engine:
         Adapters and prompts go with the old one. InputError if the new one cannot be read: the old
         one stays.
         """
+        self._check_runs()
         path = Path(model_dir).expanduser().resolve()
         confined = Confined(path)
         try:
@@ -185,6 +200,8 @@ class Engine:
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
+            if alone and time.monotonic() < self._next_swap:
+                raise Busy("the answers that are being given take long: try again in a minute.")
             self._commands.append(command)
             self._wake.notify()
         return await asyncio.wrap_future(command.future)
@@ -257,10 +274,29 @@ class Engine:
         mx.clear_cache()
 
     def _admit(self) -> None:
+        """Whose turn it is: who waits longest, of whom a few have begun already."""
+        now = time.monotonic()
         with self._wake:
             self._drop_closed()
+            gone = [x for x in self._waiting if x.outbox.closed]
+            late = [x for x in self._waiting if not x.steps and now - x.since > LONGEST_WAIT_S]
+            if gone or late:
+                self._waiting = deque(x for x in self._waiting if x not in (*gone, *late))
+            paused = sum(x.steps is not None for x in self._waiting)
+            long = [x for x in self._active if now - x.since > TURN_S]
+            full = len(self._active) - MOST_ACTIVE + len(self._waiting)
+            for sequence in long[: max(0, min(full, MOST_PAUSED - paused))]:
+                self._active.remove(sequence)
+                sequence.since = now
+                self._waiting.append(sequence)
             while self._waiting and len(self._active) < MOST_ACTIVE:
                 self._active.append(self._waiting.popleft())
+                self._active[-1].since = now
+        for sequence in gone:
+            self._end(sequence)
+        for sequence in late:
+            told = f"others were answered for {LONGEST_WAIT_S:.0f} s: try again later."
+            sequence.outbox.put(Busy(told))
 
     def _give_up(self, ended: Busy | RunError) -> None:
         """Tells all that still want something, and frees what there is."""
@@ -282,16 +318,21 @@ class Engine:
         mx.clear_cache()
 
     def _drop_closed(self) -> None:
+        """Those that have not begun; the others are ended on the engine's thread."""
         if any(sequence.outbox.closed for sequence in self._waiting):
-            self._waiting = deque(x for x in self._waiting if not x.outbox.closed)
+            self._waiting = deque(x for x in self._waiting if x.steps or not x.outbox.closed)
 
     def _run_commands(self) -> None:
         while self._commands:
             command = self._commands[0]
-            if command.alone and (self._active or self._waiting):
-                return
             result, error = None, None
-            if command.future.set_running_or_notify_cancel():
+            if command.alone and (self._active or self._waiting):
+                if time.monotonic() - command.since < SWAP_S:
+                    return
+                self._next_swap = time.monotonic() + SWAP_REST_S
+                error = Busy("the answers that are being given take long: try again in a minute.")
+                command.future.set_running_or_notify_cancel()
+            elif command.future.set_running_or_notify_cancel():
                 try:
                     result = command.run()
                 except BaseException as raised:
@@ -329,7 +370,8 @@ class Engine:
 
     def _end(self, sequence: _Sequence) -> None:
         """Takes a sequence out; what its cache holds is kept for prompts that begin alike."""
-        self._active.remove(sequence)
+        if sequence in self._active:
+            self._active.remove(sequence)
         sequence.close()
         tokens = [*sequence.prompt[: sequence.done], *sequence.made]
         if sequence.cache is not None and tokens:
@@ -361,7 +403,7 @@ class Engine:
         self._prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
         self._linears = Linears()
         self.adapters, self.default, self.base = {}, None, base
-        mx.clear_cache()
+        _free()
         return base
 
     def _mount(self, id: str, path: Path) -> Mounted:
@@ -369,7 +411,15 @@ class Engine:
             return self.adapters[id]
         if self.base is None:
             raise InputError("no model is loaded that an adapter could be mounted on.")
+        if len(self.adapters) >= MOST_MOUNTED:
+            raise InputError(f"{MOST_MOUNTED} adapters are mounted: unmount some.")
         mounted = read_mounted(id, path, self.base)
+        held = sum(own.size_bytes for own in self.adapters.values())
+        if held + mounted.size_bytes > MOST_MOUNTED_BYTES:
+            raise InputError(
+                f"the mounted adapters have {held / 1e9:.1f} GB, and with this one more than "
+                f"{MOST_MOUNTED_BYTES / 1e9:.1f}: unmount some."
+            )
         self.adapters = {**self.adapters, id: mounted}
         return mounted
 
@@ -380,7 +430,10 @@ class Engine:
             self.default = None
         if self.base is not None:
             self._linears.forget(mounted, self.base)
-        return mounted.mounted_layers
+        layers = mounted.mounted_layers
+        del mounted
+        _free()
+        return layers
 
     def _steps(self, sequence: _Sequence) -> Generator[None, None, None]:
         """A part of the prompt a step, then a token; text goes to the outbox."""
@@ -437,6 +490,15 @@ class Engine:
             layer.keys = layer.keys[..., : layer.offset, :]
             layer.values = layer.values[..., : layer.offset, :]
         sequence.cache, sequence.cached, sequence.done = cache, known, known
+
+
+def _free() -> None:
+    """Gives memory that nothing holds back to the system. MLX keeps it for the next arrays, and so
+    does the C library, which this package asks to keep much (csrc/kernel.cpp)."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # of a C library that has no such function
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reason(error: BaseException) -> str:

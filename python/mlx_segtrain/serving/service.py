@@ -86,8 +86,9 @@ class Service:
 
     # What there is
 
-    async def models(self) -> list[catalog.Model]:
-        return await self.looks.run(catalog.models, self.roots.folders)
+    async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
+        """Those that can be read; the others are added to `faults`."""
+        return await self.looks.run(catalog.models, self.roots.folders, faults)
 
     async def datasets(self) -> list[catalog.DataFolder]:
         return await self.looks.run(catalog.datasets, self.roots.folders)

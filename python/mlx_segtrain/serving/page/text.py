@@ -105,7 +105,7 @@ def tail(path: str | None, parts: int = 1) -> str:
 
 def name_of(row: Row) -> str:
     """What a job works on, in short."""
-    values: dict[str, Any] = json.loads(row.config_json)
+    values: dict[str, Any] = json.loads(row.config_json or "{}")
     model, data = tail(values.get("model_dir")), tail(values.get("data_dir"))
     adapter = tail(values.get("adapter_path"))
     if row.kind == "finetune":
