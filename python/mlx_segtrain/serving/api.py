@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from .. import __version__
 from ..errors import InputError
 from ..events import now
+from . import catalog
 from .bodies import Commented
 from .forms import (
     Answer,
@@ -72,6 +73,7 @@ def router(service: Service) -> APIRouter:
     def shown(row: Row) -> JobRow:
         values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
         result = json.loads(row.result_json) if row.result_json else None
+        values["config_json"] = row.config_json or None
         return JobRow(**values, result=result, log_path=str(jobs.log(row.id)))
 
     def found(id: str) -> Row:
@@ -90,17 +92,20 @@ def router(service: Service) -> APIRouter:
             raise InputError(end.error or f"{row.id} was {end.status}.")
         return json.loads(end.result_json or "null")
 
-    @routes.get("/healthz", tags=["server"], responses=problems())
+    @routes.get("/healthz", tags=["server"], responses=problems(503))
     async def health() -> Health:
-        """The server is up."""
+        """The server is up, and can generate; 503 if it cannot any more."""
         base = service.engine.base
+        if service.engine.fault is not None:
+            raise HTTPException(503, service.engine.fault)
         model = None if base is None else base.id
         return Health(version=__version__, model=model, training=jobs.training)
 
     @routes.get("/api/models", tags=["models and data"], responses=problems())
     async def models() -> ModelsAnswer:
         """Models below the roots."""
-        return ModelsAnswer(models=await service.models())
+        faults: list[catalog.Unreadable] = []
+        return ModelsAnswer(models=await service.models(faults), faults=faults)
 
     @routes.post("/api/models/serve", tags=["models and data"], responses=problems())
     async def serve(body: ServeModel) -> Served:
@@ -193,10 +198,15 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/api/jobs", tags=["jobs"], responses=problems())
     async def list_jobs(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50, kind: str | None = None
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        kind: Annotated[str | None, Query(max_length=100)] = None,
+        before: Annotated[str | None, Query(description="The id of a job.")] = None,
     ) -> JobsAnswer:
-        """The last jobs of the queue first."""
-        return JobsAnswer(jobs=[shown(row) for row in jobs.store.newest(limit, kind)])
+        """The last jobs of the queue first, or those before one; without their configurations."""
+        place = None if before is None else found(before).place
+        rows = jobs.store.newest(limit, kind, place)
+        more = rows[-1].id if len(rows) == limit else None
+        return JobsAnswer(jobs=[shown(row) for row in rows], next=more)
 
     @routes.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
     async def job(id: str) -> JobAnswer:

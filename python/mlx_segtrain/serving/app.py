@@ -22,8 +22,9 @@ from starlette.routing import compile_path
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, RunError
 from . import api, openai, page
+from .engine import Busy, Ended, NoMemory
 from .faults import sentence
 from .guard import COOKIE, LOOPBACK, Guard, Outside, error_body
 from .jobs import Conflict, Full
@@ -146,6 +147,14 @@ def _add_errors(app: FastAPI) -> None:
             if error.field is not None:
                 more = {"field": error.field, "value": error.value, "allowed": error.allowed}
         return answer(request, status, str(error), **more)
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> Response:
+        return answer(request, 429, str(error))
+
+    @app.exception_handler(RunError)
+    async def failed(request: Request, error: RunError) -> Response:
+        return answer(request, 503 if isinstance(error, Ended | NoMemory) else 500, str(error))
 
     @app.exception_handler(api.NotFound)
     async def not_found(request: Request, error: api.NotFound) -> Response:

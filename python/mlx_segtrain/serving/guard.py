@@ -24,6 +24,10 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Bytes of a body, at most: a prompt of a million tokens has about 4 MB.
 MOST_BYTES = 8 << 20
+#: Of this path less: a token.
+SMALL_BODIES = {"/login": 4096}
+#: Bytes of the bodies of all requests together, less what each may have: until each is read.
+MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
 #: Statuses of answers that the log has, too.
@@ -112,13 +116,15 @@ class Guard:
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, any_address: bool):
         self.app, self.token, self.any_address = app, token, any_address
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
+        self.held = Held()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
         names = [name.lower() for name, _ in scope["headers"]]
-        body = _Body(receive)
+        body = _Body(receive, self.held, SMALL_BODIES.get(scope["path"], MOST_BYTES))
+        scope["mlx_segtrain.body_read"] = body.let_go
         started = False
         refused: Refused | None = None
 
@@ -147,6 +153,8 @@ class Guard:
             await self.app(scope, body.receive, send_on)
         except Refused as error:
             refused = error
+        finally:
+            body.let_go()
         refused, body.refused = refused or body.refused, None
         if refused is None:
             return
@@ -191,17 +199,24 @@ class Guard:
         return hmac.compare_digest(given.encode("latin-1", "replace"), (self.token or "").encode())
 
 
+class Held:
+    """Bytes of bodies that are in memory."""
+
+    bytes = 0
+
+
 class _Body:
     """Of a request, counted and timed. Once it is refused, the client is taken to be gone."""
 
-    def __init__(self, receive: Receive):
+    def __init__(self, receive: Receive, held: Held, most: int):
         self.inner, self.size, self.ended = receive, 0, False
+        self.held, self.own, self.most = held, 0, most
         self.begun = time.monotonic()
         self.refused: Refused | None = None
 
     def check_length(self, header: bytes | None) -> None:
-        if header is not None and header.isdigit() and int(header) > MOST_BYTES:
-            raise Refused(413, f"the body has {int(header)} bytes, more than {MOST_BYTES}.")
+        if header is not None and header.isdigit() and int(header[:20]) > self.most:
+            raise Refused(413, f"the body has {int(header[:20])} bytes, more than {self.most}.")
 
     async def receive(self) -> Message:
         if self.ended:
@@ -213,9 +228,20 @@ class _Body:
             raise self._refuse(408, "the body did not come in time.") from None
         self.size += len(message.get("body", b""))
         self.ended = message["type"] != "http.request" or not message.get("more_body", False)
-        if self.size > MOST_BYTES:
-            raise self._refuse(413, f"the body has more than {MOST_BYTES} bytes.")
+        if self.size > self.most:
+            raise self._refuse(413, f"the body has more than {self.most} bytes.")
+        self._hold(max(0, self.size - FREE))
+        if self.held.bytes > MOST_HELD:
+            raise self._refuse(503, "other large requests are worked on: try again in a moment.")
         return message
+
+    def let_go(self) -> None:
+        """It is not in memory any more."""
+        self._hold(0)
+
+    def _hold(self, own: int) -> None:
+        self.held.bytes += own - self.own
+        self.own = own
 
     def _refuse(self, status: int, reason: str) -> Refused:
         self.ended, self.refused = True, Refused(status, reason)

@@ -16,7 +16,8 @@ from starlette.responses import Response
 
 from ..errors import InputError, RunError
 from .bodies import Json
-from .engine import Busy, Engine, NoMemory
+from .confined import prompts
+from .engine import Busy, Ended, Engine, NoMemory
 from .generation import Generation, Piece
 from .guard import PATIENCE_S, Outside, openai_error
 from .mounting import Base, Mounted, Selected
@@ -77,6 +78,8 @@ class _Route(APIRoute):
                 return _error(429, str(error), "busy")
             except NoMemory as error:
                 return _error(503, str(error), "no_memory")
+            except Ended as error:
+                return _error(503, str(error), "ended")
             except RunError as error:
                 return _error(500, str(error))
 
@@ -247,7 +250,10 @@ def router(
         base = ready()
         body.refuse_extra()
         chosen = await selected(base, body)
-        prompt = await asyncio.to_thread(encode, chosen)
+        prompt = await prompts(body.size).run(encode, chosen)
+        if isinstance(request, Json):  # it may wait for long, and then the answer takes long
+            request.let_go()
+            body.let_go()
         generation = engine.generate(prompt, chosen, body.options(most, continues=not chat))
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
