@@ -40,7 +40,7 @@ MOST_ACTIVE, MOST_WAITING = 16, 256
 #: Seconds for which a sequence generates while others wait; then it waits, with its cache, of which
 #: there are so many more at most. Seconds after which one that has not begun is told to come back.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which a model that is to be loaded waits for the answers that are being given, and for
+#: Seconds for which a model that is to be loaded waits for answers that are being given, and for
 #: which the next is refused after one that waited in vain: others are not served meanwhile.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
 #: Tokens of a prompt between two looks at the other sequences: a fraction of a second's work.
