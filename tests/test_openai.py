@@ -135,7 +135,8 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    assert ask(server, "b").usage.prompt_tokens_details.cached_tokens == len(tokens) - 2
+    # Without a token clients may be strangers to each other; tests/hostile has one with a token.
+    assert ask(server, "b").usage.prompt_tokens_details is None
 
 
 def test_stream(server, said):

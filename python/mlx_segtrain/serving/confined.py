@@ -56,7 +56,7 @@ class Limits:
     @classmethod
     def of_prompt(cls, size: int) -> Limits:
         """Of a body of so many bytes. Tokenizers take about a hundred bytes for each of a text."""
-        return cls(10 + size / 100_000, (96 << 20) + 128 * size)
+        return cls(5 + size / 100_000, (96 << 20) + 128 * size)
 
 
 #: To load a tokenizer, and to look at a data set.

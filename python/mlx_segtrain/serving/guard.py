@@ -19,6 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
+from .brake import Brake
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -116,7 +117,7 @@ class Guard:
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, any_address: bool):
         self.app, self.token, self.any_address = app, token, any_address
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
-        self.held = Held()
+        self.held, self.brake = Held(), Brake()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -146,7 +147,14 @@ class Guard:
                 raise Refused(400, "a header stands twice.")
             self._check_host(headers)
             self._check_origin(scope, headers)
-            self._check_token(scope, headers)
+            try:
+                self._check_token(scope, headers)
+            except Refused:
+                if b"authorization" in headers or b"cookie" in headers:
+                    await self.slow_down()
+                raise
+            if self.token is not None:
+                scope["mlx_segtrain.authority"] = "token"
             if scope["type"] == "websocket":
                 return await self.app(scope, receive, send)
             body.check_length(headers.get(b"content-length"))
@@ -188,15 +196,20 @@ class Guard:
         given = headers.get(b"authorization", b"").decode("latin-1")
         scheme, _, value = given.partition(" ")
         cookie = _cookie(headers.get(b"cookie", b"").decode("latin-1"))
-        if scheme.lower() == "bearer" and self.is_token(value.strip()):
+        if scheme.lower() == "bearer" and self.is_token(value.strip().encode("latin-1")):
             return
-        if cookie is not None and self.is_token(cookie):
+        if cookie is not None and self.is_token(cookie.encode("latin-1", "replace")):
             return
         raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
 
-    def is_token(self, given: str) -> bool:
-        """Takes as long whatever is given."""
-        return hmac.compare_digest(given.encode("latin-1", "replace"), (self.token or "").encode())
+    def is_token(self, given: bytes) -> bool:
+        """Takes as long whatever is given, in UTF-8."""
+        return hmac.compare_digest(given, (self.token or "").encode())
+
+    async def slow_down(self) -> None:
+        """After a wrong token; Refused if there are too many of them."""
+        if not await self.brake.wrong():
+            raise Refused(429, "too many wrong tokens come at once: try again later.")
 
 
 class Held:
@@ -298,5 +311,5 @@ def _log(scope: Scope, status: int, reason: str) -> None:
     what = scope.get("method", "WEBSOCKET")
     # repr: a path may hold characters that a terminal obeys. No query: it may hold a secret.
     logger.warning(
-        "refused (%d) %s %.200r from %s: %s", status, what, scope["path"], client, reason
+        "refused (%d) %.20s %.200r from %.60s: %.300s", status, what, scope["path"], client, reason
     )

@@ -259,7 +259,9 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        description="null if the server has no token: clients that do not know each other"
+    )
 
 
 class AssistantMessage(BaseModel):
