@@ -62,7 +62,7 @@ class Route(APIRoute):
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     """How a route may fail, besides what any may."""
-    common = (400, 401, 403, 408, 413, 422, 500)
+    common = (400, 401, 403, 408, 413, 422, 429, 500, 503)
     return {code: {"model": Problem} for code in sorted({*common, *codes})}
 
 
@@ -92,7 +92,7 @@ def router(service: Service) -> APIRouter:
             raise InputError(end.error or f"{row.id} was {end.status}.")
         return json.loads(end.result_json or "null")
 
-    @routes.get("/healthz", tags=["server"], responses=problems(503))
+    @routes.get("/healthz", tags=["server"], responses=problems())
     async def health() -> Health:
         """The server is up, and can generate; 503 if it cannot any more."""
         base = service.engine.base
@@ -135,20 +135,20 @@ def router(service: Service) -> APIRouter:
         """Whether a run fits this machine; loads nothing."""
         return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
-    @routes.post("/api/finetune/submit", tags=["training"], responses=problems(409, 429))
+    @routes.post("/api/finetune/submit", tags=["training"], responses=problems(409))
     async def submit(body: FinetuneSubmit) -> Submitted:
         """A training run, as a job."""
         row = service.submit(body.model_dump(exclude_unset=True))
         return Submitted(**submitted(row, adapter_path=row.output_path))
 
-    @routes.post("/api/finetune/evaluate", tags=["training"], responses=problems(409, 429))
+    @routes.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
     async def evaluate(body: EvaluateRequest) -> Submitted:
         """Loss and perplexity on a split, with an adapter or without, as a job."""
         values = body.model_dump(exclude_unset=True)
         row = service.evaluate(values, values.pop("split", "valid"))
         return Submitted(**submitted(row))
 
-    @routes.post("/api/finetune/merge", tags=["adapters"], responses=problems(409, 429))
+    @routes.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
     async def merge(body: Merge) -> Merged | FoldSubmitted:
         """Two adapters to one, exactly; or one into its base's weights, as a job."""
         if body.model_dir is not None and body.adapter_path is not None:
@@ -167,14 +167,14 @@ def router(service: Service) -> APIRouter:
         )
         return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
 
-    @routes.post("/api/finetune/export", tags=["adapters"], responses=problems(409, 429))
+    @routes.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
     async def export(body: Export) -> Exported:
         """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
         row = service.export(**body.model_dump())
         made = await result(row)
         return Exported(job_id=row.id, export_path=made["path"], manifest=made)
 
-    @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409, 429))
+    @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
     async def push(body: Push) -> Pushed:
         """An adapter, or another folder, to the Hugging Face hub."""
         source = body.source_path
@@ -196,7 +196,7 @@ def router(service: Service) -> APIRouter:
         jobs.environment["HF_TOKEN"] = body.token
         return Answer()
 
-    @routes.get("/api/jobs", tags=["jobs"], responses=problems())
+    @routes.get("/api/jobs", tags=["jobs"], responses=problems(404))
     async def list_jobs(
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         kind: Annotated[str | None, Query(max_length=100)] = None,
@@ -218,7 +218,7 @@ def router(service: Service) -> APIRouter:
         found(id)
         return JobAnswer(job=shown(jobs.cancel(id)))
 
-    @routes.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409, 429))
+    @routes.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
     async def resume(id: str) -> JobAnswer:
         """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
         found(id)

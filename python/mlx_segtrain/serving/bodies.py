@@ -109,15 +109,21 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """413 if a text of JSON holds too much. Of what is no JSON the count means nothing."""
+    """HTTPException, 413, if a text of JSON holds too much; 400 if what would be too much is no
+    JSON, of which the other counts mean nothing."""
     # Within a string a quote has a backslash before it; outside of strings there is none.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 4 * most.names:
         raise _too_much("strings", 2 * most.names)
     outside = "".join(text.split('"')[::2])
+    opened = outside.count("{") + outside.count("[")
+    closed = outside.count("}") + outside.count("]")
+    if opened > most.containers and opened != closed:
+        message = f"it opens {opened} objects and lists, and closes {closed}"
+        raise HTTPException(400, f"the body is not JSON: {message}.")
     for what, found, allowed in (
-        ("objects and lists", outside.count("{") + outside.count("["), most.containers),
+        ("objects and lists", opened, most.containers),
         ("names", outside.count(":"), most.names),
         ("values", outside.count(","), most.values),
     ):
