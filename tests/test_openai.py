@@ -135,7 +135,8 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    assert ask(server, "b").usage.prompt_tokens_details.cached_tokens == len(tokens) - 2
+    # Without a token clients may be strangers to each other; tests/hostile has one with a token.
+    assert ask(server, "b").usage.prompt_tokens_details is None
 
 
 def test_stream(server, said):
@@ -530,14 +531,17 @@ def test_a_model_that_is_not_served(server):
     assert caught.value.code == "model_not_found" and "'gpt-4'" in str(caught.value)
 
 
-def test_templates(folder, said):
-    with serving(folder, said.model) as server:
-        tokenizer = server.engine.base.tokenizer
-        tokenizer._tokenizer.chat_template = "{{ raise_exception('first the user, please') }}"
+def test_templates(folder, said, tmp_path):
+    model = shutil.copytree(said.model, tmp_path / "ORG-Model")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ raise_exception('first the user, please') }}")
+    with serving(folder, model) as server:
         answer = server.http.post("/v1/chat/completions", json=CHAT)
-        check(answer, 400, "the chat template of ORG-Model says: first the user, please")
-        tokenizer.has_chat_template = False
-        check(server.http.post("/v1/chat/completions", json=CHAT), 400, "/v1/completions")
+        template.unlink()
+        asyncio.run(server.engine.load(model))
+        without = server.http.post("/v1/chat/completions", json=CHAT)
+    check(answer, 400, "the chat template of ORG-Model says: first the user, please")
+    check(without, 400, "/v1/completions")
 
 
 # Adapters

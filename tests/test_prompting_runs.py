@@ -14,6 +14,7 @@ from mlx_segtrain.adapters import prompting_of
 from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.data import Prompting
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.serving.confined import Confined
 from mlx_segtrain.serving.mounting import Selected, read_base, read_mounted
 
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
@@ -36,7 +37,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, tmp_path):
+def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, tmp_path):
     variables, before = KINDS[kind]
     model = write_llama(tmp_path / "model", tied=False)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -92,7 +93,9 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, tmp_path)
         assert parts[-1].finish_reason == "stop"
 
     # The server asks in the same way.
-    base = read_base(model)
+    confined = Confined(model)
+    request.addfinalizer(confined.close)
+    base = read_base(model, confined)
     mounted = read_mounted("own", tmp_path / "adapter", base)
     if kind != "raw":
         chat = [*system, {"role": "user", "content": question}]

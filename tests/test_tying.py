@@ -22,6 +22,7 @@ from mlx_segtrain.adapters.merging import merge, weighted
 from mlx_segtrain.adapters.writing import About
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.planning.run import full_batch, plan_run
+from mlx_segtrain.serving.confined import Confined
 from mlx_segtrain.serving.mounting import read_base, read_mounted
 from mlx_segtrain.training import evaluate
 from oracle import assert_close
@@ -109,7 +110,7 @@ def readers(base, data, tmp_path):
         "merge into": lambda folder: fold(
             weighted([folder], model_dir=base), base, tmp_path / "out"
         ),
-        "serve": lambda folder: read_mounted("a", folder, read_base(base)),
+        "serve": lambda folder: read_mounted("a", folder, read_base(base, Confined(base))),
         "plan": warm(lambda config: plan_run(config, full_batch(config))),
         "warm start": warm(train),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import TrainConfig
 from .errors import InputError
+from .files import read_at_most
 
 #: The target that means every linear of a layer.
 ALL = "all-linear"
@@ -83,7 +84,7 @@ def _sensitivities(model_dir: Path) -> dict[str, float]:
         if not file.is_file():
             continue
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = json.loads(read_at_most(file, 64 << 20))
             layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
             return {
                 path.removeprefix("language_model."): float(x["kl"])

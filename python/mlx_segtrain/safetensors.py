@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import open_regular
 
 #: By path of the tensor: dtype as safetensors writes it (U32, BF16, …), and shape.
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -22,8 +23,9 @@ SIZES = {
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
-#: Bytes of a header, and dimensions of a tensor, at most.
-MOST, DIMENSIONS = 100 << 20, 8
+#: Bytes of a header, tensors that it names, and dimensions of each, at most. The largest models
+#: have some hundred in a file, their experts apart ten thousands.
+MOST, TENSORS, DIMENSIONS = 32 << 20, 100_000, 8
 #: Names go into sentences and, at last, into paths of modules: printable, and no line of text.
 NAME = re.compile(r"[!-~]{1,256}")
 
@@ -34,13 +36,19 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
     InputError if it is none, or, if the file is to be `whole`, header and data do not fit.
     """
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             total = opened.seek(0, 2)
             opened.seek(0)
             (size,) = struct.unpack("<Q", opened.read(8))
             if size > min(MOST, total - 8):
                 raise ValueError("it ends within its header, or the header is too long")
-            header = json.loads(opened.read(size), object_pairs_hook=_once)
+            text = opened.read(size)
+            # Each tensor has an object and two lists: counted before there are as many in memory.
+            if text.count(b"{") > TENSORS + 2 or text.count(b"[") > 2 * TENSORS:
+                raise ValueError(f"its header names more than {TENSORS:,} tensors")
+            if text.count(b",") > 12 * TENSORS or text.count(b'"') > 20 * TENSORS:
+                raise ValueError("its header holds more than tensors need")
+            header = json.loads(text, object_pairs_hook=_once)
         return _checked(header, total - 8 - size if whole else None)
     except (OSError, ValueError, struct.error, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import open_regular
 from ..planning.shapes import ModelShape, read_shape
 from .conversion import about_of
 from .folder import Folder, bare, open_folder
@@ -16,6 +17,8 @@ from .reading import ranks_in, stored_shapes
 
 #: Folders below a root that are looked into.
 DEPTH = 6
+#: Bytes of a run's log that is read for its best loss.
+MOST_LOG = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,11 @@ def best_loss(run: Path) -> float | None:
     """The lowest validation loss in a run's log, if it has one."""
     best = math.inf
     try:
-        with open(run / "metrics.jsonl", encoding="utf-8", errors="replace") as log:
-            for line in log:
-                if '"val"' not in line:
+        with open_regular(run / "metrics.jsonl") as log:
+            # The beginning, line by line, of a log as it may be.
+            lines = log.readlines(MOST_LOG) if os.fstat(log.fileno()).st_size < MOST_LOG else ()
+            for line in lines:
+                if b'"val"' not in line:
                     continue
                 event = json.loads(line)
                 if event.get("kind") == "val" and isinstance(event.get("loss"), float):

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
-from ..files import sha256
+from ..files import read_at_most, sha256
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
 #: Bytes that a configuration may have.
-MOST = 16 << 20
+MOST = 4 << 20
 #: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
 #: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
@@ -84,9 +84,7 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; InputError if it holds none."""
     try:
-        if file.stat().st_size > MOST:
-            raise ValueError("it is too large for a configuration")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_at_most(file, MOST))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{file} cannot be read as JSON: {reason}.") from None

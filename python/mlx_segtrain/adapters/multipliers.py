@@ -1,18 +1,25 @@
 """What the product of a linear's factors is multiplied by, as each format says it."""
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+import re2  # pyright: ignore[reportMissingImports]
 
 from ..errors import InputError
 from .folder import CONFIG, OPTIQ_CONFIG, Folder, number, read_json, section
+
+#: Patterns of a configuration, characters of each, bytes for its automata, and how many of them are
+#: tried for all linears together: seconds.
+PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 
 def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     """The multiplier of a linear's update, by its stored path and rank."""
     if folder.peft:
-        return partial(_peft_multiplier, folder)
+        ranks = _Patterns(folder, "rank_pattern", "r")
+        return partial(_peft_multiplier, ranks, _Patterns(folder, "alpha_pattern", "lora_alpha"))
     scale, over_root = _scale(folder), _is_over_root(folder)
     return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
 
@@ -62,39 +69,60 @@ def _is_over_root(folder: Folder) -> bool:
     )
 
 
-def _peft_multiplier(folder: Folder, stored: str, rank: int) -> float:
-    expected = _by_pattern(folder, "rank_pattern", "r", stored)
+def _peft_multiplier(ranks: "_Patterns", alphas: "_Patterns", stored: str, rank: int) -> float:
+    folder, expected = ranks.folder, ranks.value(stored)
     if expected != rank:  # then alpha is not for this rank either
         raise InputError(
             f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} say "
             f"{expected:g}: the two files are not of the same adapter."
         )
-    alpha = _by_pattern(folder, "alpha_pattern", "lora_alpha", stored)
+    alpha = alphas.value(stored)
     return alpha / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
 
 
-def _is_quick(pattern: str) -> bool:
-    """Whether matching ends soon, whatever the text: at most one thing is repeated, and no group.
+class _Patterns:
+    """Values by patterns of the path, as PEFT has them: the first that matches an end of the path,
+    from a dot on; else the general one.
 
-    Patterns are a stranger's, and have no time limit.
+    Patterns are a stranger's: RE2 needs time in proportion to the text, whatever the pattern, and
+    bounded memory. InputError for what it does not take, and for more than can be tried.
     """
-    plain = re.sub(r"\\.", "x", pattern)
-    repeats = len(re.findall(r"[*+{]", plain))
-    return len(pattern) <= 1000 and repeats <= 1 and not re.search(r"\)[*+{?]", plain)
 
+    def __init__(self, folder: Folder, name: str, general: str):
+        self.folder, self.name, self.general, self.tried = folder, name, general, 0
+        self.own = section(folder.config_file, folder.config, name)
+        if len(self.own) > PATTERNS:
+            raise self._refused(f"{len(self.own)} patterns, more than {PATTERNS}")
+        self.compiled = [(key, self._compiled(key)) for key in self.own]
 
-def _by_pattern(folder: Folder, patterns: str, general: str, stored: str) -> float:
-    """The value of the first pattern that matches an end of the path, from a dot on, as PEFT does;
-    the general one if there is none."""
-    file, config = folder.config_file, folder.config
-    own = section(file, config, patterns)
-    if slow := next((key for key in own if not _is_quick(key)), None):
-        raise InputError(f"{file}: {patterns} has {slow[:60]!r}, which may take for ever to match.")
-    try:
-        key = next((key for key in own if re.match(rf"(.*\.)?({key})$", stored)), None)
-    except re.error as error:
-        raise InputError(f"{file}: {patterns} has no regular expression: {error}.") from None
-    value = number(file, config, general) if key is None else number(file, own, key)
-    if value is None:
-        raise InputError(f"{file} has no {general}: add it, as PEFT writes it.")
-    return value
+    def value(self, stored: str) -> float:
+        file = self.folder.config_file
+        self.tried += len(self.compiled)
+        if self.tried > TRIED:
+            raise self._refused("too many patterns for so many linears")
+        key = next((key for key, pattern in self.compiled if pattern.match(stored)), None)
+        value = (
+            number(file, self.folder.config, self.general)
+            if key is None
+            else number(file, self.own, key)
+        )
+        if value is None:
+            raise InputError(f"{file} has no {self.general}: add it, as PEFT writes it.")
+        return value
+
+    def _compiled(self, pattern: str) -> Any:
+        if len(pattern) > LONGEST:
+            raise self._refused(f"a pattern of {len(pattern)} characters, more than {LONGEST}")
+        options = re2.Options()
+        options.log_errors, options.max_mem = False, MEMORY
+        try:
+            return re2.compile(rf"(.*\.)?({pattern})$", options=options)
+        except (re2.error, UnicodeError) as error:
+            told = error.args[0]
+            reason = told.decode("utf-8", "replace") if isinstance(told, bytes) else "it is no text"
+            raise self._refused(
+                f"{pattern[:60]!r}, which RE2 does not take: {reason[:100]}"
+            ) from None
+
+    def _refused(self, why: str) -> InputError:
+        return InputError(f"{self.folder.config_file}: {self.name} has {why}.")

@@ -9,12 +9,14 @@ from typing import Any
 
 from mlx_segtrain.config import fault_of_variables
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.files import open_regular
 
 #: The keys by which messages carry reasoning.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 PAIR_KEYS = '"prompt", "chosen" and "rejected"'
 KEYS = f'"messages", "prompt" and "completion", "text", or {PAIR_KEYS}'
+MOST_BYTES = 16 << 20  # of a row: four million tokens; parsed, it takes up to sixty times as much
 MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
 #: The roles that messages have, and names for them in other data sets.
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -54,8 +56,14 @@ def read_records(path: Path) -> Iterator[Record]:
     """Yields the rows of a JSONL file in order; raises InputError with file and line."""
     try:
         # Bytes, split at \n alone: decoding the file as one text would lose the line of an error.
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path) as file:
+            # Not `for line in file`, which reads a line whatever its length.
+            for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), 1):
+                if len(line) > MOST_BYTES:
+                    raise InputError(
+                        f"{path.name}:{number}: the row has more than {MOST_BYTES >> 20} MiB; "
+                        "split it into several."
+                    )
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():

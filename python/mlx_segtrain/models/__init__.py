@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from ..errors import InputError
 from .chain import Chain, Head
+from .limits import check_files, check_model
 
 __all__ = [
     "Chain",
@@ -86,6 +87,7 @@ def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             "not run: take a model of a family that mlx-lm has."
         )
     with _reading(folder):
+        check_model(folder)
         model, config = load_model(folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
         model.update(tree_map(_float32, model.parameters()))
@@ -100,6 +102,7 @@ def _model_folder(model_dir: str | Path) -> Path:
     for name, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
         if not (folder / name).is_file():  # else mlx-lm asks the network
             raise InputError(f"model_dir {folder} holds no {name} ({what}): not a model folder.")
+    check_files(folder)
     return folder
 
 
@@ -107,8 +110,12 @@ def _model_folder(model_dir: str | Path) -> Path:
 def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (KeyboardInterrupt, SystemExit, MemoryError, InputError):
+        raise
+    # What a stranger's files make the libraries raise may be anything: a panic of Rust is no
+    # Exception of Python.
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
 
 

@@ -3,12 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_at_most
 from ..safetensors import SIZES, Tensors, read_header
 
 #: `model_type` of the fast families, and of models for text and images around them.
@@ -18,6 +19,8 @@ FAST = {
     *("gemma3", "gemma4", "gemma4_unified", "mistral3", "pixtral", "llava"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
+#: Bytes of a config.json, and tensors and layers of a model, at most.
+MOST_CONFIG, MOST_TENSORS, MOST_LAYERS = 4 << 20, 400_000, 4096
 #: Parts of a model for text and images that are not loaded.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 FLOATS = ("F16", "BF16")
@@ -102,23 +105,25 @@ def read_shape(model_dir: Path) -> ModelShape:
         raise InputError(f"model_dir {model_dir} is not a folder: give the path of a model.")
     file = model_dir / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_at_most(file, MOST_CONFIG))
     except OSError as error:
         raise InputError(
             f"model_dir {model_dir} holds no config.json that can be read: {error.strerror}."
         ) from None
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {str(error)[:200]}.") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object.")
     tensors: Tensors = {}
     for weights in sorted(model_dir.glob("model*.safetensors")):
         tensors |= read_header(weights, whole=False)
+        if len(tensors) > MOST_TENSORS:
+            raise InputError(f"model_dir {model_dir} has more than {MOST_TENSORS:,} tensors.")
     if not tensors:
         raise InputError(f"model_dir {model_dir} holds no model*.safetensors: no weights to load.")
     try:
         return shape_of(config, tensors)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{file} and the weights do not go together: {reason}.") from error
 
@@ -133,6 +138,8 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     widths, bits = _linears(config, loaded)
     numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
     prefixes = {m[1] for name in loaded if (m := _LAYER.match(name))}
+    if len(numbers) > MOST_LAYERS:
+        raise InputError(f"the weights name {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
     embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
     if not numbers or embedding is None:
         if family in FAST:
@@ -157,7 +164,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         width=width,
         vocabulary=vocabulary,
         layers=layers if fast else (),
-        linears=tuple(_linears_of(layer, widths) for layer in layers),
+        linears=_linears_of(layers, widths),
         embedding=embedding,
         outer=_outer(text, embedding, layers, widths),
         widths=widths,
@@ -172,15 +179,20 @@ _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 _LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projection)")
 
 
-def _linears_of(layer: "LayerShape", widths: Mapping[str, Any]) -> tuple[str, ...]:
-    """Paths of a layer's linears that an adapter could change."""
-    start = f"{layer.path}."
-    own = [
-        path for path in widths if path.startswith(start) and _LINEAR.fullmatch(path[len(start) :])
-    ]
-    if layer.donor is not None:
-        own = [path for path in own if not path.endswith(("k_proj", "v_proj"))]
-    return tuple(own)
+def _linears_of(
+    layers: Sequence["LayerShape"], widths: Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Paths of the linears of each layer that an adapter could change."""
+    found: dict[str, list[str]] = {layer.path: [] for layer in layers}
+    donors = {layer.path for layer in layers if layer.donor is not None}
+    for path in widths:
+        if (match := _LAYER.match(path)) is None:
+            continue
+        layer = path[: match.end() - 1]
+        reads_others = layer in donors and path.endswith(("k_proj", "v_proj"))
+        if layer in found and _LINEAR.fullmatch(path[match.end() :]) and not reads_others:
+            found[layer].append(path)
+    return tuple(tuple(own) for own in found.values())
 
 
 def _outer(
@@ -233,6 +245,8 @@ def _layers(
     types = _types(text, n)
     shared = text.get("num_kv_shared_layers") or 0
     donors: dict[int, int] = {}
+    if not 0 <= shared < n:
+        raise InputError(f"num_kv_shared_layers is {shared}, and the weights have {n} layers.")
     for i in range(n - shared, n) if shared else ():
         donors[i] = max(j for j in range(n - shared) if types[j] == types[i])
     layers = []

@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from .. import __version__
 from ..errors import InputError
 from ..events import now
+from . import catalog
 from .bodies import Commented
 from .forms import (
     Answer,
@@ -61,7 +62,7 @@ class Route(APIRoute):
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     """How a route may fail, besides what any may."""
-    common = (400, 401, 403, 408, 413, 422, 500)
+    common = (400, 401, 403, 408, 413, 422, 429, 500, 503)
     return {code: {"model": Problem} for code in sorted({*common, *codes})}
 
 
@@ -72,6 +73,7 @@ def router(service: Service) -> APIRouter:
     def shown(row: Row) -> JobRow:
         values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
         result = json.loads(row.result_json) if row.result_json else None
+        values["config_json"] = row.config_json or None
         return JobRow(**values, result=result, log_path=str(jobs.log(row.id)))
 
     def found(id: str) -> Row:
@@ -92,15 +94,18 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/healthz", tags=["server"], responses=problems())
     async def health() -> Health:
-        """The server is up."""
+        """The server is up, and can generate; 503 if it cannot any more."""
         base = service.engine.base
+        if service.engine.fault is not None:
+            raise HTTPException(503, service.engine.fault)
         model = None if base is None else base.id
         return Health(version=__version__, model=model, training=jobs.training)
 
     @routes.get("/api/models", tags=["models and data"], responses=problems())
     async def models() -> ModelsAnswer:
         """Models below the roots."""
-        return ModelsAnswer(models=await service.models())
+        faults: list[catalog.Unreadable] = []
+        return ModelsAnswer(models=await service.models(faults), faults=faults)
 
     @routes.post("/api/models/serve", tags=["models and data"], responses=problems())
     async def serve(body: ServeModel) -> Served:
@@ -130,20 +135,20 @@ def router(service: Service) -> APIRouter:
         """Whether a run fits this machine; loads nothing."""
         return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
-    @routes.post("/api/finetune/submit", tags=["training"], responses=problems(409, 429))
+    @routes.post("/api/finetune/submit", tags=["training"], responses=problems(409))
     async def submit(body: FinetuneSubmit) -> Submitted:
         """A training run, as a job."""
         row = service.submit(body.model_dump(exclude_unset=True))
         return Submitted(**submitted(row, adapter_path=row.output_path))
 
-    @routes.post("/api/finetune/evaluate", tags=["training"], responses=problems(409, 429))
+    @routes.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
     async def evaluate(body: EvaluateRequest) -> Submitted:
         """Loss and perplexity on a split, with an adapter or without, as a job."""
         values = body.model_dump(exclude_unset=True)
         row = service.evaluate(values, values.pop("split", "valid"))
         return Submitted(**submitted(row))
 
-    @routes.post("/api/finetune/merge", tags=["adapters"], responses=problems(409, 429))
+    @routes.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
     async def merge(body: Merge) -> Merged | FoldSubmitted:
         """Two adapters to one, exactly; or one into its base's weights, as a job."""
         if body.model_dir is not None and body.adapter_path is not None:
@@ -162,14 +167,14 @@ def router(service: Service) -> APIRouter:
         )
         return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
 
-    @routes.post("/api/finetune/export", tags=["adapters"], responses=problems(409, 429))
+    @routes.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
     async def export(body: Export) -> Exported:
         """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
         row = service.export(**body.model_dump())
         made = await result(row)
         return Exported(job_id=row.id, export_path=made["path"], manifest=made)
 
-    @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409, 429))
+    @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
     async def push(body: Push) -> Pushed:
         """An adapter, or another folder, to the Hugging Face hub."""
         source = body.source_path
@@ -191,12 +196,17 @@ def router(service: Service) -> APIRouter:
         jobs.environment["HF_TOKEN"] = body.token
         return Answer()
 
-    @routes.get("/api/jobs", tags=["jobs"], responses=problems())
+    @routes.get("/api/jobs", tags=["jobs"], responses=problems(404))
     async def list_jobs(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50, kind: str | None = None
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        kind: Annotated[str | None, Query(max_length=100)] = None,
+        before: Annotated[str | None, Query(description="The id of a job.")] = None,
     ) -> JobsAnswer:
-        """The last jobs of the queue first."""
-        return JobsAnswer(jobs=[shown(row) for row in jobs.store.newest(limit, kind)])
+        """The last jobs of the queue first, or those before one; without their configurations."""
+        place = None if before is None else found(before).place
+        rows = jobs.store.newest(limit, kind, place)
+        more = rows[-1].id if len(rows) == limit else None
+        return JobsAnswer(jobs=[shown(row) for row in rows], next=more)
 
     @routes.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
     async def job(id: str) -> JobAnswer:
@@ -208,7 +218,7 @@ def router(service: Service) -> APIRouter:
         found(id)
         return JobAnswer(job=shown(jobs.cancel(id)))
 
-    @routes.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409, 429))
+    @routes.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
     async def resume(id: str) -> JobAnswer:
         """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
         found(id)

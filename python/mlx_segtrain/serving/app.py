@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import resource
 import socket
@@ -22,18 +23,20 @@ from starlette.routing import compile_path
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, RunError
 from . import api, openai, page
+from .brake import Bounded
+from .engine import Busy, Ended, NoMemory
 from .faults import sentence
-from .guard import COOKIE, LOOPBACK, Guard, Outside, error_body
+from .guard import COOKIE, LOOPBACK, Guard, Outside, Refused, error_body
 from .jobs import Conflict, Full
 from .service import Fault, Service
 from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds in which the head of a request must have come.
-HEAD_S = 10.0
+#: Seconds in which the head of a request must have come, and bytes that it may have.
+HEAD_S, HEAD_BYTES = 10.0, 64 << 10
 #: Connections at once; more are answered 503.
 CONNECTIONS = 2000
 #: Files that are open at once, if the system allows it: each follower of a job is a connection.
@@ -107,21 +110,23 @@ box-sizing:border-box;margin:.25rem 0}}</style>
 def _add_login(app: FastAPI, guard: Guard) -> None:
     """Where a browser gets the cookie that stands for the token."""
 
-    guessing = asyncio.Lock()
-
     @app.get("/login", include_in_schema=False)
     async def login() -> HTMLResponse:
         return HTMLResponse(LOGIN.format(problem=""))
 
     @app.post("/login", include_in_schema=False)
     async def check(token: str = Form("")) -> Response:
-        if guard.token is not None and not guard.is_token(token):
-            async with guessing:  # of all clients together
-                await asyncio.sleep(1)
+        if guard.token is not None and not guard.is_token(token.encode("utf-8", "replace")):
+            try:
+                await guard.slow_down()
+            except Refused as error:
+                return HTMLResponse(LOGIN.format(problem=error.reason), error.status)
             return HTMLResponse(LOGIN.format(problem="That is not the token."), 401)
         answer = RedirectResponse("/finetune", 303)
         if guard.token is not None:
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
+            # As bytes of UTF-8, as a header has them; a cookie is text of Latin-1.
+            value = token.encode().decode("latin-1")
+            answer.set_cookie(COOKIE, value, httponly=True, samesite="strict", max_age=30 * 86400)
         return answer
 
     @app.get("/", include_in_schema=False)
@@ -146,6 +151,14 @@ def _add_errors(app: FastAPI) -> None:
             if error.field is not None:
                 more = {"field": error.field, "value": error.value, "allowed": error.allowed}
         return answer(request, status, str(error), **more)
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> Response:
+        return answer(request, 429, str(error))
+
+    @app.exception_handler(RunError)
+    async def failed(request: Request, error: RunError) -> Response:
+        return answer(request, 503 if isinstance(error, Ended | NoMemory) else 500, str(error))
 
     @app.exception_handler(api.NotFound)
     async def not_found(request: Request, error: api.NotFound) -> Response:
@@ -207,9 +220,37 @@ class Plain(logging.Formatter):
 
 
 class Patient(HttpToolsProtocol):
-    """HTTP whose heads must come in time: a client that sends a byte a minute holds nothing."""
+    """HTTP whose heads must come in time, and end: a client that sends a byte a minute holds
+    nothing, nor does one that sends a head without an end."""
 
     late: asyncio.TimerHandle | None = None
+    head = 0  #: bytes of headers, those after a body too
+    unread = 0  #: bytes of a head that has not ended, as they come
+
+    def data_received(self, data: bytes) -> None:
+        before = self.late
+        super().data_received(data)
+        # While the same head is waited for all that comes is of it; the parser keeps it.
+        self.unread = (
+            self.unread + len(data) if self.late is not None and self.late is before else 0
+        )
+        if self.unread > HEAD_BYTES and not self.transport.is_closing():
+            self._refuse_large()
+
+    def on_url(self, url: bytes) -> None:
+        self.head += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.head += len(name) + len(value) + 4
+        if self.head > HEAD_BYTES:  # which the parser takes for a fault of what it reads
+            raise ValueError("the head is too large")
+        super().on_header(name, value)
+
+    def send_400_response(self, msg: str) -> None:
+        if self.head > HEAD_BYTES:
+            return self._refuse_large()
+        super().send_400_response(msg)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -217,6 +258,7 @@ class Patient(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.head = 0
         self._wait()
 
     def on_headers_complete(self) -> None:
@@ -237,8 +279,17 @@ class Patient(HttpToolsProtocol):
             self.late = None
 
     def _give_up(self) -> None:
+        self._refuse("408 Request Timeout", "its head did not come in time")
+
+    def _refuse_large(self) -> None:
+        self._refuse("431 Request Header Fields Too Large", "its head is too large")
+
+    def _refuse(self, status: str, why: str) -> None:
         client = self.client[0] if self.client else "?"
-        logger.warning("refused (408) a request from %s: its head did not come in time.", client)
+        logger.warning("refused (%s) a request from %s: %s.", status[:3], client, why)
+        self._stop_waiting()
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(f"HTTP/1.1 {status}\r\nconnection: close\r\n\r\n".encode())
         self.transport.close()
 
 
@@ -246,6 +297,7 @@ def run(settings: Settings) -> None:
     """Serves until a signal; jobs go on. InputError, before it listens, for what cannot be used."""
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
+    handler.addFilter(Bounded())
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -282,6 +334,8 @@ async def _serve(service: Service, listener: socket.socket) -> None:
     config = uvicorn.Config(
         create(service),
         http=Patient,
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anyone may say to be another
+        ws_max_size=1 << 20,
         access_log=False,  # paths may be followed by secrets
         log_level="warning",
         limit_concurrency=CONNECTIONS,

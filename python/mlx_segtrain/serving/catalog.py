@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from ..planning.shapes import read_shape
 
 #: Folders below a root that are looked into, and how many at most.
 DEPTH, MOST = 6, 20_000
+#: Folders that cannot be read, of which so many are told.
+MOST_FAULTS = 100
 #: Of a repository in the Hugging Face cache.
 HUB = re.compile(r"models--([^/]+?)--([^/]+)")
 #: Folders that hold no data of a user's.
@@ -44,19 +47,35 @@ class DataFolder:
     has_valid: bool
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A folder that looks like a model's, and why it cannot be read."""
+
+    path: str
+    error: str
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())}"[:500]
+
+
 def model_id(path: Path) -> str:
     """ORG/NAME of a repository in the Hugging Face cache, else the folder's name."""
     found = HUB.search(str(path))
     return f"{found[1]}/{found[2]}" if found else path.name
 
 
-def models(roots: Sequence[Path]) -> list[Model]:
-    """By name; what cannot be read as a model is passed over."""
+def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:
+    """By name; what cannot be read as a model is passed over, and added to `faults`."""
     found = {}
     for place, files in _folders(roots):
         if {"config.json", "tokenizer_config.json"} <= files and place not in found:
-            with suppress(InputError, OSError):
+            try:
                 found[place] = look(place)
+            except Exception as error:  # whatever one folder holds, the others are shown
+                if faults is not None and len(faults) < MOST_FAULTS:
+                    faults.append(Unreadable(str(place), _reason(error)))
     return sorted(found.values(), key=lambda model: (model.id.lower(), model.path))
 
 
@@ -87,7 +106,10 @@ def datasets(roots: Sequence[Path]) -> list[DataFolder]:
     for place, files in _folders(roots):
         if "train.jsonl" in files:
             with suppress(OSError):  # a link to nowhere
-                size = (place / "train.jsonl").stat().st_size
+                facts = (place / "train.jsonl").stat()
+                if not stat.S_ISREG(facts.st_mode):
+                    continue
+                size = facts.st_size
                 found[place] = DataFolder(str(place), size, "valid.jsonl" in files)
     return [found[place] for place in sorted(found)]
 
@@ -98,7 +120,10 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
     found = {}
     for place, files in _folders(roots):
         if {"adapters.safetensors", "adapter_model.safetensors"} & files:
-            own = discovery.look(place, shape)
+            try:
+                own = discovery.look(place, shape)
+            except Exception:  # whatever one folder holds, the others are shown
+                continue
             if own.fault is None and own.fits is not False and place not in found:
                 found[place] = own
     return [found[place] for place in sorted(found)]

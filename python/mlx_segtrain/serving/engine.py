@@ -7,13 +7,16 @@ counts, so that what it gives does not depend on what runs beside it.
 """
 
 import asyncio
+import ctypes
 import logging
 import re
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,30 +26,43 @@ import mlx.core as mx
 
 from ..errors import InputError, RunError
 from ..policy import wire
+from .confined import Confined
 from .decoding import CONTEXT, Options, Text, processors, sampler
 from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
+from .pools import Busy, Pool
 
-__all__ = ["Busy", "Engine", "NoMemory"]
+__all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Sequences that generate at once, and that wait for it.
 MOST_ACTIVE, MOST_WAITING = 16, 256
+#: Seconds for which a sequence generates while others wait; then it waits, with its cache, of which
+#: there are so many more at most. Seconds after which one that has not begun is told to come back.
+TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
+#: Seconds for which a model that is to be loaded waits for the answers that are being given, and
+#: for which the next is refused after one that waited in vain: others are not served meanwhile.
+SWAP_S, SWAP_REST_S = 10.0, 30.0
 #: Tokens of a prompt between two looks at the other sequences: a fraction of a second's work.
 PREFILL, PREFILL_GPU = 256, 2048
+#: Adapters that are mounted at once, and the bytes of all of them.
+MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Prompts kept.
 MOST_PROMPTS = 32
+
+#: Tokenizers that are tried before their model is loaded.
+_LOADING = Pool("models", 1, 8)
 
 T = TypeVar("T")
 
 
-class Busy(Exception):
-    """A request that is not taken now. The message is one sentence: why, and what to do."""
-
-
 class NoMemory(RunError):
     """A request that the device's memory did not do for; others go on."""
+
+
+class Ended(RunError):
+    """The engine's thread is no more; the process has to be started anew."""
 
 
 @dataclass(eq=False)
@@ -63,6 +79,7 @@ class _Sequence:
     done: int = 0
     cache: list[Any] | None = None
     steps: Generator[None, None, None] | None = None
+    since: float = field(default_factory=time.monotonic)  #: it waits, or generates
 
     def close(self) -> None:
         """On the engine's thread: a stream's context ends where it began."""
@@ -81,7 +98,8 @@ class _Sequence:
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: waits until no sequence is left
+    alone: bool = False  #: waits until no sequence is left, for a while
+    since: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -97,7 +115,9 @@ class Engine:
         self._commands: deque[_Command] = deque()
         self._waiting: deque[_Sequence] = deque()
         self._active: list[_Sequence] = []
+        self._next_swap = 0.0
         self._stopped, self._ended = False, threading.Event()
+        self.fault: str | None = None  #: why nothing can be generated any more
         # Of the engine's thread alone:
         self._prompts: Any = None
         self._linears = Linears()
@@ -113,7 +133,15 @@ class Engine:
         Adapters and prompts go with the old one. InputError if the new one cannot be read: the old
         one stays.
         """
-        return await self._do(lambda: self._load(Path(model_dir)), alone=True)
+        self._check_runs()
+        path = Path(model_dir).expanduser().resolve()
+        confined = Confined(path)
+        try:
+            await _LOADING.run(confined.start)
+            return await self._do(lambda: self._load(path, confined), alone=True)
+        except BaseException:
+            confined.close()
+            raise
 
     async def mount(self, id: str, path: Path) -> Mounted:
         """Reads an adapter folder for this base; one that is mounted under this id stays.
@@ -153,8 +181,7 @@ class Engine:
         sequence = _Sequence(prompt, selected, options, outbox, next(self._numbers))
         with self._wake:
             self._drop_closed()
-            if self._stopped:
-                raise Busy("the server ends: try again later.")
+            self._check_runs()
             if base is not self.base or any(command.alone for command in self._commands):
                 raise Busy("the model is being replaced: try again in a moment.")
             if len(self._waiting) >= MOST_WAITING:
@@ -173,15 +200,36 @@ class Engine:
     async def _do(self, run: Callable[[], T], *, alone: bool = False) -> T:
         command = _Command(run, alone=alone)
         with self._wake:
-            if self._stopped:
-                raise Busy("the server ends: try again later.")
+            self._check_runs()
+            if alone and time.monotonic() < self._next_swap:
+                raise Busy("the answers that are being given take long: try again in a minute.")
             self._commands.append(command)
             self._wake.notify()
         return await asyncio.wrap_future(command.future)
 
+    def _check_runs(self) -> None:
+        if self.fault is not None:
+            raise Ended(self.fault)
+        if self._stopped:
+            raise Busy("the server ends: try again later.")
+
     # What runs on the engine's thread
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            logger.critical("the engine has ended", exc_info=error)
+            self.fault = f"the engine has ended ({_reason(error)}): restart the server."
+            self._stopped = True
+            with suppress(Exception):
+                self._give_up(Ended(self.fault))
+        self._ended.set()
+        # What MLX compiled for a thread goes with it, and wants Python for that: a process that
+        # ends at this moment would be aborted (ml-explore/mlx#4110). So it goes with the process.
+        threading.Event().wait()
+
+    def _serve(self) -> None:
         from mlx_lm.generate import generation_stream
 
         mx.set_default_device(self._device)
@@ -189,35 +237,77 @@ class Engine:
         # Generators of generate_step enter this stream and leave it, in any order.
         with mx.stream(generation_stream):
             while not self._stopped:
-                self._run_commands()
-                self._admit()
-                self._round()
-                with self._wake:
-                    self._wake.wait_for(
-                        lambda: self._stopped or self._commands or self._waiting or self._active
-                    )
-            self._give_up()
+                try:
+                    self._turn()
+                # A library in Rust that panics raises what is no Exception; no request may end the
+                # thread that all the others need.
+                except BaseException as error:
+                    self._start_over(error)
+            self._give_up(Busy("the server ends: try again later."))
         mx.clear_streams()
-        self._ended.set()
-        # What MLX compiled for a thread goes with it, and wants Python for that: a process that
-        # ends at this moment would be aborted (ml-explore/mlx#4110). So it goes with the process.
-        threading.Event().wait()
+
+    def _turn(self) -> None:
+        self._run_commands()
+        self._admit()
+        self._round()
+        with self._wake:
+            self._wake.wait_for(
+                lambda: self._stopped or self._commands or self._waiting or self._active
+            )
+
+    def _start_over(self, error: BaseException) -> None:
+        """After an error that belongs to no request: what runs ends, what waits is done next."""
+        logger.error("the engine failed, and starts over without what ran", exc_info=error)
+        told = RunError(f"the engine failed: {_reason(error)}")
+        active, self._active = self._active, []
+        for sequence in active:
+            sequence.cache = None
+            sequence.outbox.put(told)
+            with suppress(BaseException):
+                sequence.close()
+        with self._wake:
+            running = [x for x in self._commands if x.future.running()]
+            self._commands = deque(x for x in self._commands if x not in running)
+        for command in running:
+            command.future.set_exception(told)
+        self._linears.drop_sums()
+        mx.clear_cache()
 
     def _admit(self) -> None:
+        """Whose turn it is: who waits longest, of whom a few have begun already."""
+        now = time.monotonic()
         with self._wake:
             self._drop_closed()
+            gone = [x for x in self._waiting if x.outbox.closed]
+            late = [x for x in self._waiting if not x.steps and now - x.since > LONGEST_WAIT_S]
+            if gone or late:
+                self._waiting = deque(x for x in self._waiting if x not in (*gone, *late))
+            paused = sum(x.steps is not None for x in self._waiting)
+            long = [x for x in self._active if now - x.since > TURN_S]
+            full = len(self._active) - MOST_ACTIVE + len(self._waiting)
+            for sequence in long[: max(0, min(full, MOST_PAUSED - paused))]:
+                self._active.remove(sequence)
+                sequence.since = now
+                self._waiting.append(sequence)
             while self._waiting and len(self._active) < MOST_ACTIVE:
                 self._active.append(self._waiting.popleft())
+                self._active[-1].since = now
+        for sequence in gone:
+            self._end(sequence)
+        for sequence in late:
+            told = f"others were answered for {LONGEST_WAIT_S:.0f} s: try again later."
+            sequence.outbox.put(Busy(told))
 
-    def _give_up(self) -> None:
+    def _give_up(self, ended: Busy | RunError) -> None:
         """Tells all that still want something, and frees what there is."""
-        ended = Busy("the server ends: try again later.")
         for sequence in (*self._active, *self._waiting):
             sequence.close()
             sequence.outbox.put(ended)
         for command in self._commands:
             if command.future.set_running_or_notify_cancel():
                 command.future.set_exception(ended)
+        if self.base is not None:
+            self.base.confined.close()
         self._active, self.base, self._prompts = [], None, None
         self._waiting.clear()
         self._commands.clear()
@@ -228,20 +318,25 @@ class Engine:
         mx.clear_cache()
 
     def _drop_closed(self) -> None:
+        """Those that have not begun; the others are ended on the engine's thread."""
         if any(sequence.outbox.closed for sequence in self._waiting):
-            self._waiting = deque(x for x in self._waiting if not x.outbox.closed)
+            self._waiting = deque(x for x in self._waiting if x.steps or not x.outbox.closed)
 
     def _run_commands(self) -> None:
         while self._commands:
             command = self._commands[0]
-            if command.alone and (self._active or self._waiting):
-                return
             result, error = None, None
-            if command.future.set_running_or_notify_cancel():
+            if command.alone and (self._active or self._waiting):
+                if time.monotonic() - command.since < SWAP_S:
+                    return
+                self._next_swap = time.monotonic() + SWAP_REST_S
+                error = Busy("the answers that are being given take long: try again in a minute.")
+                command.future.set_running_or_notify_cancel()
+            elif command.future.set_running_or_notify_cancel():
                 try:
                     result = command.run()
-                except Exception as raised:
-                    error = _no_memory(raised, "this") or raised
+                except BaseException as raised:
+                    error = _as_exception(_no_memory(raised, "this") or raised)
             with self._wake:
                 self._commands.popleft()  # until here generate() sees it
             if command.future.cancelled():
@@ -270,12 +365,13 @@ class Engine:
                 next(sequence.steps)
             except StopIteration:
                 self._end(sequence)
-            except Exception as error:
+            except BaseException as error:
                 self._fail(sequence, error)
 
     def _end(self, sequence: _Sequence) -> None:
         """Takes a sequence out; what its cache holds is kept for prompts that begin alike."""
-        self._active.remove(sequence)
+        if sequence in self._active:
+            self._active.remove(sequence)
         sequence.close()
         tokens = [*sequence.prompt[: sequence.done], *sequence.made]
         if sequence.cache is not None and tokens:
@@ -283,14 +379,13 @@ class Engine:
         if not self._active:
             mx.clear_cache()
 
-    def _fail(self, sequence: _Sequence, error: Exception) -> None:
+    def _fail(self, sequence: _Sequence, error: BaseException) -> None:
         """Takes a sequence out that cannot go on. The others can."""
         self._active.remove(sequence)
         told = _no_memory(error, f"a request of {len(sequence.prompt)} tokens")
         if told is None:
             logger.error("a generation failed", exc_info=error)
-            reason = " ".join(str(error).split())[:200]
-            told = RunError(f"the generation failed: {type(error).__name__}: {reason}")
+            told = RunError(f"the generation failed: {_reason(error)}")
         else:  # what is kept for speed alone goes first
             logger.warning("%s", told)
             self._prompts.trim_to(n_sequences=0)
@@ -299,14 +394,16 @@ class Engine:
         sequence.cache = None
         mx.clear_cache()
 
-    def _load(self, path: Path) -> Base:
+    def _load(self, path: Path, confined: Confined) -> Base:
         from mlx_lm.models.cache import LRUPromptCache
 
-        base = read_base(path)
+        base = read_base(path, confined)
+        if self.base is not None:
+            self.base.confined.close()
         self._prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
         self._linears = Linears()
         self.adapters, self.default, self.base = {}, None, base
-        mx.clear_cache()
+        _free()
         return base
 
     def _mount(self, id: str, path: Path) -> Mounted:
@@ -314,7 +411,15 @@ class Engine:
             return self.adapters[id]
         if self.base is None:
             raise InputError("no model is loaded that an adapter could be mounted on.")
+        if len(self.adapters) >= MOST_MOUNTED:
+            raise InputError(f"{MOST_MOUNTED} adapters are mounted: unmount some.")
         mounted = read_mounted(id, path, self.base)
+        held = sum(own.size_bytes for own in self.adapters.values())
+        if held + mounted.size_bytes > MOST_MOUNTED_BYTES:
+            raise InputError(
+                f"the mounted adapters have {held / 1e9:.1f} GB, and with this one more than "
+                f"{MOST_MOUNTED_BYTES / 1e9:.1f}: unmount some."
+            )
         self.adapters = {**self.adapters, id: mounted}
         return mounted
 
@@ -325,7 +430,10 @@ class Engine:
             self.default = None
         if self.base is not None:
             self._linears.forget(mounted, self.base)
-        return mounted.mounted_layers
+        layers = mounted.mounted_layers
+        del mounted
+        _free()
+        return layers
 
     def _steps(self, sequence: _Sequence) -> Generator[None, None, None]:
         """A part of the prompt a step, then a token; text goes to the outbox."""
@@ -384,7 +492,25 @@ class Engine:
         sequence.cache, sequence.cached, sequence.done = cache, known, known
 
 
-def _no_memory(error: Exception, what: str) -> RunError | None:
+def _free() -> None:
+    """Gives memory that nothing holds back to the system. MLX keeps it for the next arrays, and so
+    does the C library, which this package asks to keep much (csrc/kernel.cpp)."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # of a C library that has no such function
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """A panic of a library in Rust as an error that a caller may have."""
+    return error if isinstance(error, Exception) else RunError(f"it failed: {_reason(error)}")
+
+
+def _no_memory(error: BaseException, what: str) -> RunError | None:
     """A lack of memory as a sentence; None if the error is another. MLX has no class for it."""
     reason = " ".join(str(error).split())[:200]
     known = isinstance(error, RuntimeError) and re.search("alloc|memory", reason, re.IGNORECASE)

@@ -1,5 +1,6 @@
 """What pydantic finds wrong with a request, in a sentence."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,12 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     """A value as an answer may repeat it."""
-    text = repr(value)
-    simple = isinstance(value, str | int | bool | None) and len(text) <= 200
-    return value if simple else text[:200]
+    if isinstance(value, bool | None) or (isinstance(value, str) and len(value) <= 200):
+        return value
+    if isinstance(value, int) and abs(value) < 1 << 64:
+        return value
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200

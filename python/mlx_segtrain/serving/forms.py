@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..config import TrainConfig, Variables, allowed, choices, default, is_list, kind
-from .catalog import DataFolder, Model
+from .catalog import DataFolder, Model, Unreadable
 from .service import OWN
 
 
@@ -64,7 +64,7 @@ class JobRow(BaseModel):
     id: str
     kind: str
     status: Literal["queued", "running", "done", "failed", "cancelled"]
-    config_json: str
+    config_json: str | None = Field(description="Left out, null, in lists.")
     progress: float
     message: str | None
     log_path: str
@@ -82,6 +82,7 @@ class JobAnswer(Answer):
 
 class JobsAnswer(Answer):
     jobs: list[JobRow]
+    next: str | None = Field(description="`before` of the next page; null at the end.")
 
 
 class Submitted(Answer):
@@ -239,7 +240,10 @@ class Defaults(Answer):
 
 
 class ModelsAnswer(Answer):
+    """Models, and folders that look like one and cannot be read."""
+
     models: list[Model]
+    faults: list[Unreadable]
 
 
 class DatasetsAnswer(Answer):

@@ -19,11 +19,16 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
+from .brake import Brake
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Bytes of a body, at most: a prompt of a million tokens has about 4 MB.
 MOST_BYTES = 8 << 20
+#: Of this path less: a token.
+SMALL_BODIES = {"/login": 4096}
+#: Bytes of the bodies of all requests together, less what each may have: until each is read.
+MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
 #: Statuses of answers that the log has, too.
@@ -112,13 +117,15 @@ class Guard:
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, any_address: bool):
         self.app, self.token, self.any_address = app, token, any_address
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
+        self.held, self.brake = Held(), Brake()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
         names = [name.lower() for name, _ in scope["headers"]]
-        body = _Body(receive)
+        body = _Body(receive, self.held, SMALL_BODIES.get(scope["path"], MOST_BYTES))
+        scope["mlx_segtrain.body_read"] = body.let_go
         started = False
         refused: Refused | None = None
 
@@ -140,13 +147,22 @@ class Guard:
                 raise Refused(400, "a header stands twice.")
             self._check_host(headers)
             self._check_origin(scope, headers)
-            self._check_token(scope, headers)
+            try:
+                self._check_token(scope, headers)
+            except Refused:
+                if b"authorization" in headers or b"cookie" in headers:
+                    await self.slow_down()
+                raise
+            if self.token is not None:
+                scope["mlx_segtrain.authority"] = "token"
             if scope["type"] == "websocket":
                 return await self.app(scope, receive, send)
             body.check_length(headers.get(b"content-length"))
             await self.app(scope, body.receive, send_on)
         except Refused as error:
             refused = error
+        finally:
+            body.let_go()
         refused, body.refused = refused or body.refused, None
         if refused is None:
             return
@@ -180,28 +196,40 @@ class Guard:
         given = headers.get(b"authorization", b"").decode("latin-1")
         scheme, _, value = given.partition(" ")
         cookie = _cookie(headers.get(b"cookie", b"").decode("latin-1"))
-        if scheme.lower() == "bearer" and self.is_token(value.strip()):
+        if scheme.lower() == "bearer" and self.is_token(value.strip().encode("latin-1")):
             return
-        if cookie is not None and self.is_token(cookie):
+        if cookie is not None and self.is_token(cookie.encode("latin-1", "replace")):
             return
         raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
 
-    def is_token(self, given: str) -> bool:
-        """Takes as long whatever is given."""
-        return hmac.compare_digest(given.encode("latin-1", "replace"), (self.token or "").encode())
+    def is_token(self, given: bytes) -> bool:
+        """Takes as long whatever is given, in UTF-8."""
+        return hmac.compare_digest(given, (self.token or "").encode())
+
+    async def slow_down(self) -> None:
+        """After a wrong token; Refused if there are too many of them."""
+        if not await self.brake.wrong():
+            raise Refused(429, "too many wrong tokens come at once: try again later.")
+
+
+class Held:
+    """Bytes of bodies that are in memory."""
+
+    bytes = 0
 
 
 class _Body:
     """Of a request, counted and timed. Once it is refused, the client is taken to be gone."""
 
-    def __init__(self, receive: Receive):
+    def __init__(self, receive: Receive, held: Held, most: int):
         self.inner, self.size, self.ended = receive, 0, False
+        self.held, self.own, self.most = held, 0, most
         self.begun = time.monotonic()
         self.refused: Refused | None = None
 
     def check_length(self, header: bytes | None) -> None:
-        if header is not None and header.isdigit() and int(header) > MOST_BYTES:
-            raise Refused(413, f"the body has {int(header)} bytes, more than {MOST_BYTES}.")
+        if header is not None and header.isdigit() and int(header[:20]) > self.most:
+            raise Refused(413, f"the body has {int(header[:20])} bytes, more than {self.most}.")
 
     async def receive(self) -> Message:
         if self.ended:
@@ -213,9 +241,20 @@ class _Body:
             raise self._refuse(408, "the body did not come in time.") from None
         self.size += len(message.get("body", b""))
         self.ended = message["type"] != "http.request" or not message.get("more_body", False)
-        if self.size > MOST_BYTES:
-            raise self._refuse(413, f"the body has more than {MOST_BYTES} bytes.")
+        if self.size > self.most:
+            raise self._refuse(413, f"the body has more than {self.most} bytes.")
+        self._hold(max(0, self.size - FREE))
+        if self.held.bytes > MOST_HELD:
+            raise self._refuse(503, "other large requests are worked on: try again in a moment.")
         return message
+
+    def let_go(self) -> None:
+        """It is not in memory any more."""
+        self._hold(0)
+
+    def _hold(self, own: int) -> None:
+        self.held.bytes += own - self.own
+        self.own = own
 
     def _refuse(self, status: int, reason: str) -> Refused:
         self.ended, self.refused = True, Refused(status, reason)
@@ -272,5 +311,5 @@ def _log(scope: Scope, status: int, reason: str) -> None:
     what = scope.get("method", "WEBSOCKET")
     # repr: a path may hold characters that a terminal obeys. No query: it may hold a secret.
     logger.warning(
-        "refused (%d) %s %.200r from %s: %s", status, what, scope["path"], client, reason
+        "refused (%d) %.20s %.200r from %.60s: %.300s", status, what, scope["path"], client, reason
     )

@@ -3,7 +3,7 @@
 What makes arrays here is called on the engine's thread.
 """
 
-import threading
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,16 @@ from ..adapters import prompting_of, read_adapter
 from ..adapters.merging import merged
 from ..adapters.writing import common_scale
 from ..data import Prompting
-from ..data.template import prompt_ids
 from ..errors import InputError
 from ..models import Chain, chain_of, load_base
+from ..models.tables import tables_of
 from .catalog import model_id
+from .confined import Confined, Limits
 
 __all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
 
+#: Tokens of a prompt to a model that does not say for how many it was made.
+MOST_TOKENS = 1 << 20
 #: Sums of adapters that are kept.
 MOST_SUMS = 8
 
@@ -39,21 +42,19 @@ class Base:
     created: int
     tokenizer: Any
     max_length: int | None
-    vocabulary: int
+    vocabulary: int  #: rows of the table of tokens that was loaded
+    logits: int  #: tokens that the head knows
     model: Any
     chain: Chain
     modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
-    lock: threading.Lock = field(default_factory=threading.Lock)  #: of the tokenizer's encoding
+    confined: Confined  #: where its tokenizer and its chat template run
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError("prompt: it holds half of a character (a surrogate): send text.")
-        bos = self.tokenizer.bos_token
-        with self.lock:
-            return self.tokenizer.encode(
-                text, add_special_tokens=bos is None or not text.startswith(bos)
-            )
+        what = f"prompt: the tokenizer of {self.id}"
+        return self._tokens("encode", what, len(text), text=text)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
@@ -64,26 +65,28 @@ class Base:
             raise InputError(
                 f"messages: {self.id} has no chat template: ask /v1/completions with a prompt."
             )
-        try:
-            with self.lock:
-                return prompt_ids(self.tokenizer, messages, variables)
-        except Exception as error:  # a template may raise what it likes
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"messages: the chat template of {self.id} says: {reason}") from None
+        what = f"messages: the chat template of {self.id}"
+        size = sum(len(message["content"]) for message in messages) + len(json.dumps(variables))
+        how = {"messages": list(messages), "variables": variables}
+        return self._tokens("chat", what, size, **how)
+
+    def _tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
+        most = MOST_TOKENS if self.max_length is None else self.max_length
+        found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
+        if isinstance(found, int):
+            raise _too_long(found, most, self.id)
+        return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
         """InputError if the prompt is empty, too long, or one of the two of other tokens."""
         if not prompt:
             raise InputError("the prompt has no tokens: give some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens, but {self.id} was made for "
-                f"{self.max_length}: shorten it."
-            )
-        for name, tokens in (("prompt", prompt), ("logit_bias", logit_bias)):
-            wrong = next((x for x in tokens if not 0 <= x < self.vocabulary), None)
-            if wrong is not None:
-                last = self.vocabulary - 1
+            raise _too_long(len(prompt), self.max_length, self.id)
+        known = (("prompt", prompt, self.vocabulary), ("logit_bias", logit_bias, self.logits))
+        for name, tokens, n in known:
+            if tokens and (min(tokens) < 0 or max(tokens) >= n):
+                wrong, last = next(x for x in tokens if not 0 <= x < n), n - 1
                 raise InputError(f"{name}: {wrong} is no token of {self.id}: 0 to {last} are.")
 
 
@@ -145,24 +148,35 @@ def check_id(id: str) -> None:
         )
 
 
-def read_base(path: Path) -> Base:
-    """The model of a folder; InputError if it cannot be read."""
-    path = path.expanduser().resolve()
-    model, config, tokenizer = load_base(path)
+def _too_long(n: int, most: int, id: str) -> InputError:
+    return InputError(f"the prompt has {n} tokens, but {id} was made for {most}: shorten it.")
+
+
+def read_base(path: Path, confined: Confined) -> Base:
+    """The model of a folder whose tokenizer has been tried; InputError if it cannot be read."""
+    model, _, tokenizer = load_base(path)
+    tables = tables_of(model)
+    if tables.logits > tables.tokens:  # a token that it draws could not be read
+        raise InputError(
+            f"the head of {path} has {tables.logits} rows, and its embedding {tables.tokens}: the "
+            "weights do not go together."
+        )
     chain = chain_of(model)
     modules = {name: lora.wrap(model, name, 1.0) for name in chain.linears}
     model.eval()
-    sizes = [x.get("vocab_size") for x in (config, config.get("text_config") or {})]
+    lengths = [n for n in (chain.max_length, tables.positions) if n is not None]
     return Base(
         id=model_id(path),
         path=path,
         created=int(time.time()),
         tokenizer=tokenizer,
-        max_length=chain.max_length,
-        vocabulary=next((n for n in sizes if n), None) or len(tokenizer.get_vocab()),
+        max_length=min(lengths, default=None),
+        vocabulary=tables.tokens,
+        logits=tables.logits,
         model=model,
         chain=chain,
         modules=modules,
+        confined=confined,
     )
 
 

@@ -16,7 +16,8 @@ from starlette.responses import Response
 
 from ..errors import InputError, RunError
 from .bodies import Json
-from .engine import Busy, Engine, NoMemory
+from .confined import prompts
+from .engine import Busy, Ended, Engine, NoMemory
 from .generation import Generation, Piece
 from .guard import PATIENCE_S, Outside, openai_error
 from .mounting import Base, Mounted, Selected
@@ -77,6 +78,8 @@ class _Route(APIRoute):
                 return _error(429, str(error), "busy")
             except NoMemory as error:
                 return _error(503, str(error), "no_memory")
+            except Ended as error:
+                return _error(503, str(error), "ended")
             except RunError as error:
                 return _error(500, str(error))
 
@@ -104,12 +107,13 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {s: {"model": Error, "description": said[s]} for s in (*statuses, "4XX")}
 
 
-def _usage(prompt: Sequence[int], last: Piece) -> dict[str, Any]:
+def _usage(prompt: Sequence[int], last: Piece, authority: str | None) -> dict[str, Any]:
+    """Which tokens were cached tells of others' prompts: it is for those who have all the token."""
     return {
         "prompt_tokens": len(prompt),
         "completion_tokens": last.tokens,
         "total_tokens": len(prompt) + last.tokens,
-        "prompt_tokens_details": {"cached_tokens": last.cached},
+        "prompt_tokens_details": None if authority is None else {"cached_tokens": last.cached},
     }
 
 
@@ -135,6 +139,7 @@ async def _events(
     head: Mapping[str, Any],
     choice: Callable[[str | None, str | None], dict[str, Any]],
     with_usage: bool,
+    authority: str | None,
 ) -> AsyncIterator[dict[str, str]]:
     """A chunk for the role if there is one, one for each piece, one for the usage if wanted."""
 
@@ -151,7 +156,7 @@ async def _events(
             if piece.finish:
                 yield event([choice("", piece.finish)])
                 if with_usage:
-                    yield event([], usage=_usage(prompt, piece))
+                    yield event([], usage=_usage(prompt, piece, authority))
                 yield {"data": "[DONE]"}
     except (Busy, RunError) as error:  # the status is sent already
         status = 500 if not isinstance(error, Busy | NoMemory) else 503
@@ -244,10 +249,14 @@ def router(
         request: Request, body: Generate, encode: Callable[[Selected], list[int]], most: int
     ) -> Any:
         chat = isinstance(body, ChatRequest)
+        authority = request.scope.get("mlx_segtrain.authority")
         base = ready()
         body.refuse_extra()
         chosen = await selected(base, body)
-        prompt = await asyncio.to_thread(encode, chosen)
+        prompt = await prompts(body.size).run(encode, chosen)
+        if isinstance(request, Json):  # it may wait for long, and then the answer takes long
+            request.let_go()
+            body.let_go()
         generation = engine.generate(prompt, chosen, body.options(most, continues=not chat))
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -262,7 +271,7 @@ def router(
             options = body.stream_options
             choice = _chat_choice if chat else _text_choice
             with_usage = bool(options and options.include_usage)
-            events = _events(generation, prompt, head, choice, with_usage)
+            events = _events(generation, prompt, head, choice, with_usage, authority)
             return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
         pieces = await _whole(generation, request)
         if not pieces or pieces[-1].finish is None:
@@ -270,7 +279,7 @@ def router(
         text, last = "".join(piece.text for piece in pieces), pieces[-1]
         whole = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         choice = {"index": 0, **whole, "logprobs": None, "finish_reason": last.finish}
-        return {**head, "choices": [choice], "usage": _usage(prompt, last)}
+        return {**head, "choices": [choice], "usage": _usage(prompt, last, authority)}
 
     @v1.post(
         "/v1/chat/completions",

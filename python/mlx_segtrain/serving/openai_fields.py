@@ -8,6 +8,7 @@ mlx_lm.server.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from ..config import nearest
@@ -128,5 +129,5 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    shown = json.dumps(value)
+    shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))  # not all of a long one
     return shown if len(shown) <= 60 else f"{shown[:60]}…"

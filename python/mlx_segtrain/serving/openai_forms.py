@@ -4,10 +4,11 @@ What a field means to OpenAI's clients it means here, or the request is refused 
 (openai_fields.py).
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..config import fault_of_variables
 from ..errors import InputError
@@ -67,7 +68,14 @@ class Message(_Request):
     """A turn. `developer` is `system` to the model; of an assistant the content may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        if isinstance(self.content, list):
+            return sum(len(part.text or "") for part in self.content)
+        return len(self.content or "")
 
 
 class StreamOptions(_Request):
@@ -76,8 +84,21 @@ class StreamOptions(_Request):
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
 
 
+#: Biases, and turns of a chat, at most.
+BIASES, TURNS = 1024, 10_000
+
+
+def _few(values: Any) -> Any:
+    """Pydantic would check each before it counts them."""
+    if isinstance(values, Mapping) and len(values) > BIASES:
+        raise ValueError(f"{len(values)} are given, and {BIASES} is the most")
+    return values
+
+
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -123,13 +144,15 @@ class Generate(_Request):
     frequency_penalty: float | None = Field(
         None, ge=-2, le=2, description="for the answer's tokens, by how often they came"
     )
-    logit_bias: dict[Token, Bias] | None = Field(
-        None, max_length=1024, description="what is added to the logits of tokens, by their number"
+    logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
+        None,
+        max_length=BIASES,
+        description="what is added to the logits of tokens, by their number",
     )
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer"
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
         None, description="where the answer ends; it holds none of these"
     )
     stream: bool | None = Field(None, description="server-sent events, a piece of text each")
@@ -142,6 +165,14 @@ class Generate(_Request):
         if (own := self.stream_options) is not None:
             known = list(StreamOptions.model_fields)
             refuse_extra(own.model_extra, IN_STREAM_OPTIONS, "stream_options.", known)
+
+    @property
+    def size(self) -> int:
+        """Characters that have to become tokens."""
+        return 0
+
+    def let_go(self) -> None:
+        """Frees what was asked, whose tokens are known by now."""
 
     def options(self, most: int, *, continues: bool) -> Options:
         """For an answer of `most` tokens."""
@@ -161,7 +192,9 @@ class Generate(_Request):
 class ChatRequest(Generate):
     """A chat whose next turn is asked for."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=TURNS
+    )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
         None,
         description="variables of the chat template; by default those that the adapter was "
@@ -169,14 +202,30 @@ class ChatRequest(Generate):
     )
     neutral: ClassVar[Neutral] = IN_CHAT
 
+    @property
+    def size(self) -> int:
+        variables = len(json.dumps(self.chat_template_kwargs)) if self.chat_template_kwargs else 0
+        return variables + sum(message.size for message in self.messages)
+
+    def let_go(self) -> None:
+        self.messages, self.chat_template_kwargs = [], None
+
 
 class CompletionRequest(Generate):
     """A text that is to go on."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
         description="a text, or its tokens; a list of more than one is refused"
     )
     neutral: ClassVar[Neutral] = IN_COMPLETION
+
+    @property
+    def size(self) -> int:
+        first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else self.prompt
+        return len(first) if isinstance(first, str) else 0
+
+    def let_go(self) -> None:
+        self.prompt = ""
 
 
 class MountRequest(BaseModel):
@@ -210,7 +259,9 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        description="null if the server has no token: clients that do not know each other"
+    )
 
 
 class AssistantMessage(BaseModel):

@@ -3,23 +3,25 @@
 import asyncio
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..adapters.discovery import Found
 from ..config import TrainConfig, load_config
-from ..data import Options, Report, inspect
+from ..data import Preview, Report
 from ..errors import InputError, NoRoom
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
 from . import catalog
+from .confined import INSPECTING, INSPECTIONS, Confined
 from .engine import Engine
 from .guard import Roots
 from .jobs import Full, Jobs
 from .mounting import Base
+from .pools import Pool
 from .settings import Settings
 from .store import Row
 
@@ -29,6 +31,8 @@ PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")
 OWN = {"eval_command": "it runs a command, which the command line alone may"}
 #: Fields of jobs that are paths.
 JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
+#: Models whose tokenizers are kept for inspections, besides the served one's.
+MOST_CONFINED = 2
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
@@ -60,6 +64,9 @@ class Service:
         self.roots = Roots(settings.folders)
         self.jobs = Jobs(settings.store, self._check_paths)
         self.engine = Engine()
+        self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
+        #: Looks at what is on disk, and plans, have threads of their own.
+        self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
     async def start(self) -> None:
@@ -72,21 +79,24 @@ class Service:
 
     async def close(self) -> None:
         await self.jobs.close()
+        for confined in self.confined.values():
+            confined.close()
         await asyncio.to_thread(self.engine.close)
 
     # What there is
 
-    async def models(self) -> list[catalog.Model]:
-        return await asyncio.to_thread(catalog.models, self.roots.folders)
+    async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
+        """Those that can be read; the others are added to `faults`."""
+        return await self.looks.run(catalog.models, self.roots.folders, faults)
 
     async def datasets(self) -> list[catalog.DataFolder]:
-        return await asyncio.to_thread(catalog.datasets, self.roots.folders)
+        return await self.looks.run(catalog.datasets, self.roots.folders)
 
     async def adapters(self, base: Path | None = None) -> list[Found]:
         """Those that fit the base; by default the one that is served."""
         if base is None and self.engine.base is not None:
             base = self.engine.base.path
-        return await asyncio.to_thread(catalog.adapters, self.roots.folders, base)
+        return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
     async def available(self) -> list[dict[str, Any]]:
         """Adapters that the served model can take, as GET /v1/adapters/available lists them."""
@@ -131,7 +141,7 @@ class Service:
     async def plan(self, values: Mapping[str, Any]) -> Plan:
         """InputError for what is wrong, apart from a lack of memory."""
         config = self.config(values, data_dir="unused", adapter_path="unused")
-        return await asyncio.to_thread(_plan, config)
+        return await self.plans.run(_plan, config)
 
     async def inspect(
         self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
@@ -139,7 +149,20 @@ class Service:
         """What a data set trains; what is wrong with it is in the report."""
         place = self.roots.resolve(path)
         base = None if model_dir is None else self.roots.resolve(model_dir)
-        return await asyncio.to_thread(_inspect, place, base, n_preview, how)
+        confined = self._confined(base)
+        return await INSPECTIONS.run(_inspect, confined, place, n_preview, how)
+
+    def _confined(self, model: Path | None) -> Confined:
+        """The processes of a model's tokenizer: the served one's, or those of the last few."""
+        served = self.engine.base
+        if served is not None and served.path == model:
+            return served.confined
+        if model not in self.confined:
+            self.confined[model] = Confined(model)
+        self.confined.move_to_end(model)
+        if len(self.confined) > MOST_CONFINED:
+            self.confined.popitem(last=False)[1].close()
+        return self.confined[model]
 
     # Jobs
 
@@ -310,16 +333,16 @@ def _plan(config: TrainConfig) -> Plan:
     return Plan(True, text, asdict(found))
 
 
-def _inspect(path: Path, base: Path | None, n_preview: int, how: Mapping[str, Any]) -> Report:
+def _inspect(confined: Confined, path: Path, n_preview: int, how: Mapping[str, Any]) -> Report:
+    what = f"the inspection of {path}"
     try:
-        tokenizer = None if base is None else _tokenizer(base)
+        found = confined.ask(
+            "inspect", INSPECTING, what, path=str(path), n_preview=n_preview, how=dict(how)
+        )
     except InputError as error:
         return Report(ok=False, error=str(error))
-    return inspect(path, tokenizer, Options(**how), n_preview=n_preview)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(base: Path) -> Any:
-    from ..models import load_tokenizer
-
-    return load_tokenizer(base)
+    previews = [
+        Preview(**{**own, "tokens": [tuple(token) for token in own["tokens"]]})
+        for own in found["previews"]
+    ]
+    return Report(**{**found, "previews": previews})

@@ -34,6 +34,12 @@ CREATE TABLE IF NOT EXISTS jobs (
     opened INTEGER NOT NULL DEFAULT 0    -- it has begun to write to output_path
 )
 """
+#: What lists and queues look for; without them each look reads all jobs that there ever were.
+INDEXES = (
+    "CREATE INDEX IF NOT EXISTS jobs_by_place ON jobs (place)",
+    "CREATE INDEX IF NOT EXISTS jobs_by_kind ON jobs (kind, place)",
+    "CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, place)",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class Store:
             self.connection = sqlite3.connect(file, isolation_level=None)
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
-            self.connection.execute(TABLE)
+            for statement in (TABLE, *INDEXES):
+                self.connection.execute(statement)
         except sqlite3.Error as error:
             raise InputError(
                 f"the jobs' database {file} cannot be used ({error}): move it away, or set "
@@ -113,19 +120,23 @@ class Store:
     def get(self, id: str) -> Row | None:
         return self.connection.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
 
-    def newest(self, limit: int, kind: str | None = None) -> list[Row]:
-        """The last jobs of the queue first."""
+    def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
+        """The last jobs of the queue first, or those before a place in it; without their
+        configurations, which may be long."""
+        wanted = {"kind = ?": kind, "place < ?": before}
+        given = {test: value for test, value in wanted.items() if value is not None}
+        where = f"WHERE {' AND '.join(given)}" if given else ""
         return self.connection.execute(
-            "SELECT * FROM jobs WHERE ? IS NULL OR kind = ? ORDER BY place DESC LIMIT ?",
-            (kind, kind, limit),
+            f"SELECT {_BRIEF} FROM jobs {where} ORDER BY place DESC LIMIT ?",
+            (*given.values(), limit),
         ).fetchall()
 
     def with_status(self, status: Status) -> list[Row]:
-        """The next of the queue first; without their configurations, which may be long."""
-        names = ", ".join("''" if f.name == "config_json" else f.name for f in fields(Row))
+        """The next of the queue first; without their configurations."""
         return self.connection.execute(
-            f"SELECT {names} FROM jobs WHERE status = ? ORDER BY place", (status,)
+            f"SELECT {_BRIEF} FROM jobs WHERE status = ? ORDER BY place", (status,)
         ).fetchall()
 
 
+_BRIEF = ", ".join("''" if field.name == "config_json" else field.name for field in fields(Row))
 _LAST = "(SELECT COALESCE(MAX(place), 0) + 1 FROM jobs)"

@@ -70,7 +70,7 @@ def evaluate(
 def _evaluate(
     config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
 ) -> EvalResult:
-    from .setup import check_length, objective_of
+    from .setup import check_length, check_tokens, objective_of
 
     train_file, valid_file = split_paths(config.data_dir)
     file = train_file if split == "train" else valid_file
@@ -83,6 +83,7 @@ def _evaluate(
     check_length(chain, config.max_seq_length)
     adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
     dataset = load_split(file, tokenizer, Options.of(config))
+    check_tokens(model, dataset)
     if config.method == "dpo" and not config.reference_free:
         rows = range(len(dataset.rows))
         dataset = with_references(config, chain, lambda event: None, dataset, rows)

@@ -14,11 +14,12 @@ from .. import events, lora
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, Pair, Prompting, Row, batches, load_dataset
-from ..data.dataset import remarks
+from ..data.dataset import remarks, sequences
 from ..errors import InputError
 from ..files import clean
 from ..lora import Adapter
 from ..models import Chain, chain_of, load_model, load_tokenizer
+from ..models.tables import tables_of
 from ..objectives import Objective
 from ..objectives.preference import Dpo, Orpo, Simpo
 from ..objectives.sft import Sft
@@ -104,6 +105,20 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
                 "another adapter_path."
             )
     return Start(None, seen)
+
+
+def check_tokens(model: Any, *datasets: Dataset) -> None:
+    """InputError if the tokenizer gave tokens that the loaded model has no rows for: MLX would read
+    past the end of the table."""
+    tables = tables_of(model)
+    known = min(tables.tokens, tables.logits)
+    for dataset in datasets:
+        for row in (own for whole in dataset.rows for own in sequences(whole)):
+            if len(row) and row.ids.max() >= known:
+                raise InputError(
+                    f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
+                    f"{known}: they do not belong together."
+                )
 
 
 def check_length(chain: Chain, max_seq_length: int) -> None:
@@ -228,6 +243,7 @@ def load_setup(
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
+    check_tokens(model, train, *(() if valid is None else (valid,)))
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:

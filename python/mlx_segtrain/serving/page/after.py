@@ -65,6 +65,7 @@ class After:
         self.values: dict[str, Any] = json.loads(row.config_json)
         self.model, self.adapter = self.values["model_dir"], row.output_path or ""
         self.shown: list[tuple[str, str, float]] = []
+        self.known: dict[str, bool] = {}  #: whether a job is one of this run
 
     async def show(self) -> None:
         others = [str(own.path) for own in await self.service.adapters(Path(self.model))]
@@ -185,14 +186,14 @@ class After:
     # The jobs that came of it
 
     def refresh(self) -> None:
-        rows = [row for row in self.service.jobs.store.newest(200) if self._is_of_this(row)]
+        rows = [row for row in self.service.jobs.store.newest(200) if self._is_of_this(row)][:20]
         seen = [(row.id, row.status, row.progress) for row in rows]
         if seen == self.shown:
             return
         self.shown = seen
         self.jobs.clear()
         with self.jobs:
-            for row in rows[:20]:
+            for row in map(self._whole, rows):
                 with ui.element("div").classes("row-line"):
                     badge(row.status)
                     link(
@@ -200,7 +201,17 @@ class After:
                     )
                     tag("span", said(row), "muted wrap")
 
+    def _whole(self, row: Row) -> Row:
+        return self.service.jobs.store.get(row.id) or row
+
     def _is_of_this(self, row: Row) -> bool:
+        """Looked up once: lists come without configurations."""
+        if row.id not in self.known:
+            whole = self._whole(row)
+            self.known[row.id] = bool(whole.config_json) and self._names_this(whole)
+        return self.known[row.id]
+
+    def _names_this(self, row: Row) -> bool:
         values = json.loads(row.config_json)
         if row.kind == "evaluate" and "adapter_path" not in values:
             own = {key: self.values.get(key) for key in ("model_dir", "data_dir")}
@@ -216,7 +227,7 @@ def said(row: Row) -> str:
     found = json.loads(row.result_json or "null") or {}
     match row.kind:
         case "evaluate":
-            split = json.loads(row.config_json).get("split")
+            split = json.loads(row.config_json or "{}").get("split")
             return (
                 f"loss {found['loss']:.4f} over {text.counted(found['tokens'], 'token')} ({split})"
             )

@@ -9,6 +9,7 @@ from typing import Any
 from nicegui import background_tasks, ui
 
 from ...errors import InputError, RunError
+from ..confined import prompts
 from ..decoding import Options
 from ..engine import Busy
 from ..mounting import Selected
@@ -241,7 +242,8 @@ class ChatView:
         made = 0
         pieces = None
         try:
-            prompt = await asyncio.to_thread(_encode, selected, side.messages)
+            size = sum(len(own["content"]) for own in side.messages)
+            prompt = await prompts(size).run(_encode, selected, side.messages)
             pieces = self.service.engine.generate(prompt, selected, options)
             async for piece in pieces:
                 said, made = said + piece.text, piece.tokens

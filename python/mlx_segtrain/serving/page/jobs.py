@@ -89,8 +89,12 @@ class JobsView:
             if len(rows) == LISTED:
                 empty(f"These are the last {LISTED} jobs.")
 
+    def _whole(self, row: Row) -> Row:
+        """With its configuration, which lists come without."""
+        return self.service.jobs.store.get(row.id) or row
+
     def _build_row(self, row: Row) -> None:
-        name = text.name_of(row)
+        name = text.name_of(self._whole(row))
         with ui.element("tr"):
             with ui.element("td").classes("tight"):
                 if kind_of(row.kind).trains:
@@ -124,7 +128,8 @@ class JobsView:
         cells = self.cells.get(row.id)
         if cells is None:
             return
-        if cells["was"] != row.status:
+        changed = cells["was"] != row.status
+        if changed:
             cells["was"] = row.status
             cells["status"].clear()
             with cells["status"]:
@@ -133,7 +138,8 @@ class JobsView:
         cells["filled"].style(f"width: {row.progress:.0%}")
         broken = row.status in ("failed", "cancelled")
         cells["share"].set_text("–" if broken else text.percent(row.progress))
-        cells["outcome"].set_text(said(row))
+        if changed or row.status != "done":
+            cells["outcome"].set_text(said(self._whole(row) if row.status == "done" else row))
         cells["created"].set_text(text.ago(row.created_at))
         cells["ran"].set_text(text.took(row))
 
@@ -148,7 +154,7 @@ class JobsView:
 
     async def _compare(self, rows: list[Row]) -> None:
         known = {row.id: row for row in rows if kind_of(row.kind).trains}
-        chosen = [known[id] for id in self.chosen if id in known]
+        chosen = [self._whole(known[id]) for id in self.chosen if id in known]
         self.how.set_text(
             f"Tick up to {COMPARED} runs below to see their losses in one chart."
             if not chosen

@@ -97,7 +97,7 @@ def tail(path: str | None, parts: int = 1) -> str:
 
 def name_of(row: Row) -> str:
     """What a job works on, in short."""
-    return kind_of(row.kind).named(json.loads(row.config_json))
+    return kind_of(row.kind).named(json.loads(row.config_json or "{}"))
 
 
 def line_of(event: Event) -> str:

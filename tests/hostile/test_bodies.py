@@ -1,0 +1,130 @@
+"""Bodies that cost much more than they weigh."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from attack import bystander, memory_mb, patience
+
+from served import Server, write_place
+
+AS_JSON = {"content-type": "application/json"}
+SIZE = 8_000_000
+
+
+def filled(begin, part, end):
+    return begin + part * ((SIZE - len(begin)) // len(part)) + end
+
+
+def strings(n, many):
+    return b"{" + b",".join(b'"%d":%s' % (i, many) for i in range(n)) + b"}"
+
+
+CHAT, TEXT, TRAIN = "/v1/chat/completions", "/v1/completions", "/api/finetune/submit"
+BODIES = {
+    "bad messages": (CHAT, filled(b'{"messages":[', b"1,", b"1]}")),
+    "objects for messages": (CHAT, filled(b'{"messages":[', b"{},", b"{}]}")),
+    "lists for messages": (CHAT, filled(b'{"messages":[', b"[],", b"[]]}")),
+    "parts": (CHAT, filled(b'{"messages":[{"role":"user","content":[', b"{},", b"{}]}]}")),
+    "fields of a message": (CHAT, filled(b'{"messages":[', b'{"":0},', b"{}]}")),
+    "biases": (CHAT, b'{"messages":[],"logit_bias":' + strings(600_000, b'"x"') + b"}"),
+    "unknown fields": (TRAIN, strings(700_000, b"0")),
+    "texts for tokens": (TEXT, filled(b'{"prompt":[', b'"a",', b"1]}")),
+    "tokens with a text": (TEXT, filled(b'{"prompt":[', b"1,", b'"a"]}')),
+    "numbers": (TEXT, filled(b'{"prompt":[', b"0.1,", b"1]}")),
+    "a list for a name": (TRAIN, filled(b'{"model_dir":[', b"0,", b"1]}")),
+    "a string with escapes": (TRAIN, filled(b'{"model_dir":"', b'\\"', b'"')),
+    "a string without an end": (TRAIN, filled(b'{"model_dir":"', b"x", b"")),
+    "strings": (TRAIN, filled(b"", b'""', b"")),
+    "a form": ("/login", filled(b"", b"a&", b"token=x")),
+    "no JSON at all": (CHAT, filled(b"", b"\xff", b"")),
+    "a comment with a quote": (TRAIN, filled(b'{"a": // "\n [', b"{},", b"{}]}")),
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    place = write_place(tmp_path_factory.mktemp("bodies"))
+    with Server(place, place / "model") as server:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        assert server.http.post(CHAT, json=body).status_code == 200
+        yield server
+
+
+def test_bodies_that_hold_millions(server):
+    """4 million bad messages took 8 GB, and nobody else was served for a minute."""
+    with bystander(server) as other, httpx.Client(base_url=server.url, timeout=60) as http:
+        for name, (path, body) in BODIES.items():
+            kind = "x-www-form-urlencoded" if path == "/login" else "json"
+            begun = time.monotonic()
+            answer = http.post(path, content=body, headers={"content-type": f"application/{kind}"})
+            took = time.monotonic() - begun
+            assert 400 <= answer.status_code < 500, (name, answer.status_code, answer.text)
+            assert took < 4 * patience() and len(answer.content) < 2000, (name, took)
+    assert max(other.health) < patience() and max(other.answers) < 5 * patience()
+    assert other.grown_mb < 500, other.grown_mb
+
+
+def test_many_large_bodies_at_once(server):
+    """What their sizes come to together is bounded, and so is what is made of them."""
+    body = json.dumps({"prompt": [5] * 1_000_000, "max_tokens": 1}).encode()
+    assert len(body) < 8 << 20
+
+    def send(_):
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            return http.post(TEXT, content=body, headers=AS_JSON).status_code
+
+    with bystander(server) as other, ThreadPoolExecutor(24) as pool:
+        codes = list(pool.map(send, range(48)))
+    assert set(codes) <= {400, 429, 503} and 400 in codes, codes
+    assert max(other.health) < 1.5 * patience() and other.grown_mb < 500, other.grown_mb
+
+
+def test_bodies_that_never_end_are_bounded_together(server):
+    """60 clients send 6 MB each of a body of 7, and wait."""
+    rest, wires = memory_mb(server), []
+    head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+    def hold():
+        wire = socket.create_connection(("127.0.0.1", server.port))
+        wires.append(wire)
+        wire.sendall(f"{head}content-length: 7000000\r\n\r\n".encode())
+        try:
+            for _ in range(60):
+                wire.sendall(b" " * 100_000)
+        except OSError:
+            pass  # refused, as the most must be
+
+    threads = [threading.Thread(target=hold) for _ in range(60)]
+    try:
+        with bystander(server) as other:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+            assert memory_mb(server) - rest < 300, memory_mb(server) - rest
+        assert max(other.health) < patience()
+    finally:
+        for wire in wires:
+            wire.close()
+    end = time.monotonic() + 10
+    large = json.dumps({"prompt": "x" * 200_000, "max_tokens": 1}).encode()
+    while server.http.post(TEXT, content=large, headers=AS_JSON).status_code == 503:
+        assert time.monotonic() < end, "what has gone is still counted"
+        time.sleep(0.1)
+
+
+def test_a_large_prompt_is_still_a_prompt(server):
+    """The bounds are far above what chats and prompts have."""
+    turns = [{"role": "user", "content": 'He said: "{[,:"\\'} for _ in range(9000)]
+    answer = server.http.post(CHAT, json={"messages": turns, "max_tokens": 1})
+    assert answer.status_code == 400 and "was made for 128" in answer.json()["error"]["message"]
+    code = '{"a": [1, 2, {"b": "c"}], "d": ""},\n' * 30_000
+    answer = server.http.post(TEXT, json={"prompt": code, "max_tokens": 1})
+    assert answer.status_code == 400 and "was made for 128" in answer.json()["error"]["message"]
+    answer = server.http.post(TEXT, json={"prompt": [5] * 1_000_000, "max_tokens": 1})
+    assert answer.status_code == 400 and "was made for 128" in answer.json()["error"]["message"]
