@@ -53,7 +53,7 @@ def outcome(family: str) -> tuple[str, str]:
             for stage, own in params.items()
         }
     for loss, params in zip(losses, trained, strict=True):
-        lora.attach(model, chain, with_params(adapter.scales, params))
+        lora.attach(model, chain, with_params(chain, adapter.scales, params))
         logits = model(mx.array(tokens[:, :-1])).astype(mx.float32)
         expected = nn.losses.cross_entropy(logits, mx.array(tokens[:, 1:])).mean().item()
         assert abs(loss - expected) < 1e-4 * expected, (family, loss, expected)

@@ -272,7 +272,7 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     tokens = mx.array(batch.tokens)
     values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
     trained = chain.head.logits(forward(chain.stages(adapter.scales), params, values)["h"])
-    lora.attach(model, chain, with_params(adapter.scales, params))
+    lora.attach(model, chain, with_params(chain, adapter.scales, params))
     cache = model.make_cache()
     decoded = [model(tokens[:, t : t + 1], cache=cache) for t in range(tokens.shape[1])]
     assert_close("logits", mx.concatenate(decoded, 1), trained, 1e-4)

@@ -121,7 +121,8 @@ class _Patterns:
             told = error.args[0]
             reason = told.decode("utf-8", "replace") if isinstance(told, bytes) else "it is no text"
             raise self._refused(
-                f"{pattern[:60]!r}, which RE2 does not take: {reason[:100]}"
+                f"no regular expression, or one that RE2 does not take: {pattern[:60]!r} "
+                f"({reason[:100]})"
             ) from None
 
     def _refused(self, why: str) -> InputError:
