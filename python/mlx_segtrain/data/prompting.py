@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_segtrain.config import fault_of_variables
-from mlx_segtrain.data.template import prompt_ids
+from mlx_segtrain.data.template import prompt_ids, raw_ids
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ class Prompting:
                     "a system message needs a chat template: the model has none, or the adapter "
                     "was trained without it."
                 )
-            bos = tokenizer.bos_token
-            known = bos is not None and prompt.startswith(bos)
-            return list(tokenizer.encode(prompt, add_special_tokens=not known))
+            return raw_ids(tokenizer, prompt)
         turns = [{"role": "user", "content": prompt}]
         if system is not None:
             turns.insert(0, {"role": "system", "content": system})

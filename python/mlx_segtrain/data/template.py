@@ -31,6 +31,13 @@ def prompt_ids(
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def raw_ids(tokenizer: "TokenizerWrapper", text: str) -> list[int]:
+    """Ids of a text that is no chat, after what the tokenizer puts before a text, BOS once."""
+    bos = tokenizer.bos_token
+    bare = bos is not None and text.startswith(bos)
+    return list(tokenizer.encode(text, add_special_tokens=not bare))
+
+
 def wants_parts(tokenizer: "TokenizerWrapper", kwargs: Mapping[str, Any]) -> bool:
     """Whether the template renders content as a list of parts, and none as text."""
 

@@ -100,9 +100,9 @@ class Child:
         return {"has_chat_template": bool(self.tokenizer.has_chat_template)}
 
     def do_encode(self, text: str, most: int) -> list[int] | int:
-        bos = self.tokenizer.bos_token
-        bare = bos is not None and text.startswith(bos)
-        return _few(self.tokenizer.encode(text, add_special_tokens=not bare), most)
+        from ..data.template import raw_ids
+
+        return _few(raw_ids(self.tokenizer, text), most)
 
     def do_chat(self, messages: list[Any], variables: Values, most: int) -> list[int] | int:
         from ..data.template import prompt_ids
