@@ -85,7 +85,7 @@ def test_600_000_names_of_tensors(tmp_path):
     names = ",".join(f'"a{i}":{entry}' for i in range(500_000))
     header(tmp_path / "x.safetensors", f"{{{names}}}".encode())
     begun = time.monotonic()
-    with pytest.raises(InputError, match="names more than 100,000 tensors|too long"):
+    with pytest.raises(InputError, match=r"names more than 100,000 tensors|too long"):
         read_header(tmp_path / "x.safetensors")
     header(tmp_path / "x.safetensors", b'{"a":[' + b"0," * 4_000_000 + b"0]}")
     with pytest.raises(InputError, match="holds more than tensors need"):

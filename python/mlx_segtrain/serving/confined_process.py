@@ -63,7 +63,8 @@ class Child:
                 kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
                 answer = {"error": reason or kind, "kind": kind}
             if limits is not None:
-                resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,) * 2)
+                none = resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_CPU, (none, none))
             send(self.wire, answer)
 
     def _fork(self, files: list[int]) -> None:
