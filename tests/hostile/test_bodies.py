@@ -1,5 +1,6 @@
 """Bodies that cost much more than they weigh."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,6 +11,8 @@ import httpx
 import pytest
 from attack import bystander, memory_mb, patience
 
+from mlx_segtrain.serving import service
+from mlx_segtrain.serving.settings import Settings
 from served import Server, write_place
 
 AS_JSON = {"content-type": "application/json"}
@@ -118,12 +121,35 @@ def test_bodies_that_never_end_are_bounded_together(server):
         time.sleep(0.1)
 
 
+def test_memory_is_given_back(tmp_path, monkeypatch):
+    """The C library keeps what is freed, up to a GB."""
+    monkeypatch.setattr(service, "TIDY_S", 0.1)
+    own = service.Service(Settings(store=tmp_path, roots=(tmp_path,)))
+
+    async def main():
+        await own.start()
+        await asyncio.sleep(0.3)
+        rest = service.resident()
+        blocks = [bytearray(50_000) for _ in range(6000)]
+        last = blocks[-1]  # at the end, so that nothing before it can be cut off
+        await asyncio.sleep(0.3)
+        del blocks
+        end = time.monotonic() + 10
+        while service.resident() - rest > 60e6:
+            assert time.monotonic() < end, (service.resident(), rest)
+            await asyncio.sleep(0.05)
+        assert len(last) == 50_000
+        await own.close()
+
+    asyncio.run(main())
+
+
 def test_a_large_prompt_is_still_a_prompt(server):
     """The bounds are far above what chats and prompts have."""
     turns = [{"role": "user", "content": 'He said: "{[,:"\\'} for _ in range(9000)]
     answer = server.http.post(CHAT, json={"messages": turns, "max_tokens": 1})
     assert answer.status_code == 400 and "was made for 128" in answer.json()["error"]["message"]
-    code = '{"a": [1, 2, {"b": "c"}], "d": ""},\n' * 30_000
+    code = '{"a": [1, 2, {"b": "c"}], "d": ""},\n' * 10_000
     answer = server.http.post(TEXT, json={"prompt": code, "max_tokens": 1})
     assert answer.status_code == 400 and "was made for 128" in answer.json()["error"]["message"]
     answer = server.http.post(TEXT, json={"prompt": [5] * 1_000_000, "max_tokens": 1})

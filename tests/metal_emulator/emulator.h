@@ -3,7 +3,8 @@
 // A thread is a fiber. A simdgroup runs until all its lanes wait, then the next one runs, so a missing
 // barrier meets the worst case of both directions. Memory of the device and of the threadgroup is reached
 // through checked pointers.
-#ifdef __APPLE__  // whose headers have fibers only where X/Open is asked for, and then nothing else unless Darwin is
+// Apple has fibers only where X/Open is asked for, and then nothing else unless Darwin is.
+#ifdef __APPLE__
 #define _XOPEN_SOURCE 600
 #define _DARWIN_C_SOURCE
 #endif
@@ -738,7 +739,8 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {
             const int row = emu_row(l), col = emu_col(l) + i;
-            a[row][col] = float(in[l]->a[i]), b[row][col] = float(in[l]->b[i]), c[row][col] = float(in[l]->c[i]);
+            a[row][col] = float(in[l]->a[i]), b[row][col] = float(in[l]->b[i]),
+            c[row][col] = float(in[l]->c[i]);
           }
         for (int i = 0; i < 8; ++i)
           for (int k = 0; k < 8; ++k)

@@ -111,7 +111,8 @@ def shown(value: Any) -> str:
 
 def word(value: Any) -> str:
     """The same, of one that should be a word."""
-    return value if isinstance(value, str) and value.isidentifier() else shown(value)
+    short = isinstance(value, str) and value.isidentifier() and len(value) <= 60
+    return value if short else shown(value)
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

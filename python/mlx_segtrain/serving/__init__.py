@@ -13,5 +13,9 @@ A request comes in at the top and goes down:
     mounting.py  one base, adapters, and which of them is in its linears
     decoding.py  logits to tokens, tokens to text
     catalog.py   what lies on disk
+    bodies.py    bodies of requests, counted and parsed; pools.py: threads for each kind of work
+    confined.py  what files of strangers make a library do, in processes that can be killed:
+                 confined_process.py
+    brake.py     wrong tokens, and lines of the log
     page/        /finetune
 """

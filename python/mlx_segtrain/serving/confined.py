@@ -32,8 +32,8 @@ SLICE_S, MOST_SLOW = 0.5, 3
 MOST_IDLE = 2
 #: Seconds for the libraries, which a busy machine may take long to load, and for a fork.
 START_S, FORK_S = 120.0, 30.0
-#: Bytes of a prompt of which one at a time is encoded.
-LARGE = 1 << 20
+#: Characters of a prompt of which one at a time is encoded, and bytes of memory for it.
+LARGE, MOST_MEMORY = 1 << 16, 448 << 20
 
 _PROMPTS = Pool("prompts", MOST_SLOW + 2, 256)
 _LARGE_PROMPTS = Pool("large prompts", 1, 8)
@@ -55,8 +55,8 @@ class Limits:
 
     @classmethod
     def of_prompt(cls, size: int) -> Limits:
-        """Of a body of so many bytes. Tokenizers take about a hundred bytes for each of a text."""
-        return cls(5 + size / 100_000, (96 << 20) + 128 * size)
+        """Of so many characters, for each of which a tokenizer takes up to 400 bytes."""
+        return cls(5 + size / 100_000, min((48 << 20) + 512 * size, MOST_MEMORY))
 
 
 #: To load a tokenizer, and to look at a data set.

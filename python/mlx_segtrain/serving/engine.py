@@ -190,6 +190,11 @@ class Engine:
             self._wake.notify()
         return Generation(outbox)
 
+    async def tidy(self) -> None:
+        """Gives memory back to the system that requests have left, unless something generates."""
+        if not self._active and not self._stopped:
+            await self._do(_free)
+
     def close(self) -> None:
         """Ends what runs and frees the model; the thread rests until the process ends."""
         with self._wake:

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import resource
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from ..adapters.discovery import Found
 from ..config import TrainConfig, load_config
 from ..data import Preview, Report
-from ..errors import InputError, NoRoom
+from ..errors import InputError, NoRoom, RunError
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
 from . import catalog
@@ -21,7 +23,7 @@ from .engine import Engine
 from .guard import Roots
 from .jobs import Full, Jobs
 from .mounting import Base
-from .pools import Pool
+from .pools import Busy, Pool
 from .settings import Settings
 from .store import Row
 
@@ -33,6 +35,8 @@ OWN = {"eval_command": "it runs a command, which the command line alone may"}
 JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
 #: Models whose tokenizers are kept for inspections, besides the served one's.
 MOST_CONFINED = 2
+#: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
+TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
@@ -64,6 +68,7 @@ class Service:
         self.roots = Roots(settings.folders)
         self.jobs = Jobs(settings.store, self._check_paths)
         self.engine = Engine()
+        self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
         #: Looks at what is on disk, and plans, have threads of their own.
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
@@ -71,6 +76,7 @@ class Service:
 
     async def start(self) -> None:
         await self.jobs.start()
+        self.tidying = asyncio.create_task(self._tidy())
         if self.settings.model_dir is not None:
             await self.engine.load(self.settings.model_dir)
         if self.settings.adapter is not None:
@@ -78,10 +84,23 @@ class Service:
             self.engine.default = (await self.engine.mount(path.name, path)).id
 
     async def close(self) -> None:
+        if self.tidying is not None:
+            self.tidying.cancel()
         await self.jobs.close()
         for confined in self.confined.values():
             confined.close()
         await asyncio.to_thread(self.engine.close)
+
+    async def _tidy(self) -> None:
+        """The C library keeps what large requests have freed: now and then it is given back."""
+        least = resident()
+        while least is not None:
+            await asyncio.sleep(TIDY_S)
+            now = resident() or least
+            least = min(least, now)
+            if now > least + TIDY_BYTES:
+                with suppress(Busy, RunError):
+                    await self.engine.tidy()
 
     # What there is
 
@@ -310,6 +329,15 @@ class Service:
             if not path.exists() and str(path) not in taken:
                 return path
             stamp += 1
+
+
+def resident() -> int | None:
+    """Bytes of main memory that this process has; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return None
+    return pages * resource.getpagesize()
 
 
 def _check_inputs(config: TrainConfig, split: str) -> None:

@@ -1,0 +1,307 @@
+"""Broken and hostile inputs for every reader and every route: no crash, no 500, no hang, no leak.
+
+    INPUTS=100000 SEED=1 python tests/hostile/fuzz.py
+
+runs outside of pytest, in parts, and prints a line for each. A canary lies in a file outside of the
+server's roots: its text is in no answer, no message and no log.
+"""
+
+import json
+import os
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import write_llama, write_rows
+from mlx_segtrain import InputError
+from mlx_segtrain.adapters.discovery import look
+from mlx_segtrain.adapters.reading import read_stored
+from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.models.limits import check_files, check_model
+from mlx_segtrain.planning.shapes import read_shape
+from mlx_segtrain.safetensors import read_header
+from mlx_segtrain.serving import catalog
+from mlx_segtrain.serving.confined import Confined, Limits
+from mlx_segtrain.serving.pools import Busy
+from served import Server
+
+CANARY = "canary-7f3a91c2"
+#: Seconds that an input may take.
+LONGEST_S = 5.0
+#: Values that break what expects others.
+ODD = [
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan")),
+    *(float("inf"), "", " ", "\0", "a" * 5000, "é\ud800", "../" * 20 + "etc/passwd", "/dev/zero"),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        {"": {}},
+        ["a"] * 300,
+        [{}] * 100,
+        {"a": {"a": {"a": {}}}},
+        "{{ 1/0 }}",
+    ),
+    *("(a*)*b", ".?" * 31, "none", "a+b", "9" * 5000, "\u202e", "<script>", "%s%n", "\r\nx: y"),
+]
+
+
+class Fuzzer:
+    """Inputs that follow from a seed."""
+
+    def __init__(self, seed: int, extra=()):
+        self.chance = random.Random(seed)
+        self.odd = [*ODD, *extra]
+
+    def value(self, value, depth=0):
+        """JSON with something odd somewhere, or several things."""
+        chance = self.chance
+        if isinstance(value, dict) and value and chance.random() < 0.85:
+            key = chance.choice(list(value))
+            kind = chance.randrange(6)
+            if kind == 0:
+                return {name: x for name, x in value.items() if name != key}
+            if kind == 1:
+                return {**value, str(chance.choice(self.odd))[:300]: chance.choice(self.odd)}
+            changed = {**value, key: self.value(value[key], depth + 1)}
+            return self.value(changed) if kind == 2 and depth < 3 else changed
+        if isinstance(value, list) and value and chance.random() < 0.7:
+            at = chance.randrange(len(value))
+            return [*value[:at], self.value(value[at], depth + 1), *value[at + 1 :]]
+        return chance.choice(self.odd)
+
+    def bytes(self, content: bytes) -> bytes:
+        """Bytes that are others, missing, doubled or too many."""
+        chance, found = self.chance, bytearray(content)
+        for _ in range(chance.randrange(1, 4)):
+            at = chance.randrange(len(found) or 1)
+            match chance.randrange(5):
+                case 0:
+                    del found[at:]
+                case 1:
+                    found[at:at] = chance.randbytes(chance.randrange(1, 20))
+                case 2:
+                    found[at:at] = found[at : at + chance.randrange(1, 200)]
+                case 3:
+                    found[at:at] = chance.choice([b"{", b"[", b'"', b"\\", b"\xff", b"\n"]) * 50
+                case _ if found:
+                    found[at % len(found)] = chance.randrange(256)
+        return bytes(found)
+
+    def text(self, value) -> bytes:
+        """JSON of a value that was changed, or its text changed."""
+        if self.chance.random() < 0.3:
+            return self.bytes(json.dumps(value).encode())
+        return json.dumps(self.value(value)).encode()
+
+
+def write_adapter_folder(path: Path) -> Path:
+    import mlx.core as mx
+
+    path.mkdir()
+    weights = {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": mx.zeros((3, 64)),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": mx.zeros((64, 3)),
+    }
+    mx.save_safetensors(str(path / "adapter_model.safetensors"), weights)
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 3}}
+    (path / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {}}))
+    return path
+
+
+class Readers:
+    """Each kind of file, changed, and what reads it."""
+
+    def __init__(self, place: Path, fuzzer: Fuzzer):
+        self.fuzzer = fuzzer
+        self.model = write_llama(place / "model", bits=4)
+        self.adapter = write_adapter_folder(place / "adapter")
+        self.data = write_rows(place / "data", 3) / "train.jsonl"
+        self.kinds = {
+            "config.json": (self.model / "config.json", self._config),
+            "weights": (self.model / "model.safetensors", self._weights),
+            "adapter_config.json": (self.adapter / "adapter_config.json", self._adapter),
+            "adapter weights": (self.adapter / "adapter_model.safetensors", self._adapter),
+            "train.jsonl": (self.data, lambda: list(read_records(self.data))),
+            "tokenizer.json": (self.model / "tokenizer.json", self._tokenizer),
+        }
+        self.whole = {name: file.read_bytes() for name, (file, _) in self.kinds.items()}
+
+    def one(self) -> str:
+        """Reads one input; what was said of it."""
+        # A tokenizer takes a process, and a hundred times as long.
+        names = [name for name in self.kinds if name != "tokenizer.json"]
+        rare = self.fuzzer.chance.random() < 0.005
+        name = "tokenizer.json" if rare else self.fuzzer.chance.choice(names)
+        file, read = self.kinds[name]
+        file.write_bytes(self._changed(name))
+        try:
+            read()
+            return ""
+        except (InputError, Busy) as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000, (name, str(error)[:300])
+            return str(error)
+        finally:
+            file.write_bytes(self.whole[name])
+
+    def _changed(self, name: str) -> bytes:
+        whole = self.whole[name]
+        if name.endswith(".json"):
+            return self.fuzzer.text(json.loads(whole))
+        if name == "train.jsonl":
+            rows = [json.loads(line) for line in whole.splitlines()]
+            return b"\n".join([self.fuzzer.text(rows[0]), *map(self.fuzzer.text, rows[1:2])])
+        (size,) = struct.unpack("<Q", whole[:8])
+        if self.fuzzer.chance.random() < 0.5:
+            return self.fuzzer.bytes(whole[: 8 + size]) + whole[8 + size :]
+        header = self.fuzzer.text(json.loads(whole[8 : 8 + size]))
+        return struct.pack("<Q", len(header)) + header + whole[8 + size :]
+
+    def _config(self) -> None:
+        assert catalog.models([self.model]) is not None
+        read_shape(self.model)
+        self._checked(self.model)
+
+    def _weights(self) -> None:
+        read_shape(self.model)
+        read_header(self.model / "model.safetensors")
+
+    def _checked(self, model: Path) -> None:
+        check_files(model)
+        try:
+            check_model(model)
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise InputError(" ".join(str(error).split())[:300]) from None
+
+    def _adapter(self) -> None:
+        look(self.adapter)
+        read_stored(self.adapter)
+
+    def _tokenizer(self) -> None:
+        confined = Confined(self.model)
+        try:
+            messages = [{"role": "user", "content": "Hello"}]
+            limits, how = Limits(2, 64 << 20), {"add_generation_prompt": True}
+            confined.ask("chat", limits, "it", messages=messages, how=how, most=100)
+        finally:
+            confined.close()
+
+
+def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
+    """Method, path and a body that is right, of every route that takes one."""
+    model, data, adapter = (str(place / name) for name in ("model", "data", "adapter"))
+    run = {"model_dir": model, "data_dir": data, "max_seq_length": 64, "iters": 1, "rank": 8}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "adapter": "none"}
+    sampled = {"temperature": 0.5, "top_p": 0.9, "stop": ["a"], "logit_bias": {"5": 1}, "seed": 1}
+    return [
+        ("POST", "/v1/chat/completions", {**chat, **sampled, "stream": True}),
+        ("POST", "/v1/completions", {"prompt": "Hi", "max_tokens": 1, **sampled}),
+        ("POST", "/v1/completions", {"prompt": [5, 6], "max_tokens": 1}),
+        ("POST", "/v1/adapters", {"id": "a", "path": adapter}),
+        ("POST", "/api/finetune/submit", {**run, "adapter_path": str(place / "out")}),
+        ("POST", "/api/finetune/evaluate", {**run, "split": "train"}),
+        ("POST", "/api/finetune/plan", run),
+        ("POST", "/api/finetune/merge", {"adapter_a": adapter, "adapter_b": adapter}),
+        ("POST", "/api/finetune/export", {"adapter_path": adapter, "method": "peft"}),
+        ("POST", "/api/finetune/push", {"repo_id": "a/b", "source_path": adapter}),
+        ("POST", "/api/finetune/inspect-dataset", {"path": data, "model_dir": model}),
+        ("POST", "/api/settings/hf-token", {"token": "hf_x"}),
+        ("POST", "/api/models/serve", {"model_dir": str(canary)}),
+        ("GET", "/api/jobs", {"limit": "5", "kind": "merge", "before": "job_0"}),
+        ("GET", "/api/jobs/{}", {"": "job_0"}),
+        ("GET", "/api/jobs/{}/stream", {"": "job_0"}),
+        ("POST", "/api/jobs/{}/cancel", {"": "job_0"}),
+        ("POST", "/api/jobs/{}/resume", {"": "job_0"}),
+        ("DELETE", "/api/jobs/{}", {"": "job_0"}),
+        ("GET", "/v1/models/{}", {"": "model"}),
+        ("DELETE", "/v1/adapters/{}", {"": "a"}),
+        ("GET", "/api/models", {"x": "y"}),
+        ("GET", "/healthz", {"x": "y"}),
+        ("POST", "/login", {"token": "x"}),
+    ]
+
+
+class Routes:
+    """A server, and bodies for it."""
+
+    def __init__(self, server: Server, fuzzer: Fuzzer, canary: Path):
+        self.server, self.fuzzer = server, fuzzer
+        self.routes = routes(server.cwd, canary)
+
+    def one(self) -> str:
+        method, path, body = self.fuzzer.chance.choice(self.routes)
+        how: dict = {}
+        if "{}" in path:
+            word = str(self.fuzzer.chance.choice(self.fuzzer.odd))
+            path = path.replace("{}", word.encode("utf-8", "replace").hex() or "a")
+        elif method == "GET":
+            changed = self.fuzzer.value(body)
+            how["params"] = {
+                str(k).encode("utf-8", "replace"): str(v).encode("utf-8", "replace")[:2000]
+                for k, v in (changed if isinstance(changed, dict) else body).items()
+            }
+        else:
+            how["content"] = self.fuzzer.text(body)
+            kind = self.fuzzer.chance.choice(["application/json"] * 9 + ["text/plain"])
+            how["headers"] = {"content-type": kind}
+        answer = self.server.http.request(method, path, **how)
+        assert answer.status_code not in (500, 502), (method, path, how, answer.text)
+        assert answer.status_code < 500 or answer.status_code == 503, (path, answer.text)
+        return answer.text
+
+
+def fuzz(place: Path, inputs: int, seed: int, said=print) -> None:
+    """AssertionError at the first input that does what none may."""
+    outside = place / "outside"
+    (outside / "data").mkdir(parents=True)
+    canary = outside / "canary.txt"
+    canary.write_text(CANARY)
+    (outside / "data" / "train.jsonl").write_text(json.dumps({"text": CANARY}))
+    inside = place / "inside"
+    inside.mkdir()
+    write_llama(inside / "model", bits=4)
+    write_adapter_folder(inside / "adapter")
+    write_rows(inside / "data", 3)
+    (inside / "sly").mkdir()
+    (inside / "sly" / "train.jsonl").symlink_to(outside / "data" / "train.jsonl")
+    (inside / "sly2").symlink_to(outside)
+    links = (inside / "sly", inside / "sly2" / "data")
+    fuzzer = Fuzzer(seed, map(str, (canary, outside / "data", *links, "/proc/self/environ")))
+    readers = Readers(place, fuzzer)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    args = (inside / "model", "--root", inside)
+    with Server(inside, *args, cache=place / "cache", **nowhere) as server:
+        asked = Routes(server, fuzzer, canary)
+        slowest, refused, begun = 0.0, 0, time.monotonic()
+        for i in range(inputs):
+            what = asked if i % 10 == 0 else readers
+            started = time.monotonic()
+            text = what.one()
+            slowest = max(slowest, time.monotonic() - started)
+            refused += bool(text)
+            assert CANARY not in text, (i, text)
+            assert slowest < LONGEST_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), i
+            assert server.process.poll() is None, server.said[-2000:]
+            if (i + 1) % 10_000 == 0 or i + 1 == inputs:
+                took = time.monotonic() - begun
+                said(f"{i + 1} inputs, {refused} refused, {took:.0f} s, slowest {slowest:.2f} s")
+        assert server.http.get("/healthz").json()["ok"]
+        logs = [server.log, *(server.cache / "jobs").glob("*.log")]
+        for log in logs:
+            text = log.read_text(errors="replace")
+            assert CANARY not in text and "Traceback" not in text, (log, text[-3000:])
+
+
+if __name__ == "__main__":
+    folder = Path(tempfile.mkdtemp())
+    try:
+        fuzz(folder, int(os.environ.get("INPUTS", "10000")), int(os.environ.get("SEED", "0")))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

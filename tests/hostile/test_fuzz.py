@@ -1,0 +1,9 @@
+"""A few of the inputs of fuzz.py, which takes as many as one wants."""
+
+import os
+
+from fuzz import fuzz
+
+
+def test_a_few_inputs(tmp_path):
+    fuzz(tmp_path, int(os.environ.get("INPUTS", "600")), int(os.environ.get("SEED", "0")))
