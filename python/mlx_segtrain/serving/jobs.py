@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any
 from ..errors import InputError
 from ..events import now
 from ..files import make_folder, write_text
-from . import eventlog
+from . import eventlog, processes
 from .kinds import kind_of
 from .store import ENDED, Row, Store
 from .store import now as clock
@@ -75,7 +74,9 @@ class Jobs:
                 "another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
-        self.environment: dict[str, str] = {}  #: what processes get besides ours; in no file
+        self.environment: dict[
+            str, str
+        ] = {}  #: variables of kinds of jobs that want them; in no file
         self.live: dict[str, Live] = {}
         self.monitors: set[asyncio.Task[None]] = set()
 
@@ -237,15 +238,16 @@ class Jobs:
                     **{"status": "running", "started_at": clock(), "message": None},
                     begins=os.fstat(log).st_size,
                 )
-                worker = (sys.executable, "-m", "mlx_segtrain.serving.worker")
+                arguments = (row.kind, str(self._config(row.id)), str(lock))
                 process = subprocess.Popen(
-                    [*worker, row.kind, str(self._config(row.id)), str(lock)],
+                    processes.command("mlx_segtrain.serving.worker", *arguments),
+                    cwd=self.logs,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                     pass_fds=[lock],
-                    env={**_without_token(), **self.environment},
+                    env=processes.environment(kind_of(row.kind).variables, self.environment),
                 )
             finally:
                 for file in opened:
@@ -338,11 +340,6 @@ class Jobs:
         self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
         logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
         self.live.pop(id).tell()
-
-
-def _without_token() -> dict[str, str]:
-    """The environment without what only the server has to know."""
-    return {key: value for key, value in os.environ.items() if key != "MLX_SEGTRAIN_TOKEN"}
 
 
 def _killed(row: Row, code: int | None) -> eventlog.Event:

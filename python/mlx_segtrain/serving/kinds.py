@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import events
 from ..errors import InputError
 from ..files import to_json
+from .processes import NETWORK
 
 if TYPE_CHECKING:
     from ..adapters.folding import Folded
@@ -33,6 +34,7 @@ class JobKind:
     run: Callable[[Values], events.Event]  #: the job, in its process; its last event
     named: Callable[[Values], str]  #: what a job works on, in short
     computes: bool = False  #: it needs the accelerator, which one job has at a time
+    variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
     trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
 
 
@@ -174,6 +176,7 @@ KINDS = {
             finetune,
             lambda values: f"{_end(values, 'model_dir')} on {_end(values, 'data_dir')}",
             computes=True,
+            variables=("WANDB_*", *NETWORK),
             trains=True,
         ),
         JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True),
@@ -196,6 +199,7 @@ KINDS = {
             "Push",
             push,
             lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
+            variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""A job's process: `python -m mlx_segtrain.serving.worker KIND FILE LOCK`.
+"""A job's process, which the server starts (jobs.py, processes.py): main(KIND, FILE, LOCK).
 
 FILE has its configuration; LOCK is the number of an open file, whose lock lives as long as it does.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from .kinds import kind_of, tell
 def main(kind: str, file: str, lock: str) -> int:
     """0, 1 (it failed) or 130 (it was cancelled)."""
     os.set_inheritable(int(lock), False)  # processes of libraries may live longer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory may hold a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     own = kind_of(kind)
     if not own.trains:  # which ends in good order by itself
@@ -41,7 +43,3 @@ def main(kind: str, file: str, lock: str) -> int:
         end = events.failed(error)
     tell(end)
     return {"done": 0, "failed": 1, "cancelled": 130}[end["type"]]
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
