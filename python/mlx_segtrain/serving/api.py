@@ -191,6 +191,12 @@ def router(service: Service) -> APIRouter:
         jobs.environment["HF_TOKEN"] = body.token
         return Answer()
 
+    @routes.delete("/api/sessions", tags=["server"], responses=problems())
+    async def end_sessions() -> Answer:
+        """Logs all browsers out: each has to give the token again."""
+        service.sessions.close_all()
+        return Answer()
+
     @routes.get("/api/jobs", tags=["jobs"], responses=problems())
     async def list_jobs(
         limit: Annotated[int, Query(ge=1, le=1000)] = 50, kind: str | None = None

@@ -19,6 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
+from .sessions import Sessions
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -30,23 +31,26 @@ PART_S, BODY_S = 10.0, 60.0
 REFUSALS = (400, 401, 403, 422, 429)
 #: Seconds after which a client that takes nothing of a stream is let go.
 PATIENCE_S = 30
-#: The cookie in which a browser keeps the token.
-COOKIE = "mlx-segtrain-token"
+#: The cookie in which a browser keeps the id of its session.
+COOKIE = "mlx-segtrain-session"
 #: Names of this machine for itself.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: A name, or an address of version 6 in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
-#: What a browser asks for before it has the token.
+#: What a browser asks for before it has a session.
 OPEN = ("/login", "/healthz", "/favicon.ico")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
     (
         b"content-security-policy",
-        # The page's library makes functions of text; nothing comes from elsewhere.
-        b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
-        b"connect-src 'self' ws: wss:; frame-ancestors 'none'",
+        # The page's library makes functions of text; nothing comes from elsewhere or goes there.
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+        b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+        b"connect-src 'self'; form-action 'self'; base-uri 'self'; object-src 'none'; "
+        b"frame-ancestors 'none'",
     ),
 )
 
@@ -109,8 +113,17 @@ class Refused(Exception):
 class Guard:
     """The outermost of the app: what it lets through is from here, known, and not too large."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, any_address: bool):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Sequence[str],
+        token: str | None,
+        any_address: bool,
+        sessions: Sessions | None = None,
+    ):
         self.app, self.token, self.any_address = app, token, any_address
+        self.sessions = sessions or Sessions()
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,9 +153,9 @@ class Guard:
                 raise Refused(400, "a header stands twice.")
             self._check_host(headers)
             self._check_origin(scope, headers)
-            self._check_token(scope, headers)
+            session = self._check_token(scope, headers)
             if scope["type"] == "websocket":
-                return await self.app(scope, receive, send)
+                return await self.app(scope, self._within(session, receive), send)
             body.check_length(headers.get(b"content-length"))
             await self.app(scope, body.receive, send_on)
         except Refused as error:
@@ -174,17 +187,29 @@ class Guard:
         if site == b"cross-site" and not (mode == b"navigate" and scope.get("method") == "GET"):
             raise Refused(403, "a page of another site may not use this server.")
 
-    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
+        """The session that lets the request in, if it is one."""
         if self.token is None or scope["path"] in OPEN:
-            return
+            return None
         given = headers.get(b"authorization", b"").decode("latin-1")
         scheme, _, value = given.partition(" ")
-        cookie = _cookie(headers.get(b"cookie", b"").decode("latin-1"))
+        session = session_of(headers.get(b"cookie", b"").decode("latin-1"))
         if scheme.lower() == "bearer" and self.is_token(value.strip()):
-            return
-        if cookie is not None and self.is_token(cookie):
-            return
+            return None
+        if session is not None and self.sessions.holds(session):
+            return session
         raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
+
+    def _within(self, session: str | None, receive: Receive) -> Receive:
+        """What a socket receives, up to the end of the session that opened it."""
+
+        async def receive_on() -> Message:
+            message = await receive()
+            if session is not None and not self.sessions.holds(session):
+                return {"type": "websocket.disconnect", "code": 1008}
+            return message
+
+        return receive_on
 
     def is_token(self, given: str) -> bool:
         """Takes as long whatever is given."""
@@ -230,7 +255,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _cookie(header: str) -> str | None:
+def session_of(header: str) -> str | None:
+    """The id of the session in a header with cookies."""
     try:
         found = SimpleCookie(header).get(COOKIE)
     except CookieError:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..events import now
-from ..files import make_folder, write_text
+from ..files import make_private, private, write_text
 from . import eventlog, processes
 from .kinds import kind_of
 from .store import ENDED, Row, Store
@@ -66,7 +66,10 @@ class Jobs:
         """`check` raises InputError for a configuration that may not be run, or not any more."""
         self.check = check
         self.logs = folder / "jobs"
-        make_folder(self.logs)
+        for place in (folder, self.logs):
+            make_private(place)
+        for path in self.logs.iterdir():  # of a version that let others read them
+            path.chmod(0o600)
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
             raise InputError(
@@ -224,7 +227,7 @@ class Jobs:
         opened: list[int] = []
         try:
             self.check(json.loads(values))
-            write_text(self._config(row.id), values)
+            write_text(self._config(row.id), values, private)
             lock = eventlog.claim(path)
             if lock is None:
                 raise OSError(f"{path} is written by another process")

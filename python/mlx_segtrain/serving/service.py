@@ -20,6 +20,7 @@ from .engine import Engine
 from .guard import Roots
 from .jobs import Full, Jobs
 from .mounting import Base
+from .sessions import Sessions
 from .settings import Settings
 from .store import Row
 
@@ -60,6 +61,7 @@ class Service:
         self.roots = Roots(settings.folders)
         self.jobs = Jobs(settings.store, self._check_paths)
         self.engine = Engine()
+        self.sessions = Sessions()  #: of browsers
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
     async def start(self) -> None:
