@@ -171,7 +171,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409, 429))
     async def push(body: Push) -> Pushed:
-        """An adapter, or another folder, to the Hugging Face hub."""
+        """An adapter or a model to the Hugging Face hub: its own files, and no others."""
         source = body.source_path
         if body.job_id is not None:
             source = found(body.job_id).output_path

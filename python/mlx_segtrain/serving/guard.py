@@ -37,6 +37,10 @@ COOKIE = "mlx-segtrain-session"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: A name, or an address of version 6 in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
+#: Beginnings of names that nobody may name below a root.
+CLOSED = (".", "datasets--", "spaces--")
+#: Files and folders below one that is named, at most: each may be a link.
+MOST_BELOW = 20_000
 #: What a browser asks for before it has a session.
 OPEN = ("/login", "/healthz", "/favicon.ico")
 HEADERS = (
@@ -60,25 +64,27 @@ class Outside(InputError):
 
 
 class Roots:
-    """The folders below which a client may name paths."""
+    """The folders below which a client may name paths.
 
-    def __init__(self, roots: Iterable[Path]):
+    Nothing hidden below them may be named (`.ssh`, `.git`, `.env`), nor a cache's repositories that
+    are no models, nor the jobs of our store, which may lie below a root, too.
+    """
+
+    def __init__(self, roots: Iterable[Path], store: Path | None = None):
         self.folders = tuple(dict.fromkeys(Path(root).expanduser().resolve() for root in roots))
+        self.store = None if store is None else store.expanduser().resolve()
 
     def resolve(self, text: str | Path) -> Path:
-        """The path without links; Outside if it, or what lies in it as a link, is elsewhere."""
+        """The path without links; Outside if it is elsewhere, or what is below it is a link to
+        elsewhere, at any depth."""
         try:
             if "\0" in str(text):
                 raise ValueError("it holds a null character")
             if not str(text):
                 raise ValueError("it is empty")
             path = Path(text).expanduser().resolve()
-            self._check(path, path)
-            if path.is_dir():
-                with os.scandir(path) as entries:
-                    links = [Path(entry.path) for entry in entries if entry.is_symlink()]
-                for link in links:
-                    self._check(link, link.resolve())
+            self.check(path, path)
+            self._check_links(path)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -86,20 +92,56 @@ class Roots:
             raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
         return path
 
-    def check_below(self, folder: Path) -> None:
-        """Outside if anything below the folder is a link to elsewhere."""
-        for place, folders, files in os.walk(folder):
-            for name in (*folders, *files):
-                path = Path(place, name)
-                if path.is_symlink():
-                    self._check(path, path.resolve())
-
-    def _check(self, named: Path, path: Path) -> None:
-        if not any(path.is_relative_to(root) for root in self.folders):
+    def check(self, named: Path, path: Path) -> None:
+        """Outside if a path without links, by whatever name, is elsewhere."""
+        if self._is_of_jobs(path):
+            raise Outside(f"{named} lies outside of what clients may use: jobs are the server's.")
+        if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(
-                f"{named} lies outside of what this server may use ({where}): see --root."
+                f"{named} lies outside of what this server may use ({where}, and nothing hidden "
+                "there): see --root."
             )
+
+    def _is_of_jobs(self, path: Path) -> bool:
+        if self.store is None or not path.is_relative_to(self.store) or path == self.store:
+            return False
+        # On macOS other capitals are the same name.
+        return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
+
+    def _check_links(self, path: Path) -> None:
+        """Of all that is not hidden below a path, within folders that links lead to, too."""
+        waiting, seen, count = [path], {path}, 0
+        while waiting:
+            try:
+                entries = list(os.scandir(waiting.pop()))
+            except (NotADirectoryError, FileNotFoundError, PermissionError):
+                continue  # a file, what is to be made, what nobody here can read
+            count += len(entries)
+            if count > MOST_BELOW:
+                raise InputError(
+                    f"{path} holds more than {MOST_BELOW:,} files: name the folder of one thing."
+                )
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                own = Path(entry.path)
+                if entry.is_symlink():
+                    target = own.resolve()
+                    self.check(own, target)
+                    own = target
+                elif not entry.is_dir():
+                    continue
+                if own not in seen:
+                    seen.add(own)
+                    waiting.append(own)
+
+
+def _is_open(root: Path, path: Path) -> bool:
+    """Whether a path is the root, or below it and neither hidden nor what is no model's."""
+    if not path.is_relative_to(root):
+        return False
+    return not any(part.startswith(CLOSED) for part in path.relative_to(root).parts)
 
 
 class Refused(Exception):

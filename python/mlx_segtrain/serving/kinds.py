@@ -135,22 +135,21 @@ def merge(values: Values) -> events.Event:
 
 
 def push(values: Values) -> events.Event:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from . import pushing
 
     hub, repo = HfApi(), values["repo_id"]  # the token is in the environment
     tell(events.stage("load", 0.05, f"{values['source']} to {hub.endpoint}/{repo}"))
-    made = hub.create_repo(repo, private=values["private"], exist_ok=True)
-    commit = hub.upload_folder(
-        repo_id=repo,
-        folder_path=values["source"],
-        commit_message="Adapter of mlx_segtrain",
-        ignore_patterns=NOT_PUSHED,
-    )
+    with pushing.opened(Path(values["source"])) as files:
+        tell(events.stage("push", 0.1, ", ".join(files)))
+        made = hub.create_repo(repo, private=values["private"], exist_ok=True)
+        commit = hub.create_commit(
+            repo_id=repo,
+            operations=[CommitOperationAdd(name, file) for name, file in files.items()],
+            commit_message="Adapter of mlx_segtrain",
+        )
     return done(None, url=str(made), commit=commit.oid)
-
-
-#: What of a run's folder is its own: the state to go on from, and what others keep of it.
-NOT_PUSHED = ["state/*", "checkpoints/*", "best/*", ".*", "*/.*", "metrics.jsonl"]
 
 
 def _end(values: Values, name: str) -> str:
