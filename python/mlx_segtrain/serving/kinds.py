@@ -142,7 +142,7 @@ def push(values: Values) -> events.Event:
     hub, repo = HfApi(), values["repo_id"]  # the token is in the environment
     tell(events.stage("load", 0.05, f"{values['source']} to {hub.endpoint}/{repo}"))
     with pushing.opened(Path(values["source"])) as files:
-        tell(events.stage("push", 0.1, ", ".join(files)))
+        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
         made = hub.create_repo(repo, private=values["private"], exist_ok=True)
         commit = hub.create_commit(
             repo_id=repo,
