@@ -27,6 +27,7 @@ from . import api, openai, page
 from .faults import sentence
 from .guard import COOKIE, LOOPBACK, Guard, Outside, error_body
 from .jobs import Conflict, Full
+from .opening import confine
 from .service import Fault, Service
 from .sessions import LASTS_S
 from .settings import Settings
@@ -266,7 +267,9 @@ def run(settings: Settings) -> None:
             f"the address {settings.host}, port {settings.port} cannot be had ({error.strerror}): "
             "give another --port."
         ) from None
-    asyncio.run(_serve(Service(settings), listener))
+    service = Service(settings)
+    confine(service.roots)
+    asyncio.run(_serve(service, listener))
 
 
 def allow_open_files(wanted: int) -> None:

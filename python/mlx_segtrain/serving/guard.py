@@ -19,6 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
+from ..files import ASIDE
 from .sessions import Sessions
 
 logger = logging.getLogger("mlx_segtrain.serving")
@@ -92,6 +93,10 @@ class Roots:
             raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
         return path
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path, as it is written, lies below one of the folders."""
+        return any(path.is_relative_to(root) for root in self.folders)
+
     def check(self, named: Path, path: Path) -> None:
         """Outside if a path without links, by whatever name, is elsewhere."""
         if self._is_of_jobs(path):
@@ -141,7 +146,8 @@ def _is_open(root: Path, path: Path) -> bool:
     """Whether a path is the root, or below it and neither hidden nor what is no model's."""
     if not path.is_relative_to(root):
         return False
-    return not any(part.startswith(CLOSED) for part in path.relative_to(root).parts)
+    parts = path.relative_to(root).parts
+    return not any(part.startswith(CLOSED) and not ASIDE.fullmatch(part) for part in parts)
 
 
 class Refused(Exception):

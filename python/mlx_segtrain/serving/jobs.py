@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +62,15 @@ class Live:
 class Jobs:
     """All jobs of a folder, which has one server at a time."""
 
-    def __init__(self, folder: Path, check: Callable[[dict[str, Any]], None] = lambda values: None):
-        """`check` raises InputError for a configuration that may not be run, or not any more."""
-        self.check = check
+    def __init__(
+        self,
+        folder: Path,
+        check: Callable[[dict[str, Any]], None] = lambda values: None,
+        roots: Sequence[Path] = (),
+    ):
+        """`check` raises InputError for a configuration that may not be run, or not any more;
+        `roots` are the folders below which jobs open no link to elsewhere."""
+        self.check, self.roots, self.folder = check, roots, folder
         self.logs = folder / "jobs"
         for place in (folder, self.logs):
             make_private(place)
@@ -227,7 +233,9 @@ class Jobs:
         opened: list[int] = []
         try:
             self.check(json.loads(values))
-            write_text(self._config(row.id), values, private)
+            places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
+            given = json.dumps({"values": json.loads(values), **places})
+            write_text(self._config(row.id), given, private)
             lock = eventlog.claim(path)
             if lock is None:
                 raise OSError(f"{path} is written by another process")

@@ -63,7 +63,7 @@ class Service:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.roots = Roots(settings.folders, settings.store)
-        self.jobs = Jobs(settings.store, self._check_paths)
+        self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders)
         self.engine = Engine()
         self.sessions = Sessions()  #: of browsers
         self.tokens, self.refilled = float(BURST), time.monotonic()

@@ -1,6 +1,7 @@
 """A job's process, which the server starts (jobs.py, processes.py): main(KIND, FILE, LOCK).
 
-FILE has its configuration; LOCK is the number of an open file, whose lock lives as long as it does.
+FILE has its configuration and the folders in which it may read; LOCK is the number of an open file,
+whose lock lives as long as it does.
 
 Its events go to standard output, a line each, the first of them before anything heavy is imported;
 whoever started it may be gone. What the libraries print stands between them.
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from .. import events
 from ..errors import InputError, RunError
+from .guard import Roots
 from .kinds import kind_of, tell
+from .opening import confine
 
 
 def main(kind: str, file: str, lock: str) -> int:
@@ -29,7 +32,10 @@ def main(kind: str, file: str, lock: str) -> int:
     if not own.trains:  # which ends in good order by itself
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        end = own.run(json.loads(Path(file).read_text(encoding="utf-8")))
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        if given["roots"]:
+            confine(Roots(map(Path, given["roots"]), Path(given["store"])))
+        end = own.run(given["values"])
     except KeyboardInterrupt:
         end = {"type": "cancelled", "ts": events.now(), "message": "nothing was written"}
     except (InputError, RunError) as error:
