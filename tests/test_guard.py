@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import time
 
 import pytest
 
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import guard
 from mlx_segtrain.serving.guard import Guard, Outside, Roots
+from mlx_segtrain.serving.sessions import LASTS_S, MOST, Sessions
 from mlx_segtrain.serving.settings import Settings
 
 
@@ -24,7 +26,9 @@ async def echo(scope, receive, send):
     await send({"type": "http.response.body", "body": b"%d" % size})
 
 
-def ask(headers=(), body=(b"",), *, token=None, any_address=False, kind="http", **scope):
+def ask(
+    headers=(), body=(b"",), *, token=None, any_address=False, kind="http", sessions=None, **scope
+):
     """Status, headers and body of the answer."""
     parts = [
         {"type": "http.request", "body": part, "more_body": i + 1 < len(body)}
@@ -44,6 +48,7 @@ def ask(headers=(), body=(b"",), *, token=None, any_address=False, kind="http", 
         sent.append(message)
 
     app = Guard(echo, hosts=["box.local"], token=token, any_address=any_address)
+    app.sessions = sessions or app.sessions
     given = {"host": "localhost:8090", **dict(headers)}
     pairs = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
     whole = {"type": kind, "method": "POST", "path": "/api/jobs", "headers": pairs, **scope}
@@ -112,7 +117,15 @@ def test_token(caplog):
     assert ask({"cookie": f"{guard.COOKIE}=wrong"}, **wants)[0] == 401
     assert ask({"cookie": "=;;=,"}, **wants)[0] == 401
     assert ask({"authorization": "bearer correct horse"}, **wants)[0] == 200
-    assert ask({"cookie": f'a=b; {guard.COOKIE}="correct horse"'}, **wants)[0] == 200
+    # A cookie goes to every port of this machine: it is not the token.
+    assert ask({"cookie": f'a=b; {guard.COOKIE}="correct horse"'}, **wants)[0] == 401
+    sessions = Sessions()
+    one, other = sessions.open(), sessions.open()
+    cookies = {"cookie": f'a=b; {guard.COOKIE}="{one}"'}
+    assert ask(cookies, sessions=sessions, **wants)[0] == 200
+    assert ask(cookies, sessions=Sessions(), **wants)[0] == 401  # another server's
+    sessions.close(one)
+    assert ask(cookies, sessions=sessions, **wants)[0] == 401 and sessions.holds(other)
     assert ask(path="/healthz", **wants)[0] == 200
     status, headers, _ = ask({"accept": "text/html"}, method="GET", **wants)
     assert (status, headers[b"location"]) == (303, b"/login")
@@ -136,7 +149,46 @@ def test_bodies(monkeypatch, caplog):
 def test_answers_tell_browsers_to_be_careful():
     headers = ask()[1]
     assert headers[b"x-content-type-options"] == b"nosniff"
-    assert b"frame-ancestors 'none'" in headers[b"content-security-policy"]
+    policy = dict(x.split(maxsplit=1) for x in headers[b"content-security-policy"].split(b"; "))
+    assert policy[b"frame-ancestors"] == b"'none'" and policy[b"default-src"] == b"'self'"
+    for name in (b"connect-src", b"form-action", b"base-uri"):
+        assert policy[name] == b"'self'"
+    assert headers[b"cross-origin-opener-policy"] == b"same-origin"
+
+
+def test_a_socket_ends_with_its_session():
+    sessions, seen = Sessions(), []
+    id = sessions.open()
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] != "websocket.disconnect":
+            seen.append(message)
+            sessions.close(id)
+
+    async def receive():
+        return {"type": "websocket.receive", "text": "press the button"}
+
+    async def send(message):
+        raise AssertionError(message)
+
+    own = Guard(app, hosts=[], token="correct horse", any_address=False, sessions=sessions)
+    headers = [(b"host", b"localhost"), (b"cookie", f"{guard.COOKIE}={id}".encode())]
+    scope = {"type": "websocket", "path": "/_nicegui_ws/socket.io", "headers": headers}
+    asyncio.run(asyncio.wait_for(own(scope, receive, send), 5))
+    assert len(seen) == 1
+
+
+def test_sessions_end(monkeypatch):
+    sessions, now = Sessions(), time.monotonic()
+    ids = [sessions.open() for _ in range(MOST + 1)]
+    assert len(set(ids)) == len(ids) and len(ids[0]) > 40
+    assert not sessions.holds(ids[0]) and all(map(sessions.holds, ids[1:]))
+    assert not any(map(sessions.holds, ("", "x", "\ud800", ids[1][:-1])))
+    monkeypatch.setattr(time, "monotonic", lambda: now + LASTS_S + 60)
+    assert not sessions.holds(ids[-1])
+    again = sessions.open()
+    sessions.close_all()
+    assert not sessions.holds(again)
 
 
 def test_errors_have_the_form_of_their_path():

@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+from .errors import InputError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -110,6 +112,21 @@ def make_folder(path: Path) -> None:
         sync(path.parent)
 
 
+def make_private(path: Path) -> None:
+    """Makes a folder for this user alone, or one that is there. InputError if others can write to
+    it all the same: the owner of what lies in it could be anyone."""
+    make_folder(path)
+    with suppress(OSError):  # of a file system that does not know whose a file is
+        path.chmod(0o700)
+    if path.stat().st_mode & 0o022:
+        raise InputError(f"others may write to {path}: give a folder that is yours alone.")
+
+
+def private(path: str, flags: int) -> int:
+    """As an opener of `open`: what it makes is for this user alone."""
+    return os.open(path, flags, 0o600)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file to read; OSError if it has no end: a pipe is waited for for ever."""
     # Without O_NONBLOCK it is the opening that waits.
@@ -170,10 +187,10 @@ def lock(file: IO[Any] | int) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8, atomically."""
-    with atomic(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, opener: Callable[[str, int], int] | None = None) -> None:
+    """Writes `text` as UTF-8, atomically; the opener decides who may read it."""
+    with atomic(path) as aside, open(aside, "w", encoding="utf-8", opener=opener) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

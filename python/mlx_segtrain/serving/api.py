@@ -176,7 +176,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
     async def push(body: Push) -> Pushed:
-        """An adapter, or another folder, to the Hugging Face hub."""
+        """An adapter or a model to the Hugging Face hub: its own files, and no others."""
         source = body.source_path
         if body.job_id is not None:
             source = found(body.job_id).output_path
@@ -194,6 +194,12 @@ def router(service: Service) -> APIRouter:
     async def set_hf_token(body: HfToken) -> Answer:
         """Sets the token of the hub for as long as the server runs; it is written nowhere."""
         jobs.environment["HF_TOKEN"] = body.token
+        return Answer()
+
+    @routes.delete("/api/sessions", tags=["server"], responses=problems())
+    async def end_sessions() -> Answer:
+        """Logs all browsers out: each has to give the token again."""
+        service.sessions.close_all()
         return Answer()
 
     @routes.get("/api/jobs", tags=["jobs"], responses=problems(404))

@@ -30,7 +30,9 @@ from .engine import Busy, Ended, NoMemory
 from .faults import sentence
 from .guard import COOKIE, LOOPBACK, Guard, Outside, Refused, error_body
 from .jobs import Conflict, Full
+from .opening import confine
 from .service import Fault, Service
+from .sessions import LASTS_S
 from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
@@ -65,6 +67,7 @@ def create(service: Service) -> Guard:
         hosts=(settings.host, *settings.allow_hosts),
         token=settings.token,
         any_address=settings.host not in LOOPBACK,
+        sessions=service.sessions,
     )
     app.include_router(api.router(service))
     app.include_router(
@@ -108,7 +111,7 @@ box-sizing:border-box;margin:.25rem 0}}</style>
 
 
 def _add_login(app: FastAPI, guard: Guard) -> None:
-    """Where a browser gets the cookie that stands for the token."""
+    """Where a browser gets, for the token, the cookie that stands for it, and gives it back."""
 
     @app.get("/login", include_in_schema=False)
     async def login() -> HTMLResponse:
@@ -124,9 +127,15 @@ def _add_login(app: FastAPI, guard: Guard) -> None:
             return HTMLResponse(LOGIN.format(problem="That is not the token."), 401)
         answer = RedirectResponse("/finetune", 303)
         if guard.token is not None:
-            # As bytes of UTF-8, as a header has them; a cookie is text of Latin-1.
-            value = token.encode().decode("latin-1")
-            answer.set_cookie(COOKIE, value, httponly=True, samesite="strict", max_age=30 * 86400)
+            how = {"httponly": True, "samesite": "strict", "max_age": LASTS_S}
+            answer.set_cookie(COOKIE, guard.sessions.open(), **how)
+        return answer
+
+    @app.post("/logout", include_in_schema=False)
+    async def logout(request: Request) -> Response:
+        guard.sessions.close(request.cookies.get(COOKIE, ""))
+        answer = RedirectResponse("/login", 303)
+        answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
         return answer
 
     @app.get("/", include_in_schema=False)
@@ -308,7 +317,9 @@ def run(settings: Settings) -> None:
             f"the address {settings.host}, port {settings.port} cannot be had ({error.strerror}): "
             "give another --port."
         ) from None
-    asyncio.run(_serve(Service(settings), listener))
+    service = Service(settings)
+    confine(service.roots)
+    asyncio.run(_serve(service, listener))
 
 
 def allow_open_files(wanted: int) -> None:

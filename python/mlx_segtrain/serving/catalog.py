@@ -13,6 +13,7 @@ from ..adapters import discovery
 from ..adapters.folder import bare
 from ..errors import InputError
 from ..planning.shapes import read_shape
+from .guard import CLOSED
 
 #: Folders below a root that are looked into, and how many at most.
 DEPTH, MOST = 6, 20_000
@@ -146,7 +147,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
                 continue
             seen.add(place)
             deep = len(place.relative_to(root).parts) >= DEPTH
-            hidden = [x for x in folders if x.startswith(".") or x in PASSED]
+            hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
             # A name that is no text could be in no answer; a link may lead out of the roots.
             own = [file for file in files if not os.path.islink(place / file) or _is_hub(place)]

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import opening, processes
 from .confined_process import receive, send
 from .pools import Busy, Pool
 
@@ -141,14 +141,16 @@ class _Root:
             ours, theirs = socket.socketpair()
             with theirs:
                 self.popen = subprocess.Popen(
-                    [sys.executable, "-m", f"{__package__}.confined_process", str(theirs.fileno())],
+                    processes.command(
+                        f"{__package__}.confined_process", str(theirs.fileno()), *opening.confined()
+                    ),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     cwd="/",
                     start_new_session=True,
                     pass_fds=[theirs.fileno()],
-                    env=_environment(),
+                    env={**processes.environment((), {}), **SETTINGS},
                 )
             self.process = _Process(ours, self.popen.pid)
             self.process.tell("nothing", None)
@@ -168,19 +170,12 @@ class _Root:
 
 _ROOT = _Root()
 atexit.register(_ROOT.close)
-
-
-def _environment() -> dict[str, str]:
-    """Little of ours: no token, and no library that starts threads, which a fork would lose."""
-    names = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-    ours = str(Path(__file__).parents[2])
-    path = os.pathsep.join(x for x in (ours, os.environ.get("PYTHONPATH", "")) if x)
-    return {
-        **{name: os.environ[name] for name in names if name in os.environ},
-        **{"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-        **{"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
-        **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "RUST_BACKTRACE": "0"},
-    }
+#: No library may start threads, which a fork would lose, or look for a model elsewhere.
+SETTINGS = {
+    **{"PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"},
+    **{"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
+    **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+}
 
 
 @dataclass(eq=False)

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import opening
+from .guard import Roots
 
 Values = dict[str, Any]
 
@@ -54,7 +56,7 @@ class Child:
                 continue
             try:
                 if limits is not None:
-                    confine(**limits)
+                    limit(**limits)
                 answer = {"value": getattr(self, f"do_{op}")(**values)}
             except (KeyboardInterrupt, SystemExit):
                 raise
@@ -170,7 +172,7 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
     wire.sendall(body)
 
 
-def confine(seconds: float, memory: int) -> None:
+def limit(seconds: float, memory: int) -> None:
     """From here so many seconds of processor time, and bytes more than there are now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
@@ -224,7 +226,8 @@ def _without_torch() -> None:
     importlib.util.find_spec = without
 
 
-def main(file: str) -> None:
+def main(file: str, store: str = "", *folders: str) -> None:
+    """`file` is the number of the socket; the rest is what opening.confined() gives."""
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(limit, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the server says when to end
@@ -236,8 +239,6 @@ def main(file: str) -> None:
     from .. import data, models
 
     assert data and models and mlx_lm.utils and transformers.AutoTokenizer  # what a fork will need
+    if folders:
+        opening.confine(Roots(map(Path, folders), Path(store)))
     Child(socket.socket(fileno=int(file))).run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..files import lock, to_json
+from ..files import lock, private, to_json
 
 Event = dict[str, Any]
 #: Bytes that are read at once.
@@ -100,7 +100,7 @@ def last(path: Path, begins: int) -> Event | None:
 
 def append(path: Path, event: Event) -> None:
     """Adds an event, on a line of its own."""
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=private) as file:
         _end_line(file.fileno())
         file.write((to_json(event) + "\n").encode())
 

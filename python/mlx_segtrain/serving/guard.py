@@ -19,7 +19,9 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
+from ..files import ASIDE
 from .brake import Brake
+from .sessions import Sessions
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -35,23 +37,30 @@ PART_S, BODY_S = 10.0, 60.0
 REFUSALS = (400, 401, 403, 422, 429)
 #: Seconds after which a client that takes nothing of a stream is let go.
 PATIENCE_S = 30
-#: The cookie in which a browser keeps the token.
-COOKIE = "mlx-segtrain-token"
+#: The cookie in which a browser keeps the id of its session.
+COOKIE = "mlx-segtrain-session"
 #: Names of this machine for itself.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: A name, or an address of version 6 in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
-#: What a browser asks for before it has the token.
+#: Beginnings of names that nobody may name below a root.
+CLOSED = (".", "datasets--", "spaces--")
+#: Files and folders below one that is named, at most: each may be a link.
+MOST_BELOW = 20_000
+#: What a browser asks for before it has a session.
 OPEN = ("/login", "/healthz", "/favicon.ico")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
     (
         b"content-security-policy",
-        # The page's library makes functions of text; nothing comes from elsewhere.
-        b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
-        b"connect-src 'self' ws: wss:; frame-ancestors 'none'",
+        # The page's library makes functions of text; nothing comes from elsewhere or goes there.
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+        b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+        b"connect-src 'self'; form-action 'self'; base-uri 'self'; object-src 'none'; "
+        b"frame-ancestors 'none'",
     ),
 )
 
@@ -61,25 +70,27 @@ class Outside(InputError):
 
 
 class Roots:
-    """The folders below which a client may name paths."""
+    """The folders below which a client may name paths.
 
-    def __init__(self, roots: Iterable[Path]):
+    Nothing hidden below them may be named (`.ssh`, `.git`, `.env`), nor a cache's repositories that
+    are no models, nor the jobs of our store, which may lie below a root, too.
+    """
+
+    def __init__(self, roots: Iterable[Path], store: Path | None = None):
         self.folders = tuple(dict.fromkeys(Path(root).expanduser().resolve() for root in roots))
+        self.store = None if store is None else store.expanduser().resolve()
 
     def resolve(self, text: str | Path) -> Path:
-        """The path without links; Outside if it, or what lies in it as a link, is elsewhere."""
+        """The path without links; Outside if it is elsewhere, or what is below it is a link to
+        elsewhere, at any depth."""
         try:
             if "\0" in str(text):
                 raise ValueError("it holds a null character")
             if not str(text):
                 raise ValueError("it is empty")
             path = Path(text).expanduser().resolve()
-            self._check(path, path)
-            if path.is_dir():
-                with os.scandir(path) as entries:
-                    links = [Path(entry.path) for entry in entries if entry.is_symlink()]
-                for link in links:
-                    self._check(link, link.resolve())
+            self.check(path, path)
+            self._check_links(path)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -87,20 +98,61 @@ class Roots:
             raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
         return path
 
-    def check_below(self, folder: Path) -> None:
-        """Outside if anything below the folder is a link to elsewhere."""
-        for place, folders, files in os.walk(folder):
-            for name in (*folders, *files):
-                path = Path(place, name)
-                if path.is_symlink():
-                    self._check(path, path.resolve())
+    def holds(self, path: Path) -> bool:
+        """Whether a path, as it is written, lies below one of the folders."""
+        return any(path.is_relative_to(root) for root in self.folders)
 
-    def _check(self, named: Path, path: Path) -> None:
-        if not any(path.is_relative_to(root) for root in self.folders):
+    def check(self, named: Path, path: Path) -> None:
+        """Outside if a path without links, by whatever name, is elsewhere."""
+        if self._is_of_jobs(path):
+            raise Outside(f"{named} lies outside of what clients may use: jobs are the server's.")
+        if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(
-                f"{named} lies outside of what this server may use ({where}): see --root."
+                f"{named} lies outside of what this server may use ({where}, and nothing hidden "
+                "there): see --root."
             )
+
+    def _is_of_jobs(self, path: Path) -> bool:
+        if self.store is None or not path.is_relative_to(self.store) or path == self.store:
+            return False
+        # On macOS other capitals are the same name.
+        return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
+
+    def _check_links(self, path: Path) -> None:
+        """Of all that is not hidden below a path, within folders that links lead to, too."""
+        waiting, seen, count = [path], {path}, 0
+        while waiting:
+            try:
+                entries = list(os.scandir(waiting.pop()))
+            except (NotADirectoryError, FileNotFoundError, PermissionError):
+                continue  # a file, what is to be made, what nobody here can read
+            count += len(entries)
+            if count > MOST_BELOW:
+                raise InputError(
+                    f"{path} holds more than {MOST_BELOW:,} files: name the folder of one thing."
+                )
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                own = Path(entry.path)
+                if entry.is_symlink():
+                    target = own.resolve()
+                    self.check(own, target)
+                    own = target
+                elif not entry.is_dir():
+                    continue
+                if own not in seen:
+                    seen.add(own)
+                    waiting.append(own)
+
+
+def _is_open(root: Path, path: Path) -> bool:
+    """Whether a path is the root, or below it and neither hidden nor what is no model's."""
+    if not path.is_relative_to(root):
+        return False
+    parts = path.relative_to(root).parts
+    return not any(part.startswith(CLOSED) and not ASIDE.fullmatch(part) for part in parts)
 
 
 class Refused(Exception):
@@ -114,8 +166,17 @@ class Refused(Exception):
 class Guard:
     """The outermost of the app: what it lets through is from here, known, and not too large."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str], token: str | None, any_address: bool):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Sequence[str],
+        token: str | None,
+        any_address: bool,
+        sessions: Sessions | None = None,
+    ):
         self.app, self.token, self.any_address = app, token, any_address
+        self.sessions = sessions or Sessions()
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
         self.held, self.brake = Held(), Brake()
 
@@ -148,15 +209,15 @@ class Guard:
             self._check_host(headers)
             self._check_origin(scope, headers)
             try:
-                self._check_token(scope, headers)
+                session = self._check_token(scope, headers)
             except Refused:
-                if b"authorization" in headers or b"cookie" in headers:
+                if b"authorization" in headers:  # ids of sessions are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:
                 scope["mlx_segtrain.authority"] = "token"
             if scope["type"] == "websocket":
-                return await self.app(scope, receive, send)
+                return await self.app(scope, self._within(session, receive), send)
             body.check_length(headers.get(b"content-length"))
             await self.app(scope, body.receive, send_on)
         except Refused as error:
@@ -190,17 +251,29 @@ class Guard:
         if site == b"cross-site" and not (mode == b"navigate" and scope.get("method") == "GET"):
             raise Refused(403, "a page of another site may not use this server.")
 
-    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
+        """The session that lets the request in, if it is one."""
         if self.token is None or scope["path"] in OPEN:
-            return
+            return None
         given = headers.get(b"authorization", b"").decode("latin-1")
         scheme, _, value = given.partition(" ")
-        cookie = _cookie(headers.get(b"cookie", b"").decode("latin-1"))
+        session = session_of(headers.get(b"cookie", b"").decode("latin-1"))
         if scheme.lower() == "bearer" and self.is_token(value.strip().encode("latin-1")):
-            return
-        if cookie is not None and self.is_token(cookie.encode("latin-1", "replace")):
-            return
+            return None
+        if session is not None and self.sessions.holds(session):
+            return session
         raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
+
+    def _within(self, session: str | None, receive: Receive) -> Receive:
+        """What a socket receives, up to the end of the session that opened it."""
+
+        async def receive_on() -> Message:
+            message = await receive()
+            if session is not None and not self.sessions.holds(session):
+                return {"type": "websocket.disconnect", "code": 1008}
+            return message
+
+        return receive_on
 
     def is_token(self, given: bytes) -> bool:
         """Takes as long whatever is given, in UTF-8."""
@@ -269,7 +342,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _cookie(header: str) -> str | None:
+def session_of(header: str) -> str | None:
+    """The id of the session in a header with cookies."""
     try:
         found = SimpleCookie(header).get(COOKIE)
     except CookieError:

@@ -12,8 +12,7 @@ import logging
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..events import now
-from ..files import make_folder, write_text
-from . import eventlog
+from ..files import make_private, private, write_text
+from . import eventlog, processes
 from .kinds import kind_of
 from .store import ENDED, Row, Store
 from .store import now as clock
@@ -63,11 +62,20 @@ class Live:
 class Jobs:
     """All jobs of a folder, which has one server at a time."""
 
-    def __init__(self, folder: Path, check: Callable[[dict[str, Any]], None] = lambda values: None):
-        """`check` raises InputError for a configuration that may not be run, or not any more."""
-        self.check = check
+    def __init__(
+        self,
+        folder: Path,
+        check: Callable[[dict[str, Any]], None] = lambda values: None,
+        roots: Sequence[Path] = (),
+    ):
+        """`check` raises InputError for a configuration that may not be run, or not any more;
+        `roots` are the folders below which jobs open no link to elsewhere."""
+        self.check, self.roots, self.folder = check, roots, folder
         self.logs = folder / "jobs"
-        make_folder(self.logs)
+        for place in (folder, self.logs):
+            make_private(place)
+        for path in self.logs.iterdir():  # of a version that let others read them
+            path.chmod(0o600)
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
             raise InputError(
@@ -75,7 +83,9 @@ class Jobs:
                 "another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
-        self.environment: dict[str, str] = {}  #: what processes get besides ours; in no file
+        self.environment: dict[
+            str, str
+        ] = {}  #: variables of kinds of jobs that want them; in no file
         self.live: dict[str, Live] = {}
         self.monitors: set[asyncio.Task[None]] = set()
 
@@ -223,7 +233,9 @@ class Jobs:
         opened: list[int] = []
         try:
             self.check(json.loads(values))
-            write_text(self._config(row.id), values)
+            places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
+            given = json.dumps({"values": json.loads(values), **places})
+            write_text(self._config(row.id), given, private)
             lock = eventlog.claim(path)
             if lock is None:
                 raise OSError(f"{path} is written by another process")
@@ -237,15 +249,16 @@ class Jobs:
                     **{"status": "running", "started_at": clock(), "message": None},
                     begins=os.fstat(log).st_size,
                 )
-                worker = (sys.executable, "-m", "mlx_segtrain.serving.worker")
+                arguments = (row.kind, str(self._config(row.id)), str(lock))
                 process = subprocess.Popen(
-                    [*worker, row.kind, str(self._config(row.id)), str(lock)],
+                    processes.command("mlx_segtrain.serving.worker", *arguments),
+                    cwd=self.logs,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                     pass_fds=[lock],
-                    env={**_without_token(), **self.environment},
+                    env=processes.environment(kind_of(row.kind).variables, self.environment),
                 )
             finally:
                 for file in opened:
@@ -338,11 +351,6 @@ class Jobs:
         self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
         logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
         self.live.pop(id).tell()
-
-
-def _without_token() -> dict[str, str]:
-    """The environment without what only the server has to know."""
-    return {key: value for key, value in os.environ.items() if key != "MLX_SEGTRAIN_TOKEN"}
 
 
 def _killed(row: Row, code: int | None) -> eventlog.Event:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import events
 from ..errors import InputError
 from ..files import to_json
+from .processes import NETWORK
 
 if TYPE_CHECKING:
     from ..adapters.folding import Folded
@@ -33,6 +34,7 @@ class JobKind:
     run: Callable[[Values], events.Event]  #: the job, in its process; its last event
     named: Callable[[Values], str]  #: what a job works on, in short
     computes: bool = False  #: it needs the accelerator, which one job has at a time
+    variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
     trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
 
 
@@ -133,22 +135,21 @@ def merge(values: Values) -> events.Event:
 
 
 def push(values: Values) -> events.Event:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from . import pushing
 
     hub, repo = HfApi(), values["repo_id"]  # the token is in the environment
     tell(events.stage("load", 0.05, f"{values['source']} to {hub.endpoint}/{repo}"))
-    made = hub.create_repo(repo, private=values["private"], exist_ok=True)
-    commit = hub.upload_folder(
-        repo_id=repo,
-        folder_path=values["source"],
-        commit_message="Adapter of mlx_segtrain",
-        ignore_patterns=NOT_PUSHED,
-    )
+    with pushing.opened(Path(values["source"])) as files:
+        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
+        made = hub.create_repo(repo, private=values["private"], exist_ok=True)
+        commit = hub.create_commit(
+            repo_id=repo,
+            operations=[CommitOperationAdd(name, file) for name, file in files.items()],
+            commit_message="Adapter of mlx_segtrain",
+        )
     return done(None, url=str(made), commit=commit.oid)
-
-
-#: What of a run's folder is its own: the state to go on from, and what others keep of it.
-NOT_PUSHED = ["state/*", "checkpoints/*", "best/*", ".*", "*/.*", "metrics.jsonl"]
 
 
 def _end(values: Values, name: str) -> str:
@@ -174,6 +175,7 @@ KINDS = {
             finetune,
             lambda values: f"{_end(values, 'model_dir')} on {_end(values, 'data_dir')}",
             computes=True,
+            variables=("WANDB_*", *NETWORK),
             trains=True,
         ),
         JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True),
@@ -196,6 +198,7 @@ KINDS = {
             "Push",
             push,
             lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
+            variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
         ),
     )
 }

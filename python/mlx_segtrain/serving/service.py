@@ -17,13 +17,16 @@ from ..data import Preview, Report
 from ..errors import InputError, NoRoom, RunError
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
-from . import catalog
+from ..training import record
+from ..training.contents import check_own
+from . import catalog, pushing
 from .confined import INSPECTING, INSPECTIONS, Confined
 from .engine import Engine
 from .guard import Roots
 from .jobs import Full, Jobs
 from .mounting import Base
 from .pools import Busy, Pool
+from .sessions import Sessions
 from .settings import Settings
 from .store import Row
 
@@ -37,6 +40,8 @@ JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
 MOST_CONFINED = 2
 #: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
+#: Folders of the store in which outputs are.
+OUTPUTS = ("adapters", "exports", "models")
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
@@ -65,13 +70,14 @@ class Service:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.roots = Roots(settings.folders)
-        self.jobs = Jobs(settings.store, self._check_paths)
+        self.roots = Roots(settings.folders, settings.store)
+        self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders)
         self.engine = Engine()
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
         #: Looks at what is on disk, and plans, have threads of their own.
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
+        self.sessions = Sessions()  #: of browsers
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
     async def start(self) -> None:
@@ -250,11 +256,12 @@ class Service:
         return self.jobs.resume(id)
 
     def push(self, repo_id: str, source: str, private: bool) -> Row:
-        """A folder to the Hugging Face hub, with the token that was set, or the machine's own."""
+        """An adapter or a model to the Hugging Face hub, with the token that was set or this
+        machine's own."""
         if not self.has_hf_token:
             raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
         values = {"repo_id": repo_id, "source": self._path(source), "private": private}
-        self.roots.check_below(Path(values["source"]))
+        pushing.check(Path(values["source"]))
         return self._submit("push", values, None)
 
     @property
@@ -288,6 +295,7 @@ class Service:
     def _check_output(self, config: TrainConfig) -> None:
         """A run clears its folder by name: it must be new, or a run's."""
         path = config.adapter_path
+        self._check_place(path)
         store = self.settings.store.resolve()
         near = [*self.roots.folders, store, store / "jobs", config.model_dir, config.data_dir]
         near += [config.warm_start] if config.warm_start else []
@@ -297,10 +305,12 @@ class Service:
             raise InputError(f"adapter_path {path} is in use by others: give a folder of its own.")
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
-        if not (path / "run.json").is_file():
-            raise InputError(
-                f"adapter_path {path} is there, and holds no run of ours: give a new folder."
-            )
+        try:
+            record.read(path)
+            check_own(path)
+        except InputError as error:
+            reason = f"holds no run of ours: give a new folder. {error}"
+            raise InputError(f"adapter_path {path} is there, and {reason}") from None
         if not (config.overwrite or config.resume):
             raise InputError(
                 f"adapter_path {path} already holds a run: give another folder, resume or "
@@ -315,13 +325,23 @@ class Service:
 
     def _output(self, text: str | None, kind: str) -> Path:
         out = self._new(kind) if text is None else self.roots.resolve(text)
+        self._check_place(out)
         if out.exists():
             raise InputError(f"{out} is there already: give a new folder.")
         return out
 
+    def _check_place(self, out: Path) -> None:
+        """In our store outputs have folders of theirs: all other names there are its own."""
+        store = self.settings.store.resolve()
+        if out.is_relative_to(store):
+            parts = out.relative_to(store).parts
+            if len(parts) < 2 or parts[0] not in OUTPUTS:
+                names = ", ".join(OUTPUTS)
+                raise InputError(f"{out} is the store's own: give a folder below its {names}.")
+
     def _new(self, kind: str) -> Path:
         """A folder in our own store that is not there yet."""
-        where = {"adapter": "adapters", "merged": "adapters"}.get(kind, f"{kind}s")
+        where = {"export": "exports", "model": "models"}.get(kind, "adapters")
         stamp = time.time_ns() // 1_000_000
         taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}
         while True:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InputError
-from ..files import make_folder
+from ..files import make_folder, private
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 #: Of jobs that neither run nor wait.
@@ -74,12 +74,14 @@ class Store:
     def __init__(self, file: Path):
         make_folder(file.parent)
         try:
+            with open(file, "ab", opener=private):  # its journals get its mode
+                file.chmod(0o600)
             self.connection = sqlite3.connect(file, isolation_level=None)
             self.connection.execute("PRAGMA journal_mode=WAL")
             self.connection.execute("PRAGMA synchronous=FULL")
             for statement in (TABLE, *INDEXES):
                 self.connection.execute(statement)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise InputError(
                 f"the jobs' database {file} cannot be used ({error}): move it away, or set "
                 "MLX_SEGTRAIN_CACHE to another folder."

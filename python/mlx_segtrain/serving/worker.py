@@ -1,6 +1,7 @@
-"""A job's process: `python -m mlx_segtrain.serving.worker KIND FILE LOCK`.
+"""A job's process, which the server starts (jobs.py, processes.py): main(KIND, FILE, LOCK).
 
-FILE has its configuration; LOCK is the number of an open file, whose lock lives as long as it does.
+FILE has its configuration and the folders in which it may read; LOCK is the number of an open file,
+whose lock lives as long as it does.
 
 Its events go to standard output, a line each, the first of them before anything heavy is imported;
 whoever started it may be gone. What the libraries print stands between them.
@@ -10,24 +11,31 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
 from .. import events
 from ..errors import InputError, RunError
+from .guard import Roots
 from .kinds import kind_of, tell
+from .opening import confine
 
 
 def main(kind: str, file: str, lock: str) -> int:
     """0, 1 (it failed) or 130 (it was cancelled)."""
     os.set_inheritable(int(lock), False)  # processes of libraries may live longer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory may hold a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     own = kind_of(kind)
     if not own.trains:  # which ends in good order by itself
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        end = own.run(json.loads(Path(file).read_text(encoding="utf-8")))
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        if given["roots"]:
+            confine(Roots(map(Path, given["roots"]), Path(given["store"])))
+        end = own.run(given["values"])
     except KeyboardInterrupt:
         end = {"type": "cancelled", "ts": events.now(), "message": "nothing was written"}
     except (InputError, RunError) as error:
@@ -41,7 +49,3 @@ def main(kind: str, file: str, lock: str) -> int:
         end = events.failed(error)
     tell(end)
     return {"done": 0, "failed": 1, "cancelled": 130}[end["type"]]
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

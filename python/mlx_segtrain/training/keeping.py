@@ -13,6 +13,7 @@ from ..errors import InputError, RunError
 from ..files import atomic_folder, clean, remove_folder, write_json
 from ..lora import Adapter
 from . import checkpoint, record
+from .contents import REMOVED, check_own
 from .diagnosis import Fault
 from .log import RunLog
 from .results import TrainResult
@@ -54,7 +55,8 @@ class Keeper:
             for folder in (path, path / "best", path / "checkpoints", path / checkpoint.STATE):
                 clean(folder)
             if resumed is None:
-                for name in (checkpoint.STATE, "checkpoints", "best", "tensorboard"):
+                check_own(path)
+                for name in REMOVED:
                     remove_folder(path / name)
                 for old in path.glob("fault-step-*.json"):
                     old.unlink()

@@ -29,6 +29,7 @@ from ..ranks import asked
 from ..schedule import Grads
 from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
 from .checkpoint import STATE, Checkpoint, found, newest
+from .contents import check_own
 from .layout import Layout
 from .log import check_free
 from .references import with_references
@@ -104,6 +105,7 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
                 f"warm_start {warm} lies in adapter_path {path}, which this run replaces: give "
                 "another adapter_path."
             )
+    check_own(path)
     return Start(None, seen)
 
 

@@ -126,6 +126,11 @@ def frame(service: Service, title: str, here: str) -> Iterator[Announcer]:
                     to.props("aria-current=page")
         _running(service)
         _theme()
+        if service.settings.token is not None:
+            with ui.element("form").props("method=post action=/logout"):
+                button("", None, "icon-only", "logout").props(
+                    'type=submit aria-label="Log out" title="Log out"'
+                )
     header.move(target_index=0)  # it is no part of what is the main part by the library
     with ui.element("div").classes("page").props("id=content tabindex=-1"):
         announce = Announcer()

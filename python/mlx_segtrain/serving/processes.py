@@ -1,0 +1,83 @@
+"""How processes of ours are started: from where no file is run by chance, knowing little.
+
+`python -m` puts the folder in which it starts before all others: a `yaml.py` that lies there is
+run in the place of the library. So a process of ours starts elsewhere, in isolated mode (which
+Python 3.10 has, too), and takes the folders of modules that this process has, without the one in
+which it was started. Of the environment it gets what it needs.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+__all__ = ["NETWORK", "command", "environment"]
+
+#: Before any module is imported but Python's own: the folders of modules, and this very package,
+#: wherever it is. Then main of one of its modules.
+START = """\
+import sys
+sys.path[:] = sys.argv[1].split(chr(0x1f))
+import importlib.util
+spec = importlib.util.spec_from_file_location(
+    sys.argv[2], sys.argv[3] + "/__init__.py", submodule_search_locations=[sys.argv[3]]
+)
+sys.modules[sys.argv[2]] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+del sys.argv[:4]
+sys.exit(importlib.import_module(sys.argv[0]).main(*sys.argv[1:]))
+"""
+#: Variables that all have: where things are, the language, and how libraries compute.
+COMMON = (
+    *("HOME", "LANG", "LANGUAGE", "LC_*", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"),
+    *("CONDA_PREFIX", "VIRTUAL_ENV", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "DYLD_*_PATH"),
+    *("CUDA_*", "CUDNN_*", "NVIDIA_*", "METAL_*", "MLX_*", "MTL_*"),
+    *("MKL_*", "OMP_*", "OPENBLAS_*", "VECLIB_*"),
+    *("HF_HOME", "HF_HUB_CACHE"),
+)
+#: What talking to other machines takes besides.
+NETWORK = (
+    *("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"),
+    *("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"),
+    *("all_proxy", "https_proxy", "http_proxy", "no_proxy"),
+)
+#: What only the server has to know.
+OWN = ("MLX_SEGTRAIN_TOKEN",)
+
+
+def _started_in() -> str | None:
+    with suppress(OSError):  # it may be gone
+        return os.path.realpath(os.getcwd())
+    return None
+
+
+STARTED_IN = _started_in()
+
+
+def command(module: str, *args: str) -> list[str]:
+    """Runs `main(*args)` of a module of ours in another Python; to be started in a safe folder."""
+    package = Path(__file__).parents[1]
+    places = ["\x1f".join(_folders()), package.name, str(package)]
+    return [sys.executable, "-I", "-c", START, *places, module, *args]
+
+
+def _folders() -> list[str]:
+    """Where modules of others are found."""
+    return [
+        path
+        for path in sys.path
+        if os.path.isabs(path) and "\x1f" not in path and os.path.realpath(path) != STARTED_IN
+    ]
+
+
+def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
+    """Of our variables, and of those that are added, the common ones and those that match `more`
+    (as "HF_*")."""
+    patterns = (*COMMON, *more)
+    return {
+        name: value
+        for name, value in {**os.environ, **added}.items()
+        if name not in OWN and any(fnmatchcase(name, pattern) for pattern in patterns)
+    }

@@ -1,0 +1,50 @@
+"""Whether what a run would remove from its folder is a run's: folders are told by what is in them,
+not by their names."""
+
+import re
+from pathlib import Path
+
+from ..adapters.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
+from ..errors import InputError
+from ..files import ASIDE
+from .checkpoint import MANIFEST, STATE, TENSORS
+
+__all__ = ["REMOVED", "check_own"]
+
+#: Folders of a run that another run in its place removes.
+REMOVED = (STATE, "checkpoints", "best", "tensorboard")
+ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
+#: What a run writes below them.
+OWN = re.compile(
+    rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
+    rf"|checkpoints/step-\d+(/({ADAPTER}))?|best/({ADAPTER})"
+    r"|tensorboard/events\.out\.tfevents\.[\w.-]+)"
+)
+
+
+def check_own(run: Path) -> None:
+    """InputError if a folder that would be removed holds what no run has written there."""
+    for name in REMOVED:
+        waiting = [run / name]
+        while waiting:
+            place = waiting.pop()
+            if place.is_symlink():
+                raise _foreign(run, place)
+            if not place.is_dir():
+                continue
+            for path in place.iterdir():
+                where = path.relative_to(run).as_posix()
+                if ASIDE.fullmatch(path.name):
+                    continue  # of a run that was killed
+                if not OWN.fullmatch(where) or path.is_symlink():
+                    raise _foreign(run, path)
+                waiting.append(path)
+        if (run / name).exists() and not (run / name).is_dir():
+            raise _foreign(run, run / name)
+
+
+def _foreign(run: Path, path: Path) -> InputError:
+    return InputError(
+        f"adapter_path {run} holds {path.relative_to(run)}, which no run has written and this one "
+        "would remove: give another folder, or move it away."
+    )

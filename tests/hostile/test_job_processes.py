@@ -1,0 +1,125 @@
+"""What a job's process is started with: no module of a stranger's, no secret, no file of ours."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mlx_segtrain.serving import processes
+from mlx_segtrain.serving.jobs import Jobs
+from mlx_segtrain.serving.kinds import KINDS
+
+#: Modules that a job imports, of which one that lies in the way would be run.
+MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
+#: In the place of a job's process: tells what it sees.
+TELLS = """
+import json, os, sys
+files = [int(name) for name in os.listdir("/dev/fd")]
+print(json.dumps({
+    "env": dict(os.environ), "cwd": os.getcwd(), "args": sys.argv[1:],
+    "files": [n for n in files if n > 2 and os.path.exists(f"/dev/fd/{n}")],
+}))
+"""
+
+
+def ended(folder, kind, values=None, **environment):
+    """A job that has ended, and what it wrote."""
+
+    async def run():
+        jobs = Jobs(folder)
+        jobs.environment.update(environment)
+        await jobs.start()
+        try:
+            row = jobs.submit(kind, values or {})
+            row = await asyncio.wait_for(jobs.ended(row.id), 60)
+            return row, jobs.log(row.id).read_text()
+        finally:
+            await jobs.close()
+
+    return asyncio.run(run())
+
+
+def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    start.mkdir()
+    ran = tmp_path / "ran"
+    for name in MODULES:
+        (start / f"{name}.py").write_text(f"open({str(ran)!r}, 'a').write({name!r})\n")
+    monkeypatch.chdir(start)
+    monkeypatch.setenv("PYTHONPATH", "")  # which Python takes for the folder where it starts
+    monkeypatch.setattr(processes, "STARTED_IN", str(start))
+    for first in ("", str(start), "."):  # as `python -m` has it
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "path", [first, *sys.path])
+            values = {"model_dir": "/nowhere", "data_dir": "/nowhere", "split": "valid"}
+            row, log = ended(tmp_path / "store", "evaluate", values)
+            assert row.status == "failed" and "/nowhere" in (row.error or ""), log
+            assert not ran.exists(), ran.read_text()
+
+
+def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
+    """Wherever that is: another one may be installed."""
+    (tmp_path / "mlx_segtrain" / "serving").mkdir(parents=True)
+    for name in ("__init__", "serving/__init__", "serving/processes"):
+        own = name == "serving/processes"
+        source = Path(processes.__file__).read_text(encoding="utf-8") if own else ""
+        (tmp_path / "mlx_segtrain" / f"{name}.py").write_text(source)
+    (tmp_path / "mlx_segtrain" / "main.py").write_text(
+        "def main(*args):\n    print(__file__, *args)\n    return 3\n"
+    )
+    for first in (tmp_path, "."):
+        script = f"""
+            import subprocess, sys
+            sys.path.insert(0, {str(first)!r})
+            from mlx_segtrain.serving import processes
+            made = processes.command("mlx_segtrain.main", "a", "b c")
+            sys.exit(subprocess.run(made, cwd="/").returncode)
+        """
+        made = subprocess.run(
+            [sys.executable, "-I", "-c", textwrap.dedent(script)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert made.returncode == 3, made.stderr
+        assert made.stdout == f"{tmp_path / 'mlx_segtrain' / 'main.py'} a b c\n"
+
+
+@pytest.fixture
+def telling(monkeypatch):
+    def command(module, *args):
+        return [sys.executable, "-I", "-c", TELLS, module, *args]
+
+    monkeypatch.setattr(processes, "command", command)
+
+
+SECRETS = {
+    **{"MLX_SEGTRAIN_TOKEN": "s1", "AWS_SECRET_ACCESS_KEY": "s2", "GITHUB_TOKEN": "s3"},
+    **{"HF_TOKEN": "s4", "WANDB_API_KEY": "s5", "SSH_AUTH_SOCK": "s6", "LD_PRELOAD": ""},
+    **{"PYTHONPATH": "s8", "PYTHONSTARTUP": "s9", "OPENAI_API_KEY": "s10"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    with open(tmp_path / "open", "w") as ours:
+        os.set_inheritable(ours.fileno(), True)
+        _, log = ended(tmp_path / "store", kind, HF_TOKEN="set by a client")
+    told = json.loads(next(line for line in log.splitlines() if line.startswith('{"env"')))
+    environment = told["env"]
+    wanted = {"push": {"HF_TOKEN"}, "finetune": {"WANDB_API_KEY"}}.get(kind, set())
+    assert set(environment) & set(SECRETS) == wanted
+    if kind == "push":
+        assert environment["HF_TOKEN"] == "set by a client"
+    assert environment["LC_ALL"] == "C.UTF-8" and environment["PATH"] == os.environ["PATH"]
+    assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())
+    assert told["args"][:2] == ["mlx_segtrain.serving.worker", kind]
+    assert told["files"] == [int(told["args"][3])]  # the lock alone

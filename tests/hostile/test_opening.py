@@ -1,0 +1,148 @@
+"""Links that are put there between the look at a path and its use."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from place import CANARY, write_canary
+
+from mlx_segtrain.serving.jobs import Jobs
+
+#: Reads and writes below a root in every way that Python has, in a process that is confined.
+CONFINED = """
+import builtins, codecs, io, json, os, pathlib, sys
+from mlx_segtrain.serving.guard import Outside, Roots
+from mlx_segtrain.serving.opening import confine
+root = pathlib.Path(sys.argv[1])
+confine(Roots([root]))
+file = root / "file"
+def number(path, *how):
+    with os.fdopen(os.open(path, *how)) as opened:
+        return opened.read()
+ways = {
+    "open": lambda: open(file).read(),
+    "bytes": lambda: open(os.fsencode(file), "rb").read(),
+    "relative": lambda: (os.chdir(root), open("file").read()),
+    "around": lambda: open(f"{root}/../{root.name}/file").read(),
+    "all arguments": lambda: open(file, "r", -1, "utf-8", None, None, True, None).read(),
+    "opener": lambda: open(file, opener=lambda path, flags: os.open(path, flags)).read(),
+    "io": lambda: io.open(file).read(),
+    "text": lambda: file.read_text(),
+    "path": lambda: file.open("rb").read(),
+    "number": lambda: number(file, os.O_RDONLY),
+    "codecs": lambda: codecs.open(str(file), encoding="utf-8").read(),
+    "write": lambda: open(file, "w").write("lost"),
+    "append": lambda: open(file, "a").write("lost"),
+    "write text": lambda: file.write_text("lost"),
+    "truncate": lambda: number(file, os.O_RDWR | os.O_TRUNC),
+}
+def outcome(way):
+    try:
+        return str(way())
+    except Outside as error:
+        return "refused"
+print(json.dumps({name: outcome(way) for name, way in ways.items()}))
+"""
+#: Reads for two seconds; prints what it saw.
+READS = """
+import pathlib, sys, time
+from mlx_segtrain.serving.guard import Outside, Roots
+from mlx_segtrain.serving.opening import confine
+root = pathlib.Path(sys.argv[1])
+confine(Roots([root]))
+seen, end = {}, time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        text = (root / "file").read_text()
+    except Outside:
+        text = "refused"
+    except FileNotFoundError:
+        continue
+    seen[text] = seen.get(text, 0) + 1
+print(seen)
+"""
+
+
+def python(script, *args):
+    command = [sys.executable, "-c", script, *map(str, args)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    return made.stdout
+
+
+def test_every_way_to_open_a_link_to_elsewhere(tmp_path):
+    root, outside = tmp_path / "root", write_canary(tmp_path / "outside")
+    root.mkdir()
+    (root / "file").symlink_to(outside / "secret")
+    seen = json.loads(python(CONFINED, root))
+    assert set(seen.values()) == {"refused"}, seen
+    assert (outside / "secret").read_text() == CANARY  # nor was it emptied
+    (root / "file").unlink()
+    (root / "real").write_text("mine")
+    (root / "file").symlink_to(root / "real")  # as in a cache of the hub
+    seen = json.loads(python(CONFINED, root))
+    assert seen.pop("relative") == "(None, 'mine')"
+    writes = {name: seen.pop(name) for name in ("write", "append", "write text", "truncate")}
+    assert set(seen.values()) == {"mine", "b'mine'"} and writes["truncate"] == "", (seen, writes)
+
+
+def test_a_link_that_comes_and_goes(tmp_path):
+    """Whatever the moment, what was opened is what was checked."""
+    root, outside = tmp_path / "root", write_canary(tmp_path / "outside")
+    root.mkdir()
+    (root / "file").write_text("mine")
+    stop = threading.Event()
+
+    def exchange():
+        while not stop.is_set():
+            (root / "link").symlink_to(outside / "secret")
+            os.replace(root / "link", root / "file")
+            (root / "new").write_text("mine")
+            os.replace(root / "new", root / "file")
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        seen = python(READS, root)
+    finally:
+        stop.set()
+        thread.join()
+    assert CANARY not in seen and "mine" in seen and "refused" in seen
+
+
+@pytest.mark.parametrize("name", ["data/valid.jsonl", "model/chat_template.jinja"])
+def test_a_link_that_comes_when_a_job_has_been_checked(tmp_path, llama, data, name):
+    outside = write_canary(tmp_path / "outside")
+    shutil.copytree(llama, tmp_path / "root" / "model")
+    shutil.copytree(data, tmp_path / "root" / "data")
+    link = tmp_path / "root" / name
+
+    def check(values):
+        """As the server's, with somebody who waits for the moment behind it."""
+        link.unlink(missing_ok=True)
+        link.symlink_to(outside / ("train.jsonl" if name.endswith("l") else "default.jinja"))
+
+    paths = {
+        part: str(tmp_path / "root" / part.removesuffix("_dir"))
+        for part in ("model_dir", "data_dir")
+    }
+
+    async def run():
+        jobs = Jobs(tmp_path / "store", check, [tmp_path / "root"])
+        await jobs.start()
+        try:
+            id = jobs.submit("evaluate", {**paths, "split": "valid", "max_seq_length": 64}).id
+            return await asyncio.wait_for(jobs.ended(id), 120), jobs.log(id).read_text()
+        finally:
+            await jobs.close()
+
+    begun = time.monotonic()
+    row, log = asyncio.run(run())
+    assert row.status == "failed" and "lies outside" in row.error, log
+    assert CANARY not in log and time.monotonic() - begun < 120
