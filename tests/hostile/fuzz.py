@@ -188,8 +188,8 @@ class Readers:
         confined = Confined(self.model)
         try:
             messages = [{"role": "user", "content": "Hello"}]
-            limits, how = Limits(2, 64 << 20), {"add_generation_prompt": True}
-            confined.ask("chat", limits, "it", messages=messages, how=how, most=100)
+            limits, variables = Limits(2, 64 << 20), {"add_generation_prompt": True}
+            confined.ask("chat", limits, "it", messages=messages, variables=variables, most=100)
         finally:
             confined.close()
 
