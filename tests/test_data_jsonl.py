@@ -44,7 +44,7 @@ def message(**fields):
         ('{"messages": [], "tools": {}}', '"tools" must be a list'),
         (message(role="assistant"), '"messages"[1]: "content" must be a string, not null'),
         (message(role="assistant", content=1), '"content" must be a string, not a number'),
-        (message(role="user", content=[{"type": "image"}]), 'a part of type "image"'),
+        (message(role="user", content=[{"type": "image"}]), "a part of type 'image'"),
         (message(role="user", content=["a"]), "a part of type a string"),
         (message(role="assistant", content="", train="no"), '"train" must be true or false'),
         (message(role="assistant", content="", weight="1"), '"weight" must be a number'),

@@ -112,6 +112,20 @@ def test_it_compiles_with_apples_headers(target, tmp_path):
     assert done.returncode == 0, done.stderr[:4000]
 
 
+def test_a_compiler_that_hardens():
+    """Ubuntu's does unless told otherwise, and glibc then ends a process that jumps to a fiber."""
+    script = (
+        "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
+        " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
+    )
+    environment = {**os.environ, "METAL_EMULATOR_CXX": "g++ -D_FORTIFY_SOURCE=2"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ---- operations
 
 

@@ -1,5 +1,7 @@
 """What ends a run in one sentence: input that the user can mend, and what happens on the way."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input. The message is one sentence: what is wrong, where, and what to do about it.
@@ -18,3 +20,15 @@ class RunError(Exception):
 
     The command line prints it without a traceback and exits with code 1.
     """
+
+
+def shown(value: Any) -> str:
+    """A stranger's value as it may stand in a sentence: in one line, and not long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def word(value: Any) -> str:
+    """The same, of one that should be a word."""
+    short = isinstance(value, str) and value.isidentifier() and len(value) <= 60
+    return value if short else shown(value)

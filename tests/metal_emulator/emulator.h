@@ -3,6 +3,8 @@
 // A thread is a fiber. A simdgroup runs until all its lanes wait, then the next one runs, so a missing
 // barrier meets the worst case of both directions. Memory of the device and of the threadgroup is reached
 // through checked pointers.
+// glibc's hardening, which compilers of Ubuntu turn on, takes a jump between fibers for an attack.
+#undef _FORTIFY_SOURCE
 // Apple has fibers only where X/Open is asked for, and then nothing else unless Darwin is.
 #ifdef __APPLE__
 #define _XOPEN_SOURCE 600

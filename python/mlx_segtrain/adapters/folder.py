@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import InputError
+from ..errors import InputError, shown, word
 from ..files import read_at_most, sha256
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
@@ -101,18 +101,6 @@ def bare(path: str) -> str:
 def spellings(path: str) -> tuple[str, str, str]:
     """A module's path as it is, without the wrapper, and with it."""
     return path, bare(path), f"language_model.{bare(path)}"
-
-
-def shown(value: Any) -> str:
-    """A stranger's value as it may stand in a sentence."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def word(value: Any) -> str:
-    """The same, of one that should be a word."""
-    short = isinstance(value, str) and value.isidentifier() and len(value) <= 60
-    return value if short else shown(value)
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

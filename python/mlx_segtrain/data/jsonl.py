@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_segtrain.config import fault_of_variables
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, shown
 from mlx_segtrain.files import open_regular
 
 #: The keys by which messages carry reasoning.
@@ -274,7 +274,7 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     known = role.strip().lower()
     known = OTHER_ROLES.get(known, known)
     if known not in ROLES:
-        raise InputError(f'{where}: the role "{role[:40]}" is not one of {", ".join(ROLES)}.')
+        raise InputError(f"{where}: the role {shown(role)} is not one of {', '.join(ROLES)}.")
     # Tables have every column in every row: null is what is not there.
     empty = [key for key, value in message.items() if value is None and key != "content"]
     message = {key: value for key, value in message.items() if key not in empty} | {"role": known}
@@ -323,7 +323,7 @@ def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
 def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    kind = f'"{part["type"]}"' if isinstance(part, dict) and "type" in part else _kind(part)
+    kind = shown(part["type"]) if isinstance(part, dict) and "type" in part else _kind(part)
     raise InputError(
         f'{where}: "content" has a part of type {kind}; only {{"type": "text", "text": "..."}} '
         "parts are read."

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import TrainConfig, allowed, nearest
+from ..errors import word
 
 __all__ = ["sentence"]
 
@@ -69,7 +70,7 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
     """Where in the body a fault is: pydantic's own place names the members of unions, too."""
     start, *parts = fault["loc"]
     if start != "body":  # of a query, a header or a path
-        return tuple(map(str, parts))
+        return tuple(map(_name, parts))
     found: list[str] = []
     for i, part in enumerate(parts):
         keys = body if isinstance(body, dict) else range(len(body) if isinstance(body, list) else 0)
@@ -77,8 +78,13 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
             body = body[part]
         elif fault["type"] != "missing" or i + 1 < len(parts):
             continue
-        found.append(str(part))
+        found.append(_name(part))
     return tuple(found)
+
+
+def _name(part: str | int) -> str:
+    """A client's name of a field, or a number in a list."""
+    return str(part) if isinstance(part, int) else word(part)
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,8 @@ SMALL_BODIES = {"/login": 4096}
 MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
+#: Seconds for the rest of a body that is refused.
+DRAIN_S = 2.0
 #: Statuses of answers that the log has, too.
 REFUSALS = (400, 401, 403, 422, 429)
 #: Seconds after which a client that takes nothing of a stream is let go.
@@ -231,6 +233,7 @@ class Guard:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": refused.reason})
         elif not started:
+            await body.drain()
             await _answer(scope, headers, refused, send_on)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
@@ -296,6 +299,7 @@ class _Body:
 
     def __init__(self, receive: Receive, held: Held, most: int):
         self.inner, self.size, self.ended = receive, 0, False
+        self.comes = True  #: more of it
         self.held, self.own, self.most = held, 0, most
         self.begun = time.monotonic()
         self.refused: Refused | None = None
@@ -311,15 +315,29 @@ class _Body:
         try:
             message = await asyncio.wait_for(self.inner(), max(left, 0.01))
         except asyncio.TimeoutError:
+            self.comes = False
             raise self._refuse(408, "the body did not come in time.") from None
         self.size += len(message.get("body", b""))
-        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
+        self.comes = message.get("more_body", False)
+        self.ended = not self.comes
         if self.size > self.most:
             raise self._refuse(413, f"the body has more than {self.most} bytes.")
         self._hold(max(0, self.size - FREE))
         if self.held.bytes > MOST_HELD:
             raise self._refuse(503, "other large requests are worked on: try again in a moment.")
         return message
+
+    async def drain(self) -> None:
+        """Takes the rest and keeps nothing: a client that still sends would find its connection
+        reset, and no answer."""
+        end, left = time.monotonic() + DRAIN_S, MOST_BYTES
+        while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
+            try:
+                message = await asyncio.wait_for(self.inner(), seconds)
+            except asyncio.TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+            self.comes = message.get("more_body", False)
 
     def let_go(self) -> None:
         """It is not in memory any more."""

@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse
 from starlette.responses import Response
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, shown
 from .bodies import Json
 from .confined import prompts
 from .engine import Busy, Ended, Engine, NoMemory
@@ -242,7 +242,7 @@ def router(
             if mounted.path == path:
                 return mounted.id
         raise InputError(
-            f"{field}: {text[:200]} is not mounted: POST its id and path to /v1/adapters first."
+            f"{field}: {shown(text)} is not mounted: POST its id and path to /v1/adapters first."
         )
 
     async def answer(

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from ..config import nearest
-from ..errors import InputError
+from ..errors import InputError, word
 
 __all__ = ["IN_CHAT", "IN_COMPLETION", "IN_MESSAGE", "IN_PART", "IN_STREAM_OPTIONS", "refuse_extra"]
 
@@ -118,7 +118,7 @@ def refuse_extra(
         ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
         hint = "" if name in neutral else nearest(name[:100], known)
         raise InputError(
-            f"{where}{name[:100]}: this server does not implement it (it got {_shown(value)}): "
+            f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
             f"{ways}.{hint}"
         )
 
