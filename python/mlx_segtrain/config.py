@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, shown, word
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -86,7 +86,9 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 
 
 Directory = Annotated[Path, BeforeValidator(_expand)]
-Int = Annotated[int, BeforeValidator(_not_bool)]
+#: Of MLX's sizes, which are C++'s int.
+MOST = 2**31 - 1
+Int = Annotated[int, BeforeValidator(_not_bool), Field(le=MOST)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Name = Annotated[str, Field(min_length=1)]
 Variables = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_variables)]
@@ -367,8 +369,13 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
-def allowed(name: str) -> str:
-    """The values of a field in words, e.g. "an integer >= 2"; for errors, --help and the table."""
+def allowed(name: str, value: Any = None) -> str:
+    """The values of a field in words, e.g. "an integer >= 2"; for errors, --help and the table.
+
+    For a `value` that only the bound of all integers forbids, that bound.
+    """
+    if isinstance(value, int) and value > MOST:
+        return f"an integer <= {MOST}"
     if name in SPECIAL:
         return SPECIAL[name]
     field = TrainConfig.model_fields[name]
@@ -428,10 +435,11 @@ def _sentence(error: ValidationError, values: dict[str, Any], where: dict[str, s
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         hint = nearest(name, list(TrainConfig.model_fields))
-        return f"{where.get(name, '')}unknown field {name}.{hint}"
+        return f"{where.get(name, '')}unknown field {word(name)}.{hint}"
     if fault["type"] == "missing":
         return f"{name} is missing: set it in the YAML file or with {flag(name)}"
-    return f"{where.get(name, '')}{name} must be {allowed(name)}; got {values[name]!r}"
+    value = values[name]
+    return f"{where.get(name, '')}{name} must be {allowed(name, value)}; got {shown(value, 200)}"
 
 
 def flag(name: str) -> str:

@@ -22,10 +22,10 @@ class RunError(Exception):
     """
 
 
-def shown(value: Any) -> str:
-    """A stranger's value as it may stand in a sentence: in one line, and not long."""
+def shown(value: Any, most: int = 60) -> str:
+    """A stranger's value as it may stand in a sentence: in one line, and of `most` characters."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def word(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -295,3 +297,23 @@ def test_pools_are_bounded():
 
     asyncio.run(main())
     pool.close()
+
+
+def test_an_answer_that_comes_in_parts(monkeypatch):
+    """A busy machine may stop a worker in the midst of its answer, for longer than a slice."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(module, "SLICE_S", 0.05)
+    monkeypatch.setattr(Confined, "start", lambda self: None)
+    monkeypatch.setattr(Confined, "_take", lambda self: module._Process(ours, 0))
+
+    def answer():
+        body = json.dumps({"value": 7}).encode()
+        frame = struct.pack("<I", len(body)) + body
+        for part in (frame[:2], frame[2:9], frame[9:]):
+            theirs.sendall(part)
+            time.sleep(0.2)
+
+    with theirs, ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer)
+        assert Confined().ask("any", Limits(1, 1), "it") == 7
+        answered.result()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -91,6 +92,12 @@ class _Process:
         limited = {} if limits is None else {"limits": vars(limits)}
         self.wire.settimeout(FORK_S)
         send(self.wire, {"op": op, **limited, **values})
+
+    def says_something(self, seconds: float) -> bool:
+        """Whether an answer, or the end, comes in time. Nothing of it is taken."""
+        wait = select.poll()
+        wait.register(self.wire, select.POLLIN)
+        return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
         """TimeoutError; OSError if it was killed; Failed."""
@@ -230,11 +237,9 @@ class Confined:
         seconds = 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)
-            try:
-                answer = worker.answer(SLICE_S)
-            except TimeoutError:
+            if not worker.says_something(SLICE_S):
                 slow = self._add_slow(worker, begun, seconds)
-                answer = worker.answer(begun + seconds - time.monotonic())
+            answer = worker.answer(begun + seconds - time.monotonic())
         except _Told as error:
             self._give_back(worker, slow, fresh=False)
             raise _as_failure(error, limits, what) from None

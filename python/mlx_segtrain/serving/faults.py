@@ -31,7 +31,7 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
             said = "it is not a JSON object (content-type: application/json)"
         return f"the body cannot be used: {said}.", {}
     if where[0] in TrainConfig.model_fields and fault["type"] not in ("missing", "extra_forbidden"):
-        value, said = _plain(fault["input"]), allowed(where[0])
+        value, said = _plain(fault["input"]), allowed(where[0], fault["input"])
         return f"{where[0]} must be {said}; got {value!r}.", {
             **{"field": where[0], "value": value, "allowed": said}
         }

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ..config import TrainConfig, Variables, allowed, choices, default, is_list, kind
+from ..config import MOST, TrainConfig, Variables, allowed, choices, default, is_list, kind
 from .catalog import DataFolder, Model, Unreadable
 from .service import OWN
 
@@ -176,7 +176,7 @@ class InspectDataset(Closed):
     path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
     model_dir: str | None = Field(None, description="With it tokens are counted and shown.")
     n_preview: int = Field(3, ge=0, le=50)
-    max_seq_length: int = Field(512, ge=2)
+    max_seq_length: int = Field(512, ge=2, le=MOST)
     method: Literal["sft", "dpo", "orpo", "simpo"] | None = None
     train_on: Literal["assistant", "last"] = "assistant"
     append_eos: bool = True
