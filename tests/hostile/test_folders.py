@@ -275,6 +275,7 @@ def test_what_a_run_writes_is(tmp_path):
     for name in (
         *("state/step-00010/state.safetensors", "state/step-00010/manifest.json"),
         *("checkpoints/step-00010/adapters.safetensors", "best/README.md"),
+        *("checkpoints/step-00020-val2.3456/README.md", "checkpoints/step-00030-valnan/README.md"),
         *("best/optiq_lora_config.json", "tensorboard/events.out.tfevents.1.host.1.0", "notes"),
         *("state/.step-00020.123.tmp/state.safetensors", "best/.README.md.77.tmp"),
     ):

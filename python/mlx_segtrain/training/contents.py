@@ -17,7 +17,7 @@ ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, READ
 #: What a run writes below them.
 OWN = re.compile(
     rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
-    rf"|checkpoints/step-\d+(/({ADAPTER}))?|best/({ADAPTER})"
+    rf"|checkpoints/step-\d+(-val-?[\w.]+)?(/({ADAPTER}))?|best/({ADAPTER})"
     r"|tensorboard/events\.out\.tfevents\.[\w.-]+)"
 )
 
