@@ -112,6 +112,12 @@ def make_folder(path: Path) -> None:
         sync(path.parent)
 
 
+def may_follow(path: Path) -> bool:
+    """Whether a folder may be looked at because a file names it; a server replaces this with
+    whether it lies below its roots."""
+    return True
+
+
 def make_private(path: Path) -> None:
     """Makes a folder for this user alone, or one that is there. InputError if others can write to
     it all the same: the owner of what lies in it could be anyone."""

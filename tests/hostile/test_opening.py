@@ -146,3 +146,29 @@ def test_a_link_that_comes_when_a_job_has_been_checked(tmp_path, llama, data, na
     row, log = asyncio.run(run())
     assert row.status == "failed" and "lies outside" in row.error, log
     assert CANARY not in log and time.monotonic() - begun < 120
+
+
+def test_a_base_that_an_adapter_names(tmp_path, llama):
+    """Where a server may not read, it does not look for it."""
+    script = """if True:
+        import json, pathlib, sys
+        from mlx_segtrain.adapters.folder import open_folder
+        from mlx_segtrain.serving.guard import Roots
+        from mlx_segtrain.serving.opening import confine
+        root, base = map(pathlib.Path, sys.argv[1:])
+        def found(named):
+            (root / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1,
+                "base_model_name_or_path": str(named)}))
+            return open_folder(root).base_folder
+        (root / "base").mkdir()
+        (root / "base" / "config.json").write_text("{}")
+        (root / "link").symlink_to(base)
+        (root / "adapter_model.safetensors").write_text("")
+        assert found(base) == base and found("a" * 5000) is None and found("") is None
+        confine(Roots([root]))
+        assert found(base) is None and found(root / "link") is None, found(base)
+        assert found(root / "base") == root / "base"
+    """
+    root = tmp_path / "root"
+    root.mkdir()
+    python(script, root, llama)

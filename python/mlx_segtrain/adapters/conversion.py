@@ -57,7 +57,8 @@ def export(
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
-    base = _base_config(model_dir, about)
+    base_dir = folder.base_folder if model_dir is None else model_dir
+    base = None if base_dir is None else read_json(base_dir / "config.json")
     if to == "gguf":
         if base is None:
             raise InputError(
@@ -73,7 +74,7 @@ def export(
                     "the adapter is of a model for text and images, which transformers names in "
                     "two ways: give its folder with --model-dir, or --names."
                 )
-            adapter = _of_kind(adapter, None if base is None else model_dir or Path(about.model))
+            adapter = _of_kind(adapter, base_dir)
             write_peft(aside, adapter, about, names or names_of(base or {}), DTYPES[dtype])
         else:
             scale = common_scale(adapter)
@@ -143,7 +144,8 @@ def _of_kind(adapter: Adapter, base: Path | None) -> Adapter:
 
 def about_of(adapter_path: Path | Folder) -> About:
     """What an adapter's folder says of itself; empty where it says nothing."""
-    config = open_folder(adapter_path).config
+    folder = open_folder(adapter_path)
+    config = folder.config
     own = config.get("segtrain")
     run = dict(own) if isinstance(own, dict) else {}
     step = run.pop("step", None)
@@ -151,22 +153,8 @@ def about_of(adapter_path: Path | Folder) -> About:
     dropout: Any = inner.get("dropout") if isinstance(inner, dict) else config.get("lora_dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         dropout = 0.0
-    model = str(config.get("base_model_name_or_path") or config.get("model") or "")
-    model = model.encode("utf-8", "replace").decode()
+    model = folder.base.encode("utf-8", "replace").decode()
     return About(" ".join(model.split())[:1000], float(dropout), run, step)
-
-
-def _base_config(model_dir: Path | None, about: About) -> dict[str, Any] | None:
-    """config.json of the base; None if it is not there and none was given."""
-    if model_dir is None and not about.model:
-        return None
-    folder = Path(about.model) if model_dir is None else model_dir
-    try:
-        return read_json(folder / "config.json")
-    except InputError:
-        if model_dir is None:
-            return None
-        raise
 
 
 #: What rounding may change, relative to the largest update.

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .. import files
 from ..errors import InputError, shown, word
 from ..files import read_at_most, sha256
 
@@ -44,6 +46,20 @@ class Folder:
         own = self.config.get("segtrain")
         tied = own.get("tied") if isinstance(own, dict) else None
         return tied if isinstance(tied, bool) else None
+
+    @property
+    def base(self) -> str:
+        """What the adapter names as its base; empty if nothing."""
+        return str(self.config.get("base_model_name_or_path") or self.config.get("model") or "")
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The folder that the adapter names as its base, if it is there and may be looked at."""
+        path = Path(self.base.replace("\0", ""))
+        with suppress(OSError):  # of a name that is too long for one
+            if self.base and files.may_follow(path) and (path / "config.json").is_file():
+                return path
+        return None
 
 
 def open_folder(path: "str | Path | Folder") -> Folder:

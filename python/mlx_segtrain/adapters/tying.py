@@ -42,9 +42,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if not (embeds or heads or folder.tied is not None):
         return None
     if model_dir is None:
-        named = folder.config.get("base_model_name_or_path") or folder.config.get("model") or ""
-        model_dir = Path(str(named).replace("\0", "")) if named else None
-        if model_dir is None or not (model_dir / "config.json").is_file():
+        model_dir = folder.base_folder
+        if model_dir is None:
             if not embeds or (heads and folder.config.get("ensure_weight_tying")):
                 return folder.tied if not embeds else True
             raise InputError(

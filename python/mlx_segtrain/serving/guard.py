@@ -115,6 +115,14 @@ class Roots:
                 "there): see --root."
             )
 
+    def allows(self, path: Path) -> bool:
+        """Whether what a file names may be looked at."""
+        try:
+            self.check(path, path.resolve())
+        except (Outside, OSError, RuntimeError):
+            return False
+        return True
+
     def _is_of_jobs(self, path: Path) -> bool:
         if self.store is None or not path.is_relative_to(self.store) or path == self.store:
             return False

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from .guard import Roots
 
 __all__ = ["confine", "confined", "path_of"]
@@ -37,6 +38,7 @@ def confine(roots: Roots) -> None:
     """From here on, for the whole process."""
     global _roots
     _roots = roots
+    files.may_follow = roots.allows
     modules = tuple(os.path.join(x, "") for x in sys.path if os.path.isabs(x))
 
     def verify(named: Any, file: int) -> None:
