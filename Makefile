@@ -22,7 +22,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test hostile lint bench models dev wheel clean
+.PHONY: help demo test lint bench models dev wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,7 @@ demo: $(VENV)/installed ## Train a small model on this machine and show what it 
 	$(BIN)/mlx-segtrain demo
 
 test: $(TOOLS) $(VENV)/browser ## Run the tests; PEERS=1: those that compare with torch too
-	$(BIN)/python -m pytest -q $(IN_PARALLEL) --ignore tests/hostile
-
-hostile: $(TOOLS) ## Attack a server of our own; wants a machine that does nothing else
-	$(BIN)/python -m pytest -q tests/hostile
+	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
 lint: $(TOOLS) ## Check format, style and types
 	$(BIN)/ruff check

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +28,8 @@ for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
 
 VOCABULARY = 300
+#: Bytes of address space of tests that attack, and of their servers.
+MOST_OF_ATTACKS = 24 << 30
 
 
 def write_tokenizer(path: Path) -> None:
@@ -168,3 +171,18 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     write_rows(path)
     return write_rows(path, 6, "valid.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded(request):
+    """An attack that succeeds takes memory without end: not this machine's."""
+    if "hostile" not in request.path.parts:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    own = (
+        MOST_OF_ATTACKS if before[1] == resource.RLIM_INFINITY else min(MOST_OF_ATTACKS, before[1])
+    )
+    resource.setrlimit(resource.RLIMIT_AS, (own, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

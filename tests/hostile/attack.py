@@ -54,13 +54,16 @@ def bystander(server, chats=True):
     own = Bystander(server, chats)
     for thread in own.threads:
         thread.start()
-    time.sleep(0.2)
+    end = time.monotonic() + 60
+    while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both are under way
+        assert time.monotonic() < end, own.failures
+        time.sleep(0.02)
     yield own
     time.sleep(0.2)
     own.stop.set()
     for thread in own.threads:
         thread.join(60)
-    assert len(own.health) > 1 and not own.failures, own.failures
+    assert not own.failures, own.failures
 
 
 def memory_mb(server):

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import math
+import os
+import struct
 import time
 from pathlib import Path
 
@@ -13,11 +16,13 @@ from checks import random_adapter
 from conftest import write_llama, write_rows
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters import About, write_adapter
+from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.serving import app as application
 from mlx_segtrain.serving import engine as module
+from mlx_segtrain.serving import mounting
 from mlx_segtrain.serving.decoding import Options
 from mlx_segtrain.serving.engine import Busy, Engine
 from mlx_segtrain.serving.service import Service
@@ -302,6 +307,62 @@ def test_mounts_are_bounded(engine, model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unmount some"):
         asyncio.run(engine.mount("b", tmp_path / "a"))
     assert set(engine.adapters) == {"a"}
+
+
+def write_sparse(file, shapes):
+    """A file of safetensors whose data are a hole."""
+    header, place = {}, 0
+    for name, shape in shapes.items():
+        after = place + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [place, after]}
+        place = after
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + place)
+
+
+def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
+    """Of some kilobytes on disk, and as large as it says it is."""
+    name, rank = "model.layers.0.self_attn.q_proj", 50_000_000
+    shapes = {f"{name}.lora_a": [64, rank], f"{name}.lora_b": [rank, 64]}
+    write_sparse(tmp_path / "adapters.safetensors", shapes)
+    config = {"fine_tune_type": "lora", "num_layers": 1}
+    config["lora_parameters"] = {"rank": rank, "scale": 1.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    asyncio.run(engine.load(model))
+    before, begun = resident_mb(), time.monotonic()
+    with pytest.raises(InputError, match="GB of memory, and mounted adapters may have"):
+        asyncio.run(engine.mount("a", tmp_path))
+    assert resident_mb() - before < 100 and time.monotonic() - begun < 5
+    # Nor is it read when folders are looked at.
+    os.truncate(tmp_path / "adapters.safetensors", 1 << 42)
+    (tmp_path / "adapters_unpadded.safetensors").write_bytes(b"")
+    os.truncate(tmp_path / "adapters_unpadded.safetensors", 1 << 42)
+    config["segtrain"] = {"padded": "x"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert look(tmp_path).fault and time.monotonic() - begun < 10
+
+
+def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
+    """Of four adapters there are 24 orders, and 15 choices."""
+    chain = chain_of(load_base(model)[0])
+    ranks = dict.fromkeys(chain.linears, 4)
+    asyncio.run(engine.load(model))
+    for name in "abcd":
+        write_adapter(tmp_path / name, random_adapter(chain, ranks, 1.0, 0.1), About("model"))
+        asyncio.run(engine.mount(name, tmp_path / name))
+
+    async def say(stack):
+        async for _ in engine.generate(PROMPT, engine.select(stack), Options(max_tokens=1)):
+            pass
+
+    for stack in ("a+b+c", "c+b+a", "b+a+c"):
+        asyncio.run(say(stack))
+    assert len(engine._linears._sums) == 1
+    monkeypatch.setattr(mounting, "MOST_SUM_BYTES", 2.5 * engine.adapters["a"].size_bytes)
+    for stack in ("a+b", "b+c", "c+d", "a+b+c+d"):
+        asyncio.run(say(stack))
+    assert len(engine._linears._sums) == 1
 
 
 def resident_mb():

@@ -9,7 +9,7 @@ import pytest
 from place import CANARY, write_canary
 
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving import pushing
+from mlx_segtrain.serving import catalog, pushing
 from mlx_segtrain.serving.guard import Outside, Roots
 from mlx_segtrain.serving.jobs import Jobs
 from mlx_segtrain.serving.service import Service
@@ -286,3 +286,18 @@ def test_what_a_run_writes_is(tmp_path):
     (tmp_path / "best" / "README.md").symlink_to(tmp_path / "notes")
     with pytest.raises(InputError, match="no run has written"):
         check_own(tmp_path)
+
+
+def test_a_size_of_a_file_that_lies_elsewhere_is_not_listed(tmp_path):
+    outside = write_canary(tmp_path / "outside")
+    root = tmp_path / "root"
+    for name in ("models--a--b", "models--a--b/snapshots/1", "models--c--d/snapshots/1"):
+        (root / name).mkdir(parents=True)
+    (root / "models--a--b" / "train.jsonl").symlink_to(outside / "secret")
+    (root / "models--a--b" / "snapshots" / "1" / "train.jsonl").symlink_to(outside / "secret")
+    blob = root / "models--c--d" / "blobs" / "0"
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    (root / "models--c--d" / "snapshots" / "1" / "train.jsonl").symlink_to("../../blobs/0")
+    found = [(own.path, own.size_bytes) for own in catalog.datasets([root])]
+    assert found == [(str(root / "models--c--d" / "snapshots" / "1"), 2)]

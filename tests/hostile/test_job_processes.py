@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import write_llama, write_rows
 from mlx_segtrain.serving import processes
 from mlx_segtrain.serving.jobs import Jobs
 from mlx_segtrain.serving.kinds import KINDS
@@ -88,6 +89,24 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
         )
         assert made.returncode == 3, made.stderr
         assert made.stdout == f"{tmp_path / 'mlx_segtrain' / 'main.py'} a b c\n"
+
+
+def test_what_a_file_makes_libraries_print_is_no_event(tmp_path):
+    """transformers prints some settings as they are; a progress of 10⁴⁰ stopped the queue."""
+    model, data = write_llama(tmp_path / "model"), write_rows(tmp_path / "data", 3)
+    forged = json.dumps({"type": "metric", "progress": 10**40, "message": {}})
+    for name, change in (
+        ("config.json", {"rope_scaling": {"rope_type": f"x\n{forged}\n", "factor": 2.0}}),
+        ("tokenizer_config.json", {"padding_side": "x"}),
+    ):
+        file = model / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    values = {"model_dir": str(model), "data_dir": str(data), "split": "train"}
+    row, log = ended(tmp_path / "store", "evaluate", values)
+    found = [json.loads(line) for line in log.splitlines()]
+    assert row.status == "failed" and 0 <= row.progress <= 1, log
+    assert not [event for event in found if event["type"] == "metric"]
+    assert [event for event in found if "10000" in event.get("line", "")]  # it was printed
 
 
 @pytest.fixture

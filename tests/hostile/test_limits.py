@@ -2,15 +2,17 @@
 
 import json
 import logging
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 from attack import bystander, memory_mb, patience
 
-from mlx_segtrain.serving import brake, catalog
+from mlx_segtrain.serving import brake, catalog, page
 from mlx_segtrain.serving.store import Store
 from served import Server, write_place
 
@@ -145,6 +147,52 @@ def test_cached_tokens_are_for_those_who_have_the_token(server, tmp_path):
     for _ in range(2):
         usage = server.http.post("/v1/chat/completions", json=body).json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_cookies_of_others_cost_nothing(server):
+    """Python takes time that grows with the square of a quoted cookie's length (CVE-2024-7592)."""
+    slow = b'a="' + b"\\" * 40_000 + b'"; theme=dark'
+    with (
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        bystander(server, chats=False) as other,
+    ):
+        for path in ("/api/jobs", "/finetune", "/login"):
+            http.get(path, headers={b"cookie": slow})
+        http.post("/logout", headers={b"cookie": slow})
+    assert max(other.health) < patience()
+
+
+def test_a_long_path_is_none(server):
+    """Resolving one takes time that grows with the square of its length."""
+    with bystander(server, chats=False) as other:
+        for path, field in (
+            *(("/api/models/serve", "model_dir"), ("/api/finetune/submit", "model_dir")),
+            *(("/v1/adapters", "path"), ("/api/finetune/inspect-dataset", "path")),
+        ):
+            body = (
+                {field: "a/" * 100_000, "id": "a"}
+                if path == "/v1/adapters"
+                else {field: "a/" * 100_000}
+            )
+            answer = server.http.post(path, json=body)
+            assert answer.status_code in (400, 422) and len(answer.text) < 1000, answer.text
+    assert max(other.health) < patience()
+
+
+def test_pages_that_nobody_opens_are_let_go(server):
+    """Each takes 3 MB, and nobody comes for it."""
+    assert server.http.get("/finetune").status_code == 200
+    rest = memory_mb(server)
+    for _ in range(120):
+        assert server.http.get("/finetune").status_code == 200
+    assert memory_mb(server) - rest < 250, memory_mb(server) - rest
+
+
+def test_no_text_is_made_a_property_of_an_element():
+    """NiceGUI reads `:name="…"` in such a text as a program."""
+    for file in Path(page.__file__).parent.glob("*.py"):
+        assert not re.search(r"props\(\s*f?['\"][^'\"]*\{", file.read_text()), file
+        assert not re.search(r"props\(\s*f['\"]", file.read_text()), file
 
 
 # Lists

@@ -221,6 +221,18 @@ def test_a_panic_of_the_tokenizer_is_its_own_answer(tmp_path):
             {"decoder": {"type": "Replace", "pattern": {"Regex": "(a*)*b"}, "content": ""}},
             "regular",
         ),
+        (
+            {
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": "z"}, "content": "zzzz"}
+                        for _ in range(10)
+                    ],
+                }
+            },
+            "as long",
+        ),
         ({"added_tokens": [{"id": 299, "content": "x" * 5000}]}, "a token has 5000 characters"),
     ],
 )

@@ -150,3 +150,39 @@ def test_a_configuration_that_is_too_large(model):
     for read in (load_model, load_tokenizer, read_shape):
         with pytest.raises(InputError, match="more than 4 MiB"):
             read(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_class": "BertTokenizer", "vocab": "SECRET"},
+        {"tokenizer_class": "BartTokenizer", "vocab": "SECRET", "merges": "SECRET"},
+        {"tokenizer_class": "LlamaTokenizer", "sp_model_kwargs": {"model_file": "SECRET"}},
+        {"tokenizer_class": "BertTokenizer", "init_inputs": ["SECRET"]},
+        {"tokenizer_class": "BertTokenizer", "vocab": "/proc/self/environ"},
+    ],
+    ids=["vocab", "merges", "nested", "by position", "environment"],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_of_files_that_lie_elsewhere(settings, name, tmp_path):
+    """Each line of a vocabulary is a token, which an answer can be made of."""
+    secret = tmp_path / "secret"
+    secret.write_text("a\n,\nb\n[UNK]\n")
+    model = write_llama(tmp_path / "model")
+    load_tokenizer(model)
+    (model / "tokenizer.json").unlink()
+    text = json.dumps(settings).replace("SECRET", str(secret))
+    (model / name).write_text(text)
+    with pytest.raises(InputError, match=r"names a file that lies elsewhere|init_inputs"):
+        load_tokenizer(model)
+
+
+def test_a_tokenizer_may_name_files_of_its_maker(tmp_path):
+    model = write_llama(tmp_path / "model")
+    file = model / "tokenizer_config.json"
+    more = {
+        "tokenizer_file": "/home/maker/tokenizer.json",
+        "vocab_file": str(model / "config.json"),
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more, "cls_token": "/"}))
+    assert load_tokenizer(model).encode("Hello")

@@ -9,6 +9,7 @@
 adapter_config.json is beside either. What is more than an update of low rank is refused by name.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -164,6 +165,12 @@ def stored_shapes(
         ends = (a[2], b[1]) if len(a) == 3 == len(b) else (a[0], b[-1]) if a and b else (0, 0)
         found[_in_mlx_lm(stored)] = ends
     return found
+
+
+def stored_bytes(path: str | Path | Folder) -> int:
+    """Bytes that the factors will take as float32; reads the header alone. InputError."""
+    header = read_header(open_folder(path).weights)
+    return 4 * sum(math.prod(shape) for _, shape in header.values())
 
 
 def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]]:

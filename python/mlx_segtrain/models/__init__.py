@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from ..errors import InputError
 from .chain import Chain, Head
-from .limits import check_files, check_model
+from .limits import check_files, check_model, check_tokenizer
 
 __all__ = [
     "Chain",
@@ -68,6 +68,7 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     folder = _model_folder(model_dir)
     from mlx_lm.utils import load_config, load_tokenizer
 
+    check_tokenizer(folder)
     with _reading(folder):
         return load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
 

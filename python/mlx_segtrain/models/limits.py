@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, word
 from ..files import read_at_most
 from ..safetensors import read_header
 
@@ -19,6 +19,8 @@ MOST_OTHER_JSON = 16 << 20
 MOST_TENSORS, MOST_LAYERS, MOST_EXPERTS = 400_000, 4096, 65_536
 #: Numbers of a configuration for which a module, or more, is made each.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
+#: Settings of a tokenizer that are text, whatever files are called.
+TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 EXPERTS = re.compile(r"\w*experts\w*")
 
 
@@ -36,6 +38,52 @@ def check_files(folder: Path) -> None:
                 raise InputError(f"{entry.path} has more than {most >> 20} MiB.")
     except OSError as error:
         raise InputError(f"model_dir {folder} cannot be read: {error}.") from None
+
+
+def check_tokenizer(folder: Path) -> None:
+    """InputError for settings of a tokenizer by which it would open files that lie elsewhere.
+
+    transformers hands all settings to the tokenizer's class, of which some take a vocabulary's path
+    under the name of its content, or anything by position. Each line of such a file is a token.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(read_at_most(file, MOST_OTHER_JSON))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{file} is no configuration: expected a JSON object.")
+        if values.get("init_inputs"):
+            raise InputError(f"{file}: init_inputs is not taken: leave it out.")
+        for key, value in values.items():
+            for text in () if TEXTS.fullmatch(key) else _texts(value):
+                if _names_other_file(text, folder):
+                    raise InputError(f"{file}: {word(key)} names a file that lies elsewhere.")
+
+
+def _names_other_file(text: str, folder: Path) -> bool:
+    """Paths of the machine where it was made are harmless: nothing is there."""
+    try:
+        return os.path.lexists(text) and not Path(text).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value, at any depth."""
+    left = [value]
+    while left:
+        own = left.pop()
+        if isinstance(own, str):
+            yield own
+        elif isinstance(own, list):
+            left += own
+        elif isinstance(own, dict):
+            left += own.values()
 
 
 def check_model(folder: Path) -> None:

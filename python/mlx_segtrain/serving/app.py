@@ -68,6 +68,7 @@ def create(service: Service) -> Guard:
         token=settings.token,
         any_address=settings.host not in LOOPBACK,
         sessions=service.sessions,
+        page_fits=page.make_room,
     )
     app.include_router(api.router(service))
     app.include_router(

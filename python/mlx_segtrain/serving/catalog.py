@@ -150,11 +150,17 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
             # A name that is no text could be in no answer; a link may lead out of the roots.
-            own = [file for file in files if not os.path.islink(place / file) or _is_hub(place)]
+            own = [
+                file for file in files if not os.path.islink(place / file) or _is_blob(place, file)
+            ]
             if str(place).isprintable():
-                yield place, set(own)
+                yield place, own
 
 
-def _is_hub(place: Path) -> bool:
-    """A repository in the Hugging Face cache, whose files are links to blobs beside it."""
-    return HUB.search(str(place)) is not None
+def _is_blob(place: Path, file: str) -> bool:
+    """Whether a link stays within its repository of the Hugging Face cache, as its files are."""
+    found = HUB.search(str(place))
+    if found is None:
+        return False
+    repository = os.path.join(str(place)[: found.end()], "")
+    return os.path.realpath(place / file).startswith(repository)

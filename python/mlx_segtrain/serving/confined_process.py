@@ -34,6 +34,8 @@ Values = dict[str, Any]
 SHOWN = 100_000
 #: Characters of a token, at most: an answer may be made of the longest alone.
 LONGEST_TOKEN = 2000
+#: How much longer a decoder may make a text by replacing.
+MOST_GROWTH = 8
 #: Characters of an error.
 LONGEST = 500
 
@@ -127,20 +129,30 @@ class Child:
 
 
 def _check_decoder(folder: Path) -> None:
-    """InputError for a decoder with a regular expression: text is decoded where all generate, token
-    by token, and matching may take for ever."""
+    """InputError for a decoder whose work has no bound: text is decoded where all generate, token
+    by token. Matching may take for ever, and replacing may make a text of any length."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
-    parts = [json.loads(file.read_text(encoding="utf-8")).get("decoder")]
+    parts, growth = [json.loads(file.read_text(encoding="utf-8")).get("decoder")], 1.0
     while parts:
         part = parts.pop()
-        if isinstance(part, dict):
-            if "Regex" in part:
-                raise InputError("its decoder has a regular expression, which is not served")
-            parts += part.values()
-        elif isinstance(part, list):
+        if isinstance(part, list):
             parts += part
+        if not isinstance(part, dict):
+            continue
+        pattern = part.get("pattern")
+        if part.get("type") == "Replace":
+            text = pattern.get("String") if isinstance(pattern, dict) else pattern
+            if not isinstance(text, str) or not text:
+                raise InputError("its decoder has a regular expression, which is not served")
+            growth *= max(1.0, len(str(part.get("content"))) / len(text))
+            if growth > MOST_GROWTH:
+                raise InputError(
+                    f"its decoder makes a text more than {MOST_GROWTH} times as long, which is not "
+                    "served"
+                )
+        parts += part.values()
 
 
 def _few(tokens: Any, most: int) -> list[int] | int:

@@ -418,13 +418,8 @@ class Engine:
             raise InputError("no model is loaded that an adapter could be mounted on.")
         if len(self.adapters) >= MOST_MOUNTED:
             raise InputError(f"{MOST_MOUNTED} adapters are mounted: unmount some.")
-        mounted = read_mounted(id, path, self.base)
         held = sum(own.size_bytes for own in self.adapters.values())
-        if held + mounted.size_bytes > MOST_MOUNTED_BYTES:
-            raise InputError(
-                f"the mounted adapters have {held / 1e9:.1f} GB, and with this one more than "
-                f"{MOST_MOUNTED_BYTES / 1e9:.1f}: unmount some."
-            )
+        mounted = read_mounted(id, path, self.base, MOST_MOUNTED_BYTES - held)
         self.adapters = {**self.adapters, id: mounted}
         return mounted
 

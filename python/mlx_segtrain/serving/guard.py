@@ -11,8 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,22 @@ REFUSALS = (400, 401, 403, 422, 429)
 PATIENCE_S = 30
 #: The cookie in which a browser keeps the id of its session.
 COOKIE = "mlx-segtrain-session"
+#: That, and the page's choice of colours.
+OWN_COOKIES = re.compile(
+    rb'(?:^|;)\s*(mlx-segtrain-session|theme)="?([\w-]{1,100})"?(?=\s*(?:;|$))'
+)
 #: Names of this machine for itself.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: A name, or an address of version 6 in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
 #: Beginnings of names that nobody may name below a root.
 CLOSED = (".", "datasets--", "spaces--")
+#: Bytes of a path, as on Linux.
+LONGEST_PATH = 4096
 #: Files and folders below one that is named, at most: each may be a link.
 MOST_BELOW = 20_000
+#: What the page's addresses begin with.
+PAGE = "/finetune"
 #: What a browser asks for before it has a session.
 OPEN = ("/login", "/healthz", "/favicon.ico")
 HEADERS = (
@@ -88,6 +95,8 @@ class Roots:
         try:
             if "\0" in str(text):
                 raise ValueError("it holds a null character")
+            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving takes long
+                raise ValueError(f"it has more than {LONGEST_PATH} bytes")
             if not str(text):
                 raise ValueError("it is empty")
             path = Path(text).expanduser().resolve()
@@ -184,9 +193,10 @@ class Guard:
         token: str | None,
         any_address: bool,
         sessions: Sessions | None = None,
+        page_fits: Callable[[], bool] = lambda: True,
     ):
         self.app, self.token, self.any_address = app, token, any_address
-        self.sessions = sessions or Sessions()
+        self.sessions, self.page_fits = sessions or Sessions(), page_fits
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
         self.held, self.brake = Held(), Brake()
 
@@ -194,6 +204,11 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
+        cookies = _own_cookies(scope["headers"])
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0].lower() != b"cookie"]
+        if cookies:
+            ours = b"; ".join(b"%s=%s" % pair for pair in cookies.items())
+            scope["headers"].append((b"cookie", ours))
         names = [name.lower() for name, _ in scope["headers"]]
         body = _Body(receive, self.held, SMALL_BODIES.get(scope["path"], MOST_BYTES))
         scope["mlx_segtrain.body_read"] = body.let_go
@@ -219,7 +234,7 @@ class Guard:
             self._check_host(headers)
             self._check_origin(scope, headers)
             try:
-                session = self._check_token(scope, headers)
+                session = self._check_token(scope, headers, cookies)
             except Refused:
                 if b"authorization" in headers:  # ids of sessions are too long to guess
                     await self.slow_down()
@@ -228,6 +243,8 @@ class Guard:
                 scope["mlx_segtrain.authority"] = "token"
             if scope["type"] == "websocket":
                 return await self.app(scope, self._within(session, receive), send)
+            if scope["path"].startswith(PAGE) and not self.page_fits():
+                raise Refused(503, "many pages are open: close some, or try again in a moment.")
             body.check_length(headers.get(b"content-length"))
             await self.app(scope, body.receive, send_on)
         except Refused as error:
@@ -262,16 +279,18 @@ class Guard:
         if site == b"cross-site" and not (mode == b"navigate" and scope.get("method") == "GET"):
             raise Refused(403, "a page of another site may not use this server.")
 
-    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
+    def _check_token(
+        self, scope: Scope, headers: dict[bytes, bytes], cookies: dict[bytes, bytes]
+    ) -> str | None:
         """The session that lets the request in, if it is one."""
         if self.token is None or scope["path"] in OPEN:
             return None
         given = headers.get(b"authorization", b"").decode("latin-1")
         scheme, _, value = given.partition(" ")
-        session = session_of(headers.get(b"cookie", b"").decode("latin-1"))
+        session = cookies.get(COOKIE.encode(), b"").decode()
         if scheme.lower() == "bearer" and self.is_token(value.strip().encode("latin-1")):
             return None
-        if session is not None and self.sessions.holds(session):
+        if session and self.sessions.holds(session):
             return session
         raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
 
@@ -368,13 +387,14 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def session_of(header: str) -> str | None:
-    """The id of the session in a header with cookies."""
-    try:
-        found = SimpleCookie(header).get(COOKIE)
-    except CookieError:
-        return None
-    return found.value if found else None
+def _own_cookies(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Our cookies in the headers of a request.
+
+    Others are of other programs on this machine, and reading a quoted one takes Python minutes
+    (CVE-2024-7592).
+    """
+    text = b";".join(value for name, value in headers if name.lower() == b"cookie")
+    return {name: value for name, value in OWN_COOKIES.findall(text)}
 
 
 async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, send: Send) -> None:

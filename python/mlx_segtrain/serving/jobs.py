@@ -34,6 +34,8 @@ OTHERS = 2
 LONGEST_QUEUE = 200
 #: Seconds between looks at a job that runs.
 POLL_S = 0.1
+#: Characters of a message or an error that a row keeps.
+LONGEST_TEXT = 4000
 #: Of a job that is to be cancelled: whether its process was told. A second signal ends it at once.
 ASKED, SIGNALLED = 1, 2
 
@@ -315,12 +317,13 @@ class Jobs:
         for event in events:
             if event["type"] == "started" and live.pid is None:
                 live.pid = event.get("pid")
-            if isinstance(event.get("progress"), int | float):
-                news["progress"] = event["progress"]
+            progress = event.get("progress")
+            if isinstance(progress, int | float) and 0 <= progress <= 1:  # false for NaN
+                news["progress"] = float(progress)
             if event.get("stage") == "train":
                 news["opened"] = 1
             if event["type"] == "stage" or event.get("kind") == "train":
-                news["message"] = event.get("message")
+                news["message"] = _text(event.get("message"))
         row = self.get(id)
         if row.cancelling:
             news.pop("message", None)
@@ -344,13 +347,21 @@ class Jobs:
         self._end(id, event)
 
     def _end(self, id: str, event: eventlog.Event) -> None:
-        news = {key: event.get(key) for key in ("error", "message")}
+        news: dict[str, Any] = {key: _text(event.get(key)) for key in ("error", "message")}
         if event["type"] == "done":
             news |= {"progress": 1.0, "result_json": json.dumps(event.get("result"))}
-            news |= {"output_path": event["output_dir"]} if "output_dir" in event else {}
+            output = _text(event.get("output_dir"))
+            news |= {"output_path": output} if output is not None else {}
         self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
         logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
         self.live.pop(id).tell()
+
+
+def _text(value: Any) -> str | None:
+    """A text of an event, as the database and a list take it."""
+    if not isinstance(value, str):
+        return None
+    return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]
 
 
 def _killed(row: Row, code: int | None) -> eventlog.Event:

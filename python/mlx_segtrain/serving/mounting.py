@@ -17,6 +17,7 @@ import mlx.core as mx
 from .. import lora
 from ..adapters import prompting_of, read_adapter
 from ..adapters.merging import merged
+from ..adapters.reading import stored_bytes
 from ..adapters.writing import common_scale
 from ..data import Prompting
 from ..errors import InputError
@@ -29,8 +30,8 @@ __all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "r
 
 #: Tokens of a prompt to a model that does not say for how many it was made.
 MOST_TOKENS = 1 << 20
-#: Sums of adapters that are kept.
-MOST_SUMS = 8
+#: Bytes of sums of adapters that are kept; of larger ones the last alone.
+MOST_SUM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +181,15 @@ def read_base(path: Path, confined: Confined) -> Base:
     )
 
 
-def read_mounted(id: str, path: Path, base: Base) -> Mounted:
-    """The adapter of a folder, for this base; InputError if it will not do."""
+def read_mounted(id: str, path: Path, base: Base, most: int) -> Mounted:
+    """The adapter of a folder, for this base; InputError if it will not do, or takes more than
+    `most` bytes of memory."""
+    needed = stored_bytes(path)  # by its header: a file may be much larger than what lies on disk
+    if needed > most:
+        raise InputError(
+            f"{path} takes {needed / 1e9:.1f} GB of memory, and mounted adapters may have "
+            f"{most / 1e9:.1f} more: unmount some."
+        )
     adapter = read_adapter(path, base.chain)
     arrays = [*(x for pair in adapter.tensors.values() for x in pair)]
     arrays += adapter.magnitudes.values()
@@ -268,15 +276,20 @@ class Linears:
         """One adapter as it is; of several their sum, made once."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
-        key = tuple(mounted.serial for mounted in adapters)
+        own = sorted(adapters, key=lambda mounted: mounted.id)  # in any order it is the same sum
+        key = tuple(mounted.serial for mounted in own)
         if key not in self._sums:
-            total = merged([mounted.adapter for mounted in adapters], [1.0] * len(adapters))
+            total = merged([mounted.adapter for mounted in own], [1.0] * len(own))
             mx.eval(total.tensors)
             self._sums[key] = total
-            if len(self._sums) > MOST_SUMS:
+            while len(self._sums) > 1 and sum(map(_bytes, self._sums.values())) > MOST_SUM_BYTES:
                 self._sums.popitem(last=False)
         self._sums.move_to_end(key)
         return self._sums[key]
+
+
+def _bytes(adapter: lora.Adapter) -> int:
+    return sum(x.nbytes for pair in adapter.tensors.values() for x in pair)
 
 
 def _put(model: Any, path: str, module: Any) -> None:

@@ -8,17 +8,29 @@ data.py    what a data set trains, with tokens.js        charts.py, logview.py, 
 """
 
 from fastapi import FastAPI
-from nicegui import ui
+from nicegui import Client, ui
 from nicegui.language import Language
 
 from ..service import Service
 from . import chat, job, jobs, setup
 from .runs import Runs
 
+#: Pages that are open, and of these such as no browser has connected to yet.
+MOST_PAGES, MOST_UNOPENED = 200, 50
 #: A loss that falls.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 <rect width="32" height="32" rx="7" fill="#1d5fc4"/>
 <path d="M6 8c4 12 8 15 20 16" fill="none" stroke="#fff" stroke-width="3.5"/></svg>"""
+
+
+def make_room() -> bool:
+    """Whether another page may be made: each takes 3 MB as long as it is open, and of those that no
+    browser has opened yet the oldest go."""
+    waiting = [own for own in Client.instances.values() if not own.has_socket_connection]
+    waiting.sort(key=lambda own: own.created)
+    for own in waiting[: max(0, len(waiting) - MOST_UNOPENED)]:
+        own.delete()
+    return len(Client.instances) < MOST_PAGES
 
 
 def mount(app: FastAPI, service: Service) -> None:

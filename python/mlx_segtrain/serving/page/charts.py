@@ -46,7 +46,8 @@ def chart(
 ) -> ui.echart:
     """A chart of lines over steps up to `end`. The label is for who cannot see it."""
     made = ui.echart(options(lines, unit=unit, legend=tall, end=end), renderer="svg")
-    made.classes("chart tall" if tall else "chart").props(f'role=img aria-label="{label}"')
+    made.classes("chart tall" if tall else "chart").props("role=img")
+    made.props["aria-label"] = label
     return made
 
 

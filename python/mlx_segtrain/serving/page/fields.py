@@ -96,15 +96,15 @@ class Labelled:
         """Ties the label, the help and the error to the control."""
         self.control, id = control, id_of(control)
         told = " ".join(own.html_id for own in (self.wrong, self.about) if own)
-        control.props(f'outlined dense for={id} aria-describedby="{told}"')
-        self.label.props(f"for={id}")
+        control.props("outlined dense").props.update({"for": id, "aria-describedby": told})
+        self.label.props["for"] = id
 
     def complain(self, message: str) -> None:
         if message == self.wrong.text:
             return
         self.wrong.set_text(message)
         self.box.classes(**{"add" if message else "remove": "invalid"})
-        self.control.props(f"aria-invalid={str(bool(message)).lower()}")
+        self.control.props["aria-invalid"] = str(bool(message)).lower()
 
 
 class FormField:
@@ -118,7 +118,7 @@ class FormField:
             about = f"{about} Takes {kinds}."
         wide = row.is_list or row.name == "adapter_path" or row.type == "Path"
         self.frame = Labelled(title(row.name), about, row.name, "across" if wide else "")
-        self.frame.label.props(f'title="{row.name}"')
+        self.frame.label.props["title"] = row.name
         with self.frame.slot:
             self.control = self._control()
         self.frame.holds(self.control)
@@ -238,7 +238,7 @@ class Form:
                 own.show(about(base))
         self.groups["Preference"].set_visibility(self.method != "sft")
         rate = self.fields["learning_rate"]
-        rate.control.props(f'placeholder="{base.learning_rate:g}"')
+        rate.control.props["placeholder"] = f"{base.learning_rate:g}"
 
     def values(self) -> dict[str, Any]:
         """What was changed."""

@@ -53,7 +53,7 @@ def card(title: str, level: str = "h2") -> Iterator[ui.element]:
     with ui.element("section").classes("card") as made:
         if title:
             heading = tag(level, title, "heading")
-            made.props(f"aria-labelledby={heading.html_id}")
+            made.props["aria-labelledby"] = heading.html_id
         yield made
 
 
@@ -151,7 +151,7 @@ def _running(service: Service) -> None:
             more = f", {queued} waiting" if queued > 0 else ""
             job = kind_of(rows[0].kind).title
             words.set_text(f"{job} {text.percent(rows[0].progress)}{more}")
-            to.props(f"href=/finetune/job/{rows[0].id}")
+            to.props["href"] = f"/finetune/job/{rows[0].id}"
 
     look()
     ui.timer(2, look)
@@ -166,7 +166,8 @@ def _theme() -> None:
 
     def show() -> None:
         said = {"auto": "as the system", "light": "light", "dark": "dark"}[name]
-        made.props(f'icon={THEME_ICONS[name]} aria-label="Theme: {said}" title="Theme: {said}"')
+        told = f"Theme: {said}"
+        made.props.update({"icon": THEME_ICONS[name], "aria-label": told, "title": told})
 
     def turn() -> None:
         nonlocal name
@@ -184,7 +185,7 @@ async def confirm(question: str, detail: str, action: str) -> bool:
     """Asks before what cannot be undone."""
     with ui.dialog() as dialog, ui.element("div").classes("card dialog"):
         heading = tag("h2", question, "heading")
-        dialog.props(f"aria-labelledby={heading.html_id}")
+        dialog.props["aria-labelledby"] = heading.html_id
         tag("p", detail)
         with ui.element("div").classes("actions end"):
             button("Keep it", lambda: dialog.submit(False)).props("autofocus")

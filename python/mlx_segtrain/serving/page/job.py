@@ -238,7 +238,7 @@ class JobView:
         if row.status in ("failed", "cancelled") and run.iters:
             share = run.step / run.iters  # the job's own is that of its end
         percent = round(100 * share)
-        self.bar.props(f"aria-valuenow={percent}")
+        self.bar.props["aria-valuenow"] = percent
         self.filled.style(f"width: {percent}%")
         parts = []
         if self.trains and run.iters and row.status != "queued":

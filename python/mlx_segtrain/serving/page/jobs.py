@@ -98,10 +98,11 @@ class JobsView:
         with ui.element("tr"):
             with ui.element("td").classes("tight"):
                 if kind_of(row.kind).trains:
-                    ui.checkbox(
+                    box = ui.checkbox(
                         value=row.id in self.chosen,
                         on_change=lambda event: self._choose(row.id, event.value),
-                    ).props(f'dense aria-label="Compare {row.id}"')
+                    ).props("dense")
+                    box.props["aria-label"] = f"Compare {row.id}"
             with ui.element("td").classes("main"):
                 link(name, f"/finetune/job/{row.id}")
                 tag("div", f"{kind_of(row.kind).title} · {row.id}", "muted small")
@@ -112,7 +113,7 @@ class JobsView:
                 share = tag("span", "", "small muted")
             outcome = tag("td", "", "small")
             created, ran = tag("td", "", "tight small muted"), tag("td", "", "tight small muted")
-        created.props(f'title="{row.created_at} UTC"')
+        created.props["title"] = f"{row.created_at} UTC"
         self.cells[row.id] = {
             **{
                 "status": status,

@@ -22,7 +22,8 @@ from ..store import ENDED
 MOST, PAGE, KEPT = 600, 500, 100
 #: What is drawn of training metrics, besides the loss.
 DRAWN = ("learning_rate", "tokens_per_sec", "grad_norm", "peak_gb", "active_gb")
-#: What of them no curve is drawn of.
+#: Names of metrics, and those of which no curve is drawn.
+METRIC = re.compile(r"[a-z]\w{0,39}")
 OTHER = ("type", "kind", "step", "loss", "step_s", "progress", "message", "ts", *DRAWN)
 PLANNED = re.compile(r"([\d.]+) GB at most of ([\d.]+) GB")
 
@@ -169,7 +170,7 @@ class Run:
     @staticmethod
     def extra(event: eventlog.Event) -> list[str]:
         """Metrics of preference methods."""
-        return [name for name in event if name not in OTHER]
+        return [name for name in event if name not in OTHER and METRIC.fullmatch(name)]
 
     def curve(self, name: str) -> Curve:
         return self.curves.setdefault(name, Curve())

@@ -278,7 +278,8 @@ def _show_plan(plan: Plan) -> None:
         return
     share = own["peak"] / own["budget"]
     words = f"{text.percent(share)} of the budget"
-    with ui.element("div").classes("meter").props(f'role=img aria-label="{words}"'):
+    with ui.element("div").classes("meter").props("role=img") as meter:
+        meter.props["aria-label"] = words
         ui.element("div").style(f"width: {min(1, share):.1%}")
     with facts("lines"):
         fact("Peak", f"{text.size(own['peak'])}, {words}")
