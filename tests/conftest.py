@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from hypothesis import settings
 from mlx.utils import tree_flatten
 
 import tiny_models
@@ -26,6 +27,10 @@ for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
 
 # The CPU is what every machine has; DEVICE=gpu runs the same tests there.
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 VOCABULARY = 300
 #: Bytes of address space of tests that attack, and of their servers.

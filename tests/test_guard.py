@@ -234,3 +234,37 @@ def test_a_server_that_anyone_could_use_is_not_set_up():
     settings = Settings(host="0.0.0.0", token="long enough")
     assert "long enough" not in repr(settings)
     assert os.getcwd() in map(str, settings.folders)
+
+
+@pytest.mark.parametrize(
+    ("message", "passes"),
+    [
+        ({"text": '42["log",1]'}, True),
+        ({"text": "2"}, True),
+        ({"text": '459999999999-["log",{"_placeholder":true,"num":0}]'}, False),
+        ({"text": "461-[]"}, False),
+        ({"bytes": b"x" * 990_000}, False),
+    ],
+)
+def test_a_socket_takes_no_attachments(message, passes):
+    """Socket.IO keeps what comes until as many have come as were announced."""
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(await receive())
+
+    async def receive():
+        return {"type": "websocket.receive", **message}
+
+    own = Guard(app, hosts=[], token=None, any_address=False)
+    scope = {
+        "type": "websocket",
+        "path": "/_nicegui_ws/socket.io/",
+        "headers": [(b"host", b"[::1]")],
+    }
+    asyncio.run(own(scope, receive, None))
+    assert (seen[0]["type"] == "websocket.receive") == passes
+
+
+def test_the_page_s_socket_is_a_websocket():
+    assert ask(path="/_nicegui_ws/socket.io/", body=[b'459-["log"]'])[0] == 400

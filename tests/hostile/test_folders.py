@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 
 import mlx.core as mx
 import pytest
@@ -10,6 +11,7 @@ from place import CANARY, write_canary
 
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import catalog, pushing
+from mlx_segtrain.serving.confined import Confined
 from mlx_segtrain.serving.guard import Outside, Roots
 from mlx_segtrain.serving.jobs import Jobs
 from mlx_segtrain.serving.service import Service
@@ -301,3 +303,36 @@ def test_a_size_of_a_file_that_lies_elsewhere_is_not_listed(tmp_path):
     (root / "models--c--d" / "snapshots" / "1" / "train.jsonl").symlink_to("../../blobs/0")
     found = [(own.path, own.size_bytes) for own in catalog.datasets([root])]
     assert found == [(str(root / "models--c--d" / "snapshots" / "1"), 2)]
+
+
+@pytest.mark.parametrize(("chains", "length"), [(1, 20), (1500, 1)])
+def test_very_many_links_are_not_followed(tmp_path, chains, length):
+    """Resolving takes time that grows with the length of a chain of links, for each link in it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    for chain in range(chains):
+        target = "file"
+        for i in range(length):
+            (tmp_path / "folder" / f"{chain}-{i}").symlink_to(target)
+            target = f"{chain}-{i}"
+    with pytest.raises(InputError, match=r"links|leads to a link"):
+        Roots([tmp_path]).resolve(tmp_path / "folder")
+
+
+def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
+    """The processes of a model that is not looked at any more are ended beside all else."""
+    closing, closed = threading.Event(), threading.Event()
+
+    def close(self):
+        closing.set()
+        assert closed.wait(20)
+
+    monkeypatch.setattr(Confined, "close", close)
+    service = Service(Settings(store=tmp_path / "store", roots=(tmp_path,)))
+    first = service._confined(tmp_path / "0")
+    first.users = 1  # it is not ended, however many come after it
+    for i in range(1, 5):
+        service._confined(tmp_path / str(i))
+    assert closing.wait(5) and not closed.is_set()
+    assert service._confined(tmp_path / "0") is first and len(service.confined) <= 3
+    closed.set()

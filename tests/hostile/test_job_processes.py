@@ -82,7 +82,8 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """
         made = subprocess.run(
-            [sys.executable, "-I", "-c", textwrap.dedent(script)],
+            # Without site: an editable installation would find the package first.
+            [sys.executable, "-I", "-S", "-c", textwrap.dedent(script)],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -150,9 +150,8 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
             # A name that is no text could be in no answer; a link may lead out of the roots.
-            own = [
-                file for file in files if not os.path.islink(place / file) or _is_blob(place, file)
-            ]
+            links = [file for file in files if os.path.islink(place / file)]
+            own = {*files} - {file for file in links if not _is_blob(place, file)}
             if str(place).isprintable():
                 yield place, own
 

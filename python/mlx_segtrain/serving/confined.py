@@ -205,6 +205,7 @@ class Confined:
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         self.has_chat_template = False
+        self.users = 0  #: calls that wait for it, for whoever keeps it
         self._lock = threading.Lock()  # of what follows
         self._keeper: _Process | None = None  # has the tokenizer; workers are its forks
         self._idle: list[_Process] = []

@@ -54,8 +54,12 @@ CLOSED = (".", "datasets--", "spaces--")
 LONGEST_PATH = 4096
 #: Files and folders below one that is named, at most: each may be a link.
 MOST_BELOW = 20_000
+#: Links among these, and links that lead to one another: following takes a while.
+MOST_LINKS, MOST_STEPS = 1000, 8
 #: What the page's addresses begin with.
 PAGE = "/finetune"
+#: Where its websocket is, and what Socket.IO's messages with attachments begin with.
+SOCKET, BINARY = "/_nicegui_ws", ("45", "46")
 #: What a browser asks for before it has a session.
 OPEN = ("/login", "/healthz", "/favicon.ico")
 HEADERS = (
@@ -140,7 +144,7 @@ class Roots:
 
     def _check_links(self, path: Path) -> None:
         """Of all that is not hidden below a path, within folders that links lead to, too."""
-        waiting, seen, count = [path], {path}, 0
+        waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:
             try:
                 entries = list(os.scandir(waiting.pop()))
@@ -156,14 +160,30 @@ class Roots:
                     continue
                 own = Path(entry.path)
                 if entry.is_symlink():
-                    target = own.resolve()
-                    self.check(own, target)
-                    own = target
+                    links += 1
+                    own = self._follow(own, links)
                 elif not entry.is_dir():
                     continue
                 if own not in seen:
                     seen.add(own)
                     waiting.append(own)
+
+    def _follow(self, link: Path, count: int) -> Path:
+        """Where a link leads to; InputError if it is one of very many, or leads to many others."""
+        if count > MOST_LINKS:
+            raise InputError(
+                f"more than {MOST_LINKS:,} links lie in the folder of {link}: copy the files."
+            )
+        step = link
+        for _ in range(MOST_STEPS):
+            step = step.parent / os.readlink(step)
+            if not step.is_symlink():
+                break
+        else:
+            raise InputError(f"{link} leads to a link, and so on: make it lead to a file.")
+        target = link.resolve()
+        self.check(link, target)
+        return target
 
 
 def _is_open(root: Path, path: Path) -> bool:
@@ -243,6 +263,8 @@ class Guard:
                 scope["mlx_segtrain.authority"] = "token"
             if scope["type"] == "websocket":
                 return await self.app(scope, self._within(session, receive), send)
+            if scope["path"].startswith(SOCKET):
+                raise Refused(400, "this address is for the websocket of the page alone.")
             if scope["path"].startswith(PAGE) and not self.page_fits():
                 raise Refused(503, "many pages are open: close some, or try again in a moment.")
             body.check_length(headers.get(b"content-length"))
@@ -299,7 +321,8 @@ class Guard:
 
         async def receive_on() -> Message:
             message = await receive()
-            if session is not None and not self.sessions.holds(session):
+            ended = session is not None and not self.sessions.holds(session)
+            if ended or _has_attachments(message):
                 return {"type": "websocket.disconnect", "code": 1008}
             return message
 
@@ -313,6 +336,14 @@ class Guard:
         """After a wrong token; Refused if there are too many of them."""
         if not await self.brake.wrong():
             raise Refused(429, "too many wrong tokens come at once: try again later.")
+
+
+def _has_attachments(message: Message) -> bool:
+    """Whether it is binary, or announces such messages, of which Socket.IO would keep any number;
+    the page sends none."""
+    if message["type"] != "websocket.receive":
+        return False
+    return message.get("bytes") is not None or (message.get("text") or "").startswith(BINARY)
 
 
 class Held:

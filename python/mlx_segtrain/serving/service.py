@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -175,7 +176,11 @@ class Service:
         place = self.roots.resolve(path)
         base = None if model_dir is None else self.roots.resolve(model_dir)
         confined = self._confined(base)
-        return await INSPECTIONS.run(_inspect, confined, place, n_preview, how)
+        confined.users += 1
+        try:
+            return await INSPECTIONS.run(_inspect, confined, place, n_preview, how)
+        finally:
+            confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
         """The processes of a model's tokenizer: the served one's, or those of the last few."""
@@ -185,8 +190,10 @@ class Service:
         if model not in self.confined:
             self.confined[model] = Confined(model)
         self.confined.move_to_end(model)
-        if len(self.confined) > MOST_CONFINED:
-            self.confined.popitem(last=False)[1].close()
+        idle = [key for key, own in self.confined.items() if not own.users and key != model]
+        for key in idle[: max(0, len(self.confined) - MOST_CONFINED)]:
+            # It may be loading, which takes long.
+            threading.Thread(target=self.confined.pop(key).close, daemon=True).start()
         return self.confined[model]
 
     # Jobs
