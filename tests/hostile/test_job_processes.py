@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import write_llama, write_rows
+from mlx_segtrain.serving import jobs as jobs_module
 from mlx_segtrain.serving import processes
 from mlx_segtrain.serving.jobs import Jobs
 from mlx_segtrain.serving.kinds import KINDS
@@ -77,7 +78,8 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
         script = f"""
             import subprocess, sys
             sys.path.insert(0, {str(first)!r})
-            from mlx_segtrain.serving import processes
+            from mlx_segtrain.serving import jobs as jobs_module
+from mlx_segtrain.serving import processes
             made = processes.command("mlx_segtrain.main", "a", "b c")
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """
@@ -143,3 +145,35 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
     assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())
     assert told["args"][:2] == ["mlx_segtrain.serving.worker", kind]
     assert told["files"] == [int(told["args"][3])]  # the lock alone
+
+
+#: In the place of a job's process: looks at no signal, as compiled code does.
+DEAF = """
+import json, os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(json.dumps({"type": "started", "pid": os.getpid()}), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_that_looks_at_no_signal_is_killed_in_the_end(tmp_path, monkeypatch):
+    """A tokenizer's rules can keep it busy for hours, and the jobs after it waiting."""
+    monkeypatch.setattr(processes, "command", lambda *args: [sys.executable, "-I", "-c", DEAF])
+    monkeypatch.setattr(jobs_module, "KILLED_AFTER_S", 0.5)
+
+    async def run():
+        jobs = Jobs(tmp_path)
+        await jobs.start()
+        try:
+            id = jobs.submit("evaluate", {}).id
+            while jobs.live[id].pid is None or not jobs.log(id).read_text().count("pid"):
+                await asyncio.sleep(0.05)
+            jobs.cancel(id)
+            await asyncio.sleep(0.7)
+            assert jobs.get(id).status == "running"
+            jobs.cancel(id)
+            return await asyncio.wait_for(jobs.ended(id), 20)
+        finally:
+            await jobs.close()
+
+    assert asyncio.run(run()).status == "cancelled"

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ LONGEST_QUEUE = 200
 POLL_S = 0.1
 #: Characters of a message or an error that a row keeps.
 LONGEST_TEXT = 4000
+#: Seconds after which a job that was told to end is killed if it is told again.
+KILLED_AFTER_S = 10.0
 #: Of a job that is to be cancelled: whether its process was told. A second signal ends it at once.
 ASKED, SIGNALLED = 1, 2
 
@@ -53,6 +56,7 @@ class Live:
     """A job that waits or runs. `changed` is set, and replaced, whenever there is news."""
 
     pid: int | None = None
+    interrupted: float = 0.0  #: when it was told to end first, if it was
     process: subprocess.Popen[bytes] | None = None  #: None: not this server's child
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -143,7 +147,8 @@ class Jobs:
     def cancel(self, id: str) -> Row:
         """Ends a job; of a run the last finished step is kept. It goes on to its end after this.
 
-        A second one, two seconds later, does not wait for the step. Conflict if it has ended.
+        A second one, two seconds later, does not wait for the step; one that comes KILLED_AFTER_S
+        seconds after the first ends the process, whatever it does. Conflict if it has ended.
         """
         row = self.get(id)
         if row.status in ENDED:
@@ -337,8 +342,13 @@ class Jobs:
         """Its log is locked, so that the process is the one which said its number there."""
         live = self.live[id]
         if live.pid is not None and eventlog.is_written(self.log(id)):
+            moment = time.monotonic()
+            live.interrupted = live.interrupted or moment
             with suppress(ProcessLookupError):
-                os.kill(live.pid, signal.SIGTERM)
+                if moment - live.interrupted < KILLED_AFTER_S:
+                    os.kill(live.pid, signal.SIGTERM)
+                else:  # compiled code looks at no signal; it leads a session of its own
+                    os.killpg(live.pid, signal.SIGKILL)
             self.store.update(id, cancelling=SIGNALLED)
 
     def _say_end(self, id: str, event: eventlog.Event) -> None:
