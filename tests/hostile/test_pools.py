@@ -329,3 +329,21 @@ def test_an_answer_that_comes_in_parts(monkeypatch):
         answered = pool.submit(answer)
         assert Confined().ask("any", Limits(1, 1), "it") == 7
         answered.result()
+
+
+def test_an_account_with_limits_of_its_own(tmp_path):
+    """Such as `ulimit -v` and `ulimit -t` set, which cannot be raised again."""
+    script = """if True:
+        import resource, sys
+        from mlx_segtrain.serving.confined import Confined, Limits
+        for kind, most in ((resource.RLIMIT_AS, 16 << 30), (resource.RLIMIT_CPU, 600)):
+            resource.setrlimit(kind, (most, most))
+        own = Confined(None if len(sys.argv) < 2 else sys.argv[1])
+        for _ in range(2):
+            print(len(own.ask("encode", Limits(5, 64 << 20), "it", text="Hello", most=100)))
+        own.close()
+    """
+    model = write_llama(tmp_path / "model")
+    command = [sys.executable, "-c", script, str(model)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0 and len(made.stdout.split()) == 2, made.stderr

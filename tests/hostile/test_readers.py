@@ -93,7 +93,10 @@ def test_600_000_names_of_tensors(tmp_path):
     assert time.monotonic() - begun < 3
 
 
-@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_local_experts"])
+NUMBERS = ("num_hidden_layers", "n_layer", "num_local_experts", "num_loops", "hc_sinkhorn_iters")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_thousand_million_layers(name, inner, model):
     value = {name: 10**9}

@@ -21,7 +21,9 @@ MOST_TENSORS, MOST_LAYERS, MOST_EXPERTS = 400_000, 4096, 65_536
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 #: Settings of a tokenizer that are text, whatever files are called.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
-EXPERTS = re.compile(r"\w*experts\w*")
+EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
+#: Times that something runs for each token, and how often at most.
+ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
 
 
 def check_files(folder: Path) -> None:
@@ -96,8 +98,14 @@ def check_model(folder: Path) -> None:
         if tensors > MOST_TENSORS:
             raise InputError(f"model_dir {folder} has more than {MOST_TENSORS:,} tensors.")
     for name, value in _numbers(config):
-        layers, experts = LAYERS.fullmatch(name), EXPERTS.fullmatch(name)
-        most = min(tensors, MOST_LAYERS) if layers else MOST_EXPERTS if experts else None
+        layers = LAYERS.fullmatch(name)
+        most = None
+        if layers:
+            most = min(tensors, MOST_LAYERS)
+        elif ROUNDS.fullmatch(name):
+            most = MOST_ROUNDS
+        elif EXPERTS.fullmatch(name):
+            most = MOST_EXPERTS
         if most is not None and value > most:
             why = f"the weights have {tensors:,} tensors" if layers else f"{most:,} is the most"
             raise InputError(f"model_dir {folder}: {name} is {value:,}, and {why}.")

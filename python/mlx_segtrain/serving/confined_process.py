@@ -67,8 +67,7 @@ class Child:
                 kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
                 answer = {"error": reason or kind, "kind": kind}
             if limits is not None:
-                unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-                resource.setrlimit(resource.RLIMIT_CPU, unlimited)
+                set_limit(resource.RLIMIT_CPU, None)
             send(self.wire, answer)
 
     def _fork(self, files: list[int]) -> None:
@@ -188,8 +187,15 @@ def limit(seconds: float, memory: int) -> None:
     """From here so many seconds of processor time, and bytes more than there are now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soon, resource.RLIM_INFINITY))
+    set_limit(resource.RLIMIT_CPU, soon)
     _MEMORY.allow(memory)
+
+
+def set_limit(kind: int, value: int | None) -> None:
+    """The soft one, None: as high as the hard one, which an account may have, allows."""
+    hard = resource.getrlimit(kind)[1]
+    fits = value is not None and (hard == resource.RLIM_INFINITY or value < hard)
+    resource.setrlimit(kind, (value if fits and value is not None else hard, hard))
 
 
 class _Memory:
@@ -204,7 +210,7 @@ class _Memory:
         except OSError:
             return self._watch(more)
         most = pages * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        set_limit(resource.RLIMIT_AS, most)
 
     def _watch(self, more: int) -> None:
         self.most = _resident() + more
