@@ -411,7 +411,7 @@ def test_inspect_gives_its_flags_to_the_data_module(
     monkeypatch.setattr(data, "inspect", inspect)
     load = Mock(return_value="a tokenizer")
     monkeypatch.setattr(import_module("mlx_lm.utils"), "load_tokenizer", load)
-    Path("tokenizer_config.json").touch()
+    Path("tokenizer_config.json").write_text("{}")
     Path("config.json").write_text('{"eos_token_id": [7, 8]}')
     argv = ["inspect", "x.jsonl", "--model-dir", ".", "--rows", "0", "--train-on", "last"]
     assert cli.main([*argv, "--no-append-eos"]) == 0

@@ -78,8 +78,7 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
         script = f"""
             import subprocess, sys
             sys.path.insert(0, {str(first)!r})
-            from mlx_segtrain.serving import jobs as jobs_module
-from mlx_segtrain.serving import processes
+            from mlx_segtrain.serving import processes
             made = processes.command("mlx_segtrain.main", "a", "b c")
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """

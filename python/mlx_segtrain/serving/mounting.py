@@ -181,11 +181,11 @@ def read_base(path: Path, confined: Confined) -> Base:
     )
 
 
-def read_mounted(id: str, path: Path, base: Base, most: int) -> Mounted:
+def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
     """The adapter of a folder, for this base; InputError if it will not do, or takes more than
     `most` bytes of memory."""
     needed = stored_bytes(path)  # by its header: a file may be much larger than what lies on disk
-    if needed > most:
+    if most is not None and needed > most:
         raise InputError(
             f"{path} takes {needed / 1e9:.1f} GB of memory, and mounted adapters may have "
             f"{most / 1e9:.1f} more: unmount some."
