@@ -109,10 +109,28 @@ def test_times_are_those_of_the_work():
     assert doctor.milliseconds(lambda x: x @ x, [x], x) > 0.1
 
 
+@pytest.fixture(scope="module")
+def sound_checks():
+    return {}
+
+
 @pytest.mark.parametrize("fault", ["value", "gradient"])
 @pytest.mark.parametrize("op", CPU_KERNELS)
-def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
+def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, sound_checks, op, fault):
     break_kernel(monkeypatch, op, fault)
+    plain = doctor.check_call
+
+    def check_call(call):
+        """The other ops are as they were when the last test checked them."""
+        key = (call.op, call.case)
+        if call.op == op or key not in sound_checks:
+            made = plain(call)
+            if call.op != op:
+                sound_checks[key] = made
+            return made
+        return sound_checks[key]
+
+    monkeypatch.setattr(doctor, "check_call", check_call)
     found = doctor.failed(doctor.check())
     assert list(found) == [op] and found[op].endswith("e-02 away from the plain code")
 

@@ -25,7 +25,7 @@ from mlx_segtrain.training import checkpoint
 from test_resume import files_of
 from test_train import config_of
 
-KILLS, FAULTS = (int(os.environ.get(name, n)) for name, n in (("KILLS", 12), ("FAULTS", 10)))
+KILLS, FAULTS = (int(os.environ.get(name, n)) for name, n in (("KILLS", 8), ("FAULTS", 6)))
 OPTIONS = {"iters": 5, "steps_per_save": 1, "steps_per_eval": 2, "keep_best": True}
 OPTIONS |= {"save_checkpoints": True}
 

@@ -26,7 +26,7 @@ def test_every_route_does_what_it_says(tmp_path):
             command = [sys.executable, "-m", "schemathesis.cli", "run"]
             command += [f"{server.url}/openapi.json", "--checks", ",".join(CHECKS), *more]
             command += ["--seed", "1", "--no-color", "--request-timeout", "60"]
-            command += ["--max-examples", os.environ.get("EXAMPLES", "5")]
+            command += ["--max-examples", os.environ.get("EXAMPLES", "3")]
             found = subprocess.run(
                 command,
                 capture_output=True,

@@ -6,4 +6,4 @@ from fuzz import fuzz
 
 
 def test_a_few_inputs(tmp_path):
-    fuzz(tmp_path, int(os.environ.get("INPUTS", "600")), int(os.environ.get("SEED", "0")))
+    fuzz(tmp_path, int(os.environ.get("INPUTS", "300")), int(os.environ.get("SEED", "0")))
