@@ -184,10 +184,9 @@ def bounded(request):
     if "hostile" not in request.path.parts:
         yield
         return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    own = (
-        MOST_OF_ATTACKS if before[1] == resource.RLIM_INFINITY else min(MOST_OF_ATTACKS, before[1])
-    )
-    resource.setrlimit(resource.RLIMIT_AS, (own, before[1]))
+    from mlx_segtrain.serving.confined_process import set_limit
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    set_limit(resource.RLIMIT_AS, MOST_OF_ATTACKS)
     yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

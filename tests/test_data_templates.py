@@ -275,7 +275,7 @@ def test_roles_by_other_names_and_unknown_ones(tmp_path):
         assert spans(data, tokenizer) == ["one<|im_end|>"]
         assert "<|im_start|>user\na" in text(data.rows[0], tokenizer)
     row = {"messages": [asks("a"), {"role": "asistant", "content": "one"}]}
-    with pytest.raises(InputError, match=r".messages.\[1\]: the role 'asistant' is not one of"):
+    with pytest.raises(InputError, match=r"\"messages\"\[1\]: the role 'asistant' is not one of"):
         load(tmp_path, tokenizer, row)
 
 

@@ -158,6 +158,18 @@ def read_at_most(path: Path, most: int) -> str:
     return content.decode("utf-8")
 
 
+def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
+    """The object that a JSON file of at most so many bytes holds; InputError if it holds none."""
+    try:
+        values = json.loads(read_at_most(file, most))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a configuration: expected a JSON object.")
+    return values
+
+
 def sync(path: Path) -> None:
     """Waits until the disk has the content of a file, or the names in a folder."""
     file = os.open(path, os.O_RDONLY)

@@ -6,7 +6,6 @@ import math
 import os
 import struct
 import time
-from pathlib import Path
 
 import httpx
 import mlx.core as mx
@@ -25,7 +24,7 @@ from mlx_segtrain.serving import engine as module
 from mlx_segtrain.serving import mounting
 from mlx_segtrain.serving.decoding import Options
 from mlx_segtrain.serving.engine import Busy, Engine
-from mlx_segtrain.serving.service import Service
+from mlx_segtrain.serving.service import Service, resident
 from mlx_segtrain.serving.settings import Settings
 from mlx_segtrain.training import train
 
@@ -366,4 +365,4 @@ def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
 
 
 def resident_mb():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    return resident() / 1e6

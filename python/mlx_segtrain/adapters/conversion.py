@@ -10,11 +10,11 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import atomic_folder, write_json, write_tensors
+from ..files import atomic_folder, read_json, write_json, write_tensors
 from ..lora import Adapter
 from ..planning.shapes import read_shape
 from .card import About, write_card
-from .folder import CONFIG, WEIGHTS, Folder, bare, open_folder, read_json
+from .folder import CONFIG, WEIGHTS, Folder, bare, open_folder
 from .gguf import write_gguf
 from .peft import Names, names_of, write_peft
 from .reading import read_stored

@@ -1,6 +1,5 @@
 """An adapter folder: which file holds the weights, its configuration, and what is refused."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,14 +9,12 @@ from typing import Any, NoReturn
 
 from .. import files
 from ..errors import InputError, shown, word
-from ..files import read_at_most, sha256
+from ..files import read_json, sha256
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
-#: Bytes that a configuration may have.
-MOST = 4 << 20
 #: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
 #: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
@@ -106,18 +103,6 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 def _digest(file: Path, *state: int) -> str:
     """Of a file as it is: folders are looked at often."""
     return sha256(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; InputError if it holds none."""
-    try:
-        values = json.loads(read_at_most(file, MOST))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a configuration: expected a JSON object.")
-    return values
 
 
 def bare(path: str) -> str:

@@ -35,7 +35,7 @@ _PEFT_FACTOR = re.compile(
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
-def read_adapter(path: str | Path, chain: Chain) -> Adapter:
+def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     """Reads an adapter folder of ours, mlx-lm's, OptiQ's, mlx-bun's or PEFT's, for this model.
 
     InputError if files are missing or unreadable, names or shapes do not fit the model, or the

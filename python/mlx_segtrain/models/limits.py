@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, word
-from ..files import read_at_most
+from ..files import read_at_most, read_json
 from ..safetensors import read_header
 
 #: Bytes of a file of JSON that is read as a whole: a tokenizer of half a million tokens has 40 MB.
@@ -19,11 +19,11 @@ MOST_OTHER_JSON = 16 << 20
 MOST_TENSORS, MOST_LAYERS, MOST_EXPERTS = 400_000, 4096, 65_536
 #: Numbers of a configuration for which a module, or more, is made each.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
-#: Settings of a tokenizer that are text, whatever files are called.
-TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
 #: Times that something runs for each token, and how often at most.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
+#: Settings of a tokenizer that are text, whatever files are called.
+TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 
 def check_files(folder: Path) -> None:
@@ -52,18 +52,12 @@ def check_tokenizer(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             continue
-        try:
-            values = json.loads(read_at_most(file, MOST_OTHER_JSON))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{file} is no configuration: expected a JSON object.")
+        values = read_json(file, MOST_OTHER_JSON)
         if values.get("init_inputs"):
             raise InputError(f"{file}: init_inputs is not taken: leave it out.")
         for key, value in values.items():
-            for text in () if TEXTS.fullmatch(key) else _texts(value):
-                if _names_other_file(text, folder):
+            for _, leaf in () if TEXTS.fullmatch(key) else _leaves(value):
+                if isinstance(leaf, str) and _names_other_file(leaf, folder):
                     raise InputError(f"{file}: {word(key)} names a file that lies elsewhere.")
 
 
@@ -75,19 +69,6 @@ def _names_other_file(text: str, folder: Path) -> bool:
         return False
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The strings in a value, at any depth."""
-    left = [value]
-    while left:
-        own = left.pop()
-        if isinstance(own, str):
-            yield own
-        elif isinstance(own, list):
-            left += own
-        elif isinstance(own, dict):
-            left += own.values()
-
-
 def check_model(folder: Path) -> None:
     """InputError for a configuration that asks for more layers than there are tensors, or weights
     whose headers are none."""
@@ -97,29 +78,26 @@ def check_model(folder: Path) -> None:
         tensors += len(read_header(file))
         if tensors > MOST_TENSORS:
             raise InputError(f"model_dir {folder} has more than {MOST_TENSORS:,} tensors.")
-    for name, value in _numbers(config):
-        layers = LAYERS.fullmatch(name)
-        most = None
-        if layers:
-            most = min(tensors, MOST_LAYERS)
-        elif ROUNDS.fullmatch(name):
-            most = MOST_ROUNDS
-        elif EXPERTS.fullmatch(name):
-            most = MOST_EXPERTS
+    layers = min(tensors, MOST_LAYERS)
+    bounds = ((LAYERS, layers), (ROUNDS, MOST_ROUNDS), (EXPERTS, MOST_EXPERTS))
+    for name, value in _leaves(config):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        most = next((most for names, most in bounds if names.fullmatch(name)), None)
         if most is not None and value > most:
-            why = f"the weights have {tensors:,} tensors" if layers else f"{most:,} is the most"
+            few = LAYERS.fullmatch(name)
+            why = f"the weights have {tensors:,} tensors" if few else f"{most:,} is the most"
             raise InputError(f"model_dir {folder}: {name} is {value:,}, and {why}.")
 
 
-def _numbers(values: Any) -> Iterator[tuple[str, int]]:
-    """Names and values of the integers in a configuration, at any depth."""
-    left = [values]
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value of JSON holds at any depth, with its name; of a list's parts that is empty."""
+    left = [("", value)]
     while left:
-        own = left.pop()
+        name, own = left.pop()
         if isinstance(own, Mapping):
-            left += own.values()
-            for name, value in own.items():
-                if isinstance(value, int) and not isinstance(value, bool):
-                    yield name, value
+            left += own.items()
         elif isinstance(own, list):
-            left += own
+            left += [("", part) for part in own]
+        else:
+            yield name, own

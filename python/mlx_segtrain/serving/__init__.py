@@ -16,6 +16,8 @@ A request comes in at the top and goes down:
     bodies.py    bodies of requests, counted and parsed; pools.py: threads for each kind of work
     confined.py  what files of strangers make a library do, in processes that can be killed:
                  confined_process.py
-    brake.py     wrong tokens, and lines of the log
+    opening.py   files that are checked where they are opened, against links that come later
+    processes.py how processes of ours are started; pushing.py: what is sent to a hub
+    sessions.py  what a browser shows in the place of the token; brake.py: wrong tokens, log lines
     page/        /finetune
 """

@@ -67,7 +67,7 @@ class Child:
                 kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
                 answer = {"error": reason or kind, "kind": kind}
             if limits is not None:
-                set_limit(resource.RLIMIT_CPU, None)
+                set_limit(resource.RLIMIT_CPU)
             send(self.wire, answer)
 
     def _fork(self, files: list[int]) -> None:
@@ -140,11 +140,12 @@ def _check_decoder(folder: Path) -> None:
             parts += part
         if not isinstance(part, dict):
             continue
-        pattern = part.get("pattern")
-        if part.get("type") == "Replace":
-            text = pattern.get("String") if isinstance(pattern, dict) else pattern
-            if not isinstance(text, str) or not text:
-                raise InputError("its decoder has a regular expression, which is not served")
+        replaces, pattern = part.get("type") == "Replace", part.get("pattern")
+        found = pattern.get("String") if isinstance(pattern, dict) else pattern
+        text = found if isinstance(found, str) else ""
+        if "Regex" in part or (replaces and not text):
+            raise InputError("its decoder has a regular expression, which is not served")
+        if replaces:
             growth *= max(1.0, len(str(part.get("content"))) / len(text))
             if growth > MOST_GROWTH:
                 raise InputError(
@@ -191,11 +192,12 @@ def limit(seconds: float, memory: int) -> None:
     _MEMORY.allow(memory)
 
 
-def set_limit(kind: int, value: int | None) -> None:
-    """The soft one, None: as high as the hard one, which an account may have, allows."""
+def set_limit(kind: int, value: int | None = None) -> None:
+    """The soft one, up to the hard one that an account may have; None: as high as that."""
     hard = resource.getrlimit(kind)[1]
-    fits = value is not None and (hard == resource.RLIM_INFINITY or value < hard)
-    resource.setrlimit(kind, (value if fits and value is not None else hard, hard))
+    if value is None or (hard != resource.RLIM_INFINITY and value > hard):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
 
 
 class _Memory:
@@ -246,8 +248,8 @@ def _without_torch() -> None:
 
 def main(file: str, store: str = "", *folders: str) -> None:
     """`file` is the number of the socket; the rest is what opening.confined() gives."""
-    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(limit, (0, 0))
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(kind, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the server says when to end
     sys.setrecursionlimit(1000)
     _without_torch()

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -371,12 +372,10 @@ class _Body:
             return await self.inner()
         left = min(PART_S, BODY_S - (time.monotonic() - self.begun))
         try:
-            message = await asyncio.wait_for(self.inner(), max(left, 0.01))
+            message = await self._next(max(left, 0.01))
         except asyncio.TimeoutError:
-            self.comes = False
             raise self._refuse(408, "the body did not come in time.") from None
         self.size += len(message.get("body", b""))
-        self.comes = message.get("more_body", False)
         self.ended = not self.comes
         if self.size > self.most:
             raise self._refuse(413, f"the body has more than {self.most} bytes.")
@@ -390,12 +389,15 @@ class _Body:
         reset, and no answer."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
-            try:
-                message = await asyncio.wait_for(self.inner(), seconds)
-            except asyncio.TimeoutError:
-                return
-            left -= len(message.get("body", b""))
-            self.comes = message.get("more_body", False)
+            with suppress(asyncio.TimeoutError):
+                left -= len((await self._next(seconds)).get("body", b""))
+
+    async def _next(self, seconds: float) -> Message:
+        """TimeoutError: nothing more is waited for."""
+        self.comes = False
+        message = await asyncio.wait_for(self.inner(), seconds)
+        self.comes = message.get("more_body", False)
+        return message
 
     def let_go(self) -> None:
         """It is not in memory any more."""

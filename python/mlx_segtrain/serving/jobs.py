@@ -89,9 +89,8 @@ class Jobs:
                 "another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
-        self.environment: dict[
-            str, str
-        ] = {}  #: variables of kinds of jobs that want them; in no file
+        #: Variables, for the kinds of jobs that want them; in no file.
+        self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
         self.monitors: set[asyncio.Task[None]] = set()
 
@@ -236,12 +235,12 @@ class Jobs:
 
     def _run(self, row: Row) -> bool:
         """Starts a job's process; whether it runs."""
-        path, values = self.log(row.id), self.get(row.id).config_json
+        path, values = self.log(row.id), json.loads(self.get(row.id).config_json)
         opened: list[int] = []
         try:
-            self.check(json.loads(values))
+            self.check(values)
             places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
-            given = json.dumps({"values": json.loads(values), **places})
+            given = json.dumps({"values": values, **places})
             write_text(self._config(row.id), given, private)
             lock = eventlog.claim(path)
             if lock is None:

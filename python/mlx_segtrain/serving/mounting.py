@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from .. import lora
 from ..adapters import prompting_of, read_adapter
+from ..adapters.folder import open_folder
 from ..adapters.merging import merged
 from ..adapters.reading import stored_bytes
 from ..adapters.writing import common_scale
@@ -184,13 +185,14 @@ def read_base(path: Path, confined: Confined) -> Base:
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
     """The adapter of a folder, for this base; InputError if it will not do, or takes more than
     `most` bytes of memory."""
-    needed = stored_bytes(path)  # by its header: a file may be much larger than what lies on disk
+    folder = open_folder(path)
+    needed = stored_bytes(folder)  # by its header: a file may be larger than what lies on disk
     if most is not None and needed > most:
         raise InputError(
             f"{path} takes {needed / 1e9:.1f} GB of memory, and mounted adapters may have "
             f"{most / 1e9:.1f} more: unmount some."
         )
-    adapter = read_adapter(path, base.chain)
+    adapter = read_adapter(folder, base.chain)
     arrays = [*(x for pair in adapter.tensors.values() for x in pair)]
     arrays += adapter.magnitudes.values()
     mx.eval(arrays)

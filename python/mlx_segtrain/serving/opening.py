@@ -24,8 +24,6 @@ __all__ = ["confine", "confined", "path_of"]
 _open, _os_open = builtins.open, os.open
 #: Of macOS: the path of an open file.
 F_GETPATH = 50
-
-
 _roots: Roots | None = None
 
 

@@ -9,17 +9,22 @@ from ..errors import InputError
 from ..files import ASIDE
 from .checkpoint import MANIFEST, STATE, TENSORS
 
-__all__ = ["REMOVED", "check_own"]
+__all__ = ["REMOVED", "check_own", "evaluated_name"]
 
 #: Folders of a run that another run in its place removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
-#: What a run writes below them.
+#: What a run writes below them; `evaluated_name` names the folders of checkpoints.
 OWN = re.compile(
     rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
     rf"|checkpoints/step-\d+(-val-?[\w.]+)?(/({ADAPTER}))?|best/({ADAPTER})"
     r"|tensorboard/events\.out\.tfevents\.[\w.-]+)"
 )
+
+
+def evaluated_name(step: int, loss: float | None) -> str:
+    """Of the folder in which the adapter of an evaluation is kept."""
+    return f"step-{step:05d}" + ("" if loss is None else f"-val{loss:.4f}")
 
 
 def check_own(run: Path) -> None:

@@ -18,6 +18,7 @@ from ..lora import attached
 from ..planning.run import RunPlan
 from ..policy import run_policy
 from .clock import Clock
+from .contents import evaluated_name
 from .evaluation import measure
 from .interrupts import Interrupts
 from .judging import Score, command_score, numbers, sample
@@ -283,7 +284,7 @@ class Run:
             self.owed = True
         if config.save_checkpoints:
             self.owed = True
-            name = f"step-{state.step:05d}" + (f"-val{val['loss']:.4f}" if val else "")
+            name = evaluated_name(state.step, val["loss"] if val else None)
             self.tell(events.stage("checkpoint", self._share, name))
             self.keeper.evaluated(state, name)
 
