@@ -30,6 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mlx_segtrain.models import adapting
+
 RANK, SCALE = 16, 1.0
 ADAPTERS = ("lora", "dora", "dropout", "embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -143,7 +145,7 @@ def batch_of(vocabulary, length, rows, shared=None):
     from mlx_segtrain.data import Batch, PairBatch
     from mlx_segtrain.objectives.preference import Dpo
     from mlx_segtrain.objectives.sft import Sft
-    from mlx_segtrain.stages import PAIR, joined, trim_start
+    from mlx_segtrain.streams import PAIR, joined, trim_start
 
     def batch(ids, first):
         weights = np.ones(ids.shape, np.float32)
@@ -212,17 +214,16 @@ def training_step(model, shape, plan, objective, batch, watch=None, kind="lora")
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from mlx_segtrain import lora
     from mlx_segtrain.models import chain_of
     from mlx_segtrain.models.chain import Dropout
     from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.training.layout import Layout
 
     chain = chain_of(model)
-    adapter = lora.init(chain, ranks_of(shape, kind), SCALE, 0, dora=kind == "dora")
+    adapter = adapting.init(chain, ranks_of(shape, kind), SCALE, 0, dora=kind == "dora")
     scales = adapter.scales
     dropout = Dropout(0.1, 0, 0) if kind == "dropout" else None
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
@@ -379,7 +380,7 @@ def main():
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
-        from mlx_segtrain.demo.snapshot import smollm2_snapshot
+        from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
         from mlx_segtrain.files import cache_dir
 
         args.model = str(smollm2_snapshot(cache_dir()))

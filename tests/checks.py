@@ -9,6 +9,7 @@ import pytest
 
 import oracle
 from mlx_segtrain import lora
+from mlx_segtrain.models import adapting
 
 ON_GPU = mx.default_device() != mx.Device(mx.cpu)
 
@@ -64,7 +65,7 @@ def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
 
 def random_adapter(chain, ranks: dict[str, int], scale: float, size: float) -> lora.Adapter:
     """A LoRA adapter with B ≠ 0, of deviation `size`, so that A has a gradient."""
-    fresh = lora.init(chain, ranks, scale, seed=1)
+    fresh = adapting.init(chain, ranks, scale, seed=1)
     keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
     tensors = {
         path: (a, size * mx.random.normal(b.shape, key=key))

@@ -24,7 +24,14 @@ class Server:
         self.log = cwd / f"server-{time.monotonic_ns()}.log"
 
     def __enter__(self) -> "Server":
-        command = [sys.executable, "-m", "mlx_segtrain.cli", "serve", "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_segtrain.commands.main",
+            "serve",
+            "--port",
+            str(self.port),
+        ]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [*command, *map(str, self.args)],

@@ -7,7 +7,8 @@ import pytest
 import oracle
 import specs
 from checks import ON_GPU, check_op, f64, grads, rand, served
-from mlx_segtrain import Stage, _core, ops, reference, segmented_value_and_grad
+from mlx_segtrain import Stage, _core, ops, segmented_value_and_grad
+from mlx_segtrain.ops import reference
 from specs import ids
 
 IMPLS = _core.attention_impls()

@@ -12,7 +12,8 @@ from unittest.mock import Mock, create_autospec
 
 import pytest
 
-from mlx_segtrain import RunError, cli, data, events, training
+from mlx_segtrain import RunError, data, events, training
+from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import TrainConfig, flag
 
 REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
@@ -491,7 +492,7 @@ def test_system_message_needs_a_template(
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_segtrain import demo
+    from mlx_segtrain.commands import demo
 
     run = create_autospec(demo.run)
     monkeypatch.setattr(demo, "run", run)

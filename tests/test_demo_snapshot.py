@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import cache_dir
 

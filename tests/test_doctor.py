@@ -5,7 +5,9 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_segtrain import _core, cli, doctor
+from mlx_segtrain import _core
+from mlx_segtrain.commands import main as cli
+from mlx_segtrain.ops import selfcheck as doctor
 
 CPU_KERNELS = [
     "attention",

@@ -17,7 +17,7 @@ from checks import needs_router_gradient, random_adapter
 from conftest import write_llama
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import ranks_in, read_adapter
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value, value_and_grad
 from mlx_segtrain.objectives.preference import Dpo
@@ -60,7 +60,7 @@ def adapter_of(chain, paths=None):
 
 def run(chain, adapter, batch, cuts=None, dropout=None, objective=None):
     chain = chain.adapting(adapter.scales)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     objective = objective or Sft()
     what = (objective, chain, adapter.scales, params, batch, objective.total([batch]))
     cuts = cuts or functools.partial(chain.cuts, 1)
@@ -131,7 +131,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 @pytest.mark.parametrize("name", ["llama, tied", "llama", "generic"])
 def test_pairs_share_their_beginning(name, monkeypatch):
     """As one stream with a branch, or as two: the table's gradient is of both."""
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     chain = chain_of(model_of(name))
     adapter, batch = adapter_of(chain), pair_batch(7)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 100)
@@ -214,10 +214,10 @@ def test_headers_name_what_the_model_has(changes, tmp_path):
 def test_what_is_not_adapted_by_name_is_not_adapted(llama4):
     chain = chain_of(load_base(llama4)[0])
     how = {"rank": 4, "rank_scaling": "constant", "num_layers": 1, "model_dir": llama4}
-    assert "model.embed_tokens" not in lora.choose_ranks(
+    assert "model.embed_tokens" not in adapting.choose_ranks(
         chain, target_modules=["all-linear"], **how
     )
-    both = lora.choose_ranks(chain, target_modules=["q_proj", "embed_tokens"], **how)
+    both = adapting.choose_ranks(chain, target_modules=["q_proj", "embed_tokens"], **how)
     assert set(both) == {"model.layers.2.self_attn.q_proj", "model.embed_tokens"}
 
 
@@ -226,19 +226,19 @@ def test_inputs_of_every_layer_are_of_the_table_too():
     assert chain.outer == {}
     how = {"rank": 4, "rank_scaling": "constant", "num_layers": -1, "model_dir": None}
     with pytest.raises(InputError, match="'embed_tokens' matches no linear of the model"):
-        lora.choose_ranks(chain, target_modules=["embed_tokens"], **how)
+        adapting.choose_ranks(chain, target_modules=["embed_tokens"], **how)
 
 
 def test_dora_of_an_embedding_is_refused(llama4):
     chain = chain_of(load_base(llama4)[0])
     with pytest.raises(InputError, match=r"use_dora: 'model\.embed_tokens' is an embedding"):
-        lora.init(chain, {"model.embed_tokens": 4}, 1.0, 0, dora=True)
+        adapting.init(chain, {"model.embed_tokens": 4}, 1.0, 0, dora=True)
 
 
 def test_dora_of_a_head_is_mlx_lms(tmp_path):
     chain = chain_of(model_of("llama"))
     ranks = {"lm_head": RANK}
-    adapter = lora.init(chain, ranks, SCALE, 0, dora=True)
+    adapter = adapting.init(chain, ranks, SCALE, 0, dora=True)
     rng = np.random.default_rng(0)
     (a, b) = adapter.tensors["lm_head"]
     b = mx.array(rng.standard_normal(b.shape).astype(np.float32)) * 0.1

@@ -19,9 +19,9 @@ from mlx_segtrain.adapters import folding, read_stored, write_adapter
 from mlx_segtrain.adapters.folding import fold
 from mlx_segtrain.adapters.merging import merge, weighted
 from mlx_segtrain.adapters.writing import About
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import adapting, chain_of, load_base
 from oracle import assert_close
 from test_train import config_of
 
@@ -32,7 +32,7 @@ def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5,
     """Of the linears named, with multipliers that differ."""
     chain = chain_of(load_base(model_dir)[0])
     mx.random.seed(seed)
-    fresh = lora.init(chain, ranks, 1.0, seed, dora=dora)
+    fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
     tensors = {
         path: (a, size * mx.random.normal(b.shape)) for path, (a, b) in fresh.tensors.items()
     }
@@ -219,7 +219,15 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
     report = fold(weighted([folder]), llama4, tmp_path / "out")
     assert {own.path for own in report.swallowed} == set(adapter.tensors)
     assert not fold(weighted([folder]), llama4, tmp_path / "dense", dequantize=True).swallowed
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "merge", folder, "--into", llama4]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_segtrain.commands.main",
+        "merge",
+        folder,
+        "--into",
+        llama4,
+    ]
     done = subprocess.run(
         [*command, "--out", tmp_path / "again"], capture_output=True, text=True, check=True
     )

@@ -17,11 +17,11 @@ from conftest import write_llama, write_rows, write_tiny
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import read_adapter, read_stored, write_adapter
 from mlx_segtrain.adapters.conversion import compare, export, import_
-from mlx_segtrain.adapters.folder import PEFT_WEIGHTS
 from mlx_segtrain.adapters.peft import hf_path, names_of
 from mlx_segtrain.adapters.writing import About
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
+from mlx_segtrain.lora.folder import PEFT_WEIGHTS
 from mlx_segtrain.models import chain_of, load_base
 from oracle import assert_close
 from test_train import config_of

@@ -7,7 +7,8 @@ import pytest
 import oracle
 import specs
 from checks import check_op, f64, grads, rand, served
-from mlx_segtrain import ops, reference
+from mlx_segtrain import ops
+from mlx_segtrain.ops import reference
 
 OPS = ["swiglu", "geglu"]
 IMPLS = ["kernel", "stock", "auto"]

@@ -409,7 +409,7 @@ def _trickle(wire):
 def test_serving_without_its_packages_says_what_to_install(tmp_path):
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
     found = subprocess.run(
-        [sys.executable, "-m", "mlx_segtrain.cli", "serve"],
+        [sys.executable, "-m", "mlx_segtrain.commands.main", "serve"],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": str(tmp_path), "PATH": shutil.os.environ["PATH"]},

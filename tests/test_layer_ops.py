@@ -7,7 +7,8 @@ import pytest
 import oracle
 import specs
 from checks import ON_GPU, f64, rand, served
-from mlx_segtrain import ops, reference
+from mlx_segtrain import ops
+from mlx_segtrain.ops import reference
 from test_ops import base_of
 
 IMPLS = ["kernel", "stock", "auto"]

@@ -8,7 +8,7 @@ import pytest
 
 import oracle
 from metal_emulator import MetalError, kernels
-from mlx_segtrain import reference
+from mlx_segtrain.ops import reference
 from specs import Attention, ids
 
 SPECS = [

@@ -10,7 +10,7 @@ import oracle
 import specs
 from checks import f64, rand
 from metal_emulator import MetalError, kernels
-from mlx_segtrain import reference
+from mlx_segtrain.ops import reference
 
 
 def launch(op, gate, up, dy, of=kernels.KERNELS):

@@ -7,7 +7,8 @@ import pytest
 import oracle
 import specs
 from checks import ON_GPU, check_op, f64, grads, rand, served
-from mlx_segtrain import ops, reference
+from mlx_segtrain import ops
+from mlx_segtrain.ops import reference
 
 IMPLS = {
     "rms_norm": ["kernel", "stock"],

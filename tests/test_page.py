@@ -19,8 +19,8 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from conftest import write_llama, write_rows
-from mlx_segtrain.demo.docstrings import write_dataset
-from mlx_segtrain.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.commands.demo.docstrings import write_dataset
+from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.serving.page.runs import MOST, Curve
 
@@ -94,7 +94,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
 @contextmanager
 def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
     """A server's process, whose folders these are."""
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--root", str(work), *options],
         env={**os.environ, "MLX_SEGTRAIN_CACHE": str(cache)},

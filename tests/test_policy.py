@@ -3,11 +3,12 @@
 import mlx.core as mx
 import pytest
 
-from mlx_segtrain import InputError, _core, policy, train
-from mlx_segtrain.planning import budget, picture
+from mlx_segtrain import InputError, _core, train
+from mlx_segtrain.commands import picture
+from mlx_segtrain.planning import budget
 from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.serving import engine
-from mlx_segtrain.training import evaluate, evaluation, probe, references, step
+from mlx_segtrain.training import evaluate, evaluation, policy, probe, references, step
 from test_preference_runs import cache, pairs, setup_of  # noqa: F401
 from test_train import config_of
 

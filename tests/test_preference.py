@@ -11,9 +11,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import tiny_models
 from checks import random_adapter
-from mlx_segtrain import lora
 from mlx_segtrain.data import Batch, PairBatch
-from mlx_segtrain.models import chain_of
+from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value, value_and_grad
 from mlx_segtrain.objectives.preference import Dpo, Orpo, Reference, Simpo
@@ -43,7 +42,7 @@ OBJECTIVES = {
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch):
     """Streams are split and trimmed at single tokens here."""
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 1)
 
 
@@ -91,7 +90,7 @@ def alone(batch: PairBatch, i: int) -> PairBatch:
 def setup(name: str):
     chain = chain_of(model_of(name))
     adapter = random_adapter(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0.1)
-    return chain, adapter, lora.stage_params(chain, adapter)
+    return chain, adapter, adapting.stage_params(chain, adapter)
 
 
 def run(name, objective, batch, size=1, cuts=None, dropout=None, total=None):

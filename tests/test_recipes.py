@@ -11,7 +11,7 @@ import mlx_lm
 import pytest
 
 from conftest import write_tiny
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 
 RECIPES = Path(__file__).parents[1] / "recipes"

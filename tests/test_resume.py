@@ -18,7 +18,7 @@ import pytest
 from conftest import write_llama, write_rows, write_tiny
 from mlx_segtrain import InputError, RunError, _core, adapters, train
 from mlx_segtrain.adapters import ranks_in, step_of
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.training import checkpoint, step
@@ -189,7 +189,7 @@ def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
     options = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "train", *options]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *options]
     long = [*command, "--iters", "1000000"]
     with subprocess.Popen(long, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
@@ -512,7 +512,7 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
     options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
     iters = 1_000_000 if ends == "interrupted" else 30
     options += ["--steps-per-save", "0", "--steps-per-eval", "1000000", "--iters", str(iters)]
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "train", *options]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             if line.startswith("step 10/"):

@@ -19,7 +19,7 @@ from mlx_segtrain import InputError, lora
 from mlx_segtrain.adapters import About, write_adapter
 from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.errors import RunError
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.serving import decoding
 from mlx_segtrain.serving import engine as module
 from mlx_segtrain.serving.confined import Confined
@@ -61,7 +61,7 @@ def write_adapters(folder, model):
         moved = {p: (x, mx.roll(y, i, 1)) for p, (x, y) in adapter.tensors.items()}
         write(name, lora.Adapter(moved, adapter.scales))
     ranks = dict.fromkeys(chain.linears, 4)
-    dora = lora.init(chain, ranks, 2.0, seed=3, dora=True)
+    dora = adapting.init(chain, ranks, 2.0, seed=3, dora=True)
     moved = random_adapter(chain, ranks, 2.0, 0.1).tensors
     longer = {p: m * 1.2 for p, m in dora.magnitudes.items()}
     write("dora", lora.Adapter(moved, dora.scales, longer))

@@ -188,7 +188,7 @@ def test_a_run_that_has_not_ended(llama4, data, tmp_path):
 
 
 def test_the_command(run, tmp_path):
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "verify"]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "verify"]
     done = subprocess.run([*command, run], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr
     assert f"{run}: 3 of 3 steps" in done.stdout and "model         the same\n" in done.stdout

@@ -18,8 +18,8 @@ import pytest
 import mlx_segtrain
 from checks import needs_router_gradient
 from conftest import write_rows, write_tiny
-from mlx_segtrain import InputError, RunError, TrainConfig, adapters, lora, train
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain import InputError, RunError, TrainConfig, adapters, train
+from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.training import evaluate, loop, probe, step
 from mlx_segtrain.training.layout import Layout
 from oracle import assert_close
@@ -97,7 +97,9 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
     config = config_of(llama4, data, tmp_path / "a", overwrite=True)
     flags = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
     long = [*flags, "--max-seq-length", "100", "--iters", "1000000"]
-    with subprocess.Popen([sys.executable, "-m", "mlx_segtrain.cli", "train", *long]) as run:
+    with subprocess.Popen(
+        [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *long]
+    ) as run:
         try:
             begin = time.monotonic()
             while not (tmp_path / "a" / "metrics.jsonl").exists():
@@ -135,7 +137,7 @@ def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, t
     adapter = adapters.read_adapter(tmp_path / "a", chain)
     assert adapter.ranks == result.applied_ranks
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
     h = mlx_segtrain.schedule.forward(stages, params, values)["h"]
     logits = chain.head.logits(h)
@@ -291,16 +293,16 @@ def test_ranks_by_kl(llama_mixed, tmp_path):
     (tmp_path / "optiq_metadata.json").write_text(json.dumps({"per_layer": kl}))
     options = {"rank": 10, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
                "up_proj", "down_proj"], "num_layers": -1}  # fmt: skip
-    ranks = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path, **options)
+    ranks = adapting.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path, **options)
     assert [ranks[path] for path in paths[:3]] == [10, 20, 5]
-    by_bits = lora.choose_ranks(chain, rank_scaling="by_bits", model_dir=tmp_path, **options)
+    by_bits = adapting.choose_ranks(chain, rank_scaling="by_bits", model_dir=tmp_path, **options)
     assert {p: r for p, r in ranks.items() if p not in paths[:3]} == {
         p: r for p, r in by_bits.items() if p not in paths[:3]
     }
     assert set(by_bits.values()) == {10, 20}
-    constant = lora.choose_ranks(chain, rank_scaling="constant", model_dir=tmp_path, **options)
+    constant = adapting.choose_ranks(chain, rank_scaling="constant", model_dir=tmp_path, **options)
     assert set(constant.values()) == {10}
-    none = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path / "x", **options)
+    none = adapting.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path / "x", **options)
     assert none == by_bits
 
 

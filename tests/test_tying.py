@@ -16,10 +16,10 @@ from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import read_adapter, read_stored, write_adapter
 from mlx_segtrain.adapters.conversion import export, import_
 from mlx_segtrain.adapters.discovery import adapters
-from mlx_segtrain.adapters.folder import CONFIG, PEFT_WEIGHTS, WEIGHTS
 from mlx_segtrain.adapters.folding import fold
 from mlx_segtrain.adapters.merging import merge, weighted
 from mlx_segtrain.adapters.writing import About
+from mlx_segtrain.lora.folder import CONFIG, PEFT_WEIGHTS, WEIGHTS
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.serving.confined import Confined

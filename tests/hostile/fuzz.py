@@ -23,8 +23,8 @@ from mlx_segtrain import InputError
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.adapters.reading import read_stored
 from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.models.limits import check_files, check_model
-from mlx_segtrain.planning.shapes import read_shape
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
 from mlx_segtrain.serving.confined import Confined, Limits

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.prompting import Prompting
 from ..files import write_text
 from ..lora import Adapter
-from .folder import README
+from ..lora.folder import README
 
 if TYPE_CHECKING:
     from ..config import TrainConfig

@@ -1,8 +1,6 @@
 """From one format to another; what was written is read again and compared."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +8,11 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import atomic_folder, read_json, write_json, write_tensors
+from ..files import new_folder, read_json, write_json, write_tensors
 from ..lora import Adapter
-from ..planning.shapes import read_shape
+from ..lora.folder import CONFIG, WEIGHTS, Folder, bare, open_folder
+from ..models.headers import read_shape
 from .card import About, write_card
-from .folder import CONFIG, WEIGHTS, Folder, bare, open_folder
 from .gguf import write_gguf
 from .peft import Names, names_of, write_peft
 from .reading import read_stored
@@ -107,20 +105,6 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(folder))
         return compared(out, adapter, read_stored(aside, tied=adapter.tied))
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes `out`'s name once all is in it; InputError if that is not free, or it
-    cannot be written."""
-    place = out.resolve()
-    try:
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise InputError(f"{out} is there already: give a new folder.")
-        with atomic_folder(place) as aside:
-            yield aside
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
 def is_wrapped(path: str) -> bool:

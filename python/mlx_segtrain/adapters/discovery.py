@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import open_regular
-from ..planning.shapes import ModelShape, read_shape
+from ..lora.folder import Folder, bare, open_folder
+from ..models.headers import ModelShape, read_shape
 from .conversion import about_of
-from .folder import Folder, bare, open_folder
 from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 

@@ -9,11 +9,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import read_json, sync, write_json, write_tensors
+from ..files import new_folder, read_json, sync, write_json, write_tensors
 from ..lora import Adapter
+from ..lora.folder import spellings
 from ..safetensors import read_header
-from .conversion import new_folder
-from .folder import spellings
 from .tying import check_base
 
 #: Bytes of a file of weights, at most, unless one tensor is larger.

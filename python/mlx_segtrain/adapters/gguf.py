@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..lora import Adapter
+from ..lora.folder import bare
 from .card import About, write_card
-from .folder import bare
 
 NAME = "adapter.gguf"
 #: By model_type: the architecture in llama.cpp, and whether rotary pairs are neighbours there.

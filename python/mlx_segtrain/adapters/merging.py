@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from ..data.prompting import Prompting
 from ..errors import InputError
+from ..files import new_folder
 from ..lora import Adapter
+from ..lora.folder import bare
 from .card import About
-from .conversion import Converted, about_of, compared, new_folder
-from .folder import bare
+from .conversion import Converted, about_of, compared
 from .reading import read_stored
 from .tying import common
 from .writing import write_adapter

@@ -10,8 +10,8 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import write_json, write_tensors
 from ..lora import Adapter
+from ..lora.folder import CONFIG, PEFT_WEIGHTS, bare
 from .card import About, write_card
-from .folder import CONFIG, PEFT_WEIGHTS, bare
 
 Names = Literal["text", "multimodal"]
 

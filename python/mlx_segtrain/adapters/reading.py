@@ -18,11 +18,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import InputError
-from ..lora import Adapter, shapes
+from ..lora import EMBEDDINGS, Adapter, shapes
+from ..lora.folder import CONFIG, Folder, open_folder, spellings
 from ..models import Chain
-from ..models.chain import EMBEDDINGS
 from ..safetensors import read_header
-from .folder import CONFIG, Folder, open_folder, spellings
 from .multipliers import multiplier_of
 from .tying import check_twins, joined, tied_by_files
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..lora import Adapter
-from ..planning.shapes import read_shape
-from .folder import Folder
+from ..lora.folder import Folder
+from ..models.headers import read_shape
 
 #: Names of the tensors a, b and m by the stored path of their linear.
 Found = dict[str, dict[str, str]]

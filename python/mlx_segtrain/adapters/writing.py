@@ -23,8 +23,8 @@ from ..data.prompting import Prompting
 from ..errors import InputError
 from ..files import atomic, make_folder, read_json, sha256, write_json, write_tensors
 from ..lora import Adapter, fresh_a
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
 from .card import About, write_card
-from .folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
 
 #: What of adapter_config.json says how the weights are to be read.
 MEANING = ("fine_tune_type", "lora_parameters", "use_dora")

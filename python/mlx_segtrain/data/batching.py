@@ -8,7 +8,7 @@ import numpy as np
 from mlx_segtrain.data.dataset import Dataset
 from mlx_segtrain.data.encoding import Row
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.stages import padded
+from mlx_segtrain.streams import padded
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ __all__ = [
     "Head",
     "chain_of",
     "family_of",
-    "load",
     "load_base",
     "load_model",
     "load_tokenizer",
@@ -122,19 +121,3 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _float32(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
-
-
-def load(model_dir: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, Any]:
-    """An mlx-lm model with an adapter attached, and its tokenizer, ready for `mlx_lm.generate`.
-
-    Adapted linears run through our `lora_linear`; the model's float weights are float32 on the CPU.
-    InputError if the model or the adapter cannot be read or do not fit each other.
-    """
-    from .. import lora
-    from ..adapters import read_adapter
-
-    model, _, tokenizer = load_base(model_dir)
-    chain = chain_of(model)
-    lora.attach(model, chain, read_adapter(adapter_path, chain) if adapter_path else None)
-    model.eval()
-    return model, tokenizer

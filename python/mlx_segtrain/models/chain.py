@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from .. import ops
 from ..schedule import Cuts, Params, Stage
-from ..stages import HEAD_ROWS, SINGLE, Stream
+from ..streams import HEAD_ROWS, SINGLE, Stream
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 

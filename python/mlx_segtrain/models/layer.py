@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..lora.dora import Stretch
 from ..schedule import Stage
-from ..stages import MLP_ROWS, SINGLE, Stream, kv_names
+from ..streams import MLP_ROWS, SINGLE, Stream, kv_names
 from .chain import Chain, Dropout, log_probs_by_rows
-from .dora import Stretch
 
 #: x [B, n, T, D] whose first row stands at `offset` → rotated.
 Rotate = Callable[[mx.array, int], mx.array]

@@ -8,7 +8,7 @@ import mlx.core as mx
 from ..models import Chain
 from ..models.chain import Dropout
 from ..schedule import Cuts, Grads, Params, forward, segmented_value_and_grad
-from ..stages import Stream, head_reads, trim_start
+from ..streams import Stream, head_reads, trim_start
 
 __all__ = ["Objective", "stream_values", "value", "value_and_grad"]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data import Batch, PairBatch
 from ..models import Chain
-from ..stages import PAIR, SHARED_LEAST, Stream, joined
+from ..streams import PAIR, SHARED_LEAST, Stream, joined
 from . import stream_values
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")

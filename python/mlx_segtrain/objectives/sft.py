@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data import Batch
 from ..models import Chain
-from ..stages import SINGLE, Stream
+from ..streams import SINGLE, Stream
 from . import stream_values
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..ranks import choose_ranks
+from ..lora.ranks import choose_ranks
+from ..models.headers import ModelShape, read_shape, shape_of
 from ..schedule import Cuts
 from .budget import budget_bytes, device
 from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits, head_weight
-from .shapes import ModelShape, read_shape, shape_of
 
 __all__ = [
     "BatchShape",

@@ -15,8 +15,8 @@ from typing import Literal
 import mlx.core as mx
 
 from .. import _core
-from ..stages import HEAD_ROWS, MLP_ROWS, Stream, head_reads, kv_names
-from .shapes import LayerShape, ModelShape
+from ..models.headers import LayerShape, ModelShape
+from ..streams import HEAD_ROWS, MLP_ROWS, Stream, head_reads, kv_names
 
 
 @dataclass(frozen=True)

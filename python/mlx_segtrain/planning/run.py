@@ -13,13 +13,13 @@ import mlx.core as mx
 from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError, NoRoom
-from ..ranks import asked
+from ..lora.ranks import asked
+from ..models.headers import ModelShape, read_shape
 from ..schedule import Cuts
-from ..stages import PAIR, SHARED_LEAST, Stream, joined, padded, trim_start
+from ..streams import PAIR, SHARED_LEAST, Stream, joined, padded, trim_start
 from . import Planned, choose, longest, named, ranks_of
 from .budget import budget_bytes, device
 from .costs import BatchShape, Device, StreamShape, costs_of
-from .shapes import ModelShape, read_shape
 
 if TYPE_CHECKING:
     from ..models import Chain

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters import discovery
-from ..adapters.folder import bare
 from ..errors import InputError
-from ..planning.shapes import read_shape
+from ..lora.folder import bare
+from ..models.headers import read_shape
 from .guard import CLOSED
 
 #: Folders below a root that are looked into, and how many at most.

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ..errors import InputError, RunError
-from ..policy import wire
+from ..training.policy import wire
 from .confined import Confined
 from .decoding import CONTEXT, Options, Text, processors, sampler
 from .generation import Generation, Outbox, Piece

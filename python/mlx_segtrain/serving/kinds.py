@@ -50,8 +50,8 @@ def done(output_dir: str | Path | None, **result: Any) -> events.Event:
 
 def finetune(values: Values) -> events.Event:
     from ..config import load_config
-    from ..curves import draw_run
     from ..training import train
+    from ..training.curves import draw_run
 
     config = load_config(None, values)
 

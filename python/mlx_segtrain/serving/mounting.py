@@ -16,12 +16,12 @@ import mlx.core as mx
 
 from .. import lora
 from ..adapters import prompting_of, read_adapter
-from ..adapters.folder import open_folder
 from ..adapters.merging import merged
 from ..adapters.reading import stored_bytes
 from ..adapters.writing import common_scale
 from ..data import Prompting
 from ..errors import InputError
+from ..lora.folder import open_folder
 from ..models import Chain, chain_of, load_base
 from ..models.tables import tables_of
 from .catalog import model_id

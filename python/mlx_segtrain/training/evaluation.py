@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import events, lora
+from .. import events
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import split_paths
 from ..errors import InputError
 from ..lora import Adapter
-from ..models import Chain, chain_of, load_base
+from ..models import Chain, adapting, chain_of, load_base
 from ..objectives import Objective, value
-from ..policy import run_policy
 from ..schedule import Params
+from .policy import run_policy
 from .references import with_references
 
 
@@ -87,7 +87,7 @@ def _evaluate(
     if config.method == "dpo" and not config.reference_free:
         rows = range(len(dataset.rows))
         dataset = with_references(config, chain, lambda event: None, dataset, rows)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     what = (objective_of(config), chain, adapter.scales, params, dataset, config.batch_size)
     loss, metrics = measure(*what)
     return EvalResult(

@@ -14,9 +14,8 @@ from .. import events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..errors import InputError
-from ..lora import attached
+from ..models.adapting import attached
 from ..planning.run import RunPlan
-from ..policy import run_policy
 from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
@@ -25,6 +24,7 @@ from .judging import Score, command_score, numbers, sample
 from .keeping import Keeper
 from .log import RunLog
 from .memory import Memory, process_peak
+from .policy import run_policy
 from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, check_output, prepare, read_inputs

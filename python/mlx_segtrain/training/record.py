@@ -14,11 +14,11 @@ from uuid import uuid4
 import mlx.core as mx
 
 from .. import events
-from ..adapters.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from ..config import TrainConfig, flag
 from ..data.dataset import split_paths
 from ..errors import InputError, RunError
 from ..files import hashes, sha256, write_json
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from .checkpoint import found, torn
 
 NAME = "run.json"

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import events, lora
+from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, Pair, Prompting, Row, batches, load_dataset
@@ -18,16 +18,16 @@ from ..data.dataset import remarks, sequences
 from ..errors import InputError
 from ..files import clean
 from ..lora import Adapter
-from ..models import Chain, chain_of, load_model, load_tokenizer
+from ..lora.ranks import asked
+from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
 from ..objectives import Objective
 from ..objectives.preference import Dpo, Orpo, Simpo
 from ..objectives.sft import Sft
 from ..planning import BatchShape, StreamShape
 from ..planning.run import RunPlan, plan_run, ways
-from ..ranks import asked
 from ..schedule import Grads
-from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
+from ..streams import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
 from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
@@ -249,16 +249,16 @@ def load_setup(
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
-        ranks = lora.choose_ranks(chain, **asked(config))
+        ranks = adapting.choose_ranks(chain, **asked(config))
         kinds: dict[str, bool] = {"root": config.rs_lora, "dora": config.use_dora}
-        adapter = lora.init(chain, ranks, config.scale, config.seed, **kinds)
+        adapter = adapting.init(chain, ranks, config.scale, config.seed, **kinds)
     chain = chain.adapting(adapter.scales)
     if any(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
         plan = replace(plan, plans=())  # the family takes the generic path after all
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)

@@ -1,12 +1,12 @@
-"""Times the ops of a layer on this device, beside MLX's own and beside what the device can do.
+"""Times ops on this device, beside MLX's own and beside what the device can do.
 
-`mlx-segtrain bench` and `python bench/ops.py` print the table. A row is an op, a shape, an
-implementation and a direction: forward, `grads` (gradients alone) or `both`.
+A row is an op, a shape, an implementation and a direction: forward, `grads` (gradients alone) or
+`both`.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
-from . import _core, ops, reference
-from .doctor import on_gpu
-from .models.llama import PROJECTIONS as LLAMA
+from .. import _core, ops
+from . import reference
+from .selfcheck import on_gpu
 
 
 @dataclass(frozen=True)
@@ -324,64 +323,6 @@ def head(rows: int, width: int, vocabulary: int, bits: int, group: int, cap: flo
     return Case("linear_cross_entropy", shape, impls, run, flops, limit_mb=limit)
 
 
-def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int) -> Case:
-    """A layer of the Llama form with every projection adapted; its peer is mlx-lm's own."""
-
-    def run(impl: str) -> dict[str, Work]:
-        from mlx_lm.models.llama import Model, ModelArgs
-        from mlx_lm.tuner.utils import linear_to_lora_layers
-
-        from . import lora as adapters
-        from .models import chain_of
-
-        config = {
-            "model_type": "llama",
-            "hidden_size": width,
-            "num_hidden_layers": 1,
-            "intermediate_size": hidden,
-            "num_attention_heads": heads,
-            "num_key_value_heads": groups,
-            "head_dim": d,
-            "rms_norm_eps": 1e-5,
-            "vocab_size": 1024,
-        }
-        model = Model(ModelArgs.from_dict(config))
-        model.set_dtype(dtype())
-        nn.quantize(model, 64, 4)
-        mx.eval(model.parameters())
-        h, dh = normal(1, rows, width), normal(1, rows, width, seed=1)
-        if impl == "mlx":
-            own = {"rank": rank, "scale": 2.0, "dropout": 0.0, "keys": list(LLAMA)}
-            model.freeze()
-            linear_to_lora_layers(model, 1, own)
-            block = model.model.layers[0]
-            names, factors = zip(*tree_flatten(block.trainable_parameters()), strict=True)
-
-            def plain(h: mx.array, *ab: mx.array) -> mx.array:
-                block.update(tree_unflatten(list(zip(names, ab, strict=True))))
-                return block(h, mask="causal")  # pyright: ignore[reportArgumentType]
-
-            return {"both": with_gradients(plain, [h, *factors], dh)["both"]}
-        chain = chain_of(model)
-        adapter = adapters.init(chain, dict.fromkeys(chain.linears, rank), 2.0, 0)
-        attention, mlp = chain.stages(adapter.scales)
-        by_stage = adapters.stage_params(chain, adapter)
-        params = {**by_stage[attention.name], **by_stage[mlp.name]}
-        positions = mx.arange(rows)
-
-        def ours(h: mx.array, *ab: mx.array) -> mx.array:
-            own = dict(zip(params, ab, strict=True))
-            return mlp.fn(own, attention.fn(own, h, positions)[0])
-
-        return {"both": with_gradients(ours, [h, *params.values()], dh)["both"]}
-
-    linears = width * d * (2 * heads + 2 * groups) + 3 * width * hidden
-    flops = {"both": 4.0 * rows * linears + 14.0 * pairs(rows, None, None) * heads * d}
-    shape = f"{rows}×{width}/{hidden} {heads}/{groups}×{d}"
-    limit = 100.0 if on_gpu() else None
-    return Case("layer", shape, ["auto", "mlx"], run, flops, limit_mb=limit)
-
-
 def cases() -> list[Case]:
     """The shapes that the device is for: one layer of Gemma 4 E4B at 8192 tokens, or of SmolLM2."""
     if not on_gpu():
@@ -399,7 +340,6 @@ def cases() -> list[Case]:
             lora(512, 576, [576, 192, 192], 4, 32, 16),
             mlp(512, 576, 1536, 4, 32, 16, gelu=False),
             head(512, 576, 49152, 8, 32, None),
-            layer(512, 576, 1536, 9, 3, 64, 16),
         ]
     return [
         attention("window 512 D256", 8, 2, 256, 8192, window=512),
@@ -419,7 +359,6 @@ def cases() -> list[Case]:
         mlp(8192, 2560, 10240, 4, 64, 16, gelu=True),
         mlp(8192, 1536, 4608, 4, 64, 16, gelu=False),
         head(2048, 2560, 262144, 4, 64, 30.0),
-        layer(8192, 1536, 4608, 16, 2, 128, 16),
     ]
 
 
@@ -514,45 +453,3 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
     finally:
         if limit is not None:
             mx.set_memory_limit(limit)
-
-
-HEADER = (
-    "op                   shape                      impl     what          ms   queued"
-    "          rate  floor  peak MB  first s"
-)
-
-
-def line(row: Row) -> str:
-    start = f"{row.op:20s} {row.shape:26s} {row.impl:8s}"
-    if row.reason:
-        return f"{start} {row.reason}"
-    return (
-        f"{start} {row.what:8s} {row.ms:7.3f} {row.queued_ms:8.3f} {row.rate:8.0f} {row.unit} "
-        f"{row.floor:5.0%} {row.peak_mb:8.1f} {row.first_s:8.2f}"
-    )
-
-
-def run(
-    only: Iterable[str] = (),
-    impls: Iterable[str] = (),
-    runs: int = 20,
-    show: Callable[[str], None] = print,
-) -> list[Row]:
-    """Measures the cases whose op and shape hold one of `only`, in the implementations named."""
-    wanted, chosen = list(only), set(impls)
-    device = measure_device()
-    name = str(dtype()).split(".")[-1]
-    rates = f"product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s"
-    show(f"{rates}, {name}; waiting for a call takes {device.wait_ms:.3f} ms at least")
-    show(HEADER)
-    rows = []
-    for case in cases():
-        if wanted and not any(x in f"{case.op} {case.shape}" for x in wanted):
-            continue
-        for impl in case.impls:
-            if chosen and impl not in chosen:
-                continue
-            for row in measure(case, impl, device, runs):
-                rows.append(row)
-                show(line(row))
-    return rows

@@ -111,7 +111,7 @@ def _merge(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import DTYPES
     from mlx_segtrain.adapters.folding import fold
     from mlx_segtrain.adapters.merging import weighted
-    from mlx_segtrain.terminal import show_fold
+    from mlx_segtrain.commands.terminal import show_fold
 
     adapter = weighted(args.adapters, args.weights, args.into)
     how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype)}
@@ -130,7 +130,7 @@ def _adapters(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([{**asdict(own), "path": str(own.path)} for own in found]))
         return 0
-    from mlx_segtrain.terminal import show_adapters
+    from mlx_segtrain.commands.terminal import show_adapters
 
     show_adapters(found)
     return 0

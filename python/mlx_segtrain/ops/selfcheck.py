@@ -21,8 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import MLX_VERSION, __version__, _core, reference
-from .files import cache_dir, write_json
+from .. import MLX_VERSION, __version__, _core
+from ..files import cache_dir, write_json
+from . import reference
 
 #: How far a kernel may be from the plain code in float32, relative L2.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5

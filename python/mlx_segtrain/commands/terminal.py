@@ -19,9 +19,9 @@ from mlx_segtrain.events import Event
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mlx_segtrain import doctor
     from mlx_segtrain.adapters import discovery, folding
     from mlx_segtrain.data import Preview, Report
+    from mlx_segtrain.ops import selfcheck as doctor
     from mlx_segtrain.planning.report import PlanReport
 
 TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from mlx_segtrain.adapter_commands import add_commands
+from mlx_segtrain.commands.adapters import add_commands
 from mlx_segtrain.config import (
     TrainConfig,
     allowed,
@@ -306,9 +306,9 @@ def _temperature(text: str) -> float:
 
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
-    from mlx_segtrain.curves import draw_run
-    from mlx_segtrain.terminal import Terminal, duration
+    from mlx_segtrain.commands.terminal import Terminal, duration
     from mlx_segtrain.training import train
+    from mlx_segtrain.training.curves import draw_run
 
     with Terminal() as show:
         result = train(config, show)
@@ -384,13 +384,13 @@ def _plan(args: argparse.Namespace) -> int:
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
     if args.plot is not None:
-        from mlx_segtrain.planning.picture import draw
+        from mlx_segtrain.commands.picture import draw
 
         draw(args.plot, run, config)
     if args.json:
         print(json.dumps(asdict(found)))
         return 0
-    from mlx_segtrain.terminal import show_plan
+    from mlx_segtrain.commands.terminal import show_plan
 
     show_plan(found)
     return 0
@@ -417,7 +417,7 @@ def _inspect(args: argparse.Namespace) -> int:
         return 0 if report.ok else 2
     if not report.ok:
         raise InputError(report.error)
-    from mlx_segtrain.terminal import show_report
+    from mlx_segtrain.commands.terminal import show_report
 
     show_report(report)
     return 0
@@ -511,20 +511,20 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mlx_segtrain import doctor
+    from mlx_segtrain.ops import selfcheck as doctor
 
     report = doctor.examine()
     if args.json:
         print(json.dumps(asdict(report) | {"ok": report.ok}))
     else:
-        from mlx_segtrain.terminal import show_checks
+        from mlx_segtrain.commands.terminal import show_checks
 
         show_checks(report)
     return 0 if report.ok else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from mlx_segtrain import benchmark
+    from mlx_segtrain.commands import bench as benchmark
 
     show = (lambda _: None) if args.json else functools.partial(print, flush=True)
     rows = benchmark.run(args.only, args.impls, args.runs, show)
@@ -536,7 +536,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from mlx_segtrain import demo
+    from mlx_segtrain.commands import demo
 
     given = {"out_dir": args.out, "iters": args.iters}
     demo.run(**{key: value for key, value in given.items() if value is not None})

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
-from .errors import InputError
-from .files import read_at_most
+from ..config import TrainConfig
+from ..errors import InputError
+from ..files import read_at_most
 
 #: The target that means every linear of a layer.
 ALL = "all-linear"

@@ -16,12 +16,12 @@ from rich.text import Text
 
 import mlx_segtrain
 from mlx_segtrain import files
+from mlx_segtrain.commands.demo.docstrings import write_dataset
+from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.commands.terminal import Terminal, duration
 from mlx_segtrain.config import TrainConfig, load_config
-from mlx_segtrain.curves import draw
-from mlx_segtrain.demo.docstrings import write_dataset
-from mlx_segtrain.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.terminal import Terminal, duration
+from mlx_segtrain.training.curves import draw
 
 # A step of 4 short rows takes seconds on 2 cores; after 20 the loss has fallen by a quarter.
 ITERS = 40

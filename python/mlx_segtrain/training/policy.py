@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from . import ops
-from .config import TrainConfig
-from .planning.budget import working_set
+from .. import ops
+from ..config import TrainConfig
+from ..planning.budget import working_set
 
 
 @contextmanager

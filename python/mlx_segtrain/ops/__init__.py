@@ -14,8 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import _core, doctor, reference
-from ._core import Base, Linear
+from .. import _core
+from .._core import Base, Linear
+from . import reference
+from . import selfcheck as doctor
 from .reference import Segments, segment_ranges
 
 __all__ = [

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..config import TrainConfig
 from ..errors import InputError
-from ..policy import run_policy
-from .run import RunPlan
+from ..planning.run import RunPlan
+from ..training.policy import run_policy
 
 
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
-from ._core import Base
+from .._core import Base
 
 Segments = Sequence[int] | np.ndarray | mx.array
 
