@@ -101,7 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, mlx_segtrain.cli as c; c.main([]); "
+        "import sys, mlx_segtrain.commands.main as c; c.main([]); "
         "sys.exit(', '.join({'mlx.nn', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -152,7 +152,7 @@ def test_a_base_that_an_adapter_names(tmp_path, llama):
     """Where a server may not read, it does not look for it."""
     script = """if True:
         import json, pathlib, sys
-        from mlx_segtrain.adapters.folder import open_folder
+        from mlx_segtrain.lora.folder import open_folder
         from mlx_segtrain.serving.guard import Roots
         from mlx_segtrain.serving.opening import confine
         root, base = map(pathlib.Path, sys.argv[1:])
