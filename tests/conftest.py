@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +25,12 @@ OURS = (
 )
 for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
+
+# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal; what
+# tests start would inherit that. A handler is not inherited.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # The CPU is what every machine has; DEVICE=gpu runs the same tests there.
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
