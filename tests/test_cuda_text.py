@@ -42,8 +42,8 @@ def attention(impl, dtype, d, **options):
 
 
 def layer_ops(dtype):
+    from lib.linears import BASES, factors_of, linears_of, with_factors
     from mlx_segtrain import ops
-    from test_layer_ops import BASES, factors_of, linears_of, with_factors
 
     x = mx.zeros((300, 128), dtype)
     for op in (ops.swiglu, ops.geglu):

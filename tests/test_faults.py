@@ -20,10 +20,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from lib.runs import config_of, files_of
 from mlx_segtrain import InputError, RunError, files, train
 from mlx_segtrain.training import checkpoint
-from test_resume import files_of
-from test_train import config_of
 
 KILLS, FAULTS = (int(os.environ.get(name, n)) for name, n in (("KILLS", 8), ("FAULTS", 6)))
 OPTIONS = {"iters": 5, "steps_per_save": 1, "steps_per_eval": 2, "keep_best": True}
@@ -81,7 +80,7 @@ def forks(llama4, data, tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("faults are preloaded as Linux does it")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).with_name("faults.c")
+    source = Path(__file__).parent / "lib" / "faults.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     before = os.environ.get("LD_PRELOAD")
     os.environ["LD_PRELOAD"] = f"{library} {before or ''}".strip()

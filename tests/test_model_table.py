@@ -4,7 +4,7 @@ import mlx_lm
 import pytest
 
 import model_table
-import tiny_models
+from lib import tiny_models
 
 DOCUMENTED = model_table.documented()
 

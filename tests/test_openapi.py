@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from served import Server, write_place
+from lib.served import Server, write_place
 
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance"),

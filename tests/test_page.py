@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.files import cache_dir

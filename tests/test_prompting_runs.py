@@ -7,8 +7,8 @@ import pytest
 from mlx_lm.generate import stream_generate
 from transformers import AutoTokenizer
 
-import chat_templates
-from conftest import write_llama
+from lib import chat_templates
+from lib.folders import write_llama
 from mlx_segtrain import TrainConfig, load, train
 from mlx_segtrain.adapters import prompting_of
 from mlx_segtrain.adapters.merging import merge
