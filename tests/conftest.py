@@ -32,6 +32,20 @@ settings.load_profile("any machine")
 MOST_OF_ATTACKS = 24 << 30
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Attacks and comparisons with torch are acceptance tests, as are files that say so.
+
+    Files with acceptance tests run first: whatever is slow and comes last, all other processes
+    wait for.
+    """
+    for item in items:
+        if "hostile" in item.path.parts or "hf" in getattr(item, "fixturenames", ()):
+            item.add_marker("acceptance")
+    slow = {item.path for item in items if item.get_closest_marker("acceptance")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def hf():
     return load_peers()

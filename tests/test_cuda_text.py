@@ -14,6 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.acceptance
+
 ROOT = Path(__file__).parents[1]
 DEVICE = "MLX_SEGTRAIN_DRY_RUN_CUDA"
 COMPILER = "nvidia-cuda-nvrtc"

@@ -30,7 +30,7 @@ from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 SCALE, RANK = 1.5, 4
 FAMILIES = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),

@@ -28,7 +28,7 @@ from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import read_shape
 from mlx_segtrain.schedule import Cuts
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 SCALE, RANK = 1.5, 4
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 FAMILIES = {

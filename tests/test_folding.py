@@ -320,6 +320,7 @@ def test_what_cannot_be_folded(llama, llama4, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.acceptance
 def test_the_demo_s_model_is_folded(tmp_path):
     """SmolLM2: dense equals base and adapter; with 4 bits the report says what was lost."""
     model = snapshot.smollm2_snapshot(cache_dir())

@@ -135,6 +135,7 @@ def smollm2(tmp_path_factory):
     return functools.cache(make)
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2):
     model_dir, folder, _ = smollm2(name)

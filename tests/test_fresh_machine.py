@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 #: Extras that a target installs, besides `cpu` where the system has it; None: it installs nothing.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None},
-    **{name: ["dev"] for name in ("test", "lint", "bench", "models")},
+    **{name: ["dev"] for name in ("check", "test", "lint", "bench", "models")},
 }
 
 

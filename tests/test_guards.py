@@ -28,6 +28,8 @@ from mlx_segtrain import InputError, RunError, train
 from mlx_segtrain.training import checkpoint, clock, log, spikes, step
 from mlx_segtrain.training.memory import process_peak
 
+pytestmark = pytest.mark.acceptance
+
 
 def warnings_of(told):
     return [event["message"] for event in told if event["type"] == "warning"]

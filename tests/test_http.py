@@ -20,6 +20,8 @@ from mlx_segtrain.serving.app import allow_open_files
 from mlx_segtrain.serving.kinds import KINDS
 from mlx_segtrain.serving.store import Store
 
+pytestmark = pytest.mark.acceptance
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -17,6 +17,8 @@ from mlx_segtrain.serving import eventlog
 from mlx_segtrain.serving.jobs import Conflict, Jobs
 from mlx_segtrain.serving.store import ENDED
 
+pytestmark = pytest.mark.acceptance
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -11,6 +11,8 @@ from lib.specs import Attention, ids
 from metal_emulator import MetalError, kernels
 from mlx_segtrain.ops import reference
 
+pytestmark = pytest.mark.acceptance
+
 SPECS = [
     # Under 8 queries `first`, and here lse and delta too, lie in constant memory.
     (Attention(1, 2, 1, 3, 5, 64), "float32"),

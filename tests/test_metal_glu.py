@@ -11,6 +11,8 @@ from lib.checks import f64, rand
 from metal_emulator import MetalError, kernels
 from mlx_segtrain.ops import reference
 
+pytestmark = pytest.mark.acceptance
+
 
 def launch(op, gate, up, dy, of=kernels.KERNELS):
     """y, dgate, dup"""

@@ -6,6 +6,8 @@ import pytest
 import model_table
 from lib import tiny_models
 
+pytestmark = pytest.mark.acceptance
+
 DOCUMENTED = model_table.documented()
 
 

@@ -25,6 +25,8 @@ from mlx_segtrain.serving.guard import Outside
 from mlx_segtrain.serving.openai import router
 from mlx_segtrain.serving.openai_forms import ChatRequest, CompletionRequest
 
+pytestmark = pytest.mark.acceptance
+
 NEVER_ENDS = {"logit_bias": {str(END): -100}}
 
 

@@ -26,9 +26,12 @@ from mlx_segtrain.serving.page.runs import MOST, Curve
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is on the path"
-)
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(
+        BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is on the path"
+    ),
+]
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 #: The first row of the data set; which docstring would come first depends on the Python.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")

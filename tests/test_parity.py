@@ -24,6 +24,8 @@ from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.evaluation import measure
 
+pytestmark = pytest.mark.acceptance
+
 SCALE = 1.5
 
 

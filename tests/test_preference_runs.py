@@ -16,7 +16,7 @@ from lib.runs import METHODS, config_of, setup_of, weights_of
 from mlx_segtrain import InputError, adapters, train
 from mlx_segtrain.training import evaluate, references
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

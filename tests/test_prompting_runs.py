@@ -17,6 +17,8 @@ from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving.confined import Confined
 from mlx_segtrain.serving.mounting import Selected, read_base, read_mounted
 
+pytestmark = pytest.mark.acceptance
+
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
 STOPS = ["<|im_end|>", "</s>", "<|user|>", "<|eot|>"]
 CLOSED = "\n</think>\n\n"

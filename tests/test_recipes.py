@@ -14,6 +14,8 @@ from lib.folders import write_tiny
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 
+pytestmark = pytest.mark.acceptance
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 

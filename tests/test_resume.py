@@ -35,6 +35,8 @@ from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.training import checkpoint, step
 from mlx_segtrain.training import log as training_log
 
+pytestmark = pytest.mark.acceptance
+
 DPO = {"method": "dpo", "learning_rate": 5e-3}
 RUNS = {
     "sft": {},

@@ -21,6 +21,8 @@ from mlx_segtrain.serving.decoding import Options
 from mlx_segtrain.serving.engine import Busy, Engine, NoMemory
 from mlx_segtrain.serving.mounting import read_base
 
+pytestmark = pytest.mark.acceptance
+
 GOES_ON = {END: -100.0}
 
 

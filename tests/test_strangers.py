@@ -21,6 +21,8 @@ from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.safetensors import read_header
 
+pytestmark = pytest.mark.acceptance
+
 MUTATIONS = int(os.environ.get("MUTATIONS", 3000))
 
 

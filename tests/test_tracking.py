@@ -12,6 +12,8 @@ from lib.runs import Crash, config_of, crash_behind, truncated
 from mlx_segtrain import InputError, train
 from mlx_segtrain.training import checkpoint, trackers, verify
 
+pytestmark = pytest.mark.acceptance
+
 
 def test_tensorboard_reads_the_metrics(llama4, data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
