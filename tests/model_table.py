@@ -13,8 +13,8 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 
-import tiny_models
-from checks import random_adapter
+from lib import tiny_models
+from lib.checks import random_adapter
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of, family_of

@@ -4,12 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import ON_GPU, check_op, f64, grads, rand, served
+from lib import oracle, specs
+from lib.checks import ON_GPU, check_op, f64, grads, rand, served
+from lib.specs import ids
 from mlx_segtrain import Stage, _core, ops, segmented_value_and_grad
 from mlx_segtrain.ops import reference
-from specs import ids
 
 IMPLS = _core.attention_impls()
 #: What every implementation takes.

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlx_segtrain.config import TrainConfig, load_config, table
@@ -242,3 +244,23 @@ def test_every_field_is_described_in_the_documentation() -> None:
     assert table() in DOCS.read_text(encoding="utf-8"), (
         "paste the output of `python -m mlx_segtrain.config` into docs/configuration.md"
     )
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+ANYTHING = st.recursive(
+    LEAVES, lambda own: st.lists(own, max_size=3) | st.dictionaries(st.text(max_size=5), own)
+)
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(sorted(TrainConfig.model_fields)), ANYTHING)
+def test_any_value_is_taken_or_refused_in_a_sentence(field: str, value: object) -> None:
+    """A field that takes it takes what it made of it, too."""
+    try:
+        config = load_config(None, {**REQUIRED, field: value})
+    except InputError as error:
+        text = str(error)
+        assert "\n" not in text and len(text) < 500 and text.startswith(field)
+    else:
+        again = load_config(None, {**REQUIRED, field: getattr(config, field)})
+        assert repr(again) == repr(config)

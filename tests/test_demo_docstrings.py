@@ -9,6 +9,8 @@ import pytest
 from mlx_segtrain.commands.demo import docstrings
 from mlx_segtrain.commands.demo.docstrings import summary_line, write_dataset
 
+pytestmark = pytest.mark.acceptance
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

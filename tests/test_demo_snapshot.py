@@ -13,6 +13,8 @@ from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import cache_dir
 
+pytestmark = pytest.mark.acceptance
+
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 

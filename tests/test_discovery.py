@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from conftest import write_llama, write_tiny
+from lib.folders import write_llama, write_tiny
+from lib.runs import config_of
 from mlx_segtrain import InputError, train
 from mlx_segtrain.adapters.conversion import export
 from mlx_segtrain.adapters.discovery import adapters
 from mlx_segtrain.training import curves
-from test_train import config_of
 
 
 def run(*argv):

@@ -14,9 +14,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_segtrain
-import tiny_models
-from checks import needs_router_gradient, random_adapter
-from conftest import write_llama
+from lib import tiny_models
+from lib.adapter_files import PEFT, write
+from lib.chains import batch_of
+from lib.checks import needs_router_gradient, random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
+from lib.runs import METHODS, setup_of, weights_of
 from mlx_segtrain import InputError, TrainConfig, ops, train
 from mlx_segtrain.adapters import About, is_dora, ranks_in, read_adapter, write_adapter
 from mlx_segtrain.lora.dora import Stretch
@@ -25,12 +29,8 @@ from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
-from oracle import assert_close
-from test_adapters import PEFT, write
-from test_families import batch_of
-from test_preference_runs import METHODS, cache, pairs, setup_of  # noqa: F401
-from test_train import weights_of
 
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 SCALE, RANK = 1.5, 4
 FAMILIES = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -257,7 +257,7 @@ def test_magnitudes_that_do_not_fit(llama, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lengths_move_in_every_method(method, llama4, data, pairs, tmp_path):  # noqa: F811
+def test_lengths_move_in_every_method(method, llama4, data, pairs, tmp_path):
     def run(name, **changes):
         how = {"use_dora": True, "lora_dropout": 0.1, **changes}
         train(setup_of(method, llama4, data, pairs, tmp_path / name, **how))

@@ -12,9 +12,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_segtrain
-import tiny_models
-from checks import needs_router_gradient, random_adapter
-from conftest import write_llama
+from lib import tiny_models
+from lib.chains import batch_of, pair_batch
+from lib.checks import needs_router_gradient, random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
+from lib.runs import METHODS, setup_of, weights_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import ranks_in, read_adapter
 from mlx_segtrain.models import adapting, chain_of, load_base
@@ -24,12 +27,8 @@ from mlx_segtrain.objectives.preference import Dpo
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import read_shape
 from mlx_segtrain.schedule import Cuts
-from oracle import assert_close
-from test_families import batch_of
-from test_preference import pair_batch
-from test_preference_runs import METHODS, cache, pairs, setup_of  # noqa: F401
-from test_train import weights_of
 
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 SCALE, RANK = 1.5, 4
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 FAMILIES = {
@@ -162,7 +161,7 @@ def test_one_of_them_alone(part):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):  # noqa: F811
+def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):
     model_dir = write_llama(tmp_path / "m", bits=4, mixed=True, tied=tied)
     targets = ["q_proj", "embed_tokens", *([] if tied else ["lm_head"])]
     config = setup_of(method, model_dir, data, pairs, tmp_path / "a", target_modules=targets)

@@ -10,86 +10,23 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import tiny_models
-from checks import needs_router_gradient, random_adapter
+from lib import tiny_models
+from lib.chains import FAST, SCALE, adapter_of, batch_of, run
+from lib.checks import needs_router_gradient
+from lib.oracle import assert_close
 from mlx_segtrain import _core, ops
-from mlx_segtrain.data import Batch
 from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import adapting, chain_of, family_of
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
-from oracle import assert_close
 
-SCALE = 1.5
-#: By name: the family and what it is given. T crosses the window of 8.
-FAST = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "ministral3": ("ministral3", {}),
-    "mistral3": ("mistral3", {}),
-    "phi3": ("phi3", {}),
-    "olmo2": ("olmo2", {}),
-    "smollm3": ("smollm3", {}),
-    "granite": ("granite", {}),
-    "gemma2": ("gemma2", {}),
-    "gemma3": ("gemma3_text", {}),
-    "gemma4-E4B": ("gemma4_text", {}),
-    "gemma4-K=V": (
-        "gemma4_text",
-        {
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-        },
-    ),
-    "gemma4-experts": (
-        "gemma4_text",
-        {
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 32,
-        },
-    ),
-}
 #: Those of HF's whose gradients are compared as well.
 WITH_HF = [
     *("llama", "qwen3", "gemma3", "gemma4-E4B", "gemma4-K=V", "gemma4-experts"),
     *("qwen2", "phi3", "olmo2", "smollm3", "granite", "gemma2"),
 ]
-
-
-def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
-    """Random tokens with padding on the right, supervised from `prompt` on."""
-    rng = np.random.default_rng(rows)
-    tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
-    weights = rng.uniform(0.5, 1, tokens.shape).astype(np.float32)
-    weights[:, : prompt + 1] = 0
-    for i in range(rows):
-        weights[i, length - 5 * i :] = 0
-    return Batch(tokens, weights, np.arange(rows), length - 5 * np.arange(rows))
-
-
-def adapter_of(chain) -> Adapter:
-    """Ranks that differ."""
-    ranks = {path: 3 + i % 3 for i, path in enumerate(sorted(chain.linears))}
-    return random_adapter(chain, ranks, SCALE, 0.1)
-
-
-def run(chain, adapter, batch, segment_size=1, cuts=None):
-    cuts = cuts or chain.cuts(segment_size)
-    params = adapting.stage_params(chain, adapter)
-    what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
-    (loss,), grads = value_and_grad(*what, cuts=lambda streams: cuts)
-    return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
 
 
 def of_mlx_lm(model, chain, adapter, batch):

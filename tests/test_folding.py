@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import mlx_segtrain
-from checks import needs_router_gradient
-from conftest import write_llama, write_rows, write_tiny
+from lib.checks import needs_router_gradient
+from lib.folders import write_llama, write_rows, write_tiny
+from lib.oracle import assert_close
+from lib.runs import config_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import folding, read_stored, write_adapter
 from mlx_segtrain.adapters.folding import fold
@@ -22,8 +24,6 @@ from mlx_segtrain.adapters.writing import About
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.models import adapting, chain_of, load_base
-from oracle import assert_close
-from test_train import config_of
 
 TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
@@ -320,6 +320,7 @@ def test_what_cannot_be_folded(llama, llama4, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.acceptance
 def test_the_demo_s_model_is_folded(tmp_path):
     """SmolLM2: dense equals base and adapter; with 4 bits the report says what was lost."""
     model = snapshot.smollm2_snapshot(cache_dir())

@@ -4,9 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import check_op, f64, grads, rand, served
+from lib import oracle, specs
+from lib.checks import check_op, f64, grads, rand, served
 from mlx_segtrain import ops
 from mlx_segtrain.ops import reference
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lib.served import Server, frames, write_place
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.serving.app import allow_open_files
 from mlx_segtrain.serving.kinds import KINDS
 from mlx_segtrain.serving.store import Store
-from served import Server, frames, write_place
+
+pytestmark = pytest.mark.acceptance
 
 ROOT = Path(__file__).parents[1]
 
@@ -534,48 +536,6 @@ def test_push_to_a_hub(tmp_path, hub):
         assert "README.md" in sent and not any(name.startswith("state/") for name in sent)
         texts = [path.read_bytes() for path in server.cache.rglob("*") if path.is_file()]
         assert secret not in server.said and not any(secret.encode() in text for text in texts)
-
-
-@pytest.fixture
-def hub():
-    """A Hugging Face hub that takes all files in its commits: what it was told, and its address."""
-    import base64
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    told = {"files": {}, "authorization": set()}
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["content-length"]))
-            told["authorization"].add(self.headers["authorization"])
-            answer = {}
-            if "/commit/" in self.path:
-                for line in body.splitlines():
-                    entry = json.loads(line)
-                    if entry["key"] == "file":
-                        content = base64.b64decode(entry["value"]["content"])
-                        told["files"][entry["value"]["path"]] = content
-                answer = {"success": True, "commitUrl": f"{url}/me/mine/commit/1", "commitOid": "1"}
-            elif "/preupload/" in self.path:
-                paths = [file["path"] for file in json.loads(body)["files"]]
-                how = {"uploadMode": "regular", "shouldIgnore": False}
-                answer = {"files": [{"path": path, **how} for path in paths]}
-            else:
-                told[self.path] = json.loads(body)
-                answer = {"url": f"{url}/me/mine"} if self.path == "/api/repos/create" else {}
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield told, url
-        server.shutdown()
 
 
 @pytest.mark.parametrize("infinity", [-1, 2**63 - 1])  # Linux's, macOS's

@@ -11,11 +11,13 @@ import time
 
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import eventlog
 from mlx_segtrain.serving.jobs import Conflict, Jobs
 from mlx_segtrain.serving.store import ENDED
+
+pytestmark = pytest.mark.acceptance
 
 
 @pytest.fixture(scope="module")

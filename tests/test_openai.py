@@ -17,13 +17,15 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from lib.engines import END, Alone, write_adapters, write_lively
 from mlx_segtrain.serving import app as application
 from mlx_segtrain.serving import engine as module
 from mlx_segtrain.serving.engine import Engine
 from mlx_segtrain.serving.guard import Outside
 from mlx_segtrain.serving.openai import router
 from mlx_segtrain.serving.openai_forms import ChatRequest, CompletionRequest
-from test_serving_engine import END, Alone, write_adapters, write_lively
+
+pytestmark = pytest.mark.acceptance
 
 NEVER_ENDS = {"logit_bias": {str(END): -100}}
 

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import ON_GPU, check_op, f64, grads, rand, served
+from lib import oracle, specs
+from lib.checks import ON_GPU, check_op, f64, grads, rand, served
+from lib.linears import base_of
 from mlx_segtrain import ops
 from mlx_segtrain.ops import reference
 
@@ -156,18 +156,6 @@ def test_rope(impl, traditional, dtype):
 
 
 # ---- products with a frozen weight
-
-
-def base_of(rng, n, k, base, bias=None):
-    """A base, and its values in float64."""
-    w = mx.array(rng.standard_normal((n, k)).astype(np.float32))
-    if base is None:
-        return ops.Base(w, bias=bias), f64(w)
-    mode, bits, group = base
-    quant = {"group_size": group, "bits": bits, "mode": mode}
-    packed, scales, *biases = mx.quantize(w, **quant)
-    values = mx.dequantize(packed, scales, *biases, **quant, dtype=mx.float32)
-    return ops.Base(packed, scales, *biases or [None], bias, **quant), f64(values)
 
 
 def bits_of(x):

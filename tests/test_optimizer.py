@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from lib.oracle import assert_close
+from lib.runs import assert_same_in_mlx_lm, config_of
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.models import adapting
 from mlx_segtrain.training import train
 from mlx_segtrain.training.layout import Layout
 from mlx_segtrain.training.optimizer import OPTIMIZERS, Optimizer, learning_rate
-from oracle import assert_close
-from test_train import assert_same_in_mlx_lm, config_of
 
 PATHS = {"model_dir": "m", "data_dir": "d", "adapter_path": "a"}
 

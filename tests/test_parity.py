@@ -13,8 +13,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 from transformers import AutoTokenizer
 
-from checks import random_adapter
-from conftest import write_llama
+from lib.checks import random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.data import Batch
 from mlx_segtrain.files import cache_dir
@@ -22,7 +23,8 @@ from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.evaluation import measure
-from oracle import assert_close
+
+pytestmark = pytest.mark.acceptance
 
 SCALE = 1.5
 

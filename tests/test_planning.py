@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import tiny_models
+from lib import tiny_models
+from lib.chains import FAST, headers
+from lib.runs import config_of
 from mlx_segtrain import _core, planning
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import TrainConfig
@@ -30,19 +32,8 @@ from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.streams import PAIR, joined
 from mlx_segtrain.training import loop, setup, train
 from mlx_segtrain.training.layout import Layout
-from test_families import FAST
-from test_train import config_of
 
 # ---- shapes
-
-
-def headers(model):
-    """What the files of a model would say."""
-    kinds = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
-    return {
-        name: (kinds.get(w.dtype, "F32"), tuple(w.shape))
-        for name, w in tree_flatten(model.parameters())
-    }
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -344,8 +335,8 @@ def test_predicted_peak_is_the_measured_one():
 
 
 def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
+    from lib.chains import adapter_of, batch_of, run
     from mlx_segtrain.models import layer
-    from test_families import adapter_of, batch_of, run
 
     chain = chain_of(tiny_models.build("llama", num_hidden_layers=4))
     adapter, batch = adapter_of(chain), batch_of(2)

@@ -11,44 +11,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
+from lib.folders import write_pairs
+from lib.runs import METHODS, config_of, setup_of, weights_of
 from mlx_segtrain import InputError, adapters, train
 from mlx_segtrain.training import evaluate, references
-from test_train import config_of, weights_of
 
-METHODS = ["sft", "dpo", "orpo", "simpo"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def write_pairs(folder, n=12, valid=6):
-    folder.mkdir(exist_ok=True)
-    for name, first, count in (("train", 10, n), ("valid", 50, valid)):
-        prompt = "Number {}, in a word, or in two or three if it must be so?"
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": prompt.format(i)}],
-                "chosen": f"one {i}",
-                "rejected": f"zebra crossing {i}",
-            }
-            for i in range(first, first + count)
-        ]
-        lines = [json.dumps(row) for row in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs")
-
-
-def setup_of(method, model, data, pairs, out, **changes):
-    changes = {"method": method, "learning_rate": 5e-3, "lr_schedule": "constant", **changes}
-    return config_of(model, data if method == "sft" else pairs, out, **changes)
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

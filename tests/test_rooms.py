@@ -10,7 +10,7 @@ import mlx_segtrain
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
-    *("errors", "files", "events", "config", "safetensors", "streams", "schedule"),
+    *("errors", "files", "events", "torchless", "config", "safetensors", "streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),
 )
@@ -55,3 +55,14 @@ def test_a_room_imports_those_below_it_only(room):
         if found.split(".")[0] in above
     ]
     assert not upward
+
+
+def test_no_test_imports_another_one():
+    """What two tests need is in tests/lib, which imports no test either."""
+    tests = Path(__file__).parent
+    modules = {file.stem for file in tests.rglob("test_*.py")} | {"conftest"}
+    for file in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not modules & {name.split(".")[0] for name in names}, file

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
+from lib.runs import Crash, config_of, crash_behind, truncated
 from mlx_segtrain import InputError, train
 from mlx_segtrain.training import checkpoint, trackers, verify
-from test_resume import Crash, crash_behind, truncated
-from test_train import config_of
+
+pytestmark = pytest.mark.acceptance
 
 
 def test_tensorboard_reads_the_metrics(llama4, data, tmp_path):

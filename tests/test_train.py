@@ -16,24 +16,14 @@ import numpy as np
 import pytest
 
 import mlx_segtrain
-from checks import needs_router_gradient
-from conftest import write_rows, write_tiny
-from mlx_segtrain import InputError, RunError, TrainConfig, adapters, train
+from lib.checks import needs_router_gradient
+from lib.folders import write_rows, write_tiny
+from lib.oracle import assert_close
+from lib.runs import assert_same_in_mlx_lm, config_of, losses_of, weights_of
+from mlx_segtrain import InputError, RunError, adapters, train
 from mlx_segtrain.models import adapting, chain_of, load_base
-from mlx_segtrain.training import evaluate, loop, probe, step
+from mlx_segtrain.training import evaluate, probe, step
 from mlx_segtrain.training.layout import Layout
-from oracle import assert_close
-
-
-def config_of(model, data, out, **changes):
-    base = {"learning_rate": 1e-2, "steps_per_report": 1, "max_seq_length": 100}
-    base |= {} if "epochs" in changes else {"iters": 4}
-    base |= {} if "warm_start" in changes else {"rank": 4}
-    return TrainConfig(model_dir=model, data_dir=data, adapter_path=out, **{**base, **changes})
-
-
-def weights_of(path):
-    return mx.load(str(path / "adapters.safetensors"))
 
 
 def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
@@ -110,18 +100,6 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
         finally:
             run.kill()
     assert train(config).steps == 4
-
-
-def assert_same_in_mlx_lm(model_dir, adapter, apart):
-    """Stock mlx-lm with the adapter has our logits, which are `apart` from the base's. Returns
-    tokens and these logits."""
-    tokens = mx.array([[1, 5, 9, 200, 17, 33]])
-    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
-    own, _ = mlx_segtrain.load(model_dir, adapter)
-    base, _ = mlx_segtrain.load(model_dir)
-    assert_close("logits", own(tokens), stock(tokens), 1e-5)
-    assert mx.abs(base(tokens) - stock(tokens)).max() > apart
-    return tokens, stock(tokens)
 
 
 @pytest.mark.parametrize("fixture", ["llama4", "llama_mixed"])
@@ -412,12 +390,6 @@ def test_files_are_written_aside_and_renamed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(InputError):
         adapters.read_adapter(tmp_path / "nothing", None)
-
-
-def losses_of(monkeypatch, losses):
-    """Evaluations that give these losses, the last one again and again."""
-    left = list(losses)
-    monkeypatch.setattr(loop, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
 
 def test_early_stopping_counts_evaluations_without_a_lower_loss(

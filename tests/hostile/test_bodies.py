@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from attack import bystander, memory_mb, patience
 
+from lib.attack import bystander, memory_mb, patience
+from lib.served import Server, write_place
 from mlx_segtrain.serving import service
 from mlx_segtrain.serving.settings import Settings
-from served import Server, write_place
 
 AS_JSON = {"content-type": "application/json"}
 SIZE = 8_000_000

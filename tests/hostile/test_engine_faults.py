@@ -11,8 +11,8 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from checks import random_adapter
-from conftest import write_llama, write_rows
+from lib.checks import random_adapter
+from lib.folders import write_llama, write_rows
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters import About, write_adapter
 from mlx_segtrain.adapters.discovery import look

@@ -7,8 +7,8 @@ import threading
 
 import mlx.core as mx
 import pytest
-from place import CANARY, write_canary
 
+from lib.attack import CANARY, write_canary
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import catalog, pushing
 from mlx_segtrain.serving.confined import Confined
@@ -17,9 +17,6 @@ from mlx_segtrain.serving.jobs import Jobs
 from mlx_segtrain.serving.service import Service
 from mlx_segtrain.serving.settings import Settings
 from mlx_segtrain.training.contents import check_own
-from test_http import hub
-
-assert hub  # a fixture
 
 
 def write_adapter(folder):

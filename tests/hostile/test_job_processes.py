@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
+from lib.served import ended
 from mlx_segtrain.serving import jobs as jobs_module
 from mlx_segtrain.serving import processes
 from mlx_segtrain.serving.jobs import Jobs
@@ -27,23 +28,6 @@ print(json.dumps({
     "files": [n for n in files if n > 2 and os.path.exists(f"/dev/fd/{n}")],
 }))
 """
-
-
-def ended(folder, kind, values=None, **environment):
-    """A job that has ended, and what it wrote."""
-
-    async def run():
-        jobs = Jobs(folder)
-        jobs.environment.update(environment)
-        await jobs.start()
-        try:
-            row = jobs.submit(kind, values or {})
-            row = await asyncio.wait_for(jobs.ended(row.id), 60)
-            return row, jobs.log(row.id).read_text()
-        finally:
-            await jobs.close()
-
-    return asyncio.run(run())
 
 
 def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, monkeypatch):

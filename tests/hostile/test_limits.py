@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from attack import bystander, memory_mb, patience
 
+from lib.attack import bystander, memory_mb, patience
+from lib.served import Server, write_place
 from mlx_segtrain.serving import brake, catalog, page
 from mlx_segtrain.serving.store import Store
-from served import Server, write_place
 
 TOKEN = "correct-horse-é-battery"
 GOOD = {"authorization": f"Bearer {TOKEN}".encode()}

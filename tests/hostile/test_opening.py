@@ -10,8 +10,8 @@ import threading
 import time
 
 import pytest
-from place import CANARY, write_canary
 
+from lib.attack import CANARY, write_canary
 from mlx_segtrain.serving.jobs import Jobs
 
 #: Reads and writes below a root in every way that Python has, in a process that is confined.

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from attack import bystander, memory_mb, patience
 
-from conftest import write_llama, write_rows
+from lib.attack import bystander, memory_mb, patience
+from lib.folders import write_llama, write_rows
+from lib.served import Server, write_place
 from mlx_segtrain import InputError
 from mlx_segtrain.serving import confined as module
 from mlx_segtrain.serving.confined import Confined, Failed, Limits
 from mlx_segtrain.serving.pools import Busy
-from served import Server, write_place
 
 #: Loops, or grows, if it is asked to.
 TEMPLATE = (

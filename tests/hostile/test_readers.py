@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.data.jsonl import read_records

@@ -27,6 +27,7 @@ from mlx_segtrain.config import (
     nearest,
 )
 from mlx_segtrain.errors import InputError, RunError
+from mlx_segtrain.torchless import hide_torch
 
 PLANNED = (  # what memory depends on, besides the model
     *("method", "rank", "rank_scaling", "target_modules", "num_layers", "warm_start"),
@@ -54,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (a signal)."""
+    if argv is None:  # this process is the command
+        hide_torch()
     try:
         parser, commands = _parsers()
         args, rest = parser.parse_known_args(argv)

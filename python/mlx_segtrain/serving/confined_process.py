@@ -9,7 +9,6 @@ and its open files are few.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import resource
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..torchless import hide_torch
 from . import opening
 from .guard import Roots
 
@@ -236,23 +236,13 @@ def _resident() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _without_torch() -> None:
-    """transformers loads it if it is there, which takes seconds and memory, and is not needed."""
-    find = importlib.util.find_spec
-
-    def without(name: str, package: str | None = None) -> Any:
-        return None if name.partition(".")[0] == "torch" else find(name, package)
-
-    importlib.util.find_spec = without
-
-
 def main(file: str, store: str = "", *folders: str) -> None:
     """`file` is the number of the socket; the rest is what opening.confined() gives."""
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the server says when to end
     sys.setrecursionlimit(1000)
-    _without_torch()
+    hide_torch()
     import mlx_lm.utils
     import transformers
 

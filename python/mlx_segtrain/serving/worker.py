@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .. import events
 from ..errors import InputError, RunError
+from ..torchless import hide_torch
 from .guard import Roots
 from .kinds import kind_of, tell
 from .opening import confine
@@ -54,6 +55,7 @@ class Printed(io.TextIOBase):
 
 def main(kind: str, file: str, lock: str) -> int:
     """0, 1 (it failed) or 130 (it was cancelled)."""
+    hide_torch()
     os.set_inheritable(int(lock), False)  # processes of libraries may live longer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory may hold a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})

@@ -7,7 +7,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-import oracle
+from lib import oracle
 from mlx_segtrain import lora
 from mlx_segtrain.models import adapting
 

@@ -1,5 +1,6 @@
 """A server as users have it: `mlx-segtrain serve` in a process of its own."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
+from mlx_segtrain.serving.jobs import Jobs
 
 
 class Server:
@@ -108,3 +110,20 @@ def write_place(path: Path) -> Path:
     write_rows(path / "data")
     write_rows(path / "data", 4, "valid.jsonl")
     return path
+
+
+def ended(folder, kind, values=None, **environment):
+    """A job that has ended, and what it wrote."""
+
+    async def run():
+        jobs = Jobs(folder)
+        jobs.environment.update(environment)
+        await jobs.start()
+        try:
+            row = jobs.submit(kind, values or {})
+            row = await asyncio.wait_for(jobs.ended(row.id), 60)
+            return row, jobs.log(row.id).read_text()
+        finally:
+            await jobs.close()
+
+    return asyncio.run(run())

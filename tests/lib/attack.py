@@ -1,4 +1,5 @@
-"""What attacks share: a client that only wants to be served, and the memory of a server."""
+"""What attacks share: a client that only wants to be served, the memory of a server, and a file
+outside of its roots, whose content nobody may see."""
 
 import os
 import threading
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+CANARY = "canary-8d1f4c-must-not-be-seen"
 
 
 def patience():
@@ -87,3 +90,12 @@ def _children(pid):
     except OSError:
         pass
     return found
+
+
+def write_canary(folder):
+    """A folder that no server may use, with a secret in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "secret").write_text(CANARY)
+    (folder / "train.jsonl").write_text(f'{{"text": "{CANARY}"}}\n' * 4)
+    (folder / "default.jinja").write_text(CANARY)
+    return folder
