@@ -7,9 +7,9 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include "gpu.h"
-#include "kernel.h"
-#include "planner.h"
+#include "core/gpu.h"
+#include "core/kernel.h"
+#include "schedule/planner.h"
 #include "segtrain.h"
 
 namespace nb = nanobind;
@@ -117,7 +117,8 @@ NB_MODULE(_core, m) {
       .def_ro("segments", &Cuts::segments)
       .def_ro("groups", &Cuts::groups)
       .def_ro("saves", &Cuts::saves);
-  nb::class_<StageCost>(m, "StageCost", "Bytes and work of a stage at one batch shape; csrc/planner.h.")
+  nb::class_<StageCost>(m, "StageCost",
+                        "Bytes and work of a stage at one batch shape; csrc/schedule/planner.h.")
       .def(nb::init<std::vector<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, double,
                     double>(),
            nb::kw_only(), "writes"_a, "forward"_a, "backward"_a, "kept"_a, "saved"_a, "gradients"_a,
@@ -126,7 +127,8 @@ NB_MODULE(_core, m) {
       .def_ro("saved", &StageCost::saved)
       .def_ro("saved_work", &StageCost::saved_work)
       .def_ro("gradients", &StageCost::gradients);
-  nb::class_<Costs>(m, "Costs", "A chain of stages with all that a plan for it depends on; csrc/planner.h.")
+  nb::class_<Costs>(m, "Costs",
+                    "A chain of stages with all that a plan for it depends on; csrc/schedule/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
                     std::vector<int64_t>, std::vector<int>, std::vector<StageCost>, int64_t, int64_t, double,
                     int64_t, int64_t, double>(),

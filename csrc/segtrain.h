@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "mlx/mlx.h"
-#include "plan.h"
+#include "schedule/plan.h"
 
 namespace segtrain {
 

@@ -1,4 +1,4 @@
-// Attention in tiles of queries × keys on the tensor cores. docs/attention.md derives it; CPU twin: csrc/cpu/attention.cpp.
+// Attention in tiles of queries × keys on the tensor cores. docs/attention.md derives it; CPU twin: csrc/ops/attention/cpu.cpp.
 //
 // attention, attention_dq: one threadgroup per (tile of queries, b, h), 16·MT queries per warp; p and ds stay in
 // registers. attention_dkv: one threadgroup per (tile of keys, b, g, part of the group's heads), so that each of dk

@@ -1,4 +1,4 @@
-// Attention on the warpgroup products (wgmma) of Hopper. docs/attention.md, "hopper"; launch: csrc/attention_hopper.cpp.
+// Attention on the warpgroup products (wgmma) of Hopper. docs/attention.md, "hopper"; launch: csrc/ops/attention/hopper.cpp.
 //
 // attention_hopper: one block per (64 queries, b, h); its two warpgroups take half of the keys of a tile for S and half
 // of the columns of O, and swap P through shared memory.

@@ -3,7 +3,7 @@
 A model run is a chain of stages over named boundary values. The forward pass keeps boundary values
 only; the head gives the loss and the first cotangents; then the segments run again from last to
 first, each under `vjp` with the cotangents that arrived. What is kept and in which order things
-happen is a plan (`csrc/plan.h`), the run itself is `csrc/schedule.cpp`.
+happen is a plan (`csrc/schedule/plan.h`), the run itself is `csrc/schedule/schedule.cpp`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
