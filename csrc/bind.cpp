@@ -99,7 +99,14 @@ NB_MODULE(_core, m) {
       .def_ro("reads", &StageSpec::reads)
       .def_ro("writes", &StageSpec::writes)
       .def_ro("trainable", &StageSpec::trainable);
+  nb::class_<Stage>(m, "Stage", "A stage of a plan: the values it reads and writes, as numbers.")
+      .def_ro("reads", &Stage::reads)
+      .def_ro("writes", &Stage::writes);
   nb::class_<Plan>(m, "Plan", "The order of a segmented backward pass, as data.")
+      .def_ro("stages", &Plan::stages)
+      .def_ro("head_reads", &Plan::head_reads)
+      .def("readers", nb::overload_cast<int, int, int>(&Plan::readers, nb::const_), "value"_a, "begin"_a,
+           "end"_a, "How often stages [begin, end) read a value; the head is the stage after the last.")
       .def("describe", &describe, "One line per move: what it runs, reads, keeps, takes, gives and drops.");
   m.def(
       "make_plan",
@@ -170,10 +177,9 @@ NB_MODULE(_core, m) {
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy);
   m.def(
       "run_plan",
-      [](const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-         const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const std::vector<int>& owners, const Arrays& head_params, const Arrays& inputs,
-         const std::optional<std::function<void()>>& watch) {
+      [](const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
+         const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
+         const Arrays& inputs, const std::optional<std::function<void()>>& watch) {
         // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
         // mx.custom_function) takes it for granted.
         auto wait = [&watch](const Arrays& made) {
@@ -183,10 +189,10 @@ NB_MODULE(_core, m) {
           }
           if (watch && !made.empty()) (*watch)();
         };
-        return run_plan(plan, stages, fns, head, head_reads, params, owners, head_params, inputs, wait);
+        return run_plan(plan, fns, head, params, owners, head_params, inputs, wait);
       },
-      "plan"_a, "stages"_a, "fns"_a, "head"_a, "head_reads"_a, "params"_a, "owners"_a, "head_params"_a,
-      "inputs"_a, "watch"_a = nb::none(),
+      "plan"_a, "fns"_a, "head"_a, "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
+      "watch"_a = nb::none(),
       "Runs a plan over callables (params, reads) → writes; a stage has the params of its owner. `watch` is "
       "called when a move is through.");
 }

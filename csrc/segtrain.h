@@ -154,8 +154,7 @@ struct StepResult {
 /// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
 /// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
 /// meanwhile.
-StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-                    const HeadFn& head, const std::vector<std::string>& head_reads,
+StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
                     const Arrays& head_params, const Arrays& inputs, const Wait& wait);
 

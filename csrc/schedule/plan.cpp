@@ -32,57 +32,65 @@ void add_unique(std::vector<int>& list, int value) {
   if (std::find(list.begin(), list.end(), value) == list.end()) list.push_back(value);
 }
 
-/// The values that moves use, resolved from names to versions by walking forward once.
-class Resolver {
- public:
-  Resolver(Plan& plan, const std::vector<std::string>& inputs) : plan_(plan) {
-    for (const auto& name : inputs) define(name, name + "@input", -1, false);
-  }
-
-  /// Reads and writes of one segment; `reads` are versions that stood before it.
-  Move segment(const std::vector<StageSpec>& stages, Segment s) {
-    Move move{Move::Kind::forward, s.begin, s.end, {}, {}, {}, {}, {}};
-    for (int i = s.begin; i < s.end; ++i) {
-      bool differentiable = stages[i].trainable;
-      for (const auto& name : stages[i].reads) {
-        int value = current(name, stages[i].name);
-        differentiable |= plan_.values[value].differentiable;
-        if (plan_.values[value].producer < s.begin) add_unique(move.reads, value);
-      }
-      for (const auto& name : stages[i].writes) define(name, name + "@" + stages[i].name, i, differentiable);
-    }
-    return move;
-  }
-
-  int current(const std::string& name, const std::string& reader) const {
-    auto found = version_.find(name);
-    if (found == version_.end())
+/// The chain of a plan without moves.
+Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
+             const std::vector<std::string>& head_reads) {
+  Plan plan;
+  std::map<std::string, int> version;
+  auto define = [&](const std::string& name, const std::string& producer, int stage, bool differentiable) {
+    plan.values.push_back({name + "@" + producer, stage, differentiable, {}});
+    return version[name] = static_cast<int>(plan.values.size()) - 1;
+  };
+  auto read = [&](const std::string& name, const std::string& reader, int stage) {
+    auto found = version.find(name);
+    if (found == version.end())
       throw std::invalid_argument("[plan] " + reader + " reads '" + name +
                                   "', which is neither an input nor written by an earlier stage.");
+    plan.values[found->second].readers.push_back(stage);
     return found->second;
-  }
-
- private:
-  void define(const std::string& name, std::string version, int producer, bool differentiable) {
-    version_[name] = static_cast<int>(plan_.values.size());
-    plan_.values.push_back({name, std::move(version), producer, differentiable, 0});
-  }
-
-  Plan& plan_;
-  std::map<std::string, int> version_;
-};
-
-/// Segments before the last one run together: what they read from before, and what is read of them behind.
-Move together(const Plan& plan, const std::vector<Move>& segments, Segment group) {
-  Move move{
-      Move::Kind::forward, segments[group.begin].begin, segments[group.end - 1].end, {}, {}, {}, {}, {}};
-  for (int i = 0; i < static_cast<int>(segments.size()); ++i)
-    for (int value : segments[i].reads) {
-      int producer = plan.values[value].producer;
-      bool inside = i >= group.begin && i < group.end;
-      if (inside && producer < move.begin) add_unique(move.reads, value);
-      if (i >= group.end && producer >= move.begin && producer < move.end) add_unique(move.writes, value);
+  };
+  for (const auto& name : inputs) define(name, "input", -1, false);
+  for (int i = 0; const auto& spec : stages) {
+    Stage stage{spec.name, {}, {}};
+    bool differentiable = spec.trainable;
+    for (const auto& name : spec.reads) {
+      stage.reads.push_back(read(name, spec.name, i));
+      differentiable |= plan.values[stage.reads.back()].differentiable;
     }
+    for (const auto& name : spec.writes) stage.writes.push_back(define(name, spec.name, i, differentiable));
+    plan.stages.push_back(std::move(stage));
+    ++i;
+  }
+  for (const auto& name : head_reads)
+    plan.head_reads.push_back(read(name, "the head", static_cast<int>(stages.size())));
+  return plan;
+}
+
+/// What stages [begin, end) read of what stages [from, to) write, in the order in which they read it.
+std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to) {
+  std::vector<int> found;
+  for (int i = begin; i < end; ++i)
+    for (int value : i < static_cast<int>(plan.stages.size()) ? plan.stages[i].reads : plan.head_reads)
+      if (plan.values[value].producer >= from && plan.values[value].producer < to) add_unique(found, value);
+  return found;
+}
+
+/// The stage after the last one that runs in a move, the head among them.
+int end_of(const Move& move) {
+  return move.end + (move.kind == Move::Kind::head);
+}
+
+/// A move over stages that run together.
+Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
+  Move move{kind, s.begin, s.end};
+  move.reads = read_of(plan, s.begin, end_of(move), -1, s.begin);
+  move.writes = read_of(plan, s.end, static_cast<int>(plan.stages.size()) + 1, s.begin, s.end);
+  if (kind == Move::Kind::head) move.writes.clear();
+  if (kind == Move::Kind::forward) return move;
+  auto fixed = [&](int v) { return !plan.values[v].differentiable; };
+  std::erase_if(move.writes, fixed);
+  move.cotangents = move.reads;
+  std::erase_if(move.cotangents, fixed);
   return move;
 }
 
@@ -110,55 +118,54 @@ void assign_saves(Plan& plan, const std::vector<int>& saves) {
 
 }  // namespace
 
+int Plan::readers(int value, int begin, int end) const {
+  const auto& all = values[value].readers;
+  return static_cast<int>(std::lower_bound(all.begin(), all.end(), end) -
+                          std::lower_bound(all.begin(), all.end(), begin));
+}
+
+int Plan::readers(int value, const Move& move) const {
+  return readers(value, move.begin, end_of(move));
+}
+
+bool Plan::is_summed(int value, const Move& move) const {
+  return values[value].segments > 1 || readers(value, move) > 1;
+}
+
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
                const std::vector<std::string>& head_reads, const Cuts& cuts) {
   if (stages.empty()) throw std::invalid_argument("[plan] expected at least one stage; got none.");
-  Plan plan;
-  Resolver names(plan, inputs);
-  std::vector<Move> segments;
-  for (auto segment : cut("segments", cuts.segments, static_cast<int>(stages.size())))
-    segments.push_back(names.segment(stages, segment));
+  Plan plan = resolve(stages, inputs, head_reads);
+  const auto segments = cut("segments", cuts.segments, static_cast<int>(stages.size()));
   const auto groups = cut("groups", cuts.groups, static_cast<int>(segments.size()));
-  Move& head = segments.back();
-  head.kind = Move::Kind::head;
-  for (const auto& name : head_reads) {
-    int value = names.current(name, "the head");
-    if (plan.values[value].producer < head.begin) add_unique(head.reads, value);
+  const auto head = move_over(plan, Move::Kind::head, segments.back());
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const auto move = i + 1 < segments.size() ? move_over(plan, Move::Kind::forward, segments[i]) : head;
+    for (int value : move.reads) plan.values[value].segments += 1;
   }
-  for (auto& move : segments)
-    for (int value : move.reads) {
-      plan.values[value].readers += 1;
-      if (plan.values[value].differentiable) move.cotangents.push_back(value);
-    }
 
-  auto forward = [&](Segment range) { plan.moves.push_back(together(plan, segments, range)); };
+  auto stages_of = [&](Segment group) {
+    return Segment{segments[group.begin].begin, segments[group.end - 1].end};
+  };
+  auto forward = [&](Segment s) { plan.moves.push_back(move_over(plan, Move::Kind::forward, s)); };
   auto backward = [&](int i) {
-    Move move = together(plan, segments, {i, i + 1});
-    move.kind = Move::Kind::backward;
-    move.cotangents = segments[i].cotangents;
-    std::erase_if(move.writes, [&](int v) { return !plan.values[v].differentiable; });
+    auto move = move_over(plan, Move::Kind::backward, segments[i]);
     // Below the first parameter nothing has a cotangent to pass on.
     if (!move.writes.empty()) plan.moves.push_back(move);
   };
   const auto last = groups.back();
   for (auto group : groups)
-    if (group.end != last.end) forward(group);
-  for (int i = last.begin; i + 1 < last.end; ++i) forward({i, i + 1});
+    if (group.end != last.end) forward(stages_of(group));
+  for (int i = last.begin; i + 1 < last.end; ++i) forward(segments[i]);
   plan.moves.push_back(head);
   for (int i = last.end - 2; i >= last.begin; --i) backward(i);
   for (auto group = groups.rbegin() + 1; group != groups.rend(); ++group) {
-    auto whole = together(plan, segments, *group);
-    if (std::none_of(whole.writes.begin(), whole.writes.end(),
-                     [&](int v) { return plan.values[v].differentiable; }))
-      continue;
+    const auto whole = stages_of(*group);
+    if (move_over(plan, Move::Kind::backward, whole).writes.empty()) continue;
     for (int i = group->begin; i + 1 < group->end; ++i) {
-      Move move = together(plan, segments, {i, i + 1});
+      auto move = move_over(plan, Move::Kind::forward, segments[i]);
       // Of what it makes only the group's own segments read again.
-      std::erase_if(move.writes, [&](int v) {
-        return std::none_of(segments.begin() + i + 1, segments.begin() + group->end, [&](const Move& reader) {
-          return std::find(reader.reads.begin(), reader.reads.end(), v) != reader.reads.end();
-        });
-      });
+      std::erase_if(move.writes, [&](int v) { return plan.readers(v, move.end, whole.end) == 0; });
       // What no segment of the group reads again need not run, unless something is saved in it.
       const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
                                      [&](int stage) { return stage >= move.begin && stage < move.end; });

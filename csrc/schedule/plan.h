@@ -14,13 +14,20 @@ struct StageSpec {
   bool trainable;
 };
 
+/// A stage with its names resolved: indices into Plan::values, in the order of its spec.
+struct Stage {
+  std::string name;
+  std::vector<int> reads, writes;
+};
+
 /// One version of a boundary value: `h` written by stage `layers.3` is `h@layers.3`, an input `h@input`.
 struct Value {
-  std::string name;     ///< without the version
   std::string version;  ///< name@producer
   int producer;         ///< index of the stage, -1 for an input
   bool differentiable;  ///< depends on a parameter, so a cotangent must reach it
-  int readers;          ///< segments that read it; with more than one its cotangents are summed in float32
+  std::vector<int>
+      readers;       ///< stages in their order, once for each read; the head is the one after the last
+  int segments = 0;  ///< that read it
 };
 
 /// A step of the plan over stages [begin, end). Values are indices into Plan::values.
@@ -33,16 +40,28 @@ struct Move {
   Kind kind;
   int begin;
   int end;
-  std::vector<int> reads;       ///< boundary values it needs
-  std::vector<int> writes;      ///< boundary values it makes (forward), or whose cotangents enter (backward)
-  std::vector<int> cotangents;  ///< the differentiable ones among `reads`: their cotangents come out
-  std::vector<int> drops;       ///< values that nobody reads after this move, or that are made again first
-  std::vector<int> saves;  ///< stages that save something for their backward pass, the next time they run
+  std::vector<int> reads = {};   ///< boundary values it needs
+  std::vector<int> writes = {};  ///< boundary values it makes (forward), or whose cotangents enter (backward)
+  std::vector<int> cotangents = {};  ///< the differentiable ones among `reads`: their cotangents come out
+  std::vector<int> drops = {};  ///< values that nobody reads after this move, or that are made again first
+  std::vector<int> saves =
+      {};  ///< stages that save something for their backward pass, the next time they run
 };
 
+/// The chain with its names resolved, and the moves over it.
 struct Plan {
-  std::vector<Value> values;
+  std::vector<Value> values;  ///< the inputs, then what stages write, in the order of both
+  std::vector<Stage> stages;
+  std::vector<int> head_reads;
   std::vector<Move> moves;
+
+  /// How often stages [begin, end) read a value; the head is the stage after the last.
+  int readers(int value, int begin, int end) const;
+  /// How often a move reads a value, the head included where it runs in the move.
+  int readers(int value, const Move& move) const;
+  /// Whether several cotangents meet at a value that a move reads, from other segments or within the move:
+  /// they are added in float32.
+  bool is_summed(int value, const Move& move) const;
 };
 
 /// Where the chain is cut. Stages between two cuts are a segment; segments may be put into groups.

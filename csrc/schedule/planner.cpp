@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <map>
 #include <numeric>
 #include <set>
 #include <stdexcept>
@@ -12,8 +11,8 @@ namespace segtrain {
 namespace {
 
 /// Those that a parameter stands in or before. The others run forward and keep nothing.
-std::vector<bool> stages_that_go_back(const Plan& plan, size_t stages) {
-  std::vector<bool> back(stages);
+std::vector<bool> stages_that_go_back(const Plan& plan) {
+  std::vector<bool> back(plan.stages.size());
   for (const auto& value : plan.values)
     if (value.producer >= 0 && value.differentiable) back[value.producer] = true;
   return back;
@@ -25,24 +24,15 @@ class Walk {
   Walk(const Plan& plan, const Costs& costs)
       : plan_(plan),
         costs_(costs),
-        saved_(costs.stages.size()),
+        bytes_(costs.input_bytes),
+        saved_(plan.stages.size()),
         made_(plan.values.size()),
         cotangents_(plan.values.size()),
-        goes_back_(stages_that_go_back(plan, costs.stages.size())),
-        readers_(plan.values.size()) {
-    if (costs.costs.size() != costs.stages.size() || costs.input_bytes.size() != costs.inputs.size())
+        goes_back_(stages_that_go_back(plan)) {
+    for (const auto& cost : costs.costs) bytes_.insert(bytes_.end(), cost.writes.begin(), cost.writes.end());
+    if (costs.costs.size() != plan.stages.size() || bytes_.size() != plan.values.size())
       throw std::invalid_argument("[planner] expected the costs of each stage and the bytes of each input.");
-    for (const auto& value : plan.values) bytes_.push_back(bytes_of(value));
     for (size_t i = 0; i < plan.values.size(); ++i) made_[i] = plan.values[i].producer < 0;
-    // Versions stand in the plan in the order in which they are written.
-    std::map<std::string, size_t> version;
-    size_t next = 0;
-    while (next < costs.inputs.size()) version[costs.inputs[next]] = next, ++next;
-    for (size_t i = 0; i < costs.stages.size(); ++i) {
-      for (const auto& name : costs.stages[i].reads)
-        readers_[version.at(name)].push_back(static_cast<int>(i));
-      for (const auto& name : costs.stages[i].writes) version[name] = next++;
-    }
   }
 
   Estimate run() {
@@ -61,16 +51,6 @@ class Walk {
   }
 
  private:
-  int64_t bytes_of(const Value& value) const {
-    if (value.producer < 0) {
-      auto at = std::find(costs_.inputs.begin(), costs_.inputs.end(), value.name);
-      return costs_.input_bytes[at - costs_.inputs.begin()];
-    }
-    const auto& writes = costs_.stages[value.producer].writes;
-    auto at = std::find(writes.begin(), writes.end(), value.name) - writes.begin();
-    return costs_.costs[value.producer].writes.at(at);
-  }
-
   Alive now() const {
     Alive alive;
     for (size_t i = 0; i < made_.size(); ++i) {
@@ -100,8 +80,7 @@ class Walk {
       if (producer < move.begin || producer >= stage) continue;
       if (std::find(move.writes.begin(), move.writes.end(), static_cast<int>(v)) != move.writes.end())
         continue;
-      auto next = std::lower_bound(readers_[v].begin(), readers_[v].end(), stage);
-      if (next != readers_[v].end() && *next < move.end) bytes += bytes_[v];
+      if (plan_.readers(static_cast<int>(v), stage, move.end)) bytes += bytes_[v];
     }
     return bytes;
   }
@@ -154,9 +133,8 @@ class Walk {
       else
         cotangents_[value] = 0;
     for (int value : move.cotangents) {
-      bool summed = plan_.values[value].readers > 1 || readers_in(move, plan_.values[value].name) > 1;
-      cotangents_[value] =
-          static_cast<int64_t>(static_cast<double>(bytes_[value]) * (summed ? costs_.widened : 1));
+      const double widened = plan_.is_summed(value, move) ? costs_.widened : 1;
+      cotangents_[value] = static_cast<int64_t>(static_cast<double>(bytes_[value]) * widened);
     }
     for (int stage : move.saves) saved_[stage] = costs_.costs[stage].saved;
     if (move.kind != Move::Kind::forward)
@@ -168,27 +146,13 @@ class Walk {
       if (plan_.values[value].producer >= 0) made_[value] = false;  // whoever calls a step holds its inputs
   }
 
-  /// Stages of a move that read a value as it stands before it.
-  int readers_in(const Move& move, const std::string& name) const {
-    auto has = [&](const std::vector<std::string>& names) {
-      return std::find(names.begin(), names.end(), name) != names.end();
-    };
-    int count = 0;
-    for (int i = move.begin; i < move.end; ++i) {
-      count += has(costs_.stages[i].reads);
-      if (has(costs_.stages[i].writes)) return count;
-    }
-    return count + (move.kind == Move::Kind::head && has(costs_.head_reads));
-  }
-
   const Plan& plan_;
   const Costs& costs_;
-  std::vector<int64_t> bytes_;             ///< of each value
-  std::vector<int64_t> saved_;             ///< by stage
-  std::vector<bool> made_;                 ///< values that are there
-  std::vector<int64_t> cotangents_;        ///< by value
-  std::vector<bool> goes_back_;            ///< by stage
-  std::vector<std::vector<int>> readers_;  ///< stages that read a value, rising
+  std::vector<int64_t> bytes_;       ///< of each value
+  std::vector<int64_t> saved_;       ///< by stage
+  std::vector<bool> made_;           ///< values that are there
+  std::vector<int64_t> cotangents_;  ///< by value
+  std::vector<bool> goes_back_;      ///< by stage
   std::set<int> ran_;
   int64_t gradients_ = 0;
   double work_ = 0, again_ = 0;
@@ -212,7 +176,7 @@ class Search {
   Search(const Costs& costs, int64_t budget) : costs_(costs), budget_(budget) {
     const int n = static_cast<int>(costs.stages.size());
     const auto whole = make_plan(costs.stages, costs.inputs, costs.head_reads, {{n}, {1}});
-    const auto back = stages_that_go_back(whole, costs.stages.size());
+    const auto back = stages_that_go_back(whole);
     for (int i = 0; i < n; ++i)
       if (back[i] && costs.costs[i].saved > 0) savers_.push_back(i);
     const auto first = std::find(back.begin(), back.end(), true) - back.begin();

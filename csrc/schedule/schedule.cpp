@@ -21,37 +21,44 @@ Arrays fan_out(const mx::array& x, int n) {
   return op({x});
 }
 
-/// The values a segment sees while its stages run one after another, each under its name.
+/// The values that the stages of a move see.
 class Scope {
  public:
   /// Copies for the readers to come, the last one's first.
-  void define(const std::string& name, const Arrays& copies) { copies_[name] = copies; }
-  mx::array read(const std::string& name) {
-    auto& copies = copies_.at(name);
-    auto value = copies.back();
+  void define(int value, const Arrays& copies) { copies_[value] = copies; }
+  mx::array read(int value) {
+    auto& copies = copies_.at(value);
+    auto x = copies.back();
     if (copies.size() > 1) copies.pop_back();
-    return value;
+    return x;
+  }
+  Arrays read(const std::vector<int>& values) {
+    Arrays all;
+    for (int value : values) all.push_back(read(value));
+    return all;
   }
 
  private:
-  std::map<std::string, Arrays> copies_;
+  std::map<int, Arrays> copies_;
 };
+
+bool contains(const std::vector<int>& values, int value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
 
 class Runner {
  public:
-  Runner(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-         const HeadFn& head, const std::vector<std::string>& head_reads, const std::vector<Arrays>& params,
-         const std::vector<int>& owners, const Arrays& head_params, const Arrays& inputs, const Wait& wait)
+  Runner(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
+         const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
+         const Arrays& inputs, const Wait& wait)
       : plan_(plan),
-        stages_(stages),
         fns_(fns),
         head_(head),
-        head_reads_(head_reads),
         params_(params),
         owners_(owners),
         head_params_(head_params),
         wait_(wait),
-        saved_(stages.size()),
+        saved_(plan.stages.size()),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) values_[i] = inputs[i];
@@ -94,7 +101,7 @@ class Runner {
   Arrays forward(const Move& move) {
     Arrays primals = params_of(move);
     size_t n_params = primals.size();
-    append_differentiable(move, primals, false);
+    append_differentiable(move, primals);
     auto fn = [&](const Arrays& in) {
       Arrays writes = writes_of(move, in, n_params);
       for (auto& x : writes) x = mx::stop_gradient(x);
@@ -111,14 +118,12 @@ class Runner {
     Arrays primals = params_of(move);
     primals.insert(primals.end(), head_params_.begin(), head_params_.end());
     size_t n_params = primals.size();
-    append_differentiable(move, primals, true);
+    append_differentiable(move, primals);
     auto fn = [&](const Arrays& in) {
       Arrays stage_params(in.begin(), in.begin() + n_stage_params);
       Arrays head_params(in.begin() + n_stage_params, in.begin() + n_params);
-      auto scope = run_stages(move, stage_params, merge_reads(move, in, n_params, true), true).scope;
-      Arrays reads;
-      for (const auto& name : head_reads_) reads.push_back(scope.read(name));
-      return head_(head_params, reads);
+      auto scope = run_stages(move, stage_params, merge_reads(move, in, n_params));
+      return head_(head_params, scope.read(plan_.head_reads));
     };
     Arrays outputs, grads;
     if (primals.empty()) {
@@ -133,14 +138,14 @@ class Runner {
     Arrays made = outputs;
     for (const auto& sum : hand_out(move, grads, n_stage_params)) made.push_back(sum);
     made.insert(made.end(), result_.head_grads.begin(), result_.head_grads.end());
-    for (const auto& sum : accumulate(move, grads, n_params, true)) made.push_back(sum);
+    for (const auto& sum : accumulate(move, grads, n_params)) made.push_back(sum);
     return made;
   }
 
   Arrays backward(const Move& move) {
     Arrays primals = params_of(move);
     size_t n_params = primals.size();
-    append_differentiable(move, primals, false);
+    append_differentiable(move, primals);
     Arrays arriving;
     for (int value : move.writes) {
       arriving.push_back(mx::astype(*cotangents_[value], *dtypes_[value]));
@@ -149,67 +154,43 @@ class Runner {
     auto fn = [&](const Arrays& in) { return writes_of(move, in, n_params); };
     auto grads = mx::vjp(fn, primals, arriving).second;
     Arrays made = hand_out(move, grads, n_params);
-    for (const auto& sum : accumulate(move, grads, n_params, false)) made.push_back(sum);
+    for (const auto& sum : accumulate(move, grads, n_params)) made.push_back(sum);
     for (int i = move.begin; i < move.end; ++i) saved_[i].clear();
     return made;
   }
 
-  struct Ran {
-    Arrays writes;  ///< the move's boundary writes
-    Scope scope;
-  };
-
   /// What a move without a head makes of its primals: parameters, then differentiable reads.
   Arrays writes_of(const Move& move, const Arrays& primals, size_t n_params) {
     Arrays params(primals.begin(), primals.begin() + n_params);
-    return run_stages(move, params, merge_reads(move, primals, n_params, false), false).writes;
+    auto writes = run_stages(move, params, merge_reads(move, primals, n_params)).read(move.writes);
+    for (size_t i = 0; i < writes.size(); ++i) dtypes_[move.writes[i]] = writes[i].dtype();
+    return writes;
   }
 
   /// Runs stages [begin, end) from copies of the reads, given in the order of move.reads.
-  Ran run_stages(const Move& move, const Arrays& params, const std::vector<Arrays>& reads, bool with_head) {
-    Ran ran;
-    for (size_t i = 0; i < reads.size(); ++i) ran.scope.define(plan_.values[move.reads[i]].name, reads[i]);
+  Scope run_stages(const Move& move, const Arrays& params, const std::vector<Arrays>& reads) {
+    Scope scope;
+    for (size_t i = 0; i < reads.size(); ++i) scope.define(move.reads[i], reads[i]);
     size_t next = 0;
     for (int i = move.begin; i < move.end; ++i) {
+      const auto& stage = plan_.stages[i];
       Arrays own(params.begin() + next, params.begin() + next + params_[owners_[i]].size());
       next += own.size();
-      Arrays in;
-      for (const auto& name : stages_[i].reads) in.push_back(ran.scope.read(name));
-      bool save = std::find(move.saves.begin(), move.saves.end(), i) != move.saves.end();
-      auto out = fns_[i](own, in, saved_[i], save);
-      if (save && out.size() > stages_[i].writes.size()) {
-        auto behind = out.begin() + stages_[i].writes.size();
+      bool save = contains(move.saves, i);
+      auto out = fns_[i](own, scope.read(stage.reads), saved_[i], save);
+      if (save && out.size() > stage.writes.size()) {
+        auto behind = out.begin() + stage.writes.size();
         saved_[i].assign(behind, out.end());
         out.erase(behind, out.end());
       }
-      check(out.size() == stages_[i].writes.size(), "[schedule] stage '", stages_[i].name, "' must return ",
-            stages_[i].writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
+      check(out.size() == stage.writes.size(), "[schedule] stage '", stage.name, "' must return ",
+            stage.writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
       for (size_t j = 0; j < out.size(); ++j) {
-        const auto& name = stages_[i].writes[j];
-        ran.scope.define(name, fan_out(out[j], readers(move, name, i + 1, with_head)));
+        int value = stage.writes[j];
+        scope.define(value, fan_out(out[j], plan_.readers(value, move) + contains(move.writes, value)));
       }
     }
-    for (int value : move.writes) {
-      ran.writes.push_back(ran.scope.read(plan_.values[value].name));
-      dtypes_[value] = ran.writes.back().dtype();
-    }
-    return ran;
-  }
-
-  /// How often the version of `name` that stands before stage `from` is read in the move, its export
-  /// included.
-  int readers(const Move& move, const std::string& name, int from, bool with_head) const {
-    auto has = [&](const std::vector<std::string>& names) {
-      return static_cast<int>(std::count(names.begin(), names.end(), name));
-    };
-    int count = 0;
-    for (int i = from; i < move.end; ++i) {
-      count += has(stages_[i].reads);
-      if (has(stages_[i].writes)) return count;
-    }
-    if (with_head) count += has(head_reads_);
-    for (int value : move.writes) count += plan_.values[value].name == name;
-    return count;
+    return scope;
   }
 
   Arrays params_of(const Move& move) const {
@@ -221,21 +202,15 @@ class Runner {
     return all;
   }
 
-  /// How many stages of the move read a boundary value as it stands before it.
-  int copies(const Move& move, int value, bool with_head) const {
-    return std::max(1, readers(move, plan_.values[value].name, move.begin, with_head));
-  }
-
   /// A primal for each reader, so that their cotangents come out one by one.
-  void append_differentiable(const Move& move, Arrays& primals, bool with_head) const {
+  void append_differentiable(const Move& move, Arrays& primals) const {
     for (int value : move.reads)
       if (plan_.values[value].differentiable)
-        primals.insert(primals.end(), copies(move, value, with_head), *values_[value]);
+        primals.insert(primals.end(), plan_.readers(value, move), *values_[value]);
   }
 
   /// The move's reads with the differentiable ones taken from the primals, from `first` on.
-  std::vector<Arrays> merge_reads(const Move& move, const Arrays& primals, size_t first,
-                                  bool with_head) const {
+  std::vector<Arrays> merge_reads(const Move& move, const Arrays& primals, size_t first) const {
     std::vector<Arrays> reads;
     for (int value : move.reads) {
       if (!plan_.values[value].differentiable) {
@@ -243,7 +218,7 @@ class Runner {
         continue;
       }
       auto begin = primals.begin() + first;
-      first += copies(move, value, with_head);
+      first += plan_.readers(value, move);
       reads.emplace_back(begin, primals.begin() + first);
     }
     return reads;
@@ -274,14 +249,13 @@ class Runner {
 
   /// Adds the cotangents of the move's reads, from `first` on, to those that arrived before. All readers are
   /// added up in float32 from the last to the first, whatever the cuts between them.
-  Arrays accumulate(const Move& move, const Arrays& grads, size_t first, bool with_head) {
+  Arrays accumulate(const Move& move, const Arrays& grads, size_t first) {
     Arrays sums;
     for (int value : move.cotangents) {
       auto& sum = cotangents_[value];
-      int n = copies(move, value, with_head);
-      for (int i = 0; i < n; ++i) {
+      for (int i = plan_.readers(value, move); i > 0; --i) {
         auto grad = grads[first++];
-        if (n > 1 || plan_.values[value].readers > 1) grad = mx::astype(grad, mx::float32);
+        if (plan_.is_summed(value, move)) grad = mx::astype(grad, mx::float32);
         sum = sum ? mx::add(*sum, grad) : grad;
       }
       sums.push_back(*sum);
@@ -290,10 +264,8 @@ class Runner {
   }
 
   const Plan& plan_;
-  const std::vector<StageSpec>& stages_;
   const std::vector<StageFn>& fns_;
   const HeadFn& head_;
-  const std::vector<std::string>& head_reads_;
   const std::vector<Arrays>& params_;  ///< by owner
   const std::vector<int>& owners_;     ///< by stage
   const Arrays& head_params_;
@@ -307,16 +279,16 @@ class Runner {
 
 }  // namespace
 
-StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-                    const HeadFn& head, const std::vector<std::string>& head_reads,
+StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
                     const Arrays& head_params, const Arrays& inputs, const Wait& wait) {
-  check(fns.size() == stages.size() && owners.size() == stages.size(), "[schedule] expected ", stages.size(),
+  const size_t n = plan.stages.size();
+  check(fns.size() == n && owners.size() == n, "[schedule] expected ", n,
         " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
         ".");
   for (int owner : owners)
     check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters ", owner, ".");
-  return Runner(plan, stages, fns, head, head_reads, params, owners, head_params, inputs, wait).run();
+  return Runner(plan, fns, head, params, owners, head_params, inputs, wait).run();
 }
 
 }  // namespace segtrain
