@@ -36,14 +36,17 @@ NB_MODULE(_core, m) {
       .def_prop_ro("out_dims", &Base::out)
       .def_prop_ro("in_dims", &Base::in);
 
-  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, nb::kw_only(), "scale"_a, "window"_a = nb::none(),
-        "segments"_a = nb::none(), "softcap"_a = nb::none(), "q_start"_a = nb::none(), "saved"_a = nb::none(),
+  nb::class_<AttentionOptions>(m, "AttentionOptions", "Which keys a query sees, and what scores become.")
+      .def(nb::init<float, std::optional<int>, std::optional<Ranges>, std::optional<float>,
+                    std::optional<int>>(),
+           nb::kw_only(), "scale"_a, "window"_a = nb::none(), "segments"_a = nb::none(),
+           "softcap"_a = nb::none(), "q_start"_a = nb::none())
+      .def_ro("segments", &AttentionOptions::segments);
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(), "saved"_a = nb::none(),
         "impl"_a = "auto", "stream"_a = nb::none(),
         "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
-  m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, nb::kw_only(), "scale"_a,
-        "window"_a = nb::none(), "segments"_a = nb::none(), "softcap"_a = nb::none(),
-        "q_start"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "{o, statistics}, as attention takes them as saved.");
+  m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(),
+        "impl"_a = "auto", "stream"_a = nb::none(), "{o, statistics}, as attention takes them as saved.");
   m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
@@ -89,8 +92,8 @@ NB_MODULE(_core, m) {
         "'metal' or 'cuda', which need not be here.");
   m.def("has_neural_accelerators", &has_neural_accelerators,
         "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
-  m.def("switch_off", &switch_off, "op"_a, "impl"_a, "reason"_a,
-        "Never choose an implementation again in this process: it failed the self-check on this device.");
+  m.def("switch_off", &switch_off, "kernel"_a, "reason"_a,
+        "Never choose a kernel again in this process: it failed the self-check on this device.");
 
   nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
       .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,

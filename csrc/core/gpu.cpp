@@ -179,17 +179,17 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   return kernel(inputs, shapes, dtypes, threads, group, arguments, std::nullopt, false, s);
 }
 
-void switch_off(const std::string& op, const std::string& impl, const std::string& reason) {
+void switch_off(const std::string& kernel, const std::string& reason) {
   std::lock_guard lock(off_lock);
-  off[op + " " + impl] = reason;
+  off[kernel] = reason;
 }
 
-Way gpu_kernel(const std::string& op, const std::string& unfit, Gpu device) {
+Way gpu_kernel(const std::string& kernel, const std::string& unfit, Gpu device) {
   if (device == Gpu::none) return {"kernel", false, "there is no GPU"};
   if (!unfit.empty()) return {"kernel", false, unfit};
   if (device != gpu()) return {"kernel", true, ""};
   std::lock_guard lock(off_lock);
-  auto found = off.find(op + " kernel");
+  auto found = off.find(kernel);
   if (found != off.end())
     return {"kernel", false, "it failed the self-check on this device: " + found->second};
   return {"kernel", true, ""};

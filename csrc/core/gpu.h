@@ -44,11 +44,11 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
 
-/// Switches an implementation off in this process, because it failed the self-check on this device.
-void switch_off(const std::string& op, const std::string& impl, const std::string& reason);
+/// Switches a kernel of the GPU off in this process, because it failed the self-check on this device.
+void switch_off(const std::string& kernel, const std::string& reason);
 
-/// "kernel" on a GPU: serves if `unfit` is empty (else it says what does not fit) and the self-check did not
-/// fail. On a `device` that this process does not have, the self-check counts as passed.
-Way gpu_kernel(const std::string& op, const std::string& unfit, Gpu device = gpu());
+/// "kernel" on a GPU, that of this name: serves if `unfit` is empty (else it says what does not fit) and the
+/// self-check did not fail. On a `device` that this process does not have, the self-check counts as passed.
+Way gpu_kernel(const std::string& kernel, const std::string& unfit, Gpu device = gpu());
 
 }  // namespace segtrain

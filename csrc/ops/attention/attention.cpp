@@ -25,18 +25,26 @@ bool has_nax() {
   return has;
 }
 
-Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-               std::optional<int> window, const std::optional<Ranges>& segments, std::optional<float> softcap,
-               std::optional<int> q_start, mx::StreamOrDevice s) {
+Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
+               mx::StreamOrDevice s) {
+  const auto& [scale, window, segments, softcap, q_start] = options;
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4,
         "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ", q.shape(), ", ", k.shape(), ", ",
         v.shape(), ".");
   Gpu device = on_cpu(s) ? Gpu::none : gpu();
-  Call c{q.shape(0), q.shape(1),          k.shape(1), q.shape(2),
-         k.shape(2), q.shape(3),          v.shape(3), 0,
-         scale,      softcap.value_or(0), false,      window.value_or(0),
-         {},         q.dtype(),           s,          device,
-         false};
+  Call c{.B = q.shape(0),
+         .H = q.shape(1),
+         .G = k.shape(1),
+         .T = q.shape(2),
+         .S = k.shape(2),
+         .D = q.shape(3),
+         .Dv = v.shape(3),
+         .scale = scale,
+         .cap = softcap.value_or(0),
+         .window = window.value_or(0),
+         .dtype = q.dtype(),
+         .s = s,
+         .device = device};
   check(k.shape(0) == c.B && v.shape(0) == c.B && v.shape(1) == c.G && v.shape(2) == c.S && k.shape(3) == c.D,
         "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(),
         ", ", v.shape(), ".");
@@ -158,7 +166,8 @@ bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// By bench/LOG.md, H100: a library's kernel where one serves, then ours, then whole products.
+/// By bench/LOG.md, H100: a library's kernel where one serves, then ours, hopper's first for wide heads, then
+/// whole products.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
   Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
                                      : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
@@ -166,9 +175,8 @@ std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, 
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
   Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
-  std::vector<Way> ways{cudnn, stock, kernel, hopper, blocked};
-  if (c.D > 128) std::swap(ways[2], ways[3]);
-  return choose("attention", impl, ways);
+  const bool wide = c.D > 128;
+  return choose("attention", impl, {cudnn, stock, wide ? hopper : kernel, wide ? kernel : hopper, blocked});
 }
 
 std::string way_for(const Call& c, const std::string& impl) {
@@ -193,11 +201,10 @@ Arrays forward(const Call& c, const AttentionWay& way, const Arrays& qkv) {
 
 }  // namespace
 
-mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
-                    std::optional<int> q_start, const std::optional<Arrays>& saved, const std::string& impl,
-                    mx::StreamOrDevice s) {
-  auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
+                    const AttentionOptions& options, const std::optional<Arrays>& saved,
+                    const std::string& impl, mx::StreamOrDevice s) {
+  auto c = make_call(q, k, v, options, s);
   auto name = way_for(c, impl);
   check(!saved ||
             (name != "stock" && saved->size() == 2 && (*saved)[0].shape() == mx::Shape{c.B, c.H, c.T, c.Dv}),
@@ -213,11 +220,9 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
   return op({q, k, v})[0];
 }
 
-Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                         std::optional<int> window, std::optional<Ranges> segments,
-                         std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
-                         mx::StreamOrDevice s) {
-  auto c = make_call(q, k, v, scale, window, segments, softcap, q_start, s);
+Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v,
+                         const AttentionOptions& options, const std::string& impl, mx::StreamOrDevice s) {
+  auto c = make_call(q, k, v, options, s);
   auto name = way_for(c, impl);
   return name == "stock" ? Arrays{} : forward(c, way_of(c, name), {q, k, v});
 }
@@ -229,8 +234,19 @@ std::string attention_way(const std::string& device, int head, mx::Dtype dtype, 
   check(found != devices.end(), "[attention_way] device must be 'cpu', 'metal' or 'cuda'; got '", device,
         "'.");
   constexpr int T = 1024;
-  const Call c{
-      1, 1, 1, T, T, head, head, 0, 1, 0, true, 0, std::vector<int32_t>(T, 0), dtype, {}, found->second, nax};
+  const Call c{.B = 1,
+               .H = 1,
+               .G = 1,
+               .T = T,
+               .S = T,
+               .D = head,
+               .Dv = head,
+               .scale = 1,
+               .causal_only = true,
+               .first = std::vector<int32_t>(T, 0),
+               .dtype = dtype,
+               .device = found->second,
+               .nax = nax};
   bool libraries = may_use_libraries(c.device, "auto", repeats);
   bool serves = cudnn && libraries && c.device == Gpu::cuda && cudnn_heads_unfit(head, head).empty() &&
                 dtype != mx::float32;

@@ -7,16 +7,16 @@ namespace segtrain {
 
 /// Everything about a call but the arrays.
 struct Call {
-  int B, H, G, T, S, D, Dv, q_start;
-  float scale, cap;            ///< cap 0: none
-  bool causal_only;            ///< every query sees all keys up to itself, there are T = S, and no cap
-  int window;                  ///< 0: none
-  std::vector<int32_t> first;  ///< [T], never falling: the first key that a query sees, the last being its
-                               ///< own position; where it sees none, its position + 1
+  int B, H, G, T, S, D, Dv, q_start = 0;
+  float scale, cap = 0;             ///< cap 0: none
+  bool causal_only = false;         ///< every query sees all keys up to itself, there are T = S, and no cap
+  int window = 0;                   ///< 0: none
+  std::vector<int32_t> first = {};  ///< [T], never falling: the first key that a query sees, the last being
+                                    ///< its own position; where it sees none, its position + 1
   mx::Dtype dtype;
-  mx::StreamOrDevice s;
-  Gpu device;  ///< none: the CPU
-  bool nax;    ///< MLX's own has kernels for this GPU's neural accelerators; known where a choice asks for it
+  mx::StreamOrDevice s = {};
+  Gpu device;        ///< none: the CPU
+  bool nax = false;  ///< MLX's own has kernels for this GPU's neural accelerators; known where a choice asks
 
   int share() const { return H / G; }
 };

@@ -13,15 +13,26 @@ int Base::in() const {
 
 namespace {
 
+/// A way to quantize. `code` is MODE of cuda/dequantize.cu; scales are floats beside biases, or bytes.
+struct Mode {
+  std::string name;
+  std::vector<int> bits, groups;
+  int code;
+  bool float_scales;
+};
+
 /// What MLX quantizes to, and no more.
+const std::vector<Mode> MODES{{"affine", {2, 3, 4, 5, 6, 8}, {32, 64, 128}, 0, true},
+                              {"mxfp4", {4}, {32}, 1, false},
+                              {"mxfp8", {8}, {32}, 2, false},
+                              {"nvfp4", {4}, {16}, 3, false}};
+constexpr int DENSE = 4;  ///< the code of a weight that is not quantized
+
+std::vector<Mode>::const_iterator mode_of(const Base& base) {
+  return std::find_if(MODES.begin(), MODES.end(), [&](const Mode& mode) { return mode.name == base.mode; });
+}
+
 void check_quantization(const std::string& op, const Base& base) {
-  struct Mode {
-    std::vector<int> bits, groups;
-  };
-  static const std::map<std::string, Mode> modes{{"affine", {{2, 3, 4, 5, 6, 8}, {32, 64, 128}}},
-                                                 {"mxfp4", {{4}, {32}}},
-                                                 {"mxfp8", {{8}, {32}}},
-                                                 {"nvfp4", {{4}, {16}}}};
   std::ostringstream text;
   text << base.mode << " at " << base.bits << " bits in groups of " << base.group_size;
   auto given = text.str();
@@ -33,22 +44,21 @@ void check_quantization(const std::string& op, const Base& base) {
     for (int x : all) names += (names.empty() ? "" : ", ") + std::to_string(x);
     return names;
   };
-  auto mode = modes.find(base.mode);
-  check(mode != modes.end(), "[", op, "] the quantization mode must be affine, mxfp4, mxfp8 or nvfp4; got ",
+  auto mode = mode_of(base);
+  check(mode != MODES.end(), "[", op, "] the quantization mode must be affine, mxfp4, mxfp8 or nvfp4; got ",
         given, ".");
-  const auto& [bits, groups] = mode->second;
-  check(has(bits, base.bits) && has(groups, base.group_size), "[", op, "] ", base.mode, " takes bits ",
-        list(bits), " and groups of ", list(groups), "; got ", given, ".");
+  check(has(mode->bits, base.bits) && has(mode->groups, base.group_size), "[", op, "] ", base.mode,
+        " takes bits ", list(mode->bits), " and groups of ", list(mode->groups), "; got ", given, ".");
   check(base.weight.dtype() == mx::uint32, "[", op, "] a weight quantized as ", given,
         " must be uint32; got ", base.weight.dtype(), ".");
   const auto& scales = *base.scales;
-  bool affine = base.mode == "affine";
-  check(affine ? mx::issubdtype(scales.dtype(), mx::floating) : scales.dtype() == mx::uint8, "[", op,
-        "] scales of ", given, " must be ", affine ? "floating" : "uint8", "; got ", scales.dtype(), ".");
+  bool floats = mode->float_scales;
+  check(floats ? mx::issubdtype(scales.dtype(), mx::floating) : scales.dtype() == mx::uint8, "[", op,
+        "] scales of ", given, " must be ", floats ? "floating" : "uint8", "; got ", scales.dtype(), ".");
   check(scales.ndim() == 2 && scales.shape(0) == base.out() && scales.shape(1) * base.group_size == base.in(),
         "[", op, "] scales ", scales.shape(), " do not fit weight ", base.weight.shape(), " quantized as ",
         given, ".");
-  if (affine)
+  if (floats)
     check(base.biases && base.biases->shape() == scales.shape() &&
               mx::issubdtype(base.biases->dtype(), mx::floating),
           "[", op, "] ", given, " needs floating biases of the shape of the scales.");
@@ -126,7 +136,6 @@ std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
 
 mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::optional<mx::array>& columns,
                  const std::optional<mx::array>& rows, mx::StreamOrDevice s) {
-  static const std::map<std::string, int> modes{{"affine", 0}, {"mxfp4", 1}, {"mxfp8", 2}, {"nvfp4", 3}};
   const auto& first = bases[0];
   const int k = first.in(), beside = columns ? columns->shape(1) : 0, below = rows ? rows->shape(0) : 0;
   std::vector<int32_t> at;
@@ -146,7 +155,7 @@ mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::opt
   at.insert(at.end(), {k, beside, below});
   values.insert({"at", device_ints(at)});
   Template arguments{{"T", dtype},
-                     {"MODE", first.scales ? modes.at(first.mode) : 4},
+                     {"MODE", first.scales ? mode_of(first)->code : DENSE},
                      {"BITS", first.scales ? first.bits : 32},
                      {"GROUP", first.scales ? first.group_size : 32}};
   int groups = tiles((n + below) * ((k + beside) / 8), 512);

@@ -101,7 +101,9 @@ def attention_calls(
         yield Call(
             op,
             f"{case}, D = {d}",
-            functools.partial(_core.attention, impl=impl, **core_options),
+            functools.partial(
+                _core.attention, options=_core.AttentionOptions(**core_options), impl=impl
+            ),
             functools.partial(reference.attention, **plain_options),
             normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype),
         )
@@ -282,7 +284,7 @@ def self_check() -> dict[str, str]:
         found = failed(check())
         keep(found)
     for op, reason in found.items():
-        _core.switch_off(op, "kernel", reason)
+        _core.switch_off(op, reason)
         text = f"mlx_segtrain: the {op} kernel is off on this device ({reason})"
         warnings.warn(text, stacklevel=2)
     return found
