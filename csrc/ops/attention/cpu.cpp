@@ -1,10 +1,11 @@
 // Attention in tiles of queries × keys. docs/attention.md derives it; the names here are those of that page.
+#include "ops/attention/cpu.h"
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "cpu/blas.h"
-#include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 

@@ -1,7 +1,7 @@
 // Attention by one kernel a direction: cpu.cpp, metal/attention.metal, cuda/attention.cu.
 #include "core/gpu.h"
-#include "cpu/kernels.h"
 #include "ops/attention/attention.h"
+#include "ops/attention/cpu.h"
 
 namespace segtrain {
 

@@ -7,7 +7,8 @@
 #include <climits>
 
 #include "core/gpu.h"
-#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
 
 namespace segtrain {
 
@@ -23,8 +24,11 @@ struct Glu {
 Arrays cpu_forward(const Glu& c, const Arrays& x) {
   return cpu_op(
       "glu", {f32(x[0], c.s), f32(x[1], c.s)}, {x[0].shape()}, {mx::float32},
-      [gelu = c.gelu, n = x[0].size()](auto& in, auto& out) {
-        cpu::glu(gelu, (const float*)in[0], (const float*)in[1], (float*)out[0], n);
+      [glu = cpu::rows().glu[c.gelu], n = x[0].size()](auto& in, auto& out) {
+        auto gate = (const float*)in[0], up = (const float*)in[1];
+        auto y = (float*)out[0];
+        cpu::over(n, cpu::WORTH_A_THREAD,
+                  [&](size_t i, size_t end) { glu(gate + i, up + i, y + i, end - i); });
       },
       c.s);
 }
@@ -33,9 +37,12 @@ Arrays cpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
   auto shape = x[0].shape();
   return cpu_op(
       "glu_vjp", {f32(x[0], c.s), f32(x[1], c.s), f32(dy, c.s)}, {shape, shape}, {mx::float32, mx::float32},
-      [gelu = c.gelu, n = x[0].size()](auto& in, auto& out) {
-        cpu::glu_vjp(gelu, (const float*)in[0], (const float*)in[1], (const float*)in[2], (float*)out[0],
-                     (float*)out[1], n);
+      [glu_vjp = cpu::rows().glu_vjp[c.gelu], n = x[0].size()](auto& in, auto& out) {
+        auto gate = (const float*)in[0], up = (const float*)in[1], d = (const float*)in[2];
+        auto dgate = (float*)out[0], dup = (float*)out[1];
+        cpu::over(n, cpu::WORTH_A_THREAD, [&](size_t i, size_t end) {
+          glu_vjp(gate + i, up + i, d + i, dgate + i, dup + i, end - i);
+        });
       },
       c.s);
 }

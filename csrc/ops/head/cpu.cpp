@@ -1,10 +1,11 @@
+#include "ops/head/cpu.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <vector>
 
 #include "cpu/blas.h"
-#include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/kernel.h"
-#include "cpu/kernels.h"
+#include "ops/linear/cpu.h"
 
 namespace segtrain {
 

@@ -1,7 +1,8 @@
+#include "ops/linear/cpu.h"
+
 #include <algorithm>
 
 #include "cpu/blas.h"
-#include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 

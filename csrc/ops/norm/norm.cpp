@@ -1,7 +1,8 @@
-// RMS norm and rotary embedding: MLX's own on GPUs, where a CUDA kernel of ours did not beat its norm; on the
-// CPU, where those are chains of small ops, ours.
+// RMS norm: MLX's own on GPUs, where a CUDA kernel of ours did not beat it; on the CPU, where that is a chain
+// of small ops, ours.
 #include "core/kernel.h"
-#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
 #include "mlx/fast.h"
 
 namespace segtrain {
@@ -15,11 +16,21 @@ struct Norm {
   mx::StreamOrDevice s;
 };
 
+/// Calls run(i) for each of the rows, on all threads.
+template <class Run>
+void each_row(int m, int n, const Run& run) {
+  cpu::over(m, cpu::WORTH_A_THREAD / n, [&](size_t i, size_t end) {
+    for (; i < end; ++i) run(i);
+  });
+}
+
 mx::array norm(const Norm& c, const mx::array& x) {
   return cpu_op(
       "rms_norm", {f32(x, c.s), f32(c.weight, c.s)}, {x.shape()}, {mx::float32},
-      [m = c.m, n = c.n, eps = c.eps](auto& i, auto& o) {
-        cpu::rms_norm((const float*)i[0], (const float*)i[1], eps, (float*)o[0], m, n);
+      [m = c.m, n = c.n, eps = c.eps](auto& in, auto& out) {
+        auto x = (const float*)in[0], weight = (const float*)in[1];
+        auto y = (float*)out[0];
+        each_row(m, n, [&](size_t i) { cpu::rows().rms_norm(x + i * n, weight, eps, y + i * n, n); });
       },
       c.s)[0];
 }
@@ -27,9 +38,12 @@ mx::array norm(const Norm& c, const mx::array& x) {
 mx::array norm_vjp(const Norm& c, const mx::array& x, const mx::array& dy) {
   return cpu_op(
       "rms_norm_vjp", {f32(x, c.s), f32(c.weight, c.s), f32(dy, c.s)}, {x.shape()}, {mx::float32},
-      [m = c.m, n = c.n, eps = c.eps](auto& i, auto& o) {
-        cpu::rms_norm_vjp((const float*)i[0], (const float*)i[1], (const float*)i[2], eps, (float*)o[0], m,
-                          n);
+      [m = c.m, n = c.n, eps = c.eps](auto& in, auto& out) {
+        auto x = (const float*)in[0], weight = (const float*)in[1], dy = (const float*)in[2];
+        auto dx = (float*)out[0];
+        each_row(m, n, [&](size_t i) {
+          cpu::rows().rms_norm_vjp(x + i * n, weight, dy + i * n, eps, dx + i * n, n);
+        });
       },
       c.s)[0];
 }
@@ -80,41 +94,6 @@ Arrays add_rms_norm(const mx::array& x, const mx::array& r, const mx::array& wei
         return {dx, dx};
       });
   return op({x, r});
-}
-
-mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
-               int offset, const std::optional<mx::array>& freqs, const std::string& impl,
-               mx::StreamOrDevice s) {
-  check(x.ndim() == 4, "[rope] expected x [B,H,T,D]; got ", x.shape(), ".");
-  check(dims > 0 && dims % 2 == 0 && dims <= x.shape(3),
-        "[rope] dims must be even and at most D = ", x.shape(3), "; got ", dims, ".");
-  check(base.has_value() != freqs.has_value(), "[rope] give either base or freqs.");
-  if (choose("rope", impl, {cpu_kernel(s), {"stock", true, ""}}) == "stock")
-    return mx::fast::rope(x, dims, traditional, base, scale, offset, freqs, s);
-  // Angles are position · scale / freqs; from a base, freqs[i] = base^(2i / dims).
-  auto divisors = freqs ? f32(*freqs, s)
-                        : mx::power(mx::array(*base),
-                                    mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s),
-                                               mx::array(static_cast<float>(dims)), s),
-                                    s);
-  int T = x.shape(2), D = x.shape(3), rows = static_cast<int>(x.size() / std::max<size_t>(1, size_t(T) * D));
-  auto shape = x.shape();
-  auto dtype = x.dtype();
-  auto rotate = [=](const mx::array& y, float sign) {
-    auto z = cpu_op(
-        "rope", {f32(y, s), divisors}, {shape}, {mx::float32},
-        [=](auto& i, auto& o) {
-          cpu::rope((const float*)i[0], (const float*)i[1], scale, sign, offset, traditional, rows, T, D,
-                    dims, (float*)o[0]);
-        },
-        s);
-    return mx::astype(z[0], dtype, s);
-  };
-  // A rotation's transpose is the rotation back.
-  auto op = mx::custom_vjp(
-      [=](const Arrays& in) -> Arrays { return {rotate(in[0], 1)}; },
-      [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays { return {rotate(dy[0], -1)}; });
-  return op({x})[0];
 }
 
 }  // namespace segtrain
