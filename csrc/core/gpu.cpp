@@ -73,7 +73,7 @@ const Text& text_of(const std::string& name) {
 }
 
 std::mutex off_lock;
-std::map<std::string, std::string> off;  // "op impl" → reason
+std::map<std::string, std::string> off;  // kernel → reason
 
 template <typename T>
 mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
@@ -103,7 +103,8 @@ std::string cuda_type(const mx::Dtype& dtype) {
   return "bfloat16";
 }
 
-/// The text as one function with the template's arguments as constants.
+/// The text as one function with the template's arguments as constants. So are what the host has worked out
+/// of the kernel's tiles, threads and bytes of shared memory: the text asserts that it needs the same.
 std::string cuda_source(const std::string& name, const Text& text, const Arrays& inputs,
                         const std::vector<mx::Dtype>& dtypes, const Template& arguments, const Grid& grid) {
   std::string source =
@@ -122,6 +123,8 @@ std::string cuda_source(const std::string& name, const Text& text, const Arrays&
     else
       source += "constexpr bool " + key + (std::get<bool>(value) ? " = true;\n" : " = false;\n");
   }
+  source += "constexpr int THREADS = " + std::to_string(grid.threads) +
+            ", SHARED_BYTES = " + std::to_string(grid.shared_memory) + ";\n";
   return source + text.source + "\n}\n}\n";
 }
 
@@ -133,7 +136,7 @@ const std::string& cuda_binary(const std::string& name, const Text& text, const 
   static std::mutex lock;
   static std::map<std::string, std::string> known;
   std::ostringstream key;
-  key << name << ' ' << grid.threads << ' ' << grid.at_once;
+  key << name << ' ' << grid.threads << ' ' << grid.shared_memory << ' ' << grid.at_once;
   for (const auto& x : inputs) key << ' ' << x.dtype();
   for (const auto& dtype : dtypes) key << ' ' << dtype;
   for (const auto& [_, value] : arguments) std::visit([&](const auto& x) { key << ' ' << x; }, value);

@@ -21,7 +21,8 @@ int most_columns(const Call& c) {
   return std::max(c.D, c.Dv) > 256 ? 256 : 128;
 }
 
-/// struct Columns in the kernel: the columns that a block of the sums takes, and its ring of tiles.
+/// As struct Columns in the text, which checks it: the columns that a block of the sums takes, and its ring
+/// of tiles.
 struct Columns {
   int blocks, bytes;
   Columns(int d, int most) {
@@ -104,6 +105,11 @@ Arrays forward(const Call& c, const Arrays& x) {
 
 Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
   const auto args = template_of(c);
+  auto with_blocks = [&](int n) {
+    auto all = args;
+    all.push_back({"BLOCKS", n});
+    return all;
+  };
   const Columns d(c.D, most_columns(c)), dv(c.Dv, most_columns(c));
   const auto list = ranges(c, scratch_bytes(c));
   auto values = values_of(c, x);
@@ -132,11 +138,12 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
                        {{heads * r.tiles * r.width, 1, 1}, 256, 3 * 2 * TILE * 128 + ALIGN, 2}, c.s)[0];
     values.insert_or_assign("scores_done", done);
     keys_done = launch(
-        "attention_keys_vjp", values, {{1}}, {mx::float32}, args,
+        "attention_keys_vjp", values, {{1}}, {mx::float32}, with_blocks(d.blocks + dv.blocks),
         {{tiles(c.S, TILE) * r.groups * (d.blocks + dv.blocks), 1, 1}, 256, std::max(d.bytes, dv.bytes), 1},
         c.s)[0];
-    queries_done = launch("attention_queries_vjp", values, {{heads, rows, c.D}}, {c.dtype}, args,
-                          {{heads * r.tiles * d.blocks, 1, 1}, 256, d.bytes, 1}, c.s)[0];
+    queries_done =
+        launch("attention_queries_vjp", values, {{heads, rows, c.D}}, {c.dtype}, with_blocks(d.blocks),
+               {{heads * r.tiles * d.blocks, 1, 1}, 256, d.bytes, 1}, c.s)[0];
     parts.push_back(queries_done);
     if (r.tile + r.tiles < tiles(c.T, TILE)) continue;
     groups.push_back(parts.size() == 1 ? parts[0] : mx::concatenate(parts, 1, c.s));
