@@ -1,6 +1,7 @@
 // What the ops of a head have in common: they never hold logits of all rows.
 #pragma once
 
+#include "ops/head/cpu.h"
 #include "ops/linear/base.h"
 
 namespace segtrain {
