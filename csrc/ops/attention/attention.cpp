@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/attention/cudnn/cudnn.h"
 
@@ -252,5 +253,29 @@ std::string attention_way(const std::string& device, int head, mx::Dtype dtype, 
                 dtype != mx::float32;
   return way_among(c, "auto", {"cudnn", serves, ""}, libraries);
 }
+
+const Binding binding([](nb::module_& m) {
+  nb::class_<AttentionOptions>(m, "AttentionOptions", "Which keys a query sees, and what scores become.")
+      .def(nb::init<float, std::optional<int>, std::optional<Ranges>, std::optional<float>,
+                    std::optional<int>>(),
+           nb::kw_only(), "scale"_a, "window"_a = nb::none(), "segments"_a = nb::none(),
+           "softcap"_a = nb::none(), "q_start"_a = nb::none())
+      .def_ro("segments", &AttentionOptions::segments);
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(), "saved"_a = nb::none(),
+        "impl"_a = "auto", "stream"_a = nb::none(),
+        "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
+  m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(),
+        "impl"_a = "auto", "stream"_a = nb::none(), "{o, statistics}, as attention takes them as saved.");
+  m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
+  m.def("set_repeatable", &set_repeatable, "on"_a,
+        "Whether 'auto' takes only implementations that give the same bits again; what was set before.");
+  m.def("is_repeatable", &is_repeatable, "What set_repeatable set last.");
+  m.def("attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
+        "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
+        "The implementation that 'auto' takes for plain causal attention of many tokens on a device, 'cpu', "
+        "'metal' or 'cuda', which need not be here.");
+  m.def("has_neural_accelerators", &has_neural_accelerators,
+        "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
+});
 
 }  // namespace segtrain

@@ -6,6 +6,7 @@
 
 #include <climits>
 
+#include "core/binding.h"
 #include "core/gpu.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
@@ -169,5 +170,12 @@ mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& 
 mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s) {
   return glu("geglu", true, gate, up, impl, s);
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "silu(gate)·up. [..., F] → [..., F].");
+  m.def("geglu", &geglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "gelu(gate)·up, tanh form. [..., F] → [..., F].");
+});
 
 }  // namespace segtrain

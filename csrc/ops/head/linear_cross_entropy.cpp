@@ -2,6 +2,7 @@
 // dz = w·(softmax(z) − (1 − ε)·onehot − ε/V)·cap'(z);  dh = dz·W.
 // dh is formed while a chunk's z is at hand, so that neither z nor a second product with W is ever kept or
 // repeated.
+#include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/head/head.h"
 
@@ -93,5 +94,12 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
                            });
   return op({h})[0];
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
+        nb::kw_only(), "softcap"_a = nb::none(), "label_smoothing"_a = 0.0f, "needs_grad"_a = true,
+        "impl"_a = "auto", "stream"_a = nb::none(),
+        "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
+});
 
 }  // namespace segtrain

@@ -1,5 +1,6 @@
 // log_p = z[target] − lse(z), z = cap(h·Wᵀ + bias).
 //   dz = dlog_p·(onehot − exp(z − lse))·cap'(z), dh = dz·W   with z recomputed, chunk of rows by chunk
+#include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/head/head.h"
 
@@ -88,5 +89,11 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   if (!index->size()) return none;
   return mx::put_along_axis(none, *index, run(some_rows(whole, *index), mx::take(h, *index, 0, s)), 0, s);
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("linear_log_probs", &linear_log_probs, "h"_a, "head"_a, "targets"_a, nb::kw_only(),
+        "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
+        "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
+});
 
 }  // namespace segtrain

@@ -1,5 +1,6 @@
 #include "ops/linear/base.h"
 
+#include "core/binding.h"
 #include "core/gpu.h"
 
 namespace segtrain {
@@ -216,5 +217,33 @@ mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx
                                 base.group_size, base.bits, base.mode, s);
   return mx::astype(y, x.dtype(), s);
 }
+
+const Binding binding([](nb::module_& m) {
+  nb::class_<Base>(m, "Base", "A frozen weight [out, in]: dense, or quantized as `mx.quantize` writes it.")
+      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>,
+                    int, int, std::string>(),
+           "weight"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), nb::kw_only(),
+           "group_size"_a = 0, "bits"_a = 0, "mode"_a = "affine")
+      .def_ro("weight", &Base::weight)
+      .def_ro("scales", &Base::scales)
+      .def_ro("biases", &Base::biases)
+      .def_ro("bias", &Base::bias)
+      .def_ro("group_size", &Base::group_size)
+      .def_ro("bits", &Base::bits)
+      .def_ro("mode", &Base::mode)
+      .def_prop_ro("out_dims", &Base::out)
+      .def_prop_ro("in_dims", &Base::in);
+
+  nb::class_<Linear>(m, "Linear", "A frozen weight and its low-rank update: x·Wᵀ + bias + scale·(x·a)·b.")
+      .def(nb::init<Base, std::optional<mx::array>, std::optional<mx::array>, float>(), "base"_a,
+           "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f)
+      .def_ro("base", &Linear::base)
+      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a, "The same with other factors.")
+      .def_ro("a", &Linear::a)
+      .def_ro("b", &Linear::b)
+      .def_ro("scale", &Linear::scale);
+  m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
+        "A quantized weight as an array [out, in].");
+});
 
 }  // namespace segtrain

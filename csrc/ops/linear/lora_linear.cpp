@@ -2,6 +2,7 @@
 //   dx = dy·W + u·Aᵀ, dA = xᵀ·u, dB = zᵀ·dy   with u = scale·dy·Bᵀ, z = scale·x·A  (both [rows, R])
 // With dropout p, x·A reads mask∘x and scale is scale / (1 − p); then dx = dy·W + mask∘(u·Aᵀ), dA =
 // (mask∘x)ᵀ·u. The mask is drawn again from its key.
+#include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
 #include "ops/linear/joint_linear.h"
@@ -168,5 +169,11 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
   }
   return out;
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
+        "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
+        "x·Wᵀ + bias + scale·(x·a)·b of each linear. x [..., in] → [..., out] each.");
+});
 
 }  // namespace segtrain

@@ -1,6 +1,7 @@
 // y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is made again.
 //   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
 // On CUDA gate and up are one array from their common product to their common gradient.
+#include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/glu/glu.h"
 #include "ops/linear/joint_linear.h"
@@ -163,5 +164,11 @@ mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up,
   shape.back() = down.base.out();
   return mx::reshape(y, shape, s);
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
+        "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "down(act(gate(x))·up(x)). x [..., H] → [..., H].");
+});
 
 }  // namespace segtrain

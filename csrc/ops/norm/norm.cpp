@@ -1,5 +1,6 @@
 // RMS norm: MLX's own on GPUs, where a CUDA kernel of ours did not beat it; on the CPU, where that is a chain
 // of small ops, ours.
+#include "core/binding.h"
 #include "core/kernel.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
@@ -95,5 +96,12 @@ Arrays add_rms_norm(const mx::array& x, const mx::array& r, const mx::array& wei
       });
   return op({x, r});
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
+        "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
+  m.def("add_rms_norm", &add_rms_norm, "x"_a, "r"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
+        "stream"_a = nb::none(), "h = x + r and rms_norm(h). x, r [..., H], weight [H] → [..., H] twice.");
+});
 
 }  // namespace segtrain

@@ -1,6 +1,7 @@
 // Rotary embedding: MLX's own on GPUs; on the CPU, where that is a chain of small ops, ours.
 #include <cmath>
 
+#include "core/binding.h"
 #include "core/kernel.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
@@ -71,5 +72,11 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
       [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays { return {rotate(dy[0], -1)}; });
   return op({x})[0];
 }
+
+const Binding binding([](nb::module_& m) {
+  m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
+        "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
+});
 
 }  // namespace segtrain
