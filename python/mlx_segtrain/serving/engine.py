@@ -494,7 +494,7 @@ class Engine:
 
 def _free() -> None:
     """Gives memory that nothing holds back to the system. MLX keeps it for the next arrays, and so
-    does the C library, which this package asks to keep much (csrc/kernel.cpp)."""
+    does the C library, which this package asks to keep much (csrc/core/kernel.cpp)."""
     mx.clear_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # of a C library that has no such function
