@@ -16,8 +16,8 @@ import pytest
 
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.serving.app import allow_open_files
-from mlx_segtrain.serving.kinds import KINDS
-from mlx_segtrain.serving.store import Store
+from mlx_segtrain.serving.jobs.kinds import KINDS
+from mlx_segtrain.serving.jobs.store import Store
 from served import Server, frames, write_place
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ import pytest
 
 from conftest import write_llama, write_rows
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving import eventlog
-from mlx_segtrain.serving.jobs import Conflict, Jobs
-from mlx_segtrain.serving.store import ENDED
+from mlx_segtrain.serving.jobs import eventlog
+from mlx_segtrain.serving.jobs.queue import Conflict, Jobs
+from mlx_segtrain.serving.jobs.store import ENDED
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_one_server_has_a_folder(place, tmp_path):
 SERVER = """
 import asyncio, sys
 from pathlib import Path
-from mlx_segtrain.serving.jobs import Jobs
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 async def main():
     jobs = Jobs(Path(sys.argv[1]))

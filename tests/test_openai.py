@@ -18,11 +18,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from mlx_segtrain.serving import app as application
-from mlx_segtrain.serving import engine as module
-from mlx_segtrain.serving.engine import Engine
-from mlx_segtrain.serving.guard import Outside
-from mlx_segtrain.serving.openai import router
-from mlx_segtrain.serving.openai_forms import ChatRequest, CompletionRequest
+from mlx_segtrain.serving.api.openai import router
+from mlx_segtrain.serving.api.openai_forms import ChatRequest, CompletionRequest
+from mlx_segtrain.serving.generation import engine as module
+from mlx_segtrain.serving.generation.engine import Engine
+from mlx_segtrain.serving.roots import Outside
 from test_serving_engine import END, Alone, write_adapters, write_lively
 
 NEVER_ENDS = {"logit_bias": {str(END): -100}}

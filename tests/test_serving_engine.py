@@ -20,12 +20,12 @@ from mlx_segtrain.adapters import About, write_adapter
 from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.models import adapting, chain_of, load_base
-from mlx_segtrain.serving import decoding
-from mlx_segtrain.serving import engine as module
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Busy, Engine, NoMemory
-from mlx_segtrain.serving.mounting import read_base
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation import decoding
+from mlx_segtrain.serving.generation import engine as module
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Busy, Engine, NoMemory
+from mlx_segtrain.serving.generation.mounting import read_base
 
 END = 259  # <|im_end|>
 GOES_ON = {END: -100.0}
@@ -663,8 +663,8 @@ def test_the_process_ends_well(model, adapters):
     code = f"""
 import asyncio
 from pathlib import Path
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Engine
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Engine
 
 async def main():
     engine = Engine()

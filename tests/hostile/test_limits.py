@@ -12,8 +12,9 @@ import httpx
 import pytest
 from attack import bystander, memory_mb, patience
 
-from mlx_segtrain.serving import brake, catalog, page
-from mlx_segtrain.serving.store import Store
+from mlx_segtrain.serving import catalog, page
+from mlx_segtrain.serving.api import brake
+from mlx_segtrain.serving.jobs.store import Store
 from served import Server, write_place
 
 TOKEN = "correct-horse-é-battery"

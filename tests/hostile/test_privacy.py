@@ -9,8 +9,8 @@ import pytest
 from test_job_processes import ended
 
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.guard import COOKIE
-from mlx_segtrain.serving.jobs import Jobs
+from mlx_segtrain.serving.api.guard import COOKIE
+from mlx_segtrain.serving.jobs.queue import Jobs
 from served import Server
 
 TOKEN = "a token of this test"

@@ -24,16 +24,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .. import __version__
 from ..errors import InputError, RunError
-from . import api, openai, page
-from .brake import Bounded
-from .engine import Busy, Ended, NoMemory
-from .faults import sentence
-from .guard import COOKIE, LOOPBACK, Guard, Outside, Refused, error_body
-from .jobs import Conflict, Full
+from . import page
+from .api import openai
+from .api import routes as api
+from .api.brake import Bounded
+from .api.faults import sentence
+from .api.guard import COOKIE, Guard, Refused, error_body
+from .generation.engine import Busy, Ended, NoMemory
+from .jobs.queue import Conflict, Full
 from .opening import confine
+from .roots import Outside
 from .service import Fault, Service
 from .sessions import LASTS_S
-from .settings import Settings
+from .settings import LOOPBACK, Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 

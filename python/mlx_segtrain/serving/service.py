@@ -20,16 +20,17 @@ from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
 from ..training import record
 from ..training.contents import check_own
-from . import catalog, pushing
-from .confined import INSPECTING, INSPECTIONS, Confined
-from .engine import Engine
-from .guard import Roots
-from .jobs import Full, Jobs
-from .mounting import Base
+from . import catalog
+from .confined.parent import INSPECTING, INSPECTIONS, Confined
+from .generation.engine import Engine
+from .generation.mounting import Base
+from .jobs import pushing
+from .jobs.queue import Full, Jobs
+from .jobs.store import Row
 from .pools import Busy, Pool
+from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
-from .store import Row
 
 #: Fields of a configuration that are paths.
 PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")

@@ -9,9 +9,9 @@ from urllib.parse import quote
 from nicegui import ui
 
 from ...errors import InputError
-from ..kinds import kind_of
+from ..jobs.kinds import kind_of
+from ..jobs.store import Row
 from ..service import Service
-from ..store import Row
 from . import text
 from .fields import Labelled
 from .frame import Announcer, badge, button, empty, fact, facts, link, notice, tag

@@ -9,10 +9,10 @@ from typing import Any
 from nicegui import background_tasks, ui
 
 from ...errors import InputError, RunError
-from ..confined import prompts
-from ..decoding import Options
-from ..engine import Busy
-from ..mounting import Selected
+from ..confined.parent import prompts
+from ..generation.decoding import Options
+from ..generation.engine import Busy
+from ..generation.mounting import Selected
 from ..service import Service
 from . import text
 from .fields import Labelled, id_of

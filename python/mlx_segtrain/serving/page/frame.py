@@ -9,9 +9,9 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from ..kinds import kind_of
+from ..jobs.kinds import kind_of
+from ..jobs.store import Status
 from ..service import Service
-from ..store import Status
 from . import text
 
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")

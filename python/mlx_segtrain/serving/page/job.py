@@ -7,10 +7,10 @@ from typing import Any
 from nicegui import background_tasks, ui
 
 from ...errors import InputError
-from ..eventlog import Event
-from ..kinds import kind_of
+from ..jobs.eventlog import Event
+from ..jobs.kinds import kind_of
+from ..jobs.store import ENDED, Row
 from ..service import Service
-from ..store import ENDED, Row
 from . import text
 from .after import After, show_result
 from .charts import COLORS, DASHES, Line, chart, draw, lines_of

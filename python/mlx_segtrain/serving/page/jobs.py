@@ -5,9 +5,9 @@ from typing import Any
 
 from nicegui import ui
 
-from ..kinds import kind_of
+from ..jobs.kinds import kind_of
+from ..jobs.store import Row
 from ..service import Service
-from ..store import Row
 from . import text
 from .after import said
 from .charts import COLORS, DASHES, Line, chart, draw

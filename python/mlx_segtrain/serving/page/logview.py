@@ -2,7 +2,7 @@
 
 from nicegui import ui
 
-from ..eventlog import Event
+from ..jobs.eventlog import Event
 from . import text
 from .frame import button, card, tag
 from .runs import PAGE, Run, Runs

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import eventlog
-from ..jobs import Jobs
-from ..store import ENDED
+from ..jobs import eventlog
+from ..jobs.queue import Jobs
+from ..jobs.store import ENDED
 
 #: Points of a curve, about; events of a page of the log; runs that are kept.
 MOST, PAGE, KEPT = 600, 500, 100

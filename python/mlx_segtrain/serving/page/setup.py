@@ -8,7 +8,7 @@ from nicegui import background_tasks, ui
 
 from ...errors import InputError
 from ..catalog import DataFolder, Model
-from ..kinds import kind_of
+from ..jobs.kinds import kind_of
 from ..service import Plan, Service
 from . import text
 from .data import show_report

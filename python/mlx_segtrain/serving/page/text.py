@@ -3,9 +3,9 @@
 import json
 from datetime import datetime, timezone
 
-from ..eventlog import Event
-from ..kinds import kind_of
-from ..store import Row
+from ..jobs.eventlog import Event
+from ..jobs.kinds import kind_of
+from ..jobs.store import Row
 
 #: A space that does not break a number from its unit.
 SPACE = "\u00a0"

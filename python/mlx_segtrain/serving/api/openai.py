@@ -14,13 +14,14 @@ from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse
 from starlette.responses import Response
 
-from ..errors import InputError, RunError, shown
+from ...errors import InputError, RunError, shown
+from ..confined.parent import prompts
+from ..generation.engine import Busy, Ended, Engine, NoMemory
+from ..generation.mounting import Base, Mounted, Selected
+from ..generation.pieces import Generation, Piece
+from ..roots import Outside
 from .bodies import Json
-from .confined import prompts
-from .engine import Busy, Ended, Engine, NoMemory
-from .generation import Generation, Piece
-from .guard import PATIENCE_S, Outside, openai_error
-from .mounting import Base, Mounted, Selected
+from .guard import PATIENCE_S, openai_error
 from .openai_forms import (
     AvailableAdapters,
     ChatCompletion,

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 
-from .pools import Busy, Pool
+from ..pools import Busy, Pool
 
 __all__ = ["Commented", "Json"]
 

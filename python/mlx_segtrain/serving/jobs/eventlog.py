@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..files import lock, private, to_json
+from ...files import lock, private, to_json
 
 Event = dict[str, Any]
 #: Bytes that are read at once.

@@ -14,18 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import lora
-from ..adapters import prompting_of, read_adapter
-from ..adapters.merging import merged
-from ..adapters.reading import stored_bytes
-from ..adapters.writing import common_scale
-from ..data import Prompting
-from ..errors import InputError
-from ..lora.folder import open_folder
-from ..models import Chain, chain_of, load_base
-from ..models.tables import tables_of
-from .catalog import model_id
-from .confined import Confined, Limits
+from ... import lora
+from ...adapters import prompting_of, read_adapter
+from ...adapters.merging import merged
+from ...adapters.reading import stored_bytes
+from ...adapters.writing import common_scale
+from ...data import Prompting
+from ...errors import InputError
+from ...lora.folder import open_folder
+from ...models import Chain, chain_of, load_base
+from ...models.tables import tables_of
+from ..catalog import model_id
+from ..confined.parent import Confined, Limits
 
 __all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
 

@@ -7,8 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InputError
-from ..files import make_folder, private
+from ...errors import InputError
+from ...files import make_folder, private
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 #: Of jobs that neither run nor wait.

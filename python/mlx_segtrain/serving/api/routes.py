@@ -9,10 +9,12 @@ from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from .. import __version__
-from ..errors import InputError
-from ..events import now
-from . import catalog
+from ... import __version__
+from ...errors import InputError
+from ...events import now
+from .. import catalog
+from ..jobs.store import Row
+from ..service import Service
 from .bodies import Commented
 from .forms import (
     Answer,
@@ -46,8 +48,6 @@ from .forms import (
     rows_of_fields,
 )
 from .guard import PATIENCE_S
-from .service import Service
-from .store import Row
 
 
 class Route(APIRoute):

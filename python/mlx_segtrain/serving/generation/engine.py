@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..errors import InputError, RunError
-from ..training.policy import wire
-from .confined import Confined
+from ...errors import InputError, RunError
+from ...training.policy import wire
+from ..confined.parent import Confined
+from ..pools import Busy, Pool
 from .decoding import CONTEXT, Options, Text, processors, sampler
-from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
-from .pools import Busy, Pool
+from .pieces import Generation, Outbox, Piece
 
 __all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 

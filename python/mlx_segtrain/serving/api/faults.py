@@ -4,8 +4,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import TrainConfig, allowed, nearest
-from ..errors import word
+from ...config import TrainConfig, allowed, nearest
+from ...errors import word
 
 __all__ = ["sentence"]
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import events
-from ..errors import InputError
-from ..files import to_json
-from .processes import NETWORK
+from ... import events
+from ...errors import InputError
+from ...files import to_json
+from ..processes import NETWORK
 
 if TYPE_CHECKING:
-    from ..adapters.folding import Folded
+    from ...adapters.folding import Folded
 
 __all__ = ["KINDS", "JobKind", "Values", "kind_of", "tell"]
 
@@ -49,9 +49,9 @@ def done(output_dir: str | Path | None, **result: Any) -> events.Event:
 
 
 def finetune(values: Values) -> events.Event:
-    from ..config import load_config
-    from ..training import train
-    from ..training.curves import draw_run
+    from ...config import load_config
+    from ...training import train
+    from ...training.curves import draw_run
 
     config = load_config(None, values)
 
@@ -70,8 +70,8 @@ def finetune(values: Values) -> events.Event:
 
 
 def evaluate(values: Values) -> events.Event:
-    from ..config import load_config
-    from ..training import evaluate
+    from ...config import load_config
+    from ...training import evaluate
 
     split = values.pop("split")
     adapter = values.get("adapter_path")
@@ -82,9 +82,9 @@ def evaluate(values: Values) -> events.Event:
 
 
 def fold(values: Values) -> events.Event:
-    from ..adapters.conversion import DTYPES
-    from ..adapters.folding import fold
-    from ..adapters.merging import weighted
+    from ...adapters.conversion import DTYPES
+    from ...adapters.folding import fold
+    from ...adapters.merging import weighted
 
     adapter = weighted([Path(values["adapter_path"])], model_dir=Path(values["model_dir"]))
     count = 0
@@ -110,7 +110,7 @@ def fold(values: Values) -> events.Event:
 
 
 def export(values: Values) -> events.Event:
-    from ..adapters.conversion import export
+    from ...adapters.conversion import export
 
     base = values["base_model"]
     made = export(
@@ -123,8 +123,8 @@ def export(values: Values) -> events.Event:
 
 
 def merge(values: Values) -> events.Event:
-    from ..adapters.merging import merge
-    from ..adapters.reading import read_stored
+    from ...adapters.merging import merge
+    from ...adapters.reading import read_stored
 
     paths = [Path(path) for path in values["adapters"]]
     own = [set(read_stored(path).tensors) for path in paths]

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..events import now
-from ..files import make_private, private, write_text
-from . import eventlog, processes
+from ...errors import InputError
+from ...events import now
+from ...files import make_private, private, write_text
+from .. import processes
+from . import eventlog
 from .kinds import kind_of
 from .store import ENDED, Row, Store
 from .store import now as clock
@@ -257,7 +258,7 @@ class Jobs:
                 )
                 arguments = (row.kind, str(self._config(row.id)), str(lock))
                 process = subprocess.Popen(
-                    processes.command("mlx_segtrain.serving.worker", *arguments),
+                    processes.command("mlx_segtrain.serving.jobs.worker", *arguments),
                     cwd=self.logs,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
