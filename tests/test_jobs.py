@@ -172,7 +172,7 @@ def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path)
         assert kinds(events).count("started") == 2
         assert "cancelled" in kinds(events) and events[-1]["type"] == "done"
         jobs.remove(row.id)
-        with pytest.raises(KeyError):
+        with pytest.raises(InputError, match="job not found"):
             jobs.get(row.id)
         assert not jobs.log(row.id).exists()
         return done

@@ -12,7 +12,12 @@ T = TypeVar("T")
 
 
 class Busy(Exception):
-    """A request that is not taken now. The message is one sentence: why, and what to do."""
+    """A request that is not taken now. The message is one sentence: why, and what to do.
+
+    `status` and `code` are those with which it is answered.
+    """
+
+    status, code = 429, "busy"
 
 
 class Pool:

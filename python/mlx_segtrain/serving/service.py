@@ -53,9 +53,11 @@ BURST, PER_MINUTE = 60, 60
 class Fault(InputError):
     """A field that is wrong: its name, what it was, what is allowed."""
 
-    def __init__(self, message: str, field: str | None, value: Any = None, allowed: str = ""):
-        super().__init__(message)
-        self.field, self.value, self.allowed = field, value, allowed
+    status = 422
+
+    def __init__(self, message: str, field: str | None = None, **more: Any):
+        super().__init__(message, field=field)
+        self.more = {"field": field, **more} if field is not None else {}
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ class Service:
                 with suppress(Busy, RunError):
                     await self.engine.tidy()
 
+    @property
+    def waits(self) -> bool:
+        """Whether answers wait for a job that computes."""
+        return self.settings.while_training == "refuse" and self.jobs.training
+
     # What there is
 
     async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
@@ -153,11 +160,13 @@ class Service:
         """As the command line checks it; paths lie under the roots. Fault, Outside, InputError."""
         for name, why in OWN.items():
             if values.get(name) is not None:
-                raise Fault(f"{name} is not taken: {why}.", name, values[name], "nothing")
+                raise Fault(
+                    f"{name} is not taken: {why}.", name, value=values[name], allowed="nothing"
+                )
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
-            raise Fault(str(error), None) from None
+            raise Fault(str(error)) from None
         paths = {
             name: self.roots.resolve(getattr(config, name))
             for name in PATHS
@@ -259,7 +268,8 @@ class Service:
         return self._submit("evaluate", {**stated, "split": split}, None)
 
     def resume(self, id: str) -> Row:
-        """Queues a job again; KeyError if there is none."""
+        """Queues a job again; InputError if there is none."""
+        self.jobs.get(id)
         self._take_token()
         return self.jobs.resume(id)
 
@@ -280,7 +290,7 @@ class Service:
 
     def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
         if len(json.dumps(values)) > MOST_CONFIG:
-            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.", None)
+            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.")
         self._take_token()
         return self.jobs.submit(kind, values, output)
 

@@ -12,13 +12,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..sessions import Sessions
 from ..settings import LOOPBACK
 from .brake import Brake
+from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -315,19 +315,6 @@ async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, s
     more += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
     await send({"type": "http.response.start", "status": refused.status, "headers": more})
     await send({"type": "http.response.body", "body": content})
-
-
-def error_body(path: str, message: str, status: int) -> dict[str, Any]:
-    """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
-    if path.startswith("/v1/"):
-        return openai_error(status, message)
-    return {"ok": False, "error": message}
-
-
-def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients know it."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": code}}
 
 
 def _log(scope: Scope, status: int, reason: str) -> None:

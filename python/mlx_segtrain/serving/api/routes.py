@@ -1,12 +1,11 @@
 """/api: training, data, models and jobs. The contract of docs/http.md, as thin as it can be."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Header, HTTPException, Query
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from ... import __version__
@@ -15,7 +14,8 @@ from ...events import now
 from .. import catalog
 from ..jobs.store import Row
 from ..service import Service
-from .bodies import Commented
+from .bodies import CommentedRoute
+from .dependencies import Used
 from .forms import (
     Answer,
     DatasetsAnswer,
@@ -49,15 +49,7 @@ from .forms import (
 )
 from .guard import PATIENCE_S
 
-
-class Route(APIRoute):
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def with_comments(request: Request) -> Response:
-            return await handle(Commented(request.scope, request.receive))
-
-        return with_comments
+router = APIRouter(route_class=CommentedRoute)
 
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -66,208 +58,214 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": Problem} for code in sorted({*common, *codes})}
 
 
-def router(service: Service) -> APIRouter:
-    routes = APIRouter(route_class=Route)
-    jobs = service.jobs
+@router.get("/healthz", tags=["server"], responses=problems())
+async def health(service: Used) -> Health:
+    """The server is up, and can generate; 503 if it cannot any more."""
+    base = service.engine.base
+    if service.engine.fault is not None:
+        raise HTTPException(503, service.engine.fault)
+    model = None if base is None else base.id
+    return Health(version=__version__, model=model, training=service.jobs.training)
 
-    def shown(row: Row) -> JobRow:
-        values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
-        result = json.loads(row.result_json) if row.result_json else None
-        values["config_json"] = row.config_json or None
-        return JobRow(**values, result=result, log_path=str(jobs.log(row.id)))
 
-    def found(id: str) -> Row:
-        try:
-            return jobs.get(id)
-        except KeyError:
-            raise NotFound("job not found") from None
+@router.get("/api/models", tags=["models and data"], responses=problems())
+async def models(service: Used) -> ModelsAnswer:
+    """Models below the roots."""
+    faults: list[catalog.Unreadable] = []
+    return ModelsAnswer(models=await service.models(faults), faults=faults)
 
-    def submitted(row: Row, **more: Any) -> dict[str, Any]:
-        return {"ok": True, "job_id": row.id, "jobId": row.id, **more}
 
-    async def result(row: Row) -> dict[str, Any]:
-        """Of a job that is waited for; what it failed of is the request's fault."""
-        end = await jobs.ended(row.id)
-        if end.status != "done":
-            raise InputError(end.error or f"{row.id} was {end.status}.")
-        return json.loads(end.result_json or "null")
+@router.post("/api/models/serve", tags=["models and data"], responses=problems())
+async def serve(body: ServeModel, service: Used) -> Served:
+    """Loads a model for /v1, in the place of the one that is served."""
+    base = await service.serve(body.model_dir)
+    return Served(id=base.id, path=str(base.path))
 
-    @routes.get("/healthz", tags=["server"], responses=problems())
-    async def health() -> Health:
-        """The server is up, and can generate; 503 if it cannot any more."""
-        base = service.engine.base
-        if service.engine.fault is not None:
-            raise HTTPException(503, service.engine.fault)
-        model = None if base is None else base.id
-        return Health(version=__version__, model=model, training=jobs.training)
 
-    @routes.get("/api/models", tags=["models and data"], responses=problems())
-    async def models() -> ModelsAnswer:
-        """Models below the roots."""
-        faults: list[catalog.Unreadable] = []
-        return ModelsAnswer(models=await service.models(faults), faults=faults)
+@router.get("/api/datasets", tags=["models and data"], responses=problems())
+async def datasets(service: Used) -> DatasetsAnswer:
+    """Folders with train.jsonl below the roots."""
+    return DatasetsAnswer(datasets=await service.datasets())
 
-    @routes.post("/api/models/serve", tags=["models and data"], responses=problems())
-    async def serve(body: ServeModel) -> Served:
-        """Loads a model for /v1, in the place of the one that is served."""
-        base = await service.serve(body.model_dir)
-        return Served(id=base.id, path=str(base.path))
 
-    @routes.get("/api/datasets", tags=["models and data"], responses=problems())
-    async def datasets() -> DatasetsAnswer:
-        """Folders with train.jsonl below the roots."""
-        return DatasetsAnswer(datasets=await service.datasets())
+@router.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
+async def inspect_dataset(body: InspectDataset, service: Used) -> Inspected:
+    """What a data set trains, token by token for its first rows; its faults are told here."""
+    report = await service.inspect(**body.model_dump())
+    values = {**asdict(report), "format": report.format or "unknown"}
+    return Inspected(**values)
 
-    @routes.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
-    async def inspect_dataset(body: InspectDataset) -> Inspected:
-        """What a data set trains, token by token for its first rows; its faults are told here."""
-        report = await service.inspect(**body.model_dump())
-        values = {**asdict(report), "format": report.format or "unknown"}
-        return Inspected(**values)
 
-    @routes.get("/api/finetune/defaults", tags=["training"], responses=problems())
-    async def defaults() -> Defaults:
-        """Every field of a run, with what it takes and its default."""
-        return Defaults(fields=rows_of_fields())
+@router.get("/api/finetune/defaults", tags=["training"], responses=problems())
+async def defaults() -> Defaults:
+    """Every field of a run, with what it takes and its default."""
+    return Defaults(fields=rows_of_fields())
 
-    @routes.post("/api/finetune/plan", tags=["training"], responses=problems())
-    async def plan(body: PlanRequest) -> Planned:
-        """Whether a run fits this machine; loads nothing."""
-        return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
-    @routes.post("/api/finetune/submit", tags=["training"], responses=problems(409))
-    async def submit(body: FinetuneSubmit) -> Submitted:
-        """A training run, as a job."""
-        row = service.submit(body.model_dump(exclude_unset=True))
-        return Submitted(**submitted(row, adapter_path=row.output_path))
+@router.post("/api/finetune/plan", tags=["training"], responses=problems())
+async def plan(body: PlanRequest, service: Used) -> Planned:
+    """Whether a run fits this machine; loads nothing."""
+    return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
-    @routes.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
-    async def evaluate(body: EvaluateRequest) -> Submitted:
-        """Loss and perplexity on a split, with an adapter or without, as a job."""
-        values = body.model_dump(exclude_unset=True)
-        row = service.evaluate(values, values.pop("split", "valid"))
-        return Submitted(**submitted(row))
 
-    @routes.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
-    async def merge(body: Merge) -> Merged | FoldSubmitted:
-        """Two adapters to one, exactly; or one into its base's weights, as a job."""
-        if body.model_dir is not None and body.adapter_path is not None:
-            how = {"dequantize": body.dequantize, "bits": body.bits, "dtype": body.dtype}
-            row = service.fold(body.model_dir, body.adapter_path, body.output_dir, **how)
-            return FoldSubmitted(**submitted(row, output_dir=row.output_path))
-        sources = [body.adapter_a or "", body.adapter_b or ""]
-        row = service.merge(sources, body.scales, body.output_dir)
-        made = await result(row)
-        stats = Stats(
-            layersMerged=made["linears_in_all"],
-            layersOnlyInOne=made["linears_in_some"],
-            totalKeysOut=2 * made["linears"],
-            sources=sources,
-            scales=body.scales or [1.0, 1.0],
-        )
-        return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
+@router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
+async def submit(body: FinetuneSubmit, service: Used) -> Submitted:
+    """A training run, as a job."""
+    row = service.submit(body.model_dump(exclude_unset=True))
+    return Submitted(**_submitted(row, adapter_path=row.output_path))
 
-    @routes.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
-    async def export(body: Export) -> Exported:
-        """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
-        row = service.export(**body.model_dump())
-        made = await result(row)
-        return Exported(job_id=row.id, export_path=made["path"], manifest=made)
 
-    @routes.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
-    async def push(body: Push) -> Pushed:
-        """An adapter or a model to the Hugging Face hub: its own files, and no others."""
-        source = body.source_path
-        if body.job_id is not None:
-            source = found(body.job_id).output_path
-        if source is None:
-            raise InputError("give source_path, or the job_id of a job that wrote a folder.")
-        row = service.push(body.repo_id, source, body.private)
-        return Pushed(job_id=row.id, url=(await result(row))["url"])
+@router.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
+async def evaluate(body: EvaluateRequest, service: Used) -> Submitted:
+    """Loss and perplexity on a split, with an adapter or without, as a job."""
+    values = body.model_dump(exclude_unset=True)
+    row = service.evaluate(values, values.pop("split", "valid"))
+    return Submitted(**_submitted(row))
 
-    @routes.get("/api/settings/hf-token", tags=["server"], responses=problems())
-    async def has_hf_token() -> HasHfToken:
-        """Whether there is a token of the hub; nobody is told which."""
-        return HasHfToken(hasToken=service.has_hf_token)
 
-    @routes.post("/api/settings/hf-token", tags=["server"], responses=problems())
-    async def set_hf_token(body: HfToken) -> Answer:
-        """Sets the token of the hub for as long as the server runs; it is written nowhere."""
-        jobs.environment["HF_TOKEN"] = body.token
-        return Answer()
-
-    @routes.delete("/api/sessions", tags=["server"], responses=problems())
-    async def end_sessions() -> Answer:
-        """Logs all browsers out: each has to give the token again."""
-        service.sessions.close_all()
-        return Answer()
-
-    @routes.get("/api/jobs", tags=["jobs"], responses=problems(404))
-    async def list_jobs(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-        kind: Annotated[str | None, Query(max_length=100)] = None,
-        before: Annotated[str | None, Query(description="The id of a job.")] = None,
-    ) -> JobsAnswer:
-        """The last jobs of the queue first, or those before one; without their configurations."""
-        place = None if before is None else found(before).place
-        rows = jobs.store.newest(limit, kind, place)
-        more = rows[-1].id if len(rows) == limit else None
-        return JobsAnswer(jobs=[shown(row) for row in rows], next=more)
-
-    @routes.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
-    async def job(id: str) -> JobAnswer:
-        return JobAnswer(job=shown(found(id)))
-
-    @routes.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
-    async def cancel(id: str) -> JobAnswer:
-        """Ends a job; a run keeps its last finished step."""
-        found(id)
-        return JobAnswer(job=shown(jobs.cancel(id)))
-
-    @routes.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
-    async def resume(id: str) -> JobAnswer:
-        """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
-        found(id)
-        return JobAnswer(job=shown(service.resume(id)))
-
-    @routes.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
-    async def delete(id: str) -> Answer:
-        """Forgets a job that has ended, and its log; what it wrote stays."""
-        found(id)
-        jobs.remove(id)
-        return Answer()
-
-    @routes.get(
-        "/api/jobs/{id}/stream",
-        tags=["jobs"],
-        response_class=EventSourceResponse,
-        responses={**problems(), 200: {"content": {"text/event-stream": {}}}},
+@router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
+async def merge(body: Merge, service: Used) -> Merged | FoldSubmitted:
+    """Two adapters to one, exactly; or one into its base's weights, as a job."""
+    if body.model_dir is not None and body.adapter_path is not None:
+        how = {"dequantize": body.dequantize, "bits": body.bits, "dtype": body.dtype}
+        row = service.fold(body.model_dir, body.adapter_path, body.output_dir, **how)
+        return FoldSubmitted(**_submitted(row, output_dir=row.output_path))
+    sources = [body.adapter_a or "", body.adapter_b or ""]
+    row = service.merge(sources, body.scales, body.output_dir)
+    made = await _result(service, row)
+    stats = Stats(
+        layersMerged=made["linears_in_all"],
+        layersOnlyInOne=made["linears_in_some"],
+        totalKeysOut=2 * made["linears"],
+        sources=sources,
+        scales=body.scales or [1.0, 1.0],
     )
-    async def stream(
-        id: str,
-        after: Annotated[int, Query(ge=0, description="Events behind the one with this id.")] = 0,
-        last_event_id: Annotated[str | None, Header()] = None,
-    ) -> EventSourceResponse:
-        """A job's events, from the first or behind one, until it has ended; then `event: end`."""
-        if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
-            after = int(last_event_id)
-        return EventSourceResponse(
-            _frames(service, id, after), sep="\n", send_timeout=PATIENCE_S, ping=15
-        )
-
-    return routes
+    return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
 
 
-class NotFound(Exception):
-    """404, with its sentence."""
+@router.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
+async def export(body: Export, service: Used) -> Exported:
+    """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
+    row = service.export(**body.model_dump())
+    made = await _result(service, row)
+    return Exported(job_id=row.id, export_path=made["path"], manifest=made)
+
+
+@router.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
+async def push(body: Push, service: Used) -> Pushed:
+    """An adapter or a model to the Hugging Face hub: its own files, and no others."""
+    source = body.source_path
+    if body.job_id is not None:
+        source = service.jobs.get(body.job_id).output_path
+    if source is None:
+        raise InputError("give source_path, or the job_id of a job that wrote a folder.")
+    row = service.push(body.repo_id, source, body.private)
+    return Pushed(job_id=row.id, url=(await _result(service, row))["url"])
+
+
+@router.get("/api/settings/hf-token", tags=["server"], responses=problems())
+async def has_hf_token(service: Used) -> HasHfToken:
+    """Whether there is a token of the hub; nobody is told which."""
+    return HasHfToken(hasToken=service.has_hf_token)
+
+
+@router.post("/api/settings/hf-token", tags=["server"], responses=problems())
+async def set_hf_token(body: HfToken, service: Used) -> Answer:
+    """Sets the token of the hub for as long as the server runs; it is written nowhere."""
+    service.jobs.environment["HF_TOKEN"] = body.token
+    return Answer()
+
+
+@router.delete("/api/sessions", tags=["server"], responses=problems())
+async def end_sessions(service: Used) -> Answer:
+    """Logs all browsers out: each has to give the token again."""
+    service.sessions.close_all()
+    return Answer()
+
+
+@router.get("/api/jobs", tags=["jobs"], responses=problems(404))
+async def list_jobs(
+    service: Used,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    kind: Annotated[str | None, Query(max_length=100)] = None,
+    before: Annotated[str | None, Query(description="The id of a job.")] = None,
+) -> JobsAnswer:
+    """The last jobs of the queue first, or those before one; without their configurations."""
+    place = None if before is None else service.jobs.get(before).place
+    rows = service.jobs.newest(limit, kind, place)
+    more = rows[-1].id if len(rows) == limit else None
+    return JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
+
+
+@router.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
+async def job(id: str, service: Used) -> JobAnswer:
+    return JobAnswer(job=_shown(service, service.jobs.get(id)))
+
+
+@router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
+async def cancel(id: str, service: Used) -> JobAnswer:
+    """Ends a job; a run keeps its last finished step."""
+    return JobAnswer(job=_shown(service, service.jobs.cancel(id)))
+
+
+@router.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
+async def resume(id: str, service: Used) -> JobAnswer:
+    """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+    return JobAnswer(job=_shown(service, service.resume(id)))
+
+
+@router.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
+async def delete(id: str, service: Used) -> Answer:
+    """Forgets a job that has ended, and its log; what it wrote stays."""
+    service.jobs.remove(id)
+    return Answer()
+
+
+@router.get(
+    "/api/jobs/{id}/stream",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses={**problems(), 200: {"content": {"text/event-stream": {}}}},
+)
+async def stream(
+    service: Used,
+    id: str,
+    after: Annotated[int, Query(ge=0, description="Events behind the one with this id.")] = 0,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> EventSourceResponse:
+    """A job's events, from the first or behind one, until it has ended; then `event: end`."""
+    if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
+        after = int(last_event_id)
+    return EventSourceResponse(
+        _frames(service, id, after), sep="\n", send_timeout=PATIENCE_S, ping=15
+    )
+
+
+def _shown(service: Service, row: Row) -> JobRow:
+    values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
+    result = json.loads(row.result_json) if row.result_json else None
+    values["config_json"] = row.config_json or None
+    return JobRow(**values, result=result, log_path=str(service.jobs.log(row.id)))
+
+
+def _submitted(row: Row, **more: Any) -> dict[str, Any]:
+    return {"ok": True, "job_id": row.id, "jobId": row.id, **more}
+
+
+async def _result(service: Service, row: Row) -> dict[str, Any]:
+    """Of a job that is waited for; what it failed of is the request's fault."""
+    end = await service.jobs.ended(row.id)
+    if end.status != "done":
+        raise InputError(end.error or f"{row.id} was {end.status}.")
+    return json.loads(end.result_json or "null")
 
 
 async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent]:
     yield ServerSentEvent(retry=1500, sep="\n")
     try:
         service.jobs.get(id)
-    except KeyError:
-        failed = {"type": "failed", "error": "job not found", "ts": now()}
+    except InputError as error:
+        failed = {"type": "failed", "error": str(error), "ts": now()}
         yield ServerSentEvent(json.dumps(failed), sep="\n")
     else:
         async for place, frame in service.jobs.follow(id, after):

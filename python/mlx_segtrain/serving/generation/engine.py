@@ -60,9 +60,13 @@ T = TypeVar("T")
 class NoMemory(RunError):
     """A request that the device's memory did not do for; others go on."""
 
+    status, code = 503, "no_memory"
+
 
 class Ended(RunError):
     """The engine's thread is no more; the process has to be started anew."""
+
+    status, code = 503, "ended"
 
 
 @dataclass(eq=False)
@@ -152,7 +156,7 @@ class Engine:
         return await self._do(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
-        """How many linears had an update; KeyError if there is no such adapter.
+        """How many linears had an update; InputError if there is no such adapter.
 
         Requests that run on it end on it. If it was the default, the base is.
         """
@@ -424,7 +428,9 @@ class Engine:
         return mounted
 
     def _unmount(self, id: str) -> int:
-        mounted = self.adapters[id]
+        mounted = self.adapters.get(id)
+        if mounted is None:
+            raise InputError(f"adapter {id} not mounted", status=404)
         self.adapters = {key: x for key, x in self.adapters.items() if key != id}
         if self.default is not None and id in self.default.replace("+", ",").split(","):
             self.default = None

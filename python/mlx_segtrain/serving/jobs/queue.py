@@ -47,9 +47,13 @@ ASKED, SIGNALLED = 1, 2
 class Conflict(InputError):
     """What is asked for does not go with the state that a job is in."""
 
+    status = 409
+
 
 class Full(InputError):
     """No more jobs are taken for now."""
+
+    status = 429
 
 
 @dataclass
@@ -138,11 +142,16 @@ class Jobs:
         return self.get(row.id)
 
     def get(self, id: str) -> Row:
-        """KeyError if there is none."""
+        """InputError if there is none."""
         row = self.store.get(id)
         if row is None:
-            raise KeyError(id)
+            raise InputError("job not found", status=404)
         return row
+
+    def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
+        """The last jobs of the queue first, or those before a place in it; without their
+        configurations."""
+        return self.store.newest(limit, kind, before)
 
     def cancel(self, id: str) -> Row:
         """Ends a job; of a run the last finished step is kept. It goes on to its end after this.
