@@ -18,6 +18,9 @@ SERVING = (
     *("jobs", "generation", "service", "api", "page", "app"),
 )
 
+#: What the page may import of the server: the service, and what the service returns.
+OF_PAGE = ("page", "service", "jobs.row", "catalog", "api.forms")
+
 
 def modules():
     """Every module of the package with its path, by dotted name below the package."""
@@ -71,3 +74,15 @@ def test_a_room_imports_those_below_it_only():
 
 def test_a_room_of_the_server_imports_those_below_it_only():
     assert not upward(SERVING, "serving.")
+
+
+def test_the_page_calls_the_service_and_nothing_below_it():
+    allowed = tuple(f"serving.{name}." for name in OF_PAGE)
+    below = [
+        f"{name} imports {found}"
+        for name, file in modules()
+        if name.startswith("serving.page")
+        for found in imported(name, file)
+        if found.startswith("serving.") and not f"{found}.".startswith(allowed)
+    ]
+    assert not below

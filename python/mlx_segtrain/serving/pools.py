@@ -5,13 +5,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from ..errors import RunError
+
 __all__ = ["Busy", "Pool"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Busy(Exception):
+class Busy(RunError):
     """A request that is not taken now. The message is one sentence: why, and what to do.
 
     `status` and `code` are those with which it is answered.

@@ -18,16 +18,17 @@ from ..data import Preview, Report
 from ..errors import InputError, NoRoom, RunError
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
-from ..training import record
-from ..training.contents import check_own
 from . import catalog
-from .confined.parent import INSPECTING, INSPECTIONS, Confined
+from .confined.parent import INSPECTING, INSPECTIONS, Confined, prompts
+from .generation.decoding import Options
 from .generation.engine import Engine
-from .generation.mounting import Base
+from .generation.mounting import Base, Selected, free_id
+from .generation.pieces import Generation
 from .jobs import pushing
+from .jobs.outputs import Outputs
 from .jobs.queue import Full, Jobs
-from .jobs.store import Row
-from .pools import Busy, Pool
+from .jobs.row import Row
+from .pools import Pool
 from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
@@ -42,8 +43,6 @@ JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
 MOST_CONFINED = 2
 #: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
-#: Folders of the store in which outputs are.
-OUTPUTS = ("adapters", "exports", "models")
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
@@ -76,6 +75,7 @@ class Service:
         self.settings = settings
         self.roots = Roots(settings.folders, settings.store)
         self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders)
+        self.outputs = Outputs(settings.store, self.roots, self.jobs)
         self.engine = Engine()
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
@@ -109,7 +109,7 @@ class Service:
             now = resident() or least
             least = min(least, now)
             if now > least + TIDY_BYTES:
-                with suppress(Busy, RunError):
+                with suppress(RunError):
                     await self.engine.tidy()
 
     @property
@@ -153,6 +153,33 @@ class Service:
     async def serve(self, model_dir: str | Path) -> Base:
         """Loads a model in the place of the one that is served."""
         return await self.engine.load(self.roots.resolve(model_dir))
+
+    # Answers
+
+    @property
+    def base(self) -> Base | None:
+        """The model that is served."""
+        return self.engine.base
+
+    async def select(self, adapter: str | None) -> Selected:
+        """The base, with the adapter of a folder or alone; mounts what is not mounted yet."""
+        if not adapter:
+            return self.engine.select("none")
+        mounted = self.engine.adapters
+        id = next((own.id for own in mounted.values() if str(own.path) == adapter), None)
+        if id is None:
+            path = Path(adapter)
+            id = (await self.engine.mount(free_id(path.name, mounted), path)).id
+        return self.engine.select(id)
+
+    async def chat(
+        self, turns: list[dict[str, str]], selected: Selected, max_tokens: int, temperature: float
+    ) -> Generation:
+        """The next turn; a model without a chat template goes on from the text."""
+        options = Options(max_tokens=max_tokens, temperature=temperature)
+        size = sum(len(own["content"]) for own in turns)
+        prompt = await prompts(size).run(selected.encode_turns, turns)
+        return self.engine.generate(prompt, selected, options)
 
     # Before a run
 
@@ -210,11 +237,11 @@ class Service:
 
     def submit(self, values: Mapping[str, Any]) -> Row:
         """A training run."""
-        fill = {} if values.get("adapter_path") else {"adapter_path": self._new("adapter")}
+        fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config({**given, **fill})
         _check_inputs(config, "train")
-        self._check_output(config)
+        self.outputs.check_run(config)
         stated = config.model_dump(mode="json", include=set(given) | set(fill))
         return self._submit("finetune", stated, config.adapter_path)
 
@@ -229,7 +256,7 @@ class Service:
         dtype: str | None = None,
     ) -> Row:
         """An adapter into its base's weights."""
-        out = self._output(output_dir, "model")
+        out = self.outputs.given(output_dir, "model")
         values = {"model_dir": self._path(model_dir), "adapter_path": self._path(adapter_path)}
         how = {"dequantize": dequantize, "bits": bits, "dtype": dtype}
         return self._submit("fold", {**values, **how, "output_dir": str(out)}, out)
@@ -241,7 +268,7 @@ class Service:
         output_dir: str | None = None,
     ) -> Row:
         """Adapters to one."""
-        out = self._output(output_dir, "merged")
+        out = self.outputs.given(output_dir, "merged")
         paths = [self._path(path) for path in adapters]
         values = {"adapters": paths, "scales": scales, "output_dir": str(out)}
         return self._submit("merge", values, out)
@@ -254,7 +281,7 @@ class Service:
         output_dir: str | None = None,
     ) -> Row:
         """An adapter as others read it."""
-        out = self._output(output_dir, "export")
+        out = self.outputs.given(output_dir, "export")
         base = None if base_model is None else self._path(base_model)
         values = {"adapter_path": self._path(adapter_path), "base_model": base, "method": method}
         return self._submit("export", {**values, "output_dir": str(out)}, out)
@@ -310,63 +337,11 @@ class Service:
         for path in values.get("adapters") or ():
             self.roots.resolve(path)
 
-    def _check_output(self, config: TrainConfig) -> None:
-        """A run clears its folder by name: it must be new, or a run's."""
-        path = config.adapter_path
-        self._check_place(path)
-        store = self.settings.store.resolve()
-        near = [*self.roots.folders, store, store / "jobs", config.model_dir, config.data_dir]
-        near += [config.warm_start] if config.warm_start else []
-        if any(other.is_relative_to(path) for other in near) or any(
-            path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
-        ):
-            raise InputError(f"adapter_path {path} is in use by others: give a folder of its own.")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return
-        try:
-            record.read(path)
-            check_own(path)
-        except InputError as error:
-            reason = f"holds no run of ours: give a new folder. {error}"
-            raise InputError(f"adapter_path {path} is there, and {reason}") from None
-        if not (config.overwrite or config.resume):
-            raise InputError(
-                f"adapter_path {path} already holds a run: give another folder, resume or "
-                "overwrite."
-            )
-
     def _path(self, text: str) -> str:
         path = self.roots.resolve(text)
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: give one that is there.")
         return str(path)
-
-    def _output(self, text: str | None, kind: str) -> Path:
-        out = self._new(kind) if text is None else self.roots.resolve(text)
-        self._check_place(out)
-        if out.exists():
-            raise InputError(f"{out} is there already: give a new folder.")
-        return out
-
-    def _check_place(self, out: Path) -> None:
-        """In our store outputs have folders of theirs: all other names there are its own."""
-        store = self.settings.store.resolve()
-        if out.is_relative_to(store):
-            parts = out.relative_to(store).parts
-            if len(parts) < 2 or parts[0] not in OUTPUTS:
-                names = ", ".join(OUTPUTS)
-                raise InputError(f"{out} is the store's own: give a folder below its {names}.")
-
-    def _new(self, kind: str) -> Path:
-        """A folder in our own store that is not there yet."""
-        where = {"export": "exports", "model": "models"}.get(kind, "adapters")
-        stamp = time.time_ns() // 1_000_000
-        taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}
-        while True:
-            path = self.settings.store.resolve() / where / f"{kind}-{stamp}"
-            if not path.exists() and str(path) not in taken:
-                return path
-            stamp += 1
 
 
 def resident() -> int | None:

@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse, Response
 
 from ...config import TrainConfig, allowed, nearest
 from ...errors import InputError, RunError, word
-from ..pools import Busy
 
 __all__ = ["add_handlers", "error_answer", "error_body", "openai_error", "sentence"]
 
@@ -124,7 +123,7 @@ def add_handlers(app: FastAPI) -> None:
         code, more = getattr(error, "code", None), getattr(error, "more", {})
         return error_answer(request, error.status, str(error), code, **more)
 
-    for kind in (InputError, RunError, Busy):
+    for kind in (InputError, RunError):
         app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)

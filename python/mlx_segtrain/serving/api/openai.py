@@ -119,7 +119,7 @@ async def _events(
                 if with_usage:
                     yield event([], usage=_usage(prompt, piece, authority))
                 yield {"data": "[DONE]"}
-    except (Busy, RunError) as error:  # the status is sent already
+    except RunError as error:  # the status is sent already
         yield {"data": json.dumps(openai_error(503, str(error)))}
     finally:
         await generation.aclose()

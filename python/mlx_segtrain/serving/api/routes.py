@@ -12,7 +12,7 @@ from ... import __version__
 from ...errors import InputError
 from ...events import now
 from .. import catalog
-from ..jobs.store import Row
+from ..jobs.row import Row
 from ..service import Service
 from .bodies import CommentedRoute
 from .dependencies import Used
@@ -243,9 +243,8 @@ async def stream(
 
 def _shown(service: Service, row: Row) -> JobRow:
     values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
-    result = json.loads(row.result_json) if row.result_json else None
     values["config_json"] = row.config_json or None
-    return JobRow(**values, result=result, log_path=str(service.jobs.log(row.id)))
+    return JobRow(**values, result=row.result, log_path=str(service.jobs.log(row.id)))
 
 
 def _submitted(row: Row, **more: Any) -> dict[str, Any]:
@@ -257,7 +256,7 @@ async def _result(service: Service, row: Row) -> dict[str, Any]:
     end = await service.jobs.ended(row.id)
     if end.status != "done":
         raise InputError(end.error or f"{row.id} was {end.status}.")
-    return json.loads(end.result_json or "null")
+    return end.result
 
 
 async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent]:

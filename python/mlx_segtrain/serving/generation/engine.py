@@ -307,7 +307,7 @@ class Engine:
             told = f"others were answered for {LONGEST_WAIT_S:.0f} s: try again later."
             sequence.outbox.put(Busy(told))
 
-    def _give_up(self, ended: Busy | RunError) -> None:
+    def _give_up(self, ended: RunError) -> None:
         """Tells all that still want something, and frees what there is."""
         for sequence in (*self._active, *self._waiting):
             sequence.close()
