@@ -21,7 +21,6 @@ DRAWN = ("learning_rate", "tokens_per_sec", "grad_norm", "peak_gb", "active_gb")
 #: Names of metrics, and those of which no curve is drawn.
 METRIC = re.compile(r"[a-z]\w{0,39}")
 OTHER = ("type", "kind", "step", "loss", "step_s", "progress", "message", "ts", *DRAWN)
-PLANNED = re.compile(r"([\d.]+) GB at most of ([\d.]+) GB")
 
 Point = tuple[float, float]
 
@@ -150,8 +149,9 @@ class Run:
                     self.iters, self.step = event.get("iters"), event.get("step") or 0
                     for curve in self.curves.values():
                         curve.cut(self.step)
-                if found := PLANNED.search(self.message):
-                    self.planned_gb, self.budget_gb = float(found[1]), float(found[2])
+                planned, budget = event.get("planned_gb"), event.get("budget_gb")
+                if isinstance(planned, float) and isinstance(budget, float):
+                    self.planned_gb, self.budget_gb = planned, budget
             case "warning":
                 self.warnings.append(str(event.get("message")))
             case "sample":
