@@ -57,14 +57,14 @@ def upward(rooms, within=""):
     floors = {f"{within}{room}": floor for floor, room in enumerate(rooms)}
 
     def floor_of(name):
-        return floors.get(".".join(name.split(".")[: within.count(".") + 1]))
+        return floors.get(".".join(name.split(".")[: within.count(".") + 1]), -1)
 
     return [
         f"{name} imports {found}"
         for name, file in modules()
-        if floor_of(name) is not None
+        if floor_of(name) >= 0
         for found in imported(name, file)
-        if (floor_of(found) or 0) > floor_of(name)
+        if floor_of(found) > floor_of(name)
     ]
 
 

@@ -220,9 +220,11 @@ def test_outputs_are_never_the_store_s_own(service, tmp_path):
     adapter = write_adapter(tmp_path / "root" / "adapter")
     for path in names_of_the_store(tmp_path / "store"):
         with pytest.raises(InputError, match=r"store's own|server's|is there already"):
-            service.export(str(adapter), method="peft", output_dir=str(path))
+            service.enqueue(
+                "export", adapter_path=str(adapter), base_model=None, output_dir=str(path)
+            )
         with pytest.raises(InputError):
-            service.merge([str(adapter), str(adapter)], output_dir=str(path))
+            service.enqueue("merge", adapters=[str(adapter)] * 2, output_dir=str(path))
     assert service.jobs.store.newest(10) == []
 
 

@@ -24,7 +24,7 @@ from .generation.decoding import Options
 from .generation.engine import Engine
 from .generation.mounting import Base, Selected, free_id
 from .generation.pieces import Generation
-from .jobs import pushing
+from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
 from .jobs.queue import Full, Jobs
 from .jobs.row import Row
@@ -38,7 +38,7 @@ PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")
 #: Fields that the command line alone has: a client of the server must not run commands.
 OWN = {"eval_command": "it runs a command, which the command line alone may"}
 #: Fields of jobs that are paths.
-JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
+JOB_PATHS = {*PATHS, "output_dir", *(name for kind in KINDS.values() for name in kind.folders)}
 #: Models whose tokenizers are kept for inspections, besides the served one's.
 MOST_CONFINED = 2
 #: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
@@ -245,46 +245,18 @@ class Service:
         stated = config.model_dump(mode="json", include=set(given) | set(fill))
         return self._submit("finetune", stated, config.adapter_path)
 
-    def fold(
-        self,
-        model_dir: str,
-        adapter_path: str,
-        output_dir: str | None = None,
-        *,
-        dequantize: bool = False,
-        bits: int | None = None,
-        dtype: str | None = None,
-    ) -> Row:
-        """An adapter into its base's weights."""
-        out = self.outputs.given(output_dir, "model")
-        values = {"model_dir": self._path(model_dir), "adapter_path": self._path(adapter_path)}
-        how = {"dequantize": dequantize, "bits": bits, "dtype": dtype}
-        return self._submit("fold", {**values, **how, "output_dir": str(out)}, out)
-
-    def merge(
-        self,
-        adapters: list[str],
-        scales: list[float] | None = None,
-        output_dir: str | None = None,
-    ) -> Row:
-        """Adapters to one."""
-        out = self.outputs.given(output_dir, "merged")
-        paths = [self._path(path) for path in adapters]
-        values = {"adapters": paths, "scales": scales, "output_dir": str(out)}
-        return self._submit("merge", values, out)
-
-    def export(
-        self,
-        adapter_path: str,
-        base_model: str | None = None,
-        method: str = "peft",
-        output_dir: str | None = None,
-    ) -> Row:
-        """An adapter as others read it."""
-        out = self.outputs.given(output_dir, "export")
-        base = None if base_model is None else self._path(base_model)
-        values = {"adapter_path": self._path(adapter_path), "base_model": base, "method": method}
-        return self._submit("export", {**values, "output_dir": str(out)}, out)
+    def enqueue(self, kind: str, **values: Any) -> Row:
+        """A job of another kind, which says what has to be true of its values (kinds.py)."""
+        own, out = KINDS[kind], None
+        if own.makes is not None:
+            out = self.outputs.given(values.pop("output_dir", None), own.makes)
+        for name in own.folders:
+            given = values[name]
+            if given is not None:
+                several = isinstance(given, list)
+                values[name] = [*map(self._path, given)] if several else self._path(given)
+        own.check(values)
+        return self._submit(kind, {**values, "output_dir": str(out)} if out else values, out)
 
     def evaluate(self, values: Mapping[str, Any], split: str = "valid") -> Row:
         """Loss of a model, with an adapter or without."""
@@ -299,15 +271,6 @@ class Service:
         self.jobs.get(id)
         self._take_token()
         return self.jobs.resume(id)
-
-    def push(self, repo_id: str, source: str, private: bool) -> Row:
-        """An adapter or a model to the Hugging Face hub, with the token that was set or this
-        machine's own."""
-        if not self.has_hf_token:
-            raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
-        values = {"repo_id": repo_id, "source": self._path(source), "private": private}
-        pushing.check(Path(values["source"]))
-        return self._submit("push", values, None)
 
     @property
     def has_hf_token(self) -> bool:
@@ -332,10 +295,10 @@ class Service:
     def _check_paths(self, values: Mapping[str, Any]) -> None:
         """Of a job that is about to run: roots may be others than when it was submitted."""
         for name in JOB_PATHS:
-            if values.get(name) is not None:
-                self.roots.resolve(values[name])
-        for path in values.get("adapters") or ():
-            self.roots.resolve(path)
+            given = values.get(name)
+            for path in given if isinstance(given, list) else [given]:
+                if path is not None:
+                    self.roots.resolve(path)
 
     def _path(self, text: str) -> str:
         path = self.roots.resolve(text)

@@ -127,11 +127,11 @@ async def evaluate(body: EvaluateRequest, service: Used) -> Submitted:
 async def merge(body: Merge, service: Used) -> Merged | FoldSubmitted:
     """Two adapters to one, exactly; or one into its base's weights, as a job."""
     if body.model_dir is not None and body.adapter_path is not None:
-        how = {"dequantize": body.dequantize, "bits": body.bits, "dtype": body.dtype}
-        row = service.fold(body.model_dir, body.adapter_path, body.output_dir, **how)
+        names = ("model_dir", "adapter_path", "dequantize", "bits", "dtype", "output_dir")
+        row = service.enqueue("fold", **body.model_dump(include=set(names)))
         return FoldSubmitted(**_submitted(row, output_dir=row.output_path))
     sources = [body.adapter_a or "", body.adapter_b or ""]
-    row = service.merge(sources, body.scales, body.output_dir)
+    row = service.enqueue("merge", adapters=sources, scales=body.scales, output_dir=body.output_dir)
     made = await _result(service, row)
     stats = Stats(
         layersMerged=made["linears_in_all"],
@@ -146,7 +146,7 @@ async def merge(body: Merge, service: Used) -> Merged | FoldSubmitted:
 @router.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
 async def export(body: Export, service: Used) -> Exported:
     """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
-    row = service.export(**body.model_dump())
+    row = service.enqueue("export", **body.model_dump())
     made = await _result(service, row)
     return Exported(job_id=row.id, export_path=made["path"], manifest=made)
 
@@ -159,7 +159,9 @@ async def push(body: Push, service: Used) -> Pushed:
         source = service.jobs.get(body.job_id).output_path
     if source is None:
         raise InputError("give source_path, or the job_id of a job that wrote a folder.")
-    row = service.push(body.repo_id, source, body.private)
+    if not service.has_hf_token:
+        raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
+    row = service.enqueue("push", repo_id=body.repo_id, source=source, private=body.private)
     return Pushed(job_id=row.id, url=(await _result(service, row))["url"])
 
 

@@ -36,6 +36,9 @@ class JobKind:
     computes: bool = False  #: it needs the accelerator, which one job has at a time
     variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
     trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
+    folders: tuple[str, ...] = ()  #: its values that are folders, or lists of them: they must exist
+    makes: str | None = None  #: the kind of folder that it writes, output_dir (outputs.py)
+    check: Callable[[Values], None] = lambda values: None  #: InputError before it is queued
 
 
 def tell(event: events.Event) -> None:
@@ -152,6 +155,12 @@ def push(values: Values) -> events.Event:
     return done(None, url=str(made), commit=commit.oid)
 
 
+def _can_be_sent(values: Values) -> None:
+    from . import pushing
+
+    pushing.check(Path(values["source"]))
+
+
 def _end(values: Values, name: str) -> str:
     """The end of a path, which tells it from others."""
     return Path(values.get(name) or "").name
@@ -185,13 +194,17 @@ KINDS = {
             fold,
             lambda values: f"{_end(values, 'adapter_path')} into {_end(values, 'model_dir')}",
             computes=True,
+            folders=("model_dir", "adapter_path"),
+            makes="model",
         ),
-        JobKind("merge", "Merge", merge, _merged),
+        JobKind("merge", "Merge", merge, _merged, folders=("adapters",), makes="merged"),
         JobKind(
             "export",
             "Export",
             export,
             lambda values: f"{_end(values, 'adapter_path')} as {values.get('method')}",
+            folders=("base_model", "adapter_path"),
+            makes="export",
         ),
         JobKind(
             "push",
@@ -199,6 +212,8 @@ KINDS = {
             push,
             lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
             variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
+            folders=("source",),
+            check=_can_be_sent,
         ),
     )
 }

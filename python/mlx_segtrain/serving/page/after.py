@@ -120,13 +120,14 @@ class After:
             dense = bits.value == "dense"
             self._submit(
                 problem,
-                lambda: self.service.fold(
-                    self.model,
-                    self.adapter,
-                    _given(folder),
+                lambda: self.service.enqueue(
+                    "fold",
+                    model_dir=self.model,
+                    adapter_path=self.adapter,
                     dequantize=dense,
                     bits=int(bits.value) if bits.value and not dense else None,
                     dtype=dtype.value or None,
+                    output_dir=_given(folder),
                 ),
             )
 
@@ -139,7 +140,13 @@ class After:
         problem = self._end("Export the adapter")
         return lambda: self._submit(
             problem,
-            lambda: self.service.export(self.adapter, self.model, method.value, _given(folder)),
+            lambda: self.service.enqueue(
+                "export",
+                adapter_path=self.adapter,
+                base_model=self.model,
+                method=method.value,
+                output_dir=_given(folder),
+            ),
         )
 
     def _merge(self) -> Callable[[], None]:
@@ -161,7 +168,8 @@ class After:
                 scales = [float(own.value or 1) for own in (own_weight, other_weight)]
             except ValueError:
                 raise InputError("a weight is a number, as 0.5.") from None
-            return self.service.merge([self.adapter, other.value], scales, _given(folder))
+            both, out = [self.adapter, other.value], _given(folder)
+            return self.service.enqueue("merge", adapters=both, scales=scales, output_dir=out)
 
         return lambda: self._submit(problem, merge)
 
