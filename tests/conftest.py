@@ -86,7 +86,7 @@ def bounded(request):
     if "hostile" not in request.path.parts:
         yield
         return
-    from mlx_segtrain.serving.confined_process import set_limit
+    from mlx_segtrain.serving.confined.child import set_limit
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     set_limit(resource.RLIMIT_AS, MOST_OF_ATTACKS)

@@ -27,7 +27,7 @@ from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.models.limits import check_files, check_model
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
-from mlx_segtrain.serving.confined import Confined, Limits
+from mlx_segtrain.serving.confined.parent import Confined, Limits
 from mlx_segtrain.serving.pools import Busy
 
 CANARY = "canary-7f3a91c2"

@@ -13,8 +13,9 @@ import pytest
 
 from lib.attack import bystander, memory_mb, patience
 from lib.served import Server, write_place
-from mlx_segtrain.serving import brake, catalog, page
-from mlx_segtrain.serving.store import Store
+from mlx_segtrain.serving import catalog, page
+from mlx_segtrain.serving.api import brake
+from mlx_segtrain.serving.jobs.store import Store
 
 TOKEN = "correct-horse-é-battery"
 GOOD = {"authorization": f"Bearer {TOKEN}".encode()}

@@ -13,7 +13,7 @@ from ..adapters import discovery
 from ..errors import InputError
 from ..lora.folder import bare
 from ..models.headers import read_shape
-from .guard import CLOSED
+from .roots import CLOSED
 
 #: Folders below a root that are looked into, and how many at most.
 DEPTH, MOST = 6, 20_000

@@ -7,7 +7,7 @@ from typing import Any
 from nicegui import ui
 
 from ...config import EFFECTIVE, TrainConfig
-from ..forms import FieldRow, rows_of_fields
+from ..api.forms import FieldRow, rows_of_fields
 from .frame import tag
 
 #: The few that people change first; then the rest, in groups. What stands nowhere is in "More".

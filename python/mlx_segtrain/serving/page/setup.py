@@ -1,14 +1,12 @@
 """/finetune: model, data, parameters; whether it fits; and the start of a run."""
 
 import asyncio
-import json
 from typing import Any
 
 from nicegui import background_tasks, ui
 
 from ...errors import InputError
 from ..catalog import DataFolder, Model
-from ..kinds import kind_of
 from ..service import Plan, Service
 from . import text
 from .data import show_report
@@ -163,15 +161,15 @@ class Setup:
 
     def _fill(self, origin: str | None) -> None:
         """With the values of an earlier run, or with what there is only one of."""
-        row = self.service.jobs.store.get(origin) if origin else None
-        if row is not None and kind_of(row.kind).trains:
-            values = json.loads(row.config_json)
+        row = self.service.jobs.find(origin) if origin else None
+        if row is not None and row.job_kind.trains:
+            values = row.values
             self._choose(values.pop("model_dir", None), values.pop("data_dir", None))
             for name in ("adapter_path", "resume", "overwrite"):
                 values.pop(name, None)
             self.form.put(values)
             return
-        base = self.service.engine.base
+        base = self.service.base
         served = str(base.path) if base else None
         self._choose(served or (next(iter(self.models)) if len(self.models) == 1 else None), None)
 

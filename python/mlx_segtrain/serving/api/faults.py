@@ -1,13 +1,22 @@
-"""What pydantic finds wrong with a request, in a sentence."""
+"""What is wrong with a request: a sentence, in the form that clients of its path know."""
 
+import json
 import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import TrainConfig, allowed, nearest
-from ..errors import word
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 
-__all__ = ["sentence"]
+from ...config import TrainConfig, allowed, nearest
+from ...errors import InputError, RunError, word
+
+__all__ = ["add_handlers", "error_answer", "error_body", "openai_error", "sentence"]
+
+#: Seconds after which a client may try again, by status: of /v1, and of the rest.
+RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
 #: Fields that no answer repeats.
 SECRET = ("token",)
@@ -98,3 +107,64 @@ def _plain(value: Any) -> Any:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+class Ascii(JSONResponse):
+    """What a client sent may be no text at all (a lone surrogate), and is repeated to it."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode("ascii")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error is answered with a sentence. Those of ours bring their status."""
+
+    async def known(request: Request, error: Any) -> Response:
+        code, more = getattr(error, "code", None), getattr(error, "more", {})
+        return error_answer(request, error.status, str(error), code, **more)
+
+    for kind in (InputError, RunError):
+        app.add_exception_handler(kind, known)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        message, more = sentence(error.errors(), error.body)
+        if request.url.path.startswith("/v1/"):
+            return error_answer(request, 400, message)
+        if request.url.path == "/api/finetune/submit" and more.get("allowed") == "required":
+            return error_answer(request, 400, "model_dir and data_dir required")  # as it ever was
+        return error_answer(request, 422, message, **more)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        found = error_answer(request, error.status_code, str(error.detail))
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        # Starlette's server logs the traceback; a client has no use for it.
+        return error_answer(request, 500, "the server failed at this request: its log says why.")
+
+
+def error_answer(
+    request: Request, status: int, message: str, code: str | None = None, **more: Any
+) -> Response:
+    """An error, and after how many seconds a client may try again."""
+    path = request.url.path
+    retry = RETRY_OPENAI_S if path.startswith("/v1/") else RETRY_S
+    headers = {"retry-after": str(retry[status])} if status in retry else None
+    return Ascii({**error_body(path, message, status, code), **more}, status, headers)
+
+
+def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
+    if path.startswith("/v1/"):
+        return openai_error(status, message, code)
+    return {"ok": False, "error": message}
+
+
+def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients know it."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": code}}

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..events import now
-from ..files import make_private, private, write_text
-from . import eventlog, processes
-from .kinds import kind_of
-from .store import ENDED, Row, Store
+from ...errors import InputError
+from ...events import Event, now
+from ...files import make_private, private, write_text
+from .. import processes
+from . import eventlog
+from .row import Row
+from .store import Store
 from .store import now as clock
 
 logger = logging.getLogger("mlx_segtrain.serving")
@@ -46,9 +47,13 @@ ASKED, SIGNALLED = 1, 2
 class Conflict(InputError):
     """What is asked for does not go with the state that a job is in."""
 
+    status = 409
+
 
 class Full(InputError):
     """No more jobs are taken for now."""
+
+    status = 429
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Jobs:
         """Finds the jobs again that there were, and lets the next ones run."""
         for row in self.store.with_status("queued"):
             self.live[row.id] = Live()
-        for row in self.store.with_status("running"):
+        for row in self.running():
             self.live[row.id] = Live()
             path = self.log(row.id)
             running = eventlog.is_written(path)
@@ -123,7 +128,7 @@ class Jobs:
     @property
     def training(self) -> bool:
         """Whether a job has the accelerator."""
-        return any(kind_of(row.kind).computes for row in self.store.with_status("running"))
+        return any(row.job_kind.computes for row in self.running())
 
     # What users do
 
@@ -137,11 +142,23 @@ class Jobs:
         return self.get(row.id)
 
     def get(self, id: str) -> Row:
-        """KeyError if there is none."""
-        row = self.store.get(id)
+        """InputError if there is none."""
+        row = self.find(id)
         if row is None:
-            raise KeyError(id)
+            raise InputError("job not found", status=404)
         return row
+
+    def find(self, id: str) -> Row | None:
+        return self.store.get(id)
+
+    def running(self) -> list[Row]:
+        """Without their configurations."""
+        return self.store.with_status("running")
+
+    def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
+        """The last jobs of the queue first, or those before a place in it; without their
+        configurations."""
+        return self.store.newest(limit, kind, before)
 
     def cancel(self, id: str) -> Row:
         """Ends a job; of a run the last finished step is kept. It goes on to its end after this.
@@ -150,7 +167,7 @@ class Jobs:
         seconds after the first ends the process, whatever it does. Conflict if it has ended.
         """
         row = self.get(id)
-        if row.status in ENDED:
+        if row.ended:
             raise Conflict(f"{id} is {row.status}: there is nothing to cancel.")
         if row.status == "queued":
             self._say_end(id, {"type": "cancelled", "ts": now(), "message": "it had not begun"})
@@ -178,7 +195,7 @@ class Jobs:
     def remove(self, id: str) -> None:
         """Forgets a job and its log; what it wrote stays. Conflict if it has not ended."""
         row = self.get(id)
-        if row.status not in ENDED:
+        if not row.ended:
             raise Conflict(f"{id} is {row.status}: cancel it first.")
         self.store.remove(id)
         for path in (self.log(id), eventlog.lock_of(self.log(id)), self._config(id)):
@@ -200,6 +217,18 @@ class Jobs:
             if changed is None:
                 return
             await changed.wait()
+
+    def read(self, id: str, after: int) -> tuple[list[tuple[int, Event]], int]:
+        """The next events after a place in a job's log, as (id, event), and the place up to which
+        was read."""
+        found, place = eventlog.read(self.log(id), after, ended=id not in self.live)
+        return [(own, json.loads(frame)) for own, frame in found], place
+
+    def size(self, id: str) -> int:
+        """Bytes of a job's log: the place after its last event."""
+        with suppress(FileNotFoundError):
+            return self.log(id).stat().st_size
+        return 0
 
     async def ended(self, id: str) -> Row:
         """The job, once it has ended."""
@@ -224,10 +253,10 @@ class Jobs:
             raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
 
     def _run_next(self) -> None:
-        running = [kind_of(row.kind).computes for row in self.store.with_status("running")]
+        running = [row.job_kind.computes for row in self.running()]
         busy, others = sum(running), len(running) - sum(running)
         for row in self.store.with_status("queued"):
-            computes = kind_of(row.kind).computes
+            computes = row.job_kind.computes
             if computes and not busy:
                 busy += self._run(row)
             elif not computes and others < OTHERS:
@@ -257,14 +286,14 @@ class Jobs:
                 )
                 arguments = (row.kind, str(self._config(row.id)), str(lock))
                 process = subprocess.Popen(
-                    processes.command("mlx_segtrain.serving.worker", *arguments),
+                    processes.command("mlx_segtrain.serving.jobs.worker", *arguments),
                     cwd=self.logs,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                     pass_fds=[lock],
-                    env=processes.environment(kind_of(row.kind).variables, self.environment),
+                    env=processes.environment(row.job_kind.variables, self.environment),
                 )
             finally:
                 for file in opened:
@@ -316,7 +345,7 @@ class Jobs:
             self._end(id, end)
         return behind
 
-    def _note(self, id: str, live: Live, events: list[eventlog.Event]) -> None:
+    def _note(self, id: str, live: Live, events: list[Event]) -> None:
         news: dict[str, Any] = {}
         for event in events:
             if event["type"] == "started" and live.pid is None:
@@ -350,12 +379,12 @@ class Jobs:
                     os.killpg(live.pid, signal.SIGKILL)
             self.store.update(id, cancelling=SIGNALLED)
 
-    def _say_end(self, id: str, event: eventlog.Event) -> None:
+    def _say_end(self, id: str, event: Event) -> None:
         """Ends a job whose process did not say so: there was none, or it was killed."""
         eventlog.append(self.log(id), event)
         self._end(id, event)
 
-    def _end(self, id: str, event: eventlog.Event) -> None:
+    def _end(self, id: str, event: Event) -> None:
         news: dict[str, Any] = {key: _text(event.get(key)) for key in ("error", "message")}
         if event["type"] == "done":
             news |= {"progress": 1.0, "result_json": json.dumps(event.get("result"))}
@@ -373,7 +402,7 @@ def _text(value: Any) -> str | None:
     return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]
 
 
-def _killed(row: Row, code: int | None) -> eventlog.Event:
+def _killed(row: Row, code: int | None) -> Event:
     if row.cancelling:
         message = "its process was ended before it could say so"
         return {"type": "cancelled", "ts": now(), "message": message}
@@ -383,5 +412,5 @@ def _killed(row: Row, code: int | None) -> eventlog.Event:
         how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
     else:
         how = f"its process exited with {code}"
-    advice = "; resume it to go on from its last checkpoint" if kind_of(row.kind).trains else ""
+    advice = "; resume it to go on from its last checkpoint" if row.job_kind.trains else ""
     return {"type": "failed", "ts": now(), "error": how + advice}

@@ -2,17 +2,14 @@
 
 import secrets
 import sqlite3
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import InputError
-from ..files import make_folder, private
-
-Status = Literal["queued", "running", "done", "failed", "cancelled"]
-#: Of jobs that neither run nor wait.
-ENDED = ("done", "failed", "cancelled")
+from ...errors import InputError
+from ...files import make_folder, private
+from .row import Row, Status
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -40,28 +37,6 @@ INDEXES = (
     "CREATE INDEX IF NOT EXISTS jobs_by_kind ON jobs (kind, place)",
     "CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, place)",
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """A job. Times are UTC, "YYYY-MM-DD HH:MM:SS"; progress is 0..1."""
-
-    id: str
-    place: int
-    kind: str
-    status: Status
-    config_json: str
-    output_path: str | None
-    progress: float
-    message: str | None
-    error: str | None
-    result_json: str | None
-    created_at: str
-    started_at: str | None
-    ended_at: str | None
-    begins: int
-    cancelling: int
-    opened: int
 
 
 def now() -> str:

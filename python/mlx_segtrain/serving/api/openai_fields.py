@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from ..config import nearest
-from ..errors import InputError, word
+from ...config import nearest
+from ...errors import InputError, word
 
 __all__ = ["IN_CHAT", "IN_COMPLETION", "IN_MESSAGE", "IN_PART", "IN_STREAM_OPTIONS", "refuse_extra"]
 

@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from ..adapters.gguf import NAME as GGUF
-from ..errors import InputError
-from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
-from ..safetensors import read_header
+from ...adapters.gguf import NAME as GGUF
+from ...errors import InputError
+from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
+from ...safetensors import read_header
 
 __all__ = ["check", "opened"]
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..config import fault_of_variables
-from ..errors import InputError
-from .decoding import Options
-from .mounting import Base
+from ...config import fault_of_variables
+from ...errors import InputError
+from ..generation.decoding import Options
+from ..generation.mounting import Base
 from .openai_fields import (
     IN_CHAT,
     IN_COMPLETION,

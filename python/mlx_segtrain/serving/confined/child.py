@@ -23,10 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..torchless import hide_torch
-from . import opening
-from .guard import Roots
+from ...errors import InputError
+from ...torchless import hide_torch
+from .. import opening
+from ..roots import Roots
 
 Values = dict[str, Any]
 
@@ -93,7 +93,7 @@ class Child:
 
     def do_load(self, folder: str) -> Values:
         """Loads the tokenizer of a model's folder, for this process and its children."""
-        from ..models import load_tokenizer
+        from ...models import load_tokenizer
 
         _check_decoder(Path(folder))
         self.tokenizer = load_tokenizer(folder)
@@ -103,18 +103,18 @@ class Child:
         return {"has_chat_template": bool(self.tokenizer.has_chat_template)}
 
     def do_encode(self, text: str, most: int) -> list[int] | int:
-        from ..data.template import raw_ids
+        from ...data.template import raw_ids
 
         return _few(raw_ids(self.tokenizer, text), most)
 
     def do_chat(self, messages: list[Any], variables: Values, most: int) -> list[int] | int:
-        from ..data.template import prompt_ids
+        from ...data.template import prompt_ids
 
         return _few(prompt_ids(self.tokenizer, messages, variables), most)
 
     def do_inspect(self, path: str, n_preview: int, how: Values) -> Values:
         """What a data set trains; its report as it is answered."""
-        from ..data import Options, inspect
+        from ...data import Options, inspect
 
         report = inspect(Path(path), self.tokenizer, Options(**how), n_preview=n_preview)
         left = SHOWN
@@ -246,7 +246,7 @@ def main(file: str, store: str = "", *folders: str) -> None:
     import mlx_lm.utils
     import transformers
 
-    from .. import data, models
+    from ... import data, models
 
     assert data and models and mlx_lm.utils and transformers.AutoTokenizer  # what a fork will need
     if folders:

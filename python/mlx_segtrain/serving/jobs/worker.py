@@ -18,12 +18,12 @@ import signal
 import sys
 from pathlib import Path
 
-from .. import events
-from ..errors import InputError, RunError
-from ..torchless import hide_torch
-from .guard import Roots
+from ... import events
+from ...errors import InputError, RunError
+from ...torchless import hide_torch
+from ..opening import confine
+from ..roots import Roots
 from .kinds import kind_of, tell
-from .opening import confine
 
 #: Characters of what libraries print: of a line, and of a job.
 LONGEST, MOST = 4000, 4 << 20

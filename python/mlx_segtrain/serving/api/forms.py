@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ..config import MOST, TrainConfig, Variables, allowed, choices, default, is_list, kind
-from .catalog import DataFolder, Model, Unreadable
-from .service import OWN
+from ...config import MOST, TrainConfig, Variables, allowed, choices, default, is_list, kind
+from ..catalog import DataFolder, Model, Unreadable
+from ..service import OWN
 
 
 class Answer(BaseModel):

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from . import opening, processes
-from .confined_process import receive, send
-from .pools import Busy, Pool
+from ...errors import InputError
+from .. import opening, processes
+from ..pools import Busy, Pool
+from .child import receive, send
 
 __all__ = ["INSPECTING", "INSPECTIONS", "Confined", "Failed", "Limits", "prompts"]
 
@@ -149,7 +149,7 @@ class _Root:
             with theirs:
                 self.popen = subprocess.Popen(
                     processes.command(
-                        f"{__package__}.confined_process", str(theirs.fileno()), *opening.confined()
+                        f"{__package__}.child", str(theirs.fileno()), *opening.confined()
                     ),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..errors import InputError, RunError
-from ..training.policy import wire
-from .confined import Confined
+from ...errors import InputError, RunError
+from ...training.policy import wire
+from ..confined.parent import Confined
+from ..pools import Busy, Pool
 from .decoding import CONTEXT, Options, Text, processors, sampler
-from .generation import Generation, Outbox, Piece
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
-from .pools import Busy, Pool
+from .pieces import Generation, Outbox, Piece
 
 __all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 
@@ -60,9 +60,13 @@ T = TypeVar("T")
 class NoMemory(RunError):
     """A request that the device's memory did not do for; others go on."""
 
+    status, code = 503, "no_memory"
+
 
 class Ended(RunError):
     """The engine's thread is no more; the process has to be started anew."""
+
+    status, code = 503, "ended"
 
 
 @dataclass(eq=False)
@@ -152,7 +156,7 @@ class Engine:
         return await self._do(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
-        """How many linears had an update; KeyError if there is no such adapter.
+        """How many linears had an update; InputError if there is no such adapter.
 
         Requests that run on it end on it. If it was the default, the base is.
         """
@@ -303,7 +307,7 @@ class Engine:
             told = f"others were answered for {LONGEST_WAIT_S:.0f} s: try again later."
             sequence.outbox.put(Busy(told))
 
-    def _give_up(self, ended: Busy | RunError) -> None:
+    def _give_up(self, ended: RunError) -> None:
         """Tells all that still want something, and frees what there is."""
         for sequence in (*self._active, *self._waiting):
             sequence.close()
@@ -424,7 +428,9 @@ class Engine:
         return mounted
 
     def _unmount(self, id: str) -> int:
-        mounted = self.adapters[id]
+        mounted = self.adapters.get(id)
+        if mounted is None:
+            raise InputError(f"adapter {id} not mounted", status=404)
         self.adapters = {key: x for key, x in self.adapters.items() if key != id}
         if self.default is not None and id in self.default.replace("+", ",").split(","):
             self.default = None

@@ -6,7 +6,7 @@ What makes arrays here is called on the engine's thread.
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -14,18 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import lora
-from ..adapters import prompting_of, read_adapter
-from ..adapters.merging import merged
-from ..adapters.reading import stored_bytes
-from ..adapters.writing import common_scale
-from ..data import Prompting
-from ..errors import InputError
-from ..lora.folder import open_folder
-from ..models import Chain, chain_of, load_base
-from ..models.tables import tables_of
-from .catalog import model_id
-from .confined import Confined, Limits
+from ... import lora
+from ...adapters import prompting_of, read_adapter
+from ...adapters.merging import merged
+from ...adapters.reading import stored_bytes
+from ...adapters.writing import common_scale
+from ...data import Prompting
+from ...errors import InputError
+from ...lora.folder import open_folder
+from ...models import Chain, chain_of, load_base
+from ...models.tables import tables_of
+from ..catalog import model_id
+from ..confined.parent import Confined, Limits
 
 __all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
 
@@ -134,6 +134,12 @@ class Selected:
                     )
         return self.base.encode_chat(messages, {**found, **(variables or {})})
 
+    def encode_turns(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """As encode_chat; a model without a chat template goes on from the text."""
+        if self.base.tokenizer.has_chat_template:
+            return self.encode_chat(messages)
+        return self.base.encode("\n".join(own["content"] for own in messages))
+
     @property
     def key(self) -> tuple[int, ...]:
         return tuple(mounted.serial for mounted in self.adapters)
@@ -148,6 +154,16 @@ def check_id(id: str) -> None:
             f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
             "characters, and take 200 characters at most."
         )
+
+
+def free_id(name: str, taken: Collection[str]) -> str:
+    """A word for an adapter that none has yet, from its folder's name."""
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name) or "adapter"
+    name, n = name[:100], 1
+    while name in taken or name.lower() == "none":
+        n += 1
+        name = f"{name[:100]}-{n}"
+    return name
 
 
 def _too_long(n: int, most: int, id: str) -> InputError:

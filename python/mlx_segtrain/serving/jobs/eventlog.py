@@ -9,11 +9,11 @@ import os
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ..files import lock, private, to_json
+from ...events import Event
+from ...files import lock, private, to_json
 
-Event = dict[str, Any]
 #: Bytes that are read at once.
 BLOCK = 1 << 16
 #: Bytes of a line, at most: the rest of a longer one is not shown.

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import events
-from ..errors import InputError
-from ..files import to_json
-from .processes import NETWORK
+from ... import events
+from ...errors import InputError
+from ...files import to_json
+from ..processes import NETWORK
 
 if TYPE_CHECKING:
-    from ..adapters.folding import Folded
+    from ...adapters.folding import Folded
 
 __all__ = ["KINDS", "JobKind", "Values", "kind_of", "tell"]
 
@@ -36,6 +36,9 @@ class JobKind:
     computes: bool = False  #: it needs the accelerator, which one job has at a time
     variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
     trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
+    folders: tuple[str, ...] = ()  #: its values that are folders, or lists of them: they must exist
+    makes: str | None = None  #: the kind of folder that it writes, output_dir (outputs.py)
+    check: Callable[[Values], None] = lambda values: None  #: InputError before it is queued
 
 
 def tell(event: events.Event) -> None:
@@ -49,9 +52,9 @@ def done(output_dir: str | Path | None, **result: Any) -> events.Event:
 
 
 def finetune(values: Values) -> events.Event:
-    from ..config import load_config
-    from ..training import train
-    from ..training.curves import draw_run
+    from ...config import load_config
+    from ...training import train
+    from ...training.curves import draw_run
 
     config = load_config(None, values)
 
@@ -70,8 +73,8 @@ def finetune(values: Values) -> events.Event:
 
 
 def evaluate(values: Values) -> events.Event:
-    from ..config import load_config
-    from ..training import evaluate
+    from ...config import load_config
+    from ...training import evaluate
 
     split = values.pop("split")
     adapter = values.get("adapter_path")
@@ -82,9 +85,9 @@ def evaluate(values: Values) -> events.Event:
 
 
 def fold(values: Values) -> events.Event:
-    from ..adapters.conversion import DTYPES
-    from ..adapters.folding import fold
-    from ..adapters.merging import weighted
+    from ...adapters.conversion import DTYPES
+    from ...adapters.folding import fold
+    from ...adapters.merging import weighted
 
     adapter = weighted([Path(values["adapter_path"])], model_dir=Path(values["model_dir"]))
     count = 0
@@ -110,7 +113,7 @@ def fold(values: Values) -> events.Event:
 
 
 def export(values: Values) -> events.Event:
-    from ..adapters.conversion import export
+    from ...adapters.conversion import export
 
     base = values["base_model"]
     made = export(
@@ -123,8 +126,8 @@ def export(values: Values) -> events.Event:
 
 
 def merge(values: Values) -> events.Event:
-    from ..adapters.merging import merge
-    from ..adapters.reading import read_stored
+    from ...adapters.merging import merge
+    from ...adapters.reading import read_stored
 
     paths = [Path(path) for path in values["adapters"]]
     own = [set(read_stored(path).tensors) for path in paths]
@@ -150,6 +153,12 @@ def push(values: Values) -> events.Event:
             commit_message="Adapter of mlx_segtrain",
         )
     return done(None, url=str(made), commit=commit.oid)
+
+
+def _can_be_sent(values: Values) -> None:
+    from . import pushing
+
+    pushing.check(Path(values["source"]))
 
 
 def _end(values: Values, name: str) -> str:
@@ -185,13 +194,17 @@ KINDS = {
             fold,
             lambda values: f"{_end(values, 'adapter_path')} into {_end(values, 'model_dir')}",
             computes=True,
+            folders=("model_dir", "adapter_path"),
+            makes="model",
         ),
-        JobKind("merge", "Merge", merge, _merged),
+        JobKind("merge", "Merge", merge, _merged, folders=("adapters",), makes="merged"),
         JobKind(
             "export",
             "Export",
             export,
             lambda values: f"{_end(values, 'adapter_path')} as {values.get('method')}",
+            folders=("base_model", "adapter_path"),
+            makes="export",
         ),
         JobKind(
             "push",
@@ -199,6 +212,8 @@ KINDS = {
             push,
             lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
             variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
+            folders=("source",),
+            check=_can_be_sent,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Who may ask what: Host, Origin, token, size and pace of bodies; and which folders may be named.
+"""Who may ask what: Host, Origin, token, size and pace of bodies.
 
 What is refused gets one sentence, and a line in the server's log.
 """
@@ -8,20 +8,17 @@ import hmac
 import ipaddress
 import json
 import logging
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import InputError
-from ..files import ASIDE
+from ..sessions import Sessions
+from ..settings import LOOPBACK
 from .brake import Brake
-from .sessions import Sessions
+from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -45,18 +42,8 @@ COOKIE = "mlx-segtrain-session"
 OWN_COOKIES = re.compile(
     rb'(?:^|;)\s*(mlx-segtrain-session|theme)="?([\w-]{1,100})"?(?=\s*(?:;|$))'
 )
-#: Names of this machine for itself.
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: A name, or an address of version 6 in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
-#: Beginnings of names that nobody may name below a root.
-CLOSED = (".", "datasets--", "spaces--")
-#: Bytes of a path, as on Linux.
-LONGEST_PATH = 4096
-#: Files and folders below one that is named, at most: each may be a link.
-MOST_BELOW = 20_000
-#: Links among these, and links that lead to one another: following takes a while.
-MOST_LINKS, MOST_STEPS = 1000, 8
 #: What the page's addresses begin with.
 PAGE = "/finetune"
 #: Where its websocket is, and what Socket.IO's messages with attachments begin with.
@@ -77,122 +64,6 @@ HEADERS = (
         b"frame-ancestors 'none'",
     ),
 )
-
-
-class Outside(InputError):
-    """A path that does not lie under the roots."""
-
-
-class Roots:
-    """The folders below which a client may name paths.
-
-    Nothing hidden below them may be named (`.ssh`, `.git`, `.env`), nor a cache's repositories that
-    are no models, nor the jobs of our store, which may lie below a root, too.
-    """
-
-    def __init__(self, roots: Iterable[Path], store: Path | None = None):
-        self.folders = tuple(dict.fromkeys(Path(root).expanduser().resolve() for root in roots))
-        self.store = None if store is None else store.expanduser().resolve()
-
-    def resolve(self, text: str | Path) -> Path:
-        """The path without links; Outside if it is elsewhere, or what is below it is a link to
-        elsewhere, at any depth."""
-        try:
-            if "\0" in str(text):
-                raise ValueError("it holds a null character")
-            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving takes long
-                raise ValueError(f"it has more than {LONGEST_PATH} bytes")
-            if not str(text):
-                raise ValueError("it is empty")
-            path = Path(text).expanduser().resolve()
-            self.check(path, path)
-            self._check_links(path)
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
-        return path
-
-    def holds(self, path: Path) -> bool:
-        """Whether a path, as it is written, lies below one of the folders."""
-        return any(path.is_relative_to(root) for root in self.folders)
-
-    def check(self, named: Path, path: Path) -> None:
-        """Outside if a path without links, by whatever name, is elsewhere."""
-        if self._is_of_jobs(path):
-            raise Outside(f"{named} lies outside of what clients may use: jobs are the server's.")
-        if not any(_is_open(root, path) for root in self.folders):
-            where = ", ".join(map(str, self.folders))
-            raise Outside(
-                f"{named} lies outside of what this server may use ({where}, and nothing hidden "
-                "there): see --root."
-            )
-
-    def allows(self, path: Path) -> bool:
-        """Whether what a file names may be looked at."""
-        try:
-            self.check(path, path.resolve())
-        except (Outside, OSError, RuntimeError):
-            return False
-        return True
-
-    def _is_of_jobs(self, path: Path) -> bool:
-        if self.store is None or not path.is_relative_to(self.store) or path == self.store:
-            return False
-        # On macOS other capitals are the same name.
-        return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
-
-    def _check_links(self, path: Path) -> None:
-        """Of all that is not hidden below a path, within folders that links lead to, too."""
-        waiting, seen, count, links = [path], {path}, 0, 0
-        while waiting:
-            try:
-                entries = list(os.scandir(waiting.pop()))
-            except (NotADirectoryError, FileNotFoundError, PermissionError):
-                continue  # a file, what is to be made, what nobody here can read
-            count += len(entries)
-            if count > MOST_BELOW:
-                raise InputError(
-                    f"{path} holds more than {MOST_BELOW:,} files: name the folder of one thing."
-                )
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                own = Path(entry.path)
-                if entry.is_symlink():
-                    links += 1
-                    own = self._follow(own, links)
-                elif not entry.is_dir():
-                    continue
-                if own not in seen:
-                    seen.add(own)
-                    waiting.append(own)
-
-    def _follow(self, link: Path, count: int) -> Path:
-        """Where a link leads to; InputError if it is one of very many, or leads to many others."""
-        if count > MOST_LINKS:
-            raise InputError(
-                f"more than {MOST_LINKS:,} links lie in the folder of {link}: copy the files."
-            )
-        step = link
-        for _ in range(MOST_STEPS):
-            step = step.parent / os.readlink(step)
-            if not step.is_symlink():
-                break
-        else:
-            raise InputError(f"{link} leads to a link, and so on: make it lead to a file.")
-        target = link.resolve()
-        self.check(link, target)
-        return target
-
-
-def _is_open(root: Path, path: Path) -> bool:
-    """Whether a path is the root, or below it and neither hidden nor what is no model's."""
-    if not path.is_relative_to(root):
-        return False
-    parts = path.relative_to(root).parts
-    return not any(part.startswith(CLOSED) and not ASIDE.fullmatch(part) for part in parts)
 
 
 class Refused(Exception):
@@ -444,19 +315,6 @@ async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, s
     more += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
     await send({"type": "http.response.start", "status": refused.status, "headers": more})
     await send({"type": "http.response.body", "body": content})
-
-
-def error_body(path: str, message: str, status: int) -> dict[str, Any]:
-    """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
-    if path.startswith("/v1/"):
-        return openai_error(status, message)
-    return {"ok": False, "error": message}
-
-
-def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients know it."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": code}}
 
 
 def _log(scope: Scope, status: int, reason: str) -> None:
