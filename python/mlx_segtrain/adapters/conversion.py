@@ -10,7 +10,8 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import new_folder, read_json, write_json, write_tensors
 from ..lora import Adapter
-from ..lora.folder import CONFIG, WEIGHTS, Folder, bare, open_folder
+from ..lora.folder import CONFIG, WEIGHTS, Folder, open_folder
+from ..lora.paths import bare, is_wrapped
 from ..models.headers import read_shape
 from .card import About, write_card
 from .gguf import write_gguf
@@ -105,11 +106,6 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(folder))
         return compared(out, adapter, read_stored(aside, tied=adapter.tied))
-
-
-def is_wrapped(path: str) -> bool:
-    """Whether a module is of a text model within another."""
-    return path.startswith("language_model.")
 
 
 def _of_kind(adapter: Adapter, base: Path | None) -> Adapter:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import new_folder, read_json, sync, write_json, write_tensors
 from ..lora import Adapter
-from ..lora.folder import spellings
+from ..lora.paths import spellings
 from ..safetensors import read_header
 from .tying import check_base
 

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..errors import InputError
+from ..lora.paths import WRAPPER
 from .chain import Chain, Head
 from .limits import check_files, check_model, check_tokenizer
 
@@ -49,7 +50,7 @@ def chain_of(model: nn.Module) -> Chain:
     if family is None:
         return generic.chain_of(model)
     inner = model.get("language_model")
-    return family.chain_of(inner or model, "language_model." if inner else "")
+    return family.chain_of(inner or model, WRAPPER if inner else "")
 
 
 def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:

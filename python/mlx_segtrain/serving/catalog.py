@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..adapters import discovery
 from ..errors import InputError
-from ..lora.folder import bare
+from ..lora.paths import bare
 from ..models.headers import read_shape
 from .guard import CLOSED
 
