@@ -23,6 +23,8 @@ SIZES = {
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
+#: Dtypes of what is computed with.
+FLOATS = ("F64", "F32", "F16", "BF16")
 #: Bytes of a header, tensors that it names, and dimensions of each, at most. The largest models
 #: have some hundred in a file, their experts apart ten thousands.
 MOST, TENSORS, DIMENSIONS = 32 << 20, 100_000, 8

@@ -22,7 +22,7 @@ from ..lora import EMBEDDINGS, Adapter, shapes
 from ..lora.folder import CONFIG, Folder, open_folder
 from ..lora.paths import in_mlx_lm, spellings
 from ..models import Chain
-from ..safetensors import read_header
+from ..safetensors import FLOATS, read_header
 from .multipliers import multiplier_of
 from .tying import check_twins, joined, tied_by_files
 
@@ -31,8 +31,6 @@ _PEFT_FACTOR = re.compile(
     r"base_model\.model\.(.+)\."
     r"(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?)"
 )
-#: Dtypes that factors may have.
-FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:

@@ -88,9 +88,7 @@ def _sensitivities(model_dir: Path) -> dict[str, float]:
             data = json.loads(read_at_most(file, 64 << 20))
             layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
             return {
-                bare(path): float(x["kl"])
-                for path, x in layers.items()
-                if x.get("kl") is not None
+                bare(path): float(x["kl"]) for path, x in layers.items() if x.get("kl") is not None
             }
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
