@@ -16,6 +16,7 @@ from ..adapters.discovery import Found
 from ..config import TrainConfig, load_config
 from ..data import Preview, Report
 from ..errors import InputError, NoRoom, RunError
+from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
 from . import catalog
@@ -318,8 +319,7 @@ def resident() -> int | None:
 
 def _check_inputs(config: TrainConfig, split: str) -> None:
     """What can be said before a job begins."""
-    if not (config.model_dir / "config.json").is_file():
-        raise InputError(f"model_dir {config.model_dir} holds no config.json: no model there.")
+    Snapshot(config.model_dir).file("config.json", "configuration")
     if not (config.data_dir / f"{split}.jsonl").is_file():
         raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
 
