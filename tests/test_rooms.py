@@ -10,7 +10,7 @@ import mlx_segtrain
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
-    *("errors", "files", "events", "config", "safetensors", "streams", "schedule"),
+    *("errors", "files", "events", "fields", "config", "safetensors", "streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),
 )
