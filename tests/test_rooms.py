@@ -8,7 +8,8 @@ import mlx_segtrain
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
-    *("errors", "files", "events", "torchless", "config", "safetensors", "streams", "schedule"),
+    *("errors", "files", "events", "torchless", "fields", "config", "safetensors"),
+    *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),
 )

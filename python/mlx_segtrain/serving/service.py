@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.discovery import Found
-from ..config import TrainConfig, load_config
+from ..config import PATHS, REFUSED, TrainConfig, load_config
 from ..data import Preview, Report
 from ..errors import InputError, NoRoom, RunError
 from ..models.snapshot import Snapshot
@@ -34,10 +34,6 @@ from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
 
-#: Fields of a configuration that are paths.
-PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")
-#: Fields that the command line alone has: a client of the server must not run commands.
-OWN = {"eval_command": "it runs a command, which the command line alone may"}
 #: Fields of jobs that are paths.
 JOB_PATHS = {*PATHS, "output_dir", *(name for kind in KINDS.values() for name in kind.folders)}
 #: Models whose tokenizers are kept for inspections, besides the served one's.
@@ -186,7 +182,7 @@ class Service:
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
         """As the command line checks it; paths lie under the roots. Fault, Outside, InputError."""
-        for name, why in OWN.items():
+        for name, why in REFUSED.items():
             if values.get(name) is not None:
                 raise Fault(
                     f"{name} is not taken: {why}.", name, value=values[name], allowed="nothing"

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from ...config import MOST, TrainConfig, Variables, allowed, choices, default, is_list, kind
+from ...config import REFUSED, Method, TrainConfig, allowed, default
+from ...fields import MOST, Variables, choices, is_list, kind
 from ..catalog import DataFolder, Model, Unreadable
-from ..service import OWN
 
 
 class Answer(BaseModel):
@@ -32,7 +32,7 @@ def _run_fields() -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (field.annotation, field)
         for name, field in TrainConfig.model_fields.items()
-        if name not in OWN
+        if name not in REFUSED
     }
     return create_model("RunFields", __base__=Closed, **fields)
 
@@ -177,7 +177,7 @@ class InspectDataset(Closed):
     model_dir: str | None = Field(None, description="With it tokens are counted and shown.")
     n_preview: int = Field(3, ge=0, le=50)
     max_seq_length: int = Field(512, ge=2, le=MOST)
-    method: Literal["sft", "dpo", "orpo", "simpo"] | None = None
+    method: Method | None = None
     train_on: Literal["assistant", "last"] = "assistant"
     append_eos: bool = True
     prompt_format: Literal["auto", "chat", "raw"] = "auto"
@@ -279,5 +279,5 @@ def rows_of_fields() -> list[FieldRow]:
             description=field.description or "",
         )
         for name, field in TrainConfig.model_fields.items()
-        if name not in OWN
+        if name not in REFUSED
     ]

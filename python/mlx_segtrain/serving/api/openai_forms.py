@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ...config import fault_of_variables
 from ...errors import InputError
+from ...fields import fault_of_variables
 from ..generation.decoding import Options
 from ..generation.mounting import Base
 from .openai_fields import (

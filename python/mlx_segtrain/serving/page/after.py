@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from nicegui import ui
 
+from ...config import affecting
 from ...errors import InputError
 from ..jobs.row import Row
 from ..service import Service
@@ -15,11 +16,7 @@ from .fields import Labelled
 from .frame import Announcer, badge, button, empty, fact, facts, link, notice, tag
 
 #: Of a run's configuration, what a loss depends on.
-MEASURED = (
-    "model_dir data_dir method max_seq_length batch_size train_on append_eos prompt_format "
-    "chat_template_kwargs strict memory_budget_gb segment_size dpo_beta dpo_loss label_smoothing "
-    "reference_free orpo_lambda sft_scope simpo_beta simpo_gamma"
-)
+MEASURED = ("model_dir", "data_dir", *affecting("loss"))
 FORMATS = {
     "peft": "Hugging Face PEFT",
     "mlx-lm": "mlx-lm",
@@ -92,7 +89,7 @@ class After:
         problem = self._end("Evaluate both")
 
         def start() -> None:
-            own = {key: self.values[key] for key in self.values if key in MEASURED.split()}
+            own = {key: self.values[key] for key in self.values if key in MEASURED}
             with_it = {**own, "adapter_path": self.adapter}
             self._submit(
                 problem,

@@ -5,6 +5,7 @@ from typing import Any
 
 from nicegui import background_tasks, ui
 
+from ...config import affecting
 from ...errors import InputError
 from ..catalog import DataFolder, Model
 from ..service import Plan, Service
@@ -16,10 +17,7 @@ from .frame import Announcer, button, card, empty, fact, facts, frame, looking, 
 #: Seconds without a change behind which the planner is asked.
 PAUSE_S = 0.35
 #: Parameters that the report on the data depends on.
-INSPECTED = (
-    *("method", "max_seq_length", "train_on", "append_eos"),
-    *("prompt_format", "chat_template_kwargs", "strict"),
-)
+INSPECTED = affecting("rows")
 #: Choices from which on one can type to find one.
 MANY = 12
 
@@ -133,18 +131,13 @@ class Setup:
         values, self.reported = self.form.values(), self._inspected()
         length = values.get("max_seq_length")
         length = length if isinstance(length, int) and length > 1 else 512
-        how = {key: values[key] for key in INSPECTED[2:] if key in values}
+        how = {key: values[key] for key in INSPECTED if key in values}
+        how |= {"method": self.form.method, "max_seq_length": length}
         self.look.props("loading")
         self.announce("Inspecting the data.")
         self.report.clear()
         try:
-            report = await self.service.inspect(
-                self.place,
-                self.model.value,
-                max_seq_length=length,
-                method=self.form.method,
-                **how,
-            )
+            report = await self.service.inspect(self.place, self.model.value, **how)
         except InputError as error:
             return self._complain(str(error))
         finally:
