@@ -34,8 +34,10 @@ from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
 
-#: Fields of jobs that are paths.
-JOB_PATHS = {*PATHS, "output_dir", *(name for kind in KINDS.values() for name in kind.folders)}
+#: Fields of jobs that are paths, each once.
+JOB_PATHS = tuple(
+    dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
+)
 #: Models whose tokenizers are kept for inspections, besides the served one's.
 MOST_CONFINED = 2
 #: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
