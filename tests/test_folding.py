@@ -379,6 +379,24 @@ def test_a_linear_without_an_update_stays_as_it_is(llama4, tmp_path):
     assert all(same_bits(before[name], after[name]) for name in before) and not report.swallowed
 
 
+def test_other_bits_of_a_linear_without_an_update(llama4, tmp_path):
+    """What config.json says of it and its weights go together."""
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=0.0)
+    fold(adapter, llama4, tmp_path / "out", bits=8)
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert_close("logits", stock(TOKENS), logits(llama4, written(tmp_path / "a", adapter)), 0.1)
+
+
+def test_a_configuration_that_contradicts_the_weights(llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"))
+    model = shutil.copytree(llama4, tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    for wrong in (5, {"group_size": "a"}):
+        (model / "config.json").write_text(json.dumps({**config, "quantization": wrong}))
+        with pytest.raises(InputError, match=r"config\.json and the weights do not go together"):
+            fold(adapter, model, tmp_path / "out")
+
+
 @pytest.mark.skipif(mlx_lm.__version__ < "0.32", reason="this mlx-lm takes them as configured")
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_bits_that_the_configuration_does_not_name(dequantize, llama_mixed, tmp_path):

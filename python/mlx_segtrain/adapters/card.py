@@ -50,7 +50,7 @@ def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours")
 def card(adapter: Adapter, about: About, form: str) -> str:
     """The text, with the metadata that model hubs read at its head."""
     model, run = about.model, about.run
-    kind = "DoRA" if adapter.magnitudes else "LoRA"
+    kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())
     spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
     scales = ", ".join(f"{x:g}" for x in sorted(set(adapter.scales.values()))[:4])

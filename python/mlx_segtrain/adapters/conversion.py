@@ -75,7 +75,7 @@ def export(
                     "the adapter is of a model for text and images, which transformers names in "
                     "two ways: give its folder with --model-dir, or --names."
                 )
-            adapter = _of_kind(adapter, base)
+            adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
             write_peft(aside, adapter, about, names, DTYPES[dtype])
         else:
@@ -99,18 +99,17 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
     if model_dir is not None:
         base = Snapshot(model_dir, whole=True)
         names = {name: path for path, name in linears_of(adapter, base).items()}
-        adapter = Adapter(
-            {names[name]: pair for name, pair in adapter.tensors.items()},
+        adapter = Adapter.of(
+            {names[name]: adapter.arrays(name) for name in adapter.tensors},
             {names[name]: scale for name, scale in adapter.scales.items()},
-            {names[name]: m for name, m in adapter.magnitudes.items()},
-            _of_kind(adapter, base).tied,
+            _with_tied(adapter, base).tied,
         )
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(folder))
         return compared(out, adapter, read_stored(aside, tied=adapter.tied))
 
 
-def _of_kind(adapter: Adapter, base: Snapshot | None) -> Adapter:
+def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     """The adapter, of which is known whether its embedding is the head too if it has one;
     InputError if that is not."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
@@ -173,9 +172,10 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         update = max(update, float(mx.abs(y).max()))
         apart = float(mx.abs(y - z).max())
         difference = max(difference, math.inf if math.isnan(apart) else apart)
-        m, n = one.magnitudes.get(path), other.magnitudes.get(twin)
+        m, n = one.more.get(path), other.more.get(twin)
         if (m is None) != (n is None):
-            raise InputError(f"'{path}' has magnitudes in one of the two only.")
+            kind = one.kind if n is None else other.kind
+            raise InputError(f"'{path}' has {kind.called} in one of the two only.")
         if m is not None and n is not None:
             difference = max(difference, float(mx.abs(m - n).max()))
     return update, difference

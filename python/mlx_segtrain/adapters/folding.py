@@ -262,10 +262,8 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
             "it was trained on another model."
         )
     new = weight + adapter.scales[name] * delta
-    m = adapter.magnitudes.get(name)
-    if m is not None:  # DoRA: rows of this direction and of their own length
-        new = new * (m / mx.linalg.norm(new, axis=1))[:, None]
-    return new
+    more = adapter.more.get(name)
+    return new if more is None else adapter.kind.runs.dense(new, more)
 
 
 def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:

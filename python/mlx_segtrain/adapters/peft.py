@@ -13,6 +13,7 @@ from ..lora import Adapter
 from ..lora.folder import CONFIG, PEFT_WEIGHTS
 from ..lora.paths import bare, in_transformers
 from .card import About, write_card
+from .writing import peft_config
 
 Names = Literal["text", "multimodal"]
 
@@ -60,9 +61,9 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
         for letter, x in (("A", a), ("B", b)):
             name = f"base_model.model.{target}.lora_{kind.format(letter)}"
             tensors[name] = mx.contiguous(x.T).astype(dtype)
-        if module in adapter.magnitudes:
-            name = f"base_model.model.{target}.lora_magnitude_vector"
-            tensors[name] = adapter.magnitudes[module].astype(dtype)
+        if module in adapter.more:
+            name = f"base_model.model.{target}.{adapter.kind.peft}"
+            tensors[name] = adapter.more[module].astype(dtype)
         targets[module] = target
         if module.endswith(_EMBEDDING) and adapter.tied:
             twin = module
@@ -77,22 +78,11 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
     write_json(
         path / CONFIG,
         {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": about.model,
-            "r": rank,
-            "lora_alpha": alpha,
+            **peft_config(adapter, about, rank, alpha, sorted(targets.values())),
             "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
-            "target_modules": sorted(targets.values()),
             "ensure_weight_tying": twin is not None,
-            "lora_dropout": about.dropout,
-            "use_dora": bool(adapter.magnitudes),
             "use_rslora": False,  # the multipliers have it
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
             "modules_to_save": None,
         },
     )

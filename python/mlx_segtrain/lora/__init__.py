@@ -1,6 +1,6 @@
 """Low-rank updates: the factors, and the modules that apply them."""
 
-from .adapter import Adapter, Tensors
+from .adapter import ARRAYS, KINDS, LORA, Adapter, Kind, Tensors
 from .modules import (
     EMBEDDINGS,
     LoRALinear,
@@ -12,8 +12,12 @@ from .modules import (
 )
 
 __all__ = [
+    "ARRAYS",
     "EMBEDDINGS",
+    "KINDS",
+    "LORA",
     "Adapter",
+    "Kind",
     "LoRALinear",
     "LoRASwitchLinear",
     "Tensors",

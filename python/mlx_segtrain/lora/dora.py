@@ -54,6 +54,16 @@ class Stretch:
         y: Any = _times(z, m / mx.stop_gradient(self._lengths(z.dtype, linear)))
         return y if self.bias is None else y + self.bias
 
+    @property
+    def start(self) -> mx.array:
+        """The array with which nothing changes: lengths as they are."""
+        return self.norms
+
+    @staticmethod
+    def dense(weight: mx.array, m: mx.array) -> mx.array:
+        """A weight and its update [out, in], whose rows get the lengths m."""
+        return weight * (m / mx.linalg.norm(weight, axis=1))[:, None]
+
     def _lengths(self, dtype: mx.Dtype, linear: ops.Linear) -> mx.array:
         """‖w + u‖, float32 [out]"""
         assert linear.a is not None and linear.b is not None

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from .. import files
 from ..errors import InputError, shown, word
 from ..files import read_json, sha256
+from .adapter import KINDS, LORA, Kind
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -22,7 +23,7 @@ PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva"
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of an adapter that is LoRA or DoRA, as far as its configuration tells."""
+    """A folder of an adapter of a kind that we have, as far as its configuration tells."""
 
     weights: Path
     config_file: Path
@@ -34,9 +35,10 @@ class Folder:
         return self.weights.name == PEFT_WEIGHTS
 
     @property
-    def dora(self) -> bool:
-        """Every linear has magnitudes beside its factors."""
-        return self.config.get("fine_tune_type") == "dora" or bool(self.config.get("use_dora"))
+    def kind(self) -> Kind:
+        """Every linear has the arrays of this kind."""
+        named, config = self.config.get("fine_tune_type"), self.config
+        return next((k for k in KINDS if named == k.word or config.get(f"use_{k.word}")), LORA)
 
     @property
     def tied(self) -> bool | None:
@@ -150,7 +152,8 @@ def _check_kind(folder: Folder) -> None:
 
 def refuse(folder: Folder, what: str) -> NoReturn:
     """InputError: what the folder holds is of a kind that we do not have."""
+    kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
-        f"{what} cannot be read, only LoRA and DoRA: merge {folder.weights.parent} into its model "
+        f"{what} cannot be read, only {kinds}: merge {folder.weights.parent} into its model "
         "with the tool that made it."
     )

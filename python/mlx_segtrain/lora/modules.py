@@ -1,14 +1,14 @@
 """Modules that take the place of an mlx-lm model's, with an update of their weight."""
 
 import math
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from .dora import Stretch
+from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 #: Rows up to which a GPU is better served by MLX's own products than by our op: so few of them
@@ -53,13 +53,21 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
+        self._made: dict[Kind, Any] = {}
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
+
+    def put_in(self, arrays: Mapping[str, mx.array], scale: float) -> None:
+        """Puts this update in the place of what there is."""
+        self.take_out()
+        self.scale = scale
+        for name, x in arrays.items():
+            setattr(self, name, x)
 
     def take_out(self) -> None:
         """Takes the update away, which may come again."""
         self.dropout = 0.0
-        for name in ("lora_a", "lora_b", "m", "key"):
+        for name in (*ARRAYS, "key"):
             self.pop(name, None)
 
     def clear(self) -> None:
@@ -85,19 +93,21 @@ class LoRALinear(nn.Module):
         a, b = self._casts[key][:2]
         return mx.addmm(y, x @ a, b)
 
-    @cached_property
-    def stretch(self) -> Stretch:
-        return Stretch.of(ops.base_of(self.linear))
+    def _runs(self, kind: Kind) -> Any:
+        """What applies the array of this kind, made once: it is no parameter."""
+        if kind not in self._made:
+            self._made[kind] = kind.runs.of(ops.base_of(self.linear))
+        return self._made[kind]
 
     def __call__(self, x: mx.array) -> mx.array:
-        m = self.get("m")
-        if m is None and not self.training and are_few(x):
+        kind = next((kind for kind in KINDS if kind.array in self), None)
+        if kind is None and not self.training and are_few(x):
             return self._of_few(x)
-        base = ops.base_of(self.linear) if m is None else self.stretch.base
+        base = ops.base_of(self.linear) if kind is None else self._runs(kind).base
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
         keys = [self["key"]] if self.dropout else []
         (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)
-        return y if m is None else self.stretch(y, linear, m)
+        return y if kind is None else self._runs(kind)(y, linear, self[kind.array])
 
 
 class LoRASwitchLinear(LoRALinear):

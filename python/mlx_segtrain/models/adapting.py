@@ -12,16 +12,16 @@ from .. import ops
 from ..errors import InputError
 from ..lora import (
     EMBEDDINGS,
+    KINDS,
+    LORA,
     Adapter,
     LoRALinear,
-    Tensors,
     fresh_a,
     has_experts,
     ranks,
     shapes,
     wrap,
 )
-from ..lora.dora import Stretch
 from .chain import Chain
 
 
@@ -45,43 +45,41 @@ def init(
     seed: int,
     *,
     root: bool = False,
-    dora: bool = False,
+    **kinds: bool,
 ) -> Adapter:
     """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0.
 
     With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
-    2023, arXiv:2312.03732). With `dora` magnitudes are the lengths that the weights' rows have;
-    InputError if one is of experts or an embedding.
+    2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
+    starts so that nothing changes. InputError if one is of experts or an embedding.
     """
     paths = sorted(ranks)
     keys = mx.random.split(mx.random.key(seed), len(paths))
-    tensors: Tensors = {}
+    arrays: dict[str, dict[str, mx.array]] = {}
     for path, key in zip(paths, keys, strict=True):
         a, b = shapes(chain.adaptable[path], ranks[path])
-        tensors[path] = (fresh_a(a, key), mx.zeros(b))
-    magnitudes: dict[str, mx.array] = {}
-    for path in paths if dora else ():
+        arrays[path] = {"lora_a": fresh_a(a, key), "lora_b": mx.zeros(b)}
+    kind = next((kind for kind in KINDS if kinds.get(kind.word)), LORA)
+    for path in () if kind is LORA else paths:
         module = chain.adaptable[path]
         if has_experts(module) or isinstance(module, EMBEDDINGS):
             what = "an embedding" if isinstance(module, EMBEDDINGS) else "a linear of experts"
             raise InputError(
-                f"use_dora: '{path}' is {what}, of which there is no DoRA: leave it out of "
-                "target_modules, or train without use_dora."
+                f"use_{kind.word}: '{path}' is {what}, of which there is no {kind.name}: leave it "
+                f"out of target_modules, or train without use_{kind.word}."
             )
-        magnitudes[path] = Stretch.of(ops.base_of(module)).norms
-    mx.eval(tensors, magnitudes)
+        arrays[path][kind.array] = kind.runs.of(ops.base_of(module)).start
+    mx.eval(arrays)
     scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
-    return Adapter(tensors, scales, magnitudes, chain.tied_for(tensors))
+    return Adapter.of(arrays, scales, chain.tied_for(arrays))
 
 
 def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:
     """The factors by stage: `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a": …}}`."""
     params: dict[str, dict[str, mx.array]] = {}
-    for path, (a, b) in adapter.tensors.items():
+    for path in adapter.tensors:
         own = params.setdefault(chain.stage_of[path], {})
-        own |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
-        if path in adapter.magnitudes:
-            own[f"{path}.m"] = adapter.magnitudes[path]
+        own |= {f"{path}.{name}": x for name, x in adapter.arrays(path).items()}
     return params
 
 
@@ -90,11 +88,9 @@ def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> list[LoRA
     modules = []
     outer = [path for path in chain.outer if adapter and path in adapter.tensors]
     for path in (*chain.linears, *outer):
-        module = wrap(model, path, adapter.scales.get(path, 1.0) if adapter else 1.0)
+        module = wrap(model, path, 1.0)
         if adapter and path in adapter.tensors:
-            module.lora_a, module.lora_b = adapter.tensors[path]
-            if path in adapter.magnitudes:
-                module.m = adapter.magnitudes[path]
+            module.put_in(adapter.arrays(path), adapter.scales[path])
         modules.append(module)
     return modules
 

@@ -152,7 +152,7 @@ def _attached(
 ) -> Iterator[None]:
     """With the factors of `params` in the modules, for as long as the context lasts."""
     for path, module in modules.items():
-        for tensor in ("lora_a", "lora_b", "m"):
+        for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
                 setattr(module, tensor, params[f"{path}.{tensor}"])
         if dropout:

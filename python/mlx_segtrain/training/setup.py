@@ -17,7 +17,7 @@ from ..data import Dataset, Options, Pair, Prompting, Row, batches, load_dataset
 from ..data.dataset import remarks, sequences
 from ..errors import InputError
 from ..files import clean
-from ..lora import Adapter
+from ..lora import ARRAYS, KINDS, Adapter
 from ..lora.ranks import asked
 from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
@@ -255,8 +255,9 @@ def load_setup(
         adapter = read_adapter(config.warm_start, chain)
     else:
         ranks = adapting.choose_ranks(chain, **asked(config))
-        kinds: dict[str, bool] = {"root": config.rs_lora, "dora": config.use_dora}
-        adapter = adapting.init(chain, ranks, config.scale, config.seed, **kinds)
+        kinds = {kind.word: getattr(config, f"use_{kind.word}") for kind in KINDS}
+        how = {"root": config.rs_lora, **kinds}
+        adapter = adapting.init(chain, ranks, config.scale, config.seed, **how)
     chain = chain.adapting(adapter.scales)
     if any(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
@@ -345,6 +346,8 @@ def _counted(pairs: list[Pair], full: bool) -> int:
 def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
     """The adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
-    tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in scales}
-    magnitudes = {path: flat[f"{path}.m"] for path in scales if f"{path}.m" in flat}
-    return Adapter(tensors, dict(scales), magnitudes, chain.tied_for(tensors))
+    arrays = {
+        path: {name: flat[f"{path}.{name}"] for name in ARRAYS if f"{path}.{name}" in flat}
+        for path in scales
+    }
+    return Adapter.of(arrays, scales, chain.tied_for(arrays))

@@ -209,8 +209,7 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
             f"{most / 1e9:.1f} more: unmount some."
         )
     adapter = read_adapter(folder, base.chain)
-    arrays = [*(x for pair in adapter.tensors.values() for x in pair)]
-    arrays += adapter.magnitudes.values()
+    arrays = adapter.all_arrays()
     mx.eval(arrays)
     return Mounted(
         id=id,
@@ -239,8 +238,9 @@ def select(named: str, base: Base, mounted: Mapping[str, Mounted]) -> Selected:
             raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
         if id in ids[:i]:
             raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
-        if len(ids) > 1 and mounted[id].adapter.magnitudes:
-            raise InputError(f"adapter {id!r} is a DoRA adapter, which goes into no stack.")
+        kind = mounted[id].adapter.kind
+        if len(ids) > 1 and kind is not lora.LORA:
+            raise InputError(f"adapter {id!r} is a {kind.name} adapter, which goes into no stack.")
     return Selected(base, tuple(mounted[id] for id in ids))
 
 
@@ -263,17 +263,13 @@ class Linears:
             if path in base.chain.outer:
                 _put(base.model, path, base.chain.outer[path])
         self._touched |= adapter.tensors.keys()
-        for path, (a, b) in adapter.tensors.items():
+        for path in adapter.tensors:
             module = base.modules.get(path)
             if module is None:
                 module = base.modules[path] = lora.wrap(base.model, path, 1.0)
             elif path in base.chain.outer:
                 _put(base.model, path, module)
-            module.lora_a, module.lora_b, module.scale = a, b, adapter.scales[path]
-            if path in adapter.magnitudes:
-                module.m = adapter.magnitudes[path]
-            else:
-                module.pop("m", None)
+            module.put_in(adapter.arrays(path), adapter.scales[path])
         self._touched = set(adapter.tensors)
         self.key = selected.key
 
@@ -307,7 +303,7 @@ class Linears:
 
 
 def _bytes(adapter: lora.Adapter) -> int:
-    return sum(x.nbytes for pair in adapter.tensors.values() for x in pair)
+    return sum(x.nbytes for x in adapter.all_arrays())
 
 
 def _put(model: Any, path: str, module: Any) -> None:
