@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import signal
 
 import mlx.core as mx
 import pytest
@@ -20,6 +21,12 @@ OURS = (
 )
 for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
+
+# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal; what
+# tests start would inherit that. A handler is not inherited.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # The CPU is what every machine has; DEVICE=gpu runs the same tests there.
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
@@ -79,7 +86,7 @@ def bounded(request):
     if "hostile" not in request.path.parts:
         yield
         return
-    from mlx_segtrain.serving.confined_process import set_limit
+    from mlx_segtrain.serving.confined.child import set_limit
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     set_limit(resource.RLIMIT_AS, MOST_OF_ATTACKS)

@@ -280,7 +280,7 @@ def test_the_core_checks_its_ranges():
     x = mx.ones((1, 2, 5, 8))
     for ranges in ([(0, 2), (1, 5)], [(0, 0)], [(-1, 2)], [(0, 6)]):
         with pytest.raises(ValueError, match="rising ranges of the 5 keys; got"):
-            _core.attention(x, x, x, scale=1.0, segments=ranges)
+            _core.attention(x, x, x, _core.AttentionOptions(scale=1.0, segments=ranges))
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])

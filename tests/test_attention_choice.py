@@ -65,7 +65,7 @@ def test_what_is_asked_for_here_is_what_is_chosen_here():
     here = mx.default_device() != mx.Device(mx.cpu)
     name = ("cuda" if mx.cuda.is_available() else "metal") if here else "cpu"
     x = mx.zeros((1, 1, 128, 40), mx.bfloat16)
-    saved = _core.attention_forward(x, x, x, scale=1.0)
+    saved = _core.attention_forward(x, x, x, _core.AttentionOptions(scale=1.0))
     assert (saved == []) == (_core.attention_way(name, 40) == "stock")
 
 

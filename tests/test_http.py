@@ -17,10 +17,11 @@ import pytest
 from lib.served import Server, frames, write_place
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.serving.app import allow_open_files
-from mlx_segtrain.serving.kinds import KINDS
-from mlx_segtrain.serving.store import Store
+from mlx_segtrain.serving.jobs.kinds import KINDS
+from mlx_segtrain.serving.jobs.store import Store
 
 pytestmark = pytest.mark.acceptance
+
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ from mlx_segtrain import InputError, _core, train
 from mlx_segtrain.commands import picture
 from mlx_segtrain.planning import budget
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.serving import engine
+from mlx_segtrain.serving.generation import engine
 from mlx_segtrain.training import evaluate, evaluation, policy, probe, references, step
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -14,8 +14,8 @@ from mlx_segtrain.adapters import prompting_of
 from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.data import Prompting
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.mounting import Selected, read_base, read_mounted
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation.mounting import Selected, read_base, read_mounted
 
 pytestmark = pytest.mark.acceptance
 

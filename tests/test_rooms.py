@@ -3,17 +3,24 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import mlx_segtrain
 
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
-    *("errors", "files", "events", "torchless", "config", "safetensors", "streams", "schedule"),
+    *("errors", "files", "events", "torchless", "fields", "config", "safetensors"),
+    *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),
 )
+#: Of the server's own rooms, the same.
+SERVING = (
+    *("settings", "roots", "sessions", "pools", "processes", "opening", "confined", "catalog"),
+    *("jobs", "generation", "service", "api", "page", "app"),
+)
+
+#: What the page may import of the server: the service, and what the service returns.
+OF_PAGE = ("page", "service", "jobs.row", "catalog", "api.forms")
 
 
 def modules():
@@ -41,20 +48,25 @@ def imported(name, file):
 
 
 def test_every_room_has_a_floor():
-    assert {name.split(".")[0] for name, _ in modules() if name} == set(FLOORS)
+    names = [name.split(".") for name, _ in modules() if name]
+    assert {name[0] for name in names} == set(FLOORS)
+    assert {name[1] for name in names if name[0] == "serving" and name[1:]} == set(SERVING)
 
 
-@pytest.mark.parametrize("room", FLOORS)
-def test_a_room_imports_those_below_it_only(room):
-    above = FLOORS[FLOORS.index(room) + 1 :]
-    upward = [
+def upward(rooms, within=""):
+    """What modules of the rooms import from rooms above their own."""
+    floors = {f"{within}{room}": floor for floor, room in enumerate(rooms)}
+
+    def floor_of(name):
+        return floors.get(".".join(name.split(".")[: within.count(".") + 1]), -1)
+
+    return [
         f"{name} imports {found}"
         for name, file in modules()
-        if name.split(".")[0] == room
+        if floor_of(name) >= 0
         for found in imported(name, file)
-        if found.split(".")[0] in above
+        if floor_of(found) > floor_of(name)
     ]
-    assert not upward
 
 
 def test_no_test_imports_another_one():
@@ -66,3 +78,23 @@ def test_no_test_imports_another_one():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not modules & {name.split(".")[0] for name in names}, file
+
+
+def test_a_room_imports_those_below_it_only():
+    assert not upward(FLOORS)
+
+
+def test_a_room_of_the_server_imports_those_below_it_only():
+    assert not upward(SERVING, "serving.")
+
+
+def test_the_page_calls_the_service_and_nothing_below_it():
+    allowed = tuple(f"serving.{name}." for name in OF_PAGE)
+    below = [
+        f"{name} imports {found}"
+        for name, file in modules()
+        if name.startswith("serving.page")
+        for found in imported(name, file)
+        if found.startswith("serving.") and not f"{found}.".startswith(allowed)
+    ]
+    assert not below

@@ -14,12 +14,12 @@ import pytest
 from lib.engines import END, Alone, write_adapters, write_lively
 from mlx_segtrain import InputError, lora
 from mlx_segtrain.errors import RunError
-from mlx_segtrain.serving import decoding
-from mlx_segtrain.serving import engine as module
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Busy, Engine, NoMemory
-from mlx_segtrain.serving.mounting import read_base
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation import decoding
+from mlx_segtrain.serving.generation import engine as module
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Busy, Engine, NoMemory
+from mlx_segtrain.serving.generation.mounting import read_base
 
 pytestmark = pytest.mark.acceptance
 
@@ -208,7 +208,7 @@ def test_an_unmounted_adapter_ends_what_it_began(fresh, adapters, said):
         )
         text = (await anext(running)).text
         assert await fresh.unmount("x") == len(fresh.base.chain.linears)
-        with pytest.raises(KeyError):
+        with pytest.raises(InputError, match="adapter x not mounted"):
             await fresh.unmount("x")
         await fresh.mount("x", adapters["b"])
         assert len(fresh._active) == 1  # else there is nothing to see here
@@ -590,8 +590,8 @@ def test_the_process_ends_well(model, adapters):
     code = f"""
 import asyncio
 from pathlib import Path
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Engine
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Engine
 
 async def main():
     engine = Engine()

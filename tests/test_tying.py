@@ -24,8 +24,8 @@ from mlx_segtrain.adapters.writing import About
 from mlx_segtrain.lora.folder import CONFIG, PEFT_WEIGHTS, WEIGHTS
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.mounting import read_base, read_mounted
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation.mounting import read_base, read_mounted
 from mlx_segtrain.training import evaluate
 
 TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]

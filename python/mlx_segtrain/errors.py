@@ -6,8 +6,15 @@ from typing import Any
 class InputError(ValueError):
     """Bad input. The message is one sentence: what is wrong, where, and what to do about it.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2; the server answers it with
+    `status`. `field` is the field that has to be changed, where that is one.
     """
+
+    status = 400
+
+    def __init__(self, message: str, *, status: int | None = None, field: str | None = None):
+        super().__init__(message)
+        self.status, self.field = status or self.status, field
 
 
 class NoRoom(InputError):
@@ -18,8 +25,11 @@ class RunError(Exception):
     """A run that cannot go on. The message is one sentence: what happened, at which step, what is
     kept, and what to do.
 
-    The command line prints it without a traceback and exits with code 1.
+    The command line prints it without a traceback and exits with code 1; the server answers it with
+    `status`.
     """
+
+    status = 500
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -25,9 +25,10 @@ from mlx_segtrain.adapters.reading import read_stored
 from mlx_segtrain.data.jsonl import read_records
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.models.limits import check_files, check_model
+from mlx_segtrain.models.snapshot import Snapshot
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
-from mlx_segtrain.serving.confined import Confined, Limits
+from mlx_segtrain.serving.confined.parent import Confined, Limits
 from mlx_segtrain.serving.pools import Busy
 
 CANARY = "canary-7f3a91c2"
@@ -107,7 +108,7 @@ class Readers:
     def _checked(self, model: Path) -> None:
         check_files(model)
         try:
-            check_model(model)
+            check_model(Snapshot(model, whole=True))
         except (ValueError, RecursionError, AttributeError) as error:
             raise InputError(" ".join(str(error).split())[:300]) from None
 

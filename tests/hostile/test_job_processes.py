@@ -12,10 +12,10 @@ import pytest
 
 from lib.folders import write_llama, write_rows
 from lib.served import ended
-from mlx_segtrain.serving import jobs as jobs_module
 from mlx_segtrain.serving import processes
-from mlx_segtrain.serving.jobs import Jobs
-from mlx_segtrain.serving.kinds import KINDS
+from mlx_segtrain.serving.jobs import queue as jobs_module
+from mlx_segtrain.serving.jobs.kinds import KINDS
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 #: Modules that a job imports, of which one that lies in the way would be run.
 MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
@@ -126,7 +126,7 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
         assert environment["HF_TOKEN"] == "set by a client"
     assert environment["LC_ALL"] == "C.UTF-8" and environment["PATH"] == os.environ["PATH"]
     assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())
-    assert told["args"][:2] == ["mlx_segtrain.serving.worker", kind]
+    assert told["args"][:2] == ["mlx_segtrain.serving.jobs.worker", kind]
     assert told["files"] == [int(told["args"][3])]  # the lock alone
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from lib.served import Server, ended
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.guard import COOKIE
-from mlx_segtrain.serving.jobs import Jobs
+from mlx_segtrain.serving.api.guard import COOKIE
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 TOKEN = "a token of this test"
 

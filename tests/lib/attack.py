@@ -1,5 +1,5 @@
-"""What attacks share: a client that only wants to be served, the memory of a server, and a file
-outside of its roots, whose content nobody may see."""
+"""What attacks share: clients that only want to be served, the memory of a process, and a file
+outside of a server's roots, whose content nobody may see."""
 
 import os
 import threading
@@ -17,64 +17,76 @@ def patience():
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-class Bystander:
-    """Asks for /healthz, and sometimes for a chat, while others attack; how long it waited."""
+class Watch:
+    """Asks a server for /healthz and its page, and for chats, while others attack it.
 
-    def __init__(self, server, chats=True):
-        self.server, self.chats = server, chats
+    Without a server it only measures the memory of this process. `health` and `answers` are the
+    seconds that each look and each chat took, `rest` and `peak` the memory in 10⁶ bytes.
+    """
+
+    def __init__(self, server=None, chats=False):
+        self.server, self.pid = server, server.process.pid if server else os.getpid()
         self.health, self.answers, self.failures = [0.0], [0.0], []
-        self.rest = self.peak = memory_mb(server)
+        self.rest = self.peak = memory_mb(self.pid)
         self.stop = threading.Event()
-        self.threads = [threading.Thread(target=self._look, daemon=True)]
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        works = [(self._measure,)]
+        if server:
+            works.append((self._ask, self.health, 0.05, "GET", "/healthz"))
+            works.append((self._ask, [], 0.25, "GET", "/finetune"))
         if chats:
-            self.threads.append(threading.Thread(target=self._chat, daemon=True))
+            works.append((self._ask, self.answers, 0.05, "POST", "/v1/chat/completions", chat))
+        self.threads = [threading.Thread(target=f, args=a, daemon=True) for f, *a in works]
 
-    def _ask(self, times, method, path, **how):
-        with httpx.Client(base_url=self.server.url, timeout=60) as http:
-            while not self.stop.is_set():
-                begun = time.monotonic()
-                answer = http.request(method, path, **how)
-                times.append(time.monotonic() - begun)
-                if answer.status_code != 200:
-                    self.failures.append((path, answer.status_code, answer.text[:200]))
-                self.peak = max(self.peak, memory_mb(self.server))
-                self.stop.wait(0.05)
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
 
-    def _look(self):
-        self._ask(self.health, "GET", "/healthz")
-
-    def _chat(self):
-        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-        self._ask(self.answers, "POST", "/v1/chat/completions", json=body)
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(60)
 
     @property
     def grown_mb(self):
         return self.peak - self.rest
 
+    def _measure(self):
+        while not self.stop.wait(0.1):
+            self.peak = max(self.peak, memory_mb(self.pid))
+
+    def _ask(self, times, pause, method, path, body=None):
+        how = {"base_url": self.server.url, "timeout": 60, "headers": self.server.http.headers}
+        with httpx.Client(**how) as http:
+            while not self.stop.is_set():
+                begun = time.monotonic()
+                answer = http.request(method, path, json=body)
+                times.append(time.monotonic() - begun)
+                if answer.status_code != 200:
+                    self.failures.append((path, answer.status_code, answer.text[:200]))
+                self.stop.wait(pause)
+
 
 @contextmanager
 def bystander(server, chats=True):
-    own = Bystander(server, chats)
-    for thread in own.threads:
-        thread.start()
-    end = time.monotonic() + 60
-    while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both are under way
-        assert time.monotonic() < end, own.failures
-        time.sleep(0.02)
-    yield own
-    time.sleep(0.2)
-    own.stop.set()
-    for thread in own.threads:
-        thread.join(60)
+    """A client of a server, which has been served before an attack begins."""
+    with Watch(server, chats) as own:
+        end = time.monotonic() + 60
+        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both are under way
+            assert time.monotonic() < end, own.failures
+            time.sleep(0.02)
+        yield own
+        time.sleep(0.2)
     assert not own.failures, own.failures
 
 
-def memory_mb(server):
-    """Resident, of the server's process and its helpers, in 10⁶ bytes; what they share once."""
+def memory_mb(pid):
+    """Resident, of a process and its helpers, in 10⁶ bytes; what they share once."""
     total = 0
-    for pid in [server.process.pid, *_children(server.process.pid)]:
+    for own in [pid, *_children(pid)]:
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{own}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

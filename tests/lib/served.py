@@ -13,7 +13,7 @@ import httpx
 import psutil
 
 from lib.folders import write_llama, write_rows
-from mlx_segtrain.serving.jobs import Jobs
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:

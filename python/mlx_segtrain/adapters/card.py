@@ -5,21 +5,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..config import FACETS, TrainConfig
 from ..data.prompting import Prompting
 from ..files import write_text
 from ..lora import Adapter
 from ..lora.folder import README
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
-
-#: Fields of a run that say most about it.
-TOLD = (
-    *("method", "iters", "batch_size", "grad_accumulation_steps", "max_seq_length", "optimizer"),
-    *("learning_rate", "lr_schedule", "lora_dropout", "seed"),
-)
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class About:
     @classmethod
     def of(
         cls,
-        config: "TrainConfig",
+        config: TrainConfig,
         step: int | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> "About":
@@ -71,7 +63,7 @@ def card(adapter: Adapter, about: About, form: str) -> str:
         "parameters": f"{numbers:,}",
         **({"step": str(about.step)} if about.step is not None else {}),
         **about.facts,
-        **{name: str(run[name]) for name in TOLD if name in run},
+        **{name: str(run[name]) for name, own in FACETS.items() if own.on_card and name in run},
     }
     table = "\n".join(f"| {name.replace('_', ' ')} | {_cell(x)} |" for name, x in rows.items())
     return f"""---

@@ -8,11 +8,14 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import new_folder, read_json, write_json, write_tensors
+from ..files import new_folder, write_json, write_tensors
 from ..lora import Adapter
-from ..lora.folder import CONFIG, WEIGHTS, Folder, bare, open_folder
+from ..lora.folder import CONFIG, WEIGHTS, Folder, open_folder
+from ..lora.paths import bare, is_wrapped
 from ..models.headers import read_shape
+from ..models.snapshot import Snapshot
 from .card import About, write_card
+from .folding import linears_of
 from .gguf import write_gguf
 from .peft import Names, names_of, write_peft
 from .reading import read_stored
@@ -56,14 +59,14 @@ def export(
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
     base_dir = folder.base_folder if model_dir is None else model_dir
-    base = None if base_dir is None else read_json(base_dir / "config.json")
+    base = None if base_dir is None else Snapshot(base_dir)
     if to == "gguf":
         if base is None:
             raise InputError(
                 "--to gguf needs the base: give --model-dir, a folder with config.json."
             )
         with new_folder(out) as aside:
-            read_back = write_gguf(aside, adapter, about, base, DTYPES[dtype])
+            read_back = write_gguf(aside, adapter, about, base.config, DTYPES[dtype])
             return compared(out, adapter, read_back, dtype)
     with new_folder(out) as aside:
         if to == "peft":
@@ -72,8 +75,9 @@ def export(
                     "the adapter is of a model for text and images, which transformers names in "
                     "two ways: give its folder with --model-dir, or --names."
                 )
-            adapter = _of_kind(adapter, base_dir)
-            write_peft(aside, adapter, about, names or names_of(base or {}), DTYPES[dtype])
+            adapter = _of_kind(adapter, base)
+            names = names or names_of(base.config if base else {})
+            write_peft(aside, adapter, about, names, DTYPES[dtype])
         else:
             scale = common_scale(adapter)
             rank = max(adapter.ranks.values())
@@ -93,26 +97,20 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
     folder = open_folder(adapter_path)
     adapter = read_stored(folder, model_dir=model_dir)
     if model_dir is not None:
-        from .folding import Base
-
-        names = {name: path for path, name in Base.open(model_dir).linears_of(adapter).items()}
+        base = Snapshot(model_dir, whole=True)
+        names = {name: path for path, name in linears_of(adapter, base).items()}
         adapter = Adapter(
             {names[name]: pair for name, pair in adapter.tensors.items()},
             {names[name]: scale for name, scale in adapter.scales.items()},
             {names[name]: m for name, m in adapter.magnitudes.items()},
-            _of_kind(adapter, model_dir).tied,
+            _of_kind(adapter, base).tied,
         )
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(folder))
         return compared(out, adapter, read_stored(aside, tied=adapter.tied))
 
 
-def is_wrapped(path: str) -> bool:
-    """Whether a module is of a text model within another."""
-    return path.startswith("language_model.")
-
-
-def _of_kind(adapter: Adapter, base: Path | None) -> Adapter:
+def _of_kind(adapter: Adapter, base: Snapshot | None) -> Adapter:
     """The adapter, of which is known whether its embedding is the head too if it has one;
     InputError if that is not."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import open_regular
-from ..lora.folder import Folder, bare, open_folder
+from ..lora.folder import Folder, open_folder
+from ..lora.paths import bare
 from ..models.headers import ModelShape, read_shape
 from .conversion import about_of
 from .multipliers import common_multiplier

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..lora import Adapter
-from ..lora.folder import bare
+from ..lora.paths import bare
 from .card import About, write_card
 
 NAME = "adapter.gguf"

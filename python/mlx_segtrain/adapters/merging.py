@@ -10,7 +10,7 @@ from ..data.prompting import Prompting
 from ..errors import InputError
 from ..files import new_folder
 from ..lora import Adapter
-from ..lora.folder import bare
+from ..lora.paths import bare
 from .card import About
 from .conversion import Converted, about_of, compared
 from .reading import read_stored

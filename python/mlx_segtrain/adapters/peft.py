@@ -10,7 +10,8 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import write_json, write_tensors
 from ..lora import Adapter
-from ..lora.folder import CONFIG, PEFT_WEIGHTS, bare
+from ..lora.folder import CONFIG, PEFT_WEIGHTS
+from ..lora.paths import bare, in_transformers
 from .card import About, write_card
 
 Names = Literal["text", "multimodal"]
@@ -24,11 +25,7 @@ _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
 
 def hf_path(path: str, names: Names) -> str:
-    """A module of mlx-lm's as transformers names it.
-
-    Of a model for text and images mlx-lm has the text model around `model`, transformers within it.
-    InputError if it has no counterpart there.
-    """
+    """A module of mlx-lm's as transformers names it; InputError if it has no counterpart there."""
     inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
@@ -37,9 +34,7 @@ def hf_path(path: str, names: Names) -> str:
             else "it is not known under which name transformers has it"
         )
         raise InputError(f"'{path}' cannot be exported to PEFT: {why}.")
-    if names == "multimodal" and inner.startswith("model."):
-        return f"model.language_model.{inner.removeprefix('model.')}"
-    return inner
+    return in_transformers(inner) if names == "multimodal" else inner
 
 
 def names_of(base: dict[str, Any]) -> Names:

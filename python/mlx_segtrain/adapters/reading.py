@@ -19,9 +19,10 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..lora import EMBEDDINGS, Adapter, shapes
-from ..lora.folder import CONFIG, Folder, open_folder, spellings
+from ..lora.folder import CONFIG, Folder, open_folder
+from ..lora.paths import in_mlx_lm, spellings
 from ..models import Chain
-from ..safetensors import read_header
+from ..safetensors import FLOATS, read_header
 from .multipliers import multiplier_of
 from .tying import check_twins, joined, tied_by_files
 
@@ -30,8 +31,6 @@ _PEFT_FACTOR = re.compile(
     r"base_model\.model\.(.+)\."
     r"(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?)"
 )
-#: Dtypes that factors may have.
-FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
@@ -91,7 +90,7 @@ def read_stored(
         raise InputError(f"{folder.weights} is not a readable safetensors file: {error}") from error
     tensors, scales, magnitudes, updates = {}, {}, {}, {}
     for stored, names in everything.items():
-        path = _in_mlx_lm(stored)
+        path = in_mlx_lm(stored)
         a, b, *m = (arrays[name].astype(mx.float32) for name in _all(folder, stored, names))
         rank = _rank(folder, stored, a.shape)
         if folder.peft and a.ndim == b.ndim == 2:
@@ -144,7 +143,7 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     header = read_header(folder.weights)
     found, _ = joined(folder, _by_linear(folder, header), tied)
     return {
-        _in_mlx_lm(stored): _rank(folder, stored, header[_all(folder, stored, names)[0]][1])
+        in_mlx_lm(stored): _rank(folder, stored, header[_all(folder, stored, names)[0]][1])
         for stored, names in found.items()
     }
 
@@ -162,7 +161,7 @@ def stored_shapes(
         if folder.peft:
             a, b = a[::-1], b[::-1]
         ends = (a[2], b[1]) if len(a) == 3 == len(b) else (a[0], b[-1]) if a and b else (0, 0)
-        found[_in_mlx_lm(stored)] = ends
+        found[in_mlx_lm(stored)] = ends
     return found
 
 
@@ -214,15 +213,7 @@ def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
     return rank
 
 
-def _in_mlx_lm(stored: str) -> str:
-    """transformers has the text model within the model for text and images, mlx-lm around it."""
-    prefix = "model.language_model."
-    if stored.startswith(prefix):
-        return f"language_model.model.{stored.removeprefix(prefix)}"
-    return stored
-
-
 def _in_model(stored: str, linears: Mapping[str, Any]) -> str | None:
     """The linear that a stored path means; a text model may stand alone here, and not there."""
-    path = _in_mlx_lm(stored)
+    path = in_mlx_lm(stored)
     return next((p for p in (stored, *spellings(path)) if p in linears), None)

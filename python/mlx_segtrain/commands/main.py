@@ -16,30 +16,19 @@ from typing import Any, NoReturn, get_args
 
 from mlx_segtrain.commands.adapters import add_commands
 from mlx_segtrain.config import (
+    FACETS,
     TrainConfig,
+    affecting,
     allowed,
-    choices,
     default,
     flag,
-    is_list,
-    kind,
     load_config,
     nearest,
 )
 from mlx_segtrain.errors import InputError, RunError
+from mlx_segtrain.fields import choices, is_list, kind
 from mlx_segtrain.torchless import hide_torch
 
-PLANNED = (  # what memory depends on, besides the model
-    *("method", "rank", "rank_scaling", "target_modules", "num_layers", "warm_start"),
-    *("use_dora", "lora_dropout", "max_seq_length", "batch_size"),
-    *("grad_accumulation_steps", "grad_checkpoint", "segment_size", "memory_budget_gb"),
-    "deterministic",
-)
-DATA = ("train_on", "append_eos", "prompt_format", "chat_template_kwargs", "strict")
-EVALUATED = (  # what a loss depends on, besides model and data
-    *("method", "max_seq_length", "batch_size", *DATA, "dpo_beta", "dpo_loss"),
-    *("label_smoothing", "reference_free", "orpo_lambda", "sft_scope", "simpo_beta", "simpo_gamma"),
-)
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 
@@ -118,7 +107,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("plan", _plan, "say what a run would take, without loading anything")
     added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as of train")
-    add_flags(added, ("model_dir", *PLANNED))
+    add_flags(added, ("model_dir", *affecting("memory")))
     added.add_argument(
         "--loss-rows",
         type=_part,
@@ -143,13 +132,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
     added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
-    add_flags(added, ("model_dir", "method", "max_seq_length", *DATA))
+    add_flags(added, ("model_dir", *affecting("rows")))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
     add_flags(added, ("model_dir", "data_dir"), required=True)
-    add_flags(added, ("adapter_path", *EVALUATED))
+    add_flags(added, ("adapter_path", *affecting("loss")))
     added.add_argument("--split", choices=("valid", "train"), default="valid", help="the file")
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -249,7 +238,7 @@ def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif bool in get_args(field.annotation):  # or a word
+        elif bool in get_args(field.annotation):
             options |= {"nargs": "?", "const": True, "metavar": _metavar(name)}
         else:
             options["metavar"] = _metavar(name)
@@ -260,9 +249,9 @@ def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -
 def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
-        return "TEXT" if name == "sample_prompts" else "NAME"
-    if name == "resume":
-        return "auto"
+        return "TEXT" if FACETS[name].texts else "NAME"
+    if bool in get_args(field.annotation):  # or a word
+        return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
         return "{" + ",".join(words) + "}"
     return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
@@ -419,7 +408,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(report)))
         return 0 if report.ok else 2
     if not report.ok:
-        raise InputError(report.error)
+        raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import show_report
 
     show_report(report)

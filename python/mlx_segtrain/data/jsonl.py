@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_segtrain.config import fault_of_variables
 from mlx_segtrain.errors import InputError, shown
+from mlx_segtrain.fields import fault_of_variables
 from mlx_segtrain.files import open_regular
 
 #: The keys by which messages carry reasoning.

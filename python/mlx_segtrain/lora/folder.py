@@ -105,16 +105,6 @@ def _digest(file: Path, *state: int) -> str:
     return sha256(file)
 
 
-def bare(path: str) -> str:
-    """A module's path without the wrapper that a text model has within one for text and images."""
-    return path.removeprefix("language_model.")
-
-
-def spellings(path: str) -> tuple[str, str, str]:
-    """A module's path as it is, without the wrapper, and with it."""
-    return path, bare(path), f"language_model.{bare(path)}"
-
-
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The object at `key`; empty if there is none."""
     found = values.get(key) or {}

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..errors import InputError
 from ..files import read_at_most
+from .paths import bare
 
 #: The target that means every linear of a layer.
 ALL = "all-linear"
@@ -60,7 +61,7 @@ def choose_ranks(
         for path in found:
             if path not in within:
                 continue
-            own = kl.get(path.removeprefix("language_model."))
+            own = kl.get(bare(path))
             if own is not None and median > 0:
                 factor = min(max(own / median, 0.5), 2.0)
             elif rank_scaling != "constant" and path in bits:
@@ -87,9 +88,7 @@ def _sensitivities(model_dir: Path) -> dict[str, float]:
             data = json.loads(read_at_most(file, 64 << 20))
             layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
             return {
-                path.removeprefix("language_model."): float(x["kl"])
-                for path, x in layers.items()
-                if x.get("kl") is not None
+                bare(path): float(x["kl"]) for path, x in layers.items() if x.get("kl") is not None
             }
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error

@@ -15,8 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..errors import InputError
+from ..lora.paths import WRAPPER
 from .chain import Chain, Head
 from .limits import check_files, check_model, check_tokenizer
+from .snapshot import Snapshot
 
 __all__ = [
     "Chain",
@@ -49,7 +51,7 @@ def chain_of(model: nn.Module) -> Chain:
     if family is None:
         return generic.chain_of(model)
     inner = model.get("language_model")
-    return family.chain_of(inner or model, "language_model." if inner else "")
+    return family.chain_of(inner or model, WRAPPER if inner else "")
 
 
 def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
@@ -64,7 +66,7 @@ def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
 
 def load_tokenizer(model_dir: str | Path) -> Any:
     """mlx-lm's tokenizer of a model folder, without the weights; InputError as for load_base."""
-    folder = _model_folder(model_dir)
+    folder = _opened(model_dir).folder
     from mlx_lm.utils import load_config, load_tokenizer
 
     check_tokenizer(folder)
@@ -74,36 +76,25 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
 def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model and configuration, evaluated; InputError as for load_base."""
-    folder = _model_folder(model_dir)
-    if not any(folder.glob("model*.safetensors")):
-        raise InputError(f"model_dir {folder} holds no model*.safetensors: no weights to load.")
-    from mlx_lm.utils import load_config, load_model
+    snapshot = _opened(model_dir)
+    from mlx_lm.utils import load_model
 
-    with _reading(folder):
-        program = load_config(folder).get("model_file")
-    if program is not None:  # some releases of mlx-lm would run it
-        raise InputError(
-            f"model_dir {folder} brings a program of its own (model_file in config.json), which is "
-            "not run: take a model of a family that mlx-lm has."
-        )
-    with _reading(folder):
-        check_model(folder)
-        model, config = load_model(folder, lazy=True)
+    with _reading(snapshot.folder):
+        check_model(snapshot)
+        model, config = load_model(snapshot.folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
         model.update(tree_map(_float32, model.parameters()))
     mx.eval(model.parameters())
     return model, config
 
 
-def _model_folder(model_dir: str | Path) -> Path:
-    folder = Path(model_dir).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"model_dir {folder} is not a folder: give the path of a model.")
-    for name, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
-        if not (folder / name).is_file():  # else mlx-lm asks the network
-            raise InputError(f"model_dir {folder} holds no {name} ({what}): not a model folder.")
-    check_files(folder)
-    return folder
+def _opened(model_dir: str | Path) -> Snapshot:
+    """A folder that mlx-lm may read: it asks the network for what is missing."""
+    snapshot = Snapshot(model_dir, whole=True)
+    snapshot.file("config.json", "configuration")
+    snapshot.file("tokenizer_config.json", "tokenizer")
+    check_files(snapshot.folder)
+    return snapshot
 
 
 @contextmanager

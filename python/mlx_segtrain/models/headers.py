@@ -1,6 +1,5 @@
 """What a model is made of, from config.json and the headers of its weights: no weight is read."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_at_most
-from ..safetensors import SIZES, Tensors, read_header
+from ..safetensors import SIZES, Tensors
+from .snapshot import MOST_LAYERS, Snapshot, quantization_of
 
 #: `model_type` of the fast families, and of models for text and images around them.
 FAST = {
@@ -19,8 +18,6 @@ FAST = {
     *("gemma3", "gemma4", "gemma4_unified", "mistral3", "pixtral", "llava"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
-#: Bytes of a config.json, and tensors and layers of a model, at most.
-MOST_CONFIG, MOST_TENSORS, MOST_LAYERS = 4 << 20, 400_000, 4096
 #: Parts of a model for text and images that are not loaded.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 FLOATS = ("F16", "BF16")
@@ -98,34 +95,12 @@ class ModelShape:
         )
 
 
-def read_shape(model_dir: Path) -> ModelShape:
-    """Of a model folder; InputError if there is no config.json or no readable header."""
-    model_dir = Path(model_dir).expanduser()
-    if not model_dir.is_dir():
-        raise InputError(f"model_dir {model_dir} is not a folder: give the path of a model.")
-    file = model_dir / "config.json"
-    try:
-        config = json.loads(read_at_most(file, MOST_CONFIG))
-    except OSError as error:
-        raise InputError(
-            f"model_dir {model_dir} holds no config.json that can be read: {error.strerror}."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON: {str(error)[:200]}.") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not a configuration: expected a JSON object.")
-    tensors: Tensors = {}
-    for weights in sorted(model_dir.glob("model*.safetensors")):
-        tensors |= read_header(weights, whole=False)
-        if len(tensors) > MOST_TENSORS:
-            raise InputError(f"model_dir {model_dir} has more than {MOST_TENSORS:,} tensors.")
-    if not tensors:
-        raise InputError(f"model_dir {model_dir} holds no model*.safetensors: no weights to load.")
-    try:
+def read_shape(model: str | Path | Snapshot) -> ModelShape:
+    """Of a model's folder; InputError if it has no config.json or no readable header."""
+    snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
+    config, tensors = snapshot.config, snapshot.tensors
+    with snapshot.consistent():
         return shape_of(config, tensors)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{file} and the weights do not go together: {reason}.") from error
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
@@ -215,22 +190,15 @@ def _linears(
     config: Mapping[str, Any], tensors: Tensors
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     """(in, out) of each matrix, and bits of the quantized ones, by path."""
-    quantization = config.get("quantization") or config.get("quantization_config") or {}
     widths, bits = {}, {}
-    for name, (dtype, shape) in tensors.items():
+    for name, (_, shape) in tensors.items():
         path = name.removesuffix(".weight")
         if path == name or len(shape) != 2:
             continue
         out, packed = shape
-        if f"{path}.scales" in tensors and dtype == "U32":
-            # As mlx-lm does: the number of groups tells the width, and that the bits.
-            bare = path.removeprefix("language_model.")
-            named = (quantization.get(key) for key in (path, bare, f"language_model.{bare}"))
-            own = next((entry for entry in named if isinstance(entry, dict)), {})
-            group = int(own.get("group_size", quantization.get("group_size", 64)))
-            width = tensors[f"{path}.scales"][1][-1] * group
-            bits[path] = packed * 32 // width
-            packed = width
+        if (how := quantization_of(config, tensors, path)) is not None:
+            bits[path] = how.bits
+            packed = tensors[f"{path}.scales"][1][-1] * how.group_size
         widths[path] = (packed, out)
     return widths, bits
 

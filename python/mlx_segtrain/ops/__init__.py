@@ -6,10 +6,11 @@ the device; a named one ("kernel", "blocked", "stock", "reference") raises Value
 reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
 """
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,8 +18,8 @@ import mlx.nn as nn
 from .. import _core
 from .._core import Base, Linear
 from . import reference
-from . import selfcheck as doctor
 from .reference import Segments, segment_ranges
+from .selfcheck import on_gpu, self_check
 
 __all__ = [
     "Base",
@@ -42,6 +43,10 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 def base_of(module: nn.Module) -> Base:
     """The frozen weight of an nn.Linear, nn.Embedding or a quantized one, [out, in]."""
     bias = module.get("bias")
@@ -63,8 +68,27 @@ def rows_of(base: Base, begin: int, end: int) -> Base:
 
 def _check_device() -> None:
     """Kernels of a GPU are compared with the plain code once a device, before first use."""
-    if doctor.on_gpu():
-        doctor.self_check()
+    if on_gpu():
+        self_check()
+
+
+def _face(
+    plain: Callable[..., Any], *, without: Sequence[str] = ()
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates an op of the core: `impl="reference"` calls `plain`, without these options."""
+
+    def decorate(op: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(op)
+        def call(*args: P.args, **options: P.kwargs) -> T:
+            if options.get("impl") != "reference":
+                _check_device()
+                return op(*args, **options)
+            skip = {"impl", *without}
+            return plain(*args, **{key: x for key, x in options.items() if key not in skip})
+
+        return call
+
+    return decorate
 
 
 @contextmanager
@@ -77,6 +101,15 @@ def repeatable(on: bool) -> Iterator[None]:
         _core.set_repeatable(before)
 
 
+def _attention_options(
+    k: mx.array, segments: Segments | None = None, **options: Any
+) -> _core.AttentionOptions:
+    # k may have a wrong rank: the core says so.
+    ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
+    return _core.AttentionOptions(segments=ranges, **options)
+
+
+@_face(reference.attention, without=["saved"])
 def attention(
     q: mx.array,
     k: mx.array,
@@ -104,64 +137,36 @@ def attention(
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "window": window,
-        "softcap": softcap,
-        "q_start": q_start,
-    }
-    if impl == "reference":
-        return reference.attention(q, k, v, segments=segments, **options)
-    _check_device()
-    # k may have a wrong rank: the core says so.
-    ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
+    options = _attention_options(
+        k, segments, scale=scale, window=window, softcap=softcap, q_start=q_start
+    )
     kept = None if saved is None else list(saved)
-    return _core.attention(q, k, v, segments=ranges, saved=kept, impl=impl, **options)
+    return _core.attention(q, k, v, options, saved=kept, impl=impl)
 
 
 def attention_forward(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    window: int | None = None,
-    segments: Segments | None = None,
-    softcap: float | None = None,
-    q_start: int | None = None,
-    impl: str = "auto",
+    q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
 ) -> list[mx.array]:
-    """o of `attention`, and what its backward pass needs besides: `saved` for it. No gradient.
+    """o of `attention` with these options, and what its backward pass needs besides: its `saved`.
 
-    Empty where the implementation that would serve the call gives no such thing (`stock`).
+    No gradient. Empty where the implementation that would serve the call gives no such thing
+    (`stock`).
     """
     _check_device()
-    ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
-    return _core.attention_forward(
-        q,
-        k,
-        v,
-        scale=scale,
-        window=window,
-        segments=ranges,
-        softcap=softcap,
-        q_start=q_start,
-        impl=impl,
-    )
+    return _core.attention_forward(q, k, v, _attention_options(k, **options), impl=impl)
 
 
+@_face(reference.swiglu)
 def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype, computed in float32.
 
     Keeps gate and up; the backward pass makes both gradients in one pass over memory.
     Shazeer 2020, arXiv:2002.05202.
     """
-    if impl == "reference":
-        return reference.swiglu(gate, up)
-    _check_device()
     return _core.swiglu(gate, up, impl=impl)
 
 
+@_face(reference.geglu)
 def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as Gemma has it.
 
@@ -169,23 +174,19 @@ def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     pass makes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh form
     is Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    if impl == "reference":
-        return reference.geglu(gate, up)
-    _check_device()
     return _core.geglu(gate, up, impl=impl)
 
 
+@_face(reference.rms_norm)
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -> mx.array:
     """y = x / sqrt(mean(x²) + eps)·weight. x, y [..., H]; weight [H] is frozen, without gradient.
 
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    if impl == "reference":
-        return reference.rms_norm(x, weight, eps)
-    _check_device()
     return _core.rms_norm(x, weight, eps, impl=impl)
 
 
+@_face(reference.add_rms_norm)
 def add_rms_norm(
     x: mx.array, r: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
 ) -> tuple[mx.array, mx.array]:
@@ -194,13 +195,11 @@ def add_rms_norm(
     x, r, h, y [..., H] of one dtype; weight [H] is frozen. Keeps h; the backward pass adds the
     cotangent of h to the norm's in the same pass over memory.
     """
-    if impl == "reference":
-        return x + r, reference.rms_norm(x + r, weight, eps)
-    _check_device()
     h, y = _core.add_rms_norm(x, r, weight, eps, impl=impl)
     return h, y
 
 
+@_face(reference.rope)
 def rope(
     x: mx.array,
     dims: int,
@@ -217,16 +216,8 @@ def rope(
     freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
     Su et al. 2021, arXiv:2104.09864; the arguments are those of mx.fast.rope.
     """
-    options: dict[str, Any] = {
-        "traditional": traditional,
-        "base": base,
-        "scale": scale,
-        "offset": offset,
-        "freqs": freqs,
-    }
-    if impl == "reference":
-        return reference.rope(x, dims, **options)
-    return _core.rope(x, dims, impl=impl, **options)
+    options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
+    return _core.rope(x, dims, traditional=traditional, impl=impl, **options)
 
 
 def lora_linear(
@@ -253,6 +244,7 @@ def lora_linear(
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
 
 
+@_face(reference.lora_linears)
 def lora_linears(
     x: mx.array,
     linears: Sequence[Linear],
@@ -265,15 +257,10 @@ def lora_linears(
 
     x [..., in] → y [..., out] of each linear; with dropout, a key for each.
     """
-    if impl == "reference":
-        return [
-            reference.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout, key=key)
-            for w, key in zip(linears, keys or [None] * len(linears), strict=True)
-        ]
-    _check_device()
     return _core.lora_linears(x, list(linears), dropout=dropout, keys=list(keys), impl=impl)
 
 
+@_face(reference.lora_glu_mlp, without=["tile_rows"])
 def lora_glu_mlp(
     x: mx.array,
     gate: Linear,
@@ -292,9 +279,6 @@ def lora_glu_mlp(
     [rows, F], for 1.5 times the products. Tiled MLP: Arctic Long Sequence Training (Bekman et al.
     2025, arXiv:2506.13996).
     """
-    if impl == "reference":
-        return reference.lora_glu_mlp(x, gate, up, down, gelu=gelu)
-    _check_device()
     return _core.lora_glu_mlp(x, gate, up, down, gelu=gelu, tile_rows=tile_rows, impl=impl)
 
 
@@ -305,6 +289,7 @@ def dropout_key(seed: int, step: int, module: str) -> mx.array:
     return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
+@_face(reference.linear_cross_entropy, without=["needs_grad"])
 def linear_cross_entropy(
     h: mx.array,
     head: Base,
@@ -325,11 +310,6 @@ def linear_cross_entropy(
     (Szegedy et al. 2016, arXiv:1512.00567).
     Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
     """
-    if impl == "reference":
-        return reference.linear_cross_entropy(
-            h, head, targets, weights, softcap=softcap, label_smoothing=label_smoothing
-        )
-    _check_device()
     return _core.linear_cross_entropy(
         h,
         head,
@@ -342,6 +322,7 @@ def linear_cross_entropy(
     )
 
 
+@_face(reference.linear_log_probs, without=["needs_grad"])
 def linear_log_probs(
     h: mx.array,
     head: Base,
@@ -360,9 +341,6 @@ def linear_log_probs(
     out; elsewhere the backward pass computes z again, chunk of rows by chunk.
     For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
-    if impl == "reference":
-        return reference.linear_log_probs(h, head, targets, softcap=softcap)
-    _check_device()
     return _core.linear_log_probs(
         h, head, targets, softcap=softcap, needs_grad=needs_grad, impl=impl
     )

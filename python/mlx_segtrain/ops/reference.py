@@ -174,6 +174,11 @@ def rms_norm(x, weight, eps):
     return (x32 * r * weight).astype(x.dtype)
 
 
+def add_rms_norm(x, r, weight, eps):
+    """h = x + r, and rms_norm(h)"""
+    return x + r, rms_norm(x + r, weight, eps)
+
+
 def rms_norm_vjp(x, weight, dy, eps):
     """dx = r·g − x·r³·mean(g·x) with g = dy·weight"""
     x32, g = x.astype(mx.float32), dy.astype(mx.float32) * weight
@@ -215,6 +220,14 @@ def lora_linear(x, base, a=None, b=None, scale=1.0, *, dropout=0.0, key=None):
         return y
     low = dropped(x.reshape(-1, x.shape[-1]), dropout, key).reshape(x.shape) @ a.astype(x.dtype)
     return y + (scale * low @ b.astype(x.dtype)).astype(x.dtype)
+
+
+def lora_linears(x, linears, *, dropout=0.0, keys=()):
+    """lora_linear of each, with a key for each"""
+    return [
+        lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout, key=key)
+        for w, key in zip(linears, keys or [None] * len(linears), strict=True)
+    ]
 
 
 def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):

@@ -13,29 +13,20 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from .. import MLX_VERSION, __version__, _core
 from ..files import cache_dir, write_json
-from . import reference
 
 #: How far a kernel may be from the plain code in float32, relative L2.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
 #: Queries of a check; on a GPU times are taken of more, which a launch does not outweigh.
 CHECKED, TIMED_ON_GPU = 500, 2000
-#: Options of attention for T queries; behind the segments lie queries that see nothing.
-CASES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "causal": lambda t: {},
-    "window": lambda t: {"window": t // 4},
-    "segments": lambda t: {"segments": [0, t // 3, t // 3 + 10, 2 * t // 3, t - t // 8]},
-    "softcap": lambda t: {"softcap": 2.0},
-}
 
 
 @dataclass(frozen=True)
@@ -90,91 +81,13 @@ def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0
     ]
 
 
-def attention_calls(
-    op: str, impl: str, dtype: mx.Dtype, t: int, d: int = 64, cases: Iterable[str] = CASES
-) -> Iterator[Call]:
-    for case in cases:
-        plain_options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
-        core_options = dict(plain_options)
-        if "segments" in core_options:
-            core_options["segments"] = reference.segment_ranges(core_options["segments"], t)
-        yield Call(
-            op,
-            f"{case}, D = {d}",
-            functools.partial(_core.attention, impl=impl, **core_options),
-            functools.partial(reference.attention, **plain_options),
-            normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype),
-        )
+def calls(rows: int) -> Iterator[Call]:
+    """Every kernel of the default device; on a GPU with this many rows."""
+    from .cases import of_every_op  # whose modules need this one
 
-
-def product_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
-    """Products with a frozen weight: of a layer, wide and narrow, and of a head."""
-    width, out = 512, 704
-    vocabulary = 17000 if on_gpu() else 2000  # two tiles
-    for case, (k, n) in {"wide": (width, out), "narrow": (out, width)}.items():
-        x, w = normal((rows, k), (n, k), dtype=dtype)
-        a, b = normal((k, 8), (8, n), seed=1)
-        base = _core.Base(*mx.quantize(w / 16, bits=4), group_size=64, bits=4)
-        linear = _core.Linear(base, a / 16, b, 0.5)
-
-        def lora(x: mx.array, a: mx.array, b: mx.array, linear: _core.Linear = linear) -> mx.array:
-            return _core.lora_linears(x, [linear.with_factors(a, b)], impl="kernel")[0]
-
-        def plain(x: mx.array, a: mx.array, b: mx.array, base: _core.Base = base) -> mx.array:
-            return reference.lora_linear(x, base, a, b, 0.5)
-
-        yield Call("lora_linear", case, lora, plain, [x, a / 16, b])
-
-    h, w = normal((rows, width), (vocabulary, width), dtype=dtype)
-    options: dict[str, Any] = {"softcap": 30.0}
-    head, targets = _core.Base(w / 16), mx.arange(rows) * 31 % vocabulary
-
-    def loss(h: mx.array) -> mx.array:
-        return _core.linear_cross_entropy(h, head, targets, **options, impl="kernel")
-
-    def plain_loss(h: mx.array) -> mx.array:
-        return reference.linear_cross_entropy(h, head, targets, **options)
-
-    yield Call("linear_cross_entropy", "softcap", loss, plain_loss, [h])
-
-
-def glu_calls(dtype: mx.Dtype, rows: int) -> Iterator[Call]:
-    for op in ("swiglu", "geglu"):
-        kernel = functools.partial(getattr(_core, op), impl="kernel")
-        args = normal((rows, 1023), (rows, 1023), dtype=dtype)
-        yield Call(op, str(dtype).split(".")[-1], kernel, getattr(reference, op), args)
-
-
-def cpu_calls() -> Iterator[Call]:
-    yield from attention_calls("attention", "kernel", mx.float32, CHECKED)
-    yield from glu_calls(mx.float32, CHECKED)
-    yield from product_calls(mx.float32, CHECKED)
-    x, w, heads = normal((CHECKED, 512), (1, 512), (1, 4, CHECKED, 128))
-    norm = functools.partial(_core.rms_norm, weight=w[0], eps=1e-5, impl="kernel")
-    yield Call("rms_norm", "", norm, lambda x: reference.rms_norm(x, w[0], 1e-5), [x])
-    rotate = functools.partial(_core.rope, dims=64, base=1e4, impl="kernel")
-    yield Call("rope", "", rotate, lambda x: reference.rope(x, 64, base=1e4), [heads])
-
-
-def calls(t: int) -> Iterator[Call]:
-    """Every kernel of the default device; those of attention with t queries on a GPU."""
-    if not on_gpu():
-        yield from cpu_calls()
-        return
-    for dtype in (mx.bfloat16, mx.float32):
-        yield from glu_calls(dtype, t)
-    if mx.cuda.is_available():
-        yield from product_calls(mx.bfloat16, t)
-    # The row passes are what the blocked form runs on.
-    yield from attention_calls("attention_rows", "blocked", mx.bfloat16, t)
-    yield from attention_calls("attention", "kernel", mx.bfloat16, t)
-    impls = _core.attention_impls()
-    if "hopper" in impls:  # wide heads have other tiles
-        for d in (64, 512):
-            yield from attention_calls("attention_hopper", "hopper", mx.bfloat16, t, d)
-    if "cudnn" in impls:
-        cases = ("causal", "segments")
-        yield from attention_calls("attention_cudnn", "cudnn", mx.bfloat16, t, 256, cases)
+    device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"
+    for checks in of_every_op("checks"):
+        yield from checks(device, CHECKED if device == "cpu" else rows)
 
 
 def cotangent(call: Call) -> mx.array:
@@ -282,7 +195,7 @@ def self_check() -> dict[str, str]:
         found = failed(check())
         keep(found)
     for op, reason in found.items():
-        _core.switch_off(op, "kernel", reason)
+        _core.switch_off(op, reason)
         text = f"mlx_segtrain: the {op} kernel is off on this device ({reason})"
         warnings.warn(text, stacklevel=2)
     return found

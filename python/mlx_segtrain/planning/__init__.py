@@ -1,7 +1,7 @@
 """Which plan of the segmented backward pass a run takes, from shapes alone, before anything loads.
 
 `read_shape` reads config.json and the headers of the weights; `costs_of` says what each stage
-takes; csrc/planner.cpp finds the plan of least work within the budget.
+takes; csrc/schedule/planner.cpp finds the plan of least work within the budget.
 """
 
 from __future__ import annotations

@@ -360,7 +360,7 @@ def _head(
         if device.gpu:  # the weight dequantized, and logits in float32 once more
             inside += head_weight(model, device) + 4 * logits
         return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
-    if device.gpu:  # csrc/head.cpp: a tile of the weight, logits and their cotangents of some rows
+    if device.gpu:  # csrc/ops/head: a tile of the weight, logits and their cotangents of some rows
         tile, chunk = min(model.vocabulary, 16384), min(m, 2048)
         inside = 2 * tile * h + 4 * chunk * tile + 6 * chunk * h + 6 * m * h
         return max(inside, 4 * trimmed * h + 12 * m * h), work
@@ -373,5 +373,5 @@ def head_weight(model: ModelShape, device: Device) -> int:
 
 
 def cpu_logits(model: ModelShape, batch: BatchShape) -> int:
-    """Bytes of the logits that the head has at a time on the CPU: csrc/cpu/cross_entropy.cpp."""
+    """Bytes of the logits that the head has at a time on the CPU: csrc/ops/head/cpu.cpp."""
     return 4 * model.vocabulary * min(batch.loss, 256)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError, NoRoom
+from ..lora.paths import bare
 from ..lora.ranks import asked
 from ..models.headers import ModelShape, read_shape
 from ..schedule import Cuts
@@ -215,8 +216,8 @@ def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     from ..adapters import ranks_in
 
     found = ranks_in(config.warm_start, shape.tied)
-    known = {path.removeprefix("language_model."): path for path in shape.widths}
-    ranks = {known.get(path.removeprefix("language_model."), ""): r for path, r in found.items()}
+    known = {bare(path): path for path in shape.widths}
+    ranks = {known.get(bare(path), ""): r for path, r in found.items()}
     if "" in ranks:
         raise InputError(
             f"warm_start {config.warm_start} adapts linears that {Path(config.model_dir).name} "

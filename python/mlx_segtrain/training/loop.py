@@ -27,7 +27,7 @@ from .memory import Memory, process_peak
 from .policy import run_policy
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import Setup, check_output, prepare, read_inputs
+from .setup import Setup, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Progress, State
 from .step import Halted, Stepper
@@ -211,7 +211,7 @@ class Run:
     def _change_plan(self, plan: RunPlan, reason: str) -> None:
         self.step.plan = plan
         plan.set_limits()
-        self.tell(events.stage("setup", self._share, f"{reason}, from now on {plan}"))
+        self.tell(plan_event(plan, self._share, f"{reason}, from now on {plan}"))
 
     @property
     def _share(self) -> float:

@@ -190,7 +190,7 @@ def prepare(
         except InputError:
             raise error from None
     train = _apart(train) if apart else train
-    on_event(events.stage("setup", 0.02, str(plan)))
+    on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(config, plan, train, valid, inputs.tokenizer)
     setup = replace(setup, apart=apart)
     if coarse := _coarse(setup):
@@ -236,6 +236,11 @@ def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
             f"= {config.epochs:g} are: lower it."
         )
     return config.model_copy(update={"iters": iters})
+
+
+def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
+    peak = None if plan.planned is None else plan.planned.peak
+    return events.plan(progress, message, peak, plan.budget)
 
 
 def load_setup(
