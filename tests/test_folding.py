@@ -25,6 +25,8 @@ from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.models import adapting, chain_of, load_base
 
+pytestmark = pytest.mark.acceptance
+
 TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
 
@@ -320,7 +322,6 @@ def test_what_cannot_be_folded(llama, llama4, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.acceptance
 def test_the_demo_s_model_is_folded(tmp_path):
     """SmolLM2: dense equals base and adapter; with 4 bits the report says what was lost."""
     model = snapshot.smollm2_snapshot(cache_dir())

@@ -27,6 +27,8 @@ from mlx_segtrain.files import cache_dir
 from mlx_segtrain.lora.folder import PEFT_WEIGHTS
 from mlx_segtrain.models import chain_of, load_base
 
+pytestmark = pytest.mark.acceptance
+
 #: Name of the model, and how it is adapted.
 RUNS = {
     "constant": ("llama", {"rank_scaling": "constant"}),
@@ -135,7 +137,6 @@ def smollm2(tmp_path_factory):
     return functools.cache(make)
 
 
-@pytest.mark.acceptance
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2):
     model_dir, folder, _ = smollm2(name)

@@ -28,6 +28,8 @@ from mlx_segtrain.serving.confined.parent import Confined
 from mlx_segtrain.serving.generation.mounting import read_base, read_mounted
 from mlx_segtrain.training import evaluate
 
+pytestmark = pytest.mark.acceptance
+
 TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 EMBEDDING, HEAD, Q = "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"
 RANK, ALPHA = 4, 6
