@@ -49,8 +49,8 @@ class Fault(InputError):
     """A field that is wrong: its name, what it was, what is allowed."""
 
     def __init__(self, message: str, field: str | None, value: Any = None, allowed: str = ""):
-        super().__init__(message)
-        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(message, field=field)
+        self.value, self.allowed = value, allowed
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Service:
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
-            raise Fault(str(error), None) from None
+            raise Fault(str(error), error.field) from None
         paths = {
             name: self.roots.resolve(getattr(config, name))
             for name in PATHS
@@ -305,7 +305,10 @@ class Service:
         if any(other.is_relative_to(path) for other in near) or any(
             path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
         ):
-            raise InputError(f"adapter_path {path} is in use by others: give a folder of its own.")
+            raise InputError(
+                f"adapter_path {path} is in use by others: give a folder of its own.",
+                field="adapter_path",
+            )
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         try:
@@ -313,11 +316,14 @@ class Service:
             check_own(path)
         except InputError as error:
             reason = f"holds no run of ours: give a new folder. {error}"
-            raise InputError(f"adapter_path {path} is there, and {reason}") from None
+            raise InputError(
+                f"adapter_path {path} is there, and {reason}", field="adapter_path"
+            ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
                 f"adapter_path {path} already holds a run: give another folder, resume or "
-                "overwrite."
+                "overwrite.",
+                field="adapter_path",
             )
 
     def _path(self, text: str) -> str:

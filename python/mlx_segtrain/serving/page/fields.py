@@ -7,6 +7,7 @@ from typing import Any, get_args
 from nicegui import ui
 
 from ...config import FACETS, TrainConfig
+from ...errors import InputError
 from ...fields import Group
 from ..forms import FieldRow, rows_of_fields
 from .frame import tag
@@ -189,10 +190,10 @@ class Form:
             if name in self.fields:
                 self.fields[name].put(value)
 
-    def complain(self, message: str) -> None:
-        """Shows a sentence at the field that it begins with, if it does."""
-        name = message.split(maxsplit=1)[0] if message else ""
+    def complain(self, error: InputError | None) -> None:
+        """Shows what is wrong at the field that it is about, if there is one; None is nothing."""
+        name = error.field if error else None
         for own in self.fields.values():
-            own.frame.complain(message if own.row.name == name else "")
+            own.frame.complain(str(error) if own.row.name == name else "")
         if name in self.fields and (group := FACETS[name].group):
             self.groups[group].open()
