@@ -141,7 +141,9 @@ class Form:
         self.fields: dict[str, FormField] = {}
         self.groups: dict[str, ui.expansion] = {}
         self.on_change = on_change
-        rows = [(FACETS[row.name].group, row) for row in rows_of_fields()]
+        # Paths, which are wide, come last in their block.
+        ordered = sorted(rows_of_fields(), key=lambda row: row.type == "Path")
+        rows = [(FACETS[row.name].group, row) for row in ordered]
         first, *rest = ([row for own, row in rows if own == group] for group in GROUPS)
         with ui.element("div").classes("fields"):
             self._add(first)
