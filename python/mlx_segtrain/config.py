@@ -491,7 +491,7 @@ def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]
     order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
-        raised = fault["ctx"]["error"]  # by a validator of ours
+        raised = fault.get("ctx", {}).get("error", fault["msg"])  # by a validator of ours
         return raised if isinstance(raised, InputError) else InputError(str(raised))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":

@@ -405,7 +405,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(report)))
         return 0 if report.ok else 2
     if not report.ok:
-        raise InputError(report.error)
+        raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import show_report
 
     show_report(report)
