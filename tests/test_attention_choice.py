@@ -6,8 +6,9 @@ import pytest
 from lib import tiny_models
 from lib.chains import headers
 from mlx_segtrain import _core
-from mlx_segtrain.planning import BatchShape, shape_of
+from mlx_segtrain.planning import shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, METAL, Device, costs_of
+from mlx_segtrain.streams import BatchShape
 
 #: What MLX 0.32.4's Metal library names in the sentence that refuses other heads.
 STOCK_ON_METAL = [64, 72, 80, 96, 128, 192, 256]

@@ -130,6 +130,22 @@ def test_options_without_an_effect_are_errors(fields: dict[str, object], text: s
     assert text in fault(None, **{**REQUIRED, **fields})
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"rank": 1}, "rank"),
+        ({"dpo_beta": 0.2}, "dpo_beta"),
+        ({"warmup_iters": 100}, "warmup_iters"),
+        ({"data_dir": ""}, "data_dir"),
+    ],
+)
+def test_an_error_says_which_field_it_is_about(fields: dict[str, object], name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(None, {**REQUIRED, **fields})
+    assert caught.value.field == name
+    assert str(caught.value).startswith(name)
+
+
 def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
     file = write(tmp_path, "rank: 16\nlearning_rate: 1e-5\nsegment_size: 4\nnum_layers: 3\n")
     config = load_config(file, {"rank": "32", "grad_checkpoint": False, "data_dir": "~/x"})

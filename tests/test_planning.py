@@ -25,11 +25,11 @@ from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
-from mlx_segtrain.planning import BatchShape, StreamShape, budget, choose, named, ranks_of, shape_of
+from mlx_segtrain.planning import budget, choose, named, ranks_of, shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
 from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.safetensors import read_header
-from mlx_segtrain.streams import PAIR, joined
+from mlx_segtrain.streams import PAIR, BatchShape, StreamShape, joined
 from mlx_segtrain.training import loop, setup, train
 from mlx_segtrain.training.layout import Layout
 

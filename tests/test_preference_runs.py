@@ -248,18 +248,17 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
 
 def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatch):
     """In one stream they would take more than the budget; the loss is the same."""
-    from mlx_segtrain.training import setup
+    from mlx_segtrain.planning import run
 
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))
-    original, tried = setup.plan_run, []
+    original, tried = run._planned, []
 
-    def plan_run(config, *batches):
+    def planned(config, batches):
         tried.append([len(batch.streams) for batch in batches])
-        if tried[-1] == [1]:
-            raise InputError("too much")
-        return original(config, *batches)
+        plan = original(config, batches)
+        return dataclasses.replace(plan, budget=0) if tried[-1] == [1] else plan
 
-    monkeypatch.setattr(setup, "plan_run", plan_run)
+    monkeypatch.setattr(run, "_planned", planned)
     apart = train(setup_of("dpo", llama4, None, pairs, tmp_path / "b", iters=3))
     assert tried == [[1], [2]]
     assert math.isclose(apart.final_train_loss, together.final_train_loss, rel_tol=1e-3)

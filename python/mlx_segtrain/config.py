@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mlx_segtrain.errors import InputError, shown, word
+from mlx_segtrain.errors import InputError, either, shown, word
 from mlx_segtrain.fields import (
     MOST,
     Budget,
@@ -38,6 +38,9 @@ from mlx_segtrain.fields import (
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Method = Literal["sft", "dpo", "orpo", "simpo"]
+#: What a row is: a sequence, or a pair of them; and for each method what it trains.
+Rows = Literal["single", "pair"]
+ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
 
 #: Facets that several fields have in common.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
@@ -390,30 +393,35 @@ class TrainConfig(BaseModel):
             if getattr(self, name) == type(self).model_fields[name].default or own.effective(self):
                 continue
             when = own.otherwise or f"outside of method {' or '.join(own.methods)}"
-            raise ValueError(f"{name} has no effect {when}: leave it out")
+            raise InputError(f"{name} has no effect {when}: leave it out", field=name)
         return self
 
     @model_validator(mode="after")
     def _warmup_within_the_run(self) -> TrainConfig:
         if self.epochs is None and self.warmup_iters >= self.iters:
-            raise ValueError(
+            raise InputError(
                 f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
-                "the learning rate would never be reached, so lower it"
+                "the learning rate would never be reached, so lower it",
+                field="warmup_iters",
             )
         return self
 
     @model_validator(mode="after")
     def _resume_or_overwrite(self) -> TrainConfig:
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite contradict each other: set only one of the two")
+            raise InputError(
+                "resume and overwrite contradict each other: set only one of the two",
+                field="resume",
+            )
         return self
 
     @model_validator(mode="after")
     def _one_memory_plan(self) -> TrainConfig:
         if self.grad_checkpoint and isinstance(self.segment_size, int) and self.segment_size > 0:
-            raise ValueError(
+            raise InputError(
                 f"grad_checkpoint and segment_size = {self.segment_size} contradict each other: "
-                "segments already recompute their layers, so set only one of the two"
+                "segments already recompute their layers, so set only one of the two",
+                field="grad_checkpoint",
             )
         return self
 
@@ -447,7 +455,7 @@ def allowed(name: str, value: Any = None) -> str:
     if is_list(field):
         return "one or more names, each once"
     if words := choices(field):
-        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+        return either(words)
     kinds = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
     signs = {"ge": ">=", "gt": ">", "lt": "<"}
     bounds = [
@@ -475,23 +483,27 @@ def load_config(yaml_path: Path | None, overrides: dict[str, Any]) -> TrainConfi
     try:
         return TrainConfig(**values)
     except ValidationError as error:
-        raise InputError(_sentence(error, values, where)) from None
+        raise _fault(error, values, where) from None
 
 
-def _sentence(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> str:
+def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> InputError:
     """The first fault of a ValidationError, with its place, the value, and what is allowed."""
     order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
-        return fault["msg"].removeprefix("Value error, ")
+        raised = fault.get("ctx", {}).get("error", fault["msg"])  # by a validator of ours
+        return raised if isinstance(raised, InputError) else InputError(str(raised))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         hint = nearest(name, list(TrainConfig.model_fields))
-        return f"{where.get(name, '')}unknown field {word(name)}.{hint}"
+        return InputError(f"{where.get(name, '')}unknown field {word(name)}.{hint}")
     if fault["type"] == "missing":
-        return f"{name} is missing: set it in the YAML file or with {flag(name)}"
+        return InputError(
+            f"{name} is missing: set it in the YAML file or with {flag(name)}", field=name
+        )
     value = values[name]
-    return f"{where.get(name, '')}{name} must be {allowed(name, value)}; got {shown(value, 200)}"
+    text = f"{name} must be {allowed(name, value)}; got {shown(value, 200)}"
+    return InputError(where.get(name, "") + text, field=name)
 
 
 def flag(name: str) -> str:

@@ -1,5 +1,7 @@
 """What ends a run in one sentence: input that the user can mend, and what happens on the way."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -17,6 +19,16 @@ class InputError(ValueError):
         self.status, self.field = status or self.status, field
 
 
+#: What MLX and its back ends say when an allocation fails: they have no class for it.
+NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left."""
+    said = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    return said or isinstance(error, MemoryError)
+
+
 class NoRoom(InputError):
     """A run whose plan takes more memory than there is."""
 
@@ -30,6 +42,11 @@ class RunError(Exception):
     """
 
     status = 500
+
+
+def either(words: Sequence[str]) -> str:
+    """Words in a sentence, one of which is to be chosen."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -51,7 +51,7 @@ class Facets:
     group: Group | None = "More"  #: on the page; None: its form does not have it
 
     def __or__(self, other: Facets) -> Facets:
-        """With what the other says."""
+        """With what the other says, where that is not the default."""
         said = {own.name: getattr(other, own.name) for own in fields(self)}
         return replace(self, **{name: x for name, x in said.items() if x != getattr(PLAIN, name)})
 

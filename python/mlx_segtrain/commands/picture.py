@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..config import TrainConfig
+from ..config import ROWS, TrainConfig
 from ..errors import InputError
 from ..planning.run import RunPlan
 from ..training.policy import run_policy
@@ -20,7 +20,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
     InputError if the family's memory is not predicted.
     """
-    if config.method != "sft":
+    if ROWS[config.method] != "single":
         raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
     if run.planned is None:
         raise InputError(f"--plot needs a family whose memory is predicted; {run}.")

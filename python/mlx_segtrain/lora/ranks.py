@@ -39,7 +39,8 @@ def choose_ranks(
     """
     if num_layers > len(layers):
         raise InputError(
-            f"num_layers is {num_layers}, but the model has {len(layers)}: give -1 for all."
+            f"num_layers is {num_layers}, but the model has {len(layers)}: give -1 for all.",
+            field="num_layers",
         )
     paths = [path for layer in layers for path in layer]
     adapted = layers if num_layers < 0 else layers[len(layers) - num_layers :]
@@ -56,7 +57,8 @@ def choose_ranks(
             names = sorted({path.rsplit(".", 1)[-1] for path in known})
             raise InputError(
                 f"target_modules: '{target}' matches no linear of the model; it has "
-                f"{', '.join(names)}."
+                f"{', '.join(names)}.",
+                field="target_modules",
             )
         for path in found:
             if path not in within:

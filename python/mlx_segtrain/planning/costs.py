@@ -8,7 +8,7 @@ floating-point operations of the products.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -16,7 +16,14 @@ import mlx.core as mx
 
 from .. import _core
 from ..models.headers import LayerShape, ModelShape
-from ..streams import HEAD_ROWS, MLP_ROWS, Stream, head_reads, kv_names
+from ..streams import (
+    HEAD_ROWS,
+    MLP_ROWS,
+    BatchShape,
+    StreamShape,
+    head_reads,
+    kv_names,
+)
 
 
 @dataclass(frozen=True)
@@ -48,63 +55,6 @@ METAL = Device("metal", size=2)
 
 #: What heads read besides h and its rows: a few numbers a token that counts.
 COUNTED = ("targets", "weights")
-
-
-@dataclass(frozen=True)
-class StreamShape:
-    """Streams of `length` tokens, of which the last `trimmed` come into question for the loss.
-
-    The last `branch` go on behind the first `shared`.
-    """
-
-    stream: Stream
-    length: int
-    trimmed: int
-    shared: int = 0
-    branch: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer sequence."""
-        return max(self.length - self.branch, self.shared + self.branch)
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """So many rows of each stream; `loss` tokens count, in all."""
-
-    rows: int
-    streams: tuple[StreamShape, ...]
-    loss: int
-    accumulates: bool = False  #: onto the gradient of batches before
-    dropout: bool = False
-    dora: bool = False
-
-    @classmethod
-    def single(cls, rows: int, length: int, trimmed: int, loss: int, **more: bool) -> BatchShape:
-        """Rows of one sequence each."""
-        return cls(rows, (StreamShape(Stream(), length, trimmed),), loss, **more)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(stream.longest for stream in self.streams)
-
-    def stretched(self, length: int) -> BatchShape:
-        """The same in proportion, with so many tokens in the longest sequence."""
-
-        def longer(n: int) -> int:
-            return -(-length * n // self.length)
-
-        streams = tuple(
-            replace(
-                x,
-                **{"length": longer(x.length), "trimmed": longer(x.trimmed)},
-                **{"shared": longer(x.shared), "branch": longer(x.branch)},
-            )
-            for x in self.streams
-        )
-        return replace(self, streams=streams, loss=longer(self.loss))
 
 
 def costs_of(

@@ -55,7 +55,7 @@ class Fault(InputError):
 
     def __init__(self, message: str, field: str | None = None, **more: Any):
         super().__init__(message, field=field)
-        self.more = {"field": field, **more} if field is not None else {}
+        self.more = {"field": field, **more} if more else {}
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Service:
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
-            raise Fault(str(error)) from None
+            raise Fault(str(error), error.field) from None
         paths = {
             name: self.roots.resolve(getattr(config, name))
             for name in PATHS

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import atomic
+from ..objectives import OBJECTIVES
+from ..objectives.sft import Sft
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -25,7 +27,7 @@ def losses(log: Path) -> dict[str, list[tuple[int, float]]]:
     return points
 
 
-def draw(log: Path, title: str, unit: str = "nats per token") -> list[Path]:
+def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
     """Draws loss.png and loss.svg beside a metrics.jsonl; OSError if they are not written."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -50,8 +52,7 @@ def draw(log: Path, title: str, unit: str = "nats per token") -> list[Path]:
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
     """The curves of a run that is over; it is not lost for want of a picture."""
     title = f"{config.model_dir.name} on {config.data_dir.name}"
-    unit = "nats per token" if config.method == "sft" else "per pair"
     try:
-        draw(config.adapter_path / "metrics.jsonl", title, unit)
+        draw(config.adapter_path / "metrics.jsonl", title, OBJECTIVES[config.method].unit)
     except Exception as error:
         warn(f"the loss curves cannot be drawn ({error})")

@@ -1,6 +1,5 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,7 +12,7 @@ import mlx.core as mx
 from .. import events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
 from ..models.adapting import attached
 from ..planning.run import RunPlan
 from .clock import Clock
@@ -34,8 +33,6 @@ from .step import Halted, Stepper
 from .trackers import check_installed, tracked
 
 T = TypeVar("T")
-#: What MLX and its back ends say when an allocation fails.
-NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
 def train(
@@ -195,7 +192,7 @@ class Run:
             try:
                 return take()
             except (RuntimeError, MemoryError) as error:
-                if not NO_MEMORY.search(str(error)):
+                if not is_out_of_memory(error):
                     raise
                 cheaper, reason = self.step.plan.cheaper(), str(error)
             # Outside of the handler: the exception's frames hold arrays of the step.

@@ -9,7 +9,6 @@ counts, so that what it gives does not depend on what runs beside it.
 import asyncio
 import ctypes
 import logging
-import re
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ...errors import InputError, RunError
+from ...errors import InputError, RunError, is_out_of_memory
 from ...training.policy import wire
 from ..confined.parent import Confined
 from ..pools import Busy, Pool
@@ -517,11 +516,10 @@ def _as_exception(error: BaseException) -> Exception:
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:
-    """A lack of memory as a sentence; None if the error is another. MLX has no class for it."""
-    reason = " ".join(str(error).split())[:200]
-    known = isinstance(error, RuntimeError) and re.search("alloc|memory", reason, re.IGNORECASE)
-    if not (known or isinstance(error, MemoryError)):
+    """A lack of memory as a sentence; None if the error is another."""
+    if not is_out_of_memory(error):
         return None
+    reason = " ".join(str(error).split())[:200]
     return NoMemory(
         f"the device has too little memory for {what} ({reason or 'no more was given'}): "
         "shorten it, or try again when less runs."

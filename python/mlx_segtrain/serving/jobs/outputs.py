@@ -30,7 +30,10 @@ class Outputs:
         if any(other.is_relative_to(path) for other in near) or any(
             path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
         ):
-            raise InputError(f"adapter_path {path} is in use by others: give a folder of its own.")
+            raise InputError(
+                f"adapter_path {path} is in use by others: give a folder of its own.",
+                field="adapter_path",
+            )
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         try:
@@ -38,11 +41,14 @@ class Outputs:
             check_own(path)
         except InputError as error:
             reason = f"holds no run of ours: give a new folder. {error}"
-            raise InputError(f"adapter_path {path} is there, and {reason}") from None
+            raise InputError(
+                f"adapter_path {path} is there, and {reason}", field="adapter_path"
+            ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
                 f"adapter_path {path} already holds a run: give another folder, resume or "
-                "overwrite."
+                "overwrite.",
+                field="adapter_path",
             )
 
     def given(self, text: str | None, kind: str) -> Path:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from nicegui import ui
 
 from ...config import FACETS, TrainConfig
+from ...errors import InputError
 from ...fields import Group
 from ..api.forms import FieldRow, rows_of_fields
 from .frame import tag
@@ -140,7 +141,9 @@ class Form:
         self.fields: dict[str, FormField] = {}
         self.groups: dict[str, ui.expansion] = {}
         self.on_change = on_change
-        rows = [(FACETS[row.name].group, row) for row in rows_of_fields()]
+        # Paths, which are wide, come last in their block.
+        ordered = sorted(rows_of_fields(), key=lambda row: row.type == "Path")
+        rows = [(FACETS[row.name].group, row) for row in ordered]
         first, *rest = ([row for own, row in rows if own == group] for group in GROUPS)
         with ui.element("div").classes("fields"):
             self._add(first)
@@ -189,10 +192,10 @@ class Form:
             if name in self.fields:
                 self.fields[name].put(value)
 
-    def complain(self, message: str) -> None:
-        """Shows a sentence at the field that it begins with, if it does."""
-        name = message.split(maxsplit=1)[0] if message else ""
+    def complain(self, error: InputError | None) -> None:
+        """Shows what is wrong at the field that it is about, if there is one; None is nothing."""
+        name = error.field if error else None
         for own in self.fields.values():
-            own.frame.complain(message if own.row.name == name else "")
+            own.frame.complain(str(error) if own.row.name == name else "")
         if name in self.fields and (group := FACETS[name].group):
             self.groups[group].open()

@@ -7,6 +7,7 @@ from nicegui import background_tasks, ui
 
 from ...errors import InputError
 from ...events import Event
+from ...objectives import OBJECTIVES
 from ..jobs.row import Row
 from ..service import Service
 from . import text
@@ -117,8 +118,7 @@ class JobView:
                         self.tiles[name] = (tag("span", "–"), tag("div", "", "more"))
 
     def _curves(self) -> None:
-        unit = "nats per token" if self.values.get("method", "sft") == "sft" else "per pair"
-        with card(f"Loss, {unit}"):
+        with card(f"Loss, {OBJECTIVES[self.values.get('method', 'sft')].unit}"):
             self.loss = chart("Training and validation loss over steps", [], tall=True)
             self.no_loss = tag("p", "", "empty")
         with card("Over the steps") as self.over:

@@ -197,13 +197,13 @@ class Setup:
             await self._plan()
 
     async def _plan(self) -> None:
-        asked, plan, fault = self.asked, None, ""
+        asked, plan, fault = self.asked, None, None
         if self.model.value is not None:
             values = {**self.form.values(), "model_dir": self.model.value}
             try:
                 plan = await self.service.plan(values)
             except InputError as error:
-                fault = str(error)
+                fault = error
         if self.client.is_deleted or asked != self.asked:
             return
         self.form.complain(fault)
@@ -212,10 +212,10 @@ class Setup:
             if self.model.value is None:
                 empty("Choose a model to see whether a run fits this machine.")
             elif plan is None:
-                notice(_sentence(fault), "bad")
+                notice(_sentence(str(fault)), "bad")
             else:
                 _show_plan(plan)
-        self.announce(plan.message if plan else fault)
+        self.announce(plan.message if plan else str(fault or ""))
 
     async def _start(self) -> None:
         if self.starting:  # Enter was pressed twice
@@ -233,7 +233,7 @@ class Setup:
         except InputError as error:
             self.starting = False
             self.start.props(remove="loading")
-            self.form.complain(str(error))
+            self.form.complain(error)
             return self._complain(str(error))
         ui.navigate.to(f"/finetune/job/{row.id}")
 
