@@ -87,7 +87,7 @@ class Adapter:
 
     def arrays(self, path: str) -> dict[str, mx.array]:
         """The update of a linear by the names that mlx-lm gives its arrays."""
-        own = dict(zip(FACTORS, self.tensors[path], strict=True))
+        own: dict[str, mx.array] = dict(zip(FACTORS, self.tensors[path], strict=True))
         if path in self.more:
             own[self.kind.array] = self.more[path]
         return own
