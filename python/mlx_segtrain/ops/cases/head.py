@@ -1,5 +1,6 @@
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     dtype = mx.float32 if device == "cpu" else mx.bfloat16
     vocabulary = 2000 if device == "cpu" else 17000  # two tiles
     h, w = selfcheck.normal((rows, 512), (vocabulary, 512), dtype=dtype)
-    what = {
+    what: dict[str, Any] = {
         "head": _core.Base(w / 16),
         "targets": mx.arange(rows) * 31 % vocabulary,
         "softcap": 30.0,
