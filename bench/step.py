@@ -141,11 +141,10 @@ def batch_of(vocabulary, length, rows, shared=None):
     """(objective, batch, its shape): a row with its last `rows` in the loss, or a pair."""
     import numpy as np
 
-    from mlx_segtrain import planning
     from mlx_segtrain.data import Batch, PairBatch
     from mlx_segtrain.objectives.preference import Dpo
     from mlx_segtrain.objectives.sft import Sft
-    from mlx_segtrain.streams import PAIR, joined, trim_start
+    from mlx_segtrain.streams import PAIR, BatchShape, StreamShape, joined, trim_start
 
     def batch(ids, first):
         weights = np.ones(ids.shape, np.float32)
@@ -155,18 +154,18 @@ def batch_of(vocabulary, length, rows, shared=None):
     trimmed = length - trim_start(length - rows)
     row = tokens(length, vocabulary)
     if shared is None:
-        of = planning.BatchShape.single(1, length, trimmed, rows)
+        of = BatchShape.single(1, length, trimmed, rows)
         return Sft(), batch(row, length + 1 - rows), of
     same = round(length * shared)
     other = np.concatenate([row[:, :same], tokens(length, vocabulary)[:, ::-1][:, same:]], 1)
     first = max(same, length + 1 - rows)
     pair = PairBatch(batch(row, first), batch(other, first), same, np.arange(1), None)
     rest = length - same
-    streams = [planning.StreamShape(stream, length, trimmed) for stream in PAIR]
+    streams = [StreamShape(stream, length, trimmed) for stream in PAIR]
     if same:
         trimmed = min(trimmed, rest + length - trim_start(same - 1))
-        streams = [planning.StreamShape(joined(), length + rest, trimmed + rest, same, rest)]
-    return Dpo(), pair, planning.BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
+        streams = [StreamShape(joined(), length + rest, trimmed + rest, same, rest)]
+    return Dpo(), pair, BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
 
 
 def plan_of(shape, kind, batch, adapter="lora"):

@@ -5,8 +5,9 @@ import pytest
 
 import tiny_models
 from mlx_segtrain import _core
-from mlx_segtrain.planning import BatchShape, shape_of
+from mlx_segtrain.planning import shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, METAL, Device, costs_of
+from mlx_segtrain.streams import BatchShape
 from test_planning import headers
 
 #: What MLX 0.32.4's Metal library names in the sentence that refuses other heads.

@@ -294,8 +294,9 @@ def test_every_optimizer_takes_lengths(optimizer, llama4, data, tmp_path):
 
 
 def test_memory_is_planned_with_what_is_kept_beside(tmp_path):
-    from mlx_segtrain.planning import BatchShape, named, read_shape
+    from mlx_segtrain.planning import named, read_shape
     from mlx_segtrain.planning.costs import CPU
+    from mlx_segtrain.streams import BatchShape
 
     shape = read_shape(write_llama(tmp_path / "m"))
     ranks = dict.fromkeys((p for layer in shape.linears for p in layer), RANK)

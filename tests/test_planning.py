@@ -23,11 +23,11 @@ from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
-from mlx_segtrain.planning import BatchShape, StreamShape, budget, choose, named, ranks_of, shape_of
+from mlx_segtrain.planning import budget, choose, named, ranks_of, shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
 from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.safetensors import read_header
-from mlx_segtrain.streams import PAIR, joined
+from mlx_segtrain.streams import PAIR, BatchShape, StreamShape, joined
 from mlx_segtrain.training import loop, setup, train
 from mlx_segtrain.training.layout import Layout
 from test_families import FAST
@@ -46,7 +46,7 @@ def headers(model):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
+def test_forms_and_stages_from_headers_are_those_of_the_loaded_chain(name):
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -54,6 +54,7 @@ def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
     assert shape.fast and shape.weight_bytes(True) == sum(
         w.nbytes for _, w in tree_flatten(model.parameters())
     )
+    assert shape.layers == chain.forms
     targets = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "down_proj"]
     targets = [t for t in targets if any(path.endswith(f".{t}") for path in chain.linears)]
     how = {"rank": 4, "rank_scaling": "by_bits", "target_modules": targets, "num_layers": 2}

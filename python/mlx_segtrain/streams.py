@@ -1,14 +1,9 @@
-"""What models and the planner of their memory must agree on. Imports neither."""
+"""Streams of tokens: their names, how they are cut, and how many tokens a batch has of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-#: Rows that an MLP takes at a time. At more tokens what is inside one stops growing, and its first
-#: product runs twice where everything is kept. The same for every plan, as sums over rows are.
-MLP_ROWS = 16384
-#: Rows of logits that exist at a time where no op of ours serves the head.
-HEAD_ROWS = 256
 #: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
 TRIM_MULTIPLE = 64
 #: Widths of batches of several rows are multiples of it, so that few kernels are compiled.
@@ -60,6 +55,58 @@ def trim_start(first: int) -> int:
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 
 
-def kv_names(layer: str, stream: Stream) -> list[str]:
-    """Boundary values that hold a stream's keys and values of a layer."""
-    return [stream.of(f"keys of {layer}"), stream.of(f"values of {layer}")]
+@dataclass(frozen=True)
+class StreamShape:
+    """Streams of `length` tokens, of which the last `trimmed` come into question for the loss.
+
+    The last `branch` go on behind the first `shared`.
+    """
+
+    stream: Stream
+    length: int
+    trimmed: int
+    shared: int = 0
+    branch: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer sequence."""
+        return max(self.length - self.branch, self.shared + self.branch)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """So many rows of each stream; `loss` tokens count, in all."""
+
+    rows: int
+    streams: tuple[StreamShape, ...]
+    loss: int
+    accumulates: bool = False  #: onto the gradient of batches before
+    dropout: bool = False
+    dora: bool = False
+
+    @classmethod
+    def single(cls, rows: int, length: int, trimmed: int, loss: int, **more: bool) -> BatchShape:
+        """Rows of one sequence each."""
+        return cls(rows, (StreamShape(Stream(), length, trimmed),), loss, **more)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(stream.longest for stream in self.streams)
+
+    def stretched(self, length: int) -> BatchShape:
+        """The same in proportion, with so many tokens in the longest sequence."""
+
+        def longer(n: int) -> int:
+            return -(-length * n // self.length)
+
+        streams = tuple(
+            replace(
+                x,
+                **{"length": longer(x.length), "trimmed": longer(x.trimmed)},
+                **{"shared": longer(x.shared), "branch": longer(x.branch)},
+            )
+            for x in self.streams
+        )
+        return replace(self, streams=streams, loss=longer(self.loss))

@@ -15,15 +15,14 @@ from .. import _core
 from ..lora.ranks import choose_ranks
 from ..models.headers import ModelShape, read_shape, shape_of
 from ..schedule import Cuts
+from ..streams import BatchShape
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits, head_weight
+from .costs import Device, costs_of, cpu_logits, head_weight
 
 __all__ = [
-    "BatchShape",
     "Device",
     "ModelShape",
     "Planned",
-    "StreamShape",
     "budget_bytes",
     "choose",
     "device",

@@ -16,10 +16,19 @@ from ..errors import InputError, NoRoom
 from ..lora.ranks import asked
 from ..models.headers import ModelShape, read_shape
 from ..schedule import Cuts
-from ..streams import PAIR, SHARED_LEAST, Stream, joined, padded, trim_start
+from ..streams import (
+    PAIR,
+    SHARED_LEAST,
+    BatchShape,
+    Stream,
+    StreamShape,
+    joined,
+    padded,
+    trim_start,
+)
 from . import Planned, choose, longest, named, ranks_of
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, StreamShape, costs_of
+from .costs import Device, costs_of
 
 if TYPE_CHECKING:
     from ..models import Chain

@@ -24,10 +24,18 @@ from ..models.tables import tables_of
 from ..objectives import Objective
 from ..objectives.preference import Dpo, Orpo, Simpo
 from ..objectives.sft import Sft
-from ..planning import BatchShape, StreamShape
 from ..planning.run import RunPlan, plan_run, ways
 from ..schedule import Grads
-from ..streams import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
+from ..streams import (
+    PAIR,
+    SHARED_LEAST,
+    SINGLE,
+    BatchShape,
+    StreamShape,
+    joined,
+    padded,
+    trim_start,
+)
 from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
