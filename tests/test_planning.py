@@ -37,7 +37,7 @@ from mlx_segtrain.training.layout import Layout
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
+def test_forms_and_stages_from_headers_are_those_of_the_loaded_chain(name):
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -45,6 +45,7 @@ def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
     assert shape.fast and shape.weight_bytes(True) == sum(
         w.nbytes for _, w in tree_flatten(model.parameters())
     )
+    assert shape.layers == chain.forms
     targets = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "down_proj"]
     targets = [t for t in targets if any(path.endswith(f".{t}") for path in chain.linears)]
     how = {"rank": 4, "rank_scaling": "by_bits", "target_modules": targets, "num_layers": 2}

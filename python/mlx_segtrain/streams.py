@@ -1,14 +1,9 @@
-"""What models and the planner of their memory must agree on. Imports neither."""
+"""Streams of tokens: their names, how they are cut, and how many tokens a batch has of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-#: Rows that an MLP takes at a time. At more tokens what is inside one stops growing, and its first
-#: product runs twice where everything is kept. The same for every plan, as sums over rows are.
-MLP_ROWS = 16384
-#: Rows of logits that exist at a time where no op of ours serves the head.
-HEAD_ROWS = 256
 #: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
 TRIM_MULTIPLE = 64
 #: Widths of batches of several rows are multiples of it, so that few kernels are compiled.
@@ -113,8 +108,3 @@ class BatchShape:
             for x in self.streams
         )
         return replace(self, streams=streams, loss=longer(self.loss))
-
-
-def kv_names(layer: str, stream: Stream) -> list[str]:
-    """Boundary values that hold a stream's keys and values of a layer."""
-    return [stream.of(f"keys of {layer}"), stream.of(f"values of {layer}")]

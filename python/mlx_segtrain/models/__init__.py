@@ -1,14 +1,13 @@
 """Model families: an mlx-lm model as a chain of stages over our ops. Only this package knows them.
 
-Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is a module with
-`serves(text_model) -> bool` and `chain_of(text_model, prefix) -> Chain`; every other model takes
-the generic path.
+Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is a module of
+FAMILIES, a `Family`; every other model takes the generic path.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +15,9 @@ from mlx.utils import tree_map
 
 from ..errors import InputError
 from ..lora.paths import WRAPPER
+from . import gemma, llama
 from .chain import Chain, Head
+from .form import LayerForm, LayerHeaders
 from .limits import check_files, check_model, check_tokenizer
 from .snapshot import Snapshot
 
@@ -31,12 +32,46 @@ __all__ = [
 ]
 
 
-def family_of(model: nn.Module) -> Any:
-    """The module of the model's fast family; None if it takes the generic path."""
-    from . import gemma, llama
+class Family(Protocol):
+    """A fast family: the same layers, read off mlx-lm's modules and off the files of a model.
 
+    `text` is config.json with its text_config, if it has one, on top of the rest.
+    """
+
+    @property
+    def TYPES(self) -> Collection[str]:
+        """`model_type`s of its models, and of models for text and images around them."""
+        ...
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether mlx-lm's text model is of this family."""
+        ...
+
+    def chain_of(self, model: Any, prefix: str) -> Chain:
+        """The chain of such a model, whose modules have this prefix."""
+        ...
+
+    def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
+        """The forms that the layers of its chain will have."""
+        ...
+
+    def tied(self, text: Mapping[str, Any]) -> bool:
+        """Whether its head is the embedding, even if the weights hold a head."""
+        ...
+
+
+FAMILIES: tuple[Family, ...] = (llama, gemma)
+
+
+def of_type(model_type: str) -> Family | None:
+    """The fast family of a config.json's `model_type`."""
+    return next((family for family in FAMILIES if model_type in family.TYPES), None)
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The model's fast family; None if it takes the generic path."""
     text = model.get("language_model", model)
-    return next((family for family in (llama, gemma) if family.serves(text)), None)
+    return next((family for family in FAMILIES if family.serves(text)), None)
 
 
 def chain_of(model: nn.Module) -> Chain:

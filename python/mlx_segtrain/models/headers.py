@@ -9,50 +9,13 @@ from typing import Any
 
 from ..errors import InputError
 from ..safetensors import SIZES, Tensors
+from . import of_type
+from .form import LayerForm, LayerHeaders, linked
 from .snapshot import MOST_LAYERS, Snapshot, quantization_of
 
-#: `model_type` of the fast families, and of models for text and images around them.
-FAST = {
-    *("granite", "llama", "ministral3", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"),
-    *("xverse", "iquestcoder", "gemma2", "gemma3_text", "gemma4_text"),
-    *("gemma3", "gemma4", "gemma4_unified", "mistral3", "pixtral", "llava"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-}
 #: Parts of a model for text and images that are not loaded.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 FLOATS = ("F16", "BF16")
-#: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
-    "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
-    "gemma4": {
-        **{"head_dim": 256, "global_head_dim": 512, "num_kv_shared_layers": 20},
-        **{"sliding_window": 512, "sliding_window_pattern": 5},
-    },
-}
-#: Families whose modules in mlx-lm know full attention only, whatever `layer_types` says.
-WITHOUT_WINDOWS = ("gemma2", "granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """A layer's widths, in numbers a token: q of all heads, k (or v) of all of its own."""
-
-    path: str
-    query: int
-    key_value: int  #: 0: it reads another layer's
-    hidden: int
-    head: int  #: of one head
-    window: int | None
-    softcap: bool
-    separate_values: bool  #: False: values are the keys
-    q_norm: bool
-    v_norm: bool
-    after_norms: bool
-    per_layer_input: int
-    experts: int  #: numbers that the experts of a token hold
-    donor: int | None  #: the layer whose keys and values it reads
-    gives: bool  #: others read its keys and values
 
 
 @dataclass(frozen=True)
@@ -63,7 +26,7 @@ class ModelShape:
     fast: bool
     width: int
     vocabulary: int
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerForm, ...]
     linears: tuple[tuple[str, ...], ...]  #: paths of what can be adapted, by layer
     embedding: str  #: path of the table of the tokens
     outer: tuple[str, ...]  #: what else can be adapted: the embedding, a head of its own
@@ -106,9 +69,9 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     """From a configuration as mlx-lm reads it, and tensors by name; InputError if layers lack."""
     family = str(config.get("model_type", "unknown"))
-    assumed = next((d for name, d in DEFAULTS.items() if family.startswith(name)), {})
     inner: dict[str, Any] = config.get("text_config") or {}
-    text: dict[str, Any] = {**assumed, **config, **inner}
+    text: dict[str, Any] = {**config, **inner}
+    reader = of_type(family) and of_type(str(text.get("model_type")))
     loaded = {name: t for name, t in tensors.items() if not OTHER_TOWERS.search(name)}
     widths, bits = _linears(config, loaded)
     numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
@@ -117,17 +80,25 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         raise InputError(f"the weights name {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
     embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
     if not numbers or embedding is None:
-        if family in FAST:
+        if of_type(family):
             raise InputError(f"the weights of a {family} model name no layers or no embed_tokens.")
         return ModelShape(family, False, 0, 0, (), (), "", (), widths, bits, 2, loaded, None)
     width, vocabulary = widths[embedding]
-    fast = family in FAST and inner.get("model_type", family) in FAST and len(prefixes) == 1
-    layers = _layers(text, prefixes.pop(), len(numbers), widths, loaded) if fast else ()
+    layers: tuple[LayerForm, ...] = ()
+    outer: tuple[str, ...] = ()
     # Of a format that mlx-lm converts when it loads, widths and sizes are not these.
     weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
-    fast = fast and weights <= {"U32", *FLOATS, "F32"}
-    fast = fast and all(layer.query > 0 < layer.hidden for layer in layers)
-    fast = fast and any(layer.key_value for layer in layers)
+    if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
+        prefix = prefixes.pop()
+        found = [LayerHeaders(f"{prefix}{i}", widths, loaded) for i in range(len(numbers))]
+        forms = reader.forms(text, found)
+        if all(form.query > 0 < form.hidden for form in forms) and any(
+            form.key_value for form in forms
+        ):
+            layers = linked(forms)
+            # As models.layer.outer_of finds them in the loaded model.
+            heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
+            outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
     kinds = {
         kind
         for name, (kind, _) in loaded.items()
@@ -135,13 +106,13 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     }
     return ModelShape(
         family=family,
-        fast=fast,
+        fast=bool(layers),
         width=width,
         vocabulary=vocabulary,
-        layers=layers if fast else (),
+        layers=layers,
         linears=_linears_of(layers, widths),
         embedding=embedding,
-        outer=_outer(text, embedding, layers, widths),
+        outer=outer,
         widths=widths,
         bits=bits,
         float_size=4 if "F32" in kinds else 2,
@@ -155,35 +126,19 @@ _LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projectio
 
 
 def _linears_of(
-    layers: Sequence["LayerShape"], widths: Mapping[str, Any]
+    layers: Sequence[LayerForm], widths: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], ...]:
     """Paths of the linears of each layer that an adapter could change."""
-    found: dict[str, list[str]] = {layer.path: [] for layer in layers}
-    donors = {layer.path for layer in layers if layer.donor is not None}
+    found: dict[str, list[str]] = {layer.name: [] for layer in layers}
+    readers = {layer.name for layer in layers if layer.donor is not None}
     for path in widths:
         if (match := _LAYER.match(path)) is None:
             continue
         layer = path[: match.end() - 1]
-        reads_others = layer in donors and path.endswith(("k_proj", "v_proj"))
+        reads_others = layer in readers and path.endswith(("k_proj", "v_proj"))
         if layer in found and _LINEAR.fullmatch(path[match.end() :]) and not reads_others:
             found[layer].append(path)
     return tuple(tuple(own) for own in found.values())
-
-
-def _outer(
-    text: Mapping[str, Any],
-    embedding: str,
-    layers: tuple[LayerShape, ...],
-    widths: Mapping[str, Any],
-) -> tuple[str, ...]:
-    """What models.layer.outer_of finds in the loaded model."""
-    family = str(text.get("model_type"))
-    tied = text.get("tie_word_embeddings", not family.startswith("phi3"))
-    # Of Gemma 2 the head is the embedding, of Gemma 3 unless the weights have one.
-    tied = family.startswith("gemma2") or (tied and not family.startswith("gemma3"))
-    heads = [] if tied else [path for path in widths if path.endswith("lm_head")]
-    own = [] if any(layer.per_layer_input for layer in layers) else [embedding]
-    return (*own, *heads)
 
 
 def _linears(
@@ -201,67 +156,3 @@ def _linears(
             packed = tensors[f"{path}.scales"][1][-1] * how.group_size
         widths[path] = (packed, out)
     return widths, bits
-
-
-def _layers(
-    text: Mapping[str, Any],
-    prefix: str,
-    n: int,
-    widths: Mapping[str, tuple[int, int]],
-    tensors: Tensors,
-) -> tuple[LayerShape, ...]:
-    types = _types(text, n)
-    shared = text.get("num_kv_shared_layers") or 0
-    donors: dict[int, int] = {}
-    if not 0 <= shared < n:
-        raise InputError(f"num_kv_shared_layers is {shared}, and the weights have {n} layers.")
-    for i in range(n - shared, n) if shared else ():
-        donors[i] = max(j for j in range(n - shared) if types[j] == types[i])
-    layers = []
-    for i in range(n):
-        path = f"{prefix}{i}"
-
-        def linear(name: str, path: str = path) -> tuple[int, int]:
-            return widths.get(f"{path}.{name}", (0, 0))
-
-        query = linear("self_attn.o_proj")[0]
-        fused = linear("self_attn.qkv_proj")[1]
-        own = (fused - query) // 2 if fused else linear("self_attn.k_proj")[1]
-        q_norm = tensors.get(f"{path}.self_attn.q_norm.weight")
-        head = text.get("head_dim") or query // text["num_attention_heads"]
-        if types[i] == "full_attention" and text.get("global_head_dim"):
-            head = text["global_head_dim"]
-        moe = 0
-        if text.get("enable_moe_block"):
-            moe = (text.get("top_k_experts") or 0) * (text.get("moe_intermediate_size") or 0)
-        layers.append(
-            LayerShape(
-                path=path,
-                query=query,
-                key_value=0 if i in donors else own,
-                hidden=linear("mlp.down_proj")[0],
-                head=head,
-                window=text.get("sliding_window") if types[i] == "sliding_attention" else None,
-                softcap=bool(text.get("attn_logit_softcapping")),
-                separate_values=bool(fused or linear("self_attn.v_proj")[1]),
-                q_norm=q_norm is not None,
-                v_norm="gemma4" in str(text.get("model_type")) and i not in donors,
-                after_norms=f"{path}.post_feedforward_layernorm.weight" in tensors,
-                per_layer_input=linear("per_layer_input_gate")[1],
-                experts=moe,
-                donor=donors.get(i),
-                gives=i in donors.values(),
-            )
-        )
-    return tuple(layers)
-
-
-def _types(text: Mapping[str, Any], n: int) -> list[str]:
-    """full_attention or sliding_attention, by layer, as mlx-lm reads the configuration."""
-    family, types = str(text.get("model_type")), text.get("layer_types")
-    if types and not family.startswith("gemma3") and family not in WITHOUT_WINDOWS:
-        return list(types)
-    if not family.startswith(("gemma3", "gemma4")):
-        return ["full_attention"] * n
-    pattern: int = text["sliding_window_pattern"]
-    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n)]
