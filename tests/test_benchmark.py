@@ -7,6 +7,7 @@ import pytest
 from mlx_segtrain.commands import bench as command
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.ops import bench
+from mlx_segtrain.ops.cases import attention
 
 pytestmark = pytest.mark.acceptance
 
@@ -39,7 +40,7 @@ def test_bench_prints_a_table(capsys):
 
 
 def test_bench_as_json_says_why_a_row_has_no_figures(capsys, monkeypatch):
-    own = bench.attention("window 512 D64 T600", 9, 3, 64, 600, window=512)
+    own = attention.attention("window 512 D64 T600", 9, 3, 64, 600, window=512)
     monkeypatch.setattr(bench, "cases", lambda: [own])
     args = ["bench", "--only", "window 512 D64", "--impls", "kernel", "stock", "--runs", "1"]
     assert cli.main([*args, "--json"]) == 0

@@ -55,7 +55,7 @@ class Fault(InputError):
 
     def __init__(self, message: str, field: str | None = None, **more: Any):
         super().__init__(message, field=field)
-        self.more = {"field": field, **more} if more else {}
+        self.more = {"field": field, **more} if field is not None else {}
 
 
 @dataclass(frozen=True)
