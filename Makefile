@@ -12,9 +12,10 @@ CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
-# A file's tests share servers and trained models, so one process runs them all. torch gets one thread beside the others.
-IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
-test: export OMP_NUM_THREADS := 1
+# A file's tests share servers and trained models, so one process runs them all, in the order of conftest.py: slow files
+# first. torch gets one thread beside the others.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test check: export OMP_NUM_THREADS := 1
 # What `pip install` gets of the wheel that was built, with these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -22,7 +23,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench models dev wheel clean
+.PHONY: help demo check test lint bench models dev wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +31,11 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
 
-test: $(TOOLS) $(VENV)/browser ## Run the tests; PEERS=1: those that compare with torch too
+# After `make dev` edits work at once: nothing is built again.
+check: $(if $(wildcard $(VENV)/editable),,$(TOOLS)) ## Run the fast tests, in under 3 minutes
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not acceptance"
+
+test: $(TOOLS) $(VENV)/browser ## Run all tests; PEERS=1: those that compare with torch too
 	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
 lint: $(TOOLS) ## Check format, style and types
@@ -49,7 +54,7 @@ models: $(TOOLS) ## Write the table of docs/models.md anew
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
 	$(PIP) install --quiet --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
-	@touch $(VENV)/built $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
+	@touch $(VENV)/editable $(VENV)/built $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -67,7 +72,7 @@ $(VENV)/made:
 # Built once, whatever is installed with it. --force-reinstall: the version is that of the one before.
 $(VENV)/built: $(VENV)/made $(SOURCES)
 	@echo "Building the package (a few minutes the first time)"
-	@rm -rf $(VENV)/wheel
+	@rm -rf $(VENV)/wheel $(VENV)/editable
 	$(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
 	$(PIP) install --quiet --no-deps --force-reinstall $(call package)
 	@touch $@

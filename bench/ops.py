@@ -2,13 +2,14 @@
 
     python bench/ops.py [--only NAME …] [--impls NAME …] [--runs N] [--peers]
 
-`--peers` adds torch's attention on a GPU. The columns are those of `mlx_segtrain.benchmark.Row`.
+`--peers` adds torch's attention on a GPU. The columns are those of `mlx_segtrain.ops.bench.Row`.
 """
 
 import argparse
 from functools import partial
 
-from mlx_segtrain import benchmark
+from mlx_segtrain.commands import bench as command
+from mlx_segtrain.ops import bench
 
 
 def torch_attention(runs: int) -> None:
@@ -27,12 +28,12 @@ def torch_attention(runs: int) -> None:
         def both(q=q, k=k, v=v, do=do, attention=attention):
             return torch.autograd.grad(attention(q, k, v), [q, k, v], do)
 
-        first, ms, queued = benchmark.timed(both, runs, lambda _: torch.cuda.synchronize())
-        rate = 14 * benchmark.pairs(t, None, None) * heads * d / queued / 1e6
+        first, ms, queued = bench.timed(both, runs, lambda _: torch.cuda.synchronize())
+        rate = 14 * bench.pairs(t, None, None) * heads * d / queued / 1e6
         shape = f"causal D{d} T{t}"
         print(
-            benchmark.line(
-                benchmark.Row(
+            command.line(
+                bench.Row(
                     "attention", shape, "torch", "both", ms, queued, rate, "GF/s", first_s=first
                 )
             )
@@ -48,8 +49,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
-    benchmark.run(args.only, args.impls, args.runs, partial(print, flush=True))
-    if args.peers and benchmark.on_gpu():
+    command.run(args.only, args.impls, args.runs, partial(print, flush=True))
+    if args.peers and bench.on_gpu():
         torch_attention(args.runs)
 
 

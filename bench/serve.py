@@ -25,10 +25,10 @@ import mlx.core as mx
 from mlx_segtrain import lora
 from mlx_segtrain.adapters.card import About
 from mlx_segtrain.adapters.writing import write_adapter
-from mlx_segtrain.models import chain_of, load_base
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Engine
-from mlx_segtrain.serving.mounting import Selected
+from mlx_segtrain.models import adapting, chain_of, load_base
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Engine
+from mlx_segtrain.serving.generation.mounting import Selected
 from step import SHAPES, load
 
 
@@ -59,7 +59,7 @@ def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
     chain = chain_of(load_base(model)[0])
     folders = []
     for seed in range(3):
-        fresh = lora.init(chain, dict.fromkeys(chain.linears, rank), 1.0, seed)
+        fresh = adapting.init(chain, dict.fromkeys(chain.linears, rank), 1.0, seed)
         keys = mx.random.split(mx.random.key(seed), len(fresh.tensors))
         tensors = {
             path: (a, 0.01 * mx.random.normal(b.shape, key=key))

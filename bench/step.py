@@ -30,6 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mlx_segtrain.models import adapting
+
 RANK, SCALE = 16, 1.0
 ADAPTERS = ("lora", "dora", "dropout", "embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -139,11 +141,10 @@ def batch_of(vocabulary, length, rows, shared=None):
     """(objective, batch, its shape): a row with its last `rows` in the loss, or a pair."""
     import numpy as np
 
-    from mlx_segtrain import planning
     from mlx_segtrain.data import Batch, PairBatch
     from mlx_segtrain.objectives.preference import Dpo
     from mlx_segtrain.objectives.sft import Sft
-    from mlx_segtrain.stages import PAIR, joined, trim_start
+    from mlx_segtrain.streams import PAIR, BatchShape, StreamShape, joined, trim_start
 
     def batch(ids, first):
         weights = np.ones(ids.shape, np.float32)
@@ -153,18 +154,18 @@ def batch_of(vocabulary, length, rows, shared=None):
     trimmed = length - trim_start(length - rows)
     row = tokens(length, vocabulary)
     if shared is None:
-        of = planning.BatchShape.single(1, length, trimmed, rows)
+        of = BatchShape.single(1, length, trimmed, rows)
         return Sft(), batch(row, length + 1 - rows), of
     same = round(length * shared)
     other = np.concatenate([row[:, :same], tokens(length, vocabulary)[:, ::-1][:, same:]], 1)
     first = max(same, length + 1 - rows)
     pair = PairBatch(batch(row, first), batch(other, first), same, np.arange(1), None)
     rest = length - same
-    streams = [planning.StreamShape(stream, length, trimmed) for stream in PAIR]
+    streams = [StreamShape(stream, length, trimmed) for stream in PAIR]
     if same:
         trimmed = min(trimmed, rest + length - trim_start(same - 1))
-        streams = [planning.StreamShape(joined(), length + rest, trimmed + rest, same, rest)]
-    return Dpo(), pair, planning.BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
+        streams = [StreamShape(joined(), length + rest, trimmed + rest, same, rest)]
+    return Dpo(), pair, BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
 
 
 def plan_of(shape, kind, batch, adapter="lora"):
@@ -212,17 +213,16 @@ def training_step(model, shape, plan, objective, batch, watch=None, kind="lora")
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from mlx_segtrain import lora
     from mlx_segtrain.models import chain_of
     from mlx_segtrain.models.chain import Dropout
     from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.training.layout import Layout
 
     chain = chain_of(model)
-    adapter = lora.init(chain, ranks_of(shape, kind), SCALE, 0, dora=kind == "dora")
+    adapter = adapting.init(chain, ranks_of(shape, kind), SCALE, 0, dora=kind == "dora")
     scales = adapter.scales
     dropout = Dropout(0.1, 0, 0) if kind == "dropout" else None
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
@@ -379,7 +379,7 @@ def main():
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
-        from mlx_segtrain.demo.snapshot import smollm2_snapshot
+        from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
         from mlx_segtrain.files import cache_dir
 
         args.model = str(smollm2_snapshot(cache_dir()))

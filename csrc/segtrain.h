@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "mlx/mlx.h"
-#include "plan.h"
+#include "schedule/plan.h"
 
 namespace segtrain {
 
@@ -44,22 +44,28 @@ struct Linear {
   Linear with_factors(const mx::array& a, const mx::array& b) const { return {base, a, b, scale}; }
 };
 
+/// Query t stands at position q_start + t (default S − T). It sees keys up to itself, of the last `window`
+/// ones, and of its own segment, one of the rising `segments`. A position in none of them is padding: it sees
+/// nothing, is seen by nothing, and gets zeros.
+struct AttentionOptions {
+  float scale;
+  std::optional<int> window;
+  std::optional<Ranges> segments;
+  std::optional<float> softcap;
+  std::optional<int> q_start;
+};
+
 /// softmax(scale·q·kᵀ)·v over the keys a query may see, without an array of T × S.
-/// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv]. Query t stands at position q_start + t (default S −
-/// T). It sees keys up to itself, of the last `window` ones, and of its own segment, one of the rising
-/// `segments`. A position in none of them is padding: it sees nothing, is seen by nothing, and gets zeros.
-mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    std::optional<int> window, std::optional<Ranges> segments, std::optional<float> softcap,
-                    std::optional<int> q_start, const std::optional<Arrays>& saved, const std::string& impl,
-                    mx::StreamOrDevice s);
+/// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
+                    const AttentionOptions& options, const std::optional<Arrays>& saved,
+                    const std::string& impl, mx::StreamOrDevice s);
 
 /// {o, and what else the backward pass needs}: `saved` for attention of the same arguments, which then runs
 /// its backward pass only. Empty where the implementation that serves them does not give it (`stock`). Has no
 /// gradient itself.
-Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                         std::optional<int> window, std::optional<Ranges> segments,
-                         std::optional<float> softcap, std::optional<int> q_start, const std::string& impl,
-                         mx::StreamOrDevice s);
+Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v,
+                         const AttentionOptions& options, const std::string& impl, mx::StreamOrDevice s);
 
 /// The implementations of attention that the default device has, whether or not they serve a given call.
 std::vector<std::string> attention_impls();
@@ -154,8 +160,7 @@ struct StepResult {
 /// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
 /// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
 /// meanwhile.
-StepResult run_plan(const Plan& plan, const std::vector<StageSpec>& stages, const std::vector<StageFn>& fns,
-                    const HeadFn& head, const std::vector<std::string>& head_reads,
+StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
                     const Arrays& head_params, const Arrays& inputs, const Wait& wait);
 

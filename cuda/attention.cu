@@ -1,4 +1,4 @@
-// Attention in tiles of queries × keys on the tensor cores. docs/attention.md derives it; CPU twin: csrc/cpu/attention.cpp.
+// Attention in tiles of queries × keys on the tensor cores. docs/attention.md derives it; CPU twin: csrc/ops/attention/cpu.cpp.
 //
 // attention, attention_dq: one threadgroup per (tile of queries, b, h), 16·MT queries per warp; p and ds stay in
 // registers. attention_dkv: one threadgroup per (tile of keys, b, g, part of the group's heads), so that each of dk
@@ -358,10 +358,16 @@ __device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) 
 // at = {q_start, parts, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention: q k v first at args -> o lse
+using X = Shapes<D>;
+static_assert(ROWS == X::BQ && THREADS == X::WARPS * 32 && SHARED_BYTES == X::FORWARD_BYTES);
 attention<D, CAP>(q, k, v, make_call(first, at, args), o, lse);
 //: attention_vjp_q: q k v lse delta d_o first at args -> dq
+using X = Shapes<D>;
+static_assert(ROWS == X::BQ && THREADS == X::WARPS * 32 && SHARED_BYTES == X::DQ_BYTES);
 attention_dq<D, CAP>(q, k, v, lse, delta, d_o, make_call(first, at, args), dq);
 //: attention_vjp_kv: q k v lse delta d_o first at args -> dk dv
+using X = Shapes<D>;
+static_assert(ROWS == X::BK_DKV && THREADS == 32 * X::WM * X::WN && SHARED_BYTES == X::DKV_BYTES);
 attention_dkv<D, CAP>(q, k, v, lse, delta, d_o, make_call(first, at, args), at[1], dk, dv);
 //: attention_delta: o d_o at -> delta
 row_dot(o, d_o, at[2] * at[3] * at[5], D, delta);

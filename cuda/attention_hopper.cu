@@ -1,4 +1,4 @@
-// Attention on the warpgroup products (wgmma) of Hopper. docs/attention.md, "hopper"; launch: csrc/attention_hopper.cpp.
+// Attention on the warpgroup products (wgmma) of Hopper. docs/attention.md, "hopper"; launch: csrc/ops/attention/hopper.cpp.
 //
 // attention_hopper: one block per (64 queries, b, h); its two warpgroups take half of the keys of a tile for S and half
 // of the columns of O, and swap P through shared memory.
@@ -17,7 +17,8 @@ namespace segtrain {
 // ---- tiles in shared memory: blocks of 64 columns, in each block rows of 128 bytes, whose sixteen-byte pieces are
 // permuted by row (the 128-byte swizzle), so that a warpgroup product can read them as rows or as columns.
 
-__device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + 1023 & ~1023u; }
+constexpr int ALIGN = 1024;
+__device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + ALIGN - 1 & -ALIGN; }
 constexpr int block_bytes(int rows) { return rows * 128; }
 
 /// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the thread's row of the first 32, in
@@ -143,17 +144,26 @@ __device__ inline int result_col(int n) { return n * 8 + threadIdx.x % 4 * 2; }
 
 // ---- o, lse
 
+/// Queries, P, a ring of keys and values, and what the two warpgroups tell each other.
+template <int D>
+struct ForwardTiles {
+  static constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128;
+  using Tiles = Ring<4, BK * 128 * 2, false>;
+  static constexpr int BYTES = BQ * DP * 2 + BQ * BK * 2 + Tiles::BYTES + 2 * BQ * 4 + ALIGN;
+};
+
 /// Keys are read in tiles of 128. A step copies 128 columns of k, or a quarter of v's rows; S and O take four steps each
 /// at D = 512.
 template <int D, int DV, bool CAP, typename T>
 __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* o, float* lse) {
-  constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128, COLS = (DV + 127) / 128 * 64, KEY_STEPS = DP / 128;
-  constexpr int STEPS = KEY_STEPS + 4, STAGE = BK * 128 * 2;
-  static_assert(32 * 2 * COLS * 2 <= STAGE);
+  using X = ForwardTiles<D>;
+  constexpr int BQ = X::BQ, BK = X::BK, DP = X::DP, COLS = (DV + 127) / 128 * 64, KEY_STEPS = DP / 128;
+  constexpr int STEPS = KEY_STEPS + 4;
+  static_assert(32 * 2 * COLS * 2 <= BK * 128 * 2);
   const QueryTile t(c, BQ);
   const Score<CAP> score(c);
   const unsigned q_tile = tiles_begin(), p_tile = q_tile + BQ * DP * 2;
-  Ring<4, STAGE, false> ring{p_tile + BQ * BK * 2};
+  typename X::Tiles ring{p_tile + BQ * BK * 2};
   float* shared = reinterpret_cast<float*>(shared_tiles<char>() + (ring.begin + ring.BYTES - shared_address(shared_tiles<char>())));
   int load_k0 = t.k_begin, load_part = 0;
   auto load = [&](unsigned to) {
@@ -520,15 +530,23 @@ __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
 // at = {q_start, -, B, H, G, T, S, group, groups, tile, tiles, width, first}, args = {scale, cap}.
 
 //: attention_hopper: q k v first at args -> o lse
+static_assert(THREADS == 256 && SHARED_BYTES == ForwardTiles<D>::BYTES);
 attention_hopper<D, DV, CAP>(q, k, v, make_call(first, at, args), o, lse);
 //: attention_row_dot: o d_o at -> delta p ds dk_sum dv_sum
 row_dot(o, d_o, at[2] * at[3] * at[5], DV, delta);
 //: attention_scores_vjp: q k v lse delta d_o first at args p ds keys_done queries_done -> done
+static_assert(THREADS == 256 && SHARED_BYTES == Ring<3, 2 * TILE * 128, true>::BYTES + ALIGN);
 scores_vjp<D, DV, CAP>(q, k, v, lse, delta, d_o, make_call(first, at, args), make_range(at),
                                  const_cast<T*>(p), const_cast<T*>(ds));
 //: attention_keys_vjp: p ds q d_o first at args dk_sum dv_sum scores_done -> done
+using K = Columns<D, MOST>;
+using V = Columns<DV, MOST>;
+constexpr int BYTES = (K::Tiles::BYTES > V::Tiles::BYTES ? K::Tiles::BYTES : V::Tiles::BYTES) + ALIGN;
+static_assert(THREADS == 256 && SHARED_BYTES == BYTES && BLOCKS == K::BLOCKS + V::BLOCKS);
 keys_vjp<D, DV, MOST>(p, ds, q, d_o, make_call(first, at, args), make_range(at),
                           const_cast<float*>(dk_sum), const_cast<float*>(dv_sum));
 if (blockIdx.x == 0 && threadIdx.x == 0) *done = 0;
 //: attention_queries_vjp: ds k first at args scores_done -> dq
+using X = Columns<D, MOST>;
+static_assert(THREADS == 256 && SHARED_BYTES == X::Tiles::BYTES + ALIGN && BLOCKS == X::BLOCKS);
 queries_vjp<D, MOST>(ds, k, make_call(first, at, args), make_range(at), dq);

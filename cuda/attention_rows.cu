@@ -1,5 +1,5 @@
 // Row passes of blocked attention, whose products are plain matrix products. docs/attention.md; on the CPU
-// csrc/attention_blocked.cpp does the same in MLX's ops.
+// csrc/ops/attention/blocked.cpp does the same in MLX's ops.
 //
 // softmax_rows, softmax_vjp_rows: one threadgroup per row of s [R, cols]. Row r is query q0 + r % nq and sees the
 // columns first[query] − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: every `period` queries

@@ -1,4 +1,4 @@
-// A frozen weight in T, with room for low-rank factors: csrc/joint_linear.cpp says what they are good for.
+// A frozen weight in T, with room for low-rank factors: csrc/ops/linear/joint_linear.cpp says what they are good for.
 //
 // A thread has eight neighbours of w at a time, which lie in one group: BITS bytes of codes.
 // Up to three weights of one kind stand one below the other: those of projections that read the same x.

@@ -1,5 +1,5 @@
-// Losses of rows and their gradients over tiles of the vocabulary, one after another: csrc/head.cpp derives it.
-// CPU: csrc/cpu/cross_entropy.cpp, which has whole rows.
+// Losses of rows and their gradients over tiles of the vocabulary, one after another: csrc/ops/head/head.cpp derives it.
+// CPU: csrc/ops/head/cpu.cpp, which has whole rows.
 //
 // A row's state, float32 [3, m]: max, Σ over other tokens than the target of exp(z − max), and the target's z.
 

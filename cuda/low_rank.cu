@@ -1,4 +1,4 @@
-// The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/joint_linear.cpp.
+// The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/ops/linear/joint_linear.cpp.
 //
 // A product of R columns is bound by what it reads, so tensor cores wait for memory whatever the tiles: fragments come
 // straight from global memory, sixteen bytes a thread. That permutes the summed index (or the columns), alike on both sides.

@@ -1,4 +1,4 @@
-// Attention in tiles of queries x keys: forward, dq, and dk with dv. Twin: csrc/cpu/attention.cpp.
+// Attention in tiles of queries x keys: forward, dq, and dk with dv. Twin: csrc/ops/attention/cpu.cpp.
 //
 // q, o, d_o [B,H,T,D], k, v [B,G,S,D] in T; lse, delta [B,H,T] float32; first [T] int32. Query t sees the keys
 // first[t] to q_start + t, and first never falls with t. D is a multiple of 8, H of G.

@@ -7,7 +7,7 @@ recipe=$(cd "$(dirname "$0")" && pwd)/dpo
 source "${recipe%/*}/knobs.sh"
 if [ -z "${DATA:-}" ]; then
   DATA=$HOME/.cache/mlx-segtrain/data/preferences
-  demo_model=$(python3 -m mlx_segtrain.demo "$DATA")
+  demo_model=$(python3 -m mlx_segtrain.commands.demo "$DATA")
   MODEL=${MODEL:-$demo_model}
 fi
 knobs "$recipe" SmolLM2-135M-Instruct-4bit smollm2-dpo

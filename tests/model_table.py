@@ -13,12 +13,11 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 
-import tiny_models
-from checks import random_adapter
-from mlx_segtrain import lora
+from lib import tiny_models
+from lib.checks import random_adapter
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.models import chain_of, family_of
+from mlx_segtrain.models import adapting, chain_of, family_of
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.setup import with_params
@@ -40,7 +39,7 @@ def outcome(family: str) -> tuple[str, str]:
     adapter = random_adapter(chain, dict.fromkeys(chain.linears, 2), 1.0, 0.05)
     tokens = np.random.default_rng(0).integers(0, 128, (2, 21)).astype(np.int32)
     batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2), np.full(2, 21))
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     cuts = functools.partial(chain.cuts, 1)
     trained, losses = [], []
     for _ in range(4):
@@ -53,7 +52,7 @@ def outcome(family: str) -> tuple[str, str]:
             for stage, own in params.items()
         }
     for loss, params in zip(losses, trained, strict=True):
-        lora.attach(model, chain, with_params(chain, adapter.scales, params))
+        adapting.attach(model, chain, with_params(chain, adapter.scales, params))
         logits = model(mx.array(tokens[:, :-1])).astype(mx.float32)
         expected = nn.losses.cross_entropy(logits, mx.array(tokens[:, 1:])).mean().item()
         assert abs(loss - expected) < 1e-4 * expected, (family, loss, expected)

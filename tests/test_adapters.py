@@ -1,6 +1,5 @@
 """Adapters of others: the same factors in every format, what is refused, and mlx-lm's own."""
 
-import json
 import math
 import struct
 
@@ -12,29 +11,26 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_config
 
 import mlx_segtrain
-from conftest import write_tiny
+from lib.adapter_files import (
+    DOWN1,
+    MLX_LM,
+    Q0,
+    RANK,
+    SCALE,
+    factors_of,
+    write,
+    write_mlx,
+    write_peft,
+)
+from lib.folders import write_tiny
+from lib.oracle import assert_close
 from mlx_segtrain import InputError, TrainConfig
 from mlx_segtrain.adapters import About, ranks_in, read_adapter, write_adapter
 from mlx_segtrain.adapters.conversion import import_
-from mlx_segtrain.lora import Adapter, shapes
+from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import chain_of, load_base
-from oracle import assert_close
 
-RANK, SCALE = 4, 1.5
-Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 TOKENS = mx.array([[1, 5, 9, 200, 17, 33]])
-MLX_LM = {
-    "fine_tune_type": "lora",
-    "num_layers": -1,
-    "lora_parameters": {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": None},
-}
-PEFT = {
-    **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base"},
-    **{"r": RANK, "lora_alpha": RANK * SCALE, "lora_dropout": 0.05, "bias": "none"},
-    **{"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}},
-    **{"init_lora_weights": True, "modules_to_save": None, "target_parameters": None},
-    "target_modules": ["q_proj", "down_proj"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,42 +42,6 @@ def chain(llama):
 def gemma4(tmp_path_factory):
     """A text model within one for text and images."""
     return write_tiny(tmp_path_factory.mktemp("models") / "gemma4", "gemma4")
-
-
-def factors_of(chain, ranks):
-    """Random a and b by path, in numbers that bfloat16 has."""
-    mx.random.seed(7)
-    return {
-        path: tuple(
-            (0.3 * mx.random.normal(shape)).astype(mx.bfloat16).astype(mx.float32)
-            for shape in shapes(chain.linears[path], rank)
-        )
-        for path, rank in ranks.items()
-    }
-
-
-def write(folder, tensors, config, weights="adapters.safetensors", optiq=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / weights), tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    if optiq:
-        (folder / "optiq_lora_config.json").write_text(json.dumps(optiq))
-    return folder
-
-
-def write_mlx(folder, factors, config=MLX_LM, *, dtype=mx.float32, optiq=None):
-    tensors = {}
-    for path, (a, b) in factors.items():
-        tensors |= {f"{path}.lora_a": a.astype(dtype), f"{path}.lora_b": b.astype(dtype)}
-    return write(folder, tensors, config, optiq=optiq)
-
-
-def write_peft(folder, factors, more=None, **config):
-    tensors = dict(more or {})
-    for path, (a, b) in factors.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = mx.contiguous(a.T)
-        tensors[f"base_model.model.{path}.lora_B.weight"] = mx.contiguous(b.T)
-    return write(folder, tensors, {**PEFT, **config}, "adapter_model.safetensors")
 
 
 def write_ours(folder, factors):

@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import ON_GPU, check_op, f64, grads, rand, served
-from mlx_segtrain import Stage, _core, ops, reference, segmented_value_and_grad
-from specs import ids
+from lib import oracle, specs
+from lib.checks import ON_GPU, check_op, f64, grads, rand, served
+from lib.specs import ids
+from mlx_segtrain import Stage, _core, ops, segmented_value_and_grad
+from mlx_segtrain.ops import reference
 
 IMPLS = _core.attention_impls()
 #: What every implementation takes.
@@ -280,7 +280,7 @@ def test_the_core_checks_its_ranges():
     x = mx.ones((1, 2, 5, 8))
     for ranges in ([(0, 2), (1, 5)], [(0, 0)], [(-1, 2)], [(0, 6)]):
         with pytest.raises(ValueError, match="rising ranges of the 5 keys; got"):
-            _core.attention(x, x, x, scale=1.0, segments=ranges)
+            _core.attention(x, x, x, _core.AttentionOptions(scale=1.0, segments=ranges))
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])

@@ -3,11 +3,12 @@
 import mlx.core as mx
 import pytest
 
-import tiny_models
+from lib import tiny_models
+from lib.chains import headers
 from mlx_segtrain import _core
-from mlx_segtrain.planning import BatchShape, shape_of
+from mlx_segtrain.planning import shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, METAL, Device, costs_of
-from test_planning import headers
+from mlx_segtrain.streams import BatchShape
 
 #: What MLX 0.32.4's Metal library names in the sentence that refuses other heads.
 STOCK_ON_METAL = [64, 72, 80, 96, 128, 192, 256]
@@ -65,7 +66,7 @@ def test_what_is_asked_for_here_is_what_is_chosen_here():
     here = mx.default_device() != mx.Device(mx.cpu)
     name = ("cuda" if mx.cuda.is_available() else "metal") if here else "cpu"
     x = mx.zeros((1, 1, 128, 40), mx.bfloat16)
-    saved = _core.attention_forward(x, x, x, scale=1.0)
+    saved = _core.attention_forward(x, x, x, _core.AttentionOptions(scale=1.0))
     assert (saved == []) == (_core.attention_way(name, 40) == "stock")
 
 

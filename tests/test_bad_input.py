@@ -9,8 +9,9 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_segtrain import InputError, cli
+from mlx_segtrain import InputError
 from mlx_segtrain.adapters import read_adapter
+from mlx_segtrain.commands import main as cli
 from mlx_segtrain.models import chain_of, load_base
 
 

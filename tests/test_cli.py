@@ -12,7 +12,8 @@ from unittest.mock import Mock, create_autospec
 
 import pytest
 
-from mlx_segtrain import RunError, cli, data, events, training
+from mlx_segtrain import RunError, data, events, training
+from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import TrainConfig, flag
 
 REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
@@ -100,7 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, mlx_segtrain.cli as c; c.main([]); "
+        "import sys, mlx_segtrain.commands.main as c; c.main([]); "
         "sys.exit(', '.join({'mlx.nn', 'mlx_lm', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -491,7 +492,7 @@ def test_system_message_needs_a_template(
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_segtrain import demo
+    from mlx_segtrain.commands import demo
 
     run = create_autospec(demo.run)
     monkeypatch.setattr(demo, "run", run)

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlx_segtrain.config import TrainConfig, load_config, table
@@ -128,6 +130,22 @@ def test_options_without_an_effect_are_errors(fields: dict[str, object], text: s
     assert text in fault(None, **{**REQUIRED, **fields})
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"rank": 1}, "rank"),
+        ({"dpo_beta": 0.2}, "dpo_beta"),
+        ({"warmup_iters": 100}, "warmup_iters"),
+        ({"data_dir": ""}, "data_dir"),
+    ],
+)
+def test_an_error_says_which_field_it_is_about(fields: dict[str, object], name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(None, {**REQUIRED, **fields})
+    assert caught.value.field == name
+    assert str(caught.value).startswith(name)
+
+
 def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
     file = write(tmp_path, "rank: 16\nlearning_rate: 1e-5\nsegment_size: 4\nnum_layers: 3\n")
     config = load_config(file, {"rank": "32", "grad_checkpoint": False, "data_dir": "~/x"})
@@ -242,3 +260,23 @@ def test_every_field_is_described_in_the_documentation() -> None:
     assert table() in DOCS.read_text(encoding="utf-8"), (
         "paste the output of `python -m mlx_segtrain.config` into docs/configuration.md"
     )
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+ANYTHING = st.recursive(
+    LEAVES, lambda own: st.lists(own, max_size=3) | st.dictionaries(st.text(max_size=5), own)
+)
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(sorted(TrainConfig.model_fields)), ANYTHING)
+def test_any_value_is_taken_or_refused_in_a_sentence(field: str, value: object) -> None:
+    """A field that takes it takes what it made of it, too."""
+    try:
+        config = load_config(None, {**REQUIRED, field: value})
+    except InputError as error:
+        text = str(error)
+        assert "\n" not in text and len(text) < 500 and text.startswith(field)
+    else:
+        again = load_config(None, {**REQUIRED, field: getattr(config, field)})
+        assert repr(again) == repr(config)

@@ -14,6 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.acceptance
+
 ROOT = Path(__file__).parents[1]
 DEVICE = "MLX_SEGTRAIN_DRY_RUN_CUDA"
 COMPILER = "nvidia-cuda-nvrtc"
@@ -42,8 +44,8 @@ def attention(impl, dtype, d, **options):
 
 
 def layer_ops(dtype):
+    from lib.linears import BASES, factors_of, linears_of, with_factors
     from mlx_segtrain import ops
-    from test_layer_ops import BASES, factors_of, linears_of, with_factors
 
     x = mx.zeros((300, 128), dtype)
     for op in (ops.swiglu, ops.geglu):

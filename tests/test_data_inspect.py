@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from lib.chats import byte_level, chat, metaspace
 from mlx_segtrain.data import Options, inspect
-from test_data_masking import byte_level, chat, metaspace
 
 
 def write(path, *rows):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from lib.chats import byte_level, chat
 from mlx_segtrain.data import Options, load_dataset
 from mlx_segtrain.errors import InputError
-from test_data_masking import byte_level, chat
 
 GOOD = b'{"text": "The sky is blue"}\n'
 

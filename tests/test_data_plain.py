@@ -2,8 +2,8 @@
 
 import pytest
 
+from lib.chats import SPECIAL, byte_level, chat, ids, load, metaspace, text, trained
 from mlx_segtrain.errors import InputError
-from test_data_masking import SPECIAL, byte_level, chat, ids, load, metaspace, text, trained
 
 
 def test_prompt_and_completion(tmp_path):

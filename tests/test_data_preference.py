@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from lib.chats import LLAMA3, THINKING, TOOLS, byte_level, ids, metaspace, trained
 from mlx_segtrain.data import (
     Options,
     Pair,
@@ -17,7 +18,6 @@ from mlx_segtrain.data import (
     load_dataset,
 )
 from mlx_segtrain.errors import InputError
-from test_data_masking import LLAMA3, THINKING, TOOLS, byte_level, ids, metaspace, trained
 
 USER = {"role": "user", "content": "a question"}
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from chat_templates import (
+from lib.chat_templates import (
     ALWAYS_HEADER,
     CALLS,
     CHATML,
@@ -18,10 +18,10 @@ from chat_templates import (
     TEXT_CALLS,
     TWO_STOPS,
 )
+from lib.chats import byte_level, chat, load, text, trained
 from mlx_segtrain.data import Options, Prompting, inspect, load_dataset
 from mlx_segtrain.data.dataset import remarks
 from mlx_segtrain.errors import InputError
-from test_data_masking import byte_level, chat, load, text, trained
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_segtrain.demo import docstrings
-from mlx_segtrain.demo.docstrings import summary_line, write_dataset
+from mlx_segtrain.commands.demo import docstrings
+from mlx_segtrain.commands.demo.docstrings import summary_line, write_dataset
+
+pytestmark = pytest.mark.acceptance
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import cache_dir
+
+pytestmark = pytest.mark.acceptance
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 

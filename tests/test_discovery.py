@@ -7,15 +7,16 @@ import sys
 
 import pytest
 
-from conftest import write_llama, write_tiny
-from mlx_segtrain import InputError, curves, train
+from lib.folders import write_llama, write_tiny
+from lib.runs import config_of
+from mlx_segtrain import InputError, train
 from mlx_segtrain.adapters.conversion import export
 from mlx_segtrain.adapters.discovery import adapters
-from test_train import config_of
+from mlx_segtrain.training import curves
 
 
 def run(*argv):
-    command = [sys.executable, "-m", "mlx_segtrain.cli", *map(str, argv)]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -14,23 +14,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_segtrain
-import tiny_models
-from checks import needs_router_gradient, random_adapter
-from conftest import write_llama
-from mlx_segtrain import InputError, TrainConfig, lora, ops, train
+from lib import tiny_models
+from lib.adapter_files import PEFT, write
+from lib.chains import batch_of
+from lib.checks import needs_router_gradient, random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
+from lib.runs import METHODS, setup_of, weights_of
+from mlx_segtrain import InputError, TrainConfig, ops, train
 from mlx_segtrain.adapters import About, is_dora, ranks_in, read_adapter, write_adapter
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.lora.dora import Stretch
+from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.models.chain import Dropout
-from mlx_segtrain.models.dora import Stretch
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
-from oracle import assert_close
-from test_adapters import PEFT, write
-from test_families import batch_of
-from test_preference_runs import METHODS, cache, pairs, setup_of  # noqa: F401
-from test_train import weights_of
 
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 SCALE, RANK = 1.5, 4
 FAMILIES = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -44,7 +44,7 @@ def stretched(chain, ranks=None):
     """A random adapter, the lengths of whose rows have moved by up to a fifth."""
     ranks = ranks or dict.fromkeys(chain.linears, RANK)
     adapter = random_adapter(chain, ranks, SCALE, 0.1)
-    fresh = lora.init(chain, ranks, SCALE, 0, dora=True)
+    fresh = adapting.init(chain, ranks, SCALE, 0, dora=True)
     rng = np.random.default_rng(3)
     moved = {
         path: m * mx.array(rng.uniform(0.8, 1.2, m.shape).astype(np.float32))
@@ -54,7 +54,7 @@ def stretched(chain, ranks=None):
 
 
 def run(chain, adapter, batch, cuts, dropout=None):
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
     (loss,), grads = value_and_grad(*what, cuts=cuts, dropout=dropout)
     return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
@@ -156,8 +156,8 @@ def test_a_fresh_adapter_changes_nothing(llama4):
     chain = chain_of(model)
     tokens = mx.array([[1, 5, 9, 200, 17, 33]])
     plain = model(tokens)
-    adapter = lora.init(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0, dora=True)
-    lora.attach(model, chain, adapter)
+    adapter = adapting.init(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0, dora=True)
+    adapting.attach(model, chain, adapter)
     assert_close("logits", model(tokens), plain, 1e-6)
 
 
@@ -165,7 +165,7 @@ def test_experts_have_none():
     needs_router_gradient()
     chain = chain_of(tiny_models.build("qwen3_moe"))
     with pytest.raises(InputError, match=r"use_dora: '.*' is a linear of experts"):
-        lora.init(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0, dora=True)
+        adapting.init(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0, dora=True)
 
 
 # ---- files
@@ -227,7 +227,7 @@ def test_those_that_peft_saves_give_its_logits(how, hf, tmp_path):
     base = hf.hf_model("llama", tiny_models.config("llama"), weights)
     theirs = mx.array(hf.saved_by_peft(tmp_path, base, tokens, **how))
     plain = model(mx.array(tokens))
-    lora.attach(model, chain, read_adapter(tmp_path, chain))
+    adapting.attach(model, chain, read_adapter(tmp_path, chain))
     assert_close("logits", model(mx.array(tokens)), theirs, 1e-5)
     assert mx.abs(plain - theirs).max() > 0.1
 
@@ -257,7 +257,7 @@ def test_magnitudes_that_do_not_fit(llama, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lengths_move_in_every_method(method, llama4, data, pairs, tmp_path):  # noqa: F811
+def test_lengths_move_in_every_method(method, llama4, data, pairs, tmp_path):
     def run(name, **changes):
         how = {"use_dora": True, "lora_dropout": 0.1, **changes}
         train(setup_of(method, llama4, data, pairs, tmp_path / name, **how))
@@ -266,7 +266,7 @@ def test_lengths_move_in_every_method(method, llama4, data, pairs, tmp_path):  #
     whole, layers = run("a", segment_size=0), run("b", segment_size=1)
     assert all(mx.array_equal(layers[key], x) for key, x in whole.items())
     start = chain_of(load_base(llama4)[0])
-    fresh = lora.init(start, read_adapter(tmp_path / "a", start).ranks, 1.0, 0, dora=True)
+    fresh = adapting.init(start, read_adapter(tmp_path / "a", start).ranks, 1.0, 0, dora=True)
     lengths = {key: x for key, x in whole.items() if key.endswith(".m")}
     assert len(lengths) == len(start.linears)
     assert all(mx.abs(x - fresh.magnitudes[key[:-2]]).max() > 0 for key, x in lengths.items())
@@ -294,8 +294,9 @@ def test_every_optimizer_takes_lengths(optimizer, llama4, data, tmp_path):
 
 
 def test_memory_is_planned_with_what_is_kept_beside(tmp_path):
-    from mlx_segtrain.planning import BatchShape, named, read_shape
+    from mlx_segtrain.planning import named, read_shape
     from mlx_segtrain.planning.costs import CPU
+    from mlx_segtrain.streams import BatchShape
 
     shape = read_shape(write_llama(tmp_path / "m"))
     ranks = dict.fromkeys((p for layer in shape.linears for p in layer), RANK)

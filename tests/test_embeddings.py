@@ -12,24 +12,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_segtrain
-import tiny_models
-from checks import needs_router_gradient, random_adapter
-from conftest import write_llama
+from lib import tiny_models
+from lib.chains import batch_of, pair_batch
+from lib.checks import needs_router_gradient, random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
+from lib.runs import METHODS, setup_of, weights_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import ranks_in, read_adapter
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value, value_and_grad
 from mlx_segtrain.objectives.preference import Dpo
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import read_shape
 from mlx_segtrain.schedule import Cuts
-from oracle import assert_close
-from test_families import batch_of
-from test_preference import pair_batch
-from test_preference_runs import METHODS, cache, pairs, setup_of  # noqa: F401
-from test_train import weights_of
 
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 SCALE, RANK = 1.5, 4
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 FAMILIES = {
@@ -60,7 +59,7 @@ def adapter_of(chain, paths=None):
 
 def run(chain, adapter, batch, cuts=None, dropout=None, objective=None):
     chain = chain.adapting(adapter.scales)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     objective = objective or Sft()
     what = (objective, chain, adapter.scales, params, batch, objective.total([batch]))
     cuts = cuts or functools.partial(chain.cuts, 1)
@@ -131,7 +130,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 @pytest.mark.parametrize("name", ["llama, tied", "llama", "generic"])
 def test_pairs_share_their_beginning(name, monkeypatch):
     """As one stream with a branch, or as two: the table's gradient is of both."""
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     chain = chain_of(model_of(name))
     adapter, batch = adapter_of(chain), pair_batch(7)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 100)
@@ -162,7 +161,7 @@ def test_one_of_them_alone(part):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):  # noqa: F811
+def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):
     model_dir = write_llama(tmp_path / "m", bits=4, mixed=True, tied=tied)
     targets = ["q_proj", "embed_tokens", *([] if tied else ["lm_head"])]
     config = setup_of(method, model_dir, data, pairs, tmp_path / "a", target_modules=targets)
@@ -214,10 +213,10 @@ def test_headers_name_what_the_model_has(changes, tmp_path):
 def test_what_is_not_adapted_by_name_is_not_adapted(llama4):
     chain = chain_of(load_base(llama4)[0])
     how = {"rank": 4, "rank_scaling": "constant", "num_layers": 1, "model_dir": llama4}
-    assert "model.embed_tokens" not in lora.choose_ranks(
+    assert "model.embed_tokens" not in adapting.choose_ranks(
         chain, target_modules=["all-linear"], **how
     )
-    both = lora.choose_ranks(chain, target_modules=["q_proj", "embed_tokens"], **how)
+    both = adapting.choose_ranks(chain, target_modules=["q_proj", "embed_tokens"], **how)
     assert set(both) == {"model.layers.2.self_attn.q_proj", "model.embed_tokens"}
 
 
@@ -226,19 +225,19 @@ def test_inputs_of_every_layer_are_of_the_table_too():
     assert chain.outer == {}
     how = {"rank": 4, "rank_scaling": "constant", "num_layers": -1, "model_dir": None}
     with pytest.raises(InputError, match="'embed_tokens' matches no linear of the model"):
-        lora.choose_ranks(chain, target_modules=["embed_tokens"], **how)
+        adapting.choose_ranks(chain, target_modules=["embed_tokens"], **how)
 
 
 def test_dora_of_an_embedding_is_refused(llama4):
     chain = chain_of(load_base(llama4)[0])
     with pytest.raises(InputError, match=r"use_dora: 'model\.embed_tokens' is an embedding"):
-        lora.init(chain, {"model.embed_tokens": 4}, 1.0, 0, dora=True)
+        adapting.init(chain, {"model.embed_tokens": 4}, 1.0, 0, dora=True)
 
 
 def test_dora_of_a_head_is_mlx_lms(tmp_path):
     chain = chain_of(model_of("llama"))
     ranks = {"lm_head": RANK}
-    adapter = lora.init(chain, ranks, SCALE, 0, dora=True)
+    adapter = adapting.init(chain, ranks, SCALE, 0, dora=True)
     rng = np.random.default_rng(0)
     (a, b) = adapter.tensors["lm_head"]
     b = mx.array(rng.standard_normal(b.shape).astype(np.float32)) * 0.1

@@ -10,56 +10,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import tiny_models
-from checks import needs_router_gradient, random_adapter
-from mlx_segtrain import _core, lora, ops
-from mlx_segtrain.data import Batch
+from lib import tiny_models
+from lib.chains import FAST, SCALE, adapter_of, batch_of, run
+from lib.checks import needs_router_gradient
+from lib.oracle import assert_close
+from mlx_segtrain import _core, ops
 from mlx_segtrain.lora import Adapter
-from mlx_segtrain.models import chain_of, family_of
+from mlx_segtrain.models import adapting, chain_of, family_of
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
-from oracle import assert_close
 
-SCALE = 1.5
-#: By name: the family and what it is given. T crosses the window of 8.
-FAST = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "ministral3": ("ministral3", {}),
-    "mistral3": ("mistral3", {}),
-    "phi3": ("phi3", {}),
-    "olmo2": ("olmo2", {}),
-    "smollm3": ("smollm3", {}),
-    "granite": ("granite", {}),
-    "gemma2": ("gemma2", {}),
-    "gemma3": ("gemma3_text", {}),
-    "gemma4-E4B": ("gemma4_text", {}),
-    "gemma4-K=V": (
-        "gemma4_text",
-        {
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-        },
-    ),
-    "gemma4-experts": (
-        "gemma4_text",
-        {
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 32,
-        },
-    ),
-}
 #: Those of HF's whose gradients are compared as well.
 WITH_HF = [
     *("llama", "qwen3", "gemma3", "gemma4-E4B", "gemma4-K=V", "gemma4-experts"),
@@ -67,34 +29,9 @@ WITH_HF = [
 ]
 
 
-def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
-    """Random tokens with padding on the right, supervised from `prompt` on."""
-    rng = np.random.default_rng(rows)
-    tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
-    weights = rng.uniform(0.5, 1, tokens.shape).astype(np.float32)
-    weights[:, : prompt + 1] = 0
-    for i in range(rows):
-        weights[i, length - 5 * i :] = 0
-    return Batch(tokens, weights, np.arange(rows), length - 5 * np.arange(rows))
-
-
-def adapter_of(chain) -> Adapter:
-    """Ranks that differ."""
-    ranks = {path: 3 + i % 3 for i, path in enumerate(sorted(chain.linears))}
-    return random_adapter(chain, ranks, SCALE, 0.1)
-
-
-def run(chain, adapter, batch, segment_size=1, cuts=None):
-    cuts = cuts or chain.cuts(segment_size)
-    params = lora.stage_params(chain, adapter)
-    what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
-    (loss,), grads = value_and_grad(*what, cuts=lambda streams: cuts)
-    return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
-
-
 def of_mlx_lm(model, chain, adapter, batch):
     """The model's own code, with LoRA in its linears; leaves them there."""
-    lora.attach(model, chain, adapter)
+    adapting.attach(model, chain, adapter)
     model.freeze()
     names = [f"{path}.lora_{ab}" for path in adapter.tensors for ab in "ab"]
     modules = dict(model.named_modules())
@@ -159,17 +96,17 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
     family, overrides = FAST[name]
     chain = chain_of(tiny_models.build(family, **overrides))
     adapter, batch = adapter_of(chain), batch_of(rows, prompt=8)
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 64)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 64)
     loss, grads = run(chain, adapter, batch)
     for multiple, left in (1, 12), (3, 14):
-        monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", multiple)
+        monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", multiple)
         for size in (1, 2, 0):
             got, got_grads = run(chain, adapter, batch, size)
             assert abs(got - loss) < 1e-6 * abs(loss)
             for path, grad in grads.items():
                 assert_close(path, got_grads[path], grad, 2e-5)
         stages = chain.stages(adapter.scales)
-        params = lora.stage_params(chain, adapter)
+        params = adapting.stage_params(chain, adapter)
         keep = ["h", *(name for stage in stages for name in stage.writes if "keys of" in name)]
         scope = forward(stages, params, Sft().values(chain, batch, 1.0), keep)
         assert scope["h"].shape[1] == left
@@ -179,7 +116,7 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
 
 def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
     """Of 6 layers the last 3 have no keys of their own, and layer 2 needs its own of all rows."""
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     family, overrides = FAST["gemma4-E4B"]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -258,7 +195,7 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
     adapter, batch = adapter_of(chain), batch_of(3)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     optimizer = optim.Adam(3e-3)
     losses = []
     for _ in range(20):
@@ -272,7 +209,7 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     tokens = mx.array(batch.tokens)
     values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
     trained = chain.head.logits(forward(chain.stages(adapter.scales), params, values)["h"])
-    lora.attach(model, chain, with_params(chain, adapter.scales, params))
+    adapting.attach(model, chain, with_params(chain, adapter.scales, params))
     cache = model.make_cache()
     decoded = [model(tokens[:, t : t + 1], cache=cache) for t in range(tokens.shape[1])]
     assert_close("logits", mx.concatenate(decoded, 1), trained, 1e-4)
@@ -339,7 +276,7 @@ SAVED_CALLS = [("attention_forward", False), ("attention", True), ("attention", 
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
 def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
     """Half layers, groups that are run forward again, cuts between a donor and its four readers."""
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     types = ["full_attention", *["sliding_attention"] * 5]
     shared = {"num_kv_shared_layers": 4, "layer_types": types}
     family, overrides = FAST[name]

@@ -20,10 +20,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from lib.runs import config_of, files_of
 from mlx_segtrain import InputError, RunError, files, train
 from mlx_segtrain.training import checkpoint
-from test_resume import files_of
-from test_train import config_of
+
+pytestmark = pytest.mark.acceptance
 
 KILLS, FAULTS = (int(os.environ.get(name, n)) for name, n in (("KILLS", 8), ("FAULTS", 6)))
 OPTIONS = {"iters": 5, "steps_per_save": 1, "steps_per_eval": 2, "keep_best": True}
@@ -57,9 +58,7 @@ class Forks:
     def __init__(self, model, data):
         self.model, self.data = model, data
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["mlx_segtrain.training", "mlx_lm", "transformers", "test_faults"]
-        )
+        self.context.set_forkserver_preload(["lib.warm", "test_faults"])
 
     def start(self, folder, fault=None, more=None):
         queue = self.context.SimpleQueue()
@@ -81,16 +80,15 @@ def forks(llama4, data, tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("faults are preloaded as Linux does it")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).with_name("faults.c")
+    tests = Path(__file__).parent
+    source = tests / "lib" / "faults.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    before = os.environ.get("LD_PRELOAD")
-    os.environ["LD_PRELOAD"] = f"{library} {before or ''}".strip()
     found = Forks(llama4, data)
-    found.run(tmp_path_factory.mktemp("first") / "run")  # the process that is forked starts here
-    if before is None:
-        del os.environ["LD_PRELOAD"]
-    else:
-        os.environ["LD_PRELOAD"] = before
+    with pytest.MonkeyPatch.context() as patched:
+        for name, first, between in (("LD_PRELOAD", library, " "), ("PYTHONPATH", tests, ":")):
+            patched.setenv(name, f"{first}{between}{os.environ.get(name, '')}".rstrip(between))
+        patched.setenv("WARM_MODEL", str(llama4))
+        found.run(tmp_path_factory.mktemp("first") / "run")  # starts the process that is forked
     return found
 
 

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 
 import mlx_segtrain
-from checks import needs_router_gradient
-from conftest import write_llama, write_rows, write_tiny
+from lib.checks import needs_router_gradient
+from lib.folders import write_llama, write_rows, write_tiny
+from lib.oracle import assert_close
+from lib.runs import config_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import folding, read_stored, write_adapter
 from mlx_segtrain.adapters.folding import fold
 from mlx_segtrain.adapters.merging import merge, weighted
 from mlx_segtrain.adapters.writing import About
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
-from mlx_segtrain.models import chain_of, load_base
-from oracle import assert_close
-from test_train import config_of
+from mlx_segtrain.models import adapting, chain_of, load_base
+
+pytestmark = pytest.mark.acceptance
 
 TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
@@ -32,7 +34,7 @@ def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5,
     """Of the linears named, with multipliers that differ."""
     chain = chain_of(load_base(model_dir)[0])
     mx.random.seed(seed)
-    fresh = lora.init(chain, ranks, 1.0, seed, dora=dora)
+    fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
     tensors = {
         path: (a, size * mx.random.normal(b.shape)) for path, (a, b) in fresh.tensors.items()
     }
@@ -219,7 +221,15 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
     report = fold(weighted([folder]), llama4, tmp_path / "out")
     assert {own.path for own in report.swallowed} == set(adapter.tensors)
     assert not fold(weighted([folder]), llama4, tmp_path / "dense", dequantize=True).swallowed
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "merge", folder, "--into", llama4]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_segtrain.commands.main",
+        "merge",
+        folder,
+        "--into",
+        llama4,
+    ]
     done = subprocess.run(
         [*command, "--out", tmp_path / "again"], capture_output=True, text=True, check=True
     )
@@ -368,6 +378,24 @@ def test_a_linear_without_an_update_stays_as_it_is(llama4, tmp_path):
     report = fold(adapter, llama4, tmp_path / "out")
     before, after = tensors_of(llama4), tensors_of(tmp_path / "out")
     assert all(same_bits(before[name], after[name]) for name in before) and not report.swallowed
+
+
+def test_other_bits_of_a_linear_without_an_update(llama4, tmp_path):
+    """What config.json says of it and its weights go together."""
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=0.0)
+    fold(adapter, llama4, tmp_path / "out", bits=8)
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert_close("logits", stock(TOKENS), logits(llama4, written(tmp_path / "a", adapter)), 0.1)
+
+
+def test_a_configuration_that_contradicts_the_weights(llama4, tmp_path):
+    adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"))
+    model = shutil.copytree(llama4, tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    for wrong in (5, {"group_size": "a"}):
+        (model / "config.json").write_text(json.dumps({**config, "quantization": wrong}))
+        with pytest.raises(InputError, match=r"config\.json and the weights do not go together"):
+            fold(adapter, model, tmp_path / "out")
 
 
 @pytest.mark.skipif(mlx_lm.__version__ < "0.32", reason="this mlx-lm takes them as configured")

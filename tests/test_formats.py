@@ -12,21 +12,22 @@ import pytest
 from mlx.utils import tree_map
 
 import mlx_segtrain
-import tiny_models
-from conftest import write_llama, write_rows, write_tiny
+from lib import tiny_models
+from lib.adapter_files import TOKENS, in_transformers, peft_logits
+from lib.folders import write_llama, write_rows, write_tiny
+from lib.oracle import assert_close
+from lib.runs import config_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import read_adapter, read_stored, write_adapter
 from mlx_segtrain.adapters.conversion import compare, export, import_
-from mlx_segtrain.adapters.folder import PEFT_WEIGHTS
 from mlx_segtrain.adapters.peft import hf_path, names_of
 from mlx_segtrain.adapters.writing import About
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
+from mlx_segtrain.lora.folder import PEFT_WEIGHTS
 from mlx_segtrain.models import chain_of, load_base
-from oracle import assert_close
-from test_train import config_of
 
-TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
+pytestmark = pytest.mark.acceptance
 
 #: Name of the model, and how it is adapted.
 RUNS = {
@@ -60,35 +61,6 @@ def models(tmp_path_factory, llama, llama4, llama_mixed):
         "gemma4_text": write_tiny(folder / "gemma4_text", "gemma4_text"),
         "gemma4_mixed": write_tiny(folder / "gemma4_mixed", "gemma4_text", bits),
     }
-
-
-def dense_weights(model_dir):
-    """Weights of a model as mlx-lm computes with them, float32, by name."""
-    model, _, _ = load_base(model_dir)
-    found = {}
-    for path, module in model.named_modules():
-        for name, x in module.items():
-            if not isinstance(x, mx.array) or name in ("scales", "biases") or name[0] == "_":
-                continue
-            if name == "weight" and "scales" in module:
-                how = (module.group_size, module.bits, module.mode)
-                x = mx.dequantize(x, module["scales"], module.get("biases"), *how)
-            found[f"{path}.{name}" if path else name] = np.array(x.astype(mx.float32))
-    return found
-
-
-def in_transformers(hf, model_dir):
-    """The model as transformers has it, with the weights that mlx-lm computes with."""
-    config = json.loads((model_dir / "config.json").read_text())
-    config.pop("quantization", None)
-    if config["model_type"] == "llama":
-        return hf.llama(config, dense_weights(model_dir))
-    return hf.hf_model(config["model_type"], config, dense_weights(model_dir)).eval()
-
-
-def peft_logits(hf, model_dir, folder, tokens=TOKENS):
-    """Of the model in transformers with the folder's adapter, loaded by PEFT."""
-    return mx.array(hf.logits_with_adapter(in_transformers(hf, model_dir), folder, tokens))
 
 
 def trained(name, models, data, folder):

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-import conftest
+from lib import peers
 
 ROOT = Path(__file__).parents[1]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 #: Extras that a target installs, besides `cpu` where the system has it; None: it installs nothing.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None},
-    **{name: ["dev"] for name in ("test", "lint", "bench", "models")},
+    **{name: ["dev"] for name in ("check", "test", "lint", "bench", "models")},
 }
 
 
@@ -74,14 +74,14 @@ def test_every_target_is_looked_at():
 
 
 def test_peers_that_are_missing_are_said(monkeypatch):
-    monkeypatch.setattr(conftest.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PEERS", "")
     with pytest.raises(pytest.skip.Exception, match=r"torch and peft not .* `make test PEERS=1`"):
-        conftest.load_peers()
+        peers.load_peers()
     monkeypatch.setenv("PEERS", "1")  # where they must be, nothing is skipped
-    monkeypatch.setitem(sys.modules, "hf_peers", None)
+    monkeypatch.setitem(sys.modules, "lib.hf_peers", None)
     with pytest.raises(ImportError):
-        conftest.load_peers()
+        peers.load_peers()
 
 
 def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:

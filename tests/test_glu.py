@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import check_op, f64, grads, rand, served
-from mlx_segtrain import ops, reference
+from lib import oracle, specs
+from lib.checks import check_op, f64, grads, rand, served
+from mlx_segtrain import ops
+from mlx_segtrain.ops import reference
 
 OPS = ["swiglu", "geglu"]
 IMPLS = ["kernel", "stock", "auto"]

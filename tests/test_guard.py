@@ -7,8 +7,9 @@ import time
 import pytest
 
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving import guard
-from mlx_segtrain.serving.guard import Guard, Outside, Roots
+from mlx_segtrain.serving.api import guard
+from mlx_segtrain.serving.api.guard import Guard
+from mlx_segtrain.serving.roots import Outside, Roots
 from mlx_segtrain.serving.sessions import LASTS_S, MOST, Sessions
 from mlx_segtrain.serving.settings import Settings
 

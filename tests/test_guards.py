@@ -13,12 +13,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
+from lib.runs import (
+    Crash,
+    assert_twins,
+    config_of,
+    crash_behind,
+    files_of,
+    lines_of,
+    losses_of,
+    weights_of,
+)
 from mlx_segtrain import InputError, RunError, train
 from mlx_segtrain.training import checkpoint, clock, log, spikes, step
 from mlx_segtrain.training.memory import process_peak
-from test_resume import Crash, assert_twins, crash_behind, files_of, lines_of
-from test_train import config_of, losses_of, weights_of
+
+pytestmark = pytest.mark.acceptance
 
 
 def warnings_of(told):

@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import ON_GPU, f64, rand, served
-from mlx_segtrain import ops, reference
-from test_ops import base_of
+from lib import oracle, specs
+from lib.checks import ON_GPU, f64, rand, served
+from lib.linears import BASES, base_of, factors_of, linears_of, with_factors
+from mlx_segtrain import ops
+from mlx_segtrain.ops import reference
 
 IMPLS = ["kernel", "stock", "auto"]
 DTYPES = specs.DTYPES
@@ -21,35 +21,6 @@ PROJECTIONS = {
     "narrow pair": (320, [64, 72], [8, 0]),
     "ranks beyond the kernel's": (96, [128, 136], [64, 64]),
 }
-BASES = [None, ("affine", 4, 32), ("affine", 6, 32), ("mxfp8", 8, 32)]
-
-
-def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
-    """Linears, and (weight, bias, a, b, scale) of each in float64, a and b rounded to dtype."""
-    linears, exact = [], []
-    for i, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
-        own_bias, bias64 = rand(rng, width) if bias else (None, 0.0)
-        frozen, w64 = base_of(rng, width, n_in, base, own_bias)
-        scale = 0.5 + i
-        if not rank:
-            linears.append(ops.Linear(frozen))
-            exact.append((w64, bias64, None, None, scale))
-            continue
-        a, b = rand(rng, n_in, rank)[0] / 8, rand(rng, rank, width)[0] / 8
-        linears.append(ops.Linear(frozen, a, b, scale))
-        a64, b64 = (f64(x.astype(getattr(mx, dtype))) for x in (a, b))
-        exact.append((w64, bias64, a64, b64, scale))
-    return linears, exact
-
-
-def with_factors(linears, factors):
-    """The linears with other arrays for a and b."""
-    left = list(factors)
-    return [w if w.a is None else w.with_factors(left.pop(0), left.pop(0)) for w in linears]
-
-
-def factors_of(linears):
-    return [x for w in linears if w.a is not None for x in (w.a, w.b)]
 
 
 def exact_linear(x, w, bias, a, b, scale):

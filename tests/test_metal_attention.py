@@ -6,10 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
+from lib import oracle
+from lib.specs import Attention, ids
 from metal_emulator import MetalError, kernels
-from mlx_segtrain import reference
-from specs import Attention, ids
+from mlx_segtrain.ops import reference
+
+pytestmark = pytest.mark.acceptance
 
 SPECS = [
     # Under 8 queries `first`, and here lse and delta too, lie in constant memory.

@@ -19,6 +19,8 @@ from metal_emulator import (
     to_cxx,
 )
 
+pytestmark = pytest.mark.acceptance
+
 I = "const uint i = thread_position_in_grid.x;\n"  # noqa: E741
 
 

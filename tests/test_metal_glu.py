@@ -6,11 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import f64, rand
+from lib import oracle, specs
+from lib.checks import f64, rand
 from metal_emulator import MetalError, kernels
-from mlx_segtrain import reference
+from mlx_segtrain.ops import reference
+
+pytestmark = pytest.mark.acceptance
 
 
 def launch(op, gate, up, dy, of=kernels.KERNELS):

@@ -4,7 +4,9 @@ import mlx_lm
 import pytest
 
 import model_table
-import tiny_models
+from lib import tiny_models
+
+pytestmark = pytest.mark.acceptance
 
 DOCUMENTED = model_table.documented()
 

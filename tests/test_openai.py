@@ -17,13 +17,16 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from mlx_segtrain.serving import app as application
-from mlx_segtrain.serving import engine as module
-from mlx_segtrain.serving.engine import Engine
-from mlx_segtrain.serving.guard import Outside
-from mlx_segtrain.serving.openai import router
-from mlx_segtrain.serving.openai_forms import ChatRequest, CompletionRequest
-from test_serving_engine import END, Alone, write_adapters, write_lively
+from lib.engines import END, Alone, write_adapters, write_lively
+from mlx_segtrain.serving.api.faults import add_handlers
+from mlx_segtrain.serving.api.openai import router
+from mlx_segtrain.serving.api.openai_forms import ChatRequest, CompletionRequest
+from mlx_segtrain.serving.generation import engine as module
+from mlx_segtrain.serving.generation.engine import Engine
+from mlx_segtrain.serving.roots import Outside
+
+pytestmark = pytest.mark.acceptance
+
 
 NEVER_ENDS = {"logit_bias": {str(END): -100}}
 
@@ -40,22 +43,15 @@ def said(folder):
 
 
 class Server:
-    """The routes over an engine, at a port of this machine."""
+    """The routes over an engine, at a port of this machine; it is their service, too."""
 
     def __init__(self, folder, policy="serve"):
-        self.engine, self.trains, self.folder = Engine(), False, folder
-
-        async def available():
-            return [
-                {**dict.fromkeys(("scale", "base_model")), "id": "a", "path": "/a", "rank": 2}
-                | {"mounted": False}
-            ]
-
+        self.engine, self.trains, self.folder, self.policy = Engine(), False, folder, policy
+        self.roots = self
         app = FastAPI()
-        app.include_router(
-            router(self.engine, lambda: self.trains, policy, self.resolve, available)
-        )
-        application._add_errors(app)
+        app.state.service = self
+        app.include_router(router)
+        add_handlers(app)
         self.app = app
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
         self.server = uvicorn.Server(config)
@@ -67,6 +63,16 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
         self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def waits(self):
+        return self.policy == "refuse" and self.trains
+
+    async def available(self):
+        return [
+            {**dict.fromkeys(("scale", "base_model")), "id": "a", "path": "/a", "rank": 2}
+            | {"mounted": False}
+        ]
 
     def resolve(self, text):
         path = (self.folder / text).resolve()

@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
-from served import Server, write_place
+import pytest
+
+from lib.served import Server, write_place
+
+pytestmark = pytest.mark.acceptance
 
 CHECKS = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance"),

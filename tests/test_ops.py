@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
-import specs
-from checks import ON_GPU, check_op, f64, grads, rand, served
-from mlx_segtrain import ops, reference
+from lib import oracle, specs
+from lib.checks import ON_GPU, check_op, f64, grads, rand, served
+from lib.linears import base_of
+from mlx_segtrain import ops
+from mlx_segtrain.ops import reference
 
 IMPLS = {
     "rms_norm": ["kernel", "stock"],
@@ -155,18 +156,6 @@ def test_rope(impl, traditional, dtype):
 
 
 # ---- products with a frozen weight
-
-
-def base_of(rng, n, k, base, bias=None):
-    """A base, and its values in float64."""
-    w = mx.array(rng.standard_normal((n, k)).astype(np.float32))
-    if base is None:
-        return ops.Base(w, bias=bias), f64(w)
-    mode, bits, group = base
-    quant = {"group_size": group, "bits": bits, "mode": mode}
-    packed, scales, *biases = mx.quantize(w, **quant)
-    values = mx.dequantize(packed, scales, *biases, **quant, dtype=mx.float32)
-    return ops.Base(packed, scales, *biases or [None], bias, **quant), f64(values)
 
 
 def bits_of(x):
@@ -492,3 +481,30 @@ BAD = [
 def test_bad_arguments_are_named_when_the_graph_is_built(call, message):
     with pytest.raises(ValueError, match=message):
         call(mx.ones((1, 2, 5, 8)))
+
+
+X = mx.ones((1, 2, 4, 8))
+EYE = ops.Base(mx.eye(8))
+FACES = {
+    "attention": lambda: ops.attention(X, X, X, scale=1.0),
+    "attention_forward": lambda: ops.attention_forward(X, X, X, scale=1.0),
+    "swiglu": lambda: ops.swiglu(X, X),
+    "geglu": lambda: ops.geglu(X, X),
+    "rms_norm": lambda: ops.rms_norm(X, X[0, 0, 0], 1e-5),
+    "add_rms_norm": lambda: ops.add_rms_norm(X, X, X[0, 0, 0], 1e-5),
+    "rope": lambda: ops.rope(X, 8, base=1e4),
+    "lora_linear": lambda: ops.lora_linear(X, EYE),
+    "lora_linears": lambda: ops.lora_linears(X, [ops.Linear(EYE)]),
+    "lora_glu_mlp": lambda: ops.lora_glu_mlp(X, *[ops.Linear(EYE)] * 3),
+    "linear_cross_entropy": lambda: ops.linear_cross_entropy(X[0, 0], EYE, mx.arange(4)),
+    "linear_log_probs": lambda: ops.linear_log_probs(X[0, 0], EYE, mx.arange(4)),
+}
+
+
+@pytest.mark.parametrize("op", FACES)
+def test_an_op_waits_for_the_check_of_its_gpu(op, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(ops, "self_check", lambda: asked.append(op))
+    FACES[op]()
+    assert asked == [op]

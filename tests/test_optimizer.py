@@ -6,12 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from lib.oracle import assert_close
+from lib.runs import assert_same_in_mlx_lm, config_of
 from mlx_segtrain.config import TrainConfig
+from mlx_segtrain.models import adapting
 from mlx_segtrain.training import train
 from mlx_segtrain.training.layout import Layout
 from mlx_segtrain.training.optimizer import OPTIMIZERS, Optimizer, learning_rate
-from oracle import assert_close
-from test_train import assert_same_in_mlx_lm, config_of
 
 PATHS = {"model_dir": "m", "data_dir": "d", "adapter_path": "a"}
 
@@ -153,12 +154,11 @@ def test_rs_lora_divides_by_the_root_of_each_rank(llama_mixed, data, tmp_path):
 
 
 def test_the_multipliers_of_rs_lora(llama_mixed):
-    from mlx_segtrain import lora
     from mlx_segtrain.models import chain_of, load_base
 
     chain = chain_of(load_base(llama_mixed)[0])
     ranks = {path: 4 if "q_proj" in path else 9 for path in chain.linears}
-    adapter = lora.init(chain, ranks, 3.0, 0, root=True)
+    adapter = adapting.init(chain, ranks, 3.0, 0, root=True)
     assert {adapter.scales[p] for p in ranks if "q_proj" in p} == {1.5}
     assert {adapter.scales[p] for p in ranks if "q_proj" not in p} == {1.0}
-    assert set(lora.init(chain, ranks, 3.0, 0).scales.values()) == {3.0}
+    assert set(adapting.init(chain, ranks, 3.0, 0).scales.values()) == {3.0}

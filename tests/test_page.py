@@ -18,17 +18,20 @@ from urllib.request import Request, urlopen
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from conftest import write_llama, write_rows
-from mlx_segtrain.demo.docstrings import write_dataset
-from mlx_segtrain.demo.snapshot import smollm2_snapshot
+from lib.folders import write_llama, write_rows
+from mlx_segtrain.commands.demo.docstrings import write_dataset
+from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.serving.page.runs import MOST, Curve
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is on the path"
-)
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(
+        BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is on the path"
+    ),
+]
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 #: The first row of the data set; which docstring would come first depends on the Python.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
@@ -94,7 +97,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
 @contextmanager
 def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
     """A server's process, whose folders these are."""
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--root", str(work), *options],
         env={**os.environ, "MLX_SEGTRAIN_CACHE": str(cache)},

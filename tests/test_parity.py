@@ -13,17 +13,18 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 from transformers import AutoTokenizer
 
-from checks import random_adapter
-from conftest import write_llama
-from mlx_segtrain import lora
+from lib.checks import random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.data import Batch
-from mlx_segtrain.demo import snapshot
 from mlx_segtrain.files import cache_dir
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.evaluation import measure
-from oracle import assert_close
+
+pytestmark = pytest.mark.acceptance
 
 SCALE = 1.5
 
@@ -47,7 +48,7 @@ def ours(model_dir, batch, sizes):
     model, _, _ = load_base(model_dir)
     chain = chain_of(model)
     adapter = adapter_of(chain)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights.sum()))
     results = []
     for size in sizes:
@@ -163,7 +164,7 @@ def test_evaluation_is_the_token_mean_of_mlx_lm(llama4):
     batch = batch_of(300, [30, 17], prompt=4)
     adapter = adapter_of(chain)
     loss, _ = theirs(llama4, adapter, batch, 4)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
 
     from mlx_segtrain.data import Dataset, Row
 

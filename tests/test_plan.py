@@ -117,6 +117,16 @@ def test_the_head_reads_inputs_and_values_of_earlier_segments():
     ]
 
 
+def test_a_plan_resolves_names_and_counts_their_readers():
+    """The head is the stage after the last."""
+    stages = [StageSpec("a", ["h"], ["h", "kv"], True), StageSpec("b", ["h", "kv"], ["h"], True)]
+    plan = make_plan(stages, ["h"], ["h", "kv"], [2], [1])
+    assert [(stage.reads, stage.writes) for stage in plan.stages] == [([0], [1, 2]), ([1, 2], [3])]
+    assert plan.head_reads == [3, 2]
+    assert [plan.readers(value, 0, 3) for value in range(4)] == [1, 1, 2, 1]
+    assert [plan.readers(2, *stages) for stages in ((0, 1), (1, 2), (2, 3))] == [0, 1, 1]
+
+
 def test_errors():
     with pytest.raises(ValueError, match="b reads 'kv', which is neither an input nor written"):
         make_plan([chain(1)[0], StageSpec("b", ["h", "kv"], ["h"], True)], ["h"], ["h"], [2], [1])

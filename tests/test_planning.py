@@ -13,47 +13,31 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import tiny_models
-from mlx_segtrain import _core, cli, lora, planning
+from lib import tiny_models
+from lib.chains import FAST, headers
+from lib.runs import config_of
+from mlx_segtrain import _core, planning
+from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.models import chain_of
+from mlx_segtrain.models import adapting, chain_of
+from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
-from mlx_segtrain.planning import (
-    BatchShape,
-    StreamShape,
-    budget,
-    choose,
-    named,
-    ranks_of,
-    shape_of,
-)
+from mlx_segtrain.planning import budget, choose, named, ranks_of, shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.planning.shapes import read_shape
 from mlx_segtrain.safetensors import read_header
-from mlx_segtrain.stages import PAIR, joined
+from mlx_segtrain.streams import PAIR, BatchShape, StreamShape, joined
 from mlx_segtrain.training import loop, setup, train
 from mlx_segtrain.training.layout import Layout
-from test_families import FAST
-from test_train import config_of
 
 # ---- shapes
 
 
-def headers(model):
-    """What the files of a model would say."""
-    kinds = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
-    return {
-        name: (kinds.get(w.dtype, "F32"), tuple(w.shape))
-        for name, w in tree_flatten(model.parameters())
-    }
-
-
 @pytest.mark.parametrize("name", FAST)
-def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
+def test_forms_and_stages_from_headers_are_those_of_the_loaded_chain(name):
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -61,14 +45,15 @@ def test_shapes_from_headers_are_those_of_the_loaded_chain(name):
     assert shape.fast and shape.weight_bytes(True) == sum(
         w.nbytes for _, w in tree_flatten(model.parameters())
     )
+    assert shape.layers == chain.forms
     targets = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "down_proj"]
     targets = [t for t in targets if any(path.endswith(f".{t}") for path in chain.linears)]
     how = {"rank": 4, "rank_scaling": "by_bits", "target_modules": targets, "num_layers": 2}
     ranks = ranks_of(shape, **how)
-    assert ranks == lora.choose_ranks(chain, **how, model_dir=Path())
+    assert ranks == adapting.choose_ranks(chain, **how, model_dir=Path())
 
-    adapter = lora.init(chain, ranks, 1.0, 0)
-    params = lora.stage_params(chain, adapter)
+    adapter = adapting.init(chain, ranks, 1.0, 0)
+    params = adapting.stage_params(chain, adapter)
     pair = tuple(StreamShape(stream, 30, 20) for stream in PAIR)
     tree = (StreamShape(joined(), 40, 30, 20, 10),)
     for batch in (BatchShape.single(2, 24, 16, 8), *(BatchShape(1, x, 20) for x in (pair, tree))):
@@ -315,8 +300,8 @@ def test_predicted_peak_is_the_measured_one():
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     how = {"rank": 8, "rank_scaling": "constant", "target_modules": targets, "num_layers": -1}
     ranks = ranks_of(shape, **how)
-    adapter = lora.init(chain, ranks, 1.0, 0)
-    params = lora.stage_params(chain, adapter)
+    adapter = adapting.init(chain, ranks, 1.0, 0)
+    params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     length = 1024
     tokens = np.random.default_rng(0).integers(0, 16384, (1, length + 1)).astype(np.int32)
@@ -351,8 +336,8 @@ def test_predicted_peak_is_the_measured_one():
 
 
 def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
+    from lib.chains import adapter_of, batch_of, run
     from mlx_segtrain.models import layer
-    from test_families import adapter_of, batch_of, run
 
     chain = chain_of(tiny_models.build("llama", num_hidden_layers=4))
     adapter, batch = adapter_of(chain), batch_of(2)
@@ -505,7 +490,14 @@ def test_a_budget_in_gb_is_taken_as_it_is():
 
 def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
     folder = header_only(tmp_path / "m", llama4, max_position_embeddings=8192)
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "plan", "--model-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_segtrain.commands.main",
+        "plan",
+        "--model-dir",
+        str(folder),
+    ]
     best = 9.0
     for _ in range(3):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -3,14 +3,15 @@
 import mlx.core as mx
 import pytest
 
-from mlx_segtrain import InputError, _core, policy, train
-from mlx_segtrain.planning import budget, picture
+from lib.runs import config_of, setup_of
+from mlx_segtrain import InputError, _core, train
+from mlx_segtrain.commands import picture
+from mlx_segtrain.planning import budget
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.serving import engine
-from mlx_segtrain.training import evaluate, evaluation, probe, references, step
-from test_preference_runs import cache, pairs, setup_of  # noqa: F401
-from test_train import config_of
+from mlx_segtrain.serving.generation import engine
+from mlx_segtrain.training import evaluate, evaluation, policy, probe, references, step
 
+pytestmark = pytest.mark.usefixtures("cache")
 WORKING_SET = 24 << 30
 
 
@@ -112,7 +113,7 @@ def test_a_probe(deterministic, llama4, data, tmp_path, spy):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_an_evaluation_and_its_references(deterministic, llama4, data, pairs, tmp_path, spy, cache):  # noqa: F811
+def test_an_evaluation_and_its_references(deterministic, llama4, data, pairs, tmp_path, spy, cache):
     config = setup_of("dpo", llama4, data, pairs, tmp_path / "a", deterministic=deterministic)
     evaluate(config)
     expected = {(deterministic, WORKING_SET)}
@@ -145,7 +146,7 @@ def test_the_server_wires_by_the_same_helper():
 # ---- what is kept on disk says under what it was computed
 
 
-def test_references_are_filed_under_the_policy_that_was_in_force(llama4, data, pairs, tmp_path):  # noqa: F811
+def test_references_are_filed_under_the_policy_that_was_in_force(llama4, data, pairs, tmp_path):
     """Not under the one that a configuration names, whoever computes them."""
     config = setup_of("dpo", llama4, data, pairs, tmp_path / "a", deterministic=True)
     outside = references.model_key(config)
@@ -160,9 +161,9 @@ def test_references_are_filed_under_the_policy_that_was_in_force(llama4, data, p
 def test_a_run_takes_no_references_of_an_evaluation_that_was_not_repeatable(
     llama4,
     data,
-    pairs,  # noqa: F811
+    pairs,
     tmp_path,
-    cache,  # noqa: F811
+    cache,
     spy,
 ):
     how = setup_of("dpo", llama4, data, pairs, tmp_path / "a", iters=1)

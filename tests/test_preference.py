@@ -9,17 +9,17 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-import tiny_models
-from checks import random_adapter
-from mlx_segtrain import lora
+from lib import tiny_models
+from lib.chains import pair_batch
+from lib.checks import random_adapter
+from lib.oracle import assert_close
 from mlx_segtrain.data import Batch, PairBatch
-from mlx_segtrain.models import chain_of
+from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value, value_and_grad
 from mlx_segtrain.objectives.preference import Dpo, Orpo, Reference, Simpo
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
-from oracle import assert_close
 
 SCALE, RANK = 1.5, 4
 FAMILIES = {
@@ -43,32 +43,13 @@ OBJECTIVES = {
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch):
     """Streams are split and trimmed at single tokens here."""
-    monkeypatch.setattr("mlx_segtrain.stages.TRIM_MULTIPLE", 1)
+    monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 1)
 
 
 def model_of(name: str):
     family, changes = FAMILIES[name]
     return tiny_models.build(family, **changes)
-
-
-def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0) -> PairBatch:
-    """Pairs that begin with `shared` equal tokens; responses begin behind the prompt."""
-    rng = np.random.default_rng(seed)
-    b = len(lengths)
-    chosen = rng.integers(0, 128, (b, max(c for c, _ in lengths))).astype(np.int32)
-    rejected = rng.integers(0, 128, (b, max(r for _, r in lengths))).astype(np.int32)
-    rejected[:, :shared] = chosen[:, :shared]
-    rejected[:, shared] = (chosen[:, shared] + 1) % 128
-
-    def branch(tokens: np.ndarray, side: int) -> Batch:
-        ends = np.array([pair[side] for pair in lengths])
-        at = np.arange(tokens.shape[1])
-        weights = ((at >= prompt) & (at < ends[:, None])).astype(np.float32)
-        return Batch(tokens, weights, np.arange(b), ends)
-
-    reference = rng.uniform(-60, -40, 2 * b).astype(np.float32)
-    return PairBatch(branch(chosen, 0), branch(rejected, 1), shared, np.arange(b), reference)
 
 
 def alone(batch: PairBatch, i: int) -> PairBatch:
@@ -91,7 +72,7 @@ def alone(batch: PairBatch, i: int) -> PairBatch:
 def setup(name: str):
     chain = chain_of(model_of(name))
     adapter = random_adapter(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0.1)
-    return chain, adapter, lora.stage_params(chain, adapter)
+    return chain, adapter, adapting.stage_params(chain, adapter)
 
 
 def run(name, objective, batch, size=1, cuts=None, dropout=None, total=None):

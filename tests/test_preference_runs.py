@@ -11,44 +11,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
+from lib.folders import write_pairs
+from lib.runs import METHODS, config_of, setup_of, weights_of
 from mlx_segtrain import InputError, adapters, train
 from mlx_segtrain.training import evaluate, references
-from test_train import config_of, weights_of
 
-METHODS = ["sft", "dpo", "orpo", "simpo"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def write_pairs(folder, n=12, valid=6):
-    folder.mkdir(exist_ok=True)
-    for name, first, count in (("train", 10, n), ("valid", 50, valid)):
-        prompt = "Number {}, in a word, or in two or three if it must be so?"
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": prompt.format(i)}],
-                "chosen": f"one {i}",
-                "rejected": f"zebra crossing {i}",
-            }
-            for i in range(first, first + count)
-        ]
-        lines = [json.dumps(row) for row in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs")
-
-
-def setup_of(method, model, data, pairs, out, **changes):
-    changes = {"method": method, "learning_rate": 5e-3, "lr_schedule": "constant", **changes}
-    return config_of(model, data if method == "sft" else pairs, out, **changes)
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -280,18 +248,17 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
 
 def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatch):
     """In one stream they would take more than the budget; the loss is the same."""
-    from mlx_segtrain.training import setup
+    from mlx_segtrain.planning import run
 
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))
-    original, tried = setup.plan_run, []
+    original, tried = run._planned, []
 
-    def plan_run(config, *batches):
+    def planned(config, batches):
         tried.append([len(batch.streams) for batch in batches])
-        if tried[-1] == [1]:
-            raise InputError("too much")
-        return original(config, *batches)
+        plan = original(config, batches)
+        return dataclasses.replace(plan, budget=0) if tried[-1] == [1] else plan
 
-    monkeypatch.setattr(setup, "plan_run", plan_run)
+    monkeypatch.setattr(run, "_planned", planned)
     apart = train(setup_of("dpo", llama4, None, pairs, tmp_path / "b", iters=3))
     assert tried == [[1], [2]]
     assert math.isclose(apart.final_train_loss, together.final_train_loss, rel_tol=1e-3)

@@ -7,15 +7,17 @@ import pytest
 from mlx_lm.generate import stream_generate
 from transformers import AutoTokenizer
 
-import chat_templates
-from conftest import write_llama
+from lib import chat_templates
+from lib.folders import write_llama
 from mlx_segtrain import TrainConfig, load, train
 from mlx_segtrain.adapters import prompting_of
 from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.data import Prompting
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.mounting import Selected, read_base, read_mounted
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation.mounting import Selected, read_base, read_mounted
+
+pytestmark = pytest.mark.acceptance
 
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
 STOPS = ["<|im_end|>", "</s>", "<|user|>", "<|eot|>"]

@@ -10,9 +10,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from conftest import write_tiny
-from mlx_segtrain.demo import snapshot
+from lib.folders import write_tiny
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
+
+pytestmark = pytest.mark.acceptance
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -8,89 +8,34 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 
-from conftest import write_llama, write_rows, write_tiny
+from lib.folders import write_llama, write_pairs, write_rows, write_tiny
+from lib.runs import (
+    Crash,
+    assert_twins,
+    checkpoint_of,
+    config_of,
+    crash_behind,
+    essence,
+    files_of,
+    lines_of,
+    truncated,
+    weights_of,
+)
 from mlx_segtrain import InputError, RunError, _core, adapters, train
 from mlx_segtrain.adapters import ranks_in, step_of
-from mlx_segtrain.demo import snapshot
+from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.training import checkpoint, step
 from mlx_segtrain.training import log as training_log
-from test_preference_runs import write_pairs
-from test_train import config_of, weights_of
 
-TIMES = ("ts", "pid", "id", "tokens_per_sec", "step_s", "peak_gb", "active_gb", "message", "at")
-
-
-class Crash(BaseException):
-    """What ends a run in the middle, so that it saves nothing any more."""
-
-
-def crash_behind(last, told=None):
-    """An on_event that ends the run when it is told of this step's loss."""
-
-    def on_event(event):
-        if told is not None:
-            told.append(event)
-        if event.get("kind") == "train" and event["step"] == last:
-            raise Crash
-
-    return on_event
-
-
-def lines_of(run):
-    """metrics.jsonl without what the time of day decides, and without where it was resumed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: x for key, x in line.items() if key not in TIMES and "path" not in key}
-        for line in lines
-        if line["type"] in ("metric", "sample")
-    ]
-
-
-def essence(result):
-    """What of a result is no time, memory or place."""
-    return replace(
-        result, adapter_path=None, wall_s=0, tokens_per_sec=0, peak_gb=0, process_gb=0,
-        resumed_from=None,
-    )  # fmt: skip
-
-
-def files_of(run):
-    """Bytes of all that is the run's product, but for configurations, which name their folder."""
-    return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
-
-
-def assert_twins(config, resumed, plain):
-    """The folders of two runs, and what they returned."""
-    (a, one), (b, two) = resumed, plain
-    assert essence(one) == essence(two)
-    assert lines_of(a) == lines_of(b)
-    adapters = {name: x for name, x in files_of(a).items() if "state" not in name.parts}
-    assert adapters == {name: x for name, x in files_of(b).items() if "state" not in name.parts}
-    x, y = (checkpoint._read(checkpoint_of(run)) for run in (a, b))
-    assert x.step == y.step and x.tensors.keys() == y.tensors.keys()
-    assert all(mx.array_equal(x.tensors[name], own) for name, own in y.tensors.items())
-    assert timeless(x.progress) == timeless(y.progress)
-
-
-def timeless(progress):
-    """What of it the time of day does not decide."""
-    last = progress.last and replace(progress.last, seconds=0)
-    recent = [replace(outcome, seconds=0) for outcome in progress.recent]
-    return replace(progress, last=last, recent=recent, train_s=0, wall_s=0, peak=0)
-
-
-def checkpoint_of(run):
-    return next(iter(checkpoint.found(run).values()))
-
+pytestmark = pytest.mark.acceptance
 
 DPO = {"method": "dpo", "learning_rate": 5e-3}
 RUNS = {
@@ -189,7 +134,7 @@ def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
     options = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "train", *options]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *options]
     long = [*command, "--iters", "1000000"]
     with subprocess.Popen(long, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
@@ -239,12 +184,6 @@ def test_the_newest_checkpoints_are_kept(llama4, data, tmp_path):
     options = {"iters": 11, "steps_per_save": 2, "keep_checkpoints": 3}
     train(config_of(llama4, data, tmp_path / "a", **options))
     assert list(checkpoint.found(tmp_path / "a")) == [11, 10, 8]
-
-
-def truncated(folder):
-    file = folder / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    return "bytes of"
 
 
 def flipped(folder):
@@ -512,7 +451,7 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
     options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
     iters = 1_000_000 if ends == "interrupted" else 30
     options += ["--steps-per-save", "0", "--steps-per-eval", "1000000", "--iters", str(iters)]
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "train", *options]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             if line.startswith("step 10/"):

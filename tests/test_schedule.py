@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from lib.oracle import errors
 from mlx_segtrain import Stage, segmented_value_and_grad
 from mlx_segtrain.schedule import forward
-from oracle import errors
 
 N, H = 7, 16
 

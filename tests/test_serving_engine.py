@@ -10,98 +10,25 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
 
-import mlx_segtrain
-from checks import random_adapter
-from conftest import write_llama
+from lib.engines import END, Alone, write_adapters, write_lively
 from mlx_segtrain import InputError, lora
-from mlx_segtrain.adapters import About, write_adapter
-from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.errors import RunError
-from mlx_segtrain.models import chain_of, load_base
-from mlx_segtrain.serving import decoding
-from mlx_segtrain.serving import engine as module
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Busy, Engine, NoMemory
-from mlx_segtrain.serving.mounting import read_base
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation import decoding
+from mlx_segtrain.serving.generation import engine as module
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Busy, Engine, NoMemory
+from mlx_segtrain.serving.generation.mounting import read_base
 
-END = 259  # <|im_end|>
+pytestmark = pytest.mark.acceptance
+
 GOES_ON = {END: -100.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("serving")
-
-
-def write_lively(path):
-    """A model with room for long answers, which are printable and go in no circles for long."""
-    write_llama(path, tied=False, max_position_embeddings=20_000)
-    file = str(path / "model.safetensors")
-    weights = {k: 3 * x if "_proj" in k else x for k, x in mx.load(file).items()}
-    weights["model.embed_tokens.weight"] *= 20
-    weights["lm_head.weight"] *= mx.where(mx.arange(300) < 94, 3, 0.5)[:, None]  # ! to ~
-    mx.eval(weights)
-    mx.save_safetensors(file, weights, {"format": "mlx"})
-    return path
-
-
-def write_adapters(folder, model):
-    """Folders by name. Of DoRA one, of the embedding one, and `ab`, the sum of a and b."""
-    chain = chain_of(load_base(model)[0])
-
-    def write(name, adapter):
-        write_adapter(folder / name, adapter, About("model"))
-
-    for i, name in enumerate("abc"):
-        linears = list(chain.linears)[i:]  # a linear that one has and another has not
-        adapter = random_adapter(chain, dict.fromkeys(linears, 2 + 2 * i), 1.0 + i, 0.1)
-        moved = {p: (x, mx.roll(y, i, 1)) for p, (x, y) in adapter.tensors.items()}
-        write(name, lora.Adapter(moved, adapter.scales))
-    ranks = dict.fromkeys(chain.linears, 4)
-    dora = lora.init(chain, ranks, 2.0, seed=3, dora=True)
-    moved = random_adapter(chain, ranks, 2.0, 0.1).tensors
-    longer = {p: m * 1.2 for p, m in dora.magnitudes.items()}
-    write("dora", lora.Adapter(moved, dora.scales, longer))
-    write("outer", random_adapter(chain, {"model.embed_tokens": 4, **ranks}, 1.0, 0.3))
-    merge([folder / "a", folder / "b"], folder / "ab")
-    return {name: folder / name for name in ("a", "b", "c", "dora", "outer", "ab")}
-
-
-class Alone:
-    """Greedy answers of mlx-lm, with a model of its own for each adapter."""
-
-    def __init__(self, model, adapters):
-        self.model, self.adapters, self.models, self.known = model, adapters, {}, {}
-        self.tokenizer = load_base(model)[2]
-
-    def tokens(self, prompt, name=None, n=12, goes_on=False):
-        key = (tuple(prompt), name, n, goes_on)
-        if key not in self.known:
-            self.known[key] = list(self._tokens(*key))
-        return self.known[key]
-
-    def _tokens(self, prompt, name, n, goes_on):
-        if name not in self.models:
-            self.models[name], _ = mlx_segtrain.load(self.model, self.adapters.get(name))
-
-        def sampler(logprobs):
-            if goes_on:
-                logprobs[..., END] -= 100
-            return mx.argmax(logprobs, axis=-1)
-
-        for token, _ in generate_step(
-            mx.array(prompt), self.models[name], max_tokens=n, sampler=sampler
-        ):
-            yield token
-            if token == END:
-                return
-
-    def __call__(self, *args, **how):
-        """Their text."""
-        return self.tokenizer.decode([x for x in self.tokens(*args, **how) if x != END])
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +208,7 @@ def test_an_unmounted_adapter_ends_what_it_began(fresh, adapters, said):
         )
         text = (await anext(running)).text
         assert await fresh.unmount("x") == len(fresh.base.chain.linears)
-        with pytest.raises(KeyError):
+        with pytest.raises(InputError, match="adapter x not mounted"):
             await fresh.unmount("x")
         await fresh.mount("x", adapters["b"])
         assert len(fresh._active) == 1  # else there is nothing to see here
@@ -663,8 +590,8 @@ def test_the_process_ends_well(model, adapters):
     code = f"""
 import asyncio
 from pathlib import Path
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Engine
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Engine
 
 async def main():
     engine = Engine()
@@ -689,7 +616,7 @@ def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, mo
     x = mx.random.normal((1, 3, 64), key=keys[0])
     found = []
     for few in (False, True):
-        monkeypatch.setattr(lora, "are_few", lambda x, few=few: few)
+        monkeypatch.setattr(lora.modules, "are_few", lambda x, few=few: few)
         ys = [linear(x)]
         for i in (1, 3, 1):  # the first one again: from what was kept
             linear.lora_a = mx.random.normal((64, 4), key=keys[i])

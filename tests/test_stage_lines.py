@@ -1,7 +1,7 @@
 """Kernels of one op for several devices have the same stages: their `///` comments, in order.
 
 Which kernels are twins follows from the texts: those with the same outputs on two devices. A
-function of csrc/cpu/ that has the name of one of them is a twin, too.
+function of a CPU kernel in csrc/ that has the name of one of them is a twin, too.
 """
 
 import functools
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXTS = {
     file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
-    for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp")
+    for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp", "csrc/ops/*/cpu.cpp")
     for file in sorted(ROOT.glob(pattern))
 }
 #: Kernels with outputs as another's that are no twin of it, and why.
@@ -115,7 +115,7 @@ def test_what_is_known_to_be_shared_is_found():
         "cuda/attention_hopper.cu",
         "cuda/attention_rows.cu",
         "cuda/glu.cu",
-        "csrc/cpu/attention.cpp",
+        "csrc/ops/attention/cpu.cpp",
         "csrc/cpu/rows.cpp",
     }
     for file, text in TEXTS.items():

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mlx_segtrain import doctor, events
+from mlx_segtrain import events
+from mlx_segtrain.commands.terminal import Terminal, duration, show_checks, show_report
 from mlx_segtrain.data import Preview, Report
-from mlx_segtrain.terminal import Terminal, duration, show_checks, show_report
+from mlx_segtrain.ops import selfcheck as doctor
 
 
 def run_events(iters: int = 20) -> list[events.Event]:

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
+from lib.runs import Crash, config_of, crash_behind, truncated
 from mlx_segtrain import InputError, train
 from mlx_segtrain.training import checkpoint, trackers, verify
-from test_resume import Crash, crash_behind, truncated
-from test_train import config_of
+
+pytestmark = pytest.mark.acceptance
 
 
 def test_tensorboard_reads_the_metrics(llama4, data, tmp_path):
@@ -188,7 +189,7 @@ def test_a_run_that_has_not_ended(llama4, data, tmp_path):
 
 
 def test_the_command(run, tmp_path):
-    command = [sys.executable, "-m", "mlx_segtrain.cli", "verify"]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "verify"]
     done = subprocess.run([*command, run], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr
     assert f"{run}: 3 of 3 steps" in done.stdout and "model         the same\n" in done.stdout

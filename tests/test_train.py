@@ -16,24 +16,14 @@ import numpy as np
 import pytest
 
 import mlx_segtrain
-from checks import needs_router_gradient
-from conftest import write_rows, write_tiny
-from mlx_segtrain import InputError, RunError, TrainConfig, adapters, lora, train
-from mlx_segtrain.models import chain_of, load_base
-from mlx_segtrain.training import evaluate, loop, probe, step
+from lib.checks import needs_router_gradient
+from lib.folders import write_rows, write_tiny
+from lib.oracle import assert_close
+from lib.runs import assert_same_in_mlx_lm, config_of, losses_of, weights_of
+from mlx_segtrain import InputError, RunError, adapters, train
+from mlx_segtrain.models import adapting, chain_of, load_base
+from mlx_segtrain.training import evaluate, probe, step
 from mlx_segtrain.training.layout import Layout
-from oracle import assert_close
-
-
-def config_of(model, data, out, **changes):
-    base = {"learning_rate": 1e-2, "steps_per_report": 1, "max_seq_length": 100}
-    base |= {} if "epochs" in changes else {"iters": 4}
-    base |= {} if "warm_start" in changes else {"rank": 4}
-    return TrainConfig(model_dir=model, data_dir=data, adapter_path=out, **{**base, **changes})
-
-
-def weights_of(path):
-    return mx.load(str(path / "adapters.safetensors"))
 
 
 def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
@@ -97,7 +87,9 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
     config = config_of(llama4, data, tmp_path / "a", overwrite=True)
     flags = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
     long = [*flags, "--max-seq-length", "100", "--iters", "1000000"]
-    with subprocess.Popen([sys.executable, "-m", "mlx_segtrain.cli", "train", *long]) as run:
+    with subprocess.Popen(
+        [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *long]
+    ) as run:
         try:
             begin = time.monotonic()
             while not (tmp_path / "a" / "metrics.jsonl").exists():
@@ -108,18 +100,6 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
         finally:
             run.kill()
     assert train(config).steps == 4
-
-
-def assert_same_in_mlx_lm(model_dir, adapter, apart):
-    """Stock mlx-lm with the adapter has our logits, which are `apart` from the base's. Returns
-    tokens and these logits."""
-    tokens = mx.array([[1, 5, 9, 200, 17, 33]])
-    stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
-    own, _ = mlx_segtrain.load(model_dir, adapter)
-    base, _ = mlx_segtrain.load(model_dir)
-    assert_close("logits", own(tokens), stock(tokens), 1e-5)
-    assert mx.abs(base(tokens) - stock(tokens)).max() > apart
-    return tokens, stock(tokens)
 
 
 @pytest.mark.parametrize("fixture", ["llama4", "llama_mixed"])
@@ -135,7 +115,7 @@ def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, t
     adapter = adapters.read_adapter(tmp_path / "a", chain)
     assert adapter.ranks == result.applied_ranks
     stages = chain.stages(adapter.scales)
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     values = {**chain.start(tokens), "positions": mx.arange(tokens.shape[1])}
     h = mlx_segtrain.schedule.forward(stages, params, values)["h"]
     logits = chain.head.logits(h)
@@ -291,16 +271,16 @@ def test_ranks_by_kl(llama_mixed, tmp_path):
     (tmp_path / "optiq_metadata.json").write_text(json.dumps({"per_layer": kl}))
     options = {"rank": 10, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
                "up_proj", "down_proj"], "num_layers": -1}  # fmt: skip
-    ranks = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path, **options)
+    ranks = adapting.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path, **options)
     assert [ranks[path] for path in paths[:3]] == [10, 20, 5]
-    by_bits = lora.choose_ranks(chain, rank_scaling="by_bits", model_dir=tmp_path, **options)
+    by_bits = adapting.choose_ranks(chain, rank_scaling="by_bits", model_dir=tmp_path, **options)
     assert {p: r for p, r in ranks.items() if p not in paths[:3]} == {
         p: r for p, r in by_bits.items() if p not in paths[:3]
     }
     assert set(by_bits.values()) == {10, 20}
-    constant = lora.choose_ranks(chain, rank_scaling="constant", model_dir=tmp_path, **options)
+    constant = adapting.choose_ranks(chain, rank_scaling="constant", model_dir=tmp_path, **options)
     assert set(constant.values()) == {10}
-    none = lora.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path / "x", **options)
+    none = adapting.choose_ranks(chain, rank_scaling="by_kl", model_dir=tmp_path / "x", **options)
     assert none == by_bits
 
 
@@ -410,12 +390,6 @@ def test_files_are_written_aside_and_renamed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(InputError):
         adapters.read_adapter(tmp_path / "nothing", None)
-
-
-def losses_of(monkeypatch, losses):
-    """Evaluations that give these losses, the last one again and again."""
-    left = list(losses)
-    monkeypatch.setattr(loop, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
 
 def test_early_stopping_counts_evaluations_without_a_lower_loss(

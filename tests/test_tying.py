@@ -9,24 +9,26 @@ import numpy as np
 import pytest
 
 import mlx_segtrain
-import test_formats
-from checks import random_adapter
-from conftest import write_llama
+from lib import adapter_files
+from lib.checks import random_adapter
+from lib.folders import write_llama
+from lib.oracle import assert_close
+from lib.runs import config_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import read_adapter, read_stored, write_adapter
 from mlx_segtrain.adapters.conversion import export, import_
 from mlx_segtrain.adapters.discovery import adapters
-from mlx_segtrain.adapters.folder import CONFIG, PEFT_WEIGHTS, WEIGHTS
 from mlx_segtrain.adapters.folding import fold
 from mlx_segtrain.adapters.merging import merge, weighted
 from mlx_segtrain.adapters.writing import About
+from mlx_segtrain.lora.folder import CONFIG, PEFT_WEIGHTS, WEIGHTS
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.mounting import read_base, read_mounted
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.generation.mounting import read_base, read_mounted
 from mlx_segtrain.training import evaluate
-from oracle import assert_close
-from test_train import config_of
+
+pytestmark = pytest.mark.acceptance
 
 TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 EMBEDDING, HEAD, Q = "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"
@@ -274,7 +276,7 @@ def test_a_merge_into_the_base_changes_what_the_head_computes_with(bases, tmp_pa
 
 def peft_logits(hf, base, folder):
     """Of transformers' model with the folder's adapter."""
-    return test_formats.peft_logits(hf, base, folder, TOKENS)
+    return adapter_files.peft_logits(hf, base, folder, TOKENS)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -313,7 +315,7 @@ def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
 
 def test_peft_s_own_tied_adapter_is_imported(hf, bases, tmp_path):
     """Made and saved by PEFT, not by us in its form."""
-    model = test_formats.in_transformers(hf, bases["tied"])
+    model = adapter_files.in_transformers(hf, bases["tied"])
     modules = ["embed_tokens", "q_proj"]
     how = {"r": 4, "lora_alpha": 6, "target_modules": modules, "ensure_weight_tying": True}
     theirs = mx.array(hf.saved_by_peft(tmp_path / "theirs", model, np.array(TOKENS), **how))

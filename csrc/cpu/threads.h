@@ -1,6 +1,7 @@
 // Threads and scratch memory of the CPU kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
 
@@ -18,6 +19,19 @@ void parallel_for(int n, const std::function<void(int)>& job);
 /// Splits n things into equal runs of at most `most`, a multiple of `align`, with every thread busy: length
 /// of a run.
 int split(int n, int most, int align);
+
+constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< floats of an elementwise pass
+
+/// run(begin, end) over [0, n), in runs long enough to be worth a thread.
+template <class Run>
+void over(size_t n, size_t least, const Run& run) {
+  size_t runs = std::clamp<size_t>(n / std::max<size_t>(least, 1), 1, 4 * n_threads());
+  size_t length = (n + runs - 1) / runs;
+  parallel_for(static_cast<int>(runs), [&](int job) {
+    size_t begin = std::min(n, job * length), end = std::min(n, begin + length);
+    if (begin < end) run(begin, end);
+  });
+}
 
 /// Floats from MLX's allocator, so that scratch shows in mx.get_peak_memory().
 class Scratch {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .errors import InputError, RunError
-    from .models import load
+    from .loading import load
     from .schedule import Stage, segmented_value_and_grad
     from .training import TrainResult, train
 
@@ -35,7 +35,7 @@ _HOME = {
     "Stage": "schedule",
     "TrainConfig": "config",
     "TrainResult": "training",
-    "load": "models",
+    "load": "loading",
     "segmented_value_and_grad": "schedule",
     "train": "training",
 }

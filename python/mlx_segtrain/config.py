@@ -1,127 +1,62 @@
 """The configuration of a training run, declared once.
 
 From `TrainConfig` come the flags of the command line, the keys of a YAML file, every error message,
-and the table in docs/configuration.md (`python -m mlx_segtrain.config` prints it).
+the page's form, what a resumed run may change, and the table in docs/configuration.md (`python -m
+mlx_segtrain.config` prints it): fields.Facets has all that is known of a field besides its type.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mlx_segtrain.errors import InputError, shown, word
+from mlx_segtrain.errors import InputError, either, shown, word
+from mlx_segtrain.fields import (
+    MOST,
+    Budget,
+    Directory,
+    Distinct,
+    Effect,
+    Facets,
+    Float,
+    Int,
+    LayerCount,
+    Name,
+    Resume,
+    SegmentSize,
+    Variables,
+    choices,
+    is_list,
+    kind,
+    option,
+)
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Method = Literal["sft", "dpo", "orpo", "simpo"]
+#: What a row is: a sequence, or a pair of them; and for each method what it trains.
+Rows = Literal["single", "pair"]
+ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
 
-
-def _expand(value: Any) -> Any:
-    if value == "":  # Path("") is the working directory: an unset shell variable must not name it
-        raise ValueError("empty path")
-    return Path(value).expanduser() if isinstance(value, str) else value
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read `rank: yes` as 1
-        raise ValueError("a boolean is not a number")
-    return value
-
-
-def _all_or_last(value: int) -> int:
-    if value != -1 and value < 1:
-        raise ValueError("neither all layers nor a count of layers")
-    return value
-
-
-def _distinct(value: list[Any]) -> list[Any]:
-    if len(set(value)) != len(value):
-        raise ValueError("a name stands twice")
-    return value
-
-
-def _decoded(value: Any) -> Any:
-    """JSON text, as a flag or a form field gives it, as what it says."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError("not JSON") from None
-
-
-#: Arguments of `apply_chat_template` that are not variables of the template.
-NO_VARIABLES = (
-    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt"),
-    *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
-    *("return_tensors", "return_dict", "tokenizer_kwargs", "return_assistant_tokens_mask"),
+#: Facets that several fields have in common.
+FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
+SIZE, ALL = Facets(affects=("memory",)), Facets(affects=("memory", "loss", "rows"))
+FIRST, ELSEWHERE, ADAPTER = Facets(group=""), Facets(group=None), Facets(group="Adapter")
+OPTIMIZER, MEMORY = Facets(group="Optimizer"), SIZE | FREE | Facets(group="Memory")
+DATA = Facets(group="Data", affects=("loss", "rows"))
+EVALUATION = FREE | Facets(group="Evaluation and checkpoints")
+DPO, ORPO, SIMPO = (
+    Facets(group="Preference", affects=("loss",), methods=(method,))
+    for method in ("dpo", "orpo", "simpo")
 )
-
-
-def fault_of_variables(values: dict[str, Any]) -> str | None:
-    """Why these cannot be variables of a chat template, in words; None if they can."""
-    for name in values:
-        if not isinstance(name, str) or not name.isidentifier():
-            return f"{name!r} is not the name of a variable"
-        if name in NO_VARIABLES:
-            return f"{name} is not a variable of the template"
-    return None
-
-
-def _variables(values: dict[str, Any]) -> dict[str, Any]:
-    if fault := fault_of_variables(values):
-        raise ValueError(fault)
-    return values
-
-
-Directory = Annotated[Path, BeforeValidator(_expand)]
-#: Of MLX's sizes, which are C++'s int.
-MOST = 2**31 - 1
-Int = Annotated[int, BeforeValidator(_not_bool), Field(le=MOST)]
-Float = Annotated[float, BeforeValidator(_not_bool)]
-Name = Annotated[str, Field(min_length=1)]
-Variables = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_variables)]
-LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
-SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
-Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
-Resume = bool | Literal["auto"]
-
-
-#: When an option that is not at its default does something, and when it does not, in words.
-EFFECTIVE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("dpo_beta", "dpo_loss", "reference_free"),
-        (lambda c: c.method == "dpo", "outside of method dpo"),
-    ),
-    "label_smoothing": (
-        lambda c: c.method == "dpo" and c.dpo_loss in ("sigmoid", "robust"),
-        "outside of method dpo with dpo_loss sigmoid or robust",
-    ),
-    **dict.fromkeys(
-        ("orpo_lambda", "sft_scope"), (lambda c: c.method == "orpo", "outside of method orpo")
-    ),
-    **dict.fromkeys(
-        ("simpo_beta", "simpo_gamma"), (lambda c: c.method == "simpo", "outside of method simpo")
-    ),
-    "train_on": (lambda c: c.method == "sft", "with preference rows, whose responses are trained"),
-    **dict.fromkeys(
-        ("rank", "rank_scaling", "target_modules", "num_layers", "scale", "rs_lora", "use_dora"),
-        (lambda c: c.warm_start is None, "with warm_start, whose adapter has its own"),
-    ),
-    "iters": (lambda c: c.epochs is None, "beside epochs"),
-    "sample_tokens": (lambda c: bool(c.sample_prompts), "without sample_prompts"),
-}
+FRESH = Facets(
+    holds=lambda config: config.warm_start is None,
+    otherwise="with warm_start, whose adapter has its own",
+)
 
 
 class TrainConfig(BaseModel):
@@ -129,175 +64,309 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model_dir: Directory = Field(description="Directory of the base model, as mlx-lm reads it.")
-    data_dir: Directory = Field(
-        description="Directory with train.jsonl and, for validation, valid.jsonl."
+    model_dir: Directory = option(
+        ..., "Directory of the base model, as mlx-lm reads it.", ELSEWHERE | FREE
     )
-    adapter_path: Directory = Field(
-        description="Directory of the adapter; a run also writes metrics.jsonl and checkpoints."
+    data_dir: Directory = option(
+        ..., "Directory with train.jsonl and, for validation, valid.jsonl.", ELSEWHERE | FREE
     )
-    method: Literal["sft", "dpo", "orpo", "simpo"] = Field(
-        "sft", description="Training objective; all but sft take rows with chosen and rejected."
+    adapter_path: Directory = option(
+        ...,
+        "Directory of the adapter; a run also writes metrics.jsonl and checkpoints.",
+        FIRST | FREE | Facets("Adapter folder"),
     )
-    rank: Int = Field(8, ge=2, description="LoRA rank of an adapted linear, before rank_scaling.")
-    scale: Float = Field(
-        1.0, gt=0, description="Factor of the LoRA update, y = W x + scale * B A x."
+    method: Method = option(
+        "sft",
+        "Training objective; all but sft take rows with chosen and rejected.",
+        FIRST | ALL | CARD,
     )
-    rank_scaling: Literal["constant", "by_bits", "by_kl"] = Field(
+    rank: Int = option(
+        8, "LoRA rank of an adapted linear, before rank_scaling.", FIRST | FRESH | SIZE, ge=2
+    )
+    scale: Float = option(
+        1.0, "Factor of the LoRA update, y = W x + scale * B A x.", FIRST | FRESH, gt=0
+    )
+    rank_scaling: Literal["constant", "by_bits", "by_kl"] = option(
         "by_bits",
-        description="Rank per layer: the same everywhere, rank * bits / 4, or by KL importance.",
+        "Rank per layer: the same everywhere, rank * bits / 4, or by KL importance.",
+        ADAPTER | FRESH | SIZE,
     )
-    target_modules: Annotated[list[Name], AfterValidator(_distinct)] = Field(
+    target_modules: Annotated[list[Name], Distinct] = option(
         PROJECTIONS,
-        min_length=1,
-        description="Linears that get an adapter, by the end of their path; or all-linear. "
+        "Linears that get an adapter, by the end of their path; or all-linear. "
         "embed_tokens and lm_head too, if they are named.",
+        ADAPTER | FRESH | SIZE | Facets("Linears"),
+        min_length=1,
     )
-    num_layers: LayerCount = Field(
-        -1, description="Layers that get adapters, counted from the last one; -1 is all."
+    num_layers: LayerCount = option(
+        -1,
+        "Layers that get adapters, counted from the last one; -1 is all.",
+        ADAPTER | FRESH | SIZE | Facets("Layers", values="-1 or an integer >= 1"),
     )
-    warm_start: Directory | None = Field(
+    warm_start: Directory | None = option(
         None,
-        description="Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, "
+        "Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, "
         "ranks and scale are taken.",
+        ADAPTER | SIZE | FREE,
     )
-    iters: Int = Field(100, ge=1, description="Optimizer steps of the run.")
-    epochs: Float | None = Field(
-        None, gt=0, description="Passes over the training rows, in the place of iters."
+    iters: Int = option(
+        100,
+        "Optimizer steps of the run.",
+        FIRST
+        | WARN
+        | CARD
+        | Facets("Steps", holds=lambda config: config.epochs is None, otherwise="beside epochs"),
+        ge=1,
     )
-    optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
-        "adamw", description="Optimizer; sgd has a momentum of 0.9."
+    epochs: Float | None = option(
+        None, "Passes over the training rows, in the place of iters.", FIRST | WARN, gt=0
     )
-    learning_rate: Float = Field(
-        2e-4, gt=0, description="Largest learning rate of the run; of all but sft 5e-5 by default."
+    optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = option(
+        "adamw", "Optimizer; sgd has a momentum of 0.9.", OPTIMIZER | CARD
     )
-    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+    learning_rate: Float = option(
+        2e-4,
+        "Largest learning rate of the run; of all but sft 5e-5 by default.",
+        FIRST | WARN | CARD,
+        gt=0,
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
         "constant",
-        description="Learning rate behind the warmup; all but constant end at a tenth of it. "
+        "Learning rate behind the warmup; all but constant end at a tenth of it. "
         "Of all but sft cosine by default.",
+        OPTIMIZER | WARN | CARD | Facets("Learning rate schedule"),
     )
-    warmup_iters: Int = Field(0, ge=0, description="First steps, with a rising learning rate.")
-    lora_plus_ratio: Float = Field(
-        1.0, gt=0, description="Learning rate of B over that of the others (LoRA+)."
-    )
-    rs_lora: bool = Field(
-        False, description="Divide scale by the root of the rank (rsLoRA), linear by linear."
-    )
-    use_dora: bool = Field(
-        False, description="Train the lengths of the adapted weights' rows apart (DoRA)."
-    )
-    lora_dropout: Float = Field(
-        0.0, ge=0, lt=1, description="Part of a LoRA branch's inputs that each step leaves out."
-    )
-    dpo_beta: Float = Field(
-        0.1, gt=0, description="Strength with which dpo stays near the model without adapter."
-    )
-    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
-        "sigmoid", description="Loss of dpo."
-    )
-    label_smoothing: Float = Field(
-        0.0, ge=0, lt=0.5, description="Part of pairs taken to be mislabelled (sigmoid, robust)."
-    )
-    reference_free: bool = Field(
-        False, description="Leave the model without adapter out of dpo's loss."
-    )
-    orpo_lambda: Float = Field(0.1, gt=0, description="Weight of orpo's odds-ratio term.")
-    sft_scope: Literal["full", "response"] = Field(
-        "full", description="Tokens of the chosen sequence that orpo's cross-entropy counts."
-    )
-    simpo_beta: Float = Field(2.0, gt=0, description="Factor of simpo's rewards.")
-    simpo_gamma: Float = Field(
-        1.0, ge=0, description="Margin that simpo wants between the rewards of a pair."
-    )
-    max_seq_length: Int = Field(512, ge=2, description="Tokens kept of a row; the rest is cut off.")
-    batch_size: Int = Field(1, ge=1, description="Rows in a forward and backward pass.")
-    grad_accumulation_steps: Int = Field(
-        1, ge=1, description="Batches whose gradients are summed into an optimizer step."
-    )
-    seed: Int = Field(0, ge=0, description="Seed of the row order and of the LoRA initialization.")
-    deterministic: bool = Field(
-        True,
-        description="Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, "
-        "which is faster and adds up in any order.",
-    )
-    steps_per_report: Int = Field(10, ge=1, description="Steps between training metrics.")
-    steps_per_eval: Int = Field(50, ge=1, description="Steps between evaluations on valid.jsonl.")
-    weight_decay: Float = Field(0.01, ge=0, description="Weight decay, apart from the gradient.")
-    grad_clip_norm: Float = Field(
-        1.0, ge=0, description="Largest global L2 norm of the gradient; 0 is no clipping."
-    )
-    grad_checkpoint: bool = Field(
-        False, description="Recompute each layer in the backward pass: less memory, more time."
-    )
-    segment_size: SegmentSize = Field(
-        "auto",
-        description="Layers per segment of the backward pass; 0 is off, auto chooses what fits.",
-    )
-    memory_budget_gb: Budget = Field(
-        "auto",
-        description="Memory that a run may take, in 10⁹ bytes; auto is what the device has free.",
-    )
-    steps_per_save: Int = Field(
-        50,
+    warmup_iters: Int = option(
+        0,
+        "First steps, with a rising learning rate.",
+        OPTIMIZER | WARN | Facets("Warmup, steps"),
         ge=0,
-        description="Steps between checkpoints, from which a run can be resumed; 0 is none but at "
-        "its end. The adapter is written with each.",
     )
-    keep_checkpoints: Int = Field(2, ge=1, description="Newest of these checkpoints to keep.")
-    resume: Resume = Field(
+    lora_plus_ratio: Float = option(
+        1.0,
+        "Learning rate of B over that of the others (LoRA+).",
+        OPTIMIZER | Facets("LoRA+ ratio"),
+        gt=0,
+    )
+    rs_lora: bool = option(
         False,
-        description="Go on from the newest whole checkpoint in adapter_path; auto begins if there "
-        "is none.",
+        "Divide scale by the root of the rank (rsLoRA), linear by linear.",
+        ADAPTER | FRESH | Facets("rsLoRA"),
     )
-    on_spike: Literal["warn", "skip", "stop"] = Field(
-        "warn", description="What to do at a loss far above those of the steps before."
+    use_dora: bool = option(
+        False,
+        "Train the lengths of the adapted weights' rows apart (DoRA).",
+        ADAPTER | FRESH | SIZE | Facets("DoRA"),
     )
-    report_to: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_distinct)] = Field(
-        [], description="Trackers that get the metrics, besides metrics.jsonl."
+    lora_dropout: Float = option(
+        0.0,
+        "Part of a LoRA branch's inputs that each step leaves out.",
+        ADAPTER | SIZE | CARD | Facets("Dropout"),
+        ge=0,
+        lt=1,
     )
-    save_checkpoints: bool = Field(
-        False, description="Keep a complete adapter directory of every evaluation."
+    dpo_beta: Float = option(
+        0.1,
+        "Strength with which dpo stays near the model without adapter.",
+        DPO | Facets("DPO beta"),
+        gt=0,
     )
-    early_stopping_patience: Int = Field(
-        0, ge=0, description="Evaluations without a lower loss that end the run; 0 is never."
+    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = option(
+        "sigmoid", "Loss of dpo.", DPO | Facets("DPO loss")
     )
-    keep_best: bool = Field(
-        False, description="Keep the adapter of the lowest validation loss in adapter_path/best."
+    label_smoothing: Float = option(
+        0.0,
+        "Part of pairs taken to be mislabelled (sigmoid, robust).",
+        DPO
+        | Facets(
+            holds=lambda config: config.dpo_loss in ("sigmoid", "robust"),
+            otherwise="outside of method dpo with dpo_loss sigmoid or robust",
+        ),
+        ge=0,
+        lt=0.5,
     )
-    sample_prompts: Annotated[list[Name], AfterValidator(_distinct)] = Field(
-        [], description="Prompts that every evaluation answers, for the log."
+    reference_free: bool = option(False, "Leave the model without adapter out of dpo's loss.", DPO)
+    orpo_lambda: Float = option(
+        0.1, "Weight of orpo's odds-ratio term.", ORPO | Facets("ORPO lambda"), gt=0
     )
-    sample_tokens: Int = Field(64, ge=1, description="Most tokens of such an answer.")
-    eval_command: Name | None = Field(
-        None,
-        description="Command that scores every evaluation's adapter: {adapter} in it is a copy's "
-        "directory, and the last line it prints a number or a JSON object of numbers.",
+    sft_scope: Literal["full", "response"] = option(
+        "full",
+        "Tokens of the chosen sequence that orpo's cross-entropy counts.",
+        ORPO | Facets("ORPO cross-entropy"),
     )
-    train_on: Literal["assistant", "last"] = Field(
-        "assistant",
-        description="Turns of a chat that are trained: every assistant turn or the last one.",
+    simpo_beta: Float = option(
+        2.0, "Factor of simpo's rewards.", SIMPO | Facets("SimPO beta"), gt=0
     )
-    append_eos: bool = Field(
+    simpo_gamma: Float = option(
+        1.0,
+        "Margin that simpo wants between the rewards of a pair.",
+        SIMPO | Facets("SimPO gamma"),
+        ge=0,
+    )
+    max_seq_length: Int = option(
+        512,
+        "Tokens kept of a row; the rest is cut off.",
+        FIRST | ALL | CARD | Facets("Longest row, tokens"),
+        ge=2,
+    )
+    batch_size: Int = option(
+        1,
+        "Rows in a forward and backward pass.",
+        FIRST | CARD | Facets("Batch size, rows", affects=("memory", "loss")),
+        ge=1,
+    )
+    grad_accumulation_steps: Int = option(
+        1,
+        "Batches whose gradients are summed into an optimizer step.",
+        OPTIMIZER | SIZE | CARD | Facets("Gradient accumulation, batches"),
+        ge=1,
+    )
+    seed: Int = option(
+        0, "Seed of the row order and of the LoRA initialization.", OPTIMIZER | CARD, ge=0
+    )
+    deterministic: bool = option(
         True,
-        description="End every trained response with a token that stops generation, where the chat "
-        "template or the row does not.",
+        "Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, "
+        "which is faster and adds up in any order.",
+        OPTIMIZER | WARN | SIZE,
     )
-    prompt_format: Literal["auto", "chat", "raw"] = Field(
-        "auto",
-        description="Whether plain prompts (prompt with completion, chosen or rejected as strings) "
-        "go through the chat template; auto: if the tokenizer has one.",
+    steps_per_report: Int = option(
+        10, "Steps between training metrics.", EVALUATION | Facets("Report every, steps"), ge=1
     )
-    chat_template_kwargs: Variables = Field(
-        {},
-        description='Variables of the chat template, such as {"enable_thinking": false}; a row may '
-        "have its own. Generation with the adapter uses them too.",
+    steps_per_eval: Int = option(
+        50,
+        "Steps between evaluations on valid.jsonl.",
+        EVALUATION | WARN | Facets("Evaluate every, steps"),
+        ge=1,
     )
-    strict: bool = Field(
+    weight_decay: Float = option(
+        0.01, "Weight decay, apart from the gradient.", OPTIMIZER | WARN, ge=0
+    )
+    grad_clip_norm: Float = option(
+        1.0,
+        "Largest global L2 norm of the gradient; 0 is no clipping.",
+        OPTIMIZER | WARN | Facets("Gradient clipping, norm"),
+        ge=0,
+    )
+    grad_checkpoint: bool = option(
         False,
-        description="Refuse data of which the chat template loses a part, or leaves a trained turn "
-        "without a token that stops generation; otherwise such rows are counted and reported.",
+        "Recompute each layer in the backward pass: less memory, more time.",
+        MEMORY | Facets("Checkpoint every layer"),
     )
-    overwrite: bool = Field(False, description="Replace an adapter that adapter_path holds.")
+    segment_size: SegmentSize = option(
+        "auto",
+        "Layers per segment of the backward pass; 0 is off, auto chooses what fits.",
+        MEMORY | Facets("Segment, layers", values="auto or an integer >= 0"),
+    )
+    memory_budget_gb: Budget = option(
+        "auto",
+        "Memory that a run may take, in 10⁹ bytes; auto is what the device has free.",
+        MEMORY | Facets("Memory budget, GB", values="auto or a finite number > 0"),
+    )
+    steps_per_save: Int = option(
+        50,
+        "Steps between checkpoints, from which a run can be resumed; 0 is none but at "
+        "its end. The adapter is written with each.",
+        EVALUATION | Facets("Checkpoint every, steps"),
+        ge=0,
+    )
+    keep_checkpoints: Int = option(2, "Newest of these checkpoints to keep.", EVALUATION, ge=1)
+    resume: Resume = option(
+        False,
+        "Go on from the newest whole checkpoint in adapter_path; auto begins if there is none.",
+        ELSEWHERE | FREE | Facets(values="true, false or auto"),
+    )
+    on_spike: Literal["warn", "skip", "stop"] = option(
+        "warn",
+        "What to do at a loss far above those of the steps before.",
+        OPTIMIZER | WARN | Facets("At a loss spike"),
+    )
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], Distinct] = option(
+        [],
+        "Trackers that get the metrics, besides metrics.jsonl.",
+        EVALUATION | Facets("Trackers", values="tensorboard or wandb, each once"),
+    )
+    save_checkpoints: bool = option(
+        False,
+        "Keep a complete adapter directory of every evaluation.",
+        EVALUATION | Facets("Keep every evaluation's adapter"),
+    )
+    early_stopping_patience: Int = option(
+        0,
+        "Evaluations without a lower loss that end the run; 0 is never.",
+        EVALUATION | WARN | Facets("Stop early after, evaluations"),
+        ge=0,
+    )
+    keep_best: bool = option(
+        False,
+        "Keep the adapter of the lowest validation loss in adapter_path/best.",
+        EVALUATION | Facets("Keep the best adapter"),
+    )
+    sample_prompts: Annotated[list[Name], Distinct] = option(
+        [],
+        "Prompts that every evaluation answers, for the log.",
+        EVALUATION | Facets(values="texts, each once", texts=True),
+    )
+    sample_tokens: Int = option(
+        64,
+        "Most tokens of such an answer.",
+        EVALUATION
+        | Facets(
+            holds=lambda config: bool(config.sample_prompts), otherwise="without sample_prompts"
+        ),
+        ge=1,
+    )
+    eval_command: Name | None = option(
+        None,
+        "Command that scores every evaluation's adapter: {adapter} in it is a copy's "
+        "directory, and the last line it prints a number or a JSON object of numbers.",
+        FREE
+        | Facets(
+            refused="it runs a command, which the command line alone may", values="a command line"
+        ),
+    )
+    train_on: Literal["assistant", "last"] = option(
+        "assistant",
+        "Turns of a chat that are trained: every assistant turn or the last one.",
+        DATA
+        | Facets(
+            "Trained turns",
+            methods=("sft",),
+            otherwise="with preference rows, whose responses are trained",
+        ),
+    )
+    append_eos: bool = option(
+        True,
+        "End every trained response with a token that stops generation, where the chat "
+        "template or the row does not.",
+        DATA | Facets("End responses with EOS"),
+    )
+    prompt_format: Literal["auto", "chat", "raw"] = option(
+        "auto",
+        "Whether plain prompts (prompt with completion, chosen or rejected as strings) "
+        "go through the chat template; auto: if the tokenizer has one.",
+        DATA | Facets("Plain prompts"),
+    )
+    chat_template_kwargs: Variables = option(
+        {},
+        'Variables of the chat template, such as {"enable_thinking": false}; a row may '
+        "have its own. Generation with the adapter uses them too.",
+        DATA
+        | Facets(
+            "Template variables", values="a JSON object whose keys are variables of the template"
+        ),
+    )
+    strict: bool = option(
+        False,
+        "Refuse data of which the chat template loses a part, or leaves a trained turn "
+        "without a token that stops generation; otherwise such rows are counted and reported.",
+        DATA | FREE | Facets("Refuse incomplete rows"),
+    )
+    overwrite: bool = option(
+        False,
+        "Replace an adapter that adapter_path holds.",
+        EVALUATION | Facets("Overwrite the adapter folder"),
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -320,53 +389,57 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _every_option_has_an_effect(self) -> TrainConfig:
-        for name, (holds, what) in EFFECTIVE.items():
-            if getattr(self, name) != type(self).model_fields[name].default and not holds(self):
-                raise ValueError(f"{name} has no effect {what}: leave it out")
+        for name, own in FACETS.items():
+            if getattr(self, name) == type(self).model_fields[name].default or own.effective(self):
+                continue
+            when = own.otherwise or f"outside of method {' or '.join(own.methods)}"
+            raise InputError(f"{name} has no effect {when}: leave it out", field=name)
         return self
 
     @model_validator(mode="after")
     def _warmup_within_the_run(self) -> TrainConfig:
         if self.epochs is None and self.warmup_iters >= self.iters:
-            raise ValueError(
+            raise InputError(
                 f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
-                "the learning rate would never be reached, so lower it"
+                "the learning rate would never be reached, so lower it",
+                field="warmup_iters",
             )
         return self
 
     @model_validator(mode="after")
     def _resume_or_overwrite(self) -> TrainConfig:
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite contradict each other: set only one of the two")
+            raise InputError(
+                "resume and overwrite contradict each other: set only one of the two",
+                field="resume",
+            )
         return self
 
     @model_validator(mode="after")
     def _one_memory_plan(self) -> TrainConfig:
         if self.grad_checkpoint and isinstance(self.segment_size, int) and self.segment_size > 0:
-            raise ValueError(
+            raise InputError(
                 f"grad_checkpoint and segment_size = {self.segment_size} contradict each other: "
-                "segments already recompute their layers, so set only one of the two"
+                "segments already recompute their layers, so set only one of the two",
+                field="grad_checkpoint",
             )
         return self
 
 
-def kind(field: FieldInfo) -> Any:
-    """The type of the field's value, where it has one."""
-    some = [x for x in get_args(field.annotation) if x is not type(None)]
-    if get_origin(field.annotation) is dict:
-        return dict
-    own = some[0] if len(some) < len(get_args(field.annotation)) else field.annotation
-    return get_args(own)[0] if get_origin(own) is Annotated else own
+#: Of every field.
+FACETS: dict[str, Facets] = {
+    name: field.json_schema_extra  # type: ignore[misc]
+    for name, field in TrainConfig.model_fields.items()
+}
+#: Fields that are paths.
+PATHS = tuple(name for name, field in TrainConfig.model_fields.items() if kind(field) is Path)
+#: Fields that clients of the server may not set, and why.
+REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
 
 
-def is_list(field: FieldInfo) -> bool:
-    """Whether the field takes several values."""
-    return get_origin(field.annotation) is list
-
-
-def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words that the field accepts; () for any value."""
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+def affecting(what: Effect) -> tuple[str, ...]:
+    """Fields that memory, an adapter's loss or the rows that are read depend on."""
+    return tuple(name for name, own in FACETS.items() if what in own.affects)
 
 
 def allowed(name: str, value: Any = None) -> str:
@@ -376,13 +449,13 @@ def allowed(name: str, value: Any = None) -> str:
     """
     if isinstance(value, int) and value > MOST:
         return f"an integer <= {MOST}"
-    if name in SPECIAL:
-        return SPECIAL[name]
+    if FACETS[name].values:
+        return FACETS[name].values
     field = TrainConfig.model_fields[name]
     if is_list(field):
         return "one or more names, each once"
     if words := choices(field):
-        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+        return either(words)
     kinds = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
     signs = {"ge": ">=", "gt": ">", "lt": "<"}
     bounds = [
@@ -392,19 +465,6 @@ def allowed(name: str, value: Any = None) -> str:
         if hasattr(item, key)
     ]
     return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
-
-
-#: Values that the types do not say.
-SPECIAL = {
-    "num_layers": "-1 or an integer >= 1",
-    "segment_size": "auto or an integer >= 0",
-    "memory_budget_gb": "auto or a finite number > 0",
-    "sample_prompts": "texts, each once",
-    "resume": "true, false or auto",
-    "report_to": "tensorboard or wandb, each once",
-    "eval_command": "a command line",
-    "chat_template_kwargs": "a JSON object whose keys are variables of the template",
-}
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -423,23 +483,27 @@ def load_config(yaml_path: Path | None, overrides: dict[str, Any]) -> TrainConfi
     try:
         return TrainConfig(**values)
     except ValidationError as error:
-        raise InputError(_sentence(error, values, where)) from None
+        raise _fault(error, values, where) from None
 
 
-def _sentence(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> str:
+def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> InputError:
     """The first fault of a ValidationError, with its place, the value, and what is allowed."""
     order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
-        return fault["msg"].removeprefix("Value error, ")
+        raised = fault.get("ctx", {}).get("error", fault["msg"])  # by a validator of ours
+        return raised if isinstance(raised, InputError) else InputError(str(raised))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         hint = nearest(name, list(TrainConfig.model_fields))
-        return f"{where.get(name, '')}unknown field {word(name)}.{hint}"
+        return InputError(f"{where.get(name, '')}unknown field {word(name)}.{hint}")
     if fault["type"] == "missing":
-        return f"{name} is missing: set it in the YAML file or with {flag(name)}"
+        return InputError(
+            f"{name} is missing: set it in the YAML file or with {flag(name)}", field=name
+        )
     value = values[name]
-    return f"{where.get(name, '')}{name} must be {allowed(name, value)}; got {shown(value, 200)}"
+    text = f"{name} must be {allowed(name, value)}; got {shown(value, 200)}"
+    return InputError(where.get(name, "") + text, field=name)
 
 
 def flag(name: str) -> str:

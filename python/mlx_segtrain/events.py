@@ -42,6 +42,13 @@ def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
+def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
+    """The plan of memory that the run follows from here on; bytes, no peak where none is
+    predicted."""
+    planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
+    return stage("setup", progress, message, **planned)
+
+
 def train_metric(
     step: int,
     iters: int,

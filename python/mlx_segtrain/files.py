@@ -255,3 +255,17 @@ def sha256(path: Path) -> str:
         while n := file.readinto(buffer):
             digest.update(buffer[:n])
     return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes `out`'s name once all is in it; InputError if that is not free, or it
+    cannot be written."""
+    place = out.resolve()
+    try:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise InputError(f"{out} is there already: give a new folder.")
+        with atomic_folder(place) as aside:
+            yield aside
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error

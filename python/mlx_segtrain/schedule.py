@@ -3,10 +3,10 @@
 A model run is a chain of stages over named boundary values. The forward pass keeps boundary values
 only; the head gives the loss and the first cotangents; then the segments run again from last to
 first, each under `vjp` with the cotangents that arrived. What is kept and in which order things
-happen is a plan (`csrc/plan.h`), the run itself is `csrc/schedule.cpp`.
+happen is a plan (`csrc/schedule/plan.h`), the run itself is `csrc/schedule/schedule.cpp`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,21 @@ class Cuts:
         return cls(segments, tuple(range(1, len(segments) + 1)))
 
 
+def _plan(
+    stages: Sequence[Stage],
+    inputs: Iterable[str],
+    head_reads: Iterable[str],
+    cuts: Cuts,
+    trainable: Container[str] = (),
+) -> _core.Plan:
+    """The plan of a chain in which the owners of `trainable` have parameters."""
+    specs = [
+        _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
+    ]
+    cut = (cuts.segments, cuts.groups, cuts.saves)
+    return _core.make_plan(specs, list(inputs), list(head_reads), *map(list, cut))
+
+
 def _tuple(value: Any) -> tuple[mx.array, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
@@ -119,22 +134,15 @@ def segmented_value_and_grad(
         if unknown := set(params) - {*owners, "head"}:
             raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
         keys = {name: sorted(params.get(name, {})) for name in [*owners, "head"]}
-        specs = [
-            _core.StageSpec(s.name, list(s.reads), list(s.writes), bool(keys[s.owner]))
-            for s in stages
-        ]
-        cut = (chosen.segments, chosen.groups, chosen.saves)
-        plan = _core.make_plan(specs, list(inputs), list(head_reads), *map(list, cut))
+        plan = _plan(stages, inputs, head_reads, chosen, {s.owner for s in stages if keys[s.owner]})
 
         def arrays(name: str) -> list[mx.array]:
             return [params[name][key] for key in keys[name]]
 
         result = _core.run_plan(
             plan,
-            specs,
             [native(s.fn, keys[s.owner], s.saves) for s in stages],
             native(head, keys["head"]),
-            list(head_reads),
             [arrays(name) for name in owners],
             [owners.index(s.owner) for s in stages],
             arrays("head"),
@@ -163,13 +171,14 @@ def forward(
 
     Others are gone when no later stage reads them.
     """
-    scope = dict(values)
-    last = {name: i for i, stage in enumerate(stages) for name in stage.reads}
-    for i, stage in enumerate(stages):
-        out = stage.fn(params.get(stage.owner, {}), *(scope[name] for name in stage.reads))
-        scope.update(zip(stage.writes, _tuple(out), strict=True))
-        mx.eval([scope[name] for name in stage.writes])
-        for name in stage.reads:
-            if last[name] == i and name not in keep:
-                del scope[name]
-    return {name: scope[name] for name in keep}
+    n = len(stages)
+    plan = _plan(stages, values, keep, Cuts((n,), (1,)))
+    scope = dict(enumerate(values.values()))
+    for i, (stage, at) in enumerate(zip(stages, plan.stages, strict=True)):
+        out = stage.fn(params.get(stage.owner, {}), *(scope[value] for value in at.reads))
+        scope.update(zip(at.writes, _tuple(out), strict=True))
+        for value in {*at.reads, *at.writes}:
+            if not plan.readers(value, i + 1, n + 1):
+                del scope[value]
+        mx.eval([scope[value] for value in at.writes if value in scope])
+    return dict(zip(keep, (scope[value] for value in plan.head_reads), strict=True))

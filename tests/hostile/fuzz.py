@@ -8,9 +8,7 @@ server's roots: its text is in no answer, no message and no log.
 
 import json
 import os
-import random
 import shutil
-import struct
 import sys
 import tempfile
 import time
@@ -18,90 +16,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
+from lib.mutators import Mutator
+from lib.served import Server
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.adapters.reading import read_stored
 from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.models.limits import check_files, check_model
-from mlx_segtrain.planning.shapes import read_shape
+from mlx_segtrain.models.snapshot import Snapshot
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
-from mlx_segtrain.serving.confined import Confined, Limits
+from mlx_segtrain.serving.confined.parent import Confined, Limits
 from mlx_segtrain.serving.pools import Busy
-from served import Server
 
 CANARY = "canary-7f3a91c2"
 #: Seconds that an input may take.
 LONGEST_S = 5.0
 #: Faults that are enough to stop.
 MOST_FAULTS = 20
-#: Values that break what expects others.
-ODD = [
-    *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan")),
-    *(float("inf"), "", " ", "\0", "a" * 5000, "é\ud800", "../" * 20 + "etc/passwd", "/dev/zero"),
-    *(
-        [],
-        {},
-        [[]],
-        [None],
-        {"": {}},
-        ["a"] * 300,
-        [{}] * 100,
-        {"a": {"a": {"a": {}}}},
-        "{{ 1/0 }}",
-    ),
-    *("(a*)*b", ".?" * 31, "none", "a+b", "9" * 5000, "\u202e", "<script>", "%s%n", "\r\nx: y"),
-]
-
-
-class Fuzzer:
-    """Inputs that follow from a seed."""
-
-    def __init__(self, seed: int, extra=()):
-        self.chance = random.Random(seed)
-        self.odd = [*ODD, *extra]
-
-    def value(self, value, depth=0):
-        """JSON with something odd somewhere, or several things."""
-        chance = self.chance
-        if isinstance(value, dict) and value and chance.random() < 0.85:
-            key = chance.choice(list(value))
-            kind = chance.randrange(6)
-            if kind == 0:
-                return {name: x for name, x in value.items() if name != key}
-            if kind == 1:
-                return {**value, str(chance.choice(self.odd))[:300]: chance.choice(self.odd)}
-            changed = {**value, key: self.value(value[key], depth + 1)}
-            return self.value(changed) if kind == 2 and depth < 3 else changed
-        if isinstance(value, list) and value and chance.random() < 0.7:
-            at = chance.randrange(len(value))
-            return [*value[:at], self.value(value[at], depth + 1), *value[at + 1 :]]
-        return chance.choice(self.odd)
-
-    def bytes(self, content: bytes) -> bytes:
-        """Bytes that are others, missing, doubled or too many."""
-        chance, found = self.chance, bytearray(content)
-        for _ in range(chance.randrange(1, 4)):
-            at = chance.randrange(len(found) or 1)
-            match chance.randrange(5):
-                case 0:
-                    del found[at:]
-                case 1:
-                    found[at:at] = chance.randbytes(chance.randrange(1, 20))
-                case 2:
-                    found[at:at] = found[at : at + chance.randrange(1, 200)]
-                case 3:
-                    found[at:at] = chance.choice([b"{", b"[", b'"', b"\\", b"\xff", b"\n"]) * 50
-                case _ if found:
-                    found[at % len(found)] = chance.randrange(256)
-        return bytes(found)
-
-    def text(self, value) -> bytes:
-        """JSON of a value that was changed, or its text changed."""
-        if self.chance.random() < 0.3:
-            return self.bytes(json.dumps(value).encode())
-        return json.dumps(self.value(value)).encode()
 
 
 def write_adapter_folder(path: Path) -> Path:
@@ -121,7 +55,7 @@ def write_adapter_folder(path: Path) -> Path:
 class Readers:
     """Each kind of file, changed, and what reads it."""
 
-    def __init__(self, place: Path, fuzzer: Fuzzer):
+    def __init__(self, place: Path, fuzzer: Mutator):
         self.fuzzer = fuzzer
         self.model = write_llama(place / "model", bits=4)
         self.adapter = write_adapter_folder(place / "adapter")
@@ -160,11 +94,7 @@ class Readers:
         if name == "train.jsonl":
             rows = [json.loads(line) for line in whole.splitlines()]
             return b"\n".join([self.fuzzer.text(rows[0]), *map(self.fuzzer.text, rows[1:2])])
-        (size,) = struct.unpack("<Q", whole[:8])
-        if self.fuzzer.chance.random() < 0.5:
-            return self.fuzzer.bytes(whole[: 8 + size]) + whole[8 + size :]
-        header = self.fuzzer.text(json.loads(whole[8 : 8 + size]))
-        return struct.pack("<Q", len(header)) + header + whole[8 + size :]
+        return self.fuzzer.tensors(whole)
 
     def _config(self) -> None:
         assert catalog.models([self.model]) is not None
@@ -178,7 +108,7 @@ class Readers:
     def _checked(self, model: Path) -> None:
         check_files(model)
         try:
-            check_model(model)
+            check_model(Snapshot(model, whole=True))
         except (ValueError, RecursionError, AttributeError) as error:
             raise InputError(" ".join(str(error).split())[:300]) from None
 
@@ -233,7 +163,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
 class Routes:
     """A server, and bodies for it."""
 
-    def __init__(self, server: Server, fuzzer: Fuzzer, canary: Path):
+    def __init__(self, server: Server, fuzzer: Mutator, canary: Path):
         self.server, self.fuzzer = server, fuzzer
         self.routes = routes(server.cwd, canary)
 
@@ -275,7 +205,7 @@ def fuzz(place: Path, inputs: int, seed: int, said=print) -> None:
     (inside / "sly" / "train.jsonl").symlink_to(outside / "data" / "train.jsonl")
     (inside / "sly2").symlink_to(outside)
     links = (inside / "sly", inside / "sly2" / "data")
-    fuzzer = Fuzzer(seed, map(str, (canary, outside / "data", *links, "/proc/self/environ")))
+    fuzzer = Mutator(seed, map(str, (canary, outside / "data", *links, "/proc/self/environ")))
     readers = Readers(place, fuzzer)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     args = (inside / "model", "--root", inside)

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from attack import bystander, memory_mb, patience
 
+from lib.attack import bystander, memory_mb, patience
+from lib.served import Server, write_place
 from mlx_segtrain.serving import service
 from mlx_segtrain.serving.settings import Settings
-from served import Server, write_place
 
 AS_JSON = {"content-type": "application/json"}
 SIZE = 8_000_000
@@ -89,7 +89,7 @@ def test_many_large_bodies_at_once(server):
 
 def test_bodies_that_never_end_are_bounded_together(server):
     """60 clients send 6 MB each of a body of 7, and wait."""
-    rest, wires = memory_mb(server), []
+    rest, wires = memory_mb(server.process.pid), []
     head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
     def hold():
@@ -109,7 +109,7 @@ def test_bodies_that_never_end_are_bounded_together(server):
                 thread.start()
             for thread in threads:
                 thread.join(20)
-            assert memory_mb(server) - rest < 300, memory_mb(server) - rest
+            assert memory_mb(server.process.pid) - rest < 300, memory_mb(server.process.pid) - rest
         assert max(other.health) < patience()
     finally:
         for wire in wires:

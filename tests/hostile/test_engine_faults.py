@@ -11,8 +11,8 @@ import httpx
 import mlx.core as mx
 import pytest
 
-from checks import random_adapter
-from conftest import write_llama, write_rows
+from lib.checks import random_adapter
+from lib.folders import write_llama, write_rows
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters import About, write_adapter
 from mlx_segtrain.adapters.discovery import look
@@ -20,10 +20,10 @@ from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.serving import app as application
-from mlx_segtrain.serving import engine as module
-from mlx_segtrain.serving import mounting
-from mlx_segtrain.serving.decoding import Options
-from mlx_segtrain.serving.engine import Busy, Engine
+from mlx_segtrain.serving.generation import engine as module
+from mlx_segtrain.serving.generation import mounting
+from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.serving.generation.engine import Busy, Engine
 from mlx_segtrain.serving.service import Service, resident
 from mlx_segtrain.serving.settings import Settings
 from mlx_segtrain.training import train

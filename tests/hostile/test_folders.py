@@ -7,19 +7,17 @@ import threading
 
 import mlx.core as mx
 import pytest
-from place import CANARY, write_canary
 
+from lib.attack import CANARY, write_canary
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving import catalog, pushing
-from mlx_segtrain.serving.confined import Confined
-from mlx_segtrain.serving.guard import Outside, Roots
-from mlx_segtrain.serving.jobs import Jobs
+from mlx_segtrain.serving import catalog
+from mlx_segtrain.serving.confined.parent import Confined
+from mlx_segtrain.serving.jobs import pushing
+from mlx_segtrain.serving.jobs.queue import Jobs
+from mlx_segtrain.serving.roots import Outside, Roots
 from mlx_segtrain.serving.service import Service
 from mlx_segtrain.serving.settings import Settings
 from mlx_segtrain.training.contents import check_own
-from test_http import hub
-
-assert hub  # a fixture
 
 
 def write_adapter(folder):
@@ -92,7 +90,7 @@ def test_links_at_any_depth(tmp_path):
 
 
 def test_a_folder_of_very_many_files_is_not_looked_through(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_segtrain.serving.guard.MOST_BELOW", 50)
+    monkeypatch.setattr("mlx_segtrain.serving.roots.MOST_BELOW", 50)
     for i in range(60):
         (tmp_path / f"{i}").mkdir()
     with pytest.raises(InputError, match="more than 50 files"):
@@ -219,9 +217,11 @@ def test_outputs_are_never_the_store_s_own(service, tmp_path):
     adapter = write_adapter(tmp_path / "root" / "adapter")
     for path in names_of_the_store(tmp_path / "store"):
         with pytest.raises(InputError, match=r"store's own|server's|is there already"):
-            service.export(str(adapter), method="peft", output_dir=str(path))
+            service.enqueue(
+                "export", adapter_path=str(adapter), base_model=None, output_dir=str(path)
+            )
         with pytest.raises(InputError):
-            service.merge([str(adapter), str(adapter)], output_dir=str(path))
+            service.enqueue("merge", adapters=[str(adapter)] * 2, output_dir=str(path))
     assert service.jobs.store.newest(10) == []
 
 

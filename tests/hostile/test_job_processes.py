@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import write_llama, write_rows
-from mlx_segtrain.serving import jobs as jobs_module
+from lib.folders import write_llama, write_rows
+from lib.served import ended
 from mlx_segtrain.serving import processes
-from mlx_segtrain.serving.jobs import Jobs
-from mlx_segtrain.serving.kinds import KINDS
+from mlx_segtrain.serving.jobs import queue as jobs_module
+from mlx_segtrain.serving.jobs.kinds import KINDS
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 #: Modules that a job imports, of which one that lies in the way would be run.
 MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
@@ -27,23 +28,6 @@ print(json.dumps({
     "files": [n for n in files if n > 2 and os.path.exists(f"/dev/fd/{n}")],
 }))
 """
-
-
-def ended(folder, kind, values=None, **environment):
-    """A job that has ended, and what it wrote."""
-
-    async def run():
-        jobs = Jobs(folder)
-        jobs.environment.update(environment)
-        await jobs.start()
-        try:
-            row = jobs.submit(kind, values or {})
-            row = await asyncio.wait_for(jobs.ended(row.id), 60)
-            return row, jobs.log(row.id).read_text()
-        finally:
-            await jobs.close()
-
-    return asyncio.run(run())
 
 
 def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, monkeypatch):
@@ -142,7 +126,7 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
         assert environment["HF_TOKEN"] == "set by a client"
     assert environment["LC_ALL"] == "C.UTF-8" and environment["PATH"] == os.environ["PATH"]
     assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())
-    assert told["args"][:2] == ["mlx_segtrain.serving.worker", kind]
+    assert told["args"][:2] == ["mlx_segtrain.serving.jobs.worker", kind]
     assert told["files"] == [int(told["args"][3])]  # the lock alone
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from attack import bystander, memory_mb, patience
 
-from mlx_segtrain.serving import brake, catalog, page
-from mlx_segtrain.serving.store import Store
-from served import Server, write_place
+from lib.attack import bystander, memory_mb, patience
+from lib.served import Server, write_place
+from mlx_segtrain.serving import catalog, page
+from mlx_segtrain.serving.api import brake
+from mlx_segtrain.serving.jobs.store import Store
 
 TOKEN = "correct-horse-é-battery"
 GOOD = {"authorization": f"Bearer {TOKEN}".encode()}
@@ -182,10 +183,10 @@ def test_a_long_path_is_none(server):
 def test_pages_that_nobody_opens_are_let_go(server):
     """Each takes 3 MB, and nobody comes for it."""
     assert server.http.get("/finetune").status_code == 200
-    rest = memory_mb(server)
+    rest = memory_mb(server.process.pid)
     for _ in range(120):
         assert server.http.get("/finetune").status_code == 200
-    assert memory_mb(server) - rest < 250, memory_mb(server) - rest
+    assert memory_mb(server.process.pid) - rest < 250, memory_mb(server.process.pid) - rest
 
 
 def test_no_text_is_made_a_property_of_an_element():
@@ -265,4 +266,4 @@ def test_lists_of_many_jobs_are_quick_and_have_pages(server):
     assert len(seen) == len(set(seen)) == 10_000 and pages <= 11
     assert server.http.get(f"/api/jobs/{seen[0]}").json()["job"]["config_json"] == "{}"
     assert server.http.get("/api/jobs", params={"before": "job_x"}).status_code == 404
-    assert memory_mb(server) < 2000
+    assert memory_mb(server.process.pid) < 2000

@@ -10,14 +10,14 @@ import threading
 import time
 
 import pytest
-from place import CANARY, write_canary
 
-from mlx_segtrain.serving.jobs import Jobs
+from lib.attack import CANARY, write_canary
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 #: Reads and writes below a root in every way that Python has, in a process that is confined.
 CONFINED = """
 import builtins, codecs, io, json, os, pathlib, sys
-from mlx_segtrain.serving.guard import Outside, Roots
+from mlx_segtrain.serving.roots import Outside, Roots
 from mlx_segtrain.serving.opening import confine
 root = pathlib.Path(sys.argv[1])
 confine(Roots([root]))
@@ -52,7 +52,7 @@ print(json.dumps({name: outcome(way) for name, way in ways.items()}))
 #: Reads for two seconds; prints what it saw.
 READS = """
 import pathlib, sys, time
-from mlx_segtrain.serving.guard import Outside, Roots
+from mlx_segtrain.serving.roots import Outside, Roots
 from mlx_segtrain.serving.opening import confine
 root = pathlib.Path(sys.argv[1])
 confine(Roots([root]))
@@ -152,8 +152,8 @@ def test_a_base_that_an_adapter_names(tmp_path, llama):
     """Where a server may not read, it does not look for it."""
     script = """if True:
         import json, pathlib, sys
-        from mlx_segtrain.adapters.folder import open_folder
-        from mlx_segtrain.serving.guard import Roots
+        from mlx_segtrain.lora.folder import open_folder
+        from mlx_segtrain.serving.roots import Roots
         from mlx_segtrain.serving.opening import confine
         root, base = map(pathlib.Path, sys.argv[1:])
         def found(named):

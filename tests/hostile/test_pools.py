@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from attack import bystander, memory_mb, patience
 
-from conftest import write_llama, write_rows
+from lib.attack import bystander, memory_mb, patience
+from lib.folders import write_llama, write_rows
+from lib.served import Server, write_place
 from mlx_segtrain import InputError
-from mlx_segtrain.serving import confined as module
-from mlx_segtrain.serving.confined import Confined, Failed, Limits
+from mlx_segtrain.serving.confined import parent as module
+from mlx_segtrain.serving.confined.parent import Confined, Failed, Limits
 from mlx_segtrain.serving.pools import Busy
-from served import Server, write_place
 
 #: Loops, or grows, if it is asked to.
 TEMPLATE = (
@@ -56,7 +56,7 @@ def say(server, text):
 
 def test_seven_chats_with_a_template_that_loops(server):
     """They had all threads for ever."""
-    rest = memory_mb(server)
+    rest = memory_mb(server.process.pid)
     with ThreadPoolExecutor(14) as pool:
         attacks = [pool.submit(say, server, "loop") for _ in range(7)]
         attacks += [pool.submit(say, server, "grow") for _ in range(7)]
@@ -71,8 +71,8 @@ def test_seven_chats_with_a_template_that_loops(server):
     assert len(other.answers) > 3 and max(other.answers) < 5 * patience(), other.answers
     assert max(other.health) < patience() and other.grown_mb < 500
     end = time.monotonic() + 20
-    while memory_mb(server) - rest > 100:
-        assert time.monotonic() < end, (memory_mb(server), rest)
+    while memory_mb(server.process.pid) - rest > 100:
+        assert time.monotonic() < end, (memory_mb(server.process.pid), rest)
         time.sleep(0.5)
 
 
@@ -257,7 +257,7 @@ def test_it_has_no_secrets_and_leaves_nothing_behind(tmp_path):
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from mlx_segtrain.serving.confined import Confined, Limits, _ROOT\n"
+        "from mlx_segtrain.serving.confined.parent import Confined, Limits, _ROOT\n"
         f"confined = Confined(Path({str(model)!r}))\n"
         "confined.ask('encode', Limits(2, 64 << 20), 'it', text='a', most=9)\n"
         "print(_ROOT.popen.pid, confined._keeper.pid, confined._idle[0].pid, flush=True)\n"
@@ -335,7 +335,7 @@ def test_an_account_with_limits_of_its_own(tmp_path):
     """Such as `ulimit -v` and `ulimit -t` set, which cannot be raised again."""
     script = """if True:
         import resource, sys
-        from mlx_segtrain.serving.confined import Confined, Limits
+        from mlx_segtrain.serving.confined.parent import Confined, Limits
         for kind, most in ((resource.RLIMIT_AS, 16 << 30), (resource.RLIMIT_CPU, 600)):
             resource.setrlimit(kind, (most, most))
         own = Confined(None if len(sys.argv) < 2 else sys.argv[1])

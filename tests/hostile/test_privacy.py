@@ -6,12 +6,11 @@ import sys
 
 import httpx
 import pytest
-from test_job_processes import ended
 
+from lib.served import Server, ended
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.guard import COOKIE
-from mlx_segtrain.serving.jobs import Jobs
-from served import Server
+from mlx_segtrain.serving.api.guard import COOKIE
+from mlx_segtrain.serving.jobs.queue import Jobs
 
 TOKEN = "a token of this test"
 

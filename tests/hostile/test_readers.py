@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from conftest import write_llama, write_rows
+from lib.folders import write_llama, write_rows
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.data.jsonl import read_records
 from mlx_segtrain.models import load_model, load_tokenizer
-from mlx_segtrain.planning.shapes import read_shape
+from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
 
@@ -29,7 +29,7 @@ def segtrain(*args, seconds=60):
     def confined():
         resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
 
-    command = [sys.executable, "-m", "mlx_segtrain.cli", *map(str, args)]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", *map(str, args)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=seconds, preexec_fn=confined
     )

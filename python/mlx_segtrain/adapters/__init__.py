@@ -6,8 +6,8 @@ make others of them.
 
 from pathlib import Path
 
+from ..lora.folder import CONFIG, WEIGHTS
 from .card import About
-from .folder import CONFIG, WEIGHTS
 from .reading import is_dora, ranks_in, read_adapter, read_stored
 from .writing import prompting_of, step_of, write_adapter
 

@@ -5,21 +5,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..config import FACETS, TrainConfig
 from ..data.prompting import Prompting
 from ..files import write_text
 from ..lora import Adapter
-from .folder import README
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
-
-#: Fields of a run that say most about it.
-TOLD = (
-    *("method", "iters", "batch_size", "grad_accumulation_steps", "max_seq_length", "optimizer"),
-    *("learning_rate", "lr_schedule", "lora_dropout", "seed"),
-)
+from ..lora.folder import README
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class About:
     @classmethod
     def of(
         cls,
-        config: "TrainConfig",
+        config: TrainConfig,
         step: int | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> "About":
@@ -58,7 +50,7 @@ def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours")
 def card(adapter: Adapter, about: About, form: str) -> str:
     """The text, with the metadata that model hubs read at its head."""
     model, run = about.model, about.run
-    kind = "DoRA" if adapter.magnitudes else "LoRA"
+    kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())
     spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
     scales = ", ".join(f"{x:g}" for x in sorted(set(adapter.scales.values()))[:4])
@@ -71,7 +63,7 @@ def card(adapter: Adapter, about: About, form: str) -> str:
         "parameters": f"{numbers:,}",
         **({"step": str(about.step)} if about.step is not None else {}),
         **about.facts,
-        **{name: str(run[name]) for name in TOLD if name in run},
+        **{name: str(run[name]) for name, own in FACETS.items() if own.on_card and name in run},
     }
     table = "\n".join(f"| {name.replace('_', ' ')} | {_cell(x)} |" for name, x in rows.items())
     return f"""---

@@ -1,8 +1,6 @@
 """From one format to another; what was written is read again and compared."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +8,14 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import atomic_folder, read_json, write_json, write_tensors
+from ..files import new_folder, write_json, write_tensors
 from ..lora import Adapter
-from ..planning.shapes import read_shape
+from ..lora.folder import CONFIG, WEIGHTS, Folder, open_folder
+from ..lora.paths import bare, is_wrapped
+from ..models.headers import read_shape
+from ..models.snapshot import Snapshot
 from .card import About, write_card
-from .folder import CONFIG, WEIGHTS, Folder, bare, open_folder
+from .folding import linears_of
 from .gguf import write_gguf
 from .peft import Names, names_of, write_peft
 from .reading import read_stored
@@ -58,14 +59,14 @@ def export(
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
     base_dir = folder.base_folder if model_dir is None else model_dir
-    base = None if base_dir is None else read_json(base_dir / "config.json")
+    base = None if base_dir is None else Snapshot(base_dir)
     if to == "gguf":
         if base is None:
             raise InputError(
                 "--to gguf needs the base: give --model-dir, a folder with config.json."
             )
         with new_folder(out) as aside:
-            read_back = write_gguf(aside, adapter, about, base, DTYPES[dtype])
+            read_back = write_gguf(aside, adapter, about, base.config, DTYPES[dtype])
             return compared(out, adapter, read_back, dtype)
     with new_folder(out) as aside:
         if to == "peft":
@@ -74,8 +75,9 @@ def export(
                     "the adapter is of a model for text and images, which transformers names in "
                     "two ways: give its folder with --model-dir, or --names."
                 )
-            adapter = _of_kind(adapter, base_dir)
-            write_peft(aside, adapter, about, names or names_of(base or {}), DTYPES[dtype])
+            adapter = _with_tied(adapter, base)
+            names = names or names_of(base.config if base else {})
+            write_peft(aside, adapter, about, names, DTYPES[dtype])
         else:
             scale = common_scale(adapter)
             rank = max(adapter.ranks.values())
@@ -95,40 +97,19 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
     folder = open_folder(adapter_path)
     adapter = read_stored(folder, model_dir=model_dir)
     if model_dir is not None:
-        from .folding import Base
-
-        names = {name: path for path, name in Base.open(model_dir).linears_of(adapter).items()}
-        adapter = Adapter(
-            {names[name]: pair for name, pair in adapter.tensors.items()},
+        base = Snapshot(model_dir, whole=True)
+        names = {name: path for path, name in linears_of(adapter, base).items()}
+        adapter = Adapter.of(
+            {names[name]: adapter.arrays(name) for name in adapter.tensors},
             {names[name]: scale for name, scale in adapter.scales.items()},
-            {names[name]: m for name, m in adapter.magnitudes.items()},
-            _of_kind(adapter, model_dir).tied,
+            _with_tied(adapter, base).tied,
         )
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about_of(folder))
         return compared(out, adapter, read_stored(aside, tied=adapter.tied))
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes `out`'s name once all is in it; InputError if that is not free, or it
-    cannot be written."""
-    place = out.resolve()
-    try:
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise InputError(f"{out} is there already: give a new folder.")
-        with atomic_folder(place) as aside:
-            yield aside
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
-
-
-def is_wrapped(path: str) -> bool:
-    """Whether a module is of a text model within another."""
-    return path.startswith("language_model.")
-
-
-def _of_kind(adapter: Adapter, base: Path | None) -> Adapter:
+def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     """The adapter, of which is known whether its embedding is the head too if it has one;
     InputError if that is not."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
@@ -191,9 +172,10 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         update = max(update, float(mx.abs(y).max()))
         apart = float(mx.abs(y - z).max())
         difference = max(difference, math.inf if math.isnan(apart) else apart)
-        m, n = one.magnitudes.get(path), other.magnitudes.get(twin)
+        m, n = one.more.get(path), other.more.get(twin)
         if (m is None) != (n is None):
-            raise InputError(f"'{path}' has magnitudes in one of the two only.")
+            kind = one.kind if n is None else other.kind
+            raise InputError(f"'{path}' has {kind.called} in one of the two only.")
         if m is not None and n is not None:
             difference = max(difference, float(mx.abs(m - n).max()))
     return update, difference

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import open_regular
-from ..planning.shapes import ModelShape, read_shape
+from ..lora.folder import Folder, open_folder
+from ..lora.paths import bare
+from ..models.headers import ModelShape, read_shape
 from .conversion import about_of
-from .folder import Folder, bare, open_folder
 from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 
@@ -63,14 +64,13 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
     try:
         opened = open_folder(folder)
         ranks, about = ranks_in(opened), about_of(opened)
-        kind = "DoRA" if opened.dora else "LoRA"
         scale = common_multiplier(opened, max(ranks.values(), default=1))
         fits = None if shape is None else _fits(opened, shape)
     except InputError as error:
         return Found(folder, fault=str(error))
     return Found(
         path=folder,
-        kind=kind,
+        kind=opened.kind.name,
         base=about.model,
         ranks=sorted(set(ranks.values())),
         linears=len(ranks),

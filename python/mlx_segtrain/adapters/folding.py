@@ -1,19 +1,17 @@
 """An adapter folded into its base: weights that need no adapter any more, one shard at a time."""
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import InputError
-from ..files import read_json, sync, write_json, write_tensors
+from ..files import new_folder, sync, write_json, write_tensors
 from ..lora import Adapter
-from ..safetensors import read_header
-from .conversion import new_folder
-from .folder import spellings
+from ..models.snapshot import Quantization, Snapshot
 from .tying import check_base
 
 #: Bytes of a file of weights, at most, unless one tensor is larger.
@@ -21,7 +19,7 @@ SHARD = 4 << 30
 #: Share of an update that may be missing before the report warns.
 LOST = 0.1
 #: What a module that is changed may hold.
-LEAVES = {"weight", "scales", "biases", "bias"}
+DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
 #: What of a model's folder is copied: no weights of other formats.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a quantization in config.json that are no module's.
@@ -89,31 +87,30 @@ def fold(
         raise InputError("--dtype is of weights that --dequantize makes: give both.")
     if bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--bits is {bits}: MLX quantizes to 2, 3, 4, 5, 6 or 8.")
-    base = Base.open(model_dir)
-    check_base(adapter, model_dir)
-    linears = base.linears_of(adapter)
-    if bits is not None and not any(f"{path}.scales" in base.files for path in linears):
+    base = Snapshot(model_dir, whole=True)
+    check_base(adapter, base)
+    linears = linears_of(adapter, base)
+    if bits is not None and not any(map(base.quantization, linears)):
         raise InputError(f"{model_dir} is not quantized where the adapter is: leave --bits out.")
     found: list[Folded] = []
     untouched = 0
     with new_folder(out) as aside:
         writer = _Writer(aside)
         config = dict(base.config)
-        for path in base.modules:
-            module = base.load(path)
-            if path in linears or (dequantize and "scales" in module):
-                base.check(path, module)
+        for path, module in _modules(base):
+            how = base.quantization(path) if dequantize or path in linears else None
+            if path in linears or how is not None:
+                _check(base, path, module, how is not None)
             if path in linears:
-                kept = base.quantization(path, module) if "scales" in module else None
-                kept = None if dequantize else _with_bits(kept, bits)
+                kept = None if dequantize else _with_bits(how, bits)
                 name = linears[path]
-                module, own = _folded(base, adapter, name, path, module, kept, dtype)
+                module, own = _folded(base, adapter, name, path, module, how, kept, dtype)
                 found.append(own)
                 on_linear(own)
                 if kept is not None:
                     _tell(config, path, kept)
-            elif dequantize and "scales" in module:
-                dense = _dense(base, path, module, dtype)
+            elif how is not None:
+                dense = _dense(module, how, dtype or _dtype(base, module))
                 module = {"weight": dense, **_bias(module)}
             else:
                 untouched += len(module)
@@ -122,7 +119,7 @@ def fold(
         if dequantize:
             for key in ("quantization", "quantization_config"):
                 config.pop(key, None)
-        for file in sorted(model_dir.iterdir()):
+        for file in sorted(base.folder.iterdir()):
             other = file.name in ("config.json", "README.md") or file.name.endswith(NOT_COPIED)
             if file.is_file() and not other:
                 shutil.copyfile(file, aside / file.name)
@@ -130,93 +127,62 @@ def fold(
     return Report(out, found, untouched, size)
 
 
-@dataclass(frozen=True)
-class Base:
-    """A model folder in mlx-lm's form: tensors by module, in the order of the files."""
-
-    folder: Path
-    config: dict[str, Any]
-    files: dict[str, Path]  #: by tensor
-    modules: dict[str, list[str]]  #: names of the tensors, by path of the module
-    opened: dict[Path, dict[str, mx.array]] = field(default_factory=dict)  #: what is still to come
-
-    @classmethod
-    def open(cls, folder: Path) -> "Base":
-        if not folder.is_dir():
-            raise InputError(f"model_dir {folder} is not a folder: give the path of a model.")
-        config = read_json(folder / "config.json")
-        files: dict[str, Path] = {}
-        modules: dict[str, list[str]] = {}
-        for file in sorted(folder.glob("model*.safetensors")):
-            for name in read_header(file):
-                files[name] = file
-                modules.setdefault(name.rpartition(".")[0], []).append(name)
-        if not files:
-            raise InputError(f"model_dir {folder} holds no model*.safetensors: no weights to fold.")
-        # By file, so that each is read once; a module goes with its first tensor.
-        order = sorted(modules, key=lambda path: (files[modules[path][0]], path))
-        return cls(folder, config, files, {path: modules[path] for path in order})
-
-    def linears_of(self, adapter: Adapter) -> dict[str, str]:
-        """The adapter's name of each linear, by the module's; InputError if one is not there."""
-        found = {}
-        for name in adapter.tensors:
-            path = next((p for p in spellings(name) if f"{p}.weight" in self.files), None)
-            if path is None:
-                raise InputError(
-                    f"'{name}' is no linear of {self.folder} as its files name them: it is of "
-                    "another model, or this one is not in mlx-lm's form (mlx_lm.convert)."
-                )
-            if path in found:
-                raise InputError(f"the adapter holds two updates of '{path}': remove one.")
-            found[path] = name
-        return found
-
-    def load(self, path: str) -> dict[str, mx.array]:
-        """The tensors of a module, once, and not read before they are used."""
-        found: dict[str, mx.array] = {}
-        for name in self.modules[path]:
-            file = self.files[name]
-            if file not in self.opened:  # at a time one, or two where a module lies in both
-                arrays: Any = mx.load(str(file))
-                self.opened[file] = arrays
-            found[name.rpartition(".")[2]] = self.opened[file].pop(name)
-            if not self.opened[file]:
-                del self.opened[file]
-        return found
-
-    def check(self, path: str, module: Mapping[str, mx.array]) -> None:
-        """InputError if a module that is changed is more than a weight, quantized by MLX or not."""
-        more = sorted(set(module) - LEAVES)
-        if more or not ("scales" in module or mx.issubdtype(module["weight"].dtype, mx.floating)):
-            what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
+def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
+    """The adapter's name of each linear, by the base's; InputError if one is not there."""
+    found: dict[str, str] = {}
+    for name in adapter.tensors:
+        path = base.spelled(name)
+        if path is None:
             raise InputError(
-                f"'{path}' of {self.folder} {what}, which is not folded: convert the model first "
-                "(mlx_lm.convert)."
+                f"'{name}' is no linear of {base.folder} as its files name them: it is of another "
+                "model, or this one is not in mlx-lm's form (mlx_lm.convert)."
             )
-
-    def quantization(self, path: str, module: Mapping[str, mx.array]) -> dict[str, Any]:
-        """How a quantized module is: group_size, bits and mode, as mlx-lm finds them."""
-        whole = self.config.get("quantization") or self.config.get("quantization_config") or {}
-        own = next((whole[p] for p in spellings(path) if isinstance(whole.get(p), dict)), {})
-        group = int(own.get("group_size") or whole.get("group_size") or 64)
-        weight, scales = module["weight"], module["scales"]
-        bits = weight.shape[-1] * 32 // (scales.shape[-1] * group)
-        mode = own.get("mode") or whole.get("mode") or "affine"
-        if mx.issubdtype(scales.dtype, mx.floating):
-            mode = "affine"
-        elif mode == "affine":
-            mode = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}.get((bits, group), mode)
-        return {"group_size": group, "bits": bits, "mode": mode}
+        if path in found:
+            raise InputError(f"the adapter holds two updates of '{path}': remove one.")
+        found[path] = name
+    return found
 
 
-def _with_bits(how: dict[str, Any] | None, bits: int | None) -> dict[str, Any] | None:
+def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
+    """Path and tensors of each module, in the order of the files; read when they are used."""
+    files: dict[str, dict[str, Path]] = {}
+    for file, header in base.headers.items():
+        for name in header:
+            path, _, leaf = name.rpartition(".")
+            files.setdefault(path, {})[leaf] = file
+    opened: dict[Path, Any] = {}  # one at a time, or two where a module lies in both
+
+    def take(path: str) -> dict[str, mx.array]:
+        found: dict[str, mx.array] = {}
+        for leaf, file in files[path].items():
+            if file not in opened:
+                opened[file] = mx.load(str(file))
+            found[leaf] = opened[file].pop(f"{path}.{leaf}" if path else leaf)
+            if not opened[file]:
+                del opened[file]
+        return found
+
+    # Each file is read once: a module goes with its first tensor.
+    for path in sorted(files, key=lambda path: (next(iter(files[path].values())), path)):
+        yield path, take(path)
+
+
+def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized: bool) -> None:
+    """InputError if a module that is changed is more than a weight, quantized by MLX or not."""
+    more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
+    if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
+        what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
+        raise InputError(
+            f"'{path}' of {base.folder} {what}, which is not folded: convert the model first "
+            "(mlx_lm.convert)."
+        )
+
+
+def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
     """A quantization with so many bits; MLX has a choice of them in the affine mode alone."""
     if how is None or bits is None:
         return how
-    if how["mode"] == "affine":
-        return how | {"bits": bits}
-    return {"group_size": 32, "bits": bits, "mode": "affine"}
+    return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")
 
 
 def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -224,22 +190,19 @@ def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return {"bias": module["bias"]} if "bias" in module else {}
 
 
-def _dense(
-    base: Base, path: str, module: Mapping[str, mx.array], dtype: mx.Dtype | None = None
-) -> mx.array:
-    """A quantized weight in this dtype, or in that of its scales."""
-    how = base.quantization(path, module)
-    return _unpacked(module, how, dtype or _dtype(base, module))
-
-
-def _unpacked(module: Mapping[str, mx.array], how: Any, dtype: mx.Dtype) -> mx.array:
-    weight, scales, biases = module["weight"], module["scales"], module.get("biases")
+def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.Dtype) -> mx.array:
+    """The weight of a module that is quantized so, or not, in this dtype."""
+    weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
+    if how is None or scales is None:
+        return weight.astype(dtype)
     if biases is not None:  # MLX computes in their dtype, whichever is asked for
         scales, biases = scales.astype(dtype), biases.astype(dtype)
-    return mx.dequantize(weight, scales, biases, **how, dtype=dtype)
+    options: Any = asdict(how)
+    return mx.dequantize(weight, scales, biases, **options, dtype=dtype)
 
 
-def _dtype(base: Base, module: Mapping[str, mx.array]) -> mx.Dtype:
+def _dtype(base: Snapshot, module: Mapping[str, mx.array]) -> mx.Dtype:
+    """In which the base computes with a quantized module."""
     scales = module["scales"].dtype
     if mx.issubdtype(scales, mx.floating):
         return scales
@@ -248,31 +211,31 @@ def _dtype(base: Base, module: Mapping[str, mx.array]) -> mx.Dtype:
 
 
 def _folded(
-    base: Base,
+    base: Snapshot,
     adapter: Adapter,
     name: str,
     path: str,
     module: Mapping[str, mx.array],
-    how: dict[str, Any] | None,
+    how: Quantization | None,
+    kept: Quantization | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """The module with the update in its weight, quantized so, and how much of it is there."""
-    quantized, bits = "scales" in module, None if how is None else how["bits"]
-    weight = module["weight"]
-    before = _dense(base, path, module, mx.float32) if quantized else weight.astype(mx.float32)
+    """The module, which is quantized so, with the update in its weight and quantized as is to be
+    `kept`; and how much of the update is there."""
+    bits = None if kept is None else kept.bits
+    before = _dense(module, how, mx.float32)
     wanted = _updated(adapter, name, before, path)
     delta = wanted - before
     size = _norm(delta)
-    if size == 0 and quantized == (how is not None) and dtype is None:
+    if size == 0 and how == kept and dtype is None:
         return dict(module), Folded(path, bits, 0.0, _norm(before), 0.0, 0.0)
-    chosen = dtype or (_dtype(base, module) if quantized else weight.dtype)
+    chosen = dtype or (module["weight"].dtype if how is None else _dtype(base, module))
     new = {"weight": wanted.astype(chosen), **_bias(module)}
-    after = new["weight"].astype(mx.float32)
-    if how is not None:
-        options: Any = how
+    if kept is not None:
+        options: Any = asdict(kept)
         parts: Any = mx.quantize(new["weight"], **options)
         new |= dict(zip(("weight", "scales", "biases"), parts, strict=False))
-        after = _unpacked(new, how, mx.float32)
+    after = _dense(new, kept, mx.float32)
     square = max(size * size, 1e-30)
     lost = 1 - float(((after - before) * delta).sum()) / square if size else 0.0
     error = _norm(after - wanted) / max(size, 1e-15) if size else 0.0
@@ -299,20 +262,18 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
             "it was trained on another model."
         )
     new = weight + adapter.scales[name] * delta
-    m = adapter.magnitudes.get(name)
-    if m is not None:  # DoRA: rows of this direction and of their own length
-        new = new * (m / mx.linalg.norm(new, axis=1))[:, None]
-    return new
+    more = adapter.more.get(name)
+    return new if more is None else adapter.kind.runs.dense(new, more)
 
 
-def _tell(config: dict[str, Any], path: str, how: dict[str, Any]) -> None:
+def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
     """Says in config.json how a module is quantized, unless that follows from the rest."""
     for key in ("quantization", "quantization_config"):
         whole = config.get(key)
         if isinstance(whole, dict):
             common = {"mode": "affine", **{name: whole[name] for name in COMMON if name in whole}}
-            if path in whole or how != common:
-                config[key] = {**whole, path: how}
+            if path in whole or asdict(how) != common:
+                config[key] = {**whole, path: asdict(how)}
 
 
 class _Writer:

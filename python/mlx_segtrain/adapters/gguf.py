@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..lora import Adapter
+from ..lora import LORA, Adapter
+from ..lora.paths import bare
 from .card import About, write_card
-from .folder import bare
 
 NAME = "adapter.gguf"
 #: By model_type: the architecture in llama.cpp, and whether rotary pairs are neighbours there.
@@ -40,8 +40,8 @@ def write_gguf(
     if dtype == mx.bfloat16:
         raise InputError("--dtype of GGUF is float32 or float16.")
     gguf: Any = import_module("gguf")
-    if adapter.magnitudes:
-        raise InputError("llama.cpp has no DoRA: merge the adapter into its base instead.")
+    if (kind := adapter.kind) is not LORA:
+        raise InputError(f"llama.cpp has no {kind.name}: merge the adapter into its base instead.")
     text = base.get("text_config") or base
     family = str(base.get("model_type"))
     if family not in ARCHITECTURES:

@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from ..data.prompting import Prompting
 from ..errors import InputError
-from ..lora import Adapter
+from ..files import new_folder
+from ..lora import LORA, Adapter
+from ..lora.paths import bare
 from .card import About
-from .conversion import Converted, about_of, compared, new_folder
-from .folder import bare
+from .conversion import Converted, about_of, compared
 from .reading import read_stored
 from .tying import common
 from .writing import write_adapter
@@ -26,10 +27,8 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
     names: dict[str, str] = {}  # by path without the wrapper, which one may have and one not
     for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter.magnitudes:
-            raise InputError(
-                "DoRA adapters cannot be merged: the lengths of their rows do not add."
-            )
+        if (kind := adapter.kind) is not LORA:
+            raise InputError(f"{kind.name} adapters cannot be merged: {kind.apart}.")
         for path, (a, b) in adapter.tensors.items():
             path_here = names.setdefault(bare(path), path)
             own = (a, weight * adapter.scales[path] * b)

@@ -9,7 +9,7 @@ import re2  # pyright: ignore[reportMissingImports]
 
 from ..errors import InputError
 from ..files import read_json
-from .folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
 #: Patterns of a configuration, characters of each, bytes for its automata, and how many of them are
 #: tried for all linears together: seconds.

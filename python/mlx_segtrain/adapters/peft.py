@@ -10,8 +10,10 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import write_json, write_tensors
 from ..lora import Adapter
+from ..lora.folder import CONFIG, PEFT_WEIGHTS
+from ..lora.paths import bare, in_transformers
 from .card import About, write_card
-from .folder import CONFIG, PEFT_WEIGHTS, bare
+from .writing import peft_config
 
 Names = Literal["text", "multimodal"]
 
@@ -24,11 +26,7 @@ _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
 
 def hf_path(path: str, names: Names) -> str:
-    """A module of mlx-lm's as transformers names it.
-
-    Of a model for text and images mlx-lm has the text model around `model`, transformers within it.
-    InputError if it has no counterpart there.
-    """
+    """A module of mlx-lm's as transformers names it; InputError if it has no counterpart there."""
     inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
@@ -37,9 +35,7 @@ def hf_path(path: str, names: Names) -> str:
             else "it is not known under which name transformers has it"
         )
         raise InputError(f"'{path}' cannot be exported to PEFT: {why}.")
-    if names == "multimodal" and inner.startswith("model."):
-        return f"model.language_model.{inner.removeprefix('model.')}"
-    return inner
+    return in_transformers(inner) if names == "multimodal" else inner
 
 
 def names_of(base: dict[str, Any]) -> Names:
@@ -65,9 +61,9 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
         for letter, x in (("A", a), ("B", b)):
             name = f"base_model.model.{target}.lora_{kind.format(letter)}"
             tensors[name] = mx.contiguous(x.T).astype(dtype)
-        if module in adapter.magnitudes:
-            name = f"base_model.model.{target}.lora_magnitude_vector"
-            tensors[name] = adapter.magnitudes[module].astype(dtype)
+        if module in adapter.more:
+            name = f"base_model.model.{target}.{adapter.kind.peft}"
+            tensors[name] = adapter.more[module].astype(dtype)
         targets[module] = target
         if module.endswith(_EMBEDDING) and adapter.tied:
             twin = module
@@ -82,22 +78,11 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
     write_json(
         path / CONFIG,
         {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": about.model,
-            "r": rank,
-            "lora_alpha": alpha,
+            **peft_config(adapter, about, rank, alpha, sorted(targets.values())),
             "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
-            "target_modules": sorted(targets.values()),
             "ensure_weight_tying": twin is not None,
-            "lora_dropout": about.dropout,
-            "use_dora": bool(adapter.magnitudes),
             "use_rslora": False,  # the multipliers have it
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
             "modules_to_save": None,
         },
     )

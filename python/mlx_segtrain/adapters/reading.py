@@ -11,28 +11,33 @@ adapter_config.json is beside either. What is more than an update of low rank is
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import InputError
-from ..lora import Adapter, shapes
+from ..lora import EMBEDDINGS, Adapter, shapes
+from ..lora.adapter import ARRAYS, DORA, FACTORS, KINDS, LORA
+from ..lora.folder import CONFIG, Folder, open_folder
+from ..lora.paths import in_mlx_lm, spellings
 from ..models import Chain
-from ..models.chain import EMBEDDINGS
-from ..safetensors import read_header
-from .folder import CONFIG, Folder, open_folder, spellings
+from ..safetensors import FLOATS, read_header
 from .multipliers import multiplier_of
 from .tying import check_twins, joined, tied_by_files
 
-_FACTOR = re.compile(r"(.+)\.(lora_[ab]|m)")
-_PEFT_FACTOR = re.compile(
-    r"base_model\.model\.(.+)\."
-    r"(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?)"
+#: Arrays of an update by their names in mlx-lm's files and in PEFT's.
+_OURS = dict(zip(ARRAYS, ARRAYS, strict=True))
+_PEFTS = {
+    **{"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"},
+    **{"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"},
+    **{kind.peft + end: kind.array for kind in KINDS for end in ("", ".weight")},
+}
+_OUR_ENDS, _PEFT_ENDS = (
+    re.compile(rf"{before}(.+)\.({'|'.join(map(re.escape, names))})")
+    for before, names in (("", _OURS), (r"base_model\.model\.", _PEFTS))
 )
-#: Dtypes that factors may have.
-FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
@@ -43,7 +48,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
-    tensors, scales, magnitudes = {}, {}, {}
+    arrays, scales = {}, {}
     for name, (a, b) in stored.tensors.items():
         linear = _in_model(name, chain.adaptable)
         if linear is None:
@@ -51,7 +56,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
                 f"{weights}: '{name}' is no linear of this model that can be adapted: it was "
                 "trained on another model, or on more."
             )
-        if linear in tensors:
+        if linear in arrays:
             raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
         wanted = shapes(chain.adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
@@ -59,13 +64,11 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
                 f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
                 f"model wants {wanted[0]} and {wanted[1]}: it was trained on another model."
             )
-        m = stored.magnitudes.get(name)
-        if m is not None:
-            if isinstance(chain.adaptable[linear], EMBEDDINGS):
-                raise InputError(f"{weights}: '{linear}' is an embedding, of which is no DoRA.")
-            magnitudes[linear] = m
-        tensors[linear], scales[linear] = (a, b), stored.scales[name]
-    return Adapter(tensors, scales, magnitudes, chain.tied_for(tensors))
+        kind = stored.kind
+        if kind is not LORA and isinstance(chain.adaptable[linear], EMBEDDINGS):
+            raise InputError(f"{weights}: '{linear}' is an embedding, of which is no {kind.name}.")
+        arrays[linear], scales[linear] = stored.arrays(name), stored.scales[name]
+    return Adapter.of(arrays, scales, chain.tied_for(arrays))
 
 
 def read_stored(
@@ -87,38 +90,37 @@ def read_stored(
         if dtype not in FLOATS:
             raise InputError(f"{folder.weights}: '{name}' is {dtype}, and factors are not.")
     try:
-        arrays: Any = mx.load(str(folder.weights))
+        loaded: Any = mx.load(str(folder.weights))
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{folder.weights} is not a readable safetensors file: {error}") from error
-    tensors, scales, magnitudes, updates = {}, {}, {}, {}
+    arrays, scales, updates = {}, {}, {}
     for stored, names in everything.items():
-        path = _in_mlx_lm(stored)
-        a, b, *m = (arrays[name].astype(mx.float32) for name in _all(folder, stored, names))
+        path = in_mlx_lm(stored)
+        a, b, *more = (loaded[name].astype(mx.float32) for name in _all(folder, stored, names))
         rank = _rank(folder, stored, a.shape)
         if folder.peft and a.ndim == b.ndim == 2:
             a, b = a.T, b.T
-        if path in tensors:
+        if path in arrays:
             raise InputError(f"{folder.weights} holds two updates of '{path}': remove one.")
         if not _fit(a.shape, b.shape):
             raise InputError(
                 f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, which do "
                 "not go together."
             )
-        if m and (b.ndim != 2 or m[0].shape != b.shape[1:]):
+        if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
-                f"{folder.weights}: '{stored}' has magnitudes {m[0].shape} for lora_b {b.shape}."
+                f"{folder.weights}: '{stored}' has {folder.kind.called} {more[0].shape} for lora_b "
+                f"{b.shape}."
             )
-        if not all(mx.isfinite(x).all() for x in (a, b, *m)):
+        if not all(mx.isfinite(x).all() for x in (a, b, *more)):
             raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")
         updates[stored] = a, b, multiplier(stored, rank)
-        if stored not in found:
-            continue
-        tensors[path], scales[path] = (a, b), updates[stored][2]
-        if m:
-            magnitudes[path] = m[0]
+        if stored in found:
+            own = zip(_wanted(folder), (a, b, *more), strict=True)
+            arrays[path], scales[path] = dict(own), updates[stored][2]
     check_twins(folder, twins, updates)
     embeds = folder.tied is not None or any(".lora_embedding_" in name for name in header)
-    return Adapter(tensors, scales, magnitudes, tied if embeds else None)
+    return Adapter.of(arrays, scales, tied if embeds else None)
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -132,7 +134,7 @@ def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def is_dora(path: str | Path) -> bool:
     """Whether the adapter in this folder has magnitudes; InputError as from read_adapter."""
-    return open_folder(path).dora
+    return open_folder(path).kind is DORA
 
 
 def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, int]:
@@ -142,12 +144,7 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     as far as it takes no model.
     """
     folder = open_folder(path)
-    header = read_header(folder.weights)
-    found, _ = joined(folder, _by_linear(folder, header), tied)
-    return {
-        _in_mlx_lm(stored): _rank(folder, stored, header[_all(folder, stored, names)[0]][1])
-        for stored, names in found.items()
-    }
+    return {in_mlx_lm(stored): _rank(folder, stored, a) for stored, (a, _) in _ends(folder, tied)}
 
 
 def stored_shapes(
@@ -156,15 +153,20 @@ def stored_shapes(
     """In and out of each adapted linear (of one with experts, of each), by its stored path in
     mlx-lm's terms; reads the header alone. InputError as from ranks_in."""
     folder = open_folder(path)
-    header = read_header(folder.weights)
-    found, (stored_by, _) = {}, joined(folder, _by_linear(folder, header), tied)
-    for stored, names in stored_by.items():
-        a, b = (header[name][1] for name in _all(folder, stored, names)[:2])
+    found = {}
+    for stored, (a, b) in _ends(folder, tied):
         if folder.peft:
             a, b = a[::-1], b[::-1]
         ends = (a[2], b[1]) if len(a) == 3 == len(b) else (a[0], b[-1]) if a and b else (0, 0)
-        found[_in_mlx_lm(stored)] = ends
+        found[in_mlx_lm(stored)] = ends
     return found
+
+
+def _ends(folder: Folder, tied: bool | None) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Stored paths with the shapes of a and b as they are stored."""
+    header = read_header(folder.weights)
+    for stored, names in joined(folder, _by_linear(folder, header), tied)[0].items():
+        yield stored, [header[name][1] for name in _all(folder, stored, names)[:2]]
 
 
 def stored_bytes(path: str | Path | Folder) -> int:
@@ -174,17 +176,16 @@ def stored_bytes(path: str | Path | Folder) -> int:
 
 
 def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Names of the tensors a, b and m by the stored path of their linear; none is missing."""
-    factor = _PEFT_FACTOR if folder.peft else _FACTOR
+    """Names of the tensors by the stored path of their linear, and by array; none is missing."""
+    known, ends = (_PEFTS, _PEFT_ENDS) if folder.peft else (_OURS, _OUR_ENDS)
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
         if folder.peft and name.endswith(".base_layer.weight"):
             continue  # of an adapted embedding PEFT saves the base too, which is as it was
-        match = factor.fullmatch(name)
+        match = ends.fullmatch(name)
         if match is None:
             raise InputError(f"{folder.weights}: tensor '{name}' is no factor of a linear's LoRA.")
-        kind = match[2].removesuffix(".weight").lower()
-        found.setdefault(match[1], {})["m" if "magnitude" in kind else kind[-1]] = name
+        found.setdefault(match[1], {})[known[match[2]]] = name
     if not found:
         raise InputError(f"{folder.weights} holds no lora_a for any linear.")
     for stored, kinds in found.items():
@@ -192,19 +193,25 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]
     return found
 
 
+def _wanted(folder: Folder) -> list[str]:
+    """The arrays of an update of this kind."""
+    return [name for name in (*FACTORS, folder.kind.array) if name]
+
+
 def _all(folder: Folder, stored: str, names: Mapping[str, str]) -> list[str]:
-    """Names of a and b, and of m if it is a DoRA adapter; InputError if one is missing or over."""
-    wanted = {"a": "lora_a", "b": "lora_b", **({"m": "magnitudes"} if folder.dora else {})}
-    has = ", ".join(wanted.get(key, "magnitudes") for key in names)
-    for key, what in wanted.items():
+    """Names of a and b, and of what the kind has besides; InputError if one is missing or over."""
+    called = {name: name for name in FACTORS} | {kind.array: kind.called for kind in KINDS}
+    for key in _wanted(folder):
         if key not in names:
-            raise InputError(f"{folder.weights}: '{stored}' has {has} but no {what}.")
-    if "m" in names and not folder.dora:
-        raise InputError(
-            f"{folder.weights}: '{stored}' has magnitudes, but {CONFIG} does not say that it is a "
-            "DoRA adapter: the two files are not of the same adapter."
-        )
-    return [names[key] for key in wanted]
+            has = ", ".join(called[name] for name in names)
+            raise InputError(f"{folder.weights}: '{stored}' has {has} but no {called[key]}.")
+    for kind in KINDS:
+        if kind.array in names and kind is not folder.kind:
+            raise InputError(
+                f"{folder.weights}: '{stored}' has {kind.called}, but {CONFIG} does not say that "
+                f"it is a {kind.name} adapter: the two files are not of the same adapter."
+            )
+    return [names[key] for key in _wanted(folder)]
 
 
 def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
@@ -215,15 +222,7 @@ def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
     return rank
 
 
-def _in_mlx_lm(stored: str) -> str:
-    """transformers has the text model within the model for text and images, mlx-lm around it."""
-    prefix = "model.language_model."
-    if stored.startswith(prefix):
-        return f"language_model.model.{stored.removeprefix(prefix)}"
-    return stored
-
-
 def _in_model(stored: str, linears: Mapping[str, Any]) -> str | None:
     """The linear that a stored path means; a text model may stand alone here, and not there."""
-    path = _in_mlx_lm(stored)
+    path = in_mlx_lm(stored)
     return next((p for p in (stored, *spellings(path)) if p in linears), None)

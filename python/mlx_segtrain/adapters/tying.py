@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from ..errors import InputError
 from ..lora import Adapter
-from ..planning.shapes import read_shape
-from .folder import Folder
+from ..lora.folder import Folder
+from ..models.headers import read_shape
+from ..models.snapshot import Snapshot
 
 #: Names of the tensors a, b and m by the stored path of their linear.
 Found = dict[str, dict[str, str]]
@@ -108,21 +109,21 @@ def check_twins(
             )
 
 
-def check_base(adapter: Adapter, model_dir: Path) -> None:
+def check_base(adapter: Adapter, base: Snapshot) -> None:
     """InputError if the adapter changes embedding or head in a way that the base cannot have."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return
-    tied = read_shape(model_dir).tied
+    tied = read_shape(base).tied
     if tied and heads:
         raise InputError(
-            f"'{heads[0]}' is a head, and {model_dir} has none of its own: its embedding is its "
+            f"'{heads[0]}' is a head, and {base.folder} has none of its own: its embedding is its "
             "head."
         )
     if None not in (tied, adapter.tied) and adapter.tied != tied:
         has = "no head" if tied else "a head"
         raise InputError(
-            f"{model_dir} has {has} of its own, other than the model for which the update of the "
+            f"{base.folder} has {has} of its own, other than the model for which the update of the "
             "embedding was made."
         )
 

@@ -22,12 +22,12 @@ import mlx.core as mx
 from ..data.prompting import Prompting
 from ..errors import InputError
 from ..files import atomic, make_folder, read_json, sha256, write_json, write_tensors
-from ..lora import Adapter, fresh_a
+from ..lora import LORA, Adapter, fresh_a
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
 from .card import About, write_card
-from .folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
 
 #: What of adapter_config.json says how the weights are to be read.
-MEANING = ("fine_tune_type", "lora_parameters", "use_dora")
+MEANING = ("fine_tune_type", "lora_parameters", *LORA.flags)
 
 
 def common_scale(adapter: Adapter) -> float:
@@ -52,18 +52,38 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
             b = mx.pad(b, more)
         tensors[f"{module}.lora_a"] = a.astype(mx.float32)
         tensors[f"{module}.lora_b"] = b.astype(mx.float32)
-    return tensors | {f"{module}.m": m for module, m in adapter.magnitudes.items()}
+    return tensors | {f"{path}.{adapter.kind.array}": x for path, x in adapter.more.items()}
 
 
 def mlx_lm_config(adapter: Adapter, scale: float, dropout: float) -> dict[str, Any]:
     """The keys of adapter_config.json that mlx-lm reads."""
     return {
-        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
+        "fine_tune_type": adapter.kind.word,
         "num_layers": -1,
         "lora_parameters": {
             **{"rank": max(adapter.ranks.values()), "scale": scale, "dropout": dropout},
             "keys": sorted(adapter.ranks),
         },
+    }
+
+
+def peft_config(
+    adapter: Adapter, about: About, rank: int, alpha: float, targets: list[str]
+) -> dict[str, Any]:
+    """The keys of adapter_config.json that PEFT reads, of linears with this rank and alpha."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": about.model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": about.dropout,
+        **adapter.kind.flags,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
     }
 
 
@@ -83,18 +103,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     config = {
         **mlx_lm_config(adapter, scale, about.dropout),
         "model": about.model,
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": about.model,
-        "r": largest,
-        "lora_alpha": largest * scale,
-        "lora_dropout": about.dropout,
-        "use_dora": bool(adapter.magnitudes),
-        "target_modules": suffixes,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
+        **peft_config(adapter, about, largest, largest * scale, suffixes),
         "optiq": shared,
         "segtrain": run | {"step": about.step, "padded": None, "tied": adapter.tied},
     }

@@ -6,22 +6,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_segtrain.data.dataset import Dataset
-from mlx_segtrain.data.encoding import Row
+from mlx_segtrain.data.encoding import Pair, Row
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.stages import padded
+from mlx_segtrain.streams import padded
 
 
 @dataclass(frozen=True)
 class Batch:
     """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
 
-    `rows` are indices into the data, `lengths` tokens that are no padding, both int64 [B].
+    `rows` are indices into the data, `lengths` tokens that are no padding, both int64 [B];
+    `reference` float32 [B], or None where the rows have none.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     rows: np.ndarray
     lengths: np.ndarray
+    reference: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,18 @@ def one_row(dataset: Dataset, i: int) -> AnyBatch:
 
 def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> AnyBatch:
     own = [dataset.rows[i] for i in rows]
-    if dataset.format != "preference":
+    if not isinstance(own[0], Pair):
         return _padded(own, rows, batch_size, dataset.pad_id)
     chosen, rejected = (
         _padded([getattr(pair, key) for pair in own], rows, batch_size, dataset.pad_id)
         for key in ("chosen", "rejected")
     )
-    known = [pair.reference for pair in own]
-    reference = None if None in known else np.array(known, np.float32).T.reshape(-1)
-    return PairBatch(chosen, rejected, min(pair.shared for pair in own), rows, reference)
+    return PairBatch(chosen, rejected, min(pair.shared for pair in own), rows, _reference(own))
+
+
+def _reference(own: list[Row] | list[Pair]) -> np.ndarray | None:
+    known = [row.reference for row in own]
+    return None if None in known else np.array(known, np.float32).T.reshape(-1)
 
 
 def _padded(own: list[Row], rows: np.ndarray, batch_size: int, pad_id: int) -> Batch:
@@ -110,4 +115,4 @@ def _padded(own: list[Row], rows: np.ndarray, batch_size: int, pad_id: int) -> B
     for b, row in enumerate(own):
         tokens[b, : len(row)] = row.ids
         weights[b, : len(row)] = row.weights
-    return Batch(tokens, weights, rows, lengths)
+    return Batch(tokens, weights, rows, lengths, _reference(own))

@@ -119,7 +119,7 @@ class Conversations:
             if not lost or set(lost) <= accepted or searches >= MOST_SEARCHES:
                 break
         if best is None:
-            raise InputError(refusal)
+            raise InputError(str(refusal))
         lost, turns, spelling = best
         if lost:
             self._learned[of] = spelling, accepted | set(lost), searches + 1

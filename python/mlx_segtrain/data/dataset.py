@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_segtrain.config import ROWS, Rows
 from mlx_segtrain.data.encoding import Encoder, Options, Pair, Row
-from mlx_segtrain.data.jsonl import PAIR_KEYS, Record, read_records
+from mlx_segtrain.data.jsonl import FORMATS, Record, quoted, read_records
 from mlx_segtrain.data.notes import Notes
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, either
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -139,19 +140,27 @@ def merge_format(format: str | None, record: Record, method: str | None) -> str:
 
     InputError if a record is not for the method (None: any), or pairs stand beside other rows.
     """
-    pair = record.format == "preference"
-    if method == "sft" and pair:
+    own = FORMATS[record.format]
+    if method is not None and own.rows != ROWS[method]:
+        wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
+        if len(wanted) == 1:
+            keys = quoted(wanted[0].keys)
+            raise InputError(f"{record.source}: method {method} needs the keys {keys}.")
+        methods = either([name for name, rows in ROWS.items() if rows == own.rows])
         raise InputError(
-            f'{record.source}: the row has "chosen" and "rejected", which method sft does not '
-            "train: give method dpo, orpo or simpo."
+            f"{record.source}: the row has {quoted(own.marks)}, which method {method} does not "
+            f"train: give method {methods}."
         )
-    if method not in ("sft", None) and not pair:
-        raise InputError(f"{record.source}: method {method} needs the keys {PAIR_KEYS}.")
-    if format is not None and pair != (format == "preference"):
+    if format is not None and own.rows != rows_of(format):
         raise InputError(
             f"{record.source}: pairs and other rows do not go together; put them into two files."
         )
     return record.format if format in (None, record.format) else "mixed"
+
+
+def rows_of(format: str) -> Rows:
+    """What a row of a file is; only sequences are mixed."""
+    return "single" if format == "mixed" else FORMATS[format].rows
 
 
 def read(
@@ -163,7 +172,7 @@ def read(
     while chunk := list(islice(records, ROWS_PER_CALL)):
         for record in chunk:
             format = merge_format(format, record, method)
-        rows += encoder.encode_pairs(chunk) if format == "preference" else encoder.encode(chunk)
+        rows += encoder.encode(chunk)
     if format is None:
         raise InputError(f"{path} has no rows; put one JSON object on each line.")
     return format, rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_segtrain.data.chat import Conversations, Pieces, Sample
-from mlx_segtrain.data.jsonl import Record
+from mlx_segtrain.data.jsonl import FORMATS, Record
 from mlx_segtrain.data.notes import Notes
 from mlx_segtrain.data.prompting import Prompting
 from mlx_segtrain.errors import InputError
@@ -45,13 +45,15 @@ class Row:
 
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
     token j (0 = context, and always 0 for j = 0); `source` is "file:line", of a pair's sequences
-    "file:line chosen" and "file:line rejected"; `findings` are keys of notes.FINDINGS.
+    "file:line chosen" and "file:line rejected"; `findings` are keys of notes.FINDINGS. `reference`
+    is what the model gives for it without an adapter, once that is known.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     source: str
     findings: tuple[str, ...] = ()
+    reference: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,7 +72,7 @@ class Pair:
     rejected: Row
     shared: int
     source: str
-    reference: tuple[float, float] | None = None
+    reference: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, chosen: Row, rejected: Row, source: str) -> "Pair":
@@ -112,12 +114,13 @@ class Encoder:
         """Whether ids start with what the tokenizer puts before a text."""
         return ids[: len(self.bos)].tolist() == self.bos
 
-    def encode(self, records: list[Record]) -> list[Row]:
+    def encode(self, records: list[Record]) -> list[Row] | list[Pair]:
         """Token ids and weights of `records`, not truncated; raises InputError."""
+        if FORMATS[records[0].format].rows == "pair":
+            return self._pairs(records)
         return self._encode(self._read(records))
 
-    def encode_pairs(self, records: list[Record]) -> list[Pair]:
-        """Pairs of preference records, not truncated; raises InputError."""
+    def _pairs(self, records: list[Record]) -> list[Pair]:
         branches = [_branch(record, key) for record in records for key in ("chosen", "rejected")]
         rows = self._encode(self._read(branches))
         for row, after in pairwise(rows):

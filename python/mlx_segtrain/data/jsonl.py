@@ -1,21 +1,20 @@
 """Reading JSONL rows and checking their shape, so that later code can rely on it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_segtrain.config import fault_of_variables
+from mlx_segtrain.config import Rows
 from mlx_segtrain.errors import InputError, shown
+from mlx_segtrain.fields import fault_of_variables
 from mlx_segtrain.files import open_regular
 
 #: The keys by which messages carry reasoning.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
-PAIR_KEYS = '"prompt", "chosen" and "rejected"'
-KEYS = f'"messages", "prompt" and "completion", "text", or {PAIR_KEYS}'
 MOST_BYTES = 16 << 20  # of a row: four million tokens; parsed, it takes up to sixty times as much
 MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
 #: The roles that messages have, and names for them in other data sets.
@@ -27,12 +26,7 @@ OTHER_ROLES = {
 }
 #: What a format reads besides its own keys.
 ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
-FORMATS = {
-    "preference": ("prompt", "chosen", "rejected", "system", *ROW_KEYS),
-    "messages": ("messages", *ROW_KEYS),
-    "prompt-completion": ("prompt", "completion", "system", *ROW_KEYS),
-    "text": ("text",),
-}
+PROMPT_KEYS = ("system", *ROW_KEYS)
 
 
 @dataclass(frozen=True)
@@ -101,25 +95,19 @@ def _parse(line: bytes, source: str) -> dict[str, Any]:
 
 def checked(row: dict[str, Any], source: str) -> Record:
     """A row as a record; raises InputError."""
-    if "chosen" in row and "rejected" in row:
-        format, read = "preference", _check_pair
-    elif "messages" in row:
-        format, read = "messages", _check_chat
-    elif "prompt" in row and "completion" in row:
-        format, read = "prompt-completion", _check_completion
-    elif "text" in row:
-        _check_strings(row, ("text",), source)
-        format, read = "text", lambda row, source: row
-    else:
-        found = ", ".join(map(repr, row)) or "no keys"
-        raise InputError(f"{source}: the row needs the keys {KEYS}, but has {found}.")
-    ignored = tuple(key for key in row if key not in FORMATS[format])
-    if format != "text":
+    found = next((own for own in FORMATS.values() if set(own.marks) <= row.keys()), None)
+    if found is None:
+        had = ", ".join(map(repr, row)) or "no keys"
+        first, *others = (quoted(own.keys) for own in FORMATS.values())
+        keys = ", ".join((*others, f"or {first}"))
+        raise InputError(f"{source}: the row needs the keys {keys}, but has {had}.")
+    ignored = tuple(key for key in row if key not in (*found.keys, *found.more))
+    if found.more:
         row = {**row, **_template_keys(row, source)}
-    own, repeated = read(row, source), False
-    if format == "preference":
+    own, repeated = found.check(row, source), False
+    if found.rows == "pair":
         own, repeated = _once(own, source)
-    return Record(source, format, own, ignored, repeated)
+    return Record(source, found.name, own, ignored, repeated)
 
 
 def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -143,6 +131,11 @@ def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
         own = [{"type": "function", "function": function} for function in functions]
         found["tools"] = [*(found["tools"] or ()), *own]
     return found
+
+
+def _check_text(row: dict[str, Any], source: str) -> dict[str, Any]:
+    _check_strings(row, ("text",), source)
+    return row
 
 
 def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -333,3 +326,47 @@ def _part(part: Any, where: str) -> str:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return "null or missing" if value is None else names.get(type(value), "a number")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of rows, by its keys; those that have the keys `marks` (default: all) are of it.
+
+    `more` are the other keys that are read; `check` gives the row as the encoder takes it, or
+    raises InputError; `rows` is what a method calls such a row (config.ROWS).
+    """
+
+    name: str
+    check: Callable[[dict[str, Any], str], dict[str, Any]]
+    keys: tuple[str, ...]
+    more: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    rows: Rows = "single"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "marks", self.marks or self.keys)
+
+
+def quoted(keys: Sequence[str]) -> str:
+    """Keys in a sentence."""
+    *others, last = (f'"{key}"' for key in keys)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+#: Every form, by name; a row is of the first whose marks it has.
+FORMATS = {
+    own.name: own
+    for own in (
+        Format(
+            "preference",
+            _check_pair,
+            ("prompt", "chosen", "rejected"),
+            PROMPT_KEYS,
+            marks=("chosen", "rejected"),
+            rows="pair",
+        ),
+        Format("messages", _check_chat, ("messages",), ROW_KEYS),
+        Format("prompt-completion", _check_completion, ("prompt", "completion"), PROMPT_KEYS),
+        Format("text", _check_text, ("text",)),
+    )
+}

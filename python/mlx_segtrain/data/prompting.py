@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_segtrain.config import fault_of_variables
 from mlx_segtrain.data.template import prompt_ids, raw_ids
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.fields import fault_of_variables
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -1,41 +1,77 @@
 """Model families: an mlx-lm model as a chain of stages over our ops. Only this package knows them.
 
-Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is a module with
-`serves(text_model) -> bool` and `chain_of(text_model, prefix) -> Chain`; every other model takes
-the generic path.
+Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is a module of
+FAMILIES, a `Family`; every other model takes the generic path.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..errors import InputError
+from ..lora.paths import WRAPPER
+from . import gemma, llama
 from .chain import Chain, Head
+from .form import LayerForm, LayerHeaders
 from .limits import check_files, check_model, check_tokenizer
+from .snapshot import Snapshot
 
 __all__ = [
     "Chain",
     "Head",
     "chain_of",
     "family_of",
-    "load",
     "load_base",
     "load_model",
     "load_tokenizer",
 ]
 
 
-def family_of(model: nn.Module) -> Any:
-    """The module of the model's fast family; None if it takes the generic path."""
-    from . import gemma, llama
+class Family(Protocol):
+    """A fast family: the same layers, read off mlx-lm's modules and off the files of a model.
 
+    `text` is config.json with its text_config, if it has one, on top of the rest.
+    """
+
+    @property
+    def TYPES(self) -> Collection[str]:
+        """`model_type`s of its models, and of models for text and images around them."""
+        ...
+
+    def serves(self, model: nn.Module) -> bool:
+        """Whether mlx-lm's text model is of this family."""
+        ...
+
+    def chain_of(self, model: Any, prefix: str) -> Chain:
+        """The chain of such a model, whose modules have this prefix."""
+        ...
+
+    def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
+        """The forms that the layers of its chain will have."""
+        ...
+
+    def tied(self, text: Mapping[str, Any]) -> bool:
+        """Whether its head is the embedding, even if the weights hold a head."""
+        ...
+
+
+FAMILIES: tuple[Family, ...] = (llama, gemma)
+
+
+def of_type(model_type: str) -> Family | None:
+    """The fast family of a config.json's `model_type`."""
+    return next((family for family in FAMILIES if model_type in family.TYPES), None)
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The model's fast family; None if it takes the generic path."""
     text = model.get("language_model", model)
-    return next((family for family in (llama, gemma) if family.serves(text)), None)
+    return next((family for family in FAMILIES if family.serves(text)), None)
 
 
 def chain_of(model: nn.Module) -> Chain:
@@ -50,7 +86,7 @@ def chain_of(model: nn.Module) -> Chain:
     if family is None:
         return generic.chain_of(model)
     inner = model.get("language_model")
-    return family.chain_of(inner or model, "language_model." if inner else "")
+    return family.chain_of(inner or model, WRAPPER if inner else "")
 
 
 def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
@@ -65,7 +101,7 @@ def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
 
 def load_tokenizer(model_dir: str | Path) -> Any:
     """mlx-lm's tokenizer of a model folder, without the weights; InputError as for load_base."""
-    folder = _model_folder(model_dir)
+    folder = _opened(model_dir).folder
     from mlx_lm.utils import load_config, load_tokenizer
 
     check_tokenizer(folder)
@@ -75,36 +111,25 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
 def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model and configuration, evaluated; InputError as for load_base."""
-    folder = _model_folder(model_dir)
-    if not any(folder.glob("model*.safetensors")):
-        raise InputError(f"model_dir {folder} holds no model*.safetensors: no weights to load.")
-    from mlx_lm.utils import load_config, load_model
+    snapshot = _opened(model_dir)
+    from mlx_lm.utils import load_model
 
-    with _reading(folder):
-        program = load_config(folder).get("model_file")
-    if program is not None:  # some releases of mlx-lm would run it
-        raise InputError(
-            f"model_dir {folder} brings a program of its own (model_file in config.json), which is "
-            "not run: take a model of a family that mlx-lm has."
-        )
-    with _reading(folder):
-        check_model(folder)
-        model, config = load_model(folder, lazy=True)
+    with _reading(snapshot.folder):
+        check_model(snapshot)
+        model, config = load_model(snapshot.folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
         model.update(tree_map(_float32, model.parameters()))
     mx.eval(model.parameters())
     return model, config
 
 
-def _model_folder(model_dir: str | Path) -> Path:
-    folder = Path(model_dir).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"model_dir {folder} is not a folder: give the path of a model.")
-    for name, what in (("config.json", "configuration"), ("tokenizer_config.json", "tokenizer")):
-        if not (folder / name).is_file():  # else mlx-lm asks the network
-            raise InputError(f"model_dir {folder} holds no {name} ({what}): not a model folder.")
-    check_files(folder)
-    return folder
+def _opened(model_dir: str | Path) -> Snapshot:
+    """A folder that mlx-lm may read: it asks the network for what is missing."""
+    snapshot = Snapshot(model_dir, whole=True)
+    snapshot.file("config.json", "configuration")
+    snapshot.file("tokenizer_config.json", "tokenizer")
+    check_files(snapshot.folder)
+    return snapshot
 
 
 @contextmanager
@@ -122,19 +147,3 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _float32(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
-
-
-def load(model_dir: str | Path, adapter_path: str | Path | None = None) -> tuple[nn.Module, Any]:
-    """An mlx-lm model with an adapter attached, and its tokenizer, ready for `mlx_lm.generate`.
-
-    Adapted linears run through our `lora_linear`; the model's float weights are float32 on the CPU.
-    InputError if the model or the adapter cannot be read or do not fit each other.
-    """
-    from .. import lora
-    from ..adapters import read_adapter
-
-    model, _, tokenizer = load_base(model_dir)
-    chain = chain_of(model)
-    lora.attach(model, chain, read_adapter(adapter_path, chain) if adapter_path else None)
-    model.eval()
-    return model, tokenizer

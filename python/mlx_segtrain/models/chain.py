@@ -11,9 +11,12 @@ import mlx.nn as nn
 
 from .. import ops
 from ..schedule import Cuts, Params, Stage
-from ..stages import HEAD_ROWS, SINGLE, Stream
+from ..streams import SINGLE, Stream
+from .form import LayerForm
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+#: Rows of logits that exist at a time where no op of ours serves the head.
+HEAD_ROWS = 256
 
 
 class Head(Protocol):
@@ -149,6 +152,7 @@ class Chain:
     branches: bool = False  #: streams may have a branch
     outer: dict[str, nn.Module] = field(default_factory=dict)  #: embedding and head, if adaptable
     embedded: Callable[[], "Chain"] | None = None  #: the same with the embedding as a stage
+    forms: tuple[LayerForm, ...] = ()  #: of the layers of a fast family
 
     @property
     def adaptable(self) -> dict[str, nn.Module]:

@@ -5,7 +5,7 @@ earlier one, an input of each layer's own made from the tokens, values that are 
 beside the dense MLP, and a scalar a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..errors import InputError
 from .chain import Chain
+from .form import LayerForm, LayerHeaders
 from .layer import (
     Attention,
     Embedding,
@@ -30,6 +32,16 @@ from .layer import (
 )
 
 FORMS = ("gemma2", "gemma3_text", "gemma4_text")
+TYPES = {*FORMS, "gemma3", "gemma4", "gemma4_unified"}
+#: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
+ASSUMED: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
+    "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
+    "gemma4": {
+        **{"head_dim": 256, "global_head_dim": 512, "num_kv_shared_layers": 20},
+        **{"sliding_window": 512, "sliding_window_pattern": 5},
+    },
+}
 PROJECTIONS = (
     *(f"self_attn.{p}_proj" for p in "qkvo"),
     *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
@@ -67,7 +79,6 @@ def chain_of(model: Any, prefix: str) -> Chain:
                 args,
                 finish=_finish(body, embedding, i) if fourth else None,
                 donor=names[donors[i]] if donors[i] != i else None,
-                gives=any(donors[j] == i for j in range(i + 1, len(names))),
             )
             for i, layer in enumerate(body.layers)
         ],
@@ -79,6 +90,56 @@ def chain_of(model: Any, prefix: str) -> Chain:
         getattr(args, "max_position_embeddings", None),
         outer,
     )
+
+
+def tied(text: Mapping[str, Any]) -> bool:
+    """Of Gemma 2 always, of Gemma 3 unless the weights have a head."""
+    kind = _kind(text)
+    return kind == "gemma2" or (kind == "gemma4" and text.get("tie_word_embeddings", True))
+
+
+def forms(text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
+    kind, n = _kind(text), len(layers)
+    text = {**ASSUMED[kind], **text}
+    shared = text.get("num_kv_shared_layers") or 0
+    if not 0 <= shared < n:
+        raise InputError(f"num_kv_shared_layers is {shared}, and the weights have {n} layers.")
+    types = _types(kind, text, n)
+    experts = text.get("enable_moe_block") and text.get("top_k_experts")
+    found = []
+    for i, layer in enumerate(layers):
+        donor, more = None, {}
+        if i >= n - shared:
+            donor = layers[max(j for j in range(n - shared) if types[j] == types[i])].name
+        if types[i] == "sliding_attention":
+            more["window"] = text.get("sliding_window")
+        elif text.get("global_head_dim"):
+            more["head"] = text["global_head_dim"]
+        found.append(
+            layer.form(
+                text,
+                softcap=bool(text.get("attn_logit_softcapping")),
+                v_norm=kind == "gemma4" and donor is None,
+                experts=(experts or 0) * (text.get("moe_intermediate_size") or 0),
+                donor=donor,
+                **more,
+            )
+        )
+    return found
+
+
+def _kind(text: Mapping[str, Any]) -> str:
+    return str(text.get("model_type"))[: len("gemma2")]
+
+
+def _types(kind: str, text: Mapping[str, Any], n: int) -> list[str]:
+    """full_attention or sliding_attention, by layer, as mlx-lm reads the configuration."""
+    if kind == "gemma2":
+        return ["full_attention"] * n
+    if kind == "gemma4" and text.get("layer_types"):
+        return list(text["layer_types"])
+    pattern: int = text["sliding_window_pattern"]
+    return ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(n)]
 
 
 def _norm(module: Any, whole: bool) -> Norm:
@@ -93,7 +154,6 @@ def _layer(
     *,
     finish: "_Finish | None",
     donor: str | None,
-    gives: bool,
 ) -> Layer:
     attn, whole = layer.self_attn, finish is not None
     modules = {path: found for path in PROJECTIONS if (found := at(layer, path)) is not None}
@@ -111,6 +171,7 @@ def _layer(
     def own(path: str) -> Norm | None:
         return None if donor else norm(path)
 
+    own_input = projections.get("per_layer_input_gate")
     sliding = getattr(attn, "is_sliding", False)
     mlp: Any = Mlp(*(projections[f"mlp.{p}_proj"] for p in ("gate", "up", "down")), gelu=True)
     if getattr(layer, "enable_moe", False):
@@ -141,9 +202,8 @@ def _layer(
         before_mlp=norm("pre_feedforward_layernorm"),
         after_mlp=norm("post_feedforward_layernorm"),
         finish=finish and finish(layer, projections),
-        reads_tokens="per_layer_input_gate" in modules,
+        own_input=own_input.base.out_dims if own_input else 0,
         donor=donor,
-        gives=gives,
     )
 
 
@@ -157,6 +217,15 @@ class _Experts:
 
     layer: Any
     dense: Mlp
+
+    @property
+    def hidden(self) -> int:
+        return self.dense.hidden
+
+    @property
+    def experts(self) -> int:
+        config = self.layer.router.config
+        return config.top_k_experts * config.moe_intermediate_size
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         layer = self.layer

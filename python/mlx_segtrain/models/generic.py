@@ -18,9 +18,10 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .. import lora
 from ..errors import InputError
+from ..lora import EMBEDDINGS
 from ..schedule import Stage
-from ..stages import SINGLE, Stream
-from .chain import EMBEDDINGS, Chain, Dropout, log_probs_by_rows
+from ..streams import SINGLE, Stream
+from .chain import Chain, Dropout, log_probs_by_rows
 
 #: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
@@ -151,7 +152,7 @@ def _attached(
 ) -> Iterator[None]:
     """With the factors of `params` in the modules, for as long as the context lasts."""
     for path, module in modules.items():
-        for tensor in ("lora_a", "lora_b", "m"):
+        for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
                 setattr(module, tensor, params[f"{path}.{tensor}"])
         if dropout:

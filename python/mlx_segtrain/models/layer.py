@@ -7,16 +7,22 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..lora.dora import Stretch
 from ..schedule import Stage
-from ..stages import MLP_ROWS, SINGLE, Stream, kv_names
+from ..streams import SINGLE, Stream
 from .chain import Chain, Dropout, log_probs_by_rows
-from .dora import Stretch
+from .form import LayerForm, StageForm, linked
+
+#: Rows that an MLP takes at a time. With more tokens, what is inside one stops growing, and its
+#: first product runs twice even where everything is kept. It is the same for every plan, since the
+#: order of sums over rows depends on it.
+MLP_ROWS = 16384
 
 #: x [B, n, T, D] whose first row stands at `offset` → rotated.
 Rotate = Callable[[mx.array, int], mx.array]
@@ -206,9 +212,14 @@ class Mlp:
     up: Projection
     down: Projection
     gelu: bool = False
+    experts = 0
+
+    @property
+    def hidden(self) -> int:
+        return self.down.base.in_dims
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
-        """Of x, which is h behind its norm."""
+        """x is h after its norm."""
         projections = (self.gate, self.up, self.down)
         if linears.plain(*projections):
             whole = map(linears.of, projections)
@@ -217,39 +228,76 @@ class Mlp:
         return linears((ops.geglu if self.gelu else ops.swiglu)(gate, up), self.down)[0]
 
 
+class Branch(Protocol):
+    """What a layer adds to h after attention."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of its gate."""
+        ...
+
+    @property
+    def experts(self) -> int:
+        """Numbers that the experts of a token hold."""
+        ...
+
+    def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
+        """x is h after its norm."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """h + attention(h), then + mlp(h), each between its norms; `finish` turns h into the output.
 
     A stage each, so that they can be run again one by one. `donor` names the layer whose keys and
-    values this one reads; `gives`: others read this one's. `trims`: from here on nobody needs rows
-    before the first one with a loss, but for keys and values of this layer.
+    values this one reads.
     """
 
     name: str
     modules: dict[str, nn.Module]  #: its linears by path in the model
     attention: Attention
-    mlp: Callable[[Linears, mx.array, mx.array], mx.array]
+    mlp: Branch
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     finish: Callable[[Linears, mx.array, mx.array | None], mx.array] | None = None
-    reads_tokens: bool = False  #: `finish` takes the tokens [B, T] as well
+    own_input: int = 0  #: its width; `finish` then takes the tokens [B, T] as well
     donor: str | None = None
-    gives: bool = False
-    trims: bool = False
+
+    @property
+    def form(self) -> LayerForm:
+        """Without its links to other layers but the donor."""
+        attention, wide = self.attention, self.attention.o.base.in_dims
+        return LayerForm(
+            name=self.name,
+            query=wide,
+            key_value=attention.k.base.out_dims if attention.k else 0,
+            hidden=self.mlp.hidden,
+            head=wide // attention.heads,
+            window=attention.window,
+            softcap=bool(attention.softcap),
+            separate_values=attention.v is not None,
+            q_norm=attention.q_norm is not None,
+            v_norm=attention.v_norm is not None,
+            after_norms=self.after_mlp is not None,
+            own_input=self.own_input,
+            experts=self.mlp.experts,
+            donor=self.donor,
+        )
 
     def stages(
-        self, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
+        self,
+        form: LayerForm,
+        scales: Mapping[str, float],
+        stream: Stream,
+        dropout: Dropout | None,
     ) -> list[Stage]:
-        """Of one stream; `scales` are the multipliers of LoRA updates by full path."""
-        positions = [stream.of("positions")] if self.trims else []
-        shared = kv_names(self.donor, stream) if self.donor else []
-        written = kv_names(self.name, stream) if self.gives else []
-        tokens = [stream.of("tokens")] if self.reads_tokens else []
-        h_name = stream.of("h")
+        """The stages of one stream. `form` is this layer's, linked to the others; `scales` are the
+        multipliers of LoRA updates by full path.
+        """
 
         def linears_of(params: Mapping[str, mx.array]) -> Linears:
             return Linears(params, scales, dropout, stream)
@@ -261,13 +309,13 @@ class Layer:
             saved: Sequence[mx.array] = (),
             save: bool = False,
         ) -> tuple[mx.array, ...]:
-            rows = more[0].size if self.trims else h.shape[1]
+            rows = more[0].size if form.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
             given = more[-2:] if self.donor else ()
             r, kv, kept = self.attention(linears_of(params), x, rows, given, saved, save)
             h = h if rows == h.shape[1] else h[:, -rows:]
             h = h + self._branch(r, self.after_attention)
-            return (h, *(kv if self.gives else ()), *(kept if save else ()))
+            return (h, *(kv if form.gives else ()), *(kept if save else ()))
 
         def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
             linears = linears_of(params)
@@ -275,18 +323,8 @@ class Layer:
             h = h + self._branch(r, self.after_mlp)
             return self.finish(linears, h, more[0] if more else None) if self.finish else h
 
-        names = f"{self.name}.self_attn", f"{self.name}.mlp"
-        return [
-            Stage(
-                stream.of(names[0]),
-                attention,
-                (h_name, *positions, *shared),
-                (h_name, *written),
-                saves=True,
-                owner=names[0],
-            ),
-            Stage(stream.of(names[1]), mlp, (h_name, *tokens), (h_name,), owner=names[1]),
-        ]
+        of_attention, of_mlp = form.stages(stream)
+        return [Stage(fn=attention, **vars(of_attention)), Stage(fn=mlp, **vars(of_mlp))]
 
     def _branch(self, r: mx.array, after: Norm | None) -> mx.array:
         """What a branch adds to h."""
@@ -316,8 +354,7 @@ class Embedding:
                 h = h + (scales[self.path] * z).astype(h.dtype)
             return self.finish(h)
 
-        tokens, h = stream.of("tokens"), stream.of("h")
-        return Stage(stream.of(self.path), embed, (tokens,), (h,), owner=self.path)
+        return Stage(fn=embed, **vars(StageForm.embedding(self.path, stream)))
 
 
 @dataclass(frozen=True)
@@ -400,10 +437,8 @@ def chain(
     embeds: bool = False,
 ) -> Chain:
     """The chain of these layers; `embeds`: with the embedding as a stage, so that it may learn."""
-    # Behind the last layer with keys of its own nobody reads rows that have no loss behind them.
-    last = max(i for i, layer in enumerate(layers) if layer.attention.k is not None)
-    trimmed = [replace(layer, trims=i == last) for i, layer in enumerate(layers)]
-    reads_tokens = any(layer.reads_tokens for layer in layers)
+    forms = linked([layer.form for layer in layers])
+    reads_tokens = any(form.own_input for form in forms)
 
     def start(tokens: mx.array) -> dict[str, mx.array]:
         if embeds:
@@ -418,15 +453,16 @@ def chain(
         found = []
         for stream in streams:
             found += [embedding.stage(scales, stream, dropout)] if embeds else []
-            found += [s for layer in trimmed for s in layer.stages(scales, stream, dropout)]
+            for layer, form in zip(layers, forms, strict=True):
+                found += layer.stages(form, scales, stream, dropout)
         return found
 
-    owners = [[f"{layer.name}.self_attn", f"{layer.name}.mlp"] for layer in layers]
+    owners = [list(form.owners) for form in forms]
     if embeds:
         owners[0].insert(0, embedding.path)
     stage_of = {
-        path: f"{layer.name}.{'self_attn' if '.self_attn.' in path else 'mlp'}"
-        for layer in layers
+        path: form.owner_of(path)
+        for layer, form in zip(layers, forms, strict=True)
         for path in layer.modules
     }
     stage_of |= {path: embedding.path if path == embedding.path else "head" for path in outer}
@@ -438,6 +474,7 @@ def chain(
         linears={path: module for layer in layers for path, module in layer.modules.items()},
         stage_of=stage_of,
         layers=owners,
+        forms=forms,
         max_length=max_length,
         trims=True,
         branches=True,

@@ -1,6 +1,5 @@
 """What the files of a model's folder may ask for, looked at before a library reads them."""
 
-import json
 import os
 import re
 import stat
@@ -9,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, word
-from ..files import read_at_most, read_json
-from ..safetensors import read_header
+from ..files import read_json
+from .snapshot import MOST_LAYERS, Snapshot
 
 #: Bytes of a file of JSON that is read as a whole: a tokenizer of half a million tokens has 40 MB.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
-#: Tensors and layers of a model, and experts of a layer, at most.
-MOST_TENSORS, MOST_LAYERS, MOST_EXPERTS = 400_000, 4096, 65_536
+#: Experts of a layer, at most.
+MOST_EXPERTS = 65_536
 #: Numbers of a configuration for which a module, or more, is made each.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
@@ -69,25 +68,25 @@ def _names_other_file(text: str, folder: Path) -> bool:
         return False
 
 
-def check_model(folder: Path) -> None:
-    """InputError for a configuration that asks for more layers than there are tensors, or weights
-    whose headers are none."""
-    config = json.loads(read_at_most(folder / "config.json", MOST_JSON["config.json"]))
-    tensors = 0
-    for file in folder.glob("model*.safetensors"):
-        tensors += len(read_header(file))
-        if tensors > MOST_TENSORS:
-            raise InputError(f"model_dir {folder} has more than {MOST_TENSORS:,} tensors.")
+def check_model(snapshot: Snapshot) -> None:
+    """InputError for a configuration that names a program or asks for more layers than there are
+    tensors, or weights whose headers are none."""
+    if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
+        raise InputError(
+            f"model_dir {snapshot.folder} brings a program of its own (model_file in config.json), "
+            "which is not run: take a model of a family that mlx-lm has."
+        )
+    tensors = len(snapshot.tensors)
     layers = min(tensors, MOST_LAYERS)
     bounds = ((LAYERS, layers), (ROUNDS, MOST_ROUNDS), (EXPERTS, MOST_EXPERTS))
-    for name, value in _leaves(config):
+    for name, value in _leaves(snapshot.config):
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         most = next((most for names, most in bounds if names.fullmatch(name)), None)
         if most is not None and value > most:
             few = LAYERS.fullmatch(name)
             why = f"the weights have {tensors:,} tensors" if few else f"{most:,} is the most"
-            raise InputError(f"model_dir {folder}: {name} is {value:,}, and {why}.")
+            raise InputError(f"model_dir {snapshot.folder}: {name} is {value:,}, and {why}.")
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ What differs is read off mlx-lm's modules: biases, norms of q and k, norms behin
 fused projections, layers without rotation, multipliers.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.nn as nn
 
 from .. import ops
 from .chain import Chain
+from .form import LayerForm, LayerHeaders
 from .layer import (
     Attention,
     Embedding,
@@ -27,8 +29,14 @@ from .layer import (
     rotary,
 )
 
-#: mlx-lm's modules of this form, by file; mistral and MiniCPM5 load as llama.
-FORMS = ("granite", "llama", "ministral3", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+#: mlx-lm's modules of this form, by file, that know full attention only, whatever config.json says.
+WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+FORMS = (*WITHOUT_WINDOWS, "llama", "ministral3")
+#: What mlx-lm loads as one of these, and the models for text and images that hold one.
+TYPES = {
+    *(*FORMS, "mistral", "xverse", "iquestcoder"),
+    *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+}
 PROJECTIONS = (
     *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
@@ -59,6 +67,19 @@ def chain_of(model: Any, prefix: str) -> Chain:
         args.max_position_embeddings,
         outer,
     )
+
+
+def tied(text: Mapping[str, Any]) -> bool:
+    return text.get("tie_word_embeddings", text.get("model_type") != "phi3")
+
+
+def forms(text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
+    types = None if text.get("model_type") in WITHOUT_WINDOWS else text.get("layer_types") or None
+    slides = [types is not None and types[i] == "sliding_attention" for i in range(len(layers))]
+    return [
+        layer.form(text, window=text.get("sliding_window") if own else None)
+        for layer, own in zip(layers, slides, strict=True)
+    ]
 
 
 def _layer(name: str, layer: Any, args: Any) -> Layer:

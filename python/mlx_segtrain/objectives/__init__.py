@@ -1,16 +1,20 @@
 """Objectives: a batch's loss as a head over boundary values. They know no model family."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ..config import TrainConfig
+from ..data import Dataset
 from ..models import Chain
 from ..models.chain import Dropout
 from ..schedule import Cuts, Grads, Params, forward, segmented_value_and_grad
-from ..stages import Stream, head_reads, trim_start
+from ..streams import BatchShape, Stream, head_reads
+from .preference import Dpo, Orpo, Simpo
+from .sft import Sft
 
-__all__ = ["Objective", "stream_values", "value", "value_and_grad"]
+__all__ = ["OBJECTIVES", "Objective", "objective_of", "value", "value_and_grad"]
 
 
 class Objective(Protocol):
@@ -18,6 +22,18 @@ class Objective(Protocol):
 
     All are parts of a mean, over what `total` counts: those of several batches add up.
     """
+
+    unit: str  #: of the loss, in words
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Objective":
+        """With the options of a configuration."""
+        ...
+
+    @property
+    def reference(self) -> "Objective | None":
+        """What gives the numbers of the model without its adapter with which the loss compares."""
+        ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -33,6 +49,20 @@ class Objective(Protocol):
         """What the losses of these batches are to be divided by."""
         ...
 
+    def choices(self, data: Dataset) -> Iterator[Dataset]:
+        """The data for each way in which its batches can run; a run takes the first that fits."""
+        ...
+
+    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
+        """As large as any batch of so many rows is in every respect, one for each number of
+        streams that `streams` gives."""
+        ...
+
+    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
+        """A batch of rows that run `length` tokens, the last `trained` of which are in the loss;
+        of pairs the first `same` tokens are shared."""
+        ...
+
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
         """The sequences a batch runs as."""
         ...
@@ -44,6 +74,14 @@ class Objective(Protocol):
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
         """The function of parameters and reads that gives the outputs."""
         ...
+
+
+#: By the name that a configuration has for it (config.ROWS).
+OBJECTIVES: dict[str, type[Objective]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo, "simpo": Simpo}
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    return OBJECTIVES[config.method].of(config)
 
 
 def value_and_grad(
@@ -94,16 +132,3 @@ def value(
     head = objective.head(chain, needs_grad=False)
     outputs = head(chain.of_head(params), *(scope[name] for name in reads))
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-
-def stream_values(
-    chain: Chain, stream: Stream, tokens: Any, first: int
-) -> tuple[dict[str, mx.array], int]:
-    """Inputs of a stream of tokens [B, T] whose first row that counts is `first`; rows of its h.
-
-    `positions` are those of the rows that h has behind the layer that trims.
-    """
-    length = tokens.shape[1]
-    start = trim_start(first) if chain.trims else 0
-    inputs = {**chain.start(mx.array(tokens)), "positions": mx.arange(start, length)}
-    return {stream.of(name): x for name, x in inputs.items()}, length - start

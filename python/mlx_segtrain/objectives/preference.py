@@ -5,20 +5,23 @@ behind it what differs of the rejected one, as a branch. That is exact under cau
 wherever the first token lies that differs. Only rows that count meet the head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..data import Batch, PairBatch
+from ..config import TrainConfig
+from ..data import Batch, Dataset, Pair, PairBatch, Row
 from ..models import Chain
-from ..stages import PAIR, SHARED_LEAST, Stream, joined
-from . import stream_values
+from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
+from .inputs import stream_values
 
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+#: Pairs that begin with fewer equal tokens run as two streams.
+SHARED_LEAST = 64
 #: 1 − p is at least this in log-odds: a sequence of probability 1 has none.
 LEAST_REST = 1e-7
 
@@ -53,8 +56,53 @@ class Answers:
 class Pairs:
     """What preference objectives have in common; `_loss` is theirs."""
 
+    unit = "per pair"
+    reference: "Reference | None" = None
+    _full = False  #: all of a chosen sequence counts, and not only its response
     metrics: tuple[str, ...] = METRICS
     reads: tuple[str, ...] = ("targets", "members", "weights", "reference", "part")
+
+    def choices(self, data: Dataset) -> Iterator[Dataset]:
+        """With pairs that run what both begin with once, and with pairs that share nothing."""
+        yield data
+        if any(pair.shared >= SHARED_LEAST for pair in data.rows):
+            yield replace(data, rows=[replace(pair, shared=0) for pair in data.rows])
+
+    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
+        pairs: list[Pair] = data.rows
+        alike = [pair for pair in pairs if pair.shared >= SHARED_LEAST]
+        # A batch of several pairs shares what all of them do: with one that does not, nothing.
+        apart = [pair for pair in pairs if pair.shared < SHARED_LEAST] if rows == 1 else pairs
+        if len(alike) == len(pairs):
+            apart = []
+        shapes = []
+        if apart:
+            streams = tuple(
+                StreamShape(
+                    stream, *_lengths([getattr(pair, stream.name) for pair in apart], rows, full)
+                )
+                for stream, full in zip(PAIR, (self._full, False), strict=True)
+            )
+            shapes.append(BatchShape(rows, streams, rows * self._counted(apart)))
+        if alike:
+            length, trimmed = _lengths([pair.chosen for pair in alike], rows, self._full)
+            least = min(pair.shared for pair in alike)
+            rests = [
+                padded(len(pair.rejected), rows) - 1 - (pair.shared if rows == 1 else least)
+                for pair in alike
+            ]
+            shared, rest = max(pair.shared for pair in alike), max(rests)
+            stream = StreamShape(joined(), length + rest, trimmed + rest, shared, rest)
+            shapes.append(BatchShape(rows, (stream,), rows * self._counted(alike)))
+        return shapes
+
+    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
+        trimmed, rest = length - trim_start(length - trained), length - same
+        if same < SHARED_LEAST:
+            streams = tuple(StreamShape(stream, length, trimmed) for stream in PAIR)
+        else:
+            streams = (StreamShape(joined(), length + rest, trimmed + rest, same, rest),)
+        return BatchShape(rows, streams, rows * 2 * trained)
 
     def total(self, batches: Sequence[PairBatch]) -> Total:
         tokens = sum(float(self._likely(batch.chosen).sum()) for batch in batches)
@@ -125,6 +173,14 @@ class Pairs:
         """Weights [B, T] of the tokens of the cross-entropy term."""
         return np.zeros_like(chosen.weights)
 
+    def _counted(self, pairs: Sequence[Pair]) -> int:
+        """Most tokens of a pair that meet the head."""
+        return max(
+            (len(pair.chosen) - 1 if self._full else np.count_nonzero(pair.chosen.weights))
+            + np.count_nonzero(pair.rejected.weights)
+            for pair in pairs
+        )
+
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Tokens [B, T] of a stream, and the rows of it that count: _rows of what it holds."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
@@ -151,6 +207,14 @@ class Pairs:
             "response": own.weights[b, t + 1] > 0,
             "weight": likely[b, t + 1],
         }
+
+
+def _lengths(sequences: Sequence[Row], rows: int, full: bool) -> tuple[int, int]:
+    """Most tokens that run, and most that come into question for the loss: of `full` ones all."""
+    lengths = [padded(len(row), rows) - 1 for row in sequences]
+    first = [0 if full else int(np.flatnonzero(row.weights)[0]) - 1 for row in sequences]
+    trimmed = [n - trim_start(max(t, 0)) for n, t in zip(lengths, first, strict=True)]
+    return max(lengths), max(lengths) if rows > 1 and full else max(trimmed)
 
 
 def _log_probs(
@@ -195,6 +259,16 @@ class Dpo(Pairs):
     beta: float = 0.1
     kind: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     label_smoothing: float = 0.0
+    reference_free: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Dpo":
+        how = (config.dpo_beta, config.dpo_loss, config.label_smoothing)
+        return cls(*how, config.reference_free)
+
+    @property
+    def reference(self) -> Reference | None:
+        return None if self.reference_free else Reference()
 
     def _loss(
         self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
@@ -227,6 +301,14 @@ class Orpo(Pairs):
     weight: float = 0.1
     scope: Literal["full", "response"] = "full"
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Orpo":
+        return cls(config.orpo_lambda, config.sft_scope)
+
+    @property
+    def _full(self) -> bool:
+        return self.scope == "full"
+
     def _loss(
         self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
     ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
@@ -237,7 +319,7 @@ class Orpo(Pairs):
         return loss, (self.weight * chosen, self.weight * rejected), odds
 
     def _likely(self, chosen: Batch) -> np.ndarray:
-        if self.scope == "response":
+        if not self._full:
             return super()._likely(chosen)
         position = np.arange(chosen.tokens.shape[1])
         inside = (position > 0) & (position < chosen.lengths[:, None])
@@ -254,6 +336,10 @@ class Simpo(Pairs):
 
     beta: float = 2.0
     gamma: float = 1.0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Simpo":
+        return cls(config.simpo_beta, config.simpo_gamma)
 
     def _loss(
         self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array

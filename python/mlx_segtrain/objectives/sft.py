@@ -1,23 +1,45 @@
 """Supervised fine-tuning: cross-entropy of the next token, weighted by token."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..data import Batch
+from ..config import TrainConfig
+from ..data import Batch, Dataset
 from ..models import Chain
-from ..stages import SINGLE, Stream
-from . import stream_values
+from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
+from .inputs import stream_values
 
 
 @dataclass(frozen=True)
 class Sft:
     """loss = Σ weights·CE / total, the step's sum of weights: batches add up to one large batch."""
 
+    unit = "nats per token"
+    reference = None
     metrics: tuple[str, ...] = ()
     reads: tuple[str, ...] = ("targets", "weights")
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Sft":
+        return cls()
+
+    def choices(self, data: Dataset) -> Iterator[Dataset]:
+        yield data
+
+    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
+        # The last token is only predicted.
+        length = padded(max(len(row) for row in data.rows), rows) - 1
+        trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
+        first = min((int(t[0]) for t in trained if t.size), default=0)
+        most = max(t.size for t in trained)
+        return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
+
+    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
+        trimmed = length - trim_start(length - trained)
+        return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def total(self, batches: Sequence[Batch]) -> float:
         return float(sum(batch.weights.sum() for batch in batches))

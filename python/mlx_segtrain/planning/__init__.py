@@ -1,7 +1,7 @@
 """Which plan of the segmented backward pass a run takes, from shapes alone, before anything loads.
 
 `read_shape` reads config.json and the headers of the weights; `costs_of` says what each stage
-takes; csrc/planner.cpp finds the plan of least work within the budget.
+takes; csrc/schedule/planner.cpp finds the plan of least work within the budget.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..ranks import choose_ranks
+from ..lora.ranks import choose_ranks
+from ..models.headers import ModelShape, read_shape, shape_of
 from ..schedule import Cuts
+from ..streams import BatchShape
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, StreamShape, costs_of, cpu_logits, head_weight
-from .shapes import ModelShape, read_shape, shape_of
+from .costs import Device, costs_of, cpu_logits, head_weight
 
 __all__ = [
-    "BatchShape",
     "Device",
     "ModelShape",
     "Planned",
-    "StreamShape",
     "budget_bytes",
     "choose",
     "device",

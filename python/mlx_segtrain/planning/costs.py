@@ -7,16 +7,19 @@ floating-point operations of the products.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 
 from .. import _core
-from ..stages import HEAD_ROWS, MLP_ROWS, Stream, head_reads, kv_names
-from .shapes import LayerShape, ModelShape
+from ..models.chain import HEAD_ROWS
+from ..models.form import LayerForm, StageForm
+from ..models.headers import ModelShape
+from ..models.layer import MLP_ROWS
+from ..streams import BatchShape, StreamShape, head_reads
 
 
 @dataclass(frozen=True)
@@ -50,63 +53,6 @@ METAL = Device("metal", size=2)
 COUNTED = ("targets", "weights")
 
 
-@dataclass(frozen=True)
-class StreamShape:
-    """Streams of `length` tokens, of which the last `trimmed` come into question for the loss.
-
-    The last `branch` go on behind the first `shared`.
-    """
-
-    stream: Stream
-    length: int
-    trimmed: int
-    shared: int = 0
-    branch: int = 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer sequence."""
-        return max(self.length - self.branch, self.shared + self.branch)
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """So many rows of each stream; `loss` tokens count, in all."""
-
-    rows: int
-    streams: tuple[StreamShape, ...]
-    loss: int
-    accumulates: bool = False  #: onto the gradient of batches before
-    dropout: bool = False
-    dora: bool = False
-
-    @classmethod
-    def single(cls, rows: int, length: int, trimmed: int, loss: int, **more: bool) -> BatchShape:
-        """Rows of one sequence each."""
-        return cls(rows, (StreamShape(Stream(), length, trimmed),), loss, **more)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(stream.longest for stream in self.streams)
-
-    def stretched(self, length: int) -> BatchShape:
-        """The same in proportion, with so many tokens in the longest sequence."""
-
-        def longer(n: int) -> int:
-            return -(-length * n // self.length)
-
-        streams = tuple(
-            replace(
-                x,
-                **{"length": longer(x.length), "trimmed": longer(x.trimmed)},
-                **{"shared": longer(x.shared), "branch": longer(x.branch)},
-            )
-            for x in self.streams
-        )
-        return replace(self, streams=streams, loss=longer(self.loss))
-
-
 def costs_of(
     model: ModelShape,
     batch: BatchShape,
@@ -118,34 +64,31 @@ def costs_of(
         path: sum(model.widths[path]) * rank + batch.dora * model.widths[path][1]
         for path, rank in ranks.items()
     }
-    last = max(i for i, layer in enumerate(model.layers) if layer.key_value)
+    owned: Counter[str] = Counter()
+    for layer, paths in zip(model.layers, model.linears, strict=True):
+        for path in paths:
+            owned[layer.owner_of(path)] += parameters.get(path, 0)
     embeds, heads = (parameters.get(path, 0) for path in (model.embedding, model.head))
     specs, costs, layers = [], [], []
-    for shape, (i, layer) in product(batch.streams, enumerate(model.layers)):
-        if embeds and i == 0:
-            of = shape.stream.of
-            specs.append(_core.StageSpec(of(model.embedding), [of("tokens")], [of("h")], True))
-            costs.append(_embedding(model, batch, shape, embeds, device))
-        own = {p: n for p, n in parameters.items() if p.startswith(f"{layer.path}.")}
-        attention = sum(n for p, n in own.items() if ".self_attn." in p)
-        mlp = sum(own.values()) - attention
-        donor = None if layer.donor is None else model.layers[layer.donor].path
-        stream = shape.stream
-        after = shape.trimmed if i >= last else shape.length
-        h = stream.of("h")
-        reads = [h, *([stream.of("positions")] if i == last else [])]
-        reads += kv_names(donor, stream) if donor else []
-        writes = [h, *(kv_names(layer.path, stream) if layer.gives else [])]
-        name = stream.of(f"{layer.path}.self_attn")
-        specs.append(_core.StageSpec(name, reads, writes, attention > 0))
-        costs.append(_attention(model, i, batch, shape, after, attention, device))
-        more = [stream.of("tokens")] if layer.per_layer_input else []
-        name = stream.of(f"{layer.path}.mlp")
-        specs.append(_core.StageSpec(name, [h, *more], [h], mlp > 0))
-        costs.append(_mlp(model, layer, batch, shape, after, mlp, device))
-        layers.append(len(specs))
+
+    def add(stage: StageForm, cost: _core.StageCost, trainable: int) -> None:
+        reads, writes = list(stage.reads), list(stage.writes)
+        specs.append(_core.StageSpec(stage.name, reads, writes, trainable > 0))
+        costs.append(cost)
+
+    for shape in batch.streams:
+        after = shape.length
+        if embeds:
+            stage = StageForm.embedding(model.embedding, shape.stream)
+            add(stage, _embedding(model, batch, shape, embeds, device), embeds)
+        for layer in model.layers:
+            after = shape.trimmed if layer.trims else after
+            for stage, cost in zip(layer.stages(shape.stream), (_attention, _mlp), strict=True):
+                own = owned[stage.owner]
+                add(stage, cost(model, layer, batch, shape, after, own, device), own)
+            layers.append(len(specs))
     factors = 4 * sum(parameters.values())
-    per_layer = any(layer.per_layer_input for layer in model.layers)
+    per_layer = any(layer.own_input for layer in model.layers)
     sizes: dict[str, int] = {}
     for shape in batch.streams:
         of, n = shape.stream.of, batch.rows * shape.length
@@ -190,7 +133,7 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 def _attention(
     model: ModelShape,
-    i: int,
+    layer: LayerForm,
     batch: BatchShape,
     shape: StreamShape,
     after: int,
@@ -198,7 +141,6 @@ def _attention(
     device: Device,
 ) -> _core.StageCost:
     """`after` queries a row over all keys. Numbers a token: H, q of all heads, k of its own."""
-    layer = model.layers[i]
     h, q, k, size = model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
@@ -223,7 +165,8 @@ def _attention(
         forward = out * (h + 3 * q) + tokens * (h + 3 * k)
         copies = 0
     if layer.donor is not None:  # dk and dv of the donor's
-        backward += rows * length * 2 * model.layers[layer.donor].key_value
+        donor = next(other for other in model.layers if other.name == layer.donor)
+        backward += rows * length * 2 * donor.key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
     kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # what it writes counts apart
     forward += 2 * k * behind + both * q
@@ -270,7 +213,7 @@ def _attention(
 
 def _mlp(
     model: ModelShape,
-    layer: LayerShape,
+    layer: LayerForm,
     batch: BatchShape,
     shape: StreamShape,
     after: int,
@@ -284,7 +227,7 @@ def _mlp(
     dora = batch.dora and parameters > 0
     tile = tokens if batch.dropout or dora else min(tokens, MLP_ROWS)
     tiled = tile < tokens  # keeps x alone, and makes the rest again tile by tile
-    own = 4 * layer.per_layer_input + (2 * h if layer.per_layer_input else 0)
+    own = 4 * layer.own_input + (2 * h if layer.own_input else 0)
     experts = 6 * layer.experts
     rest = h * layer.after_norms + own + experts
     kept = tokens * (h + rest) + (0 if tiled else 2 * f * tokens)
@@ -309,7 +252,7 @@ def _mlp(
         kept, forward = kept + given, forward + tokens * 2 * f * size
         backward += (given + tokens * 2 * f) * size
     product = 2.0 * tokens * h * f
-    more = 4.0 * tokens * h * layer.per_layer_input + 3 * 2.0 * tokens * h * layer.experts
+    more = 4.0 * tokens * h * layer.own_input + 3 * 2.0 * tokens * h * layer.experts
     return _core.StageCost(
         writes=[tokens * h * size],
         forward=int(forward),
@@ -360,7 +303,7 @@ def _head(
         if device.gpu:  # the weight dequantized, and logits in float32 once more
             inside += head_weight(model, device) + 4 * logits
         return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
-    if device.gpu:  # csrc/head.cpp: a tile of the weight, logits and their cotangents of some rows
+    if device.gpu:  # csrc/ops/head: a tile of the weight, logits and their cotangents of some rows
         tile, chunk = min(model.vocabulary, 16384), min(m, 2048)
         inside = 2 * tile * h + 4 * chunk * tile + 6 * chunk * h + 6 * m * h
         return max(inside, 4 * trimmed * h + 12 * m * h), work
@@ -373,5 +316,5 @@ def head_weight(model: ModelShape, device: Device) -> int:
 
 
 def cpu_logits(model: ModelShape, batch: BatchShape) -> int:
-    """Bytes of the logits that the head has at a time on the CPU: csrc/cpu/cross_entropy.cpp."""
+    """Bytes of the logits that the head has at a time on the CPU: csrc/ops/head/cpu.cpp."""
     return 4 * model.vocabulary * min(batch.loss, 256)

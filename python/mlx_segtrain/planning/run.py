@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 
 from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError, NoRoom
-from ..ranks import asked
+from ..lora.paths import bare
+from ..lora.ranks import asked
+from ..models.headers import ModelShape, read_shape
+from ..objectives import objective_of
 from ..schedule import Cuts
-from ..stages import PAIR, SHARED_LEAST, Stream, joined, padded, trim_start
+from ..streams import BatchShape, Stream, padded
 from . import Planned, choose, longest, named, ranks_of
 from .budget import budget_bytes, device
-from .costs import BatchShape, Device, StreamShape, costs_of
-from .shapes import ModelShape, read_shape
+from .costs import Device, costs_of
 
 if TYPE_CHECKING:
     from ..models import Chain
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,28 @@ class RunPlan:
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
         return f"plan: {text}; {peak:.2f} GB at most of {budget:.2f} GB"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan is within the budget, as far as memory is predicted."""
+        return self.planned is None or self.planned.peak <= self.budget
+
+    def no_room(self, name: str) -> NoRoom:
+        """What to raise if the plan of the model of this name does not fit."""
+        assert self.planned is not None
+        least = "at least " if self.size is None else f"with segment_size {self.size} "
+        most = self.longest()
+        advice = (
+            f"the longest row that fits has {most} tokens (max_seq_length)"
+            if most
+            else "no length fits; lower batch_size or rank, or raise memory_budget_gb"
+        )
+        if self.size is not None and self.within(self.budget).fits:
+            advice = "segment_size auto fits"
+        return NoRoom(
+            f"{name} takes {least}{_gb(self.planned.peak)} for {self.batch.rows} × "
+            f"{self.batch.length} tokens, more than the budget of {_gb(self.budget)}: {advice}."
+        )
 
     def longest(self, budget: int | None = None) -> int:
         """The most tokens a row that fit: with the plan that was asked for, or any."""
@@ -128,7 +154,7 @@ class RunPlan:
         return mx.set_memory_limit(self.planned.limit), mx.set_cache_limit(cache)
 
 
-def ways(config: TrainConfig) -> dict[str, bool]:
+def _ways(config: TrainConfig) -> dict[str, bool]:
     """What of a BatchShape follows from the configuration, and from the adapter it goes on from."""
     from ..adapters import is_dora
 
@@ -146,19 +172,8 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
     """
     # The last token is only predicted.
     length = padded(config.max_seq_length, config.batch_size) - 1
-    part = max(1, round(length * loss))
-    trimmed = length - trim_start(length - part)
-    how = ways(config)
-    same = min(round(length * shared), length - 1)
-    if config.method == "sft":
-        streams = (StreamShape(Stream(), length, trimmed),)
-    elif same < SHARED_LEAST:
-        streams = tuple(StreamShape(stream, length, trimmed) for stream in PAIR)
-    else:
-        rest = length - same
-        streams = (StreamShape(joined(), length + rest, trimmed + rest, same, rest),)
-    loss_rows = part if config.method == "sft" else 2 * part
-    return BatchShape(config.batch_size, streams, config.batch_size * loss_rows, **how)
+    trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
+    return objective_of(config).full_shape(config.batch_size, length, trained, same)
 
 
 def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
@@ -166,12 +181,29 @@ def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
 
     NoRoom if one does not fit, before a load; InputError if the model cannot take them.
     """
+    return first_that_fits(config, [batches], tuple)[1]
+
+
+def first_that_fits(
+    config: TrainConfig, choices: Iterable[T], shapes: Callable[[T], Sequence[BatchShape]]
+) -> tuple[T, RunPlan]:
+    """The first choice whose shapes fit, and its plan; raises what plan_run raises of the first."""
+    plans = []
+    for own in choices:
+        plans.append(_planned(config, shapes(own)))
+        if plans[-1].fits:
+            return own, plans[-1]
+    raise plans[0].no_room(Path(config.model_dir).name)
+
+
+def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
+    """The plan, which may not fit; NoRoom if the weights alone do not."""
     shape = read_shape(config.model_dir)
-    name = Path(config.model_dir).name
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
             f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
-            f"{shape.max_length} tokens: lower it."
+            f"{shape.max_length} tokens: lower it.",
+            field="max_seq_length",
         )
     ranks = _ranks(config, shape) if shape.fast else {}
     given = config.memory_budget_gb
@@ -181,32 +213,18 @@ def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
         size = 1
     on = device(config.deterministic)
     on = replace(on, size=max(on.size, shape.float_size))
-    run = RunPlan(shape, batches, ranks, on, budget, size, ())
+    how = _ways(config)
+    own = tuple(replace(batch, **how) for batch in batches)
+    run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
     if weights > budget:
         raise NoRoom(
-            f"the weights of {name} alone take {_gb(weights)}, more than the budget of "
-            f"{_gb(budget)}: take a smaller model, or raise memory_budget_gb."
+            f"the weights of {Path(config.model_dir).name} alone take {_gb(weights)}, more than "
+            f"the budget of {_gb(budget)}: take a smaller model, or raise memory_budget_gb."
         )
     if not shape.fast:
         return run
-    run = run.within(budget) if size is None else run.of_size(size)
-    assert run.planned is not None
-    if run.planned.peak > budget:
-        least = "at least " if size is None else f"with segment_size {size} "
-        most = run.longest()
-        advice = (
-            f"the longest row that fits has {most} tokens (max_seq_length)"
-            if most
-            else "no length fits; lower batch_size or rank, or raise memory_budget_gb"
-        )
-        if size is not None and all(plan.peak <= budget for plan in run.within(budget).plans):
-            advice = "segment_size auto fits"
-        raise NoRoom(
-            f"{name} takes {least}{_gb(run.planned.peak)} for {run.batch.rows} × "
-            f"{run.batch.length} tokens, more than the budget of {_gb(budget)}: {advice}."
-        )
-    return run
+    return run.within(budget) if size is None else run.of_size(size)
 
 
 def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
@@ -215,12 +233,13 @@ def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     from ..adapters import ranks_in
 
     found = ranks_in(config.warm_start, shape.tied)
-    known = {path.removeprefix("language_model."): path for path in shape.widths}
-    ranks = {known.get(path.removeprefix("language_model."), ""): r for path, r in found.items()}
+    known = {bare(path): path for path in shape.widths}
+    ranks = {known.get(bare(path), ""): r for path, r in found.items()}
     if "" in ranks:
         raise InputError(
             f"warm_start {config.warm_start} adapts linears that {Path(config.model_dir).name} "
-            "does not have: it was trained on another model."
+            "does not have: it was trained on another model.",
+            field="warm_start",
         )
     return ranks
 

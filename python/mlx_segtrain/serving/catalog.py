@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters import discovery
-from ..adapters.folder import bare
 from ..errors import InputError
-from ..planning.shapes import read_shape
-from .guard import CLOSED
+from ..lora.paths import bare
+from ..models.headers import read_shape
+from ..models.snapshot import Snapshot
+from .roots import CLOSED
 
 #: Folders below a root that are looked into, and how many at most.
 DEPTH, MOST = 6, 20_000
@@ -82,7 +83,8 @@ def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> lis
 
 def look(path: Path) -> Model:
     """InputError if the folder is no model's."""
-    shape = read_shape(path)
+    snapshot = Snapshot(path)
+    shape = read_shape(snapshot)
     bits = list(shape.bits.values())
     n = sum(
         math.prod(shape.widths.get(name.removesuffix(".weight"), size))
@@ -95,7 +97,7 @@ def look(path: Path) -> Model:
         family=shape.family,
         fast=shape.fast,
         bits=max(set(bits), key=bits.count) if bits else None,
-        size_bytes=sum(file.stat().st_size for file in path.glob("model*.safetensors")),
+        size_bytes=snapshot.size_bytes,
         parameters=n,
         max_length=shape.max_length,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from .guard import Roots
+from .roots import Roots
 
 __all__ = ["confine", "confined", "path_of"]
 

@@ -5,14 +5,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from ..errors import RunError
+
 __all__ = ["Busy", "Pool"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Busy(Exception):
-    """A request that is not taken now. The message is one sentence: why, and what to do."""
+class Busy(RunError):
+    """A request that is not taken now. The message is one sentence: why, and what to do.
+
+    `status` and `code` are those with which it is answered.
+    """
+
+    status, code = 429, "busy"
 
 
 class Pool:

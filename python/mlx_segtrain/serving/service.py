@@ -13,36 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.discovery import Found
-from ..config import TrainConfig, load_config
+from ..config import PATHS, REFUSED, TrainConfig, load_config
 from ..data import Preview, Report
 from ..errors import InputError, NoRoom, RunError
+from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
-from ..training import record
-from ..training.contents import check_own
-from . import catalog, pushing
-from .confined import INSPECTING, INSPECTIONS, Confined
-from .engine import Engine
-from .guard import Roots
-from .jobs import Full, Jobs
-from .mounting import Base
-from .pools import Busy, Pool
+from . import catalog
+from .confined.parent import INSPECTING, INSPECTIONS, Confined, prompts
+from .generation.decoding import Options
+from .generation.engine import Engine
+from .generation.mounting import Base, Selected, free_id
+from .generation.pieces import Generation
+from .jobs.kinds import KINDS
+from .jobs.outputs import Outputs
+from .jobs.queue import Full, Jobs
+from .jobs.row import Row
+from .pools import Pool
+from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
-from .store import Row
 
-#: Fields of a configuration that are paths.
-PATHS = ("model_dir", "data_dir", "adapter_path", "warm_start")
-#: Fields that the command line alone has: a client of the server must not run commands.
-OWN = {"eval_command": "it runs a command, which the command line alone may"}
-#: Fields of jobs that are paths.
-JOB_PATHS = (*PATHS, "output_dir", "base_model", "source")
+#: Fields of jobs that are paths, each once.
+JOB_PATHS = tuple(
+    dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
+)
 #: Models whose tokenizers are kept for inspections, besides the served one's.
 MOST_CONFINED = 2
 #: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
-#: Folders of the store in which outputs are.
-OUTPUTS = ("adapters", "exports", "models")
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
@@ -52,9 +51,11 @@ BURST, PER_MINUTE = 60, 60
 class Fault(InputError):
     """A field that is wrong: its name, what it was, what is allowed."""
 
-    def __init__(self, message: str, field: str | None, value: Any = None, allowed: str = ""):
-        super().__init__(message)
-        self.field, self.value, self.allowed = field, value, allowed
+    status = 422
+
+    def __init__(self, message: str, field: str | None = None, **more: Any):
+        super().__init__(message, field=field)
+        self.more = {"field": field, **more} if field is not None else {}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Service:
         self.settings = settings
         self.roots = Roots(settings.folders, settings.store)
         self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders)
+        self.outputs = Outputs(settings.store, self.roots, self.jobs)
         self.engine = Engine()
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
@@ -106,8 +108,13 @@ class Service:
             now = resident() or least
             least = min(least, now)
             if now > least + TIDY_BYTES:
-                with suppress(Busy, RunError):
+                with suppress(RunError):
                     await self.engine.tidy()
+
+    @property
+    def waits(self) -> bool:
+        """Whether answers wait for a job that computes."""
+        return self.settings.while_training == "refuse" and self.jobs.training
 
     # What there is
 
@@ -146,17 +153,46 @@ class Service:
         """Loads a model in the place of the one that is served."""
         return await self.engine.load(self.roots.resolve(model_dir))
 
+    # Answers
+
+    @property
+    def base(self) -> Base | None:
+        """The model that is served."""
+        return self.engine.base
+
+    async def select(self, adapter: str | None) -> Selected:
+        """The base, with the adapter of a folder or alone; mounts what is not mounted yet."""
+        if not adapter:
+            return self.engine.select("none")
+        mounted = self.engine.adapters
+        id = next((own.id for own in mounted.values() if str(own.path) == adapter), None)
+        if id is None:
+            path = Path(adapter)
+            id = (await self.engine.mount(free_id(path.name, mounted), path)).id
+        return self.engine.select(id)
+
+    async def chat(
+        self, turns: list[dict[str, str]], selected: Selected, max_tokens: int, temperature: float
+    ) -> Generation:
+        """The next turn; a model without a chat template goes on from the text."""
+        options = Options(max_tokens=max_tokens, temperature=temperature)
+        size = sum(len(own["content"]) for own in turns)
+        prompt = await prompts(size).run(selected.encode_turns, turns)
+        return self.engine.generate(prompt, selected, options)
+
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
         """As the command line checks it; paths lie under the roots. Fault, Outside, InputError."""
-        for name, why in OWN.items():
+        for name, why in REFUSED.items():
             if values.get(name) is not None:
-                raise Fault(f"{name} is not taken: {why}.", name, values[name], "nothing")
+                raise Fault(
+                    f"{name} is not taken: {why}.", name, value=values[name], allowed="nothing"
+                )
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
-            raise Fault(str(error), None) from None
+            raise Fault(str(error), error.field) from None
         paths = {
             name: self.roots.resolve(getattr(config, name))
             for name in PATHS
@@ -200,54 +236,26 @@ class Service:
 
     def submit(self, values: Mapping[str, Any]) -> Row:
         """A training run."""
-        fill = {} if values.get("adapter_path") else {"adapter_path": self._new("adapter")}
+        fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config({**given, **fill})
         _check_inputs(config, "train")
-        self._check_output(config)
+        self.outputs.check_run(config)
         stated = config.model_dump(mode="json", include=set(given) | set(fill))
         return self._submit("finetune", stated, config.adapter_path)
 
-    def fold(
-        self,
-        model_dir: str,
-        adapter_path: str,
-        output_dir: str | None = None,
-        *,
-        dequantize: bool = False,
-        bits: int | None = None,
-        dtype: str | None = None,
-    ) -> Row:
-        """An adapter into its base's weights."""
-        out = self._output(output_dir, "model")
-        values = {"model_dir": self._path(model_dir), "adapter_path": self._path(adapter_path)}
-        how = {"dequantize": dequantize, "bits": bits, "dtype": dtype}
-        return self._submit("fold", {**values, **how, "output_dir": str(out)}, out)
-
-    def merge(
-        self,
-        adapters: list[str],
-        scales: list[float] | None = None,
-        output_dir: str | None = None,
-    ) -> Row:
-        """Adapters to one."""
-        out = self._output(output_dir, "merged")
-        paths = [self._path(path) for path in adapters]
-        values = {"adapters": paths, "scales": scales, "output_dir": str(out)}
-        return self._submit("merge", values, out)
-
-    def export(
-        self,
-        adapter_path: str,
-        base_model: str | None = None,
-        method: str = "peft",
-        output_dir: str | None = None,
-    ) -> Row:
-        """An adapter as others read it."""
-        out = self._output(output_dir, "export")
-        base = None if base_model is None else self._path(base_model)
-        values = {"adapter_path": self._path(adapter_path), "base_model": base, "method": method}
-        return self._submit("export", {**values, "output_dir": str(out)}, out)
+    def enqueue(self, kind: str, **values: Any) -> Row:
+        """A job of another kind, which says what has to be true of its values (kinds.py)."""
+        own, out = KINDS[kind], None
+        if own.makes is not None:
+            out = self.outputs.given(values.pop("output_dir", None), own.makes)
+        for name in own.folders:
+            given = values[name]
+            if given is not None:
+                several = isinstance(given, list)
+                values[name] = [*map(self._path, given)] if several else self._path(given)
+        own.check(values)
+        return self._submit(kind, {**values, "output_dir": str(out)} if out else values, out)
 
     def evaluate(self, values: Mapping[str, Any], split: str = "valid") -> Row:
         """Loss of a model, with an adapter or without."""
@@ -258,18 +266,10 @@ class Service:
         return self._submit("evaluate", {**stated, "split": split}, None)
 
     def resume(self, id: str) -> Row:
-        """Queues a job again; KeyError if there is none."""
+        """Queues a job again; InputError if there is none."""
+        self.jobs.get(id)
         self._take_token()
         return self.jobs.resume(id)
-
-    def push(self, repo_id: str, source: str, private: bool) -> Row:
-        """An adapter or a model to the Hugging Face hub, with the token that was set or this
-        machine's own."""
-        if not self.has_hf_token:
-            raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
-        values = {"repo_id": repo_id, "source": self._path(source), "private": private}
-        pushing.check(Path(values["source"]))
-        return self._submit("push", values, None)
 
     @property
     def has_hf_token(self) -> bool:
@@ -279,7 +279,7 @@ class Service:
 
     def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
         if len(json.dumps(values)) > MOST_CONFIG:
-            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.", None)
+            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.")
         self._take_token()
         return self.jobs.submit(kind, values, output)
 
@@ -294,68 +294,16 @@ class Service:
     def _check_paths(self, values: Mapping[str, Any]) -> None:
         """Of a job that is about to run: roots may be others than when it was submitted."""
         for name in JOB_PATHS:
-            if values.get(name) is not None:
-                self.roots.resolve(values[name])
-        for path in values.get("adapters") or ():
-            self.roots.resolve(path)
-
-    def _check_output(self, config: TrainConfig) -> None:
-        """A run clears its folder by name: it must be new, or a run's."""
-        path = config.adapter_path
-        self._check_place(path)
-        store = self.settings.store.resolve()
-        near = [*self.roots.folders, store, store / "jobs", config.model_dir, config.data_dir]
-        near += [config.warm_start] if config.warm_start else []
-        if any(other.is_relative_to(path) for other in near) or any(
-            path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
-        ):
-            raise InputError(f"adapter_path {path} is in use by others: give a folder of its own.")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return
-        try:
-            record.read(path)
-            check_own(path)
-        except InputError as error:
-            reason = f"holds no run of ours: give a new folder. {error}"
-            raise InputError(f"adapter_path {path} is there, and {reason}") from None
-        if not (config.overwrite or config.resume):
-            raise InputError(
-                f"adapter_path {path} already holds a run: give another folder, resume or "
-                "overwrite."
-            )
+            given = values.get(name)
+            for path in given if isinstance(given, list) else [given]:
+                if path is not None:
+                    self.roots.resolve(path)
 
     def _path(self, text: str) -> str:
         path = self.roots.resolve(text)
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: give one that is there.")
         return str(path)
-
-    def _output(self, text: str | None, kind: str) -> Path:
-        out = self._new(kind) if text is None else self.roots.resolve(text)
-        self._check_place(out)
-        if out.exists():
-            raise InputError(f"{out} is there already: give a new folder.")
-        return out
-
-    def _check_place(self, out: Path) -> None:
-        """In our store outputs have folders of theirs: all other names there are its own."""
-        store = self.settings.store.resolve()
-        if out.is_relative_to(store):
-            parts = out.relative_to(store).parts
-            if len(parts) < 2 or parts[0] not in OUTPUTS:
-                names = ", ".join(OUTPUTS)
-                raise InputError(f"{out} is the store's own: give a folder below its {names}.")
-
-    def _new(self, kind: str) -> Path:
-        """A folder in our own store that is not there yet."""
-        where = {"export": "exports", "model": "models"}.get(kind, "adapters")
-        stamp = time.time_ns() // 1_000_000
-        taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}
-        while True:
-            path = self.settings.store.resolve() / where / f"{kind}-{stamp}"
-            if not path.exists() and str(path) not in taken:
-                return path
-            stamp += 1
 
 
 def resident() -> int | None:
@@ -369,8 +317,7 @@ def resident() -> int | None:
 
 def _check_inputs(config: TrainConfig, split: str) -> None:
     """What can be said before a job begins."""
-    if not (config.model_dir / "config.json").is_file():
-        raise InputError(f"model_dir {config.model_dir} holds no config.json: no model there.")
+    Snapshot(config.model_dir).file("config.json", "configuration")
     if not (config.data_dir / f"{split}.jsonl").is_file():
         raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
 

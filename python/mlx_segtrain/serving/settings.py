@@ -7,9 +7,10 @@ from typing import Literal
 
 from ..errors import InputError
 from ..files import cache_dir
-from .guard import LOOPBACK
 
 PORT = 8090
+#: Names of this machine for itself.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ not by their names."""
 import re
 from pathlib import Path
 
-from ..adapters.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from ..errors import InputError
 from ..files import ASIDE
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
 
 __all__ = ["REMOVED", "check_own", "evaluated_name"]

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import events, lora
+from .. import events
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import split_paths
 from ..errors import InputError
 from ..lora import Adapter
-from ..models import Chain, chain_of, load_base
-from ..objectives import Objective, value
-from ..policy import run_policy
+from ..models import Chain, adapting, chain_of, load_base
+from ..objectives import Objective, objective_of, value
 from ..schedule import Params
+from .policy import run_policy
 from .references import with_references
 
 
@@ -70,7 +70,7 @@ def evaluate(
 def _evaluate(
     config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
 ) -> EvalResult:
-    from .setup import check_length, check_tokens, objective_of
+    from .setup import check_length, check_tokens
 
     train_file, valid_file = split_paths(config.data_dir)
     file = train_file if split == "train" else valid_file
@@ -84,11 +84,14 @@ def _evaluate(
     adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
     dataset = load_split(file, tokenizer, Options.of(config))
     check_tokens(model, dataset)
-    if config.method == "dpo" and not config.reference_free:
+    objective = objective_of(config)
+    if objective.reference is not None:
         rows = range(len(dataset.rows))
-        dataset = with_references(config, chain, lambda event: None, dataset, rows)
-    params = lora.stage_params(chain, adapter)
-    what = (objective_of(config), chain, adapter.scales, params, dataset, config.batch_size)
+        dataset = with_references(
+            objective.reference, config, chain, lambda event: None, dataset, rows
+        )
+    params = adapting.stage_params(chain, adapter)
+    what = (objective, chain, adapter.scales, params, dataset, config.batch_size)
     loss, metrics = measure(*what)
     return EvalResult(
         loss=loss,

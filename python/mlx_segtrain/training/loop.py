@@ -1,6 +1,5 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -13,10 +12,9 @@ import mlx.core as mx
 from .. import events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
-from ..errors import InputError
-from ..lora import attached
+from ..errors import InputError, is_out_of_memory
+from ..models.adapting import attached
 from ..planning.run import RunPlan
-from ..policy import run_policy
 from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
@@ -25,17 +23,16 @@ from .judging import Score, command_score, numbers, sample
 from .keeping import Keeper
 from .log import RunLog
 from .memory import Memory, process_peak
+from .policy import run_policy
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import Setup, check_output, prepare, read_inputs
+from .setup import Setup, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
 
 T = TypeVar("T")
-#: What MLX and its back ends say when an allocation fails.
-NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
 def train(
@@ -195,7 +192,7 @@ class Run:
             try:
                 return take()
             except (RuntimeError, MemoryError) as error:
-                if not NO_MEMORY.search(str(error)):
+                if not is_out_of_memory(error):
                     raise
                 cheaper, reason = self.step.plan.cheaper(), str(error)
             # Outside of the handler: the exception's frames hold arrays of the step.
@@ -211,7 +208,7 @@ class Run:
     def _change_plan(self, plan: RunPlan, reason: str) -> None:
         self.step.plan = plan
         plan.set_limits()
-        self.tell(events.stage("setup", self._share, f"{reason}, from now on {plan}"))
+        self.tell(plan_event(plan, self._share, f"{reason}, from now on {plan}"))
 
     @property
     def _share(self) -> float:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from .. import events
 from ..config import TrainConfig
 from ..data import batches
-from ..policy import run_policy
+from .policy import run_policy
 from .results import ProbeResult
 from .setup import prepare, read_inputs
 from .step import Halted, Stepper

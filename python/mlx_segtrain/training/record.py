@@ -14,11 +14,11 @@ from uuid import uuid4
 import mlx.core as mx
 
 from .. import events
-from ..adapters.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
-from ..config import TrainConfig, flag
+from ..config import FACETS, TrainConfig, flag
 from ..data.dataset import split_paths
 from ..errors import InputError, RunError
 from ..files import hashes, sha256, write_json
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from .checkpoint import found, torn
 
 NAME = "run.json"
@@ -27,19 +27,6 @@ OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.tx
 #: And an adapter's.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
-#: Fields that change nothing of what a run computes.
-FREE = (
-    *("adapter_path", "model_dir", "data_dir", "warm_start", "overwrite", "resume", "strict"),
-    *("grad_checkpoint", "segment_size", "memory_budget_gb", "report_to"),
-    *("steps_per_report", "steps_per_save", "keep_checkpoints", "save_checkpoints"),
-    *("sample_prompts", "sample_tokens", "eval_command", "keep_best"),
-)
-#: Fields that make the steps to come others than they would have been.
-STEERING = (
-    *("iters", "epochs", "learning_rate", "lr_schedule", "warmup_iters", "weight_decay"),
-    *("grad_clip_norm", "on_spike", "steps_per_eval", "early_stopping_patience"),
-    "deterministic",
-)
 
 
 def files_of(config: TrainConfig) -> dict[str, Path]:
@@ -187,12 +174,12 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     """
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
-    for name, field in TrainConfig.model_fields.items():
-        then = before.get(name, field.default)
-        if name in FREE or now[name] == then:
+    for name, own in FACETS.items():
+        then = before.get(name, TrainConfig.model_fields[name].default)
+        if own.on_resume == "free" or now[name] == then:
             continue
         change = f"{name} is {now[name]}, but the run in {run} began with {then}"
-        if name not in STEERING:
+        if own.on_resume == "refuse":
             raise InputError(f"{change}: give {flag(name)} {then}, or begin another run.")
         warn(f"{change}: from here on it is another run than it would have been")
         same = False

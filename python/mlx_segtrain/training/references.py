@@ -18,41 +18,42 @@ import numpy as np
 
 from .. import _core, events
 from ..config import TrainConfig
-from ..data import Dataset, Pair, eval_batches
+from ..data import Dataset, Pair, Row, eval_batches
+from ..data.dataset import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
-from ..objectives import value
-from ..objectives.preference import Reference
+from ..objectives import Objective, value
 
 #: Bytes of a key.
 KEY = 16
 
 
 def with_references(
+    reference: Objective,
     config: TrainConfig,
     chain: Chain,
     on_event: events.OnEvent,
     data: Dataset,
     wanted: Collection[int],
 ) -> Dataset:
-    """The data, in which the wanted pairs have their `reference`.
+    """The data, in which the wanted rows have the outputs of `reference` as theirs.
 
     Each is computed alone: what it is beside others must not depend on who they are.
     """
     file = cache_dir() / "references" / f"{model_key(config)}.npz"
     known = _read(file)
-    keys = [pair_key(pair) for pair in data.rows]
+    keys = [row_key(row) for row in data.rows]
     missing = sorted(i for i in set(wanted) if keys[i] not in known)
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         part = replace(data, rows=[data.rows[i] for i in missing])
-        objective = Reference()
         found: Iterator[Any] = eval_batches(part, 1)
         for batch in found:
-            (sums,) = value(objective, chain, {}, {}, batch, objective.total([batch]))
-            for i, both in zip(batch.rows, np.array(sums).reshape(2, -1).T, strict=True):
-                known[keys[missing[int(i)]]] = (float(both[0]), float(both[1]))
+            (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
+            by_row = np.array(sums).reshape(-1, len(batch.rows)).T
+            for i, own in zip(batch.rows, by_row, strict=True):
+                known[keys[missing[int(i)]]] = tuple(map(float, own))
         try:
             _write(file, known)
         except OSError as error:
@@ -61,7 +62,7 @@ def with_references(
                 events.warning(f"{file} cannot be written ({reason}): not kept for other runs")
             )
     rows = [
-        replace(pair, reference=known.get(key)) for pair, key in zip(data.rows, keys, strict=True)
+        replace(row, reference=known.get(key)) for row, key in zip(data.rows, keys, strict=True)
     ]
     return replace(data, rows=rows)
 
@@ -85,29 +86,28 @@ def model_key(config: TrainConfig) -> str:
     return digest.hexdigest()
 
 
-def pair_key(pair: Pair) -> bytes:
-    """Of both sequences' tokens, and which of them are the response."""
+def row_key(whole: Row | Pair) -> bytes:
+    """Of the tokens of its sequences, and which of them are the response."""
     digest = hashlib.blake2b(digest_size=KEY)
-    for row in (pair.chosen, pair.rejected):
+    for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(row.ids.astype("<i4").tobytes() + (row.weights > 0).tobytes())
     return digest.digest()
 
 
-def _read(file: Path) -> dict[bytes, tuple[float, float]]:
+def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
     """What is known; nothing if the file cannot be read, since it can be computed again."""
     try:
         with np.load(file) as stored:
             keys, values = stored["keys"], stored["values"]
             return {
-                key.tobytes(): (float(c), float(r))
-                for key, (c, r) in zip(keys, values, strict=True)
+                key.tobytes(): tuple(map(float, own)) for key, own in zip(keys, values, strict=True)
             }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
 
 
-def _write(file: Path, known: dict[bytes, tuple[float, float]]) -> None:
+def _write(file: Path, known: dict[bytes, tuple[float, ...]]) -> None:
     make_folder(file.parent)
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, KEY)
     with atomic(file) as aside, open(aside, "wb") as stored:

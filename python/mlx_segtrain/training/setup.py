@@ -8,26 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from .. import events, lora
+from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, Options, Pair, Prompting, Row, batches, load_dataset
+from ..data import Dataset, Options, Prompting, batches, load_dataset
 from ..data.dataset import remarks, sequences
 from ..errors import InputError
 from ..files import clean
-from ..lora import Adapter
-from ..models import Chain, chain_of, load_model, load_tokenizer
+from ..lora import ARRAYS, KINDS, Adapter
+from ..lora.ranks import asked
+from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
-from ..objectives import Objective
-from ..objectives.preference import Dpo, Orpo, Simpo
-from ..objectives.sft import Sft
-from ..planning import BatchShape, StreamShape
-from ..planning.run import RunPlan, plan_run, ways
-from ..ranks import asked
+from ..objectives import Objective, objective_of
+from ..planning.run import RunPlan, first_that_fits
 from ..schedule import Grads
-from ..stages import PAIR, SHARED_LEAST, SINGLE, joined, padded, trim_start
 from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
@@ -132,16 +127,6 @@ def check_length(chain: Chain, max_seq_length: int) -> None:
         )
 
 
-def objective_of(config: TrainConfig) -> Objective:
-    if config.method == "dpo":
-        return Dpo(config.dpo_beta, config.dpo_loss, config.label_smoothing)
-    if config.method == "orpo":
-        return Orpo(config.orpo_lambda, config.sft_scope)
-    if config.method == "simpo":
-        return Simpo(config.simpo_beta, config.simpo_gamma)
-    return Sft()
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What is read before a model is loaded. `config` has the steps that its epochs come to."""
@@ -178,21 +163,17 @@ def prepare(
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
     """
-    config, train, valid = inputs.config, inputs.train, inputs.valid
-    apart = resumed is not None and resumed.apart
-    try:
-        plan = plan_run(config, *largest_batches(_apart(train) if apart else train, config))
-    except InputError as error:
-        if resumed is not None or not _shares(train):
-            raise
-        try:  # pairs share nothing if only apart they fit
-            plan, apart = plan_run(config, *largest_batches(_apart(train), config)), True
-        except InputError:
-            raise error from None
-    train = _apart(train) if apart else train
-    on_event(events.stage("setup", 0.02, str(plan)))
+    config, valid = inputs.config, inputs.valid
+    objective = objective_of(config)
+    choices = objective.choices(inputs.train)
+    if resumed is not None:
+        choices = [list(choices)[-1 if resumed.apart else 0]]
+    train, plan = first_that_fits(
+        config, choices, lambda data: objective.batch_shapes(data, config.batch_size)
+    )
+    on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(config, plan, train, valid, inputs.tokenizer)
-    setup = replace(setup, apart=apart)
+    setup = replace(setup, apart=train is not inputs.train)
     if coarse := _coarse(setup):
         on_event(
             events.warning(
@@ -200,9 +181,9 @@ def prepare(
                 "only we can load this adapter."
             )
         )
-    if config.method == "dpo" and not config.reference_free:
+    if objective.reference is not None:
         with plan.limits():
-            setup = _referenced(setup, on_event)
+            setup = _referenced(setup, objective.reference, on_event)
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {train.summary}"))
     return setup, vector
 
@@ -212,16 +193,6 @@ def _coarse(setup: Setup) -> str | None:
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
-
-
-def _apart(train: Dataset) -> Dataset:
-    """With pairs that share nothing."""
-    return replace(train, rows=[replace(pair, shared=0) for pair in train.rows])
-
-
-def _shares(train: Dataset) -> bool:
-    """Whether any batch runs what both of a pair begin with once."""
-    return any(isinstance(row, Pair) and row.shared >= SHARED_LEAST for row in train.rows)
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
@@ -238,6 +209,11 @@ def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
     return config.model_copy(update={"iters": iters})
 
 
+def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
+    peak = None if plan.planned is None else plan.planned.peak
+    return events.plan(progress, message, peak, plan.budget)
+
+
 def load_setup(
     config: TrainConfig, plan: RunPlan, train: Dataset, valid: Dataset | None, tokenizer: Any
 ) -> tuple[Setup, mx.array]:
@@ -249,16 +225,17 @@ def load_setup(
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
-        ranks = lora.choose_ranks(chain, **asked(config))
-        kinds: dict[str, bool] = {"root": config.rs_lora, "dora": config.use_dora}
-        adapter = lora.init(chain, ranks, config.scale, config.seed, **kinds)
+        ranks = adapting.choose_ranks(chain, **asked(config))
+        kinds = {kind.word: getattr(config, f"use_{kind.word}") for kind in KINDS}
+        how = {"root": config.rs_lora, **kinds}
+        adapter = adapting.init(chain, ranks, config.scale, config.seed, **how)
     chain = chain.adapting(adapter.scales)
     if any(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
         plan = replace(plan, plans=())  # the family takes the generic path after all
-    params = lora.stage_params(chain, adapter)
+    params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
@@ -267,8 +244,8 @@ def load_setup(
     return Setup(*what, train, valid, tokenizer, plan), vector
 
 
-def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
-    """With what the model without adapter gives for the pairs that the run will see."""
+def _referenced(setup: Setup, reference: Objective, on_event: events.OnEvent) -> Setup:
+    """With what the model without adapter gives for the rows that the run will see."""
     config = setup.config
     source = batches(setup.train, config.batch_size, config.seed)
     steps = config.iters * config.grad_accumulation_steps
@@ -276,70 +253,17 @@ def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     seen = {int(i) for _, batch in zip(range(steps), source, strict=False) for i in batch.rows}
     if steps >= 2 * epoch:
         seen = set(range(len(setup.train.rows)))
-    how = (config, setup.chain, on_event)
+    how = (reference, config, setup.chain, on_event)
     train = with_references(*how, setup.train, seen)
     valid = setup.valid and with_references(*how, setup.valid, range(len(setup.valid.rows)))
     return replace(setup, train=train, valid=valid)
 
 
-def largest_batches(data: Dataset, config: TrainConfig) -> list[BatchShape]:
-    """As large as any of the data's in every respect, one for each number of streams there is."""
-    rows = config.batch_size
-    how = ways(config)
-    if config.method == "sft":
-        # The last token is only predicted.
-        length = padded(max(len(row) for row in data.rows), rows) - 1
-        trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
-        first = min((int(t[0]) for t in trained if t.size), default=0)
-        streams = (StreamShape(SINGLE[0], length, length - trim_start(first)),)
-        return [BatchShape(rows, streams, rows * max(t.size for t in trained), **how)]
-    full = config.method == "orpo" and config.sft_scope == "full"
-    pairs: list[Pair] = data.rows
-    alike = [pair for pair in pairs if pair.shared >= SHARED_LEAST]
-    # A batch of several pairs shares what all of them do: with one that does not, nothing.
-    apart = [pair for pair in pairs if pair.shared < SHARED_LEAST] if rows == 1 else pairs
-    if len(alike) == len(pairs):
-        apart = []
-    shapes = []
-    if apart:
-        streams = tuple(
-            StreamShape(stream, *_rows([getattr(pair, stream.name) for pair in apart], rows, full))
-            for stream, full in zip(PAIR, (full, False), strict=True)
-        )
-        shapes.append(BatchShape(rows, streams, rows * _counted(apart, full), **how))
-    if alike:
-        length, trimmed = _rows([pair.chosen for pair in alike], rows, full)
-        least = min(pair.shared for pair in alike)
-        rests = [
-            padded(len(pair.rejected), rows) - 1 - (pair.shared if rows == 1 else least)
-            for pair in alike
-        ]
-        shared, rest = max(pair.shared for pair in alike), max(rests)
-        stream = StreamShape(joined(), length + rest, trimmed + rest, shared, rest)
-        shapes.append(BatchShape(rows, (stream,), rows * _counted(alike, full), **how))
-    return shapes
-
-
-def _rows(sequences: list[Row], rows: int, full: bool) -> tuple[int, int]:
-    """Most tokens that run, and most that come into question for the loss: of `full` ones all."""
-    lengths = [padded(len(row), rows) - 1 for row in sequences]
-    first = [0 if full else int(np.flatnonzero(row.weights)[0]) - 1 for row in sequences]
-    trimmed = [n - trim_start(max(t, 0)) for n, t in zip(lengths, first, strict=True)]
-    return max(lengths), max(lengths) if rows > 1 and full else max(trimmed)
-
-
-def _counted(pairs: list[Pair], full: bool) -> int:
-    """Most tokens of a pair that meet the head."""
-    return max(
-        (len(pair.chosen) - 1 if full else np.count_nonzero(pair.chosen.weights))
-        + np.count_nonzero(pair.rejected.weights)
-        for pair in pairs
-    )
-
-
 def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
     """The adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
-    tensors = {path: (flat[f"{path}.lora_a"], flat[f"{path}.lora_b"]) for path in scales}
-    magnitudes = {path: flat[f"{path}.m"] for path in scales if f"{path}.m" in flat}
-    return Adapter(tensors, dict(scales), magnitudes, chain.tied_for(tensors))
+    arrays = {
+        path: {name: flat[f"{path}.{name}"] for name in ARRAYS if f"{path}.{name}" in flat}
+        for path in scales
+    }
+    return Adapter.of(arrays, scales, chain.tied_for(arrays))

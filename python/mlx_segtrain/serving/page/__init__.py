@@ -35,7 +35,7 @@ def make_room() -> bool:
 
 def mount(app: FastAPI, service: Service) -> None:
     """Adds the pages behind all routes that the app has."""
-    runs = Runs(service.jobs)
+    runs = Runs(service)
 
     @ui.page("/finetune")
     async def _setup(origin: str | None = None) -> None:

@@ -1,6 +1,5 @@
 """What is done with an adapter: evaluate, fold, export, merge. All of them are jobs."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,20 +7,16 @@ from urllib.parse import quote
 
 from nicegui import ui
 
+from ...config import affecting
 from ...errors import InputError
-from ..kinds import kind_of
+from ..jobs.row import Row
 from ..service import Service
-from ..store import Row
 from . import text
 from .fields import Labelled
 from .frame import Announcer, badge, button, empty, fact, facts, link, notice, tag
 
 #: Of a run's configuration, what a loss depends on.
-MEASURED = (
-    "model_dir data_dir method max_seq_length batch_size train_on append_eos prompt_format "
-    "chat_template_kwargs strict memory_budget_gb segment_size dpo_beta dpo_loss label_smoothing "
-    "reference_free orpo_lambda sft_scope simpo_beta simpo_gamma"
-)
+MEASURED = ("model_dir", "data_dir", *affecting("loss"))
 FORMATS = {
     "peft": "Hugging Face PEFT",
     "mlx-lm": "mlx-lm",
@@ -62,7 +57,7 @@ class After:
 
     def __init__(self, service: Service, row: Row, announce: Announcer):
         self.service, self.row, self.announce = service, row, announce
-        self.values: dict[str, Any] = json.loads(row.config_json)
+        self.values: dict[str, Any] = row.values
         self.model, self.adapter = self.values["model_dir"], row.output_path or ""
         self.shown: list[tuple[str, str, float]] = []
         self.known: dict[str, bool] = {}  #: whether a job is one of this run
@@ -94,7 +89,7 @@ class After:
         problem = self._end("Evaluate both")
 
         def start() -> None:
-            own = {key: self.values[key] for key in self.values if key in MEASURED.split()}
+            own = {key: self.values[key] for key in self.values if key in MEASURED}
             with_it = {**own, "adapter_path": self.adapter}
             self._submit(
                 problem,
@@ -122,13 +117,14 @@ class After:
             dense = bits.value == "dense"
             self._submit(
                 problem,
-                lambda: self.service.fold(
-                    self.model,
-                    self.adapter,
-                    _given(folder),
+                lambda: self.service.enqueue(
+                    "fold",
+                    model_dir=self.model,
+                    adapter_path=self.adapter,
                     dequantize=dense,
                     bits=int(bits.value) if bits.value and not dense else None,
                     dtype=dtype.value or None,
+                    output_dir=_given(folder),
                 ),
             )
 
@@ -141,7 +137,13 @@ class After:
         problem = self._end("Export the adapter")
         return lambda: self._submit(
             problem,
-            lambda: self.service.export(self.adapter, self.model, method.value, _given(folder)),
+            lambda: self.service.enqueue(
+                "export",
+                adapter_path=self.adapter,
+                base_model=self.model,
+                method=method.value,
+                output_dir=_given(folder),
+            ),
         )
 
     def _merge(self) -> Callable[[], None]:
@@ -163,7 +165,8 @@ class After:
                 scales = [float(own.value or 1) for own in (own_weight, other_weight)]
             except ValueError:
                 raise InputError("a weight is a number, as 0.5.") from None
-            return self.service.merge([self.adapter, other.value], scales, _given(folder))
+            both, out = [self.adapter, other.value], _given(folder)
+            return self.service.enqueue("merge", adapters=both, scales=scales, output_dir=out)
 
         return lambda: self._submit(problem, merge)
 
@@ -180,13 +183,13 @@ class After:
             with problem:
                 notice(str(error), "bad")
             return
-        self.announce(f"{kind_of(rows[0].kind).title} has been queued.")
+        self.announce(f"{rows[0].job_kind.title} has been queued.")
         self.refresh()
 
     # The jobs that came of it
 
     def refresh(self) -> None:
-        rows = [row for row in self.service.jobs.store.newest(200) if self._is_of_this(row)][:20]
+        rows = [row for row in self.service.jobs.newest(200) if self._is_of_this(row)][:20]
         seen = [(row.id, row.status, row.progress) for row in rows]
         if seen == self.shown:
             return
@@ -196,13 +199,11 @@ class After:
             for row in map(self._whole, rows):
                 with ui.element("div").classes("row-line"):
                     badge(row.status)
-                    link(
-                        f"{kind_of(row.kind).title}: {text.name_of(row)}", f"/finetune/job/{row.id}"
-                    )
+                    link(f"{row.job_kind.title}: {row.name}", f"/finetune/job/{row.id}")
                     tag("span", said(row), "muted wrap")
 
     def _whole(self, row: Row) -> Row:
-        return self.service.jobs.store.get(row.id) or row
+        return self.service.jobs.find(row.id) or row
 
     def _is_of_this(self, row: Row) -> bool:
         """Looked up once: lists come without configurations."""
@@ -212,22 +213,22 @@ class After:
         return self.known[row.id]
 
     def _names_this(self, row: Row) -> bool:
-        values = json.loads(row.config_json)
+        values = row.values
         if row.kind == "evaluate" and "adapter_path" not in values:
             own = {key: self.values.get(key) for key in ("model_dir", "data_dir")}
             return own == {key: values.get(key) for key in own}
         paths = [values.get("adapter_path"), *values.get("adapters", [])]
-        return not kind_of(row.kind).trains and self.adapter in paths
+        return not row.job_kind.trains and self.adapter in paths
 
 
 def said(row: Row) -> str:
     """The outcome of a job, in a few words."""
     if row.status != "done":
         return row.error or row.message or ""
-    found = json.loads(row.result_json or "null") or {}
+    found = row.result or {}
     match row.kind:
         case "evaluate":
-            split = json.loads(row.config_json or "{}").get("split")
+            split = row.values.get("split")
             return (
                 f"loss {found['loss']:.4f} over {text.counted(found['tokens'], 'token')} ({split})"
             )
@@ -247,7 +248,7 @@ def found_path(row: Row) -> str:
 
 def show_result(row: Row) -> None:
     """All of a job's outcome."""
-    found: dict[str, Any] = json.loads(row.result_json or "null") or {}
+    found: dict[str, Any] = row.result or {}
     if row.kind == "fold" and (swallowed := found.get("swallowed")):
         names = ", ".join(swallowed[:5]) + (" …" if len(swallowed) > 5 else "")
         notice(

@@ -9,10 +9,6 @@ from typing import Any
 from nicegui import background_tasks, ui
 
 from ...errors import InputError, RunError
-from ..confined import prompts
-from ..decoding import Options
-from ..engine import Busy
-from ..mounting import Selected
 from ..service import Service
 from . import text
 from .fields import Labelled, id_of
@@ -89,7 +85,7 @@ class ChatView:
                     self.stop = button("Stop", self._stop, "danger", "stop")
                     button("Clear", self._clear)
         self.stop.set_visibility(False)
-        base = self.service.engine.base
+        base = self.service.base
         first = model or (str(base.path) if base else None)
         if first in self.models:
             self.model.set_value(first)
@@ -103,7 +99,7 @@ class ChatView:
 
     @property
     def loaded(self) -> bool:
-        base = self.service.engine.base
+        base = self.service.base
         return base is not None and str(base.path) == self.model.value
 
     async def _model_changed(self) -> None:
@@ -119,7 +115,7 @@ class ChatView:
         self._refresh()
 
     def _refresh(self) -> None:
-        waits = self.service.settings.while_training == "refuse" and self.service.jobs.training
+        waits = self.service.waits
         state = (self.model.value, self.loaded, waits)
         if state == self.shown:
             return
@@ -137,7 +133,7 @@ class ChatView:
             elif waits:
                 notice("A job computes now: the chat waits until it has ended.", "warn")
             elif not self.loaded:
-                base = self.service.engine.base
+                base = self.service.base
                 now = f"{base.id} is loaded, not this model." if base else "No model is loaded."
                 notice(f"{now} To load it takes a moment; answers that are being given end first.")
         self.send.set_enabled(self.loaded and not waits)
@@ -151,7 +147,7 @@ class ChatView:
         problem = ""
         try:
             await self.service.serve(self.model.value)
-        except (InputError, RunError, Busy) as error:
+        except (InputError, RunError) as error:
             problem = str(error)
         if self.client.is_deleted:
             return
@@ -191,11 +187,14 @@ class ChatView:
         self.send.set_enabled(False)
         self.stop.set_visibility(True)
         try:
-            options = Options(
-                max_tokens=int(self.most.value or 128),
-                temperature=float(self.temperature.value or 0),
-            )
-            selected = await self._selected()
+            how = {
+                "max_tokens": int(self.most.value or 128),
+                "temperature": float(self.temperature.value or 0),
+            }
+            selected = [await self.service.select(None)]
+            if path := self.adapter.value:
+                selected.append(await self.service.select(path))
+                self.sides[1].name = f"With {selected[1].id}"
             self.hint.set_visibility(False)
             with self.turns, ui.element("div").classes("turn"):
                 tag("div", asked, "asked")
@@ -204,12 +203,12 @@ class ChatView:
             self.client.run_javascript(f"document.getElementById('{id_of(self.prompt)}').{seen}")
             self.announce("The models answer.")
             pairs = zip(self.sides, selected, columns, strict=False)
-            await asyncio.gather(*(self._one(asked, options, *pair) for pair in pairs))
+            await asyncio.gather(*(self._one(asked, how, *pair) for pair in pairs))
             self.announce("The answers are there.")
         except ValueError as error:
             said = str(error) if isinstance(error, InputError) else "a setting is no number."
             self._complain(said)
-        except (RunError, Busy) as error:
+        except RunError as error:
             self._complain(str(error))
         except Exception:
             logger.exception("the chat failed")
@@ -221,20 +220,8 @@ class ChatView:
                 self.shown = ()
                 self._refresh()
 
-    async def _selected(self) -> list[Selected]:
-        """The base, and the adapter, which is mounted if it is not yet."""
-        engine, path = self.service.engine, self.adapter.value
-        found = [engine.select("none")]
-        if path:
-            id = next((own.id for own in engine.adapters.values() if str(own.path) == path), None)
-            if id is None:
-                id = (await engine.mount(_id_of(path, engine.adapters), Path(path))).id
-            self.sides[1].name = f"With {id}"
-            found.append(engine.select(id))
-        return found
-
     async def _one(
-        self, asked: str, options: Options, side: Side, selected: Selected, column: "Column"
+        self, asked: str, how: dict[str, Any], side: Side, selected: Any, column: "Column"
     ) -> None:
         side.messages.append({"role": "user", "content": asked})
         said, loop = "", asyncio.get_running_loop()
@@ -242,9 +229,7 @@ class ChatView:
         made = 0
         pieces = None
         try:
-            size = sum(len(own["content"]) for own in side.messages)
-            prompt = await prompts(size).run(_encode, selected, side.messages)
-            pieces = self.service.engine.generate(prompt, selected, options)
+            pieces = await self.service.chat(side.messages, selected, **how)
             async for piece in pieces:
                 said, made = said + piece.text, piece.tokens
                 if loop.time() - shown > TICK_S:
@@ -280,24 +265,6 @@ def _column(name: str) -> Column:
         tag("div", name, "who wrap")
         said = tag("div", "…", "said")
         return Column(said, tag("div", "", "small muted"))
-
-
-def _encode(selected: Selected, messages: list[Message]) -> list[int]:
-    """A base model without a chat template goes on from the text."""
-    base = selected.base
-    if base.tokenizer.has_chat_template:
-        return selected.encode_chat(messages)
-    return base.encode("\n".join(own["content"] for own in messages))
-
-
-def _id_of(path: str, taken: Any) -> str:
-    """A word for an adapter, from its folder's name."""
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(path).name) or "adapter"
-    name, n = name[:100], 1
-    while name in taken or name.lower() == "none":
-        n += 1
-        name = f"{name[:100]}-{n}"
-    return name
 
 
 def _number(label: str, default: str, about: str = "") -> ui.input:

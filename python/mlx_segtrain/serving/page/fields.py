@@ -2,76 +2,21 @@
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 from nicegui import ui
 
-from ...config import EFFECTIVE, TrainConfig
-from ..forms import FieldRow, rows_of_fields
+from ...config import FACETS, TrainConfig
+from ...errors import InputError
+from ...fields import Group
+from ..api.forms import FieldRow, rows_of_fields
 from .frame import tag
 
-#: The few that people change first; then the rest, in groups. What stands nowhere is in "More".
-FIRST = "method rank scale iters epochs learning_rate max_seq_length batch_size adapter_path"
-GROUPS = {
-    "Adapter": "target_modules num_layers rank_scaling rs_lora use_dora lora_dropout warm_start",
-    "Optimizer": "optimizer lr_schedule warmup_iters lora_plus_ratio weight_decay grad_clip_norm "
-    "grad_accumulation_steps on_spike seed deterministic",
-    "Memory": "memory_budget_gb segment_size grad_checkpoint",
-    "Data": "train_on append_eos prompt_format chat_template_kwargs strict",
-    "Preference": "dpo_beta dpo_loss label_smoothing reference_free orpo_lambda sft_scope "
-    "simpo_beta simpo_gamma",
-    "Evaluation and checkpoints": "steps_per_report steps_per_eval early_stopping_patience "
-    "keep_best save_checkpoints steps_per_save keep_checkpoints sample_prompts sample_tokens "
-    "report_to overwrite",
-}
-#: Chosen elsewhere on the page, or by a button of a job.
-ELSEWHERE = ("model_dir", "data_dir", "resume")
-#: Names that are not just words with underscores.
-NAMES = {
-    "iters": "Steps",
-    "lr_schedule": "Learning rate schedule",
-    "max_seq_length": "Longest row, tokens",
-    "batch_size": "Batch size, rows",
-    "adapter_path": "Adapter folder",
-    "target_modules": "Linears",
-    "num_layers": "Layers",
-    "rs_lora": "rsLoRA",
-    "use_dora": "DoRA",
-    "lora_dropout": "Dropout",
-    "warmup_iters": "Warmup, steps",
-    "lora_plus_ratio": "LoRA+ ratio",
-    "grad_clip_norm": "Gradient clipping, norm",
-    "grad_accumulation_steps": "Gradient accumulation, batches",
-    "memory_budget_gb": "Memory budget, GB",
-    "segment_size": "Segment, layers",
-    "grad_checkpoint": "Checkpoint every layer",
-    "append_eos": "End responses with EOS",
-    "prompt_format": "Plain prompts",
-    "chat_template_kwargs": "Template variables",
-    "strict": "Refuse incomplete rows",
-    "train_on": "Trained turns",
-    "dpo_beta": "DPO beta",
-    "dpo_loss": "DPO loss",
-    "orpo_lambda": "ORPO lambda",
-    "sft_scope": "ORPO cross-entropy",
-    "simpo_beta": "SimPO beta",
-    "simpo_gamma": "SimPO gamma",
-    "on_spike": "At a loss spike",
-    "early_stopping_patience": "Stop early after, evaluations",
-    "steps_per_report": "Report every, steps",
-    "steps_per_eval": "Evaluate every, steps",
-    "steps_per_save": "Checkpoint every, steps",
-    "keep_best": "Keep the best adapter",
-    "save_checkpoints": "Keep every evaluation's adapter",
-    "overwrite": "Overwrite the adapter folder",
-    "report_to": "Trackers",
-}
-#: Lists of which a word may have spaces: a line each.
-LINES = ("sample_prompts",)
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 def title(name: str) -> str:
-    return NAMES.get(name, name.replace("_", " ").capitalize())
+    return FACETS[name].title or name.replace("_", " ").capitalize()
 
 
 def id_of(control: ui.element) -> str:
@@ -141,7 +86,7 @@ class FormField:
             return ui.select({"": f"{default} (default)", **others}, value="").props(
                 "options-dense"
             )
-        if row.name in LINES:
+        if FACETS[row.name].texts:
             return ui.textarea(placeholder="none: one prompt a line").props("autogrow rows=2")
         made = ui.input(placeholder=self.hint())
         if row.type in ("int", "float"):
@@ -158,7 +103,7 @@ class FormField:
         text = (self.control.value or "").strip()
         if not text or not self.shown:
             return None
-        if self.row.name in LINES:
+        if FACETS[self.row.name].texts:
             return [line.strip() for line in text.splitlines() if line.strip()]
         if self.row.is_list:
             return text.replace(",", " ").split()
@@ -178,7 +123,7 @@ class FormField:
         elif isinstance(value, dict):
             value = json.dumps(value) if value else ""
         elif isinstance(value, list):
-            value = ("\n" if self.row.name in LINES else ", ").join(map(str, value))
+            value = ("\n" if FACETS[self.row.name].texts else ", ").join(map(str, value))
         text = str(value)
         if isinstance(self.control, ui.select) and text not in self.control.options:
             text = ""
@@ -195,16 +140,15 @@ class Form:
     def __init__(self, on_change: Callable[[], Any]):
         self.fields: dict[str, FormField] = {}
         self.groups: dict[str, ui.expansion] = {}
-        rows = {row.name: row for row in rows_of_fields() if row.name not in ELSEWHERE}
         self.on_change = on_change
+        # Paths, which are wide, come last in their block.
+        ordered = sorted(rows_of_fields(), key=lambda row: row.type == "Path")
+        rows = [(FACETS[row.name].group, row) for row in ordered]
+        first, *rest = ([row for own, row in rows if own == group] for group in GROUPS)
         with ui.element("div").classes("fields"):
-            self._add(rows.pop(name) for name in FIRST.split() if name in rows)
-        groups = {name: words.split() for name, words in GROUPS.items()}
-        known = {name for names in groups.values() for name in names}
-        groups["More"] = [name for name in rows if name not in known]
+            self._add(first)
         with ui.element("div"):
-            for group, names in groups.items():
-                own = [rows[name] for name in names if name in rows]
+            for group, own in zip(GROUPS[1:], rest, strict=True):
                 if not own:
                     continue
                 what = " · ".join(title(row.name).partition(",")[0] for row in own[:4])
@@ -231,12 +175,10 @@ class Form:
         where = {"model_dir": ".", "data_dir": ".", "adapter_path": "."}
         base = TrainConfig.model_validate({**where, "method": self.method})
         for name, own in self.fields.items():
-            if name in (*GROUPS["Preference"].split(), "train_on"):
-                about = EFFECTIVE[name][0]
-                if name == "label_smoothing":  # it depends on the loss, too, which may be changed
-                    about = EFFECTIVE["dpo_beta"][0]
-                own.show(about(base))
-        self.groups["Preference"].set_visibility(self.method != "sft")
+            own.show(self.method in (FACETS[name].methods or (self.method,)))
+        for group, box in self.groups.items():
+            own = (own for name, own in self.fields.items() if FACETS[name].group == group)
+            box.set_visibility(any(field.shown for field in own))
         rate = self.fields["learning_rate"]
         rate.control.props["placeholder"] = f"{base.learning_rate:g}"
 
@@ -250,11 +192,10 @@ class Form:
             if name in self.fields:
                 self.fields[name].put(value)
 
-    def complain(self, message: str) -> None:
-        """Shows a sentence at the field that it begins with, if it does."""
-        name = message.split(maxsplit=1)[0] if message else ""
+    def complain(self, error: InputError | None) -> None:
+        """Shows what is wrong at the field that it is about, if there is one; None is nothing."""
+        name = error.field if error else None
         for own in self.fields.values():
-            own.frame.complain(message if own.row.name == name else "")
-        for group, names in GROUPS.items():
-            if name in names.split():
-                self.groups[group].open()
+            own.frame.complain(str(error) if own.row.name == name else "")
+        if name in self.fields and (group := FACETS[name].group):
+            self.groups[group].open()

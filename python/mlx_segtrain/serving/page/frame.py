@@ -9,9 +9,8 @@ from typing import Any
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from ..kinds import kind_of
+from ..jobs.row import Status
 from ..service import Service
-from ..store import Status
 from . import text
 
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
@@ -144,12 +143,12 @@ def _running(service: Service) -> None:
         words = tag("span")
 
     def look() -> None:
-        rows = service.jobs.store.with_status("running")
+        rows = service.jobs.running()
         queued = len(service.jobs.live) - len(rows)
         to.set_visibility(bool(rows))
         if rows:
             more = f", {queued} waiting" if queued > 0 else ""
-            job = kind_of(rows[0].kind).title
+            job = rows[0].job_kind.title
             words.set_text(f"{job} {text.percent(rows[0].progress)}{more}")
             to.props["href"] = f"/finetune/job/{rows[0].id}"
 

@@ -1,16 +1,15 @@
 """/finetune/job/ID: a job while it runs and after. What is shown comes from its log alone."""
 
 import asyncio
-import json
 from typing import Any
 
 from nicegui import background_tasks, ui
 
 from ...errors import InputError
-from ..eventlog import Event
-from ..kinds import kind_of
+from ...events import Event
+from ...objectives import OBJECTIVES
+from ..jobs.row import Row
 from ..service import Service
-from ..store import ENDED, Row
 from . import text
 from .after import After, show_result
 from .charts import COLORS, DASHES, Line, chart, draw, lines_of
@@ -45,8 +44,8 @@ LABELS = {"peak_gb": "peak", "active_gb": "now", "val": "validation", "train": "
 
 
 async def job(service: Service, runs: Runs, id: str) -> None:
-    row = service.jobs.store.get(id)
-    with frame(service, text.name_of(row) if row else "No such job", "") as announce:
+    row = service.jobs.find(id)
+    with frame(service, row.name if row else "No such job", "") as announce:
         if row is None:
             tag("h1", "No such job")
             empty(f"There is no job {id} (any more).")
@@ -60,8 +59,8 @@ class JobView:
 
     def __init__(self, service: Service, runs: Runs, row: Row, announce: Announcer):
         self.service, self.runs, self.row, self.announce = service, runs, row, announce
-        self.values: dict[str, Any] = json.loads(row.config_json)
-        self.kind = kind_of(row.kind)
+        self.values: dict[str, Any] = row.values
+        self.kind = row.job_kind
         self.trains = self.kind.trains
         self.client = ui.context.client
         self.looking = self.acted = False
@@ -72,7 +71,7 @@ class JobView:
     async def show(self) -> None:
         with ui.element("div").classes("row-line between"):
             with ui.element("div"):
-                tag("h1", text.name_of(self.row))
+                tag("h1", self.row.name)
                 tag("p", f"{self.kind.title} · {self.row.id}", "muted small")
             self.buttons = ui.element("div").classes("actions")
         with card(""):
@@ -81,7 +80,7 @@ class JobView:
         if self.trains:
             self._curves()
         self.told = ui.element("div").classes("stack")
-        self.log = LogView(self.runs)
+        self.log = LogView()
         with card("Configuration"):
             self._configuration()
         # A long log takes a while to read: then the page comes before it.
@@ -119,8 +118,7 @@ class JobView:
                         self.tiles[name] = (tag("span", "–"), tag("div", "", "more"))
 
     def _curves(self) -> None:
-        unit = "nats per token" if self.values.get("method", "sft") == "sft" else "per pair"
-        with card(f"Loss, {unit}"):
+        with card(f"Loss, {OBJECTIVES[self.values.get('method', 'sft')].unit}"):
             self.loss = chart("Training and validation loss over steps", [], tall=True)
             self.no_loss = tag("p", "", "empty")
         with card("Over the steps") as self.over:
@@ -145,7 +143,7 @@ class JobView:
                 self.looking = False
 
     async def _look_now(self) -> None:
-        row = self.service.jobs.store.get(self.row.id)
+        row = self.service.jobs.find(self.row.id)
         if row is None:  # on another page
             if self.state != DELETED:
                 self.state = DELETED
@@ -191,7 +189,7 @@ class JobView:
                     lambda: ui.navigate.to(f"/finetune?origin={row.id}"),
                     icon="content_copy",
                 )
-            if row.status in ENDED:
+            if row.ended:
                 button("Delete", self._delete, "danger", "delete")
         if self.acted:  # the button that had the focus is gone
             first = f"getHtmlElement({self.buttons.id}).querySelector('button')?.focus()"
@@ -290,7 +288,7 @@ class JobView:
         ]
         drawn = any(line.points for line in lines)
         self.no_loss.set_visibility(not drawn)
-        ended = self.row.status in ENDED
+        ended = self.row.ended
         self.no_loss.set_text("No step was taken." if ended else "It begins with the first step.")
         self.loss.set_visibility(drawn)
         # Up to the run's end, unless its curve would be a scratch at the edge.

@@ -5,9 +5,8 @@ from typing import Any
 
 from nicegui import ui
 
-from ..kinds import kind_of
+from ..jobs.row import Row
 from ..service import Service
-from ..store import Row
 from . import text
 from .after import said
 from .charts import COLORS, DASHES, Line, chart, draw
@@ -54,7 +53,7 @@ class JobsView:
                 self.comparing = False
 
     def _list(self) -> list[Row]:
-        rows = self.service.jobs.store.newest(LISTED)
+        rows = self.service.jobs.newest(LISTED)
         if [row.id for row in rows] != self.listed or not self.cells:
             self._build(rows)
         for row in rows:
@@ -64,7 +63,7 @@ class JobsView:
     def _build(self, rows: list[Row]) -> None:
         self.listed, self.cells = [row.id for row in rows], {}
         self.list.clear()
-        self.comparison.set_visibility(any(kind_of(row.kind).trains for row in rows))
+        self.comparison.set_visibility(any(row.job_kind.trains for row in rows))
         with self.list:
             if not rows:
                 empty("No job yet: start one under New run.")
@@ -91,13 +90,13 @@ class JobsView:
 
     def _whole(self, row: Row) -> Row:
         """With its configuration, which lists come without."""
-        return self.service.jobs.store.get(row.id) or row
+        return self.service.jobs.find(row.id) or row
 
     def _build_row(self, row: Row) -> None:
-        name = text.name_of(self._whole(row))
+        name = self._whole(row).name
         with ui.element("tr"):
             with ui.element("td").classes("tight"):
-                if kind_of(row.kind).trains:
+                if row.job_kind.trains:
                     box = ui.checkbox(
                         value=row.id in self.chosen,
                         on_change=lambda event: self._choose(row.id, event.value),
@@ -105,7 +104,7 @@ class JobsView:
                     box.props["aria-label"] = f"Compare {row.id}"
             with ui.element("td").classes("main"):
                 link(name, f"/finetune/job/{row.id}")
-                tag("div", f"{kind_of(row.kind).title} · {row.id}", "muted small")
+                tag("div", f"{row.job_kind.title} · {row.id}", "muted small")
             status = ui.element("td").classes("tight")
             with ui.element("td").classes("tight"):
                 with ui.element("div").classes("meter").props("aria-hidden=true") as meter:
@@ -154,7 +153,7 @@ class JobsView:
         await self._look()
 
     async def _compare(self, rows: list[Row]) -> None:
-        known = {row.id: row for row in rows if kind_of(row.kind).trains}
+        known = {row.id: row for row in rows if row.job_kind.trains}
         chosen = [self._whole(known[id]) for id in self.chosen if id in known]
         self.how.set_text(
             f"Tick up to {COMPARED} runs below to see their losses in one chart."
@@ -164,7 +163,7 @@ class JobsView:
         read = [(await self.runs.read(row.id))[0] for row in chosen]
         if self.client.is_deleted:
             return
-        state = tuple((run.log, run.place) for run in read)
+        state = tuple((run.id, run.place) for run in read)
         if state == self.drawn and self.drawn:
             return
         self.drawn = state
@@ -184,7 +183,7 @@ class JobsView:
 
 def _table(rows: list[Row], runs: list[Any]) -> None:
     """What the runs came to, and in which parameters they differ."""
-    values = [json.loads(row.config_json) for row in rows]
+    values = [row.values for row in rows]
     names = dict.fromkeys(name for own in values for name in own)
     own_places = ("adapter_path", "resume", "overwrite")
     differ = [

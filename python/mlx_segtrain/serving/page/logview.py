@@ -1,18 +1,19 @@
 """The log of a job, a page at a time: hundreds of thousands of lines are too many for a browser."""
 
+import asyncio
+
 from nicegui import ui
 
-from ..eventlog import Event
+from ...events import Event
 from . import text
 from .frame import button, card, tag
-from .runs import PAGE, Run, Runs
+from .runs import PAGE, Run
 
 
 class LogView:
     """A page of the log; the newest one grows."""
 
-    def __init__(self, runs: Runs):
-        self.runs = runs
+    def __init__(self) -> None:
         self.run: Run | None = None
         self.number: int | None = None  #: of the page that is wanted; None: the newest
         self.number_shown, self.shown = -1, 0  #: of the page that is shown, and its events
@@ -31,7 +32,7 @@ class LogView:
         if number != self.number_shown:
             self.view.clear()
             self.number_shown, self.shown = number, 0
-        events = await self.runs.page(run, number)
+        events = await asyncio.to_thread(run.page, number)
         for event in events[self.shown :]:
             self.view.push(text.line_of(event) or " ", classes=_class_of(event))
         self.shown = max(self.shown, len(events))

@@ -5,18 +5,14 @@ goes on from there. So hundreds of thousands of events cost a reader no more tha
 """
 
 import asyncio
-import json
 import math
-import os
 import re
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from .. import eventlog
-from ..jobs import Jobs
-from ..store import ENDED
+from ...events import Event
+from ..service import Service
 
 #: Points of a curve, about; events of a page of the log; runs that are kept.
 MOST, PAGE, KEPT = 600, 500, 100
@@ -25,7 +21,6 @@ DRAWN = ("learning_rate", "tokens_per_sec", "grad_norm", "peak_gb", "active_gb")
 #: Names of metrics, and those of which no curve is drawn.
 METRIC = re.compile(r"[a-z]\w{0,39}")
 OTHER = ("type", "kind", "step", "loss", "step_s", "progress", "message", "ts", *DRAWN)
-PLANNED = re.compile(r"([\d.]+) GB at most of ([\d.]+) GB")
 
 Point = tuple[float, float]
 
@@ -95,7 +90,8 @@ class Curve:
 class Run:
     """What the events of a job's log came to, up to a place in it."""
 
-    log: Path
+    service: Service
+    id: str
     place: int = 0
     count: int = 0
     #: Places in the log behind which its pages begin.
@@ -114,21 +110,18 @@ class Run:
     samples: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=200))
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def catch_up(self, *, ended: bool) -> bool:
+    async def catch_up(self) -> bool:
         """Reads what is new; whether there was any."""
         async with self.lock:
-            try:
-                behind = os.stat(self.log).st_size > self.place
-            except FileNotFoundError:
-                return False
-            return behind and await asyncio.to_thread(self._read, ended)
+            behind = self.service.jobs.size(self.id) > self.place
+            return behind and await asyncio.to_thread(self._read)
 
-    def _read(self, ended: bool) -> bool:
+    def _read(self) -> bool:
         before = self.place
         while True:
-            found, place = eventlog.read(self.log, self.place, ended=ended)
-            for id, frame in found:
-                self._take(json.loads(frame))
+            found, place = self.service.jobs.read(self.id, self.place)
+            for id, event in found:
+                self._take(event)
                 self.count += 1
                 if self.count % PAGE == 0:
                     self.pages.append(id)
@@ -136,7 +129,19 @@ class Run:
                 return place != before
             self.place = place
 
-    def _take(self, event: eventlog.Event) -> None:
+    def page(self, number: int) -> list[Event]:
+        """Events of a page of the log."""
+        place = self.pages[number]
+        end = self.pages[number + 1] if number + 1 < len(self.pages) else self.place
+        events: list[Event] = []
+        while place < end:
+            before, (found, place) = place, self.service.jobs.read(self.id, place)
+            events += [event for id, event in found if id <= end]
+            if place == before:
+                break
+        return events
+
+    def _take(self, event: Event) -> None:
         match event["type"]:
             case "stage":
                 self.stage, self.message = str(event.get("stage")), str(event.get("message"))
@@ -144,8 +149,9 @@ class Run:
                     self.iters, self.step = event.get("iters"), event.get("step") or 0
                     for curve in self.curves.values():
                         curve.cut(self.step)
-                if found := PLANNED.search(self.message):
-                    self.planned_gb, self.budget_gb = float(found[1]), float(found[2])
+                planned, budget = event.get("planned_gb"), event.get("budget_gb")
+                if isinstance(planned, float) and isinstance(budget, float):
+                    self.planned_gb, self.budget_gb = planned, budget
             case "warning":
                 self.warnings.append(str(event.get("message")))
             case "sample":
@@ -153,7 +159,7 @@ class Run:
             case "metric":
                 self._measure(event)
 
-    def _measure(self, event: eventlog.Event) -> None:
+    def _measure(self, event: Event) -> None:
         step, kind = event.get("step") or 0, event.get("kind")
         self.step = max(self.step, step)
         if kind == "train":
@@ -168,7 +174,7 @@ class Run:
             self.curve("val").add(step, event.get("loss"))
 
     @staticmethod
-    def extra(event: eventlog.Event) -> list[str]:
+    def extra(event: Event) -> list[str]:
         """Metrics of preference methods."""
         return [name for name in event if name not in OTHER and METRIC.fullmatch(name)]
 
@@ -186,32 +192,14 @@ class Run:
 class Runs:
     """Of all jobs that were looked at lately."""
 
-    def __init__(self, jobs: Jobs):
-        self.jobs = jobs
+    def __init__(self, service: Service):
+        self.service = service
         self.known: OrderedDict[str, Run] = OrderedDict()
 
     async def read(self, id: str) -> tuple[Run, bool]:
         """A job's run up to now, and whether there is anything new since it was last read."""
-        run = self.known.setdefault(id, Run(self.jobs.log(id)))
+        run = self.known.setdefault(id, Run(self.service, id))
         self.known.move_to_end(id)
         if len(self.known) > KEPT:
             self.known.popitem(last=False)
-        row = self.jobs.store.get(id)
-        return run, await run.catch_up(ended=row is None or row.status in ENDED)
-
-    async def page(self, run: Run, number: int) -> list[eventlog.Event]:
-        """Events of a page of the log."""
-        begin = run.pages[number]
-        end = run.pages[number + 1] if number + 1 < len(run.pages) else run.place
-        return await asyncio.to_thread(_between, run.log, begin, end)
-
-
-def _between(path: Path, begin: int, end: int) -> list[eventlog.Event]:
-    found: list[eventlog.Event] = []
-    while begin < end:
-        some, place = eventlog.read(path, begin, ended=True)
-        found += [json.loads(frame) for id, frame in some if id <= end]
-        if place == begin:
-            break
-        begin = place
-    return found
+        return run, await run.catch_up()

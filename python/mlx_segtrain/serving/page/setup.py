@@ -1,14 +1,13 @@
 """/finetune: model, data, parameters; whether it fits; and the start of a run."""
 
 import asyncio
-import json
 from typing import Any
 
 from nicegui import background_tasks, ui
 
+from ...config import affecting
 from ...errors import InputError
 from ..catalog import DataFolder, Model
-from ..kinds import kind_of
 from ..service import Plan, Service
 from . import text
 from .data import show_report
@@ -18,10 +17,7 @@ from .frame import Announcer, button, card, empty, fact, facts, frame, looking, 
 #: Seconds without a change behind which the planner is asked.
 PAUSE_S = 0.35
 #: Parameters that the report on the data depends on.
-INSPECTED = (
-    *("method", "max_seq_length", "train_on", "append_eos"),
-    *("prompt_format", "chat_template_kwargs", "strict"),
-)
+INSPECTED = affecting("rows")
 #: Choices from which on one can type to find one.
 MANY = 12
 
@@ -135,18 +131,13 @@ class Setup:
         values, self.reported = self.form.values(), self._inspected()
         length = values.get("max_seq_length")
         length = length if isinstance(length, int) and length > 1 else 512
-        how = {key: values[key] for key in INSPECTED[2:] if key in values}
+        how = {key: values[key] for key in INSPECTED if key in values}
+        how |= {"method": self.form.method, "max_seq_length": length}
         self.look.props("loading")
         self.announce("Inspecting the data.")
         self.report.clear()
         try:
-            report = await self.service.inspect(
-                self.place,
-                self.model.value,
-                max_seq_length=length,
-                method=self.form.method,
-                **how,
-            )
+            report = await self.service.inspect(self.place, self.model.value, **how)
         except InputError as error:
             return self._complain(str(error))
         finally:
@@ -163,15 +154,15 @@ class Setup:
 
     def _fill(self, origin: str | None) -> None:
         """With the values of an earlier run, or with what there is only one of."""
-        row = self.service.jobs.store.get(origin) if origin else None
-        if row is not None and kind_of(row.kind).trains:
-            values = json.loads(row.config_json)
+        row = self.service.jobs.find(origin) if origin else None
+        if row is not None and row.job_kind.trains:
+            values = row.values
             self._choose(values.pop("model_dir", None), values.pop("data_dir", None))
             for name in ("adapter_path", "resume", "overwrite"):
                 values.pop(name, None)
             self.form.put(values)
             return
-        base = self.service.engine.base
+        base = self.service.base
         served = str(base.path) if base else None
         self._choose(served or (next(iter(self.models)) if len(self.models) == 1 else None), None)
 
@@ -206,13 +197,13 @@ class Setup:
             await self._plan()
 
     async def _plan(self) -> None:
-        asked, plan, fault = self.asked, None, ""
+        asked, plan, fault = self.asked, None, None
         if self.model.value is not None:
             values = {**self.form.values(), "model_dir": self.model.value}
             try:
                 plan = await self.service.plan(values)
             except InputError as error:
-                fault = str(error)
+                fault = error
         if self.client.is_deleted or asked != self.asked:
             return
         self.form.complain(fault)
@@ -221,10 +212,10 @@ class Setup:
             if self.model.value is None:
                 empty("Choose a model to see whether a run fits this machine.")
             elif plan is None:
-                notice(_sentence(fault), "bad")
+                notice(_sentence(str(fault)), "bad")
             else:
                 _show_plan(plan)
-        self.announce(plan.message if plan else fault)
+        self.announce(plan.message if plan else str(fault or ""))
 
     async def _start(self) -> None:
         if self.starting:  # Enter was pressed twice
@@ -242,7 +233,7 @@ class Setup:
         except InputError as error:
             self.starting = False
             self.start.props(remove="loading")
-            self.form.complain(str(error))
+            self.form.complain(error)
             return self._complain(str(error))
         ui.navigate.to(f"/finetune/job/{row.id}")
 

@@ -3,9 +3,8 @@
 import json
 from datetime import datetime, timezone
 
-from ..eventlog import Event
-from ..kinds import kind_of
-from ..store import Row
+from ...events import Event
+from ..jobs.row import Row
 
 #: A space that does not break a number from its unit.
 SPACE = "\u00a0"
@@ -93,11 +92,6 @@ def took(row: Row) -> str:
 def tail(path: str | None, parts: int = 1) -> str:
     """The end of a path, which tells it from others."""
     return "/".join((path or "").rstrip("/").split("/")[-parts:])
-
-
-def name_of(row: Row) -> str:
-    """What a job works on, in short."""
-    return kind_of(row.kind).named(json.loads(row.config_json or "{}"))
 
 
 def line_of(event: Event) -> str:

@@ -1,0 +1,26 @@
+// What Python sees of an op stands at the end of its file: names, defaults and docstrings, no logic.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <vector>
+
+namespace segtrain {
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+/// A static one in a file adds what `add` defines when the module is imported.
+struct Binding {
+  using Add = void (*)(nb::module_&);
+  explicit Binding(Add add) { all().push_back(add); }
+  static std::vector<Add>& all();
+};
+
+}  // namespace segtrain

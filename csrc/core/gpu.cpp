@@ -1,0 +1,201 @@
+#include "core/gpu.h"
+
+#include <mutex>
+
+#include "core/cuda_compiler.h"
+#include "kernel_texts.h"
+#include "mlx/backend/cuda/cuda.h"
+#include "mlx/backend/gpu/device_info.h"
+#include "mlx/backend/metal/metal.h"
+
+namespace segtrain {
+
+Gpu gpu() {
+  static const Gpu kind = dry_run()                   ? Gpu::cuda
+                          : mx::metal::is_available() ? Gpu::metal
+                          : mx::cu::is_available()    ? Gpu::cuda
+                                                      : Gpu::none;
+  return kind;
+}
+
+int compute_capability() {
+  static const int capability = [] {
+    if (dry_run()) return dry_run();
+    if (gpu() != Gpu::cuda) return 0;
+    const auto& info = mx::gpu::device_info(0);
+    auto number = [&](const char* key) { return static_cast<int>(std::get<size_t>(info.at(key))); };
+    return number("compute_capability_major") * 10 + number("compute_capability_minor");
+  }();
+  return capability;
+}
+
+namespace {
+
+struct Text {
+  std::vector<std::string> inputs, outputs;
+  std::string source, header;
+};
+
+std::vector<std::string> words(const std::string& line) {
+  std::istringstream in(line);
+  std::vector<std::string> all;
+  for (std::string word; in >> word;) all.push_back(word);
+  return all;
+}
+
+/// A file is a header and, each behind a line "//: name: inputs -> outputs", the bodies of its kernels.
+void parse(const std::string& file, const std::string& prelude, std::map<std::string, Text>& kernels) {
+  const std::string mark = "\n//: ";
+  size_t at = file.find(mark);
+  const std::string header = prelude + file.substr(0, at + 1);  // with the end of its last line
+  while (at != std::string::npos) {
+    size_t begin = at + mark.size(), colon = file.find(": ", begin), arrow = file.find(" -> ", colon);
+    size_t line_end = file.find('\n', arrow);
+    at = file.find(mark, line_end);
+    kernels[file.substr(begin, colon - begin)] = {words(file.substr(colon + 2, arrow - colon - 2)),
+                                                  words(file.substr(arrow + 4, line_end - arrow - 4)),
+                                                  file.substr(line_end, at - line_end), header};
+  }
+}
+
+const Text& text_of(const std::string& name) {
+  static const std::map<std::string, Text> kernels = [] {
+    std::map<std::string, Text> all;
+    if (gpu() == Gpu::metal)
+      for (const char* file : texts::metal) parse(file, "", all);
+    if (gpu() == Gpu::cuda)
+      for (const char* file : texts::cuda) parse(file, texts::cuda_prelude, all);
+    return all;
+  }();
+  auto found = kernels.find(name);
+  if (found == kernels.end()) throw std::logic_error("[" + name + "] has no kernel text for this device.");
+  return found->second;
+}
+
+std::mutex off_lock;
+std::map<std::string, std::string> off;  // kernel → reason
+
+template <typename T>
+mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
+  static std::mutex lock;
+  static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
+  std::lock_guard guard(lock);
+  auto found = known.find(values);
+  if (found != known.end()) return found->second;
+  if (known.size() >= 1024) known.clear();
+  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
+  if (gpu() == Gpu::cuda && !dry_run()) {
+    array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
+    array.eval();
+  }
+  return known.emplace(values, array).first->second;
+}
+
+/// A dtype as the text of cuda/ calls it.
+std::string cuda_type(const mx::Dtype& dtype) {
+  if (dtype == mx::bool_) return "bool";
+  if (dtype == mx::uint8) return "unsigned char";
+  if (dtype == mx::uint32) return "unsigned";
+  if (dtype == mx::int32) return "int";
+  if (dtype == mx::float32) return "float";
+  if (dtype == mx::float16) return "half";
+  check(dtype == mx::bfloat16, "[cuda] no kernel takes ", dtype, ".");
+  return "bfloat16";
+}
+
+/// The text as one function with the template's arguments as constants. So are what the host has worked out
+/// of the kernel's tiles, threads and bytes of shared memory: the text asserts that it needs the same.
+std::string cuda_source(const std::string& name, const Text& text, const Arrays& inputs,
+                        const std::vector<mx::Dtype>& dtypes, const Template& arguments, const Grid& grid) {
+  std::string source =
+      text.header + "\nnamespace segtrain {\nextern \"C\" __global__ void __launch_bounds__(" +
+      std::to_string(grid.threads) + ", " + std::to_string(grid.at_once) + ")\n" + name + "(";
+  for (size_t i = 0; i < inputs.size(); ++i)
+    source += "const " + cuda_type(inputs[i].dtype()) + "* " + text.inputs[i] + ", ";
+  for (size_t i = 0; i < dtypes.size(); ++i)
+    source += (i ? ", " : "") + cuda_type(dtypes[i]) + "* " + text.outputs[i];
+  source += ") {\n";
+  for (const auto& [key, value] : arguments) {
+    if (auto dtype = std::get_if<mx::Dtype>(&value))
+      source += "using " + key + " = " + cuda_type(*dtype) + ";\n";
+    else if (auto number = std::get_if<int>(&value))
+      source += "constexpr int " + key + " = " + std::to_string(*number) + ";\n";
+    else
+      source += "constexpr bool " + key + (std::get<bool>(value) ? " = true;\n" : " = false;\n");
+  }
+  source += "constexpr int THREADS = " + std::to_string(grid.threads) +
+            ", SHARED_BYTES = " + std::to_string(grid.shared_memory) + ";\n";
+  return source + text.source + "\n}\n}\n";
+}
+
+/// The kernel's binary for this device, compiled once a process. MLX's own JIT would put two seconds of
+/// headers before every kernel, and has no place for launch bounds.
+const std::string& cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
+                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
+                               const Grid& grid) {
+  static std::mutex lock;
+  static std::map<std::string, std::string> known;
+  std::ostringstream key;
+  key << name << ' ' << grid.threads << ' ' << grid.shared_memory << ' ' << grid.at_once;
+  for (const auto& x : inputs) key << ' ' << x.dtype();
+  for (const auto& dtype : dtypes) key << ' ' << dtype;
+  for (const auto& [_, value] : arguments) std::visit([&](const auto& x) { key << ' ' << x; }, value);
+  std::lock_guard guard(lock);
+  auto found = known.find(key.str());
+  if (found == known.end()) {
+    auto source = cuda_source(name, text, inputs, dtypes, arguments, grid);
+    found = known.emplace(key.str(), compile_cuda(name, source, compute_capability())).first;
+  }
+  return found->second;
+}
+
+}  // namespace
+
+mx::array device_ints(const std::vector<int32_t>& values) {
+  return device_numbers(values, mx::int32);
+}
+
+mx::array device_floats(const std::vector<float>& values) {
+  return device_numbers(values, mx::float32);
+}
+
+Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
+              std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
+              const Grid& grid, mx::StreamOrDevice s) {
+  const auto& text = text_of(name);
+  Arrays inputs;
+  for (const auto& input : text.inputs) inputs.push_back(values.at(input));
+  auto [x, y, z] = grid.groups;
+  const std::tuple threads{x * grid.threads, y, z}, group{grid.threads, 1, 1};
+  if (gpu() == Gpu::cuda) {
+    const auto& binary = cuda_binary(name, text, inputs, dtypes, arguments, grid);
+    if (!dry_run())
+      return mx::fast::precompiled_cuda_kernel(name, binary, inputs, shapes, dtypes, {}, threads, group,
+                                               grid.shared_memory, std::nullopt, true, s);
+    Arrays nothing;
+    for (size_t i = 0; i < shapes.size(); ++i) nothing.push_back(mx::zeros(shapes[i], dtypes[i], s));
+    return nothing;
+  }
+  // MLX keeps compiled kernels by name: the text is part of the name.
+  auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
+  auto kernel = mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header);
+  return kernel(inputs, shapes, dtypes, threads, group, arguments, std::nullopt, false, s);
+}
+
+void switch_off(const std::string& kernel, const std::string& reason) {
+  std::lock_guard lock(off_lock);
+  off[kernel] = reason;
+}
+
+Way gpu_kernel(const std::string& kernel, const std::string& unfit, Gpu device) {
+  if (device == Gpu::none) return {"kernel", false, "there is no GPU"};
+  if (!unfit.empty()) return {"kernel", false, unfit};
+  if (device != gpu()) return {"kernel", true, ""};
+  std::lock_guard lock(off_lock);
+  auto found = off.find(kernel);
+  if (found != off.end())
+    return {"kernel", false, "it failed the self-check on this device: " + found->second};
+  return {"kernel", true, ""};
+}
+
+}  // namespace segtrain

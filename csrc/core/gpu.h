@@ -1,0 +1,54 @@
+// Kernels of metal/ and cuda/: text that travels inside the module and is compiled at first use.
+#pragma once
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/kernel.h"
+#include "mlx/fast.h"
+
+namespace segtrain {
+
+/// The kind of GPU that MLX drives in this process.
+Gpu gpu();
+
+/// Its compute capability, as 90 for 9.0; 0 if it has none.
+int compute_capability();
+
+/// Template arguments of a kernel: T → dtype, D → int, CAP → bool.
+using Template = std::vector<std::pair<std::string, mx::fast::TemplateArg>>;
+
+struct Grid {
+  std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
+  int threads;                       ///< of a group
+  int shared_memory = 0;             ///< bytes, CUDA only
+  int at_once = 1;                   ///< blocks that shall fit a core, which bounds registers; CUDA only
+};
+
+/// Tiles of `size` that cover n.
+inline int tiles(int n, int size) {
+  return (n + size - 1) / size;
+}
+
+/// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
+/// and a kernel's reads cross the bus: they are moved once and found again, since a call's numbers are the
+/// same in every layer and step.
+mx::array device_ints(const std::vector<int32_t>& values);
+mx::array device_floats(const std::vector<float>& values);
+
+/// Launches kernel `name`. It takes from `values` the inputs that its text declares.
+Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
+              std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
+              const Grid& grid, mx::StreamOrDevice s);
+
+/// Switches a kernel of the GPU off in this process, because it failed the self-check on this device.
+void switch_off(const std::string& kernel, const std::string& reason);
+
+/// "kernel" on a GPU, that of this name: serves if `unfit` is empty (else it says what does not fit) and the
+/// self-check did not fail. On a `device` that this process does not have, the self-check counts as passed.
+Way gpu_kernel(const std::string& kernel, const std::string& unfit, Gpu device = gpu());
+
+}  // namespace segtrain

@@ -1,0 +1,100 @@
+#include "core/kernel.h"
+
+#ifdef __linux__
+#include <malloc.h>
+#endif
+
+#include <cstdlib>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+
+namespace segtrain {
+
+std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways) {
+  std::string names;
+  for (const auto& way : ways) {
+    if (impl == "auto" ? way.ok : way.name == impl) {
+      check(way.ok, "[", op, "] impl='", impl, "' cannot serve this call: ", way.reason, ".");
+      return way.name;
+    }
+    names += ", '" + way.name + "'";
+  }
+  check(false, "[", op, "] impl must be 'auto', 'reference'", names, "; got '", impl, "'.");
+  return {};
+}
+
+int dry_run() {
+  static const int capability = [] {
+    const char* text = std::getenv("MLX_SEGTRAIN_DRY_RUN_CUDA");
+    return text ? std::atoi(text) : 0;
+  }();
+  return capability;
+}
+
+bool on_cpu(mx::StreamOrDevice s) {
+  return !dry_run() && mx::to_stream(s).device == mx::Device::cpu;
+}
+
+Way cpu_kernel(mx::StreamOrDevice s) {
+  return {"kernel", on_cpu(s), "its only kernel is for the CPU"};
+}
+
+namespace {
+
+class CpuOp : public mx::Primitive {
+ public:
+  CpuOp(mx::Stream stream, const char* name, CpuRun run)
+      : Primitive(stream), name_(name), run_(std::make_shared<CpuRun>(std::move(run))) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    std::vector<const void*> in;
+    std::vector<void*> out;
+    for (const auto& x : inputs) in.push_back(x.data<char>());
+    for (auto& y : outputs) {
+      y.set_data(mx::allocator::malloc(y.nbytes()));
+      out.push_back(y.data<char>());
+    }
+    // MLX holds inputs and outputs until the tasks of their primitive are done.
+    mx::cpu::get_command_encoder(stream()).dispatch([run = run_, in, out] { (*run)(in, out); });
+  }
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::logic_error(std::string("[") + name_ + "] is a CPU kernel.");
+  }
+  const char* name() const override { return name_; }
+
+ private:
+  const char* name_;
+  std::shared_ptr<CpuRun> run_;
+};
+
+}  // namespace
+
+Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes,
+              std::vector<mx::Dtype> dtypes, CpuRun run, mx::StreamOrDevice s) {
+  Arrays rows;
+  for (const auto& x : inputs) rows.push_back(mx::contiguous(x, false, s));
+  return mx::array::make_arrays(std::move(shapes), dtypes,
+                                std::make_shared<CpuOp>(mx::to_stream(s), name, std::move(run)), rows);
+}
+
+mx::array after(const mx::array& x, const Arrays& others) {
+  return others.empty() ? x : mx::depends({x}, others)[0];
+}
+
+mx::array f32(const mx::array& x, mx::StreamOrDevice s) {
+  return mx::astype(x, mx::float32, s);
+}
+
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  // By default the C library returns large blocks to the system at once, and every page of an op's outputs is
+  // cleared by the kernel again: four fifths of the time of a pass over 50 MB.
+  constexpr int most = 1 << 30;
+  mallopt(M_MMAP_THRESHOLD, most);
+  mallopt(M_TRIM_THRESHOLD, most);
+#endif
+}
+
+}  // namespace segtrain

@@ -1,0 +1,281 @@
+#include "ops/attention/attention.h"
+
+#include <atomic>
+
+#include "core/binding.h"
+#include "core/gpu.h"
+#include "ops/attention/cudnn/cudnn.h"
+
+namespace segtrain {
+
+namespace {
+
+/// Does MLX's own have a kernel for this GPU's neural accelerators? Only asking for one tells: whether a
+/// kernel serves is decided when the call is written down, and a call that insists on one throws if none
+/// does.
+bool has_nax() {
+  static const bool has = [] {
+    auto x = mx::zeros({1, 1, 9, 512}, mx::bfloat16, mx::Device::gpu);
+    try {
+      mx::fast::scaled_dot_product_attention(x, x, x, 1, "causal", {}, {}, true, mx::Device::gpu);
+    } catch (const std::invalid_argument&) {
+      return false;
+    }
+    return true;
+  }();
+  return has;
+}
+
+Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
+               mx::StreamOrDevice s) {
+  const auto& [scale, window, segments, softcap, q_start] = options;
+  check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4,
+        "[attention] expected q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv]; got ", q.shape(), ", ", k.shape(), ", ",
+        v.shape(), ".");
+  Gpu device = on_cpu(s) ? Gpu::none : gpu();
+  Call c{.B = q.shape(0),
+         .H = q.shape(1),
+         .G = k.shape(1),
+         .T = q.shape(2),
+         .S = k.shape(2),
+         .D = q.shape(3),
+         .Dv = v.shape(3),
+         .scale = scale,
+         .cap = softcap.value_or(0),
+         .window = window.value_or(0),
+         .dtype = q.dtype(),
+         .s = s,
+         .device = device};
+  check(k.shape(0) == c.B && v.shape(0) == c.B && v.shape(1) == c.G && v.shape(2) == c.S && k.shape(3) == c.D,
+        "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(),
+        ", ", v.shape(), ".");
+  check(q.dtype() == k.dtype() && q.dtype() == v.dtype() && mx::issubdtype(q.dtype(), mx::floating),
+        "[attention] q, k and v must have one floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ",
+        v.dtype(), ".");
+  check(c.G > 0 && c.H % c.G == 0, "[attention] query heads must be a multiple of key heads; got ", c.H,
+        " and ", c.G, ".");
+  c.q_start = q_start.value_or(c.S - c.T);
+  check(c.q_start >= 0 && c.q_start + c.T <= c.S,
+        "[attention] queries q_start … q_start + T must lie within the ", c.S, " keys; got q_start ",
+        c.q_start, " and T ", c.T, ".");
+  check(!window || *window >= 1, "[attention] window must be at least 1; got ", window.value_or(0), ".");
+  check(!softcap || *softcap > 0, "[attention] softcap must be above 0; got ", softcap.value_or(0), ".");
+  const Ranges all{{0, c.S}}, &ranges = segments ? *segments : all;
+  for (int i = 0, end = 0; i < static_cast<int>(ranges.size()); end = ranges[i++].second)
+    check(end <= ranges[i].first && ranges[i].first < ranges[i].second && ranges[i].second <= c.S,
+          "[attention] expected segments as rising ranges of the ", c.S, " keys; got ", ranges[i].first,
+          " … ", ranges[i].second, " behind ", end, ".");
+  auto segment = ranges.begin();
+  for (int t = 0; t < c.T; ++t) {
+    int position = c.q_start + t;
+    while (segment != ranges.end() && segment->second <= position) ++segment;
+    bool padding = segment == ranges.end() || position < segment->first;
+    int in_window = window ? position - *window + 1 : 0;
+    c.first.push_back(padding ? position + 1 : std::max(in_window, segment->first));
+  }
+  c.nax = device == Gpu::metal && c.D == 512 && has_nax();
+  c.causal_only = !softcap && c.T == c.S && c.first == std::vector<int32_t>(c.T, 0);
+  return c;
+}
+
+/// Why MLX's own would have arrays of T × S scores for heads of this size in one of its directions; empty if
+/// it has not. Read from MLX 0.32.4: has_fused_kernel in mlx/backend/metal and mlx/backend/cuda,
+/// scaled_dot_product_attention.cpp.
+std::string stock_heads_unfit(const Call& c) {
+  bool half = c.dtype == mx::float16 || c.dtype == mx::bfloat16;
+  std::string sizes;
+  if (c.device == Gpu::metal) {
+    for (int d : {64, 72, 80, 96, 128, 192, 256})
+      if (c.D == d && c.Dv == d) return "";
+    if (c.D == 512 && c.Dv == 512 && c.nax && half) return "";
+    sizes = "of 64, 72, 80, 96, 128, 192 and 256 and, with neural accelerators, 512 in half precision";
+  } else {
+    if (!half) return "it has no float32 kernel on CUDA";
+    if (int has = compute_capability(); has && has < 80) return "it needs a GPU of compute capability 8.0";
+    if (c.D % 8 == 0 && c.D <= 128 && c.D == c.Dv) return "";
+    sizes = "in multiples of 8 up to 128";
+  }
+  return "its memory is linear for D = Dv " + sizes + " only";
+}
+
+/// MLX's own, where both of its directions are linear in memory.
+Way stock_way(const Call& c) {
+  if (c.device == Gpu::none) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
+  if (!c.causal_only)
+    return {"stock", false, "it takes windows, segments, caps and T < S as arrays of masks only"};
+  auto unfit = stock_heads_unfit(c);
+  return {"stock", unfit.empty(), unfit};
+}
+
+/// On CUDA MLX leaves its fused kernel when T is no multiple of 128: zeros behind the last key are seen by no
+/// query. On Metal it leaves it for wide heads where there is no backward pass, because that is faster: it is
+/// told not to. Up to 8 queries are for another kernel, which gives no backward pass, and too few to matter.
+mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
+  int more = c.device == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
+  bool insist = c.device == Gpu::metal && c.T > 8;
+  auto longer = [&](const mx::array& x) {
+    return more ? mx::pad(x, {{0, 0}, {0, 0}, {0, more}, {0, 0}}, mx::array(0, x.dtype()), "constant", c.s)
+                : x;
+  };
+  auto o = mx::fast::scaled_dot_product_attention(longer(q), longer(k), longer(v), c.scale, "causal", {}, {},
+                                                  insist, c.s);
+  return more ? mx::slice(o, {0, 0, 0, 0}, {c.B, c.H, c.T, c.Dv}, c.s) : o;
+}
+
+}  // namespace
+
+mx::array sum_share(const mx::array& x, const Call& c) {
+  if (c.share() == 1) return x;
+  return mx::sum(mx::reshape(x, {c.B, c.G, c.share(), c.S, x.shape(3)}, c.s), 2, false, c.s);
+}
+
+mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o) {
+  return mx::sum(mx::multiply(f32(o, c.s), f32(d_o, c.s), c.s), -1, false, c.s);
+}
+
+std::vector<std::string> attention_impls() {
+  std::vector<std::string> names{"kernel", "blocked"};
+  if (mx::default_device() == mx::Device::cpu) return names;
+  names.push_back("stock");
+  if (compute_capability() == 90) names.push_back("hopper");
+  if (has_cudnn()) names.push_back("cudnn");
+  return names;
+}
+
+namespace {
+
+std::atomic<bool> repeatable{false};
+
+}  // namespace
+
+bool set_repeatable(bool on) {
+  return repeatable.exchange(on);
+}
+
+bool is_repeatable() {
+  return repeatable;
+}
+
+bool has_neural_accelerators() {
+  return gpu() == Gpu::metal && has_nax();
+}
+
+namespace {
+
+/// May MLX's own and cuDNN be taken? What is named always may.
+bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
+  return impl != "auto" || !repeats || device != Gpu::cuda;
+}
+
+/// By bench/LOG.md, H100: a library's kernel where one serves, then ours, hopper's first for wide heads, then
+/// whole products.
+std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
+  Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
+                                     : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
+  Way hopper = gpu_kernel("attention_hopper", hopper_attention_unfit(c), c.device);
+  hopper.name = "hopper";
+  Way blocked{"blocked", true, ""};
+  Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
+  const bool wide = c.D > 128;
+  return choose("attention", impl, {cudnn, stock, wide ? hopper : kernel, wide ? kernel : hopper, blocked});
+}
+
+std::string way_for(const Call& c, const std::string& impl) {
+  bool libraries = may_use_libraries(c.device, impl, repeatable);
+  bool plain = !c.window && !c.cap && c.T == c.S;
+  bool ask = impl == "cudnn" || (impl == "auto" && plain && libraries);
+  return way_among(c, impl, ask ? cudnn_way(c) : Way{"cudnn", false, ""}, libraries);
+}
+
+AttentionWay way_of(const Call& c, const std::string& name) {
+  return name == "blocked"       ? blocked_attention
+         : name == "hopper"      ? hopper_attention
+         : name == "cudnn"       ? cudnn_attention()
+         : c.device == Gpu::none ? cpu_attention
+                                 : gpu_attention;
+}
+
+Arrays forward(const Call& c, const AttentionWay& way, const Arrays& qkv) {
+  auto y = way.forward(c, qkv);
+  return {mx::astype(y[0], c.dtype, c.s), y[1]};
+}
+
+}  // namespace
+
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
+                    const AttentionOptions& options, const std::optional<Arrays>& saved,
+                    const std::string& impl, mx::StreamOrDevice s) {
+  auto c = make_call(q, k, v, options, s);
+  auto name = way_for(c, impl);
+  check(!saved ||
+            (name != "stock" && saved->size() == 2 && (*saved)[0].shape() == mx::Shape{c.B, c.H, c.T, c.Dv}),
+        "[attention] saved must be what attention_forward of the same arguments returned.");
+  if (name == "stock") return stock(c, q, k, v);
+  auto way = way_of(c, name);
+  auto op = mx::custom_vjp([c, way, saved](const Arrays& x) { return saved ? *saved : forward(c, way, x); },
+                           [c, way](const Arrays& x, const Arrays& dy, const Arrays& y) {
+                             auto grads = way.vjp(c, x, dy[0], y[0], y[1]);
+                             for (auto& grad : grads) grad = mx::astype(grad, c.dtype, c.s);
+                             return grads;
+                           });
+  return op({q, k, v})[0];
+}
+
+Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v,
+                         const AttentionOptions& options, const std::string& impl, mx::StreamOrDevice s) {
+  auto c = make_call(q, k, v, options, s);
+  auto name = way_for(c, impl);
+  return name == "stock" ? Arrays{} : forward(c, way_of(c, name), {q, k, v});
+}
+
+std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
+                          bool repeats) {
+  const std::map<std::string, Gpu> devices{{"cpu", Gpu::none}, {"metal", Gpu::metal}, {"cuda", Gpu::cuda}};
+  auto found = devices.find(device);
+  check(found != devices.end(), "[attention_way] device must be 'cpu', 'metal' or 'cuda'; got '", device,
+        "'.");
+  constexpr int T = 1024;
+  const Call c{.B = 1,
+               .H = 1,
+               .G = 1,
+               .T = T,
+               .S = T,
+               .D = head,
+               .Dv = head,
+               .scale = 1,
+               .causal_only = true,
+               .first = std::vector<int32_t>(T, 0),
+               .dtype = dtype,
+               .device = found->second,
+               .nax = nax};
+  bool libraries = may_use_libraries(c.device, "auto", repeats);
+  bool serves = cudnn && libraries && c.device == Gpu::cuda && cudnn_heads_unfit(head, head).empty() &&
+                dtype != mx::float32;
+  return way_among(c, "auto", {"cudnn", serves, ""}, libraries);
+}
+
+const Binding binding([](nb::module_& m) {
+  nb::class_<AttentionOptions>(m, "AttentionOptions", "Which keys a query sees, and what scores become.")
+      .def(nb::init<float, std::optional<int>, std::optional<Ranges>, std::optional<float>,
+                    std::optional<int>>(),
+           nb::kw_only(), "scale"_a, "window"_a = nb::none(), "segments"_a = nb::none(),
+           "softcap"_a = nb::none(), "q_start"_a = nb::none())
+      .def_ro("segments", &AttentionOptions::segments);
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(), "saved"_a = nb::none(),
+        "impl"_a = "auto", "stream"_a = nb::none(),
+        "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
+  m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(),
+        "impl"_a = "auto", "stream"_a = nb::none(), "{o, statistics}, as attention takes them as saved.");
+  m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
+  m.def("set_repeatable", &set_repeatable, "on"_a,
+        "Whether 'auto' takes only implementations that give the same bits again; what was set before.");
+  m.def("is_repeatable", &is_repeatable, "What set_repeatable set last.");
+  m.def("attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
+        "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
+        "The implementation that 'auto' takes for plain causal attention of many tokens on a device, 'cpu', "
+        "'metal' or 'cuda', which need not be here.");
+  m.def("has_neural_accelerators", &has_neural_accelerators,
+        "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
+});
+
+}  // namespace segtrain

@@ -1,0 +1,43 @@
+// What the implementations of attention share. Derivation and cost: docs/attention.md.
+#pragma once
+
+#include "core/kernel.h"
+
+namespace segtrain {
+
+/// Everything about a call but the arrays.
+struct Call {
+  int B, H, G, T, S, D, Dv, q_start = 0;
+  float scale, cap = 0;             ///< cap 0: none
+  bool causal_only = false;         ///< every query sees all keys up to itself, there are T = S, and no cap
+  int window = 0;                   ///< 0: none
+  std::vector<int32_t> first = {};  ///< [T], never falling: the first key that a query sees, the last being
+                                    ///< its own position; where it sees none, its position + 1
+  mx::Dtype dtype;
+  mx::StreamOrDevice s = {};
+  Gpu device;        ///< none: the CPU
+  bool nax = false;  ///< MLX's own has kernels for this GPU's neural accelerators; known where a choice asks
+
+  int share() const { return H / G; }
+};
+
+/// An implementation: (q, k, v) → {o, lse}, and (q, k, v), do, o, lse → {dq, dk, dv} in any floating dtype.
+struct AttentionWay {
+  Arrays (*forward)(const Call&, const Arrays& qkv);
+  Arrays (*vjp)(const Call&, const Arrays& qkv, const mx::array& d_o, const mx::array& o,
+                const mx::array& lse);
+};
+
+extern const AttentionWay cpu_attention, gpu_attention, hopper_attention, blocked_attention;
+
+/// Why the GPU kernel cannot serve a call; empty if it can.
+std::string gpu_attention_unfit(const Call& c);
+std::string hopper_attention_unfit(const Call& c);
+
+/// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].
+mx::array sum_share(const mx::array& x, const Call& c);
+
+/// delta = Σ o·do over a row. [B,H,T,Dv] → [B,H,T] float32.
+mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o);
+
+}  // namespace segtrain

@@ -1,0 +1,50 @@
+// The part of csrc/ops/attention/cudnn/ that belongs to _core: finds the library beside it, on first use.
+#include <dlfcn.h>
+
+#include "core/gpu.h"
+#include "ops/attention/cudnn/cudnn.h"
+
+namespace segtrain {
+
+namespace {
+
+struct Library {
+  const CudnnAttention* attention = nullptr;
+  std::string reason;
+};
+
+const Library& library() {
+  static const Library loaded = [] {
+    if (gpu() != Gpu::cuda) return Library{nullptr, "it is for NVIDIA GPUs"};
+    Dl_info self{};
+    dladdr(reinterpret_cast<const void*>(&cudnn_way), &self);
+    std::string file = self.dli_fname;
+    file = file.substr(0, file.rfind('/') + 1) + "_cudnn.so";
+    void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+    void* entry = handle ? dlsym(handle, "segtrain_cudnn_attention") : nullptr;
+    if (!entry) return Library{nullptr, std::string("its library does not load (") + dlerror() + ")"};
+    auto attention = reinterpret_cast<decltype(&segtrain_cudnn_attention)>(entry)(device_ints);
+    return Library{attention, attention ? "" : "libcudnn.so.9 does not load"};
+  }();
+  return loaded;
+}
+
+}  // namespace
+
+bool has_cudnn() {
+  return library().attention;
+}
+
+Way cudnn_way(const Call& c) {
+  if (c.device != Gpu::cuda) return {"cudnn", false, "it is for NVIDIA GPUs"};
+  if (!library().attention) return {"cudnn", false, library().reason};
+  Way way = gpu_kernel("attention_cudnn", library().attention->unfit(c));
+  way.name = "cudnn";
+  return way;
+}
+
+const AttentionWay& cudnn_attention() {
+  return library().attention->way;
+}
+
+}  // namespace segtrain

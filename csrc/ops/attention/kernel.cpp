@@ -1,0 +1,146 @@
+// Attention by one kernel a direction: cpu.cpp, metal/attention.metal, cuda/attention.cu.
+#include "core/gpu.h"
+#include "ops/attention/attention.h"
+#include "ops/attention/cpu.h"
+
+namespace segtrain {
+
+namespace {
+
+// ---- CPU
+
+cpu::Attention cpu_args(const Call& c) {
+  return {c.B, c.H, c.G, c.T, c.S, c.D, c.Dv, c.q_start, c.scale, c.cap, c.first.data()};
+}
+
+const float* in(const std::vector<const void*>& p, int i) {
+  return static_cast<const float*>(p[i]);
+}
+float* out(const std::vector<void*>& p, int i) {
+  return static_cast<float*>(p[i]);
+}
+
+Arrays cpu_forward(const Call& c, const Arrays& x) {
+  return cpu_op(
+      "attention", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s)}, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
+      {mx::float32, mx::float32},
+      [c](auto& i, auto& o) {
+        cpu::attention(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), out(o, 0), out(o, 1));
+      },
+      c.s);
+}
+
+Arrays cpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
+               const mx::array& lse) {
+  auto grads = cpu_op(
+      "attention_vjp", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s), f32(o, c.s), lse, f32(d_o, c.s)},
+      {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.S, c.D}, {c.B, c.H, c.S, c.Dv}},
+      {mx::float32, mx::float32, mx::float32},
+      [c](auto& i, auto& o) {
+        cpu::attention_vjp(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), in(i, 3), in(i, 4), in(i, 5), out(o, 0),
+                           out(o, 1), out(o, 2));
+      },
+      c.s);
+  return {grads[0], sum_share(grads[1], c), sum_share(grads[2], c)};
+}
+
+// ---- GPU
+
+constexpr int CUDA_BYTES = 227 * 1024;  // of shared memory that a block may ask for on Hopper
+
+/// The launch of a CUDA kernel follows from D, as struct Shapes in cuda/attention.cu, which checks it.
+struct CudaTiles {
+  int bq, threads, bk_dkv, forward, dq, dkv;
+  explicit CudaTiles(int D) {
+    bool small = D <= 128;
+    int ld = (small ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64) + 8;
+    bq = 128, threads = small ? 128 : 256, bk_dkv = small ? 128 : 64;
+    int bk = small ? 32 : 64, bq_dkv = 64;
+    forward = (bq + 4 * bk) * ld * 2;
+    dq = (2 * bq + 4 * 32) * ld * 2;
+    dkv = (2 * bk_dkv + 4 * bq_dkv) * ld * 2 + 2 * bk_dkv * (bq_dkv + 8) * 2 + 4 * bq_dkv * 4;
+  }
+};
+
+std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int parts) {
+  // MLX passes inputs of fewer than 8 elements in another address space: `first` is never that short.
+  std::vector<int32_t> first = c.first;
+  first.resize(std::max<size_t>(first.size(), 8), c.first.back());
+  return {{"q", x[0]},
+          {"k", x[1]},
+          {"v", x[2]},
+          {"first", device_ints(first)},
+          {"at", device_ints({c.q_start, parts, c.B, c.H, c.G, c.T, c.S})},
+          {"args", device_floats({c.scale, c.cap})},
+          {"q_start", mx::array(c.q_start, mx::int32)},
+          {"scale", mx::array(c.scale)},
+          {"cap", mx::array(c.cap)}};
+}
+
+/// `rows`: queries or keys that a block takes. Only CUDA's text checks them.
+Template gpu_template(const Call& c, int rows = 0) {
+  Template all{{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
+  if (rows && c.device == Gpu::cuda) all.push_back({"ROWS", rows});
+  return all;
+}
+
+Grid query_grid(const Call& c, bool backward) {
+  if (c.device == Gpu::metal) return {{tiles(c.T, 32), c.H, c.B}, 128};
+  CudaTiles t(c.D);
+  return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
+}
+
+Arrays gpu_forward(const Call& c, const Arrays& x) {
+  return launch("attention", gpu_values(c, x, 1), {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
+                {c.dtype, mx::float32}, gpu_template(c, CudaTiles(c.D).bq), query_grid(c, false), c.s);
+}
+
+Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
+               const mx::array& lse) {
+  // On CUDA the heads of a group are split over `parts` blocks where there are few tiles of keys, and summed
+  // after.
+  bool metal = c.device == Gpu::metal;
+  CudaTiles t(c.D);
+  int parts = 1;
+  while (!metal && parts < c.share() && c.share() % (2 * parts) == 0 &&
+         tiles(c.S, t.bk_dkv) * c.B * c.G * parts < 264)
+    parts *= 2;
+  auto values = gpu_values(c, x, parts);
+  values.insert({{"lse", lse}, {"o", o}, {"d_o", mx::astype(d_o, c.dtype, c.s)}});
+  auto delta = metal ? row_delta(c, o, d_o)
+                     : launch("attention_delta", values, {{c.B, c.H, c.T}}, {mx::float32}, gpu_template(c),
+                              {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s)[0];
+  values.insert({"delta", delta});
+  auto dq = launch("attention_vjp_q", values, {{c.B, c.H, c.T, c.D}}, {c.dtype}, gpu_template(c, t.bq),
+                   query_grid(c, true), c.s)[0];
+  auto dtype = parts > 1 ? mx::float32 : c.dtype;
+  mx::Shape shape{c.B, c.G, parts, c.S, c.D};
+  Grid grid = metal ? Grid{{tiles(c.S, 32), c.G, c.B}, 256}
+                    : Grid{{tiles(c.S, t.bk_dkv) * c.B * c.G * parts, 1, 1}, 256, t.dkv};
+  auto dkv = launch("attention_vjp_kv", values, {shape, shape}, {dtype, dtype}, gpu_template(c, t.bk_dkv),
+                    grid, c.s);
+  mx::Shape keys{c.B, c.G, c.S, c.D};
+  if (parts == 1) return {dq, mx::reshape(dkv[0], keys, c.s), mx::reshape(dkv[1], keys, c.s)};
+  values.insert({{"dk_parts", dkv[0]}, {"dv_parts", dkv[1]}});
+  dkv = launch("attention_sum_parts", values, {keys, keys}, {c.dtype, c.dtype}, gpu_template(c),
+               {{tiles(c.B * c.G * c.S * c.D, 1024), 1, 1}, 256}, c.s);
+  return {dq, dkv[0], dkv[1]};
+}
+
+}  // namespace
+
+std::string gpu_attention_unfit(const Call& c) {
+  if (c.D != c.Dv) return "D and Dv differ";
+  if (c.device == Gpu::metal) {
+    bool fits = c.D == 64 || c.D == 80 || c.D == 96 || c.D == 128 || c.D == 192 || c.D == 256;
+    return fits ? "" : "its head sizes are 64, 80, 96, 128, 192 and 256";
+  }
+  if (c.dtype == mx::float32) return "its matrix units take half precision only";
+  CudaTiles t(c.D);
+  bool fits = c.D % 8 == 0 && c.D <= 256 && std::max({t.forward, t.dq, t.dkv}) <= CUDA_BYTES;
+  return fits ? "" : "its head sizes are multiples of 8 up to 256";
+}
+
+const AttentionWay cpu_attention{cpu_forward, cpu_vjp}, gpu_attention{gpu_forward, gpu_vjp};
+
+}  // namespace segtrain

@@ -1,0 +1,116 @@
+#include "ops/head/cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "cpu/blas.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
+
+namespace segtrain::cpu {
+
+namespace {
+
+constexpr int TILE_ROWS = 256;               // of the head, unpacked at a time
+constexpr size_t LOGITS = size_t{16} << 20;  // floats of one chunk of logits: 64 MB
+
+/// The i-th row in turn, its logits z (capped) [V], and its target.
+using RowJob = std::function<void(int i, float* z, int target)>;
+
+/// Runs `job` on the logits of the rows `live` (rising), chunk by chunk. With `dh` [m, hidden] the job leaves
+/// dz in the place of z, and dh = dz·W; rows that are not live get 0.
+void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int>& live, float* dh,
+                  const RowJob& job) {
+  const int v = head.n, hidden = head.k, n_live = static_cast<int>(live.size());
+  const int chunk = std::min(n_live, static_cast<int>(std::clamp<size_t>(LOGITS / v, 16, 256)));
+  const int blocks = (v + TILE_ROWS - 1) / TILE_ROWS;
+  const size_t row = hidden;
+  Scratch logits(static_cast<size_t>(chunk) * v);
+  Scratch gathered(n_live < in.m ? chunk * row : 0);
+  if (dh && n_live < in.m) std::fill(dh, dh + in.m * row, 0.0f);
+
+  for (int m0 = 0; m0 < n_live; m0 += chunk) {
+    const int m = std::min(chunk, n_live - m0);
+    const int* at = live.data() + m0;
+    // Rows in one run are used where they are.
+    const bool run = at[m - 1] - at[0] == m - 1;
+    const float* h = run ? in.h + at[0] * row : gathered;
+    if (!run)
+      for (int i = 0; i < m; ++i) std::copy_n(in.h + at[i] * row, row, gathered + i * row);
+
+    // z = h · Wᵀ + bias, capped.
+    parallel_for(blocks, [&](int block) {
+      int n0 = block * TILE_ROWS, n1 = std::min(v, n0 + TILE_ROWS);
+      Scratch scratch(head.dense ? 0 : static_cast<size_t>(n1 - n0) * hidden);
+      auto [data, ld] = tile(head, n0, n1, 0, hidden, scratch);
+      if (in.bias)
+        for (int i = 0; i < m; ++i)
+          std::copy(in.bias + n0, in.bias + n1, logits + static_cast<size_t>(i) * v + n0);
+      gemm(false, true, m, n1 - n0, hidden, 1, h, hidden, data, ld, in.bias ? 1 : 0, logits + n0, v);
+      if (in.cap > 0)
+        for (int i = 0; i < m; ++i) rows().softcap(logits + static_cast<size_t>(i) * v + n0, n1 - n0, in.cap);
+    });
+
+    parallel_for(m, [&](int i) { job(at[i], logits + static_cast<size_t>(i) * v, in.targets[at[i]]); });
+
+    // dh = dz · W
+    if (!dh) continue;
+    linear_dx(head, m, logits, 0, nullptr, nullptr, run ? dh + at[0] * row : gathered);
+    if (!run)
+      for (int i = 0; i < m; ++i) std::copy_n(gathered + i * row, row, dh + at[i] * row);
+  }
+}
+
+/// Rows with a target for which `counts` is true.
+template <class Counts>
+std::vector<int> live_rows(const HeadInput& in, Counts counts) {
+  std::vector<int> live;
+  for (int i = 0; i < in.m; ++i)
+    if (in.targets[i] >= 0 && counts(i)) live.push_back(i);
+  return live;
+}
+
+}  // namespace
+
+void cross_entropy(const Weight& head, const CrossEntropy& args) {
+  const int v = head.n;
+  const auto live = live_rows(args.in, [&](int i) { return args.weights[i] != 0; });
+  std::vector<double> row_loss(args.in.m, 0.0);
+  // loss = Σ w·(lse − (1 − ε)·z[target] − ε·mean(z));  dz = w·(softmax(z) − (1 − ε)·onehot − ε / V)
+  for_each_row(head, args.in, live, args.dh, [&](int i, float* z, int target) {
+    float w = args.weights[i], shift = rows().max(z, v);
+    float lse = shift + std::log(rows().sum_exp(z, v, shift));
+    double likely = target < v ? z[target] : NAN;
+    if (args.smoothing > 0) likely += args.smoothing * (rows().sum(z, v) / v - likely);
+    row_loss[i] = w * (lse - likely);
+    if (args.dh)
+      rows().cross_entropy_vjp(z, v, lse, target < v ? w : NAN, target, args.smoothing, args.in.cap);
+  });
+  double loss = 0;
+  for (double x : row_loss) loss += x;
+  *args.loss = static_cast<float>(loss);
+}
+
+void log_probs(const Weight& head, const HeadInput& in, float* log_p, float* lse) {
+  const int v = head.n;
+  std::fill(log_p, log_p + in.m, 0.0f);
+  std::fill(lse, lse + in.m, 0.0f);
+  for_each_row(head, in, live_rows(in, [](int) { return true; }), nullptr, [&](int i, float* z, int target) {
+    float shift = rows().max(z, v), log_sum = std::log(rows().sum_exp(z, v, shift));
+    lse[i] = shift + log_sum;
+    log_p[i] = target < v ? (z[target] - shift) - log_sum : NAN;
+  });
+}
+
+void log_probs_vjp(const Weight& head, const HeadInput& in, const float* lse, const float* dlog_p,
+                   float* dh) {
+  const int v = head.n;
+  const auto live = live_rows(in, [&](int i) { return dlog_p[i] != 0; });
+  for_each_row(head, in, live, dh, [&](int i, float* z, int target) {
+    rows().cross_entropy_vjp(z, v, lse[i], target < v ? -dlog_p[i] : NAN, target, 0, in.cap);
+  });
+}
+
+}  // namespace segtrain::cpu

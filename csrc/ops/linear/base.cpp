@@ -1,0 +1,249 @@
+#include "ops/linear/base.h"
+
+#include "core/binding.h"
+#include "core/gpu.h"
+
+namespace segtrain {
+
+int Base::out() const {
+  return weight.shape(0);
+}
+int Base::in() const {
+  return scales ? weight.shape(1) * 32 / bits : weight.shape(1);
+}
+
+namespace {
+
+/// A way to quantize. `code` is MODE of cuda/dequantize.cu; scales are floats beside biases, or bytes.
+struct Mode {
+  std::string name;
+  std::vector<int> bits, groups;
+  int code;
+  bool float_scales;
+};
+
+/// What MLX quantizes to, and no more.
+const std::vector<Mode> MODES{{"affine", {2, 3, 4, 5, 6, 8}, {32, 64, 128}, 0, true},
+                              {"mxfp4", {4}, {32}, 1, false},
+                              {"mxfp8", {8}, {32}, 2, false},
+                              {"nvfp4", {4}, {16}, 3, false}};
+constexpr int DENSE = 4;  ///< the code of a weight that is not quantized
+
+std::vector<Mode>::const_iterator mode_of(const Base& base) {
+  return std::find_if(MODES.begin(), MODES.end(), [&](const Mode& mode) { return mode.name == base.mode; });
+}
+
+void check_quantization(const std::string& op, const Base& base) {
+  std::ostringstream text;
+  text << base.mode << " at " << base.bits << " bits in groups of " << base.group_size;
+  auto given = text.str();
+  auto has = [](const std::vector<int>& all, int x) {
+    return std::find(all.begin(), all.end(), x) != all.end();
+  };
+  auto list = [](const std::vector<int>& all) {
+    std::string names;
+    for (int x : all) names += (names.empty() ? "" : ", ") + std::to_string(x);
+    return names;
+  };
+  auto mode = mode_of(base);
+  check(mode != MODES.end(), "[", op, "] the quantization mode must be affine, mxfp4, mxfp8 or nvfp4; got ",
+        given, ".");
+  check(has(mode->bits, base.bits) && has(mode->groups, base.group_size), "[", op, "] ", base.mode,
+        " takes bits ", list(mode->bits), " and groups of ", list(mode->groups), "; got ", given, ".");
+  check(base.weight.dtype() == mx::uint32, "[", op, "] a weight quantized as ", given,
+        " must be uint32; got ", base.weight.dtype(), ".");
+  const auto& scales = *base.scales;
+  bool floats = mode->float_scales;
+  check(floats ? mx::issubdtype(scales.dtype(), mx::floating) : scales.dtype() == mx::uint8, "[", op,
+        "] scales of ", given, " must be ", floats ? "floating" : "uint8", "; got ", scales.dtype(), ".");
+  check(scales.ndim() == 2 && scales.shape(0) == base.out() && scales.shape(1) * base.group_size == base.in(),
+        "[", op, "] scales ", scales.shape(), " do not fit weight ", base.weight.shape(), " quantized as ",
+        given, ".");
+  if (floats)
+    check(base.biases && base.biases->shape() == scales.shape() &&
+              mx::issubdtype(base.biases->dtype(), mx::floating),
+          "[", op, "] ", given, " needs floating biases of the shape of the scales.");
+  else
+    check(!base.biases, "[", op, "] ", given, " has no biases.");
+}
+
+}  // namespace
+
+void check_base(const std::string& op, const Base& base) {
+  check(base.weight.ndim() == 2, "[", op, "] expected a weight [out, in]; got ", base.weight.shape(), ".");
+  if (base.scales) {
+    check_quantization(op, base);
+  } else {
+    check(mx::issubdtype(base.weight.dtype(), mx::floating), "[", op,
+          "] a dense weight must be floating; got ", base.weight.dtype(), ".");
+  }
+  check(!base.bias || (base.bias->ndim() == 1 && base.bias->shape(0) == base.out()), "[", op,
+        "] bias must be [", base.out(), "].");
+}
+
+Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears) {
+  Arrays all{x};
+  for (const auto& linear : linears)
+    if (linear.a) all.insert(all.end(), {*linear.a, *linear.b});
+  return all;
+}
+
+CpuBase::CpuBase(const Base& base, mx::StreamOrDevice s)
+    : bits(base.bits),
+      group(base.group_size),
+      n(base.out()),
+      k(base.in()),
+      dense(!base.scales),
+      affine(base.biases.has_value()) {
+  if (dense)
+    arrays = {f32(base.weight, s)};
+  else if (affine)
+    arrays = {base.weight, f32(*base.scales, s), f32(*base.biases, s)};
+  else
+    arrays = {base.weight, *base.scales};
+}
+
+cpu::Weight CpuBase::weight(const std::vector<const void*>& in, int first) const {
+  auto real = [&](int i) { return static_cast<const float*>(in[first + i]); };
+  if (dense) return {real(0), nullptr, nullptr, nullptr, 0, 0, n, k};
+  return {nullptr,
+          static_cast<const uint32_t*>(in[first]),
+          in[first + 1],
+          affine ? real(2) : nullptr,
+          bits,
+          group,
+          n,
+          k};
+}
+
+std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
+  const auto& first = bases[0];
+  auto way = gpu_kernel("dequantize", gpu() == Gpu::cuda ? "" : "it is for CUDA");
+  if (!way.ok) return way.reason;
+  if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
+    return "it makes float32, float16 or bfloat16";
+  if (bases.size() > 3) return "it takes up to three weights";
+  for (const auto& base : bases) {
+    if (base.in() != first.in() || base.in() % 8) return "their widths are no multiple of 8, or differ";
+    bool alike = base.weight.dtype() == first.weight.dtype() && base.mode == first.mode &&
+                 base.bits == first.bits && base.group_size == first.group_size &&
+                 base.scales.has_value() == first.scales.has_value() &&
+                 (!base.scales || base.scales->dtype() == first.scales->dtype()) &&
+                 (!base.biases || base.biases->dtype() == first.scales->dtype());
+    if (!alike) return "its weights must be of one kind";
+  }
+  return "";
+}
+
+mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::optional<mx::array>& columns,
+                 const std::optional<mx::array>& rows, mx::StreamOrDevice s) {
+  const auto& first = bases[0];
+  const int k = first.in(), beside = columns ? columns->shape(1) : 0, below = rows ? rows->shape(0) : 0;
+  std::vector<int32_t> at;
+  std::map<std::string, mx::array> values{{"columns", columns.value_or(first.weight)},
+                                          {"rows", rows.value_or(first.weight)}};
+  int n = 0;
+  for (size_t i = 0; i < 3; ++i) {
+    const auto& base = bases[std::min(i, bases.size() - 1)];
+    at.push_back(i < bases.size() ? base.out() : 0);
+    n += at.back();
+    auto number = std::to_string(i);
+    auto scales = base.scales.value_or(base.weight);
+    values.insert({{"w" + number, base.weight},
+                   {"scales" + number, scales},
+                   {"biases" + number, base.biases.value_or(scales)}});
+  }
+  at.insert(at.end(), {k, beside, below});
+  values.insert({"at", device_ints(at)});
+  Template arguments{{"T", dtype},
+                     {"MODE", first.scales ? mode_of(first)->code : DENSE},
+                     {"BITS", first.scales ? first.bits : 32},
+                     {"GROUP", first.scales ? first.group_size : 32}};
+  int groups = tiles((n + below) * ((k + beside) / 8), 512);
+  return launch("dequantize", values, {{n + below, k + beside}}, {dtype}, arguments, {{groups, 1, 1}, 256},
+                s)[0];
+}
+
+mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s) {
+  check_base("dequantize", base);
+  check(base.scales.has_value(), "[dequantize] the weight is not quantized.");
+  if (!on_cpu(s)) {
+    if (unpack_unfit({base}, dtype).empty()) return unpack({base}, dtype, std::nullopt, std::nullopt, s);
+    return mx::astype(mx::dequantize(base.weight, *base.scales, base.biases, base.group_size, base.bits,
+                                     base.mode, std::nullopt, std::nullopt, s),
+                      dtype, s);
+  }
+  CpuBase w(base, s);
+  auto y = cpu_op(
+      "dequantize", w.arrays, {{w.n, w.k}}, {mx::float32},
+      [w](auto& in, auto& out) { cpu::dequantize(w.weight(in, 0), (float*)out[0]); }, s);
+  return mx::astype(y[0], dtype, s);
+}
+
+mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float alpha,
+                 mx::StreamOrDevice s) {
+  int nd = a.ndim();
+  check(nd >= 2 && static_cast<int>(b.ndim()) == nd &&
+            std::equal(a.shape().begin(), a.shape().end() - 2, b.shape().begin(), b.shape().end() - 2),
+        "[matmul] a and b must agree in all but the last two axes; got ", a.shape(), " and ", b.shape(), ".");
+  int m = a.shape(ta ? -1 : -2), k = a.shape(ta ? -2 : -1), n = b.shape(tb ? -2 : -1);
+  check(b.shape(tb ? -1 : -2) == k, "[matmul] inner sizes differ: ", a.shape(), " and ", b.shape(), ".");
+  if (!on_cpu(s)) {
+    auto y = mx::matmul(ta ? mx::swapaxes(a, -1, -2, s) : a, tb ? mx::swapaxes(b, -1, -2, s) : b, s);
+    return alpha == 1 ? y : mx::multiply(y, mx::array(alpha, y.dtype()), s);
+  }
+  mx::Shape shape(a.shape().begin(), a.shape().end() - 2);
+  int batch = 1;
+  for (int d : shape) batch *= d;
+  shape.push_back(m);
+  shape.push_back(n);
+  auto y = cpu_op(
+      "matmul", {f32(a, s), f32(b, s)}, {shape}, {mx::float32},
+      [=](auto& in, auto& out) {
+        cpu::matmul(ta, tb, batch, m, n, k, alpha, (const float*)in[0], (const float*)in[1], (float*)out[0]);
+      },
+      s);
+  return mx::astype(y[0], a.dtype(), s);
+}
+
+mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx::StreamOrDevice s) {
+  if (!base.scales) return matmul(x, mx::astype(base.weight, x.dtype(), s), false, transpose, 1, s);
+  // CUDA's quantized GEMM runs at a quarter of the rate of unpacking once and cuBLAS, and takes minutes to
+  // compile; Metal's is at GEMM speed.
+  bool whole = x.size() / x.shape(-1) >= 16 && gpu() == Gpu::cuda && !on_cpu(s);
+  if (whole) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);
+  // On the CPU MLX adds half-precision products up in half precision.
+  auto y = mx::quantized_matmul(on_cpu(s) ? f32(x, s) : x, base.weight, *base.scales, base.biases, transpose,
+                                base.group_size, base.bits, base.mode, s);
+  return mx::astype(y, x.dtype(), s);
+}
+
+const Binding binding([](nb::module_& m) {
+  nb::class_<Base>(m, "Base", "A frozen weight [out, in]: dense, or quantized as `mx.quantize` writes it.")
+      .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>,
+                    int, int, std::string>(),
+           "weight"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), nb::kw_only(),
+           "group_size"_a = 0, "bits"_a = 0, "mode"_a = "affine")
+      .def_ro("weight", &Base::weight)
+      .def_ro("scales", &Base::scales)
+      .def_ro("biases", &Base::biases)
+      .def_ro("bias", &Base::bias)
+      .def_ro("group_size", &Base::group_size)
+      .def_ro("bits", &Base::bits)
+      .def_ro("mode", &Base::mode)
+      .def_prop_ro("out_dims", &Base::out)
+      .def_prop_ro("in_dims", &Base::in);
+
+  nb::class_<Linear>(m, "Linear", "A frozen weight and its low-rank update: x·Wᵀ + bias + scale·(x·a)·b.")
+      .def(nb::init<Base, std::optional<mx::array>, std::optional<mx::array>, float>(), "base"_a,
+           "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f)
+      .def_ro("base", &Linear::base)
+      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a, "The same with other factors.")
+      .def_ro("a", &Linear::a)
+      .def_ro("b", &Linear::b)
+      .def_ro("scale", &Linear::scale);
+  m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
+        "A quantized weight as an array [out, in].");
+});
+
+}  // namespace segtrain

@@ -1,0 +1,44 @@
+// Products with a frozen weight on raw row-major float32 memory, on all threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace segtrain::cpu {
+
+/// A frozen weight [n, k]: dense, or packed with scales [n, k / group], which are floats beside biases
+/// (affine modes) and bytes without (floating-point modes).
+struct Weight {
+  const float* dense;
+  const uint32_t* packed;
+  const void* scales;
+  const float* biases;
+  int bits, group;
+  int n, k;
+};
+
+/// A piece of a weight as float32, row stride `ld`.
+struct Tile {
+  const float* data;
+  int ld;
+};
+
+/// Rows [n0, n1) and columns [k0, k1) of w; unpacked into `scratch` ((n1−n0)·(k1−k0) floats) unless w is
+/// dense.
+Tile tile(const Weight& w, int n0, int n1, int k0, int k1, float* scratch);
+
+/// All of w, unpacked: out [n, k].
+void dequantize(const Weight& w, float* out);
+
+/// c = alpha·op(a)·op(b) for each of `batch` row-major matrices.
+void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b,
+            float* c);
+
+/// y = x·wᵀ + bias + z·b. x [m, k], z [m, r], b [r, n], bias [n] → y [m, n]; bias and z may be null.
+void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
+            float* y);
+
+/// dx = dy·w + u·aᵀ. dy [m, n], u [m, r], a [k, r] → dx [m, k]; u may be null.
+void linear_dx(const Weight& w, int m, const float* dy, int r, const float* u, const float* a, float* dx);
+
+}  // namespace segtrain::cpu

@@ -1,0 +1,179 @@
+// y = x·Wᵀ + bias + scale·(x·A)·B with W frozen.
+//   dx = dy·W + u·Aᵀ, dA = xᵀ·u, dB = zᵀ·dy   with u = scale·dy·Bᵀ, z = scale·x·A  (both [rows, R])
+// With dropout p, x·A reads mask∘x and scale is scale / (1 − p); then dx = dy·W + mask∘(u·Aᵀ), dA =
+// (mask∘x)ᵀ·u. The mask is drawn again from its key.
+#include "core/binding.h"
+#include "core/gpu.h"
+#include "ops/linear/base.h"
+#include "ops/linear/joint_linear.h"
+
+namespace segtrain {
+
+namespace {
+
+/// x·Wᵀ + bias + z·b, or with `transpose` false dy·W + z·bᵀ; x [M, ·], z [M, R].
+mx::array product(const mx::array& x, const Base& base, bool transpose, const std::optional<mx::array>& z,
+                  const std::optional<mx::array>& b, bool kernel, mx::StreamOrDevice s) {
+  int m = x.shape(0);
+  auto bias = transpose ? base.bias : std::nullopt;
+  if (!kernel) {
+    auto y = stock_product(x, base, transpose, s);
+    if (bias) y = mx::add(y, mx::astype(*bias, y.dtype(), s), s);
+    if (!z) return y;
+    auto b_cast = mx::astype(*b, y.dtype(), s);
+    return mx::addmm(y, mx::astype(*z, y.dtype(), s), transpose ? b_cast : mx::transpose(b_cast, s), 1, 1, s);
+  }
+  CpuBase w(base, s);
+  Arrays inputs{f32(x, s)};
+  inputs.insert(inputs.end(), w.arrays.begin(), w.arrays.end());
+  int r = z ? z->shape(1) : 0, at_bias = static_cast<int>(inputs.size());
+  if (bias) inputs.push_back(f32(*bias, s));
+  int at_z = static_cast<int>(inputs.size());
+  if (z) inputs.insert(inputs.end(), {f32(*z, s), f32(*b, s)});
+  bool has_bias = bias.has_value();
+  auto run = [=](const std::vector<const void*>& in, const std::vector<void*>& out) {
+    auto real = [&](int i) { return static_cast<const float*>(in[i]); };
+    const float *z_in = r ? real(at_z) : nullptr, *b_in = r ? real(at_z + 1) : nullptr;
+    if (transpose)
+      cpu::linear(w.weight(in, 1), m, real(0), has_bias ? real(at_bias) : nullptr, r, z_in, b_in,
+                  (float*)out[0]);
+    else
+      cpu::linear_dx(w.weight(in, 1), m, real(0), r, z_in, b_in, (float*)out[0]);
+  };
+  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, {mx::float32}, run, s)[0],
+                    x.dtype(), s);
+}
+
+/// One linear by itself; x [M, in].
+mx::array single(const mx::array& x, const Linear& linear, float dropout, const std::optional<mx::array>& key,
+                 bool kernel, mx::StreamOrDevice s) {
+  const auto& base = linear.base;
+  float scale = linear.scale / (1 - dropout);
+  auto dtype = x.dtype();
+  auto cast = [=](const mx::array& y) { return mx::astype(y, dtype, s); };
+  auto mask = [=](const mx::array& y) {
+    if (!key) return y;
+    return mx::where(mx::random::bernoulli(mx::array(1 - dropout), y.shape(), key, s), y,
+                     mx::array(0, y.dtype()), s);
+  };
+  auto down = [=](const Arrays& p) { return matmul(mask(p[0]), cast(p[1]), false, false, scale, s); };  // z
+
+  auto forward = [=](const Arrays& p) -> Arrays {
+    if (p.size() == 1) return {product(p[0], base, true, std::nullopt, std::nullopt, kernel, s)};
+    auto z = down(p);
+    return {product(p[0], base, true, z, p[2], kernel, s), z};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
+    const auto& dy = dys[0];
+    if (p.size() == 1) return {product(dy, base, false, std::nullopt, std::nullopt, kernel, s)};
+    auto u = matmul(dy, cast(p[2]), false, true, scale, s);
+    auto dx = [&] {
+      if (!key) return product(dy, base, false, u, p[1], kernel, s);
+      auto through_w = product(dy, base, false, std::nullopt, std::nullopt, kernel, s);
+      return mx::add(through_w, mask(matmul(u, cast(p[1]), false, true, 1, s)), s);
+    };
+    auto da = mx::astype(matmul(mask(p[0]), u, true, false, 1, s), p[1].dtype(), s);
+    auto db = mx::astype(matmul(y[1], dy, true, false, 1, s), p[2].dtype(), s);
+    return {after(dx(), {da, db}), da, db};
+  };
+  return mx::custom_vjp(forward, vjp)(primals_of(x, {linear}))[0];
+}
+
+/// All of them as one product; x [M, in].
+Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamOrDevice s) {
+  JointLinear all(linears, x.dtype(), s);
+  auto ab = [](const Arrays& p) { return Arrays(p.begin() + 1, p.end()); };
+  auto forward = [=](const Arrays& p) {
+    auto [y, z] = all.forward(p[0], all.prepare(ab(p)));
+    auto out = all.split(y);
+    if (z) out.push_back(*z);
+    return out;
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) {
+    auto n = linears.size();
+    Arrays parts;
+    for (size_t i = 0; i < n; ++i) parts.push_back(mx::astype(dys[i], x.dtype(), s));
+    auto dy = n == 1 ? parts[0] : mx::concatenate(parts, -1, s);
+    auto [dx, u] = all.dx(dy, all.prepare(ab(p)));
+    if (!u) return Arrays{dx};
+    auto grads = all.gradients(ab(p), p[0], dy, y[n], *u);
+    grads.insert(grads.begin(), after(dx, grads));
+    return grads;
+  };
+  auto out = mx::custom_vjp(forward, vjp)(primals_of(x, linears));
+  out.resize(linears.size(), x);
+  return out;
+}
+
+}  // namespace
+
+void check_linear(const std::string& op, const Linear& linear) {
+  const auto& [base, a, b, scale] = linear;
+  check_base(op, base);
+  check(a.has_value() == b.has_value(), "[", op, "] give both a and b, or neither.");
+  if (a)
+    check(a->ndim() == 2 && b->ndim() == 2 && a->shape(0) == base.in() && b->shape(1) == base.out() &&
+              a->shape(1) == b->shape(0),
+          "[", op, "] expected a [", base.in(), ", R] and b [R, ", base.out(), "]; got ", a->shape(), " and ",
+          b->shape(), ".");
+}
+
+namespace {
+
+void check_call(const mx::array& x, const Linear& linear, float dropout,
+                const std::optional<mx::array>& key) {
+  check_linear("lora_linear", linear);
+  check(x.ndim() >= 1 && x.shape(-1) == linear.base.in() && mx::issubdtype(x.dtype(), mx::floating),
+        "[lora_linear] expected floating x [..., ", linear.base.in(), "]; got ", x.shape(), " ", x.dtype(),
+        ".");
+  check(dropout >= 0 && dropout < 1, "[lora_linear] dropout must be at least 0 and below 1; got ", dropout,
+        ".");
+  check(dropout == 0 || linear.a, "[lora_linear] dropout acts on the low-rank branch: give a and b.");
+  check((dropout > 0) == key.has_value(), "[lora_linear] dropout and its key go together; got dropout ",
+        dropout, key ? " and a key." : " and no key.");
+  check(!key || (key->shape() == mx::Shape{2} && key->dtype() == mx::uint32),
+        "[lora_linear] expected a key [2] of uint32; got ", key ? key->shape() : mx::Shape{}, " ",
+        key ? key->dtype() : mx::uint32, ".");
+}
+
+}  // namespace
+
+Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
+                    const std::string& impl, mx::StreamOrDevice s) {
+  check(!linears.empty(), "[lora_linear] expected at least one linear.");
+  check(keys.empty() || keys.size() == linears.size(), "[lora_linear] expected a key for each of ",
+        linears.size(), " linears; got ", keys.size(), ".");
+  auto key = [&](size_t i) { return keys.empty() ? std::nullopt : std::optional(keys[i]); };
+  for (size_t i = 0; i < linears.size(); ++i) check_call(x, linears[i], dropout, key(i));
+  int in = linears[0].base.in(), rows = static_cast<int>(x.size() / in);
+  auto unfit = [&](const std::vector<Linear>& some) {
+    return dropout > 0 ? "it takes no dropout" : JointLinear::unfit(some, rows, x.dtype(), s);
+  };
+  auto flat = mx::reshape(x, {rows, in}, s);
+  auto run = [&](const std::vector<Linear>& some, size_t first) {
+    Way way = on_cpu(s) ? cpu_kernel(s) : gpu_kernel("lora_linear", unfit(some));
+    bool kernel = choose("lora_linear", impl, {way, {"stock", true, ""}}) == "kernel";
+    if (kernel && !on_cpu(s)) return joint(flat, some, s);
+    return Arrays{single(flat, some[0], dropout, key(first), kernel, s)};
+  };
+  Arrays out;
+  if (!on_cpu(s) && linears.size() > 1 && impl != "stock" && unfit(linears).empty()) {
+    out = run(linears, 0);
+  } else {
+    for (size_t i = 0; i < linears.size(); ++i) out.push_back(run({linears[i]}, i)[0]);
+  }
+  auto shape = x.shape();
+  for (size_t i = 0; i < out.size(); ++i) {
+    shape.back() = linears[i].base.out();
+    out[i] = mx::reshape(out[i], shape, s);
+  }
+  return out;
+}
+
+const Binding binding([](nb::module_& m) {
+  m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
+        "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
+        "x·Wᵀ + bias + scale·(x·a)·b of each linear. x [..., in] → [..., out] each.");
+});
+
+}  // namespace segtrain

@@ -1,0 +1,174 @@
+// y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is made again.
+//   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
+// On CUDA gate and up are one array from their common product to their common gradient.
+#include "core/binding.h"
+#include "core/gpu.h"
+#include "ops/glu/glu.h"
+#include "ops/linear/joint_linear.h"
+
+namespace segtrain {
+
+namespace {
+
+struct Mlp {
+  Linear gate, up, down;
+  bool gelu;
+  std::string impl;
+  mx::StreamOrDevice s;
+
+  Arrays primals(const mx::array& x) const { return primals_of(x, {gate, up, down}); }
+  size_t at_up() const { return gate.a ? 3 : 1; }
+  size_t at_down() const { return at_up() + (up.a ? 2 : 0); }
+
+  /// The linear with other factors, if it has any: those from `at` on.
+  static Linear with(const Linear& linear, const Arrays& p, size_t at) {
+    return linear.a ? linear.with_factors(p[at], p[at + 1]) : linear;
+  }
+  /// The whole with other primals in the factors' places.
+  Mlp with(const Arrays& p) const {
+    return {with(gate, p, 1), with(up, p, at_up()), with(down, p, at_down()), gelu, impl, s};
+  }
+
+  Arrays gate_up(const Arrays& p) const {
+    return lora_linears(p[0], {with(gate, p, 1), with(up, p, at_up())}, 0, {}, impl, s);
+  }
+  mx::array hidden(const Arrays& gate_up) const {
+    return gelu ? geglu(gate_up[0], gate_up[1], impl, s) : swiglu(gate_up[0], gate_up[1], impl, s);
+  }
+};
+
+mx::array by_ops(const Mlp& c, const mx::array& x) {
+  auto forward = [=](const Arrays& p) -> Arrays {
+    auto both = c.gate_up(p);
+    auto y = lora_linears(c.hidden(both), {Mlp::with(c.down, p, c.at_down())}, 0, {}, c.impl, c.s)[0];
+    return {y, both[0], both[1]};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
+    const Arrays both{y[1], y[2]};
+    Arrays of_down{c.hidden(both)};
+    of_down.insert(of_down.end(), p.begin() + c.at_down(), p.end());
+    auto d_down = mx::vjp(
+                      [&](const Arrays& in) {
+                        return lora_linears(in[0], {Mlp::with(c.down, in, 1)}, 0, {}, c.impl, c.s);
+                      },
+                      of_down, {dys[0]})
+                      .second;
+    auto d_both = mx::vjp([&](const Arrays& in) { return Arrays{c.hidden(in)}; }, both, {d_down[0]}).second;
+    Arrays of_x(p.begin(), p.begin() + c.at_down());
+    auto grads = mx::vjp([&](const Arrays& in) { return c.gate_up(in); }, of_x, d_both).second;
+    grads.insert(grads.end(), d_down.begin() + 1, d_down.end());
+    return grads;
+  };
+  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+}
+
+mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
+  const JointLinear both({c.gate, c.up}, x.dtype(), c.s), down({c.down}, x.dtype(), c.s);
+  auto factors = [c](const Arrays& p, bool of_down) {
+    return of_down ? Arrays(p.begin() + c.at_down(), p.end())
+                   : Arrays(p.begin() + 1, p.begin() + c.at_down());
+  };
+  auto forward = [=](const Arrays& p) -> Arrays {
+    auto [gate_up, z] = both.forward(p[0], both.prepare(factors(p, false)));
+    auto h = glu_joint(c.gelu, gate_up, c.s);
+    auto [y, z_down] = down.forward(h, down.prepare(factors(p, true)));
+    return {y, gate_up, z.value_or(y), z_down.value_or(y)};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
+    auto dy = mx::astype(dys[0], p[0].dtype(), c.s);
+    auto [dh, u_down] = down.dx(dy, down.prepare(factors(p, true)));
+    auto d_both = glu_joint_vjp(c.gelu, y[1], dh, c.s);
+    Arrays of_both, of_down;
+    if (u_down) {
+      auto h = glu_joint(c.gelu, after(y[1], {d_both}), c.s);  // when dh is free
+      of_down = down.gradients(factors(p, true), h, dy, y[3], *u_down);
+      d_both = after(d_both, of_down);  // when h and gate_up are
+    }
+    auto [dx, u] = both.dx(d_both, both.prepare(factors(p, false)));
+    if (u) of_both = both.gradients(factors(p, false), p[0], d_both, y[2], *u);
+    Arrays grads{after(dx, of_both)};
+    for (const auto* some : {&of_both, &of_down}) grads.insert(grads.end(), some->begin(), some->end());
+    return grads;
+  };
+  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+}
+
+mx::array whole(const Mlp& c, const mx::array& x) {
+  int rows = x.shape(0);
+  auto fits = [&](const std::vector<Linear>& linears) {
+    return gpu_kernel("lora_linear", JointLinear::unfit(linears, rows, x.dtype(), c.s)).ok;
+  };
+  bool joint = !on_cpu(c.s) && c.impl != "stock" && fits({c.gate, c.up}) && fits({c.down}) &&
+               gpu_kernel(c.gelu ? "geglu" : "swiglu", "").ok &&
+               static_cast<double>(rows) * c.gate.base.out() < (1LL << 31) - 4096;
+  return joint ? by_joint_kernels(c, x) : by_ops(c, x);
+}
+
+/// Tile by tile, keeping x only; a tile waits for the one before, so that one is in memory at a time.
+mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
+  auto slice = [s = c.s](const mx::array& y, int begin, int end) {
+    return mx::slice(y, {begin, 0}, {end, y.shape(1)}, s);
+  };
+  auto forward = [=](const Arrays& p) -> Arrays {
+    const auto here = c.with(p);
+    Arrays ys;
+    for (int begin = 0; begin < p[0].shape(0); begin += tile) {
+      auto part = slice(p[0], begin, std::min(p[0].shape(0), begin + tile));
+      ys.push_back(whole(here, after(part, ys.empty() ? Arrays{} : Arrays{ys.back()})));
+    }
+    return {mx::concatenate(ys, 0, c.s)};
+  };
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays&) -> Arrays {
+    Arrays dxs, sums;
+    for (int begin = 0; begin < p[0].shape(0); begin += tile) {
+      int end = std::min(p[0].shape(0), begin + tile);
+      auto in = p;
+      in[0] = slice(p[0], begin, end);
+      if (begin) {
+        Arrays before = sums;
+        before.push_back(dxs.back());
+        in[0] = after(in[0], before);
+      }
+      auto f = [&](const Arrays& q) { return Arrays{whole(c.with(q), q[0])}; };
+      auto grads = mx::vjp(f, in, {slice(dys[0], begin, end)}).second;
+      dxs.push_back(grads[0]);
+      for (size_t i = 1; i < grads.size(); ++i)
+        if (begin)
+          sums[i - 1] = mx::add(sums[i - 1], grads[i], c.s);
+        else
+          sums.push_back(grads[i]);
+    }
+    sums.insert(sums.begin(), mx::concatenate(dxs, 0, c.s));
+    return sums;
+  };
+  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+}
+
+}  // namespace
+
+mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up, const Linear& down,
+                       bool gelu, std::optional<int> tile_rows, const std::string& impl,
+                       mx::StreamOrDevice s) {
+  for (const auto* linear : {&gate, &up, &down}) check_linear("lora_glu_mlp", *linear);
+  const int h = gate.base.in(), f = gate.base.out();
+  check(x.ndim() >= 1 && x.shape(-1) == h && up.base.in() == h && up.base.out() == f && down.base.in() == f,
+        "[lora_glu_mlp] expected x [..., H], gate and up [F, H] and down [·, F]; got ", x.shape(), ", (", f,
+        ",", h, "), (", up.base.out(), ",", up.base.in(), ") and (", down.base.out(), ",", down.base.in(),
+        ").");
+  check(!tile_rows || *tile_rows > 0, "[lora_glu_mlp] tile_rows must be above 0; got ", tile_rows.value_or(0),
+        ".");
+  Mlp c{gate, up, down, gelu, impl, s};
+  auto flat = mx::reshape(x, {static_cast<int>(x.size() / h), h}, s);
+  auto y = tile_rows && *tile_rows < flat.shape(0) ? tiled(c, flat, *tile_rows) : whole(c, flat);
+  auto shape = x.shape();
+  shape.back() = down.base.out();
+  return mx::reshape(y, shape, s);
+}
+
+const Binding binding([](nb::module_& m) {
+  m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
+        "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
+        "down(act(gate(x))·up(x)). x [..., H] → [..., H].");
+});
+
+}  // namespace segtrain

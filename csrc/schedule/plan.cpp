@@ -1,0 +1,203 @@
+#include "schedule/plan.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <stdexcept>
+#include <utility>
+
+namespace segtrain {
+
+namespace {
+
+struct Segment {
+  int begin, end;
+};
+
+/// Ranges between rising ends, the last of which must be n. The last range may be empty.
+std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) {
+  std::vector<Segment> ranges;
+  for (int begin = 0; int end : ends) {
+    if (end < begin || (end == begin && (ranges.empty() || ranges.size() + 1 != ends.size()))) break;
+    ranges.push_back({begin, end});
+    begin = end;
+  }
+  if (ranges.size() != ends.size() || ranges.empty() || ranges.back().end != n)
+    throw std::invalid_argument(std::string("[plan] the ends of ") + what + " must rise to " +
+                                std::to_string(n) + ".");
+  return ranges;
+}
+
+void add_unique(std::vector<int>& list, int value) {
+  if (std::find(list.begin(), list.end(), value) == list.end()) list.push_back(value);
+}
+
+/// The chain of a plan without moves.
+Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
+             const std::vector<std::string>& head_reads) {
+  Plan plan;
+  std::map<std::string, int> version;
+  auto define = [&](const std::string& name, const std::string& producer, int stage, bool differentiable) {
+    plan.values.push_back({name + "@" + producer, stage, differentiable, {}});
+    return version[name] = static_cast<int>(plan.values.size()) - 1;
+  };
+  auto read = [&](const std::string& name, const std::string& reader, int stage) {
+    auto found = version.find(name);
+    if (found == version.end())
+      throw std::invalid_argument("[plan] " + reader + " reads '" + name +
+                                  "', which is neither an input nor written by an earlier stage.");
+    plan.values[found->second].readers.push_back(stage);
+    return found->second;
+  };
+  for (const auto& name : inputs) define(name, "input", -1, false);
+  for (int i = 0; const auto& spec : stages) {
+    Stage stage{spec.name, {}, {}};
+    bool differentiable = spec.trainable;
+    for (const auto& name : spec.reads) {
+      stage.reads.push_back(read(name, spec.name, i));
+      differentiable |= plan.values[stage.reads.back()].differentiable;
+    }
+    for (const auto& name : spec.writes) stage.writes.push_back(define(name, spec.name, i, differentiable));
+    plan.stages.push_back(std::move(stage));
+    ++i;
+  }
+  for (const auto& name : head_reads)
+    plan.head_reads.push_back(read(name, "the head", static_cast<int>(stages.size())));
+  return plan;
+}
+
+/// What stages [begin, end) read of what stages [from, to) write, in the order in which they read it.
+std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to) {
+  std::vector<int> found;
+  for (int i = begin; i < end; ++i)
+    for (int value : i < static_cast<int>(plan.stages.size()) ? plan.stages[i].reads : plan.head_reads)
+      if (plan.values[value].producer >= from && plan.values[value].producer < to) add_unique(found, value);
+  return found;
+}
+
+/// The stage after the last one that runs in a move, the head among them.
+int end_of(const Move& move) {
+  return move.end + (move.kind == Move::Kind::head);
+}
+
+/// A move over stages that run together.
+Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
+  Move move{kind, s.begin, s.end};
+  move.reads = read_of(plan, s.begin, end_of(move), -1, s.begin);
+  move.writes = read_of(plan, s.end, static_cast<int>(plan.stages.size()) + 1, s.begin, s.end);
+  if (kind == Move::Kind::head) move.writes.clear();
+  if (kind == Move::Kind::forward) return move;
+  auto fixed = [&](int v) { return !plan.values[v].differentiable; };
+  std::erase_if(move.writes, fixed);
+  move.cotangents = move.reads;
+  std::erase_if(move.cotangents, fixed);
+  return move;
+}
+
+/// What nobody needs after a move, or not before it is made again.
+void assign_drops(Plan& plan) {
+  std::set<int> needed;
+  for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move) {
+    if (move->kind == Move::Kind::forward)
+      for (int value : move->writes) needed.erase(value);
+    for (int value : move->reads)
+      if (needed.insert(value).second) move->drops.push_back(value);
+  }
+}
+
+/// A stage saves in the last forward move before it goes back; one that never goes back saves nothing.
+void assign_saves(Plan& plan, const std::vector<int>& saves) {
+  std::set<int> wanted;
+  for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)
+    for (int stage : saves) {
+      if (stage < move->begin || stage >= move->end) continue;
+      if (move->kind == Move::Kind::backward) wanted.insert(stage);
+      if (move->kind == Move::Kind::forward && wanted.erase(stage)) move->saves.push_back(stage);
+    }
+}
+
+}  // namespace
+
+int Plan::readers(int value, int begin, int end) const {
+  const auto& all = values[value].readers;
+  return static_cast<int>(std::lower_bound(all.begin(), all.end(), end) -
+                          std::lower_bound(all.begin(), all.end(), begin));
+}
+
+int Plan::readers(int value, const Move& move) const {
+  return readers(value, move.begin, end_of(move));
+}
+
+bool Plan::is_summed(int value, const Move& move) const {
+  return values[value].segments > 1 || readers(value, move) > 1;
+}
+
+Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
+               const std::vector<std::string>& head_reads, const Cuts& cuts) {
+  if (stages.empty()) throw std::invalid_argument("[plan] expected at least one stage; got none.");
+  Plan plan = resolve(stages, inputs, head_reads);
+  const auto segments = cut("segments", cuts.segments, static_cast<int>(stages.size()));
+  const auto groups = cut("groups", cuts.groups, static_cast<int>(segments.size()));
+  const auto head = move_over(plan, Move::Kind::head, segments.back());
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const auto move = i + 1 < segments.size() ? move_over(plan, Move::Kind::forward, segments[i]) : head;
+    for (int value : move.reads) plan.values[value].segments += 1;
+  }
+
+  auto stages_of = [&](Segment group) {
+    return Segment{segments[group.begin].begin, segments[group.end - 1].end};
+  };
+  auto forward = [&](Segment s) { plan.moves.push_back(move_over(plan, Move::Kind::forward, s)); };
+  auto backward = [&](int i) {
+    auto move = move_over(plan, Move::Kind::backward, segments[i]);
+    // Below the first parameter nothing has a cotangent to pass on.
+    if (!move.writes.empty()) plan.moves.push_back(move);
+  };
+  const auto last = groups.back();
+  for (auto group : groups)
+    if (group.end != last.end) forward(stages_of(group));
+  for (int i = last.begin; i + 1 < last.end; ++i) forward(segments[i]);
+  plan.moves.push_back(head);
+  for (int i = last.end - 2; i >= last.begin; --i) backward(i);
+  for (auto group = groups.rbegin() + 1; group != groups.rend(); ++group) {
+    const auto whole = stages_of(*group);
+    if (move_over(plan, Move::Kind::backward, whole).writes.empty()) continue;
+    for (int i = group->begin; i + 1 < group->end; ++i) {
+      auto move = move_over(plan, Move::Kind::forward, segments[i]);
+      // Of what it makes only the group's own segments read again.
+      std::erase_if(move.writes, [&](int v) { return plan.readers(v, move.end, whole.end) == 0; });
+      // What no segment of the group reads again need not run, unless something is saved in it.
+      const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
+                                     [&](int stage) { return stage >= move.begin && stage < move.end; });
+      if (!move.writes.empty() || saves) plan.moves.push_back(move);
+    }
+    for (int i = group->end - 1; i >= group->begin; --i) backward(i);
+  }
+  assign_drops(plan);
+  assign_saves(plan, cuts.saves);
+  return plan;
+}
+
+std::vector<std::string> describe(const Plan& plan) {
+  std::vector<std::string> lines;
+  for (const auto& move : plan.moves) {
+    static const char* kinds[] = {"forward", "head", "backward"};
+    std::string line = kinds[static_cast<int>(move.kind)];
+    line += " " + std::to_string(move.begin) + ":" + std::to_string(move.end);
+    auto list = [&](const char* verb, const std::vector<int>& values, const char* before) {
+      if (values.empty()) return;
+      line += std::string(before) + verb;
+      for (size_t i = 0; i < values.size(); ++i) line += (i ? ", " : " ") + plan.values[values[i]].version;
+    };
+    list("reads", move.reads, " ");
+    list(move.kind == Move::Kind::backward ? "takes" : "keeps", move.writes, "; ");
+    list("gives", move.cotangents, "; ");
+    list("drops", move.drops, "; ");
+    for (size_t i = 0; i < move.saves.size(); ++i)
+      line += (i ? ", " : "; saves in ") + std::to_string(move.saves[i]);
+    lines.push_back(line);
+  }
+  return lines;
+}
+
+}  // namespace segtrain

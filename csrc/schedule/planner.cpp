@@ -1,0 +1,322 @@
+#include "schedule/planner.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+
+namespace segtrain {
+
+namespace {
+
+/// Those that a parameter stands in or before. The others run forward and keep nothing.
+std::vector<bool> stages_that_go_back(const Plan& plan) {
+  std::vector<bool> back(plan.stages.size());
+  for (const auto& value : plan.values)
+    if (value.producer >= 0 && value.differentiable) back[value.producer] = true;
+  return back;
+}
+
+/// Walks through a plan with what is alive.
+class Walk {
+ public:
+  Walk(const Plan& plan, const Costs& costs)
+      : plan_(plan),
+        costs_(costs),
+        bytes_(costs.input_bytes),
+        saved_(plan.stages.size()),
+        made_(plan.values.size()),
+        cotangents_(plan.values.size()),
+        goes_back_(stages_that_go_back(plan)) {
+    for (const auto& cost : costs.costs) bytes_.insert(bytes_.end(), cost.writes.begin(), cost.writes.end());
+    if (costs.costs.size() != plan.stages.size() || bytes_.size() != plan.values.size())
+      throw std::invalid_argument("[planner] expected the costs of each stage and the bytes of each input.");
+    for (size_t i = 0; i < plan.values.size(); ++i) made_[i] = plan.values[i].producer < 0;
+  }
+
+  Estimate run() {
+    Estimate result;
+    for (const auto& move : plan_.moves) {
+      Alive alive = now();
+      alive.working = move.kind == Move::Kind::forward ? forward(move) : backward(move);
+      result.moves.push_back(alive);
+      result.peak = std::max(result.peak, alive.total());
+      finish(move);
+    }
+    result.peak = costs_.fixed + std::max(result.peak, costs_.update);
+    result.work = work_ + again_;
+    result.again = again_;
+    return result;
+  }
+
+ private:
+  Alive now() const {
+    Alive alive;
+    for (size_t i = 0; i < made_.size(); ++i) {
+      if (made_[i]) alive.values += bytes_[i];
+      alive.cotangents += cotangents_[i];
+    }
+    alive.saved = std::accumulate(saved_.begin(), saved_.end(), int64_t{0});
+    alive.gradients = gradients_;
+    return alive;
+  }
+
+  int64_t written(int stage) const {
+    const auto& writes = costs_.costs[stage].writes;
+    return std::accumulate(writes.begin(), writes.end(), int64_t{0});
+  }
+
+  bool saves(const Move& move, int stage) const {
+    return std::find(move.saves.begin(), move.saves.end(), stage) != move.saves.end();
+  }
+
+  /// Bytes of values made in the move before `stage` that it or a later stage of the move reads; those that
+  /// the move keeps are counted apart.
+  int64_t passing(const Move& move, int stage) const {
+    int64_t bytes = 0;
+    for (size_t v = 0; v < bytes_.size(); ++v) {
+      const int producer = plan_.values[v].producer;
+      if (producer < move.begin || producer >= stage) continue;
+      if (std::find(move.writes.begin(), move.writes.end(), static_cast<int>(v)) != move.writes.end())
+        continue;
+      if (plan_.readers(static_cast<int>(v), stage, move.end)) bytes += bytes_[v];
+    }
+    return bytes;
+  }
+
+  /// Most inside a forward move: what is kept of it, what later stages of it read, and the stage.
+  int64_t forward(const Move& move) {
+    int64_t most = 0, kept = 0;
+    for (int i = move.begin; i < move.end; ++i) {
+      const auto& cost = costs_.costs[i];
+      most = std::max(most, kept + passing(move, i) + cost.forward);
+      for (int value : move.writes)
+        if (plan_.values[value].producer == i) kept += bytes_[value];
+      if (saves(move, i)) kept += cost.saved;
+      (ran_.insert(i).second ? work_ : again_) += cost.forward_work;
+    }
+    return most;
+  }
+
+  /// Most while the stages of a move run with everything kept and go back from the last to the first.
+  int64_t backward(const Move& move) {
+    const bool head = move.kind == Move::Kind::head;
+    int64_t most = 0, kept = 0;
+    for (int i = move.begin; i < move.end; ++i) {
+      const auto& cost = costs_.costs[i];
+      if (!goes_back_[i]) {
+        most = std::max(most, passing(move, i) + cost.forward);
+        (ran_.insert(i).second ? work_ : again_) += cost.forward_work;
+        continue;
+      }
+      if (i > move.begin && !goes_back_[i - 1]) kept += passing(move, i);
+      const bool last = i + 1 == move.end && !head;
+      // What it saved is counted already, and what arrives for an inner stage is as large as what it wrote.
+      most = std::max(most, kept + cost.backward - saved_[i] + (last ? 0 : written(i)));
+      kept += cost.kept - saved_[i] + (last ? 0 : written(i));
+      double again = (last ? cost.again_work : cost.forward_work) - (saved_[i] ? cost.saved_work : 0);
+      (ran_.insert(i).second ? work_ : again_) += again;
+      work_ += cost.backward_work;
+    }
+    if (head) {
+      most = std::max(most, kept + costs_.head + (move.begin < move.end ? costs_.ahead : 0));
+      work_ += costs_.head_work;
+    }
+    return most;
+  }
+
+  void finish(const Move& move) {
+    for (int value : move.writes)
+      if (move.kind == Move::Kind::forward)
+        made_[value] = true;
+      else
+        cotangents_[value] = 0;
+    for (int value : move.cotangents) {
+      const double widened = plan_.is_summed(value, move) ? costs_.widened : 1;
+      cotangents_[value] = static_cast<int64_t>(static_cast<double>(bytes_[value]) * widened);
+    }
+    for (int stage : move.saves) saved_[stage] = costs_.costs[stage].saved;
+    if (move.kind != Move::Kind::forward)
+      for (int i = move.begin; i < move.end; ++i) {
+        saved_[i] = 0;
+        gradients_ += costs_.costs[i].gradients;
+      }
+    for (int value : move.drops)
+      if (plan_.values[value].producer >= 0) made_[value] = false;  // whoever calls a step holds its inputs
+  }
+
+  const Plan& plan_;
+  const Costs& costs_;
+  std::vector<int64_t> bytes_;       ///< of each value
+  std::vector<int64_t> saved_;       ///< by stage
+  std::vector<bool> made_;           ///< values that are there
+  std::vector<int64_t> cotangents_;  ///< by value
+  std::vector<bool> goes_back_;      ///< by stage
+  std::set<int> ran_;
+  int64_t gradients_ = 0;
+  double work_ = 0, again_ = 0;
+};
+
+/// The largest n of [0, most] for which `fits`, which holds for 0 and up to some n.
+int largest(int most, const std::function<bool(int)>& fits) {
+  int low = 0, high = most;
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (fits(middle))
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+class Search {
+ public:
+  Search(const Costs& costs, int64_t budget) : costs_(costs), budget_(budget) {
+    const int n = static_cast<int>(costs.stages.size());
+    const auto whole = make_plan(costs.stages, costs.inputs, costs.head_reads, {{n}, {1}});
+    const auto back = stages_that_go_back(whole);
+    for (int i = 0; i < n; ++i)
+      if (back[i] && costs.costs[i].saved > 0) savers_.push_back(i);
+    const auto first = std::find(back.begin(), back.end(), true) - back.begin();
+    for (int end : costs.layers) adapted_ += end > first;
+    auto gain = [&](int i) { return costs.costs[i].saved_work / static_cast<double>(costs.costs[i].saved); };
+    std::stable_sort(savers_.begin(), savers_.end(), [&](int a, int b) { return gain(a) > gain(b); });
+  }
+
+  Choice run() {
+    const int layers = static_cast<int>(costs_.layers.size()), all = static_cast<int>(savers_.size());
+    try_least();
+    for (bool halves : {false, true})
+      for (int group : groups(halves))
+        for (int saves : {0, all}) {
+          try_tails({halves, group, layers, 0, saves});
+          if (group < 2) continue;
+          // Only as many layers in groups as must be.
+          auto free = largest(layers, [&](int n) { return fits({halves, group, layers - n, 0, saves}); });
+          try_tails({halves, group, layers - free, 0, saves});
+        }
+    return found_ ? best_ : least_;
+  }
+
+  /// With nothing saved and next to nothing kept.
+  int64_t least() {
+    try_least();
+    return least_.estimate.peak;
+  }
+
+ private:
+  void try_least() {
+    const int layers = static_cast<int>(costs_.layers.size());
+    for (bool halves : {false, true})
+      for (int group : groups(halves))
+        for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, adapted_), 0});
+  }
+
+  /// Segments of a layer or a stage (halves). What lies between them is kept (group 0), or they are in groups
+  /// of so many layers; of these only the first `grouped` are, the others in groups of one if they are
+  /// halves. The last `tail` layers are kept whole, with the head. The first `saves` of savers_ save.
+  struct Form {
+    bool halves;
+    int group, grouped, tail, saves;
+  };
+
+  std::vector<int> groups(bool halves) const {
+    std::vector<int> sizes;
+    for (int size : {0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24})
+      if (size < static_cast<int>(costs_.layers.size()) && (size != 1 || halves)) sizes.push_back(size);
+    return sizes;
+  }
+
+  /// As many layers kept whole as fit, or half of them, and as many stages that save.
+  void try_tails(Form form) {
+    const int all = static_cast<int>(savers_.size());
+    auto with_tail = [&](int n) {
+      auto other = form;
+      other.tail = n;
+      return fits(other);
+    };
+    auto with_saves = [&](int n) {
+      auto other = form;
+      other.saves = n;
+      return fits(other);
+    };
+    const int tail = largest(adapted_, with_tail);
+    for (int some : {tail, tail / 2}) {
+      form.tail = some;
+      fits(form);
+      form.saves = largest(all, with_saves);
+      fits(form);
+    }
+  }
+
+  Cuts cuts(const Form& form) const {
+    const auto& ends = costs_.layers;
+    const int n = static_cast<int>(costs_.stages.size()), layers = static_cast<int>(ends.size());
+    // The stage at which the last segment begins: it may be the head alone.
+    const int at = form.tail >= layers ? 0 : ends[layers - form.tail - 1];
+    Cuts cuts;
+    if (form.halves)
+      for (int i = 1; i <= at; ++i) cuts.segments.push_back(i);
+    else
+      for (int end : ends)
+        if (end <= at) cuts.segments.push_back(end);
+    const int segments = static_cast<int>(cuts.segments.size());
+    cuts.segments.push_back(n);
+    auto segments_of = [&](int layer) {  // up to the end of a layer
+      auto end = std::upper_bound(cuts.segments.begin(), cuts.segments.end() - 1, ends[layer]);
+      return static_cast<int>(end - cuts.segments.begin());
+    };
+    for (int layer = 0; form.group && layer < layers && segments_of(layer) < segments;) {
+      layer += layer < form.grouped ? form.group : 1;
+      int end = layer <= layers ? segments_of(layer - 1) : segments;
+      if (cuts.groups.empty() || end > cuts.groups.back()) cuts.groups.push_back(end);
+    }
+    if (!form.group)
+      for (int i = 1; i <= segments; ++i) cuts.groups.push_back(i);
+    // Behind the last group comes the head's, which keeps what lies between its segments.
+    cuts.groups.push_back(segments + 1);
+    for (int i = 0; i < form.saves; ++i)
+      if (savers_[i] < at) cuts.saves.push_back(savers_[i]);
+    std::sort(cuts.saves.begin(), cuts.saves.end());
+    return cuts;
+  }
+
+  bool fits(const Form& form) {
+    Choice choice{cuts(form), {}};
+    choice.estimate =
+        estimate(make_plan(costs_.stages, costs_.inputs, costs_.head_reads, choice.cuts), costs_);
+    const auto& now = choice.estimate;
+    auto less = [](auto a, auto b, auto c, auto d) { return a < b || (a == b && c < d); };
+    if (least_.estimate.moves.empty() || less(now.peak, least_.estimate.peak, now.work, least_.estimate.work))
+      least_ = choice;
+    if (now.peak > budget_) return false;
+    if (!found_ || less(now.work, best_.estimate.work, now.peak, best_.estimate.peak)) best_ = choice;
+    found_ = true;
+    return true;
+  }
+
+  const Costs& costs_;
+  int64_t budget_;
+  std::vector<int> savers_;  ///< those first that spare most work a byte
+  int adapted_ = 0;          ///< layers from the first one on that goes back
+  bool found_ = false;
+  Choice best_, least_;
+};
+
+}  // namespace
+
+Estimate estimate(const Plan& plan, const Costs& costs) {
+  return Walk(plan, costs).run();
+}
+
+int64_t least_peak(const Costs& costs) {
+  return Search(costs, 0).least();
+}
+
+Choice choose_cuts(const Costs& costs, int64_t budget) {
+  return Search(costs, budget).run();
+}
+
+}  // namespace segtrain

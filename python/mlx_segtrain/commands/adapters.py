@@ -1,0 +1,136 @@
+"""Commands that make adapters of adapters: export, import, merge, adapters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_segtrain.errors import InputError
+
+KINDS = ("float32", "bfloat16", "float16")
+
+
+def add_commands(command: Callable[..., Any]) -> None:
+    """Adds them to a parser; `command(name, run, text)` makes one."""
+    added = command("export", _export, "write an adapter as PEFT, mlx-lm or llama.cpp reads it")
+    added.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
+    added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True)
+    _out(added, "the new adapter")
+    _model(added, "the base. Default: the one that the adapter names, if it is there.")
+    added.add_argument(
+        "--names",
+        choices=("text", "multimodal"),
+        help="of PEFT: modules of the text model alone, or of one for text and images. Default: as "
+        "the base's config.json says.",
+    )
+    added.add_argument("--dtype", choices=KINDS, default="float32", help="of the factors")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("import", _import, "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun")
+    added.add_argument("adapter", type=Path, metavar="ADAPTER", help="its folder")
+    _out(added, "the new adapter")
+    _model(added, "a model whose names the linears get. Default: as the adapter has them.")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("merge", _merge, "add adapters to one, or fold them into their base")
+    added.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="their folders")
+    added.add_argument(
+        "--weights", type=float, nargs="+", metavar="X", help="one for each. Default: 1."
+    )
+    added.add_argument(
+        "--into", type=Path, metavar="MODEL", help="the base whose weights take them up"
+    )
+    added.add_argument(
+        "--dequantize", action="store_true", help="with --into: write a model that is dense"
+    )
+    added.add_argument(
+        "--bits",
+        type=int,
+        metavar="N",
+        help="with --into: bits of the linears that are adapted. Default: as they have.",
+    )
+    added.add_argument(
+        "--dtype",
+        choices=KINDS,
+        help="with --dequantize: of its weights. Default: the base's.",
+    )
+    _out(added, "the new adapter or model")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("adapters", _adapters, "list adapters, and whether a model can take them")
+    added.add_argument("roots", type=Path, nargs="*", metavar="ROOT", help="default: this folder")
+    _model(added, "the model in question")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _model(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--model-dir", type=Path, metavar="PATH", help=what)
+
+
+def _out(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help=f"folder of {what}, not there yet"
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    from mlx_segtrain.adapters.conversion import export
+
+    how = {"model_dir": args.model_dir, "names": args.names, "dtype": args.dtype}
+    return _told(export(args.adapter, args.out, args.to, **how), args.json)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from mlx_segtrain.adapters.conversion import import_
+
+    return _told(import_(args.adapter, args.out, args.model_dir), args.json)
+
+
+def _told(done: Any, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({**asdict(done), "path": str(done.path)}))
+        return 0
+    ranks = ", ".join(map(str, done.ranks))
+    print(f"adapter     {done.path}")
+    print(f"linears     {done.linears}, of rank {ranks}")
+    print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    if args.into is None:
+        if args.dequantize or args.bits is not None or args.dtype is not None:
+            raise InputError("--dequantize, --bits and --dtype are for --into MODEL: give it too.")
+        from mlx_segtrain.adapters.merging import merge
+
+        return _told(merge(args.adapters, args.out, args.weights), args.json)
+    from mlx_segtrain.adapters.conversion import DTYPES
+    from mlx_segtrain.adapters.folding import fold
+    from mlx_segtrain.adapters.merging import weighted
+    from mlx_segtrain.commands.terminal import show_fold
+
+    adapter = weighted(args.adapters, args.weights, args.into)
+    how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype)}
+    report = fold(adapter, args.into, args.out, **how)
+    if args.json:
+        print(json.dumps({**asdict(report), "path": str(report.path)}))
+    else:
+        show_fold(report)
+    return 0
+
+
+def _adapters(args: argparse.Namespace) -> int:
+    from mlx_segtrain.adapters.discovery import adapters
+
+    found = adapters(args.roots or [Path(".")], args.model_dir)
+    if args.json:
+        print(json.dumps([{**asdict(own), "path": str(own.path)} for own in found]))
+        return 0
+    from mlx_segtrain.commands.terminal import show_adapters
+
+    show_adapters(found)
+    return 0

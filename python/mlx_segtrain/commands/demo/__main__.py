@@ -1,0 +1,14 @@
+"""What recipes/dpo.sh needs: `python -m mlx_segtrain.commands.demo DIR`.
+
+It prints where the demo's model is; DIR gets pairs to train on, train.jsonl and valid.jsonl.
+"""
+
+import sys
+from pathlib import Path
+
+from mlx_segtrain.commands.demo.docstrings import write_preferences
+from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.files import cache_dir
+
+write_preferences(Path(sys.argv[1]))
+print(smollm2_snapshot(cache_dir()))

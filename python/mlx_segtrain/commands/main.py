@@ -1,0 +1,539 @@
+"""The command line. Heavy modules (mlx, transformers) are imported inside the commands only."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from mlx_segtrain.commands.adapters import add_commands
+from mlx_segtrain.config import (
+    FACETS,
+    TrainConfig,
+    affecting,
+    allowed,
+    default,
+    flag,
+    load_config,
+    nearest,
+)
+from mlx_segtrain.errors import InputError, RunError
+from mlx_segtrain.fields import choices, is_list, kind
+from mlx_segtrain.torchless import hide_torch
+
+UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors and that takes no abbreviated flags."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (a signal)."""
+    if argv is None:  # this process is the command
+        hide_torch()
+    try:
+        parser, commands = _parsers()
+        args, rest = parser.parse_known_args(argv)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        if rest:
+            known = [name for name in commands[args.command]._option_string_actions]
+            raise InputError(
+                f"{args.command} does not know {rest[0]}.{nearest(rest[0].split('=')[0], known)}"
+            )
+        return args.run(args)
+    except InputError as error:
+        print(f"mlx-segtrain: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"mlx-segtrain: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="mlx-segtrain",
+        description="LoRA fine-tuning of language models at long context, on one machine.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("train", _train, "train an adapter"),
+        ("probe", _probe, "take a few steps, write nothing, and print time and memory"),
+    ):
+        added = command(name, run, text)
+        added.usage = (
+            f"mlx-segtrain {name} [--config FILE] "
+            "[--model-dir PATH --data-dir PATH --adapter-path PATH] [FLAG ...]"
+        )
+        added.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="YAML file with any of the fields below; flags given here replace its values",
+        )
+        add_flags(added, TrainConfig.model_fields)
+
+    added = command("verify", _verify, "say whether what a run was made of is still the same")
+    added.add_argument("folder", type=Path, metavar="RUN", help="the adapter_path of a run")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("plan", _plan, "say what a run would take, without loading anything")
+    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as of train")
+    add_flags(added, ("model_dir", *affecting("memory")))
+    added.add_argument(
+        "--loss-rows",
+        type=_part,
+        default=1.0,
+        metavar="X",
+        help="part of a row that is trained, its end. Default: 1.",
+    )
+    added.add_argument(
+        "--shared",
+        type=_share,
+        default=0.0,
+        metavar="X",
+        help="part of a row that both sequences of a pair begin with. Default: 0.",
+    )
+    added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw predicted and measured memory over a step; loads the model and takes two steps",
+    )
+
+    added = command("inspect", _inspect, "show what a data set trains, token by token")
+    added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
+    add_flags(added, ("model_dir", *affecting("rows")))
+    added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
+    add_flags(added, ("model_dir", "data_dir"), required=True)
+    add_flags(added, ("adapter_path", *affecting("loss")))
+    added.add_argument("--split", choices=("valid", "train"), default="valid", help="the file")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("generate", _generate, "answer a prompt, with or without an adapter")
+    add_flags(added, ("model_dir",), required=True)
+    add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
+    prompt = added.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, or - to read it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, - is stdin")
+    added.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    added.add_argument(
+        "--max-tokens", type=_count(1), default=256, metavar="N", help="most tokens to write"
+    )
+    added.add_argument(
+        "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
+    )
+
+    add_commands(command)
+
+    added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
+    added.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL", help="its folder")
+    added.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="adapter of requests that name none"
+    )
+    added.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on. Default: 127.0.0.1."
+    )
+    added.add_argument("--port", type=_count(0), default=8090, metavar="N", help="default: 8090")
+    added.add_argument(
+        "--token",
+        metavar="TEXT",
+        help="what clients must know; needed on other addresses. Default: $MLX_SEGTRAIN_TOKEN.",
+    )
+    added.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder below which clients may name paths; may be repeated. Default: this folder and "
+        "the Hugging Face cache, besides our own.",
+    )
+    added.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of this machine that browsers may use; may be repeated",
+    )
+    added.add_argument(
+        "--while-training",
+        choices=("serve", "refuse"),
+        default="serve",
+        help="what to do with requests while a job computes. Default: serve.",
+    )
+
+    added = command("doctor", _doctor, "check and time the kernels on this device")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("bench", _bench, "time the ops of a layer on this device beside MLX's own")
+    added.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="ops or shapes whose name holds one"
+    )
+    added.add_argument(
+        "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."
+    )
+    added.add_argument(
+        "--runs", type=_count(1), default=20, metavar="N", help="timed calls of each row"
+    )
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("demo", _demo, "train a small model on this machine and show what it learned")
+    added.add_argument(
+        "--out", type=Path, metavar="DIR", help="output directory. Default: demo-run."
+    )
+    added.add_argument("--iters", type=_count(1), metavar="N", help="optimizer steps")
+    return parser, commands.choices  # type: ignore[return-value]
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from mlx_segtrain import __version__
+
+        print(f"mlx-segtrain {__version__}")
+        parser.exit()
+
+
+def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -> None:
+    """Add the flags of fields of TrainConfig; a flag that is not given leaves no attribute."""
+    for name in names:
+        field = TrainConfig.model_fields[name]
+        text = field.description or ""
+        if is_list(field):
+            text += f" {allowed(name).capitalize()}."
+        if not field.is_required():
+            text += f" Default: {default(name)}."
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif bool in get_args(field.annotation):
+            options |= {"nargs": "?", "const": True, "metavar": _metavar(name)}
+        else:
+            options["metavar"] = _metavar(name)
+            options["nargs"] = "+" if is_list(field) else None
+        parser.add_argument(flag(name), help=text.replace("%", "%%"), **options)
+
+
+def _metavar(name: str) -> str:
+    field = TrainConfig.model_fields[name]
+    if is_list(field):
+        return "TEXT" if FACETS[name].texts else "NAME"
+    if bool in get_args(field.annotation):  # or a word
+        return get_args(get_args(field.annotation)[1])[0]
+    if words := choices(field):
+        return "{" + ",".join(words) + "}"
+    return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
+
+
+def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
+    """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
+    given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
+    return load_config(getattr(args, "config", None), given | fill)
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        return int(text)
+
+    return count
+
+
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _part(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text}")
+    return value
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from mlx_segtrain.commands.terminal import Terminal, duration
+    from mlx_segtrain.training import train
+    from mlx_segtrain.training.curves import draw_run
+
+    with Terminal() as show:
+        result = train(config, show)
+        draw_run(config, lambda message: print(message, file=sys.stderr))
+    from mlx_segtrain.adapters import prompting_of
+
+    model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
+    flags = shlex.join(prompting_of(result.adapter_path).flags)
+    state = "interrupted after" if result.interrupted else "trained"
+    if result.stopped_early:
+        state = "no lower validation loss any more: stopped after"
+    print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
+    print(f"adapter          {result.adapter_path}")
+    if result.final_train_loss is not None:
+        print(f"training loss    {result.final_train_loss:.4f}")
+    if result.final_val_loss is not None:
+        print(
+            f"validation loss  {result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
+            f"(best {result.best_val_loss:.4f} at step {result.best_step})"
+        )
+    if result.final_val_accuracy is not None:
+        print(
+            f"accuracy         {result.first_val_accuracy:.1%} -> {result.final_val_accuracy:.1%} "
+            "of validation pairs"
+        )
+    print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
+    print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
+    print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
+    theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"
+    print(f"    or: {theirs} {flags and flags + ' '}--prompt …")
+    return 130 if result.interrupted else 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    config = _config(args, adapter_path=UNUSED)
+    from mlx_segtrain.training import probe
+
+    result = probe(config)
+    print(f"resting memory   {result.resting_gb:.2f} GB")
+    print(f"peak memory      {_peak(result)}")
+    print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
+    print(f"speed            {result.tokens / result.step_s:,.0f} tokens/s")
+    print(f"loss             {result.loss:.4f}")
+    print(f"gradient norm    {result.grad_norm:.4f}")
+    print(f"finite           {'yes' if result.finite else 'no'}")
+    return 0 if result.finite else 1
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mlx_segtrain.training import verify
+
+    found = verify(args.folder)
+    if args.json:
+        print(json.dumps({**asdict(found), "run": str(found.run), "ok": found.ok}))
+        return 0 if found.ok else 1
+    ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
+    print(f"{'run':12s}  {found.run}: {ended}")
+    for part, faults in found.parts.items():
+        print(f"{part:12s}  {'; '.join(faults) or 'the same'}")
+    return 0 if found.ok else 1
+
+
+def _peak(result: Any) -> str:
+    planned = "" if result.planned_gb is None else f" (planned {result.planned_gb:.2f} GB)"
+    return f"{result.peak_gb:.2f} GB{planned}"
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
+    from mlx_segtrain.planning import report
+    from mlx_segtrain.planning.run import full_batch, plan_run
+
+    run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
+    found = report.of(run)
+    if args.plot is not None:
+        from mlx_segtrain.commands.picture import draw
+
+        draw(args.plot, run, config)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    from mlx_segtrain.commands.terminal import show_plan
+
+    show_plan(found)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    config = _config(
+        args,
+        data_dir=args.path,
+        model_dir=getattr(args, "model_dir", UNUSED),
+        adapter_path=UNUSED,
+    )
+    from mlx_segtrain.data import Options, inspect
+    from mlx_segtrain.models import load_tokenizer
+
+    report = inspect(
+        config.data_dir,
+        load_tokenizer(config.model_dir) if "model_dir" in args else None,
+        replace(Options.of(config), method=config.method if "method" in args else None),
+        n_preview=args.rows,
+    )
+    if args.json:
+        print(json.dumps(asdict(report)))
+        return 0 if report.ok else 2
+    if not report.ok:
+        raise InputError(str(report.error))
+    from mlx_segtrain.commands.terminal import show_report
+
+    show_report(report)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
+    from mlx_segtrain.training import evaluate
+
+    adapter = config.adapter_path if "adapter_path" in args else None
+    result = evaluate(config, adapter, split=args.split)
+    if args.json:
+        print(json.dumps(asdict(result)))
+        return 0
+    per = "pair" if result.metrics else "token"
+    print(f"loss        {result.loss:.4f} nats per {per}")
+    for name, x in result.metrics.items():
+        print(f"{name.replace('_', ' '):16s}{x:.4f}")
+    if result.perplexity is not None:
+        print(f"perplexity  {result.perplexity:.3f}")
+    print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
+    print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = _config(args, data_dir=UNUSED, adapter_path=getattr(args, "adapter_path", UNUSED))
+    if args.system is not None and config.prompt_format == "raw":
+        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+    text = _prompt(args)
+    import mlx_segtrain
+    from mlx_segtrain.adapters import prompting_of
+
+    adapter = config.adapter_path if "adapter_path" in args else None
+    model, tokenizer = mlx_segtrain.load(config.model_dir, adapter)
+    prompting = prompting_of(adapter)  # as the adapter was trained, where nothing else is asked for
+    if "prompt_format" in args:
+        prompting = replace(prompting, format=config.prompt_format)
+    if "chat_template_kwargs" in args:
+        prompting = replace(prompting, variables=config.chat_template_kwargs)
+    prompt = prompting.ids(tokenizer, text, args.system)
+    from mlx_lm.generate import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    sampler = make_sampler(temp=args.temp)
+    for part in stream_generate(
+        model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
+    ):
+        print(part.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt == "-" or args.prompt_file == "-":
+        text = sys.stdin.read()
+    elif args.prompt_file is not None:
+        try:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompt {args.prompt_file}: {error}") from None
+    else:
+        text = args.prompt
+    if not text.strip():
+        raise InputError("the prompt is empty")
+    return text
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from mlx_segtrain.serving import app
+        from mlx_segtrain.serving.settings import Settings
+    except ImportError as error:
+        raise InputError(
+            f"serve needs packages that are not installed ({error.name}): pip install "
+            '"mlx-segtrain[serve]".'
+        ) from None
+    app.run(
+        Settings(
+            model_dir=args.model_dir,
+            adapter=args.adapter,
+            host=args.host,
+            port=args.port,
+            token=args.token or os.environ.get("MLX_SEGTRAIN_TOKEN") or None,
+            roots=tuple(args.root),
+            allow_hosts=tuple(args.allow_host),
+            while_training=args.while_training,
+        )
+    )
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mlx_segtrain.ops import selfcheck as doctor
+
+    report = doctor.examine()
+    if args.json:
+        print(json.dumps(asdict(report) | {"ok": report.ok}))
+    else:
+        from mlx_segtrain.commands.terminal import show_checks
+
+        show_checks(report)
+    return 0 if report.ok else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands import bench as benchmark
+
+    show = (lambda _: None) if args.json else functools.partial(print, flush=True)
+    rows = benchmark.run(args.only, args.impls, args.runs, show)
+    if not rows:
+        raise InputError("no op, shape or implementation has a name that holds what was asked for")
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands import demo
+
+    given = {"out_dir": args.out, "iters": args.iters}
+    demo.run(**{key: value for key, value in given.items() if value is not None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A picture of memory over one step, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import ROWS, TrainConfig
+from ..errors import InputError
+from ..planning.run import RunPlan
+from ..training.policy import run_policy
+
+
+def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
+    """Loads the model, takes two steps on random tokens, and writes the picture to `file`.
+
+    InputError if the family's memory is not predicted.
+    """
+    if ROWS[config.method] != "single":
+        raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
+    if run.planned is None:
+        raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:] not in kinds or not file.parent.is_dir():
+        raise InputError(
+            f"--plot {file}: give a file in a folder that exists, of a kind as .png, .svg or .pdf."
+        )
+    predicted = np.array(run.planned.moves) / 1e9
+    measured = np.array(measure(run, config)) / 1e9
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes: Any = figure.subplots()
+    moves = np.arange(len(predicted))
+    axes.bar(moves, measured, width=1.0, color="#9ecae1", label="measured")
+    axes.step(moves, predicted, where="mid", color="#d62728", label="predicted")
+    axes.axhline(run.planned.peak / 1e9, color="#d62728", linestyle=":", label="planned peak")
+    head = next(i for i, line in enumerate(run.planned.lines) if line.startswith("head"))
+    axes.axvline(head, color="gray", linewidth=0.8)
+    axes.annotate("loss", (head, 0), textcoords="offset points", xytext=(3, 4), color="gray")
+    axes.set_xlabel("moves of the plan, in order")
+    axes.set_ylabel("active memory, GB")
+    axes.set_title(
+        f"{config.model_dir.name}, {run.batch.rows} × {run.batch.length} tokens\n"
+        f"{run.planned.text}",
+        fontsize=9,
+    )
+    axes.legend(loc="upper left")
+    figure.savefig(file, dpi=120)
+
+
+def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
+    """Peak of active memory in each move of the second step, on random tokens."""
+    from mlx_segtrain.data.encoding import Row
+
+    from ..data import Batch, Dataset
+    from ..training.setup import load_setup
+    from ..training.step import Stepper
+
+    rng = np.random.default_rng(0)
+    batch, length = run.batch, run.batch.length
+    vocabulary = run.shape.vocabulary
+    tokens = rng.integers(0, vocabulary, (batch.rows, length + 1)).astype(np.int32)
+    weights = np.zeros(tokens.shape, np.float32)
+    weights[:, length + 1 - batch.loss // batch.rows :] = 1
+    rows = [Row(t, w, "random") for t, w in zip(tokens, weights, strict=True)]
+    data = Dataset(rows, "text", len(rows), 0, 0, tokens.size, int(weights.sum()), 0)
+    peaks: list[int] = []
+
+    def watch() -> None:
+        peaks.append(mx.get_peak_memory())
+        mx.reset_peak_memory()
+
+    with run_policy(config):
+        setup, vector = load_setup(config, run, data, None, None)
+        step = Stepper(config, setup, watch)
+        at = step.optimizer.start(vector)
+        del vector
+        with run.limits():
+            for _ in range(2):
+                peaks.clear()
+                mx.clear_cache()
+                mx.reset_peak_memory()
+                one = Batch(tokens, weights, np.arange(batch.rows), np.full(batch.rows, length + 1))
+                at, _ = step(at, [one])
+    return peaks

@@ -1,0 +1,159 @@
+"""An adapter folder: which file holds the weights, its configuration, and what is refused."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import files
+from ..errors import InputError, shown, word
+from ..files import read_json, sha256
+from .adapter import KINDS, LORA, Kind
+
+WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
+README = "README.md"
+#: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
+#: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
+PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of an adapter of a kind that we have, as far as its configuration tells."""
+
+    weights: Path
+    config_file: Path
+    config: dict[str, Any]
+
+    @property
+    def peft(self) -> bool:
+        """Factors are named as PEFT does, and transposed."""
+        return self.weights.name == PEFT_WEIGHTS
+
+    @property
+    def kind(self) -> Kind:
+        """Every linear has the arrays of this kind."""
+        named, config = self.config.get("fine_tune_type"), self.config
+        return next((k for k in KINDS if named == k.word or config.get(f"use_{k.word}")), LORA)
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether an update of the embedding is for a base whose head it is; None if not said."""
+        own = self.config.get("segtrain")
+        tied = own.get("tied") if isinstance(own, dict) else None
+        return tied if isinstance(tied, bool) else None
+
+    @property
+    def base(self) -> str:
+        """What the adapter names as its base; empty if nothing."""
+        return str(self.config.get("base_model_name_or_path") or self.config.get("model") or "")
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The folder that the adapter names as its base, if it is there and may be looked at."""
+        path = Path(self.base.replace("\0", ""))
+        with suppress(OSError):  # of a name that is too long for one
+            if self.base and files.may_follow(path) and (path / "config.json").is_file():
+                return path
+        return None
+
+
+def open_folder(path: "str | Path | Folder") -> Folder:
+    """Of ours the weights are the file in which every rank is its own. One that is open stays.
+
+    InputError if a file is missing, the configuration is unreadable, or the kind is refused.
+    """
+    if isinstance(path, Folder):
+        return path
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise InputError(f"the adapter {path} is not a folder: give the path of an adapter.")
+    weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
+    if not weights:
+        raise InputError(f"{path} holds neither {WEIGHTS} nor {PEFT_WEIGHTS}: not an adapter.")
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path} holds no {CONFIG}, which tells the scale: not an adapter.")
+    config = read_json(path / CONFIG)
+    if _is_unpadded(path, config):
+        weights.insert(0, path / UNPADDED)
+    folder = Folder(weights[0], path / CONFIG, config)
+    _check_kind(folder)
+    return folder
+
+
+def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the unpadded factors are those of the padded ones that lie there: others may have
+    trained on with the latter, and know nothing of the former."""
+    own = config.get("segtrain")
+    if not (isinstance(own, dict) and (path / UNPADDED).is_file() and (path / WEIGHTS).is_file()):
+        return False
+    try:
+        file = path / WEIGHTS
+        facts = file.stat()
+        if facts.st_size > (1 << 20) and 512 * facts.st_blocks < facts.st_size // 2:
+            return False  # holes alone: no adapter that was trained, and it would take hours
+        return own.get("padded") == _digest(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=1000)
+def _digest(file: Path, *state: int) -> str:
+    """Of a file as it is: folders are looked at often."""
+    return sha256(file)
+
+
+def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object at `key`; empty if there is none."""
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: {key} is {shown(found)}, expected a JSON object.")
+    return found
+
+
+def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
+    """The number at `key`; None if there is none."""
+    value = values.get(key)
+    if value is None:
+        return None
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    if not usable or not abs(value) < 1e30:
+        raise InputError(f"{file}: {key} is {shown(value)}, expected a finite number.")
+    return float(value)
+
+
+def _check_kind(folder: Folder) -> None:
+    """InputError if the configuration says that the adapter is more than a LoRA of linears."""
+    config = folder.config
+    kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
+    bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
+    refused = {
+        "fully trained weights (fine_tune_type full)": kind == "full",
+        f"adapters of peft_type {word(peft_type)}": peft_type != "LORA",
+        f"adapters with biases (bias {word(bias)})": bias != "none",
+        "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
+        "adapters of parameters (target_parameters)": config.get("target_parameters"),
+        "adapters of a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
+        "adapters whose linears have scales of their own (Unsloth)": config.get(
+            "unsloth_mlx_requires_unsloth_loader"
+        ),
+        "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
+        f"adapters that may count on a changed base (init_lora_weights {word(start)})": start
+        not in PLAIN_STARTS,
+    }
+    for what, holds in refused.items():
+        if holds:
+            refuse(folder, what)
+
+
+def refuse(folder: Folder, what: str) -> NoReturn:
+    """InputError: what the folder holds is of a kind that we do not have."""
+    kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
+    raise InputError(
+        f"{what} cannot be read, only {kinds}: merge {folder.weights.parent} into its model "
+        "with the tool that made it."
+    )

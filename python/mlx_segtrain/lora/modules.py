@@ -1,0 +1,168 @@
+"""Modules that take the place of an mlx-lm model's, with an update of their weight."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from .adapter import ARRAYS, KINDS, Kind
+
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+#: Rows up to which a GPU is better served by MLX's own products than by our op: so few of them
+#: are computed sooner than anything is launched (bench/LOG.md, 2026-11-27).
+FEW = 16
+#: Adapters whose factors a linear keeps in the dtype of such rows.
+MOST_CASTS = 8
+
+
+def are_few(x: mx.array) -> bool:
+    """Whether these are rows of a generation on a GPU, and not of a batch."""
+    return x.size <= FEW * x.shape[-1] and mx.default_device().type == mx.DeviceType.gpu
+
+
+def has_experts(module: Any) -> bool:
+    return "num_experts" in dir(module)
+
+
+def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a and b for this linear, as mlx-lm has them."""
+    if has_experts(module):
+        experts, out, width = module.num_experts, module.output_dims, module.input_dims
+        return (experts, rank, width), (experts, out, rank)
+    base = ops.base_of(module)
+    ends = base.in_dims, base.out_dims
+    if isinstance(module, EMBEDDINGS):  # from a token to its vector
+        ends = ends[::-1]
+    return (ends[0], rank), (rank, ends[1])
+
+
+def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
+    """A ~ U(−1/√in, 1/√in) float32, of a linear [in, R], of one with experts [E, R, in]."""
+    bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
+    return mx.random.uniform(-bound, bound, shape, key=key)
+
+
+class LoRALinear(nn.Module):
+    """A linear of an mlx-lm model that runs through our op, with an update if it has one."""
+
+    def __init__(self, linear: nn.Module, scale: float):
+        super().__init__()
+        self.linear = linear
+        self.scale = scale
+        self.dropout = 0.0
+        self._made: dict[Kind, Any] = {}
+        self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
+        self.freeze()
+
+    def put_in(self, arrays: Mapping[str, mx.array], scale: float) -> None:
+        """Puts this update in the place of what there is."""
+        self.take_out()
+        self.scale = scale
+        for name, x in arrays.items():
+            setattr(self, name, x)
+
+    def take_out(self) -> None:
+        """Takes the update away, which may come again."""
+        self.dropout = 0.0
+        for name in (*ARRAYS, "key"):
+            self.pop(name, None)
+
+    def clear(self) -> None:
+        """Takes the update away for good."""
+        self.take_out()
+        self.forget_casts()
+
+    def forget_casts(self) -> None:
+        """Frees what is kept of updates that may come again."""
+        self._casts.clear()
+
+    def _of_few(self, x: mx.array) -> mx.array:
+        """Without a gradient that is ours, and with factors in x's dtype."""
+        y = self.linear(x)
+        if "lora_a" not in self:
+            return y
+        a, b = self["lora_a"], self["lora_b"]
+        key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
+        if key not in self._casts:
+            if len(self._casts) == MOST_CASTS:
+                self._casts.pop(next(iter(self._casts)))
+            self._casts[key] = a.astype(x.dtype), (self.scale * b).astype(x.dtype), a, b
+        a, b = self._casts[key][:2]
+        return mx.addmm(y, x @ a, b)
+
+    def _runs(self, kind: Kind) -> Any:
+        """What applies the array of this kind, made once: it is no parameter."""
+        if kind not in self._made:
+            self._made[kind] = kind.runs.of(ops.base_of(self.linear))
+        return self._made[kind]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        kind = next((kind for kind in KINDS if kind.array in self), None)
+        if kind is None and not self.training and are_few(x):
+            return self._of_few(x)
+        base = ops.base_of(self.linear) if kind is None else self._runs(kind).base
+        linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
+        keys = [self["key"]] if self.dropout else []
+        (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)
+        return y if kind is None else self._runs(kind)(y, linear, self[kind.array])
+
+
+class LoRASwitchLinear(LoRALinear):
+    """A linear with experts, of which `indices` names those of each row."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
+        how: Any = {"rhs_indices": indices, "sorted_indices": sorted_indices}
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        if "lora_a" not in self:
+            return y
+        a, b = (self[key].astype(x.dtype).swapaxes(-2, -1) for key in ("lora_a", "lora_b"))
+        if self.dropout:
+            kept = mx.random.bernoulli(1 - self.dropout, x.shape, self["key"])
+            x = mx.where(kept, x, 0) / (1 - self.dropout)
+        return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
+
+
+class LoRAEmbedding(LoRALinear):
+    """An embedding, with an update of its rows; as a linear it is the head of tied models."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Tokens [...] → [..., H]"""
+        y = self.linear(x)
+        if "lora_a" not in self:
+            return y
+        z = self["lora_a"][x] @ self["lora_b"]
+        if self.dropout:
+            kept = mx.random.bernoulli(1 - self.dropout, z.shape, self["key"])
+            z = mx.where(kept, z, 0) / (1 - self.dropout)
+        return y + (self.scale * z).astype(y.dtype)
+
+    def as_linear(self, h: mx.array) -> mx.array:
+        """h [..., H] → logits [..., V]"""
+        factors = (self["lora_b"].T, self["lora_a"].T) if "lora_a" in self else (None, None)
+        linear = ops.Linear(ops.base_of(self.linear), *factors, self.scale)
+        keys = [self["key"]] if self.dropout else []
+        return ops.lora_linears(h, [linear], dropout=self.dropout, keys=keys)[0]
+
+
+def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
+    """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
+    *parents, name = path.split(".")
+    at: Any = parent
+    for part in parents:
+        at = at[int(part)] if isinstance(at, list) else at[part]
+    linear = at[int(name)] if isinstance(at, list) else at[name]
+    if isinstance(linear, LoRALinear):
+        linear.scale = scale
+        return linear
+    kind = LoRASwitchLinear if has_experts(linear) else LoRALinear
+    wrapped = (LoRAEmbedding if isinstance(linear, EMBEDDINGS) else kind)(linear, scale)
+    if isinstance(at, list):
+        at[int(name)] = wrapped
+    else:
+        setattr(at, name, wrapped)
+    return wrapped

@@ -1,0 +1,97 @@
+"""The rank of every adapted linear, from names and bits alone. Imports neither MLX nor models."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from ..errors import InputError
+from ..files import read_at_most
+from .paths import bare
+
+#: The target that means every linear of a layer.
+ALL = "all-linear"
+
+
+def choose_ranks(
+    layers: Sequence[Sequence[str]],
+    bits: Mapping[str, int],
+    *,
+    rank: int,
+    rank_scaling: str,
+    target_modules: Sequence[str],
+    num_layers: int,
+    model_dir: Path,
+    outer: Sequence[str] = (),
+) -> dict[str, int]:
+    """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
+
+    A target may be a whole path, or "all-linear", which is all of every layer.
+
+    `layers` are the paths of each layer's linears, `outer` those of embedding and head, `bits`
+    those of the quantized ones.
+    `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
+    quantization; a dense one gets `rank`. `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl
+    clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
+    not name, `by_bits`. InputError if a target matches nothing, or there are fewer layers.
+    """
+    if num_layers > len(layers):
+        raise InputError(
+            f"num_layers is {num_layers}, but the model has {len(layers)}: give -1 for all.",
+            field="num_layers",
+        )
+    paths = [path for layer in layers for path in layer]
+    adapted = layers if num_layers < 0 else layers[len(layers) - num_layers :]
+    within = {path for layer in adapted for path in layer} | set(outer)
+    ranks: dict[str, int] = {}
+    kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
+    median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
+    for target in target_modules:
+        known = (*paths, *outer)
+        found = [path for path in known if path == target or path.endswith("." + target)]
+        if target == ALL:
+            found = paths
+        if not found:
+            names = sorted({path.rsplit(".", 1)[-1] for path in known})
+            raise InputError(
+                f"target_modules: '{target}' matches no linear of the model; it has "
+                f"{', '.join(names)}.",
+                field="target_modules",
+            )
+        for path in found:
+            if path not in within:
+                continue
+            own = kl.get(bare(path))
+            if own is not None and median > 0:
+                factor = min(max(own / median, 0.5), 2.0)
+            elif rank_scaling != "constant" and path in bits:
+                factor = bits[path] / 4
+            else:
+                factor = 1.0
+            ranks[path] = max(2, math.ceil(rank * factor))
+    return dict(sorted(ranks.items()))
+
+
+def asked(config: TrainConfig) -> dict[str, Any]:
+    """What a configuration says of ranks, as choose_ranks takes it."""
+    names = ("rank", "rank_scaling", "target_modules", "num_layers", "model_dir")
+    return {name: getattr(config, name) for name in names}
+
+
+def _sensitivities(model_dir: Path) -> dict[str, float]:
+    """KL divergence by path in the text model, from OptiQ's file beside the weights, or nothing."""
+    for name in ("optiq/metadata.json", "optiq_metadata.json"):
+        file = model_dir / name
+        if not file.is_file():
+            continue
+        try:
+            data = json.loads(read_at_most(file, 64 << 20))
+            layers = data.get("per_layer") or data.get("optimization", {}).get("per_layer", {})
+            return {
+                bare(path): float(x["kl"]) for path, x in layers.items() if x.get("kl") is not None
+            }
+        except (ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
+    return {}

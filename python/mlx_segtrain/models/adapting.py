@@ -1,0 +1,108 @@
+"""A model and an adapter: which modules get an update, how it starts, and how it is attached."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..errors import InputError
+from ..lora import (
+    EMBEDDINGS,
+    KINDS,
+    LORA,
+    Adapter,
+    LoRALinear,
+    fresh_a,
+    has_experts,
+    ranks,
+    shapes,
+    wrap,
+)
+from .chain import Chain
+
+
+def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
+    """Rank of every linear to adapt, by path: ranks.choose_ranks of the chain's linears."""
+    by_stage: dict[str, list[str]] = {}
+    for path in chain.linears:
+        by_stage.setdefault(chain.stage_of[path], []).append(path)
+    layers = [
+        [path for stage in layer for path in by_stage.get(stage, [])] for layer in chain.layers
+    ]
+    quantized: dict[str, Any] = {p: m for p, m in chain.adaptable.items() if "scales" in m}
+    bits = {path: m.bits for path, m in quantized.items()}
+    return ranks.choose_ranks(layers, bits, outer=list(chain.outer), **how)
+
+
+def init(
+    chain: Chain,
+    ranks: Mapping[str, int],
+    scale: float,
+    seed: int,
+    *,
+    root: bool = False,
+    **kinds: bool,
+) -> Adapter:
+    """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0.
+
+    With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
+    2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
+    starts so that nothing changes. InputError if one is of experts or an embedding.
+    """
+    paths = sorted(ranks)
+    keys = mx.random.split(mx.random.key(seed), len(paths))
+    arrays: dict[str, dict[str, mx.array]] = {}
+    for path, key in zip(paths, keys, strict=True):
+        a, b = shapes(chain.adaptable[path], ranks[path])
+        arrays[path] = {"lora_a": fresh_a(a, key), "lora_b": mx.zeros(b)}
+    kind = next((kind for kind in KINDS if kinds.get(kind.word)), LORA)
+    for path in () if kind is LORA else paths:
+        module = chain.adaptable[path]
+        if has_experts(module) or isinstance(module, EMBEDDINGS):
+            what = "an embedding" if isinstance(module, EMBEDDINGS) else "a linear of experts"
+            raise InputError(
+                f"use_{kind.word}: '{path}' is {what}, of which there is no {kind.name}: leave it "
+                f"out of target_modules, or train without use_{kind.word}."
+            )
+        arrays[path][kind.array] = kind.runs.of(ops.base_of(module)).start
+    mx.eval(arrays)
+    scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
+    return Adapter.of(arrays, scales, chain.tied_for(arrays))
+
+
+def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:
+    """The factors by stage: `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a": …}}`."""
+    params: dict[str, dict[str, mx.array]] = {}
+    for path in adapter.tensors:
+        own = params.setdefault(chain.stage_of[path], {})
+        own |= {f"{path}.{name}": x for name, x in adapter.arrays(path).items()}
+    return params
+
+
+def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> list[LoRALinear]:
+    """Puts ours in the place of all that can be adapted in the layers, and of what is besides."""
+    modules = []
+    outer = [path for path in chain.outer if adapter and path in adapter.tensors]
+    for path in (*chain.linears, *outer):
+        module = wrap(model, path, 1.0)
+        if adapter and path in adapter.tensors:
+            module.put_in(adapter.arrays(path), adapter.scales[path])
+        modules.append(module)
+    return modules
+
+
+@contextmanager
+def attached(model: nn.Module, chain: Chain, adapter: Adapter) -> Iterator[nn.Module]:
+    """The model with the adapter, for as long as the context lasts."""
+    modules = attach(model, chain, adapter)
+    try:
+        model.eval()
+        yield model
+    finally:
+        for module in modules:
+            module.clear()
+        model.train()

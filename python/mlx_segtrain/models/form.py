@@ -1,0 +1,120 @@
+"""The form of a layer: what the planner and the schedule know of it before it runs.
+
+A loaded layer says its form (`Layer.form`), and so do the headers of its weights (`LayerHeaders`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..safetensors import Tensors
+from ..streams import Stream
+
+
+@dataclass(frozen=True)
+class StageForm:
+    """A stage of one stream without its function: names of boundary values and of parameters."""
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    owner: str
+    saves: bool = False
+
+    @classmethod
+    def embedding(cls, path: str, stream: Stream) -> "StageForm":
+        return cls(stream.of(path), (stream.of("tokens"),), (stream.of("h"),), path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerForm:
+    """Widths are numbers a token: of q all heads together, of k (or v) all heads of its own."""
+
+    name: str  #: its path in the model
+    query: int
+    key_value: int  #: 0: it reads another layer's
+    hidden: int
+    head: int  #: of one head
+    window: int | None = None
+    softcap: bool = False
+    separate_values: bool = True  #: False: values are the keys
+    q_norm: bool = False
+    v_norm: bool = False
+    after_norms: bool = False
+    own_input: int = 0  #: made from the tokens, for this layer only
+    experts: int = 0  #: numbers that the experts of a token hold
+    donor: str | None = None  #: the layer whose keys and values it reads
+    gives: bool = False  #: others read its keys and values (`linked`)
+    trims: bool = False  #: it drops the rows before the first one with a loss (`linked`)
+
+    @property
+    def owners(self) -> tuple[str, str]:
+        """Names of its stages, attention and MLP, under which their parameters are."""
+        return f"{self.name}.self_attn", f"{self.name}.mlp"
+
+    def owner_of(self, path: str) -> str:
+        """The stage that runs a linear of this layer."""
+        return self.owners[".self_attn." not in path]
+
+    def stages(self, stream: Stream) -> tuple[StageForm, StageForm]:
+        """Attention and MLP."""
+        of, h = stream.of, (stream.of("h"),)
+        attention, mlp = self.owners
+        positions = (of("positions"),) if self.trims else ()
+        given = _keys_values(self.donor, stream) if self.donor else ()
+        written = _keys_values(self.name, stream) if self.gives else ()
+        tokens = (of("tokens"),) if self.own_input else ()
+        return (
+            StageForm(of(attention), (*h, *positions, *given), (*h, *written), attention, True),
+            StageForm(of(mlp), (*h, *tokens), h, mlp),
+        )
+
+
+def _keys_values(layer: str, stream: Stream) -> tuple[str, str]:
+    return stream.of(f"keys of {layer}"), stream.of(f"values of {layer}")
+
+
+@dataclass(frozen=True)
+class LayerHeaders:
+    """A layer as the headers of the weights have it."""
+
+    name: str
+    widths: Mapping[str, tuple[int, int]]  #: (in, out) of the model's matrices, by path
+    tensors: Tensors
+
+    def linear(self, path: str) -> tuple[int, int]:
+        return self.widths.get(f"{self.name}.{path}", (0, 0))
+
+    def form(self, text: Mapping[str, Any], **more: Any) -> LayerForm:
+        """With what its family adds to it; `text` is the configuration."""
+        query, hidden = self.linear("self_attn.o_proj")[0], self.linear("mlp.down_proj")[0]
+        fused = self.linear("self_attn.qkv_proj")[1]
+        own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
+        own = 0 if more.get("donor") else own
+        return LayerForm(
+            **{
+                "name": self.name,
+                "query": query,
+                "key_value": own,
+                "hidden": hidden,
+                "head": text.get("head_dim") or query // text["num_attention_heads"],
+                "separate_values": own > 0 and bool(fused or self.linear("self_attn.v_proj")[1]),
+                "q_norm": self._has("self_attn.q_norm"),
+                "after_norms": self._has("post_feedforward_layernorm"),
+                "own_input": self.linear("per_layer_input_gate")[1],
+            }
+            | more
+        )
+
+    def _has(self, norm: str) -> bool:
+        return f"{self.name}.{norm}.weight" in self.tensors
+
+
+def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
+    """The forms of all layers, each with what it does for the others."""
+    donors = {form.donor for form in forms}
+    # After the last layer with keys of its own, nobody reads rows that come before all losses.
+    last = max(i for i, form in enumerate(forms) if form.key_value)
+    return tuple(
+        replace(form, gives=form.name in donors, trims=i == last) for i, form in enumerate(forms)
+    )

@@ -1,0 +1,158 @@
+"""What a model is made of, from config.json and the headers of its weights: no weight is read."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..safetensors import SIZES, Tensors
+from . import of_type
+from .form import LayerForm, LayerHeaders, linked
+from .snapshot import MOST_LAYERS, Snapshot, quantization_of
+
+#: Parts of a model for text and images that are not loaded.
+OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
+FLOATS = ("F16", "BF16")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that memory and work depend on; `widths` are in and out of linears by path."""
+
+    family: str
+    fast: bool
+    width: int
+    vocabulary: int
+    layers: tuple[LayerForm, ...]
+    linears: tuple[tuple[str, ...], ...]  #: paths of what can be adapted, by layer
+    embedding: str  #: path of the table of the tokens
+    outer: tuple[str, ...]  #: what else can be adapted: the embedding, a head of its own
+    widths: dict[str, tuple[int, int]]
+    bits: dict[str, int]  #: of quantized linears, by path
+    float_size: int  #: bytes of its floating numbers
+    tensors: Tensors
+    max_length: int | None
+
+    @property
+    def head(self) -> str:
+        """Path of the linear that the head has: its own, or the embedding."""
+        return next((path for path in self.outer if path != self.embedding), self.embedding)
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether the embedding is the head too; None where neither is found by its name."""
+        if not self.embedding:
+            return None
+        if self.fast:
+            return self.head == self.embedding
+        return not any(path.endswith("lm_head") for path in self.widths)
+
+    def weight_bytes(self, float32: bool) -> int:
+        """Of what is loaded; `float32`: floating weights become so, as on the CPU."""
+        return sum(
+            math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
+            for dtype, shape in self.tensors.values()
+        )
+
+
+def read_shape(model: str | Path | Snapshot) -> ModelShape:
+    """Of a model's folder; InputError if it has no config.json or no readable header."""
+    snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
+    config, tensors = snapshot.config, snapshot.tensors
+    with snapshot.consistent():
+        return shape_of(config, tensors)
+
+
+def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
+    """From a configuration as mlx-lm reads it, and tensors by name; InputError if layers lack."""
+    family = str(config.get("model_type", "unknown"))
+    inner: dict[str, Any] = config.get("text_config") or {}
+    text: dict[str, Any] = {**config, **inner}
+    reader = of_type(family) and of_type(str(text.get("model_type")))
+    loaded = {name: t for name, t in tensors.items() if not OTHER_TOWERS.search(name)}
+    widths, bits = _linears(config, loaded)
+    numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
+    prefixes = {m[1] for name in loaded if (m := _LAYER.match(name))}
+    if len(numbers) > MOST_LAYERS:
+        raise InputError(f"the weights name {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
+    embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
+    if not numbers or embedding is None:
+        if of_type(family):
+            raise InputError(f"the weights of a {family} model name no layers or no embed_tokens.")
+        return ModelShape(family, False, 0, 0, (), (), "", (), widths, bits, 2, loaded, None)
+    width, vocabulary = widths[embedding]
+    layers: tuple[LayerForm, ...] = ()
+    outer: tuple[str, ...] = ()
+    # Of a format that mlx-lm converts when it loads, widths and sizes are not these.
+    weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
+    if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
+        prefix = prefixes.pop()
+        found = [LayerHeaders(f"{prefix}{i}", widths, loaded) for i in range(len(numbers))]
+        forms = reader.forms(text, found)
+        if all(form.query > 0 < form.hidden for form in forms) and any(
+            form.key_value for form in forms
+        ):
+            layers = linked(forms)
+            # As models.layer.outer_of finds them in the loaded model.
+            heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
+            outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
+    kinds = {
+        kind
+        for name, (kind, _) in loaded.items()
+        if re.search(r"embed_tokens\.(scales|weight)$", name)
+    }
+    return ModelShape(
+        family=family,
+        fast=bool(layers),
+        width=width,
+        vocabulary=vocabulary,
+        layers=layers,
+        linears=_linears_of(layers, widths),
+        embedding=embedding,
+        outer=outer,
+        widths=widths,
+        bits=bits,
+        float_size=4 if "F32" in kinds else 2,
+        tensors=loaded,
+        max_length=text.get("max_position_embeddings"),
+    )
+
+
+_LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
+_LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projection)")
+
+
+def _linears_of(
+    layers: Sequence[LayerForm], widths: Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Paths of the linears of each layer that an adapter could change."""
+    found: dict[str, list[str]] = {layer.name: [] for layer in layers}
+    readers = {layer.name for layer in layers if layer.donor is not None}
+    for path in widths:
+        if (match := _LAYER.match(path)) is None:
+            continue
+        layer = path[: match.end() - 1]
+        reads_others = layer in readers and path.endswith(("k_proj", "v_proj"))
+        if layer in found and _LINEAR.fullmatch(path[match.end() :]) and not reads_others:
+            found[layer].append(path)
+    return tuple(tuple(own) for own in found.values())
+
+
+def _linears(
+    config: Mapping[str, Any], tensors: Tensors
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """(in, out) of each matrix, and bits of the quantized ones, by path."""
+    widths, bits = {}, {}
+    for name, (_, shape) in tensors.items():
+        path = name.removesuffix(".weight")
+        if path == name or len(shape) != 2:
+            continue
+        out, packed = shape
+        if (how := quantization_of(config, tensors, path)) is not None:
+            bits[path] = how.bits
+            packed = tensors[f"{path}.scales"][1][-1] * how.group_size
+        widths[path] = (packed, out)
+    return widths, bits

@@ -1,0 +1,121 @@
+"""A model's folder as it tells of itself: config.json and the headers of its weights.
+
+Each is bounded before it is read, and read once. No weight is read, and no library of models is
+imported. InputError for whatever is missing, or is not what its name says.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import read_json
+from ..lora.paths import spellings
+from ..safetensors import FLOATS, Tensors, read_header
+
+#: Tensors and layers of a model, at most.
+MOST_TENSORS, MOST_LAYERS = 400_000, 4096
+#: Modes of MLX whose scales are no floating numbers, by bits and group size.
+CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+
+
+class Snapshot:
+    """A folder in mlx-lm's form; `whole`: without files of weights that are still being fetched."""
+
+    def __init__(self, folder: str | Path, *, whole: bool = False):
+        self.folder, self.whole = Path(folder).expanduser(), whole
+        if not self.folder.is_dir():
+            raise InputError(f"model_dir {self.folder} is not a folder: give the path of a model.")
+
+    def file(self, name: str, what: str) -> Path:
+        """The file of this name, without which the folder is no model's."""
+        file = self.folder / name
+        if not file.is_file():
+            raise InputError(
+                f"model_dir {self.folder} holds no {name} ({what}): not a model folder."
+            )
+        return file
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.file("config.json", "configuration"))
+
+    @cached_property
+    def headers(self) -> dict[Path, Tensors]:
+        """The files that mlx-lm loads, in the order of their names, with what each holds."""
+        found: dict[Path, Tensors] = {}
+        for file in sorted(self.folder.glob("model*.safetensors")):
+            found[file] = read_header(file, whole=self.whole)
+            if sum(map(len, found.values())) > MOST_TENSORS:
+                raise InputError(f"model_dir {self.folder} has more than {MOST_TENSORS:,} tensors.")
+        if not any(found.values()):
+            raise InputError(
+                f"model_dir {self.folder} holds no model*.safetensors: no weights to load."
+            )
+        return found
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        return {name: own for header in self.headers.values() for name, own in header.items()}
+
+    @property
+    def size_bytes(self) -> int:
+        """What the files of weights have on disk."""
+        return sum(file.stat().st_size for file in self.headers)
+
+    def spelled(self, path: str) -> str | None:
+        """A module's path as the files spell it; None if they have no weight of that module."""
+        return next((p for p in spellings(path) if f"{p}.weight" in self.tensors), None)
+
+    def quantization(self, path: str) -> "Quantization | None":
+        """How the module at a path of the files is quantized; None if it is not."""
+        config, tensors = self.config, self.tensors
+        with self.consistent():
+            return quantization_of(config, tensors, path)
+
+    @contextmanager
+    def consistent(self) -> Iterator[None]:
+        """InputError where config.json and headers contradict each other."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise InputError(
+                f"{self.folder / 'config.json'} and the weights do not go together: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weight of a module is quantized, in the words of `mx.quantize`."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+
+def quantization_of(
+    config: Mapping[str, Any], tensors: Tensors, path: str
+) -> "Quantization | None":
+    """How the module at a path of the files is quantized; None if it is not.
+
+    As in mlx-lm, the number of groups tells the width, and that the bits. What the two do not fit
+    raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
+    """
+    dtype, shape = tensors.get(f"{path}.weight", ("", ()))
+    if f"{path}.scales" not in tensors or dtype != "U32":
+        return None
+    whole = config.get("quantization") or config.get("quantization_config") or {}
+    own = next((whole[p] for p in spellings(path) if isinstance(whole.get(p), dict)), {})
+    group = int(own.get("group_size") or whole.get("group_size") or 64)
+    kind, scales = tensors[f"{path}.scales"]
+    bits = shape[-1] * 32 // (scales[-1] * group)
+    mode = own.get("mode") or whole.get("mode") or "affine"
+    if kind in FLOATS:
+        mode = "affine"
+    elif mode == "affine":
+        mode = CODES.get((bits, group), mode)
+    return Quantization(group, bits, mode)

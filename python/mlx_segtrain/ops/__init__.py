@@ -1,0 +1,351 @@
+"""Differentiable ops of a transformer layer, each with a hand-written backward pass.
+
+Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head size, F feed-forward
+width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that serves
+the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with the
+reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import _core
+from .._core import Base, Linear
+from . import reference
+from .reference import Segments, segment_ranges
+from .selfcheck import on_gpu, self_check
+
+__all__ = [
+    "Base",
+    "Linear",
+    "add_rms_norm",
+    "attention",
+    "attention_forward",
+    "base_of",
+    "dequantize",
+    "dropout_key",
+    "geglu",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "lora_glu_mlp",
+    "lora_linear",
+    "lora_linears",
+    "rms_norm",
+    "rope",
+    "rows_of",
+    "swiglu",
+]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def base_of(module: nn.Module) -> Base:
+    """The frozen weight of an nn.Linear, nn.Embedding or a quantized one, [out, in]."""
+    bias = module.get("bias")
+    if "scales" not in module:
+        return Base(module["weight"], bias=bias)
+    quant: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+    return Base(module["weight"], module["scales"], module.get("biases"), bias, **quant)
+
+
+def rows_of(base: Base, begin: int, end: int) -> Base:
+    """Rows [begin, end) of a weight [out, in] as a weight of its own."""
+
+    def cut(x: mx.array | None) -> mx.array | None:
+        return None if x is None else x[begin:end]
+
+    quant: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
+    return Base(base.weight[begin:end], *map(cut, (base.scales, base.biases, base.bias)), **quant)
+
+
+def _check_device() -> None:
+    """Kernels of a GPU are compared with the plain code once a device, before first use."""
+    if on_gpu():
+        self_check()
+
+
+def _face(
+    plain: Callable[..., Any], *, without: Sequence[str] = ()
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates an op of the core: `impl="reference"` calls `plain`, without these options."""
+
+    def decorate(op: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(op)
+        def call(*args: P.args, **options: P.kwargs) -> T:
+            if options.get("impl") != "reference":
+                _check_device()
+                return op(*args, **options)
+            skip = {"impl", *without}
+            return plain(*args, **{key: x for key, x in options.items() if key not in skip})
+
+        return call
+
+    return decorate
+
+
+@contextmanager
+def repeatable(on: bool) -> Iterator[None]:
+    """Within it `auto` is what gives the same bits again, if `on`; process-wide."""
+    before = _core.set_repeatable(on)
+    try:
+        yield
+    finally:
+        _core.set_repeatable(before)
+
+
+def _attention_options(
+    k: mx.array, segments: Segments | None = None, **options: Any
+) -> _core.AttentionOptions:
+    # k may have a wrong rank: the core says so.
+    ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
+    return _core.AttentionOptions(segments=ranges, **options)
+
+
+@_face(reference.attention, without=["saved"])
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    segments: Segments | None = None,
+    softcap: float | None = None,
+    q_start: int | None = None,
+    saved: Sequence[mx.array] | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """o = softmax(scale·q·kᵀ)·v over the keys each query may see, in memory linear in T and S.
+
+    q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv], H a multiple of G → o [B,H,T,Dv], one floating dtype.
+    Query t stands at position q_start + t (default S − T) and sees the keys up to itself, of these
+    the last `window`, and of these the ones in its own segment. `segments` of packed rows are a
+    list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
+    padding; the same for every row of the batch, and read when the graph is built, so not under
+    mx.compile's tracing. Padding, and what lies behind the last offset, sees nothing and is seen by
+    nothing: o = 0 and gradients of 0. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in
+    float32. With `saved`, what `attention_forward` of the same arguments returned, the forward pass
+    is not run again.
+
+    FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
+    """
+    options = _attention_options(
+        k, segments, scale=scale, window=window, softcap=softcap, q_start=q_start
+    )
+    kept = None if saved is None else list(saved)
+    return _core.attention(q, k, v, options, saved=kept, impl=impl)
+
+
+def attention_forward(
+    q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
+) -> list[mx.array]:
+    """o of `attention` with these options, and what its backward pass needs besides: its `saved`.
+
+    No gradient. Empty where the implementation that would serve the call gives no such thing
+    (`stock`).
+    """
+    _check_device()
+    return _core.attention_forward(q, k, v, _attention_options(k, **options), impl=impl)
+
+
+@_face(reference.swiglu)
+def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
+    """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype, computed in float32.
+
+    Keeps gate and up; the backward pass makes both gradients in one pass over memory.
+    Shazeer 2020, arXiv:2002.05202.
+    """
+    return _core.swiglu(gate, up, impl=impl)
+
+
+@_face(reference.geglu)
+def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
+    """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as Gemma has it.
+
+    gate, up, y [..., F] of one floating dtype, computed in float32. Keeps gate and up; the backward
+    pass makes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh form
+    is Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    """
+    return _core.geglu(gate, up, impl=impl)
+
+
+@_face(reference.rms_norm)
+def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -> mx.array:
+    """y = x / sqrt(mean(x²) + eps)·weight. x, y [..., H]; weight [H] is frozen, without gradient.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    return _core.rms_norm(x, weight, eps, impl=impl)
+
+
+@_face(reference.add_rms_norm)
+def add_rms_norm(
+    x: mx.array, r: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
+) -> tuple[mx.array, mx.array]:
+    """h = x + r, and rms_norm(h): the residual stream after a branch, and what the next one reads.
+
+    x, r, h, y [..., H] of one dtype; weight [H] is frozen. Keeps h; the backward pass adds the
+    cotangent of h to the norm's in the same pass over memory.
+    """
+    h, y = _core.add_rms_norm(x, r, weight, eps, impl=impl)
+    return h, y
+
+
+@_face(reference.rope)
+def rope(
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool = False,
+    base: float | None = None,
+    scale: float = 1.0,
+    offset: int = 0,
+    freqs: mx.array | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """Rotates the first `dims` of x [B,H,T,D] by position·scale / freqs, position offset + t.
+
+    freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
+    Su et al. 2021, arXiv:2104.09864; the arguments are those of mx.fast.rope.
+    """
+    options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
+    return _core.rope(x, dims, traditional=traditional, impl=impl, **options)
+
+
+def lora_linear(
+    x: mx.array,
+    base: Base,
+    a: mx.array | None = None,
+    b: mx.array | None = None,
+    scale: float = 1.0,
+    *,
+    dropout: float = 0.0,
+    key: mx.array | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b with W frozen, dense or quantized.
+
+    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out].
+    Keeps x and x·a; neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
+    function of `key` (`dropout_key`) and x's shape, so that recomputation draws it again;
+    0 ≤ dropout < 1, and above 0 a, b and the key are needed. Gradients of x, a and b; those of a
+    and b in their own dtype. Every quantization of mx.quantize; ValueError names mode, bits and
+    group size where the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
+    """
+    keys = [] if key is None else [key]
+    return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
+
+
+@_face(reference.lora_linears)
+def lora_linears(
+    x: mx.array,
+    linears: Sequence[Linear],
+    *,
+    dropout: float = 0.0,
+    keys: Sequence[mx.array] = (),
+    impl: str = "auto",
+) -> list[mx.array]:
+    """`lora_linear` of several projections of one x, as q, k and v: one product where that pays.
+
+    x [..., in] → y [..., out] of each linear; with dropout, a key for each.
+    """
+    return _core.lora_linears(x, list(linears), dropout=dropout, keys=list(keys), impl=impl)
+
+
+@_face(reference.lora_glu_mlp, without=["tile_rows"])
+def lora_glu_mlp(
+    x: mx.array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    *,
+    gelu: bool = False,
+    tile_rows: int | None = None,
+    impl: str = "auto",
+) -> mx.array:
+    """y = down(act(gate(x))·up(x)), act GELU's tanh form or SiLU; each a `lora_linear`.
+
+    x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and makes
+    their product again in the backward pass. With `tile_rows` it keeps x only, and computes that
+    many rows at a time, once more in the backward pass: memory of [tile_rows, F] instead of
+    [rows, F], for 1.5 times the products. Tiled MLP: Arctic Long Sequence Training (Bekman et al.
+    2025, arXiv:2506.13996).
+    """
+    return _core.lora_glu_mlp(x, gate, up, down, gelu=gelu, tile_rows=tile_rows, impl=impl)
+
+
+def dropout_key(seed: int, step: int, module: str) -> mx.array:
+    """A key [2] for `lora_linear` from the run's seed, the step, and the module's path."""
+    text = f"{seed}/{step}/{module}".encode()
+    # Hashed, since neighbouring seeds, steps and modules must not share masks.
+    return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+
+
+@_face(reference.linear_cross_entropy, without=["needs_grad"])
+def linear_cross_entropy(
+    h: mx.array,
+    head: Base,
+    targets: mx.array,
+    weights: mx.array | None = None,
+    *,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    needs_grad: bool = True,
+    impl: str = "auto",
+) -> mx.array:
+    """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, without an array [M, V].
+
+    h [M, H], targets [M] integers (below 0: the row does not count), weights [M] float32
+    (default ones) → [] float32. dh is formed in the forward pass, chunk of rows by chunk;
+    `needs_grad=False` leaves it out (evaluation). `softcap` c replaces z by c·tanh(z / c).
+    `label_smoothing` ε in [0, 1) puts (1 − ε)·z[target] + ε·mean(z) in the place of z[target]
+    (Szegedy et al. 2016, arXiv:1512.00567).
+    Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
+    """
+    return _core.linear_cross_entropy(
+        h,
+        head,
+        targets,
+        weights,
+        softcap=softcap,
+        label_smoothing=label_smoothing,
+        needs_grad=needs_grad,
+        impl=impl,
+    )
+
+
+@_face(reference.linear_log_probs, without=["needs_grad"])
+def linear_log_probs(
+    h: mx.array,
+    head: Base,
+    targets: mx.array,
+    *,
+    softcap: float | None = None,
+    needs_grad: bool = True,
+    impl: str = "auto",
+) -> mx.array:
+    """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
+
+    h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0,
+    has no gradient and costs nothing; on a GPU the targets must be read for that when the graph is
+    built, and where they are traced every row is computed. `softcap` c replaces z by c·tanh(z / c).
+    On CUDA dh of each row is formed in the forward pass and kept, and `needs_grad=False` leaves it
+    out; elsewhere the backward pass computes z again, chunk of rows by chunk.
+    For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+    """
+    return _core.linear_log_probs(
+        h, head, targets, softcap=softcap, needs_grad=needs_grad, impl=impl
+    )
+
+
+def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """A quantized weight as an array [out, in] of `dtype`: mx.dequantize, in float32 on the CPU."""
+    return _core.dequantize(base, dtype)

@@ -1,0 +1,106 @@
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from ... import _core, ops
+from .. import bench, reference, selfcheck
+
+#: Options of attention for T queries; behind the segments lie queries that see nothing.
+CASES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "causal": lambda t: {},
+    "window": lambda t: {"window": t // 4},
+    "segments": lambda t: {"segments": [0, t // 3, t // 3 + 10, 2 * t // 3, t - t // 8]},
+    "softcap": lambda t: {"softcap": 2.0},
+}
+
+
+def calls(
+    op: str, impl: str, dtype: mx.Dtype, t: int, d: int = 64, cases: Iterable[str] = CASES
+) -> Iterator[selfcheck.Call]:
+    for case in cases:
+        plain_options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
+        core_options = dict(plain_options)
+        if "segments" in core_options:
+            core_options["segments"] = reference.segment_ranges(core_options["segments"], t)
+        yield selfcheck.Call(
+            op,
+            f"{case}, D = {d}",
+            functools.partial(
+                _core.attention, options=_core.AttentionOptions(**core_options), impl=impl
+            ),
+            functools.partial(reference.attention, **plain_options),
+            selfcheck.normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype),
+        )
+
+
+def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
+    if device == "cpu":
+        yield from calls("attention", "kernel", mx.float32, rows)
+        return
+    # The row passes are what the blocked form runs on.
+    yield from calls("attention_rows", "blocked", mx.bfloat16, rows)
+    yield from calls("attention", "kernel", mx.bfloat16, rows)
+    impls = _core.attention_impls()
+    if "hopper" in impls:  # wide heads have other tiles
+        for d in (64, 512):
+            yield from calls("attention_hopper", "hopper", mx.bfloat16, rows, d)
+    if "cudnn" in impls:
+        some = ("causal", "segments")
+        yield from calls("attention_cudnn", "cudnn", mx.bfloat16, rows, 256, some)
+
+
+def attention(
+    shape: str,
+    heads: int,
+    groups: int,
+    d: int,
+    t: int,
+    window: int | None = None,
+    segments: list[int] | None = None,
+) -> bench.Case:
+    options: dict[str, Any] = {"scale": d**-0.5}
+    given = {"window": window, "segments": segments}
+    given = {key: value for key, value in given.items() if value is not None}
+
+    def run(impl: str) -> dict[str, bench.Work]:
+        q, k, v = (
+            bench.normal(1, heads, t, d),
+            bench.normal(1, groups, t, d, seed=1),
+            bench.normal(1, groups, t, d),
+        )
+        mask: Any = "causal"
+        if impl == "mlx" and given:
+            mask = reference.visible(t, t, None, window, segments)
+            mx.eval(mask)
+
+        def f(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            if impl == "mlx":
+                return mx.fast.scaled_dot_product_attention(q, k, v, **options, mask=mask)
+            return ops.attention(q, k, v, **options, **given, impl=impl)
+
+        works = bench.with_gradients(f, [q, k, v], bench.normal(1, heads, t, d, seed=2))
+        del works["grads"]  # they need the forward pass
+        return works
+
+    one = 4.0 * bench.pairs(t, window, segments) * heads * d
+    impls = ["auto", *_core.attention_impls(), "mlx"]
+    return bench.Case("attention", shape, impls, run, {"forward": one, "both": 3.5 * one})
+
+
+def cases(gpu: bool) -> list[bench.Case]:
+    if not gpu:
+        return [
+            attention("causal D64 T512", 9, 3, 64, 512),
+            attention("causal D64 T8192", 9, 3, 64, 8192),
+            attention("window 512 D64 T8192", 9, 3, 64, 8192, window=512),
+        ]
+    return [
+        attention("window 512 D256", 8, 2, 256, 8192, window=512),
+        attention("causal D512", 8, 2, 512, 8192),
+        attention("causal D256", 8, 2, 256, 8192),
+        attention("causal D128", 16, 2, 128, 8192),
+        attention("causal D128 T8191", 16, 2, 128, 8191),
+        attention("16 segments D128", 16, 2, 128, 8192, segments=list(range(0, 8193, 512))),
+    ]

@@ -1,0 +1,286 @@
+"""The ops as plain MLX, readable as mathematics: what the fast implementations are checked against.
+
+They take the memory that plain code takes, [T, S] scores and [M, V] logits included. Each `x_vjp`
+is the derivation that the native op follows.
+"""
+
+import math
+import operator
+import reprlib
+from collections.abc import Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from .._core import Base
+
+Segments = Sequence[int] | np.ndarray | mx.array
+
+
+def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
+    """W [out, in], unpacked."""
+    if base.scales is None:
+        return base.weight.astype(dtype)
+    return mx.dequantize(
+        base.weight,
+        base.scales,
+        base.biases,
+        group_size=base.group_size,
+        bits=base.bits,
+        mode=base.mode,
+    ).astype(dtype)
+
+
+# ---- attention
+
+
+def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
+    """The keys [begin, end) of each segment, rising; a key in none of them is padding.
+
+    What is no array holds offsets: 0, the begin of each next segment, the end of the last one, S or
+    earlier. An array holds ids: one for each key, the same along a segment, below 0 for padding.
+    ValueError says what does not fit.
+    """
+    expected = f"[attention] expected segments as offsets that rise from 0 to at most S = {s}, or"
+    if not isinstance(segments, (np.ndarray, mx.array)):
+        offsets = [operator.index(x) for x in segments]
+        rising = all(begin < end for begin, end in pairwise(offsets))
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > s or not rising:
+            raise ValueError(f"{expected} ids as an array; got offsets {reprlib.repr(offsets)}.")
+        return list(pairwise(offsets))
+    if isinstance(segments, mx.array):
+        integer = mx.issubdtype(segments.dtype, mx.integer)
+    else:
+        integer = np.issubdtype(segments.dtype, np.integer)
+    if tuple(segments.shape) != (s,) or not integer:
+        got = f"an array {list(segments.shape)} of {segments.dtype}"
+        raise ValueError(f"{expected} as an array of {s} integer ids; got {got}.")
+    ids = np.asarray(segments)
+    begins = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    ends = np.append(begins[1:], s)
+    begins, ends, runs = (x[ids[begins] >= 0] for x in (begins, ends, ids[begins]))
+    known, times = np.unique(runs, return_counts=True)
+    if (times > 1).any():
+        twice = known[times > 1][0]
+        raise ValueError(f"[attention] expected each segment's id in one run; got {twice} in more.")
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))
+
+
+def visible(
+    t: int, s: int, q_start: int | None, window: int | None, segments: Segments | None
+) -> mx.array:
+    """[T, S] booleans: may query t see key s."""
+    query = mx.arange(t)[:, None] + (s - t if q_start is None else q_start)
+    key = mx.arange(s)[None]
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if segments is not None:
+        ids = mx.full(s, -1)
+        for i, (begin, end) in enumerate(segment_ranges(segments, s)):
+            ids[begin:end] = i
+        own = mx.take(ids, query)
+        seen = seen & (ids[None] == own) & (own >= 0)
+    return seen
+
+
+def _probabilities(q, k, scale, seen, softcap):
+    """s (capped) and p [B,H,T,S] in float32, k with one head for each of q's.
+
+    p of a row that sees nothing is 0: its scores are finite, so that no gradient is NaN.
+    """
+    s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
+    if softcap is not None:
+        s = softcap * mx.tanh(s / softcap)
+    lowest = mx.finfo(mx.float32).min
+    return s, mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
+
+
+def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    """o = softmax(scale·q·kᵀ)·v over the keys that a query sees."""
+    share = q.shape[1] // k.shape[1]
+    k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
+    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
+    _, p = _probabilities(q, k, scale, seen, softcap)
+    return (p @ v.astype(mx.float32)).astype(q.dtype)
+
+
+def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    """dv = pᵀ·do, ds = p·(do·vᵀ − delta) with delta = Σ o·do, dq = scale·ds·k, dk = scale·dsᵀ·q."""
+    g, share = k.shape[1], q.shape[1] // k.shape[1]
+    kh, vh = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1).astype(mx.float32)
+    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
+    s, p = _probabilities(q, kh, scale, seen, softcap)
+    do = do.astype(mx.float32)
+    delta = ((p @ vh) * do).sum(axis=-1, keepdims=True)
+    ds = p * (do @ vh.swapaxes(-1, -2) - delta)
+    if softcap is not None:
+        ds = ds * (1 - (s / softcap) ** 2)
+
+    def per_group(x):
+        return x.reshape(x.shape[0], g, share, *x.shape[2:]).sum(axis=2)
+
+    dq = scale * ds @ kh.astype(mx.float32)
+    dk = per_group(scale * ds.swapaxes(-1, -2) @ q.astype(mx.float32))
+    dv = per_group(p.swapaxes(-1, -2) @ do)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+# ---- elementwise and rows
+
+
+def swiglu(gate, up):
+    """y = gate·σ(gate)·up"""
+    return gate * mx.sigmoid(gate) * up
+
+
+def swiglu_vjp(gate, up, dy):
+    """dgate = dy·up·(σ + gate·σ·(1 − σ)), dup = dy·gate·σ"""
+    sigma = mx.sigmoid(gate)
+    silu = gate * sigma
+    return dy * up * (sigma + silu * (1 - sigma)), dy * silu
+
+
+def _gelu(x):
+    """gelu(x) and gelu'(x) in float32, tanh form."""
+    x = x.astype(mx.float32)
+    k = math.sqrt(2 / math.pi)
+    t = mx.tanh(k * (x + 0.044715 * x**3))
+    du = mx.where(t * t < 1, k * (1 + 3 * 0.044715 * x**2), 0)  # where 1 − t² is 0, no 0·∞
+    return x / 2 * (1 + t), (1 + t) / 2 + x / 2 * (1 - t * t) * du
+
+
+def geglu(gate, up):
+    """y = gelu(gate)·up, gelu(x) = x/2·(1 + t), t = tanh(k·(x + 0.044715·x³)), k = √(2/π)"""
+    return (_gelu(gate)[0] * up.astype(mx.float32)).astype(gate.dtype)
+
+
+def geglu_vjp(gate, up, dy):
+    """dup = dy·gelu(gate), dgate = dy·up·gelu'(gate)
+
+    gelu'(x) = (1 + t)/2 + x/2·(1 − t²)·k·(1 + 3·0.044715·x²). The kernels write (1 + t)/2 as σ(u),
+    u = 2k·(x + 0.044715·x³), and (1 − t²)/2 as 2·σ·(1 − σ).
+    """
+    gelu, slope = _gelu(gate)
+    up, dy = up.astype(mx.float32), dy.astype(mx.float32)
+    return (dy * up * slope).astype(gate.dtype), (dy * gelu).astype(gate.dtype)
+
+
+def rms_norm(x, weight, eps):
+    """y = x·r·weight, r = 1 / sqrt(mean(x²) + eps)"""
+    x32 = x.astype(mx.float32)
+    r = mx.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + eps)
+    return (x32 * r * weight).astype(x.dtype)
+
+
+def add_rms_norm(x, r, weight, eps):
+    """h = x + r, and rms_norm(h)"""
+    return x + r, rms_norm(x + r, weight, eps)
+
+
+def rms_norm_vjp(x, weight, dy, eps):
+    """dx = r·g − x·r³·mean(g·x) with g = dy·weight"""
+    x32, g = x.astype(mx.float32), dy.astype(mx.float32) * weight
+    r = mx.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + eps)
+    return (r * g - x32 * r**3 * (g * x32).mean(axis=-1, keepdims=True)).astype(x.dtype)
+
+
+def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None):
+    """(a, b) → (a·cos − b·sin, a·sin + b·cos), angle = position·scale / freqs"""
+    if freqs is None:
+        assert base is not None
+        freqs = mx.power(base, mx.arange(0, dims, 2) / dims)
+    angle = (offset + mx.arange(x.shape[2]))[:, None] * scale / freqs
+    c, s = mx.cos(angle), mx.sin(angle)
+    x32 = x[..., :dims].astype(mx.float32)
+    a, b = (x32[..., ::2], x32[..., 1::2]) if traditional else mx.split(x32, 2, axis=-1)
+    pair = (a * c - b * s, a * s + b * c)
+    y = mx.stack([*pair], axis=-1).flatten(-2) if traditional else mx.concatenate([*pair], axis=-1)
+    return mx.concatenate([y.astype(x.dtype), x[..., dims:]], axis=-1)
+
+
+# ---- products with a frozen weight
+
+
+def dropped(x, dropout, key):
+    """mask∘x / (1 − dropout)"""
+    if key is None:
+        return x
+    keep = 1 - dropout
+    return mx.where(mx.random.bernoulli(keep, x.shape, key), x, 0) / keep
+
+
+def lora_linear(x, base, a=None, b=None, scale=1.0, *, dropout=0.0, key=None):
+    """y = x·Wᵀ + bias + scale·(x'·a)·b, x' = mask∘x / (1 − dropout)"""
+    y = x @ weight_of(base, x.dtype).T
+    if base.bias is not None:
+        y = y + base.bias.astype(x.dtype)
+    if a is None or b is None:
+        return y
+    low = dropped(x.reshape(-1, x.shape[-1]), dropout, key).reshape(x.shape) @ a.astype(x.dtype)
+    return y + (scale * low @ b.astype(x.dtype)).astype(x.dtype)
+
+
+def lora_linears(x, linears, *, dropout=0.0, keys=()):
+    """lora_linear of each, with a key for each"""
+    return [
+        lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout, key=key)
+        for w, key in zip(linears, keys or [None] * len(linears), strict=True)
+    ]
+
+
+def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):
+    """u = scale·dy·bᵀ:  dx = dy·W + (u·aᵀ)', da = x'ᵀ·u, db = (scale·x'·a)ᵀ·dy. x, dy 2-D."""
+    u, low = scale * dy @ b.T, dropped(x, dropout, key)
+    dx = dy @ weight_of(base, dy.dtype) + dropped(u @ a.T, dropout, key)
+    return dx, low.T @ u, (scale * low @ a).T @ dy
+
+
+def lora_glu_mlp(x, gate, up, down, *, gelu=False):
+    """y = down(act(gate(x))·up(x))"""
+    g, u = (lora_linear(x, w.base, w.a, w.b, w.scale) for w in (gate, up))
+    h = geglu(g, u) if gelu else swiglu(g, u)
+    return lora_linear(h, down.base, down.a, down.b, down.scale)
+
+
+def _logits(h, head, softcap):
+    z = (h @ weight_of(head, h.dtype).T).astype(mx.float32)
+    if head.bias is not None:
+        z = z + head.bias
+    return z if softcap is None else softcap * mx.tanh(z / softcap)
+
+
+def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None, label_smoothing=0.0):
+    """Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = h·Wᵀ + bias, ε the smoothing"""
+    z = _logits(h, head, softcap)
+    weights = mx.ones(h.shape[0]) if weights is None else weights
+    weights = mx.where(targets < 0, 0.0, weights)
+    likely = mx.take_along_axis(z, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    likely = (1 - label_smoothing) * likely + label_smoothing * z.mean(axis=-1)
+    return (weights * (mx.logsumexp(z, axis=-1) - likely)).sum()
+
+
+def linear_cross_entropy_vjp(
+    h, head, targets, weights, dloss, *, softcap=None, label_smoothing=0.0
+):
+    """dz = dloss·w·(softmax(z) − (1 − ε)·onehot − ε/V)·(1 − (z/c)²), dh = dz·W"""
+    z = _logits(h, head, softcap)
+    onehot = mx.arange(z.shape[1])[None] == targets[:, None]
+    dz = mx.softmax(z, axis=-1) - (1 - label_smoothing) * onehot - label_smoothing / z.shape[1]
+    dz = dloss * mx.where(targets < 0, 0.0, weights)[:, None] * dz
+    if softcap is not None:
+        dz = dz * (1 - (z / softcap) ** 2)
+    return (dz.astype(h.dtype) @ weight_of(head, h.dtype)).astype(h.dtype)
+
+
+def linear_log_probs(h, head, targets, *, softcap=None):
+    """log_p = z[target] − lse(z), z = h·Wᵀ + bias; 0 where target < 0"""
+    z = _logits(h, head, softcap)
+    picked = mx.take_along_axis(z, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    return mx.where(targets < 0, 0.0, picked - mx.logsumexp(z, axis=-1))
+
+
+def linear_log_probs_vjp(h, head, targets, dlog_p, *, softcap=None):
+    """dz = dlog_p·(onehot − softmax(z))·(1 − (z/c)²), dh = dz·W: cross-entropy's, negated"""
+    return linear_cross_entropy_vjp(h, head, targets, dlog_p, -1.0, softcap=softcap)

@@ -1,0 +1,208 @@
+"""Kernels are compared with the plain code on the device that runs them.
+
+On a GPU that happens once a device, before first use: a kernel that fails to compile or to agree is
+switched off with a warning, and the next implementation serves. The result is kept in the cache
+folder, by device and by the core that was checked. `mlx-segtrain doctor` does it again, on a CPU
+too, and takes times.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import MLX_VERSION, __version__, _core
+from ..files import cache_dir, write_json
+
+#: How far a kernel may be from the plain code in float32, relative L2.
+HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
+#: Queries of a check; on a GPU times are taken of more, which a launch does not outweigh.
+CHECKED, TIMED_ON_GPU = 500, 2000
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel and the plain code, to be called with the same arrays."""
+
+    op: str
+    case: str
+    kernel: Callable[..., mx.array]
+    plain: Callable[..., mx.array]
+    args: list[mx.array]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came of a call: `reason` says why it failed, and is empty if it did not.
+
+    `error` is the largest relative L2 error of value and gradients; `ms` and `plain_ms` are times
+    of value and gradients.
+    """
+
+    op: str
+    case: str
+    error: float | None = None
+    ms: float | None = None
+    plain_ms: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    device: str
+    gpu: bool
+    mlx: str
+    version: str
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        return not failed(self.checks)
+
+
+def on_gpu() -> bool:
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
+def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    return [
+        mx.random.normal(shape, key=key).astype(dtype)
+        for shape, key in zip(shapes, keys, strict=True)
+    ]
+
+
+def calls(rows: int) -> Iterator[Call]:
+    """Every kernel of the default device; on a GPU with this many rows."""
+    from .cases import of_every_op  # whose modules need this one
+
+    device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"
+    for checks in of_every_op("checks"):
+        yield from checks(device, CHECKED if device == "cpu" else rows)
+
+
+def cotangent(call: Call) -> mx.array:
+    return normal(call.plain(*call.args).shape, dtype=call.args[0].dtype, seed=1)[0]
+
+
+def relative_error(call: Call) -> float:
+    """The largest of value and gradients."""
+
+    def run(f: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
+        out, grads = mx.vjp(f, [*arrays[:-1]], [arrays[-1]])
+        return [x.astype(mx.float32) for x in (*out, *grads)]
+
+    arrays = [*call.args, cotangent(call)]
+    got = run(call.kernel, *arrays)
+    truth = run(call.plain, *(x.astype(mx.float32) for x in arrays))
+    errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]
+    return float(mx.stack(errors).max())
+
+
+def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array) -> float:
+    """Value and gradients: median of three after a warm-up."""
+    times = []
+    mx.eval(args, dy)
+    for _ in range(4):
+        begin = time.perf_counter()
+        mx.eval(mx.vjp(f, args, [dy]))
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:]) * 1e3
+
+
+def check_call(call: Call) -> Check:
+    try:
+        error = relative_error(call)
+    except (RuntimeError, ValueError) as failure:
+        return Check(call.op, call.case, reason=" ".join(str(failure).split())[:300])
+    if not math.isfinite(error):
+        return Check(call.op, call.case, reason="not finite")
+    bound = FLOAT_BOUND if call.args[0].dtype == mx.float32 else HALF_BOUND
+    reason = "" if error <= bound else f"{error:.1e} away from the plain code"
+    return Check(call.op, call.case, error, reason=reason)
+
+
+def check() -> list[Check]:
+    """Compares every kernel of the default device with the plain code."""
+    return [check_call(call) for call in calls(CHECKED)]
+
+
+def timed(checks: list[Check]) -> list[Check]:
+    """The same, with times of those that passed."""
+    result = []
+    for x, call in zip(checks, calls(TIMED_ON_GPU), strict=True):
+        if not x.reason:
+            ms, plain_ms = (
+                milliseconds(f, call.args, cotangent(call)) for f in (call.kernel, call.plain)
+            )
+            x = replace(x, ms=ms, plain_ms=plain_ms)
+        result.append(x)
+    return result
+
+
+def failed(checks: list[Check]) -> dict[str, str]:
+    """The ops with a kernel that failed, and why at first."""
+    reasons: dict[str, str] = {}
+    for x in checks:
+        if x.reason:
+            reasons.setdefault(x.op, f"{x.case}: {x.reason}" if x.case else x.reason)
+    return reasons
+
+
+# ---- what is known of devices
+
+
+def device_name() -> str:
+    return str(mx.device_info().get("device_name", "unknown"))
+
+
+def device_key() -> str:
+    core = hashlib.sha256(Path(_core.__file__).read_bytes()).hexdigest()[:16]
+    return f"{device_name()}, mlx {MLX_VERSION}, core {core}"
+
+
+def cache_file() -> Path:
+    return cache_dir() / "self-check.json"
+
+
+def known() -> dict[str, dict[str, str]]:
+    """What failed, by device."""
+    with suppress(OSError, ValueError):
+        return json.loads(cache_file().read_text(encoding="utf-8"))
+    return {}
+
+
+def keep(found: dict[str, str]) -> None:
+    with suppress(OSError):  # a cache that cannot be written costs the next process a check
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache_file(), known() | {device_key(): found})
+
+
+@functools.cache
+def self_check() -> dict[str, str]:
+    """Switches off what `check` found, now or earlier on this device; returns it."""
+    found = known().get(device_key())
+    if found is None:
+        found = failed(check())
+        keep(found)
+    for op, reason in found.items():
+        _core.switch_off(op, reason)
+        text = f"mlx_segtrain: the {op} kernel is off on this device ({reason})"
+        warnings.warn(text, stacklevel=2)
+    return found
+
+
+def examine() -> Report:
+    """Checks and times every kernel of the default device now, and keeps what was found."""
+    checks = check()
+    keep(failed(checks))
+    return Report(device_name(), on_gpu(), MLX_VERSION, __version__, timed(checks))

@@ -1,0 +1,170 @@
+"""What is wrong with a request: a sentence, in the form that clients of its path know."""
+
+import json
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from ...config import TrainConfig, allowed, nearest
+from ...errors import InputError, RunError, word
+
+__all__ = ["add_handlers", "error_answer", "error_body", "openai_error", "sentence"]
+
+#: Seconds after which a client may try again, by status: of /v1, and of the rest.
+RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
+
+#: Fields that no answer repeats.
+SECRET = ("token",)
+#: What pydantic begins many of its messages with.
+SHOULD_BE = "input should be "
+
+
+def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
+    """The first fault, with its field, what it was and what is allowed.
+
+    Unknown fields go first: one of them is often why another one is missing.
+    """
+    fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
+    if fault["type"] == "json_invalid":
+        reason = fault.get("ctx", {}).get("error", "it ends early")
+        return f"the body is not JSON: {reason} (at character {fault['loc'][-1]}).", {}
+    where = place(fault, body)
+    if not where:
+        said = fault["msg"].removeprefix("Value error, ")
+        if fault["type"].endswith("_type"):
+            said = "it is not a JSON object (content-type: application/json)"
+        return f"the body cannot be used: {said}.", {}
+    if where[0] in TrainConfig.model_fields and fault["type"] not in ("missing", "extra_forbidden"):
+        value, said = _plain(fault["input"]), allowed(where[0], fault["input"])
+        return f"{where[0]} must be {said}; got {value!r}.", {
+            **{"field": where[0], "value": value, "allowed": said}
+        }
+    own, where = _within(faults, where, body)
+    fault, field = own[0], ".".join(where)
+    value = None if field in SECRET else _plain(fault["input"])
+    if fault["type"] == "missing":
+        return f"{field} is missing.", {"field": field, "allowed": "required"}
+    if fault["type"] == "extra_forbidden":
+        hint = nearest(field, list(TrainConfig.model_fields))
+        return f"unknown field {field}.{hint}", {"field": field, "value": value}
+    said = _either([fault["msg"] for fault in own])
+    return f"{field}: {said}.", {"field": field, "value": value, "allowed": said}
+
+
+def _within(
+    faults: Sequence[Any], where: tuple[str, ...], body: Any
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The faults of a field, and their place: of one that may be several things, those within the
+    thing that it nearly is."""
+    found = [(place(fault, body), fault) for fault in faults]
+    found = [pair for pair in found if pair[0][: len(where)] == where]
+    deepest = max((at for at, _ in found), key=len)
+    return [fault for at, fault in found if at == deepest], deepest
+
+
+def _either(messages: Sequence[str]) -> str:
+    """What a field may be, by one message of each thing."""
+    said = list(dict.fromkeys(words[0].lower() + words[1:] for words in messages))
+    if len(said) > 1 and all(words.startswith(SHOULD_BE) for words in said):
+        return SHOULD_BE + " or ".join(words.removeprefix(SHOULD_BE) for words in said)
+    return ", or ".join(said)
+
+
+def place(fault: Any, body: Any) -> tuple[str, ...]:
+    """Where in the body a fault is: pydantic's own place names the members of unions, too."""
+    start, *parts = fault["loc"]
+    if start != "body":  # of a query, a header or a path
+        return tuple(map(_name, parts))
+    found: list[str] = []
+    for i, part in enumerate(parts):
+        keys = body if isinstance(body, dict) else range(len(body) if isinstance(body, list) else 0)
+        if part in keys:
+            body = body[part]
+        elif fault["type"] != "missing" or i + 1 < len(parts):
+            continue
+        found.append(_name(part))
+    return tuple(found)
+
+
+def _name(part: str | int) -> str:
+    """A client's name of a field, or a number in a list."""
+    return str(part) if isinstance(part, int) else word(part)
+
+
+def _plain(value: Any) -> Any:
+    """A value as an answer may repeat it."""
+    if isinstance(value, bool | None) or (isinstance(value, str) and len(value) <= 200):
+        return value
+    if isinstance(value, int) and abs(value) < 1 << 64:
+        return value
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+class Ascii(JSONResponse):
+    """What a client sent may be no text at all (a lone surrogate), and is repeated to it."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode("ascii")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error is answered with a sentence. Those of ours bring their status."""
+
+    async def known(request: Request, error: Any) -> Response:
+        code, more = getattr(error, "code", None), getattr(error, "more", {})
+        return error_answer(request, error.status, str(error), code, **more)
+
+    for kind in (InputError, RunError):
+        app.add_exception_handler(kind, known)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        message, more = sentence(error.errors(), error.body)
+        if request.url.path.startswith("/v1/"):
+            return error_answer(request, 400, message)
+        if request.url.path == "/api/finetune/submit" and more.get("allowed") == "required":
+            return error_answer(request, 400, "model_dir and data_dir required")  # as it ever was
+        return error_answer(request, 422, message, **more)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        found = error_answer(request, error.status_code, str(error.detail))
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        # Starlette's server logs the traceback; a client has no use for it.
+        return error_answer(request, 500, "the server failed at this request: its log says why.")
+
+
+def error_answer(
+    request: Request, status: int, message: str, code: str | None = None, **more: Any
+) -> Response:
+    """An error, and after how many seconds a client may try again."""
+    path = request.url.path
+    retry = RETRY_OPENAI_S if path.startswith("/v1/") else RETRY_S
+    headers = {"retry-after": str(retry[status])} if status in retry else None
+    return Ascii({**error_body(path, message, status, code), **more}, status, headers)
+
+
+def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
+    if path.startswith("/v1/"):
+        return openai_error(status, message, code)
+    return {"ok": False, "error": message}
+
+
+def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients know it."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": code}}

@@ -1,0 +1,283 @@
+"""What /api takes and answers."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from ...config import REFUSED, Method, TrainConfig, allowed, default
+from ...fields import MOST, Variables, choices, is_list, kind
+from ..catalog import DataFolder, Model, Unreadable
+
+
+class Answer(BaseModel):
+    ok: Literal[True] = True
+
+
+class Problem(BaseModel):
+    """What is wrong, in a sentence; of a field its name, what it was and what is allowed."""
+
+    ok: Literal[False] = False
+    error: str
+    field: str | None = None
+    value: Any = None
+    allowed: str | None = None
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _run_fields() -> type[BaseModel]:
+    """The fields of TrainConfig but those that the command line alone has."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, field)
+        for name, field in TrainConfig.model_fields.items()
+        if name not in REFUSED
+    }
+    return create_model("RunFields", __base__=Closed, **fields)
+
+
+class FinetuneSubmit(_run_fields()):
+    """A training run, as docs/configuration.md has it; adapter_path is made if it lacks.
+
+    Whether values go together is checked as on the command line.
+    """
+
+    adapter_path: str | None = None
+
+
+class PlanRequest(FinetuneSubmit):
+    """What memory depends on: a training run whose data may be left out."""
+
+    data_dir: str | None = None
+
+
+class EvaluateRequest(FinetuneSubmit):
+    """A model, its data, and what a loss depends on; without adapter_path the base."""
+
+    split: Literal["valid", "train"] = "valid"
+
+
+class JobRow(BaseModel):
+    """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
+
+    id: str
+    kind: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    config_json: str | None = Field(description="Left out, null, in lists.")
+    progress: float
+    message: str | None
+    log_path: str
+    output_path: str | None
+    error: str | None
+    result: Any = None
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+
+
+class JobAnswer(Answer):
+    job: JobRow
+
+
+class JobsAnswer(Answer):
+    jobs: list[JobRow]
+    next: str | None = Field(description="`before` of the next page; null at the end.")
+
+
+class Submitted(Answer):
+    """Both spellings of the job's id are in use."""
+
+    job_id: str
+    jobId: str
+    adapter_path: str | None = None
+
+
+class FoldSubmitted(Submitted):
+    output_dir: str
+
+
+class Merge(Closed):
+    """Two adapters to one; or an adapter into its base's weights, which is a job."""
+
+    adapter_a: str | None = None
+    adapter_b: str | None = None
+    scales: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    model_dir: str | None = None
+    adapter_path: str | None = None
+    output_dir: str | None = None
+    dequantize: bool = False
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Merge":
+        two = self.adapter_a is not None and self.adapter_b is not None
+        fold = self.model_dir is not None and self.adapter_path is not None
+        if two == fold or (fold and (self.adapter_a or self.adapter_b or self.scales)):
+            raise ValueError(
+                "give adapter_a and adapter_b (and scales) to merge two adapters, or model_dir and "
+                "adapter_path to fold one into its base"
+            )
+        return self
+
+
+class Stats(BaseModel):
+    layersMerged: int
+    layersOnlyInOne: int
+    totalKeysOut: int
+    sources: list[str]
+    scales: list[float]
+
+
+class Merged(Answer):
+    job_id: str
+    merged_path: str
+    stats: Stats
+
+
+class Export(Closed):
+    base_model: str | None = Field(None, description="By default the one the adapter names.")
+    adapter_path: str
+    method: Literal["peft", "mlx-lm", "gguf"] = "peft"
+    output_dir: str | None = None
+
+
+class Exported(Answer):
+    job_id: str
+    export_path: str
+    manifest: dict[str, Any]
+
+
+class Push(Closed):
+    """A folder, or what a job wrote, to a repository of the Hugging Face hub."""
+
+    repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
+    job_id: str | None = None
+    source_path: str | None = None
+    private: bool = True
+
+
+class Pushed(Answer):
+    job_id: str
+    url: str
+
+
+class HfToken(Closed):
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+    token: Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
+
+
+class HasHfToken(Answer):
+    hasToken: bool
+
+
+class InspectDataset(Closed):
+    path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
+    model_dir: str | None = Field(None, description="With it tokens are counted and shown.")
+    n_preview: int = Field(3, ge=0, le=50)
+    max_seq_length: int = Field(512, ge=2, le=MOST)
+    method: Method | None = None
+    train_on: Literal["assistant", "last"] = "assistant"
+    append_eos: bool = True
+    prompt_format: Literal["auto", "chat", "raw"] = "auto"
+    chat_template_kwargs: Variables = Field({}, description="Variables of the chat template.")
+    strict: bool = False
+
+
+class PreviewRow(BaseModel):
+    """A row as it is trained: text, whether it is trained, and weight, of each token."""
+
+    source: str
+    tokens: list[tuple[str, bool, float]]
+    findings: list[str]
+
+
+class Inspected(BaseModel):
+    ok: bool
+    error: str | None
+    format: str
+    n_train: int
+    n_valid: int
+    length_min: int | None
+    length_median: int | None
+    length_p95: int | None
+    length_max: int | None
+    tokens: int | None
+    supervised_tokens: int | None
+    truncated: int | None
+    dropped: int | None
+    prompts_cut: int | None
+    samples: int | None
+    trained_turns: int | None
+    prompt_format: str | None
+    remarks: list[str]
+    findings: dict[str, list[str]]
+    previews: list[PreviewRow]
+
+
+class Planned(Answer):
+    fits: bool
+    message: str
+    plan: dict[str, Any] | None
+
+
+class FieldRow(BaseModel):
+    """A field of a run: its default is a word as people write it."""
+
+    name: str
+    type: str
+    default: str
+    required: bool
+    allowed: str
+    choices: list[str]
+    is_list: bool
+    description: str
+
+
+class Defaults(Answer):
+    fields: list[FieldRow]
+
+
+class ModelsAnswer(Answer):
+    """Models, and folders that look like one and cannot be read."""
+
+    models: list[Model]
+    faults: list[Unreadable]
+
+
+class DatasetsAnswer(Answer):
+    datasets: list[DataFolder]
+
+
+class Health(Answer):
+    version: str
+    model: str | None
+    training: bool
+
+
+class ServeModel(Closed):
+    model_dir: str
+
+
+class Served(Answer):
+    id: str
+    path: str
+
+
+def rows_of_fields() -> list[FieldRow]:
+    """Every field of a run that the server takes, as the page and the command line show it."""
+    return [
+        FieldRow(
+            name=name,
+            type=getattr(kind(field), "__name__", "str"),
+            default=default(name),
+            required=field.is_required(),
+            allowed=allowed(name),
+            choices=list(choices(field)),
+            is_list=is_list(field),
+            description=field.description or "",
+        )
+        for name, field in TrainConfig.model_fields.items()
+        if name not in REFUSED
+    ]

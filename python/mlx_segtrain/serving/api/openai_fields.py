@@ -1,0 +1,133 @@
+"""Fields of other servers' requests that this one does not implement.
+
+A field that would have an effect elsewhere and has none here is refused by name, since an answer
+that ignores it is wrong without a word. Null is the same as leaving a field out; so are the values
+in these tables. Sources: OpenAI's API reference, and the request classes of vLLM, SGLang and
+mlx_lm.server.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from ...config import nearest
+from ...errors import InputError, word
+
+__all__ = ["IN_CHAT", "IN_COMPLETION", "IN_MESSAGE", "IN_PART", "IN_STREAM_OPTIONS", "refuse_extra"]
+
+
+#: A field's values, besides null, that mean the same as leaving it out. None: all of them.
+Neutral = Mapping[str, Sequence[Any] | None]
+ANYTHING = None
+
+#: Of a chat and of a completion. A field that is not here has no such value.
+IN_BOTH: Neutral = {
+    # Labels for the operator's own use, and hints to caches
+    **dict.fromkeys(("user", "metadata", "safety_identifier", "custom_labels"), ANYTHING),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "priority": (0,),
+    # Tools and other things that the model could call
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),  # there are no tools
+    # The form of the answer
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "include_reasoning": (True,),
+    "separate_reasoning": (False,),
+    "stream_reasoning": (True,),
+    "stream_interval": (1,),
+    # How many answers, and what is told of each
+    "n": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0, -1),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_meta_info": (False,),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "return_cached_tokens_details": (False,),
+    "return_mm_kwargs": (True,),
+    "routed_experts_start_len": (0,),
+    "routed_experts_prompt_start": (0,),
+    # The prompt
+    "echo": (False,),
+    "suffix": ("",),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "role_mapping": ({},),
+    "use_audio_in_video": (False,),
+    # Where the answer ends, and what of it is shown
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "no_stop_trim": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    # Which tokens are taken
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "watermarking": (False,),
+    "xtc_probability": (0,),
+    "xtc_threshold": ANYTHING,  # of xtc_probability
+    "draft_model": ("default_model",),
+}
+IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template has them
+IN_COMPLETION: Neutral = {**IN_BOTH, "add_special_tokens": (True,)}
+#: Of a chat's message.
+IN_MESSAGE: Neutral = {
+    "name": ANYTHING,
+    "cache_control": ANYTHING,
+    "tool_calls": ([],),
+    "annotations": ([],),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+}
+#: Of a part of a message's content: hints to caches.
+IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHING}
+#: Of stream_options.
+IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+
+
+def refuse_extra(
+    given: Mapping[str, Any] | None, neutral: Neutral, where: str, known: Sequence[str]
+) -> None:
+    """InputError if a field that we do not have is given, and may change an answer.
+
+    `known` are the names that we have: one may have been meant.
+    """
+    for name, value in (given or {}).items():
+        harmless = neutral.get(name, ())
+        if value is None or harmless is None or any(_same(value, x) for x in harmless):
+            continue
+        ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
+        hint = "" if name in neutral else nearest(name[:100], known)
+        raise InputError(
+            f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
+            f"{ways}.{hint}"
+        )
+
+
+def _same(value: Any, other: Any) -> bool:
+    """As JSON has it: true is not 1, and 1.0 is 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _shown(value: Any) -> str:
+    shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))  # not all of a long one
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"

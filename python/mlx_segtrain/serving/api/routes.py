@@ -1,0 +1,274 @@
+"""/api: training, data, models and jobs. The contract of docs/http.md, as thin as it can be."""
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, HTTPException, Query
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from ... import __version__
+from ...errors import InputError
+from ...events import now
+from .. import catalog
+from ..jobs.row import Row
+from ..service import Service
+from .bodies import CommentedRoute
+from .dependencies import Used
+from .forms import (
+    Answer,
+    DatasetsAnswer,
+    Defaults,
+    EvaluateRequest,
+    Export,
+    Exported,
+    FinetuneSubmit,
+    FoldSubmitted,
+    HasHfToken,
+    Health,
+    HfToken,
+    InspectDataset,
+    Inspected,
+    JobAnswer,
+    JobRow,
+    JobsAnswer,
+    Merge,
+    Merged,
+    ModelsAnswer,
+    Planned,
+    PlanRequest,
+    Problem,
+    Push,
+    Pushed,
+    Served,
+    ServeModel,
+    Stats,
+    Submitted,
+    rows_of_fields,
+)
+from .guard import PATIENCE_S
+
+router = APIRouter(route_class=CommentedRoute)
+
+
+def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """How a route may fail, besides what any may."""
+    common = (400, 401, 403, 408, 413, 422, 429, 500, 503)
+    return {code: {"model": Problem} for code in sorted({*common, *codes})}
+
+
+@router.get("/healthz", tags=["server"], responses=problems())
+async def health(service: Used) -> Health:
+    """The server is up, and can generate; 503 if it cannot any more."""
+    base = service.engine.base
+    if service.engine.fault is not None:
+        raise HTTPException(503, service.engine.fault)
+    model = None if base is None else base.id
+    return Health(version=__version__, model=model, training=service.jobs.training)
+
+
+@router.get("/api/models", tags=["models and data"], responses=problems())
+async def models(service: Used) -> ModelsAnswer:
+    """Models below the roots."""
+    faults: list[catalog.Unreadable] = []
+    return ModelsAnswer(models=await service.models(faults), faults=faults)
+
+
+@router.post("/api/models/serve", tags=["models and data"], responses=problems())
+async def serve(body: ServeModel, service: Used) -> Served:
+    """Loads a model for /v1, in the place of the one that is served."""
+    base = await service.serve(body.model_dir)
+    return Served(id=base.id, path=str(base.path))
+
+
+@router.get("/api/datasets", tags=["models and data"], responses=problems())
+async def datasets(service: Used) -> DatasetsAnswer:
+    """Folders with train.jsonl below the roots."""
+    return DatasetsAnswer(datasets=await service.datasets())
+
+
+@router.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
+async def inspect_dataset(body: InspectDataset, service: Used) -> Inspected:
+    """What a data set trains, token by token for its first rows; its faults are told here."""
+    report = await service.inspect(**body.model_dump())
+    values = {**asdict(report), "format": report.format or "unknown"}
+    return Inspected(**values)
+
+
+@router.get("/api/finetune/defaults", tags=["training"], responses=problems())
+async def defaults() -> Defaults:
+    """Every field of a run, with what it takes and its default."""
+    return Defaults(fields=rows_of_fields())
+
+
+@router.post("/api/finetune/plan", tags=["training"], responses=problems())
+async def plan(body: PlanRequest, service: Used) -> Planned:
+    """Whether a run fits this machine; loads nothing."""
+    return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
+
+
+@router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
+async def submit(body: FinetuneSubmit, service: Used) -> Submitted:
+    """A training run, as a job."""
+    row = service.submit(body.model_dump(exclude_unset=True))
+    return Submitted(**_submitted(row, adapter_path=row.output_path))
+
+
+@router.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
+async def evaluate(body: EvaluateRequest, service: Used) -> Submitted:
+    """Loss and perplexity on a split, with an adapter or without, as a job."""
+    values = body.model_dump(exclude_unset=True)
+    row = service.evaluate(values, values.pop("split", "valid"))
+    return Submitted(**_submitted(row))
+
+
+@router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
+async def merge(body: Merge, service: Used) -> Merged | FoldSubmitted:
+    """Two adapters to one, exactly; or one into its base's weights, as a job."""
+    if body.model_dir is not None and body.adapter_path is not None:
+        names = ("model_dir", "adapter_path", "dequantize", "bits", "dtype", "output_dir")
+        row = service.enqueue("fold", **body.model_dump(include=set(names)))
+        return FoldSubmitted(**_submitted(row, output_dir=row.output_path))
+    sources = [body.adapter_a or "", body.adapter_b or ""]
+    row = service.enqueue("merge", adapters=sources, scales=body.scales, output_dir=body.output_dir)
+    made = await _result(service, row)
+    stats = Stats(
+        layersMerged=made["linears_in_all"],
+        layersOnlyInOne=made["linears_in_some"],
+        totalKeysOut=2 * made["linears"],
+        sources=sources,
+        scales=body.scales or [1.0, 1.0],
+    )
+    return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
+
+
+@router.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
+async def export(body: Export, service: Used) -> Exported:
+    """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
+    row = service.enqueue("export", **body.model_dump())
+    made = await _result(service, row)
+    return Exported(job_id=row.id, export_path=made["path"], manifest=made)
+
+
+@router.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
+async def push(body: Push, service: Used) -> Pushed:
+    """An adapter or a model to the Hugging Face hub: its own files, and no others."""
+    source = body.source_path
+    if body.job_id is not None:
+        source = service.jobs.get(body.job_id).output_path
+    if source is None:
+        raise InputError("give source_path, or the job_id of a job that wrote a folder.")
+    if not service.has_hf_token:
+        raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
+    row = service.enqueue("push", repo_id=body.repo_id, source=source, private=body.private)
+    return Pushed(job_id=row.id, url=(await _result(service, row))["url"])
+
+
+@router.get("/api/settings/hf-token", tags=["server"], responses=problems())
+async def has_hf_token(service: Used) -> HasHfToken:
+    """Whether there is a token of the hub; nobody is told which."""
+    return HasHfToken(hasToken=service.has_hf_token)
+
+
+@router.post("/api/settings/hf-token", tags=["server"], responses=problems())
+async def set_hf_token(body: HfToken, service: Used) -> Answer:
+    """Sets the token of the hub for as long as the server runs; it is written nowhere."""
+    service.jobs.environment["HF_TOKEN"] = body.token
+    return Answer()
+
+
+@router.delete("/api/sessions", tags=["server"], responses=problems())
+async def end_sessions(service: Used) -> Answer:
+    """Logs all browsers out: each has to give the token again."""
+    service.sessions.close_all()
+    return Answer()
+
+
+@router.get("/api/jobs", tags=["jobs"], responses=problems(404))
+async def list_jobs(
+    service: Used,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    kind: Annotated[str | None, Query(max_length=100)] = None,
+    before: Annotated[str | None, Query(description="The id of a job.")] = None,
+) -> JobsAnswer:
+    """The last jobs of the queue first, or those before one; without their configurations."""
+    place = None if before is None else service.jobs.get(before).place
+    rows = service.jobs.newest(limit, kind, place)
+    more = rows[-1].id if len(rows) == limit else None
+    return JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
+
+
+@router.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
+async def job(id: str, service: Used) -> JobAnswer:
+    return JobAnswer(job=_shown(service, service.jobs.get(id)))
+
+
+@router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
+async def cancel(id: str, service: Used) -> JobAnswer:
+    """Ends a job; a run keeps its last finished step."""
+    return JobAnswer(job=_shown(service, service.jobs.cancel(id)))
+
+
+@router.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
+async def resume(id: str, service: Used) -> JobAnswer:
+    """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+    return JobAnswer(job=_shown(service, service.resume(id)))
+
+
+@router.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
+async def delete(id: str, service: Used) -> Answer:
+    """Forgets a job that has ended, and its log; what it wrote stays."""
+    service.jobs.remove(id)
+    return Answer()
+
+
+@router.get(
+    "/api/jobs/{id}/stream",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses={**problems(), 200: {"content": {"text/event-stream": {}}}},
+)
+async def stream(
+    service: Used,
+    id: str,
+    after: Annotated[int, Query(ge=0, description="Events behind the one with this id.")] = 0,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> EventSourceResponse:
+    """A job's events, from the first or behind one, until it has ended; then `event: end`."""
+    if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
+        after = int(last_event_id)
+    return EventSourceResponse(
+        _frames(service, id, after), sep="\n", send_timeout=PATIENCE_S, ping=15
+    )
+
+
+def _shown(service: Service, row: Row) -> JobRow:
+    values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
+    values["config_json"] = row.config_json or None
+    return JobRow(**values, result=row.result, log_path=str(service.jobs.log(row.id)))
+
+
+def _submitted(row: Row, **more: Any) -> dict[str, Any]:
+    return {"ok": True, "job_id": row.id, "jobId": row.id, **more}
+
+
+async def _result(service: Service, row: Row) -> dict[str, Any]:
+    """Of a job that is waited for; what it failed of is the request's fault."""
+    end = await service.jobs.ended(row.id)
+    if end.status != "done":
+        raise InputError(end.error or f"{row.id} was {end.status}.")
+    return end.result
+
+
+async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+    yield ServerSentEvent(retry=1500, sep="\n")
+    try:
+        service.jobs.get(id)
+    except InputError as error:
+        failed = {"type": "failed", "error": str(error), "ts": now()}
+        yield ServerSentEvent(json.dumps(failed), sep="\n")
+    else:
+        async for place, frame in service.jobs.follow(id, after):
+            yield ServerSentEvent(frame, id=str(place), sep="\n")
+    yield ServerSentEvent("{}", event="end", sep="\n")

@@ -1,0 +1,254 @@
+"""A process for what a stranger's template, tokenizer or data make it do (confined.py).
+
+It obeys one socket, a frame at a time: 4 bytes of length and JSON. It can fork itself, so that a
+child has the libraries, or a tokenizer, without loading them again; it can end a child; the rest is
+in OPS. Before each of these the system is told how much processor time and memory it may take: a
+process that takes more is killed, whoever else still lives. It writes no file, and its environment
+and its open files are few.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...torchless import hide_torch
+from .. import opening
+from ..roots import Roots
+
+Values = dict[str, Any]
+
+#: Tokens of a data set's rows that are shown, at most.
+SHOWN = 100_000
+#: Characters of a token, at most: an answer may be made of the longest alone.
+LONGEST_TOKEN = 2000
+#: How much longer a decoder may make a text by replacing.
+MOST_GROWTH = 8
+#: Characters of an error.
+LONGEST = 500
+
+
+class Child:
+    """A forked process is another in all but what was loaded."""
+
+    def __init__(self, wire: socket.socket):
+        self.wire = wire
+        self.tokenizer: Any = None
+        self.children: set[int] = set()
+
+    def run(self) -> None:
+        """Until the socket ends."""
+        while (frame := receive(self.wire)) is not None:
+            values, files = frame
+            op, limits = values.pop("op"), values.pop("limits", None)
+            if op == "fork":
+                self._fork(files)
+                continue
+            try:
+                if limits is not None:
+                    limit(**limits)
+                answer = {"value": getattr(self, f"do_{op}")(**values)}
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic of Rust is no Exception
+                reason = " ".join(str(error).split())[:LONGEST]
+                kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
+                answer = {"error": reason or kind, "kind": kind}
+            if limits is not None:
+                set_limit(resource.RLIMIT_CPU)
+            send(self.wire, answer)
+
+    def _fork(self, files: list[int]) -> None:
+        pid = os.fork()
+        if pid:
+            os.close(files[0])
+            self.children.add(pid)
+            send(self.wire, {"value": pid})
+            return
+        try:
+            self.wire.close()
+            self.wire, self.children = socket.socket(fileno=files[0]), set()
+            self.run()
+        finally:
+            os._exit(0)
+
+    def do_kill(self, pid: int) -> None:
+        if pid in self.children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self.children.remove(pid)
+
+    def do_load(self, folder: str) -> Values:
+        """Loads the tokenizer of a model's folder, for this process and its children."""
+        from ...models import load_tokenizer
+
+        _check_decoder(Path(folder))
+        self.tokenizer = load_tokenizer(folder)
+        longest = max(map(len, self.tokenizer.get_vocab()), default=0)
+        if longest > LONGEST_TOKEN:
+            raise InputError(f"a token has {longest} characters, more than {LONGEST_TOKEN}")
+        return {"has_chat_template": bool(self.tokenizer.has_chat_template)}
+
+    def do_encode(self, text: str, most: int) -> list[int] | int:
+        from ...data.template import raw_ids
+
+        return _few(raw_ids(self.tokenizer, text), most)
+
+    def do_chat(self, messages: list[Any], variables: Values, most: int) -> list[int] | int:
+        from ...data.template import prompt_ids
+
+        return _few(prompt_ids(self.tokenizer, messages, variables), most)
+
+    def do_inspect(self, path: str, n_preview: int, how: Values) -> Values:
+        """What a data set trains; its report as it is answered."""
+        from ...data import Options, inspect
+
+        report = inspect(Path(path), self.tokenizer, Options(**how), n_preview=n_preview)
+        left = SHOWN
+        for preview in report.previews:
+            del preview.tokens[left:]
+            left -= len(preview.tokens)
+        return asdict(report)
+
+    def do_nothing(self) -> None:
+        """To know that it runs."""
+
+
+def _check_decoder(folder: Path) -> None:
+    """InputError for a decoder whose work has no bound: text is decoded where all generate, token
+    by token. Matching may take for ever, and replacing may make a text of any length."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    parts, growth = [json.loads(file.read_text(encoding="utf-8")).get("decoder")], 1.0
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, dict):
+            continue
+        replaces, pattern = part.get("type") == "Replace", part.get("pattern")
+        found = pattern.get("String") if isinstance(pattern, dict) else pattern
+        text = found if isinstance(found, str) else ""
+        if "Regex" in part or (replaces and not text):
+            raise InputError("its decoder has a regular expression, which is not served")
+        if replaces:
+            growth *= max(1.0, len(str(part.get("content"))) / len(text))
+            if growth > MOST_GROWTH:
+                raise InputError(
+                    f"its decoder makes a text more than {MOST_GROWTH} times as long, which is not "
+                    "served"
+                )
+        parts += part.values()
+
+
+def _few(tokens: Any, most: int) -> list[int] | int:
+    """The tokens, or how many there are if these are more than anyone wants."""
+    return len(tokens) if len(tokens) > most else list(tokens)
+
+
+def receive(wire: socket.socket) -> tuple[Values, list[int]] | None:
+    """The next frame, and the files that came with it; None at the end."""
+    head, files, _, _ = socket.recv_fds(wire, 4, 1)
+    while head and len(head) < 4:
+        head += wire.recv(4 - len(head))
+    if not head:
+        return None
+    (size,) = struct.unpack("<I", head)
+    body = bytearray(size)
+    view = memoryview(body)
+    while view:
+        n = wire.recv_into(view)
+        if not n:
+            return None
+        view = view[n:]
+    return json.loads(body), list(files)
+
+
+def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> None:
+    body = json.dumps(values).encode()
+    socket.send_fds(wire, [struct.pack("<I", len(body))], files)
+    wire.sendall(body)
+
+
+def limit(seconds: float, memory: int) -> None:
+    """From here so many seconds of processor time, and bytes more than there are now."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soon = int(used.ru_utime + used.ru_stime + seconds) + 1
+    set_limit(resource.RLIMIT_CPU, soon)
+    _MEMORY.allow(memory)
+
+
+def set_limit(kind: int, value: int | None = None) -> None:
+    """The soft one, up to the hard one that an account may have; None: as high as that."""
+    hard = resource.getrlimit(kind)[1]
+    if value is None or (hard != resource.RLIM_INFINITY and value > hard):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
+
+
+class _Memory:
+    """A limit of memory: the system's own on Linux; elsewhere a look every now and then."""
+
+    def __init__(self) -> None:
+        self.pid, self.most = 0, 0
+
+    def allow(self, more: int) -> None:
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+        except OSError:
+            return self._watch(more)
+        most = pages * resource.getpagesize() + more
+        set_limit(resource.RLIMIT_AS, most)
+
+    def _watch(self, more: int) -> None:
+        self.most = _resident() + more
+        if self.pid != os.getpid():  # threads do not live on in a fork
+            self.pid = os.getpid()
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            if _resident() > self.most:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+
+
+_MEMORY = _Memory()
+
+
+def _resident() -> int:
+    """The most bytes of memory that there were."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def main(file: str, store: str = "", *folders: str) -> None:
+    """`file` is the number of the socket; the rest is what opening.confined() gives."""
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(kind, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the server says when to end
+    sys.setrecursionlimit(1000)
+    hide_torch()
+    import mlx_lm.utils
+    import transformers
+
+    from ... import data, models
+
+    assert data and models and mlx_lm.utils and transformers.AutoTokenizer  # what a fork will need
+    if folders:
+        opening.confine(Roots(map(Path, folders), Path(store)))
+    Child(socket.socket(fileno=int(file))).run()

@@ -1,0 +1,320 @@
+"""What a stranger's template, tokenizer or data make a program do, in processes that can be killed.
+
+One process has loaded the libraries; from it one is forked for each model, which loads the
+tokenizer; and from that the workers, which render and encode. So a worker costs milliseconds, and
+one that loops, or grows, is killed and no loss. All that is waited for has an end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from .. import opening, processes
+from ..pools import Busy, Pool
+from .child import receive, send
+
+__all__ = ["INSPECTING", "INSPECTIONS", "Confined", "Failed", "Limits", "prompts"]
+
+#: Seconds after which an answer is taken to be slow, and how many of the slow may go on at once.
+SLICE_S, MOST_SLOW = 0.5, 3
+#: Idle workers that are kept for each model.
+MOST_IDLE = 2
+#: Seconds for the libraries, which a busy machine may take long to load, and for a fork.
+START_S, FORK_S = 120.0, 30.0
+#: Characters of a prompt of which one at a time is encoded, and bytes of memory for it.
+LARGE, MOST_MEMORY = 1 << 16, 448 << 20
+
+_PROMPTS = Pool("prompts", MOST_SLOW + 2, 256)
+_LARGE_PROMPTS = Pool("large prompts", 1, 8)
+#: Looks at data sets at once.
+INSPECTIONS = Pool("inspections", 2, 16)
+
+
+def prompts(size: int) -> Pool:
+    """Threads that wait for a prompt of so many bytes."""
+    return _LARGE_PROMPTS if size > LARGE else _PROMPTS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds, and bytes of memory besides what the process has at the beginning."""
+
+    seconds: float
+    memory: int
+
+    @classmethod
+    def of_prompt(cls, size: int) -> Limits:
+        """Of so many characters, for each of which a tokenizer takes up to 400 bytes."""
+        return cls(5 + size / 100_000, min((48 << 20) + 512 * size, MOST_MEMORY))
+
+
+#: To load a tokenizer, and to look at a data set.
+LOADING = Limits(60, 1 << 30)
+INSPECTING = Limits(120, 256 << 20)
+
+
+class Failed(InputError):
+    """What was to be done raised an error, or was killed."""
+
+
+@dataclass(eq=False)
+class _Process:
+    """The other end of a process' socket."""
+
+    wire: socket.socket
+    pid: int
+    parent: _Process | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fork(self) -> _Process:
+        ours, theirs = socket.socketpair()
+        with theirs, self.lock:
+            self.wire.settimeout(FORK_S)
+            send(self.wire, {"op": "fork"}, (theirs.fileno(),))
+            answer = receive(self.wire)
+        if answer is None:
+            raise OSError("it has ended")
+        return _Process(ours, answer[0]["value"], self)
+
+    def tell(self, op: str, limits: Limits | None, **values: Any) -> None:
+        limited = {} if limits is None else {"limits": vars(limits)}
+        self.wire.settimeout(FORK_S)
+        send(self.wire, {"op": op, **limited, **values})
+
+    def says_something(self, seconds: float) -> bool:
+        """Whether an answer, or the end, comes in time. Nothing of it is taken."""
+        wait = select.poll()
+        wait.register(self.wire, select.POLLIN)
+        return bool(wait.poll(1000 * seconds))
+
+    def answer(self, seconds: float) -> Any:
+        """TimeoutError; OSError if it was killed; Failed."""
+        self.wire.settimeout(max(seconds, 0.001))
+        answer = receive(self.wire)
+        if answer is None:
+            raise OSError("it was killed")
+        values = answer[0]
+        if "error" in values:
+            raise _Told(values["error"], values["kind"])
+        return values["value"]
+
+    def kill(self) -> None:
+        self.wire.close()
+        if self.parent is not None:
+            with suppress(OSError), self.parent.lock:
+                self.parent.tell("kill", None, pid=self.pid)
+                self.parent.answer(FORK_S)
+
+
+class _Told(Exception):
+    """What it raised."""
+
+    def __init__(self, reason: str, kind: str):
+        super().__init__(reason)
+        self.kind = kind
+
+
+class _Root:
+    """The process that has loaded the libraries; another once it has ended."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: _Process | None = None
+        self.popen: subprocess.Popen[bytes] | None = None
+
+    def fork(self) -> _Process:
+        with self.lock:
+            for _ in range(2):
+                try:
+                    return self._running().fork()
+                except OSError:
+                    self.close()
+        raise Busy("the processes that read files of strangers cannot be started: try again.")
+
+    def _running(self) -> _Process:
+        if self.process is None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self.popen = subprocess.Popen(
+                    processes.command(
+                        f"{__package__}.child", str(theirs.fileno()), *opening.confined()
+                    ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,
+                    pass_fds=[theirs.fileno()],
+                    env={**processes.environment((), {}), **SETTINGS},
+                )
+            self.process = _Process(ours, self.popen.pid)
+            self.process.tell("nothing", None)
+            self.process.answer(START_S)
+        return self.process
+
+    def close(self) -> None:
+        """Ends it and all that came of it."""
+        if self.popen is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+            self.popen.wait()
+        if self.process is not None:
+            self.process.wire.close()
+        self.popen = self.process = None
+
+
+_ROOT = _Root()
+atexit.register(_ROOT.close)
+#: No library may start threads, which a fork would lose, or look for a model elsewhere.
+SETTINGS = {
+    **{"PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"},
+    **{"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
+    **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+}
+
+
+@dataclass(eq=False)
+class _Slow:
+    """A worker that takes long: since when, and how long it may."""
+
+    worker: _Process
+    begun: float
+    seconds: float
+    evicted: bool = False
+
+    @property
+    def spent(self) -> float:
+        return (time.monotonic() - self.begun) / self.seconds
+
+
+class Confined:
+    """The workers of a model's folder, or of none. All calls wait: they are for threads."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self.has_chat_template = False
+        self.users = 0  #: calls that wait for it, for whoever keeps it
+        self._lock = threading.Lock()  # of what follows
+        self._keeper: _Process | None = None  # has the tokenizer; workers are its forks
+        self._idle: list[_Process] = []
+        self._slow: list[_Slow] = []
+        self._closed = False
+
+    def start(self) -> None:
+        """Loads the tokenizer, if that has not been done. InputError if it cannot be."""
+        with self._lock:
+            if self._keeper is not None:
+                return
+            if self._closed:
+                raise Busy("the model was replaced: try again.")
+            keeper = _ROOT.fork()
+            try:
+                if self.folder is not None:
+                    keeper.tell("load", LOADING, folder=str(self.folder))
+                    found = keeper.answer(4 * LOADING.seconds)
+                    self.has_chat_template = found["has_chat_template"]
+            except BaseException as error:
+                keeper.kill()
+                raise _as_failure(error, LOADING, f"the tokenizer of {self.folder}") from None
+            self._keeper = keeper
+
+    def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
+        """The answer of a worker; Failed, with `what` in its sentence, or Busy."""
+        self.start()
+        begun, slow, worker = time.monotonic(), None, self._take()
+        # The processor's time is the system's to watch; a machine may have no time for it.
+        seconds = 4 * limits.seconds
+        try:
+            worker.tell(op, limits, **values)
+            if not worker.says_something(SLICE_S):
+                slow = self._add_slow(worker, begun, seconds)
+            answer = worker.answer(begun + seconds - time.monotonic())
+        except _Told as error:
+            self._give_back(worker, slow, fresh=False)
+            raise _as_failure(error, limits, what) from None
+        except BaseException as error:
+            self._give_back(worker, slow, fresh=False)
+            if slow is not None and slow.evicted:
+                raise Busy(f"{what} takes long, as do others: try again in a moment.") from None
+            raise _as_failure(error, limits, what) from None
+        self._give_back(worker, slow, fresh=slow is None)
+        return answer
+
+    def _take(self) -> _Process:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            keeper = self._keeper
+        if keeper is None:
+            raise Busy("the model was replaced: try again.")
+        try:
+            return keeper.fork()
+        except OSError:  # it has ended: the next call starts another
+            with self._lock:
+                if self._keeper is keeper:
+                    self._keeper = None
+            raise Busy("the tokenizer's process has ended: try again.") from None
+
+    def _add_slow(self, worker: _Process, begun: float, seconds: float) -> _Slow:
+        """It goes on beside a few others; of too many that ends which has used most of its time."""
+        own = _Slow(worker, begun, seconds)
+        with self._lock:
+            self._slow.append(own)
+            running = [x for x in self._slow if not x.evicted]
+            worst = max(running, key=lambda x: x.spent)
+            worst.evicted = evict = len(running) > MOST_SLOW
+        if evict:
+            with suppress(OSError):  # whose thread waits for it, and ends it
+                worst.worker.wire.shutdown(socket.SHUT_RDWR)
+        return own
+
+    def _give_back(self, worker: _Process, slow: _Slow | None, *, fresh: bool) -> None:
+        with self._lock:
+            if slow is not None:
+                self._slow.remove(slow)
+            keep = fresh and not self._closed and len(self._idle) < MOST_IDLE
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            worker.kill()
+
+    def close(self) -> None:
+        """Ends all of it; what still waits fails."""
+        with self._lock:
+            self._closed = True
+            ended = [*self._idle, *(slow.worker for slow in self._slow)]
+            keeper, self._keeper, self._idle = self._keeper, None, []
+        for process in (*ended, *(() if keeper is None else (keeper,))):
+            with suppress(OSError):
+                process.wire.shutdown(socket.SHUT_RDWR)
+            if process is keeper:
+                process.kill()
+
+
+def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseException:
+    if isinstance(error, _Told) and error.kind == "InputError":
+        return Failed(str(error))
+    if isinstance(error, _Told) and error.kind != "memory":
+        return Failed(f"{what} says: {error}")
+    if isinstance(error, _Told):
+        return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
+    if isinstance(error, TimeoutError):
+        return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
+    if isinstance(error, OSError):
+        return Failed(
+            f"{what} was ended: it takes more than {limits.seconds:.0f} s of processor time or "
+            f"{limits.memory >> 20} MiB of memory."
+        )
+    return error

@@ -1,0 +1,314 @@
+"""A base, adapters in memory, and which of them is in the base's linears.
+
+What makes arrays here is called on the engine's thread.
+"""
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ... import lora
+from ...adapters import prompting_of, read_adapter
+from ...adapters.merging import merged
+from ...adapters.reading import stored_bytes
+from ...adapters.writing import common_scale
+from ...data import Prompting
+from ...errors import InputError
+from ...lora.folder import open_folder
+from ...models import Chain, chain_of, load_base
+from ...models.tables import tables_of
+from ..catalog import model_id
+from ..confined.parent import Confined, Limits
+
+__all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
+
+#: Tokens of a prompt to a model that does not say for how many it was made.
+MOST_TOKENS = 1 << 20
+#: Bytes of sums of adapters that are kept; of larger ones the last alone.
+MOST_SUM_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A model that is loaded; `created` in seconds since 1970, `max_length` in tokens if known."""
+
+    id: str
+    path: Path
+    created: int
+    tokenizer: Any
+    max_length: int | None
+    vocabulary: int  #: rows of the table of tokens that was loaded
+    logits: int  #: tokens that the head knows
+    model: Any
+    chain: Chain
+    modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
+    confined: Confined  #: where its tokenizer and its chat template run
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError("prompt: it holds half of a character (a surrogate): send text.")
+        what = f"prompt: the tokenizer of {self.id}"
+        return self._tokens("encode", what, len(text), text=text)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    ) -> list[int]:
+        """Tokens of a chat with the generation prompt; `variables` are the template's. InputError
+        without a template, or with its own complaint."""
+        if not self.tokenizer.has_chat_template:
+            raise InputError(
+                f"messages: {self.id} has no chat template: ask /v1/completions with a prompt."
+            )
+        what = f"messages: the chat template of {self.id}"
+        size = sum(len(message["content"]) for message in messages) + len(json.dumps(variables))
+        how = {"messages": list(messages), "variables": variables}
+        return self._tokens("chat", what, size, **how)
+
+    def _tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
+        most = MOST_TOKENS if self.max_length is None else self.max_length
+        found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
+        if isinstance(found, int):
+            raise _too_long(found, most, self.id)
+        return found
+
+    def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
+        """InputError if the prompt is empty, too long, or one of the two of other tokens."""
+        if not prompt:
+            raise InputError("the prompt has no tokens: give some text.")
+        if self.max_length is not None and len(prompt) > self.max_length:
+            raise _too_long(len(prompt), self.max_length, self.id)
+        known = (("prompt", prompt, self.vocabulary), ("logit_bias", logit_bias, self.logits))
+        for name, tokens, n in known:
+            if tokens and (min(tokens) < 0 or max(tokens) >= n):
+                wrong, last = next(x for x in tokens if not 0 <= x < n), n - 1
+                raise InputError(f"{name}: {wrong} is no token of {self.id}: 0 to {last} are.")
+
+
+@dataclass(frozen=True, eq=False)
+class Mounted:
+    """An adapter in memory; `rank` the largest, `scale` the multiplier that most linears have."""
+
+    id: str
+    path: Path
+    rank: int
+    scale: float
+    size_bytes: int
+    mounted_layers: int
+    adapter: lora.Adapter
+    prompting: Prompting  #: as the adapter was trained to be asked
+    #: No two that were ever mounted have the same.
+    serial: int = field(default_factory=count().__next__, init=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """What a request runs on, whatever is mounted and unmounted meanwhile."""
+
+    base: Base
+    adapters: tuple[Mounted, ...] = ()
+
+    @property
+    def id(self) -> str | None:
+        return "+".join(mounted.id for mounted in self.adapters) or None
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """As Base.encode_chat; with the template variables that the adapters were trained with,
+        which a request's own replace. InputError if those of several adapters differ."""
+        found: dict[str, Any] = {}
+        for mounted in self.adapters:
+            for name, value in mounted.prompting.variables.items():
+                if name not in (variables or {}) and found.setdefault(name, value) != value:
+                    raise InputError(
+                        f"chat_template_kwargs: the adapters {self.id} were trained with different "
+                        f"values of {name}: give one."
+                    )
+        return self.base.encode_chat(messages, {**found, **(variables or {})})
+
+    def encode_turns(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """As encode_chat; a model without a chat template goes on from the text."""
+        if self.base.tokenizer.has_chat_template:
+            return self.encode_chat(messages)
+        return self.base.encode("\n".join(own["content"] for own in messages))
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(mounted.serial for mounted in self.adapters)
+
+
+def check_id(id: str) -> None:
+    """InputError if requests could not name an adapter so."""
+    if not id.strip(".") or id != id.strip() or id.lower() == "none":
+        raise InputError(f"id: {id!r} cannot name an adapter: give a word.")
+    if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
+        raise InputError(
+            f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
+            "characters, and take 200 characters at most."
+        )
+
+
+def free_id(name: str, taken: Collection[str]) -> str:
+    """A word for an adapter that none has yet, from its folder's name."""
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name) or "adapter"
+    name, n = name[:100], 1
+    while name in taken or name.lower() == "none":
+        n += 1
+        name = f"{name[:100]}-{n}"
+    return name
+
+
+def _too_long(n: int, most: int, id: str) -> InputError:
+    return InputError(f"the prompt has {n} tokens, but {id} was made for {most}: shorten it.")
+
+
+def read_base(path: Path, confined: Confined) -> Base:
+    """The model of a folder whose tokenizer has been tried; InputError if it cannot be read."""
+    model, _, tokenizer = load_base(path)
+    tables = tables_of(model)
+    if tables.logits > tables.tokens:  # a token that it draws could not be read
+        raise InputError(
+            f"the head of {path} has {tables.logits} rows, and its embedding {tables.tokens}: the "
+            "weights do not go together."
+        )
+    chain = chain_of(model)
+    modules = {name: lora.wrap(model, name, 1.0) for name in chain.linears}
+    model.eval()
+    lengths = [n for n in (chain.max_length, tables.positions) if n is not None]
+    return Base(
+        id=model_id(path),
+        path=path,
+        created=int(time.time()),
+        tokenizer=tokenizer,
+        max_length=min(lengths, default=None),
+        vocabulary=tables.tokens,
+        logits=tables.logits,
+        model=model,
+        chain=chain,
+        modules=modules,
+        confined=confined,
+    )
+
+
+def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
+    """The adapter of a folder, for this base; InputError if it will not do, or takes more than
+    `most` bytes of memory."""
+    folder = open_folder(path)
+    needed = stored_bytes(folder)  # by its header: a file may be larger than what lies on disk
+    if most is not None and needed > most:
+        raise InputError(
+            f"{path} takes {needed / 1e9:.1f} GB of memory, and mounted adapters may have "
+            f"{most / 1e9:.1f} more: unmount some."
+        )
+    adapter = read_adapter(folder, base.chain)
+    arrays = adapter.all_arrays()
+    mx.eval(arrays)
+    return Mounted(
+        id=id,
+        path=path,
+        rank=max(adapter.ranks.values()),
+        scale=common_scale(adapter),
+        size_bytes=sum(x.nbytes for x in arrays),
+        mounted_layers=len(adapter.tensors),
+        adapter=adapter,
+        prompting=prompting_of(path),
+    )
+
+
+def select(named: str, base: Base, mounted: Mapping[str, Mounted]) -> Selected:
+    """What a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base alone.
+
+    InputError if one is not mounted, or cannot be in a stack.
+    """
+    text = named.strip()
+    if text.lower() in ("", "none"):
+        return Selected(base)
+    ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
+    for i, id in enumerate(ids):
+        if id not in mounted:
+            names = ", ".join(mounted) or "none is"
+            raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
+        if id in ids[:i]:
+            raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
+        kind = mounted[id].adapter.kind
+        if len(ids) > 1 and kind is not lora.LORA:
+            raise InputError(f"adapter {id!r} is a {kind.name} adapter, which goes into no stack.")
+    return Selected(base, tuple(mounted[id] for id in ids))
+
+
+class Linears:
+    """What is in a base's linears; another for each base."""
+
+    def __init__(self) -> None:
+        self.key: tuple[int, ...] | None = None  #: of what is in
+        self._touched: set[str] = set()  # the linears that have an update
+        self._sums: OrderedDict[tuple[int, ...], lora.Adapter] = OrderedDict()
+
+    def put_in(self, selected: Selected) -> None:
+        """Swaps the adapter in the base's linears, if another is in; nothing is computed."""
+        if selected.key == self.key:
+            return
+        adapter, base = self._sum(selected.adapters), selected.base
+        self.key = None  # until all is done
+        for path in self._touched - adapter.tensors.keys():
+            base.modules[path].take_out()
+            if path in base.chain.outer:
+                _put(base.model, path, base.chain.outer[path])
+        self._touched |= adapter.tensors.keys()
+        for path in adapter.tensors:
+            module = base.modules.get(path)
+            if module is None:
+                module = base.modules[path] = lora.wrap(base.model, path, 1.0)
+            elif path in base.chain.outer:
+                _put(base.model, path, module)
+            module.put_in(adapter.arrays(path), adapter.scales[path])
+        self._touched = set(adapter.tensors)
+        self.key = selected.key
+
+    def forget(self, mounted: Mounted, base: Base) -> None:
+        """Lets go of an adapter's arrays, which else stay until the next request."""
+        for key in [key for key in self._sums if mounted.serial in key]:
+            del self._sums[key]
+        if self.key and mounted.serial in self.key:
+            self.put_in(Selected(base))
+        for module in base.modules.values():
+            module.forget_casts()
+
+    def drop_sums(self) -> None:
+        """Frees what is kept for speed alone."""
+        self._sums.clear()
+
+    def _sum(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
+        """One adapter as it is; of several their sum, made once."""
+        if len(adapters) < 2:
+            return adapters[0].adapter if adapters else lora.Adapter({}, {})
+        own = sorted(adapters, key=lambda mounted: mounted.id)  # in any order it is the same sum
+        key = tuple(mounted.serial for mounted in own)
+        if key not in self._sums:
+            total = merged([mounted.adapter for mounted in own], [1.0] * len(own))
+            mx.eval(total.tensors)
+            self._sums[key] = total
+            while len(self._sums) > 1 and sum(map(_bytes, self._sums.values())) > MOST_SUM_BYTES:
+                self._sums.popitem(last=False)
+        self._sums.move_to_end(key)
+        return self._sums[key]
+
+
+def _bytes(adapter: lora.Adapter) -> int:
+    return sum(x.nbytes for x in adapter.all_arrays())
+
+
+def _put(model: Any, path: str, module: Any) -> None:
+    """Of an embedding or a head: neither stands in a list."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        model = model[parent]
+    setattr(model, name, module)

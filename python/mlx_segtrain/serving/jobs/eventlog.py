@@ -1,0 +1,141 @@
+"""A job's log: a line an event, as its process writes them; whoever follows reads from any place.
+
+An event's id is the place in the file behind its line. Beside the log is a lock, which the process
+that writes it holds as long as it lives, whoever started it and whether they live.
+"""
+
+import json
+import os
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from ...events import Event
+from ...files import lock, private, to_json
+
+#: Bytes that are read at once.
+BLOCK = 1 << 16
+#: Bytes of a line, at most: the rest of a longer one is not shown.
+LONGEST = 1 << 16
+#: Bytes of a line that is kept in memory for the next reader.
+SHORT = 1 << 11
+#: With these an attempt at a job ends.
+LAST = ("done", "failed", "cancelled")
+
+
+def _frame(line: bytes) -> str:
+    """The JSON of a line, on one line; what is no event is one of type log."""
+    return _known(line) if len(line) < SHORT else _parsed(line)
+
+
+def _parsed(line: bytes) -> str:
+    try:
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("type"), str):
+            return to_json(event)
+    except (ValueError, RecursionError):
+        pass
+    return to_json({"type": "log", "line": line[:LONGEST].decode("utf-8", "replace").rstrip("\r")})
+
+
+_known = lru_cache(maxsize=4096)(_parsed)  # many follow one job
+
+
+def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
+    """The next events behind a place, as (id, JSON), and the place up to which was read.
+
+    `ended`: nobody writes any more, so that a last line without an end is one too.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            after = _line_start(file, after if 0 < after <= size else 0)
+            block = file.read(BLOCK)
+            if block and b"\n" not in block:  # a line that is longer than a block
+                block += file.readline()
+    except FileNotFoundError:
+        return [], after
+    *lines, rest = block.split(b"\n")
+    found = []
+    for line in lines:
+        after += len(line) + 1
+        if line.strip():
+            found.append((after, _frame(line)))
+    if rest and ended and after + len(rest) >= size:
+        after += len(rest)
+        found.append((after, _frame(rest)))
+    return found, after
+
+
+def _line_start(file: BinaryIO, after: int) -> int:
+    """The place, or that behind its line if it is within one; the file is there then."""
+    file.seek(max(after - 1, 0))
+    if after and file.read(1) != b"\n":
+        file.readline()
+    return file.tell()
+
+
+def events(path: Path, after: int = 0) -> list[Event]:
+    """All events behind a place."""
+    found: list[Event] = []
+    while True:
+        some, behind = read(path, after, ended=True)
+        found += [json.loads(frame) for _, frame in some]
+        if behind == after:
+            return found
+        after = behind
+
+
+def last(path: Path, begins: int) -> Event | None:
+    """The event with which the attempt ended whose events begin there; None if it has not.
+
+    Little follows it: what a process prints when it exits.
+    """
+    with suppress(FileNotFoundError):
+        begins = max(begins, path.stat().st_size - BLOCK)
+    ends = [event for event in events(path, begins) if event["type"] in LAST]
+    return ends[-1] if ends else None
+
+
+def append(path: Path, event: Event) -> None:
+    """Adds an event, on a line of its own."""
+    with open(path, "ab+", opener=private) as file:
+        _end_line(file.fileno())
+        file.write((to_json(event) + "\n").encode())
+
+
+def claim(path: Path) -> int | None:
+    """The lock of a log, open and held until each process has closed it; None if another has it."""
+    file = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o600)
+    if lock(file):
+        return file
+    os.close(file)
+    return None
+
+
+def open_end(path: Path) -> int:
+    """The log, open to write at its end, which is the beginning of a line."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    _end_line(file)
+    return file
+
+
+def _end_line(file: int) -> None:
+    """A process that was killed may have left half a line."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")
+
+
+def is_written(path: Path) -> bool:
+    """Whether the process that writes it lives."""
+    try:
+        with open(lock_of(path), "rb") as file:
+            return not lock(file)
+    except FileNotFoundError:
+        return False
+
+
+def lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")

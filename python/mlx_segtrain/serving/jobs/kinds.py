@@ -1,0 +1,229 @@
+"""The kinds of jobs: what they are called, what runs each, and whether it needs the accelerator.
+
+All that depends on a job's kind stands here. What runs a job is called in the job's own process
+(worker.py), which says its first word before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import events
+from ...errors import InputError
+from ...files import to_json
+from ..processes import NETWORK
+
+if TYPE_CHECKING:
+    from ...adapters.folding import Folded
+
+__all__ = ["KINDS", "JobKind", "Values", "kind_of", "tell"]
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """What a kind of job is."""
+
+    name: str
+    title: str  #: for people
+    run: Callable[[Values], events.Event]  #: the job, in its process; its last event
+    named: Callable[[Values], str]  #: what a job works on, in short
+    computes: bool = False  #: it needs the accelerator, which one job has at a time
+    variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
+    trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
+    folders: tuple[str, ...] = ()  #: its values that are folders, or lists of them: they must exist
+    makes: str | None = None  #: the kind of folder that it writes, output_dir (outputs.py)
+    check: Callable[[Values], None] = lambda values: None  #: InputError before it is queued
+
+
+def tell(event: events.Event) -> None:
+    """Writes a line, whole."""
+    os.write(1, (to_json(event) + "\n").encode())
+
+
+def done(output_dir: str | Path | None, **result: Any) -> events.Event:
+    end: events.Event = {"type": "done", "ts": events.now(), "result": result}
+    return end if output_dir is None else {**end, "output_dir": str(output_dir)}
+
+
+def finetune(values: Values) -> events.Event:
+    from ...config import load_config
+    from ...training import train
+    from ...training.curves import draw_run
+
+    config = load_config(None, values)
+
+    def pass_on(event: events.Event) -> None:
+        if event["type"] not in ("started", "done", "failed"):  # these are the job's own
+            tell(event)
+
+    result = train(config, pass_on)
+    draw_run(config, lambda message: tell(events.warning(message)))
+    if result.interrupted:
+        kept = f"step {result.steps} is kept in {result.adapter_path}" if result.steps else ""
+        return {"type": "cancelled", "ts": events.now(), "step": result.steps, "message": kept}
+    facts = asdict(result)
+    facts.pop("applied_ranks")
+    return done(result.adapter_path, **facts | {"adapter_path": str(result.adapter_path)})
+
+
+def evaluate(values: Values) -> events.Event:
+    from ...config import load_config
+    from ...training import evaluate
+
+    split = values.pop("split")
+    adapter = values.get("adapter_path")
+    config = load_config(None, {"adapter_path": "unused", **values})
+    tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
+    result = evaluate(config, config.adapter_path if adapter else None, split=split)
+    return done(None, **asdict(result))
+
+
+def fold(values: Values) -> events.Event:
+    from ...adapters.conversion import DTYPES
+    from ...adapters.folding import fold
+    from ...adapters.merging import weighted
+
+    adapter = weighted([Path(values["adapter_path"])], model_dir=Path(values["model_dir"]))
+    count = 0
+
+    def count_on(own: Folded) -> None:
+        nonlocal count
+        count += 1
+        message = f"{own.path}: {own.lost:.1%} of the update lost"
+        tell(events.stage("fold", count / len(adapter.tensors), message))
+
+    report = fold(
+        adapter,
+        Path(values["model_dir"]),
+        Path(values["output_dir"]),
+        dequantize=values["dequantize"],
+        bits=values["bits"],
+        dtype=DTYPES.get(values["dtype"]),
+        on_linear=count_on,
+    )
+    swallowed = [own.path for own in report.swallowed]
+    facts = {"linears": len(report.linears), "swallowed": swallowed, "size_bytes": report.size}
+    return done(report.path, lost=report.lost, **facts)
+
+
+def export(values: Values) -> events.Event:
+    from ...adapters.conversion import export
+
+    base = values["base_model"]
+    made = export(
+        Path(values["adapter_path"]),
+        Path(values["output_dir"]),
+        values["method"],
+        model_dir=Path(base) if base else None,
+    )
+    return done(made.path, **asdict(made) | {"path": str(made.path), "method": values["method"]})
+
+
+def merge(values: Values) -> events.Event:
+    from ...adapters.merging import merge
+    from ...adapters.reading import read_stored
+
+    paths = [Path(path) for path in values["adapters"]]
+    own = [set(read_stored(path).tensors) for path in paths]
+    made = merge(paths, Path(values["output_dir"]), values["scales"])
+    both = set.intersection(*own)
+    facts = {"linears_in_all": len(both), "linears_in_some": len(set.union(*own) - both)}
+    return done(made.path, **asdict(made) | {"path": str(made.path)}, **facts)
+
+
+def push(values: Values) -> events.Event:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from . import pushing
+
+    hub, repo = HfApi(), values["repo_id"]  # the token is in the environment
+    tell(events.stage("load", 0.05, f"{values['source']} to {hub.endpoint}/{repo}"))
+    with pushing.opened(Path(values["source"])) as files:
+        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
+        made = hub.create_repo(repo, private=values["private"], exist_ok=True)
+        commit = hub.create_commit(
+            repo_id=repo,
+            operations=[CommitOperationAdd(name, file) for name, file in files.items()],
+            commit_message="Adapter of mlx_segtrain",
+        )
+    return done(None, url=str(made), commit=commit.oid)
+
+
+def _can_be_sent(values: Values) -> None:
+    from . import pushing
+
+    pushing.check(Path(values["source"]))
+
+
+def _end(values: Values, name: str) -> str:
+    """The end of a path, which tells it from others."""
+    return Path(values.get(name) or "").name
+
+
+def _evaluated(values: Values) -> str:
+    what = _end(values, "adapter_path") or f"{_end(values, 'model_dir')} alone"
+    return f"{what} on {_end(values, 'data_dir')}"
+
+
+def _merged(values: Values) -> str:
+    return " + ".join(Path(path).name for path in values.get("adapters", []))
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        JobKind(
+            "finetune",
+            "Training",
+            finetune,
+            lambda values: f"{_end(values, 'model_dir')} on {_end(values, 'data_dir')}",
+            computes=True,
+            variables=("WANDB_*", *NETWORK),
+            trains=True,
+        ),
+        JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True),
+        JobKind(
+            "fold",
+            "Fold",
+            fold,
+            lambda values: f"{_end(values, 'adapter_path')} into {_end(values, 'model_dir')}",
+            computes=True,
+            folders=("model_dir", "adapter_path"),
+            makes="model",
+        ),
+        JobKind("merge", "Merge", merge, _merged, folders=("adapters",), makes="merged"),
+        JobKind(
+            "export",
+            "Export",
+            export,
+            lambda values: f"{_end(values, 'adapter_path')} as {values.get('method')}",
+            folders=("base_model", "adapter_path"),
+            makes="export",
+        ),
+        JobKind(
+            "push",
+            "Push",
+            push,
+            lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
+            variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
+            folders=("source",),
+            check=_can_be_sent,
+        ),
+    )
+}
+
+
+def kind_of(name: str) -> JobKind:
+    """The kind of this name. A store may have jobs of a newer version: of a kind that is not here,
+    which can be shown and not run."""
+    return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
+
+
+def _unknown(values: Values) -> events.Event:
+    raise InputError("this version of mlx_segtrain has no such kind of job: install a newer one.")

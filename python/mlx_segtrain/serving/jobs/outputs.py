@@ -1,0 +1,79 @@
+"""Where jobs may write."""
+
+import time
+from pathlib import Path
+
+from ...config import TrainConfig
+from ...errors import InputError
+from ...training import record
+from ...training.contents import check_own
+from ..roots import Roots
+from .queue import Jobs
+
+#: Folders of the store in which outputs are.
+OUTPUTS = ("adapters", "exports", "models")
+
+
+class Outputs:
+    """Folders that jobs make."""
+
+    def __init__(self, store: Path, roots: Roots, jobs: Jobs):
+        self.store, self.roots, self.jobs = store.resolve(), roots, jobs
+
+    def check_run(self, config: TrainConfig) -> None:
+        """A run clears its folder by name: it must be new, or a run's."""
+        path = config.adapter_path
+        self._check_place(path)
+        store = self.store
+        near = [*self.roots.folders, store, store / "jobs", config.model_dir, config.data_dir]
+        near += [config.warm_start] if config.warm_start else []
+        if any(other.is_relative_to(path) for other in near) or any(
+            path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
+        ):
+            raise InputError(
+                f"adapter_path {path} is in use by others: give a folder of its own.",
+                field="adapter_path",
+            )
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        try:
+            record.read(path)
+            check_own(path)
+        except InputError as error:
+            reason = f"holds no run of ours: give a new folder. {error}"
+            raise InputError(
+                f"adapter_path {path} is there, and {reason}", field="adapter_path"
+            ) from None
+        if not (config.overwrite or config.resume):
+            raise InputError(
+                f"adapter_path {path} already holds a run: give another folder, resume or "
+                "overwrite.",
+                field="adapter_path",
+            )
+
+    def given(self, text: str | None, kind: str) -> Path:
+        out = self.new(kind) if text is None else self.roots.resolve(text)
+        self._check_place(out)
+        if out.exists():
+            raise InputError(f"{out} is there already: give a new folder.")
+        return out
+
+    def _check_place(self, out: Path) -> None:
+        """In our store outputs have folders of theirs: all other names there are its own."""
+        store = self.store
+        if out.is_relative_to(store):
+            parts = out.relative_to(store).parts
+            if len(parts) < 2 or parts[0] not in OUTPUTS:
+                names = ", ".join(OUTPUTS)
+                raise InputError(f"{out} is the store's own: give a folder below its {names}.")
+
+    def new(self, kind: str) -> Path:
+        """A folder in our own store that is not there yet."""
+        where = {"export": "exports", "model": "models"}.get(kind, "adapters")
+        stamp = time.time_ns() // 1_000_000
+        taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}
+        while True:
+            path = self.store / where / f"{kind}-{stamp}"
+            if not path.exists() and str(path) not in taken:
+                return path
+            stamp += 1

@@ -1,0 +1,124 @@
+"""What goes to a hub: the files of an adapter or a model, by their names, and nothing beside them.
+
+Each is opened once, below a folder that is open, and no link is followed: what was checked is what
+is sent, whatever is renamed meanwhile.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from ...adapters.gguf import NAME as GGUF
+from ...errors import InputError
+from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
+from ...safetensors import read_header
+
+__all__ = ["check", "opened"]
+
+#: Beside the weights of either kind.
+ABOUT = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "metrics.json", "loss.png", "loss.svg")
+#: The adapter of a run, of an import, or of an export; a GGUF file says all by itself.
+OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG, GGUF)
+#: A model in mlx-lm's form, whose weights are MODEL_WEIGHTS.
+MODEL_CONFIG = "config.json"
+OF_MODEL = (
+    *(MODEL_CONFIG, "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
+    *("merges.txt", "tiktoken.model", "chat_template.jinja", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
+#: Bytes of a configuration, and of a file that tells about the rest.
+MOST = 64 << 20
+
+
+def check(folder: Path) -> list[str]:
+    """The names of what would be sent; InputError for what is neither an adapter nor a model."""
+    with _opened_folder(folder) as place:
+        return _names(folder, os.listdir(place))
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[dict[str, BufferedReader]]:
+    """The files to send, by name, open and checked; InputError if one is not what its name says."""
+    with ExitStack() as stack:
+        place = stack.enter_context(_opened_folder(folder))
+        files = {}
+        for name in _names(folder, os.listdir(place)):
+            files[name] = stack.enter_context(_opened_file(folder / name, place))
+            _check_content(folder / name, files[name])
+        yield files
+
+
+def _names(folder: Path, there: Sequence[str]) -> list[str]:
+    weights = [name for name in there if MODEL_WEIGHTS.fullmatch(name)]
+    adapter = CONFIG in there and (WEIGHTS in there or PEFT_WEIGHTS in there)
+    if adapter or GGUF in there:
+        wanted = (*OF_ADAPTER, *ABOUT)
+    elif MODEL_CONFIG in there and weights:
+        wanted = (*OF_MODEL, *weights, *ABOUT)
+    else:
+        raise InputError(
+            f"{folder} holds neither an adapter nor a model: only these are pushed, without what "
+            "else is in their folder."
+        )
+    return sorted(set(wanted) & set(there))
+
+
+@contextmanager
+def _opened_folder(folder: Path) -> Iterator[int]:
+    """The number of a folder that is open, no part of whose path is a link."""
+    how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    place = os.open("/", how)
+    try:
+        for part in folder.parts[1:]:
+            above, place = place, os.open(part, how, dir_fd=place)
+            os.close(above)
+        yield place
+    except OSError as error:
+        raise _refused(folder, error) from None
+    finally:
+        os.close(place)
+
+
+@contextmanager
+def _opened_file(path: Path, place: int) -> Iterator[BufferedReader]:
+    """A regular file that has no other name: another one may be somebody's secret."""
+    try:
+        how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        number = os.open(path.name, how, dir_fd=place)
+    except OSError as error:
+        raise _refused(path, error) from None
+    with os.fdopen(number, "rb") as file:
+        own = os.fstat(number)
+        if not stat.S_ISREG(own.st_mode) or own.st_nlink != 1:
+            raise InputError(f"{path} is a link, or no file: nothing was pushed.")
+        if not path.name.endswith((".safetensors", ".gguf")) and own.st_size > MOST:
+            raise InputError(f"{path} has more than {MOST >> 20} MiB: nothing was pushed.")
+        yield file
+
+
+def _check_content(path: Path, file: BufferedReader) -> None:
+    """InputError if the file is not of the kind that its name says."""
+    if path.suffix == ".safetensors":
+        read_header(Path(f"/dev/fd/{file.fileno()}"))
+    elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
+        raise InputError(f"{path} is no GGUF file: nothing was pushed.")
+    elif path.suffix == ".json":
+        try:
+            json.load(file)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path} is not JSON: nothing was pushed.") from None
+    file.seek(0)
+
+
+def _refused(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be pushed: it is not there any more, or a link ({error.strerror})."
+    )

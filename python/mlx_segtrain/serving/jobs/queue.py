@@ -1,0 +1,416 @@
+"""The queue of jobs: who runs, what it says, and how it ends, whoever was killed in between.
+
+Each job is a process of its own (worker.py) in a session of its own; its output is its log, whose
+lock it holds while it lives (eventlog.py). So a server that starts finds out from the logs what
+became of the jobs it knows: one whose log is locked runs, one whose log has an end has ended, and
+of one without either the process was killed. Jobs that compute take turns, first come first.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...events import Event, now
+from ...files import make_private, private, write_text
+from .. import processes
+from . import eventlog
+from .row import Row
+from .store import Store
+from .store import now as clock
+
+logger = logging.getLogger("mlx_segtrain.serving")
+
+#: Jobs that do not compute, at once.
+OTHERS = 2
+#: Jobs that may wait.
+LONGEST_QUEUE = 200
+#: Seconds between looks at a job that runs.
+POLL_S = 0.1
+#: Characters of a message or an error that a row keeps.
+LONGEST_TEXT = 4000
+#: Seconds after which a job that was told to end is killed if it is told again.
+KILLED_AFTER_S = 10.0
+#: Of a job that is to be cancelled: whether its process was told. A second signal ends it at once.
+ASKED, SIGNALLED = 1, 2
+
+
+class Conflict(InputError):
+    """What is asked for does not go with the state that a job is in."""
+
+    status = 409
+
+
+class Full(InputError):
+    """No more jobs are taken for now."""
+
+    status = 429
+
+
+@dataclass
+class Live:
+    """A job that waits or runs. `changed` is set, and replaced, whenever there is news."""
+
+    pid: int | None = None
+    interrupted: float = 0.0  #: when it was told to end first, if it was
+    process: subprocess.Popen[bytes] | None = None  #: None: not this server's child
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def tell(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Jobs:
+    """All jobs of a folder, which has one server at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        check: Callable[[dict[str, Any]], None] = lambda values: None,
+        roots: Sequence[Path] = (),
+    ):
+        """`check` raises InputError for a configuration that may not be run, or not any more;
+        `roots` are the folders below which jobs open no link to elsewhere."""
+        self.check, self.roots, self.folder = check, roots, folder
+        self.logs = folder / "jobs"
+        for place in (folder, self.logs):
+            make_private(place)
+        for path in self.logs.iterdir():  # of a version that let others read them
+            path.chmod(0o600)
+        self.claim = eventlog.claim(self.logs / "server")
+        if self.claim is None:
+            raise InputError(
+                f"another server has the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE to "
+                "another folder."
+            )
+        self.store = Store(folder / "jobs.sqlite")
+        #: Variables, for the kinds of jobs that want them; in no file.
+        self.environment: dict[str, str] = {}
+        self.live: dict[str, Live] = {}
+        self.monitors: set[asyncio.Task[None]] = set()
+
+    # What a server does with its jobs
+
+    async def start(self) -> None:
+        """Finds the jobs again that there were, and lets the next ones run."""
+        for row in self.store.with_status("queued"):
+            self.live[row.id] = Live()
+        for row in self.running():
+            self.live[row.id] = Live()
+            path = self.log(row.id)
+            running = eventlog.is_written(path)
+            if not running and not eventlog.read(path, row.begins, ended=True)[0]:
+                # The last server was killed before the job's process said a word.
+                self.store.update(row.id, status="queued", started_at=None)
+            else:
+                self._watch(row.id)
+        self._run_next()
+
+    async def close(self) -> None:
+        """Leaves what runs to run on: the next server finds it."""
+        for task in self.monitors:
+            task.cancel()
+        await asyncio.gather(*self.monitors, return_exceptions=True)
+        self.store.close()
+        if self.claim is not None:
+            os.close(self.claim)
+
+    @property
+    def training(self) -> bool:
+        """Whether a job has the accelerator."""
+        return any(row.job_kind.computes for row in self.running())
+
+    # What users do
+
+    def submit(self, kind: str, values: dict[str, Any], output: Path | None = None) -> Row:
+        """A new job; Conflict if one that has not ended writes to the same place."""
+        self._check_free(output)
+        row = self.store.add(kind, json.dumps(values), None if output is None else str(output))
+        eventlog.append(self.log(row.id), {"type": "queued", "ts": now()})
+        self.live[row.id] = Live()
+        self._run_next()
+        return self.get(row.id)
+
+    def get(self, id: str) -> Row:
+        """InputError if there is none."""
+        row = self.find(id)
+        if row is None:
+            raise InputError("job not found", status=404)
+        return row
+
+    def find(self, id: str) -> Row | None:
+        return self.store.get(id)
+
+    def running(self) -> list[Row]:
+        """Without their configurations."""
+        return self.store.with_status("running")
+
+    def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
+        """The last jobs of the queue first, or those before a place in it; without their
+        configurations."""
+        return self.store.newest(limit, kind, before)
+
+    def cancel(self, id: str) -> Row:
+        """Ends a job; of a run the last finished step is kept. It goes on to its end after this.
+
+        A second one, two seconds later, does not wait for the step; one that comes KILLED_AFTER_S
+        seconds after the first ends the process, whatever it does. Conflict if it has ended.
+        """
+        row = self.get(id)
+        if row.ended:
+            raise Conflict(f"{id} is {row.status}: there is nothing to cancel.")
+        if row.status == "queued":
+            self._say_end(id, {"type": "cancelled", "ts": now(), "message": "it had not begun"})
+            self._run_next()
+        else:
+            self.store.update(id, cancelling=ASKED, message="cancelling")
+            self._interrupt(id)
+        return self.get(id)
+
+    def resume(self, id: str) -> Row:
+        """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+        row = self.get(id)
+        if row.status not in ("failed", "cancelled"):
+            raise Conflict(f"{id} is {row.status}: only what failed or was cancelled is resumed.")
+        self._check_free(None if row.output_path is None else Path(row.output_path))
+        values = json.loads(row.config_json)
+        if row.opened:  # else what lies there is not this job's
+            values |= {"resume": "auto", "overwrite": False}
+        self.store.requeue(id, json.dumps(values))
+        eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
+        self.live[id] = Live()
+        self._run_next()
+        return self.get(id)
+
+    def remove(self, id: str) -> None:
+        """Forgets a job and its log; what it wrote stays. Conflict if it has not ended."""
+        row = self.get(id)
+        if not row.ended:
+            raise Conflict(f"{id} is {row.status}: cancel it first.")
+        self.store.remove(id)
+        for path in (self.log(id), eventlog.lock_of(self.log(id)), self._config(id)):
+            path.unlink(missing_ok=True)
+
+    async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
+        """Events behind one, as (id, JSON), those that come too, until the job has ended."""
+        path = self.log(id)
+        while True:
+            live = self.live.get(id)
+            changed = live.changed if live else None
+            while True:
+                found, after = eventlog.read(path, after, ended=live is None)
+                for event in found:
+                    yield event
+                if not found:
+                    break
+                await asyncio.sleep(0)  # a long past is not told in one breath
+            if changed is None:
+                return
+            await changed.wait()
+
+    def read(self, id: str, after: int) -> tuple[list[tuple[int, Event]], int]:
+        """The next events after a place in a job's log, as (id, event), and the place up to which
+        was read."""
+        found, place = eventlog.read(self.log(id), after, ended=id not in self.live)
+        return [(own, json.loads(frame)) for own, frame in found], place
+
+    def size(self, id: str) -> int:
+        """Bytes of a job's log: the place after its last event."""
+        with suppress(FileNotFoundError):
+            return self.log(id).stat().st_size
+        return 0
+
+    async def ended(self, id: str) -> Row:
+        """The job, once it has ended."""
+        while live := self.live.get(id):
+            await live.changed.wait()
+        return self.get(id)
+
+    def log(self, id: str) -> Path:
+        return self.logs / f"{id}.log"
+
+    def _config(self, id: str) -> Path:
+        return self.logs / f"{id}.json"
+
+    # What happens in between
+
+    def _check_free(self, output: Path | None) -> None:
+        """Full or Conflict if a job that writes there cannot wait with the others."""
+        if len(self.live) >= LONGEST_QUEUE:
+            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
+        rows = (self.store.get(id) for id in self.live)
+        if output is not None and any(row and row.output_path == str(output) for row in rows):
+            raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
+
+    def _run_next(self) -> None:
+        running = [row.job_kind.computes for row in self.running()]
+        busy, others = sum(running), len(running) - sum(running)
+        for row in self.store.with_status("queued"):
+            computes = row.job_kind.computes
+            if computes and not busy:
+                busy += self._run(row)
+            elif not computes and others < OTHERS:
+                others += self._run(row)
+
+    def _run(self, row: Row) -> bool:
+        """Starts a job's process; whether it runs."""
+        path, values = self.log(row.id), json.loads(self.get(row.id).config_json)
+        opened: list[int] = []
+        try:
+            self.check(values)
+            places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
+            given = json.dumps({"values": values, **places})
+            write_text(self._config(row.id), given, private)
+            lock = eventlog.claim(path)
+            if lock is None:
+                raise OSError(f"{path} is written by another process")
+            opened.append(lock)
+            try:
+                log = eventlog.open_end(path)
+                opened.append(log)
+                # Before it starts: no process is ever unknown.
+                self.store.update(
+                    row.id,
+                    **{"status": "running", "started_at": clock(), "message": None},
+                    begins=os.fstat(log).st_size,
+                )
+                arguments = (row.kind, str(self._config(row.id)), str(lock))
+                process = subprocess.Popen(
+                    processes.command("mlx_segtrain.serving.jobs.worker", *arguments),
+                    cwd=self.logs,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    pass_fds=[lock],
+                    env=processes.environment(row.job_kind.variables, self.environment),
+                )
+            finally:
+                for file in opened:
+                    os.close(file)
+        except (OSError, InputError) as error:
+            self._say_end(row.id, {"type": "failed", "ts": now(), "error": str(error)})
+            return False
+        live = self.live[row.id]
+        live.process, live.pid = process, process.pid
+        logger.info("%s (%s) runs as process %d", row.id, row.kind, process.pid)
+        self._watch(row.id)
+        return True
+
+    def _watch(self, id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._monitor(id))
+        self.monitors.add(task)
+        task.add_done_callback(self.monitors.discard)
+
+    async def _monitor(self, id: str) -> None:
+        """Sees a job to its end, and lets the next one run, whatever goes wrong on the way.
+
+        A disk that is full may have room again.
+        """
+        after = self.get(id).begins
+        while id in self.live:
+            try:
+                after = await self._look(id, after)
+            except Exception:
+                logger.exception("%s cannot be followed for now", id)
+                await asyncio.sleep(1)
+        self._run_next()
+
+    async def _look(self, id: str, after: int) -> int:
+        """Keeps the row up to date with the log behind a place, and ends a job that has ended."""
+        path, live = self.log(id), self.live[id]
+        running = eventlog.is_written(path)
+        found, behind = eventlog.read(path, after, ended=not running)
+        if found:
+            self._note(id, live, [json.loads(frame) for _, frame in found])
+        if found or running:
+            await asyncio.sleep(0 if found else POLL_S)
+            return behind
+        code = await asyncio.to_thread(live.process.wait) if live.process else None
+        row = self.get(id)
+        end = eventlog.last(path, row.begins)
+        if end is None:
+            self._say_end(id, _killed(row, code))
+        else:
+            self._end(id, end)
+        return behind
+
+    def _note(self, id: str, live: Live, events: list[Event]) -> None:
+        news: dict[str, Any] = {}
+        for event in events:
+            if event["type"] == "started" and live.pid is None:
+                live.pid = event.get("pid")
+            progress = event.get("progress")
+            if isinstance(progress, int | float) and 0 <= progress <= 1:  # false for NaN
+                news["progress"] = float(progress)
+            if event.get("stage") == "train":
+                news["opened"] = 1
+            if event["type"] == "stage" or event.get("kind") == "train":
+                news["message"] = _text(event.get("message"))
+        row = self.get(id)
+        if row.cancelling:
+            news.pop("message", None)
+            if row.cancelling == ASKED:
+                self._interrupt(id)
+        if news:
+            self.store.update(id, **news)
+        live.tell()
+
+    def _interrupt(self, id: str) -> None:
+        """Its log is locked, so that the process is the one which said its number there."""
+        live = self.live[id]
+        if live.pid is not None and eventlog.is_written(self.log(id)):
+            moment = time.monotonic()
+            live.interrupted = live.interrupted or moment
+            with suppress(ProcessLookupError):
+                if moment - live.interrupted < KILLED_AFTER_S:
+                    os.kill(live.pid, signal.SIGTERM)
+                else:  # compiled code looks at no signal; it leads a session of its own
+                    os.killpg(live.pid, signal.SIGKILL)
+            self.store.update(id, cancelling=SIGNALLED)
+
+    def _say_end(self, id: str, event: Event) -> None:
+        """Ends a job whose process did not say so: there was none, or it was killed."""
+        eventlog.append(self.log(id), event)
+        self._end(id, event)
+
+    def _end(self, id: str, event: Event) -> None:
+        news: dict[str, Any] = {key: _text(event.get(key)) for key in ("error", "message")}
+        if event["type"] == "done":
+            news |= {"progress": 1.0, "result_json": json.dumps(event.get("result"))}
+            output = _text(event.get("output_dir"))
+            news |= {"output_path": output} if output is not None else {}
+        self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
+        logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
+        self.live.pop(id).tell()
+
+
+def _text(value: Any) -> str | None:
+    """A text of an event, as the database and a list take it."""
+    if not isinstance(value, str):
+        return None
+    return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]
+
+
+def _killed(row: Row, code: int | None) -> Event:
+    if row.cancelling:
+        message = "its process was ended before it could say so"
+        return {"type": "cancelled", "ts": now(), "message": message}
+    if code is None:
+        how = "its process was killed while no server watched it"
+    elif code < 0:
+        how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
+    else:
+        how = f"its process exited with {code}"
+    advice = "; resume it to go on from its last checkpoint" if row.job_kind.trains else ""
+    return {"type": "failed", "ts": now(), "error": how + advice}

@@ -1,0 +1,56 @@
+"""A job as the store keeps it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .kinds import JobKind, kind_of
+
+Status = Literal["queued", "running", "done", "failed", "cancelled"]
+#: Of jobs that neither run nor wait.
+ENDED = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job. Times are UTC, "YYYY-MM-DD HH:MM:SS"; progress is 0..1."""
+
+    id: str
+    place: int
+    kind: str
+    status: Status
+    config_json: str
+    output_path: str | None
+    progress: float
+    message: str | None
+    error: str | None
+    result_json: str | None
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    begins: int
+    cancelling: int
+    opened: int
+
+    @property
+    def job_kind(self) -> JobKind:
+        return kind_of(self.kind)
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Its configuration; nothing of a row of a list."""
+        return json.loads(self.config_json or "{}")
+
+    @property
+    def result(self) -> Any:
+        """What its last event says of it."""
+        return json.loads(self.result_json or "null")
+
+    @property
+    def name(self) -> str:
+        """What the job works on, in short."""
+        return self.job_kind.named(self.values)

@@ -1,0 +1,119 @@
+"""Jobs as rows of SQLite. What a job said is in its log; a row has what lists and queues need."""
+
+import secrets
+import sqlite3
+from dataclasses import fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...files import make_folder, private
+from .row import Row, Status
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY,
+    place INTEGER NOT NULL,        -- in the queue: the lowest is the next
+    kind TEXT NOT NULL,
+    status TEXT NOT NULL,
+    config_json TEXT NOT NULL,
+    output_path TEXT,
+    progress REAL NOT NULL DEFAULT 0,
+    message TEXT,
+    error TEXT,
+    result_json TEXT,
+    created_at TEXT NOT NULL,
+    started_at TEXT,
+    ended_at TEXT,
+    begins INTEGER NOT NULL DEFAULT 0,   -- where in the log the present attempt's events begin
+    cancelling INTEGER NOT NULL DEFAULT 0,
+    opened INTEGER NOT NULL DEFAULT 0    -- it has begun to write to output_path
+)
+"""
+#: What lists and queues look for; without them each look reads all jobs that there ever were.
+INDEXES = (
+    "CREATE INDEX IF NOT EXISTS jobs_by_place ON jobs (place)",
+    "CREATE INDEX IF NOT EXISTS jobs_by_kind ON jobs (kind, place)",
+    "CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, place)",
+)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+class Store:
+    """The table. A change is on the disk when the call returns."""
+
+    def __init__(self, file: Path):
+        make_folder(file.parent)
+        try:
+            with open(file, "ab", opener=private):  # its journals get its mode
+                file.chmod(0o600)
+            self.connection = sqlite3.connect(file, isolation_level=None)
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=FULL")
+            for statement in (TABLE, *INDEXES):
+                self.connection.execute(statement)
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(
+                f"the jobs' database {file} cannot be used ({error}): move it away, or set "
+                "MLX_SEGTRAIN_CACHE to another folder."
+            ) from None
+        self.connection.row_factory = lambda cursor, values: Row(*values)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def add(self, kind: str, config_json: str, output_path: str | None) -> Row:
+        """A new job at the end of the queue."""
+        id = f"job_{secrets.token_hex(8)}"
+        self.connection.execute(
+            "INSERT INTO jobs (id, place, kind, status, config_json, output_path, created_at)"
+            f" VALUES (?, {_LAST}, ?, 'queued', ?, ?, ?)",
+            (id, kind, config_json, output_path, now()),
+        )
+        row = self.get(id)
+        assert row is not None
+        return row
+
+    def requeue(self, id: str, config_json: str) -> None:
+        """Again to the end of the queue."""
+        self.connection.execute(
+            f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
+            " result_json = NULL, ended_at = NULL, cancelling = 0 WHERE id = ?",
+            (config_json, id),
+        )
+
+    def update(self, id: str, **values: Any) -> None:
+        """Sets columns of a job."""
+        names = ", ".join(f"{name} = ?" for name in values)
+        self.connection.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), id))
+
+    def remove(self, id: str) -> None:
+        self.connection.execute("DELETE FROM jobs WHERE id = ?", (id,))
+
+    def get(self, id: str) -> Row | None:
+        return self.connection.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
+
+    def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
+        """The last jobs of the queue first, or those before a place in it; without their
+        configurations, which may be long."""
+        wanted = {"kind = ?": kind, "place < ?": before}
+        given = {test: value for test, value in wanted.items() if value is not None}
+        where = f"WHERE {' AND '.join(given)}" if given else ""
+        return self.connection.execute(
+            f"SELECT {_BRIEF} FROM jobs {where} ORDER BY place DESC LIMIT ?",
+            (*given.values(), limit),
+        ).fetchall()
+
+    def with_status(self, status: Status) -> list[Row]:
+        """The next of the queue first; without their configurations."""
+        return self.connection.execute(
+            f"SELECT {_BRIEF} FROM jobs WHERE status = ? ORDER BY place", (status,)
+        ).fetchall()
+
+
+_BRIEF = ", ".join("''" if field.name == "config_json" else field.name for field in fields(Row))
+_LAST = "(SELECT COALESCE(MAX(place), 0) + 1 FROM jobs)"

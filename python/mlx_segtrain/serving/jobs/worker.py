@@ -1,0 +1,85 @@
+"""A job's process, which the server starts (jobs.py, processes.py): main(KIND, FILE, LOCK).
+
+FILE has its configuration and the folders in which it may read; LOCK is the number of an open file,
+whose lock lives as long as it does.
+
+Its events go to standard output, a line each, the first of them before anything heavy is imported;
+whoever started it may be gone. What the libraries print stands between them, as events of type log:
+a file that they read may hold lines that look like ours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from ... import events
+from ...errors import InputError, RunError
+from ...torchless import hide_torch
+from ..opening import confine
+from ..roots import Roots
+from .kinds import kind_of, tell
+
+#: Characters of what libraries print: of a line, and of a job.
+LONGEST, MOST = 4000, 4 << 20
+
+
+class Printed(io.TextIOBase):
+    """What is printed, as events of type log, a line each."""
+
+    def __init__(self) -> None:
+        self.rest, self.left = "", MOST
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self._tell(line)
+        self.rest = self.rest[-LONGEST:]
+        return len(text)
+
+    def _tell(self, line: str) -> None:
+        if self.left > 0 and line.strip():
+            line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]  # the last state of a bar
+            self.left -= len(line)
+            tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})
+
+    def end(self) -> None:
+        self._tell(self.rest)
+        self.rest = ""
+
+
+def main(kind: str, file: str, lock: str) -> int:
+    """0, 1 (it failed) or 130 (it was cancelled)."""
+    hide_torch()
+    os.set_inheritable(int(lock), False)  # processes of libraries may live longer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory may hold a token
+    tell({**events.started(), "pid": os.getpid(), "kind": kind})
+    sys.stdout = sys.stderr = printed = Printed()
+    own = kind_of(kind)
+    if not own.trains:  # which ends in good order by itself
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        if given["roots"]:
+            confine(Roots(map(Path, given["roots"]), Path(given["store"])))
+        end = own.run(given["values"])
+    except KeyboardInterrupt:
+        end = {"type": "cancelled", "ts": events.now(), "message": "nothing was written"}
+    except (InputError, RunError) as error:
+        end = {"type": "failed", "ts": events.now(), "error": str(error)}
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        # For people to mend: the log has the place, the answer to a client a sentence.
+        import traceback
+
+        traceback.print_exc()
+        end = events.failed(error)
+    printed.end()
+    tell(end)
+    return {"done": 0, "failed": 1, "cancelled": 130}[end["type"]]

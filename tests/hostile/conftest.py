@@ -1,0 +1,29 @@
+"""Every attack is watched: what one client does, no other notices, and the memory comes back."""
+
+import time
+
+import pytest
+
+from lib.attack import Watch, memory_mb, patience
+
+#: Memory that an attack may take over what was there, in 10⁶ bytes, and what may be left of it: a
+#: helper process that it made the server start stays.
+MOST_MB, LEFT_MB = 500, 250
+#: Seconds in which the memory comes back, and in which a server that is attacked answers.
+BACK_S, ANSWER_S = 60, 1
+
+
+@pytest.fixture(autouse=True)
+def watched(request):
+    """With a server: its /healthz, page and memory. Without one: the memory of this process."""
+    server = request.getfixturevalue("server") if "server" in request.fixturenames else None
+    with Watch(server) as watch:
+        yield
+    assert not watch.failures, watch.failures
+    assert watch.grown_mb < MOST_MB, watch.grown_mb
+    if server:
+        assert max(watch.health) < ANSWER_S * patience(), watch.health
+        end = time.monotonic() + BACK_S
+        while memory_mb(server.process.pid) - watch.rest > LEFT_MB:
+            assert time.monotonic() < end, (memory_mb(server.process.pid), watch.rest)
+            time.sleep(0.2)

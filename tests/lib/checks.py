@@ -1,0 +1,74 @@
+"""What tests share: random arrays and adapters, gradients, and the check of one call."""
+
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from lib import oracle
+from mlx_segtrain import lora
+from mlx_segtrain.models import adapting
+
+ON_GPU = mx.default_device() != mx.Device(mx.cpu)
+
+
+@contextmanager
+def served():
+    """Skips what an implementation for some GPUs says it does not serve; on a CPU that fails."""
+    try:
+        yield
+    except ValueError as error:
+        if ON_GPU and "cannot serve this call" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def needs_router_gradient():
+    """Skips where mlx-lm chooses experts by operations that have no gradient (Python 3.10's)."""
+    if mlx_lm.__version__ < "0.32":
+        pytest.skip(f"the experts' router of mlx-lm {mlx_lm.__version__} has no gradient")
+
+
+def rand(rng, *shape, dtype="float32"):
+    """The same numbers as mx array of `dtype` and, from it, as float64."""
+    x = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(getattr(mx, dtype))
+    return x, f64(x)
+
+
+def f64(x):
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def grads(f, args, dy):
+    return mx.vjp(f, list(args), [dy])[1]
+
+
+def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
+    """Value and gradients of f; the same call twice; each gradient alone."""
+    y = f(*args)
+    assert y.dtype == getattr(mx, dtype) or name in ("linear_cross_entropy", "linear_log_probs")
+    oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)
+    assert mx.array_equal(y, f(*args))
+    got, plains = grads(f, args, dy), grads(plain, args, dy)
+    again = grads(f, args, dy)
+    for i, (grad, ref, true) in enumerate(zip(got, plains, true_grads, strict=True)):
+        oracle.assert_no_worse(f"{name} d{i}", f64(grad), f64(ref), true, dtype)
+        assert mx.array_equal(grad, again[i])
+
+        def alone(x, i=i):
+            return f(*[*args[:i], x, *args[i + 1 :]])
+
+        assert mx.array_equal(grad, grads(alone, [args[i]], dy)[0])
+
+
+def random_adapter(chain, ranks: dict[str, int], scale: float, size: float) -> lora.Adapter:
+    """A LoRA adapter with B ≠ 0, of deviation `size`, so that A has a gradient."""
+    fresh = adapting.init(chain, ranks, scale, seed=1)
+    keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
+    tensors = {
+        path: (a, size * mx.random.normal(b.shape, key=key))
+        for key, (path, (a, b)) in zip(keys, fresh.tensors.items(), strict=True)
+    }
+    return lora.Adapter(tensors, fresh.scales)

@@ -1,0 +1,18 @@
+"""What we compare with, where it is installed."""
+
+import importlib
+import importlib.util
+import os
+
+import pytest
+
+
+def load_peers():
+    """The module lib.hf_peers, where torch and PEFT are installed; with PEERS=1 they have to be."""
+    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+    if missing and os.environ.get("PEERS", "0") in ("", "0"):
+        pytest.skip(
+            f"{' and '.join(missing)} not installed: `make test PEERS=1` installs what we compare "
+            "with, and runs this too"
+        )
+    return importlib.import_module("lib.hf_peers")

@@ -1,0 +1,19 @@
+"""Imported by a process from which runs are forked: it has then imported all that a run needs.
+
+It computes nothing, since MLX's threads do not live on in a fork. WARM_MODEL is a model's folder.
+"""
+
+import os
+
+from mlx_segtrain.torchless import hide_torch
+
+hide_torch()
+
+import numpy.random  # noqa: E402
+from mlx_lm.models import llama, switch_layers  # noqa: E402
+
+from mlx_segtrain import training  # noqa: E402
+from mlx_segtrain.models import gemma, generic, load_tokenizer  # noqa: E402
+
+assert numpy.random and llama and switch_layers and training and gemma and generic
+load_tokenizer(os.environ["WARM_MODEL"])
