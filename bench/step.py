@@ -30,8 +30,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlx_segtrain.models import adapting
-
 RANK, SCALE = 16, 1.0
 ADAPTERS = ("lora", "dora", "dropout", "embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -213,7 +211,7 @@ def training_step(model, shape, plan, objective, batch, watch=None, kind="lora")
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from mlx_segtrain.models import chain_of
+    from mlx_segtrain.models import adapting, chain_of
     from mlx_segtrain.models.chain import Dropout
     from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.training.layout import Layout
