@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from mlx_segtrain.errors import InputError, either, shown, word
 from mlx_segtrain.fields import (
     MOST,
+    PLAIN,
     Budget,
     Directory,
     Distinct,
@@ -428,7 +429,7 @@ class TrainConfig(BaseModel):
 
 #: Of every field.
 FACETS: dict[str, Facets] = {
-    name: field.json_schema_extra  # type: ignore[misc]
+    name: own if isinstance(own := field.json_schema_extra, Facets) else PLAIN
     for name, field in TrainConfig.model_fields.items()
 }
 #: Fields that are paths.
