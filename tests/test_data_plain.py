@@ -1,9 +1,13 @@
 """Prompt/completion and text rows, BOS and EOS, truncation, and what leaves nothing to train."""
 
+import json
+
 import pytest
 
 from lib.chats import SPECIAL, byte_level, chat, ids, load, metaspace, text, trained
+from lib.folders import write_llama
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.models import load_tokenizer
 
 
 def test_prompt_and_completion(tmp_path):
@@ -40,6 +44,15 @@ def test_text(tmp_path):
     row = load(tmp_path, byte_level(bos=False), {"text": "The sky is blue"}).rows[0]
     assert row.ids.tolist() == ids(tokenizer, "The sky is blue</s>")
     assert row.weights.tolist() == [0] + [1] * (len(row.ids) - 1), "the first is never predicted"
+
+
+def test_stops_of_the_configuration_stand_beside_the_tokenizers_own(tmp_path):
+    model = write_llama(tmp_path / "model")
+    own = load_tokenizer(model).eos_token_id
+    config = json.loads((model / "config.json").read_text())
+    for stops, found in ((own + 1, {own, own + 1}), ([own + 2, own + 3], {own, own + 2, own + 3})):
+        (model / "config.json").write_text(json.dumps({**config, "eos_token_id": stops}))
+        assert load_tokenizer(model).eos_token_ids == found
 
 
 def test_bos_and_eos_are_not_written_twice(tmp_path):

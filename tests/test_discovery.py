@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from lib.checks import needs_router_gradient
 from lib.folders import write_llama, write_tiny
 from lib.runs import config_of
 from mlx_segtrain import InputError, train
@@ -55,6 +56,7 @@ def test_all_that_is_there(root, llama_mixed, tmp_path):
 
 
 def test_embeddings_and_experts_fit_too(data, tmp_path):
+    needs_router_gradient()
     moe = write_tiny(tmp_path / "moe", "qwen3_moe")
     train(config_of(moe, data, tmp_path / "a", target_modules=["up_proj", "q_proj"], iters=1))
     tied = write_llama(tmp_path / "tied", bits=4)

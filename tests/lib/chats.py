@@ -53,7 +53,8 @@ def wrap(tokenizer, template, eos="</s>", pad=None, stops=()):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token=pad
     )
     fast.chat_template = template
-    ends = [fast.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|eot|>", *stops)]
+    stops = (*((eos,) if eos else ()), "<|im_end|>", "<|eot|>", *stops)
+    ends = [fast.convert_tokens_to_ids(token) for token in stops]
     return TokenizerWrapper(fast, eos_token_ids=ends)
 
 

@@ -1,9 +1,9 @@
 """The ways to spell a conversation's messages, of which a chat template takes some.
 
 OpenAI's form, in which rows come, leaves open what templates read: arguments of tool calls as JSON
-text or as a mapping, no content as null or as "", reasoning by one of three keys or in the content
-between tags, content as text or as a list of parts, ids of calls of any form or of nine letters,
-and the role of a developer's message.
+text or as a mapping, no content as no key or as "", reasoning by one of three keys or in the
+content between tags, content as text or as a list of parts, ids of calls of any form or of nine
+letters, and the role of a developer's message.
 """
 
 import json
@@ -22,7 +22,7 @@ class Spelling:
     """One of the ways; the defaults are what most templates take."""
 
     arguments: str = "mapping"  #: or text
-    null: str | None = None  #: the content of a message that has none
+    null: str | None = None  #: the content of a message that has none; None: no key for it
     reasoning: str = "given"  #: or one of the keys, or tags
     ids: str = "given"  #: or short, as Mistral's templates want them
     content: str = "text"  #: or parts
@@ -84,7 +84,10 @@ def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
         else:
             own |= {"content": answer or (own.get("content") and ""), spelling.reasoning: thoughts}
     if own.get("content") is None:
-        own["content"] = spelling.null
+        # Not as None: transformers before 5.21 hands that to the template, which writes "None".
+        own.pop("content", None)
+        if spelling.null is not None:
+            own["content"] = spelling.null
     if spelling.content == "parts" and isinstance(own.get("content"), str):
         own["content"] = [{"type": "text", "text": own["content"]}]
     return own

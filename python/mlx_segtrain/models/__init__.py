@@ -106,7 +106,10 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
     check_tokenizer(folder)
     with _reading(folder):
-        return load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+        tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+    # mlx-lm before 0.32 (Python 3.10) lets those of config.json replace the tokenizer's own.
+    tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, tokenizer.eos_token_id} - {None}
+    return tokenizer
 
 
 def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
