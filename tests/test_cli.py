@@ -410,7 +410,8 @@ def test_inspect_gives_its_flags_to_the_data_module(
 ) -> None:
     inspect = create_autospec(data.inspect, return_value=data.Report(format="text"))
     monkeypatch.setattr(data, "inspect", inspect)
-    load = Mock(return_value="a tokenizer")
+    tokenizer = Mock(eos_token_ids={7, 8}, eos_token_id=8)
+    load = Mock(return_value=tokenizer)
     monkeypatch.setattr(import_module("mlx_lm.utils"), "load_tokenizer", load)
     Path("tokenizer_config.json").write_text("{}")
     Path("config.json").write_text('{"eos_token_id": [7, 8]}')
@@ -418,7 +419,7 @@ def test_inspect_gives_its_flags_to_the_data_module(
     assert cli.main([*argv, "--no-append-eos"]) == 0
     inspect.assert_called_once_with(
         Path("x.jsonl"),
-        "a tokenizer",
+        tokenizer,
         data.Options(512, None, "last", append_eos=False),
         n_preview=0,
     )
