@@ -343,7 +343,7 @@ def test_the_demo_s_model_is_folded(tmp_path):
     assert len(report.linears) == 210 and all(own.lost > 0 for own in report.linears[:1])
     for folder in ("dense", "half", "four"):
         answer, tokenizer = mlx_lm.load(str(tmp_path / folder))
-        text = mlx_lm.generate(answer, tokenizer, "Once upon a time", max_tokens=4)
+        text = mlx_lm.generate(answer, tokenizer, "Once", max_tokens=1)  # slow in 4 bits
         assert isinstance(text, str) and text
 
 
