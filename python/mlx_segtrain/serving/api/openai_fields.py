@@ -9,13 +9,12 @@ mlx_lm.server.
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
 
 from ...config import nearest
 from ...errors import InputError, word
-
-__all__ = ["IN_CHAT", "IN_COMPLETION", "IN_MESSAGE", "IN_PART", "IN_STREAM_OPTIONS", "refuse_extra"]
-
 
 #: A field's values, besides null, that mean the same as leaving it out. None: all of them.
 Neutral = Mapping[str, Sequence[Any] | None]
@@ -104,23 +103,24 @@ IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHI
 IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
 
-def refuse_extra(
-    given: Mapping[str, Any] | None, neutral: Neutral, where: str, known: Sequence[str]
-) -> None:
-    """InputError if a field that we do not have is given, and may change an answer.
+class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
+    """What clients send; fields that it does not have are kept, to be refused by name."""
 
-    `known` are the names that we have: one may have been meant.
-    """
-    for name, value in (given or {}).items():
-        harmless = neutral.get(name, ())
-        if value is None or harmless is None or any(_same(value, x) for x in harmless):
-            continue
-        ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
-        hint = "" if name in neutral else nearest(name[:100], known)
-        raise InputError(
-            f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
-            f"{ways}.{hint}"
-        )
+    neutral: ClassVar[Neutral]
+
+    def refuse_extra(self, where: str = "") -> None:
+        """InputError if a field is given that we do not have, and may change an answer."""
+        for name, value in (self.model_extra or {}).items():
+            harmless = self.neutral.get(name, ())
+            if value is None or harmless is None or any(_same(value, x) for x in harmless):
+                continue
+            ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
+            known = list(type(self).model_fields)  # one of which may have been meant
+            hint = "" if name in self.neutral else nearest(name[:100], known)
+            raise InputError(
+                f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
+                f"{ways}.{hint}"
+            )
 
 
 def _same(value: Any, other: Any) -> bool:
