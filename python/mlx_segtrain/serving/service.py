@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..adapters.discovery import Found
 from ..config import PATHS, REFUSED, TrainConfig, load_config
-from ..data import Preview, Report
+from ..data import Report
 from ..errors import InputError, NoRoom, RunError
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
@@ -343,8 +345,4 @@ def _inspect(confined: Confined, path: Path, n_preview: int, how: Mapping[str, A
         )
     except InputError as error:
         return Report(ok=False, error=str(error))
-    previews = [
-        Preview(**{**own, "tokens": [tuple(token) for token in own["tokens"]]})
-        for own in found["previews"]
-    ]
-    return Report(**{**found, "previews": previews})
+    return TypeAdapter(Report).validate_python(found)

@@ -1,10 +1,12 @@
 """What /api takes and answers."""
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
 from ...config import REFUSED, Method, TrainConfig, allowed, default
+from ...data import Report
 from ...fields import MOST, Variables, choices, is_list, kind
 from ..catalog import DataFolder, Model, Unreadable
 
@@ -23,18 +25,18 @@ class Problem(BaseModel):
     allowed: str | None = None
 
 
-class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Closed(BaseModel, extra="forbid"):
+    """What has no fields but its own."""
 
 
 def _run_fields() -> type[BaseModel]:
     """The fields of TrainConfig but those that the command line alone has."""
-    fields: dict[str, Any] = {
+    own: dict[str, Any] = {
         name: (field.annotation, field)
         for name, field in TrainConfig.model_fields.items()
         if name not in REFUSED
     }
-    return create_model("RunFields", __base__=Closed, **fields)
+    return create_model("RunFields", __base__=Closed, **own)
 
 
 class FinetuneSubmit(_run_fields()):
@@ -163,8 +165,7 @@ class Pushed(Answer):
     url: str
 
 
-class HfToken(Closed):
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+class HfToken(Closed, str_strip_whitespace=True):
     token: Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
 
 
@@ -185,35 +186,8 @@ class InspectDataset(Closed):
     strict: bool = False
 
 
-class PreviewRow(BaseModel):
-    """A row as it is trained: text, whether it is trained, and weight, of each token."""
-
-    source: str
-    tokens: list[tuple[str, bool, float]]
-    findings: list[str]
-
-
-class Inspected(BaseModel):
-    ok: bool
-    error: str | None
+class Inspected(create_model("Inspected", **{x.name: (x.type, ...) for x in fields(Report)})):
     format: str
-    n_train: int
-    n_valid: int
-    length_min: int | None
-    length_median: int | None
-    length_p95: int | None
-    length_max: int | None
-    tokens: int | None
-    supervised_tokens: int | None
-    truncated: int | None
-    dropped: int | None
-    prompts_cut: int | None
-    samples: int | None
-    trained_turns: int | None
-    prompt_format: str | None
-    remarks: list[str]
-    findings: dict[str, list[str]]
-    previews: list[PreviewRow]
 
 
 class Planned(Answer):
