@@ -7,8 +7,6 @@ from typing import ParamSpec, TypeVar
 
 from ..errors import RunError
 
-__all__ = ["Busy", "Pool"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -13,8 +13,6 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-__all__ = ["NETWORK", "command", "environment"]
-
 #: Before any module is imported but Python's own: the folders of modules, and this very package,
 #: wherever it is. Then main of one of its modules.
 START = """\

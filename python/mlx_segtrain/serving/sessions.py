@@ -9,8 +9,6 @@ import secrets
 import time
 from collections import OrderedDict
 
-__all__ = ["Sessions"]
-
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
 #: Sessions at once: of more the oldest end.

@@ -15,8 +15,6 @@ from fastapi.routing import APIRoute
 
 from ..pools import Busy, Pool
 
-__all__ = ["CommentedRoute", "Json", "JsonRoute"]
-
 #: Bytes up to which a body is parsed at once.
 SMALL = 1 << 16
 

@@ -13,8 +13,6 @@ from starlette.responses import JSONResponse, Response
 from ...config import TrainConfig, allowed, nearest
 from ...errors import InputError, RunError, word
 
-__all__ = ["add_handlers", "error_answer", "error_body", "openai_error", "sentence"]
-
 #: Seconds after which a client may try again, by status: of /v1, and of the rest.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 

@@ -25,8 +25,6 @@ from .. import opening, processes
 from ..pools import Busy, Pool
 from .child import receive, send
 
-__all__ = ["INSPECTING", "INSPECTIONS", "Confined", "Failed", "Limits", "prompts"]
-
 #: Seconds after which an answer is taken to be slow, and how many of the slow may go on at once.
 SLICE_S, MOST_SLOW = 0.5, 3
 #: Idle workers that are kept for each model.

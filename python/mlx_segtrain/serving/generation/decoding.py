@@ -7,8 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["CONTEXT", "Options", "Text", "processors", "sampler"]
-
 #: Tokens of the prompt behind which text is decoded.
 CONTEXT = 8
 #: What decoders give for bytes that are no character, or not yet.

@@ -31,8 +31,6 @@ from .decoding import CONTEXT, Options, Text, processors, sampler
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
 from .pieces import Generation, Outbox, Piece
 
-__all__ = ["Busy", "Ended", "Engine", "NoMemory"]
-
 logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Sequences that generate at once, and that wait for it.

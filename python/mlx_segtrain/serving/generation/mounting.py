@@ -27,8 +27,6 @@ from ...models.tables import tables_of
 from ..catalog import model_id
 from ..confined.parent import Confined, Limits
 
-__all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
-
 #: Tokens of a prompt to a model that does not say for how many it was made.
 MOST_TOKENS = 1 << 20
 #: Bytes of sums of adapters that are kept; of larger ones the last alone.
