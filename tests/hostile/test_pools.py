@@ -308,7 +308,7 @@ def test_pools_are_bounded():
         assert await pool.run(lambda: 5) == 5
 
     asyncio.run(main())
-    pool.close()
+    pool._threads.shutdown(wait=False)
 
 
 def test_an_answer_that_comes_in_parts(monkeypatch):

@@ -43,7 +43,3 @@ class Pool:
 
     def _ended(self) -> None:
         self.count -= 1
-
-    def close(self) -> None:
-        """What has not begun does not begin any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)

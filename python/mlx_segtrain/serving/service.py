@@ -136,7 +136,8 @@ class Service:
     async def available(self) -> list[dict[str, Any]]:
         """Adapters that the served model can take, as GET /v1/adapters/available lists them."""
         base = self.engine.base
-        found = [] if base is None else await self.adapters()
+        if base is None:
+            return []
         mounted = {own.path for own in self.engine.adapters.values()}
         return [
             {
@@ -147,8 +148,8 @@ class Service:
                 "base_model": own.base or None,
                 "mounted": own.path in mounted,
             }
-            for own in found
-            if base is not None and catalog.is_of(own, base.path)
+            for own in await self.adapters(base.path)
+            if catalog.is_of(own, base.path)
         ]
 
     async def serve(self, model_dir: str | Path) -> Base:
@@ -239,11 +240,8 @@ class Service:
     def submit(self, values: Mapping[str, Any]) -> Row:
         """A training run."""
         fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
-        given = {key: value for key, value in values.items() if value is not None}
-        config = self.config({**given, **fill})
-        _check_inputs(config, "train")
+        config, stated = self._checked({**values, **fill}, "train")
         self.outputs.check_run(config)
-        stated = config.model_dump(mode="json", include=set(given) | set(fill))
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
@@ -261,11 +259,20 @@ class Service:
 
     def evaluate(self, values: Mapping[str, Any], split: str = "valid") -> Row:
         """Loss of a model, with an adapter or without."""
-        given = {key: value for key, value in values.items() if value is not None}
-        config = self.config(given, adapter_path="unused")
-        _check_inputs(config, split)
-        stated = config.model_dump(mode="json", include=set(given))
+        _, stated = self._checked(values, split, adapter_path="unused")
         return self._submit("evaluate", {**stated, "split": split}, None)
+
+    def _checked(
+        self, values: Mapping[str, Any], split: str, **fill: Any
+    ) -> tuple[TrainConfig, dict[str, Any]]:
+        """The configuration of a job, and what of it was given; InputError for what can be said
+        before the job begins."""
+        given = {key: value for key, value in values.items() if value is not None}
+        config = self.config(given, **fill)
+        Snapshot(config.model_dir).file("config.json", "configuration")
+        if not (config.data_dir / f"{split}.jsonl").is_file():
+            raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
+        return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
         """Queues a job again; InputError if there is none."""
@@ -317,13 +324,6 @@ def resident() -> int | None:
     return pages * resource.getpagesize()
 
 
-def _check_inputs(config: TrainConfig, split: str) -> None:
-    """What can be said before a job begins."""
-    Snapshot(config.model_dir).file("config.json", "configuration")
-    if not (config.data_dir / f"{split}.jsonl").is_file():
-        raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
-
-
 def _plan(config: TrainConfig) -> Plan:
     try:
         run = plan_run(config, full_batch(config))
@@ -337,11 +337,11 @@ def _plan(config: TrainConfig) -> Plan:
     return Plan(True, text, asdict(found))
 
 
-def _inspect(confined: Confined, path: Path, n_preview: int, how: Mapping[str, Any]) -> Report:
+def _inspect(confined: Confined, path: Path, n_preview: int, how: dict[str, Any]) -> Report:
     what = f"the inspection of {path}"
     try:
         found = confined.ask(
-            "inspect", INSPECTING, what, path=str(path), n_preview=n_preview, how=dict(how)
+            "inspect", INSPECTING, what, path=str(path), n_preview=n_preview, how=how
         )
     except InputError as error:
         return Report(ok=False, error=str(error))

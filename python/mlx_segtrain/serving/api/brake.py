@@ -16,18 +16,15 @@ class Brake:
     connection's request by more than a second."""
 
     def __init__(self) -> None:
-        self.waiting = 0
+        self.guesses = asyncio.Semaphore(MOST_WRONG)
 
     async def wrong(self) -> bool:
         """Whether the guess may be told that it was wrong, which takes a while; else it is one of
         too many."""
-        if self.waiting >= MOST_WRONG:
+        if self.guesses.locked():
             return False
-        self.waiting += 1
-        try:
+        async with self.guesses:
             await asyncio.sleep(WRONG_S)
-        finally:
-            self.waiting -= 1
         return True
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..sessions import Sessions
@@ -153,7 +154,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": refused.reason})
         elif not started:
             await body.drain()
-            await _answer(scope, headers, refused, send_on)
+            await _answer(scope, headers, refused)(scope, receive, send_on)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         text = headers.get(b"host", b"").decode("latin-1").lower()
@@ -301,20 +302,15 @@ def _own_cookies(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     return {name: value for name, value in OWN_COOKIES.findall(text)}
 
 
-async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, send: Send) -> None:
+def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
     """As the routes of the path answer; a browser without a token is led to where it gives it."""
-    more = [(b"connection", b"close")]  # whatever of the body is still to come
+    more = {"connection": "close"}  # whatever of the body is still to come
     if refused.status == 401:
-        more.append((b"www-authenticate", b"Bearer"))
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":
-            start = {"type": "http.response.start", "status": 303}
-            await send({**start, "headers": [(b"location", b"/login")]})
-            await send({"type": "http.response.body"})
-            return
-    content = json.dumps(error_body(scope["path"], refused.reason, refused.status)).encode()
-    more += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": refused.status, "headers": more})
-    await send({"type": "http.response.body", "body": content})
+            return RedirectResponse("/login", 303)
+        more["www-authenticate"] = "Bearer"
+    content = json.dumps(error_body(scope["path"], refused.reason, refused.status))
+    return Response(content, refused.status, more, "application/json")
 
 
 def _log(scope: Scope, status: int, reason: str) -> None:

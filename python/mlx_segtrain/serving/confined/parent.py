@@ -239,12 +239,9 @@ class Confined:
             if not worker.says_something(SLICE_S):
                 slow = self._add_slow(worker, begun, seconds)
             answer = worker.answer(begun + seconds - time.monotonic())
-        except _Told as error:
-            self._give_back(worker, slow, fresh=False)
-            raise _as_failure(error, limits, what) from None
         except BaseException as error:
             self._give_back(worker, slow, fresh=False)
-            if slow is not None and slow.evicted:
+            if slow is not None and slow.evicted and not isinstance(error, _Told):
                 raise Busy(f"{what} takes long, as do others: try again in a moment.") from None
             raise _as_failure(error, limits, what) from None
         self._give_back(worker, slow, fresh=slow is None)
@@ -302,12 +299,10 @@ class Confined:
 
 
 def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseException:
-    if isinstance(error, _Told) and error.kind == "InputError":
-        return Failed(str(error))
-    if isinstance(error, _Told) and error.kind != "memory":
-        return Failed(f"{what} says: {error}")
     if isinstance(error, _Told):
-        return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
+        if error.kind == "memory":
+            return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
+        return Failed(str(error) if error.kind == "InputError" else f"{what} says: {error}")
     if isinstance(error, TimeoutError):
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):

@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from ... import lora
 from ...errors import InputError, RunError, is_out_of_memory
 from ...training.policy import wire
 from ..confined.parent import Confined
 from ..pools import Busy, Pool
 from .decoding import CONTEXT, Options, Text, processors, sampler
-from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
+from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted
 from .pieces import Generation, Outbox, Piece
 
 logger = logging.getLogger("mlx_segtrain.serving")
@@ -139,7 +140,7 @@ class Engine:
         confined = Confined(path)
         try:
             await _LOADING.run(confined.start)
-            return await self._do(lambda: self._load(path, confined), alone=True)
+            return await self.call(lambda: self._load(path, confined), alone=True)
         except BaseException:
             confined.close()
             raise
@@ -150,26 +151,37 @@ class Engine:
         InputError if the id or the folder will not do: then nothing has changed.
         """
         check_id(id)
-        return await self._do(lambda: self._mount(id, Path(path)))
+        return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
         """How many linears had an update; InputError if there is no such adapter.
 
         Requests that run on it end on it. If it was the default, the base is.
         """
-        return await self._do(lambda: self._unmount(id))
-
-    async def call(self, fn: Callable[[], T]) -> T:
-        """Runs a function on the engine's thread, between two rounds."""
-        return await self._do(fn)
+        return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
         """What a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base alone, None
         for the default. InputError if one is not mounted, or cannot be in a stack."""
         if self.base is None:
             raise InputError("no model is loaded: start the server with one.")
-        named = (self.default or "") if adapter is None else adapter
-        return select(named, self.base, self.adapters)
+        text = ((self.default or "") if adapter is None else adapter).strip()
+        if text.lower() in ("", "none"):
+            return Selected(self.base)
+        mounted = self.adapters
+        ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
+        for i, id in enumerate(ids):
+            if id not in mounted:
+                names = ", ".join(mounted) or "none is"
+                raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
+            if id in ids[:i]:
+                raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
+            kind = mounted[id].adapter.kind
+            if len(ids) > 1 and kind is not lora.LORA:
+                raise InputError(
+                    f"adapter {id!r} is a {kind.name} adapter, which goes into no stack."
+                )
+        return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
         """The answer to a prompt, piece by piece; to be called in a running event loop.
@@ -194,7 +206,7 @@ class Engine:
     async def tidy(self) -> None:
         """Gives memory back to the system that requests have left, unless something generates."""
         if not self._active and not self._stopped:
-            await self._do(_free)
+            await self.call(_free)
 
     def close(self) -> None:
         """Ends what runs and frees the model; the thread rests until the process ends."""
@@ -203,7 +215,9 @@ class Engine:
             self._wake.notify()
         self._ended.wait()
 
-    async def _do(self, run: Callable[[], T], *, alone: bool = False) -> T:
+    async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
+        """Runs a function on the engine's thread, between two rounds; `alone`: once nothing
+        generates, or Busy."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()

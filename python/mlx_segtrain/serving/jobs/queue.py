@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,19 +265,18 @@ class Jobs:
     def _run(self, row: Row) -> bool:
         """Starts a job's process; whether it runs."""
         path, values = self.log(row.id), json.loads(self.get(row.id).config_json)
-        opened: list[int] = []
         try:
             self.check(values)
             places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
             given = json.dumps({"values": values, **places})
             write_text(self._config(row.id), given, private)
-            lock = eventlog.claim(path)
-            if lock is None:
-                raise OSError(f"{path} is written by another process")
-            opened.append(lock)
-            try:
+            with ExitStack() as opened:
+                lock = eventlog.claim(path)
+                if lock is None:
+                    raise OSError(f"{path} is written by another process")
+                opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
-                opened.append(log)
+                opened.callback(os.close, log)
                 # Before it starts: no process is ever unknown.
                 self.store.update(
                     row.id,
@@ -295,9 +294,6 @@ class Jobs:
                     pass_fds=[lock],
                     env=processes.environment(row.job_kind.variables, self.environment),
                 )
-            finally:
-                for file in opened:
-                    os.close(file)
         except (OSError, InputError) as error:
             self._say_end(row.id, {"type": "failed", "ts": now(), "error": str(error)})
             return False
