@@ -29,7 +29,7 @@ from .generation.mounting import Base, Selected, free_id
 from .generation.pieces import Generation
 from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
-from .jobs.queue import Full, Jobs
+from .jobs.queue import Jobs
 from .jobs.row import Row
 from .pools import Pool
 from .roots import Roots
@@ -297,7 +297,9 @@ class Service:
         self.tokens = min(BURST, self.tokens + (now - self.refilled) * PER_MINUTE / 60)
         self.refilled = now
         if self.tokens < 1:
-            raise Full(f"more than {PER_MINUTE} jobs a minute are not taken: come back later.")
+            raise InputError(
+                f"more than {PER_MINUTE} jobs a minute are not taken: come back later.", status=429
+            )
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:

@@ -18,7 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..sessions import Sessions
 from ..settings import LOOPBACK
-from .brake import Brake
 from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
@@ -33,6 +32,9 @@ MOST_HELD, FREE = 32 << 20, 1 << 16
 PART_S, BODY_S = 10.0, 60.0
 #: Seconds for the rest of a body that is refused.
 DRAIN_S = 2.0
+#: Seconds that the answer to a wrong token takes, and how many of them are waited for at once. The
+#: others are answered at once, and differently: whoever has the token waits for none of them.
+WRONG_S, MOST_WRONG = 1.0, 16
 #: Statuses of answers that the log has, too.
 REFUSALS = (400, 401, 403, 422, 429)
 #: Seconds after which a client that takes nothing of a stream is let go.
@@ -91,7 +93,7 @@ class Guard:
         self.app, self.token, self.any_address = app, token, any_address
         self.sessions, self.page_fits = sessions or Sessions(), page_fits
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
-        self.held, self.brake = Held(), Brake()
+        self.held, self.guesses = Held(), asyncio.Semaphore(MOST_WRONG)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -206,9 +208,12 @@ class Guard:
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
-        """After a wrong token; Refused if there are too many of them."""
-        if not await self.brake.wrong():
+        """After a wrong token; Refused if there are too many of them. The right one is never slowed
+        down, and no guess outlives its connection's request by more than a second."""
+        if self.guesses.locked():
             raise Refused(429, "too many wrong tokens come at once: try again later.")
+        async with self.guesses:
+            await asyncio.sleep(WRONG_S)
 
 
 def _has_attachments(message: Message) -> bool:

@@ -356,7 +356,9 @@ class Engine:
                 try:
                     result = command.run()
                 except BaseException as raised:
-                    error = _as_exception(_no_memory(raised, "this") or raised)
+                    error = _no_memory(raised, "this") or raised
+                    if not isinstance(error, Exception):  # a panic of a library in Rust
+                        error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
                 self._commands.popleft()  # until here generate() sees it
             if command.future.cancelled():
@@ -520,11 +522,6 @@ def _free() -> None:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _as_exception(error: BaseException) -> Exception:
-    """A panic of a library in Rust as an error that a caller may have."""
-    return error if isinstance(error, Exception) else RunError(f"it failed: {_reason(error)}")
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:

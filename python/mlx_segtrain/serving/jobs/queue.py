@@ -50,12 +50,6 @@ class Conflict(InputError):
     status = 409
 
 
-class Full(InputError):
-    """No more jobs are taken for now."""
-
-    status = 429
-
-
 @dataclass
 class Live:
     """A job that waits or runs. `changed` is set, and replaced, whenever there is news."""
@@ -245,9 +239,11 @@ class Jobs:
     # What happens in between
 
     def _check_free(self, output: Path | None) -> None:
-        """Full or Conflict if a job that writes there cannot wait with the others."""
+        """InputError or Conflict if a job that writes there cannot wait with the others."""
         if len(self.live) >= LONGEST_QUEUE:
-            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
+            raise InputError(
+                f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.", status=429
+            )
         rows = (self.store.get(id) for id in self.live)
         if output is not None and any(row and row.output_path == str(output) for row in rows):
             raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
