@@ -147,7 +147,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            # A name that is no text could be in no answer; a link may lead out of the roots.
+            # Names that are no text cannot be sent as JSON; a link may lead out of the roots.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
             if str(place).isprintable():

@@ -1,7 +1,7 @@
 """How processes of ours are started: from where no file is run by chance, knowing little.
 
 `python -m` puts the folder in which it starts before all others: a `yaml.py` that lies there is
-run in the place of the library. So a process of ours starts elsewhere, in isolated mode (which
+run in place of the library. So a process of ours starts elsewhere, in isolated mode (which
 Python 3.10 has, too), and takes the folders of modules that this process has, without the one in
 which it was started. Of the environment it gets what it needs.
 """

@@ -153,7 +153,7 @@ class Service:
         ]
 
     async def serve(self, model_dir: str | Path) -> Base:
-        """Loads a model in the place of the one that is served."""
+        """Loads a model in place of the one that is served."""
         return await self.engine.load(self.roots.resolve(model_dir))
 
     # Answers

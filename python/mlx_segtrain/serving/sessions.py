@@ -1,4 +1,4 @@
-"""What a browser shows in the place of the token: a random id, which can be revoked.
+"""What a browser shows in place of the token: a random id, which can be revoked.
 
 A cookie goes to every port of a host, so to other programs of this machine, too. It must not be the
 token: that never changes, and opens the API from anywhere.

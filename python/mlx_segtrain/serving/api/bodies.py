@@ -160,7 +160,7 @@ def _check_text(value: Any) -> None:
     waiting = [("", value)]
     while waiting:
         where, value = waiting.pop()
-        where = where[:200]  # or a long key would stand in the place of each thing below it
+        where = where[:200]  # or a long key would be repeated for each thing below it
         if isinstance(value, str):
             if found := _SURROGATE.search(value):
                 raise NotText(

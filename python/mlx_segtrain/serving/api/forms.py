@@ -31,7 +31,7 @@ class Problem(BaseModel):
 
 
 class Closed(BaseModel, extra="forbid"):
-    """What has no fields but its own."""
+    """A request; fields that it does not have are refused."""
 
 
 def _fields(names: Iterable[str]) -> type[BaseModel]:

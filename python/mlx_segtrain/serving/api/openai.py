@@ -208,13 +208,13 @@ async def _answer(service: Service, request: Request, body: Generate) -> Any:
 
 @router.post("/v1/chat/completions", response_model=forms.ChatCompletion, responses=ANSWERS)
 async def chat(body: ChatRequest, request: Request, service: Used) -> Any:
-    """The next turn of a chat."""
+    """Generates the assistant's next message."""
     return await _answer(service, request, body)
 
 
 @router.post("/v1/completions", response_model=forms.Completion, responses=ANSWERS)
 async def complete(body: CompletionRequest, request: Request, service: Used) -> Any:
-    """How a text goes on."""
+    """Completes a prompt."""
     return await _answer(service, request, body)
 
 
@@ -234,7 +234,7 @@ async def list_models(service: Used) -> forms.ModelList:
 
 @router.get("/v1/models/{id:path}", responses=_errors(404))
 async def get_model(id: str, service: Used) -> forms.ModelInfo:
-    """One of them."""
+    """The served model, or a mounted adapter."""
     base = service.engine.base
     name = base.id if base is not None and names_base(base, id) else id
     found = next((model for model in _models(service.engine) if model.id == name), None)

@@ -49,7 +49,7 @@ async def models(service: Used) -> forms.ModelsAnswer:
 
 @router.post("/api/models/serve", tags=["models and data"])
 async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
-    """Loads a model for /v1, in the place of the one that is served."""
+    """Loads a model for /v1, in place of the one that is served."""
     base = await service.serve(body.model_dir)
     return forms.Served(id=base.id, path=str(base.path))
 
@@ -203,10 +203,10 @@ async def delete(id: str, service: Used) -> forms.Answer:
 async def stream(
     service: Used,
     id: str,
-    after: Annotated[int, Query(ge=0, description="Events behind the one with this id.")] = 0,
+    after: Annotated[int, Query(ge=0, description="Events after the one with this id.")] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> EventSourceResponse:
-    """A job's events, from the first or behind one, until it has ended; then `event: end`."""
+    """A job's events, from the first or after one, until it has ended; then `event: end`."""
     if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
         after = int(last_event_id)
     return EventSourceResponse(

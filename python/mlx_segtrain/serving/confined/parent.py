@@ -98,7 +98,7 @@ class _Process:
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """TimeoutError; OSError if it was killed; Failed."""
+        """What it answers. TimeoutError; OSError if it was killed; _Told if it raised an error."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
         if answer is None:
@@ -117,7 +117,7 @@ class _Process:
 
 
 class _Told(Exception):
-    """What it raised."""
+    """An error that the other process raised: why, and the name of its kind."""
 
     def __init__(self, reason: str, kind: str):
         super().__init__(reason)
@@ -202,7 +202,6 @@ class Confined:
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.has_chat_template = False
         self.users = 0  #: calls that wait for it, for whoever keeps it
         self._lock = threading.Lock()  # of what follows
         self._keeper: _Process | None = None  # has the tokenizer; workers are its forks
@@ -221,8 +220,7 @@ class Confined:
             try:
                 if self.folder is not None:
                     keeper.tell("load", LOADING, folder=str(self.folder))
-                    found = keeper.answer(4 * LOADING.seconds)
-                    self.has_chat_template = found["has_chat_template"]
+                    keeper.answer(4 * LOADING.seconds)
             except BaseException as error:
                 keeper.kill()
                 raise _as_failure(error, LOADING, f"the tokenizer of {self.folder}") from None

@@ -130,7 +130,7 @@ class Engine:
     # What an event loop calls
 
     async def load(self, model_dir: Path) -> Base:
-        """Puts another base in the place of the one there is, once nothing generates.
+        """Replaces the base by another one, once nothing generates.
 
         Adapters and prompts go with the old one. InputError if the new one cannot be read: the old
         one stays.
@@ -148,7 +148,7 @@ class Engine:
     async def mount(self, id: str, path: Path) -> Mounted:
         """Reads an adapter folder for this base; one that is mounted under this id stays.
 
-        InputError if the id or the folder will not do: then nothing has changed.
+        InputError if the id or the folder cannot be used: then nothing has changed.
         """
         check_id(id)
         return await self.call(lambda: self._mount(id, Path(path)))

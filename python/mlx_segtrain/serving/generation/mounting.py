@@ -194,8 +194,8 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """The adapter of a folder, for this base; InputError if it will not do, or takes more than
-    `most` bytes of memory."""
+    """The adapter of a folder, for this base; InputError if it does not fit, or takes more
+    than `most` bytes of memory."""
     folder = open_folder(path)
     needed = stored_bytes(folder)  # by its header: a file may be larger than what lies on disk
     if most is not None and needed > most:
