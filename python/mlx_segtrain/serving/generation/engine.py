@@ -74,8 +74,8 @@ class _Sequence:
     prompt: list[int]
     selected: Selected
     options: Options
-    outbox: Outbox
-    number: int
+    outbox: Outbox = field(default_factory=Outbox)
+    number: int = field(default_factory=count().__next__)
     made: list[int] = field(default_factory=list)
     cached: int = 0
     done: int = 0
@@ -112,7 +112,6 @@ class Engine:
         self.adapters: dict[str, Mounted] = {}  # replaced, never changed: others read it
         self.default: str | None = None  #: what requests get that name no adapter
         self._cache_bytes = cache_bytes
-        self._numbers = count()
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[_Sequence] = deque()
@@ -190,8 +189,7 @@ class Engine:
         """
         base = selected.base
         base.check(prompt, options.logit_bias)
-        outbox = Outbox()
-        sequence = _Sequence(prompt, selected, options, outbox, next(self._numbers))
+        sequence = _Sequence(prompt, selected, options)
         with self._wake:
             self._drop_closed()
             self._check_runs()
@@ -201,7 +199,7 @@ class Engine:
                 raise Busy(f"{MOST_WAITING} requests wait already: try again in a moment.")
             self._waiting.append(sequence)
             self._wake.notify()
-        return Generation(outbox)
+        return Generation(sequence.outbox)
 
     async def tidy(self) -> None:
         """Gives memory back to the system that requests have left, unless something generates."""
