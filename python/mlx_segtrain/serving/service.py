@@ -50,16 +50,6 @@ MOST_CONFIG = 1 << 16
 BURST, PER_MINUTE = 60, 60
 
 
-class Fault(InputError):
-    """A field that is wrong: its name, what it was, what is allowed."""
-
-    status = 422
-
-    def __init__(self, message: str, field: str | None = None, **more: Any):
-        super().__init__(message, field=field)
-        self.more = {"field": field, **more} if field is not None else {}
-
-
 @dataclass(frozen=True)
 class Plan:
     """Whether a run fits: in a sentence, and with all that the planner says if it does."""
@@ -186,16 +176,14 @@ class Service:
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
-        """As the command line checks it; paths lie under the roots. Fault, Outside, InputError."""
+        """As the command line checks it; paths lie under the roots. Outside, InputError."""
         for name, why in REFUSED.items():
             if values.get(name) is not None:
-                raise Fault(
-                    f"{name} is not taken: {why}.", name, value=values[name], allowed="nothing"
-                )
+                raise InputError(f"{name} is not taken: {why}.", status=422, field=name)
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
-            raise Fault(str(error), error.field) from None
+            raise InputError(str(error), status=422, field=error.field) from None
         paths = {
             name: self.roots.resolve(getattr(config, name))
             for name in PATHS
@@ -288,7 +276,9 @@ class Service:
 
     def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
         if len(json.dumps(values)) > MOST_CONFIG:
-            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.")
+            raise InputError(
+                f"the configuration has more than {MOST_CONFIG} bytes: shorten it.", status=422
+            )
         self._take_token()
         return self.jobs.submit(kind, values, output)
 

@@ -112,7 +112,8 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(InputError)
     @app.exception_handler(RunError)
     async def known(request: Request, error: Any) -> Response:
-        code, more = getattr(error, "code", None), getattr(error, "more", {})
+        code, field = getattr(error, "code", None), getattr(error, "field", None)
+        more = {"field": field} if field is not None and error.status == 422 else {}
         return error_answer(request, error.status, str(error), code, **more)
 
     @app.exception_handler(RequestValidationError)
