@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 
 from ... import lora
 from ...adapters import prompting_of, read_adapter
@@ -235,14 +236,14 @@ class Linears:
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
             if path in base.chain.outer:
-                _put(base.model, path, base.chain.outer[path])
+                base.model.update_modules(tree_unflatten([(path, base.chain.outer[path])]))
         self._touched |= adapter.tensors.keys()
         for path in adapter.tensors:
             module = base.modules.get(path)
             if module is None:
                 module = base.modules[path] = lora.wrap(base.model, path, 1.0)
             elif path in base.chain.outer:
-                _put(base.model, path, module)
+                base.model.update_modules(tree_unflatten([(path, module)]))
             module.put_in(adapter.arrays(path), adapter.scales[path])
         self._touched = set(adapter.tensors)
         self.key = selected.key
@@ -278,11 +279,3 @@ class Linears:
 
 def _bytes(adapter: lora.Adapter) -> int:
     return sum(x.nbytes for x in adapter.all_arrays())
-
-
-def _put(model: Any, path: str, module: Any) -> None:
-    """Of an embedding or a head: neither stands in a list."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        model = model[parent]
-    setattr(model, name, module)
