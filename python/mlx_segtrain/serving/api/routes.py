@@ -14,7 +14,7 @@ from .. import catalog
 from ..jobs.row import Row
 from ..service import Service
 from . import forms
-from .bodies import CommentedRoute
+from .bodies import JsonRoute
 from .dependencies import Used
 from .guard import PATIENCE_S
 
@@ -25,7 +25,7 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 router = APIRouter(
-    route_class=CommentedRoute,
+    route_class=JsonRoute,
     responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 503),
 )
 
