@@ -165,7 +165,7 @@ class Generate(Request):
 
 
 class ChatRequest(Generate):
-    """A chat whose next turn is asked for."""
+    """A chat, to which the model gives the next message."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1, max_length=TURNS
@@ -191,7 +191,7 @@ class ChatRequest(Generate):
 
 
 class CompletionRequest(Generate):
-    """A text that is to go on."""
+    """A text to complete."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
         description="a text, or its tokens; a list of more than one is refused"
