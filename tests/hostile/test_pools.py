@@ -180,7 +180,7 @@ def test_of_many_that_are_slow_the_slowest_ends(hostile):
             time.sleep(0.05)
         assert len(chat(hostile, "Hello")) == 5
         for slow in list(hostile._slow):
-            slow.worker.wire.shutdown(2)
+            slow.wire.shutdown(2)
     assert all(isinstance(error, Busy) for error in ended), ended
 
 
@@ -308,7 +308,7 @@ def test_pools_are_bounded():
         assert await pool.run(lambda: 5) == 5
 
     asyncio.run(main())
-    pool.close()
+    pool._threads.shutdown(wait=False)
 
 
 def test_an_answer_that_comes_in_parts(monkeypatch):

@@ -13,6 +13,6 @@ From the top down; each imports only what stands below it (tests/test_rooms.py):
     opening.py   files that are checked where they are opened, against links that come later
     processes.py how processes of ours are started
     roots.py     which folders may be named
-    settings.py, sessions.py (what a browser shows in the place of the token),
+    settings.py, sessions.py (what a browser shows in place of the token),
     pools.py (threads for each kind of work)
 """

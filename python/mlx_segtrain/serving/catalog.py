@@ -70,15 +70,15 @@ def model_id(path: Path) -> str:
 
 def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:
     """By name; what cannot be read as a model is passed over, and added to `faults`."""
-    found = {}
+    found = []
     for place, files in _folders(roots):
-        if {"config.json", "tokenizer_config.json"} <= files and place not in found:
+        if {"config.json", "tokenizer_config.json"} <= files:
             try:
-                found[place] = look(place)
+                found.append(look(place))
             except Exception as error:  # whatever one folder holds, the others are shown
                 if faults is not None and len(faults) < MOST_FAULTS:
                     faults.append(Unreadable(str(place), _reason(error)))
-    return sorted(found.values(), key=lambda model: (model.id.lower(), model.path))
+    return sorted(found, key=lambda model: (model.id.lower(), model.path))
 
 
 def look(path: Path) -> Model:
@@ -105,31 +105,27 @@ def look(path: Path) -> Model:
 
 def datasets(roots: Sequence[Path]) -> list[DataFolder]:
     """By path."""
-    found = {}
+    found = []
     for place, files in _folders(roots):
         if "train.jsonl" in files:
             with suppress(OSError):  # a link to nowhere
                 facts = (place / "train.jsonl").stat()
-                if not stat.S_ISREG(facts.st_mode):
-                    continue
-                size = facts.st_size
-                found[place] = DataFolder(str(place), size, "valid.jsonl" in files)
-    return [found[place] for place in sorted(found)]
+                if stat.S_ISREG(facts.st_mode):
+                    found.append(DataFolder(str(place), facts.st_size, "valid.jsonl" in files))
+    return sorted(found, key=lambda own: Path(own.path))
 
 
 def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
     """Those that can be read, and that `base`, if there is one, can take: by path."""
     shape = None if base is None else read_shape(base)
-    found = {}
+    found = []
     for place, files in _folders(roots):
         if {"adapters.safetensors", "adapter_model.safetensors"} & files:
-            try:
+            with suppress(Exception):  # whatever one folder holds, the others are shown
                 own = discovery.look(place, shape)
-            except Exception:  # whatever one folder holds, the others are shown
-                continue
-            if own.fault is None and own.fits is not False and place not in found:
-                found[place] = own
-    return [found[place] for place in sorted(found)]
+                if own.fault is None and own.fits is not False:
+                    found.append(own)
+    return sorted(found, key=lambda own: own.path)
 
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
@@ -151,7 +147,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            # A name that is no text could be in no answer; a link may lead out of the roots.
+            # Names that are no text cannot be sent as JSON; a link may lead out of the roots.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
             if str(place).isprintable():

@@ -19,8 +19,6 @@ from typing import Any
 from .. import files
 from .roots import Roots
 
-__all__ = ["confine", "confined", "path_of"]
-
 _open, _os_open = builtins.open, os.open
 #: Of macOS: the path of an open file.
 F_GETPATH = 50

@@ -1,13 +1,12 @@
 """Threads by kind of work, so many of each: what fills one kind leaves the others free."""
 
 import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from ..errors import RunError
-
-__all__ = ["Busy", "Pool"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,26 +25,13 @@ class Pool:
     """Up to `threads` calls run, and `waiting` more wait; the next is Busy."""
 
     def __init__(self, name: str, threads: int, waiting: int):
-        self.name, self.most, self.count = name, threads + waiting, 0
+        self.name, self._places = name, threading.Semaphore(threads + waiting)
         self._threads = ThreadPoolExecutor(threads, f"mlx-segtrain {name}")
 
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The call's result. One that nobody waits for any more counts until it has ended."""
-        if self.count >= self.most:
+        if not self._places.acquire(blocking=False):
             raise Busy(f"too many requests for {self.name} wait already: try again in a moment.")
-        self.count += 1
         future = self._threads.submit(fn, *args, **kwargs)
-        loop = asyncio.get_running_loop()
-
-        def ended(_: "Future[T]") -> None:
-            loop.call_soon_threadsafe(self._ended) if not loop.is_closed() else self._ended()
-
-        future.add_done_callback(ended)
+        future.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(future)
-
-    def _ended(self) -> None:
-        self.count -= 1
-
-    def close(self) -> None:
-        """What has not begun does not begin any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)

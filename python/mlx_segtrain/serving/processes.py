@@ -1,7 +1,7 @@
 """How processes of ours are started: from where no file is run by chance, knowing little.
 
 `python -m` puts the folder in which it starts before all others: a `yaml.py` that lies there is
-run in the place of the library. So a process of ours starts elsewhere, in isolated mode (which
+run in place of the library. So a process of ours starts elsewhere, in isolated mode (which
 Python 3.10 has, too), and takes the folders of modules that this process has, without the one in
 which it was started. Of the environment it gets what it needs.
 """
@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-
-__all__ = ["NETWORK", "command", "environment"]
 
 #: Before any module is imported but Python's own: the folders of modules, and this very package,
 #: wherever it is. Then main of one of its modules.
@@ -47,29 +45,22 @@ NETWORK = (
 OWN = ("MLX_SEGTRAIN_TOKEN",)
 
 
-def _started_in() -> str | None:
-    with suppress(OSError):  # it may be gone
-        return os.path.realpath(os.getcwd())
-    return None
-
-
-STARTED_IN = _started_in()
+#: Where this process was started.
+STARTED_IN: str | None = None
+with suppress(OSError):  # it may be gone
+    STARTED_IN = os.path.realpath(os.getcwd())
 
 
 def command(module: str, *args: str) -> list[str]:
     """Runs `main(*args)` of a module of ours in another Python; to be started in a safe folder."""
     package = Path(__file__).parents[1]
-    places = ["\x1f".join(_folders()), package.name, str(package)]
-    return [sys.executable, "-I", "-c", START, *places, module, *args]
-
-
-def _folders() -> list[str]:
-    """Where modules of others are found."""
-    return [
+    folders = [
         path
         for path in sys.path
         if os.path.isabs(path) and "\x1f" not in path and os.path.realpath(path) != STARTED_IN
     ]
+    places = ["\x1f".join(folders), package.name, str(package)]
+    return [sys.executable, "-I", "-c", START, *places, module, *args]
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..adapters.discovery import Found
 from ..config import PATHS, REFUSED, TrainConfig, load_config
-from ..data import Preview, Report
+from ..data import Report
 from ..errors import InputError, NoRoom, RunError
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
@@ -27,7 +29,7 @@ from .generation.mounting import Base, Selected, free_id
 from .generation.pieces import Generation
 from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
-from .jobs.queue import Full, Jobs
+from .jobs.queue import Jobs
 from .jobs.row import Row
 from .pools import Pool
 from .roots import Roots
@@ -46,16 +48,6 @@ TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 MOST_CONFIG = 1 << 16
 #: Jobs that a server takes at once, and how many more each minute.
 BURST, PER_MINUTE = 60, 60
-
-
-class Fault(InputError):
-    """A field that is wrong: its name, what it was, what is allowed."""
-
-    status = 422
-
-    def __init__(self, message: str, field: str | None = None, **more: Any):
-        super().__init__(message, field=field)
-        self.more = {"field": field, **more} if field is not None else {}
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,8 @@ class Service:
     async def available(self) -> list[dict[str, Any]]:
         """Adapters that the served model can take, as GET /v1/adapters/available lists them."""
         base = self.engine.base
-        found = [] if base is None else await self.adapters()
+        if base is None:
+            return []
         mounted = {own.path for own in self.engine.adapters.values()}
         return [
             {
@@ -145,12 +138,12 @@ class Service:
                 "base_model": own.base or None,
                 "mounted": own.path in mounted,
             }
-            for own in found
-            if base is not None and catalog.is_of(own, base.path)
+            for own in await self.adapters(base.path)
+            if catalog.is_of(own, base.path)
         ]
 
     async def serve(self, model_dir: str | Path) -> Base:
-        """Loads a model in the place of the one that is served."""
+        """Loads a model in place of the one that is served."""
         return await self.engine.load(self.roots.resolve(model_dir))
 
     # Answers
@@ -183,16 +176,14 @@ class Service:
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
-        """As the command line checks it; paths lie under the roots. Fault, Outside, InputError."""
+        """As the command line checks it; paths lie under the roots. Outside, InputError."""
         for name, why in REFUSED.items():
             if values.get(name) is not None:
-                raise Fault(
-                    f"{name} is not taken: {why}.", name, value=values[name], allowed="nothing"
-                )
+                raise InputError(f"{name} is not taken: {why}.", status=422, field=name)
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
-            raise Fault(str(error), error.field) from None
+            raise InputError(str(error), status=422, field=error.field) from None
         paths = {
             name: self.roots.resolve(getattr(config, name))
             for name in PATHS
@@ -237,11 +228,8 @@ class Service:
     def submit(self, values: Mapping[str, Any]) -> Row:
         """A training run."""
         fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
-        given = {key: value for key, value in values.items() if value is not None}
-        config = self.config({**given, **fill})
-        _check_inputs(config, "train")
+        config, stated = self._checked({**values, **fill}, "train")
         self.outputs.check_run(config)
-        stated = config.model_dump(mode="json", include=set(given) | set(fill))
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
@@ -259,11 +247,20 @@ class Service:
 
     def evaluate(self, values: Mapping[str, Any], split: str = "valid") -> Row:
         """Loss of a model, with an adapter or without."""
-        given = {key: value for key, value in values.items() if value is not None}
-        config = self.config(given, adapter_path="unused")
-        _check_inputs(config, split)
-        stated = config.model_dump(mode="json", include=set(given))
+        _, stated = self._checked(values, split, adapter_path="unused")
         return self._submit("evaluate", {**stated, "split": split}, None)
+
+    def _checked(
+        self, values: Mapping[str, Any], split: str, **fill: Any
+    ) -> tuple[TrainConfig, dict[str, Any]]:
+        """The configuration of a job, and what of it was given; InputError for what can be said
+        before the job begins."""
+        given = {key: value for key, value in values.items() if value is not None}
+        config = self.config(given, **fill)
+        Snapshot(config.model_dir).file("config.json", "configuration")
+        if not (config.data_dir / f"{split}.jsonl").is_file():
+            raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
+        return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
         """Queues a job again; InputError if there is none."""
@@ -279,7 +276,9 @@ class Service:
 
     def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
         if len(json.dumps(values)) > MOST_CONFIG:
-            raise Fault(f"the configuration has more than {MOST_CONFIG} bytes: shorten it.")
+            raise InputError(
+                f"the configuration has more than {MOST_CONFIG} bytes: shorten it.", status=422
+            )
         self._take_token()
         return self.jobs.submit(kind, values, output)
 
@@ -288,7 +287,9 @@ class Service:
         self.tokens = min(BURST, self.tokens + (now - self.refilled) * PER_MINUTE / 60)
         self.refilled = now
         if self.tokens < 1:
-            raise Full(f"more than {PER_MINUTE} jobs a minute are not taken: come back later.")
+            raise InputError(
+                f"more than {PER_MINUTE} jobs a minute are not taken: come back later.", status=429
+            )
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:
@@ -315,13 +316,6 @@ def resident() -> int | None:
     return pages * resource.getpagesize()
 
 
-def _check_inputs(config: TrainConfig, split: str) -> None:
-    """What can be said before a job begins."""
-    Snapshot(config.model_dir).file("config.json", "configuration")
-    if not (config.data_dir / f"{split}.jsonl").is_file():
-        raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
-
-
 def _plan(config: TrainConfig) -> Plan:
     try:
         run = plan_run(config, full_batch(config))
@@ -335,16 +329,12 @@ def _plan(config: TrainConfig) -> Plan:
     return Plan(True, text, asdict(found))
 
 
-def _inspect(confined: Confined, path: Path, n_preview: int, how: Mapping[str, Any]) -> Report:
+def _inspect(confined: Confined, path: Path, n_preview: int, how: dict[str, Any]) -> Report:
     what = f"the inspection of {path}"
     try:
         found = confined.ask(
-            "inspect", INSPECTING, what, path=str(path), n_preview=n_preview, how=dict(how)
+            "inspect", INSPECTING, what, path=str(path), n_preview=n_preview, how=how
         )
     except InputError as error:
         return Report(ok=False, error=str(error))
-    previews = [
-        Preview(**{**own, "tokens": [tuple(token) for token in own["tokens"]]})
-        for own in found["previews"]
-    ]
-    return Report(**{**found, "previews": previews})
+    return TypeAdapter(Report).validate_python(found)

@@ -1,4 +1,4 @@
-"""What a browser shows in the place of the token: a random id, which can be revoked.
+"""What a browser shows in place of the token: a random id, which can be revoked.
 
 A cookie goes to every port of a host, so to other programs of this machine, too. It must not be the
 token: that never changes, and opens the API from anywhere.
@@ -8,8 +8,6 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-
-__all__ = ["Sessions"]
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400

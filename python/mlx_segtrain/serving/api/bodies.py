@@ -8,14 +8,12 @@ import json
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
 from ..pools import Busy, Pool
-
-__all__ = ["CommentedRoute", "Json", "JsonRoute"]
 
 #: Bytes up to which a body is parsed at once.
 SMALL = 1 << 16
@@ -50,10 +48,13 @@ class NotText(ValueError):
 class Json(Request):
     """A request whose JSON is text: UTF-8, without lone surrogates.
 
-    A large body is parsed in a thread; each can be let go before the answer.
+    A large body is parsed in a thread; each can be let go before the answer. A small one that is
+    not OpenAI's may have // comments, as people write it in a shell.
     """
 
-    most = OF_PROMPT
+    @property
+    def is_openai(self) -> bool:
+        return self.url.path.startswith("/v1/")
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
@@ -64,8 +65,7 @@ class Json(Request):
             except Busy as error:
                 raise HTTPException(429, str(error)) from None
             except NotText as error:
-                status = 400 if self.url.path.startswith("/v1/") else 422
-                raise HTTPException(status, str(error)) from None
+                raise HTTPException(400 if self.is_openai else 422, str(error)) from None
         return self._json
 
     def parse(self, body: bytes) -> Any:
@@ -73,8 +73,14 @@ class Json(Request):
         FastAPI says where."""
         text = _decoded(body)
         if len(body) > SMALL:
-            _count(text, self.most)
-        value = json.loads(text)
+            _count(text, OF_PROMPT if self.is_openai else OF_CONFIGURATION)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            if self.is_openai or len(body) > SMALL:
+                raise
+            text = _COMMENT.sub(lambda found: found[1] or "", text)
+            value = json.loads(text)
         if _ESCAPED.search(text):
             _check_text(value)
         return value
@@ -87,39 +93,16 @@ class Json(Request):
             freed()
 
 
-class Commented(Json):
-    """A request whose JSON may have // comments, as people write it in a shell: a small one."""
-
-    most = OF_CONFIGURATION
-
-    def parse(self, body: bytes) -> Any:
-        try:
-            return super().parse(body)
-        except json.JSONDecodeError:
-            if len(body) > SMALL:
-                raise
-            text = _COMMENT.sub(lambda found: found[1] or "", _decoded(body))
-            return super().parse(text.encode())
-
-
 class JsonRoute(APIRoute):
     """A route whose bodies are read so."""
-
-    request_class: ClassVar[type[Json]] = Json
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            return await handle(self.request_class(request.scope, request.receive))
+            return await handle(Json(request.scope, request.receive))
 
         return answer
-
-
-class CommentedRoute(JsonRoute):
-    """The same, with comments."""
-
-    request_class = Commented
 
 
 def _decoded(body: bytes) -> str:
@@ -162,7 +145,7 @@ def _check_text(value: Any) -> None:
     waiting = [("", value)]
     while waiting:
         where, value = waiting.pop()
-        where = where[:200]  # or a long key would stand in the place of each thing below it
+        where = where[:200]  # or a long key would be repeated for each thing below it
         if isinstance(value, str):
             if found := _SURROGATE.search(value):
                 raise NotText(

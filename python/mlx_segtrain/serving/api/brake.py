@@ -1,34 +1,10 @@
-"""What is too fast: wrong tokens, and lines of the log."""
+"""What is too fast for the log."""
 
-import asyncio
 import logging
 import time
 
-#: Seconds that the answer to a wrong token takes, and how many of them are waited for at once. The
-#: others are answered at once, and differently: whoever has the token waits for none of them.
-WRONG_S, MOST_WRONG = 1.0, 16
 #: Warnings in the log: so many at once, and more by the second.
 LINES, LINES_PER_S = 100, 2.0
-
-
-class Brake:
-    """Slows down who guesses tokens. The right one is never slowed down, and no guess outlives its
-    connection's request by more than a second."""
-
-    def __init__(self) -> None:
-        self.waiting = 0
-
-    async def wrong(self) -> bool:
-        """Whether the guess may be told that it was wrong, which takes a while; else it is one of
-        too many."""
-        if self.waiting >= MOST_WRONG:
-            return False
-        self.waiting += 1
-        try:
-            await asyncio.sleep(WRONG_S)
-        finally:
-            self.waiting -= 1
-        return True
 
 
 class Bounded(logging.Filter):

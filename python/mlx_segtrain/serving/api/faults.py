@@ -8,12 +8,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ...config import TrainConfig, allowed, nearest
 from ...errors import InputError, RunError, word
-
-__all__ = ["add_handlers", "error_answer", "error_body", "openai_error", "sentence"]
 
 #: Seconds after which a client may try again, by status: of /v1, and of the rest.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
@@ -41,9 +39,8 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
         return f"the body cannot be used: {said}.", {}
     if where[0] in TrainConfig.model_fields and fault["type"] not in ("missing", "extra_forbidden"):
         value, said = _plain(fault["input"]), allowed(where[0], fault["input"])
-        return f"{where[0]} must be {said}; got {value!r}.", {
-            **{"field": where[0], "value": value, "allowed": said}
-        }
+        more = {"field": where[0], "value": value, "allowed": said}
+        return f"{where[0]} must be {said}; got {value!r}.", more
     own, where = _within(faults, where, body)
     fault, field = own[0], ".".join(where)
     value = None if field in SECRET else _plain(fault["input"])
@@ -109,22 +106,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
-class Ascii(JSONResponse):
-    """What a client sent may be no text at all (a lone surrogate), and is repeated to it."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content).encode("ascii")
-
-
 def add_handlers(app: FastAPI) -> None:
     """Every error is answered with a sentence. Those of ours bring their status."""
 
+    @app.exception_handler(InputError)
+    @app.exception_handler(RunError)
     async def known(request: Request, error: Any) -> Response:
-        code, more = getattr(error, "code", None), getattr(error, "more", {})
+        code, field = getattr(error, "code", None), getattr(error, "field", None)
+        more = {"field": field} if field is not None and error.status == 422 else {}
         return error_answer(request, error.status, str(error), code, **more)
-
-    for kind in (InputError, RunError):
-        app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -154,7 +144,9 @@ def error_answer(
     path = request.url.path
     retry = RETRY_OPENAI_S if path.startswith("/v1/") else RETRY_S
     headers = {"retry-after": str(retry[status])} if status in retry else None
-    return Ascii({**error_body(path, message, status, code), **more}, status, headers)
+    # In ASCII: what a client sent may be no text at all (a lone surrogate), and is repeated to it.
+    content = json.dumps({**error_body(path, message, status, code), **more})
+    return Response(content, status, headers, "application/json")
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:

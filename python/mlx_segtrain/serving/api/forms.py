@@ -1,12 +1,19 @@
 """What /api takes and answers."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
-from ...config import REFUSED, Method, TrainConfig, allowed, default
-from ...fields import MOST, Variables, choices, is_list, kind
+from ...config import REFUSED, Method, TrainConfig, affecting, allowed, default
+from ...data import Report
+from ...fields import choices, is_list, kind
 from ..catalog import DataFolder, Model, Unreadable
+from ..jobs.row import Row
+
+#: Columns of a job that are the server's own.
+INTERNAL = ("place", "result_json", "begins", "cancelling", "opened")
 
 
 class Answer(BaseModel):
@@ -23,21 +30,24 @@ class Problem(BaseModel):
     allowed: str | None = None
 
 
-class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Closed(BaseModel, extra="forbid"):
+    """A request; fields that it does not have are refused."""
 
 
-def _run_fields() -> type[BaseModel]:
-    """The fields of TrainConfig but those that the command line alone has."""
-    fields: dict[str, Any] = {
-        name: (field.annotation, field)
-        for name, field in TrainConfig.model_fields.items()
-        if name not in REFUSED
-    }
-    return create_model("RunFields", __base__=Closed, **fields)
+def _fields(names: Iterable[str]) -> type[BaseModel]:
+    """Fields of a run, as TrainConfig has them."""
+    known = TrainConfig.model_fields
+    own: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in names}
+    return create_model("RunFields", __base__=Closed, **own)
 
 
-class FinetuneSubmit(_run_fields()):
+def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
+    """A dataclass as it is answered: all its fields are there, but some that are our own."""
+    own: dict[str, Any] = {x.name: (x.type, ...) for x in fields(record) if x.name not in but}
+    return create_model(record.__name__, **own)
+
+
+class FinetuneSubmit(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
     """A training run, as docs/configuration.md has it; adapter_path is made if it lacks.
 
     Whether values go together is checked as on the command line.
@@ -58,22 +68,12 @@ class EvaluateRequest(FinetuneSubmit):
     split: Literal["valid", "train"] = "valid"
 
 
-class JobRow(BaseModel):
+class JobRow(_answer(Row, but=INTERNAL)):
     """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
 
-    id: str
-    kind: str
-    status: Literal["queued", "running", "done", "failed", "cancelled"]
     config_json: str | None = Field(description="Left out, null, in lists.")
-    progress: float
-    message: str | None
     log_path: str
-    output_path: str | None
-    error: str | None
     result: Any = None
-    created_at: str
-    started_at: str | None
-    ended_at: str | None
 
 
 class JobAnswer(Answer):
@@ -163,8 +163,7 @@ class Pushed(Answer):
     url: str
 
 
-class HfToken(Closed):
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+class HfToken(Closed, str_strip_whitespace=True):
     token: Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
 
 
@@ -172,48 +171,15 @@ class HasHfToken(Answer):
     hasToken: bool
 
 
-class InspectDataset(Closed):
+class InspectDataset(_fields(affecting("rows"))):
     path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
     model_dir: str | None = Field(None, description="With it tokens are counted and shown.")
     n_preview: int = Field(3, ge=0, le=50)
-    max_seq_length: int = Field(512, ge=2, le=MOST)
     method: Method | None = None
-    train_on: Literal["assistant", "last"] = "assistant"
-    append_eos: bool = True
-    prompt_format: Literal["auto", "chat", "raw"] = "auto"
-    chat_template_kwargs: Variables = Field({}, description="Variables of the chat template.")
-    strict: bool = False
 
 
-class PreviewRow(BaseModel):
-    """A row as it is trained: text, whether it is trained, and weight, of each token."""
-
-    source: str
-    tokens: list[tuple[str, bool, float]]
-    findings: list[str]
-
-
-class Inspected(BaseModel):
-    ok: bool
-    error: str | None
+class Inspected(_answer(Report)):
     format: str
-    n_train: int
-    n_valid: int
-    length_min: int | None
-    length_median: int | None
-    length_p95: int | None
-    length_max: int | None
-    tokens: int | None
-    supervised_tokens: int | None
-    truncated: int | None
-    dropped: int | None
-    prompts_cut: int | None
-    samples: int | None
-    trained_turns: int | None
-    prompt_format: str | None
-    remarks: list[str]
-    findings: dict[str, list[str]]
-    previews: list[PreviewRow]
 
 
 class Planned(Answer):

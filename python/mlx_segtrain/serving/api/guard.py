@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..sessions import Sessions
 from ..settings import LOOPBACK
-from .brake import Brake
 from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
@@ -32,6 +32,9 @@ MOST_HELD, FREE = 32 << 20, 1 << 16
 PART_S, BODY_S = 10.0, 60.0
 #: Seconds for the rest of a body that is refused.
 DRAIN_S = 2.0
+#: Seconds that the answer to a wrong token takes, and how many of them are waited for at once. The
+#: others are answered at once, and differently: whoever has the token waits for none of them.
+WRONG_S, MOST_WRONG = 1.0, 16
 #: Statuses of answers that the log has, too.
 REFUSALS = (400, 401, 403, 422, 429)
 #: Seconds after which a client that takes nothing of a stream is let go.
@@ -90,7 +93,7 @@ class Guard:
         self.app, self.token, self.any_address = app, token, any_address
         self.sessions, self.page_fits = sessions or Sessions(), page_fits
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
-        self.held, self.brake = Held(), Brake()
+        self.held, self.guesses = Held(), asyncio.Semaphore(MOST_WRONG)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -153,7 +156,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": refused.reason})
         elif not started:
             await body.drain()
-            await _answer(scope, headers, refused, send_on)
+            await _answer(scope, headers, refused)(scope, receive, send_on)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         text = headers.get(b"host", b"").decode("latin-1").lower()
@@ -205,9 +208,12 @@ class Guard:
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
-        """After a wrong token; Refused if there are too many of them."""
-        if not await self.brake.wrong():
+        """After a wrong token; Refused if there are too many of them. The right one is never slowed
+        down, and no guess outlives its connection's request by more than a second."""
+        if self.guesses.locked():
             raise Refused(429, "too many wrong tokens come at once: try again later.")
+        async with self.guesses:
+            await asyncio.sleep(WRONG_S)
 
 
 def _has_attachments(message: Message) -> bool:
@@ -301,20 +307,15 @@ def _own_cookies(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     return {name: value for name, value in OWN_COOKIES.findall(text)}
 
 
-async def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused, send: Send) -> None:
+def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
     """As the routes of the path answer; a browser without a token is led to where it gives it."""
-    more = [(b"connection", b"close")]  # whatever of the body is still to come
+    more = {"connection": "close"}  # whatever of the body is still to come
     if refused.status == 401:
-        more.append((b"www-authenticate", b"Bearer"))
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":
-            start = {"type": "http.response.start", "status": 303}
-            await send({**start, "headers": [(b"location", b"/login")]})
-            await send({"type": "http.response.body"})
-            return
-    content = json.dumps(error_body(scope["path"], refused.reason, refused.status)).encode()
-    more += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": refused.status, "headers": more})
-    await send({"type": "http.response.body", "body": content})
+            return RedirectResponse("/login", 303)
+        more["www-authenticate"] = "Bearer"
+    content = json.dumps(error_body(scope["path"], refused.reason, refused.status))
+    return Response(content, refused.status, more, "application/json")
 
 
 def _log(scope: Scope, status: int, reason: str) -> None:

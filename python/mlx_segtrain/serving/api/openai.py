@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,32 +13,15 @@ from sse_starlette import EventSourceResponse
 from ...errors import InputError, RunError, shown
 from ..confined.parent import prompts
 from ..generation.engine import Busy, Engine
-from ..generation.mounting import Base, Mounted, Selected
+from ..generation.mounting import Base, Selected
 from ..generation.pieces import Generation, Piece
 from ..service import Service
+from . import openai_forms as forms
 from .bodies import Json, JsonRoute
 from .dependencies import Used
 from .faults import error_answer, openai_error
 from .guard import PATIENCE_S
-from .openai_forms import (
-    AvailableAdapters,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    Error,
-    Generate,
-    ModelInfo,
-    ModelList,
-    MountAnswer,
-    MountedAdapter,
-    MountedAdapters,
-    MountRequest,
-    UnmountAnswer,
-    chat_turns,
-    names_base,
-    prompt_tokens,
-)
+from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
 
 #: Seconds between two looks whether a client that waits for a whole answer is still there.
 LOOK_S = 0.25
@@ -65,17 +48,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         "short",
         "4XX": "a request that is refused: not allowed, not found, or not of the schema",
     }
-    return {s: {"model": Error, "description": said[s]} for s in (*statuses, "4XX")}
-
-
-def _usage(prompt: Sequence[int], last: Piece, authority: str | None) -> dict[str, Any]:
-    """Which tokens were cached tells of others' prompts: it is for those who have all the token."""
-    return {
-        "prompt_tokens": len(prompt),
-        "completion_tokens": last.tokens,
-        "total_tokens": len(prompt) + last.tokens,
-        "prompt_tokens_details": None if authority is None else {"cached_tokens": last.cached},
-    }
+    return {s: {"model": forms.Error, "description": said[s]} for s in (*statuses, "4XX")}
 
 
 async def _whole(generation: Generation, request: Request) -> list[Piece]:
@@ -96,28 +69,32 @@ async def _whole(generation: Generation, request: Request) -> list[Piece]:
 
 async def _events(
     generation: Generation,
-    prompt: Sequence[int],
     head: Mapping[str, Any],
-    choice: Callable[[str | None, str | None], dict[str, Any]],
-    with_usage: bool,
-    authority: str | None,
+    usage: Callable[[Piece], dict[str, Any]],
+    body: Generate,
 ) -> AsyncIterator[dict[str, str]]:
     """A chunk for the role if there is one, one for each piece, one for the usage if wanted."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
 
-    def event(choices: list[dict[str, Any]], **more: Any) -> dict[str, str]:
-        usage = {"usage": None} if with_usage else {}
-        return {"data": json.dumps({**head, "choices": choices, **usage, **more})}
+    def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, str]:
+        more = {"usage": usage} if with_usage else {}
+        return {"data": json.dumps({**head, "choices": choices, **more})}
+
+    def chunk(finish: str | None = None, **delta: str) -> dict[str, str]:
+        if isinstance(body, ChatRequest):
+            return event([_choice({"delta": delta}, finish)])
+        return event([_choice({"text": delta.get("content", "")}, finish)])
 
     try:
-        if head["object"] == "chat.completion.chunk":
-            yield event([choice(None, None)])
+        if isinstance(body, ChatRequest):
+            yield chunk(role="assistant", content="")
         async for piece in generation:
             if piece.text:
-                yield event([choice(piece.text, None)])
+                yield chunk(content=piece.text)
             if piece.finish:
-                yield event([choice("", piece.finish)])
+                yield chunk(piece.finish)
                 if with_usage:
-                    yield event([], usage=_usage(prompt, piece, authority))
+                    yield event([], usage(piece))
                 yield {"data": "[DONE]"}
     except RunError as error:  # the status is sent already
         yield {"data": json.dumps(openai_error(503, str(error)))}
@@ -125,26 +102,18 @@ async def _events(
         await generation.aclose()
 
 
-def _chat_choice(text: str | None, finish: str | None) -> dict[str, Any]:
-    delta = {"role": "assistant", "content": ""} if text is None else {"content": text}
-    return {
-        "index": 0,
-        "delta": {} if finish else delta,
-        "logprobs": None,
-        "finish_reason": finish,
-    }
-
-
-def _text_choice(text: str | None, finish: str | None) -> dict[str, Any]:
-    return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
+def _choice(answer: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    return {"index": 0, **answer, "logprobs": None, "finish_reason": finish}
 
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-STREAM: dict[int | str, dict[str, Any]] = {
+#: What a request for text may be answered with.
+ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream, chunks as server-sent events up to [DONE].",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    }
+    },
+    **_errors(400, 404, 413, 429, 500, 503),
 }
 
 
@@ -156,14 +125,6 @@ def _base(service: Service) -> Base:
         )
         raise Unserved(message, 503, "no_model")
     return service.engine.base
-
-
-def _ready(service: Service) -> Base:
-    base = _base(service)
-    if service.waits:
-        message = "a job trains, and this server waits for it: try later."
-        raise Unserved(message, 503, "training")
-    return base
 
 
 async def _selected(service: Service, base: Base, body: Generate) -> Selected:
@@ -201,97 +162,79 @@ async def _by_path(service: Service, field: str, text: str) -> str:
     )
 
 
-async def _answer(
-    service: Service,
-    request: Request,
-    body: Generate,
-    encode: Callable[[Selected], list[int]],
-    most: int,
-) -> Any:
+async def _answer(service: Service, request: Request, body: Generate) -> Any:
     chat = isinstance(body, ChatRequest)
     authority = request.scope.get("mlx_segtrain.authority")
-    base = _ready(service)
+    base = _base(service)
+    if service.waits:
+        raise Unserved("a job trains, and this server waits for it: try later.", 503, "training")
     body.refuse_extra()
+    if body.stream_options is not None:
+        body.stream_options.refuse_extra("stream_options.")
     chosen = await _selected(service, base, body)
-    prompt = await prompts(body.size).run(encode, chosen)
+    prompt = await prompts(body.size).run(body.encode, chosen)
     if isinstance(request, Json):  # it may wait for long, and then the answer takes long
         request.let_go()
         body.let_go()
-    generation = service.engine.generate(prompt, chosen, body.options(most, continues=not chat))
+    generation = service.engine.generate(prompt, chosen, body.options())
+    kind = "chat.completion" if chat else "text_completion"
     head = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if chat else "text_completion",
+        "object": "chat.completion.chunk" if chat and body.stream else kind,
         "created": int(time.time()),
         "model": body.model or base.id,
         "adapter": chosen.id,
     }
+
+    def usage(last: Piece) -> dict[str, Any]:
+        """Which tokens were cached tells of others' prompts: that is for who has all the token."""
+        return {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": last.tokens,
+            "total_tokens": len(prompt) + last.tokens,
+            "prompt_tokens_details": None if authority is None else {"cached_tokens": last.cached},
+        }
+
     if body.stream:
-        if chat:
-            head["object"] = "chat.completion.chunk"
-        options = body.stream_options
-        choice = _chat_choice if chat else _text_choice
-        with_usage = bool(options and options.include_usage)
-        events = _events(generation, prompt, head, choice, with_usage, authority)
+        events = _events(generation, head, usage, body)
         return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
     pieces = await _whole(generation, request)
     if not pieces or pieces[-1].finish is None:
         return error_answer(request, 499, "the client has gone.")
     text, last = "".join(piece.text for piece in pieces), pieces[-1]
-    whole = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    choice = {"index": 0, **whole, "logprobs": None, "finish_reason": last.finish}
-    return {**head, "choices": [choice], "usage": _usage(prompt, last, authority)}
+    answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {**head, "choices": [_choice(answer, last.finish)], "usage": usage(last)}
 
 
-@router.post(
-    "/v1/chat/completions",
-    response_model=ChatCompletion,
-    responses={**STREAM, **_errors(400, 404, 413, 429, 500, 503)},
-)
+@router.post("/v1/chat/completions", response_model=forms.ChatCompletion, responses=ANSWERS)
 async def chat(body: ChatRequest, request: Request, service: Used) -> Any:
-    """The next turn of a chat."""
-    most = body.max_completion_tokens or body.max_tokens or 512
-
-    def encode(chosen: Selected) -> list[int]:
-        return chosen.encode_chat(chat_turns(body.messages), body.chat_template_kwargs)
-
-    return await _answer(service, request, body, encode, most)
+    """Generates the assistant's next message."""
+    return await _answer(service, request, body)
 
 
-@router.post(
-    "/v1/completions",
-    response_model=Completion,
-    responses={**STREAM, **_errors(400, 404, 413, 429, 500, 503)},
-)
+@router.post("/v1/completions", response_model=forms.Completion, responses=ANSWERS)
 async def complete(body: CompletionRequest, request: Request, service: Used) -> Any:
-    """How a text goes on."""
-
-    def encode(chosen: Selected) -> list[int]:
-        return prompt_tokens(chosen.base, body.prompt)
-
-    most = body.max_completion_tokens or body.max_tokens or 16
-    return await _answer(service, request, body, encode, most)
+    """Completes a prompt."""
+    return await _answer(service, request, body)
 
 
-def _models(engine: Engine) -> list[ModelInfo]:
+def _models(engine: Engine) -> list[forms.ModelInfo]:
     base = engine.base
     if base is None:
         return []
-    own = ModelInfo(id=base.id, created=base.created)
-    return [
-        own,
-        *(ModelInfo(id=id, created=base.created, parent=base.id) for id in engine.adapters),
-    ]
+    named = [(base.id, None), *((id, base.id) for id in engine.adapters)]
+    return [forms.ModelInfo(id=id, created=base.created, parent=parent) for id, parent in named]
 
 
-@router.get("/v1/models", response_model=ModelList)
-async def list_models(service: Used) -> Any:
+@router.get("/v1/models")
+async def list_models(service: Used) -> forms.ModelList:
     """The served model, and each mounted adapter."""
-    return ModelList(data=_models(service.engine))
+    return forms.ModelList(data=_models(service.engine))
 
 
-@router.get("/v1/models/{id:path}", response_model=ModelInfo, responses=_errors(404))
-async def get_model(id: str, service: Used) -> Any:
-    """One of them."""
+@router.get("/v1/models/{id:path}", responses=_errors(404))
+async def get_model(id: str, service: Used) -> forms.ModelInfo:
+    """The served model, or a mounted adapter."""
     base = service.engine.base
     name = base.id if base is not None and names_base(base, id) else id
     found = next((model for model in _models(service.engine) if model.id == name), None)
@@ -300,48 +243,31 @@ async def get_model(id: str, service: Used) -> Any:
     return found
 
 
-@router.get("/v1/adapters", response_model=MountedAdapters, tags=["adapters"])
-async def list_adapters(service: Used) -> Any:
+@router.get("/v1/adapters", tags=["adapters"])
+async def list_adapters(service: Used) -> forms.MountedAdapters:
     """The mounted adapters."""
-    names = MountedAdapter.model_fields
-    return {
-        "adapters": [
-            {name: getattr(x, name) for name in names} | {"path": str(x.path)}
-            for x in service.engine.adapters.values()
-        ]
-    }
+    own = [{**vars(x), "path": str(x.path)} for x in service.engine.adapters.values()]
+    return forms.MountedAdapters(adapters=[forms.MountedAdapter(**values) for values in own])
 
 
-@router.get("/v1/adapters/available", response_model=AvailableAdapters, tags=["adapters"])
+@router.get("/v1/adapters/available", response_model=forms.AvailableAdapters, tags=["adapters"])
 async def list_available(service: Used) -> Any:
     """Adapters on disk that the served model can take."""
     return {"adapters": await service.available()}
 
 
-@router.post(
-    "/v1/adapters",
-    response_model=MountAnswer,
-    responses=_errors(400, 403, 413, 429, 503),
-    tags=["adapters"],
-)
-async def mount(body: MountRequest, service: Used) -> Any:
+@router.post("/v1/adapters", responses=_errors(400, 403, 413, 429, 503), tags=["adapters"])
+async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
     """Mounts an adapter; one that is mounted under this id stays as it is."""
-    engine = service.engine
     _base(service)
-    mounted: Mounted | None = engine.adapters.get(body.id)
+    mounted = service.engine.adapters.get(body.id)
     if mounted is None:
         path = await asyncio.to_thread(service.roots.resolve, body.path)
-        mounted = await engine.mount(body.id, path)
-    names = MountAnswer.model_fields
-    return {name: getattr(mounted, name) for name in names}
+        mounted = await service.engine.mount(body.id, path)
+    return forms.MountAnswer(**vars(mounted))
 
 
-@router.delete(
-    "/v1/adapters/{id:path}",
-    response_model=UnmountAnswer,
-    responses=_errors(404, 429),
-    tags=["adapters"],
-)
-async def unmount(id: str, service: Used) -> Any:
+@router.delete("/v1/adapters/{id:path}", responses=_errors(404, 429), tags=["adapters"])
+async def unmount(id: str, service: Used) -> forms.UnmountAnswer:
     """Unmounts an adapter; requests that run on it end on it."""
-    return {"id": id, "removed_layers": await service.engine.unmount(id)}
+    return forms.UnmountAnswer(id=id, removed_layers=await service.engine.unmount(id))

@@ -9,80 +9,66 @@ mlx_lm.server.
 import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
 
 from ...config import nearest
 from ...errors import InputError, word
-
-__all__ = ["IN_CHAT", "IN_COMPLETION", "IN_MESSAGE", "IN_PART", "IN_STREAM_OPTIONS", "refuse_extra"]
-
 
 #: A field's values, besides null, that mean the same as leaving it out. None: all of them.
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
+#: Switches that are off, and lists that are empty.
+OFF = (
+    *("store", "use_beam_search", "logprobs", "separate_reasoning"),
+    *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
+    *("return_prompt_text", "return_prompt_token_ids", "return_meta_info"),
+    *("return_hidden_states", "return_routed_experts", "return_cached_tokens_details"),
+    *("echo", "continue_final_message", "use_audio_in_video", "watermarking"),
+    *("ignore_eos", "no_stop_trim", "include_stop_str_in_output"),
+)
+EMPTY = ("tools", "functions", "documents", "stop_token_ids", "bad_words", "logits_processors")
+
 #: Of a chat and of a completion. A field that is not here has no such value.
 IN_BOTH: Neutral = {
+    **dict.fromkeys(OFF, (False,)),
+    **dict.fromkeys(EMPTY, ([],)),
     # Labels for the operator's own use, and hints to caches
     **dict.fromkeys(("user", "metadata", "safety_identifier", "custom_labels"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
-    "store": (False,),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    # Tools and other things that the model could call
-    "tools": ([],),
+    # Tools and other things that the model could call: there are none
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),  # there are no tools
+    "parallel_tool_calls": (True, False),
     # The form of the answer
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "include_reasoning": (True,),
-    "separate_reasoning": (False,),
     "stream_reasoning": (True,),
     "stream_interval": (1,),
     # How many answers, and what is told of each
     "n": (1,),
     "best_of": (1,),
-    "use_beam_search": (False,),
     "length_penalty": (1,),
-    "logprobs": (False,),
     "top_logprobs": (0, -1),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
-    "return_token_offsets": (False,),
-    "return_prompt_text": (False,),
-    "return_prompt_token_ids": (False,),
-    "return_meta_info": (False,),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-    "return_cached_tokens_details": (False,),
     "return_mm_kwargs": (True,),
     "routed_experts_start_len": (0,),
     "routed_experts_prompt_start": (0,),
     # The prompt
-    "echo": (False,),
     "suffix": ("",),
     "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
-    "documents": ([],),
     "role_mapping": ({},),
-    "use_audio_in_video": (False,),
     # Where the answer ends, and what of it is shown
     "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "no_stop_trim": (False,),
-    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     # Which tokens are taken
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "watermarking": (False,),
     "xtc_probability": (0,),
     "xtc_threshold": ANYTHING,  # of xtc_probability
     "draft_model": ("default_model",),
@@ -104,23 +90,24 @@ IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHI
 IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
 
-def refuse_extra(
-    given: Mapping[str, Any] | None, neutral: Neutral, where: str, known: Sequence[str]
-) -> None:
-    """InputError if a field that we do not have is given, and may change an answer.
+class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
+    """What clients send; fields that it does not have are kept, to be refused by name."""
 
-    `known` are the names that we have: one may have been meant.
-    """
-    for name, value in (given or {}).items():
-        harmless = neutral.get(name, ())
-        if value is None or harmless is None or any(_same(value, x) for x in harmless):
-            continue
-        ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
-        hint = "" if name in neutral else nearest(name[:100], known)
-        raise InputError(
-            f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
-            f"{ways}.{hint}"
-        )
+    neutral: ClassVar[Neutral]
+
+    def refuse_extra(self, where: str = "") -> None:
+        """InputError if a field is given that we do not have, and may change an answer."""
+        for name, value in (self.model_extra or {}).items():
+            harmless = self.neutral.get(name, ())
+            if value is None or harmless is None or any(_same(value, x) for x in harmless):
+                continue
+            ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
+            known = list(type(self).model_fields)  # one of which may have been meant
+            hint = "" if name in self.neutral else nearest(name[:100], known)
+            raise InputError(
+                f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
+                f"{ways}.{hint}"
+            )
 
 
 def _same(value: Any, other: Any) -> bool:

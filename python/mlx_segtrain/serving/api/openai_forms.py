@@ -5,44 +5,17 @@ What a field means to OpenAI's clients it means here, or the request is refused 
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from ...errors import InputError
 from ...fields import fault_of_variables
 from ..generation.decoding import Options
-from ..generation.mounting import Base
-from .openai_fields import (
-    IN_CHAT,
-    IN_COMPLETION,
-    IN_MESSAGE,
-    IN_PART,
-    IN_STREAM_OPTIONS,
-    Neutral,
-    refuse_extra,
-)
-
-__all__ = [
-    "AvailableAdapters",
-    "ChatCompletion",
-    "ChatRequest",
-    "Completion",
-    "CompletionRequest",
-    "Error",
-    "Generate",
-    "ModelInfo",
-    "ModelList",
-    "MountAnswer",
-    "MountRequest",
-    "MountedAdapter",
-    "MountedAdapters",
-    "UnmountAnswer",
-    "chat_turns",
-    "names_base",
-    "prompt_tokens",
-]
+from ..generation.mounting import Base, Selected
+from .openai_fields import IN_CHAT, IN_COMPLETION, IN_MESSAGE, IN_PART, IN_STREAM_OPTIONS, Request
 
 # Requests
 
@@ -53,22 +26,20 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-
-class Part(_Request):
+class Part(Request):
     """A part of a message's content; parts are put together without anything between them."""
 
     type: str = Field(description="text; others are refused")
     text: str | None = None
+    neutral = IN_PART
 
 
-class Message(_Request):
+class Message(Request):
     """A turn. `developer` is `system` to the model; of an assistant the content may be null."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    neutral = IN_MESSAGE
 
     @property
     def size(self) -> int:
@@ -78,10 +49,11 @@ class Message(_Request):
         return len(self.content or "")
 
 
-class StreamOptions(_Request):
+class StreamOptions(Request):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
+    neutral = IN_STREAM_OPTIONS
 
 
 #: Biases, and turns of a chat, at most.
@@ -95,6 +67,12 @@ def _few(values: Any) -> Any:
     return values
 
 
+#: Fields that Options has by the same name, and as they are.
+SAMPLING = {
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+}
+
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -102,7 +80,7 @@ Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class Generate(_Request):
+class Generate(Request):
     """What chat and completions share."""
 
     model: str | None = Field(
@@ -157,40 +135,37 @@ class Generate(_Request):
     )
     stream: bool | None = Field(None, description="server-sent events, a piece of text each")
     stream_options: StreamOptions | None = None
-    neutral: ClassVar[Neutral] = {}
-
-    def refuse_extra(self) -> None:
-        """InputError if a field is given that we do not have, and may change an answer."""
-        refuse_extra(self.model_extra, self.neutral, "", list(type(self).model_fields))
-        if (own := self.stream_options) is not None:
-            known = list(StreamOptions.model_fields)
-            refuse_extra(own.model_extra, IN_STREAM_OPTIONS, "stream_options.", known)
+    most: ClassVar[int]  #: tokens of the answer, where the request does not say it
+    continues: ClassVar[bool] = False  #: the answer's text goes on from the prompt's
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Characters that have to become tokens."""
-        return 0
 
+    @abstractmethod
+    def encode(self, chosen: Selected) -> list[int]:
+        """Tokens of the prompt; InputError for what is none."""
+
+    @abstractmethod
     def let_go(self) -> None:
         """Frees what was asked, whose tokens are known by now."""
 
-    def options(self, most: int, *, continues: bool) -> Options:
-        """For an answer of `most` tokens."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        names = (*names, "presence_penalty", "frequency_penalty", "seed")
-        given = {x: value for x in names if (value := getattr(self, x)) is not None}
+    def options(self) -> Options:
+        """How the answer's tokens are chosen, and where it ends."""
+        given = self.model_dump(include=SAMPLING, exclude_none=True)
         given["top_k"] = max(given.get("top_k", 0), 0)
         return Options(
-            max_tokens=most,
+            max_tokens=self.max_completion_tokens or self.max_tokens or self.most,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            continues=continues,
+            continues=self.continues,
             **given,
         )
 
 
 class ChatRequest(Generate):
-    """A chat whose next turn is asked for."""
+    """A chat, to which the model gives the next message."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1, max_length=TURNS
@@ -200,38 +175,51 @@ class ChatRequest(Generate):
         description="variables of the chat template; by default those that the adapter was "
         "trained with",
     )
-    neutral: ClassVar[Neutral] = IN_CHAT
+    neutral = IN_CHAT
+    most = 512
 
     @property
     def size(self) -> int:
         variables = len(json.dumps(self.chat_template_kwargs)) if self.chat_template_kwargs else 0
         return variables + sum(message.size for message in self.messages)
 
+    def encode(self, chosen: Selected) -> list[int]:
+        return chosen.encode_chat(chat_turns(self.messages), self.chat_template_kwargs)
+
     def let_go(self) -> None:
         self.messages, self.chat_template_kwargs = [], None
 
 
 class CompletionRequest(Generate):
-    """A text that is to go on."""
+    """A text to complete."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
         description="a text, or its tokens; a list of more than one is refused"
     )
-    neutral: ClassVar[Neutral] = IN_COMPLETION
+    neutral = IN_COMPLETION
+    most = 16
+    continues = True
 
     @property
     def size(self) -> int:
         first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else self.prompt
         return len(first) if isinstance(first, str) else 0
 
+    def encode(self, chosen: Selected) -> list[int]:
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise InputError(f"prompt: {len(prompt)} prompts in one request: send one in each.")
+            prompt = prompt[0]
+        return chosen.base.encode(prompt) if isinstance(prompt, str) else prompt
+
     def let_go(self) -> None:
         self.prompt = ""
 
 
-class MountRequest(BaseModel):
+class MountRequest(BaseModel, strict=True, extra="forbid"):
     """An adapter folder, and the name under which requests may use it."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     id: str
     path: str
 
@@ -362,7 +350,7 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"
-        refuse_extra(message.model_extra, IN_MESSAGE, f"{where}.", list(Message.model_fields))
+        message.refuse_extra(f"{where}.")
         content = message.content
         if content is None and message.role != "assistant":
             raise InputError(f"{where}.content is missing: give a text.")
@@ -373,21 +361,11 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
                         f"{where}.content: the model reads text, not {part.type[:60]!r}: give "
                         'parts {"type": "text", "text": …}.'
                     )
-                there = f"{where}.content.{j}."
-                refuse_extra(part.model_extra, IN_PART, there, list(Part.model_fields))
+                part.refuse_extra(f"{where}.content.{j}.")
             content = "".join(part.text or "" for part in content)
         role = "system" if message.role == "developer" else message.role
         turns.append({"role": role, "content": content or ""})
     return turns
-
-
-def prompt_tokens(base: Base, prompt: str | list[int] | list[str] | list[list[int]]) -> list[int]:
-    """Of the one prompt that there is; InputError if there are more."""
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            raise InputError(f"prompt: {len(prompt)} prompts in one request: send one in each.")
-        return prompt_tokens(base, prompt[0])
-    return base.encode(prompt) if isinstance(prompt, str) else prompt  # pyright: ignore
 
 
 def names_base(base: Base, model: str | None) -> bool:

@@ -64,15 +64,14 @@ class Patient(HttpToolsProtocol):
 
     def _wait(self) -> None:
         self._stop_waiting()
-        self.late = self.loop.call_later(HEAD_S, self._give_up)
+        self.late = self.loop.call_later(
+            HEAD_S, self._refuse, "408 Request Timeout", "its head did not come in time"
+        )
 
     def _stop_waiting(self) -> None:
         if self.late is not None:
             self.late.cancel()
             self.late = None
-
-    def _give_up(self) -> None:
-        self._refuse("408 Request Timeout", "its head did not come in time")
 
     def _refuse_large(self) -> None:
         self._refuse("431 Request Header Fields Too Large", "its head is too large")

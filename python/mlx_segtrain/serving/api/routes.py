@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Query
@@ -14,145 +13,117 @@ from ...events import now
 from .. import catalog
 from ..jobs.row import Row
 from ..service import Service
-from .bodies import CommentedRoute
+from . import forms
+from .bodies import JsonRoute
 from .dependencies import Used
-from .forms import (
-    Answer,
-    DatasetsAnswer,
-    Defaults,
-    EvaluateRequest,
-    Export,
-    Exported,
-    FinetuneSubmit,
-    FoldSubmitted,
-    HasHfToken,
-    Health,
-    HfToken,
-    InspectDataset,
-    Inspected,
-    JobAnswer,
-    JobRow,
-    JobsAnswer,
-    Merge,
-    Merged,
-    ModelsAnswer,
-    Planned,
-    PlanRequest,
-    Problem,
-    Push,
-    Pushed,
-    Served,
-    ServeModel,
-    Stats,
-    Submitted,
-    rows_of_fields,
-)
 from .guard import PATIENCE_S
-
-router = APIRouter(route_class=CommentedRoute)
 
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """How a route may fail, besides what any may."""
-    common = (400, 401, 403, 408, 413, 422, 429, 500, 503)
-    return {code: {"model": Problem} for code in sorted({*common, *codes})}
+    """How a route may fail."""
+    return {code: {"model": forms.Problem} for code in codes}
 
 
-@router.get("/healthz", tags=["server"], responses=problems())
-async def health(service: Used) -> Health:
+router = APIRouter(
+    route_class=JsonRoute,
+    responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 503),
+)
+
+
+@router.get("/healthz", tags=["server"])
+async def health(service: Used) -> forms.Health:
     """The server is up, and can generate; 503 if it cannot any more."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)
     model = None if base is None else base.id
-    return Health(version=__version__, model=model, training=service.jobs.training)
+    return forms.Health(version=__version__, model=model, training=service.jobs.training)
 
 
-@router.get("/api/models", tags=["models and data"], responses=problems())
-async def models(service: Used) -> ModelsAnswer:
+@router.get("/api/models", tags=["models and data"])
+async def models(service: Used) -> forms.ModelsAnswer:
     """Models below the roots."""
     faults: list[catalog.Unreadable] = []
-    return ModelsAnswer(models=await service.models(faults), faults=faults)
+    return forms.ModelsAnswer(models=await service.models(faults), faults=faults)
 
 
-@router.post("/api/models/serve", tags=["models and data"], responses=problems())
-async def serve(body: ServeModel, service: Used) -> Served:
-    """Loads a model for /v1, in the place of the one that is served."""
+@router.post("/api/models/serve", tags=["models and data"])
+async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
+    """Loads a model for /v1, in place of the one that is served."""
     base = await service.serve(body.model_dir)
-    return Served(id=base.id, path=str(base.path))
+    return forms.Served(id=base.id, path=str(base.path))
 
 
-@router.get("/api/datasets", tags=["models and data"], responses=problems())
-async def datasets(service: Used) -> DatasetsAnswer:
+@router.get("/api/datasets", tags=["models and data"])
+async def datasets(service: Used) -> forms.DatasetsAnswer:
     """Folders with train.jsonl below the roots."""
-    return DatasetsAnswer(datasets=await service.datasets())
+    return forms.DatasetsAnswer(datasets=await service.datasets())
 
 
-@router.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
-async def inspect_dataset(body: InspectDataset, service: Used) -> Inspected:
+@router.post("/api/finetune/inspect-dataset", tags=["training"])
+async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.Inspected:
     """What a data set trains, token by token for its first rows; its faults are told here."""
     report = await service.inspect(**body.model_dump())
-    values = {**asdict(report), "format": report.format or "unknown"}
-    return Inspected(**values)
+    return forms.Inspected(**{**vars(report), "format": report.format or "unknown"})
 
 
-@router.get("/api/finetune/defaults", tags=["training"], responses=problems())
-async def defaults() -> Defaults:
+@router.get("/api/finetune/defaults", tags=["training"])
+async def defaults() -> forms.Defaults:
     """Every field of a run, with what it takes and its default."""
-    return Defaults(fields=rows_of_fields())
+    return forms.Defaults(fields=forms.rows_of_fields())
 
 
-@router.post("/api/finetune/plan", tags=["training"], responses=problems())
-async def plan(body: PlanRequest, service: Used) -> Planned:
+@router.post("/api/finetune/plan", tags=["training"])
+async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
     """Whether a run fits this machine; loads nothing."""
-    return Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
+    return forms.Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
 
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
-async def submit(body: FinetuneSubmit, service: Used) -> Submitted:
+async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
     """A training run, as a job."""
     row = service.submit(body.model_dump(exclude_unset=True))
-    return Submitted(**_submitted(row, adapter_path=row.output_path))
+    return forms.Submitted(job_id=row.id, jobId=row.id, adapter_path=row.output_path)
 
 
 @router.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
-async def evaluate(body: EvaluateRequest, service: Used) -> Submitted:
+async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitted:
     """Loss and perplexity on a split, with an adapter or without, as a job."""
     values = body.model_dump(exclude_unset=True)
     row = service.evaluate(values, values.pop("split", "valid"))
-    return Submitted(**_submitted(row))
+    return forms.Submitted(job_id=row.id, jobId=row.id)
 
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
-async def merge(body: Merge, service: Used) -> Merged | FoldSubmitted:
+async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
     """Two adapters to one, exactly; or one into its base's weights, as a job."""
     if body.model_dir is not None and body.adapter_path is not None:
-        names = ("model_dir", "adapter_path", "dequantize", "bits", "dtype", "output_dir")
-        row = service.enqueue("fold", **body.model_dump(include=set(names)))
-        return FoldSubmitted(**_submitted(row, output_dir=row.output_path))
+        of_two = {"adapter_a", "adapter_b", "scales"}
+        row = service.enqueue("fold", **body.model_dump(exclude=of_two))
+        return forms.FoldSubmitted(job_id=row.id, jobId=row.id, output_dir=str(row.output_path))
     sources = [body.adapter_a or "", body.adapter_b or ""]
     row = service.enqueue("merge", adapters=sources, scales=body.scales, output_dir=body.output_dir)
     made = await _result(service, row)
-    stats = Stats(
+    stats = forms.Stats(
         layersMerged=made["linears_in_all"],
         layersOnlyInOne=made["linears_in_some"],
         totalKeysOut=2 * made["linears"],
         sources=sources,
         scales=body.scales or [1.0, 1.0],
     )
-    return Merged(job_id=row.id, merged_path=made["path"], stats=stats)
+    return forms.Merged(job_id=row.id, merged_path=made["path"], stats=stats)
 
 
 @router.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
-async def export(body: Export, service: Used) -> Exported:
+async def export(body: forms.Export, service: Used) -> forms.Exported:
     """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
     row = service.enqueue("export", **body.model_dump())
     made = await _result(service, row)
-    return Exported(job_id=row.id, export_path=made["path"], manifest=made)
+    return forms.Exported(job_id=row.id, export_path=made["path"], manifest=made)
 
 
 @router.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
-async def push(body: Push, service: Used) -> Pushed:
+async def push(body: forms.Push, service: Used) -> forms.Pushed:
     """An adapter or a model to the Hugging Face hub: its own files, and no others."""
     source = body.source_path
     if body.job_id is not None:
@@ -162,27 +133,27 @@ async def push(body: Push, service: Used) -> Pushed:
     if not service.has_hf_token:
         raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
     row = service.enqueue("push", repo_id=body.repo_id, source=source, private=body.private)
-    return Pushed(job_id=row.id, url=(await _result(service, row))["url"])
+    return forms.Pushed(job_id=row.id, url=(await _result(service, row))["url"])
 
 
-@router.get("/api/settings/hf-token", tags=["server"], responses=problems())
-async def has_hf_token(service: Used) -> HasHfToken:
+@router.get("/api/settings/hf-token", tags=["server"])
+async def has_hf_token(service: Used) -> forms.HasHfToken:
     """Whether there is a token of the hub; nobody is told which."""
-    return HasHfToken(hasToken=service.has_hf_token)
+    return forms.HasHfToken(hasToken=service.has_hf_token)
 
 
-@router.post("/api/settings/hf-token", tags=["server"], responses=problems())
-async def set_hf_token(body: HfToken, service: Used) -> Answer:
+@router.post("/api/settings/hf-token", tags=["server"])
+async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
     """Sets the token of the hub for as long as the server runs; it is written nowhere."""
     service.jobs.environment["HF_TOKEN"] = body.token
-    return Answer()
+    return forms.Answer()
 
 
-@router.delete("/api/sessions", tags=["server"], responses=problems())
-async def end_sessions(service: Used) -> Answer:
+@router.delete("/api/sessions", tags=["server"])
+async def end_sessions(service: Used) -> forms.Answer:
     """Logs all browsers out: each has to give the token again."""
     service.sessions.close_all()
-    return Answer()
+    return forms.Answer()
 
 
 @router.get("/api/jobs", tags=["jobs"], responses=problems(404))
@@ -191,51 +162,51 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     before: Annotated[str | None, Query(description="The id of a job.")] = None,
-) -> JobsAnswer:
+) -> forms.JobsAnswer:
     """The last jobs of the queue first, or those before one; without their configurations."""
     place = None if before is None else service.jobs.get(before).place
     rows = service.jobs.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
-    return JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
+    return forms.JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
 
 
 @router.get("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
-async def job(id: str, service: Used) -> JobAnswer:
-    return JobAnswer(job=_shown(service, service.jobs.get(id)))
+async def job(id: str, service: Used) -> forms.JobAnswer:
+    return forms.JobAnswer(job=_shown(service, service.jobs.get(id)))
 
 
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
-async def cancel(id: str, service: Used) -> JobAnswer:
+async def cancel(id: str, service: Used) -> forms.JobAnswer:
     """Ends a job; a run keeps its last finished step."""
-    return JobAnswer(job=_shown(service, service.jobs.cancel(id)))
+    return forms.JobAnswer(job=_shown(service, service.jobs.cancel(id)))
 
 
 @router.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
-async def resume(id: str, service: Used) -> JobAnswer:
+async def resume(id: str, service: Used) -> forms.JobAnswer:
     """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
-    return JobAnswer(job=_shown(service, service.resume(id)))
+    return forms.JobAnswer(job=_shown(service, service.resume(id)))
 
 
 @router.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
-async def delete(id: str, service: Used) -> Answer:
+async def delete(id: str, service: Used) -> forms.Answer:
     """Forgets a job that has ended, and its log; what it wrote stays."""
     service.jobs.remove(id)
-    return Answer()
+    return forms.Answer()
 
 
 @router.get(
     "/api/jobs/{id}/stream",
     tags=["jobs"],
     response_class=EventSourceResponse,
-    responses={**problems(), 200: {"content": {"text/event-stream": {}}}},
+    responses={200: {"content": {"text/event-stream": {}}}},
 )
 async def stream(
     service: Used,
     id: str,
-    after: Annotated[int, Query(ge=0, description="Events behind the one with this id.")] = 0,
+    after: Annotated[int, Query(ge=0, description="Events after the one with this id.")] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> EventSourceResponse:
-    """A job's events, from the first or behind one, until it has ended; then `event: end`."""
+    """A job's events, from the first or after one, until it has ended; then `event: end`."""
     if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
         after = int(last_event_id)
     return EventSourceResponse(
@@ -243,14 +214,10 @@ async def stream(
     )
 
 
-def _shown(service: Service, row: Row) -> JobRow:
-    values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
-    values["config_json"] = row.config_json or None
-    return JobRow(**values, result=row.result, log_path=str(service.jobs.log(row.id)))
-
-
-def _submitted(row: Row, **more: Any) -> dict[str, Any]:
-    return {"ok": True, "job_id": row.id, "jobId": row.id, **more}
+def _shown(service: Service, row: Row) -> forms.JobRow:
+    config, log = row.config_json or None, str(service.jobs.log(row.id))
+    values = {**vars(row), "config_json": config, "result": row.result, "log_path": log}
+    return forms.JobRow(**values)
 
 
 async def _result(service: Service, row: Row) -> dict[str, Any]:

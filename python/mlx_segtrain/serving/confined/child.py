@@ -1,4 +1,4 @@
-"""A process for what a stranger's template, tokenizer or data make it do (confined.py).
+"""A process for what a stranger's template, tokenizer or data make it do (parent.py).
 
 It obeys one socket, a frame at a time: 4 bytes of length and JSON. It can fork itself, so that a
 child has the libraries, or a tokenizer, without loading them again; it can end a child; the rest is
@@ -49,7 +49,7 @@ class Child:
         self.children: set[int] = set()
 
     def run(self) -> None:
-        """Until the socket ends."""
+        """Obeys its socket until that ends."""
         while (frame := receive(self.wire)) is not None:
             values, files = frame
             op, limits = values.pop("op"), values.pop("limits", None)
@@ -91,7 +91,7 @@ class Child:
             os.waitpid(pid, 0)
             self.children.remove(pid)
 
-    def do_load(self, folder: str) -> Values:
+    def do_load(self, folder: str) -> None:
         """Loads the tokenizer of a model's folder, for this process and its children."""
         from ...models import load_tokenizer
 
@@ -100,7 +100,6 @@ class Child:
         longest = max(map(len, self.tokenizer.get_vocab()), default=0)
         if longest > LONGEST_TOKEN:
             raise InputError(f"a token has {longest} characters, more than {LONGEST_TOKEN}")
-        return {"has_chat_template": bool(self.tokenizer.has_chat_template)}
 
     def do_encode(self, text: str, most: int) -> list[int] | int:
         from ...data.template import raw_ids
@@ -124,7 +123,7 @@ class Child:
         return asdict(report)
 
     def do_nothing(self) -> None:
-        """To know that it runs."""
+        """Answers, which tells that it runs."""
 
 
 def _check_decoder(folder: Path) -> None:
@@ -161,7 +160,7 @@ def _few(tokens: Any, most: int) -> list[int] | int:
 
 
 def receive(wire: socket.socket) -> tuple[Values, list[int]] | None:
-    """The next frame, and the files that came with it; None at the end."""
+    """The next frame, and the files that came with it; None at the end of the socket."""
     head, files, _, _ = socket.recv_fds(wire, 4, 1)
     while head and len(head) < 4:
         head += wire.recv(4 - len(head))
@@ -185,7 +184,7 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
 
 
 def limit(seconds: float, memory: int) -> None:
-    """From here so many seconds of processor time, and bytes more than there are now."""
+    """Allows so many more seconds of processor time, and bytes more than there are now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)
@@ -193,7 +192,7 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def set_limit(kind: int, value: int | None = None) -> None:
-    """The soft one, up to the hard one that an account may have; None: as high as that."""
+    """Sets the soft limit, at most to the hard one that an account may have; None: to that."""
     hard = resource.getrlimit(kind)[1]
     if value is None or (hard != resource.RLIM_INFINITY and value > hard):
         value = hard
@@ -231,7 +230,7 @@ _MEMORY = _Memory()
 
 
 def _resident() -> int:
-    """The most bytes of memory that there were."""
+    """The most bytes of memory that this process has had."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -25,8 +25,6 @@ from .. import opening, processes
 from ..pools import Busy, Pool
 from .child import receive, send
 
-__all__ = ["INSPECTING", "INSPECTIONS", "Confined", "Failed", "Limits", "prompts"]
-
 #: Seconds after which an answer is taken to be slow, and how many of the slow may go on at once.
 SLICE_S, MOST_SLOW = 0.5, 3
 #: Idle workers that are kept for each model.
@@ -77,6 +75,14 @@ class _Process:
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    begun: float = 0.0  #: when it got what it works on
+    seconds: float = 1.0  #: how long that may take
+    evicted: bool = False  #: it takes too long beside others
+
+    @property
+    def spent(self) -> float:
+        """The part of its time that it has used."""
+        return (time.monotonic() - self.begun) / self.seconds
 
     def fork(self) -> _Process:
         ours, theirs = socket.socketpair()
@@ -100,7 +106,7 @@ class _Process:
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """TimeoutError; OSError if it was killed; Failed."""
+        """What it answers. TimeoutError; OSError if it was killed; _Told if it raised an error."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
         if answer is None:
@@ -119,7 +125,7 @@ class _Process:
 
 
 class _Told(Exception):
-    """What it raised."""
+    """An error that the other process raised: why, and the name of its kind."""
 
     def __init__(self, reason: str, kind: str):
         super().__init__(reason)
@@ -185,31 +191,16 @@ SETTINGS = {
 }
 
 
-@dataclass(eq=False)
-class _Slow:
-    """A worker that takes long: since when, and how long it may."""
-
-    worker: _Process
-    begun: float
-    seconds: float
-    evicted: bool = False
-
-    @property
-    def spent(self) -> float:
-        return (time.monotonic() - self.begun) / self.seconds
-
-
 class Confined:
     """The workers of a model's folder, or of none. All calls wait: they are for threads."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.has_chat_template = False
         self.users = 0  #: calls that wait for it, for whoever keeps it
         self._lock = threading.Lock()  # of what follows
         self._keeper: _Process | None = None  # has the tokenizer; workers are its forks
         self._idle: list[_Process] = []
-        self._slow: list[_Slow] = []
+        self._slow: list[_Process] = []
         self._closed = False
 
     def start(self) -> None:
@@ -223,8 +214,7 @@ class Confined:
             try:
                 if self.folder is not None:
                     keeper.tell("load", LOADING, folder=str(self.folder))
-                    found = keeper.answer(4 * LOADING.seconds)
-                    self.has_chat_template = found["has_chat_template"]
+                    keeper.answer(4 * LOADING.seconds)
             except BaseException as error:
                 keeper.kill()
                 raise _as_failure(error, LOADING, f"the tokenizer of {self.folder}") from None
@@ -233,23 +223,20 @@ class Confined:
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
         """The answer of a worker; Failed, with `what` in its sentence, or Busy."""
         self.start()
-        begun, slow, worker = time.monotonic(), None, self._take()
+        begun, worker = time.monotonic(), self._take()
         # The processor's time is the system's to watch; a machine may have no time for it.
-        seconds = 4 * limits.seconds
+        worker.begun, worker.seconds = begun, 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)
             if not worker.says_something(SLICE_S):
-                slow = self._add_slow(worker, begun, seconds)
-            answer = worker.answer(begun + seconds - time.monotonic())
-        except _Told as error:
-            self._give_back(worker, slow, fresh=False)
-            raise _as_failure(error, limits, what) from None
+                self._add_slow(worker)
+            answer = worker.answer(begun + worker.seconds - time.monotonic())
         except BaseException as error:
-            self._give_back(worker, slow, fresh=False)
-            if slow is not None and slow.evicted:
+            self._give_back(worker, failed=True)
+            if worker.evicted and not isinstance(error, _Told):
                 raise Busy(f"{what} takes long, as do others: try again in a moment.") from None
             raise _as_failure(error, limits, what) from None
-        self._give_back(worker, slow, fresh=slow is None)
+        self._give_back(worker, failed=False)
         return answer
 
     def _take(self) -> _Process:
@@ -267,24 +254,23 @@ class Confined:
                     self._keeper = None
             raise Busy("the tokenizer's process has ended: try again.") from None
 
-    def _add_slow(self, worker: _Process, begun: float, seconds: float) -> _Slow:
+    def _add_slow(self, worker: _Process) -> None:
         """It goes on beside a few others; of too many that ends which has used most of its time."""
-        own = _Slow(worker, begun, seconds)
         with self._lock:
-            self._slow.append(own)
+            self._slow.append(worker)
             running = [x for x in self._slow if not x.evicted]
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
             with suppress(OSError):  # whose thread waits for it, and ends it
-                worst.worker.wire.shutdown(socket.SHUT_RDWR)
-        return own
+                worst.wire.shutdown(socket.SHUT_RDWR)
 
-    def _give_back(self, worker: _Process, slow: _Slow | None, *, fresh: bool) -> None:
+    def _give_back(self, worker: _Process, *, failed: bool) -> None:
         with self._lock:
-            if slow is not None:
-                self._slow.remove(slow)
-            keep = fresh and not self._closed and len(self._idle) < MOST_IDLE
+            slow = worker in self._slow
+            if slow:
+                self._slow.remove(worker)
+            keep = not (failed or slow or self._closed) and len(self._idle) < MOST_IDLE
             if keep:
                 self._idle.append(worker)
         if not keep:
@@ -294,7 +280,7 @@ class Confined:
         """Ends all of it; what still waits fails."""
         with self._lock:
             self._closed = True
-            ended = [*self._idle, *(slow.worker for slow in self._slow)]
+            ended = [*self._idle, *self._slow]
             keeper, self._keeper, self._idle = self._keeper, None, []
         for process in (*ended, *(() if keeper is None else (keeper,))):
             with suppress(OSError):
@@ -304,12 +290,10 @@ class Confined:
 
 
 def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseException:
-    if isinstance(error, _Told) and error.kind == "InputError":
-        return Failed(str(error))
-    if isinstance(error, _Told) and error.kind != "memory":
-        return Failed(f"{what} says: {error}")
     if isinstance(error, _Told):
-        return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
+        if error.kind == "memory":
+            return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
+        return Failed(str(error) if error.kind == "InputError" else f"{what} says: {error}")
     if isinstance(error, TimeoutError):
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):

@@ -7,9 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["CONTEXT", "Options", "Text", "processors", "sampler"]
-
-#: Tokens of the prompt behind which text is decoded.
+#: Tokens at the end of a prompt after which the text of its answer is decoded.
 CONTEXT = 8
 #: What decoders give for bytes that are no character, or not yet.
 INCOMPLETE = "\ufffd"

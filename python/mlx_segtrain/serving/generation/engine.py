@@ -23,15 +23,14 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from ... import lora
 from ...errors import InputError, RunError, is_out_of_memory
 from ...training.policy import wire
 from ..confined.parent import Confined
 from ..pools import Busy, Pool
 from .decoding import CONTEXT, Options, Text, processors, sampler
-from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted, select
+from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted
 from .pieces import Generation, Outbox, Piece
-
-__all__ = ["Busy", "Ended", "Engine", "NoMemory"]
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -75,8 +74,8 @@ class _Sequence:
     prompt: list[int]
     selected: Selected
     options: Options
-    outbox: Outbox
-    number: int
+    outbox: Outbox = field(default_factory=Outbox)
+    number: int = field(default_factory=count().__next__)
     made: list[int] = field(default_factory=list)
     cached: int = 0
     done: int = 0
@@ -113,7 +112,6 @@ class Engine:
         self.adapters: dict[str, Mounted] = {}  # replaced, never changed: others read it
         self.default: str | None = None  #: what requests get that name no adapter
         self._cache_bytes = cache_bytes
-        self._numbers = count()
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[_Sequence] = deque()
@@ -131,7 +129,7 @@ class Engine:
     # What an event loop calls
 
     async def load(self, model_dir: Path) -> Base:
-        """Puts another base in the place of the one there is, once nothing generates.
+        """Replaces the base by another one, once nothing generates.
 
         Adapters and prompts go with the old one. InputError if the new one cannot be read: the old
         one stays.
@@ -141,7 +139,7 @@ class Engine:
         confined = Confined(path)
         try:
             await _LOADING.run(confined.start)
-            return await self._do(lambda: self._load(path, confined), alone=True)
+            return await self.call(lambda: self._load(path, confined), alone=True)
         except BaseException:
             confined.close()
             raise
@@ -149,29 +147,40 @@ class Engine:
     async def mount(self, id: str, path: Path) -> Mounted:
         """Reads an adapter folder for this base; one that is mounted under this id stays.
 
-        InputError if the id or the folder will not do: then nothing has changed.
+        InputError if the id or the folder cannot be used: then nothing has changed.
         """
         check_id(id)
-        return await self._do(lambda: self._mount(id, Path(path)))
+        return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
         """How many linears had an update; InputError if there is no such adapter.
 
         Requests that run on it end on it. If it was the default, the base is.
         """
-        return await self._do(lambda: self._unmount(id))
-
-    async def call(self, fn: Callable[[], T]) -> T:
-        """Runs a function on the engine's thread, between two rounds."""
-        return await self._do(fn)
+        return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
         """What a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base alone, None
         for the default. InputError if one is not mounted, or cannot be in a stack."""
         if self.base is None:
             raise InputError("no model is loaded: start the server with one.")
-        named = (self.default or "") if adapter is None else adapter
-        return select(named, self.base, self.adapters)
+        text = ((self.default or "") if adapter is None else adapter).strip()
+        if text.lower() in ("", "none"):
+            return Selected(self.base)
+        mounted = self.adapters
+        ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
+        for i, id in enumerate(ids):
+            if id not in mounted:
+                names = ", ".join(mounted) or "none is"
+                raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
+            if id in ids[:i]:
+                raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
+            kind = mounted[id].adapter.kind
+            if len(ids) > 1 and kind is not lora.LORA:
+                raise InputError(
+                    f"adapter {id!r} is a {kind.name} adapter, which goes into no stack."
+                )
+        return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
         """The answer to a prompt, piece by piece; to be called in a running event loop.
@@ -180,8 +189,7 @@ class Engine:
         """
         base = selected.base
         base.check(prompt, options.logit_bias)
-        outbox = Outbox()
-        sequence = _Sequence(prompt, selected, options, outbox, next(self._numbers))
+        sequence = _Sequence(prompt, selected, options)
         with self._wake:
             self._drop_closed()
             self._check_runs()
@@ -191,12 +199,12 @@ class Engine:
                 raise Busy(f"{MOST_WAITING} requests wait already: try again in a moment.")
             self._waiting.append(sequence)
             self._wake.notify()
-        return Generation(outbox)
+        return Generation(sequence.outbox)
 
     async def tidy(self) -> None:
         """Gives memory back to the system that requests have left, unless something generates."""
         if not self._active and not self._stopped:
-            await self._do(_free)
+            await self.call(_free)
 
     def close(self) -> None:
         """Ends what runs and frees the model; the thread rests until the process ends."""
@@ -205,7 +213,9 @@ class Engine:
             self._wake.notify()
         self._ended.wait()
 
-    async def _do(self, run: Callable[[], T], *, alone: bool = False) -> T:
+    async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
+        """Runs a function on the engine's thread, between two rounds; `alone`: once nothing
+        generates, or Busy."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
@@ -344,7 +354,9 @@ class Engine:
                 try:
                     result = command.run()
                 except BaseException as raised:
-                    error = _as_exception(_no_memory(raised, "this") or raised)
+                    error = _no_memory(raised, "this") or raised
+                    if not isinstance(error, Exception):  # a panic of a library in Rust
+                        error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
                 self._commands.popleft()  # until here generate() sees it
             if command.future.cancelled():
@@ -508,11 +520,6 @@ def _free() -> None:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _as_exception(error: BaseException) -> Exception:
-    """A panic of a library in Rust as an error that a caller may have."""
-    return error if isinstance(error, Exception) else RunError(f"it failed: {_reason(error)}")
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:

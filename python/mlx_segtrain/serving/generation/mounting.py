@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 
 from ... import lora
 from ...adapters import prompting_of, read_adapter
@@ -26,8 +27,6 @@ from ...models import Chain, chain_of, load_base
 from ...models.tables import tables_of
 from ..catalog import model_id
 from ..confined.parent import Confined, Limits
-
-__all__ = ["Base", "Linears", "Mounted", "Selected", "check_id", "read_base", "read_mounted"]
 
 #: Tokens of a prompt to a model that does not say for how many it was made.
 MOST_TOKENS = 1 << 20
@@ -56,23 +55,11 @@ class Base:
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError("prompt: it holds half of a character (a surrogate): send text.")
         what = f"prompt: the tokenizer of {self.id}"
-        return self._tokens("encode", what, len(text), text=text)
+        return self.tokens("encode", what, len(text), text=text)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
-    ) -> list[int]:
-        """Tokens of a chat with the generation prompt; `variables` are the template's. InputError
-        without a template, or with its own complaint."""
-        if not self.tokenizer.has_chat_template:
-            raise InputError(
-                f"messages: {self.id} has no chat template: ask /v1/completions with a prompt."
-            )
-        what = f"messages: the chat template of {self.id}"
-        size = sum(len(message["content"]) for message in messages) + len(json.dumps(variables))
-        how = {"messages": list(messages), "variables": variables}
-        return self._tokens("chat", what, size, **how)
-
-    def _tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
+    def tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
+        """What a process of the tokenizer makes of `size` characters; InputError if it fails, or
+        if these are more tokens than the model knows."""
         most = MOST_TOKENS if self.max_length is None else self.max_length
         found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
         if isinstance(found, int):
@@ -122,17 +109,26 @@ class Selected:
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """As Base.encode_chat; with the template variables that the adapters were trained with,
-        which a request's own replace. InputError if those of several adapters differ."""
+        """Tokens of a chat with the generation prompt. `variables` are the template's; they replace
+        those that the adapters were trained with. InputError without a template, with its own
+        complaint, or if the variables of several adapters differ."""
+        base, given = self.base, dict(variables or {})
         found: dict[str, Any] = {}
         for mounted in self.adapters:
             for name, value in mounted.prompting.variables.items():
-                if name not in (variables or {}) and found.setdefault(name, value) != value:
+                if name not in given and found.setdefault(name, value) != value:
                     raise InputError(
                         f"chat_template_kwargs: the adapters {self.id} were trained with different "
                         f"values of {name}: give one."
                     )
-        return self.base.encode_chat(messages, {**found, **(variables or {})})
+        if not base.tokenizer.has_chat_template:
+            raise InputError(
+                f"messages: {base.id} has no chat template: ask /v1/completions with a prompt."
+            )
+        how = {"messages": list(messages), "variables": {**found, **given}}
+        size = sum(len(message["content"]) for message in messages)
+        size += len(json.dumps(how["variables"]))
+        return base.tokens("chat", f"messages: the chat template of {base.id}", size, **how)
 
     def encode_turns(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """As encode_chat; a model without a chat template goes on from the text."""
@@ -199,8 +195,8 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """The adapter of a folder, for this base; InputError if it will not do, or takes more than
-    `most` bytes of memory."""
+    """The adapter of a folder, for this base; InputError if it does not fit, or takes more
+    than `most` bytes of memory."""
     folder = open_folder(path)
     needed = stored_bytes(folder)  # by its header: a file may be larger than what lies on disk
     if most is not None and needed > most:
@@ -223,27 +219,6 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
     )
 
 
-def select(named: str, base: Base, mounted: Mapping[str, Mounted]) -> Selected:
-    """What a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base alone.
-
-    InputError if one is not mounted, or cannot be in a stack.
-    """
-    text = named.strip()
-    if text.lower() in ("", "none"):
-        return Selected(base)
-    ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
-    for i, id in enumerate(ids):
-        if id not in mounted:
-            names = ", ".join(mounted) or "none is"
-            raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
-        if id in ids[:i]:
-            raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
-        kind = mounted[id].adapter.kind
-        if len(ids) > 1 and kind is not lora.LORA:
-            raise InputError(f"adapter {id!r} is a {kind.name} adapter, which goes into no stack.")
-    return Selected(base, tuple(mounted[id] for id in ids))
-
-
 class Linears:
     """What is in a base's linears; another for each base."""
 
@@ -261,14 +236,14 @@ class Linears:
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
             if path in base.chain.outer:
-                _put(base.model, path, base.chain.outer[path])
+                base.model.update_modules(tree_unflatten([(path, base.chain.outer[path])]))
         self._touched |= adapter.tensors.keys()
         for path in adapter.tensors:
             module = base.modules.get(path)
             if module is None:
                 module = base.modules[path] = lora.wrap(base.model, path, 1.0)
             elif path in base.chain.outer:
-                _put(base.model, path, module)
+                base.model.update_modules(tree_unflatten([(path, module)]))
             module.put_in(adapter.arrays(path), adapter.scales[path])
         self._touched = set(adapter.tensors)
         self.key = selected.key
@@ -304,11 +279,3 @@ class Linears:
 
 def _bytes(adapter: lora.Adapter) -> int:
     return sum(x.nbytes for x in adapter.all_arrays())
-
-
-def _put(model: Any, path: str, module: Any) -> None:
-    """Of an embedding or a head: neither stands in a list."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        model = model[parent]
-    setattr(model, name, module)

@@ -5,8 +5,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Generation", "Outbox", "Piece"]
-
 
 @dataclass(frozen=True)
 class Piece:

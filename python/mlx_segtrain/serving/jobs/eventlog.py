@@ -1,6 +1,6 @@
 """A job's log: a line an event, as its process writes them; whoever follows reads from any place.
 
-An event's id is the place in the file behind its line. Beside the log is a lock, which the process
+An event's id is the offset in the file after its line. Beside the log is a lock, which the process
 that writes it holds as long as it lives, whoever started it and whether they live.
 """
 
@@ -43,7 +43,7 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many follow one job
 
 
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
-    """The next events behind a place, as (id, JSON), and the place up to which was read.
+    """The next events after an offset, as (id, JSON), and the offset up to which it read.
 
     `ended`: nobody writes any more, so that a last line without an end is one too.
     """
@@ -69,7 +69,7 @@ def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]],
 
 
 def _line_start(file: BinaryIO, after: int) -> int:
-    """The place, or that behind its line if it is within one; the file is there then."""
+    """Moves the file to an offset, or after the line that it is within; where that is."""
     file.seek(max(after - 1, 0))
     if after and file.read(1) != b"\n":
         file.readline()
@@ -77,14 +77,14 @@ def _line_start(file: BinaryIO, after: int) -> int:
 
 
 def events(path: Path, after: int = 0) -> list[Event]:
-    """All events behind a place."""
+    """All events after an offset."""
     found: list[Event] = []
     while True:
-        some, behind = read(path, after, ended=True)
+        some, end = read(path, after, ended=True)
         found += [json.loads(frame) for _, frame in some]
-        if behind == after:
+        if end == after:
             return found
-        after = behind
+        after = end
 
 
 def last(path: Path, begins: int) -> Event | None:

@@ -20,8 +20,6 @@ from ..processes import NETWORK
 if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
-__all__ = ["KINDS", "JobKind", "Values", "kind_of", "tell"]
-
 Values = dict[str, Any]
 
 

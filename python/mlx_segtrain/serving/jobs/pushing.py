@@ -18,8 +18,6 @@ from ...errors import InputError
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
-__all__ = ["check", "opened"]
-
 #: Beside the weights of either kind.
 ABOUT = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "metrics.json", "loss.png", "loss.svg")
 #: The adapter of a run, of an import, or of an export; a GGUF file says all by itself.

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,6 @@ class Conflict(InputError):
     """What is asked for does not go with the state that a job is in."""
 
     status = 409
-
-
-class Full(InputError):
-    """No more jobs are taken for now."""
-
-    status = 429
 
 
 @dataclass
@@ -183,7 +177,7 @@ class Jobs:
         if row.status not in ("failed", "cancelled"):
             raise Conflict(f"{id} is {row.status}: only what failed or was cancelled is resumed.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
-        values = json.loads(row.config_json)
+        values = row.values
         if row.opened:  # else what lies there is not this job's
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
@@ -202,7 +196,7 @@ class Jobs:
             path.unlink(missing_ok=True)
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
-        """Events behind one, as (id, JSON), those that come too, until the job has ended."""
+        """Events after one, as (id, JSON), and those that still come, until the job has ended."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
@@ -219,8 +213,8 @@ class Jobs:
             await changed.wait()
 
     def read(self, id: str, after: int) -> tuple[list[tuple[int, Event]], int]:
-        """The next events after a place in a job's log, as (id, event), and the place up to which
-        was read."""
+        """The next events after an offset in a job's log, as (id, event), and the offset up to
+        which it read."""
         found, place = eventlog.read(self.log(id), after, ended=id not in self.live)
         return [(own, json.loads(frame)) for own, frame in found], place
 
@@ -245,9 +239,11 @@ class Jobs:
     # What happens in between
 
     def _check_free(self, output: Path | None) -> None:
-        """Full or Conflict if a job that writes there cannot wait with the others."""
+        """InputError or Conflict if a job that writes there cannot wait with the others."""
         if len(self.live) >= LONGEST_QUEUE:
-            raise Full(f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.")
+            raise InputError(
+                f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.", status=429
+            )
         rows = (self.store.get(id) for id in self.live)
         if output is not None and any(row and row.output_path == str(output) for row in rows):
             raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
@@ -264,20 +260,19 @@ class Jobs:
 
     def _run(self, row: Row) -> bool:
         """Starts a job's process; whether it runs."""
-        path, values = self.log(row.id), json.loads(self.get(row.id).config_json)
-        opened: list[int] = []
+        path, values = self.log(row.id), self.get(row.id).values
         try:
             self.check(values)
             places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
             given = json.dumps({"values": values, **places})
             write_text(self._config(row.id), given, private)
-            lock = eventlog.claim(path)
-            if lock is None:
-                raise OSError(f"{path} is written by another process")
-            opened.append(lock)
-            try:
+            with ExitStack() as opened:
+                lock = eventlog.claim(path)
+                if lock is None:
+                    raise OSError(f"{path} is written by another process")
+                opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
-                opened.append(log)
+                opened.callback(os.close, log)
                 # Before it starts: no process is ever unknown.
                 self.store.update(
                     row.id,
@@ -295,9 +290,6 @@ class Jobs:
                     pass_fds=[lock],
                     env=processes.environment(row.job_kind.variables, self.environment),
                 )
-            finally:
-                for file in opened:
-                    os.close(file)
         except (OSError, InputError) as error:
             self._say_end(row.id, {"type": "failed", "ts": now(), "error": str(error)})
             return False
@@ -327,23 +319,23 @@ class Jobs:
         self._run_next()
 
     async def _look(self, id: str, after: int) -> int:
-        """Keeps the row up to date with the log behind a place, and ends a job that has ended."""
+        """Keeps the row up to date with the log after an offset, and ends a job that has ended."""
         path, live = self.log(id), self.live[id]
         running = eventlog.is_written(path)
-        found, behind = eventlog.read(path, after, ended=not running)
+        found, end = eventlog.read(path, after, ended=not running)
         if found:
             self._note(id, live, [json.loads(frame) for _, frame in found])
         if found or running:
             await asyncio.sleep(0 if found else POLL_S)
-            return behind
+            return end
         code = await asyncio.to_thread(live.process.wait) if live.process else None
         row = self.get(id)
-        end = eventlog.last(path, row.begins)
-        if end is None:
+        last = eventlog.last(path, row.begins)
+        if last is None:
             self._say_end(id, _killed(row, code))
         else:
-            self._end(id, end)
-        return behind
+            self._end(id, last)
+        return end
 
     def _note(self, id: str, live: Live, events: list[Event]) -> None:
         news: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A job's process, which the server starts (jobs.py, processes.py): main(KIND, FILE, LOCK).
+"""A job's process, which the server starts (queue.py, processes.py): main(KIND, FILE, LOCK).
 
 FILE has its configuration and the folders in which it may read; LOCK is the number of an open file,
 whose lock lives as long as it does.
