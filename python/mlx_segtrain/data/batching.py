@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_segtrain.data.dataset import Dataset
-from mlx_segtrain.data.encoding import Pair, Row
-from mlx_segtrain.errors import InputError
-from mlx_segtrain.streams import padded
+from ..errors import InputError
+from ..streams import padded
+from .dataset import Dataset
+from .encoding import Pair, Row
 
 
 @dataclass(frozen=True)

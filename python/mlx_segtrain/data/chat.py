@@ -10,16 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlx_segtrain.data.jsonl import Record
-from mlx_segtrain.data.losses import lost_from_context, lost_from_response
-from mlx_segtrain.data.spelling import Spelling, reasoning, spell, spellings, traits
-from mlx_segtrain.data.template import OPEN, ChatTemplate, TemplateError, wants_parts
-from mlx_segtrain.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from ..errors import InputError
+from .losses import lost_from_context, lost_from_response
+from .messages import Message
+from .spelling import Spelling, reasoning, spell, spellings, traits
+from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, wants_parts
 
 # Consecutive pieces of one text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
@@ -32,13 +29,18 @@ MOST_SEARCHES = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of a row: its pieces, the number of its trained turns, its findings, and whether
-    a chat template rendered it."""
+    """One sequence of the row `source`: its pieces, the number of its trained turns, its findings
+    (keys of notes.FINDINGS), and whether a chat template rendered it."""
 
+    source: str
     pieces: Pieces
     turns: int = 1
     findings: tuple[str, ...] = ()
     rendered: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -54,45 +56,41 @@ class Conversations:
     """Cuts messages rows of one data set into samples; remembers which spelling works."""
 
     def __init__(
-        self,
-        tokenizer: "TokenizerWrapper",
-        train_on: str,
-        kwargs: Mapping[str, Any],
-        append_eos: bool,
+        self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops.of(tokenizer, append_eos)
         # What was found out about rows with the same traits: spelling, findings, searches.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
-    def samples(self, record: Record) -> list[Sample]:
-        """The sequences that a messages row trains.
+    def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
+        """The sequences that a row with "messages" trains; `source` is "file:line".
 
         One, or several where the context of a later turn does not begin with an earlier turn as
         it was generated, as with templates that drop earlier reasoning. Raises InputError.
         """
-        messages = record.row["messages"]
+        messages = given["messages"]
         weights = _weights(messages, self._train_on)
         if not any(weights):
-            return [Sample([], 0, rendered=True)]
+            return [Sample(source, [], 0, rendered=True)]
         if not self._tokenizer.has_chat_template:
             raise InputError(
-                f"{record.source}: the tokenizer has no chat template to render messages with; "
+                f"{source}: the tokenizer has no chat template to render messages with; "
                 'give "prompt" and "completion", or "text".'
             )
-        tools = {"tools": record.row["tools"]} if record.row.get("tools") else {}
-        more = record.row.get("chat_template_kwargs") or {}
+        tools = {"tools": given["tools"]} if given.get("tools") else {}
+        more = given.get("chat_template_kwargs") or {}
         render = ChatTemplate(self._tokenizer, {**self._kwargs, **more, **tools})
         own = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
         row = _Row(own, weights, tools.get("tools"), render, self._stops)
-        return _joined(self._turns(row, record.source))
+        return _joined(source, self._turns(source, row))
 
     @cached_property
     def _usual(self) -> Spelling:
         parts = wants_parts(self._tokenizer, self._kwargs)
         return Spelling(content="parts" if parts else "text")
 
-    def _turns(self, row: "_Row", source: str) -> list[_Turn]:
+    def _turns(self, source: str, row: "_Row") -> list[_Turn]:
         """In the first spelling that loses nothing, or the one that loses least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
@@ -101,17 +99,7 @@ class Conversations:
             try:
                 turns = row.turns(spelling)
             except TemplateError as error:
-                refusal = refusal or (
-                    f"{source}: the chat template cannot render the row ({error}); change the row "
-                    "to what the template takes."
-                )
-                continue
-            except _Unplaced as error:
-                refusal = refusal or (
-                    f"{source}: where messages[{error.index}] starts in the rendering of the chat "
-                    'template cannot be told, so that turn cannot be trained; set "train": false '
-                    "on it or leave the row out."
-                )
+                refusal = refusal or f"{source}: {error}"
                 continue
             lost = [x for turn in turns for x in turn.findings if x not in ("special", "stop")]
             if best is None or len(lost) < len(best[0]):
@@ -128,7 +116,7 @@ class Conversations:
         return turns
 
 
-def _weights(messages: Sequence[Mapping[str, Any]], train_on: str) -> list[float]:
+def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = set(assistant[-1:] if train_on == "last" else assistant)
     return [
@@ -137,7 +125,7 @@ def _weights(messages: Sequence[Mapping[str, Any]], train_on: str) -> list[float
     ]
 
 
-def _joined(turns: list[_Turn]) -> list[Sample]:
+def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
     """Turns that stand in the context of the last one share its sequence; so on for the others."""
     samples = []
     while turns:
@@ -152,17 +140,16 @@ def _joined(turns: list[_Turn]) -> list[Sample]:
             position = end
         pieces = [piece for piece in (*pieces, (last.rest, 0.0)) if piece[0]]
         findings = tuple(dict.fromkeys(x for turn in inside for x in turn.findings))
-        samples.append(Sample(pieces, len(inside), findings, rendered=True))
+        samples.append(Sample(source, pieces, len(inside), findings, rendered=True))
         turns = [turn for turn in turns if turn not in inside]
     return samples[::-1]
 
 
-class _Unplaced(Exception):
-    """The place of a turn in its rendering cannot be told."""
-
-    def __init__(self, index: int):
-        super().__init__(index)
-        self.index = index
+def _unplaced(i: int) -> TemplateError:
+    return TemplateError(
+        f"where messages[{i}] starts in the rendering of the chat template cannot be told, so that "
+        'turn cannot be trained; set "train": false on it or leave the row out.'
+    )
 
 
 @dataclass(frozen=True)
@@ -231,7 +218,7 @@ class _Row:
         header = self.render.header(messages[: i + 1])
         if header is None or not full.startswith(header):
             if not i:
-                raise _Unplaced(i)
+                raise _unplaced(i)
             header = full  # an empty turn, or one of calls alone, may have another form
         answer = full[len(header) :]
         if not i:  # nothing comes before it
@@ -243,7 +230,7 @@ class _Row:
         prompt = OPEN.sub("", context)
         anchor = next((prompt[-n:] for n in ANCHORS if prompt[-n:] in header), None)
         if not anchor:
-            raise _Unplaced(i)
+            raise _unplaced(i)
         return context, header[header.rindex(anchor) + len(anchor) :] + answer
 
     def _ended(
@@ -287,7 +274,7 @@ class _Stops:
     append: str | None
 
     @classmethod
-    def of(cls, tokenizer: "TokenizerWrapper", append_eos: bool) -> "_Stops":
+    def of(cls, tokenizer: Tokenizer, append_eos: bool) -> "_Stops":
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         ids = set(tokenizer.eos_token_ids)

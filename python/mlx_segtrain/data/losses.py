@@ -1,12 +1,11 @@
 """What of a row is missing from its rendering."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlx_segtrain.data.spelling import arguments, reasoning
-
-Message = Mapping[str, Any]
+from .messages import Message
+from .spelling import arguments, reasoning
 
 
 def lost_from_context(context: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:

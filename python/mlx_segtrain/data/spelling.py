@@ -7,14 +7,14 @@ and the role of a developer's message.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
-from mlx_segtrain.data.jsonl import REASONING
+from .messages import REASONING, Message
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def spell(messages: Messages, spelling: Spelling) -> list[dict[str, Any]]:
     return [_spelled(message, spelling) for message in messages]
 
 
-def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+def _spelled(message: Message, spelling: Spelling) -> dict[str, Any]:
     own = dict(message)
     if own.get("role") == "developer":
         own["role"] = spelling.developer
@@ -90,7 +90,7 @@ def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
     return own
 
 
-def _call(call: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+def _call(call: Message, spelling: Spelling) -> dict[str, Any]:
     own = dict(call)
     function = dict(call.get("function", call))
     if "arguments" in function:
@@ -109,7 +109,7 @@ def _short(id: str) -> str:
     return plain[-9:].rjust(9, "0")
 
 
-def arguments(call: Mapping[str, Any]) -> Any:
+def arguments(call: Message) -> Any:
     """The arguments of a call, decoded if they are the text of a JSON object."""
     given = call.get("function", call).get("arguments")
     if isinstance(given, str):
@@ -121,7 +121,7 @@ def arguments(call: Mapping[str, Any]) -> Any:
     return {} if given is None else given
 
 
-def reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
+def reasoning(message: Message) -> tuple[str, str]:
     """The reasoning and the answer of a message, each without blanks around a tag.
 
     Reasoning stands by a key of its own, or at the start of the content between tags.
