@@ -17,6 +17,7 @@ from ..objectives import Objective, objective_of, value
 from ..schedule import Params
 from .policy import run_policy
 from .references import with_references
+from .setup import check_length, check_tokens
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,6 @@ def evaluate(
 def _evaluate(
     config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
 ) -> EvalResult:
-    from .setup import check_length, check_tokens
-
     train_file, valid_file = split_paths(config.data_dir)
     file = train_file if split == "train" else valid_file
     if file is None:
@@ -85,11 +84,7 @@ def _evaluate(
     dataset = load_split(file, tokenizer, Options.of(config))
     check_tokens(model, dataset)
     objective = objective_of(config)
-    if objective.reference is not None:
-        rows = range(len(dataset.rows))
-        dataset = with_references(
-            objective.reference, config, chain, lambda event: None, dataset, rows
-        )
+    dataset = with_references(objective, config, chain, dataset)
     params = adapting.stage_params(chain, adapter)
     what = (objective, chain, adapter.scales, params, dataset, config.batch_size)
     loss, metrics = measure(*what)

@@ -77,7 +77,7 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
     setup, vector = prepare(inputs, tell, resumed)
-    step = Stepper(config, setup)
+    step = Stepper(setup)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -86,7 +86,7 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
     with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
-        keeper = Keeper(config, setup, log, made_of, warn)
+        keeper = Keeper(setup, log, made_of, warn)
         keeper.open(state, start, same)
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start

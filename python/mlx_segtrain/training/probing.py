@@ -33,7 +33,7 @@ def _probe(config: TrainConfig, tell: events.OnEvent) -> ProbeResult:
     rows = longest[: config.batch_size * config.grad_accumulation_steps]
     setup = replace(setup, train=replace(setup.train, rows=rows))
     source = batches(setup.train, config.batch_size, config.seed)
-    step = Stepper(config, setup)
+    step = Stepper(setup)
     at = step.optimizer.start(vector)
     del vector
     with setup.plan.limits():

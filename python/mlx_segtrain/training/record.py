@@ -26,6 +26,10 @@ NAME = "run.json"
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
 #: And an adapter's.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
+#: Parts of a record that are objects.
+PARTS = ("config", "folders", "inputs", "versions", "device", "settings")
+#: Parts of a record on which the last bits of a run depend.
+OF_MACHINE = ("versions", "device", "settings")
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 
 
@@ -49,7 +53,7 @@ def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]
 
 
 def machine() -> dict[str, Any]:
-    """Versions and device that the last bits of a run depend on."""
+    """Versions, device and settings as they are here."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -74,7 +78,7 @@ def read(run: Path) -> dict[str, Any]:
     """InputError if there is none that can be read."""
     try:
         record = json.loads((run / NAME).read_text(encoding="utf-8"))
-        if not set(record) >= PARTS or not all(isinstance(record[x], dict) for x in PARTS - {"id"}):
+        if "id" not in record or not all(isinstance(record[part], dict) for part in PARTS):
             raise KeyError
     except OSError as error:
         raise InputError(
@@ -83,10 +87,6 @@ def read(run: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{run / NAME} is not the record of a run.") from None
     return record
-
-
-#: What every record has.
-PARTS = {"id", "config", "folders", "inputs", "versions", "device", "settings"}
 
 
 class Record:
@@ -103,18 +103,13 @@ class Record:
                 f"{error.filename} cannot be read: {error.strerror or error}."
             ) from None
         earlier = resumed or {}
+        folders = {"model": config.model_dir, "data": config.data_dir}
+        folders["warm_start"] = config.warm_start
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
             "started": earlier.get("started", events.now()),
             "config": config.model_dump(mode="json"),
-            "folders": {
-                part: str(folder.resolve())
-                for part, folder in (
-                    *(("model", config.model_dir), ("data", config.data_dir)),
-                    ("warm_start", config.warm_start),
-                )
-                if folder is not None
-            },
+            "folders": {part: str(own.resolve()) for part, own in folders.items() if own},
             **machine(),
             "inputs": self.inputs,
             "resumed": earlier.get("resumed", []),
@@ -189,7 +184,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
             raise InputError(
                 f"{what} {differs} since the run in {run} began: put it back, or begin another run."
             )
-    for part in ("versions", "device", "settings"):
+    for part in OF_MACHINE:
         for what, differs in differences(record.values[part], earlier[part]).items():
             warn(f"{what} {differs} since the run began: its last bits may be others")
     return same
@@ -240,9 +235,10 @@ def verify(run: Path) -> Verified:
         files = {name: Path(folder) / name.partition("/")[2] for name in then}
         if part == "model":
             files |= _files_in(part, Path(folder), OF_MODEL)
-        parts[part] = _sentences(_hashes_of(files), then)
+        there = {name: path for name, path in files.items() if path.is_file()}
+        parts[part] = _sentences(hashes(there), then)
     here = machine()
-    for part in ("versions", "device", "settings"):
+    for part in OF_MACHINE:
         parts[part] = _sentences(here[part], record[part])
     made = record.get("made")
     if made:
@@ -250,10 +246,6 @@ def verify(run: Path) -> Verified:
     faults = {folder.name: torn(folder) for folder in found(run).values()}
     parts["checkpoints"] = [f"{name} is torn: {why}" for name, why in faults.items() if why]
     return Verified(run, made and made["step"], record["config"]["iters"], parts)
-
-
-def _hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
-    return hashes({name: path for name, path in files.items() if path.is_file()})
 
 
 def _sentences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:

@@ -29,21 +29,26 @@ KEY = 16
 
 
 def with_references(
-    reference: Objective,
+    objective: Objective,
     config: TrainConfig,
     chain: Chain,
-    on_event: events.OnEvent,
     data: Dataset,
-    wanted: Collection[int],
+    on_event: events.OnEvent = lambda event: None,
+    wanted: Collection[int] | None = None,
 ) -> Dataset:
-    """The data, in which the wanted rows have the outputs of `reference` as theirs.
+    """The data, in which the wanted rows (default: all) have the outputs of the objective's
+    reference; unchanged if it has none.
 
     Each is computed alone: what it is beside others must not depend on who they are.
     """
+    reference = objective.reference
+    if reference is None:
+        return data
     file = cache_dir() / "references" / f"{model_key(config)}.npz"
     known = _read(file)
     keys = [row_key(row) for row in data.rows]
-    missing = sorted(i for i in set(wanted) if keys[i] not in known)
+    asked = range(len(keys)) if wanted is None else set(wanted)
+    missing = sorted(i for i in asked if keys[i] not in known)
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
@@ -91,7 +96,7 @@ def row_key(whole: Row | Pair) -> bytes:
     digest = hashlib.blake2b(digest_size=KEY)
     for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))
-        digest.update(row.ids.astype("<i4").tobytes() + (row.weights > 0).tobytes())
+        digest.update(row.ids.astype("<i4").tobytes() + (row.weights != 0).tobytes())
     return digest.digest()
 
 

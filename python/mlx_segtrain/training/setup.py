@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,26 @@ from .references import with_references
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A loaded model, its objective, where its adapter's factors stand in a vector, and the data.
-
-    `config` has the number of steps that its epochs come to; `apart`: pairs share nothing.
-    """
+class Inputs:
+    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
 
     config: TrainConfig
+    tokenizer: Any
+    train: Dataset
+    valid: Dataset | None
+
+
+@dataclass(frozen=True)
+class Setup(Inputs):
+    """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
+    stand in a vector; `apart`: pairs share nothing."""
+
+    plan: RunPlan
     model: Any
     chain: Chain
     objective: Objective
     scales: dict[str, float]
     layout: Layout
-    train: Dataset
-    valid: Dataset | None
-    tokenizer: Any
-    plan: RunPlan
     apart: bool = False
 
 
@@ -127,16 +132,6 @@ def check_length(chain: Chain, max_seq_length: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
-
-    config: TrainConfig
-    tokenizer: Any
-    train: Dataset
-    valid: Dataset | None
-
-
 def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
     """InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
@@ -163,7 +158,7 @@ def prepare(
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
     """
-    config, valid = inputs.config, inputs.valid
+    config = inputs.config
     objective = objective_of(config)
     choices = objective.choices(inputs.train)
     if resumed is not None:
@@ -172,7 +167,7 @@ def prepare(
         config, choices, lambda data: objective.batch_shapes(data, config.batch_size)
     )
     on_event(plan_event(plan, 0.02, str(plan)))
-    setup, vector = load_setup(config, plan, train, valid, inputs.tokenizer)
+    setup, vector = load_setup(replace(inputs, train=train), plan)
     setup = replace(setup, apart=train is not inputs.train)
     if coarse := _coarse(setup):
         on_event(
@@ -181,9 +176,8 @@ def prepare(
                 "only we can load this adapter."
             )
         )
-    if objective.reference is not None:
-        with plan.limits():
-            setup = _referenced(setup, objective.reference, on_event)
+    with plan.limits():
+        setup = _referenced(setup, on_event)
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {train.summary}"))
     return setup, vector
 
@@ -214,14 +208,13 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
     return events.plan(progress, message, peak, plan.budget)
 
 
-def load_setup(
-    config: TrainConfig, plan: RunPlan, train: Dataset, valid: Dataset | None, tokenizer: Any
-) -> tuple[Setup, mx.array]:
+def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
     """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
+    config = inputs.config
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
     check_length(chain, config.max_seq_length)
-    check_tokens(model, train, *(() if valid is None else (valid,)))
+    check_tokens(model, *filter(None, (inputs.train, inputs.valid)))
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
@@ -239,23 +232,22 @@ def load_setup(
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
-    objective = objective_of(config)
-    what = (config, model, chain, objective, adapter.scales, layout)
-    return Setup(*what, train, valid, tokenizer, plan), vector
+    read = (config, inputs.tokenizer, inputs.train, inputs.valid)
+    loaded = (plan, model, chain, objective_of(config), adapter.scales, layout)
+    return Setup(*read, *loaded), vector
 
 
-def _referenced(setup: Setup, reference: Objective, on_event: events.OnEvent) -> Setup:
+def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     """With what the model without adapter gives for the rows that the run will see."""
-    config = setup.config
-    source = batches(setup.train, config.batch_size, config.seed)
-    steps = config.iters * config.grad_accumulation_steps
-    epoch = len(setup.train.rows) // config.batch_size
-    seen = {int(i) for _, batch in zip(range(steps), source, strict=False) for i in batch.rows}
-    if steps >= 2 * epoch:
-        seen = set(range(len(setup.train.rows)))
-    how = (reference, config, setup.chain, on_event)
-    train = with_references(*how, setup.train, seen)
-    valid = setup.valid and with_references(*how, setup.valid, range(len(setup.valid.rows)))
+    config, train = setup.config, setup.train
+    source = batches(train, config.batch_size, config.seed)
+    count = config.iters * config.grad_accumulation_steps
+    seen = None  # all, at the latest in the second epoch
+    if count < 2 * (len(train.rows) // config.batch_size):
+        seen = {int(i) for batch in islice(source, count) for i in batch.rows}
+    what = (setup.objective, config, setup.chain)
+    train = with_references(*what, train, on_event, seen)
+    valid = setup.valid and with_references(*what, setup.valid, on_event)
     return replace(setup, train=train, valid=valid)
 
 
