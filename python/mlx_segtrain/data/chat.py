@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import InputError
-from .losses import lost_from_context, lost_from_response
+from .losses import missing, missing_tools
 from .messages import Message
 from .spelling import Spelling, reasoning, spell, spellings, traits
 from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, wants_parts
@@ -183,8 +183,9 @@ class _Row:
         thoughts, answer = reasoning(given)
         if i and not (follows and OPEN.search(context) is None):
             response, findings = self._thought(messages[:i], context, response, thoughts)
-        findings += lost_from_context(context, self.messages[:i], self.tools)
-        findings += lost_from_response(response, given)
+        for message in self.messages[:i]:
+            findings += missing(context, message, earlier=True)
+        findings += [*missing_tools(context, self.tools), *missing(response, given)]
         if any(self.special[: i + 1]):
             findings.append("special")
         response, rest, ended = self._ended(i, messages, response, thoughts, answer)
@@ -254,7 +255,7 @@ class _Row:
 def _common(a: str, b: str) -> int:
     """The length of what both begin with, up to a tag that only begins alike."""
     n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if n == len(a) or n == len(b):
+    if n in (len(a), len(b)):
         return n
     for opens, closes in ("<>", "[]"):
         start = a.rfind(opens, 0, n)

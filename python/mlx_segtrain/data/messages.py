@@ -1,14 +1,15 @@
 """The messages of a row, checked and brought into one form."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import InputError, shown
 
 Message = Mapping[str, Any]
 
 #: The keys by which messages carry reasoning.
-REASONING = ("reasoning_content", "reasoning", "thinking")
+ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
+REASONING: tuple[str, ...] = get_args(ReasoningKey)
 MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
 #: The roles that messages have, and names for them in other data sets.
 ROLES = ("system", "developer", "user", "assistant", "tool")

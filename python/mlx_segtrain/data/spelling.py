@@ -8,37 +8,30 @@ and the role of a developer's message.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
-from .messages import REASONING, Message
+from .messages import REASONING, Message, ReasoningKey
 
 Messages = Sequence[Message]
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One of the ways; the defaults are what most templates take."""
+    """One of the ways; the defaults are what most templates take. A field is what templates differ
+    in, by the part of a message that it is about."""
 
-    arguments: str = "mapping"  #: or text
-    null: str | None = None  #: the content of a message that has none
-    reasoning: str = "given"  #: or one of the keys, or tags
-    ids: str = "given"  #: or short, as Mistral's templates want them
-    content: str = "text"  #: or parts
-    developer: str = "developer"  #: the role of such messages
+    ids: Literal["given", "short"] = "given"  #: short, as Mistral's templates want them
+    arguments: Literal["mapping", "text"] = "mapping"
+    null: Literal[None, ""] = None  #: the content of a message that has none
+    developer: Literal["developer", "system"] = "developer"  #: the role of such messages
+    reasoning: Literal["given", ReasoningKey, "tags"] = "given"
+    content: Literal["text", "parts"] = "text"
 
 
-#: What templates differ in, by the part of a message that it is about; the default comes first.
-CHOICES = {
-    "ids": ("given", "short"),
-    "arguments": ("mapping", "text"),
-    "null": (None, ""),
-    "developer": ("developer", "system"),
-    "reasoning": ("given", *REASONING, "tags"),
-    "content": ("text", "parts"),
-}
-assert set(CHOICES) == {field.name for field in fields(Spelling)}
+#: The values of each field, the default first.
+CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Spelling).items()}
 
 
 def traits(messages: Messages) -> frozenset[str]:

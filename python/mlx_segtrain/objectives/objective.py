@@ -18,6 +18,7 @@ class Objective:
     All are parts of a mean, over what `total` counts: those of several batches add up.
     """
 
+    options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
     unit: str  #: of the loss, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
     reads: tuple[str, ...]  #: what the head reads besides h and rows of each stream
@@ -25,7 +26,7 @@ class Objective:
     @classmethod
     def of(cls, config: TrainConfig) -> "Objective":
         """With the options of a configuration."""
-        return cls()
+        return cls(*(getattr(config, name) for name in cls.options))
 
     @property
     def reference(self) -> "Objective | None":

@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import TrainConfig
 from ..data import Batch, Dataset, Pair, PairBatch, Row
 from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
@@ -150,17 +149,23 @@ class Pairs(Objective):
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
             *of_streams, targets, members, weights, reference, part = reads
-            log_p = _log_probs(chain, params, of_streams, targets, needs_grad)
-            # Sums of products, not a product of matrices: GPUs round its operands.
-            sums = ((members * log_p).sum(1), reference, members.sum(1))
-            sides = [side for both in sums for side in mx.split(both, 2)]
-            answers = Answers(*sides, -(weights * log_p).sum(), part)
-            loss, rewards, margins = self._loss(answers)
-            right = (margins > 0) + 0.5 * (margins == 0)  # of equals either may be the better
-            means = (right, margins, *rewards)
-            return (loss, *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means))
+            pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
+            h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
+            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
+            return self._outputs(log_p, members, weights, reference, part)
 
         return outputs
+
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        """Of the log-probabilities [M] of the targets, and what else the head reads."""
+        members, weights, reference, part = reads
+        # Sums of products, not a product of matrices: GPUs round its operands.
+        sums = ((members * log_p).sum(1), reference, members.sum(1))
+        sides = [side for both in sums for side in mx.split(both, 2)]
+        loss, rewards, margins = self._loss(Answers(*sides, -(weights * log_p).sum(), part))
+        right = (margins > 0) + 0.5 * (margins == 0)  # a tie counts as one half
+        means = (right, margins, *rewards)
+        return (loss, *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means))
 
     def _loss(self, answers: Answers) -> Compared:
         raise NotImplementedError
@@ -213,32 +218,15 @@ def _lengths(sequences: Sequence[Row], rows: int, full: bool) -> tuple[int, int]
     return max(lengths), max(lengths) if rows > 1 and full else max(trimmed)
 
 
-def _log_probs(
-    chain: Chain,
-    params: Mapping[str, mx.array],
-    of_streams: Sequence[mx.array],
-    targets: mx.array,
-    needs_grad: bool,
-) -> mx.array:
-    """Of the targets [M] behind the rows that count of each stream's h."""
-    pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
-    h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
-    return chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
-
-
 @dataclass(frozen=True)
 class Reference(Pairs):
     """No loss: outputs the log-probabilities of the responses, [2B]."""
 
     metrics = ()
 
-    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
-        def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
-            *of_streams, targets, members, _, _, _ = reads
-            log_p = _log_probs(chain, params, of_streams, targets, needs_grad)
-            return ((members * log_p).sum(1),)
-
-        return outputs
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        members, *_ = reads
+        return ((members * log_p).sum(1),)
 
 
 @dataclass(frozen=True)
@@ -257,10 +245,7 @@ class Dpo(Pairs):
     label_smoothing: float = 0.0
     reference_free: bool = False
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Dpo":
-        how = (config.dpo_beta, config.dpo_loss, config.label_smoothing)
-        return cls(*how, config.reference_free)
+    options = ("dpo_beta", "dpo_loss", "label_smoothing", "reference_free")
 
     @property
     def reference(self) -> Reference | None:
@@ -296,9 +281,7 @@ class Orpo(Pairs):
     weight: float = 0.1
     scope: Literal["full", "response"] = "full"
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Orpo":
-        return cls(config.orpo_lambda, config.sft_scope)
+    options = ("orpo_lambda", "sft_scope")
 
     @property
     def _full(self) -> bool:
@@ -330,9 +313,7 @@ class Simpo(Pairs):
     beta: float = 2.0
     gamma: float = 1.0
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Simpo":
-        return cls(config.simpo_beta, config.simpo_gamma)
+    options = ("simpo_beta", "simpo_gamma")
 
     def _loss(self, answers: Answers) -> Compared:
         chosen, rejected = (self.beta * p for p in answers.means)

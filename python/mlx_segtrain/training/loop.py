@@ -1,11 +1,11 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,11 +28,9 @@ from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
-from .state import Progress, State
+from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
-
-T = TypeVar("T")
 
 
 def train(
@@ -165,7 +163,7 @@ class Run:
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            at, outcome = self._in_memory(lambda: self.step(state.at, accumulated, losses))
+            at, outcome = self._in_memory(state.at, accumulated, losses)
         state.at = at
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent.append(progress.last)
@@ -183,14 +181,14 @@ class Run:
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
 
-    def _in_memory(self, take: Callable[[], T]) -> T:
+    def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
         """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
 
-        A step changes nothing before its end. Halted if none is left.
+        A step changes nothing before its end. Halted if no plan is left.
         """
         while True:
             try:
-                return take()
+                return self.step(*what)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -264,9 +262,8 @@ class Run:
                 what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
                 loss, metrics = measure(*what, config.batch_size)
                 val = {"step": state.step, "loss": loss, **metrics}
-                tokens = setup.valid.supervised_tokens
-                how: Any = {"loss": loss, "tokens": tokens, "metrics": metrics}
-                found.append(events.val_metric(state.step, config.iters, **how))
+                how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
+                found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
             if config.sample_prompts or config.eval_command or self.score:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's

@@ -109,29 +109,6 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
     return Start(None, seen)
 
 
-def check_tokens(model: Any, *datasets: Dataset) -> None:
-    """InputError if the tokenizer gave tokens that the loaded model has no rows for: MLX would read
-    past the end of the table."""
-    tables = tables_of(model)
-    known = min(tables.tokens, tables.logits)
-    for dataset in datasets:
-        for row in (own for whole in dataset.rows for own in sequences(whole)):
-            if len(row) and row.ids.max() >= known:
-                raise InputError(
-                    f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
-                    f"{known}: they do not belong together."
-                )
-
-
-def check_length(chain: Chain, max_seq_length: int) -> None:
-    """InputError if sequences could be longer than the model was made for."""
-    if chain.max_length is not None and max_seq_length > chain.max_length:
-        raise InputError(
-            f"max_seq_length is {max_seq_length}, but the model was made for at most "
-            f"{chain.max_length} tokens: lower it."
-        )
-
-
 def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
     """InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
@@ -208,13 +185,35 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
     return events.plan(progress, message, peak, plan.budget)
 
 
+def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Chain]:
+    """The model of a configuration, loaded, and its chain.
+
+    InputError if sequences could be longer than it was made for, or a token of the data has no row
+    in its tables: MLX would read past their end.
+    """
+    model, _ = load_model(config.model_dir)
+    chain = chain_of(model)
+    if chain.max_length is not None and config.max_seq_length > chain.max_length:
+        raise InputError(
+            f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
+            f"{chain.max_length} tokens: lower it."
+        )
+    tables = tables_of(model)
+    known = min(tables.tokens, tables.logits)
+    wholes = [whole for data in datasets if data is not None for whole in data.rows]
+    for row in (own for whole in wholes for own in sequences(whole)):
+        if len(row) and row.ids.max() >= known:
+            raise InputError(
+                f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
+                f"{known}: they do not belong together."
+            )
+    return model, chain
+
+
 def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
     """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
     config = inputs.config
-    model, _ = load_model(config.model_dir)
-    chain = chain_of(model)
-    check_length(chain, config.max_seq_length)
-    check_tokens(model, *filter(None, (inputs.train, inputs.valid)))
+    model, chain = load_chain(config, inputs.train, inputs.valid)
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
