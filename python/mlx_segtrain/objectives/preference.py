@@ -148,11 +148,11 @@ class Pairs(Objective):
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
-            *of_streams, targets, members, weights, reference, part = reads
+            of_streams, (targets, *own) = reads[: -len(self.reads)], reads[-len(self.reads) :]
             pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
             h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
             log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
-            return self._outputs(log_p, members, weights, reference, part)
+            return self._outputs(log_p, *own)
 
         return outputs
 
