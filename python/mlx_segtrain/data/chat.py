@@ -59,7 +59,7 @@ class Conversations:
         self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
-        self._stops = _Stops.of(tokenizer, append_eos)
+        self._stops = _Stops(tokenizer, append_eos)
         # What was found out about rows with the same traits: spelling, findings, searches.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
@@ -163,9 +163,10 @@ class _Row:
     stops: "_Stops"
 
     @cached_property
-    def special(self) -> list[bool]:
-        """Which messages hold the text of a special token."""
-        return [self.stops.are_in(str(message.get("content") or "")) for message in self.messages]
+    def special(self) -> list[re.Match[str] | None]:
+        """Of each message where it holds the text of a special token."""
+        texts = [str(message.get("content") or "") for message in self.messages]
+        return [self.stops.control.search(text) for text in texts]
 
     def turns(self, spelling: Spelling) -> list[_Turn]:
         messages = spell(self.messages, spelling)
@@ -242,8 +243,8 @@ class _Row:
             return response[: stop.end()], response[stop.end() :], True
         # Some templates end a turn by the header of the next one, which is a stop token then.
         following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
-        if stop := self.stops.at_start(self.render.transition(messages[:i], following)):
-            return response.rstrip("\n") + stop, "", True
+        if stop := self.stops.stop.match(self.render.transition(messages[:i], following).lstrip()):
+            return response.rstrip("\n") + stop[0], "", True
         if self.stops.append is None:
             return response, "", False
         blanks = texts[-1][len(texts[-1].rstrip()) :]  # the answer's own
@@ -264,25 +265,17 @@ def _common(a: str, b: str) -> int:
     return n
 
 
-@dataclass(frozen=True)
 class _Stops:
-    """Text of the tokens that stop generation, of all tokens that control it, and of the one that
-    is appended to a response without a stop (None: none is)."""
+    """Patterns of the tokens that stop generation (`stop`) and of all that control it, and the text
+    that is appended to a response without a stop (None: none is)."""
 
-    stop: re.Pattern[str]
-    control: re.Pattern[str]
-    tail: re.Pattern[str]
-    append: str | None
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, append_eos: bool) -> "_Stops":
+    def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        ids = set(tokenizer.eos_token_ids)
-        stops = {added.get(i) or tokenizer.decode([i]) for i in ids}
-        stop, control = _any_of(stops), _any_of(stops | special)
-        tail = re.compile(rf"(?:\s|{control.pattern})*\Z")
-        return cls(stop, control, tail, tokenizer.eos_token if append_eos else None)
+        stops = {added.get(i) or tokenizer.decode([i]) for i in set(tokenizer.eos_token_ids)}
+        self.stop, self.control = _any_of(stops), _any_of(stops | special)
+        self.tail = re.compile(rf"(?:\s|{self.control.pattern})*\Z")
+        self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
         """The first stop after a message's own texts."""
@@ -291,14 +284,6 @@ class _Stops:
             tail = self.tail.search(response)
             start = tail.start() if tail else len(response)
         return self.stop.search(response, start)
-
-    def at_start(self, text: str) -> str | None:
-        """The stop that a text begins with, after blanks."""
-        found = self.stop.match(text.lstrip())
-        return found[0] if found else None
-
-    def are_in(self, text: str) -> bool:
-        return self.control.search(text) is not None
 
 
 def _any_of(words: set[str]) -> re.Pattern[str]:

@@ -68,9 +68,9 @@ def load_dataset(
     data_dir: Path, tokenizer: Tokenizer, options: Options
 ) -> tuple[Dataset, Dataset | None]:
     """train.jsonl and, if there is one, valid.jsonl of a directory; raises InputError."""
-    train_path, valid_path = split_paths(Path(data_dir))
-    train = load_split(train_path, tokenizer, options)
-    return train, load_split(valid_path, tokenizer, options) if valid_path else None
+    train, valid = split_paths(Path(data_dir))
+    how = (tokenizer, options)
+    return load_split(train, *how), valid and load_split(valid, *how)
 
 
 def load_split(path: Path, tokenizer: Tokenizer, options: Options) -> Dataset:
@@ -79,7 +79,7 @@ def load_split(path: Path, tokenizer: Tokenizer, options: Options) -> Dataset:
     format, _, rows = read(path, options.method, encoder)
     if options.strict:
         refuse_faults(path, encoder.notes)
-    return fit(path, format, rows, encoder, options.max_seq_length)
+    return fit(path, format, rows, encoder)
 
 
 def refuse_faults(path: Path, notes: Notes) -> None:
@@ -183,17 +183,17 @@ def _records(path: Path, method: str | None, formats: set[str]) -> Iterator[Reco
         yield record
 
 
-def fit(path: Path, format: str, rows: list[Any], encoder: Encoder, max_seq_length: int) -> Dataset:
-    """`rows` cut to `max_seq_length` tokens; InputError if nothing is trained."""
+def fit(path: Path, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
+    """`rows` cut to max_seq_length tokens; InputError if nothing is trained."""
     n_rows = encoder.notes.rows
-    short = [shorten(row, encoder, max_seq_length) for row in rows]
+    short = [shorten(row, encoder) for row in rows]
     found = [own for own in short if _trained(own[0])]
     if not found:
         trained = [own for row in rows if _trained(row) for own in sequences(row)]
         longest = max(map(len, trained), default=0)
         reason = (
-            f"all trained tokens lie beyond max_seq_length {max_seq_length}; raise it (the longest "
-            f"row has {longest} tokens)"
+            f"all trained tokens lie beyond max_seq_length {encoder.options.max_seq_length}; raise "
+            f"it (the longest row has {longest} tokens)"
             if longest
             else "no row has an assistant turn or text that is trained"
         )
@@ -223,16 +223,16 @@ def _trained(row: Row | Pair) -> bool:
     return all(own.weights.any() for own in sequences(row))
 
 
-def shorten(row: Row | Pair, encoder: Encoder, n: int) -> tuple[Any, bool, bool]:
-    """A row of at most `n` tokens, whether it is truncated, and whether its prompt was cut.
+def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
+    """A row of at most max_seq_length tokens; whether it lost its end, and whether its beginning.
 
     It is cut on the right; of a pair first the prompt on the left, as far as its last token. Both
     prompts lose as much, and what the tokenizer puts before a text (BOS) stays.
     """
-    over = max(len(own) for own in sequences(row)) - n
+    sides, n = sequences(row), encoder.options.max_seq_length
+    over = max(map(len, sides)) - n
     if isinstance(row, Row):
         return replace(row, ids=row.ids[:n], weights=row.weights[:n]), over > 0, False
-    sides = sequences(row)
     prompts = [int(np.argmax(own.weights != 0)) for own in sides]
     bos = len(encoder.bos) if all(encoder.begins(own.ids) for own in sides) else 0
     cut = max(0, min(over, min(prompts) - bos - 1))

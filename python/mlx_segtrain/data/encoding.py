@@ -93,7 +93,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
         self._tokenizer = tokenizer._tokenizer  # the wrapper itself cannot be called on a batch
-        self._append_eos = options.append_eos
+        self.options = options
         self.raw = Prompting(options.prompt_format).is_raw(tokenizer)
         how = (options.chat_template_kwargs, options.append_eos)
         self.chats = Conversations(tokenizer, options.train_on, *how)
@@ -142,7 +142,7 @@ class Encoder:
         if not sample.rendered:  # a chat template writes BOS itself, and its turns are ended
             end, stopped = self._end(ids, bounds[-2])
             ids, weights = ids[:end], weights[:end]
-            if self._append_eos and not stopped:
+            if self.options.append_eos and not stopped:
                 ids = [*ids, self._eos_id(sample)]
                 weights = np.append(weights, np.float32(1))
             if ids[: len(self.bos)] != self.bos:
@@ -168,7 +168,7 @@ class Encoder:
         # When the pieces give the tokens of the whole, their ends are exact. When they give other
         # tokens for the same text, one token lies across a cut; generation starts from the prompt's
         # own tokens, so the pieces' tokens are the ones to train.
-        if joined == whole or self._decode(joined) == self._decode(whole):
+        if joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
         # Some tokenizers put a space before every text, so that pieces have more text than the
         # whole. Offsets tell then: a token with any character of a piece belongs to that piece.
@@ -199,8 +199,8 @@ class Encoder:
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
-            self._blank[token] = not self._decode([token]).strip()
+            self._blank[token] = not self.decode([token]).strip()
         return self._blank[token]
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -73,17 +73,16 @@ def inspect(
         if tokenizer is None:
             return report
         encoder = Encoder(tokenizer, options)
-        format, _, rows = dataset.read(train, method, encoder)
+        _, _, rows = dataset.read(train, method, encoder)
         lengths = np.percentile(list(map(len, rows)), (0, 50, 95, 100), method="higher")
         report.length_min, report.length_median, report.length_p95, report.length_max = map(
             int, lengths
         )
-        length = options.max_seq_length
-        report.previews = _previews(rows[:n_preview], encoder, tokenizer, length)
+        report.previews = _previews(rows[:n_preview], encoder)
         notes = encoder.notes
         report.samples, report.trained_turns = len(rows), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
-        data = dataset.fit(train, format, rows, encoder, length)
+        data = dataset.fit(train, report.format, rows, encoder)
         for name, count in data.counts.items():
             setattr(report, name, count)
         others = dataset.load_split(valid, tokenizer, options) if valid else None
@@ -95,26 +94,23 @@ def inspect(
     return report
 
 
-def _previews(
-    rows: list[Any], encoder: Encoder, tokenizer: Tokenizer, max_seq_length: int
-) -> list[Preview]:
+def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
     """Each row after truncation: one sequence, or both of a pair."""
     shown = []
     for row in rows:
-        short, _, _ = dataset.shorten(row, encoder, max_seq_length)
+        short, _, _ = dataset.shorten(row, encoder)
         for own in dataset.sequences(short):
-            texts, weights = _texts(own.ids.tolist(), tokenizer), own.weights.tolist()
+            texts, weights = _texts(own.ids.tolist(), encoder), own.weights.tolist()
             tokens = [(t, w != 0, w) for t, w in zip(texts, weights, strict=True)]
             shown.append(Preview(own.source, tokens, [FINDINGS[name] for name in own.findings]))
     return shown
 
 
-def _texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+def _texts(ids: list[int], encoder: Encoder) -> list[str]:
     """The text of every token; a character spread over several tokens is shown at the last."""
     texts, before, shown = [], 0, 0  # ids[before:shown] give the context in which a token decodes
     for j in range(len(ids)):
-        known = tokenizer.decode(ids[before:shown], clean_up_tokenization_spaces=False)
-        text = tokenizer.decode(ids[before : j + 1], clean_up_tokenization_spaces=False)
+        known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])
         whole = not text.endswith("\ufffd") or j + 1 == len(ids)
         texts.append(text[len(known) :] if whole else "")
         if whole:

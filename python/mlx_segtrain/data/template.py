@@ -57,8 +57,8 @@ def content(text: str, parts: bool) -> dict[str, Any]:
 
 
 class TemplateError(Exception):
-    """Why the template, which is a program, cannot be used for a row: the sentence behind the
-    row's place."""
+    """Why the template, which is a program, cannot be used for a row: a sentence that goes on after
+    the row's place."""
 
 
 class ChatTemplate:

@@ -1,7 +1,7 @@
 """Preference losses over pairs of answers: DPO, ORPO and SimPO.
 
 A pair runs as two streams, or as one where both sequences begin alike: the chosen sequence, and
-behind it what differs of the rejected one, as a branch. That is exact under causal attention,
+after it what differs of the rejected one, as a branch. That is exact under causal attention,
 wherever the first token lies that differs. Only rows that count meet the head.
 """
 

@@ -9,8 +9,6 @@ from ..files import ASIDE
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
 
-__all__ = ["REMOVED", "check_own", "evaluated_name"]
-
 #: Folders of a run that another run in its place removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))

@@ -64,26 +64,21 @@ def evaluate(
 
     InputError for what cannot be read or does not fit.
     """
-    with run_policy(config):
-        return _evaluate(config, adapter_path, split)
-
-
-def _evaluate(
-    config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
-) -> EvalResult:
     train_file, valid_file = split_paths(config.data_dir)
     file = train_file if split == "train" else valid_file
     if file is None:
         raise InputError(
             f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
         )
-    dataset = load_split(file, load_tokenizer(config.model_dir), Options.of(config))
-    _, chain = load_chain(config, dataset)
-    adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
-    objective = objective_of(config)
-    dataset = with_references(objective, config, chain, dataset)
-    params = adapting.stage_params(chain, adapter)
-    loss, metrics = measure(objective, chain, adapter.scales, params, dataset, config.batch_size)
+    with run_policy(config):
+        dataset = load_split(file, load_tokenizer(config.model_dir), Options.of(config))
+        _, chain = load_chain(config, dataset)
+        adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
+        objective = objective_of(config)
+        dataset = with_references(objective, config, chain, dataset)
+        params = adapting.stage_params(chain, adapter)
+        what = (objective, chain, adapter.scales, params, dataset)
+        loss, metrics = measure(*what, config.batch_size)
     return EvalResult(
         loss=loss,
         perplexity=None if metrics else events.perplexity(loss),

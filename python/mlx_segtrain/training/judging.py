@@ -20,13 +20,6 @@ from ..lora import Adapter
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
-def sample(model: nn.Module, tokenizer: Any, prompt: list[int], max_tokens: int) -> str:
-    """The model's likeliest answer to the tokens of a prompt."""
-    from mlx_lm.generate import generate
-
-    return generate(model, tokenizer, prompt, max_tokens=max_tokens)
-
-
 def numbers(found: Any) -> dict[str, float]:
     """A score as numbers by name; ValueError if it is something else or not finite."""
     named = found if isinstance(found, Mapping) else {"score": found}

@@ -71,7 +71,7 @@ class RunLog:
         return file
 
     def begin(self, keep: int) -> None:
-        """Cuts the file behind its first `keep` bytes, and behind their last whole line."""
+        """Cuts the file after the last whole line of its first `keep` bytes."""
         head = self.file.read(keep)
         self.file.truncate(head.rfind(b"\n") + 1)
         self.file.seek(0, os.SEEK_END)

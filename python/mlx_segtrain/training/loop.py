@@ -19,7 +19,7 @@ from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
 from .interrupts import Interrupts
-from .judging import Score, command_score, numbers, sample
+from .judging import Score, command_score, numbers
 from .keeping import Keeper
 from .log import RunLog
 from .memory import Memory, process_peak
@@ -133,7 +133,7 @@ class Run:
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
         interrupted = stopped_early = False
         try:
-            # What is due behind a step comes before the next one, in a run that is resumed too.
+            # What is due after a step comes before the next one, in a run that is resumed too.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -284,13 +284,15 @@ class Run:
 
     def _judged(self) -> Iterator[events.Event]:
         """Answers of the adapter as it is now, and what the command and the callable say of it."""
+        from mlx_lm.generate import generate
+
         config, setup, step = self.config, self.setup, self.state.step
         adapter = self.keeper.adapter(self.state)
         with attached(setup.model, setup.chain, adapter) as model:
             prompting = Prompting(config.prompt_format, config.chat_template_kwargs)
             for prompt in config.sample_prompts:
                 ids = prompting.ids(setup.tokenizer, prompt)
-                text = sample(model, setup.tokenizer, ids, config.sample_tokens)
+                text = generate(model, setup.tokenizer, ids, max_tokens=config.sample_tokens)
                 yield events.sample(step, prompt, text)
             if self.score:
                 yield events.score(step, numbers(self.score(model, setup.tokenizer)))

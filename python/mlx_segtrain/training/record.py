@@ -119,7 +119,7 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Notes that the run goes on behind this step."""
+        """Notes that the run goes on after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:
@@ -129,8 +129,8 @@ class Record:
         self.write()
 
     def check_model(self, step: int) -> None:
-        """RunError if a file of the model is not what it was when the run began, behind a step
-        whose state has been kept."""
+        """RunError if a file of the model is not what it was when the run began; the state
+        of this step has been kept."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
