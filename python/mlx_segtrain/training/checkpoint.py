@@ -43,10 +43,7 @@ class Checkpoint:
     apart: bool
 
     def iterate(self, fresh: Iterate) -> Iterate:
-        """Where the run stood; `fresh` is where it began, and has the same structure.
-
-        InputError if it has not.
-        """
+        """Where the run stood. InputError if that differs in structure from `fresh`, its begin."""
 
         def stored(name: str, like: mx.array) -> mx.array:
             found = self.tensors.get(name)
@@ -63,10 +60,10 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run and removes all but the newest `keep`, and
-    those of steps that the run has not come to, which are of another future.
+    """Writes a checkpoint below the folder of a run. Removes all but the newest `keep`, and those
+    of later steps, which the run will not come to in the same way.
 
-    OSError if it cannot be written; what was there is there still.
+    OSError if it cannot be written; nothing is lost then.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
@@ -92,7 +89,7 @@ def save(
 
 
 def found(run: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step, whole or not, the newest first."""
+    """Folders of checkpoints by their step, newest first; they may be torn."""
     named = {
         int(match[1]): path
         for path in (run / STATE).glob("step-*")

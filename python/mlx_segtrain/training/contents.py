@@ -1,5 +1,5 @@
-"""Whether what a run would remove from its folder is a run's: folders are told by what is in them,
-not by their names."""
+"""Whether what a run would remove from its folder was written by a run: the content of folders
+decides, not their names."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an adapter is worth while it is trained, besides its loss: answers and scores."""
+"""Scores of an adapter while it is trained, besides its loss."""
 
 import json
 import math

@@ -21,7 +21,7 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. A write that the run can do without is told if it fails.
+    """The folder of a run. A write that fails is a warning where the run can do without it.
 
     `unwritten` is the best adapter and what its card says, as long as it could not be written.
     """
@@ -40,8 +40,8 @@ class Keeper:
         """Puts the folder back to where it was at the checkpoint; or removes what an overwritten
         run has left, but for its adapter, which stays until there is another.
 
-        `same`: the steps to come are those that there would have been, and what was kept of them
-        is left. InputError if nothing can be written, or another run has been there meanwhile.
+        `same`: the run goes on exactly as it would have, so adapters of later steps stay.
+        InputError if nothing can be written, or another run has used the folder meanwhile.
         """
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
@@ -71,18 +71,18 @@ class Keeper:
         self.log.write(events.meta(made_of["config"], made_of["id"], state.step))
 
     def _forget(self, step: int) -> None:
-        """Removes adapters of later steps, to which the run will not come any more."""
+        """Removes adapters of later steps: the run will not come to them as it was."""
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
             if (step_of(folder) or 0) > step:
                 remove_folder(folder)
 
     def adapter(self, state: State) -> Adapter:
-        """As of the last finished step."""
+        """The adapter after the last finished step."""
         setup = self.setup
         return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
     def _about(self, state: State) -> About:
-        """Of the adapter as it is now."""
+        """What the card says of the adapter as it is now."""
         setup, progress = self.setup, state.progress
         folder, data = setup.config.data_dir, self.made_of.inputs.get("data/train.jsonl", "")
         facts = {"data": f"{folder} (train.jsonl {data[:16]})", "trained on": setup.train.summary}

@@ -110,8 +110,8 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
 class Run:
     """A run whose model is loaded and whose folder is its own.
 
-    Signals are let in where it computes (`interrupts.allowed`), not where it changes or writes
-    what it has.
+    Signals may end it where it computes (`interrupts.allowed`), not where it changes its state or
+    writes.
     """
 
     config: TrainConfig
@@ -249,7 +249,7 @@ class Run:
             )
 
     def _evaluate_if_due(self) -> None:
-        """What the adapter is like now: validation, answers, scores; and what is kept of it."""
+        """Validates the adapter, asks and scores it, and keeps it if that is wanted."""
         config, setup, state, progress = self.config, self.setup, self.state, self.state.progress
         if state.step == progress.evaluated or not self._is_due(config.steps_per_eval, 0):
             return
@@ -283,7 +283,7 @@ class Run:
             self.keeper.evaluated(state, name)
 
     def _judged(self) -> Iterator[events.Event]:
-        """Answers of the adapter as it is now, and what the command and the callable say of it."""
+        """Answers of the adapter, and its scores by the callable and the command."""
         from mlx_lm.generate import generate
 
         config, setup, step = self.config, self.setup, self.state.step
@@ -304,7 +304,7 @@ class Run:
         return progress.evaluated == self.state.step and 0 < patience <= progress.since_best
 
     def _save_if_due(self) -> None:
-        """Every so many steps, and with each adapter that is kept of an evaluation."""
+        """Every so many steps, and whenever an evaluation keeps its adapter."""
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
@@ -312,7 +312,7 @@ class Run:
             self.keeper.checkpoint(self.state)
 
     def _save(self) -> None:
-        """For good; an untouched adapter is not worth a file."""
+        """Saves the last finished step for good; before the first there is nothing to save."""
         if self.state.step == 0:
             return
         self._count()
@@ -320,7 +320,7 @@ class Run:
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _count(self) -> None:
-        """Time and memory up to now, for what is written next."""
+        """Adds time and memory up to now to the progress."""
         self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before

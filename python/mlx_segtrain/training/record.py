@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, so that it can be gone on with, told and made again."""
+"""run.json: what a run was made of, so that it can be resumed, verified and repeated."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def files_of(config: TrainConfig) -> dict[str, Path]:
 
 
 def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Those whose names end so, by part and name; none if there is no such folder."""
+    """Files whose names end so, by part and name; none if there is no such folder."""
     return {
         f"{part}/{path.name}": path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
@@ -90,7 +90,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 class Record:
-    """What run.json of a run that goes on will hold, and the inputs as they were at its start."""
+    """What run.json of a run holds, and the inputs as they were at its start."""
 
     def __init__(self, config: TrainConfig, resumed: dict[str, Any] | None):
         self.folder = config.adapter_path
@@ -164,9 +164,8 @@ def _stat(path: Path) -> tuple[int, int] | None:
 
 
 def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
-    """Whether a run goes on as it would have; InputError if it cannot go on with this configuration
-    and these files. `warn` is told what makes its steps to come others than they would have been.
-    """
+    """Whether a resumed run goes on exactly as it would have; InputError if it cannot go on with
+    this configuration and these files. `warn` is told what makes its further steps differ."""
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
     for name, own in FACETS.items():
@@ -190,12 +189,12 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     return same
 
 
-#: Of what was not there.
+#: Of a file that was not there before.
 COME = "has come"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """What is not as it was, by name, in words."""
+    """What has changed, by name, in words."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -210,8 +209,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Verified:
-    """What of a run is as it was, by part: model, data, warm_start, versions, device, settings,
-    adapter, checkpoints. Each has the sentences that say what is not; [] if all is."""
+    """What has changed since a run, in sentences, by part: model, data, warm_start, versions,
+    device, settings, adapter, checkpoints; [] for a part that is as it was."""
 
     run: Path
     step: int | None  #: of the adapter; None for a run that has not ended

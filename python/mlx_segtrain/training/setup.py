@@ -1,4 +1,4 @@
-"""From a configuration to all that a run needs; every check before anything is written."""
+"""From a configuration to all that a run needs, with every check before anything is written."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -160,7 +160,7 @@ def prepare(
 
 
 def _coarse(setup: Setup) -> str | None:
-    """The first linear with DoRA of which mlx-lm reckons the width wrongly."""
+    """The first linear with DoRA whose width mlx-lm computes wrongly."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
