@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -103,7 +104,7 @@ class Encoder:
         self.bos: list[int] = list(tokenizer.encode(""))
         while self.bos and self.bos[-1] in self._eos - {tokenizer.bos_token_id}:
             self.bos.pop()
-        self._blank: dict[int, bool] = {}
+        self._is_blank = cache(lambda token: not self.decode([token]).strip())
         pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(pad_id for pad_id in pad_ids if pad_id is not None)
 
@@ -143,22 +144,19 @@ class Encoder:
             end, stopped = self._end(ids, bounds[-2])
             ids, weights = ids[:end], weights[:end]
             if self.options.append_eos and not stopped:
-                ids = [*ids, self._eos_id(sample)]
+                eos = self._tokenizer.eos_token_id
+                if eos is None:
+                    raise InputError(
+                        f"{sample.source}: the tokenizer has no end-of-sequence token to append to "
+                        "the row; set append_eos to false."
+                    )
+                ids = [*ids, eos]
                 weights = np.append(weights, np.float32(1))
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
         weights[:1] = 0  # nothing comes before the first token to predict it from
         return Row(np.array(ids, np.int32), weights, sample.source, sample.findings)
-
-    def _eos_id(self, sample: Sample) -> int:
-        eos = self._tokenizer.eos_token_id
-        if eos is None:
-            raise InputError(
-                f"{sample.source}: the tokenizer has no end-of-sequence token to append to the "
-                "row; set append_eos to false."
-            )
-        return eos
 
     def _join(
         self, sample: Sample, whole: list[int], parts: list[list[int]]
@@ -196,11 +194,6 @@ class Encoder:
         if last > start and ids[last - 1] in self._eos:
             return last, True
         return len(ids), False
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.decode([token]).strip()
-        return self._blank[token]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)

@@ -44,9 +44,8 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise InputError(
-                f"eval_command cannot be started: {command[0]}: {error.strerror}"
-            ) from error
+            said = f"eval_command cannot be started: {command[0]}: {error.strerror}"
+            raise InputError(said) from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         return f"eval_command ended with {done.returncode}: {' '.join(last)}"

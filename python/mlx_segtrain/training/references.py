@@ -7,18 +7,17 @@ template or written otherwise is another pair.
 
 import hashlib
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .. import _core, events
 from ..config import TrainConfig
-from ..data import Dataset, Pair, Row, eval_batches
+from ..data import Dataset, Pair, Row, one_row
 from ..data.dataset import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
@@ -52,24 +51,17 @@ def with_references(
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
-        part = replace(data, rows=[data.rows[i] for i in missing])
-        found: Iterator[Any] = eval_batches(part, 1)
-        for batch in found:
+        for i in missing:
+            batch = one_row(data, i)
             (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
-            by_row = np.array(sums).reshape(-1, len(batch.rows)).T
-            for i, own in zip(batch.rows, by_row, strict=True):
-                known[keys[missing[int(i)]]] = tuple(map(float, own))
+            known[keys[i]] = tuple(map(float, np.array(sums)))
         try:
             _write(file, known)
         except OSError as error:
-            reason = error.strerror or error
-            on_event(
-                events.warning(f"{file} cannot be written ({reason}): not kept for other runs")
-            )
-    rows = [
-        replace(row, reference=known.get(key)) for row, key in zip(data.rows, keys, strict=True)
-    ]
-    return replace(data, rows=rows)
+            said = f"{file} cannot be written ({error.strerror or error})"
+            on_event(events.warning(f"{said}: not kept for other runs"))
+    pairs = zip(data.rows, keys, strict=True)
+    return replace(data, rows=[replace(row, reference=known.get(key)) for row, key in pairs])
 
 
 def model_key(config: TrainConfig) -> str:
@@ -78,10 +70,8 @@ def model_key(config: TrainConfig) -> str:
     Weights by name, size and time of change: gigabytes are not read for it. Whether the numbers are
     repeatable is asked of what computes them, not of the configuration.
     """
-    digest = hashlib.blake2b(digest_size=KEY)
-    model_dir = config.model_dir
-    files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json")])
-    for file in files:
+    digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()
         digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     digest.update(
@@ -104,10 +94,8 @@ def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
     """What is known; nothing if the file cannot be read, since it can be computed again."""
     try:
         with np.load(file) as stored:
-            keys, values = stored["keys"], stored["values"]
-            return {
-                key.tobytes(): tuple(map(float, own)) for key, own in zip(keys, values, strict=True)
-            }
+            keys, values = stored["keys"], stored["values"].tolist()
+            return {key.tobytes(): tuple(own) for key, own in zip(keys, values, strict=True)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
 
