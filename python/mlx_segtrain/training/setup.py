@@ -130,7 +130,7 @@ def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
 def prepare(
     inputs: Inputs, on_event: events.OnEvent, resumed: Checkpoint | None = None
 ) -> tuple[Setup, mx.array]:
-    """Plans, loads the model, and makes the factors of a fresh adapter, a vector.
+    """Plans a run, loads its model, and makes the factors of its adapter, as a vector.
 
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
@@ -153,8 +153,9 @@ def prepare(
                 "only we can load this adapter."
             )
         )
-    with plan.limits():
-        setup = _referenced(setup, on_event)
+    if objective.reference is not None:
+        with plan.limits():
+            setup = _referenced(setup, on_event)
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {train.summary}"))
     return setup, vector
 
