@@ -64,13 +64,13 @@ def evaluate(
 
     InputError for what cannot be read or does not fit.
     """
-    train_file, valid_file = split_paths(config.data_dir)
-    file = train_file if split == "train" else valid_file
-    if file is None:
-        raise InputError(
-            f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
-        )
     with run_policy(config):
+        train_file, valid_file = split_paths(config.data_dir)
+        file = train_file if split == "train" else valid_file
+        if file is None:
+            raise InputError(
+                f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
+            )
         dataset = load_split(file, load_tokenizer(config.model_dir), Options.of(config))
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
