@@ -241,4 +241,5 @@ def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
         keep = np.r_[0:bos, bos + cut : len(own)][:n]
         return replace(own, ids=own.ids[keep], weights=own.weights[keep])
 
-    return Pair.of(*map(shorter, sides), row.source), over > cut, cut > 0
+    chosen, rejected = map(shorter, sides)
+    return Pair.of(chosen, rejected, row.source), over > cut, cut > 0

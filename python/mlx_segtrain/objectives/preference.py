@@ -162,7 +162,8 @@ class Pairs(Objective):
         # Sums of products, not a product of matrices: GPUs round its operands.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
         sides = [side for both in sums for side in mx.split(both, 2)]
-        loss, rewards, margins = self._loss(Answers(*sides, -(weights * log_p).sum(), part))
+        answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
+        loss, rewards, margins = self._loss(answers)
         right = (margins > 0) + 0.5 * (margins == 0)  # a tie counts as one half
         means = (right, margins, *rewards)
         return (loss, *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means))

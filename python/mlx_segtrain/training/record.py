@@ -103,7 +103,7 @@ class Record:
                 f"{error.filename} cannot be read: {error.strerror or error}."
             ) from None
         earlier = resumed or {}
-        folders = {"model": config.model_dir, "data": config.data_dir}
+        folders: dict[str, Any] = {"model": config.model_dir, "data": config.data_dir}
         folders["warm_start"] = config.warm_start
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
