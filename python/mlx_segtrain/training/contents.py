@@ -27,23 +27,18 @@ def evaluated_name(step: int, loss: float | None) -> str:
 
 def check_own(run: Path) -> None:
     """InputError if a folder that would be removed holds what no run has written there."""
-    for name in REMOVED:
-        waiting = [run / name]
-        while waiting:
-            place = waiting.pop()
-            if place.is_symlink():
-                raise _foreign(run, place)
-            if not place.is_dir():
-                continue
-            for path in place.iterdir():
-                where = path.relative_to(run).as_posix()
-                if ASIDE.fullmatch(path.name):
-                    continue  # of a run that was killed
-                if not OWN.fullmatch(where) or path.is_symlink():
-                    raise _foreign(run, path)
-                waiting.append(path)
-        if (run / name).exists() and not (run / name).is_dir():
-            raise _foreign(run, run / name)
+    waiting = [run / name for name in REMOVED]
+    for place in waiting:
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise _foreign(run, place)
+    while waiting:
+        place = waiting.pop()
+        for path in place.iterdir() if place.is_dir() else ():
+            if ASIDE.fullmatch(path.name):
+                continue  # of a run that was killed
+            if not OWN.fullmatch(path.relative_to(run).as_posix()) or path.is_symlink():
+                raise _foreign(run, path)
+            waiting.append(path)
 
 
 def _foreign(run: Path, path: Path) -> InputError:
