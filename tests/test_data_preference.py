@@ -99,6 +99,12 @@ def test_tools_reach_the_template(tmp_path):
     assert all(text.startswith('[{"name": "add"}]\n') for text in texts(tokenizer, pair))
 
 
+def test_a_column_that_nothing_reads_is_counted_once_a_pair(tmp_path, tokenizer):
+    rows = [text_pair("QQ", "W", "Z") | {"id": 1}, text_pair("QQ", "W", "Z")]
+    data = load(tmp_path, tokenizer, *rows)
+    assert data.notes.ignored == {"id": 1} and data.notes.rows == 2
+
+
 def test_a_text_prompt_has_bos_once_and_eos(tmp_path):
     tokenizer = byte_level()
     rows = [

@@ -58,7 +58,7 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset
-    from ..training.setup import load_setup
+    from ..training.setup import Inputs, load_setup
     from ..training.step import Stepper
 
     rng = np.random.default_rng(0)
@@ -76,8 +76,8 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
         mx.reset_peak_memory()
 
     with run_policy(config):
-        setup, vector = load_setup(config, run, data, None, None)
-        step = Stepper(config, setup, watch)
+        setup, vector = load_setup(Inputs(config, None, data, None), run)
+        step = Stepper(setup, watch)
         at = step.optimizer.start(vector)
         del vector
         with run.limits():

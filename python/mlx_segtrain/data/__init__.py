@@ -1,10 +1,10 @@
 """Training data: JSONL rows to token ids with a loss weight for each token, and batches of them."""
 
-from mlx_segtrain.data.batching import AnyBatch, Batch, PairBatch, batches, eval_batches, one_row
-from mlx_segtrain.data.dataset import Dataset, load_dataset, load_split
-from mlx_segtrain.data.encoding import Options, Pair, Row
-from mlx_segtrain.data.inspection import Preview, Report, inspect
-from mlx_segtrain.data.prompting import Prompting
+from .batching import AnyBatch, Batch, PairBatch, batches, eval_batches, one_row
+from .dataset import Dataset, load_dataset, load_split
+from .encoding import Options, Pair, Row
+from .inspection import Preview, Report, inspect
+from .prompting import Prompting
 
 __all__ = [
     "AnyBatch",

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count, islice
 
 import numpy as np
 
-from mlx_segtrain.data.dataset import Dataset
-from mlx_segtrain.data.encoding import Pair, Row
-from mlx_segtrain.errors import InputError
-from mlx_segtrain.streams import padded
+from ..errors import InputError
+from ..streams import padded
+from .dataset import Dataset
+from .encoding import Pair, Row
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,10 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
             f"The training data has {n} rows with something to train, fewer than batch_size "
             f"{batch_size}; lower batch_size or add rows."
         )
-    return _batches(dataset, batch_size, seed, start)
-
-
-def _batches(dataset: Dataset, batch_size: int, seed: int, start: int) -> Iterator[AnyBatch]:
-    per_epoch = len(dataset.rows) // batch_size
-    epoch, skip = divmod(start, per_epoch)
-    while True:
-        for rows in _epoch(dataset, batch_size, seed, epoch)[skip:]:
-            yield _batch(dataset, rows, batch_size)
-        epoch, skip = epoch + 1, 0
+    first, skip = divmod(start, n // batch_size)
+    epochs = (_epoch(dataset, batch_size, seed, epoch) for epoch in count(first))
+    windows = islice(chain.from_iterable(epochs), skip, None)
+    return (_batch(dataset, rows, batch_size) for rows in windows)
 
 
 def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> np.ndarray:

@@ -10,16 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlx_segtrain.data.jsonl import Record
-from mlx_segtrain.data.losses import lost_from_context, lost_from_response
-from mlx_segtrain.data.spelling import Spelling, reasoning, spell, spellings, traits
-from mlx_segtrain.data.template import OPEN, ChatTemplate, TemplateError, wants_parts
-from mlx_segtrain.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from ..errors import InputError
+from .losses import missing, missing_tools
+from .messages import Message
+from .spelling import Spelling, reasoning, spell, spellings, traits
+from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, wants_parts
 
 # Consecutive pieces of one text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
@@ -32,13 +29,18 @@ MOST_SEARCHES = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of a row: its pieces, the number of its trained turns, its findings, and whether
-    a chat template rendered it."""
+    """One sequence of the row `source`: its pieces, the number of its trained turns, its findings
+    (keys of notes.FINDINGS), and whether a chat template rendered it."""
 
+    source: str
     pieces: Pieces
     turns: int = 1
     findings: tuple[str, ...] = ()
     rendered: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -54,45 +56,41 @@ class Conversations:
     """Cuts messages rows of one data set into samples; remembers which spelling works."""
 
     def __init__(
-        self,
-        tokenizer: "TokenizerWrapper",
-        train_on: str,
-        kwargs: Mapping[str, Any],
-        append_eos: bool,
+        self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
-        self._stops = _Stops.of(tokenizer, append_eos)
+        self._stops = _Stops(tokenizer, append_eos)
         # What was found out about rows with the same traits: spelling, findings, searches.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
-    def samples(self, record: Record) -> list[Sample]:
-        """The sequences that a messages row trains.
+    def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
+        """The sequences that a row with "messages" trains; `source` is "file:line".
 
         One, or several where the context of a later turn does not begin with an earlier turn as
         it was generated, as with templates that drop earlier reasoning. Raises InputError.
         """
-        messages = record.row["messages"]
+        messages = given["messages"]
         weights = _weights(messages, self._train_on)
         if not any(weights):
-            return [Sample([], 0, rendered=True)]
+            return [Sample(source, [], 0, rendered=True)]
         if not self._tokenizer.has_chat_template:
             raise InputError(
-                f"{record.source}: the tokenizer has no chat template to render messages with; "
+                f"{source}: the tokenizer has no chat template to render messages with; "
                 'give "prompt" and "completion", or "text".'
             )
-        tools = {"tools": record.row["tools"]} if record.row.get("tools") else {}
-        more = record.row.get("chat_template_kwargs") or {}
+        tools = {"tools": given["tools"]} if given.get("tools") else {}
+        more = given.get("chat_template_kwargs") or {}
         render = ChatTemplate(self._tokenizer, {**self._kwargs, **more, **tools})
         own = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
         row = _Row(own, weights, tools.get("tools"), render, self._stops)
-        return _joined(self._turns(row, record.source))
+        return _joined(source, self._turns(source, row))
 
     @cached_property
     def _usual(self) -> Spelling:
         parts = wants_parts(self._tokenizer, self._kwargs)
         return Spelling(content="parts" if parts else "text")
 
-    def _turns(self, row: "_Row", source: str) -> list[_Turn]:
+    def _turns(self, source: str, row: "_Row") -> list[_Turn]:
         """In the first spelling that loses nothing, or the one that loses least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
@@ -101,17 +99,7 @@ class Conversations:
             try:
                 turns = row.turns(spelling)
             except TemplateError as error:
-                refusal = refusal or (
-                    f"{source}: the chat template cannot render the row ({error}); change the row "
-                    "to what the template takes."
-                )
-                continue
-            except _Unplaced as error:
-                refusal = refusal or (
-                    f"{source}: where messages[{error.index}] starts in the rendering of the chat "
-                    'template cannot be told, so that turn cannot be trained; set "train": false '
-                    "on it or leave the row out."
-                )
+                refusal = refusal or f"{source}: {error}"
                 continue
             lost = [x for turn in turns for x in turn.findings if x not in ("special", "stop")]
             if best is None or len(lost) < len(best[0]):
@@ -128,7 +116,7 @@ class Conversations:
         return turns
 
 
-def _weights(messages: Sequence[Mapping[str, Any]], train_on: str) -> list[float]:
+def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = set(assistant[-1:] if train_on == "last" else assistant)
     return [
@@ -137,7 +125,7 @@ def _weights(messages: Sequence[Mapping[str, Any]], train_on: str) -> list[float
     ]
 
 
-def _joined(turns: list[_Turn]) -> list[Sample]:
+def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
     """Turns that stand in the context of the last one share its sequence; so on for the others."""
     samples = []
     while turns:
@@ -152,17 +140,16 @@ def _joined(turns: list[_Turn]) -> list[Sample]:
             position = end
         pieces = [piece for piece in (*pieces, (last.rest, 0.0)) if piece[0]]
         findings = tuple(dict.fromkeys(x for turn in inside for x in turn.findings))
-        samples.append(Sample(pieces, len(inside), findings, rendered=True))
+        samples.append(Sample(source, pieces, len(inside), findings, rendered=True))
         turns = [turn for turn in turns if turn not in inside]
     return samples[::-1]
 
 
-class _Unplaced(Exception):
-    """The place of a turn in its rendering cannot be told."""
-
-    def __init__(self, index: int):
-        super().__init__(index)
-        self.index = index
+def _unplaced(i: int) -> TemplateError:
+    return TemplateError(
+        f"where messages[{i}] starts in the rendering of the chat template cannot be told, so that "
+        'turn cannot be trained; set "train": false on it or leave the row out.'
+    )
 
 
 @dataclass(frozen=True)
@@ -176,9 +163,10 @@ class _Row:
     stops: "_Stops"
 
     @cached_property
-    def special(self) -> list[bool]:
-        """Which messages hold the text of a special token."""
-        return [self.stops.are_in(str(message.get("content") or "")) for message in self.messages]
+    def special(self) -> list[re.Match[str] | None]:
+        """Of each message where it holds the text of a special token."""
+        texts = [str(message.get("content") or "") for message in self.messages]
+        return [self.stops.control.search(text) for text in texts]
 
     def turns(self, spelling: Spelling) -> list[_Turn]:
         messages = spell(self.messages, spelling)
@@ -196,8 +184,9 @@ class _Row:
         thoughts, answer = reasoning(given)
         if i and not (follows and OPEN.search(context) is None):
             response, findings = self._thought(messages[:i], context, response, thoughts)
-        findings += lost_from_context(context, self.messages[:i], self.tools)
-        findings += lost_from_response(response, given)
+        for message in self.messages[:i]:
+            findings += missing(context, message, earlier=True)
+        findings += [*missing_tools(context, self.tools), *missing(response, given)]
         if any(self.special[: i + 1]):
             findings.append("special")
         response, rest, ended = self._ended(i, messages, response, thoughts, answer)
@@ -231,7 +220,7 @@ class _Row:
         header = self.render.header(messages[: i + 1])
         if header is None or not full.startswith(header):
             if not i:
-                raise _Unplaced(i)
+                raise _unplaced(i)
             header = full  # an empty turn, or one of calls alone, may have another form
         answer = full[len(header) :]
         if not i:  # nothing comes before it
@@ -243,7 +232,7 @@ class _Row:
         prompt = OPEN.sub("", context)
         anchor = next((prompt[-n:] for n in ANCHORS if prompt[-n:] in header), None)
         if not anchor:
-            raise _Unplaced(i)
+            raise _unplaced(i)
         return context, header[header.rindex(anchor) + len(anchor) :] + answer
 
     def _ended(
@@ -254,8 +243,8 @@ class _Row:
             return response[: stop.end()], response[stop.end() :], True
         # Some templates end a turn by the header of the next one, which is a stop token then.
         following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
-        if stop := self.stops.at_start(self.render.transition(messages[:i], following)):
-            return response.rstrip("\n") + stop, "", True
+        if stop := self.stops.stop.match(self.render.transition(messages[:i], following).lstrip()):
+            return response.rstrip("\n") + stop[0], "", True
         if self.stops.append is None:
             return response, "", False
         blanks = texts[-1][len(texts[-1].rstrip()) :]  # the answer's own
@@ -267,7 +256,7 @@ class _Row:
 def _common(a: str, b: str) -> int:
     """The length of what both begin with, up to a tag that only begins alike."""
     n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if n == len(a) or n == len(b):
+    if n in (len(a), len(b)):
         return n
     for opens, closes in ("<>", "[]"):
         start = a.rfind(opens, 0, n)
@@ -276,25 +265,17 @@ def _common(a: str, b: str) -> int:
     return n
 
 
-@dataclass(frozen=True)
 class _Stops:
-    """Text of the tokens that stop generation, of all tokens that control it, and of the one that
-    is appended to a response without a stop (None: none is)."""
+    """Patterns of the tokens that stop generation (`stop`) and of all that control it, and the text
+    that is appended to a response without a stop (None: none is)."""
 
-    stop: re.Pattern[str]
-    control: re.Pattern[str]
-    tail: re.Pattern[str]
-    append: str | None
-
-    @classmethod
-    def of(cls, tokenizer: "TokenizerWrapper", append_eos: bool) -> "_Stops":
+    def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        ids = set(tokenizer.eos_token_ids)
-        stops = {added.get(i) or tokenizer.decode([i]) for i in ids}
-        stop, control = _any_of(stops), _any_of(stops | special)
-        tail = re.compile(rf"(?:\s|{control.pattern})*\Z")
-        return cls(stop, control, tail, tokenizer.eos_token if append_eos else None)
+        stops = {added.get(i) or tokenizer.decode([i]) for i in set(tokenizer.eos_token_ids)}
+        self.stop, self.control = _any_of(stops), _any_of(stops | special)
+        self.tail = re.compile(rf"(?:\s|{self.control.pattern})*\Z")
+        self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
         """The first stop after a message's own texts."""
@@ -303,14 +284,6 @@ class _Stops:
             tail = self.tail.search(response)
             start = tail.start() if tail else len(response)
         return self.stop.search(response, start)
-
-    def at_start(self, text: str) -> str | None:
-        """The stop that a text begins with, after blanks."""
-        found = self.stop.match(text.lstrip())
-        return found[0] if found else None
-
-    def are_in(self, text: str) -> bool:
-        return self.control.search(text) is not None
 
 
 def _any_of(words: set[str]) -> re.Pattern[str]:

@@ -1,20 +1,20 @@
 """Data sets in memory: every row tokenized once, truncated and counted."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mlx_segtrain.config import ROWS, Rows
-from mlx_segtrain.data.encoding import Encoder, Options, Pair, Row
-from mlx_segtrain.data.jsonl import FORMATS, Record, quoted, read_records
-from mlx_segtrain.data.notes import Notes
-from mlx_segtrain.errors import InputError, either
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from ..config import ROWS
+from ..errors import InputError, either
+from .encoding import Encoder, Options, Pair, Row
+from .formats import FORMATS, Record, encode, quoted
+from .jsonl import read_records
+from .notes import Notes
+from .template import Tokenizer
 
 ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
 
@@ -54,28 +54,32 @@ class Dataset:
             said += "; prompts are raw, without the chat template"
         return said
 
+    @property
+    def counts(self) -> dict[str, int]:
+        names = ("truncated", "dropped", "prompts_cut", "tokens", "supervised_tokens")
+        return {name: getattr(self, name) for name in names}
+
     def as_json(self) -> dict[str, Any]:
         """What metrics.json says of it."""
-        counts = ("truncated", "dropped", "prompts_cut", "tokens", "supervised_tokens")
-        return {**self.notes.as_json(), **{name: getattr(self, name) for name in counts}}
+        return {**self.notes.as_json(), **self.counts}
 
 
 def load_dataset(
-    data_dir: Path, tokenizer: "TokenizerWrapper", options: Options
+    data_dir: Path, tokenizer: Tokenizer, options: Options
 ) -> tuple[Dataset, Dataset | None]:
     """train.jsonl and, if there is one, valid.jsonl of a directory; raises InputError."""
-    train_path, valid_path = split_paths(Path(data_dir))
-    train = load_split(train_path, tokenizer, options)
-    return train, load_split(valid_path, tokenizer, options) if valid_path else None
+    train, valid = split_paths(Path(data_dir))
+    how = (tokenizer, options)
+    return load_split(train, *how), valid and load_split(valid, *how)
 
 
-def load_split(path: Path, tokenizer: "TokenizerWrapper", options: Options) -> Dataset:
+def load_split(path: Path, tokenizer: Tokenizer, options: Options) -> Dataset:
     """One JSONL file; raises InputError."""
     path, encoder = Path(path), Encoder(tokenizer, options)
-    format, rows = read(path, encoder, options.method)
+    format, _, rows = read(path, options.method, encoder)
     if options.strict:
         refuse_faults(path, encoder.notes)
-    return fit(path, format, rows, encoder, options.max_seq_length)
+    return fit(path, format, rows, encoder)
 
 
 def refuse_faults(path: Path, notes: Notes) -> None:
@@ -135,93 +139,79 @@ def remarks(data_dir: Path | None, train: Dataset, valid: Dataset | None) -> lis
     return said
 
 
-def merge_format(format: str | None, record: Record, method: str | None) -> str:
-    """The format of a file that has had `format` so far and now has `record`.
-
-    InputError if a record is not for the method (None: any), or pairs stand beside other rows.
-    """
-    own = FORMATS[record.format]
-    if method is not None and own.rows != ROWS[method]:
-        wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
-        if len(wanted) == 1:
-            keys = quoted(wanted[0].keys)
-            raise InputError(f"{record.source}: method {method} needs the keys {keys}.")
-        methods = either([name for name, rows in ROWS.items() if rows == own.rows])
-        raise InputError(
-            f"{record.source}: the row has {quoted(own.marks)}, which method {method} does not "
-            f"train: give method {methods}."
-        )
-    if format is not None and own.rows != rows_of(format):
-        raise InputError(
-            f"{record.source}: pairs and other rows do not go together; put them into two files."
-        )
-    return record.format if format in (None, record.format) else "mixed"
-
-
-def rows_of(format: str) -> Rows:
-    """What a row of a file is; only sequences are mixed."""
-    return "single" if format == "mixed" else FORMATS[format].rows
-
-
 def read(
-    path: Path, encoder: Encoder, method: str | None = None
-) -> tuple[str, list[Row] | list[Pair]]:
-    """The format and the rows, not truncated; raises InputError."""
-    records, format = read_records(path), None
-    rows: list[Any] = []
+    path: Path, method: str | None, encoder: Encoder | None = None
+) -> tuple[str, int, list[Any]]:
+    """The format of a file and the number of its rows; with an encoder Rows or Pairs, not cut.
+
+    InputError for a row that cannot be read, or is not for the method (None: any).
+    """
+    formats: set[str] = set()
+    records = _records(path, method, formats)
+    n_rows, rows = 0, []
     while chunk := list(islice(records, ROWS_PER_CALL)):
-        for record in chunk:
-            format = merge_format(format, record, method)
-        rows += encoder.encode(chunk)
-    if format is None:
+        n_rows += len(chunk)
+        rows += encode(encoder, chunk) if encoder else []
+    if not formats:
         raise InputError(f"{path} has no rows; put one JSON object on each line.")
-    return format, rows
+    return formats.pop() if len(formats) == 1 else "mixed", n_rows, rows
 
 
-def fit(
-    path: Path,
-    format: str,
-    rows: list[Row] | list[Pair],
-    encoder: Encoder,
-    max_seq_length: int,
-) -> Dataset:
-    """`rows` cut to `max_seq_length` tokens; InputError if nothing is trained."""
+def _records(path: Path, method: str | None, formats: set[str]) -> Iterator[Record]:
+    """The records of a file, whose formats are added to `formats` as they come.
+
+    InputError if a record is not for the method, or pairs stand beside other rows.
+    """
+    for record in read_records(path):
+        own = FORMATS[record.format]
+        if method is not None and own.rows != ROWS[method]:
+            wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
+            if len(wanted) == 1:
+                keys = quoted(wanted[0].keys)
+                raise InputError(f"{record.source}: method {method} needs the keys {keys}.")
+            methods = either([name for name, rows in ROWS.items() if rows == own.rows])
+            raise InputError(
+                f"{record.source}: the row has {quoted(own.marks)}, which method {method} does not "
+                f"train: give method {methods}."
+            )
+        if any(FORMATS[name].rows != own.rows for name in formats):
+            raise InputError(
+                f"{record.source}: pairs and other rows do not go together; put them into two "
+                "files."
+            )
+        formats.add(record.format)
+        yield record
+
+
+def fit(path: Path, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
+    """`rows` cut to max_seq_length tokens; InputError if nothing is trained."""
     n_rows = encoder.notes.rows
-    cut = [shorten(row, encoder, max_seq_length) for row in rows]
-    kept = [x for x in cut if _trained(x.row)]
-    if not kept:
+    short = [shorten(row, encoder) for row in rows]
+    found = [own for own in short if _trained(own[0])]
+    if not found:
         trained = [own for row in rows if _trained(row) for own in sequences(row)]
         longest = max(map(len, trained), default=0)
         reason = (
-            f"all trained tokens lie beyond max_seq_length {max_seq_length}; raise it (the longest "
-            f"row has {longest} tokens)"
+            f"all trained tokens lie beyond max_seq_length {encoder.options.max_seq_length}; raise "
+            f"it (the longest row has {longest} tokens)"
             if longest
             else "no row has an assistant turn or text that is trained"
         )
         raise InputError(f"{path} has nothing to train in {n_rows} rows: {reason}.")
+    kept, truncated, prompts_cut = zip(*found, strict=True)
+    trained = [np.count_nonzero(own.weights) for row in kept for own in sequences(row)]
     return Dataset(
-        rows=[x.row for x in kept],
+        rows=list(kept),
         format=format,
         n_rows=n_rows,
-        truncated=sum(x.truncated for x in kept),
+        truncated=sum(truncated),
         dropped=len(rows) - len(kept),
-        tokens=sum(len(x.row) for x in kept),
-        supervised_tokens=sum(
-            int(np.count_nonzero(row.weights)) for x in kept for row in sequences(x.row)
-        ),
+        tokens=sum(map(len, kept)),
+        supervised_tokens=int(sum(trained)),
         pad_id=encoder.pad_id,
-        prompts_cut=sum(x.prompt_cut for x in kept),
+        prompts_cut=sum(prompts_cut),
         notes=encoder.notes,
     )
-
-
-@dataclass(frozen=True)
-class Shortened:
-    """A row of at most so many tokens, and what was cut off."""
-
-    row: Any
-    truncated: bool
-    prompt_cut: bool
 
 
 def sequences(row: Row | Pair) -> tuple[Row, ...]:
@@ -233,16 +223,17 @@ def _trained(row: Row | Pair) -> bool:
     return all(own.weights.any() for own in sequences(row))
 
 
-def shorten(row: Row | Pair, encoder: Encoder, n: int) -> Shortened:
-    """Cut on the right; of a pair first the prompt on the left, as far as its last token.
+def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
+    """A row of at most max_seq_length tokens; whether it lost its end, and whether its beginning.
 
-    Both prompts lose as much, and what the tokenizer puts before a text (BOS) stays.
+    It is cut on the right; of a pair first the prompt on the left, as far as its last token. Both
+    prompts lose as much, and what the tokenizer puts before a text (BOS) stays.
     """
-    over = max(len(own) for own in sequences(row)) - n
+    sides, n = sequences(row), encoder.options.max_seq_length
+    over = max(map(len, sides)) - n
     if isinstance(row, Row):
-        return Shortened(replace(row, ids=row.ids[:n], weights=row.weights[:n]), over > 0, False)
-    sides = sequences(row)
-    prompts = [int(np.argmax(own.weights > 0)) for own in sides]
+        return replace(row, ids=row.ids[:n], weights=row.weights[:n]), over > 0, False
+    prompts = [int(np.argmax(own.weights != 0)) for own in sides]
     bos = len(encoder.bos) if all(encoder.begins(own.ids) for own in sides) else 0
     cut = max(0, min(over, min(prompts) - bos - 1))
 
@@ -250,5 +241,5 @@ def shorten(row: Row | Pair, encoder: Encoder, n: int) -> Shortened:
         keep = np.r_[0:bos, bos + cut : len(own)][:n]
         return replace(own, ids=own.ids[keep], weights=own.weights[keep])
 
-    pair = Pair.of(shorter(row.chosen), shorter(row.rejected), row.source)
-    return Shortened(pair, over > cut, cut > 0)
+    chosen, rejected = map(shorter, sides)
+    return Pair.of(chosen, rejected, row.source), over > cut, cut > 0

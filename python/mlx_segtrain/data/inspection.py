@@ -2,28 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mlx_segtrain.data.dataset import (
-    fit,
-    load_split,
-    merge_format,
-    read,
-    refuse_faults,
-    remarks,
-    sequences,
-    shorten,
-    split_paths,
-)
-from mlx_segtrain.data.encoding import Encoder, Options
-from mlx_segtrain.data.jsonl import read_records
-from mlx_segtrain.data.notes import FINDINGS
-from mlx_segtrain.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from ..errors import InputError
+from . import dataset
+from .encoding import Encoder, Options
+from .notes import FINDINGS
+from .template import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ class Report:
 
 def inspect(
     path: Path,
-    tokenizer: "TokenizerWrapper | None" = None,
+    tokenizer: Tokenizer | None = None,
     options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
     n_preview: int = 3,
@@ -79,65 +66,51 @@ def inspect(
     report, method = Report(), options.method
     try:
         path = Path(path)
-        train, valid = (path, None) if path.is_file() else split_paths(path)
-        report.format, report.n_train = _count(train, method)
+        train, valid = (path, None) if path.is_file() else dataset.split_paths(path)
+        report.format, report.n_train, _ = dataset.read(train, method)
         if valid:
-            report.n_valid = _count(valid, method)[1]
+            _, report.n_valid, _ = dataset.read(valid, method)
         if tokenizer is None:
             return report
         encoder = Encoder(tokenizer, options)
-        format, rows = read(train, encoder, method)
-        lengths = np.array([len(row) for row in rows])
-        report.length_min, report.length_max = int(lengths.min()), int(lengths.max())
-        report.length_median, report.length_p95 = map(
-            int, np.percentile(lengths, (50, 95), method="higher")
+        _, _, rows = dataset.read(train, method, encoder)
+        lengths = np.percentile(list(map(len, rows)), (0, 50, 95, 100), method="higher")
+        report.length_min, report.length_median, report.length_p95, report.length_max = map(
+            int, lengths
         )
-        length = options.max_seq_length
-        report.previews = _previews(rows[:n_preview], encoder, tokenizer, length)
+        report.previews = _previews(rows[:n_preview], encoder)
         notes = encoder.notes
         report.samples, report.trained_turns = len(rows), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
-        dataset = fit(train, format, rows, encoder, length)
-        report.tokens, report.supervised_tokens = dataset.tokens, dataset.supervised_tokens
-        report.truncated, report.dropped = dataset.truncated, dataset.dropped
-        report.prompts_cut = dataset.prompts_cut
-        others = load_split(valid, tokenizer, options) if valid else None
-        report.remarks = remarks(None if path.is_file() else path, dataset, others)
+        data = dataset.fit(train, report.format, rows, encoder)
+        for name, count in data.counts.items():
+            setattr(report, name, count)
+        others = dataset.load_split(valid, tokenizer, options) if valid else None
+        report.remarks = dataset.remarks(None if path.is_file() else path, data, others)
         if options.strict:
-            refuse_faults(train, notes)
+            dataset.refuse_faults(train, notes)
     except InputError as error:
         report.ok, report.error = False, str(error)
     return report
 
 
-def _count(path: Path, method: str | None) -> tuple[str, int]:
-    format, count = None, 0
-    for record in read_records(path):
-        format, count = merge_format(format, record, method), count + 1
-    if format is None:
-        raise InputError(f"{path} has no rows; put one JSON object on each line.")
-    return format, count
-
-
-def _previews(
-    rows: list[Any], encoder: Encoder, tokenizer: "TokenizerWrapper", max_seq_length: int
-) -> list[Preview]:
-    """Of each row what is left of it; of a pair both sequences."""
+def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
+    """Each row after truncation: one sequence, or both of a pair."""
     shown = []
     for row in rows:
-        for own in sequences(shorten(row, encoder, max_seq_length).row):
-            texts, weights = _texts(own.ids.tolist(), tokenizer), own.weights.tolist()
-            tokens = [(t, w > 0, w) for t, w in zip(texts, weights, strict=True)]
+        short, _, _ = dataset.shorten(row, encoder)
+        for own in dataset.sequences(short):
+            texts, weights = _texts(own.ids.tolist(), encoder), own.weights.tolist()
+            tokens = [(t, w != 0, w) for t, w in zip(texts, weights, strict=True)]
             shown.append(Preview(own.source, tokens, [FINDINGS[name] for name in own.findings]))
     return shown
 
 
-def _texts(ids: list[int], tokenizer: "TokenizerWrapper") -> list[str]:
+def _texts(ids: list[int], encoder: Encoder) -> list[str]:
     """The text of every token; a character spread over several tokens is shown at the last."""
     texts, before, shown = [], 0, 0  # ids[before:shown] give the context in which a token decodes
     for j in range(len(ids)):
-        known = tokenizer.decode(ids[before:shown], clean_up_tokenization_spaces=False)
-        text = tokenizer.decode(ids[before : j + 1], clean_up_tokenization_spaces=False)
+        known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])
         whole = not text.endswith("\ufffd") or j + 1 == len(ids)
         texts.append(text[len(known) :] if whole else "")
         if whole:

@@ -1,40 +1,35 @@
 """What of a row is missing from its rendering."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from mlx_segtrain.data.spelling import arguments, reasoning
+from .messages import Message
+from .spelling import arguments, reasoning
 
-Message = Mapping[str, Any]
+
+def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[str]:
+    """Findings (notes.FINDINGS) about a message in the text that holds its rendering.
+
+    The reasoning of an `earlier` turn than the trained one does not count: templates drop it on
+    purpose.
+    """
+    thoughts, answer = reasoning(message)
+    if not earlier and not _holds(rendered, thoughts):
+        yield "reasoning"
+    if not _holds(rendered, answer):
+        yield "result" if message["role"] == "tool" else "text"
+    for call in message.get("tool_calls") or ():
+        if not _holds_call(rendered, call):
+            yield "call"
 
 
-def lost_from_context(context: str, messages: Sequence[Message], tools: Any) -> Iterator[str]:
-    """Findings of the messages before a trained turn. Reasoning and calls of earlier turns count
-    only if nothing of such a turn is there: templates drop earlier reasoning on purpose."""
-    for message in messages:
-        text = reasoning(message)[1]
-        if not _holds(context, text):
-            yield "result" if message["role"] == "tool" else "text"
-        for call in message.get("tool_calls") or ():
-            if not _holds_call(context, call):
-                yield "call"
+def missing_tools(rendered: str, tools: Any) -> Iterator[str]:
+    """Findings about the definitions of tools."""
     for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
-        if name and name not in context:
+        if name and name not in rendered:
             yield "tools"
-
-
-def lost_from_response(response: str, message: Message) -> Iterator[str]:
-    """Findings of a trained turn."""
-    thoughts, answer = reasoning(message)
-    if not _holds(response, thoughts):
-        yield "reasoning"
-    if not _holds(response, answer):
-        yield "text"
-    for call in message.get("tool_calls") or ():
-        if not _holds_call(response, call):
-            yield "call"
 
 
 #: A list of parts as Python or JSON writes it, where a template took it for text.

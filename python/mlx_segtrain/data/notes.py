@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from .chat import Sample
+
 #: Findings about a trained turn, as the end of a sentence that begins with their count.
 FINDINGS = {
     "text": "text of the row is missing from what the chat template renders",
@@ -37,15 +39,15 @@ class Notes:
     repeated: int = 0
     prompt_format: str | None = None
 
-    def add(self, source: str, turns: int, findings: tuple[str, ...]) -> None:
+    def add(self, sample: Sample) -> None:
         """Counts a sample."""
         self.samples += 1
-        self.turns += turns
-        for name in findings:
-            self.findings[name] += 1
+        self.turns += sample.turns
+        self.findings.update(sample.findings)
+        for name in sample.findings:
             named = self.where.setdefault(name, [])
-            if len(named) < MOST_NAMED and source not in named[-1:]:
-                named.append(source)
+            if len(named) < MOST_NAMED and sample.source not in named[-1:]:
+                named.append(sample.source)
 
     def faults(self) -> list[str]:
         """A sentence for each finding, with its count and first row."""

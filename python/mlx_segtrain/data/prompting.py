@@ -3,14 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlx_segtrain.data.template import prompt_ids, raw_ids
-from mlx_segtrain.errors import InputError
-from mlx_segtrain.fields import fault_of_variables
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+from ..errors import InputError
+from ..fields import fault_of_variables
+from .template import Tokenizer, prompt_ids, raw_ids
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Prompting:
         """The fields of a configuration that `of` reads."""
         return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
 
-    def is_raw(self, tokenizer: "TokenizerWrapper") -> bool:
+    def is_raw(self, tokenizer: Tokenizer) -> bool:
         """Whether plain prompts are given to the model as they are; InputError for a chat without
         a template."""
         if self.format == "chat" and not tokenizer.has_chat_template:
@@ -45,9 +42,7 @@ class Prompting:
             )
         return self.format == "raw" or not tokenizer.has_chat_template
 
-    def ids(
-        self, tokenizer: "TokenizerWrapper", prompt: str, system: str | None = None
-    ) -> list[int]:
+    def ids(self, tokenizer: Tokenizer, prompt: str, system: str | None = None) -> list[int]:
         """Token ids of a prompt, with what comes before the answer; InputError for a system message
         without a chat template to put it into."""
         if self.is_raw(tokenizer):

@@ -7,38 +7,31 @@ letters, and the role of a developer's message.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
-from mlx_segtrain.data.jsonl import REASONING
+from .messages import REASONING, Message, ReasoningKey
 
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[Message]
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One of the ways; the defaults are what most templates take."""
+    """One of the ways; the defaults are what most templates take. A field is what templates differ
+    in, by the part of a message that it is about."""
 
-    arguments: str = "mapping"  #: or text
-    null: str | None = None  #: the content of a message that has none; None: no key for it
-    reasoning: str = "given"  #: or one of the keys, or tags
-    ids: str = "given"  #: or short, as Mistral's templates want them
-    content: str = "text"  #: or parts
-    developer: str = "developer"  #: the role of such messages
+    ids: Literal["given", "short"] = "given"  #: short, as Mistral's templates want them
+    arguments: Literal["mapping", "text"] = "mapping"
+    null: Literal[None, ""] = None  #: the content of a message that has none; None: no key
+    developer: Literal["developer", "system"] = "developer"  #: the role of such messages
+    reasoning: Literal["given", ReasoningKey, "tags"] = "given"
+    content: Literal["text", "parts"] = "text"
 
 
-#: What templates differ in, by the part of a message that it is about; the default comes first.
-CHOICES = {
-    "ids": ("given", "short"),
-    "arguments": ("mapping", "text"),
-    "null": (None, ""),
-    "developer": ("developer", "system"),
-    "reasoning": ("given", *REASONING, "tags"),
-    "content": ("text", "parts"),
-}
-assert set(CHOICES) == {field.name for field in fields(Spelling)}
+#: The values of each field, the default first.
+CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Spelling).items()}
 
 
 def traits(messages: Messages) -> frozenset[str]:
@@ -68,7 +61,7 @@ def spell(messages: Messages, spelling: Spelling) -> list[dict[str, Any]]:
     return [_spelled(message, spelling) for message in messages]
 
 
-def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+def _spelled(message: Message, spelling: Spelling) -> dict[str, Any]:
     own = dict(message)
     if own.get("role") == "developer":
         own["role"] = spelling.developer
@@ -93,7 +86,7 @@ def _spelled(message: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
     return own
 
 
-def _call(call: Mapping[str, Any], spelling: Spelling) -> dict[str, Any]:
+def _call(call: Message, spelling: Spelling) -> dict[str, Any]:
     own = dict(call)
     function = dict(call.get("function", call))
     if "arguments" in function:
@@ -112,7 +105,7 @@ def _short(id: str) -> str:
     return plain[-9:].rjust(9, "0")
 
 
-def arguments(call: Mapping[str, Any]) -> Any:
+def arguments(call: Message) -> Any:
     """The arguments of a call, decoded if they are the text of a JSON object."""
     given = call.get("function", call).get("arguments")
     if isinstance(given, str):
@@ -124,7 +117,7 @@ def arguments(call: Mapping[str, Any]) -> Any:
     return {} if given is None else given
 
 
-def reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
+def reasoning(message: Message) -> tuple[str, str]:
     """The reasoning and the answer of a message, each without blanks around a tag.
 
     Reasoning stands by a key of its own, or at the start of the content between tags.

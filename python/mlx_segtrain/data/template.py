@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_segtrain.data.jsonl import REASONING
+from .messages import REASONING, Message
 
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Message = Mapping[str, Any]
+if TYPE_CHECKING:  # mlx_lm takes a second to load, and only its tokenizer's type is needed
+    from mlx_lm.tokenizer_utils import TokenizerWrapper as Tokenizer
+else:
+    Tokenizer = Any
 
 #: A private-use character: content that no real message has.
 MARK = "\ue000"
@@ -18,7 +18,7 @@ OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
 
 
 def prompt_ids(
-    tokenizer: "TokenizerWrapper", messages: Sequence[Message], kwargs: Mapping[str, Any]
+    tokenizer: Tokenizer, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
     """Ids of the messages with the generation prompt; `kwargs` are variables of the template.
 
@@ -31,14 +31,14 @@ def prompt_ids(
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def raw_ids(tokenizer: "TokenizerWrapper", text: str) -> list[int]:
+def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text that is no chat, after what the tokenizer puts before a text, BOS once."""
     bos = tokenizer.bos_token
     bare = bos is not None and text.startswith(bos)
     return list(tokenizer.encode(text, add_special_tokens=not bare))
 
 
-def wants_parts(tokenizer: "TokenizerWrapper", kwargs: Mapping[str, Any]) -> bool:
+def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
     """Whether the template renders content as a list of parts, and none as text."""
 
     def renders(parts: bool) -> bool:
@@ -57,13 +57,14 @@ def content(text: str, parts: bool) -> dict[str, Any]:
 
 
 class TemplateError(Exception):
-    """The template, which is a program, refused the messages; the text is its own."""
+    """Why the template, which is a program, cannot be used for a row: a sentence that goes on after
+    the row's place."""
 
 
 class ChatTemplate:
     """Renders one conversation; `kwargs` are the template's variables, tools among them."""
 
-    def __init__(self, tokenizer: "TokenizerWrapper", kwargs: Mapping[str, Any]):
+    def __init__(self, tokenizer: Tokenizer, kwargs: Mapping[str, Any]):
         self._apply = tokenizer.apply_chat_template
         self._kwargs = dict(kwargs)
         self._tags = (tokenizer.think_start, tokenizer.think_end)
@@ -73,7 +74,11 @@ class ChatTemplate:
         try:
             return self._apply(list(messages), **how, **self._kwargs)
         except Exception as error:  # a template may fail in any way
-            raise TemplateError(str(error) or type(error).__name__) from error
+            reason = str(error) or type(error).__name__
+            raise TemplateError(
+                f"the chat template cannot render the row ({reason}); change the row to what the "
+                "template takes."
+            ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:
         """The text before the content of the last message; None if content is not rendered."""

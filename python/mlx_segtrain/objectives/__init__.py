@@ -1,79 +1,20 @@
 """Objectives: a batch's loss as a head over boundary values. They know no model family."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from ..config import TrainConfig
-from ..data import Dataset
 from ..models import Chain
 from ..models.chain import Dropout
 from ..schedule import Cuts, Grads, Params, forward, segmented_value_and_grad
-from ..streams import BatchShape, Stream, head_reads
+from ..streams import Stream, head_reads
+from .objective import Objective
 from .preference import Dpo, Orpo, Simpo
 from .sft import Sft
 
 __all__ = ["OBJECTIVES", "Objective", "objective_of", "value", "value_and_grad"]
-
-
-class Objective(Protocol):
-    """What the head makes of a batch: the loss first, then the `metrics`, each a scalar.
-
-    All are parts of a mean, over what `total` counts: those of several batches add up.
-    """
-
-    unit: str  #: of the loss, in words
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Objective":
-        """With the options of a configuration."""
-        ...
-
-    @property
-    def reference(self) -> "Objective | None":
-        """What gives the numbers of the model without its adapter with which the loss compares."""
-        ...
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the outputs behind the loss."""
-        ...
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """What the head reads besides h and rows of each stream."""
-        ...
-
-    def total(self, batches: Sequence[Any]) -> Any:
-        """What the losses of these batches are to be divided by."""
-        ...
-
-    def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """The data for each way in which its batches can run; a run takes the first that fits."""
-        ...
-
-    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        """As large as any batch of so many rows is in every respect, one for each number of
-        streams that `streams` gives."""
-        ...
-
-    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        """A batch of rows that run `length` tokens, the last `trained` of which are in the loss;
-        of pairs the first `same` tokens are shared."""
-        ...
-
-    def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """The sequences a batch runs as."""
-        ...
-
-    def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:
-        """Inputs of the chain for a batch, and what the head reads."""
-        ...
-
-    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
-        """The function of parameters and reads that gives the outputs."""
-        ...
 
 
 #: By the name that a configuration has for it (config.ROWS).

@@ -1,7 +1,7 @@
 """Preference losses over pairs of answers: DPO, ORPO and SimPO.
 
 A pair runs as two streams, or as one where both sequences begin alike: the chosen sequence, and
-behind it what differs of the rejected one, as a branch. That is exact under causal attention,
+after it what differs of the rejected one, as a branch. That is exact under causal attention,
 wherever the first token lies that differs. Only rows that count meet the head.
 """
 
@@ -13,13 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import TrainConfig
 from ..data import Batch, Dataset, Pair, PairBatch, Row
 from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
-from .inputs import stream_values
+from .objective import Objective, stream_values
 
-METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 #: Pairs that begin with fewer equal tokens run as two streams.
 SHARED_LEAST = 64
 #: 1 − p is at least this in log-odds: a sequence of probability 1 has none.
@@ -36,16 +34,21 @@ class Total:
 
 @dataclass(frozen=True)
 class Answers:
-    """Log-probabilities of B pairs, float32 [B]: sums over the response; its tokens; chosen first.
+    """Log-probabilities of B pairs, float32 [B]: sums over the response, with the adapter and
+    without; its tokens; of each the chosen one first.
 
-    `likelihood` is the cross-entropy term's part of the mean, a scalar.
+    `likelihood` is the cross-entropy term's part of the mean, a scalar; `part` 1 over the pairs
+    that the mean is of.
     """
 
     chosen: mx.array
     rejected: mx.array
+    ref_chosen: mx.array
+    ref_rejected: mx.array
     n_chosen: mx.array
     n_rejected: mx.array
     likelihood: mx.array
+    part: mx.array
 
     @property
     def means(self) -> tuple[mx.array, mx.array]:
@@ -53,14 +56,17 @@ class Answers:
         return self.chosen / self.n_chosen, self.rejected / self.n_rejected
 
 
-class Pairs:
+#: The loss's part of the mean; rewards of chosen and rejected [B]; margins [B].
+Compared = tuple[mx.array, tuple[mx.array, mx.array], mx.array]
+
+
+class Pairs(Objective):
     """What preference objectives have in common; `_loss` is theirs."""
 
     unit = "per pair"
-    reference: "Reference | None" = None
+    metrics = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+    reads = ("targets", "members", "weights", "reference", "part")
     _full = False  #: all of a chosen sequence counts, and not only its response
-    metrics: tuple[str, ...] = METRICS
-    reads: tuple[str, ...] = ("targets", "members", "weights", "reference", "part")
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
         """With pairs that run what both begin with once, and with pairs that share nothing."""
@@ -69,12 +75,10 @@ class Pairs:
             yield replace(data, rows=[replace(pair, shared=0) for pair in data.rows])
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        pairs: list[Pair] = data.rows
-        alike = [pair for pair in pairs if pair.shared >= SHARED_LEAST]
-        # A batch of several pairs shares what all of them do: with one that does not, nothing.
-        apart = [pair for pair in pairs if pair.shared < SHARED_LEAST] if rows == 1 else pairs
-        if len(alike) == len(pairs):
-            apart = []
+        alike = [pair for pair in data.rows if pair.shared >= SHARED_LEAST]
+        apart = [pair for pair in data.rows if pair.shared < SHARED_LEAST]
+        if apart and rows > 1:  # several pairs share what all of them do: with one of these nothing
+            apart = data.rows
         shapes = []
         if apart:
             streams = tuple(
@@ -125,11 +129,7 @@ class Pairs:
         found = []
         for stream in self.streams(chain, batch):
             tokens, rows = self._stream(batch, stream)
-            at = rows["at"]
-            first = int(at.min()) if at.size else tokens.shape[1] - 1
-            inputs, n = stream_values(chain, stream, tokens, first)
-            index = rows["row"] * n + at - (tokens.shape[1] - n)
-            values |= {**inputs, stream.of("rows"): mx.array(index.astype(np.int32))}
+            values |= stream_values(chain, stream, tokens, rows["row"], rows["at"])
             found.append(rows)
         target, owner, response, weight = (
             np.concatenate([rows[name] for rows in found])
@@ -148,25 +148,27 @@ class Pairs:
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
-            *of_streams, targets, members, weights, reference, part = reads
-            log_p = _log_probs(chain, params, of_streams, targets, needs_grad)
-            # Sums of products, not a product of matrices: GPUs round its operands.
-            sums, counts = (members * log_p).sum(1), members.sum(1)
-            (chosen, rejected), (n_chosen, n_rejected) = mx.split(sums, 2), mx.split(counts, 2)
-            likelihood = -(weights * log_p).sum()
-            answers = Answers(chosen, rejected, n_chosen, n_rejected, likelihood)
-            ref_chosen, ref_rejected = mx.split(reference, 2)
-            loss, rewards, margins = self._loss(answers, ref_chosen, ref_rejected, part)
-            right = (margins > 0) + 0.5 * (margins == 0)  # of equals either may be the better
-            means = (right, margins, *rewards)
-            return (loss, *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means))
+            of_streams, (targets, *own) = reads[: -len(self.reads)], reads[-len(self.reads) :]
+            pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
+            h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
+            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
+            return self._outputs(log_p, *own)
 
         return outputs
 
-    def _loss(
-        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
-    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
-        """The loss's part of the mean; rewards of chosen and rejected [B]; margins [B]."""
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        """Of the log-probabilities [M] of the targets, and what else the head reads."""
+        members, weights, reference, part = reads
+        # Sums of products, not a product of matrices: GPUs round its operands.
+        sums = ((members * log_p).sum(1), reference, members.sum(1))
+        sides = [side for both in sums for side in mx.split(both, 2)]
+        answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
+        loss, rewards, margins = self._loss(answers)
+        right = (margins > 0) + 0.5 * (margins == 0)  # a tie counts as one half
+        means = (right, margins, *rewards)
+        return (loss, *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means))
+
+    def _loss(self, answers: Answers) -> Compared:
         raise NotImplementedError
 
     def _likely(self, chosen: Batch) -> np.ndarray:
@@ -198,13 +200,13 @@ class Pairs:
         chosen = side == "chosen"
         own = batch.chosen if chosen else batch.rejected
         likely = self._likely(own) if chosen else np.zeros_like(own.weights)
-        b, t = np.nonzero((own.weights[:, 1:] > 0) | (likely[:, 1:] > 0))
+        b, t = np.nonzero((own.weights[:, 1:] != 0) | (likely[:, 1:] > 0))
         return {
             "row": b,
             "at": t,
             "target": own.tokens[b, t + 1],
             "owner": b + (0 if chosen else len(batch.rows)),
-            "response": own.weights[b, t + 1] > 0,
+            "response": own.weights[b, t + 1] != 0,
             "weight": likely[b, t + 1],
         }
 
@@ -217,32 +219,15 @@ def _lengths(sequences: Sequence[Row], rows: int, full: bool) -> tuple[int, int]
     return max(lengths), max(lengths) if rows > 1 and full else max(trimmed)
 
 
-def _log_probs(
-    chain: Chain,
-    params: Mapping[str, mx.array],
-    of_streams: Sequence[mx.array],
-    targets: mx.array,
-    needs_grad: bool,
-) -> mx.array:
-    """Of the targets [M] behind the rows that count of each stream's h."""
-    pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
-    h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
-    return chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
-
-
 @dataclass(frozen=True)
 class Reference(Pairs):
     """No loss: outputs the log-probabilities of the responses, [2B]."""
 
-    metrics: tuple[str, ...] = ()
+    metrics = ()
 
-    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
-        def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
-            *of_streams, targets, members, _, _, _ = reads
-            log_p = _log_probs(chain, params, of_streams, targets, needs_grad)
-            return ((members * log_p).sum(1),)
-
-        return outputs
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        members, *_ = reads
+        return ((members * log_p).sum(1),)
 
 
 @dataclass(frozen=True)
@@ -261,19 +246,15 @@ class Dpo(Pairs):
     label_smoothing: float = 0.0
     reference_free: bool = False
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Dpo":
-        how = (config.dpo_beta, config.dpo_loss, config.label_smoothing)
-        return cls(*how, config.reference_free)
+    options = ("dpo_beta", "dpo_loss", "label_smoothing", "reference_free")
 
     @property
     def reference(self) -> Reference | None:
         return None if self.reference_free else Reference()
 
-    def _loss(
-        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
-    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
-        chosen, rejected = answers.chosen - ref_chosen, answers.rejected - ref_rejected
+    def _loss(self, answers: Answers) -> Compared:
+        chosen = answers.chosen - answers.ref_chosen
+        rejected = answers.rejected - answers.ref_rejected
         if self.kind == "ipo":
             chosen, rejected = chosen / answers.n_chosen, rejected / answers.n_rejected
         rewards = self.beta * chosen, self.beta * rejected
@@ -286,7 +267,7 @@ class Dpo(Pairs):
             losses = ((1 - eps) * nn.softplus(-z) - eps * nn.softplus(z)) / (1 - 2 * eps)
         else:
             losses = (1 - eps) * nn.softplus(-z) + eps * nn.softplus(z)
-        return losses.sum() * part, rewards, z
+        return losses.sum() * answers.part, rewards, z
 
 
 @dataclass(frozen=True)
@@ -301,21 +282,17 @@ class Orpo(Pairs):
     weight: float = 0.1
     scope: Literal["full", "response"] = "full"
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Orpo":
-        return cls(config.orpo_lambda, config.sft_scope)
+    options = ("orpo_lambda", "sft_scope")
 
     @property
     def _full(self) -> bool:
         return self.scope == "full"
 
-    def _loss(
-        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
-    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+    def _loss(self, answers: Answers) -> Compared:
         chosen, rejected = answers.means
         odds = chosen - rejected - (_log_rest(chosen) - _log_rest(rejected))
-        likelihood = -chosen.sum() * part if self.scope == "response" else answers.likelihood
-        loss = likelihood + self.weight * nn.softplus(-odds).sum() * part
+        likelihood = answers.likelihood if self._full else -chosen.sum() * answers.part
+        loss = likelihood + self.weight * nn.softplus(-odds).sum() * answers.part
         return loss, (self.weight * chosen, self.weight * rejected), odds
 
     def _likely(self, chosen: Batch) -> np.ndarray:
@@ -337,16 +314,12 @@ class Simpo(Pairs):
     beta: float = 2.0
     gamma: float = 1.0
 
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Simpo":
-        return cls(config.simpo_beta, config.simpo_gamma)
+    options = ("simpo_beta", "simpo_gamma")
 
-    def _loss(
-        self, answers: Answers, ref_chosen: mx.array, ref_rejected: mx.array, part: mx.array
-    ) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+    def _loss(self, answers: Answers) -> Compared:
         chosen, rejected = (self.beta * p for p in answers.means)
         z = chosen - rejected
-        return nn.softplus(self.gamma - z).sum() * part, (chosen, rejected), z
+        return nn.softplus(self.gamma - z).sum() * answers.part, (chosen, rejected), z
 
 
 def _log_rest(log_p: mx.array) -> mx.array:

@@ -1,33 +1,23 @@
 """Supervised fine-tuning: cross-entropy of the next token, weighted by token."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..config import TrainConfig
 from ..data import Batch, Dataset
 from ..models import Chain
 from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
-from .inputs import stream_values
+from .objective import Objective, stream_values
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(Objective):
     """loss = Σ weights·CE / total, the step's sum of weights: batches add up to one large batch."""
 
     unit = "nats per token"
-    reference = None
-    metrics: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ("targets", "weights")
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Sft":
-        return cls()
-
-    def choices(self, data: Dataset) -> Iterator[Dataset]:
-        yield data
+    reads = ("targets", "weights")
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         # The last token is only predicted.
@@ -48,14 +38,11 @@ class Sft:
         return SINGLE
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Index, target and weight of the rows that count; `rows` index h [B·N, H]."""
+        """Index, target and weight of the rows that count."""
         weights = batch.weights[:, 1:]
         b, t = np.nonzero(weights)
-        first = int(t.min()) if t.size else 0
-        inputs, n = stream_values(chain, SINGLE[0], batch.tokens[:, :-1], first)
         return {
-            **inputs,
-            "rows": mx.array((b * n + t - (weights.shape[1] - n)).astype(np.int32)),
+            **stream_values(chain, SINGLE[0], batch.tokens[:, :-1], b, t),
             "targets": mx.array(batch.tokens[:, 1:][b, t]),
             "weights": mx.array((weights[b, t] / total).astype(np.float32)),
         }

@@ -11,7 +11,7 @@ step: there is no other random state.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,15 @@ class Checkpoint:
     """
 
     folder: Path
+    tensors: dict[str, mx.array]
     step: int
     progress: Progress
     record: dict[str, Any]
     log_bytes: int
     apart: bool
-    tensors: dict[str, mx.array]
 
     def iterate(self, fresh: Iterate) -> Iterate:
-        """Where the run stood; `fresh` is where it began, and has the same structure.
-
-        InputError if it has not.
-        """
+        """Where the run stood. InputError if that differs in structure from `fresh`, its begin."""
 
         def stored(name: str, like: mx.array) -> mx.array:
             found = self.tensors.get(name)
@@ -61,18 +58,12 @@ class Checkpoint:
 
 
 def save(
-    run: Path,
-    state: State,
-    keep: int,
-    *,
-    record: dict[str, Any],
-    log_bytes: int,
-    apart: bool,
+    run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run and removes all but the newest `keep`, and
-    those of steps that the run has not come to, which are of another future.
+    """Writes a checkpoint below the folder of a run. Removes all but the newest `keep`, and those
+    of later steps, which the run will not come to in the same way.
 
-    OSError if it cannot be written; what was there is there still.
+    OSError if it cannot be written; nothing is lost then.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
@@ -82,7 +73,7 @@ def save(
         "step": state.step,
         "log_bytes": log_bytes,
         "apart": apart,
-        "progress": state.progress.to_json(),
+        "progress": asdict(state.progress),
     }
     with atomic_folder(run / STATE / f"step-{state.step:05d}") as folder:
         write_tensors(folder / TENSORS, tensors, {"segtrain": json.dumps(rest)})
@@ -98,7 +89,7 @@ def save(
 
 
 def found(run: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step, whole or not, the newest first."""
+    """Folders of checkpoints by their step, newest first; they may be torn."""
     named = {
         int(match[1]): path
         for path in (run / STATE).glob("step-*")
@@ -138,18 +129,12 @@ def _read(folder: Path) -> Checkpoint:
     loaded: Any = mx.load(str(folder / TENSORS), return_metadata=True)
     tensors, metadata = loaded
     rest = json.loads(metadata["segtrain"])
-    if rest["version"] != VERSION:
+    version = rest.pop("version")
+    if version != VERSION:
         raise InputError(
-            f"{folder} is of another version of mlx-segtrain ({rest['version']}, not {VERSION}): "
-            "resume with that one."
+            f"{folder} is of another version of mlx-segtrain ({version}, not {VERSION}): resume "
+            "with that one."
         )
     mx.eval(tensors)  # read now: what the hash was of
-    return Checkpoint(
-        folder,
-        rest["step"],
-        Progress.from_json(rest["progress"]),
-        rest["record"],
-        rest["log_bytes"],
-        rest["apart"],
-        tensors,
-    )
+    rest["progress"] = Progress.from_json(rest["progress"])
+    return Checkpoint(folder, tensors, **rest)

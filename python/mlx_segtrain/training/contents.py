@@ -1,5 +1,5 @@
-"""Whether what a run would remove from its folder is a run's: folders are told by what is in them,
-not by their names."""
+"""Whether what a run would remove from its folder was written by a run: the content of folders
+decides, not their names."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,6 @@ from ..errors import InputError
 from ..files import ASIDE
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
-
-__all__ = ["REMOVED", "check_own", "evaluated_name"]
 
 #: Folders of a run that another run in its place removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
@@ -29,23 +27,18 @@ def evaluated_name(step: int, loss: float | None) -> str:
 
 def check_own(run: Path) -> None:
     """InputError if a folder that would be removed holds what no run has written there."""
-    for name in REMOVED:
-        waiting = [run / name]
-        while waiting:
-            place = waiting.pop()
-            if place.is_symlink():
-                raise _foreign(run, place)
-            if not place.is_dir():
-                continue
-            for path in place.iterdir():
-                where = path.relative_to(run).as_posix()
-                if ASIDE.fullmatch(path.name):
-                    continue  # of a run that was killed
-                if not OWN.fullmatch(where) or path.is_symlink():
-                    raise _foreign(run, path)
-                waiting.append(path)
-        if (run / name).exists() and not (run / name).is_dir():
-            raise _foreign(run, run / name)
+    waiting = [run / name for name in REMOVED]
+    for place in waiting:
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise _foreign(run, place)
+    while waiting:
+        place = waiting.pop()
+        for path in place.iterdir() if place.is_dir() else ():
+            if ASIDE.fullmatch(path.name):
+                continue  # of a run that was killed
+            if not OWN.fullmatch(path.relative_to(run).as_posix()) or path.is_symlink():
+                raise _foreign(run, path)
+            waiting.append(path)
 
 
 def _foreign(run: Path, path: Path) -> InputError:

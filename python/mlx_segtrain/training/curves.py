@@ -1,18 +1,13 @@
 """Loss curves of a run, as files beside its log."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..config import TrainConfig
 from ..files import atomic
 from ..objectives import OBJECTIVES
 from ..objectives.sft import Sft
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
 
 FORMATS = ("png", "svg")
 

@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..data import AnyBatch, Dataset, one_row
+from ..data import AnyBatch, one_row
 from ..objectives import value
 from ..schedule import Stage
 from .setup import Setup
-from .state import Iterate, Outcome
+from .state import Iterate
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fault:
     """What the report of a step that was not taken holds: `step` from 1, rows as "file:line".
 
     `tensor` is the first that is not finite: a factor of the adapter, what a layer gives, or the
-    gradient of a factor.
+    gradient of a factor. `losses` are those before a spike.
     """
 
     kind: str  #: nonfinite or spike
@@ -31,19 +31,6 @@ class Fault:
     tensor: str | None
     losses: list[float]
 
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        at: Iterate,
-        outcome: Outcome,
-        rows: list[str],
-        losses: list[float],
-        tensor: str | None = None,
-    ) -> "Fault":
-        what = (outcome.loss, outcome.norm, outcome.rate)
-        return cls(kind, at.step + 1, *what, rows, tensor, losses)
-
     @property
     def place(self) -> str:
         """Rows and tensor in words."""
@@ -52,37 +39,32 @@ class Fault:
         return f"on {', '.join(self.rows[:3])}{more}{where}"
 
 
-def rows_of(data: Dataset, accumulated: Sequence[AnyBatch]) -> list[str]:
-    """Where the rows of these batches stand."""
+def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
+    """The rows of these batches by their index, as "file:line"."""
     indices = sorted({int(i) for batch in accumulated for i in batch.rows})
-    return [data.rows[i].source for i in indices]
+    return {i: setup.train.rows[i].source for i in indices}
 
 
-def diagnose(
-    setup: Setup,
-    at: Iterate,
-    accumulated: Sequence[AnyBatch],
-    outcome: Outcome,
-    gradient: mx.array,
-) -> Fault:
-    """Runs each row alone, forward, until one is not finite; all of them if none is, or there is no
-    memory to look."""
-    rows = rows_of(setup.train, accumulated)
-    bad = setup.layout.names(~mx.isfinite(at.vector))
-    tensor = f"the factor {bad[0]}" if bad else None
-    if tensor is None:
-        for i in sorted({int(i) for batch in accumulated for i in batch.rows}):
-            try:
-                tensor = _first_bad(setup, at, one_row(setup.train, i))
-            except RuntimeError:
-                break
-            if tensor is not None:
-                rows = [setup.train.rows[i].source]
-                break
-    if tensor is None:
-        bad = setup.layout.names(~mx.isfinite(gradient))
-        tensor = f"the gradient of {bad[0]}" if bad else None
-    return Fault.of("nonfinite", at, outcome, rows, [], tensor)
+def first_nonfinite(
+    setup: Setup, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
+) -> tuple[list[str], str | None]:
+    """The row, and the tensor, where numbers stop being finite.
+
+    Runs each row alone, forward, until one is not finite. It is all rows if none is, or there is no
+    memory to look.
+    """
+    rows, names = rows_of(setup, accumulated), setup.layout.names
+    if bad := names(~mx.isfinite(at.vector)):
+        return list(rows.values()), f"the factor {bad[0]}"
+    for i, source in rows.items():
+        try:
+            tensor = _first_bad(setup, at, one_row(setup.train, i))
+        except RuntimeError:
+            break
+        if tensor is not None:
+            return [source], tensor
+    bad = names(~mx.isfinite(gradient))
+    return list(rows.values()), f"the gradient of {bad[0]}" if bad else None
 
 
 def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:

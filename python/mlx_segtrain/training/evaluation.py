@@ -12,11 +12,12 @@ from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import split_paths
 from ..errors import InputError
 from ..lora import Adapter
-from ..models import Chain, adapting, chain_of, load_base
+from ..models import Chain, adapting, load_tokenizer
 from ..objectives import Objective, objective_of, value
 from ..schedule import Params
 from .policy import run_policy
 from .references import with_references
+from .setup import load_chain
 
 
 @dataclass(frozen=True)
@@ -64,35 +65,20 @@ def evaluate(
     InputError for what cannot be read or does not fit.
     """
     with run_policy(config):
-        return _evaluate(config, adapter_path, split)
-
-
-def _evaluate(
-    config: TrainConfig, adapter_path: Path | None, split: Literal["valid", "train"]
-) -> EvalResult:
-    from .setup import check_length, check_tokens
-
-    train_file, valid_file = split_paths(config.data_dir)
-    file = train_file if split == "train" else valid_file
-    if file is None:
-        raise InputError(
-            f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
-        )
-    model, _, tokenizer = load_base(config.model_dir)
-    chain = chain_of(model)
-    check_length(chain, config.max_seq_length)
-    adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
-    dataset = load_split(file, tokenizer, Options.of(config))
-    check_tokens(model, dataset)
-    objective = objective_of(config)
-    if objective.reference is not None:
-        rows = range(len(dataset.rows))
-        dataset = with_references(
-            objective.reference, config, chain, lambda event: None, dataset, rows
-        )
-    params = adapting.stage_params(chain, adapter)
-    what = (objective, chain, adapter.scales, params, dataset, config.batch_size)
-    loss, metrics = measure(*what)
+        train_file, valid_file = split_paths(config.data_dir)
+        file = train_file if split == "train" else valid_file
+        if file is None:
+            raise InputError(
+                f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
+            )
+        dataset = load_split(file, load_tokenizer(config.model_dir), Options.of(config))
+        _, chain = load_chain(config, dataset)
+        adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
+        objective = objective_of(config)
+        dataset = with_references(objective, config, chain, dataset)
+        params = adapting.stage_params(chain, adapter)
+        what = (objective, chain, adapter.scales, params, dataset)
+        loss, metrics = measure(*what, config.batch_size)
     return EvalResult(
         loss=loss,
         perplexity=None if metrics else events.perplexity(loss),

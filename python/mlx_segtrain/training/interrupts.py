@@ -22,7 +22,7 @@ PATIENCE = 2.0
 class Interrupts:
     """Within it a signal raises KeyboardInterrupt in the next, or the present, `allowed`.
 
-    One that comes PATIENCE seconds behind it, or later, ends the process at once, which costs no
+    One that comes PATIENCE seconds after it, or later, ends the process at once, which costs no
     more than a power cut. Only the main thread gets signals: elsewhere this does nothing.
     """
 

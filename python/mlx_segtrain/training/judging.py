@@ -1,4 +1,4 @@
-"""What an adapter is worth while it is trained, besides its loss: answers and scores."""
+"""Scores of an adapter while it is trained, besides its loss."""
 
 import json
 import math
@@ -18,13 +18,6 @@ from ..lora import Adapter
 
 #: (model with adapter, tokenizer) → a number, or several by name.
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
-
-
-def sample(model: nn.Module, tokenizer: Any, prompt: list[int], max_tokens: int) -> str:
-    """The model's likeliest answer to the tokens of a prompt."""
-    from mlx_lm.generate import generate
-
-    return generate(model, tokenizer, prompt, max_tokens=max_tokens)
 
 
 def numbers(found: Any) -> dict[str, float]:
@@ -51,9 +44,8 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise InputError(
-                f"eval_command cannot be started: {command[0]}: {error.strerror}"
-            ) from error
+            said = f"eval_command cannot be started: {command[0]}: {error.strerror}"
+            raise InputError(said) from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
         return f"eval_command ended with {done.returncode}: {' '.join(last)}"

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from .. import events
 from ..adapters import About, step_of, write_adapter
-from ..config import TrainConfig
 from ..data.dataset import remarks
 from ..errors import InputError, RunError
 from ..files import atomic_folder, clean, remove_folder, write_json
@@ -23,12 +21,11 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. A write that the run can do without is told if it fails.
+    """The folder of a run. A write that fails is a warning where the run can do without it.
 
     `unwritten` is the best adapter and what its card says, as long as it could not be written.
     """
 
-    config: TrainConfig
     setup: Setup
     log: RunLog
     made_of: record.Record
@@ -37,14 +34,14 @@ class Keeper:
 
     @property
     def path(self) -> Path:
-        return self.config.adapter_path
+        return self.setup.config.adapter_path
 
     def open(self, state: State, start: Start, same: bool) -> None:
         """Puts the folder back to where it was at the checkpoint; or removes what an overwritten
         run has left, but for its adapter, which stays until there is another.
 
-        `same`: the steps to come are those that there would have been, and what was kept of them
-        is left. InputError if nothing can be written, or another run has been there meanwhile.
+        `same`: the run goes on exactly as it would have, so adapters of later steps stay.
+        InputError if nothing can be written, or another run has used the folder meanwhile.
         """
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
@@ -70,27 +67,26 @@ class Keeper:
                 f"adapter_path {path} cannot be written ({error.strerror or error}): make room, "
                 "give access, or choose another folder."
             ) from error
-        config = self.config.model_dump(mode="json")
-        self.log.write(events.meta(config, self.made_of.values["id"], state.step))
+        made_of = self.made_of.values
+        self.log.write(events.meta(made_of["config"], made_of["id"], state.step))
 
     def _forget(self, step: int) -> None:
-        """Removes adapters of later steps, to which the run will not come any more."""
+        """Removes adapters of later steps: the run will not come to them as it was."""
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
             if (step_of(folder) or 0) > step:
                 remove_folder(folder)
 
     def adapter(self, state: State) -> Adapter:
-        """As of the last finished step."""
+        """The adapter after the last finished step."""
         setup = self.setup
         return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
     def _about(self, state: State) -> About:
-        """Of the adapter as it is now."""
-        progress = state.progress
-        data = self.made_of.inputs.get("data/train.jsonl", "")
-        facts = {"data": f"{self.config.data_dir} (train.jsonl {data[:16]})"}
-        facts["trained on"] = self.setup.train.summary
-        if said := remarks(self.config.data_dir, self.setup.train, self.setup.valid):
+        """What the card says of the adapter as it is now."""
+        setup, progress = self.setup, state.progress
+        folder, data = setup.config.data_dir, self.made_of.inputs.get("data/train.jsonl", "")
+        facts = {"data": f"{folder} (train.jsonl {data[:16]})", "trained on": setup.train.summary}
+        if said := remarks(folder, setup.train, setup.valid):
             facts["remarks"] = "; ".join(said)
         if progress.last:
             facts["training loss"] = f"{progress.last.loss:.4f}"
@@ -98,10 +94,10 @@ class Keeper:
             first, last = progress.vals[0], progress.vals[-1]
             facts["validation loss"] = f"{first['loss']:.4f} -> {last['loss']:.4f}"
             facts["lowest"] = f"{best['loss']:.4f} at step {best['step']:.0f}"
-        return About.of(self.config, state.step, facts)
+        return About.of(setup.config, state.step, facts)
 
     def checkpoint(self, state: State) -> None:
-        """RunError, behind it, if the model is no longer what it was."""
+        """Writes the state; RunError, after that, if the model is no longer what it was."""
         self._write_best()
         if self._attempt(self.path, lambda: self._write(state)):
             self.made_of.check_model(state.step)
@@ -125,7 +121,7 @@ class Keeper:
         checkpoint.save(
             self.path,
             state,
-            self.config.keep_checkpoints,
+            self.setup.config.keep_checkpoints,
             record=self.made_of.values,
             log_bytes=self.log.sync(),
             apart=self.setup.apart,
@@ -162,16 +158,16 @@ class Keeper:
 
     def result(self, result: TrainResult, vals: list[dict[str, float]]) -> None:
         """metrics.json."""
-        summary: dict[str, Any] = {**asdict(result), "adapter_path": str(self.path)}
         train, valid = self.setup.train, self.setup.valid
         values = {
-            "config": self.config.model_dump(mode="json"),
-            **summary,
+            "config": self.made_of.values["config"],
+            **asdict(result),
+            "adapter_path": str(self.path),
             "val_losses": vals,
             "data": {
                 "train": train.as_json(),
                 "valid": valid and valid.as_json(),
-                "remarks": remarks(self.config.data_dir, train, valid),
+                "remarks": remarks(self.setup.config.data_dir, train, valid),
             },
         }
         file = self.path / "metrics.json"

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ NAME = "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
-    """InputError if a run that goes on has this folder, or it cannot be told."""
+    """InputError if a live run uses this folder, or that cannot be found out."""
     try:
         # To be written: some network file systems lock nothing else.
         with open(folder / NAME, "r+b") as file:
@@ -44,7 +45,7 @@ def _claim(file: Any, folder: Path) -> None:
 
 
 class RunLog:
-    """Open, and the folder's lock, from the first line of a run to its end.
+    """Open, and locking the folder, from the first line of a run to its end.
 
     What cannot be written waits in memory for the next event, and `warn` is told once.
     """
@@ -71,7 +72,7 @@ class RunLog:
         return file
 
     def begin(self, keep: int) -> None:
-        """Cuts the file behind its first `keep` bytes, and behind their last whole line."""
+        """Cuts the file after the last whole line of its first `keep` bytes."""
         head = self.file.read(keep)
         self.file.truncate(head.rfind(b"\n") + 1)
         self.file.seek(0, os.SEEK_END)
@@ -103,17 +104,15 @@ class RunLog:
         return self.file.tell() + len(self.waiting)
 
     def ensure(self) -> None:
-        """That the folder is there and this run's, before something is written to it.
+        """Checks that the folder is there and this run's, before something is written to it.
 
         If it has vanished it is made anew, with what was in the log. OSError if that fails,
         RunError if somebody else has a folder of this name by now.
         """
-        try:
+        with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)
             if os.path.samestat(there, os.fstat(self.file.fileno())):
                 return
-        except FileNotFoundError:
-            pass
         make_folder(self.folder)
         try:
             new = self._open(os.O_EXCL)

@@ -1,11 +1,11 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,7 +19,7 @@ from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
 from .interrupts import Interrupts
-from .judging import Score, command_score, numbers, sample
+from .judging import Score, command_score, numbers
 from .keeping import Keeper
 from .log import RunLog
 from .memory import Memory, process_peak
@@ -28,11 +28,9 @@ from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
-from .state import Progress, State
+from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
-
-T = TypeVar("T")
 
 
 def train(
@@ -77,7 +75,7 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
     setup, vector = prepare(inputs, tell, resumed)
-    step = Stepper(config, setup)
+    step = Stepper(setup)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -86,7 +84,7 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
     with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
-        keeper = Keeper(config, setup, log, made_of, warn)
+        keeper = Keeper(setup, log, made_of, warn)
         keeper.open(state, start, same)
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
@@ -112,8 +110,8 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
 class Run:
     """A run whose model is loaded and whose folder is its own.
 
-    Signals are let in where it computes (`interrupts.allowed`), not where it changes or writes
-    what it has.
+    Signals may end it where it computes (`interrupts.allowed`), not where it changes its state or
+    writes.
     """
 
     config: TrainConfig
@@ -135,7 +133,7 @@ class Run:
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
         interrupted = stopped_early = False
         try:
-            # What is due behind a step comes before the next one, in a run that is resumed too.
+            # What is due after a step comes before the next one, in a run that is resumed too.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -165,7 +163,7 @@ class Run:
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            at, outcome = self._in_memory(lambda: self.step(state.at, accumulated, losses))
+            at, outcome = self._in_memory(state.at, accumulated, losses)
         state.at = at
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent.append(progress.last)
@@ -183,14 +181,14 @@ class Run:
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
 
-    def _in_memory(self, take: Callable[[], T]) -> T:
+    def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
         """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
 
-        A step changes nothing before its end. Halted if none is left.
+        A step changes nothing before its end. Halted if no plan is left.
         """
         while True:
             try:
-                return take()
+                return self.step(*what)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -251,7 +249,7 @@ class Run:
             )
 
     def _evaluate_if_due(self) -> None:
-        """What the adapter is like now: validation, answers, scores; and what is kept of it."""
+        """Validates the adapter, asks and scores it, and keeps it if that is wanted."""
         config, setup, state, progress = self.config, self.setup, self.state, self.state.progress
         if state.step == progress.evaluated or not self._is_due(config.steps_per_eval, 0):
             return
@@ -264,9 +262,8 @@ class Run:
                 what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
                 loss, metrics = measure(*what, config.batch_size)
                 val = {"step": state.step, "loss": loss, **metrics}
-                tokens = setup.valid.supervised_tokens
-                how: Any = {"loss": loss, "tokens": tokens, "metrics": metrics}
-                found.append(events.val_metric(state.step, config.iters, **how))
+                how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
+                found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
             if config.sample_prompts or config.eval_command or self.score:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's
@@ -286,14 +283,16 @@ class Run:
             self.keeper.evaluated(state, name)
 
     def _judged(self) -> Iterator[events.Event]:
-        """Answers of the adapter as it is now, and what the command and the callable say of it."""
+        """Answers of the adapter, and its scores by the callable and the command."""
+        from mlx_lm.generate import generate
+
         config, setup, step = self.config, self.setup, self.state.step
         adapter = self.keeper.adapter(self.state)
         with attached(setup.model, setup.chain, adapter) as model:
             prompting = Prompting(config.prompt_format, config.chat_template_kwargs)
             for prompt in config.sample_prompts:
                 ids = prompting.ids(setup.tokenizer, prompt)
-                text = sample(model, setup.tokenizer, ids, config.sample_tokens)
+                text = generate(model, setup.tokenizer, ids, max_tokens=config.sample_tokens)
                 yield events.sample(step, prompt, text)
             if self.score:
                 yield events.score(step, numbers(self.score(model, setup.tokenizer)))
@@ -305,7 +304,7 @@ class Run:
         return progress.evaluated == self.state.step and 0 < patience <= progress.since_best
 
     def _save_if_due(self) -> None:
-        """Every so many steps, and with each adapter that is kept of an evaluation."""
+        """Every so many steps, and whenever an evaluation keeps its adapter."""
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
@@ -313,7 +312,7 @@ class Run:
             self.keeper.checkpoint(self.state)
 
     def _save(self) -> None:
-        """For good; an untouched adapter is not worth a file."""
+        """Saves the last finished step for good; before the first there is nothing to save."""
         if self.state.step == 0:
             return
         self._count()
@@ -321,7 +320,7 @@ class Run:
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _count(self) -> None:
-        """Time and memory up to now, for what is written next."""
+        """Adds time and memory up to now to the progress."""
         self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before

@@ -23,13 +23,9 @@ class Memory:
         self.peak = max(self.peak, now)
         mx.reset_peak_memory()
         if step is not None and os.environ.get("MLX_SEGTRAIN_MEM_LOG") == "1":
-            parts = {
-                "peak": now,
-                "active": mx.get_active_memory(),
-                "cache": mx.get_cache_memory(),
-                "process": process_peak(),
-            }
-            line = ", ".join(f"{name} {n / 1e9:.3f} GB" for name, n in parts.items())
+            own = (now, mx.get_active_memory(), mx.get_cache_memory(), process_peak())
+            parts = zip(("peak", "active", "cache", "process"), own, strict=True)
+            line = ", ".join(f"{name} {n / 1e9:.3f} GB" for name, n in parts)
             print(f"step {step}: {line}", file=sys.stderr, flush=True)
         return now
 

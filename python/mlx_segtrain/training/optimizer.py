@@ -30,23 +30,22 @@ OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
 BY_MATRIX = ("adafactor", "muon")
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of a step, counted from 0: warmup in a line, then the schedule down to a tenth of the peak.
+#: Learning rate over its peak, by the part p of the steps after the warmup.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda p: 1.0,
+    "linear": lambda p: 1 - 0.9 * p,
+    "cosine": lambda p: 0.1 + 0.45 * (1 + math.cos(math.pi * p)),
+    "wsd": lambda p: 1 - 0.9 * max(0.0, p - 0.8) / 0.2,
+}
 
-    With p the part of the steps behind the warmup: linear 1 − 0.9p; cosine 0.1 + 0.45(1 + cos πp);
-    wsd 1 up to p = 0.8, then in a line.
-    """
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of a step, counted from 0: a linear warmup, then the schedule down to a tenth of the peak."""
     peak, warmup = config.learning_rate, config.warmup_iters
     if step < warmup:
         return peak * (step + 1) / warmup
     p = (step - warmup) / max(config.iters - warmup, 1)
-    if config.lr_schedule == "linear":
-        return peak * (1 - 0.9 * p)
-    if config.lr_schedule == "cosine":
-        return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * p)))
-    if config.lr_schedule == "wsd":
-        return peak * (1 - 0.9 * max(0.0, p - 0.8) / 0.2)
-    return peak
+    return peak * SCHEDULES[config.lr_schedule](p)
 
 
 class Optimizer:
@@ -70,7 +69,7 @@ class Optimizer:
         return Iterate(vector, [optimizer.state for optimizer, _ in self.parts])
 
     def __call__(self, gradient: mx.array, at: Iterate) -> Iterate:
-        """Behind a step, evaluated. What `at` holds stays as it is."""
+        """After one step, evaluated; `at` is not changed."""
         rate = learning_rate(self.config, at.step)
         pieces, moments = [], []
         for (optimizer, ratio), g, p, state in zip(

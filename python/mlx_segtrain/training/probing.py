@@ -22,33 +22,30 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
 
     Writes nothing. InputError for input that cannot be used.
     """
+    tell = on_event or (lambda event: None)
     with run_policy(config):
-        return _probe(config, on_event or (lambda event: None))
-
-
-def _probe(config: TrainConfig, tell: events.OnEvent) -> ProbeResult:
-    setup, vector = prepare(read_inputs(config, tell), tell)
-    config = setup.config
-    longest: list[Any] = sorted(setup.train.rows, key=lambda row: -len(row))
-    rows = longest[: config.batch_size * config.grad_accumulation_steps]
-    setup = replace(setup, train=replace(setup.train, rows=rows))
-    source = batches(setup.train, config.batch_size, config.seed)
-    step = Stepper(config, setup)
-    at = step.optimizer.start(vector)
-    del vector
-    with setup.plan.limits():
-        resting = mx.get_active_memory()
-        mx.reset_peak_memory()
-        times, loss, norm, tokens, finite = [], math.nan, math.nan, 0, True
-        for _ in range(2):
-            accumulated = list(islice(source, config.grad_accumulation_steps))
-            started = time.perf_counter()
-            try:
-                at, outcome = step(at, accumulated)
-                loss, norm, tokens = outcome.loss, outcome.norm, outcome.tokens
-            except Halted:
-                finite = False
-            times.append(time.perf_counter() - started)
+        setup, vector = prepare(read_inputs(config, tell), tell)
+        config = setup.config
+        longest: list[Any] = sorted(setup.train.rows, key=lambda row: -len(row))
+        rows = longest[: config.batch_size * config.grad_accumulation_steps]
+        setup = replace(setup, train=replace(setup.train, rows=rows))
+        source = batches(setup.train, config.batch_size, config.seed)
+        step = Stepper(setup)
+        at = step.optimizer.start(vector)
+        del vector
+        with setup.plan.limits():
+            resting = mx.get_active_memory()
+            mx.reset_peak_memory()
+            times, loss, norm, tokens, finite = [], math.nan, math.nan, 0, True
+            for _ in range(2):
+                accumulated = list(islice(source, config.grad_accumulation_steps))
+                started = time.perf_counter()
+                try:
+                    at, outcome = step(at, accumulated)
+                    loss, norm, tokens = outcome.loss, outcome.norm, outcome.tokens
+                except Halted:
+                    finite = False
+                times.append(time.perf_counter() - started)
     return ProbeResult(
         step_s=times[1],
         first_step_s=times[0],

@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, so that it can be gone on with, told and made again."""
+"""run.json: what a run was made of, so that it can be resumed, verified and repeated."""
 
 import json
 import os
@@ -26,6 +26,10 @@ NAME = "run.json"
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
 #: And an adapter's.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
+#: Parts of a record that are objects.
+PARTS = ("config", "folders", "inputs", "versions", "device", "settings")
+#: Parts of a record on which the last bits of a run depend.
+OF_MACHINE = ("versions", "device", "settings")
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 
 
@@ -40,7 +44,7 @@ def files_of(config: TrainConfig) -> dict[str, Path]:
 
 
 def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Those whose names end so, by part and name; none if there is no such folder."""
+    """Files whose names end so, by part and name; none if there is no such folder."""
     return {
         f"{part}/{path.name}": path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
@@ -49,7 +53,7 @@ def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]
 
 
 def machine() -> dict[str, Any]:
-    """Versions and device that the last bits of a run depend on."""
+    """Versions, device and settings as they are here."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -74,7 +78,7 @@ def read(run: Path) -> dict[str, Any]:
     """InputError if there is none that can be read."""
     try:
         record = json.loads((run / NAME).read_text(encoding="utf-8"))
-        if not set(record) >= PARTS or not all(isinstance(record[x], dict) for x in PARTS - {"id"}):
+        if "id" not in record or not all(isinstance(record[part], dict) for part in PARTS):
             raise KeyError
     except OSError as error:
         raise InputError(
@@ -85,12 +89,8 @@ def read(run: Path) -> dict[str, Any]:
     return record
 
 
-#: What every record has.
-PARTS = {"id", "config", "folders", "inputs", "versions", "device", "settings"}
-
-
 class Record:
-    """What run.json of a run that goes on will hold, and the inputs as they were at its start."""
+    """What run.json of a run holds, and the inputs as they were at its start."""
 
     def __init__(self, config: TrainConfig, resumed: dict[str, Any] | None):
         self.folder = config.adapter_path
@@ -103,18 +103,13 @@ class Record:
                 f"{error.filename} cannot be read: {error.strerror or error}."
             ) from None
         earlier = resumed or {}
+        folders: dict[str, Any] = {"model": config.model_dir, "data": config.data_dir}
+        folders["warm_start"] = config.warm_start
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
             "started": earlier.get("started", events.now()),
             "config": config.model_dump(mode="json"),
-            "folders": {
-                part: str(folder.resolve())
-                for part, folder in (
-                    *(("model", config.model_dir), ("data", config.data_dir)),
-                    ("warm_start", config.warm_start),
-                )
-                if folder is not None
-            },
+            "folders": {part: str(own.resolve()) for part, own in folders.items() if own},
             **machine(),
             "inputs": self.inputs,
             "resumed": earlier.get("resumed", []),
@@ -124,7 +119,7 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Notes that the run goes on behind this step."""
+        """Notes that the run goes on after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:
@@ -134,8 +129,8 @@ class Record:
         self.write()
 
     def check_model(self, step: int) -> None:
-        """RunError if a file of the model is not what it was when the run began, behind a step
-        whose state has been kept."""
+        """RunError if a file of the model is not what it was when the run began; the state
+        of this step has been kept."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
@@ -169,9 +164,8 @@ def _stat(path: Path) -> tuple[int, int] | None:
 
 
 def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
-    """Whether a run goes on as it would have; InputError if it cannot go on with this configuration
-    and these files. `warn` is told what makes its steps to come others than they would have been.
-    """
+    """Whether a resumed run goes on exactly as it would have; InputError if it cannot go on with
+    this configuration and these files. `warn` is told what makes its further steps differ."""
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
     for name, own in FACETS.items():
@@ -189,18 +183,18 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
             raise InputError(
                 f"{what} {differs} since the run in {run} began: put it back, or begin another run."
             )
-    for part in ("versions", "device", "settings"):
+    for part in OF_MACHINE:
         for what, differs in differences(record.values[part], earlier[part]).items():
             warn(f"{what} {differs} since the run began: its last bits may be others")
     return same
 
 
-#: Of what was not there.
+#: Of a file that was not there before.
 COME = "has come"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """What is not as it was, by name, in words."""
+    """What has changed, by name, in words."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -215,8 +209,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Verified:
-    """What of a run is as it was, by part: model, data, warm_start, versions, device, settings,
-    adapter, checkpoints. Each has the sentences that say what is not; [] if all is."""
+    """What has changed since a run, in sentences, by part: model, data, warm_start, versions,
+    device, settings, adapter, checkpoints; [] for a part that is as it was."""
 
     run: Path
     step: int | None  #: of the adapter; None for a run that has not ended
@@ -240,9 +234,10 @@ def verify(run: Path) -> Verified:
         files = {name: Path(folder) / name.partition("/")[2] for name in then}
         if part == "model":
             files |= _files_in(part, Path(folder), OF_MODEL)
-        parts[part] = _sentences(_hashes_of(files), then)
+        there = {name: path for name, path in files.items() if path.is_file()}
+        parts[part] = _sentences(hashes(there), then)
     here = machine()
-    for part in ("versions", "device", "settings"):
+    for part in OF_MACHINE:
         parts[part] = _sentences(here[part], record[part])
     made = record.get("made")
     if made:
@@ -250,10 +245,6 @@ def verify(run: Path) -> Verified:
     faults = {folder.name: torn(folder) for folder in found(run).values()}
     parts["checkpoints"] = [f"{name} is torn: {why}" for name, why in faults.items() if why]
     return Verified(run, made and made["step"], record["config"]["iters"], parts)
-
-
-def _hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
-    return hashes({name: path for name, path in files.items() if path.is_file()})
 
 
 def _sentences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:

@@ -7,18 +7,17 @@ template or written otherwise is another pair.
 
 import hashlib
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from .. import _core, events
 from ..config import TrainConfig
-from ..data import Dataset, Pair, Row, eval_batches
+from ..data import Dataset, Pair, Row, one_row
 from ..data.dataset import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
@@ -29,42 +28,40 @@ KEY = 16
 
 
 def with_references(
-    reference: Objective,
+    objective: Objective,
     config: TrainConfig,
     chain: Chain,
-    on_event: events.OnEvent,
     data: Dataset,
-    wanted: Collection[int],
+    on_event: events.OnEvent = lambda event: None,
+    wanted: Collection[int] | None = None,
 ) -> Dataset:
-    """The data, in which the wanted rows have the outputs of `reference` as theirs.
+    """The data, in which the wanted rows (default: all) have the outputs of the objective's
+    reference; unchanged if it has none.
 
     Each is computed alone: what it is beside others must not depend on who they are.
     """
+    reference = objective.reference
+    if reference is None:
+        return data
     file = cache_dir() / "references" / f"{model_key(config)}.npz"
     known = _read(file)
     keys = [row_key(row) for row in data.rows]
-    missing = sorted(i for i in set(wanted) if keys[i] not in known)
+    asked = range(len(keys)) if wanted is None else set(wanted)
+    missing = sorted(i for i in asked if keys[i] not in known)
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
-        part = replace(data, rows=[data.rows[i] for i in missing])
-        found: Iterator[Any] = eval_batches(part, 1)
-        for batch in found:
+        for i in missing:
+            batch = one_row(data, i)
             (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
-            by_row = np.array(sums).reshape(-1, len(batch.rows)).T
-            for i, own in zip(batch.rows, by_row, strict=True):
-                known[keys[missing[int(i)]]] = tuple(map(float, own))
+            known[keys[i]] = tuple(map(float, np.array(sums)))
         try:
             _write(file, known)
         except OSError as error:
-            reason = error.strerror or error
-            on_event(
-                events.warning(f"{file} cannot be written ({reason}): not kept for other runs")
-            )
-    rows = [
-        replace(row, reference=known.get(key)) for row, key in zip(data.rows, keys, strict=True)
-    ]
-    return replace(data, rows=rows)
+            said = f"{file} cannot be written ({error.strerror or error})"
+            on_event(events.warning(f"{said}: not kept for other runs"))
+    pairs = zip(data.rows, keys, strict=True)
+    return replace(data, rows=[replace(row, reference=known.get(key)) for row, key in pairs])
 
 
 def model_key(config: TrainConfig) -> str:
@@ -73,10 +70,8 @@ def model_key(config: TrainConfig) -> str:
     Weights by name, size and time of change: gigabytes are not read for it. Whether the numbers are
     repeatable is asked of what computes them, not of the configuration.
     """
-    digest = hashlib.blake2b(digest_size=KEY)
-    model_dir = config.model_dir
-    files = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.json")])
-    for file in files:
+    digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()
         digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     digest.update(
@@ -91,7 +86,7 @@ def row_key(whole: Row | Pair) -> bytes:
     digest = hashlib.blake2b(digest_size=KEY)
     for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))
-        digest.update(row.ids.astype("<i4").tobytes() + (row.weights > 0).tobytes())
+        digest.update(row.ids.astype("<i4").tobytes() + (row.weights != 0).tobytes())
     return digest.digest()
 
 
@@ -99,10 +94,8 @@ def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
     """What is known; nothing if the file cannot be read, since it can be computed again."""
     try:
         with np.load(file) as stored:
-            keys, values = stored["keys"], stored["values"]
-            return {
-                key.tobytes(): tuple(map(float, own)) for key, own in zip(keys, values, strict=True)
-            }
+            keys, values = stored["keys"], stored["values"].tolist()
+            return {key.tobytes(): tuple(own) for key, own in zip(keys, values, strict=True)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
 

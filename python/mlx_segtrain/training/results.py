@@ -10,7 +10,7 @@ class TrainResult:
 
     In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb what was predicted for it (None: a
     family that the planner does not know), process_gb of the process' main memory. Of a run that
-    was resumed behind the step `resumed_from`, all but process_gb are of all its parts.
+    was resumed after the step `resumed_from`, all but process_gb are of all its parts.
     """
 
     adapter_path: Path

@@ -1,9 +1,10 @@
-"""From a configuration to all that a run needs; every check before anything is written."""
+"""From a configuration to all that a run needs, with every check before anything is written."""
 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,26 @@ from .references import with_references
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A loaded model, its objective, where its adapter's factors stand in a vector, and the data.
-
-    `config` has the number of steps that its epochs come to; `apart`: pairs share nothing.
-    """
+class Inputs:
+    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
 
     config: TrainConfig
+    tokenizer: Any
+    train: Dataset
+    valid: Dataset | None
+
+
+@dataclass(frozen=True)
+class Setup(Inputs):
+    """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
+    stand in a vector; `apart`: pairs share nothing."""
+
+    plan: RunPlan
     model: Any
     chain: Chain
     objective: Objective
     scales: dict[str, float]
     layout: Layout
-    train: Dataset
-    valid: Dataset | None
-    tokenizer: Any
-    plan: RunPlan
     apart: bool = False
 
 
@@ -104,39 +109,6 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
     return Start(None, seen)
 
 
-def check_tokens(model: Any, *datasets: Dataset) -> None:
-    """InputError if the tokenizer gave tokens that the loaded model has no rows for: MLX would read
-    past the end of the table."""
-    tables = tables_of(model)
-    known = min(tables.tokens, tables.logits)
-    for dataset in datasets:
-        for row in (own for whole in dataset.rows for own in sequences(whole)):
-            if len(row) and row.ids.max() >= known:
-                raise InputError(
-                    f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
-                    f"{known}: they do not belong together."
-                )
-
-
-def check_length(chain: Chain, max_seq_length: int) -> None:
-    """InputError if sequences could be longer than the model was made for."""
-    if chain.max_length is not None and max_seq_length > chain.max_length:
-        raise InputError(
-            f"max_seq_length is {max_seq_length}, but the model was made for at most "
-            f"{chain.max_length} tokens: lower it."
-        )
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
-
-    config: TrainConfig
-    tokenizer: Any
-    train: Dataset
-    valid: Dataset | None
-
-
 def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
     """InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
@@ -158,12 +130,12 @@ def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
 def prepare(
     inputs: Inputs, on_event: events.OnEvent, resumed: Checkpoint | None = None
 ) -> tuple[Setup, mx.array]:
-    """Plans, loads the model, and makes the factors of a fresh adapter, a vector.
+    """Plans a run, loads its model, and makes the factors of its adapter, as a vector.
 
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
     """
-    config, valid = inputs.config, inputs.valid
+    config = inputs.config
     objective = objective_of(config)
     choices = objective.choices(inputs.train)
     if resumed is not None:
@@ -172,7 +144,7 @@ def prepare(
         config, choices, lambda data: objective.batch_shapes(data, config.batch_size)
     )
     on_event(plan_event(plan, 0.02, str(plan)))
-    setup, vector = load_setup(config, plan, train, valid, inputs.tokenizer)
+    setup, vector = load_setup(replace(inputs, train=train), plan)
     setup = replace(setup, apart=train is not inputs.train)
     if coarse := _coarse(setup):
         on_event(
@@ -183,13 +155,13 @@ def prepare(
         )
     if objective.reference is not None:
         with plan.limits():
-            setup = _referenced(setup, objective.reference, on_event)
+            setup = _referenced(setup, on_event)
     on_event(events.stage("data", 0.05, f"{config.data_dir}: {train.summary}"))
     return setup, vector
 
 
 def _coarse(setup: Setup) -> str | None:
-    """The first linear with DoRA of which mlx-lm reckons the width wrongly."""
+    """The first linear with DoRA whose width mlx-lm computes wrongly."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
@@ -214,14 +186,35 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
     return events.plan(progress, message, peak, plan.budget)
 
 
-def load_setup(
-    config: TrainConfig, plan: RunPlan, train: Dataset, valid: Dataset | None, tokenizer: Any
-) -> tuple[Setup, mx.array]:
-    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
+def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Chain]:
+    """The model of a configuration, loaded, and its chain.
+
+    InputError if sequences could be longer than it was made for, or a token of the data has no row
+    in its tables: MLX would read past their end.
+    """
     model, _ = load_model(config.model_dir)
     chain = chain_of(model)
-    check_length(chain, config.max_seq_length)
-    check_tokens(model, train, *(() if valid is None else (valid,)))
+    if chain.max_length is not None and config.max_seq_length > chain.max_length:
+        raise InputError(
+            f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
+            f"{chain.max_length} tokens: lower it."
+        )
+    tables = tables_of(model)
+    known = min(tables.tokens, tables.logits)
+    wholes = [whole for data in datasets if data is not None for whole in data.rows]
+    for row in (own for whole in wholes for own in sequences(whole)):
+        if len(row) and row.ids.max() >= known:
+            raise InputError(
+                f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
+                f"{known}: they do not belong together."
+            )
+    return model, chain
+
+
+def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
+    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
+    config = inputs.config
+    model, chain = load_chain(config, inputs.train, inputs.valid)
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
@@ -239,23 +232,22 @@ def load_setup(
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
-    objective = objective_of(config)
-    what = (config, model, chain, objective, adapter.scales, layout)
-    return Setup(*what, train, valid, tokenizer, plan), vector
+    read = (config, inputs.tokenizer, inputs.train, inputs.valid)
+    loaded = (plan, model, chain, objective_of(config), adapter.scales, layout)
+    return Setup(*read, *loaded), vector
 
 
-def _referenced(setup: Setup, reference: Objective, on_event: events.OnEvent) -> Setup:
+def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     """With what the model without adapter gives for the rows that the run will see."""
-    config = setup.config
-    source = batches(setup.train, config.batch_size, config.seed)
-    steps = config.iters * config.grad_accumulation_steps
-    epoch = len(setup.train.rows) // config.batch_size
-    seen = {int(i) for _, batch in zip(range(steps), source, strict=False) for i in batch.rows}
-    if steps >= 2 * epoch:
-        seen = set(range(len(setup.train.rows)))
-    how = (reference, config, setup.chain, on_event)
-    train = with_references(*how, setup.train, seen)
-    valid = setup.valid and with_references(*how, setup.valid, range(len(setup.valid.rows)))
+    config, train = setup.config, setup.train
+    source = batches(train, config.batch_size, config.seed)
+    count = config.iters * config.grad_accumulation_steps
+    seen = None  # all, at the latest in the second epoch
+    if count < 2 * (len(train.rows) // config.batch_size):
+        seen = {int(i) for batch in islice(source, count) for i in batch.rows}
+    what = (setup.objective, config, setup.chain)
+    train = with_references(*what, train, on_event, seen)
+    valid = setup.valid and with_references(*what, setup.valid, on_event)
     return replace(setup, train=train, valid=valid)
 
 

@@ -14,7 +14,7 @@ SLACK, MULTIPLE = 1.0, 1.5
 
 
 def spike_bound(losses: Sequence[float]) -> float:
-    """The loss from which on one is a spike, behind steps of these losses; infinite at first.
+    """The loss above which one is a spike, after steps of these losses; infinite at first.
 
     Median and median deviation are not moved by spikes that were taken; the largest loss is, so
     that losses which stay high are told once or twice only.

@@ -1,7 +1,7 @@
 """What changes during a run, and what of it a checkpoint holds."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,8 @@ Moments = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Iterate:
-    """All factors, what the optimizer remembers, and the steps behind them: they change at once."""
+    """All factors, what the optimizer remembers, and the steps that led to them: they change at
+    once."""
 
     vector: mx.array
     moments: Moments
@@ -70,12 +71,9 @@ class Progress:
 
     @property
     def since_best(self) -> int:
-        """Evaluations behind that one."""
+        """Evaluations after that one."""
         best = self.best
         return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":

@@ -7,13 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import TrainConfig
-from ..data import AnyBatch, Dataset
+from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
 from ..objectives import value_and_grad
 from ..schedule import Grads
-from .diagnosis import Fault, diagnose, rows_of
+from .diagnosis import Fault, first_nonfinite, rows_of
 from .optimizer import Optimizer, learning_rate
 from .setup import Setup
 from .spikes import spike_bound
@@ -32,97 +31,81 @@ class Halted(RunError):
 class Stepper:
     """Takes steps by a plan. `watch` is called when a move of it is through."""
 
-    config: TrainConfig
     setup: Setup
     watch: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.plan = self.setup.plan
-        self.optimizer = Optimizer(self.config, self.setup.layout)
+        self.optimizer = Optimizer(self.setup.config, self.setup.layout)
 
     def __call__(
         self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
     ) -> tuple[Iterate, Outcome]:
-        """Behind the step, and how it was; `losses` of the steps before tell what a spike is.
+        """Takes one step: the new state, and how the step was; `losses` of the steps before tell
+        what a spike is.
 
         Halted if loss or gradient is not finite, or at a spike if the configuration says so.
         """
+        setup, config = self.setup, self.setup.config
         (loss, *metrics), gradient = self.gradient(at, accumulated)
         norm = math.sqrt(float(mx.square(gradient).sum()))
         outcome = Outcome(
             loss=loss,
             norm=norm,
-            metrics=dict(zip(self.setup.objective.metrics, metrics, strict=True)),
-            rate=learning_rate(self.config, at.step),
-            tokens=count(self.setup.train, accumulated),
+            metrics=dict(zip(setup.objective.metrics, metrics, strict=True)),
+            rate=learning_rate(config, at.step),
+            tokens=sum(len(setup.train.rows[i]) for batch in accumulated for i in batch.rows),
         )
-        kept = f"the state of step {at.step} is kept" if at.step else "nothing has been trained yet"
-        mend = "look at the row, or go on with a lower learning_rate"
+        rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            fault = diagnose(self.setup, at, accumulated, outcome, gradient)
-            raise Halted(
-                f"step {at.step + 1}: loss is {loss} and gradient norm {norm}, {fault.place}: "
-                f"{kept}; {mend}.",
-                fault,
-            )
+            found = first_nonfinite(setup, at, accumulated, gradient)
+            raise _halted(at, outcome, f"loss is {loss} and gradient norm {norm}", *found)
         bound = spike_bound(losses)
         if loss > bound:
             outcome = replace(outcome, bound=bound)
-            if self.config.on_spike == "stop":
-                rows = rows_of(self.setup.train, accumulated)
-                fault = Fault.of("spike", at, outcome, rows, list(losses))
-                raise Halted(
-                    f"step {at.step + 1}: loss is {loss:.4f}, where {bound:.4f} is the most that "
-                    f"the last {len(losses)} steps let expect, {fault.place}: {kept}; {mend} or "
-                    "with on_spike skip.",
-                    fault,
-                )
-            if self.config.on_spike == "skip":
+            if config.on_spike == "stop":
+                said = f"loss is {loss:.4f}, where {bound:.4f} is the most that the last "
+                said += f"{len(losses)} steps let expect"
+                raise _halted(at, outcome, said, rows, losses=losses)
+            if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
-        limit = self.config.grad_clip_norm
+        limit = config.grad_clip_norm
         if 0 < limit < norm:
             gradient = gradient * (limit / norm)
         new = self.optimizer(gradient, at)
         if not mx.isfinite(new.vector).all():
-            bad = self.setup.layout.names(~mx.isfinite(new.vector))
-            rows = rows_of(self.setup.train, accumulated)
-            fault = Fault.of("nonfinite", at, outcome, rows, [], f"the factor {bad[0]}")
-            raise Halted(
-                f"step {at.step + 1}: the update is not finite, {fault.place}: {kept}; {mend}.",
-                fault,
-            )
+            bad = setup.layout.names(~mx.isfinite(new.vector))
+            raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad[0]}")
         return new, outcome
 
     def gradient(self, at: Iterate, accumulated: list[AnyBatch]) -> tuple[list[float], mx.array]:
         """Outputs of the objective and gradient of its loss over all micro-batches."""
         total = self.setup.objective.total(accumulated)
         params = self.setup.layout.split(at.vector)
-        outputs, gradient = self._part(params, at.step, accumulated, 0, total)
-        for i in range(1, len(accumulated)):
-            part, own = self._part(params, at.step, accumulated, i, total)
+        numbered = enumerate(accumulated, at.step * self.setup.config.grad_accumulation_steps)
+        parts = (self._part(params, batch, total, draw) for draw, batch in numbered)
+        outputs, gradient = next(parts)
+        for part, own in parts:
             outputs = [x + y for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
             mx.eval(gradient)
         return outputs, gradient
 
     def _part(
-        self, params: Grads, step: int, accumulated: list[AnyBatch], i: int, total: Any
+        self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[float], mx.array]:
-        """Of the i-th micro-batch."""
-        setup, config = self.setup, self.config
-        dropout = None
-        if config.lora_dropout:
-            draw = step * config.grad_accumulation_steps + i
-            dropout = Dropout(config.lora_dropout, config.seed, draw)
+        """Of one micro-batch; `draw` is which number of the run it is."""
+        setup, config = self.setup, self.setup.config
+        rate = config.lora_dropout
         outputs, grads = value_and_grad(
             setup.objective,
             setup.chain,
             setup.scales,
             params,
-            accumulated[i],
+            batch,
             total,
             cuts=lambda streams: self.plan.cuts(setup.chain, streams),
-            dropout=dropout,
+            dropout=Dropout(rate, config.seed, draw) if rate else None,
             watch=self.watch,
         )
         gradient = setup.layout.join(grads)
@@ -131,6 +114,21 @@ class Stepper:
         return [float(x) for x in outputs], gradient
 
 
-def count(data: Dataset, accumulated: list[AnyBatch]) -> int:
-    """Tokens that are no padding."""
-    return sum(len(data.rows[i]) for batch in accumulated for i in batch.rows)
+def _halted(
+    at: Iterate,
+    outcome: Outcome,
+    what: str,
+    rows: list[str],
+    tensor: str | None = None,
+    losses: Sequence[float] = (),
+) -> Halted:
+    """What ends a run at a step whose numbers are not finite, or are a spike after `losses`."""
+    kind, more = ("spike", " or with on_spike skip") if losses else ("nonfinite", "")
+    numbers = (outcome.loss, outcome.norm, outcome.rate)
+    fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))
+    kept = f"the state of step {at.step} is kept" if at.step else "nothing has been trained yet"
+    return Halted(
+        f"step {fault.step}: {what}, {fault.place}: {kept}; look at the row, or go on with a lower "
+        f"learning_rate{more}.",
+        fault,
+    )

@@ -21,8 +21,7 @@ def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close
     def on_event(event: events.Event) -> None:
         for name, x in scalars(event).items():
             writer.add_scalar(name, x, event["step"])
-        if event["type"] == "metric":
-            writer.flush()
+        writer.flush()
 
     return on_event, writer.close
 
@@ -49,7 +48,7 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def scalars(event: events.Event) -> dict[str, float]:
-    """Numbers of a metric by name, as train/loss."""
+    """Numbers of a metric by name, as train/loss; none of another event."""
     if event["type"] != "metric":
         return {}
     values: dict[str, Any] = event.get("scores", event)
@@ -76,22 +75,21 @@ def tracked(
     """Tells the configured trackers of an event; one that fails is told no more."""
     live: dict[str, tuple[events.OnEvent, Close]] = {}
 
-    def attempt(name: str, call: Callable[[], Any]) -> Any:
+    def attempt(name: str, call: Callable[..., Any], *args: Any) -> Any:
         try:
-            return call()
+            return call(*args)
         except Exception as error:
             live.pop(name, None)
             text = " ".join(str(error).split())[:200]
             warn(f"{name} failed and gets no more metrics ({type(error).__name__}: {text})")
 
     for name in config.report_to:
-        made = attempt(name, lambda name=name: TRACKERS[name](config, run_id))
-        if made:
+        if made := attempt(name, TRACKERS[name], config, run_id):
             live[name] = made
 
     def tell(event: events.Event) -> None:
         for name, (on_event, _) in list(live.items()):
-            attempt(name, lambda on_event=on_event: on_event(event))
+            attempt(name, on_event, event)
 
     try:
         yield tell

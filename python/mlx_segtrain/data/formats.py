@@ -1,0 +1,292 @@
+"""The forms that rows come in: their keys, their check, and what is trained of them.
+
+A form is an entry of FORMATS, and nothing else knows what its rows hold.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from ..config import Rows
+from ..errors import InputError
+from ..fields import fault_of_variables
+from .chat import Sample
+from .encoding import Encoder, Pair, Row
+from .messages import KINDS, checked_messages, expect
+
+#: What a format reads besides its own keys.
+ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
+PROMPT_KEYS = ("system", *ROW_KEYS)
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked row of a format; `source` is "file:line".
+
+    `row` is as the format's check gives it: prompt and responses are all strings, beside which
+    there may be a `system` string, or all lists of messages. `ignored` are the keys of the file's
+    row that nothing reads.
+    """
+
+    source: str
+    format: str
+    row: dict[str, Any]
+    ignored: tuple[str, ...] = ()
+
+
+def checked(row: dict[str, Any], source: str) -> Record:
+    """A row as a record; raises InputError."""
+    name = next((name for name, own in FORMATS.items() if set(own.marks) <= row.keys()), None)
+    if name is None:
+        had = ", ".join(map(repr, row)) or "no keys"
+        first, *others = (quoted(own.keys) for own in FORMATS.values())
+        keys = ", ".join((*others, f"or {first}"))
+        raise InputError(f"{source}: the row needs the keys {keys}, but has {had}.")
+    found = FORMATS[name]
+    ignored = tuple(key for key in row if key not in (*found.keys, *found.more))
+    if found.more:
+        row = {**row, **_template_keys(row, source)}
+    return Record(source, name, found.check(row, source), ignored)
+
+
+def quoted(keys: Sequence[str]) -> str:
+    """Keys in a sentence."""
+    *others, last = (f'"{key}"' for key in keys)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """Tools and template variables of a row, decoded where they are JSON text."""
+    found = {}
+    for key, kind in (("tools", list), ("functions", list), ("chat_template_kwargs", dict)):
+        value = row.get(key)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if value is not None:
+            expect(f'{source}: "{key}"', value, kind)
+        found[key] = value
+    if fault := fault_of_variables(found["chat_template_kwargs"] or {}):
+        raise InputError(f'{source}: "chat_template_kwargs": {fault}.')
+    if functions := found.pop("functions"):  # OpenAI's name before "tools"
+        own = [{"type": "function", "function": function} for function in functions]
+        found["tools"] = [*(found["tools"] or ()), *own]
+    return found
+
+
+def _check_text(row: dict[str, Any], source: str) -> dict[str, Any]:
+    expect(f'{source}: "text"', row["text"], str)
+    return row
+
+
+def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
+    return {**row, "messages": checked_messages(row["messages"], f'{source}: "messages"')}
+
+
+def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
+    if not (isinstance(row["prompt"], str) and isinstance(row["completion"], str)):
+        row = {**row, **{key: _turns(row, key, source) for key in ("prompt", "completion")}}
+        if not _answers(row["completion"]):
+            raise InputError(
+                f'{source}: "completion" has no assistant message, so nothing to train.'
+            )
+    return _with_system(row, source)
+
+
+def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
+    if isinstance(row.get("prompt"), str):
+        for key in SIDES:
+            if not isinstance(row[key], str):
+                kind = KINDS[type(row[key])]
+                raise InputError(
+                    f'{source}: "{key}" must be a string as "prompt" is, not {kind}; if "{key}" '
+                    'holds the prompt too, remove "prompt".'
+                )
+    else:
+        row = {**row, **_dialogues(row, source)}
+    return _once(_with_system(row, source), source)
+
+
+def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
+    """Prompt and sides of a pair as messages."""
+    sides = {key: _turns(row, key, source) for key in SIDES}
+    if "prompt" in row:
+        prompt = _turns(row, "prompt", source)
+    else:  # what both begin with
+        n = _alike(*sides.values())
+        prompt = sides["chosen"][:n]
+        sides = {key: messages[n:] for key, messages in sides.items()}
+    if not prompt:
+        raise InputError(
+            f'{source}: the pair has no prompt; give "prompt", or begin "chosen" and "rejected" '
+            "with the same messages."
+        )
+    for key, messages in sides.items():
+        if not _answers(messages):
+            raise InputError(
+                f'{source}: "{key}" has no assistant message of its own; let a response follow '
+                "the prompt."
+            )
+    for message in (*prompt, *sides["chosen"], *sides["rejected"]):
+        if "train" in message or "weight" in message:
+            raise InputError(
+                f'{source}: "train" and "weight" have no effect in a pair, whose responses are '
+                "compared as a whole; remove them."
+            )
+    return {"prompt": prompt, **sides}
+
+
+def _alike(a: list[Any], b: list[Any]) -> int:
+    """How many items both begin with."""
+    return [*(x == y for x, y in zip(a, b, strict=False)), False].index(False)
+
+
+def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """A pair whose prompt stands once; `repeated` tells whether both sides began with it again.
+
+    InputError if only one side does, or both sides are the same.
+    """
+    n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
+    repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
+    messages = not isinstance(row["prompt"], str)
+    if messages and any(repeats) and not all(repeats):
+        raise InputError(
+            f'{source}: "{"chosen" if repeats[0] else "rejected"}" repeats the prompt, and the '
+            "other side does not; remove the prompt from it."
+        )
+    if all(repeats):
+        sides = {key: own[n:] for key, own in sides.items()}
+    if sides["chosen"] == sides["rejected"]:
+        raise InputError(
+            f'{source}: "chosen" and "rejected" are the same, so there is nothing to prefer; '
+            "remove the row."
+        )
+    return {**row, **sides, "repeated": all(repeats)}
+
+
+def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    """A prompt or a response as messages: a string is what the user or the assistant says."""
+    given, what = row[key], f'{source}: "{key}"'
+    expect(what, given, str, list)
+    if isinstance(given, str):
+        return [{"role": "user" if key == "prompt" else "assistant", "content": given}]
+    return checked_messages(given, what)
+
+
+def _answers(messages: list[dict[str, Any]]) -> bool:
+    """Whether an assistant speaks in them."""
+    return any(message["role"] == "assistant" for message in messages)
+
+
+def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """A row with the text of "system" as the first message of a prompt that is a list of them."""
+    system = row.get("system")
+    if system is not None:
+        expect(f'{source}: "system"', system, str)
+    if not system or isinstance(row["prompt"], str):
+        return row
+    if any(message["role"] in ("system", "developer") for message in row["prompt"]):
+        raise InputError(
+            f'{source}: the row has "system" and a system message in "prompt"; remove one of them.'
+        )
+    return {**row, "prompt": [{"role": "system", "content": system}, *row["prompt"]]}
+
+
+def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
+    """Tokens and weights of records, which are all pairs or none; not cut. InputError."""
+    encoder.notes.rows += len(records)
+    for record in records:
+        encoder.notes.ignored.update(record.ignored)
+    return FORMATS[records[0].format].encode(encoder, records)
+
+
+def _rows(encoder: Encoder, records: list[Record]) -> list[Row]:
+    return encoder.rows(
+        [sample for own in records for sample in FORMATS[own.format].samples(encoder, own)]
+    )
+
+
+def _pairs(encoder: Encoder, records: list[Record]) -> list[Pair]:
+    rows = _rows(encoder, [_side(record, key) for record in records for key in SIDES])
+    for row, after in pairwise(rows):
+        if row.source == after.source:
+            raise InputError(
+                f"{row.source}: the chat template renders a turn of the response differently "
+                "once others follow; give a response of one assistant message."
+            )
+    encoder.notes.repeated += sum(record.row["repeated"] for record in records)
+    pairs = zip(records, rows[::2], rows[1::2], strict=True)
+    return [Pair.of(chosen, rejected, record.source) for record, chosen, rejected in pairs]
+
+
+def _side(record: Record, key: str) -> Record:
+    """One sequence of a pair as a record whose response is trained."""
+    row = {**record.row, "completion": record.row[key]}
+    return replace(record, source=f"{record.source} {key}", format="prompt-completion", row=row)
+
+
+def _text_samples(encoder: Encoder, record: Record) -> list[Sample]:
+    return [Sample(record.source, [(record.row["text"], 1.0)])]
+
+
+def _chat_samples(encoder: Encoder, record: Record) -> list[Sample]:
+    return encoder.chats.samples(record.source, record.row)
+
+
+def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
+    """Of a prompt, raw or as a conversation, only what completes it is trained."""
+    row, notes = record.row, encoder.notes
+    prompt, completion, system = row["prompt"], row["completion"], row.get("system")
+    if isinstance(prompt, str):
+        notes.prompt_format = "raw" if encoder.raw else "chat"
+        if encoder.raw:
+            if system:
+                notes.ignored["system"] += 1
+            return [Sample(record.source, [(prompt, 0.0), (completion, 1.0)])]
+        before = [{"role": "system", "content": system}] if system else []
+        prompt = [*before, {"role": "user", "content": prompt}]
+        completion = [{"role": "assistant", "content": completion}]
+    messages = [*({**message, "train": False} for message in prompt), *completion]
+    return encoder.responses.samples(record.source, {**row, "messages": messages})
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of rows, by its keys; those that have the keys `marks` (default: all) are of it.
+
+    `more` are the other keys that are read. `check` gives the row as `encode` takes it, or raises
+    InputError. `encode` gives the rows of a data set for records, all of which are of this format
+    or of others with the same `encode`; that of single sequences asks each record's format for the
+    `samples` of it. `rows` is what a method calls such a row (config.ROWS).
+    """
+
+    check: Callable[[dict[str, Any], str], dict[str, Any]]
+    keys: tuple[str, ...]
+    more: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    rows: Rows = "single"
+    encode: Callable[[Encoder, list[Record]], list[Row] | list[Pair]] = _rows
+    samples: Callable[[Encoder, Record], list[Sample]] = _completion_samples
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "marks", self.marks or self.keys)
+
+
+#: Every form, by name; a row is of the first whose marks it has.
+FORMATS = {
+    "preference": Format(
+        _check_pair,
+        ("prompt", *SIDES),
+        PROMPT_KEYS,
+        marks=SIDES,
+        rows="pair",
+        encode=_pairs,
+    ),
+    "messages": Format(_check_chat, ("messages",), ROW_KEYS, samples=_chat_samples),
+    "prompt-completion": Format(_check_completion, ("prompt", "completion"), PROMPT_KEYS),
+    "text": Format(_check_text, ("text",), samples=_text_samples),
+}

@@ -1,0 +1,98 @@
+"""The messages of a row, checked and brought into one form."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from ..errors import InputError, shown
+
+Message = Mapping[str, Any]
+
+#: The keys by which messages carry reasoning.
+ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
+REASONING: tuple[str, ...] = get_args(ReasoningKey)
+MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
+#: The roles that messages have, and names for them in other data sets.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "model", "ai", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("function", "ipython", "observation"), "tool"),
+}
+#: What JSON's values are, in words.
+KINDS: dict[type, str] = {
+    **{dict: "an object", list: "a list", str: "a string", bool: "true or false"},
+    **{int: "a number", float: "a number", type(None): "null or missing"},
+}
+
+
+def expect(what: str, value: Any, *kinds: type) -> None:
+    """InputError if `value`, of which `what` is the name in a sentence, is of none of the kinds."""
+    if type(value) not in kinds:
+        wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
+        raise InputError(f"{what} must be {wanted}, not {KINDS[type(value)]}.")
+
+
+def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a list, in one form; InputError for what is no list of messages."""
+    expect(where, messages, list)
+    return [_checked(message, f"{where}[{i}]") for i, message in enumerate(messages)]
+
+
+def _checked(message: Any, where: str) -> dict[str, Any]:
+    expect(where, message, dict)
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise InputError(f'{where} needs "role", a string such as "user" or "assistant".')
+    known = role.strip().lower()
+    known = OTHER_ROLES.get(known, known)
+    if known not in ROLES:
+        raise InputError(f"{where}: the role {shown(role)} is not one of {', '.join(ROLES)}.")
+    # Tables have every column in every row: null is what is not there.
+    empty = [key for key, value in message.items() if value is None and key != "content"]
+    message = {key: value for key, value in message.items() if key not in empty} | {"role": known}
+    message = _with_calls(message, where)
+    train, weight = message.get("train", True), message.get("weight", 1)
+    expect(f'{where}: "train"', train, bool)
+    expect(f'{where}: "weight"', weight, int, float)
+    if not 0 <= weight <= MAX_WEIGHT:  # false for NaN, which Python's json reads
+        raise InputError(f'{where}: "weight" must be from 0 to {MAX_WEIGHT:g}.')
+    asked = train and weight > 0 and ("train" in message or "weight" in message)
+    if known != "assistant" and asked:
+        raise InputError(
+            f'{where} asks to be trained, but its role is "{known}" and only "assistant" messages '
+            'are trained; remove "train" and "weight".'
+        )
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": "".join(_part(part, where) for part in content)}
+    if content is not None or not message.get("tool_calls"):  # calls may stand without content
+        expect(f'{where}: "content"', content, str)
+    return message
+
+
+def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """With tool calls that are well formed; OpenAI's earlier "function_call" as one of them."""
+    if "function_call" in message and "tool_calls" not in message:
+        call = message.pop("function_call")
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f'{where}: "tool_calls" must be a list of objects.')
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f'{where}: a tool call needs the "name" of a function.')
+    for key in REASONING:
+        expect(f'{where}: "{key}"', message.get(key, ""), str)
+    return message
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    named = isinstance(part, dict) and "type" in part
+    kind = shown(part["type"]) if named else KINDS[type(part)]
+    raise InputError(
+        f'{where}: "content" has a part of type {kind}; only {{"type": "text", "text": "..."}} '
+        "parts are read."
+    )

@@ -1,0 +1,82 @@
+"""What an objective is, and what each gives the chain of a stream of tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import TrainConfig
+from ..data import Dataset
+from ..models import Chain
+from ..streams import BatchShape, Stream, trim_start
+
+
+class Objective:
+    """What the head makes of a batch: the loss first, then the `metrics`, each a scalar.
+
+    All are parts of a mean, over what `total` counts: those of several batches add up.
+    """
+
+    options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
+    unit: str  #: of the loss, in words
+    metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
+    reads: tuple[str, ...]  #: what the head reads besides h and rows of each stream
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Objective":
+        """With the options of a configuration."""
+        return cls(*(getattr(config, name) for name in cls.options))
+
+    @property
+    def reference(self) -> "Objective | None":
+        """What gives the numbers of the model without its adapter with which the loss compares."""
+        return None
+
+    def choices(self, data: Dataset) -> Iterator[Dataset]:
+        """The data for each way in which its batches can run; a run takes the first that fits."""
+        yield data
+
+    def total(self, batches: Sequence[Any]) -> Any:
+        """What the losses of these batches are to be divided by."""
+        raise NotImplementedError
+
+    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
+        """As large as any batch of so many rows is in every respect, one for each number of
+        streams that `streams` gives."""
+        raise NotImplementedError
+
+    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
+        """A batch of rows that run `length` tokens, the last `trained` of which are in the loss;
+        of pairs the first `same` tokens are shared."""
+        raise NotImplementedError
+
+    def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
+        """The sequences a batch runs as."""
+        raise NotImplementedError
+
+    def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:
+        """Inputs of the chain for a batch, and what the head reads."""
+        raise NotImplementedError
+
+    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
+        """The function of parameters and reads that gives the outputs."""
+        raise NotImplementedError
+
+
+def stream_values(
+    chain: Chain, stream: Stream, tokens: np.ndarray, b: np.ndarray, t: np.ndarray
+) -> dict[str, mx.array]:
+    """Inputs of a stream of tokens [B, T], of which the rows b [M] at positions t [M] count.
+
+    `positions` are those of the N rows that h has after the layer that trims, and `rows` [M] index
+    h [B·N, H].
+    """
+    length = tokens.shape[1]
+    start = trim_start(int(t.min()) if t.size else 0) if chain.trims else 0
+    inputs = {
+        **chain.start(mx.array(tokens)),
+        "positions": mx.arange(start, length),
+        "rows": mx.array((b * (length - start) + t - start).astype(np.int32)),
+    }
+    return {stream.of(name): x for name, x in inputs.items()}
