@@ -39,6 +39,11 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (ends[0], rank), (rank, ends[1])
 
 
+def dropped(x: mx.array, rate: float, key: mx.array) -> mx.array:
+    """x with a part `rate` of its numbers left out, and the others scaled up for it."""
+    return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
+
+
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
     """A ~ U(−1/√in, 1/√in) float32, of a linear [in, R], of one with experts [E, R, in]."""
     bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
@@ -122,8 +127,7 @@ class LoRASwitchLinear(LoRALinear):
             return y
         a, b = (self[key].astype(x.dtype).swapaxes(-2, -1) for key in ("lora_a", "lora_b"))
         if self.dropout:
-            kept = mx.random.bernoulli(1 - self.dropout, x.shape, self["key"])
-            x = mx.where(kept, x, 0) / (1 - self.dropout)
+            x = dropped(x, self.dropout, self["key"])
         return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
 
 
@@ -137,8 +141,7 @@ class LoRAEmbedding(LoRALinear):
             return y
         z = self["lora_a"][x] @ self["lora_b"]
         if self.dropout:
-            kept = mx.random.bernoulli(1 - self.dropout, z.shape, self["key"])
-            z = mx.where(kept, z, 0) / (1 - self.dropout)
+            z = dropped(z, self.dropout, self["key"])
         return y + (self.scale * z).astype(y.dtype)
 
     def as_linear(self, h: mx.array) -> mx.array:
@@ -151,18 +154,16 @@ class LoRAEmbedding(LoRALinear):
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
-    *parents, name = path.split(".")
+    *parents, last = path.split(".")
     at: Any = parent
     for part in parents:
         at = at[int(part)] if isinstance(at, list) else at[part]
-    linear = at[int(name)] if isinstance(at, list) else at[name]
+    name: Any = int(last) if isinstance(at, list) else last
+    linear = at[name]
     if isinstance(linear, LoRALinear):
         linear.scale = scale
         return linear
     kind = LoRASwitchLinear if has_experts(linear) else LoRALinear
     wrapped = (LoRAEmbedding if isinstance(linear, EMBEDDINGS) else kind)(linear, scale)
-    if isinstance(at, list):
-        at[int(name)] = wrapped
-    else:
-        setattr(at, name, wrapped)
+    at[name] = wrapped
     return wrapped

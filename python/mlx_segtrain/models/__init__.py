@@ -43,8 +43,9 @@ class Family(Protocol):
         """`model_type`s of its models, and of models for text and images around them."""
         ...
 
-    def serves(self, model: nn.Module) -> bool:
-        """Whether mlx-lm's text model is of this family."""
+    @property
+    def FORMS(self) -> Collection[str]:
+        """mlx-lm's modules, by file, whose text models are of this family."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
@@ -70,8 +71,8 @@ def of_type(model_type: str) -> Family | None:
 
 def family_of(model: nn.Module) -> Family | None:
     """The model's fast family; None if it takes the generic path."""
-    text = model.get("language_model", model)
-    return next((family for family in FAMILIES if family.serves(text)), None)
+    module = type(model.get("language_model", model)).__module__.rpartition(".")[2]
+    return next((family for family in FAMILIES if module in family.FORMS), None)
 
 
 def chain_of(model: nn.Module) -> Chain:

@@ -4,35 +4,41 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..lora import EMBEDDINGS
+from ..lora.modules import dropped
 from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 #: Rows of logits that exist at a time where no op of ours serves the head.
 HEAD_ROWS = 256
 
 
-class Head(Protocol):
+class Head:
     """What turns rows of the last h into logits, and these into losses.
 
     `params` are the factors of its own update, by full path; none without one.
     """
 
-    @property
-    def path(self) -> str:
-        """The module that can be adapted: the head's own, or the embedding it shares."""
-        ...
+    path: str  #: the module that can be adapted: the head's own, or the embedding it shares
+
+    def adapting(self, scales: Mapping[str, float], dropout: "Dropout | None" = None) -> "Head":
+        """For an adapter with these multipliers."""
+        raise NotImplementedError
 
     def logits(self, h: mx.array) -> mx.array:
         """h [..., H] → logits [..., V], without an update."""
-        ...
+        return self.logits_of({}, h, 0)
+
+    def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
+        """The same with an update; h are rows from the `begin`-th on, which dropout depends on."""
+        raise NotImplementedError
 
     def cross_entropy(
         self,
@@ -44,7 +50,7 @@ class Head(Protocol):
         needs_grad: bool = True,
     ) -> mx.array:
         """Σ weights·CE of h [M, H] against targets [M], a scalar in float32."""
-        ...
+        return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
 
     def log_probs(
         self,
@@ -54,12 +60,8 @@ class Head(Protocol):
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Of targets [M] behind h [M, H], float32 [M]."""
-        ...
-
-    def adapting(self, scales: Mapping[str, float], dropout: "Dropout | None" = None) -> "Head":
-        """Of an adapter with these multipliers."""
-        ...
+        """Log-probabilities of targets [M] after h [M, H], float32 [M]; HEAD_ROWS at a time."""
+        return log_probs_by_rows(self.logits_of, params, h, targets)
 
 
 def log_probs_by_rows(
@@ -68,7 +70,7 @@ def log_probs_by_rows(
     h: mx.array,
     targets: mx.array,
 ) -> mx.array:
-    """Of targets [M] behind h [M, H], float32 [M]; `logits(params, rows of h, their first)`.
+    """As Head.log_probs; `logits(params, rows of h, number of the first of them)`.
 
     HEAD_ROWS at a time, in either direction: a graph without order would have the logits of all.
     The backward pass runs them again.
@@ -115,34 +117,22 @@ class Dropout:
         return ops.dropout_key(self.seed, self.draw, path)
 
     def __call__(self, x: mx.array, path: str) -> mx.array:
-        kept = mx.random.bernoulli(1 - self.rate, x.shape, self.key(path))
-        return mx.where(kept, x, 0) / (1 - self.rate)
-
-
-class Stages(Protocol):
-    """The stages of one batch."""
-
-    def __call__(
-        self,
-        scales: Mapping[str, float],
-        streams: Sequence[Stream] = SINGLE,
-        dropout: Dropout | None = None,
-    ) -> list[Stage]: ...
+        return dropped(x, self.rate, self.key(path))
 
 
 @dataclass(frozen=True)
 class Chain:
     """A model as stages over boundary values.
 
-    `start(tokens [B, T])` gives those that the stages read first. `stages(scales)` has a stage a
-    layer (`model.layers.3`) or two (`….self_attn`, `….mlp`), one stream behind the other;
-    parameters have the full path of their linear (`model.layers.3.self_attn.q_proj.lora_a`), as
-    have the multipliers `scales`. The last stage of a stream writes its `h`. If the chain `trims`,
-    a stage reads the input `positions` [N], the last N of T, and h has these rows from there on.
+    `start(tokens [B, T])` gives those that the stages read first. A layer is one stage
+    (`model.layers.3`) or two (`….self_attn`, `….mlp`); parameters have the full path of their
+    linear (`model.layers.3.self_attn.q_proj.lora_a`), as have the multipliers `scales`. The last
+    stage of a stream writes its `h`. If the chain `trims`, a stage reads the input `positions` [N],
+    the last N of T, and h has these rows from there on.
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
-    stages: Stages
+    stages_of: Callable[[Mapping[str, float], Stream, Dropout | None], list[Stage]]
     head: Head
     linears: dict[str, nn.Module]  #: what can be adapted, by full path
     stage_of: dict[str, str]  #: the owner of a path of `linears`
@@ -153,6 +143,15 @@ class Chain:
     outer: dict[str, nn.Module] = field(default_factory=dict)  #: embedding and head, if adaptable
     embedded: Callable[[], "Chain"] | None = None  #: the same with the embedding as a stage
     forms: tuple[LayerForm, ...] = ()  #: of the layers of a fast family
+
+    def stages(
+        self,
+        scales: Mapping[str, float],
+        streams: Sequence[Stream] = SINGLE,
+        dropout: Dropout | None = None,
+    ) -> list[Stage]:
+        """The stages of a batch, one stream after the other."""
+        return [stage for own in streams for stage in self.stages_of(scales, own, dropout)]
 
     @property
     def adaptable(self) -> dict[str, nn.Module]:

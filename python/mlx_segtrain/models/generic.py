@@ -7,7 +7,7 @@ comparing the chain with the model on a few tokens, before training.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +20,8 @@ from .. import lora
 from ..errors import InputError
 from ..lora import EMBEDDINGS
 from ..schedule import Stage
-from ..streams import SINGLE, Stream
-from .chain import Chain, Dropout, log_probs_by_rows
+from ..streams import Stream
+from .chain import Chain, Dropout, Head
 
 #: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
@@ -97,7 +97,7 @@ class _Body:
 
 
 @dataclass(frozen=True)
-class _Head:
+class _Head(Head):
     """The model's own way from h to logits, a few rows at a time."""
 
     body: _Body
@@ -111,36 +111,12 @@ class _Head:
         module = lora.wrap(self.body.model, self.path, scales[self.path])
         return replace(self, module=module, dropout=dropout)
 
-    def logits(self, h: mx.array) -> mx.array:
-        return self._logits({}, h, 0)
-
-    def _logits(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
+    def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         flat = h.reshape(1, -1, h.shape[-1])
         modules = {self.path: self.module} if self.module else {}
         with _attached(modules, params, self.dropout, Stream(f"rows {begin}")):
             z = self.body.logits(mx.zeros(flat.shape[:2], mx.int32), flat)
         return z.reshape(*h.shape[:-1], -1)
-
-    def cross_entropy(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
-
-    def log_probs(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        return log_probs_by_rows(self._logits, params, h, targets)
 
 
 @contextmanager
@@ -169,52 +145,41 @@ def chain_of(model: Any) -> Chain:
     """InputError, with layer and reason, if the model cannot be cut up or differentiated."""
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    names = [f"{body.path}.{i}" for i in range(len(body.layers))]
     linears, stage_of = {}, {}
-    for i, layer in enumerate(body.layers):
-        for name, module in layer.named_modules():
-            if isinstance(module, kinds):
-                path = f"{body.path}.{i}.{name}"
-                linears[path], stage_of[path] = module, f"{body.path}.{i}"
+    for name, layer in zip(names, body.layers, strict=True):
+        own = {f"{name}.{p}": m for p, m in layer.named_modules() if isinstance(m, kinds)}
+        linears |= own
+        stage_of |= dict.fromkeys(own, name)
     vocabulary = _try(body)
-    outer = _outer(body, vocabulary)
-    first = f"{body.path}.0"
+    # The embedding of the tokens and the head's linear, where they are modules.
+    outer = {
+        path: module
+        for path, module in body.model.named_modules()
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS))
+        and not path.startswith(f"{body.path}.")
+        and module.weight.shape[0] == vocabulary
+    }
     embeddings = [path for path, module in outer.items() if isinstance(module, EMBEDDINGS)]
-    stage_of |= {p: first if isinstance(m, EMBEDDINGS) else "head" for p, m in outer.items()}
+    heads = [path for path in outer if path not in embeddings]
+    stage_of |= {**dict.fromkeys(embeddings, names[0]), **dict.fromkeys(heads, "head")}
 
-    def stages(
-        scales: Mapping[str, float],
-        streams: Sequence[Stream] = SINGLE,
-        dropout: Dropout | None = None,
+    def stages_of(
+        scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
     ) -> list[Stage]:
-        return [
-            _stage(body, i, scales, stream, dropout, embeddings)
-            for stream in streams
-            for i in range(len(body.layers))
-        ]
+        numbers = range(len(names))
+        return [_stage(body, i, scales, stream, dropout, embeddings) for i in numbers]
 
     return Chain(
         start=lambda tokens: {"tokens": tokens},
-        stages=stages,
-        head=_Head(body, next((p for p in outer if stage_of[p] == "head"), next(iter(outer), ""))),
+        stages_of=stages_of,
+        head=_Head(body, next(iter([*heads, *embeddings]), "")),
         linears=linears,
         stage_of=stage_of,
-        layers=[[f"{body.path}.{i}"] for i in range(len(body.layers))],
+        layers=[[name] for name in names],
         max_length=getattr(getattr(model, "args", None), "max_position_embeddings", None),
         outer=outer,
     )
-
-
-def _outer(body: _Body, vocabulary: int) -> dict[str, nn.Module]:
-    """The embedding of the tokens and the head's linear, by path, where they are modules."""
-    kinds = (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS)
-    inside = f"{body.path}."
-    return {
-        path: module
-        for path, module in body.model.named_modules()
-        if isinstance(module, kinds)
-        and not path.startswith(inside)
-        and module.weight.shape[0] == vocabulary
-    }
 
 
 def _body(model: Any) -> _Body:
@@ -276,8 +241,7 @@ def _try(body: _Body) -> int:
             if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
                 raise InputError(f"{where} gives something else than one array [B, T, H].")
             if h is not None:
-                f = functools.partial(_listed, body, i, tokens)
-                mx.eval(mx.vjp(f, [h], [mx.ones_like(y)]))
+                mx.eval(mx.vjp(functools.partial(body.layer, i, tokens), [h], [mx.ones_like(y)]))
         except InputError:
             raise
         except Exception as error:
@@ -292,10 +256,6 @@ def _try(body: _Body) -> int:
             "layers share more than h."
         )
     return expected.shape[-1]
-
-
-def _listed(body: _Body, i: int, tokens: mx.array, h: mx.array) -> list[mx.array]:
-    return [body.layer(i, tokens, h)]
 
 
 def _reason(error: Exception) -> str:
