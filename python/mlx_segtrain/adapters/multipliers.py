@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import re2  # pyright: ignore[reportMissingImports]
@@ -18,11 +17,21 @@ PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     """The multiplier of a linear's update, by its stored path and rank."""
-    if folder.peft:
-        ranks = _Patterns(folder, "rank_pattern", "r")
-        return partial(_peft_multiplier, ranks, _Patterns(folder, "alpha_pattern", "lora_alpha"))
-    scale, over_root = _scale(folder), _is_over_root(folder)
-    return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
+    if not folder.peft:
+        scale, over_root = _scale(folder), _is_over_root(folder)
+        return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
+    ranks = _Patterns(folder, "rank_pattern", "r")
+    alphas = _Patterns(folder, "alpha_pattern", "lora_alpha")
+
+    def multiplier(stored: str, rank: int) -> float:
+        if (expected := ranks.value(stored)) != rank:  # then alpha is not for this rank either
+            raise InputError(
+                f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
+                f"say {expected:g}: the two files are not of the same adapter."
+            )
+        return alphas.value(stored) / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
+
+    return multiplier
 
 
 def common_multiplier(folder: Folder, rank: int) -> float | None:
@@ -68,17 +77,6 @@ def _is_over_root(folder: Folder) -> bool:
         for file, config in configs.items()
         for values in (config, section(file, config, "lora_parameters"))
     )
-
-
-def _peft_multiplier(ranks: "_Patterns", alphas: "_Patterns", stored: str, rank: int) -> float:
-    folder, expected = ranks.folder, ranks.value(stored)
-    if expected != rank:  # then alpha is not for this rank either
-        raise InputError(
-            f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} say "
-            f"{expected:g}: the two files are not of the same adapter."
-        )
-    alpha = alphas.value(stored)
-    return alpha / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
 
 
 class _Patterns:

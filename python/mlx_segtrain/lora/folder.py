@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .. import files
 from ..errors import InputError, shown, word
 from ..files import read_json, sha256
-from .adapter import KINDS, LORA, Kind
+from .adapter import FACTORS, KINDS, LORA, Kind
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -36,9 +36,13 @@ class Folder:
 
     @property
     def kind(self) -> Kind:
-        """Every linear has the arrays of this kind."""
         named, config = self.config.get("fine_tune_type"), self.config
         return next((k for k in KINDS if named == k.word or config.get(f"use_{k.word}")), LORA)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that every linear has."""
+        return (*FACTORS, *filter(None, [self.kind.array]))
 
     @property
     def tied(self) -> bool | None:
