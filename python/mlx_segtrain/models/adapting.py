@@ -33,8 +33,7 @@ def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
     layers = [
         [path for stage in layer for path in by_stage.get(stage, [])] for layer in chain.layers
     ]
-    quantized: dict[str, Any] = {p: m for p, m in chain.adaptable.items() if "scales" in m}
-    bits = {path: m.bits for path, m in quantized.items()}
+    bits = {path: module.bits for path, module in chain.adaptable.items() if "scales" in module}
     return ranks.choose_ranks(layers, bits, outer=list(chain.outer), **how)
 
 

@@ -11,7 +11,6 @@ import mlx.nn as nn
 
 from .. import ops
 from ..lora import EMBEDDINGS
-from ..lora.modules import dropped
 from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
@@ -60,49 +59,40 @@ class Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Log-probabilities of targets [M] after h [M, H], float32 [M]; HEAD_ROWS at a time."""
-        return log_probs_by_rows(self.logits_of, params, h, targets)
+        """Log-probabilities of targets [M] after h [M, H], float32 [M].
 
+        HEAD_ROWS at a time, in either direction: a graph without order would have the logits of
+        all. The backward pass runs them again.
+        """
+        names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
 
-def log_probs_by_rows(
-    logits: Callable[[Mapping[str, mx.array], mx.array, int], mx.array],
-    params: Mapping[str, mx.array],
-    h: mx.array,
-    targets: mx.array,
-) -> mx.array:
-    """As Head.log_probs; `logits(params, rows of h, number of the first of them)`.
+        def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
+            z = self.logits_of(dict(zip(names, factors, strict=True)), h, begin)
+            own = targets[begin : begin + HEAD_ROWS]
+            return -nn.losses.cross_entropy(z.astype(mx.float32), own)
 
-    HEAD_ROWS at a time, in either direction: a graph without order would have the logits of all.
-    The backward pass runs them again.
-    """
-    names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
+        @mx.custom_function
+        def run(h: mx.array, factors: list[mx.array]) -> mx.array:
+            parts: list[mx.array] = []
+            for begin in begins:
+                own = mx.depends([h[begin : begin + HEAD_ROWS]], parts[-1:])[0]
+                parts.append(part(begin, own, *factors))
+            return mx.concatenate(parts)
 
-    def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
-        z = logits(dict(zip(names, factors, strict=True)), h, begin).astype(mx.float32)
-        return -nn.losses.cross_entropy(z, targets[begin : begin + HEAD_ROWS])
+        @run.vjp
+        def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+            h, factors = primals
+            dh: list[mx.array] = []
+            totals = [mx.zeros_like(x) for x in factors]
+            for begin in begins:
+                own, do = (x[begin : begin + HEAD_ROWS] for x in (h, cotangent))
+                own = mx.depends([own], [*dh[-1:], *totals])[0]
+                d_own, *grads = mx.vjp(partial(part, begin), [own, *factors], [do])[1]
+                dh.append(d_own)
+                totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
+            return mx.concatenate(dh), totals
 
-    @mx.custom_function
-    def run(h: mx.array, factors: list[mx.array]) -> mx.array:
-        parts: list[mx.array] = []
-        for begin in begins:
-            own = mx.depends([h[begin : begin + HEAD_ROWS]], parts[-1:])[0]
-            parts.append(part(begin, own, *factors))
-        return mx.concatenate(parts)
-
-    @run.vjp
-    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        h, factors = primals
-        dh: list[mx.array] = []
-        totals = [mx.zeros_like(x) for x in factors]
-        for begin in begins:
-            own, do = (x[begin : begin + HEAD_ROWS] for x in (h, cotangent))
-            own = mx.depends([own], [*dh[-1:], *totals])[0]
-            d_own, *grads = mx.vjp(partial(part, begin), [own, *factors], [do])[1]
-            dh.append(d_own)
-            totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
-        return mx.concatenate(dh), totals
-
-    return cast(mx.array, run(h, list(params.values())))
+        return cast(mx.array, run(h, list(params.values())))
 
 
 @dataclass(frozen=True)
@@ -115,9 +105,6 @@ class Dropout:
 
     def key(self, path: str) -> mx.array:
         return ops.dropout_key(self.seed, self.draw, path)
-
-    def __call__(self, x: mx.array, path: str) -> mx.array:
-        return dropped(x, self.rate, self.key(path))
 
 
 @dataclass(frozen=True)
@@ -154,7 +141,7 @@ class Chain:
         return [stage for own in streams for stage in self.stages_of(scales, own, dropout)]
 
     @property
-    def adaptable(self) -> dict[str, nn.Module]:
+    def adaptable(self) -> dict[str, Any]:
         """All that an adapter may name."""
         return {**self.linears, **self.outer}
 

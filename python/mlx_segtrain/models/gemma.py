@@ -199,9 +199,8 @@ def _finish(
         base = ops.rows_of(ops.base_of(body.per_layer_model_projection), begin, end)
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         x = Norm.of(body.per_layer_projection_norm)(x * body.per_layer_projection_scale)
-        x = x + _embedded(body.embed_tokens_per_layer, tokens, i, size) * (
-            body.embed_tokens_per_layer_scale
-        )
+        second = _embedded(body.embed_tokens_per_layer, tokens, i, len(body.layers))
+        x = x + second * body.embed_tokens_per_layer_scale
         return x * body.per_layer_input_scale
 
     def finish(linears: Linears, h: mx.array, tokens: mx.array | None) -> mx.array:
@@ -215,24 +214,18 @@ def _finish(
     return finish
 
 
-def _embedded(module: Any, tokens: mx.array, i: int, size: int) -> mx.array:
-    """Columns [i·size, (i + 1)·size) of the tokens' rows of an embedding, dense or quantized."""
-    weight = module.weight
+def _embedded(module: Any, tokens: mx.array, i: int, n: int) -> mx.array:
+    """Part i of n alike of the tokens' rows of an embedding, dense or quantized."""
+
+    def part(name: str) -> Any:
+        x = module.get(name)
+        return None if x is None else x.reshape(x.shape[0], n, -1)[tokens, i]
+
     if "scales" not in module:
-        return weight.reshape(weight.shape[0], -1, size)[tokens, i]
-    if size % module.group_size:
-        return module(tokens)[..., i * size : (i + 1) * size]
-    n = module.scales.shape[1] * module.group_size // size
-
-    def part(x: mx.array) -> mx.array:
-        return x.reshape(x.shape[0], n, -1)[tokens, i]
-
-    biases = module.get("biases")
-    return mx.dequantize(
-        part(weight),
-        part(module.scales),
-        None if biases is None else part(biases),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    )
+        return part("weight")
+    if module.scales.shape[1] % n:  # a group lies in two parts
+        x = module(tokens)
+        size = x.shape[-1] // n
+        return x[..., i * size : (i + 1) * size]
+    how: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+    return mx.dequantize(part("weight"), part("scales"), part("biases"), **how)

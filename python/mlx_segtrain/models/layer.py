@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..lora.adapter import KINDS, Kind
+from ..lora import KINDS, Kind
+from ..lora.modules import dropped
 from ..schedule import Stage
 from ..streams import Stream
 from .chain import Chain, Dropout, Head
@@ -339,7 +340,7 @@ class Embedding:
             if f"{self.path}.lora_a" in params:
                 z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
                 if dropout:
-                    z = dropout(z, stream.of(self.path))
+                    z = dropped(z, dropout.rate, dropout.key(stream.of(self.path)))
                 h = h + (scales[self.path] * z).astype(h.dtype)
             return self.finish(h)
 
@@ -468,7 +469,7 @@ def layer_of(
     mlp: Callable[..., Mlp] = Mlp,
     paths: Sequence[str] = PROJECTIONS,
     donor: str | None = None,
-    attention: Mapping[str, Any],
+    attention: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Layer:
     """The layer that mlx-lm's modules make, by the names that they have in most families.
@@ -523,7 +524,7 @@ def layer_of(
             q_norm=q_norm,
             k_norm=normed("self_attn.k_norm"),
             wide_norms=q_norm is not None and q_norm.weight.size > d,
-            **attention,
+            **attention or {},
         ),
         mlp=mlp(gate, up, down),
         before_attention=before,
