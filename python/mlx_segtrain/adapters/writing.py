@@ -23,7 +23,7 @@ from ..data.prompting import Prompting
 from ..errors import InputError
 from ..files import atomic, make_folder, read_json, sha256, write_json, write_tensors
 from ..lora import LORA, Adapter, fresh_a
-from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS, ours
 from .card import About, write_card
 
 #: What of adapter_config.json says how the weights are to be read.
@@ -122,7 +122,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
         if differ:  # by which the unpadded factors are known to be these
             config["segtrain"]["padded"] = sha256(aside)
-        before = config_in(path)
+        before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
             for name in (WEIGHTS, UNPADDED):
                 (path / name).unlink(missing_ok=True)
@@ -138,17 +138,15 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
 
 def step_of(path: Path) -> int | None:
     """The step that an adapter of ours is of, if its folder says so."""
-    own = config_in(path).get("segtrain")
-    return own.get("step") if isinstance(own, dict) else None
+    return ours(_config_in(path)).get("step")
 
 
 def prompting_of(path: Path | None) -> Prompting:
     """How prompts for the adapter of a folder are rendered; the default if it does not say."""
-    own = config_in(path).get("segtrain") if path else None
-    return Prompting.of(own if isinstance(own, dict) else {})
+    return Prompting.of(ours(_config_in(path)) if path else {})
 
 
-def config_in(path: Path) -> dict[str, Any]:
+def _config_in(path: Path) -> dict[str, Any]:
     """What the folder's configuration holds; nothing if there is none."""
     try:
         return read_json(path / CONFIG)

@@ -47,8 +47,7 @@ class Folder:
     @property
     def tied(self) -> bool | None:
         """Whether an update of the embedding is for a base whose head it is; None if not said."""
-        own = self.config.get("segtrain")
-        tied = own.get("tied") if isinstance(own, dict) else None
+        tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 
     @property
@@ -92,11 +91,10 @@ def open_folder(path: "str | Path | Folder") -> Folder:
 def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether the unpadded factors are those of the padded ones that lie there: others may have
     trained on with the latter, and know nothing of the former."""
-    own = config.get("segtrain")
-    if not (isinstance(own, dict) and (path / UNPADDED).is_file() and (path / WEIGHTS).is_file()):
+    own, file = ours(config), path / WEIGHTS
+    if not (own and (path / UNPADDED).is_file() and file.is_file()):
         return False
     try:
-        file = path / WEIGHTS
         facts = file.stat()
         if facts.st_size > (1 << 20) and 512 * facts.st_blocks < facts.st_size // 2:
             return False  # holes alone: no adapter that was trained, and it would take hours
@@ -109,6 +107,12 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 def _digest(file: Path, *state: int) -> str:
     """Of a file as it is: folders are looked at often."""
     return sha256(file)
+
+
+def ours(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run of ours says of itself in an adapter's configuration; empty in one of others."""
+    own = config.get("segtrain")
+    return own if isinstance(own, dict) else {}
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

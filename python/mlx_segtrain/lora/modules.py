@@ -39,7 +39,7 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (ends[0], rank), (rank, ends[1])
 
 
-def dropped(x: mx.array, rate: float, key: mx.array) -> mx.array:
+def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
     """x with a part `rate` of its numbers left out, and the others scaled up for it."""
     return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
 

@@ -16,14 +16,13 @@ from mlx.utils import tree_map
 from ..errors import InputError
 from ..lora.paths import WRAPPER
 from . import gemma, llama
-from .chain import Chain, Head
+from .chain import Chain
 from .form import LayerForm, LayerHeaders
 from .limits import check_files, check_model, check_tokenizer
 from .snapshot import Snapshot
 
 __all__ = [
     "Chain",
-    "Head",
     "chain_of",
     "family_of",
     "load_base",

@@ -19,6 +19,34 @@ from .form import LayerForm
 HEAD_ROWS = 256
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """What LoRA branches drop of their inputs; masks follow from seed, draw and a module's path."""
+
+    rate: float
+    seed: int
+    draw: int  #: number of the batch since the run began
+
+    def key(self, path: str) -> mx.array:
+        return ops.dropout_key(self.seed, self.draw, path)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How the updates of a model's linears run in a stream: their multipliers by full path."""
+
+    scales: Mapping[str, float]
+    dropout: Dropout | None = None
+    stream: Stream = SINGLE[0]
+
+    def key(self, path: str) -> mx.array | None:
+        """What decides which numbers the update of this module drops; None if it drops none."""
+        return self.dropout and self.dropout.key(self.stream.of(path))
+
+
+NO_UPDATES = Updates({})
+
+
 class Head:
     """What turns rows of the last h into logits, and these into losses.
 
@@ -27,8 +55,8 @@ class Head:
 
     path: str  #: the module that can be adapted: the head's own, or the embedding it shares
 
-    def adapting(self, scales: Mapping[str, float], dropout: "Dropout | None" = None) -> "Head":
-        """For an adapter with these multipliers."""
+    def adapting(self, updates: Updates) -> "Head":
+        """For an adapter whose updates run like this."""
         raise NotImplementedError
 
     def logits(self, h: mx.array) -> mx.array:
@@ -96,18 +124,6 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Dropout:
-    """What LoRA branches drop of their inputs; masks follow from seed, draw and a module's path."""
-
-    rate: float
-    seed: int
-    draw: int  #: number of the batch since the run began
-
-    def key(self, path: str) -> mx.array:
-        return ops.dropout_key(self.seed, self.draw, path)
-
-
-@dataclass(frozen=True)
 class Chain:
     """A model as stages over boundary values.
 
@@ -119,7 +135,7 @@ class Chain:
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
-    stages_of: Callable[[Mapping[str, float], Stream, Dropout | None], list[Stage]]
+    stages_of: Callable[[Updates], list[Stage]]
     head: Head
     linears: dict[str, nn.Module]  #: what can be adapted, by full path
     stage_of: dict[str, str]  #: the owner of a path of `linears`
@@ -138,7 +154,8 @@ class Chain:
         dropout: Dropout | None = None,
     ) -> list[Stage]:
         """The stages of a batch, one stream after the other."""
-        return [stage for own in streams for stage in self.stages_of(scales, own, dropout)]
+        of_streams = (Updates(scales, dropout, stream) for stream in streams)
+        return [stage for updates in of_streams for stage in self.stages_of(updates)]
 
     @property
     def adaptable(self) -> dict[str, Any]:
@@ -160,7 +177,7 @@ class Chain:
         chain = self
         if chain.embedded and any(isinstance(self.outer.get(p), EMBEDDINGS) for p in scales):
             chain = chain.embedded()
-        return replace(chain, head=chain.head.adapting(scales, dropout))
+        return replace(chain, head=chain.head.adapting(Updates(scales, dropout)))
 
     def of_head(self, params: Params) -> dict[str, mx.array]:
         """The factors that the head's update has; those of an embedding may be another's too."""

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..lora import EMBEDDINGS
 from ..schedule import Stage
 from ..streams import Stream
-from .chain import Chain, Dropout, Head
+from .chain import NO_UPDATES, Chain, Head, Updates
 
 #: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
@@ -103,18 +103,19 @@ class _Head(Head):
     body: _Body
     path: str
     module: lora.LoRALinear | None = None  #: in the place of what stands at `path`
-    dropout: Dropout | None = None
+    updates: Updates = NO_UPDATES
 
-    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "_Head":
-        if self.path not in scales:
+    def adapting(self, updates: Updates) -> "_Head":
+        if self.path not in updates.scales:
             return self
-        module = lora.wrap(self.body.model, self.path, scales[self.path])
-        return replace(self, module=module, dropout=dropout)
+        module = lora.wrap(self.body.model, self.path, updates.scales[self.path])
+        return replace(self, module=module, updates=updates)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         flat = h.reshape(1, -1, h.shape[-1])
         modules = {self.path: self.module} if self.module else {}
-        with _attached(modules, params, self.dropout, Stream(f"rows {begin}")):
+        updates = replace(self.updates, stream=Stream(f"rows {begin}"))
+        with _attached(modules, params, updates):
             z = self.body.logits(mx.zeros(flat.shape[:2], mx.int32), flat)
         return z.reshape(*h.shape[:-1], -1)
 
@@ -123,17 +124,16 @@ class _Head(Head):
 def _attached(
     modules: Mapping[str, lora.LoRALinear],
     params: Mapping[str, mx.array],
-    dropout: Dropout | None,
-    stream: Stream,
+    updates: Updates,
 ) -> Iterator[None]:
     """With the factors of `params` in the modules, for as long as the context lasts."""
     for path, module in modules.items():
         for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
                 setattr(module, tensor, params[f"{path}.{tensor}"])
-        if dropout:
-            module.dropout = dropout.rate
-            module.key = dropout.key(stream.of(path))
+        if updates.dropout:
+            module.dropout = updates.dropout.rate
+            module.key = updates.key(path)
     try:
         yield
     finally:  # the modules outlive this trace, and must not keep it
@@ -164,11 +164,8 @@ def chain_of(model: Any) -> Chain:
     heads = [path for path in outer if path not in embeddings]
     stage_of |= {**dict.fromkeys(embeddings, names[0]), **dict.fromkeys(heads, "head")}
 
-    def stages_of(
-        scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
-    ) -> list[Stage]:
-        numbers = range(len(names))
-        return [_stage(body, i, scales, stream, dropout, embeddings) for i in numbers]
+    def stages_of(updates: Updates) -> list[Stage]:
+        return [_stage(body, i, updates, embeddings) for i in range(len(names))]
 
     return Chain(
         start=lambda tokens: {"tokens": tokens},
@@ -195,29 +192,22 @@ def _body(model: Any) -> _Body:
     raise InputError(f"{kind} cannot be trained: its layers are in more than one list.")
 
 
-def _stage(
-    body: _Body,
-    i: int,
-    scales: Mapping[str, float],
-    stream: Stream,
-    dropout: Dropout | None,
-    outer: Collection[str],
-) -> Stage:
+def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Stage:
     """Layer i; of the first also the embedding, which is one of `outer`."""
     name = f"{body.path}.{i}"
     adapted = {
         path: lora.wrap(body.model, path, scale)
-        for path, scale in scales.items()
+        for path, scale in updates.scales.items()
         if path.startswith(f"{name}.") or (i == 0 and path in outer)
     }
 
     def forward(params: Mapping[str, mx.array], tokens: mx.array, *h: mx.array) -> mx.array:
-        with _attached(adapted, params, dropout, stream):
+        with _attached(adapted, params, updates):
             return body.layer(i, tokens, *(h or (None,)))
 
-    h = stream.of("h")
-    reads = (stream.of("tokens"), h) if i else (stream.of("tokens"),)
-    return Stage(stream.of(name), forward, reads, (h,), owner=name)
+    of = updates.stream.of
+    reads = (of("tokens"), of("h")) if i else (of("tokens"),)
+    return Stage(of(name), forward, reads, (of("h"),), owner=name)
 
 
 def _try(body: _Body) -> int:

@@ -17,7 +17,7 @@ from ..lora import KINDS, Kind
 from ..lora.modules import dropped
 from ..schedule import Stage
 from ..streams import Stream
-from .chain import Chain, Dropout, Head
+from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
 #: Rows that an MLP takes at a time. With more tokens, what is inside one stops growing, and its
@@ -60,22 +60,19 @@ class Linears:
     """Runs projections, each with its LoRA update if the stage's parameters have one."""
 
     params: Mapping[str, mx.array]
-    scales: Mapping[str, float]
-    dropout: Dropout | None
-    stream: Stream
+    updates: Updates
 
     def __call__(self, x: mx.array, *projections: Projection) -> list[mx.array]:
         """x [..., in] → y [..., out] of each."""
         linears = [self.of(projection) for projection in projections]
-        if self.dropout is None:
+        if (dropout := self.updates.dropout) is None:
             ys = ops.lora_linears(x, linears)
         else:
-            rate = self.dropout.rate
-            keys = [self.dropout.key(self.stream.of(p.path)) for p in projections]
+            keys = [self.updates.key(projection.path) for projection in projections]
             ys = [
                 ops.lora_linear(x, w.base)
                 if w.a is None
-                else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=rate, key=key)
+                else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout.rate, key=key)
                 for w, key in zip(linears, keys, strict=True)
             ]
         for i, projection in enumerate(projections):
@@ -85,7 +82,7 @@ class Linears:
 
     def plain(self, *projections: Projection) -> bool:
         """Whether their updates are nothing but products: no dropout, and LoRA alone."""
-        return self.dropout is None and not any(map(self.more, projections))
+        return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
         """The linear with its factors; of a kind that is more than LoRA what its array is for."""
@@ -97,7 +94,7 @@ class Linears:
         a, b = (b.T, a.T) if projection.embedding else (a, b)
         more = self.more(projection)
         base = projection.runs(more[0]).base if more else projection.base
-        return ops.Linear(base, a, b, self.scales[projection.path])
+        return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
     def more(self, projection: Projection) -> tuple[Kind, mx.array] | None:
         """The kind of the update, and its array [out], if it has more than factors."""
@@ -171,7 +168,7 @@ class Attention:
             v = self._heads(kv[-1][:, begin:end], self.kv_heads, self.v_norm)
             return [self.rotate(k, position), v]
 
-        shared, branch = linears.stream.shared, linears.stream.branch
+        shared, branch = linears.updates.stream.shared, linears.updates.stream.branch
         if not branch:
             keys = keys_values(0, None, 0)
             o, kept = self._attend(q, keys, saved, save)
@@ -278,19 +275,8 @@ class Layer:
             donor=self.donor,
         )
 
-    def stages(
-        self,
-        form: LayerForm,
-        scales: Mapping[str, float],
-        stream: Stream,
-        dropout: Dropout | None,
-    ) -> list[Stage]:
-        """The stages of one stream. `form` is this layer's, linked to the others; `scales` are the
-        multipliers of LoRA updates by full path.
-        """
-
-        def linears_of(params: Mapping[str, mx.array]) -> Linears:
-            return Linears(params, scales, dropout, stream)
+    def stages(self, form: LayerForm, updates: Updates) -> list[Stage]:
+        """The stages of one stream. `form` is this layer's, linked to the others."""
 
         def attention(
             params: Mapping[str, mx.array],
@@ -302,18 +288,18 @@ class Layer:
             rows = more[0].size if form.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
             given = more[-2:] if self.donor else ()
-            r, kv, kept = self.attention(linears_of(params), x, rows, given, saved, save)
+            r, kv, kept = self.attention(Linears(params, updates), x, rows, given, saved, save)
             h = h if rows == h.shape[1] else h[:, -rows:]
             h = h + self._branch(r, self.after_attention)
             return (h, *(kv if form.gives else ()), *(kept if save else ()))
 
         def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
-            linears = linears_of(params)
+            linears = Linears(params, updates)
             r = self.mlp(linears, h, self.before_mlp(h) if self.before_mlp else h)
             h = h + self._branch(r, self.after_mlp)
             return self.finish(linears, h, more[0] if more else None) if self.finish else h
 
-        of_attention, of_mlp = form.stages(stream)
+        of_attention, of_mlp = form.stages(updates.stream)
         return [Stage(fn=attention, **vars(of_attention)), Stage(fn=mlp, **vars(of_mlp))]
 
     def _branch(self, r: mx.array, after: Norm | None) -> mx.array:
@@ -334,17 +320,17 @@ class Embedding:
         """tokens [B, T] → h [B, T, H], without an update."""
         return self.finish(self.module(tokens))
 
-    def stage(self, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None) -> Stage:
+    def stage(self, updates: Updates) -> Stage:
         def embed(params: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
             h = self.module(tokens)
             if f"{self.path}.lora_a" in params:
                 z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
-                if dropout:
-                    z = dropped(z, dropout.rate, dropout.key(stream.of(self.path)))
-                h = h + (scales[self.path] * z).astype(h.dtype)
+                if updates.dropout:
+                    z = dropped(z, updates.dropout.rate, updates.key(self.path))
+                h = h + (updates.scales[self.path] * z).astype(h.dtype)
             return self.finish(h)
 
-        return Stage(fn=embed, **vars(StageForm.embedding(self.path, stream)))
+        return Stage(fn=embed, **vars(StageForm.embedding(self.path, updates.stream)))
 
 
 @dataclass(frozen=True)
@@ -354,15 +340,14 @@ class LinearHead(Head):
     norm: Norm
     projection: Projection
     softcap: float | None = None
-    scales: Mapping[str, float] = field(default_factory=dict)
-    dropout: Dropout | None = None
+    updates: Updates = NO_UPDATES
 
     @property
     def path(self) -> str:
         return self.projection.path
 
-    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "LinearHead":
-        return replace(self, scales=scales, dropout=dropout)
+    def adapting(self, updates: Updates) -> "LinearHead":
+        return replace(self, updates=updates)
 
     def cross_entropy(
         self,
@@ -393,8 +378,8 @@ class LinearHead(Head):
         return ops.linear_log_probs(self.norm(h), self.projection.base, targets, **how)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        linears = Linears(params, self.scales, self.dropout, Stream(f"rows {begin}"))
-        (z,) = linears(self.norm(h), self.projection)
+        updates = replace(self.updates, stream=Stream(f"rows {begin}"))
+        (z,) = Linears(params, updates)(self.norm(h), self.projection)
         return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
 
 
@@ -435,12 +420,10 @@ def chain(
         values = {} if embeds else {"h": embedding(tokens)}
         return values | ({"tokens": tokens} if reads_tokens else {})
 
-    def stages_of(
-        scales: Mapping[str, float], stream: Stream, dropout: Dropout | None
-    ) -> list[Stage]:
-        found = [embedding.stage(scales, stream, dropout)] if embeds else []
+    def stages_of(updates: Updates) -> list[Stage]:
+        found = [embedding.stage(updates)] if embeds else []
         for layer, form in zip(layers, forms, strict=True):
-            found += layer.stages(form, scales, stream, dropout)
+            found += layer.stages(form, updates)
         return found
 
     again = functools.partial(chain, embedding, layers, head, max_length, outer, embeds=True)
