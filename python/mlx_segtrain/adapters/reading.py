@@ -11,7 +11,7 @@ adapter_config.json is beside either. What is more than an update of low rank is
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
-    arrays, scales = {}, {}
+    arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        linear = _in_model(name, chain.adaptable)
+        # A text model may stand alone in the one, and in a model for text and images in the other.
+        linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
                 f"{weights}: '{name}' is no linear of this model that can be adapted: it was "
@@ -58,14 +59,14 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
             )
         if linear in arrays:
             raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
-        wanted = shapes(chain.adaptable[linear], a.shape[1])
+        wanted = shapes(adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
             raise InputError(
                 f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
                 f"model wants {wanted[0]} and {wanted[1]}: it was trained on another model."
             )
         kind = stored.kind
-        if kind is not LORA and isinstance(chain.adaptable[linear], EMBEDDINGS):
+        if kind is not LORA and isinstance(adaptable[linear], EMBEDDINGS):
             raise InputError(f"{weights}: '{linear}' is an embedding, of which is no {kind.name}.")
         arrays[linear], scales[linear] = stored.arrays(name), stored.scales[name]
     return Adapter.of(arrays, scales, chain.tied_for(arrays))
@@ -204,9 +205,3 @@ def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
     if rank == 0:
         raise InputError(f"{folder.weights}: '{stored}' has lora_a {shape}, which has no rank.")
     return rank
-
-
-def _in_model(stored: str, linears: Mapping[str, Any]) -> str | None:
-    """The linear that a stored path means; a text model may stand alone here, and not there."""
-    path = in_mlx_lm(stored)
-    return next((p for p in (stored, *spellings(path)) if p in linears), None)

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from ..errors import InputError
 from ..lora.paths import WRAPPER
@@ -40,24 +39,19 @@ class Family(Protocol):
     @property
     def TYPES(self) -> Collection[str]:
         """`model_type`s of its models, and of models for text and images around them."""
-        ...
 
     @property
     def FORMS(self) -> Collection[str]:
         """mlx-lm's modules, by file, whose text models are of this family."""
-        ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
         """The chain of such a model, whose modules have this prefix."""
-        ...
 
     def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
         """The forms that the layers of its chain will have."""
-        ...
 
     def tied(self, text: Mapping[str, Any]) -> bool:
         """Whether its head is the embedding, even if the weights hold a head."""
-        ...
 
 
 FAMILIES: tuple[Family, ...] = (llama, gemma)
@@ -118,7 +112,7 @@ def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         check_model(snapshot)
         model, config = load_model(snapshot.folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
-        model.update(tree_map(_float32, model.parameters()))
+        model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model, config
 
@@ -143,7 +137,3 @@ def _reading(folder: Path) -> Iterator[None]:
     except BaseException as error:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
-
-
-def _float32(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x

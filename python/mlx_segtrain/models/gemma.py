@@ -20,14 +20,12 @@ from .layer import (
     PROJECTIONS,
     Embedding,
     Layer,
-    LinearHead,
     Linears,
     Mlp,
     Norm,
     Projection,
     chain,
     layer_of,
-    outer_of,
 )
 
 FORMS = ("gemma2", "gemma3_text", "gemma4_text")
@@ -59,11 +57,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
             return h * mx.array(args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
         return h * args.hidden_size**0.5
 
-    tied = getattr(model, "tie_word_embeddings", True)
     embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", scaled)
-    head, outer = outer_of(model, embedding, prefix, tied)
-    if own_input := getattr(body, "hidden_size_per_layer_input", 0):
-        outer.pop(embedding.path)  # inputs of every layer are made from it, too
 
     def layer_at(i: int, name: str) -> Layer:
         layer, more = body.layers[i], {}
@@ -74,7 +68,8 @@ def chain_of(model: Any, prefix: str) -> Chain:
         }
         mlp, donor = partial(Mlp, gelu=True), names[donors[i]] if donors[i] != i else None
         if fourth:
-            more = {"finish": _finish(body, embedding, name, i), "own_input": own_input}
+            more["finish"] = _finish(body, embedding, name, i)
+            more["own_input"] = body.hidden_size_per_layer_input
             if not donor:
                 weight = mx.ones_like(attn.q_norm.weight)
                 attention["v_norm"] = Norm(weight, attn.q_norm.eps)
@@ -95,11 +90,13 @@ def chain_of(model: Any, prefix: str) -> Chain:
         )
 
     return chain(
+        model,
+        prefix,
         embedding,
         [layer_at(i, name) for i, name in enumerate(names)],
-        LinearHead(norm(body.norm), head, getattr(model, "final_logit_softcapping", None)),
-        getattr(args, "max_position_embeddings", None),
-        outer,
+        norm(body.norm),
+        tied=getattr(model, "tie_word_embeddings", True),
+        softcap=getattr(model, "final_logit_softcapping", None),
     )
 
 

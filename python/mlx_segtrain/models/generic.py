@@ -31,10 +31,6 @@ class _Stop(Exception):
     """Ends a run of the model where a stage has what it wants."""
 
 
-def _first(*args: Any, **kwargs: Any) -> Any:
-    return [*args, *kwargs.values()][0]
-
-
 class _StandIn:
     """In the place of a layer, whose class and attributes it shows; calls go to `answer`."""
 
@@ -66,8 +62,12 @@ class _Body:
 
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
         """The model on tokens; layers without an answer hand their first argument on."""
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            return [*args, *kwargs.values()][0]
+
         whole = list(self.layers)
-        shown: Any = [_StandIn(layer, answers.get(i, _first)) for i, layer in enumerate(whole)]
+        shown: Any = [_StandIn(layer, answers.get(i, first)) for i, layer in enumerate(whole)]
         try:
             self.layers[:] = shown
             return self.model(tokens)

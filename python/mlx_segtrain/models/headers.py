@@ -95,7 +95,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         whole = all(form.query > 0 < form.hidden for form in forms)
         if whole and any(form.key_value for form in forms):
             layers = linked(forms)
-            # As models.layer.outer_of finds them in the loaded model.
+            # As models.layer.chain finds them in the loaded model.
             heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
             outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
     wide = any(

@@ -3,7 +3,6 @@
 Read `Layer.stages` first: from the residual stream h to h + attention(h), and on to h + mlp(h).
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -383,64 +382,64 @@ class LinearHead(Head):
         return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
 
 
-def outer_of(
-    model: Any, embedding: Embedding, prefix: str, tied: bool
-) -> tuple[Projection, dict[str, nn.Module]]:
-    """The head's linear, and what can be adapted beside the layers."""
-    if tied:
-        head = Projection(ops.base_of(embedding.module), embedding.path, embedding=True)
-        return head, {embedding.path: embedding.module}
-    path = f"{prefix}lm_head"
-    outer = {embedding.path: embedding.module, path: model.lm_head}
-    return Projection(ops.base_of(model.lm_head), path), outer
-
-
 def chain(
+    model: Any,
+    prefix: str,
     embedding: Embedding,
     layers: Sequence[Layer],
-    head: LinearHead,
-    max_length: int | None,
-    outer: Mapping[str, nn.Module],
+    norm: Norm,
     *,
-    embeds: bool = False,
+    tied: bool,
+    softcap: float | None = None,
 ) -> Chain:
-    """The chain of these layers; `embeds`: with the embedding as a stage, so that it may learn."""
+    """The chain of an mlx-lm model with these layers; norm and cap are those of its head."""
     forms = linked([layer.form for layer in layers])
-    reads_tokens = embeds or any(form.own_input for form in forms)
+    own_inputs = any(form.own_input for form in forms)
+    path, module = (embedding.path, embedding.module)
+    # The inputs of layers that have their own are made from the embedding, too.
+    outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
+    if not tied:
+        path, module = f"{prefix}lm_head", model.lm_head
+        outer[path] = module
+    head = LinearHead(norm, Projection(ops.base_of(module), path, embedding=tied), softcap)
     linears: dict[str, nn.Module] = {}
     stage_of = {path: embedding.path if path == embedding.path else "head" for path in outer}
     for layer, form in zip(layers, forms, strict=True):
         linears |= layer.modules
         stage_of |= {path: form.owner_of(path) for path in layer.modules}
-    owners = [list(form.owners) for form in forms]
-    if embeds:
-        owners[0].insert(0, embedding.path)
 
-    def start(tokens: mx.array) -> dict[str, mx.array]:
-        values = {} if embeds else {"h": embedding(tokens)}
-        return values | ({"tokens": tokens} if reads_tokens else {})
+    def of(embeds: bool) -> Chain:
+        """`embeds`: with the embedding as a stage, so that it may learn."""
+        owners = [list(form.owners) for form in forms]
+        if embeds:
+            owners[0].insert(0, embedding.path)
 
-    def stages_of(updates: Updates) -> list[Stage]:
-        found = [embedding.stage(updates)] if embeds else []
-        for layer, form in zip(layers, forms, strict=True):
-            found += layer.stages(form, updates)
-        return found
+        def start(tokens: mx.array) -> dict[str, mx.array]:
+            values = {} if embeds else {"h": embedding(tokens)}
+            return values | ({"tokens": tokens} if embeds or own_inputs else {})
 
-    again = functools.partial(chain, embedding, layers, head, max_length, outer, embeds=True)
-    return Chain(
-        start=start,
-        stages_of=stages_of,
-        head=head,
-        linears=linears,
-        stage_of=stage_of,
-        layers=owners,
-        forms=forms,
-        max_length=max_length,
-        trims=True,
-        branches=True,
-        outer=dict(outer),
-        embedded=None if embeds else again,
-    )
+        def stages_of(updates: Updates) -> list[Stage]:
+            found = [embedding.stage(updates)] if embeds else []
+            for layer, form in zip(layers, forms, strict=True):
+                found += layer.stages(form, updates)
+            return found
+
+        return Chain(
+            start=start,
+            stages_of=stages_of,
+            head=head,
+            linears=linears,
+            stage_of=stage_of,
+            layers=owners,
+            forms=forms,
+            max_length=getattr(model.args, "max_position_embeddings", None),
+            trims=True,
+            branches=True,
+            outer=outer,
+            embedded=None if embeds else lambda: of(True),
+        )
+
+    return of(False)
 
 
 def layer_of(

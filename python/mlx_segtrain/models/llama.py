@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from .chain import Chain
 from .form import LayerForm, LayerHeaders
-from .layer import Embedding, Layer, LinearHead, Norm, Rotate, chain, layer_of, outer_of
+from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
 #: mlx-lm's modules of this form, by file, that know full attention only, whatever config.json says.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
@@ -34,14 +34,13 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
     # A multiplier of the logits is one of the norm's weight, which meets every row.
     weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
-    embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grown)
-    head, outer = outer_of(model, embedding, prefix, args.tie_word_embeddings)
     return chain(
-        embedding,
+        model,
+        prefix,
+        Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grown),
         [_layer(name, layer, args) for name, layer in zip(names, body.layers, strict=True)],
-        LinearHead(Norm(weight, body.norm.eps), head),
-        args.max_position_embeddings,
-        outer,
+        Norm(weight, body.norm.eps),
+        tied=args.tie_word_embeddings,
     )
 
 
