@@ -35,7 +35,7 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
 
 
 def common_multiplier(folder: Folder, rank: int) -> float | None:
-    """Of linears of this rank that no pattern of PEFT's names; None if the files do not say it."""
+    """The multiplier of linears of this rank that match no pattern of PEFT; None if unknown."""
     if not folder.peft:
         return multiplier_of(folder)("", rank)
     alpha = number(folder.config_file, folder.config, "lora_alpha")

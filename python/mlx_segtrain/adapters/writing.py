@@ -44,11 +44,10 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
         b = b if ratio == 1 else b * ratio
         extra = rank - a.shape[1] if rank else 0
         if extra:
-            experts = a.ndim == 3
-            shape = (a.shape[0], extra, a.shape[2]) if experts else (a.shape[0], extra)
+            shape = (a.shape[0], extra, *a.shape[2:])
             fresh = fresh_a(shape, mx.random.key(zlib.crc32(module.encode())))
             a = mx.concatenate([a, fresh.astype(a.dtype)], axis=1)
-            more = [(0, 0), (0, 0), (0, extra)] if experts else [(0, extra), (0, 0)]
+            more = [(0, extra), (0, 0)] if b.ndim == 2 else [(0, 0), (0, 0), (0, extra)]
             b = mx.pad(b, more)
         tensors[f"{module}.lora_a"] = a.astype(mx.float32)
         tensors[f"{module}.lora_b"] = b.astype(mx.float32)

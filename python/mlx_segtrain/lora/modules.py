@@ -28,7 +28,7 @@ def has_experts(module: Any) -> bool:
 
 
 def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a and b for this linear, as mlx-lm has them."""
+    """Shapes of a and b for this linear, as mlx-lm has them."""
     if has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
@@ -40,7 +40,7 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
-    """x with a part `rate` of its numbers left out, and the others scaled up for it."""
+    """x with the share `rate` of its numbers set to 0, the others scaled up to make up for it."""
     return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
 
 

@@ -168,7 +168,7 @@ class Chain:
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
-        """The same if one of these is an embedding; else None, since it does not matter."""
+        """`tied` if one of these paths is an embedding; else None, since it does not matter."""
         embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
         return self.tied if embeds else None
 

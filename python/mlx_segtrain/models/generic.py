@@ -75,7 +75,7 @@ class _Body:
             self.layers[:] = whole
 
     def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
-        """Layer i behind h, the output of the one before; without h the first behind the tokens."""
+        """Layer i after h, the output of the layer before; the first layer without h."""
         call: list[tuple[Any, Any]] = []
 
         def stop(*args: Any, **kwargs: Any) -> mx.array:
@@ -92,7 +92,7 @@ class _Body:
         raise InputError(f"{self.kind} cannot be trained: {self.path}.{i} is never called.")
 
     def logits(self, tokens: mx.array, h: mx.array) -> mx.array:
-        """What the model makes of h [B, T, H], the last layer's output."""
+        """Logits that the model makes of h [B, T, H], the output of the last layer."""
         return self.run(tokens, dict.fromkeys(range(len(self.layers)), lambda *_, **__: h))
 
 

@@ -51,7 +51,7 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool) -> int:
-        """Of what is loaded; `float32`: floating weights become so, as on the CPU."""
+        """Bytes of the weights once loaded; `float32`: floating ones become so, as on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for dtype, shape in self.tensors.values()
@@ -59,7 +59,7 @@ class ModelShape:
 
 
 def read_shape(model: str | Path | Snapshot) -> ModelShape:
-    """Of a model's folder; InputError if it has no config.json or no readable header."""
+    """The shape of the model in a folder; InputError without a readable config.json or header."""
     snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
     config, tensors = snapshot.config, snapshot.tensors
     with snapshot.consistent():
@@ -67,7 +67,7 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """From a configuration as mlx-lm reads it, and tensors by name; InputError if layers lack."""
+    """From config.json as mlx-lm reads it, and tensors by name; InputError if layers are missing."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}

@@ -1,6 +1,6 @@
 """The Llama forms: norm, attention with rotary q and k, norm, SwiGLU, a residual around each.
 
-What differs is read off mlx-lm's modules: biases, norms of q and k, norms behind the branches,
+What differs is read off mlx-lm's modules: biases, norms of q and k, norms after the branches,
 fused projections, layers without rotation, multipliers.
 """
 
