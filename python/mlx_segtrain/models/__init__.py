@@ -39,19 +39,24 @@ class Family(Protocol):
     @property
     def TYPES(self) -> Collection[str]:
         """`model_type`s of its models, and of models for text and images around them."""
+        ...
 
     @property
     def FORMS(self) -> Collection[str]:
         """mlx-lm's modules, by file, whose text models are of this family."""
+        ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
         """The chain of such a model, whose modules have this prefix."""
+        ...
 
     def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
         """The forms that the layers of its chain will have."""
+        ...
 
     def tied(self, text: Mapping[str, Any]) -> bool:
         """Whether its head is the embedding, even if the weights hold a head."""
+        ...
 
 
 FAMILIES: tuple[Family, ...] = (llama, gemma)

@@ -153,7 +153,7 @@ def chain_of(model: Any) -> Chain:
         stage_of |= dict.fromkeys(own, name)
     vocabulary = _try(body)
     # The embedding of the tokens and the head's linear, where they are modules.
-    outer = {
+    outer: dict[str, nn.Module] = {
         path: module
         for path, module in body.model.named_modules()
         if isinstance(module, (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS))

@@ -67,7 +67,7 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """From config.json as mlx-lm reads it, and tensors by name; InputError if layers are missing."""
+    """From a configuration as mlx-lm reads it, and tensors by name; InputError without layers."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}

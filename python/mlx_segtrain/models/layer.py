@@ -209,7 +209,7 @@ class Attention:
 
 def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.array]:
     """Keys and values [B, G, ·, D] of a branch after others."""
-    return [mx.concatenate(pair, 2) for pair in zip(main, other, strict=True)]
+    return [mx.concatenate([a, b], 2) for a, b in zip(main, other, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ def chain(
     """The chain of an mlx-lm model with these layers; norm and cap are those of its head."""
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
-    path, module = (embedding.path, embedding.module)
+    path, module = embedding.path, embedding.module
     # The inputs of layers that have their own are made from the embedding, too.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
