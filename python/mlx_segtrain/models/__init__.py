@@ -38,12 +38,8 @@ class Family(Protocol):
 
     @property
     def TYPES(self) -> Collection[str]:
-        """`model_type`s of its models, and of models for text and images around them."""
-        ...
-
-    @property
-    def FORMS(self) -> Collection[str]:
-        """mlx-lm's modules, by file, whose text models are of this family."""
+        """`model_type`s of its models, and of models for text and images around them; among them
+        the names of mlx-lm's modules that have its text models."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
@@ -69,8 +65,7 @@ def of_type(model_type: str) -> Family | None:
 
 def family_of(model: nn.Module) -> Family | None:
     """The model's fast family; None if it takes the generic path."""
-    module = type(model.get("language_model", model)).__module__.rpartition(".")[2]
-    return next((family for family in FAMILIES if module in family.FORMS), None)
+    return of_type(type(model.get("language_model", model)).__module__.rpartition(".")[2])
 
 
 def chain_of(model: nn.Module) -> Chain:

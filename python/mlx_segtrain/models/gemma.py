@@ -28,8 +28,7 @@ from .layer import (
     layer_of,
 )
 
-FORMS = ("gemma2", "gemma3_text", "gemma4_text")
-TYPES = {*FORMS, "gemma3", "gemma4", "gemma4_unified"}
+TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
 #: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
 ASSUMED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},

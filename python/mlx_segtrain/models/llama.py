@@ -15,10 +15,9 @@ from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
 #: mlx-lm's modules of this form, by file, that know full attention only, whatever config.json says.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-FORMS = (*WITHOUT_WINDOWS, "llama", "ministral3")
-#: What mlx-lm loads as one of these, and the models for text and images that hold one.
+#: With what mlx-lm loads as one of these, and the models for text and images that hold one.
 TYPES = {
-    *(*FORMS, "mistral", "xverse", "iquestcoder"),
+    *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 
