@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import open_regular
-from ..lora.folder import Folder, open_folder
+from ..lora.folder import PEFT_WEIGHTS, WEIGHTS, Folder, open_folder
 from ..lora.paths import bare
 from ..models.headers import ModelShape, read_shape
 from .conversion import about_of
@@ -55,7 +55,7 @@ def _folders(root: Path) -> Iterator[Path]:
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
-        if {"adapters.safetensors", "adapter_model.safetensors"} & set(files):
+        if {WEIGHTS, PEFT_WEIGHTS} & set(files):
             yield Path(place)
 
 

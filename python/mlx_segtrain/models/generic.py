@@ -28,7 +28,7 @@ TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
 
 
 class _Stop(Exception):
-    """Ends a run of the model where a stage has what it wants."""
+    """Ends a run of the model where a stage has what it wants: arguments, by place and name."""
 
 
 class _StandIn:
@@ -76,18 +76,16 @@ class _Body:
 
     def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
         """Layer i after h, the output of the layer before; the first layer without h."""
-        call: list[tuple[Any, Any]] = []
 
         def stop(*args: Any, **kwargs: Any) -> mx.array:
-            call.append((args, kwargs))
-            raise _Stop
+            raise _Stop(args, kwargs)
 
         answers: dict[int, Any] = {} if h is None else dict.fromkeys(range(i), lambda *_, **__: h)
         answers[i] = stop
         try:
             self.run(tokens, answers)
-        except _Stop:
-            args, kwargs = call[0]
+        except _Stop as call:
+            args, kwargs = call.args
             return self.layers[i](*args, **kwargs)
         raise InputError(f"{self.kind} cannot be trained: {self.path}.{i} is never called.")
 
