@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}
+        self._made: dict[Kind, Any] = {}  #: no parameter
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
@@ -98,21 +98,17 @@ class LoRALinear(nn.Module):
         a, b = self._casts[key][:2]
         return mx.addmm(y, x @ a, b)
 
-    def _runs(self, kind: Kind) -> Any:
-        """What applies the array of this kind, made once: it is no parameter."""
-        if kind not in self._made:
-            self._made[kind] = kind.runs.of(ops.base_of(self.linear))
-        return self._made[kind]
-
     def __call__(self, x: mx.array) -> mx.array:
         kind = next((kind for kind in KINDS if kind.array in self), None)
         if kind is None and not self.training and are_few(x):
             return self._of_few(x)
-        base = ops.base_of(self.linear) if kind is None else self._runs(kind).base
+        base = ops.base_of(self.linear)
+        more = kind and kind.on(base, self._made)
+        base = more.base if more else base
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
         keys = [self["key"]] if self.dropout else []
         (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)
-        return y if kind is None else self._runs(kind)(y, linear, self[kind.array])
+        return more(y, linear, self[kind.array]) if kind and more else y
 
 
 class LoRASwitchLinear(LoRALinear):

@@ -27,11 +27,8 @@ from .chain import Chain
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
     """Rank of every linear to adapt, by path: ranks.choose_ranks of the chain's linears."""
-    by_stage: dict[str, list[str]] = {}
-    for path in chain.linears:
-        by_stage.setdefault(chain.stage_of[path], []).append(path)
     layers = [
-        [path for stage in layer for path in by_stage.get(stage, [])] for layer in chain.layers
+        [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
     ]
     bits = {path: module.bits for path, module in chain.adaptable.items() if "scales" in module}
     return ranks.choose_ranks(layers, bits, outer=list(chain.outer), **how)

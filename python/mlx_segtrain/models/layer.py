@@ -45,13 +45,7 @@ class Projection:
     path: str  #: in the model, as that of its LoRA factors
     part: slice | None = None
     embedding: bool = False  #: it is one, [V, H], read as a linear: a is [V, R] and b [R, H]
-    _made: dict[Kind, Any] = field(default_factory=dict, init=False, compare=False)
-
-    def runs(self, kind: Kind) -> Any:
-        """What applies the array of this kind."""
-        if kind not in self._made:
-            self._made[kind] = kind.runs.of(self.base)
-        return self._made[kind]
+    made: dict[Kind, Any] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Linears:
             ]
         for i, projection in enumerate(projections):
             if more := self.more(projection):
-                ys[i] = projection.runs(more[0])(ys[i], linears[i], more[1])
+                ys[i] = more[0](ys[i], linears[i], more[1])
         return ys
 
     def plain(self, *projections: Projection) -> bool:
@@ -92,15 +86,16 @@ class Linears:
         b = b if projection.part is None else b[:, projection.part]
         a, b = (b.T, a.T) if projection.embedding else (a, b)
         more = self.more(projection)
-        base = projection.runs(more[0]).base if more else projection.base
+        base = more[0].base if more else projection.base
         return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
-    def more(self, projection: Projection) -> tuple[Kind, mx.array] | None:
-        """The kind of the update, and its array [out], if it has more than factors."""
+    def more(self, projection: Projection) -> tuple[Any, mx.array] | None:
+        """If the update has more than factors: what applies its array, and the array [out]."""
         for kind in KINDS:
             x = self.params.get(f"{projection.path}.{kind.array}")
             if x is not None:
-                return kind, x if projection.part is None else x[projection.part]
+                x = x if projection.part is None else x[projection.part]
+                return kind.on(projection.base, projection.made), x
         return None
 
 
