@@ -308,11 +308,11 @@ def test_gguf(name, models, data, tmp_path):
 
 def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
     """SmolLM2's own file, whose rows the snapshot puts back."""
-    from mlx_segtrain.adapters.gguf import _halves, _neighbours
+    from mlx_segtrain.adapters.gguf import turn
 
     rows = mx.arange(64.0)[:, None]
-    assert mx.array_equal(_halves(_neighbours(rows, 4), 4), rows)
-    assert _neighbours(rows, 4)[:4, 0].tolist() == [0, 8, 1, 9]
+    assert mx.array_equal(turn(turn(rows, 4), 4, back=True), rows)
+    assert turn(rows, 4)[:4, 0].tolist() == [0, 8, 1, 9]
 
 
 def test_what_gguf_has_not(models, data, tmp_path):

@@ -35,7 +35,7 @@ NAME = re.compile(r"[!-~]{1,256}")
 
 
 def read_header(file: Path, *, whole: bool = True) -> Tensors:
-    """Names, dtypes and shapes of a safetensors file; what is behind the header is not read.
+    """Names, dtypes and shapes of a safetensors file; what comes after the header is not read.
 
     InputError if it is none, or, if the file is to be `whole`, header and data do not fit.
     """

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..files import new_folder, write_json, write_tensors
 from ..lora import Adapter
-from ..lora.folder import CONFIG, WEIGHTS, Folder, open_folder
+from ..lora.folder import CONFIG, WEIGHTS, Folder, open_folder, ours
 from ..lora.paths import bare, is_wrapped
 from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
@@ -60,15 +60,13 @@ def export(
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
     base_dir = folder.base_folder if model_dir is None else model_dir
     base = None if base_dir is None else Snapshot(base_dir)
-    if to == "gguf":
-        if base is None:
-            raise InputError(
-                "--to gguf needs the base: give --model-dir, a folder with config.json."
-            )
-        with new_folder(out) as aside:
-            read_back = write_gguf(aside, adapter, about, base.config, DTYPES[dtype])
-            return compared(out, adapter, read_back, dtype)
+    if to == "gguf" and base is None:
+        raise InputError("--to gguf needs the base: give --model-dir, a folder with config.json.")
+    numbers = DTYPES[dtype]
     with new_folder(out) as aside:
+        if to == "gguf" and base:
+            again = write_gguf(aside, adapter, about, base.config, numbers)
+            return compared(out, adapter, again, dtype)
         if to == "peft":
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
@@ -77,14 +75,14 @@ def export(
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
-            write_peft(aside, adapter, about, names, DTYPES[dtype])
+            write_peft(aside, adapter, about, names, numbers)
         else:
             scale = common_scale(adapter)
-            rank = max(adapter.ranks.values())
-            tensors = {k: x.astype(DTYPES[dtype]) for k, x in padded(adapter, rank, scale).items()}
+            whole = padded(adapter, max(adapter.ranks.values()), scale)
             keys = mlx_lm_config(adapter, scale, about.dropout)
             write_json(aside / CONFIG, {**keys, "model": about.model})
             write_card(aside, adapter, about, "mlx-lm")
+            tensors = {name: x.astype(numbers) for name, x in whole.items()}
             write_tensors(aside / WEIGHTS, tensors, {"format": "mlx"})
         return compared(out, adapter, read_stored(aside, tied=adapter.tied), dtype)
 
@@ -127,8 +125,7 @@ def about_of(adapter_path: Path | Folder) -> About:
     """What an adapter's folder says of itself; empty where it says nothing."""
     folder = open_folder(adapter_path)
     config = folder.config
-    own = config.get("segtrain")
-    run = dict(own) if isinstance(own, dict) else {}
+    run = dict(ours(config))
     step = run.pop("step", None)
     inner = config.get("lora_parameters")
     dropout: Any = inner.get("dropout") if isinstance(inner, dict) else config.get("lora_dropout")

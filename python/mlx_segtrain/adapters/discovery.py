@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import open_regular
-from ..lora.folder import Folder, open_folder
+from ..lora.folder import PEFT_WEIGHTS, WEIGHTS, Folder, open_folder
 from ..lora.paths import bare
 from ..models.headers import ModelShape, read_shape
 from .conversion import about_of
@@ -55,7 +55,7 @@ def _folders(root: Path) -> Iterator[Path]:
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
-        if {"adapters.safetensors", "adapter_model.safetensors"} & set(files):
+        if {WEIGHTS, PEFT_WEIGHTS} & set(files):
             yield Path(place)
 
 
@@ -87,9 +87,8 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
     widths = {bare(path): ends for path, ends in shape.widths.items()}
     known = {bare(name) for name in shape.tensors}
 
-    def fits(path: str, ends: tuple[int, int]) -> bool:
-        if path.endswith("embed_tokens"):
-            ends = ends[1], ends[0]
+    def fits(path: str, width: int, out: int) -> bool:
+        ends = (out, width) if path.endswith("embed_tokens") else (width, out)
         # Widths of experts are not in the header's two dimensions.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
@@ -97,7 +96,7 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
         found = stored_shapes(folder, shape.tied).items()
     except InputError:
         return False
-    return all(fits(bare(path), ends) for path, ends in found)
+    return all(fits(bare(path), width, out) for path, (width, _, out) in found)
 
 
 def best_loss(run: Path) -> float | None:

@@ -1,6 +1,5 @@
 """Adapters for llama.cpp, written and read by the gguf package (the extra gguf)."""
 
-import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,11 +56,7 @@ def write_gguf(
     kinds = {kind: key for key, kind in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[name], int(text["num_hidden_layers"]))
     places = {path: _place(names, path) for path in adapter.tensors}
-    turned = {
-        path: heads_of[path.rpartition(".")[2]]
-        for path in places
-        if path.rpartition(".")[2] in heads_of
-    }
+    turned = {path: heads_of.get(path.rpartition(".")[2]) for path in places}
 
     writer = gguf.GGUFWriter(folder / NAME, name)
     writer.add_type("adapter")
@@ -69,7 +64,7 @@ def write_gguf(
     writer.add_float32("adapter.lora.alpha", 0.0)
     for path, place in places.items():
         a, b = adapter.tensors[path]
-        b = _neighbours((adapter.scales[path] * b).T, turned.get(path))
+        b = turn((adapter.scales[path] * b).T, turned[path])
         for letter, x in (("a", a.T), ("b", b)):
             number = np.float16 if dtype == mx.float16 else np.float32
             writer.add_tensor(f"{place}.weight.lora_{letter}", np.array(x).astype(number))
@@ -83,29 +78,22 @@ def write_gguf(
     tensors = {}
     for path, place in places.items():
         a, b = (found[f"{place}.weight.lora_{x}"].astype(mx.float32) for x in "ab")
-        tensors[path] = a.T, _halves(b, turned.get(path)).T
+        tensors[path] = a.T, turn(b, turned[path], back=True).T
     return Adapter(tensors, dict.fromkeys(tensors, 1.0))
 
 
 def _place(names: Any, path: str) -> str:
     found = names.get_name(bare(path))
-    if found is None or "switch_mlp" in path or re.search(r"embed_tokens", path):
+    if found is None or "switch_mlp" in path or "embed_tokens" in path:
         raise InputError(f"'{path}' cannot be exported to GGUF: llama.cpp adapts linears only.")
     return str(found)
 
 
-def _neighbours(b: mx.array, heads: int | None) -> mx.array:
+def turn(b: mx.array, heads: int | None, *, back: bool = False) -> mx.array:
     """B [out, R] with rows in the order in which rotary pairs are neighbours: of each head one of
-    the first half, then its partner of the second."""
+    the first half, then its partner of the second. `back`: the other way; None: as it is."""
     if heads is None:
         return b
-    out, rank = b.shape
-    return b.reshape(heads, 2, out // heads // 2, rank).swapaxes(1, 2).reshape(out, rank)
-
-
-def _halves(b: mx.array, heads: int | None) -> mx.array:
-    """The other way."""
-    if heads is None:
-        return b
-    out, rank = b.shape
-    return b.reshape(heads, out // heads // 2, 2, rank).swapaxes(1, 2).reshape(out, rank)
+    half = b.shape[0] // heads // 2
+    pairs = (half, 2) if back else (2, half)
+    return b.reshape(heads, *pairs, -1).swapaxes(1, 2).reshape(b.shape)

@@ -35,20 +35,14 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             tensors.setdefault(path_here, []).append(own)
     joined = {}
     for path, parts in tensors.items():
-        ends = {_ends(a, b) for a, b in parts}
+        # All sizes but the rank; of experts A is [E, R, in] and B [E, out, R].
+        ends = {(a.shape[::2], b.shape[1:] if b.ndim == 2 else b.shape[:2]) for a, b in parts}
         if len(ends) > 1:
             raise InputError(f"the adapters are of different models: '{path}' has other widths.")
-        axis = 2 if parts[0][1].ndim == 3 else 0  # of experts B is [E, out, R]
+        axis = 2 if parts[0][1].ndim == 3 else 0
         a = mx.concatenate([a for a, _ in parts], axis=1)
         joined[path] = a, mx.concatenate([b for _, b in parts], axis=axis)
     return Adapter(joined, dict.fromkeys(joined, 1.0), tied=common(list(adapters)))
-
-
-def _ends(a: mx.array, b: mx.array) -> tuple[int, ...]:
-    """What does not depend on the rank."""
-    if a.ndim == 3:
-        return 3, a.shape[0], a.shape[2], b.shape[1]
-    return 2, a.shape[0], b.shape[1]
 
 
 def weighted(

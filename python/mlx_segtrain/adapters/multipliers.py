@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import re2  # pyright: ignore[reportMissingImports]
@@ -18,15 +17,25 @@ PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     """The multiplier of a linear's update, by its stored path and rank."""
-    if folder.peft:
-        ranks = _Patterns(folder, "rank_pattern", "r")
-        return partial(_peft_multiplier, ranks, _Patterns(folder, "alpha_pattern", "lora_alpha"))
-    scale, over_root = _scale(folder), _is_over_root(folder)
-    return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
+    if not folder.peft:
+        scale, over_root = _scale(folder), _is_over_root(folder)
+        return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
+    ranks = _by_pattern(folder, "rank_pattern", "r")
+    alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
+
+    def multiplier(stored: str, rank: int) -> float:
+        if (expected := ranks(stored)) != rank:  # then alpha is not for this rank either
+            raise InputError(
+                f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
+                f"say {expected:g}: the two files are not of the same adapter."
+            )
+        return alphas(stored) / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
+
+    return multiplier
 
 
 def common_multiplier(folder: Folder, rank: int) -> float | None:
-    """Of linears of this rank that no pattern of PEFT's names; None if the files do not say it."""
+    """The multiplier of linears of this rank that match no pattern of PEFT; None if unknown."""
     if not folder.peft:
         return multiplier_of(folder)("", rank)
     alpha = number(folder.config_file, folder.config, "lora_alpha")
@@ -70,50 +79,22 @@ def _is_over_root(folder: Folder) -> bool:
     )
 
 
-def _peft_multiplier(ranks: "_Patterns", alphas: "_Patterns", stored: str, rank: int) -> float:
-    folder, expected = ranks.folder, ranks.value(stored)
-    if expected != rank:  # then alpha is not for this rank either
-        raise InputError(
-            f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} say "
-            f"{expected:g}: the two files are not of the same adapter."
-        )
-    alpha = alphas.value(stored)
-    return alpha / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
-
-
-class _Patterns:
+def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
     """Values by patterns of the path, as PEFT has them: the first that matches an end of the path,
     from a dot on; else the general one.
 
     Patterns are a stranger's: RE2 needs time in proportion to the text, whatever the pattern, and
     bounded memory. InputError for what it does not take, and for more than can be tried.
     """
+    file, config = folder.config_file, folder.config
+    own, tried = section(file, config, name), 0
 
-    def __init__(self, folder: Folder, name: str, general: str):
-        self.folder, self.name, self.general, self.tried = folder, name, general, 0
-        self.own = section(folder.config_file, folder.config, name)
-        if len(self.own) > PATTERNS:
-            raise self._refused(f"{len(self.own)} patterns, more than {PATTERNS}")
-        self.compiled = [(key, self._compiled(key)) for key in self.own]
+    def refused(why: str) -> InputError:
+        return InputError(f"{file}: {name} has {why}.")
 
-    def value(self, stored: str) -> float:
-        file = self.folder.config_file
-        self.tried += len(self.compiled)
-        if self.tried > TRIED:
-            raise self._refused("too many patterns for so many linears")
-        key = next((key for key, pattern in self.compiled if pattern.match(stored)), None)
-        value = (
-            number(file, self.folder.config, self.general)
-            if key is None
-            else number(file, self.own, key)
-        )
-        if value is None:
-            raise InputError(f"{file} has no {self.general}: add it, as PEFT writes it.")
-        return value
-
-    def _compiled(self, pattern: str) -> Any:
+    def compiled(pattern: str) -> Any:
         if len(pattern) > LONGEST:
-            raise self._refused(f"a pattern of {len(pattern)} characters, more than {LONGEST}")
+            raise refused(f"a pattern of {len(pattern)} characters, more than {LONGEST}")
         options = re2.Options()
         options.log_errors, options.max_mem = False, MEMORY
         try:
@@ -121,10 +102,24 @@ class _Patterns:
         except (re2.error, UnicodeError) as error:
             told = error.args[0]
             reason = told.decode("utf-8", "replace") if isinstance(told, bytes) else "it is no text"
-            raise self._refused(
+            raise refused(
                 f"no regular expression, or one that RE2 does not take: {pattern[:60]!r} "
                 f"({reason[:100]})"
             ) from None
 
-    def _refused(self, why: str) -> InputError:
-        return InputError(f"{self.folder.config_file}: {self.name} has {why}.")
+    if len(own) > PATTERNS:
+        raise refused(f"{len(own)} patterns, more than {PATTERNS}")
+    patterns = {key: compiled(key) for key in own}
+
+    def value(stored: str) -> float:
+        nonlocal tried
+        tried += len(patterns)
+        if tried > TRIED:
+            raise refused("too many patterns for so many linears")
+        key = next((key for key, pattern in patterns.items() if pattern.match(stored)), None)
+        found = number(file, config, general) if key is None else number(file, own, key)
+        if found is None:
+            raise InputError(f"{file} has no {general}: add it, as PEFT writes it.")
+        return found
+
+    return value

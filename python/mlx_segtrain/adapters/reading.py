@@ -11,7 +11,7 @@ adapter_config.json is beside either. What is more than an update of low rank is
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
-    arrays, scales = {}, {}
+    arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        linear = _in_model(name, chain.adaptable)
+        # A text model may stand alone in the one, and in a model for text and images in the other.
+        linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
                 f"{weights}: '{name}' is no linear of this model that can be adapted: it was "
@@ -58,14 +59,14 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
             )
         if linear in arrays:
             raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
-        wanted = shapes(chain.adaptable[linear], a.shape[1])
+        wanted = shapes(adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
             raise InputError(
                 f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
                 f"model wants {wanted[0]} and {wanted[1]}: it was trained on another model."
             )
         kind = stored.kind
-        if kind is not LORA and isinstance(chain.adaptable[linear], EMBEDDINGS):
+        if kind is not LORA and isinstance(adaptable[linear], EMBEDDINGS):
             raise InputError(f"{weights}: '{linear}' is an embedding, of which is no {kind.name}.")
         arrays[linear], scales[linear] = stored.arrays(name), stored.scales[name]
     return Adapter.of(arrays, scales, chain.tied_for(arrays))
@@ -81,8 +82,8 @@ def read_stored(
     takes no model, and if that cannot be told.
     """
     folder = open_folder(path)
-    multiplier = multiplier_of(folder)
-    everything = _by_linear(folder, header := read_header(folder.weights))
+    multiplier, header = multiplier_of(folder), read_header(folder.weights)
+    everything = _by_linear(folder, header)
     if tied is None:
         tied = tied_by_files(folder, everything, model_dir)
     found, twins = joined(folder, everything, tied)
@@ -96,7 +97,7 @@ def read_stored(
     arrays, scales, updates = {}, {}, {}
     for stored, names in everything.items():
         path = in_mlx_lm(stored)
-        a, b, *more = (loaded[name].astype(mx.float32) for name in _all(folder, stored, names))
+        a, b, *more = (loaded[name].astype(mx.float32) for name in names)
         rank = _rank(folder, stored, a.shape)
         if folder.peft and a.ndim == b.ndim == 2:
             a, b = a.T, b.T
@@ -116,8 +117,8 @@ def read_stored(
             raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")
         updates[stored] = a, b, multiplier(stored, rank)
         if stored in found:
-            own = zip(_wanted(folder), (a, b, *more), strict=True)
-            arrays[path], scales[path] = dict(own), updates[stored][2]
+            arrays[path] = dict(zip(folder.arrays, (a, b, *more), strict=True))
+            scales[path] = updates[stored][2]
     check_twins(folder, twins, updates)
     embeds = folder.tied is not None or any(".lora_embedding_" in name for name in header)
     return Adapter.of(arrays, scales, tied if embeds else None)
@@ -125,9 +126,7 @@ def read_stored(
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether factors of these shapes can be multiplied: of a linear, or of one with experts."""
-    if len(a) != len(b) or len(a) not in (2, 3):
-        return False
-    if 0 in (*a, *b):
+    if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return False
     return a[1] == b[0] if len(a) == 2 else (a[0], a[1]) == (b[0], b[2])
 
@@ -143,30 +142,24 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     `tied`: the base has no head of its own; None: it is not known. InputError as from read_adapter,
     as far as it takes no model.
     """
-    folder = open_folder(path)
-    return {in_mlx_lm(stored): _rank(folder, stored, a) for stored, (a, _) in _ends(folder, tied)}
+    return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 
 
 def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
-) -> dict[str, tuple[int, int]]:
-    """In and out of each adapted linear (of one with experts, of each), by its stored path in
-    mlx-lm's terms; reads the header alone. InputError as from ranks_in."""
+) -> dict[str, tuple[int, int, int]]:
+    """In, rank and out of each adapted linear (of one with experts, of each), as ranks_in."""
     folder = open_folder(path)
+    header = read_header(folder.weights)
     found = {}
-    for stored, (a, b) in _ends(folder, tied):
+    for stored, names in joined(folder, _by_linear(folder, header), tied)[0].items():
+        a, b = (header[name][1] for name in names[:2])
+        rank = _rank(folder, stored, a)
         if folder.peft:
             a, b = a[::-1], b[::-1]
-        ends = (a[2], b[1]) if len(a) == 3 == len(b) else (a[0], b[-1]) if a and b else (0, 0)
-        found[in_mlx_lm(stored)] = ends
+        width, out = (a[2], b[1]) if len(a) == 3 == len(b) else (a[0], b[-1]) if b else (0, 0)
+        found[in_mlx_lm(stored)] = width, rank, out
     return found
-
-
-def _ends(folder: Folder, tied: bool | None) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    """Stored paths with the shapes of a and b as they are stored."""
-    header = read_header(folder.weights)
-    for stored, names in joined(folder, _by_linear(folder, header), tied)[0].items():
-        yield stored, [header[name][1] for name in _all(folder, stored, names)[:2]]
 
 
 def stored_bytes(path: str | Path | Folder) -> int:
@@ -175,8 +168,11 @@ def stored_bytes(path: str | Path | Folder) -> int:
     return 4 * sum(math.prod(shape) for _, shape in header.values())
 
 
-def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Names of the tensors by the stored path of their linear, and by array; none is missing."""
+def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of the tensors of each linear by its stored path, in the order of folder.arrays.
+
+    InputError if one is missing, or is too much.
+    """
     known, ends = (_PEFTS, _PEFT_ENDS) if folder.peft else (_OURS, _OUR_ENDS)
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
@@ -188,30 +184,19 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, dict[str, str]
         found.setdefault(match[1], {})[known[match[2]]] = name
     if not found:
         raise InputError(f"{folder.weights} holds no lora_a for any linear.")
-    for stored, kinds in found.items():
-        _all(folder, stored, kinds)
-    return found
-
-
-def _wanted(folder: Folder) -> list[str]:
-    """The arrays of an update of this kind."""
-    return [name for name in (*FACTORS, folder.kind.array) if name]
-
-
-def _all(folder: Folder, stored: str, names: Mapping[str, str]) -> list[str]:
-    """Names of a and b, and of what the kind has besides; InputError if one is missing or over."""
     called = {name: name for name in FACTORS} | {kind.array: kind.called for kind in KINDS}
-    for key in _wanted(folder):
-        if key not in names:
-            has = ", ".join(called[name] for name in names)
-            raise InputError(f"{folder.weights}: '{stored}' has {has} but no {called[key]}.")
-    for kind in KINDS:
-        if kind.array in names and kind is not folder.kind:
-            raise InputError(
-                f"{folder.weights}: '{stored}' has {kind.called}, but {CONFIG} does not say that "
-                f"it is a {kind.name} adapter: the two files are not of the same adapter."
-            )
-    return [names[key] for key in _wanted(folder)]
+    for stored, own in found.items():
+        for key in folder.arrays:
+            if key not in own:
+                has = ", ".join(called[name] for name in own)
+                raise InputError(f"{folder.weights}: '{stored}' has {has} but no {called[key]}.")
+        for kind in KINDS:
+            if kind.array in own and kind is not folder.kind:
+                raise InputError(
+                    f"{folder.weights}: '{stored}' has {kind.called}, but {CONFIG} does not say "
+                    f"that it is a {kind.name} adapter: the two files are not of the same adapter."
+                )
+    return {stored: [own[key] for key in folder.arrays] for stored, own in found.items()}
 
 
 def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
@@ -220,9 +205,3 @@ def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
     if rank == 0:
         raise InputError(f"{folder.weights}: '{stored}' has lora_a {shape}, which has no rank.")
     return rank
-
-
-def _in_model(stored: str, linears: Mapping[str, Any]) -> str | None:
-    """The linear that a stored path means; a text model may stand alone here, and not there."""
-    path = in_mlx_lm(stored)
-    return next((p for p in (stored, *spellings(path)) if p in linears), None)

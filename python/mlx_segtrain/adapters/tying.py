@@ -19,8 +19,8 @@ from ..lora.folder import Folder
 from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 
-#: Names of the tensors a, b and m by the stored path of their linear.
-Found = dict[str, dict[str, str]]
+#: Names of the tensors of each linear, by its stored path.
+Found = dict[str, list[str]]
 #: What transformers calls a head.
 HEADS = ("lm_head", "embed_out")
 MENDED = (
@@ -42,16 +42,16 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if not (embeds or heads or folder.tied is not None):
         return None
-    if model_dir is None:
-        model_dir = folder.base_folder
-        if model_dir is None:
-            if not embeds or (heads and folder.config.get("ensure_weight_tying")):
-                return folder.tied if not embeds else True
-            raise InputError(
-                f"{folder.weights}: whether the embedding is the head too cannot be told without "
-                "the base: give its folder with --model-dir."
-            )
-    return read_shape(model_dir).tied
+    if base := model_dir or folder.base_folder:
+        return read_shape(base).tied
+    if not embeds:
+        return folder.tied
+    if heads and folder.config.get("ensure_weight_tying"):
+        return True
+    raise InputError(
+        f"{folder.weights}: whether the embedding is the head too cannot be told without "
+        "the base: give its folder with --model-dir."
+    )
 
 
 def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
@@ -141,8 +141,8 @@ def common(adapters: list[Adapter]) -> bool | None:
 
 def _embeddings(folder: Folder, found: Found) -> list[str]:
     """Those that PEFT says are embeddings."""
-    return [
-        path
-        for path, names in found.items()
-        if folder.peft and any(".lora_embedding_" in name for name in names.values())
-    ]
+
+    def embeds(names: list[str]) -> bool:
+        return folder.peft and any(".lora_embedding_" in name for name in names)
+
+    return [path for path, names in found.items() if embeds(names)]

@@ -23,7 +23,7 @@ from ..data.prompting import Prompting
 from ..errors import InputError
 from ..files import atomic, make_folder, read_json, sha256, write_json, write_tensors
 from ..lora import LORA, Adapter, fresh_a
-from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS
+from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS, ours
 from .card import About, write_card
 
 #: What of adapter_config.json says how the weights are to be read.
@@ -44,11 +44,10 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
         b = b if ratio == 1 else b * ratio
         extra = rank - a.shape[1] if rank else 0
         if extra:
-            experts = a.ndim == 3
-            shape = (a.shape[0], extra, a.shape[2]) if experts else (a.shape[0], extra)
+            shape = (a.shape[0], extra, *a.shape[2:])
             fresh = fresh_a(shape, mx.random.key(zlib.crc32(module.encode())))
             a = mx.concatenate([a, fresh.astype(a.dtype)], axis=1)
-            more = [(0, 0), (0, 0), (0, extra)] if experts else [(0, extra), (0, 0)]
+            more = [(0, extra), (0, 0)] if b.ndim == 2 else [(0, 0), (0, 0), (0, extra)]
             b = mx.pad(b, more)
         tensors[f"{module}.lora_a"] = a.astype(mx.float32)
         tensors[f"{module}.lora_b"] = b.astype(mx.float32)
@@ -122,7 +121,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
         if differ:  # by which the unpadded factors are known to be these
             config["segtrain"]["padded"] = sha256(aside)
-        before = config_in(path)
+        before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
             for name in (WEIGHTS, UNPADDED):
                 (path / name).unlink(missing_ok=True)
@@ -138,17 +137,15 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
 
 def step_of(path: Path) -> int | None:
     """The step that an adapter of ours is of, if its folder says so."""
-    own = config_in(path).get("segtrain")
-    return own.get("step") if isinstance(own, dict) else None
+    return ours(_config_in(path)).get("step")
 
 
 def prompting_of(path: Path | None) -> Prompting:
     """How prompts for the adapter of a folder are rendered; the default if it does not say."""
-    own = config_in(path).get("segtrain") if path else None
-    return Prompting.of(own if isinstance(own, dict) else {})
+    return Prompting.of(ours(_config_in(path)) if path else {})
 
 
-def config_in(path: Path) -> dict[str, Any]:
+def _config_in(path: Path) -> dict[str, Any]:
     """What the folder's configuration holds; nothing if there is none."""
     try:
         return read_json(path / CONFIG)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..models.llama import PROJECTIONS as LLAMA
+from ..models.layer import PROJECTIONS
 from ..ops import bench
 from ..ops.bench import (
     Case,
@@ -48,7 +48,7 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
         mx.eval(model.parameters())
         h, dh = normal(1, rows, width), normal(1, rows, width, seed=1)
         if impl == "mlx":
-            own = {"rank": rank, "scale": 2.0, "dropout": 0.0, "keys": list(LLAMA)}
+            own = {"rank": rank, "scale": 2.0, "dropout": 0.0, "keys": list(PROJECTIONS)}
             model.freeze()
             linear_to_lora_layers(model, 1, own)
             block = model.model.layers[0]

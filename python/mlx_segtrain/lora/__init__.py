@@ -1,10 +1,9 @@
 """Low-rank updates: the factors, and the modules that apply them."""
 
-from .adapter import ARRAYS, KINDS, LORA, Adapter, Kind, Tensors
+from .adapter import ARRAYS, KINDS, LORA, Adapter, Kind
 from .modules import (
     EMBEDDINGS,
     LoRALinear,
-    LoRASwitchLinear,
     fresh_a,
     has_experts,
     shapes,
@@ -19,8 +18,6 @@ __all__ = [
     "Adapter",
     "Kind",
     "LoRALinear",
-    "LoRASwitchLinear",
-    "Tensors",
     "fresh_a",
     "has_experts",
     "shapes",

@@ -27,6 +27,12 @@ class Kind:
         """As mlx-lm has it in fine_tune_type, and PEFT and our configuration after `use_`."""
         return self.name.lower()
 
+    def on(self, base: Any, made: "dict[Kind, Any]") -> Any:
+        """What applies the array to the frozen linear `base`; made once, and kept in `made`."""
+        if self not in made:
+            made[self] = self.runs.of(base)
+        return made[self]
+
     @property
     def flags(self) -> dict[str, bool]:
         """The keys of adapter_config.json by which PEFT tells the kinds apart."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .. import files
 from ..errors import InputError, shown, word
 from ..files import read_json, sha256
-from .adapter import KINDS, LORA, Kind
+from .adapter import FACTORS, KINDS, LORA, Kind
 
 WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -36,15 +36,18 @@ class Folder:
 
     @property
     def kind(self) -> Kind:
-        """Every linear has the arrays of this kind."""
         named, config = self.config.get("fine_tune_type"), self.config
         return next((k for k in KINDS if named == k.word or config.get(f"use_{k.word}")), LORA)
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that every linear has."""
+        return (*FACTORS, *filter(None, [self.kind.array]))
+
+    @property
     def tied(self) -> bool | None:
         """Whether an update of the embedding is for a base whose head it is; None if not said."""
-        own = self.config.get("segtrain")
-        tied = own.get("tied") if isinstance(own, dict) else None
+        tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 
     @property
@@ -88,11 +91,10 @@ def open_folder(path: "str | Path | Folder") -> Folder:
 def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether the unpadded factors are those of the padded ones that lie there: others may have
     trained on with the latter, and know nothing of the former."""
-    own = config.get("segtrain")
-    if not (isinstance(own, dict) and (path / UNPADDED).is_file() and (path / WEIGHTS).is_file()):
+    own, file = ours(config), path / WEIGHTS
+    if not (own and (path / UNPADDED).is_file() and file.is_file()):
         return False
     try:
-        file = path / WEIGHTS
         facts = file.stat()
         if facts.st_size > (1 << 20) and 512 * facts.st_blocks < facts.st_size // 2:
             return False  # holes alone: no adapter that was trained, and it would take hours
@@ -105,6 +107,12 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 def _digest(file: Path, *state: int) -> str:
     """Of a file as it is: folders are looked at often."""
     return sha256(file)
+
+
+def ours(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run of ours says of itself in an adapter's configuration; empty in one of others."""
+    own = config.get("segtrain")
+    return own if isinstance(own, dict) else {}
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def has_experts(module: Any) -> bool:
 
 
 def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a and b for this linear, as mlx-lm has them."""
+    """Shapes of a and b for this linear, as mlx-lm has them."""
     if has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
@@ -37,6 +37,11 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(module, EMBEDDINGS):  # from a token to its vector
         ends = ends[::-1]
     return (ends[0], rank), (rank, ends[1])
+
+
+def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    """x with the share `rate` of its numbers set to 0, the others scaled up to make up for it."""
+    return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
@@ -53,7 +58,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}
+        self._made: dict[Kind, Any] = {}  #: no parameter
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
@@ -93,21 +98,17 @@ class LoRALinear(nn.Module):
         a, b = self._casts[key][:2]
         return mx.addmm(y, x @ a, b)
 
-    def _runs(self, kind: Kind) -> Any:
-        """What applies the array of this kind, made once: it is no parameter."""
-        if kind not in self._made:
-            self._made[kind] = kind.runs.of(ops.base_of(self.linear))
-        return self._made[kind]
-
     def __call__(self, x: mx.array) -> mx.array:
         kind = next((kind for kind in KINDS if kind.array in self), None)
         if kind is None and not self.training and are_few(x):
             return self._of_few(x)
-        base = ops.base_of(self.linear) if kind is None else self._runs(kind).base
+        base = ops.base_of(self.linear)
+        more = kind and kind.on(base, self._made)
+        base = more.base if more else base
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
         keys = [self["key"]] if self.dropout else []
         (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)
-        return y if kind is None else self._runs(kind)(y, linear, self[kind.array])
+        return more(y, linear, self[kind.array]) if kind and more else y
 
 
 class LoRASwitchLinear(LoRALinear):
@@ -122,8 +123,7 @@ class LoRASwitchLinear(LoRALinear):
             return y
         a, b = (self[key].astype(x.dtype).swapaxes(-2, -1) for key in ("lora_a", "lora_b"))
         if self.dropout:
-            kept = mx.random.bernoulli(1 - self.dropout, x.shape, self["key"])
-            x = mx.where(kept, x, 0) / (1 - self.dropout)
+            x = dropped(x, self.dropout, self["key"])
         return y + self.scale * mx.gather_mm(mx.gather_mm(x, a, **how), b, **how)
 
 
@@ -137,8 +137,7 @@ class LoRAEmbedding(LoRALinear):
             return y
         z = self["lora_a"][x] @ self["lora_b"]
         if self.dropout:
-            kept = mx.random.bernoulli(1 - self.dropout, z.shape, self["key"])
-            z = mx.where(kept, z, 0) / (1 - self.dropout)
+            z = dropped(z, self.dropout, self["key"])
         return y + (self.scale * z).astype(y.dtype)
 
     def as_linear(self, h: mx.array) -> mx.array:
@@ -151,18 +150,16 @@ class LoRAEmbedding(LoRALinear):
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
-    *parents, name = path.split(".")
+    *parents, last = path.split(".")
     at: Any = parent
     for part in parents:
         at = at[int(part)] if isinstance(at, list) else at[part]
-    linear = at[int(name)] if isinstance(at, list) else at[name]
+    name: Any = int(last) if isinstance(at, list) else last
+    linear = at[name]
     if isinstance(linear, LoRALinear):
         linear.scale = scale
         return linear
     kind = LoRASwitchLinear if has_experts(linear) else LoRALinear
     wrapped = (LoRAEmbedding if isinstance(linear, EMBEDDINGS) else kind)(linear, scale)
-    if isinstance(at, list):
-        at[int(name)] = wrapped
-    else:
-        setattr(at, name, wrapped)
+    at[name] = wrapped
     return wrapped

@@ -43,16 +43,24 @@ def choose_ranks(
             field="num_layers",
         )
     paths = [path for layer in layers for path in layer]
+    known = [*paths, *outer]
     adapted = layers if num_layers < 0 else layers[len(layers) - num_layers :]
     within = {path for layer in adapted for path in layer} | set(outer)
-    ranks: dict[str, int] = {}
     kl = _sensitivities(model_dir) if rank_scaling == "by_kl" else {}
     median = sorted(kl.values())[len(kl) // 2] if kl else 0.0
+
+    def rank_of(path: str) -> int:
+        factor, own = 1.0, kl.get(bare(path))
+        if own is not None and median > 0:
+            factor = min(max(own / median, 0.5), 2.0)
+        elif rank_scaling != "constant" and path in bits:
+            factor = bits[path] / 4
+        return max(2, math.ceil(rank * factor))
+
+    ranks: dict[str, int] = {}
     for target in target_modules:
-        known = (*paths, *outer)
-        found = [path for path in known if path == target or path.endswith("." + target)]
-        if target == ALL:
-            found = paths
+        found = [path for path in known if path == target or path.endswith(f".{target}")]
+        found = paths if target == ALL else found
         if not found:
             names = sorted({path.rsplit(".", 1)[-1] for path in known})
             raise InputError(
@@ -60,17 +68,7 @@ def choose_ranks(
                 f"{', '.join(names)}.",
                 field="target_modules",
             )
-        for path in found:
-            if path not in within:
-                continue
-            own = kl.get(bare(path))
-            if own is not None and median > 0:
-                factor = min(max(own / median, 0.5), 2.0)
-            elif rank_scaling != "constant" and path in bits:
-                factor = bits[path] / 4
-            else:
-                factor = 1.0
-            ranks[path] = max(2, math.ceil(rank * factor))
+        ranks |= {path: rank_of(path) for path in found if path in within}
     return dict(sorted(ranks.items()))
 
 

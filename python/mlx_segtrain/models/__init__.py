@@ -11,19 +11,17 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from ..errors import InputError
 from ..lora.paths import WRAPPER
 from . import gemma, llama
-from .chain import Chain, Head
+from .chain import Chain
 from .form import LayerForm, LayerHeaders
 from .limits import check_files, check_model, check_tokenizer
 from .snapshot import Snapshot
 
 __all__ = [
     "Chain",
-    "Head",
     "chain_of",
     "family_of",
     "load_base",
@@ -40,11 +38,8 @@ class Family(Protocol):
 
     @property
     def TYPES(self) -> Collection[str]:
-        """`model_type`s of its models, and of models for text and images around them."""
-        ...
-
-    def serves(self, model: nn.Module) -> bool:
-        """Whether mlx-lm's text model is of this family."""
+        """`model_type`s of its models, and of models for text and images around them; among them
+        the names of mlx-lm's modules that have its text models."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
@@ -70,8 +65,7 @@ def of_type(model_type: str) -> Family | None:
 
 def family_of(model: nn.Module) -> Family | None:
     """The model's fast family; None if it takes the generic path."""
-    text = model.get("language_model", model)
-    return next((family for family in FAMILIES if family.serves(text)), None)
+    return of_type(type(model.get("language_model", model)).__module__.rpartition(".")[2])
 
 
 def chain_of(model: nn.Module) -> Chain:
@@ -121,7 +115,7 @@ def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         check_model(snapshot)
         model, config = load_model(snapshot.folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
-        model.update(tree_map(_float32, model.parameters()))
+        model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model, config
 
@@ -146,7 +140,3 @@ def _reading(folder: Path) -> Iterator[None]:
     except BaseException as error:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
-
-
-def _float32(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x

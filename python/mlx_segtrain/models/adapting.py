@@ -27,14 +27,10 @@ from .chain import Chain
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
     """Rank of every linear to adapt, by path: ranks.choose_ranks of the chain's linears."""
-    by_stage: dict[str, list[str]] = {}
-    for path in chain.linears:
-        by_stage.setdefault(chain.stage_of[path], []).append(path)
     layers = [
-        [path for stage in layer for path in by_stage.get(stage, [])] for layer in chain.layers
+        [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
     ]
-    quantized: dict[str, Any] = {p: m for p, m in chain.adaptable.items() if "scales" in m}
-    bits = {path: m.bits for path, m in quantized.items()}
+    bits = {path: module.bits for path, module in chain.adaptable.items() if "scales" in module}
     return ranks.choose_ranks(layers, bits, outer=list(chain.outer), **how)
 
 
@@ -53,22 +49,23 @@ def init(
     2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
     starts so that nothing changes. InputError if one is of experts or an embedding.
     """
-    paths = sorted(ranks)
+    paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))
+    kind = next((kind for kind in KINDS if kinds.get(kind.word)), LORA)
     arrays: dict[str, dict[str, mx.array]] = {}
     for path, key in zip(paths, keys, strict=True):
-        a, b = shapes(chain.adaptable[path], ranks[path])
+        a, b = shapes(modules[path], ranks[path])
         arrays[path] = {"lora_a": fresh_a(a, key), "lora_b": mx.zeros(b)}
-    kind = next((kind for kind in KINDS if kinds.get(kind.word)), LORA)
-    for path in () if kind is LORA else paths:
-        module = chain.adaptable[path]
-        if has_experts(module) or isinstance(module, EMBEDDINGS):
-            what = "an embedding" if isinstance(module, EMBEDDINGS) else "a linear of experts"
+        if kind is LORA:
+            continue
+        embeds = isinstance(modules[path], EMBEDDINGS)
+        if embeds or has_experts(modules[path]):
+            what = "an embedding" if embeds else "a linear of experts"
             raise InputError(
                 f"use_{kind.word}: '{path}' is {what}, of which there is no {kind.name}: leave it "
                 f"out of target_modules, or train without use_{kind.word}."
             )
-        arrays[path][kind.array] = kind.runs.of(ops.base_of(module)).start
+        arrays[path][kind.array] = kind.runs.of(ops.base_of(modules[path])).start
     mx.eval(arrays)
     scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
     return Adapter.of(arrays, scales, chain.tied_for(arrays))

@@ -4,103 +4,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..lora import EMBEDDINGS
 from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 #: Rows of logits that exist at a time where no op of ours serves the head.
 HEAD_ROWS = 256
-
-
-class Head(Protocol):
-    """What turns rows of the last h into logits, and these into losses.
-
-    `params` are the factors of its own update, by full path; none without one.
-    """
-
-    @property
-    def path(self) -> str:
-        """The module that can be adapted: the head's own, or the embedding it shares."""
-        ...
-
-    def logits(self, h: mx.array) -> mx.array:
-        """h [..., H] → logits [..., V], without an update."""
-        ...
-
-    def cross_entropy(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        """Σ weights·CE of h [M, H] against targets [M], a scalar in float32."""
-        ...
-
-    def log_probs(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        """Of targets [M] behind h [M, H], float32 [M]."""
-        ...
-
-    def adapting(self, scales: Mapping[str, float], dropout: "Dropout | None" = None) -> "Head":
-        """Of an adapter with these multipliers."""
-        ...
-
-
-def log_probs_by_rows(
-    logits: Callable[[Mapping[str, mx.array], mx.array, int], mx.array],
-    params: Mapping[str, mx.array],
-    h: mx.array,
-    targets: mx.array,
-) -> mx.array:
-    """Of targets [M] behind h [M, H], float32 [M]; `logits(params, rows of h, their first)`.
-
-    HEAD_ROWS at a time, in either direction: a graph without order would have the logits of all.
-    The backward pass runs them again.
-    """
-    names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
-
-    def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
-        z = logits(dict(zip(names, factors, strict=True)), h, begin).astype(mx.float32)
-        return -nn.losses.cross_entropy(z, targets[begin : begin + HEAD_ROWS])
-
-    @mx.custom_function
-    def run(h: mx.array, factors: list[mx.array]) -> mx.array:
-        parts: list[mx.array] = []
-        for begin in begins:
-            own = mx.depends([h[begin : begin + HEAD_ROWS]], parts[-1:])[0]
-            parts.append(part(begin, own, *factors))
-        return mx.concatenate(parts)
-
-    @run.vjp
-    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        h, factors = primals
-        dh: list[mx.array] = []
-        totals = [mx.zeros_like(x) for x in factors]
-        for begin in begins:
-            own, do = (x[begin : begin + HEAD_ROWS] for x in (h, cotangent))
-            own = mx.depends([own], [*dh[-1:], *totals])[0]
-            d_own, *grads = mx.vjp(partial(part, begin), [own, *factors], [do])[1]
-            dh.append(d_own)
-            totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
-        return mx.concatenate(dh), totals
-
-    return cast(mx.array, run(h, list(params.values())))
 
 
 @dataclass(frozen=True)
@@ -114,35 +30,112 @@ class Dropout:
     def key(self, path: str) -> mx.array:
         return ops.dropout_key(self.seed, self.draw, path)
 
-    def __call__(self, x: mx.array, path: str) -> mx.array:
-        kept = mx.random.bernoulli(1 - self.rate, x.shape, self.key(path))
-        return mx.where(kept, x, 0) / (1 - self.rate)
+
+@dataclass(frozen=True)
+class Updates:
+    """How the updates of a model's linears run in a stream: their multipliers by full path."""
+
+    scales: Mapping[str, float]
+    dropout: Dropout | None = None
+    stream: Stream = SINGLE[0]
+
+    def key(self, path: str) -> mx.array | None:
+        """What decides which numbers the update of this module drops; None if it drops none."""
+        return self.dropout and self.dropout.key(self.stream.of(path))
 
 
-class Stages(Protocol):
-    """The stages of one batch."""
+NO_UPDATES = Updates({})
 
-    def __call__(
+
+class Head:
+    """What turns rows of the last h into logits, and these into losses.
+
+    `params` are the factors of its own update, by full path; none without one.
+    """
+
+    path: str  #: the module that can be adapted: the head's own, or the embedding it shares
+
+    def adapting(self, updates: Updates) -> "Head":
+        """For an adapter whose updates run like this."""
+        raise NotImplementedError
+
+    def logits(self, h: mx.array) -> mx.array:
+        """h [..., H] → logits [..., V], without an update."""
+        return self.logits_of({}, h, 0)
+
+    def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
+        """The same with an update; h are rows from the `begin`-th on, which dropout depends on."""
+        raise NotImplementedError
+
+    def cross_entropy(
         self,
-        scales: Mapping[str, float],
-        streams: Sequence[Stream] = SINGLE,
-        dropout: Dropout | None = None,
-    ) -> list[Stage]: ...
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        *,
+        needs_grad: bool = True,
+    ) -> mx.array:
+        """Σ weights·CE of h [M, H] against targets [M], a scalar in float32."""
+        return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
+
+    def log_probs(
+        self,
+        params: Mapping[str, mx.array],
+        h: mx.array,
+        targets: mx.array,
+        *,
+        needs_grad: bool = True,
+    ) -> mx.array:
+        """Log-probabilities of targets [M] after h [M, H], float32 [M].
+
+        HEAD_ROWS at a time, in either direction: a graph without order would have the logits of
+        all. The backward pass runs them again.
+        """
+        names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
+
+        def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
+            z = self.logits_of(dict(zip(names, factors, strict=True)), h, begin)
+            own = targets[begin : begin + HEAD_ROWS]
+            return -nn.losses.cross_entropy(z.astype(mx.float32), own)
+
+        @mx.custom_function
+        def run(h: mx.array, factors: list[mx.array]) -> mx.array:
+            parts: list[mx.array] = []
+            for begin in begins:
+                own = mx.depends([h[begin : begin + HEAD_ROWS]], parts[-1:])[0]
+                parts.append(part(begin, own, *factors))
+            return mx.concatenate(parts)
+
+        @run.vjp
+        def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+            h, factors = primals
+            dh: list[mx.array] = []
+            totals = [mx.zeros_like(x) for x in factors]
+            for begin in begins:
+                own, do = (x[begin : begin + HEAD_ROWS] for x in (h, cotangent))
+                own = mx.depends([own], [*dh[-1:], *totals])[0]
+                d_own, *grads = mx.vjp(partial(part, begin), [own, *factors], [do])[1]
+                dh.append(d_own)
+                totals = [total + grad for total, grad in zip(totals, grads, strict=True)]
+            return mx.concatenate(dh), totals
+
+        return cast(mx.array, run(h, list(params.values())))
 
 
 @dataclass(frozen=True)
 class Chain:
     """A model as stages over boundary values.
 
-    `start(tokens [B, T])` gives those that the stages read first. `stages(scales)` has a stage a
-    layer (`model.layers.3`) or two (`….self_attn`, `….mlp`), one stream behind the other;
-    parameters have the full path of their linear (`model.layers.3.self_attn.q_proj.lora_a`), as
-    have the multipliers `scales`. The last stage of a stream writes its `h`. If the chain `trims`,
-    a stage reads the input `positions` [N], the last N of T, and h has these rows from there on.
+    `start(tokens [B, T])` gives those that the stages read first. A layer is one stage
+    (`model.layers.3`) or two (`….self_attn`, `….mlp`); parameters have the full path of their
+    linear (`model.layers.3.self_attn.q_proj.lora_a`), as have the multipliers `scales`. The last
+    stage of a stream writes its `h`. If the chain `trims`, a stage reads the input `positions` [N],
+    the last N of T, and h has these rows from there on.
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
-    stages: Stages
+    stages_of: Callable[[Updates], list[Stage]]
     head: Head
     linears: dict[str, nn.Module]  #: what can be adapted, by full path
     stage_of: dict[str, str]  #: the owner of a path of `linears`
@@ -154,8 +147,18 @@ class Chain:
     embedded: Callable[[], "Chain"] | None = None  #: the same with the embedding as a stage
     forms: tuple[LayerForm, ...] = ()  #: of the layers of a fast family
 
+    def stages(
+        self,
+        scales: Mapping[str, float],
+        streams: Sequence[Stream] = SINGLE,
+        dropout: Dropout | None = None,
+    ) -> list[Stage]:
+        """The stages of a batch, one stream after the other."""
+        of_streams = (Updates(scales, dropout, stream) for stream in streams)
+        return [stage for updates in of_streams for stage in self.stages_of(updates)]
+
     @property
-    def adaptable(self) -> dict[str, nn.Module]:
+    def adaptable(self) -> dict[str, Any]:
         """All that an adapter may name."""
         return {**self.linears, **self.outer}
 
@@ -165,7 +168,7 @@ class Chain:
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
-        """The same if one of these is an embedding; else None, since it does not matter."""
+        """`tied` if one of these paths is an embedding; else None, since it does not matter."""
         embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
         return self.tied if embeds else None
 
@@ -174,7 +177,7 @@ class Chain:
         chain = self
         if chain.embedded and any(isinstance(self.outer.get(p), EMBEDDINGS) for p in scales):
             chain = chain.embedded()
-        return replace(chain, head=chain.head.adapting(scales, dropout))
+        return replace(chain, head=chain.head.adapting(Updates(scales, dropout)))
 
     def of_head(self, params: Params) -> dict[str, mx.array]:
         """The factors that the head's update has; those of an embedding may be another's too."""

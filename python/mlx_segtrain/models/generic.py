@@ -7,7 +7,7 @@ comparing the chain with the model on a few tokens, before training.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,19 +20,15 @@ from .. import lora
 from ..errors import InputError
 from ..lora import EMBEDDINGS
 from ..schedule import Stage
-from ..streams import SINGLE, Stream
-from .chain import Chain, Dropout, log_probs_by_rows
+from ..streams import Stream
+from .chain import NO_UPDATES, Chain, Head, Updates
 
 #: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
 
 
 class _Stop(Exception):
-    """Ends a run of the model where a stage has what it wants."""
-
-
-def _first(*args: Any, **kwargs: Any) -> Any:
-    return [*args, *kwargs.values()][0]
+    """Ends a run of the model where a stage has what it wants: arguments, by place and name."""
 
 
 class _StandIn:
@@ -66,8 +62,12 @@ class _Body:
 
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
         """The model on tokens; layers without an answer hand their first argument on."""
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            return [*args, *kwargs.values()][0]
+
         whole = list(self.layers)
-        shown: Any = [_StandIn(layer, answers.get(i, _first)) for i, layer in enumerate(whole)]
+        shown: Any = [_StandIn(layer, answers.get(i, first)) for i, layer in enumerate(whole)]
         try:
             self.layers[:] = shown
             return self.model(tokens)
@@ -75,89 +75,63 @@ class _Body:
             self.layers[:] = whole
 
     def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
-        """Layer i behind h, the output of the one before; without h the first behind the tokens."""
-        call: list[tuple[Any, Any]] = []
+        """Layer i after h, the output of the layer before; the first layer without h."""
 
         def stop(*args: Any, **kwargs: Any) -> mx.array:
-            call.append((args, kwargs))
-            raise _Stop
+            raise _Stop(args, kwargs)
 
         answers: dict[int, Any] = {} if h is None else dict.fromkeys(range(i), lambda *_, **__: h)
         answers[i] = stop
         try:
             self.run(tokens, answers)
-        except _Stop:
-            args, kwargs = call[0]
+        except _Stop as call:
+            args, kwargs = call.args
             return self.layers[i](*args, **kwargs)
         raise InputError(f"{self.kind} cannot be trained: {self.path}.{i} is never called.")
 
     def logits(self, tokens: mx.array, h: mx.array) -> mx.array:
-        """What the model makes of h [B, T, H], the last layer's output."""
+        """Logits that the model makes of h [B, T, H], the output of the last layer."""
         return self.run(tokens, dict.fromkeys(range(len(self.layers)), lambda *_, **__: h))
 
 
 @dataclass(frozen=True)
-class _Head:
+class _Head(Head):
     """The model's own way from h to logits, a few rows at a time."""
 
     body: _Body
     path: str
     module: lora.LoRALinear | None = None  #: in the place of what stands at `path`
-    dropout: Dropout | None = None
+    updates: Updates = NO_UPDATES
 
-    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "_Head":
-        if self.path not in scales:
+    def adapting(self, updates: Updates) -> "_Head":
+        if self.path not in updates.scales:
             return self
-        module = lora.wrap(self.body.model, self.path, scales[self.path])
-        return replace(self, module=module, dropout=dropout)
+        module = lora.wrap(self.body.model, self.path, updates.scales[self.path])
+        return replace(self, module=module, updates=updates)
 
-    def logits(self, h: mx.array) -> mx.array:
-        return self._logits({}, h, 0)
-
-    def _logits(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
+    def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         flat = h.reshape(1, -1, h.shape[-1])
         modules = {self.path: self.module} if self.module else {}
-        with _attached(modules, params, self.dropout, Stream(f"rows {begin}")):
+        updates = replace(self.updates, stream=Stream(f"rows {begin}"))
+        with _attached(modules, params, updates):
             z = self.body.logits(mx.zeros(flat.shape[:2], mx.int32), flat)
         return z.reshape(*h.shape[:-1], -1)
-
-    def cross_entropy(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
-
-    def log_probs(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        return log_probs_by_rows(self._logits, params, h, targets)
 
 
 @contextmanager
 def _attached(
     modules: Mapping[str, lora.LoRALinear],
     params: Mapping[str, mx.array],
-    dropout: Dropout | None,
-    stream: Stream,
+    updates: Updates,
 ) -> Iterator[None]:
     """With the factors of `params` in the modules, for as long as the context lasts."""
     for path, module in modules.items():
         for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
                 setattr(module, tensor, params[f"{path}.{tensor}"])
-        if dropout:
-            module.dropout = dropout.rate
-            module.key = dropout.key(stream.of(path))
+        if updates.dropout:
+            module.dropout = updates.dropout.rate
+            module.key = updates.key(path)
     try:
         yield
     finally:  # the modules outlive this trace, and must not keep it
@@ -169,52 +143,38 @@ def chain_of(model: Any) -> Chain:
     """InputError, with layer and reason, if the model cannot be cut up or differentiated."""
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    names = [f"{body.path}.{i}" for i in range(len(body.layers))]
     linears, stage_of = {}, {}
-    for i, layer in enumerate(body.layers):
-        for name, module in layer.named_modules():
-            if isinstance(module, kinds):
-                path = f"{body.path}.{i}.{name}"
-                linears[path], stage_of[path] = module, f"{body.path}.{i}"
+    for name, layer in zip(names, body.layers, strict=True):
+        own = {f"{name}.{p}": m for p, m in layer.named_modules() if isinstance(m, kinds)}
+        linears |= own
+        stage_of |= dict.fromkeys(own, name)
     vocabulary = _try(body)
-    outer = _outer(body, vocabulary)
-    first = f"{body.path}.0"
+    # The embedding of the tokens and the head's linear, where they are modules.
+    outer: dict[str, nn.Module] = {
+        path: module
+        for path, module in body.model.named_modules()
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS))
+        and not path.startswith(f"{body.path}.")
+        and module.weight.shape[0] == vocabulary
+    }
     embeddings = [path for path, module in outer.items() if isinstance(module, EMBEDDINGS)]
-    stage_of |= {p: first if isinstance(m, EMBEDDINGS) else "head" for p, m in outer.items()}
+    heads = [path for path in outer if path not in embeddings]
+    stage_of |= {**dict.fromkeys(embeddings, names[0]), **dict.fromkeys(heads, "head")}
 
-    def stages(
-        scales: Mapping[str, float],
-        streams: Sequence[Stream] = SINGLE,
-        dropout: Dropout | None = None,
-    ) -> list[Stage]:
-        return [
-            _stage(body, i, scales, stream, dropout, embeddings)
-            for stream in streams
-            for i in range(len(body.layers))
-        ]
+    def stages_of(updates: Updates) -> list[Stage]:
+        return [_stage(body, i, updates, embeddings) for i in range(len(names))]
 
     return Chain(
         start=lambda tokens: {"tokens": tokens},
-        stages=stages,
-        head=_Head(body, next((p for p in outer if stage_of[p] == "head"), next(iter(outer), ""))),
+        stages_of=stages_of,
+        head=_Head(body, next(iter([*heads, *embeddings]), "")),
         linears=linears,
         stage_of=stage_of,
-        layers=[[f"{body.path}.{i}"] for i in range(len(body.layers))],
+        layers=[[name] for name in names],
         max_length=getattr(getattr(model, "args", None), "max_position_embeddings", None),
         outer=outer,
     )
-
-
-def _outer(body: _Body, vocabulary: int) -> dict[str, nn.Module]:
-    """The embedding of the tokens and the head's linear, by path, where they are modules."""
-    kinds = (nn.Linear, nn.QuantizedLinear, *EMBEDDINGS)
-    inside = f"{body.path}."
-    return {
-        path: module
-        for path, module in body.model.named_modules()
-        if isinstance(module, kinds)
-        and not path.startswith(inside)
-        and module.weight.shape[0] == vocabulary
-    }
 
 
 def _body(model: Any) -> _Body:
@@ -230,29 +190,22 @@ def _body(model: Any) -> _Body:
     raise InputError(f"{kind} cannot be trained: its layers are in more than one list.")
 
 
-def _stage(
-    body: _Body,
-    i: int,
-    scales: Mapping[str, float],
-    stream: Stream,
-    dropout: Dropout | None,
-    outer: Collection[str],
-) -> Stage:
+def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Stage:
     """Layer i; of the first also the embedding, which is one of `outer`."""
     name = f"{body.path}.{i}"
     adapted = {
         path: lora.wrap(body.model, path, scale)
-        for path, scale in scales.items()
+        for path, scale in updates.scales.items()
         if path.startswith(f"{name}.") or (i == 0 and path in outer)
     }
 
     def forward(params: Mapping[str, mx.array], tokens: mx.array, *h: mx.array) -> mx.array:
-        with _attached(adapted, params, dropout, stream):
+        with _attached(adapted, params, updates):
             return body.layer(i, tokens, *(h or (None,)))
 
-    h = stream.of("h")
-    reads = (stream.of("tokens"), h) if i else (stream.of("tokens"),)
-    return Stage(stream.of(name), forward, reads, (h,), owner=name)
+    of = updates.stream.of
+    reads = (of("tokens"), of("h")) if i else (of("tokens"),)
+    return Stage(of(name), forward, reads, (of("h"),), owner=name)
 
 
 def _try(body: _Body) -> int:
@@ -276,8 +229,7 @@ def _try(body: _Body) -> int:
             if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
                 raise InputError(f"{where} gives something else than one array [B, T, H].")
             if h is not None:
-                f = functools.partial(_listed, body, i, tokens)
-                mx.eval(mx.vjp(f, [h], [mx.ones_like(y)]))
+                mx.eval(mx.vjp(functools.partial(body.layer, i, tokens), [h], [mx.ones_like(y)]))
         except InputError:
             raise
         except Exception as error:
@@ -292,10 +244,6 @@ def _try(body: _Body) -> int:
             "layers share more than h."
         )
     return expected.shape[-1]
-
-
-def _listed(body: _Body, i: int, tokens: mx.array, h: mx.array) -> list[mx.array]:
-    return [body.layer(i, tokens, h)]
 
 
 def _reason(error: Exception) -> str:

@@ -51,7 +51,7 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool) -> int:
-        """Of what is loaded; `float32`: floating weights become so, as on the CPU."""
+        """Bytes of the weights once loaded; `float32`: floating ones become so, as on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for dtype, shape in self.tensors.values()
@@ -59,7 +59,7 @@ class ModelShape:
 
 
 def read_shape(model: str | Path | Snapshot) -> ModelShape:
-    """Of a model's folder; InputError if it has no config.json or no readable header."""
+    """The shape of the model in a folder; InputError without a readable config.json or header."""
     snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
     config, tensors = snapshot.config, snapshot.tensors
     with snapshot.consistent():
@@ -67,15 +67,15 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """From a configuration as mlx-lm reads it, and tensors by name; InputError if layers lack."""
+    """From a configuration as mlx-lm reads it, and tensors by name; InputError without layers."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}
     reader = of_type(family) and of_type(str(text.get("model_type")))
     loaded = {name: t for name, t in tensors.items() if not OTHER_TOWERS.search(name)}
     widths, bits = _linears(config, loaded)
-    numbers = sorted({int(m[2]) for name in loaded if (m := _LAYER.match(name))})
-    prefixes = {m[1] for name in loaded if (m := _LAYER.match(name))}
+    found = [match for name in loaded if (match := _LAYER.match(name))]
+    prefixes, numbers = {match[1] for match in found}, {int(match[2]) for match in found}
     if len(numbers) > MOST_LAYERS:
         raise InputError(f"the weights name {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
     embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
@@ -89,21 +89,19 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     # Of a format that mlx-lm converts when it loads, widths and sizes are not these.
     weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
     if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
-        prefix = prefixes.pop()
-        found = [LayerHeaders(f"{prefix}{i}", widths, loaded) for i in range(len(numbers))]
-        forms = reader.forms(text, found)
-        if all(form.query > 0 < form.hidden for form in forms) and any(
-            form.key_value for form in forms
-        ):
+        (prefix,) = prefixes
+        names = [f"{prefix}{i}" for i in range(len(numbers))]
+        forms = reader.forms(text, [LayerHeaders(name, widths, loaded) for name in names])
+        whole = all(form.query > 0 < form.hidden for form in forms)
+        if whole and any(form.key_value for form in forms):
             layers = linked(forms)
-            # As models.layer.outer_of finds them in the loaded model.
+            # As models.layer.chain finds them in the loaded model.
             heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
             outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
-    kinds = {
-        kind
+    wide = any(
+        kind == "F32" and re.search(r"embed_tokens\.(scales|weight)$", name)
         for name, (kind, _) in loaded.items()
-        if re.search(r"embed_tokens\.(scales|weight)$", name)
-    }
+    )
     return ModelShape(
         family=family,
         fast=bool(layers),
@@ -115,7 +113,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         outer=outer,
         widths=widths,
         bits=bits,
-        float_size=4 if "F32" in kinds else 2,
+        float_size=4 if wide else 2,
         tensors=loaded,
         max_length=text.get("max_position_embeddings"),
     )

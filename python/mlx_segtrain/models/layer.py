@@ -3,26 +3,32 @@
 Read `Layer.stages` first: from the residual stream h to h + attention(h), and on to h + mlp(h).
 """
 
-import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..lora.dora import Stretch
+from ..lora import KINDS, Kind
+from ..lora.modules import dropped
 from ..schedule import Stage
-from ..streams import SINGLE, Stream
-from .chain import Chain, Dropout, log_probs_by_rows
+from ..streams import Stream
+from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
 #: Rows that an MLP takes at a time. With more tokens, what is inside one stops growing, and its
 #: first product runs twice even where everything is kept. It is the same for every plan, since the
 #: order of sums over rows depends on it.
 MLP_ROWS = 16384
+
+#: Where mlx-lm's layers have their linears.
+PROJECTIONS = (
+    *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
+    *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
+)
 
 #: x [B, n, T, D] whose first row stands at `offset` → rotated.
 Rotate = Callable[[mx.array, int], mx.array]
@@ -39,26 +45,7 @@ class Projection:
     path: str  #: in the model, as that of its LoRA factors
     part: slice | None = None
     embedding: bool = False  #: it is one, [V, H], read as a linear: a is [V, R] and b [R, H]
-
-    @cached_property
-    def stretch(self) -> Stretch:
-        return Stretch.of(self.base)
-
-    def linear(self, params: Mapping[str, mx.array], scales: Mapping[str, float]) -> ops.Linear:
-        """With its update; that of DoRA stretches what this one gives, and then adds the bias."""
-        a = params.get(f"{self.path}.lora_a")
-        if a is None:
-            return ops.Linear(self.base)
-        b = params[f"{self.path}.lora_b"]
-        b = b if self.part is None else b[:, self.part]
-        a, b = (b.T, a.T) if self.embedding else (a, b)
-        base = self.base if self.magnitude(params) is None else self.stretch.base
-        return ops.Linear(base, a, b, scales[self.path])
-
-    def magnitude(self, params: Mapping[str, mx.array]) -> mx.array | None:
-        """Of DoRA: the lengths of its rows, [out]."""
-        m = params.get(f"{self.path}.m")
-        return m if m is None or self.part is None else m[self.part]
+    made: dict[Kind, Any] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,45 +53,50 @@ class Linears:
     """Runs projections, each with its LoRA update if the stage's parameters have one."""
 
     params: Mapping[str, mx.array]
-    scales: Mapping[str, float]
-    dropout: Dropout | None
-    stream: Stream
+    updates: Updates
 
     def __call__(self, x: mx.array, *projections: Projection) -> list[mx.array]:
         """x [..., in] → y [..., out] of each."""
         linears = [self.of(projection) for projection in projections]
-        if self.dropout is None:
+        if (dropout := self.updates.dropout) is None:
             ys = ops.lora_linears(x, linears)
         else:
-            rate = self.dropout.rate
-            keys = [self.dropout.key(self.stream.of(p.path)) for p in projections]
+            keys = [self.updates.key(projection.path) for projection in projections]
             ys = [
                 ops.lora_linear(x, w.base)
                 if w.a is None
-                else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=rate, key=key)
+                else ops.lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout.rate, key=key)
                 for w, key in zip(linears, keys, strict=True)
             ]
-        return [
-            y if (m := p.magnitude(self.params)) is None else p.stretch(y, w, m)
-            for y, w, p in zip(ys, linears, projections, strict=True)
-        ]
+        for i, projection in enumerate(projections):
+            if more := self.more(projection):
+                ys[i] = more[0](ys[i], linears[i], more[1])
+        return ys
 
     def plain(self, *projections: Projection) -> bool:
-        """Whether their updates are nothing but products: no dropout, no DoRA."""
-        return self.dropout is None and all(p.magnitude(self.params) is None for p in projections)
+        """Whether their updates are nothing but products: no dropout, and LoRA alone."""
+        return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        return projection.linear(self.params, self.scales)
+        """The linear with its factors; of a kind that is more than LoRA what its array is for."""
+        a = self.params.get(f"{projection.path}.lora_a")
+        if a is None:
+            return ops.Linear(projection.base)
+        b = self.params[f"{projection.path}.lora_b"]
+        b = b if projection.part is None else b[:, projection.part]
+        a, b = (b.T, a.T) if projection.embedding else (a, b)
+        more = self.more(projection)
+        base = more[0].base if more else projection.base
+        return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
-
-def parts_of(module: nn.Module, path: str, sizes: Sequence[int]) -> list[Projection]:
-    """The projections that a fused linear holds one below the other."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    base = ops.base_of(module)
-    return [
-        Projection(ops.rows_of(base, end - size, end), path, slice(end - size, end))
-        for end, size in zip(ends, sizes, strict=True)
-    ]
+    def more(self, projection: Projection) -> tuple[Any, mx.array] | None:
+        """If the update has more than factors: what applies its array, and the array [out]."""
+        for kind in KINDS:
+            x = self.params.get(f"{projection.path}.{kind.array}")
+            if x is not None:
+                x = x if projection.part is None else x[projection.part]
+                return kind.on(projection.base, projection.made), x
+        return None
 
 
 @dataclass(frozen=True)
@@ -113,6 +105,10 @@ class Norm:
 
     weight: mx.array
     eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> "Norm":
+        return cls(module.weight, module.eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         return ops.rms_norm(x, self.weight, self.eps)
@@ -166,19 +162,19 @@ class Attention:
             v = self._heads(kv[-1][:, begin:end], self.kv_heads, self.v_norm)
             return [self.rotate(k, position), v]
 
-        shared, branch = linears.stream.shared, linears.stream.branch
+        shared, branch = linears.updates.stream.shared, linears.updates.stream.branch
         if not branch:
             keys = keys_values(0, None, 0)
             o, kept = self._attend(q, keys, saved, save)
             return linears(o, self.o)[0], keys, kept
         cut = (given[0].shape[2] if given else x.shape[1]) - branch
         main, other = keys_values(0, cut, 0), keys_values(cut, None, shared)
-        behind = [_joined(a[:, :, :shared], b, 2) for a, b in zip(main, other, strict=True)]
+        seen = _joined([x[:, :, :shared] for x in main], other)
         o, kept = self._attend(q[:, :-branch], main, saved[:2], save)
-        more, more_kept = self._attend(q[:, -branch:], behind, saved[2:], save)
+        more, more_kept = self._attend(q[:, -branch:], seen, saved[2:], save)
         kept = [*kept, *more_kept] if kept and more_kept else []
-        keys = [_joined(a, b, 2) for a, b in zip(main, other, strict=True)]
-        return linears(_joined(o, more, 1), self.o)[0], keys, kept
+        o = mx.concatenate([o, more], 1)
+        return linears(o, self.o)[0], _joined(main, other), kept
 
     def _attend(
         self, q: mx.array, keys_values: Sequence[mx.array], saved: Sequence[mx.array], save: bool
@@ -206,17 +202,20 @@ class Attention:
         return (norm(x) if norm else x).transpose(0, 2, 1, 3)
 
 
+def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.array]:
+    """Keys and values [B, G, ·, D] of a branch after others."""
+    return [mx.concatenate([a, b], 2) for a, b in zip(main, other, strict=True)]
+
+
 @dataclass(frozen=True)
 class Mlp:
+    """What a layer adds to h after attention."""
+
     gate: Projection
     up: Projection
     down: Projection
     gelu: bool = False
-    experts = 0
-
-    @property
-    def hidden(self) -> int:
-        return self.down.base.in_dims
+    experts: int = 0  #: numbers that the experts of a token hold
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """x is h after its norm."""
@@ -226,24 +225,6 @@ class Mlp:
             return ops.lora_glu_mlp(x, *whole, gelu=self.gelu, tile_rows=MLP_ROWS)
         gate, up = linears(x, self.gate, self.up)
         return linears((ops.geglu if self.gelu else ops.swiglu)(gate, up), self.down)[0]
-
-
-class Branch(Protocol):
-    """What a layer adds to h after attention."""
-
-    @property
-    def hidden(self) -> int:
-        """Width of its gate."""
-        ...
-
-    @property
-    def experts(self) -> int:
-        """Numbers that the experts of a token hold."""
-        ...
-
-    def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
-        """x is h after its norm."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +238,7 @@ class Layer:
     name: str
     modules: dict[str, nn.Module]  #: its linears by path in the model
     attention: Attention
-    mlp: Branch
+    mlp: Mlp
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
@@ -275,7 +256,7 @@ class Layer:
             name=self.name,
             query=wide,
             key_value=attention.k.base.out_dims if attention.k else 0,
-            hidden=self.mlp.hidden,
+            hidden=self.mlp.down.base.in_dims,
             head=wide // attention.heads,
             window=attention.window,
             softcap=bool(attention.softcap),
@@ -288,19 +269,8 @@ class Layer:
             donor=self.donor,
         )
 
-    def stages(
-        self,
-        form: LayerForm,
-        scales: Mapping[str, float],
-        stream: Stream,
-        dropout: Dropout | None,
-    ) -> list[Stage]:
-        """The stages of one stream. `form` is this layer's, linked to the others; `scales` are the
-        multipliers of LoRA updates by full path.
-        """
-
-        def linears_of(params: Mapping[str, mx.array]) -> Linears:
-            return Linears(params, scales, dropout, stream)
+    def stages(self, form: LayerForm, updates: Updates) -> list[Stage]:
+        """The stages of one stream. `form` is this layer's, linked to the others."""
 
         def attention(
             params: Mapping[str, mx.array],
@@ -312,18 +282,18 @@ class Layer:
             rows = more[0].size if form.trims else h.shape[1]
             x = self.before_attention(h) if self.before_attention else h
             given = more[-2:] if self.donor else ()
-            r, kv, kept = self.attention(linears_of(params), x, rows, given, saved, save)
+            r, kv, kept = self.attention(Linears(params, updates), x, rows, given, saved, save)
             h = h if rows == h.shape[1] else h[:, -rows:]
             h = h + self._branch(r, self.after_attention)
             return (h, *(kv if form.gives else ()), *(kept if save else ()))
 
         def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
-            linears = linears_of(params)
+            linears = Linears(params, updates)
             r = self.mlp(linears, h, self.before_mlp(h) if self.before_mlp else h)
             h = h + self._branch(r, self.after_mlp)
             return self.finish(linears, h, more[0] if more else None) if self.finish else h
 
-        of_attention, of_mlp = form.stages(stream)
+        of_attention, of_mlp = form.stages(updates.stream)
         return [Stage(fn=attention, **vars(of_attention)), Stage(fn=mlp, **vars(of_mlp))]
 
     def _branch(self, r: mx.array, after: Norm | None) -> mx.array:
@@ -344,38 +314,34 @@ class Embedding:
         """tokens [B, T] → h [B, T, H], without an update."""
         return self.finish(self.module(tokens))
 
-    def stage(self, scales: Mapping[str, float], stream: Stream, dropout: Dropout | None) -> Stage:
+    def stage(self, updates: Updates) -> Stage:
         def embed(params: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
             h = self.module(tokens)
             if f"{self.path}.lora_a" in params:
                 z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
-                if dropout:
-                    z = dropout(z, stream.of(self.path))
-                h = h + (scales[self.path] * z).astype(h.dtype)
+                if updates.dropout:
+                    z = dropped(z, updates.dropout.rate, updates.key(self.path))
+                h = h + (updates.scales[self.path] * z).astype(h.dtype)
             return self.finish(h)
 
-        return Stage(fn=embed, **vars(StageForm.embedding(self.path, stream)))
+        return Stage(fn=embed, **vars(StageForm.embedding(self.path, updates.stream)))
 
 
 @dataclass(frozen=True)
-class LinearHead:
+class LinearHead(Head):
     """Norm, a frozen linear [V, H], a cap: logits of rows, never all at once in training."""
 
     norm: Norm
     projection: Projection
     softcap: float | None = None
-    scales: Mapping[str, float] = field(default_factory=dict)
-    dropout: Dropout | None = None
+    updates: Updates = NO_UPDATES
 
     @property
     def path(self) -> str:
         return self.projection.path
 
-    def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "LinearHead":
-        return replace(self, scales=scales, dropout=dropout)
-
-    def logits(self, h: mx.array) -> mx.array:
-        return self._logits({}, self.norm(h), 0)
+    def adapting(self, updates: Updates) -> "LinearHead":
+        return replace(self, updates=updates)
 
     def cross_entropy(
         self,
@@ -386,11 +352,10 @@ class LinearHead:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """ops.linear_cross_entropy; with an update some rows at a time."""
         if params:
-            return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
-        x, base = self.norm(h), self.projection.base
+            return super().cross_entropy(params, h, targets, weights)
         how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
+        x, base = self.norm(h), self.projection.base
         return ops.linear_cross_entropy(x, base, targets, weights, **how)
 
     def log_probs(
@@ -401,90 +366,151 @@ class LinearHead:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """ops.linear_log_probs; with an update some rows at a time."""
-        x, base = self.norm(h), self.projection.base
         if params:
-            return log_probs_by_rows(self._logits, params, x, targets)
+            return super().log_probs(params, h, targets)
         how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
-        return ops.linear_log_probs(x, base, targets, **how)
+        return ops.linear_log_probs(self.norm(h), self.projection.base, targets, **how)
 
-    def _logits(self, params: Mapping[str, mx.array], x: mx.array, begin: int) -> mx.array:
-        """Of rows of x from the `begin`-th on."""
-        linears = Linears(params, self.scales, self.dropout, Stream(f"rows {begin}"))
-        (z,) = linears(x, self.projection)
+    def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
+        updates = replace(self.updates, stream=Stream(f"rows {begin}"))
+        (z,) = Linears(params, updates)(self.norm(h), self.projection)
         return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
 
 
-def outer_of(
-    model: Any, embedding: Embedding, prefix: str, tied: bool
-) -> tuple[Projection, dict[str, nn.Module]]:
-    """The head's linear, and what can be adapted beside the layers."""
-    if tied:
-        head = Projection(ops.base_of(embedding.module), embedding.path, embedding=True)
-        return head, {embedding.path: embedding.module}
-    path = f"{prefix}lm_head"
-    outer = {embedding.path: embedding.module, path: model.lm_head}
-    return Projection(ops.base_of(model.lm_head), path), outer
-
-
 def chain(
+    model: Any,
+    prefix: str,
     embedding: Embedding,
     layers: Sequence[Layer],
-    head: LinearHead,
-    max_length: int | None,
-    outer: Mapping[str, nn.Module],
+    norm: Norm,
     *,
-    embeds: bool = False,
+    tied: bool,
+    softcap: float | None = None,
 ) -> Chain:
-    """The chain of these layers; `embeds`: with the embedding as a stage, so that it may learn."""
+    """The chain of an mlx-lm model with these layers; norm and cap are those of its head."""
     forms = linked([layer.form for layer in layers])
-    reads_tokens = any(form.own_input for form in forms)
+    own_inputs = any(form.own_input for form in forms)
+    path, module = embedding.path, embedding.module
+    # The inputs of layers that have their own are made from the embedding, too.
+    outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
+    if not tied:
+        path, module = f"{prefix}lm_head", model.lm_head
+        outer[path] = module
+    head = LinearHead(norm, Projection(ops.base_of(module), path, embedding=tied), softcap)
+    linears: dict[str, nn.Module] = {}
+    stage_of = {path: embedding.path if path == embedding.path else "head" for path in outer}
+    for layer, form in zip(layers, forms, strict=True):
+        linears |= layer.modules
+        stage_of |= {path: form.owner_of(path) for path in layer.modules}
 
-    def start(tokens: mx.array) -> dict[str, mx.array]:
+    def of(embeds: bool) -> Chain:
+        """`embeds`: with the embedding as a stage, so that it may learn."""
+        owners = [list(form.owners) for form in forms]
         if embeds:
-            return {"tokens": tokens}
-        return {"h": embedding(tokens), **({"tokens": tokens} if reads_tokens else {})}
+            owners[0].insert(0, embedding.path)
 
-    def stages(
-        scales: Mapping[str, float],
-        streams: Sequence[Stream] = SINGLE,
-        dropout: Dropout | None = None,
-    ) -> list[Stage]:
-        found = []
-        for stream in streams:
-            found += [embedding.stage(scales, stream, dropout)] if embeds else []
+        def start(tokens: mx.array) -> dict[str, mx.array]:
+            values = {} if embeds else {"h": embedding(tokens)}
+            return values | ({"tokens": tokens} if embeds or own_inputs else {})
+
+        def stages_of(updates: Updates) -> list[Stage]:
+            found = [embedding.stage(updates)] if embeds else []
             for layer, form in zip(layers, forms, strict=True):
-                found += layer.stages(form, scales, stream, dropout)
-        return found
+                found += layer.stages(form, updates)
+            return found
 
-    owners = [list(form.owners) for form in forms]
-    if embeds:
-        owners[0].insert(0, embedding.path)
-    stage_of = {
-        path: form.owner_of(path)
-        for layer, form in zip(layers, forms, strict=True)
-        for path in layer.modules
+        return Chain(
+            start=start,
+            stages_of=stages_of,
+            head=head,
+            linears=linears,
+            stage_of=stage_of,
+            layers=owners,
+            forms=forms,
+            max_length=getattr(model.args, "max_position_embeddings", None),
+            trims=True,
+            branches=True,
+            outer=outer,
+            embedded=None if embeds else lambda: of(True),
+        )
+
+    return of(False)
+
+
+def layer_of(
+    name: str,
+    layer: Any,
+    heads: int,
+    *,
+    norm: Callable[[Any], Norm] = Norm.of,
+    mlp: Callable[..., Mlp] = Mlp,
+    paths: Sequence[str] = PROJECTIONS,
+    donor: str | None = None,
+    attention: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Layer:
+    """The layer that mlx-lm's modules make, by the names that they have in most families.
+
+    `paths` are those of its linears; `attention` and `more` are fields of Attention and Layer.
+    """
+    attn, found = layer.self_attn, dict(layer.named_modules())
+    if donor:  # an adapter has nothing to change in projections that nobody runs
+        found = {p: m for p, m in found.items() if p[-6:] not in ("k_proj", "v_proj", "k_norm")}
+    modules = {path: found[path] for path in paths if path in found}
+    linears: dict[str, Any] = {
+        path: Projection(ops.base_of(module), f"{name}.{path}") for path, module in modules.items()
     }
-    stage_of |= {path: embedding.path if path == embedding.path else "head" for path in outer}
-    again = functools.partial(chain, embedding, layers, head, max_length, outer, embeds=True)
-    return Chain(
-        start=start,
-        stages=stages,
-        head=head,
-        linears={path: module for layer in layers for path, module in layer.modules.items()},
-        stage_of=stage_of,
-        layers=owners,
-        forms=forms,
-        max_length=max_length,
-        trims=True,
-        branches=True,
-        outer=dict(outer),
-        embedded=None if embeds else again,
+
+    def parts(fused: str, separate: Sequence[str], first: int) -> list[Any]:
+        """Projections that may be one linear: `first` rows, and below them the others alike."""
+        if fused not in linears:
+            return [linears.get(path) for path in separate]
+        whole, others = linears[fused], len(separate) - 1
+        rest = (whole.base.out_dims - first) // others
+        ends = [0, *(first + i * rest for i in range(others + 1))]
+        return [
+            replace(whole, base=ops.rows_of(whole.base, begin, end), part=slice(begin, end))
+            for begin, end in itertools.pairwise(ends)
+        ]
+
+    def normed(path: str) -> Norm | None:
+        return norm(found[path]) if path in found else None
+
+    o, down = linears["self_attn.o_proj"], linears["mlp.down_proj"]
+    d = o.base.in_dims // heads
+    separate = [f"self_attn.{p}_proj" for p in "qkv"]
+    q, k, v = parts("self_attn.qkv_proj", separate, o.base.in_dims)
+    gate, up = parts("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], down.base.in_dims)
+    q_norm = normed("self_attn.q_norm")
+    before, between = normed("input_layernorm"), normed("post_attention_layernorm")
+    before_mlp = normed("pre_feedforward_layernorm")
+    if before and not before_mlp:  # what comes after attention is then the norm before the MLP
+        before_mlp, between = between, None
+    return Layer(
+        name=name,
+        modules={f"{name}.{path}": module for path, module in modules.items()},
+        attention=Attention(
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            heads=heads,
+            kv_heads=k.base.out_dims // d if k else 0,
+            scale=attn.scale,
+            rotate=rotary(attn.rope),
+            q_norm=q_norm,
+            k_norm=normed("self_attn.k_norm"),
+            wide_norms=q_norm is not None and q_norm.weight.size > d,
+            **attention or {},
+        ),
+        mlp=mlp(gate, up, down),
+        before_attention=before,
+        after_attention=between,
+        before_mlp=before_mlp,
+        after_mlp=normed("post_feedforward_layernorm"),
+        donor=donor,
+        **more,
     )
-
-
-def _joined(a: mx.array, b: mx.array, axis: int) -> mx.array:
-    return mx.concatenate([a, b], axis)
 
 
 def rotary(rope: Any) -> Rotate:
@@ -501,10 +527,3 @@ def rotary(rope: Any) -> Rotate:
         return lambda x, offset: rope(x, offset=offset)
     options["traditional"] = rope.traditional
     return lambda x, offset: ops.rope(x, rope.dims, offset=offset, **options)
-
-
-def at(module: Any, path: str) -> Any:
-    """The module at a dotted path; None where there is none."""
-    for name in path.split("."):
-        module = module.get(name) if isinstance(module, nn.Module) else None
-    return module

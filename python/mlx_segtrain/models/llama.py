@@ -1,6 +1,6 @@
 """The Llama forms: norm, attention with rotary q and k, norm, SwiGLU, a residual around each.
 
-What differs is read off mlx-lm's modules: biases, norms of q and k, norms behind the branches,
+What differs is read off mlx-lm's modules: biases, norms of q and k, norms after the branches,
 fused projections, layers without rotation, multipliers.
 """
 
@@ -8,43 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from .. import ops
 from .chain import Chain
 from .form import LayerForm, LayerHeaders
-from .layer import (
-    Attention,
-    Embedding,
-    Layer,
-    LinearHead,
-    Mlp,
-    Norm,
-    Projection,
-    Rotate,
-    at,
-    chain,
-    outer_of,
-    parts_of,
-    rotary,
-)
+from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
 #: mlx-lm's modules of this form, by file, that know full attention only, whatever config.json says.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-FORMS = (*WITHOUT_WINDOWS, "llama", "ministral3")
-#: What mlx-lm loads as one of these, and the models for text and images that hold one.
+#: With what mlx-lm loads as one of these, and the models for text and images that hold one.
 TYPES = {
-    *(*FORMS, "mistral", "xverse", "iquestcoder"),
+    *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
-PROJECTIONS = (
-    *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
-    *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
-)
-
-
-def serves(model: nn.Module) -> bool:
-    return type(model).__module__.rsplit(".", 1)[-1] in FORMS
 
 
 def chain_of(model: Any, prefix: str) -> Chain:
@@ -58,14 +33,13 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
     # A multiplier of the logits is one of the norm's weight, which meets every row.
     weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
-    embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grown)
-    head, outer = outer_of(model, embedding, prefix, args.tie_word_embeddings)
     return chain(
-        embedding,
+        model,
+        prefix,
+        Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grown),
         [_layer(name, layer, args) for name, layer in zip(names, body.layers, strict=True)],
-        LinearHead(Norm(weight, body.norm.eps), head),
-        args.max_position_embeddings,
-        outer,
+        Norm(weight, body.norm.eps),
+        tied=args.tie_word_embeddings,
     )
 
 
@@ -83,52 +57,15 @@ def forms(text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[Layer
 
 
 def _layer(name: str, layer: Any, args: Any) -> Layer:
-    attn = layer.self_attn
-    modules = {path: found for path in PROJECTIONS if (found := at(layer, path)) is not None}
-
-    def projection(path: str) -> Projection:
-        return Projection(ops.base_of(modules[path]), f"{name}.{path}")
-
-    def split(fused: str, separate: list[str], sizes: list[int]) -> list[Projection]:
-        if fused in modules:
-            return parts_of(modules[fused], f"{name}.{fused}", sizes)
-        return [projection(path) for path in separate]
-
-    def norm(path: str) -> Norm | None:
-        found = at(layer, path)
-        return None if found is None else Norm(found.weight, found.eps)
-
-    o, down = projection("self_attn.o_proj"), projection("mlp.down_proj")
-    d, f = o.base.in_dims // attn.n_heads, down.base.in_dims
-    heads = [attn.n_heads * d, *[attn.n_kv_heads * d] * 2]
-    q, k, v = split("self_attn.qkv_proj", [f"self_attn.{p}_proj" for p in "qkv"], heads)
-    gate, up = split("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"], [f, f])
-    before = norm("input_layernorm")
-    # Without a norm before a branch (OLMo 2) the one after attention stands behind it.
-    q_norm = norm("self_attn.q_norm")
-    return Layer(
-        name=name,
-        modules={f"{name}.{path}": module for path, module in modules.items()},
-        attention=Attention(
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            heads=attn.n_heads,
-            kv_heads=attn.n_kv_heads,
-            scale=attn.scale,
-            rotate=rotary(attn.rope),
-            window=args.sliding_window if getattr(layer, "use_sliding", False) else None,
-            q_norm=q_norm,
-            k_norm=norm("self_attn.k_norm"),
-            wide_norms=q_norm is not None and q_norm.weight.size > d,
-            scale_q=_scale_by_position(args),
-        ),
-        mlp=Mlp(gate, up, down),
-        before_attention=before,
-        after_attention=None if before else norm("post_attention_layernorm"),
-        before_mlp=norm("post_attention_layernorm") if before else None,
-        after_mlp=norm("post_feedforward_layernorm"),
+    slides = getattr(layer, "use_sliding", False)
+    return layer_of(
+        name,
+        layer,
+        args.num_attention_heads,
+        attention={
+            "window": args.sliding_window if slides else None,
+            "scale_q": _scale_by_position(args),
+        },
         branch_scale=getattr(layer, "residual_multiplier", 1.0),
     )
 

@@ -29,7 +29,7 @@ class Tables:
 
 
 def tables_of(model: nn.Module) -> Tables:
-    """Of mlx-lm's model; nothing is computed. InputError if it has no embedding, or cannot run."""
+    """The tables of mlx-lm's model; computes nothing. InputError if it has none, or cannot run."""
     tables = {
         name: module.weight.shape[0]
         for name, module in model.named_modules()

@@ -82,8 +82,8 @@ def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
 
         return replace(stage, fn=fn)
 
-    stages = setup.chain.stages
-    chain = replace(setup.chain, stages=lambda *a, **k: [watched(s) for s in stages(*a, **k)])
+    stages_of = setup.chain.stages_of
+    chain = replace(setup.chain, stages_of=lambda updates: [watched(s) for s in stages_of(updates)])
     params = setup.layout.split(at.vector)
     what = (setup.objective, chain, setup.scales, params, batch, setup.objective.total([batch]))
     outputs = np.array([float(x) for x in value(*what)])
