@@ -67,9 +67,22 @@ class Facets:
 PLAIN = Facets()
 
 
-def option(default: Any, about: str, facets: Facets = PLAIN, **bounds: Any) -> Any:
-    """A field with its default (... is none), description, facets and pydantic's bounds."""
-    return Field(default, description=about, json_schema_extra=facets, **bounds)
+def option(
+    default: Any,
+    facets: Facets = PLAIN,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
+    min_length: int | None = None,
+    **more: Any,
+) -> Any:
+    """A field with its default (... is none), pydantic's bounds, and `facets` with `more` of them.
+
+    The docstring below the field is its description.
+    """
+    facets |= Facets(**more)
+    return Field(default, json_schema_extra=facets, ge=ge, gt=gt, lt=lt, min_length=min_length)
 
 
 def _expand(value: Any) -> Any:
