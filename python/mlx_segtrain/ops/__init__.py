@@ -18,7 +18,7 @@ import mlx.nn as nn
 from .. import _core
 from .._core import Base, Linear
 from . import reference
-from .reference import Segments, segment_ranges
+from .reference import Segments, packing, segment_ranges
 from .selfcheck import on_gpu, self_check
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "lora_glu_mlp",
     "lora_linear",
     "lora_linears",
+    "packing",
     "rms_norm",
     "rope",
     "rows_of",
@@ -52,8 +53,7 @@ def base_of(module: nn.Module) -> Base:
     bias = module.get("bias")
     if "scales" not in module:
         return Base(module["weight"], bias=bias)
-    quant: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-    return Base(module["weight"], module["scales"], module.get("biases"), bias, **quant)
+    return Base(module["weight"], module["scales"], module.get("biases"), bias, **packing(module))
 
 
 def rows_of(base: Base, begin: int, end: int) -> Base:
@@ -62,8 +62,8 @@ def rows_of(base: Base, begin: int, end: int) -> Base:
     def cut(x: mx.array | None) -> mx.array | None:
         return None if x is None else x[begin:end]
 
-    quant: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
-    return Base(base.weight[begin:end], *map(cut, (base.scales, base.biases, base.bias)), **quant)
+    arrays = map(cut, (base.scales, base.biases, base.bias))
+    return Base(base.weight[begin:end], *arrays, **packing(base))
 
 
 def _check_device() -> None:

@@ -60,33 +60,27 @@ def attention(
     window: int | None = None,
     segments: list[int] | None = None,
 ) -> bench.Case:
-    options: dict[str, Any] = {"scale": d**-0.5}
-    given = {"window": window, "segments": segments}
-    given = {key: value for key, value in given.items() if value is not None}
+    scale = d**-0.5
 
     def run(impl: str) -> dict[str, bench.Work]:
-        q, k, v = (
-            bench.normal(1, heads, t, d),
-            bench.normal(1, groups, t, d, seed=1),
-            bench.normal(1, groups, t, d),
-        )
+        q, v = (bench.normal(1, n, t, d) for n in (heads, groups))
+        k = bench.normal(1, groups, t, d, seed=1)
         mask: Any = "causal"
-        if impl == "mlx" and given:
+        if impl == "mlx" and (window or segments):
             mask = reference.visible(t, t, None, window, segments)
             mx.eval(mask)
 
         def f(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             if impl == "mlx":
-                return mx.fast.scaled_dot_product_attention(q, k, v, **options, mask=mask)
-            return ops.attention(q, k, v, **options, **given, impl=impl)
+                return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+            return ops.attention(q, k, v, scale=scale, window=window, segments=segments, impl=impl)
 
-        works = bench.with_gradients(f, [q, k, v], bench.normal(1, heads, t, d, seed=2))
-        del works["grads"]  # they need the forward pass
-        return works
+        return bench.with_gradients(f, [q, k, v], bench.normal(1, heads, t, d, seed=2))
 
     one = 4.0 * bench.pairs(t, window, segments) * heads * d
     impls = ["auto", *_core.attention_impls(), "mlx"]
-    return bench.Case("attention", shape, impls, run, {"forward": one, "both": 3.5 * one})
+    flops = {"forward": one, "both": 3.5 * one}  # gradients need the forward pass
+    return bench.Case("attention", shape, impls, run, flops)
 
 
 def cases(gpu: bool) -> list[bench.Case]:
