@@ -360,10 +360,10 @@ def nearest(name: str, names: Sequence[str]) -> str:
 def load_config(yaml_path: Path | None, overrides: dict[str, Any]) -> TrainConfig:
     """Read a YAML file (or none), replace the fields in overrides; InputError on any bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
-    where = {key: f"{yaml_path}, line {line}: " for key, line in lines.items()}
-    for key, value in overrides.items():
-        values[key] = value
-        where.pop(key, None)
+    where = {
+        key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides
+    }
+    values |= overrides
     try:
         return TrainConfig(**values)
     except ValidationError as error:
@@ -399,13 +399,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a YAML file and the line (from 1) of each key."""
     try:
         text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{path}{line}: not valid YAML: {error.problem}") from None

@@ -85,8 +85,9 @@ def _plan(
     specs = [
         _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
     ]
-    cut = (cuts.segments, cuts.groups, cuts.saves)
-    return _core.make_plan(specs, list(inputs), list(head_reads), *map(list, cut))
+    return _core.make_plan(
+        specs, list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves
+    )
 
 
 def _tuple(value: Any) -> tuple[mx.array, ...]:

@@ -100,11 +100,7 @@ class BatchShape:
             return -(-length * n // self.length)
 
         streams = tuple(
-            replace(
-                x,
-                **{"length": longer(x.length), "trimmed": longer(x.trimmed)},
-                **{"shared": longer(x.shared), "branch": longer(x.branch)},
-            )
+            StreamShape(x.stream, *map(longer, (x.length, x.trimmed, x.shared, x.branch)))
             for x in self.streams
         )
         return replace(self, streams=streams, loss=longer(self.loss))

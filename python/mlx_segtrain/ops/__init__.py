@@ -101,9 +101,10 @@ def repeatable(on: bool) -> Iterator[None]:
         _core.set_repeatable(before)
 
 
-def _attention_options(
+def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
+    """The core's own, of `attention` with these options and keys."""
     # k may have a wrong rank: the core says so.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
@@ -137,11 +138,10 @@ def attention(
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
-    options = _attention_options(
+    options = attention_options(
         k, segments, scale=scale, window=window, softcap=softcap, q_start=q_start
     )
-    kept = None if saved is None else list(saved)
-    return _core.attention(q, k, v, options, saved=kept, impl=impl)
+    return _core.attention(q, k, v, options, saved=saved, impl=impl)
 
 
 def attention_forward(
@@ -153,7 +153,7 @@ def attention_forward(
     (`stock`).
     """
     _check_device()
-    return _core.attention_forward(q, k, v, _attention_options(k, **options), impl=impl)
+    return _core.attention_forward(q, k, v, attention_options(k, **options), impl=impl)
 
 
 @_face(reference.swiglu)
@@ -257,7 +257,7 @@ def lora_linears(
 
     x [..., in] → y [..., out] of each linear; with dropout, a key for each.
     """
-    return _core.lora_linears(x, list(linears), dropout=dropout, keys=list(keys), impl=impl)
+    return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
 
 
 @_face(reference.lora_glu_mlp, without=["tile_rows"])

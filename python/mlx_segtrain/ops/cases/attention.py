@@ -20,19 +20,12 @@ def calls(
     op: str, impl: str, dtype: mx.Dtype, t: int, d: int = 64, cases: Iterable[str] = CASES
 ) -> Iterator[selfcheck.Call]:
     for case in cases:
-        plain_options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
-        core_options = dict(plain_options)
-        if "segments" in core_options:
-            core_options["segments"] = reference.segment_ranges(core_options["segments"], t)
-        yield selfcheck.Call(
-            op,
-            f"{case}, D = {d}",
-            functools.partial(
-                _core.attention, options=_core.AttentionOptions(**core_options), impl=impl
-            ),
-            functools.partial(reference.attention, **plain_options),
-            selfcheck.normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype),
-        )
+        options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
+        args = selfcheck.normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype)
+        for_core = ops.attention_options(args[1], **options)
+        kernel = functools.partial(_core.attention, options=for_core, impl=impl)
+        plain = functools.partial(reference.attention, **options)
+        yield selfcheck.Call(op, f"{case}, D = {d}", kernel, plain, args)
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
