@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -40,7 +41,7 @@ def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | No
     """
     if as_json:
         said = found if ok is None else asdict(found) | {"ok": ok}
-        print(json.dumps(said, default=lambda x: asdict(x) if is_dataclass(x) else str(x)))
+        print(json.dumps(said, default=lambda x: str(x) if isinstance(x, Path) else asdict(x)))
     else:
         show(found)
     return int(ok is False)
