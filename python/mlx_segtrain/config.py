@@ -310,7 +310,7 @@ for _field in TrainConfig.model_fields.values():  # a docstring may go over two 
     _field.description = " ".join((_field.description or "").split())
 TrainConfig.model_rebuild(force=True)  # for its JSON schema
 
-#: Of every field.
+#: The facets of every field.
 FACETS: dict[str, Facets] = {
     name: own if isinstance(own := field.json_schema_extra, Facets) else PLAIN
     for name, field in TrainConfig.model_fields.items()

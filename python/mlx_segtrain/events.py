@@ -25,7 +25,7 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """The first line of a log, or of its part behind the step from which a run was resumed."""
+    """The first line of a log, or of its part after the step from which a run was resumed."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,

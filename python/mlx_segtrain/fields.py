@@ -51,7 +51,7 @@ class Facets:
     group: Group | None = "More"  #: on the page; None: its form does not have it
 
     def __or__(self, other: Facets) -> Facets:
-        """With what the other says, where that is not the default."""
+        """These facets, replaced by those of the other that are not the default."""
         said = {own.name: getattr(other, own.name) for own in fields(self)}
         return replace(self, **{name: x for name, x in said.items() if x != getattr(PLAIN, name)})
 
@@ -63,7 +63,7 @@ class Facets:
         return (not self.methods or config.method in self.methods) and self.holds(config)
 
 
-#: A field of which nothing is said.
+#: All defaults.
 PLAIN = Facets()
 
 

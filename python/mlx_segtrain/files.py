@@ -49,7 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic`, of a folder with files; one that stands at `path` is replaced."""
+    """As `atomic`, for a folder with files; a folder that is at `path` is replaced."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +22,6 @@ from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mlx_segtrain.adapters import conversion, discovery, folding
     from mlx_segtrain.data import Preview, Report
     from mlx_segtrain.ops import selfcheck as doctor
@@ -188,7 +186,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Print what the kernels of a device are like; why one failed stands below the table."""
+    """Print whether a device's kernels are right, and below the table why one is not."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -260,7 +258,7 @@ def show_plan(report: PlanReport) -> None:
 
 
 def show_verified(found: Verified) -> None:
-    """Print what of a run is no more as it was."""
+    """Print which parts of a run have changed since."""
     ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
     print(f"{'run':12s}  {found.run}: {ended}")
     for part, faults in found.parts.items():
@@ -268,7 +266,7 @@ def show_verified(found: Verified) -> None:
 
 
 def show_evaluation(result: EvalResult) -> None:
-    """Print the loss of a model or an adapter, and of how many tokens it is."""
+    """Print a loss, and how many tokens it was measured on."""
     per = "pair" if result.metrics else "token"
     print(f"loss        {result.loss:.4f} nats per {per}")
     for name, x in result.metrics.items():
@@ -280,7 +278,7 @@ def show_evaluation(result: EvalResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Print what an adapter has that was written, and how far it is from what was read."""
+    """Print what an adapter that was written holds, and how far it is from what was read."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"linears     {done.linears}, of rank {ranks}")
@@ -320,7 +318,7 @@ def show_fold(report: folding.Report) -> None:
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Print adapters; why one cannot be used stands below the table."""
+    """Print adapters, and below the table why one cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "linears", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)

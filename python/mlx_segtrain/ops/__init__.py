@@ -57,12 +57,8 @@ def base_of(module: nn.Module) -> Base:
 
 
 def rows_of(base: Base, begin: int, end: int) -> Base:
-    """Rows [begin, end) of a weight [out, in] as a weight of its own."""
-
-    def cut(x: mx.array | None) -> mx.array | None:
-        return None if x is None else x[begin:end]
-
-    arrays = map(cut, (base.scales, base.biases, base.bias))
+    """Rows [begin, end) of a weight [out, in], as a weight."""
+    arrays = (x if x is None else x[begin:end] for x in (base.scales, base.biases, base.bias))
     return Base(base.weight[begin:end], *arrays, **packing(base))
 
 
@@ -131,7 +127,7 @@ def attention(
     the last `window`, and of these the ones in its own segment. `segments` of packed rows are a
     list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
     padding; the same for every row of the batch, and read when the graph is built, so not under
-    mx.compile's tracing. Padding, and what lies behind the last offset, sees nothing and is seen by
+    mx.compile's tracing. Padding, and what comes after the last offset, sees nothing and is seen by
     nothing: o = 0 and gradients of 0. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in
     float32. With `saved`, what `attention_forward` of the same arguments returned, the forward pass
     is not run again.

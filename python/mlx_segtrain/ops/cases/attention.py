@@ -7,7 +7,7 @@ import mlx.core as mx
 from ... import _core, ops
 from .. import bench, reference, selfcheck
 
-#: Options of attention for T queries; behind the segments lie queries that see nothing.
+#: Options of attention for T queries; those after the last segment see nothing.
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda t: {},
     "window": lambda t: {"window": t // 4},
