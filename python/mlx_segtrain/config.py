@@ -63,311 +63,198 @@ FRESH = Facets(
 class TrainConfig(BaseModel):
     """One training run; raises pydantic.ValidationError (a ValueError) on a bad value."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    model_dir: Directory = option(
-        ..., "Directory of the base model, as mlx-lm reads it.", ELSEWHERE | FREE
-    )
-    data_dir: Directory = option(
-        ..., "Directory with train.jsonl and, for validation, valid.jsonl.", ELSEWHERE | FREE
-    )
-    adapter_path: Directory = option(
-        ...,
-        "Directory of the adapter; a run also writes metrics.jsonl and checkpoints.",
-        FIRST | FREE | Facets("Adapter folder"),
-    )
-    method: Method = option(
-        "sft",
-        "Training objective; all but sft take rows with chosen and rejected.",
-        FIRST | ALL | CARD,
-    )
-    rank: Int = option(
-        8, "LoRA rank of an adapted linear, before rank_scaling.", FIRST | FRESH | SIZE, ge=2
-    )
-    scale: Float = option(
-        1.0, "Factor of the LoRA update, y = W x + scale * B A x.", FIRST | FRESH, gt=0
-    )
+    model_dir: Directory = option(..., ELSEWHERE | FREE)
+    """Directory of the base model, as mlx-lm reads it."""
+    data_dir: Directory = option(..., ELSEWHERE | FREE)
+    """Directory with train.jsonl and, for validation, valid.jsonl."""
+    adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
+    """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
+    method: Method = option("sft", FIRST | ALL | CARD)
+    """Training objective; all but sft take rows with chosen and rejected."""
+    rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
+    """LoRA rank of an adapted linear, before rank_scaling."""
+    scale: Float = option(1.0, FIRST | FRESH, gt=0)
+    """Factor of the LoRA update, y = W x + scale * B A x."""
     rank_scaling: Literal["constant", "by_bits", "by_kl"] = option(
-        "by_bits",
-        "Rank per layer: the same everywhere, rank * bits / 4, or by KL importance.",
-        ADAPTER | FRESH | SIZE,
+        "by_bits", ADAPTER | FRESH | SIZE
     )
+    """Rank per layer: the same everywhere, rank * bits / 4, or by KL importance."""
     target_modules: Annotated[list[Name], Distinct] = option(
-        PROJECTIONS,
-        "Linears that get an adapter, by the end of their path; or all-linear. "
-        "embed_tokens and lm_head too, if they are named.",
-        ADAPTER | FRESH | SIZE | Facets("Linears"),
-        min_length=1,
+        PROJECTIONS, ADAPTER | FRESH | SIZE, title="Linears", min_length=1
     )
+    """Linears that get an adapter, by the end of their path; or all-linear. embed_tokens and
+    lm_head too, if they are named."""
     num_layers: LayerCount = option(
-        -1,
-        "Layers that get adapters, counted from the last one; -1 is all.",
-        ADAPTER | FRESH | SIZE | Facets("Layers", values="-1 or an integer >= 1"),
+        -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
-    warm_start: Directory | None = option(
-        None,
-        "Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, "
-        "ranks and scale are taken.",
-        ADAPTER | SIZE | FREE,
-    )
+    """Layers that get adapters, counted from the last one; -1 is all."""
+    warm_start: Directory | None = option(None, ADAPTER | SIZE | FREE)
+    """Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, ranks and scale
+    are taken."""
     iters: Int = option(
         100,
-        "Optimizer steps of the run.",
-        FIRST
-        | WARN
-        | CARD
-        | Facets("Steps", holds=lambda config: config.epochs is None, otherwise="beside epochs"),
+        FIRST | WARN | CARD,
+        title="Steps",
+        holds=lambda config: config.epochs is None,
+        otherwise="beside epochs",
         ge=1,
     )
-    epochs: Float | None = option(
-        None, "Passes over the training rows, in the place of iters.", FIRST | WARN, gt=0
-    )
+    """Optimizer steps of the run."""
+    epochs: Float | None = option(None, FIRST | WARN, gt=0)
+    """Passes over the training rows, in the place of iters."""
     optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = option(
-        "adamw", "Optimizer; sgd has a momentum of 0.9.", OPTIMIZER | CARD
+        "adamw", OPTIMIZER | CARD
     )
-    learning_rate: Float = option(
-        2e-4,
-        "Largest learning rate of the run; of all but sft 5e-5 by default.",
-        FIRST | WARN | CARD,
-        gt=0,
-    )
+    """Optimizer; sgd has a momentum of 0.9."""
+    learning_rate: Float = option(2e-4, FIRST | WARN | CARD, gt=0)
+    """Largest learning rate of the run; of all but sft 5e-5 by default."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
-        "constant",
-        "Learning rate behind the warmup; all but constant end at a tenth of it. "
-        "Of all but sft cosine by default.",
-        OPTIMIZER | WARN | CARD | Facets("Learning rate schedule"),
+        "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
     )
-    warmup_iters: Int = option(
-        0,
-        "First steps, with a rising learning rate.",
-        OPTIMIZER | WARN | Facets("Warmup, steps"),
-        ge=0,
-    )
-    lora_plus_ratio: Float = option(
-        1.0,
-        "Learning rate of B over that of the others (LoRA+).",
-        OPTIMIZER | Facets("LoRA+ ratio"),
-        gt=0,
-    )
-    rs_lora: bool = option(
-        False,
-        "Divide scale by the root of the rank (rsLoRA), linear by linear.",
-        ADAPTER | FRESH | Facets("rsLoRA"),
-    )
-    use_dora: bool = option(
-        False,
-        "Train the lengths of the adapted weights' rows apart (DoRA).",
-        ADAPTER | FRESH | SIZE | Facets("DoRA"),
-    )
-    lora_dropout: Float = option(
-        0.0,
-        "Part of a LoRA branch's inputs that each step leaves out.",
-        ADAPTER | SIZE | CARD | Facets("Dropout"),
-        ge=0,
-        lt=1,
-    )
-    dpo_beta: Float = option(
-        0.1,
-        "Strength with which dpo stays near the model without adapter.",
-        DPO | Facets("DPO beta"),
-        gt=0,
-    )
+    """Learning rate behind the warmup; all but constant end at a tenth of it. Of all but sft cosine
+    by default."""
+    warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup, steps", ge=0)
+    """First steps, with a rising learning rate."""
+    lora_plus_ratio: Float = option(1.0, OPTIMIZER, title="LoRA+ ratio", gt=0)
+    """Learning rate of B over that of the others (LoRA+)."""
+    rs_lora: bool = option(False, ADAPTER | FRESH, title="rsLoRA")
+    """Divide scale by the root of the rank (rsLoRA), linear by linear."""
+    use_dora: bool = option(False, ADAPTER | FRESH | SIZE, title="DoRA")
+    """Train the lengths of the adapted weights' rows apart (DoRA)."""
+    lora_dropout: Float = option(0.0, ADAPTER | SIZE | CARD, title="Dropout", ge=0, lt=1)
+    """Part of a LoRA branch's inputs that each step leaves out."""
+    dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
+    """Strength with which dpo stays near the model without adapter."""
     dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = option(
-        "sigmoid", "Loss of dpo.", DPO | Facets("DPO loss")
+        "sigmoid", DPO, title="DPO loss"
     )
+    """Loss of dpo."""
     label_smoothing: Float = option(
         0.0,
-        "Part of pairs taken to be mislabelled (sigmoid, robust).",
-        DPO
-        | Facets(
-            holds=lambda config: config.dpo_loss in ("sigmoid", "robust"),
-            otherwise="outside of method dpo with dpo_loss sigmoid or robust",
-        ),
+        DPO,
+        holds=lambda config: config.dpo_loss in ("sigmoid", "robust"),
+        otherwise="outside of method dpo with dpo_loss sigmoid or robust",
         ge=0,
         lt=0.5,
     )
-    reference_free: bool = option(False, "Leave the model without adapter out of dpo's loss.", DPO)
-    orpo_lambda: Float = option(
-        0.1, "Weight of orpo's odds-ratio term.", ORPO | Facets("ORPO lambda"), gt=0
-    )
-    sft_scope: Literal["full", "response"] = option(
-        "full",
-        "Tokens of the chosen sequence that orpo's cross-entropy counts.",
-        ORPO | Facets("ORPO cross-entropy"),
-    )
-    simpo_beta: Float = option(
-        2.0, "Factor of simpo's rewards.", SIMPO | Facets("SimPO beta"), gt=0
-    )
-    simpo_gamma: Float = option(
-        1.0,
-        "Margin that simpo wants between the rewards of a pair.",
-        SIMPO | Facets("SimPO gamma"),
-        ge=0,
-    )
-    max_seq_length: Int = option(
-        512,
-        "Tokens kept of a row; the rest is cut off.",
-        FIRST | ALL | CARD | Facets("Longest row, tokens"),
-        ge=2,
-    )
+    """Part of pairs taken to be mislabelled (sigmoid, robust)."""
+    reference_free: bool = option(False, DPO)
+    """Leave the model without adapter out of dpo's loss."""
+    orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
+    """Weight of orpo's odds-ratio term."""
+    sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
+    """Tokens of the chosen sequence that orpo's cross-entropy counts."""
+    simpo_beta: Float = option(2.0, SIMPO, title="SimPO beta", gt=0)
+    """Factor of simpo's rewards."""
+    simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
+    """Margin that simpo wants between the rewards of a pair."""
+    max_seq_length: Int = option(512, FIRST | ALL | CARD, title="Longest row, tokens", ge=2)
+    """Tokens kept of a row; the rest is cut off."""
     batch_size: Int = option(
-        1,
-        "Rows in a forward and backward pass.",
-        FIRST | CARD | Facets("Batch size, rows", affects=("memory", "loss")),
-        ge=1,
+        1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
+    """Rows in a forward and backward pass."""
     grad_accumulation_steps: Int = option(
-        1,
-        "Batches whose gradients are summed into an optimizer step.",
-        OPTIMIZER | SIZE | CARD | Facets("Gradient accumulation, batches"),
-        ge=1,
+        1, OPTIMIZER | SIZE | CARD, title="Gradient accumulation, batches", ge=1
     )
-    seed: Int = option(
-        0, "Seed of the row order and of the LoRA initialization.", OPTIMIZER | CARD, ge=0
-    )
-    deterministic: bool = option(
-        True,
-        "Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, "
-        "which is faster and adds up in any order.",
-        OPTIMIZER | WARN | SIZE,
-    )
-    steps_per_report: Int = option(
-        10, "Steps between training metrics.", EVALUATION | Facets("Report every, steps"), ge=1
-    )
-    steps_per_eval: Int = option(
-        50,
-        "Steps between evaluations on valid.jsonl.",
-        EVALUATION | WARN | Facets("Evaluate every, steps"),
-        ge=1,
-    )
-    weight_decay: Float = option(
-        0.01, "Weight decay, apart from the gradient.", OPTIMIZER | WARN, ge=0
-    )
-    grad_clip_norm: Float = option(
-        1.0,
-        "Largest global L2 norm of the gradient; 0 is no clipping.",
-        OPTIMIZER | WARN | Facets("Gradient clipping, norm"),
-        ge=0,
-    )
-    grad_checkpoint: bool = option(
-        False,
-        "Recompute each layer in the backward pass: less memory, more time.",
-        MEMORY | Facets("Checkpoint every layer"),
-    )
+    """Batches whose gradients are summed into an optimizer step."""
+    seed: Int = option(0, OPTIMIZER | CARD, ge=0)
+    """Seed of the row order and of the LoRA initialization."""
+    deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
+    """Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, which is faster
+    and adds up in any order."""
+    steps_per_report: Int = option(10, EVALUATION, title="Report every, steps", ge=1)
+    """Steps between training metrics."""
+    steps_per_eval: Int = option(50, EVALUATION | WARN, title="Evaluate every, steps", ge=1)
+    """Steps between evaluations on valid.jsonl."""
+    weight_decay: Float = option(0.01, OPTIMIZER | WARN, ge=0)
+    """Weight decay, apart from the gradient."""
+    grad_clip_norm: Float = option(1.0, OPTIMIZER | WARN, title="Gradient clipping, norm", ge=0)
+    """Largest global L2 norm of the gradient; 0 is no clipping."""
+    grad_checkpoint: bool = option(False, MEMORY, title="Checkpoint every layer")
+    """Recompute each layer in the backward pass: less memory, more time."""
     segment_size: SegmentSize = option(
-        "auto",
-        "Layers per segment of the backward pass; 0 is off, auto chooses what fits.",
-        MEMORY | Facets("Segment, layers", values="auto or an integer >= 0"),
+        "auto", MEMORY, title="Segment, layers", values="auto or an integer >= 0"
     )
+    """Layers per segment of the backward pass; 0 is off, auto chooses what fits."""
     memory_budget_gb: Budget = option(
-        "auto",
-        "Memory that a run may take, in 10⁹ bytes; auto is what the device has free.",
-        MEMORY | Facets("Memory budget, GB", values="auto or a finite number > 0"),
+        "auto", MEMORY, title="Memory budget, GB", values="auto or a finite number > 0"
     )
-    steps_per_save: Int = option(
-        50,
-        "Steps between checkpoints, from which a run can be resumed; 0 is none but at "
-        "its end. The adapter is written with each.",
-        EVALUATION | Facets("Checkpoint every, steps"),
-        ge=0,
-    )
-    keep_checkpoints: Int = option(2, "Newest of these checkpoints to keep.", EVALUATION, ge=1)
-    resume: Resume = option(
-        False,
-        "Go on from the newest whole checkpoint in adapter_path; auto begins if there is none.",
-        ELSEWHERE | FREE | Facets(values="true, false or auto"),
-    )
+    """Memory that a run may take, in 10⁹ bytes; auto is what the device has free."""
+    steps_per_save: Int = option(50, EVALUATION, title="Checkpoint every, steps", ge=0)
+    """Steps between checkpoints, from which a run can be resumed; 0 is none but at its end. The
+    adapter is written with each."""
+    keep_checkpoints: Int = option(2, EVALUATION, ge=1)
+    """Newest of these checkpoints to keep."""
+    resume: Resume = option(False, ELSEWHERE | FREE, values="true, false or auto")
+    """Go on from the newest whole checkpoint in adapter_path; auto begins if there is none."""
     on_spike: Literal["warn", "skip", "stop"] = option(
-        "warn",
-        "What to do at a loss far above those of the steps before.",
-        OPTIMIZER | WARN | Facets("At a loss spike"),
+        "warn", OPTIMIZER | WARN, title="At a loss spike"
     )
+    """What to do at a loss far above those of the steps before."""
     report_to: Annotated[list[Literal["tensorboard", "wandb"]], Distinct] = option(
-        [],
-        "Trackers that get the metrics, besides metrics.jsonl.",
-        EVALUATION | Facets("Trackers", values="tensorboard or wandb, each once"),
+        [], EVALUATION, title="Trackers", values="tensorboard or wandb, each once"
     )
-    save_checkpoints: bool = option(
-        False,
-        "Keep a complete adapter directory of every evaluation.",
-        EVALUATION | Facets("Keep every evaluation's adapter"),
-    )
+    """Trackers that get the metrics, besides metrics.jsonl."""
+    save_checkpoints: bool = option(False, EVALUATION, title="Keep every evaluation's adapter")
+    """Keep a complete adapter directory of every evaluation."""
     early_stopping_patience: Int = option(
-        0,
-        "Evaluations without a lower loss that end the run; 0 is never.",
-        EVALUATION | WARN | Facets("Stop early after, evaluations"),
-        ge=0,
+        0, EVALUATION | WARN, title="Stop early after, evaluations", ge=0
     )
-    keep_best: bool = option(
-        False,
-        "Keep the adapter of the lowest validation loss in adapter_path/best.",
-        EVALUATION | Facets("Keep the best adapter"),
-    )
+    """Evaluations without a lower loss that end the run; 0 is never."""
+    keep_best: bool = option(False, EVALUATION, title="Keep the best adapter")
+    """Keep the adapter of the lowest validation loss in adapter_path/best."""
     sample_prompts: Annotated[list[Name], Distinct] = option(
-        [],
-        "Prompts that every evaluation answers, for the log.",
-        EVALUATION | Facets(values="texts, each once", texts=True),
+        [], EVALUATION, values="texts, each once", texts=True
     )
+    """Prompts that every evaluation answers, for the log."""
     sample_tokens: Int = option(
         64,
-        "Most tokens of such an answer.",
-        EVALUATION
-        | Facets(
-            holds=lambda config: bool(config.sample_prompts), otherwise="without sample_prompts"
-        ),
+        EVALUATION,
+        holds=lambda config: bool(config.sample_prompts),
+        otherwise="without sample_prompts",
         ge=1,
     )
+    """Most tokens of such an answer."""
     eval_command: Name | None = option(
         None,
-        "Command that scores every evaluation's adapter: {adapter} in it is a copy's "
-        "directory, and the last line it prints a number or a JSON object of numbers.",
-        FREE
-        | Facets(
-            refused="it runs a command, which the command line alone may", values="a command line"
-        ),
+        FREE,
+        refused="it runs a command, which the command line alone may",
+        values="a command line",
     )
+    """Command that scores every evaluation's adapter: {adapter} in it is a copy's directory, and
+    the last line it prints a number or a JSON object of numbers."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
-        "Turns of a chat that are trained: every assistant turn or the last one.",
-        DATA
-        | Facets(
-            "Trained turns",
-            methods=("sft",),
-            otherwise="with preference rows, whose responses are trained",
-        ),
+        DATA,
+        title="Trained turns",
+        methods=("sft",),
+        otherwise="with preference rows, whose responses are trained",
     )
-    append_eos: bool = option(
-        True,
-        "End every trained response with a token that stops generation, where the chat "
-        "template or the row does not.",
-        DATA | Facets("End responses with EOS"),
-    )
-    prompt_format: Literal["auto", "chat", "raw"] = option(
-        "auto",
-        "Whether plain prompts (prompt with completion, chosen or rejected as strings) "
-        "go through the chat template; auto: if the tokenizer has one.",
-        DATA | Facets("Plain prompts"),
-    )
+    """Turns of a chat that are trained: every assistant turn or the last one."""
+    append_eos: bool = option(True, DATA, title="End responses with EOS")
+    """End every trained response with a token that stops generation, where the chat template or the
+    row does not."""
+    prompt_format: Literal["auto", "chat", "raw"] = option("auto", DATA, title="Plain prompts")
+    """Whether plain prompts (prompt with completion, chosen or rejected as strings) go through the
+    chat template; auto: if the tokenizer has one."""
     chat_template_kwargs: Variables = option(
         {},
-        'Variables of the chat template, such as {"enable_thinking": false}; a row may '
-        "have its own. Generation with the adapter uses them too.",
-        DATA
-        | Facets(
-            "Template variables", values="a JSON object whose keys are variables of the template"
-        ),
+        DATA,
+        title="Template variables",
+        values="a JSON object whose keys are variables of the template",
     )
-    strict: bool = option(
-        False,
-        "Refuse data of which the chat template loses a part, or leaves a trained turn "
-        "without a token that stops generation; otherwise such rows are counted and reported.",
-        DATA | FREE | Facets("Refuse incomplete rows"),
-    )
-    overwrite: bool = option(
-        False,
-        "Replace an adapter that adapter_path holds.",
-        EVALUATION | Facets("Overwrite the adapter folder"),
-    )
+    """Variables of the chat template, such as {"enable_thinking": false}; a row may have its own.
+    Generation with the adapter uses them too."""
+    strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
+    """Refuse data of which the chat template loses a part, or leaves a trained turn without a token
+    that stops generation; otherwise such rows are counted and reported."""
+    overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter folder")
+    """Replace an adapter that adapter_path holds."""
 
     @model_validator(mode="before")
     @classmethod
@@ -398,26 +285,18 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _warmup_within_the_run(self) -> TrainConfig:
+    def _no_contradictions(self) -> TrainConfig:
         if self.epochs is None and self.warmup_iters >= self.iters:
             raise InputError(
                 f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
                 "the learning rate would never be reached, so lower it",
                 field="warmup_iters",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _resume_or_overwrite(self) -> TrainConfig:
         if self.resume and self.overwrite:
             raise InputError(
                 "resume and overwrite contradict each other: set only one of the two",
                 field="resume",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_memory_plan(self) -> TrainConfig:
         if self.grad_checkpoint and isinstance(self.segment_size, int) and self.segment_size > 0:
             raise InputError(
                 f"grad_checkpoint and segment_size = {self.segment_size} contradict each other: "
@@ -427,7 +306,11 @@ class TrainConfig(BaseModel):
         return self
 
 
-#: Of every field.
+for _field in TrainConfig.model_fields.values():  # a docstring may go over two lines
+    _field.description = " ".join((_field.description or "").split())
+TrainConfig.model_rebuild(force=True)  # for its JSON schema
+
+#: The facets of every field.
 FACETS: dict[str, Facets] = {
     name: own if isinstance(own := field.json_schema_extra, Facets) else PLAIN
     for name, field in TrainConfig.model_fields.items()
@@ -477,10 +360,10 @@ def nearest(name: str, names: Sequence[str]) -> str:
 def load_config(yaml_path: Path | None, overrides: dict[str, Any]) -> TrainConfig:
     """Read a YAML file (or none), replace the fields in overrides; InputError on any bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
-    where = {key: f"{yaml_path}, line {line}: " for key, line in lines.items()}
-    for key, value in overrides.items():
-        values[key] = value
-        where.pop(key, None)
+    where = {
+        key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides
+    }
+    values |= overrides
     try:
         return TrainConfig(**values)
     except ValidationError as error:
@@ -516,13 +399,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a YAML file and the line (from 1) of each key."""
     try:
         text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{path}{line}: not valid YAML: {error.problem}") from None

@@ -25,7 +25,7 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """The first line of a log, or of its part behind the step from which a run was resumed."""
+    """The first line of a log, or of its part after the step from which a run was resumed."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -50,21 +50,12 @@ def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
 
 
 def train_metric(
-    step: int,
-    iters: int,
-    *,
-    loss: float,
-    metrics: dict[str, float],
-    grad_norm: float,
-    learning_rate: float,
-    tokens_per_sec: float,
-    step_s: float,
-    peak_gb: float,
-    active_gb: float,
+    step: int, iters: int, *, loss: float, metrics: dict[str, float], **figures: float
 ) -> Event:
-    """Means over the steps since the last report: loss in nats per token, seconds, gigabytes.
+    """Means over the steps since the last report: loss in nats per token.
 
     Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    `figures` are grad_norm, learning_rate, tokens_per_sec, step_s, peak_gb and active_gb.
     """
     return {
         "type": "metric",
@@ -72,14 +63,9 @@ def train_metric(
         "step": step,
         "loss": loss,
         **metrics,
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
-        "tokens_per_sec": tokens_per_sec,
-        "step_s": step_s,
-        "peak_gb": peak_gb,
-        "active_gb": active_gb,
+        **figures,
         "progress": run_progress(step, iters),
-        "message": f"step {step}/{iters} loss {loss:.4f} {tokens_per_sec:.0f} tokens/s",
+        "message": f"step {step}/{iters} loss {loss:.4f} {figures['tokens_per_sec']:.0f} tokens/s",
     }
 
 

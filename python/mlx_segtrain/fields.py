@@ -51,7 +51,7 @@ class Facets:
     group: Group | None = "More"  #: on the page; None: its form does not have it
 
     def __or__(self, other: Facets) -> Facets:
-        """With what the other says, where that is not the default."""
+        """These facets, replaced by those of the other that are not the default."""
         said = {own.name: getattr(other, own.name) for own in fields(self)}
         return replace(self, **{name: x for name, x in said.items() if x != getattr(PLAIN, name)})
 
@@ -63,13 +63,26 @@ class Facets:
         return (not self.methods or config.method in self.methods) and self.holds(config)
 
 
-#: A field of which nothing is said.
+#: All defaults.
 PLAIN = Facets()
 
 
-def option(default: Any, about: str, facets: Facets = PLAIN, **bounds: Any) -> Any:
-    """A field with its default (... is none), description, facets and pydantic's bounds."""
-    return Field(default, description=about, json_schema_extra=facets, **bounds)
+def option(
+    default: Any,
+    facets: Facets = PLAIN,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
+    min_length: int | None = None,
+    **more: Any,
+) -> Any:
+    """A field with its default (... is none), pydantic's bounds, and `facets` with `more` of them.
+
+    The docstring below the field is its description.
+    """
+    facets |= Facets(**more)
+    return Field(default, json_schema_extra=facets, ge=ge, gt=gt, lt=lt, min_length=min_length)
 
 
 def _expand(value: Any) -> Any:

@@ -49,7 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic`, of a folder with files; one that stands at `path` is replaced."""
+    """As `atomic`, for a folder with files; a folder that is at `path` is replaced."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
@@ -135,18 +135,15 @@ def private(path: str, flags: int) -> int:
 
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file to read; OSError if it has no end: a pipe is waited for for ever."""
-    # Without O_NONBLOCK it is the opening that waits.
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(number).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        return os.fdopen(number, "rb")
-    except BaseException:
-        os.close(number)
-        raise
+
+    def at_once(name: str, flags: int) -> int:  # of a pipe it is the opening that waits
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    file = open(path, "rb", opener=at_once)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
 
 
 def read_at_most(path: Path, most: int) -> str:

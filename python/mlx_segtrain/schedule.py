@@ -25,7 +25,7 @@ class Stage:
     `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
     may rewrite a value it reads, as layers do with the residual stream `h`.
 
-    A stage that `saves` takes two arguments more: `save=True` asks for a list of arrays behind its
+    A stage that `saves` takes two arguments more: `save=True` asks for a list of arrays after its
     writes, and `saved` is that list when it is run again for its gradient.
 
     Stages of the same `owner` share the parameters that are given under this name; it is the
@@ -47,12 +47,12 @@ class Stage:
 class Cuts:
     """Where a chain of stages is cut: segments are run again whole, groups of them in two passes.
 
-    `segments` are the stages behind each segment, rising to their number, `groups` the segments
-    behind each group. What lies between groups is kept from the forward pass on; what lies between
-    the segments of a group is made again when its turn to go back comes, by running it once more.
-    The last group keeps what is between its segments; the last segment is never run again. `saves`
-    are the stages that keep something (attention its output) when they run the last time before
-    their gradient's turn, and then run again for less.
+    `segments` says after how many stages each segment ends, rising to the number of stages, and
+    `groups` after how many segments each group ends. Values between groups are kept from the
+    forward pass on; those between the segments of a group are recomputed when the backward pass
+    reaches the group, by running it once more. The last group keeps the values between its
+    segments; the last segment is never run again. `saves` are the stages that keep something
+    (attention its output) in their last run before their gradient, and then recompute less.
     """
 
     segments: tuple[int, ...]
@@ -66,7 +66,7 @@ class Cuts:
 
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
-        """Layers that end behind these stages in segments of `size` (0: one), each a group."""
+        """Layers that end after so many stages in segments of `size` (0: one), each a group."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))
@@ -85,8 +85,9 @@ def _plan(
     specs = [
         _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
     ]
-    cut = (cuts.segments, cuts.groups, cuts.saves)
-    return _core.make_plan(specs, list(inputs), list(head_reads), *map(list, cut))
+    return _core.make_plan(
+        specs, list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves
+    )
 
 
 def _tuple(value: Any) -> tuple[mx.array, ...]:

@@ -12,9 +12,9 @@ PAD_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Stream:
-    """A sequence that runs through the layers; with others beside it boundary values bear its name.
+    """A sequence that runs through the layers; if there are others, boundary values have its name.
 
-    With `branch`, its last rows are a sequence of their own, that goes on behind the first `shared`
+    With `branch`, its last rows are a second sequence, which continues after the first `shared`
     rows as if those between were not there.
     """
 
@@ -23,7 +23,7 @@ class Stream:
     branch: int = 0
 
     def of(self, value: str) -> str:
-        """The name of this stream's own."""
+        """The name of this stream's own boundary value."""
         return f"{value} of {self.name}" if self.name else value
 
 
@@ -55,9 +55,9 @@ def trim_start(first: int) -> int:
 
 @dataclass(frozen=True)
 class StreamShape:
-    """Streams of `length` tokens, of which the last `trimmed` come into question for the loss.
+    """Streams of `length` tokens, of which the last `trimmed` may be in the loss.
 
-    The last `branch` go on behind the first `shared`.
+    The last `branch` continue after the first `shared`.
     """
 
     stream: Stream
@@ -100,11 +100,7 @@ class BatchShape:
             return -(-length * n // self.length)
 
         streams = tuple(
-            replace(
-                x,
-                **{"length": longer(x.length), "trimmed": longer(x.trimmed)},
-                **{"shared": longer(x.shared), "branch": longer(x.branch)},
-            )
+            StreamShape(x.stream, *map(longer, (x.length, x.trimmed, x.shared, x.branch)))
             for x in self.streams
         )
         return replace(self, streams=streams, loss=longer(self.loss))

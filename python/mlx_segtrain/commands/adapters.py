@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_segtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_segtrain.adapters.conversion import Converted
 
 KINDS = ("float32", "bfloat16", "float16")
 
@@ -81,24 +82,19 @@ def _export(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import export
 
     how = {"model_dir": args.model_dir, "names": args.names, "dtype": args.dtype}
-    return _told(export(args.adapter, args.out, args.to, **how), args.json)
+    return _answer(export(args.adapter, args.out, args.to, **how), args)
 
 
 def _import(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import import_
 
-    return _told(import_(args.adapter, args.out, args.model_dir), args.json)
+    return _answer(import_(args.adapter, args.out, args.model_dir), args)
 
 
-def _told(done: Any, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({**asdict(done), "path": str(done.path)}))
-        return 0
-    ranks = ", ".join(map(str, done.ranks))
-    print(f"adapter     {done.path}")
-    print(f"linears     {done.linears}, of rank {ranks}")
-    print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
-    return 0
+def _answer(done: Converted, args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands.terminal import answer, show_converted
+
+    return answer(done, show_converted, args.json)
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -107,30 +103,20 @@ def _merge(args: argparse.Namespace) -> int:
             raise InputError("--dequantize, --bits and --dtype are for --into MODEL: give it too.")
         from mlx_segtrain.adapters.merging import merge
 
-        return _told(merge(args.adapters, args.out, args.weights), args.json)
+        return _answer(merge(args.adapters, args.out, args.weights), args)
     from mlx_segtrain.adapters.conversion import DTYPES
     from mlx_segtrain.adapters.folding import fold
     from mlx_segtrain.adapters.merging import weighted
-    from mlx_segtrain.commands.terminal import show_fold
+    from mlx_segtrain.commands.terminal import answer, show_fold
 
     adapter = weighted(args.adapters, args.weights, args.into)
     how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype)}
-    report = fold(adapter, args.into, args.out, **how)
-    if args.json:
-        print(json.dumps({**asdict(report), "path": str(report.path)}))
-    else:
-        show_fold(report)
-    return 0
+    return answer(fold(adapter, args.into, args.out, **how), show_fold, args.json)
 
 
 def _adapters(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.discovery import adapters
+    from mlx_segtrain.commands.terminal import answer, show_adapters
 
     found = adapters(args.roots or [Path(".")], args.model_dir)
-    if args.json:
-        print(json.dumps([{**asdict(own), "path": str(own.path)} for own in found]))
-        return 0
-    from mlx_segtrain.commands.terminal import show_adapters
-
-    show_adapters(found)
-    return 0
+    return answer(found, show_adapters, args.json)

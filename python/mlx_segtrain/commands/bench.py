@@ -8,24 +8,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..models.layer import PROJECTIONS
 from ..ops import bench
-from ..ops.bench import (
-    Case,
-    Row,
-    Work,
-    dtype,
-    measure,
-    measure_device,
-    normal,
-    pairs,
-    with_gradients,
-)
-from ..ops.selfcheck import on_gpu
 
 
-def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int) -> Case:
+def layer(
+    rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
+) -> bench.Case:
     """A layer of the Llama form with every projection adapted; its peer is mlx-lm's own."""
 
-    def run(impl: str) -> dict[str, Work]:
+    def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -43,10 +33,10 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
             "vocab_size": 1024,
         }
         model = Model(ModelArgs.from_dict(config))
-        model.set_dtype(dtype())
+        model.set_dtype(bench.dtype())
         nn.quantize(model, 64, 4)
         mx.eval(model.parameters())
-        h, dh = normal(1, rows, width), normal(1, rows, width, seed=1)
+        h, dh = bench.normal(1, rows, width), bench.normal(1, rows, width, seed=1)
         if impl == "mlx":
             own = {"rank": rank, "scale": 2.0, "dropout": 0.0, "keys": list(PROJECTIONS)}
             model.freeze()
@@ -58,7 +48,7 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
                 block.update(tree_unflatten(list(zip(names, ab, strict=True))))
                 return block(h, mask="causal")  # pyright: ignore[reportArgumentType]
 
-            return {"both": with_gradients(plain, [h, *factors], dh)["both"]}
+            return bench.with_gradients(plain, [h, *factors], dh)
         chain = chain_of(model)
         adapter = adapting.init(chain, dict.fromkeys(chain.linears, rank), 2.0, 0)
         attention, mlp = chain.stages(adapter.scales)
@@ -70,18 +60,18 @@ def layer(rows: int, width: int, hidden: int, heads: int, groups: int, d: int, r
             own = dict(zip(params, ab, strict=True))
             return mlp.fn(own, attention.fn(own, h, positions)[0])
 
-        return {"both": with_gradients(ours, [h, *params.values()], dh)["both"]}
+        return bench.with_gradients(ours, [h, *params.values()], dh)
 
     linears = width * d * (2 * heads + 2 * groups) + 3 * width * hidden
-    flops = {"both": 4.0 * rows * linears + 14.0 * pairs(rows, None, None) * heads * d}
+    flops = {"both": 4.0 * rows * linears + 14.0 * bench.pairs(rows, None, None) * heads * d}
     shape = f"{rows}×{width}/{hidden} {heads}/{groups}×{d}"
-    limit = 100.0 if on_gpu() else None
-    return Case("layer", shape, ["auto", "mlx"], run, flops, limit_mb=limit)
+    limit = 100.0 if bench.on_gpu() else None
+    return bench.Case("layer", shape, ["auto", "mlx"], run, flops, limit_mb=limit)
 
 
-def cases() -> list[Case]:
+def cases() -> list[bench.Case]:
     """The ops', and one layer of Gemma 4 E4B at 8192 tokens, or of SmolLM2."""
-    shape = (8192, 1536, 4608, 16, 2, 128, 16) if on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
+    shape = (8192, 1536, 4608, 16, 2, 128, 16) if bench.on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
     return [*bench.cases(), layer(*shape)]
 
 
@@ -91,7 +81,7 @@ HEADER = (
 )
 
 
-def line(row: Row) -> str:
+def line(row: bench.Row) -> str:
     start = f"{row.op:20s} {row.shape:26s} {row.impl:8s}"
     if row.reason:
         return f"{start} {row.reason}"
@@ -106,11 +96,11 @@ def run(
     impls: Iterable[str] = (),
     runs: int = 20,
     show: Callable[[str], None] = print,
-) -> list[Row]:
+) -> list[bench.Row]:
     """Measures the cases whose op and shape hold one of `only`, in the implementations named."""
     wanted, chosen = list(only), set(impls)
-    device = measure_device()
-    name = str(dtype()).split(".")[-1]
+    device = bench.measure_device()
+    name = str(bench.dtype()).split(".")[-1]
     rates = f"product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s"
     show(f"{rates}, {name}; waiting for a call takes {device.wait_ms:.3f} ms at least")
     show(HEADER)
@@ -121,7 +111,7 @@ def run(
         for impl in case.impls:
             if chosen and impl not in chosen:
                 continue
-            for row in measure(case, impl, device, runs):
+            for row in bench.measure(case, impl, device, runs):
                 rows.append(row)
                 show(line(row))
     return rows

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from mlx_segtrain import __version__
 from mlx_segtrain.commands.adapters import add_commands
 from mlx_segtrain.config import (
     FACETS,
@@ -58,12 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{args.command} does not know {rest[0]}.{nearest(rest[0].split('=')[0], known)}"
             )
         return args.run(args)
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"mlx-segtrain: error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"mlx-segtrain: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
@@ -76,7 +74,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         prog="mlx-segtrain",
         description="LoRA fine-tuning of language models at long context, on one machine.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    version = f"mlx-segtrain {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
@@ -218,14 +217,6 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices  # type: ignore[return-value]
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from mlx_segtrain import __version__
-
-        print(f"mlx-segtrain {__version__}")
-        parser.exit()
-
-
 def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -> None:
     """Add the flags of fields of TrainConfig; a flag that is not given leaves no attribute."""
     for name in names:
@@ -272,28 +263,25 @@ def _count(least: int) -> Callable[[str], int]:
     return count
 
 
-def _part(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text}")
-    return value
+def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return number
+
+
+_part = _number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
+_temperature = _number("a finite number >= 0", lambda x: 0 <= x < math.inf)
 
 
 def _share(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _part(text)
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text}")
-    return value
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -350,17 +338,11 @@ def _probe(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands.terminal import answer, show_verified
     from mlx_segtrain.training import verify
 
     found = verify(args.folder)
-    if args.json:
-        print(json.dumps({**asdict(found), "run": str(found.run), "ok": found.ok}))
-        return 0 if found.ok else 1
-    ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
-    print(f"{'run':12s}  {found.run}: {ended}")
-    for part, faults in found.parts.items():
-        print(f"{part:12s}  {'; '.join(faults) or 'the same'}")
-    return 0 if found.ok else 1
+    return answer(found, show_verified, args.json, found.ok)
 
 
 def _peak(result: Any) -> str:
@@ -370,6 +352,7 @@ def _peak(result: Any) -> str:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
+    from mlx_segtrain.commands.terminal import answer, show_plan
     from mlx_segtrain.planning import report
     from mlx_segtrain.planning.run import full_batch, plan_run
 
@@ -379,13 +362,7 @@ def _plan(args: argparse.Namespace) -> int:
         from mlx_segtrain.commands.picture import draw
 
         draw(args.plot, run, config)
-    if args.json:
-        print(json.dumps(asdict(found)))
-        return 0
-    from mlx_segtrain.commands.terminal import show_plan
-
-    show_plan(found)
-    return 0
+    return answer(found, show_plan, args.json)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -404,35 +381,22 @@ def _inspect(args: argparse.Namespace) -> int:
         replace(Options.of(config), method=config.method if "method" in args else None),
         n_preview=args.rows,
     )
-    if args.json:
-        print(json.dumps(asdict(report)))
-        return 0 if report.ok else 2
-    if not report.ok:
+    if not report.ok and not args.json:
         raise InputError(str(report.error))
-    from mlx_segtrain.commands.terminal import show_report
+    from mlx_segtrain.commands.terminal import answer, show_report
 
-    show_report(report)
-    return 0
+    answer(report, show_report, args.json)
+    return 0 if report.ok else 2
 
 
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
+    from mlx_segtrain.commands.terminal import answer, show_evaluation
     from mlx_segtrain.training import evaluate
 
     adapter = config.adapter_path if "adapter_path" in args else None
     result = evaluate(config, adapter, split=args.split)
-    if args.json:
-        print(json.dumps(asdict(result)))
-        return 0
-    per = "pair" if result.metrics else "token"
-    print(f"loss        {result.loss:.4f} nats per {per}")
-    for name, x in result.metrics.items():
-        print(f"{name.replace('_', ' '):16s}{x:.4f}")
-    if result.perplexity is not None:
-        print(f"perplexity  {result.perplexity:.3f}")
-    print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
-    print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
-    return 0
+    return answer(result, show_evaluation, args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -503,16 +467,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mlx_segtrain.ops import selfcheck as doctor
+    from mlx_segtrain.commands.terminal import answer, show_checks
+    from mlx_segtrain.ops.selfcheck import examine
 
-    report = doctor.examine()
-    if args.json:
-        print(json.dumps(asdict(report) | {"ok": report.ok}))
-    else:
-        from mlx_segtrain.commands.terminal import show_checks
-
-        show_checks(report)
-    return 0 if report.ok else 1
+    report = examine()
+    return answer(report, show_checks, args.json, report.ok)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -17,15 +22,32 @@ from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mlx_segtrain.adapters import discovery, folding
+    from mlx_segtrain.adapters import conversion, discovery, folding
     from mlx_segtrain.data import Preview, Report
     from mlx_segtrain.ops import selfcheck as doctor
     from mlx_segtrain.planning.report import PlanReport
+    from mlx_segtrain.training import EvalResult, Verified
 
 TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
 CONTEXT = ("default", "dim")
+
+
+def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
+    """Print a dataclass, or a list of them, as JSON or as `show` does, and return the exit code.
+
+    The JSON object has `ok` where it is given; if it is False, the code is 1.
+    """
+    if as_json:
+        said = found if ok is None else asdict(found) | {"ok": ok}
+        print(json.dumps(said, default=lambda x: str(x) if isinstance(x, Path) else asdict(x)))
+    else:
+        show(found)
+    return int(ok is False)
+
+
+def as_it_is(console: Console) -> Callable[[str | Text], None]:
+    """Print a text on one line, however long, with its brackets."""
+    return partial(console.print, markup=False, soft_wrap=True)
 
 
 class Terminal:
@@ -38,6 +60,7 @@ class Terminal:
         self.iters = 0
         self.gone = False
         self.console = console or Console(highlight=False)
+        self._line = as_it_is(self.console)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,9 +133,6 @@ class Terminal:
         if not self.console.is_terminal:
             self._line(f"step {event['step']}/{self.iters}: {status}")
 
-    def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
 
 def duration(seconds: float) -> str:
     """Seconds as 7s, 3m20s or 2h05m."""
@@ -127,10 +147,7 @@ def duration(seconds: float) -> str:
 def show_report(report: Report, console: Console | None = None) -> None:
     """Print what a data set trains; its first rows token by token where a tokenizer was given."""
     console = console or Console(highlight=False)
-
-    def line(text: str | Text) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
+    line = as_it_is(console)
     line(f"format   {report.format}")
     line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
     if report.samples is not None:
@@ -169,12 +186,9 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Print what the kernels of a device are like; why one failed stands below the table."""
+    """Print whether a device's kernels are right, and below the table why one is not."""
     console = console or Console(highlight=False)
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
+    line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
     line(f"MLX            {report.mlx}")
     line(f"mlx-segtrain   {report.version}")
@@ -211,15 +225,14 @@ def _marked(preview: Preview) -> str:
     return "".join(parts)
 
 
-def show_plan(report: PlanReport, console: Console | None = None) -> None:
+def show_plan(report: PlanReport) -> None:
     """Print what a run would take."""
-    console = console or Console(highlight=False)
 
     def gb(n: int) -> str:
         return f"{n / 1e9:.2f} GB"
 
     def line(name: str, text: str) -> None:
-        console.print(f"{name:<12}  {text}", markup=False, soft_wrap=True)
+        print(f"{name:<12}  {text}")
 
     line("batch", f"{report.rows} × {report.tokens} tokens, {report.trained_tokens} trained")
     line("budget", gb(report.budget))
@@ -244,15 +257,42 @@ def show_plan(report: PlanReport, console: Console | None = None) -> None:
         line(f"in {gb(other.budget)}", f"{text}; {longest}")
 
 
+def show_verified(found: Verified) -> None:
+    """Print which parts of a run have changed since."""
+    ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
+    print(f"{'run':12s}  {found.run}: {ended}")
+    for part, faults in found.parts.items():
+        print(f"{part:12s}  {'; '.join(faults) or 'the same'}")
+
+
+def show_evaluation(result: EvalResult) -> None:
+    """Print a loss, and how many tokens it was measured on."""
+    per = "pair" if result.metrics else "token"
+    print(f"loss        {result.loss:.4f} nats per {per}")
+    for name, x in result.metrics.items():
+        print(f"{name.replace('_', ' '):16s}{x:.4f}")
+    if result.perplexity is not None:
+        print(f"perplexity  {result.perplexity:.3f}")
+    print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
+    print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
+
+
+def show_converted(done: conversion.Converted) -> None:
+    """Print what an adapter that was written holds, and how far it is from what was read."""
+    ranks = ", ".join(map(str, done.ranks))
+    print(f"adapter     {done.path}")
+    print(f"linears     {done.linears}, of rank {ranks}")
+    print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
+
+
 def _wide() -> Console:
-    """A console that cuts no name off where there is no terminal to fit into."""
+    """A console that breaks no name where there is no terminal to fit into."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-def show_fold(report: folding.Report, console: Console | None = None) -> None:
+def show_fold(report: folding.Report) -> None:
     """Print what a fold did to each linear, and which updates it swallowed."""
-    console = console or _wide()
     table = Table("linear", box=box.SIMPLE_HEAD)
     for name in ("bits", "update / weight", "lost", "rounding / update"):
         table.add_column(name, justify="right")
@@ -263,27 +303,22 @@ def show_fold(report: folding.Report, console: Console | None = None) -> None:
         style = "bold red" if own in swallowed else ""
         row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
         table.add_row(escape(own.path), *row, style=style)
-    console.print(table)
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
-    line(f"model    {report.path}, {report.size / 1e9:.2f} GB")
-    line(f"copied   {report.untouched:,} tensors as they were")
-    line(f"lost     {report.lost:.1%} of the update")
+    _wide().print(table)
+    print(f"model    {report.path}, {report.size / 1e9:.2f} GB")
+    print(f"copied   {report.untouched:,} tensors as they were")
+    print(f"lost     {report.lost:.1%} of the update")
     if swallowed:
         quantized = any(own.bits is not None for own in swallowed)
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
-        line(
+        print(
             f"warning: in {len(swallowed)} of {len(report.linears)} linears more than a tenth of "
             f"the update is lost to the grid of the folded weight. Fold with {way}, or serve base "
             "and adapter apart."
         )
 
 
-def show_adapters(found: Sequence[discovery.Found], console: Console | None = None) -> None:
-    """Print adapters; why one cannot be used stands below the table."""
-    console = console or _wide()
+def show_adapters(found: Sequence[discovery.Found]) -> None:
+    """Print adapters, and below the table why one cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "linears", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)
@@ -295,10 +330,10 @@ def show_adapters(found: Sequence[discovery.Found], console: Console | None = No
         row = [escape(str(own.path)), escape(base), own.kind, ranks, str(own.linears), step, best]
         row.append(f"{own.size / 1e6:.1f}")
         table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
-    if any(own.fault is None for own in found):
-        console.print(table)
+    if table.rows:
+        _wide().print(table)
     else:
-        console.print("no adapters here", markup=False)
+        print("no adapters here")
     for own in found:
         if own.fault is not None:
-            console.print(f"left out: {own.fault}", markup=False, soft_wrap=True)
+            print(f"left out: {own.fault}")

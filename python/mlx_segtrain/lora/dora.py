@@ -36,8 +36,7 @@ class Stretch:
             weight = rows.weight if rows.scales is None else ops.dequantize(rows)
             norms.append(mx.linalg.norm(weight.astype(mx.float32), axis=1))
             mx.eval(norms)
-        how: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
-        bare = ops.Base(base.weight, base.scales, base.biases, **how)
+        bare = ops.Base(base.weight, base.scales, base.biases, **ops.packing(base))
         return cls(bare, base.bias, mx.concatenate(norms))
 
     def __call__(self, z: mx.array, linear: ops.Linear, m: mx.array) -> mx.array:

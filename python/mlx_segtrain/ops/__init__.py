@@ -18,7 +18,7 @@ import mlx.nn as nn
 from .. import _core
 from .._core import Base, Linear
 from . import reference
-from .reference import Segments, segment_ranges
+from .reference import Segments, packing, segment_ranges
 from .selfcheck import on_gpu, self_check
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "lora_glu_mlp",
     "lora_linear",
     "lora_linears",
+    "packing",
     "rms_norm",
     "rope",
     "rows_of",
@@ -52,18 +53,13 @@ def base_of(module: nn.Module) -> Base:
     bias = module.get("bias")
     if "scales" not in module:
         return Base(module["weight"], bias=bias)
-    quant: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-    return Base(module["weight"], module["scales"], module.get("biases"), bias, **quant)
+    return Base(module["weight"], module["scales"], module.get("biases"), bias, **packing(module))
 
 
 def rows_of(base: Base, begin: int, end: int) -> Base:
-    """Rows [begin, end) of a weight [out, in] as a weight of its own."""
-
-    def cut(x: mx.array | None) -> mx.array | None:
-        return None if x is None else x[begin:end]
-
-    quant: Any = {key: getattr(base, key) for key in ("group_size", "bits", "mode")}
-    return Base(base.weight[begin:end], *map(cut, (base.scales, base.biases, base.bias)), **quant)
+    """Rows [begin, end) of a weight [out, in], as a weight."""
+    arrays = (x if x is None else x[begin:end] for x in (base.scales, base.biases, base.bias))
+    return Base(base.weight[begin:end], *arrays, **packing(base))
 
 
 def _check_device() -> None:
@@ -101,9 +97,10 @@ def repeatable(on: bool) -> Iterator[None]:
         _core.set_repeatable(before)
 
 
-def _attention_options(
+def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
+    """The core's own, of `attention` with these options and keys."""
     # k may have a wrong rank: the core says so.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
@@ -130,18 +127,17 @@ def attention(
     the last `window`, and of these the ones in its own segment. `segments` of packed rows are a
     list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
     padding; the same for every row of the batch, and read when the graph is built, so not under
-    mx.compile's tracing. Padding, and what lies behind the last offset, sees nothing and is seen by
+    mx.compile's tracing. Padding, and what comes after the last offset, sees nothing and is seen by
     nothing: o = 0 and gradients of 0. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in
     float32. With `saved`, what `attention_forward` of the same arguments returned, the forward pass
     is not run again.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
-    options = _attention_options(
+    options = attention_options(
         k, segments, scale=scale, window=window, softcap=softcap, q_start=q_start
     )
-    kept = None if saved is None else list(saved)
-    return _core.attention(q, k, v, options, saved=kept, impl=impl)
+    return _core.attention(q, k, v, options, saved=saved, impl=impl)
 
 
 def attention_forward(
@@ -153,7 +149,7 @@ def attention_forward(
     (`stock`).
     """
     _check_device()
-    return _core.attention_forward(q, k, v, _attention_options(k, **options), impl=impl)
+    return _core.attention_forward(q, k, v, attention_options(k, **options), impl=impl)
 
 
 @_face(reference.swiglu)
@@ -257,7 +253,7 @@ def lora_linears(
 
     x [..., in] → y [..., out] of each linear; with dropout, a key for each.
     """
-    return _core.lora_linears(x, list(linears), dropout=dropout, keys=list(keys), impl=impl)
+    return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
 
 
 @_face(reference.lora_glu_mlp, without=["tile_rows"])

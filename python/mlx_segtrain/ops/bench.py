@@ -41,9 +41,10 @@ class Case:
     """An op at a shape: `run(impl)` gives functions to time, by direction.
 
     "mlx" is MLX's own, "products" the two products of a head with a dense weight and no more.
-    `flops` and `moved` (bytes that must be read or written) by direction tell the floor. Under a
-    limit on memory (MB over what is there) the host waits for the device where it would exceed it;
-    without one it runs ahead, and what a call needs cannot be seen on a GPU.
+    `flops` or `moved` (bytes that must be read or written) name the directions that are timed, and
+    tell the floor of each. Under a limit on memory (MB over what is there) the host waits for the
+    device where it would exceed it; without one it runs ahead, and what a call needs cannot be seen
+    on a GPU.
     """
 
     op: str
@@ -210,7 +211,8 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
         if case.limit_mb is not None:
             mx.clear_cache()
             limit = mx.set_memory_limit(mx.get_active_memory() + int(case.limit_mb * 1e6))
-        for what, work in works.items():
+        for what in case.flops or case.moved:
+            work = works[what]
             first, ms, queued = timed(work, runs, first=work.first)
             flops, moved = case.flops.get(what, 0.0), case.moved.get(what, 0.0)
             floor = max(flops / device.gf_s / 1e6, moved / device.gb_s / 1e6)

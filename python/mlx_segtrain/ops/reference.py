@@ -9,6 +9,7 @@ import operator
 import reprlib
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,18 +19,16 @@ from .._core import Base
 Segments = Sequence[int] | np.ndarray | mx.array
 
 
+def packing(weight: Any) -> dict[str, Any]:
+    """How a Base or a quantized module is packed: group_size, bits and mode."""
+    return {key: getattr(weight, key) for key in ("group_size", "bits", "mode")}
+
+
 def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
     """W [out, in], unpacked."""
     if base.scales is None:
         return base.weight.astype(dtype)
-    return mx.dequantize(
-        base.weight,
-        base.scales,
-        base.biases,
-        group_size=base.group_size,
-        bits=base.bits,
-        mode=base.mode,
-    ).astype(dtype)
+    return mx.dequantize(base.weight, base.scales, base.biases, **packing(base)).astype(dtype)
 
 
 # ---- attention

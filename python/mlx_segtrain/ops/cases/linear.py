@@ -52,9 +52,8 @@ def factors_of(linears: list[ops.Linear]) -> list[mx.array]:
 
 
 def mlx_product(x: mx.array, base: ops.Base) -> mx.array:
-    quant: dict[str, Any] = {"group_size": base.group_size, "bits": base.bits}
     scales: Any = base.scales
-    return mx.quantized_matmul(x, base.weight, scales, base.biases, **quant)
+    return mx.quantized_matmul(x, base.weight, scales, base.biases, **ops.packing(base))
 
 
 def mlx_linear(x: mx.array, w: ops.Linear) -> mx.array:
@@ -66,7 +65,7 @@ def mlx_linear(x: mx.array, w: ops.Linear) -> mx.array:
 def dequantize(out: int, width: int, bits: int, group: int) -> bench.Case:
     def run(impl: str) -> dict[str, bench.Work]:
         base = frozen(out, width, bits, group)
-        quant: dict[str, Any] = {"group_size": group, "bits": bits}
+        quant = ops.packing(base)
         arrays = [base.weight, base.scales, base.biases]
         mx.eval(arrays)
         if impl == "mlx":

@@ -21,14 +21,12 @@ def mlp(
             return ops.lora_glu_mlp(x, gate, up, down, gelu=gelu, impl=impl)
 
         args = [bench.normal(rows, width), *factors_of(linears)]
-        works = bench.with_gradients(f, args, bench.normal(rows, width, seed=1))
-        del works["grads"]  # they need gate and up
-        return works
+        return bench.with_gradients(f, args, bench.normal(rows, width, seed=1))
 
     one = 6.0 * rows * width * hidden
     shape = f"{rows}×{width}/{hidden} r{rank}"
-    impls = ["kernel", "stock", "mlx"]
-    return bench.Case("lora_glu_mlp", shape, impls, run, {"forward": one, "both": 2 * one})
+    flops = {"forward": one, "both": 2 * one}  # gradients need gate and up
+    return bench.Case("lora_glu_mlp", shape, ["kernel", "stock", "mlx"], run, flops)
 
 
 def cases(gpu: bool) -> list[bench.Case]:
