@@ -18,16 +18,14 @@ HeadCall::HeadCall(const std::string& op, const mx::array& h, const Base& head, 
 }
 
 HeadKernel::HeadKernel(const HeadCall& call, const mx::array& h)
-    : base(call.head, call.s), m(call.M), cap(call.cap), bias(call.head.bias.has_value()) {
-  arrays = {f32(h, call.s), call.targets};
+    : base(call.head), m(call.M), cap(call.cap), bias(call.head.bias.has_value()) {
+  arrays = {h, call.targets};
   arrays.insert(arrays.end(), base.arrays.begin(), base.arrays.end());
-  if (bias) arrays.push_back(f32(*call.head.bias, call.s));
+  if (bias) arrays.push_back(*call.head.bias);
 }
 
-cpu::HeadInput HeadKernel::input(const std::vector<const void*>& in) const {
-  auto at_bias = 2 + base.arrays.size();
-  return {m, cap, static_cast<const float*>(in[0]), bias ? static_cast<const float*>(in[at_bias]) : nullptr,
-          static_cast<const int32_t*>(in[1])};
+cpu::HeadInput HeadKernel::input(const Inputs& in) const {
+  return {m, cap, in[0], bias ? in[2 + base.arrays.size()] : nullptr, in.as<int32_t>(1)};
 }
 
 void for_each_block(const HeadCall& call, const mx::array& h,

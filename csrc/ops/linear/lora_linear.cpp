@@ -23,25 +23,22 @@ mx::array product(const mx::array& x, const Base& base, bool transpose, const st
     auto b_cast = mx::astype(*b, y.dtype(), s);
     return mx::addmm(y, mx::astype(*z, y.dtype(), s), transpose ? b_cast : mx::transpose(b_cast, s), 1, 1, s);
   }
-  CpuBase w(base, s);
-  Arrays inputs{f32(x, s)};
+  CpuBase w(base);
+  Arrays inputs{x};
   inputs.insert(inputs.end(), w.arrays.begin(), w.arrays.end());
   int r = z ? z->shape(1) : 0, at_bias = static_cast<int>(inputs.size());
-  if (bias) inputs.push_back(f32(*bias, s));
-  int at_z = static_cast<int>(inputs.size());
-  if (z) inputs.insert(inputs.end(), {f32(*z, s), f32(*b, s)});
   bool has_bias = bias.has_value();
-  auto run = [=](const std::vector<const void*>& in, const std::vector<void*>& out) {
-    auto real = [&](int i) { return static_cast<const float*>(in[i]); };
-    const float *z_in = r ? real(at_z) : nullptr, *b_in = r ? real(at_z + 1) : nullptr;
+  if (has_bias) inputs.push_back(*bias);
+  int at_z = static_cast<int>(inputs.size());
+  if (z) inputs.insert(inputs.end(), {*z, *b});
+  auto run = [=](const Inputs& in, const std::vector<float*>& out) {
+    auto z = r ? in[at_z] : nullptr, b = r ? in[at_z + 1] : nullptr;
     if (transpose)
-      cpu::linear(w.weight(in, 1), m, real(0), has_bias ? real(at_bias) : nullptr, r, z_in, b_in,
-                  (float*)out[0]);
+      cpu::linear(w.weight(in, 1), m, in[0], has_bias ? in[at_bias] : nullptr, r, z, b, out[0]);
     else
-      cpu::linear_dx(w.weight(in, 1), m, real(0), r, z_in, b_in, (float*)out[0]);
+      cpu::linear_dx(w.weight(in, 1), m, in[0], r, z, b, out[0]);
   };
-  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, {mx::float32}, run, s)[0],
-                    x.dtype(), s);
+  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, run, s)[0], x.dtype(), s);
 }
 
 /// One linear by itself; x [M, in].
@@ -76,7 +73,7 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
     auto db = mx::astype(matmul(y[1], dy, true, false, 1, s), p[2].dtype(), s);
     return {after(dx(), {da, db}), da, db};
   };
-  return mx::custom_vjp(forward, vjp)(primals_of(x, {linear}))[0];
+  return with_vjp(primals_of(x, {linear}), 1, forward, vjp)[0];
 }
 
 /// All of them as one product; x [M, in].
@@ -100,9 +97,7 @@ Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamO
     grads.insert(grads.begin(), after(dx, grads));
     return grads;
   };
-  auto out = mx::custom_vjp(forward, vjp)(primals_of(x, linears));
-  out.resize(linears.size(), x);
-  return out;
+  return with_vjp(primals_of(x, linears), linears.size(), forward, vjp);
 }
 
 }  // namespace

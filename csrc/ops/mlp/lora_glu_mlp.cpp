@@ -29,37 +29,21 @@ struct Mlp {
     return {with(gate, p, 1), with(up, p, at_up()), with(down, p, at_down()), gelu, impl, s};
   }
 
-  Arrays gate_up(const Arrays& p) const {
-    return lora_linears(p[0], {with(gate, p, 1), with(up, p, at_up())}, 0, {}, impl, s);
-  }
   mx::array hidden(const Arrays& gate_up) const {
     return gelu ? geglu(gate_up[0], gate_up[1], impl, s) : swiglu(gate_up[0], gate_up[1], impl, s);
   }
 };
 
 mx::array by_ops(const Mlp& c, const mx::array& x) {
-  auto forward = [=](const Arrays& p) -> Arrays {
-    auto both = c.gate_up(p);
-    auto y = lora_linears(c.hidden(both), {Mlp::with(c.down, p, c.at_down())}, 0, {}, c.impl, c.s)[0];
-    return {y, both[0], both[1]};
+  auto rest = [=](const Arrays& in) {
+    return lora_linears(c.hidden(in), {Mlp::with(c.down, in, 2)}, 0, {}, c.impl, c.s);
   };
-  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
-    const Arrays both{y[1], y[2]};
-    Arrays of_down{c.hidden(both)};
-    of_down.insert(of_down.end(), p.begin() + c.at_down(), p.end());
-    auto d_down = mx::vjp(
-                      [&](const Arrays& in) {
-                        return lora_linears(in[0], {Mlp::with(c.down, in, 1)}, 0, {}, c.impl, c.s);
-                      },
-                      of_down, {dys[0]})
-                      .second;
-    auto d_both = mx::vjp([&](const Arrays& in) { return Arrays{c.hidden(in)}; }, both, {d_down[0]}).second;
-    Arrays of_x(p.begin(), p.begin() + c.at_down());
-    auto grads = mx::vjp([&](const Arrays& in) { return c.gate_up(in); }, of_x, d_both).second;
-    grads.insert(grads.end(), d_down.begin() + 1, d_down.end());
-    return grads;
+  auto in = lora_linears(x, {c.gate, c.up}, 0, {}, c.impl, c.s);
+  if (c.down.a) in.insert(in.end(), {*c.down.a, *c.down.b});
+  auto again = [=](const Arrays& in, const Arrays& dy, const Arrays&) {
+    return mx::vjp(rest, in, dy).second;
   };
-  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+  return with_vjp(in, 1, rest, again)[0];
 }
 
 mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
@@ -90,7 +74,7 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
     for (const auto* some : {&of_both, &of_down}) grads.insert(grads.end(), some->begin(), some->end());
     return grads;
   };
-  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+  return with_vjp(c.primals(x), 1, forward, vjp)[0];
 }
 
 mx::array whole(const Mlp& c, const mx::array& x) {
