@@ -116,6 +116,14 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 
 }  // namespace
 
+OpCost cpu_attention_cost(const Call& c) {
+  // dk and dv of each query head, until those of a group are added up.
+  int64_t parts = c.share() > 1 ? 4LL * c.B * c.H * c.S * (c.D + c.Dv) : 0;
+  int64_t lse = 4LL * c.B * c.H * c.T, forward = cpu::attention_scratch(cpu_args(c), false),
+          backward = cpu::attention_scratch(cpu_args(c), true);
+  return {.forward = lse + forward, .backward = lse + parts + backward, .kept = lse};
+}
+
 std::string gpu_attention_unfit(const Call& c) {
   if (c.D != c.Dv) return "D and Dv differ";
   if (c.device == Gpu::metal) {

@@ -1,5 +1,7 @@
 #include "ops/head/head.h"
 
+#include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 
 namespace segtrain {
@@ -168,6 +170,25 @@ mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad) 
   };
   return mx::custom_vjp(forward, vjp)({h})[0];
 }
+
+namespace {
+
+/// On a GPU a tile of the weight, and logits and their cotangents of some rows.
+OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
+  int64_t most = cpu::head_scratch(rows, vocabulary, inputs);
+  if (device.gpu() != Gpu::none) {
+    const int64_t tile = std::min(vocabulary, TILE), chunk = std::min(rows, ROWS);
+    most = 2 * tile * inputs + 4 * chunk * tile + 6 * chunk * inputs;
+  }
+  return {.forward = most, .backward = most};
+}
+
+}  // namespace
+
+const Binding binding([](nb::module_& m) {
+  m.def("head_cost", &head_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "vocabulary"_a,
+        "What linear_cross_entropy or linear_log_probs takes on a device, for rows with a target.");
+});
 
 std::optional<mx::array> rows_with_target(const HeadCall& call) {
   if (call.targets.is_tracer()) return std::nullopt;

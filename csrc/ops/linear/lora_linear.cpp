@@ -3,6 +3,7 @@
 // With dropout p, x·A reads mask∘x and scale is scale / (1 − p); then dx = dy·W + mask∘(u·Aᵀ), dA =
 // (mask∘x)ᵀ·u. The mask is drawn again from its key.
 #include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
 #include "ops/linear/joint_linear.h"
@@ -165,7 +166,29 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
   return out;
 }
 
+namespace {
+
+/// Of linears with this many outputs together. On GPUs the weights, unpacked, and a library's space beside
+/// them, as bench/memory.py measured.
+OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
+  if (device.gpu() == Gpu::none)
+    return {.forward = static_cast<int64_t>(cpu::linear_scratch(outputs, inputs)),
+            .backward = static_cast<int64_t>(cpu::linear_dx_scratch(outputs, inputs))};
+  return {.forward = static_cast<int64_t>(inputs) * outputs * device.size + device.workspace};
+}
+
+/// Of dropout of so many numbers: random bits, and what is left of x.
+int64_t dropout_bytes(const Device& device, int64_t numbers) {
+  return numbers * (4 + device.size);
+}
+
+}  // namespace
+
 const Binding binding([](nb::module_& m) {
+  m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
+        "What linears with this many outputs together take on a device.");
+  m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,
+        "What dropout of so many numbers before a linear takes while it runs.");
   m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
         "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
         "x·Wᵀ + bias + scale·(x·a)·b of each linear. x [..., in] → [..., out] each.");

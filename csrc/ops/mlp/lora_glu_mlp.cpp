@@ -2,6 +2,7 @@
 //   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
 // On CUDA gate and up are one array from their common product to their common gradient.
 #include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 #include "ops/glu/glu.h"
 #include "ops/linear/joint_linear.h"
@@ -149,7 +150,35 @@ mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up,
   return mx::reshape(y, shape, s);
 }
 
+namespace {
+
+OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
+                         std::optional<int> tile_rows) {
+  const int tile = std::min(rows, tile_rows.value_or(rows));
+  const int64_t h = static_cast<int64_t>(device.size) * hidden, f = h * tile, size = device.size;
+  // Tiles keep x alone. What they make is joined at the end; on a GPU twice that was measured.
+  const int64_t kept = tile < rows ? 0 : 2 * f;
+  const int64_t copies = device.gpu() == Gpu::none ? 1 : 2;
+  const int64_t joined = tile < rows ? copies * size * rows * inputs : 0;
+  if (device.gpu() == Gpu::none) {
+    auto either = [&](auto scratch) {
+      return static_cast<int64_t>(std::max(scratch(hidden, inputs), scratch(inputs, hidden)));
+    };
+    return {.forward = 3 * f + joined + either(cpu::linear_scratch),
+            .backward = 6 * f + joined + either(cpu::linear_dx_scratch),
+            .kept = kept};
+  }
+  // The first product has its weights unpacked beside it, and what the library lays out there.
+  const auto weights = static_cast<int64_t>(1.6 * 2 * static_cast<double>(h * inputs));
+  const int64_t first = 2 * f + weights + device.workspace;
+  return {.forward = std::max(first, 3 * f) + joined, .backward = 5 * f + joined, .kept = kept};
+}
+
+}  // namespace
+
 const Binding binding([](nb::module_& m) {
+  m.def("lora_glu_mlp_cost", &lora_glu_mlp_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "hidden"_a,
+        "tile_rows"_a = nb::none(), "What the MLP takes on a device.");
   m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
         "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "down(act(gate(x))·up(x)). x [..., H] → [..., H].");
