@@ -1,5 +1,6 @@
 // The module, and what Python sees of plans; of an op it sees what core/binding.h tells.
 #include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 #include "core/kernel.h"
 #include "schedule/planner.h"
@@ -12,10 +13,27 @@ std::vector<Binding::Add>& Binding::all() {
   return bindings;
 }
 
+Gpu Device::gpu() const {
+  const std::map<std::string, Gpu> kinds{{"cpu", Gpu::none}, {"metal", Gpu::metal}, {"cuda", Gpu::cuda}};
+  auto found = kinds.find(name);
+  check(found != kinds.end(), "[device] expected 'cpu', 'metal' or 'cuda'; got '", name, "'.");
+  return found->second;
+}
+
 NB_MODULE(_core, m) {
   m.doc() = "Native core of mlx_segtrain: differentiable ops and the segmented backward pass.";
   nb::module_::import_("mlx.core");  // brings mx.array's type, and libmlx
   keep_freed_memory();
+  nb::class_<Device>(m, "Device", "What of a device the memory of ops depends on; csrc/core/cost.h.")
+      .def(nb::init<std::string, int, int64_t, bool, bool, bool>(), "name"_a, "size"_a, "workspace"_a = 0,
+           nb::kw_only(), "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false)
+      .def_ro("size", &Device::size)
+      .def_ro("workspace", &Device::workspace)
+      .def_prop_ro("gpu", [](const Device& device) { return device.gpu() != Gpu::none; });
+  nb::class_<OpCost>(m, "OpCost", "Bytes inside one call of an op; csrc/core/cost.h.")
+      .def_ro("forward", &OpCost::forward)
+      .def_ro("backward", &OpCost::backward)
+      .def_ro("kept", &OpCost::kept);
   for (auto add : Binding::all()) add(m);
 
   m.def("switch_off", &switch_off, "kernel"_a, "reason"_a,

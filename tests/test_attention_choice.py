@@ -109,3 +109,13 @@ def test_the_plan_follows_what_the_device_has():
     assert attention_cost(64, Device("cuda", size=2, repeatable=True)).saved == kept(64)
     assert attention_cost(64, Device("cuda", size=4)).saved > 0  # no float32 there
     assert attention_cost(64, CPU).saved > 0
+
+
+def test_what_is_saved_is_what_both_calls_give():
+    """A window that covers all is for MLX's own, not for cuDNN. A branch is a call of its own."""
+    shape = {"rows": 1, "heads": 2, "groups": 1, "head": 64, "queries": 256, "keys": 256}
+    assert _core.attention_cost(CUDA, **shape, window=255).saved == kept(64)
+    assert _core.attention_cost(CUDA, **shape, window=256).saved == 0
+    tree = shape | {"branch": 56, "shared": 100}
+    assert _core.attention_cost(CUDA, **tree).saved == kept(64)
+    assert _core.attention_cost(METAL, **tree).saved == 0

@@ -49,12 +49,12 @@ class CpuOp : public mx::Primitive {
       : Primitive(stream), name_(name), run_(std::make_shared<CpuRun>(std::move(run))) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    std::vector<const void*> in;
-    std::vector<void*> out;
+    Inputs in;
+    std::vector<float*> out;
     for (const auto& x : inputs) in.push_back(x.data<char>());
     for (auto& y : outputs) {
       y.set_data(mx::allocator::malloc(y.nbytes()));
-      out.push_back(y.data<char>());
+      out.push_back(y.data<float>());
     }
     // MLX holds inputs and outputs until the tasks of their primitive are done.
     mx::cpu::get_command_encoder(stream()).dispatch([run = run_, in, out] { (*run)(in, out); });
@@ -71,10 +71,14 @@ class CpuOp : public mx::Primitive {
 
 }  // namespace
 
-Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes,
-              std::vector<mx::Dtype> dtypes, CpuRun run, mx::StreamOrDevice s) {
+Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes, CpuRun run,
+              mx::StreamOrDevice s) {
   Arrays rows;
-  for (const auto& x : inputs) rows.push_back(mx::contiguous(x, false, s));
+  for (const auto& x : inputs) {
+    bool floats = mx::issubdtype(x.dtype(), mx::floating);
+    rows.push_back(mx::contiguous(floats ? f32(x, s) : x, false, s));
+  }
+  const std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
   return mx::array::make_arrays(std::move(shapes), dtypes,
                                 std::make_shared<CpuOp>(mx::to_stream(s), name, std::move(run)), rows);
 }
@@ -85,6 +89,22 @@ mx::array after(const mx::array& x, const Arrays& others) {
 
 mx::array f32(const mx::array& x, mx::StreamOrDevice s) {
   return mx::astype(x, mx::float32, s);
+}
+
+Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vjp) {
+  Arrays all = x;
+  for (const auto& y : forward(x)) all.push_back(mx::stop_gradient(y));
+  auto part = [](const Arrays& all, size_t begin, size_t end) {
+    return Arrays(all.begin() + begin, all.begin() + end);
+  };
+  auto outputs = [=, at = x.size()](const Arrays& in) { return part(in, at, at + n); };
+  auto back = [=, at = x.size()](const Arrays& in, const Arrays& dy, const Arrays&) {
+    return vjp(part(in, 0, at), dy, part(in, at, in.size()));
+  };
+  auto no_jvp = [](const Arrays&, const Arrays&, const std::vector<int>&) -> Arrays {
+    throw std::invalid_argument("[jvp] is not implemented.");
+  };
+  return mx::custom_function(outputs, back, no_jvp)(all);
 }
 
 void keep_freed_memory() {

@@ -50,12 +50,29 @@ bool on_cpu(mx::StreamOrDevice s);
 /// "kernel" of an op whose only kernel is the C++ one for the CPU.
 Way cpu_kernel(mx::StreamOrDevice s);
 
-/// Work on raw row-major memory: pointers to inputs and outputs in order. Runs on the stream's thread.
-using CpuRun = std::function<void(const std::vector<const void*>& in, const std::vector<void*>& out)>;
+/// Row-major memory of a CPU kernel's inputs, in order. Most are floats.
+struct Inputs : std::vector<const void*> {
+  const float* operator[](size_t i) const { return as<float>(i); }
+  template <class T>
+  const T* as(size_t i) const {
+    return static_cast<const T*>(at(i));
+  }
+};
 
-/// Arrays that `run` will fill on the CPU. Inputs are made row-major first.
-Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes,
-              std::vector<mx::Dtype> dtypes, CpuRun run, mx::StreamOrDevice s);
+/// Fills the outputs, in order. Runs on the stream's thread.
+using CpuRun = std::function<void(const Inputs& in, const std::vector<float*>& out)>;
+
+/// float32 arrays that `run` will fill on the CPU. Floating inputs are made float32 and row-major first,
+/// others row-major.
+Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes, CpuRun run,
+              mx::StreamOrDevice s);
+
+using Forward = std::function<Arrays(const Arrays& x)>;
+using Vjp = std::function<Arrays(const Arrays& x, const Arrays& dy, const Arrays& made)>;
+
+/// The first n arrays of forward(x), all of which go to `vjp` as `made`. With mx::custom_vjp a backward pass
+/// that uses one of them makes all of them again; here it makes those that it uses.
+Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vjp);
 
 /// Lets the C library keep up to 1 GB that was freed for what is asked for next. For the whole process.
 void keep_freed_memory();
@@ -64,7 +81,7 @@ void keep_freed_memory();
 /// gradients of factors, and keeps until then what they are made of.
 mx::array after(const mx::array& x, const Arrays& others);
 
-/// x as float32, the dtype that the CPU kernels compute in.
+/// x as float32.
 mx::array f32(const mx::array& x, mx::StreamOrDevice s);
 
 }  // namespace segtrain

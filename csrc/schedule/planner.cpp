@@ -231,22 +231,17 @@ class Search {
 
   /// As many layers kept whole as fit, or half of them, and as many stages that save.
   void try_tails(Form form) {
-    const int all = static_cast<int>(savers_.size());
-    auto with_tail = [&](int n) {
-      auto other = form;
-      other.tail = n;
-      return fits(other);
+    auto most = [&](int Form::* what, int limit) {
+      return largest(limit, [this, form, what](int n) mutable {
+        form.*what = n;
+        return fits(form);
+      });
     };
-    auto with_saves = [&](int n) {
-      auto other = form;
-      other.saves = n;
-      return fits(other);
-    };
-    const int tail = largest(adapted_, with_tail);
+    const int tail = most(&Form::tail, adapted_);
     for (int some : {tail, tail / 2}) {
       form.tail = some;
       fits(form);
-      form.saves = largest(all, with_saves);
+      form.saves = most(&Form::saves, static_cast<int>(savers_.size()));
       fits(form);
     }
   }

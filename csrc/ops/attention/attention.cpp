@@ -228,30 +228,83 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
   return name == "stock" ? Arrays{} : forward(c, way_of(c, name), {q, k, v});
 }
 
+namespace {
+
+/// A call of a plan, which says no more of the keys that a query sees.
+Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
+  return {.B = B,
+          .H = H,
+          .G = G,
+          .T = T,
+          .S = S,
+          .D = D,
+          .Dv = D,
+          .scale = 1,
+          .cap = static_cast<float>(cap),
+          .causal_only = !cap && T == S && (!window || window >= S),
+          .window = window,
+          .dtype = device.dtype(),
+          .device = device.gpu(),
+          .nax = device.nax};
+}
+
+/// What 'auto' takes on a device that need not be here.
+std::string planned_way(const Device& device, const Call& c) {
+  bool libraries = may_use_libraries(c.device, "auto", device.repeatable);
+  bool cudnn = libraries && device.cudnn && c.device == Gpu::cuda && cudnn_call_unfit(c).empty();
+  return way_among(c, "auto", {"cudnn", cudnn, ""}, libraries);
+}
+
+/// As bench/memory.py measured it on an H100, whatever serves: dk and dv in float32 or, by cuDNN, of each
+/// query head, and what the kernel for wide heads writes down of its scores.
+OpCost gpu_attention_cost(const Device& device, const Call& c, int keys, int behind) {
+  const int64_t of_keys = static_cast<int64_t>(c.B) * keys * c.G * c.D, wide = 256 << 20, other = 12 << 20;
+  const int64_t scores = 4LL * c.H * c.S * std::min(c.S, (c.window ? c.window : c.S) + 128);
+  const double parts = c.D > 128 ? 1.5 : 6;
+  return {.backward = static_cast<int64_t>(parts * static_cast<double>(of_keys * device.size)) +
+                      (c.D > 256 ? std::min(wide, scores) : other) +
+                      8LL * c.B * behind * c.H * c.D};  // our kernel's, of each query head in float32
+}
+
+struct AttentionCost : OpCost {
+  int64_t saved = 0;  ///< what attention_forward gives; 0 where the implementation gives nothing
+};
+
+/// Attention of a stage: `queries` a row, the last of its `keys`. The last `branch` of either are a sequence
+/// of their own that goes on behind the first `shared` keys: a second call. groups 0: keys and values, and
+/// what is done with them, are another layer's.
+AttentionCost attention_cost(const Device& device, int rows, int heads, int groups, int head, int queries,
+                             int keys, std::optional<int> window, bool softcap, int branch, int shared) {
+  auto call = [&](int T, int S) {
+    return planned_call(device, rows, heads, std::max(groups, 1), head, T, S, window.value_or(0), softcap);
+  };
+  std::vector<Call> calls{call(std::max(queries - branch, 0), keys - branch)};
+  if (branch) calls.push_back(call(std::min(branch, queries), shared + branch));
+  AttentionCost cost;
+  bool gives = true;
+  for (const auto& c : calls) {
+    gives = gives && planned_way(device, c) != "stock";
+    cost.saved += static_cast<int64_t>(rows) * heads * c.T * (head * device.size + 4);
+    if (c.device != Gpu::none) continue;
+    auto own = cpu_attention_cost(c);
+    cost.forward += own.forward;
+    cost.backward += own.backward;
+    cost.kept += own.kept;
+  }
+  if (!gives) cost.saved = 0;
+  if (device.gpu() != Gpu::none)
+    static_cast<OpCost&>(cost) =
+        gpu_attention_cost(device, calls[0], groups ? keys : 0, branch ? shared + branch : 0);
+  return cost;
+}
+
+}  // namespace
+
 std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
                           bool repeats) {
-  const std::map<std::string, Gpu> devices{{"cpu", Gpu::none}, {"metal", Gpu::metal}, {"cuda", Gpu::cuda}};
-  auto found = devices.find(device);
-  check(found != devices.end(), "[attention_way] device must be 'cpu', 'metal' or 'cuda'; got '", device,
-        "'.");
   constexpr int T = 1024;
-  const Call c{.B = 1,
-               .H = 1,
-               .G = 1,
-               .T = T,
-               .S = T,
-               .D = head,
-               .Dv = head,
-               .scale = 1,
-               .causal_only = true,
-               .first = std::vector<int32_t>(T, 0),
-               .dtype = dtype,
-               .device = found->second,
-               .nax = nax};
-  bool libraries = may_use_libraries(c.device, "auto", repeats);
-  bool serves = cudnn && libraries && c.device == Gpu::cuda && cudnn_heads_unfit(head, head).empty() &&
-                dtype != mx::float32;
-  return way_among(c, "auto", {"cudnn", serves, ""}, libraries);
+  const Device on{device, static_cast<int>(mx::size_of(dtype)), 0, cudnn, nax, repeats};
+  return planned_way(on, planned_call(on, 1, 1, 1, head, T, T, 0, false));
 }
 
 const Binding binding([](nb::module_& m) {
@@ -274,6 +327,11 @@ const Binding binding([](nb::module_& m) {
         "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
         "The implementation that 'auto' takes for plain causal attention of many tokens on a device, 'cpu', "
         "'metal' or 'cuda', which need not be here.");
+  nb::class_<AttentionCost, OpCost>(m, "AttentionCost", "And what attention_forward gives, in bytes.")
+      .def_ro("saved", &AttentionCost::saved);
+  m.def("attention_cost", &attention_cost, "device"_a, nb::kw_only(), "rows"_a, "heads"_a, "groups"_a,
+        "head"_a, "queries"_a, "keys"_a, "window"_a = nb::none(), "softcap"_a = false, "branch"_a = 0,
+        "shared"_a = 0, "What attention of a stage takes on a device; csrc/ops/attention/attention.cpp.");
   m.def("has_neural_accelerators", &has_neural_accelerators,
         "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
 });

@@ -1,7 +1,7 @@
 // What the implementations of attention share. Derivation and cost: docs/attention.md.
 #pragma once
 
-#include "core/kernel.h"
+#include "core/cost.h"
 
 namespace segtrain {
 
@@ -29,6 +29,9 @@ struct AttentionWay {
 };
 
 extern const AttentionWay cpu_attention, gpu_attention, hopper_attention, blocked_attention;
+
+/// What cpu_attention takes.
+OpCost cpu_attention_cost(const Call& c);
 
 /// Why the GPU kernel cannot serve a call; empty if it can.
 std::string gpu_attention_unfit(const Call& c);

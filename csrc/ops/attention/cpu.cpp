@@ -44,6 +44,12 @@ void keep_only(float* x, int n, Seen s) {
 
 }  // namespace
 
+size_t attention_scratch(const Attention& a, bool backward) {
+  const int jobs = a.batch * a.heads * (backward ? 1 : (a.t + BQ - 1) / BQ);
+  const int arrays = backward ? 2 + (a.cap > 0) : 1;
+  return sizeof(float) * std::min(n_threads(), jobs) * arrays * BQ * BK;
+}
+
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse) {
   const int q_tiles = (a.t + BQ - 1) / BQ, share = a.heads / a.groups;
   parallel_for(a.batch * a.heads * q_tiles, [&](int job) {

@@ -1,6 +1,7 @@
 // Attention on raw row-major float32 memory, on all threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace segtrain::cpu {
@@ -16,5 +17,8 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
 /// dq as q. dk, dv come per query head, [B,H,S,D]: the caller sums the heads of a group.
 void attention_vjp(const Attention& a, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv);
+
+/// Bytes of scratch that either takes, on all threads.
+size_t attention_scratch(const Attention& a, bool backward);
 
 }  // namespace segtrain::cpu

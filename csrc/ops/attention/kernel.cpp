@@ -13,32 +13,19 @@ cpu::Attention cpu_args(const Call& c) {
   return {c.B, c.H, c.G, c.T, c.S, c.D, c.Dv, c.q_start, c.scale, c.cap, c.first.data()};
 }
 
-const float* in(const std::vector<const void*>& p, int i) {
-  return static_cast<const float*>(p[i]);
-}
-float* out(const std::vector<void*>& p, int i) {
-  return static_cast<float*>(p[i]);
-}
-
 Arrays cpu_forward(const Call& c, const Arrays& x) {
   return cpu_op(
-      "attention", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s)}, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
-      {mx::float32, mx::float32},
-      [c](auto& i, auto& o) {
-        cpu::attention(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), out(o, 0), out(o, 1));
-      },
-      c.s);
+      "attention", x, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
+      [c](auto& in, auto& out) { cpu::attention(cpu_args(c), in[0], in[1], in[2], out[0], out[1]); }, c.s);
 }
 
 Arrays cpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
                const mx::array& lse) {
   auto grads = cpu_op(
-      "attention_vjp", {f32(x[0], c.s), f32(x[1], c.s), f32(x[2], c.s), f32(o, c.s), lse, f32(d_o, c.s)},
+      "attention_vjp", {x[0], x[1], x[2], o, lse, d_o},
       {{c.B, c.H, c.T, c.D}, {c.B, c.H, c.S, c.D}, {c.B, c.H, c.S, c.Dv}},
-      {mx::float32, mx::float32, mx::float32},
-      [c](auto& i, auto& o) {
-        cpu::attention_vjp(cpu_args(c), in(i, 0), in(i, 1), in(i, 2), in(i, 3), in(i, 4), in(i, 5), out(o, 0),
-                           out(o, 1), out(o, 2));
+      [c](auto& in, auto& out) {
+        cpu::attention_vjp(cpu_args(c), in[0], in[1], in[2], in[3], in[4], in[5], out[0], out[1], out[2]);
       },
       c.s);
   return {grads[0], sum_share(grads[1], c), sum_share(grads[2], c)};
@@ -128,6 +115,14 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 }
 
 }  // namespace
+
+OpCost cpu_attention_cost(const Call& c) {
+  // dk and dv of each query head, until those of a group are added up.
+  int64_t parts = c.share() > 1 ? 4LL * c.B * c.H * c.S * (c.D + c.Dv) : 0;
+  int64_t lse = 4LL * c.B * c.H * c.T, forward = cpu::attention_scratch(cpu_args(c), false),
+          backward = cpu::attention_scratch(cpu_args(c), true);
+  return {.forward = lse + forward, .backward = lse + parts + backward, .kept = lse};
+}
 
 std::string gpu_attention_unfit(const Call& c) {
   if (c.D != c.Dv) return "D and Dv differ";

@@ -24,12 +24,10 @@ struct Glu {
 
 Arrays cpu_forward(const Glu& c, const Arrays& x) {
   return cpu_op(
-      "glu", {f32(x[0], c.s), f32(x[1], c.s)}, {x[0].shape()}, {mx::float32},
+      "glu", x, {x[0].shape()},
       [glu = cpu::rows().glu[c.gelu], n = x[0].size()](auto& in, auto& out) {
-        auto gate = (const float*)in[0], up = (const float*)in[1];
-        auto y = (float*)out[0];
         cpu::over(n, cpu::WORTH_A_THREAD,
-                  [&](size_t i, size_t end) { glu(gate + i, up + i, y + i, end - i); });
+                  [&](size_t i, size_t end) { glu(in[0] + i, in[1] + i, out[0] + i, end - i); });
       },
       c.s);
 }
@@ -37,12 +35,10 @@ Arrays cpu_forward(const Glu& c, const Arrays& x) {
 Arrays cpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
   auto shape = x[0].shape();
   return cpu_op(
-      "glu_vjp", {f32(x[0], c.s), f32(x[1], c.s), f32(dy, c.s)}, {shape, shape}, {mx::float32, mx::float32},
+      "glu_vjp", {x[0], x[1], dy}, {shape, shape},
       [glu_vjp = cpu::rows().glu_vjp[c.gelu], n = x[0].size()](auto& in, auto& out) {
-        auto gate = (const float*)in[0], up = (const float*)in[1], d = (const float*)in[2];
-        auto dgate = (float*)out[0], dup = (float*)out[1];
         cpu::over(n, cpu::WORTH_A_THREAD, [&](size_t i, size_t end) {
-          glu_vjp(gate + i, up + i, d + i, dgate + i, dup + i, end - i);
+          glu_vjp(in[0] + i, in[1] + i, in[2] + i, out[0] + i, out[1] + i, end - i);
         });
       },
       c.s);

@@ -16,6 +16,11 @@ namespace {
 constexpr int TILE_ROWS = 256;               // of the head, unpacked at a time
 constexpr size_t LOGITS = size_t{16} << 20;  // floats of one chunk of logits: 64 MB
 
+/// Rows whose logits are there at a time.
+int chunk_of(int rows, int vocabulary) {
+  return std::min(rows, static_cast<int>(std::clamp<size_t>(LOGITS / vocabulary, 16, 256)));
+}
+
 /// The i-th row in turn, its logits z (capped) [V], and its target.
 using RowJob = std::function<void(int i, float* z, int target)>;
 
@@ -24,7 +29,7 @@ using RowJob = std::function<void(int i, float* z, int target)>;
 void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int>& live, float* dh,
                   const RowJob& job) {
   const int v = head.n, hidden = head.k, n_live = static_cast<int>(live.size());
-  const int chunk = std::min(n_live, static_cast<int>(std::clamp<size_t>(LOGITS / v, 16, 256)));
+  const int chunk = chunk_of(n_live, v);
   const int blocks = (v + TILE_ROWS - 1) / TILE_ROWS;
   const size_t row = hidden;
   Scratch logits(static_cast<size_t>(chunk) * v);
@@ -73,6 +78,12 @@ std::vector<int> live_rows(const HeadInput& in, Counts counts) {
 }
 
 }  // namespace
+
+size_t head_scratch(int m, int vocabulary, int hidden) {
+  const size_t tiles = std::min(n_threads(), (vocabulary + TILE_ROWS - 1) / TILE_ROWS);
+  return sizeof(float) * chunk_of(m, vocabulary) * vocabulary +
+         std::max(sizeof(float) * tiles * TILE_ROWS * hidden, linear_dx_scratch(vocabulary, hidden));
+}
 
 void cross_entropy(const Weight& head, const CrossEntropy& args) {
   const int v = head.n;

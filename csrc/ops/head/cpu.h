@@ -28,4 +28,7 @@ void log_probs(const Weight& head, const HeadInput& in, float* log_p, float* lse
 /// dh [m, hidden] from log_probs' lse and the cotangent [m].
 void log_probs_vjp(const Weight& head, const HeadInput& in, const float* lse, const float* dlog_p, float* dh);
 
+/// Bytes of scratch on all threads for m rows that count, the head being packed.
+size_t head_scratch(int m, int vocabulary, int hidden);
+
 }  // namespace segtrain::cpu

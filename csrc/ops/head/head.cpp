@@ -1,5 +1,7 @@
 #include "ops/head/head.h"
 
+#include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 
 namespace segtrain {
@@ -18,16 +20,14 @@ HeadCall::HeadCall(const std::string& op, const mx::array& h, const Base& head, 
 }
 
 HeadKernel::HeadKernel(const HeadCall& call, const mx::array& h)
-    : base(call.head, call.s), m(call.M), cap(call.cap), bias(call.head.bias.has_value()) {
-  arrays = {f32(h, call.s), call.targets};
+    : base(call.head), m(call.M), cap(call.cap), bias(call.head.bias.has_value()) {
+  arrays = {h, call.targets};
   arrays.insert(arrays.end(), base.arrays.begin(), base.arrays.end());
-  if (bias) arrays.push_back(f32(*call.head.bias, call.s));
+  if (bias) arrays.push_back(*call.head.bias);
 }
 
-cpu::HeadInput HeadKernel::input(const std::vector<const void*>& in) const {
-  auto at_bias = 2 + base.arrays.size();
-  return {m, cap, static_cast<const float*>(in[0]), bias ? static_cast<const float*>(in[at_bias]) : nullptr,
-          static_cast<const int32_t*>(in[1])};
+cpu::HeadInput HeadKernel::input(const Inputs& in) const {
+  return {m, cap, in[0], bias ? in[2 + base.arrays.size()] : nullptr, in.as<int32_t>(1)};
 }
 
 void for_each_block(const HeadCall& call, const mx::array& h,
@@ -170,6 +170,25 @@ mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad) 
   };
   return mx::custom_vjp(forward, vjp)({h})[0];
 }
+
+namespace {
+
+/// On a GPU a tile of the weight, and logits and their cotangents of some rows.
+OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
+  int64_t most = cpu::head_scratch(rows, vocabulary, inputs);
+  if (device.gpu() != Gpu::none) {
+    const int64_t tile = std::min(vocabulary, TILE), chunk = std::min(rows, ROWS);
+    most = 2 * tile * inputs + 4 * chunk * tile + 6 * chunk * inputs;
+  }
+  return {.forward = most, .backward = most};
+}
+
+}  // namespace
+
+const Binding binding([](nb::module_& m) {
+  m.def("head_cost", &head_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "vocabulary"_a,
+        "What linear_cross_entropy or linear_log_probs takes on a device, for rows with a target.");
+});
 
 std::optional<mx::array> rows_with_target(const HeadCall& call) {
   if (call.targets.is_tracer()) return std::nullopt;

@@ -27,8 +27,8 @@ struct HeadKernel {
   bool bias;
 
   HeadKernel(const HeadCall& call, const mx::array& h);
-  cpu::Weight weight(const std::vector<const void*>& in) const { return base.weight(in, 2); }
-  cpu::HeadInput input(const std::vector<const void*>& in) const;
+  cpu::Weight weight(const Inputs& in) const { return base.weight(in, 2); }
+  cpu::HeadInput input(const Inputs& in) const;
 };
 
 /// Rows [begin, end) of a blocked pass.

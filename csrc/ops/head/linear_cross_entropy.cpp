@@ -24,10 +24,10 @@ Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   std::vector<mx::Shape> shapes{{}};
   if (loss.needs_grad) shapes.push_back(h.shape());
   return cpu_op(
-      "linear_cross_entropy", inputs, shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32),
+      "linear_cross_entropy", inputs, shapes,
       [head, smoothing = loss.smoothing](auto& in, auto& out) {
-        cpu::cross_entropy(head.weight(in), {head.input(in), smoothing, (const float*)in.back(),
-                                             (float*)out[0], out.size() > 1 ? (float*)out[1] : nullptr});
+        auto weights = in[in.size() - 1], dh = out.size() > 1 ? out[1] : nullptr;
+        cpu::cross_entropy(head.weight(in), {head.input(in), smoothing, weights, out[0], dh});
       },
       call.s);
 }

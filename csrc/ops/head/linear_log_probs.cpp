@@ -12,10 +12,8 @@ namespace {
 Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
   HeadKernel head(call, h);
   return cpu_op(
-      "linear_log_probs", head.arrays, {{call.M}, {call.M}}, {mx::float32, mx::float32},
-      [head](auto& in, auto& out) {
-        cpu::log_probs(head.weight(in), head.input(in), (float*)out[0], (float*)out[1]);
-      },
+      "linear_log_probs", head.arrays, {{call.M}, {call.M}},
+      [head](auto& in, auto& out) { cpu::log_probs(head.weight(in), head.input(in), out[0], out[1]); },
       call.s);
 }
 
@@ -25,10 +23,10 @@ mx::array kernel_vjp(const HeadCall& call, const mx::array& h, const mx::array& 
   Arrays inputs = head.arrays;
   inputs.insert(inputs.end(), {lse, dlog_p});
   return cpu_op(
-      "linear_log_probs_vjp", inputs, {h.shape()}, {mx::float32},
+      "linear_log_probs_vjp", inputs, {h.shape()},
       [head](auto& in, auto& out) {
-        cpu::log_probs_vjp(head.weight(in), head.input(in), (const float*)in[in.size() - 2],
-                           (const float*)in.back(), (float*)out[0]);
+        auto lse = in.size() - 2, dlog_p = in.size() - 1;
+        cpu::log_probs_vjp(head.weight(in), head.input(in), in[lse], in[dlog_p], out[0]);
       },
       call.s)[0];
 }

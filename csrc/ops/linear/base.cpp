@@ -88,32 +88,22 @@ Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears) {
   return all;
 }
 
-CpuBase::CpuBase(const Base& base, mx::StreamOrDevice s)
-    : bits(base.bits),
+CpuBase::CpuBase(const Base& base)
+    : arrays{base.weight},
+      bits(base.bits),
       group(base.group_size),
       n(base.out()),
       k(base.in()),
       dense(!base.scales),
       affine(base.biases.has_value()) {
-  if (dense)
-    arrays = {f32(base.weight, s)};
-  else if (affine)
-    arrays = {base.weight, f32(*base.scales, s), f32(*base.biases, s)};
-  else
-    arrays = {base.weight, *base.scales};
+  if (!dense) arrays.push_back(*base.scales);
+  if (affine) arrays.push_back(*base.biases);
 }
 
-cpu::Weight CpuBase::weight(const std::vector<const void*>& in, int first) const {
-  auto real = [&](int i) { return static_cast<const float*>(in[first + i]); };
-  if (dense) return {real(0), nullptr, nullptr, nullptr, 0, 0, n, k};
-  return {nullptr,
-          static_cast<const uint32_t*>(in[first]),
-          in[first + 1],
-          affine ? real(2) : nullptr,
-          bits,
-          group,
-          n,
-          k};
+cpu::Weight CpuBase::weight(const Inputs& in, int first) const {
+  if (dense) return {in[first], nullptr, nullptr, nullptr, 0, 0, n, k};
+  auto biases = affine ? in[first + 2] : nullptr;
+  return {nullptr, in.as<uint32_t>(first), in.at(first + 1), biases, bits, group, n, k};
 }
 
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
@@ -173,10 +163,10 @@ mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s) {
                                      base.mode, std::nullopt, std::nullopt, s),
                       dtype, s);
   }
-  CpuBase w(base, s);
+  CpuBase w(base);
   auto y = cpu_op(
-      "dequantize", w.arrays, {{w.n, w.k}}, {mx::float32},
-      [w](auto& in, auto& out) { cpu::dequantize(w.weight(in, 0), (float*)out[0]); }, s);
+      "dequantize", w.arrays, {{w.n, w.k}},
+      [w](auto& in, auto& out) { cpu::dequantize(w.weight(in, 0), out[0]); }, s);
   return mx::astype(y[0], dtype, s);
 }
 
@@ -198,11 +188,8 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float
   shape.push_back(m);
   shape.push_back(n);
   auto y = cpu_op(
-      "matmul", {f32(a, s), f32(b, s)}, {shape}, {mx::float32},
-      [=](auto& in, auto& out) {
-        cpu::matmul(ta, tb, batch, m, n, k, alpha, (const float*)in[0], (const float*)in[1], (float*)out[0]);
-      },
-      s);
+      "matmul", {a, b}, {shape},
+      [=](auto& in, auto& out) { cpu::matmul(ta, tb, batch, m, n, k, alpha, in[0], in[1], out[0]); }, s);
   return mx::astype(y[0], a.dtype(), s);
 }
 

@@ -14,14 +14,14 @@ void check_linear(const std::string& op, const Linear& linear);
 /// What such an op is differentiated by: x, and a and b of the linears that have them.
 Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears);
 
-/// A base as the CPU kernels take it: `arrays` are inputs of a cpu_op, from `first` on of its pointers.
+/// A base as the CPU kernels take it: `arrays` are inputs of a cpu_op, from `first` on of all.
 struct CpuBase {
   Arrays arrays;
   int bits, group, n, k;
   bool dense, affine;
 
-  CpuBase(const Base& base, mx::StreamOrDevice s);
-  cpu::Weight weight(const std::vector<const void*>& in, int first) const;
+  explicit CpuBase(const Base& base);
+  cpu::Weight weight(const Inputs& in, int first) const;
 };
 
 /// Up to three weights of one kind below one another as [n, k] of `dtype` on CUDA, with `columns` [n, R]

@@ -59,6 +59,11 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
   });
 }
 
+size_t linear_scratch(int n, int k) {
+  int length = split(n, TILE_ROWS, 16);
+  return sizeof(float) * std::min(n_threads(), (n + length - 1) / length) * length * k;
+}
+
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
             float* y) {
   int length = split(w.n, TILE_ROWS, 16);
@@ -79,6 +84,11 @@ void linear(const Weight& w, int m, const float* x, const float* bias, int r, co
              y_tile, w.n);
     }
   });
+}
+
+size_t linear_dx_scratch(int n, int k) {
+  int length = split(k, TILE_COLUMNS, 32);
+  return sizeof(float) * std::min(n_threads(), (k + length - 1) / length) * std::min(TILE_ROWS, n) * length;
 }
 
 void linear_dx(const Weight& w, int m, const float* dy, int r, const float* u, const float* a, float* dx) {

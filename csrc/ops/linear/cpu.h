@@ -38,7 +38,12 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
             float* y);
 
+/// Bytes of scratch that it takes on all threads, w being packed.
+size_t linear_scratch(int n, int k);
+
 /// dx = dy·w + u·aᵀ. dy [m, n], u [m, r], a [k, r] → dx [m, k]; u may be null.
 void linear_dx(const Weight& w, int m, const float* dy, int r, const float* u, const float* a, float* dx);
+
+size_t linear_dx_scratch(int n, int k);
 
 }  // namespace segtrain::cpu

@@ -3,6 +3,7 @@
 // With dropout p, x·A reads mask∘x and scale is scale / (1 − p); then dx = dy·W + mask∘(u·Aᵀ), dA =
 // (mask∘x)ᵀ·u. The mask is drawn again from its key.
 #include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
 #include "ops/linear/joint_linear.h"
@@ -23,25 +24,22 @@ mx::array product(const mx::array& x, const Base& base, bool transpose, const st
     auto b_cast = mx::astype(*b, y.dtype(), s);
     return mx::addmm(y, mx::astype(*z, y.dtype(), s), transpose ? b_cast : mx::transpose(b_cast, s), 1, 1, s);
   }
-  CpuBase w(base, s);
-  Arrays inputs{f32(x, s)};
+  CpuBase w(base);
+  Arrays inputs{x};
   inputs.insert(inputs.end(), w.arrays.begin(), w.arrays.end());
   int r = z ? z->shape(1) : 0, at_bias = static_cast<int>(inputs.size());
-  if (bias) inputs.push_back(f32(*bias, s));
-  int at_z = static_cast<int>(inputs.size());
-  if (z) inputs.insert(inputs.end(), {f32(*z, s), f32(*b, s)});
   bool has_bias = bias.has_value();
-  auto run = [=](const std::vector<const void*>& in, const std::vector<void*>& out) {
-    auto real = [&](int i) { return static_cast<const float*>(in[i]); };
-    const float *z_in = r ? real(at_z) : nullptr, *b_in = r ? real(at_z + 1) : nullptr;
+  if (has_bias) inputs.push_back(*bias);
+  int at_z = static_cast<int>(inputs.size());
+  if (z) inputs.insert(inputs.end(), {*z, *b});
+  auto run = [=](const Inputs& in, const std::vector<float*>& out) {
+    auto z = r ? in[at_z] : nullptr, b = r ? in[at_z + 1] : nullptr;
     if (transpose)
-      cpu::linear(w.weight(in, 1), m, real(0), has_bias ? real(at_bias) : nullptr, r, z_in, b_in,
-                  (float*)out[0]);
+      cpu::linear(w.weight(in, 1), m, in[0], has_bias ? in[at_bias] : nullptr, r, z, b, out[0]);
     else
-      cpu::linear_dx(w.weight(in, 1), m, real(0), r, z_in, b_in, (float*)out[0]);
+      cpu::linear_dx(w.weight(in, 1), m, in[0], r, z, b, out[0]);
   };
-  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, {mx::float32}, run, s)[0],
-                    x.dtype(), s);
+  return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, run, s)[0], x.dtype(), s);
 }
 
 /// One linear by itself; x [M, in].
@@ -76,7 +74,7 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
     auto db = mx::astype(matmul(y[1], dy, true, false, 1, s), p[2].dtype(), s);
     return {after(dx(), {da, db}), da, db};
   };
-  return mx::custom_vjp(forward, vjp)(primals_of(x, {linear}))[0];
+  return with_vjp(primals_of(x, {linear}), 1, forward, vjp)[0];
 }
 
 /// All of them as one product; x [M, in].
@@ -100,9 +98,7 @@ Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamO
     grads.insert(grads.begin(), after(dx, grads));
     return grads;
   };
-  auto out = mx::custom_vjp(forward, vjp)(primals_of(x, linears));
-  out.resize(linears.size(), x);
-  return out;
+  return with_vjp(primals_of(x, linears), linears.size(), forward, vjp);
 }
 
 }  // namespace
@@ -170,7 +166,29 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
   return out;
 }
 
+namespace {
+
+/// Of linears with this many outputs together. On GPUs the weights, unpacked, and a library's space beside
+/// them, as bench/memory.py measured.
+OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
+  if (device.gpu() == Gpu::none)
+    return {.forward = static_cast<int64_t>(cpu::linear_scratch(outputs, inputs)),
+            .backward = static_cast<int64_t>(cpu::linear_dx_scratch(outputs, inputs))};
+  return {.forward = static_cast<int64_t>(inputs) * outputs * device.size + device.workspace};
+}
+
+/// Of dropout of so many numbers: random bits, and what is left of x.
+int64_t dropout_bytes(const Device& device, int64_t numbers) {
+  return numbers * (4 + device.size);
+}
+
+}  // namespace
+
 const Binding binding([](nb::module_& m) {
+  m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
+        "What linears with this many outputs together take on a device.");
+  m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,
+        "What dropout of so many numbers before a linear takes while it runs.");
   m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
         "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
         "x·Wᵀ + bias + scale·(x·a)·b of each linear. x [..., in] → [..., out] each.");

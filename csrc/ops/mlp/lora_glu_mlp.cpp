@@ -2,6 +2,7 @@
 //   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
 // On CUDA gate and up are one array from their common product to their common gradient.
 #include "core/binding.h"
+#include "core/cost.h"
 #include "core/gpu.h"
 #include "ops/glu/glu.h"
 #include "ops/linear/joint_linear.h"
@@ -29,37 +30,21 @@ struct Mlp {
     return {with(gate, p, 1), with(up, p, at_up()), with(down, p, at_down()), gelu, impl, s};
   }
 
-  Arrays gate_up(const Arrays& p) const {
-    return lora_linears(p[0], {with(gate, p, 1), with(up, p, at_up())}, 0, {}, impl, s);
-  }
   mx::array hidden(const Arrays& gate_up) const {
     return gelu ? geglu(gate_up[0], gate_up[1], impl, s) : swiglu(gate_up[0], gate_up[1], impl, s);
   }
 };
 
 mx::array by_ops(const Mlp& c, const mx::array& x) {
-  auto forward = [=](const Arrays& p) -> Arrays {
-    auto both = c.gate_up(p);
-    auto y = lora_linears(c.hidden(both), {Mlp::with(c.down, p, c.at_down())}, 0, {}, c.impl, c.s)[0];
-    return {y, both[0], both[1]};
+  auto rest = [=](const Arrays& in) {
+    return lora_linears(c.hidden(in), {Mlp::with(c.down, in, 2)}, 0, {}, c.impl, c.s);
   };
-  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
-    const Arrays both{y[1], y[2]};
-    Arrays of_down{c.hidden(both)};
-    of_down.insert(of_down.end(), p.begin() + c.at_down(), p.end());
-    auto d_down = mx::vjp(
-                      [&](const Arrays& in) {
-                        return lora_linears(in[0], {Mlp::with(c.down, in, 1)}, 0, {}, c.impl, c.s);
-                      },
-                      of_down, {dys[0]})
-                      .second;
-    auto d_both = mx::vjp([&](const Arrays& in) { return Arrays{c.hidden(in)}; }, both, {d_down[0]}).second;
-    Arrays of_x(p.begin(), p.begin() + c.at_down());
-    auto grads = mx::vjp([&](const Arrays& in) { return c.gate_up(in); }, of_x, d_both).second;
-    grads.insert(grads.end(), d_down.begin() + 1, d_down.end());
-    return grads;
+  auto in = lora_linears(x, {c.gate, c.up}, 0, {}, c.impl, c.s);
+  if (c.down.a) in.insert(in.end(), {*c.down.a, *c.down.b});
+  auto again = [=](const Arrays& in, const Arrays& dy, const Arrays&) {
+    return mx::vjp(rest, in, dy).second;
   };
-  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+  return with_vjp(in, 1, rest, again)[0];
 }
 
 mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
@@ -90,7 +75,7 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
     for (const auto* some : {&of_both, &of_down}) grads.insert(grads.end(), some->begin(), some->end());
     return grads;
   };
-  return mx::custom_vjp(forward, vjp)(c.primals(x))[0];
+  return with_vjp(c.primals(x), 1, forward, vjp)[0];
 }
 
 mx::array whole(const Mlp& c, const mx::array& x) {
@@ -165,7 +150,35 @@ mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up,
   return mx::reshape(y, shape, s);
 }
 
+namespace {
+
+OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
+                         std::optional<int> tile_rows) {
+  const int tile = std::min(rows, tile_rows.value_or(rows));
+  const int64_t h = static_cast<int64_t>(device.size) * hidden, f = h * tile, size = device.size;
+  // Tiles keep x alone. What they make is joined at the end; on a GPU twice that was measured.
+  const int64_t kept = tile < rows ? 0 : 2 * f;
+  const int64_t copies = device.gpu() == Gpu::none ? 1 : 2;
+  const int64_t joined = tile < rows ? copies * size * rows * inputs : 0;
+  if (device.gpu() == Gpu::none) {
+    auto either = [&](auto scratch) {
+      return static_cast<int64_t>(std::max(scratch(hidden, inputs), scratch(inputs, hidden)));
+    };
+    return {.forward = 3 * f + joined + either(cpu::linear_scratch),
+            .backward = 6 * f + joined + either(cpu::linear_dx_scratch),
+            .kept = kept};
+  }
+  // The first product has its weights unpacked beside it, and what the library lays out there.
+  const auto weights = static_cast<int64_t>(1.6 * 2 * static_cast<double>(h * inputs));
+  const int64_t first = 2 * f + weights + device.workspace;
+  return {.forward = std::max(first, 3 * f) + joined, .backward = 5 * f + joined, .kept = kept};
+}
+
+}  // namespace
+
 const Binding binding([](nb::module_& m) {
+  m.def("lora_glu_mlp_cost", &lora_glu_mlp_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "hidden"_a,
+        "tile_rows"_a = nb::none(), "What the MLP takes on a device.");
   m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
         "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "down(act(gate(x))·up(x)). x [..., H] → [..., H].");

@@ -27,23 +27,19 @@ void each_row(int m, int n, const Run& run) {
 
 mx::array norm(const Norm& c, const mx::array& x) {
   return cpu_op(
-      "rms_norm", {f32(x, c.s), f32(c.weight, c.s)}, {x.shape()}, {mx::float32},
+      "rms_norm", {x, c.weight}, {x.shape()},
       [m = c.m, n = c.n, eps = c.eps](auto& in, auto& out) {
-        auto x = (const float*)in[0], weight = (const float*)in[1];
-        auto y = (float*)out[0];
-        each_row(m, n, [&](size_t i) { cpu::rows().rms_norm(x + i * n, weight, eps, y + i * n, n); });
+        each_row(m, n, [&](size_t i) { cpu::rows().rms_norm(in[0] + i * n, in[1], eps, out[0] + i * n, n); });
       },
       c.s)[0];
 }
 
 mx::array norm_vjp(const Norm& c, const mx::array& x, const mx::array& dy) {
   return cpu_op(
-      "rms_norm_vjp", {f32(x, c.s), f32(c.weight, c.s), f32(dy, c.s)}, {x.shape()}, {mx::float32},
+      "rms_norm_vjp", {x, c.weight, dy}, {x.shape()},
       [m = c.m, n = c.n, eps = c.eps](auto& in, auto& out) {
-        auto x = (const float*)in[0], weight = (const float*)in[1], dy = (const float*)in[2];
-        auto dx = (float*)out[0];
         each_row(m, n, [&](size_t i) {
-          cpu::rows().rms_norm_vjp(x + i * n, weight, dy + i * n, eps, dx + i * n, n);
+          cpu::rows().rms_norm_vjp(in[0] + i * n, in[1], in[2] + i * n, eps, out[0] + i * n, n);
         });
       },
       c.s)[0];

@@ -58,10 +58,9 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   auto dtype = x.dtype();
   auto rotate = [=](const mx::array& y, float sign) {
     auto z = cpu_op(
-        "rope", {f32(y, s), divisors}, {shape}, {mx::float32},
-        [=](auto& i, auto& o) {
-          rotate_rows((const float*)i[0], (const float*)i[1], scale, sign, offset, traditional, rows, T, D,
-                      dims, (float*)o[0]);
+        "rope", {y, divisors}, {shape},
+        [=](auto& in, auto& out) {
+          rotate_rows(in[0], in[1], scale, sign, offset, traditional, rows, T, D, dims, out[0]);
         },
         s);
     return mx::astype(z[0], dtype, s);

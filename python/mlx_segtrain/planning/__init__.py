@@ -17,7 +17,7 @@ from ..models.headers import ModelShape, read_shape, shape_of
 from ..schedule import Cuts
 from ..streams import BatchShape
 from .budget import budget_bytes, device
-from .costs import Device, costs_of, cpu_logits, head_weight
+from .costs import Device, costs_of, head_op, head_weight
 
 __all__ = [
     "Device",
@@ -148,7 +148,7 @@ def overshoot(
     if device.gpu and model.head in ranks:
         largest = max(largest, head_weight(model, device))
     largest += device.workspace
-    return largest if device.gpu else largest // 2 + cpu_logits(model, batch)
+    return largest if device.gpu else largest // 2 + head_op(model, batch, device)
 
 
 def choose(

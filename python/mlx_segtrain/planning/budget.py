@@ -1,27 +1,27 @@
 """How many bytes a run may take on this machine."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .. import _core
-from .costs import CPU, CUDA, METAL, Device
+from .costs import CPU, WORKSPACE, Device
 
 #: Left to others on the same memory; on a CPU the interpreter and its libraries share it besides.
 MARGIN = 0.05
 INTERPRETER = 1 << 29
 
 
-def device(deterministic: bool = False) -> Device:
-    """What the estimate depends on, of MLX's default device."""
+def device(deterministic: bool = False, size: int = 2) -> Device:
+    """What the estimate depends on, of MLX's default device; numbers take `size` bytes on a GPU."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
-        return replace(METAL, nax=_core.has_neural_accelerators())
-    return replace(CUDA, cudnn="cudnn" in _core.attention_impls(), repeatable=deterministic)
+        return Device("metal", size, nax=_core.has_neural_accelerators())
+    cudnn = "cudnn" in _core.attention_impls()
+    return Device("cuda", size, WORKSPACE, cudnn=cudnn, repeatable=deterministic)
 
 
 def working_set() -> int | None:

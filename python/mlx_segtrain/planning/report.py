@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from .run import RunPlan
 
@@ -36,28 +36,30 @@ class PlanReport:
     budget: int
     weights: int
     plan: str
-    peak: int
-    parts: dict[str, int]
-    recomputed: float
-    longest: int
-    max_length: int | None
-    alternatives: list[Alternative]
-    moves: list[tuple[str, int]]
+    peak: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    recomputed: float = 0.0
+    longest: int = 0
+    max_length: int | None = None
+    alternatives: list[Alternative] = field(default_factory=list)
+    moves: list[tuple[str, int]] = field(default_factory=list)
 
 
 def of(run: RunPlan) -> PlanReport:
     batch, chosen = run.batch, run.planned
-    common = {
-        **{"family": run.shape.family, "rows": batch.rows, "tokens": batch.length},
-        **{"trained_tokens": batch.loss, "budget": run.budget},
-        "weights": run.shape.weight_bytes(not run.device.gpu),
-        "max_length": run.shape.max_length,
-    }
+    plain = PlanReport(
+        family=run.shape.family,
+        predicted=False,
+        rows=batch.rows,
+        tokens=batch.length,
+        trained_tokens=batch.loss,
+        budget=run.budget,
+        weights=run.shape.weight_bytes(not run.device.gpu),
+        plan=str(run),
+        max_length=run.shape.max_length,
+    )
     if chosen is None:
-        nothing = {"peak": 0, "parts": {}, "recomputed": 0.0, "longest": 0}
-        return PlanReport(
-            **common, **nothing, predicted=False, plan=str(run), alternatives=[], moves=[]
-        )
+        return plain
 
     def other(budget: int) -> Alternative:
         plan = run.within(budget).planned
@@ -72,8 +74,8 @@ def of(run: RunPlan) -> PlanReport:
             longest=run.longest(budget),
         )
 
-    return PlanReport(
-        **common,
+    return replace(
+        plain,
         predicted=True,
         plan=chosen.text,
         peak=chosen.peak,

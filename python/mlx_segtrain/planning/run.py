@@ -99,7 +99,7 @@ class RunPlan:
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
-            what = (self.shape, batch.stretched(length), self.ranks, self.device)
+            what = self._of(batch.stretched(length))
             if self.size is not None:
                 return named(*what, self.size).peak <= most
             return _core.least_peak(costs_of(*what)) <= most
@@ -108,13 +108,17 @@ class RunPlan:
 
     def within(self, budget: int) -> RunPlan:
         """With the fastest plans in this budget."""
-        what = [(self.shape, batch, self.ranks, self.device) for batch in self.batches]
-        return replace(self, plans=tuple(choose(*args, budget) for args in what))
+        plans = tuple(choose(*self._of(batch), budget) for batch in self.batches)
+        return replace(self, plans=plans)
 
     def of_size(self, size: int) -> RunPlan:
         """With so many layers a segment."""
-        what = [(self.shape, batch, self.ranks, self.device) for batch in self.batches]
-        return replace(self, plans=tuple(named(*args, size) for args in what))
+        plans = tuple(named(*self._of(batch), size) for batch in self.batches)
+        return replace(self, plans=plans)
+
+    def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
+        """What the plan of a batch depends on."""
+        return self.shape, batch, self.ranks, self.device
 
     def tightened(self, measured: int) -> RunPlan | None:
         """The next cheaper plan if `measured` bytes were over the budget, if there is one."""
@@ -211,8 +215,7 @@ def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
-    on = device(config.deterministic)
-    on = replace(on, size=max(on.size, shape.float_size))
+    on = device(config.deterministic, shape.float_size)
     how = _ways(config)
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())

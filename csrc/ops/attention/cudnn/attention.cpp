@@ -295,9 +295,7 @@ Problem problem_of(const Call& c, bool backward) {
 }
 
 std::string unfit(const Call& c) {
-  if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN takes half precision only";
-  if (c.window || c.cap || c.T != c.S) return "it is for causal calls without window or cap, with T = S";
-  if (c.T < 128) return "it takes 128 queries or more: to plan for fewer costs more than it gains";
+  if (auto any = cudnn_call_unfit(c); !any.empty()) return any;
   if (!c.causal_only) {
     auto p = problem_of(c, false);
     if (int64_t{p.segments} * p.longest > std::max(int64_t{4096}, 2 * int64_t{c.B} * c.T))
@@ -305,7 +303,6 @@ std::string unfit(const Call& c) {
     if (int64_t{c.B} * c.H * c.T * std::max(c.D, c.Dv) > INT32_MAX)
       return "it takes packed segments in arrays of up to 2³¹ − 1 elements";
   }
-  if (auto heads = cudnn_heads_unfit(c.D, c.Dv); !heads.empty()) return heads;
   if (cudnn_function<decltype(cudnnGetVersion)>("cudnnGetVersion")() < CUDNN_MIN)
     return "it takes cuDNN 9.16 or newer";
   for (bool backward : {false, true}) {

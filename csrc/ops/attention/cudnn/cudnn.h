@@ -21,9 +21,12 @@ bool has_cudnn();
 /// Asking takes a second for a new shape: both directions are planned.
 Way cudnn_way(const Call& c);
 
-/// Why cuDNN takes no heads of these sizes; empty if it does.
-inline std::string cudnn_heads_unfit(int D, int Dv) {
-  bool fits = D % 8 == 0 && Dv % 8 == 0 && D <= 256 && Dv <= 256;
+/// Why cuDNN takes no such call on any device; empty if it may.
+inline std::string cudnn_call_unfit(const Call& c) {
+  if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN takes half precision only";
+  if (c.window || c.cap || c.T != c.S) return "it is for causal calls without window or cap, with T = S";
+  if (c.T < 128) return "it takes 128 queries or more: to plan for fewer costs more than it gains";
+  bool fits = c.D % 8 == 0 && c.Dv % 8 == 0 && c.D <= 256 && c.Dv <= 256;
   return fits ? "" : "its head sizes are multiples of 8 up to 256";
 }
 
