@@ -1,4 +1,4 @@
-"""What the API and the page both do: paths and configurations checked, then jobs and plans."""
+"""What the API does: paths and configurations checked, then jobs and plans."""
 
 import asyncio
 import json

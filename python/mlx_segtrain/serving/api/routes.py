@@ -12,11 +12,14 @@ from ... import __version__
 from ...errors import InputError
 from ...events import now
 from .. import catalog
+from ..generation.mounting import Base
 from ..jobs.row import Row
 from ..service import Service
 from .bodies import CommentedRoute
 from .dependencies import Used
 from .forms import (
+    AdapterFolder,
+    AdaptersAnswer,
     Answer,
     DatasetsAnswer,
     Defaults,
@@ -43,9 +46,10 @@ from .forms import (
     Pushed,
     Served,
     ServeModel,
+    State,
     Stats,
     Submitted,
-    rows_of_fields,
+    defaults,
 )
 from .guard import PATIENCE_S
 
@@ -68,24 +72,49 @@ async def health(service: Used) -> Health:
     return Health(version=__version__, model=model, training=service.jobs.training)
 
 
+@router.get("/api/state", tags=["server"], responses=problems())
+async def state(service: Used) -> State:
+    """What runs, and which model is served."""
+    running = service.jobs.running()
+    return State(
+        served=None if service.base is None else _served(service.base),
+        waits=service.waits,
+        training=service.jobs.training,
+        needs_token=service.settings.token is not None,
+        running=[_shown(service, row) for row in running],
+        waiting=len(service.jobs.live) - len(running),
+    )
+
+
 @router.get("/api/models", tags=["models and data"], responses=problems())
 async def models(service: Used) -> ModelsAnswer:
     """Models below the roots."""
     faults: list[catalog.Unreadable] = []
-    return ModelsAnswer(models=await service.models(faults), faults=faults)
+    found, roots = await service.models(faults), map(str, service.roots.folders)
+    return ModelsAnswer(models=found, faults=faults, roots=list(roots))
 
 
 @router.post("/api/models/serve", tags=["models and data"], responses=problems())
 async def serve(body: ServeModel, service: Used) -> Served:
     """Loads a model for /v1, in the place of the one that is served."""
-    base = await service.serve(body.model_dir)
-    return Served(id=base.id, path=str(base.path))
+    return _served(await service.serve(body.model_dir))
 
 
 @router.get("/api/datasets", tags=["models and data"], responses=problems())
 async def datasets(service: Used) -> DatasetsAnswer:
     """Folders with train.jsonl below the roots."""
     return DatasetsAnswer(datasets=await service.datasets())
+
+
+@router.get("/api/adapters", tags=["models and data"], responses=problems())
+async def adapters(model_dir: str, service: Used) -> AdaptersAnswer:
+    """Adapters below the roots that a model can take."""
+    found = await service.adapters(service.roots.resolve(model_dir))
+    rows = [
+        AdapterFolder(path=str(x.path), base_model=x.base or None, rank=max(x.ranks, default=0))
+        for x in found
+    ]
+    return AdaptersAnswer(adapters=rows)
 
 
 @router.post("/api/finetune/inspect-dataset", tags=["training"], responses=problems())
@@ -97,9 +126,9 @@ async def inspect_dataset(body: InspectDataset, service: Used) -> Inspected:
 
 
 @router.get("/api/finetune/defaults", tags=["training"], responses=problems())
-async def defaults() -> Defaults:
+async def fields() -> Defaults:
     """Every field of a run, with what it takes and its default."""
-    return Defaults(fields=rows_of_fields())
+    return defaults()
 
 
 @router.post("/api/finetune/plan", tags=["training"], responses=problems())
@@ -245,8 +274,20 @@ async def stream(
 
 def _shown(service: Service, row: Row) -> JobRow:
     values = {key: value for key, value in vars(row).items() if key in JobRow.model_fields}
-    values["config_json"] = row.config_json or None
-    return JobRow(**values, result=row.result, log_path=str(service.jobs.log(row.id)))
+    values |= {"config_json": row.config_json or None, "cancelling": bool(row.cancelling)}
+    name, inputs = service.jobs.about(row.id)
+    kind = row.job_kind
+    return JobRow(
+        **values,
+        **{"title": kind.title, "trains": kind.trains, "computes": kind.computes},
+        **{"name": name, "inputs": inputs, "result": row.result},
+        log_path=str(service.jobs.log(row.id)),
+    )
+
+
+def _served(base: Base) -> Served:
+    chats = base.tokenizer.has_chat_template
+    return Served(id=base.id, path=str(base.path), chats=chats)
 
 
 def _submitted(row: Row, **more: Any) -> dict[str, Any]:

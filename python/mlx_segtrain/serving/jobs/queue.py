@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ class Jobs:
         #: Variables, for the kinds of jobs that want them; in no file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
+        #: Name and inputs of a job, which lists show, and which need its configuration.
+        self.about = lru_cache(4096)(lambda id: ((row := self.get(id)).name, row.inputs))
         self.monitors: set[asyncio.Task[None]] = set()
 
     # What a server does with its jobs
