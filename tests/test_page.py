@@ -21,7 +21,10 @@ from playwright.sync_api import expect, sync_playwright
 from lib.folders import write_llama, write_rows
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.config import load_config
 from mlx_segtrain.files import cache_dir
+from mlx_segtrain.planning.run import full_batch, plan_run
+from mlx_segtrain.training.setup import plan_event
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -155,7 +158,7 @@ class User:
     def _note(self, message: Any) -> None:
         # The browser says of each answer that is an error what its page says, too.
         refused = re.fullmatch(r"Failed to load resource: .* status of 4\d\d .*", message.text)
-        asked = message.location["url"].startswith((f"{self.site.url}/api/", f"{self.site.url}/v1/"))
+        asked = re.match(r"/(api|v1)/", message.location["url"].removeprefix(self.site.url))
         if message.type in ("error", "warning") and not (refused and asked):
             self.faults.append(f"console: {message.text}")
 
@@ -267,7 +270,7 @@ def test_a_curve_of_any_length_has_few_points_and_every_spike(user):
         const curve = new Curve();
         for (let step = 0; step < 100_000; step++) curve.add(step, step === 54_321 ? 9 : 1);
         const { points, extremes, lowest, buckets } = curve;
-        const many = buckets.map((own) => own.n).reduce((a, b) => a + b);
+        const many = buckets.flat().length;
         curve.cut(1000);  // resumed from there: what came after is taken again
         const last = [curve.points.at(-1)[0]];
         for (const lacks of [null, NaN]) curve.add(1001, lacks);
@@ -278,6 +281,23 @@ def test_a_curve_of_any_length_has_few_points_and_every_spike(user):
     assert found["points"] <= found["MOST"] and len(found["extremes"]) <= 2 * found["MOST"]
     assert [54_321, 9] in found["extremes"] and found["lowest"] == 1
     assert found["many"] == 100_000 and max(found["last"]) <= 1000
+
+
+def test_a_page_knows_what_was_planned_whatever_the_words_are(user, site):
+    folders = {"model_dir": "tiny", "data_dir": "counting", "adapter_path": "planned"}
+    values = {key: str(site.work / name) for key, name in folders.items()}
+    config = load_config(None, {**values, "max_seq_length": 64})
+    plan = plan_run(config, full_batch(config))
+    planned = user.open().evaluate(
+        """async (event) => {
+        const { Run } = await import("/finetune/files/runs.js");
+        const run = new Run("job_a");
+        run.take(event, 1);
+        return run.planned;
+        }""",
+        plan_event(plan, 0.02, "in other words"),
+    )
+    assert planned == [plan.planned.peak / 1e9, plan.budget / 1e9]
 
 
 @pytest.fixture(scope="module")

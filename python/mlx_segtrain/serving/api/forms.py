@@ -314,7 +314,9 @@ def defaults() -> Defaults:
 
 def _rows() -> list[FieldRow]:
     where = {"model_dir": ".", "data_dir": ".", "adapter_path": "."}
-    runs = {method: TrainConfig.model_validate({**where, "method": method}) for method in OBJECTIVES}
+    runs = {
+        method: TrainConfig.model_validate({**where, "method": method}) for method in OBJECTIVES
+    }
     return [
         FieldRow(
             name=name,

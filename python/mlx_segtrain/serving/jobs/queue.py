@@ -221,18 +221,6 @@ class Jobs:
                 return
             await changed.wait()
 
-    def read(self, id: str, after: int) -> tuple[list[tuple[int, Event]], int]:
-        """The next events after a place in a job's log, as (id, event), and the place up to which
-        was read."""
-        found, place = eventlog.read(self.log(id), after, ended=id not in self.live)
-        return [(own, json.loads(frame)) for own, frame in found], place
-
-    def size(self, id: str) -> int:
-        """Bytes of a job's log: the place after its last event."""
-        with suppress(FileNotFoundError):
-            return self.log(id).stat().st_size
-        return 0
-
     async def ended(self, id: str) -> Row:
         """The job, once it has ended."""
         while live := self.live.get(id):

@@ -4,94 +4,95 @@ import { h, s } from "./dom.js";
 
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
 // Besides a colour, what tells a line: for who cannot tell colours apart.
-export const DASHES = ["", "6 4", "2 3"];
+export const DASHES = ["", "6 4"];
 // Points of a marked line that are still shown as such.
 const FEW = 60;
+// Pixels above the plot, below it, and at its right.
+const [ABOVE, BELOW, RIGHT] = [8, 20, 14];
 
 // A curve; of a long one its means, and behind them from where to where it goes.
 export function linesOf(name, curve, color, dash) {
-  const shown = [{ name, points: curve.points, color, dash }];
-  const points = curve.extremes;
-  return points.length ? [...shown, { name: `${name}, range`, points, color, pale: true }] : shown;
+  const mean = { name, points: curve.points, color, dash };
+  const range = { name, points: curve.extremes, color, pale: true };
+  return range.points.length ? [mean, range] : [mean];
 }
 
-// About n round numbers from low to high; with a least step.
+// The round numbers from low to high, about n of them, and the step between two.
 function ticks(low, high, n, least = 0) {
-  const rough = Math.max((high - low) / n, least, 1e-12);
+  const rough = Math.max((high - low) / n, least);
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999);
+  const step = power * [1, 2, 5, 10].find((m) => m * power >= 0.999 * rough);
   const first = Math.ceil(low / step - 1e-9);
-  const many = Math.floor(high / step + 1e-9) - first + 1;
-  return Array.from({ length: many }, (_, i) => +((first + i) * step).toPrecision(12));
+  const length = Math.floor(high / step + 1e-9) - first + 1;
+  return [Array.from({ length }, (_, i) => +((first + i) * step).toPrecision(12)), step];
 }
 
-const short = (value) => +value.toPrecision(5);
-const label = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 6 });
+const inWords = (value, digits = 6) =>
+  value.toLocaleString("en-US", { maximumSignificantDigits: digits });
 
 const nearest = (points, x) =>
   points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
 
-// A chart with `draw(lines, { end, legend })`: lines have name, points, color, and may have a dash,
-// be `marked` (few points are shown) or `pale` (behind the others). The label is for who cannot see
-// it.
-export function chart(name, { unit = "", tall = false } = {}) {
+// A chart with `draw(lines, { end, legend })`. A line has a name, points, a colour, maybe a dash;
+// `marked` shows its points, if they are few, `pale` is behind the others. The label is for who
+// cannot see it.
+export function chart(label, { unit = "", tall = false } = {}) {
   const plot = h("div.plot");
   const legend = h("div.legend");
   const tip = h("div.tip", { hidden: true });
-  const element = h(`div.chart.${tall ? "tall" : ""}`, { role: "img", "aria-label": name }, legend, plot, tip);
-  let [end, scale, cross] = [null, null, null];
+  const props = { role: "img", "aria-label": label };
+  const element = h(`div.chart.${tall ? "tall" : ""}`, props, legend, plot, tip);
+  const cross = s("line", { class: "cross" });
+  let [end, scale] = [null, null];
   element.lines = [];
 
   element.draw = (lines, how = {}) => {
-    [element.lines, end] = [lines, how.end];
+    [element.lines, end] = [lines, how.end ?? 0];
     const named = how.legend ? lines.filter((line) => !line.pale) : [];
     legend.replaceChildren(...named.map((line) => h("span", swatch(line), line.name)));
     redraw();
   };
 
   function redraw() {
-    const lines = element.lines.filter((line) => line.points.length);
     const { clientWidth: width, clientHeight: height } = plot;
-    if (!lines.length || !width) return plot.replaceChildren();
-    const all = lines.flatMap((line) => line.points);
-    const ys = all.map(([, y]) => y);
+    const points = element.lines.flatMap((line) => line.points);
+    if (!points.length || !width) return plot.replaceChildren();
+    const ys = points.map(([, y]) => y);
     let [low, high] = [Math.min(...ys), Math.max(...ys)];
-    if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 10, high + (Math.abs(high) || 1) / 10];
-    const marks = ticks(low, high, 4);
-    const step = marks.length > 1 ? marks[1] - marks[0] : high - low;
-    [low, high] = [Math.floor(low / step + 1e-9) * step, Math.ceil(high / step - 1e-9) * step];
-    const right = Math.max(end ?? 0, ...all.map(([x]) => x), 1);
-    const rows = ticks(low, high, 5);
-    const left = 10 + 6.5 * Math.max(...rows.map((y) => label(y).length));
-    const [w, bottom] = [width - left - 14, height - 20];
+    const room = low === high ? Math.abs(low || 1) / 10 : 0;
+    [low, high] = [low - room, high + room];
+    const [, step] = ticks(low, high, 4);
+    [low, high] = [Math.floor(low / step) * step, Math.ceil(high / step) * step];
+    const [rows] = ticks(low, high, (high - low) / step);
+    const most = Math.max(end, 1, ...points.map(([x]) => x));
+    const left = 10 + 6.5 * Math.max(...rows.map((y) => inWords(y).length));
+    const [right, bottom] = [width - RIGHT, height - BELOW];
     scale = {
-      x: (x) => left + (x / right) * w,
-      y: (y) => 8 + (1 - (y - low) / (high - low)) * (bottom - 8),
-      step: (px) => ((px - left) / w) * right,
+      x: (x) => left + (x / most) * (right - left),
+      y: (y) => bottom - ((y - low) / (high - low)) * (bottom - ABOVE),
+      step: (pixel) => ((pixel - left) / (right - left)) * most,
     };
-    const text = (x, y, anchor, value) => s("text", { x, y, "text-anchor": anchor }, label(value));
-    const rule = (y) => s("line", { x1: left, x2: left + w, y1: y, y2: y });
-    cross = s("line", { class: "cross", y1: 8, y2: bottom });
-    plot.replaceChildren(
-      s(
-        "svg",
-        { width, height },
-        ...rows.flatMap((y) => [rule(scale.y(y)), text(left - 6, scale.y(y) + 4, "end", y)]),
-        ...ticks(0, right, Math.max(1, w / 80), 1).map((x) => text(scale.x(x), height - 4, "middle", x)),
-        ...lines.toSorted((a, b) => !!b.pale - !!a.pale).flatMap(drawn),
-        cross,
-      ),
-    );
+    const text = (x, y, anchor, value) =>
+      s("text", { x, y, "text-anchor": anchor }, inWords(value));
+    const [columns] = ticks(0, most, Math.max(1, (right - left) / 80), 1);
+    for (const [name, y] of [["y1", ABOVE], ["y2", bottom]]) cross.setAttribute(name, y);
+    plot.replaceChildren(s("svg", { width, height },
+      ...rows.map(scale.y).map((y) => s("line", { x1: left, x2: right, y1: y, y2: y })),
+      ...rows.map((y) => text(left - 6, scale.y(y) + 4, "end", y)),
+      ...columns.map((x) => text(scale.x(x), height - 4, "middle", x)),
+      ...element.lines.toSorted((a, b) => !!b.pale - !!a.pale).flatMap(drawn),
+      cross));
   }
 
-  function drawn({ points, color, dash, pale, marked }) {
-    const d = points.map(([x, y], i) => `${i ? "L" : "M"}${scale.x(x).toFixed(1)} ${scale.y(y).toFixed(1)}`);
-    const path = s("path", { d: d.join(""), class: pale ? "pale" : "", "stroke-dasharray": dash ?? "" });
+  function drawn({ points, color, dash = "", pale, marked }) {
+    const places = points.map(([x, y]) => [scale.x(x).toFixed(1), scale.y(y).toFixed(1)]);
+    const path = s("path", { d: `M${places.join("L")}`, "stroke-dasharray": dash });
+    path.classList.toggle("pale", !!pale);
     path.style.stroke = color;
-    const shown = points.length <= (marked ? FEW : 1) ? points : [];
-    const circles = shown.map(([x, y]) => s("circle", { cx: scale.x(x), cy: scale.y(y), r: 3 }));
+    const few = points.length <= (marked ? FEW : 1);
+    const circles = places.map(([cx, cy]) => s("circle", { cx, cy, r: 3 }));
     circles.forEach((circle) => (circle.style.fill = color));
-    return [path, ...circles];
+    return points.length ? [path, ...(few ? circles : [])] : [];
   }
 
   // The values at the step that is pointed at.
@@ -101,18 +102,16 @@ export function chart(name, { unit = "", tall = false } = {}) {
     const box = plot.getBoundingClientRect();
     const wanted = scale.step(event.clientX - box.left);
     const [at] = nearest(lines.map((line) => nearest(line.points, wanted)), wanted);
-    const told = lines.map((line) => {
+    tip.replaceChildren(h("div.muted", `step ${inWords(Math.round(at))}`), ...lines.map((line) => {
       const [x, y] = nearest(line.points, at);
-      const where = x === at ? "" : ` (step ${label(Math.round(x))})`;
-      return h("div", swatch(line), `${line.name}${where}: `, h("b", `${short(y)}${unit}`));
-    });
-    tip.replaceChildren(h("div.muted", `step ${label(Math.round(at))}`), ...told);
+      const where = x === at ? "" : ` (step ${inWords(Math.round(x))})`;
+      return h("div", swatch(line), `${line.name}${where}: `, h("b", inWords(y, 5) + unit));
+    }));
     tip.hidden = false;
     const x = scale.x(at);
     tip.style.left = `${Math.max(0, Math.min(x + 12, box.width - tip.offsetWidth))}px`;
-    tip.style.top = `${plot.offsetTop + 8}px`;
-    cross.setAttribute("x1", x);
-    cross.setAttribute("x2", x);
+    tip.style.top = `${plot.offsetTop + ABOVE}px`;
+    for (const name of ["x1", "x2"]) cross.setAttribute(name, x);
     cross.classList.add("on");
   }
 
@@ -120,12 +119,13 @@ export function chart(name, { unit = "", tall = false } = {}) {
   plot.addEventListener("pointerdown", point);
   plot.addEventListener("pointerleave", () => {
     tip.hidden = true;
-    cross?.classList.remove("on");
+    cross.classList.remove("on");
   });
   new ResizeObserver(redraw).observe(plot);
   return element;
 }
 
+// A piece of a line, for where it is named.
 export function swatch({ color, dash = "" }) {
   const path = s("path", { d: "M0 5h22", "stroke-dasharray": dash });
   path.style.stroke = color;

@@ -7,54 +7,39 @@ import { count, percent } from "./text.js";
 const SHOWN = 1500;
 
 // The answer of /api/finetune/inspect-dataset.
-export function shownReport(report) {
-  const { previews, remarks, tokens, supervised_tokens: trained } = report;
+export function shownReport(own) {
+  const trained = own.supervised_tokens ?? 0;
+  const lengths = own.length_max !== null;
   const told = [
-    ["Format", report.format],
-    ["Rows to train", count(report.n_train)],
-    ["Rows to validate", count(report.n_valid)],
+    ["Format", own.format],
+    ["Rows to train", count(own.n_train)],
+    ["Rows to validate", count(own.n_valid)],
+    lengths && ["Tokens a row, median", count(own.length_median)],
+    lengths && ["95 of 100 rows up to", `${count(own.length_p95)} tokens`],
+    lengths && ["Longest row", `${count(own.length_max)} tokens`],
+    ![null, own.n_train].includes(own.samples) && ["Samples", count(own.samples)],
+    own.prompt_format && ["Prompts", own.prompt_format === "chat" ? "chat template" : "raw"],
+    own.tokens && ["Trained tokens", `${count(trained)} (${percent(trained / own.tokens)})`],
   ];
-  if (report.length_max !== null) {
-    told.push(["Tokens a row, median", count(report.length_median)]);
-    told.push(["95 of 100 rows up to", `${count(report.length_p95)} tokens`]);
-    told.push(["Longest row", `${count(report.length_max)} tokens`]);
-  }
-  if (report.samples !== null && report.samples !== report.n_train) {
-    told.push(["Samples", count(report.samples)]);
-  }
-  if (report.prompt_format) {
-    told.push(["Prompts", report.prompt_format === "chat" ? "chat template" : "raw"]);
-  }
-  if (tokens) {
-    told.push(["Trained tokens", `${count(trained ?? 0)} (${percent((trained ?? 0) / tokens)})`]);
-  }
   return [
-    !report.ok && notice(report.error ?? "the data cannot be read.", "bad", { role: "alert" }),
-    facts("", told),
-    remarks.map((remark) => notice(`${remark}.`, "warn")),
-    previews.length > 0 && legend(),
-    previews.flatMap(preview),
-  ].flat();
+    !own.ok && notice(own.error ?? "the data cannot be read.", "bad", { role: "alert" }),
+    facts("", told.filter(Boolean)),
+    own.remarks.map((remark) => notice(`${remark}.`, "warn")),
+    own.previews.length > 0 &&
+      h("div.row-line.small", h("span.muted", "First rows, token by token:"),
+        h("span.tokens.legend", h("mark", h("span", "trained"))),
+        h("span.tokens.legend", h("span", "only read"))),
+    own.previews.map(preview),
+  ];
 }
-
-const legend = () =>
-  h(
-    "div.row-line.small",
-    h("span.muted", "First rows, token by token:"),
-    h("span.tokens.legend", h("mark", h("span", "trained"))),
-    h("span.tokens.legend", h("span", "only read")),
-  );
 
 // A row as it is trained: runs of tokens, each of them trained or only read.
 function preview({ source, tokens, findings }) {
   const runs = [];
-  let last = null;
-  for (const [text, trained, weight] of tokens.slice(0, SHOWN)) {
-    if (trained !== last) runs.push(h(trained ? "mark" : "span"));
-    last = trained;
+  for (const [i, [text, trained, weight]] of tokens.slice(0, SHOWN).entries()) {
+    if (trained !== tokens[i - 1]?.[1]) runs.push(h(trained ? "mark" : "span"));
     const factor = weight > 0 && weight !== 1 && h("sup", `×${weight}`);
-    const visible = text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
-    runs.at(-1).append(h("span", visible, factor));
+    runs.at(-1).append(h("span", text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥"), factor));
   }
   const more = tokens.length - SHOWN;
   return [
@@ -62,5 +47,5 @@ function preview({ source, tokens, findings }) {
     findings.map((finding) => notice(`${finding}.`, "warn")),
     h("div.tokens", { tabindex: 0, role: "group", "aria-label": "Tokens of a row" }, runs),
     more > 0 && h("div.small.muted", `and ${count(more)} more tokens`),
-  ].flat();
+  ];
 }

@@ -9,49 +9,38 @@ class Field {
   constructor(row, onchange) {
     this.row = row;
     this.words = row.type === "bool" ? ["true", "false"] : row.is_list ? [] : row.choices;
-    let about = row.description;
-    if (!row.choices.length && row.type !== "bool") {
-      about += ` Takes ${row.allowed.replaceAll(">=", "≥").replaceAll("<=", "≤")}.`;
-    }
-    const wide = row.is_list || row.type === "Path";
     const changed = () => {
       this.complain("");
       this.mark();
       onchange();
     };
-    this.control = this.#control(changed);
-    const how = { about, key: row.name, classes: wide ? "across" : "" };
-    Object.assign(this, labelled(row.title, this.control, how));
-  }
-
-  #control(changed) {
-    const { row } = this;
-    if (this.words.length) return select([], changed);
-    if (row.texts) {
-      const placeholder = "none: one prompt a line";
-      return h("textarea", { rows: 2, placeholder, oninput: changed });
-    }
-    const inputmode = ["int", "float"].includes(row.type) ? "decimal" : null;
-    return input("", { inputmode, oninput: changed });
+    if (this.words.length) this.control = select([], changed);
+    else if (row.texts) this.control = h("textarea", { rows: 2, oninput: changed });
+    else this.control = input("", { oninput: changed });
+    if (["int", "float"].includes(row.type)) this.control.inputMode = "decimal";
+    const takes = row.allowed.replaceAll(">=", "≥").replaceAll("<=", "≤");
+    const about = row.description + (this.words.length ? "" : ` Takes ${takes}.`);
+    const kind = row.is_list || row.type === "Path" ? "across" : "";
+    Object.assign(this, labelled(row.title, this.control, { about, key: row.name, kind }));
   }
 
   // Shows it if it has an effect with the method, and its default then.
   suit(method) {
-    const { row, control } = this;
-    this.shown = row.methods.length === 0 || row.methods.includes(method);
+    const { row, control, words } = this;
+    this.shown = !row.methods.length || row.methods.includes(method);
     this.element.hidden = !this.shown;
     const standard = row.defaults[method] ?? row.default;
-    if (this.words.length) {
-      const named = { true: "yes", false: "no" };
-      const name = (word) => (row.type === "bool" ? named[word] : word);
+    if (words.length) {
+      const named = row.type === "bool" ? { true: "yes", false: "no" } : {};
+      const options = words.map((x) => [x === standard ? "" : x, named[x] ?? x]);
+      options.sort(([a], [b]) => (a !== "") - (b !== ""));
+      options[0][1] += " (default)";
       const before = control.value;
-      const others = this.words.filter((word) => word !== standard);
-      const options = [["", `${name(standard)} (default)`], ...others.map((x) => [x, name(x)])];
-      control.replaceChildren(...options.map(([value, text]) => h("option", { value }, text)));
-      control.value = others.includes(before) ? before : "";
-    } else if (!row.texts) {
-      const made = row.name === "adapter_path";
-      control.placeholder = made ? "a new folder in the server's store" : standard;
+      control.replaceChildren(...select(options).children);
+      this.put(before);
+    } else {
+      const made = row.name === "adapter_path" && "a new folder in the server's store";
+      control.placeholder = row.texts ? "none: one prompt a line" : made || standard;
     }
     this.mark();
   }
@@ -65,8 +54,7 @@ class Field {
     const { row } = this;
     const text = this.control.value.trim();
     if (!text || !this.shown) return null;
-    if (row.texts) return text.split("\n").map((x) => x.trim()).filter(Boolean);
-    if (row.is_list) return text.split(/[\s,]+/).filter(Boolean);
+    if (row.is_list) return text.split(row.texts ? /\s*\n\s*/ : /[\s,]+/).filter(Boolean);
     if (row.type === "bool") return text === "true";
     return NUMBER.test(text) ? Number(text) : text;
   }
@@ -75,14 +63,18 @@ class Field {
   put(value) {
     let text = String(value);
     if (Array.isArray(value)) text = value.join(this.row.texts ? "\n" : ", ");
-    else if (typeof value === "object") text = Object.keys(value).length ? JSON.stringify(value) : "";
+    else if (typeof value === "object") text = JSON.stringify(value);
     this.control.value = text;
     if (this.control.value !== text) this.control.value = ""; // the default of a choice
   }
 }
 
-// All parameters of a run but model and data. `defaults` is the answer of /api/finetune/defaults.
+// All parameters of a run but model and data. `schema` is the answer of /api/finetune/defaults.
 export class Form {
+  fields = {};
+  parts = {};
+  blocks = [];
+
   constructor({ fields, groups }, onchange) {
     const changed = () => {
       this.#suit();
@@ -90,32 +82,28 @@ export class Form {
     };
     // Paths, which are wide, come last in their block.
     const rows = [...fields].sort((a, b) => (a.type === "Path") - (b.type === "Path"));
-    this.fields = {};
-    this.parts = {};
-    const blocks = groups.map((group) => {
+    for (const group of groups) {
       const own = rows.filter((row) => row.group === group);
+      if (!own.length) continue;
       for (const row of own) this.fields[row.name] = new Field(row, changed);
-      const inner = h("div.fields", own.map((row) => this.fields[row.name].element));
-      if (group === "" || own.length === 0) return own.length ? inner : null;
+      const block = h("div.fields", own.map((row) => this.fields[row.name].element));
       const what = own.slice(0, 4).map((row) => row.title.split(",")[0]);
       if (own.length > 4) what.push("…");
-      this.parts[group] = expansion(group, what.join(" · "), inner);
-      return this.parts[group].element;
-    });
-    this.blocks = blocks.filter(Boolean);
+      if (group) this.parts[group] = expansion(group, what.join(" · "), block);
+      this.blocks.push(this.parts[group] ?? block);
+    }
     this.#suit();
   }
 
   get method() {
-    return this.fields.method.given ?? this.fields.method.row.default;
+    return this.fields.method.control.value || this.fields.method.row.default;
   }
 
   #suit() {
     const all = Object.values(this.fields);
-    this.fields.method.suit(this.fields.method.control.value);
     all.forEach((own) => own.suit(this.method));
-    for (const [group, { element }] of Object.entries(this.parts)) {
-      element.hidden = !all.some((own) => own.row.group === group && own.shown);
+    for (const [group, part] of Object.entries(this.parts)) {
+      part.hidden = !all.some((own) => own.row.group === group && own.shown);
     }
   }
 
@@ -133,8 +121,7 @@ export class Form {
   // Shows what is wrong at the field that it is about, if there is one; null is nothing.
   complain(problem) {
     const own = this.fields[problem?.field];
-    Object.values(this.fields).forEach((other) => other !== own && other.complain(""));
-    own?.complain(problem.message);
-    this.parts[own?.row.group]?.open();
+    Object.values(this.fields).forEach((x) => x.complain(x === own ? problem.message : ""));
+    if (this.parts[own?.row.group]) this.parts[own.row.group].open = true;
   }
 }

@@ -4,65 +4,52 @@ import { api, every } from "./api.js";
 import { icon, notice } from "./dom.js";
 import { percent } from "./text.js";
 
-const PAGES = [
-  [/^\/finetune\/?$/, "setup"],
-  [/^\/finetune\/jobs$/, "jobs"],
-  [/^\/finetune\/job\/([^/]+)$/, "job"],
-  [/^\/finetune\/chat$/, "chat"],
-];
+const PAGES = { "": "setup", jobs: "jobs", job: "job", chat: "chat" };
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
-
-// Goes round system, light, dark.
-function turnTheme() {
-  const root = document.documentElement.dataset;
-  const names = Object.keys(THEMES);
-  root.theme = names[(names.indexOf(root.theme) + 1) % names.length];
-  localStorage.setItem("theme", root.theme);
-  showTheme();
-}
+const main = document.getElementById("content");
+const theme = document.getElementById("theme");
+const logout = document.getElementById("logout");
 
 function showTheme() {
   const name = document.documentElement.dataset.theme;
-  const button = document.getElementById("theme");
-  button.title = `Theme: ${THEMES[name]}`;
-  button.setAttribute("aria-label", button.title);
-  button.replaceChildren(icon(name));
+  theme.title = `Theme: ${THEMES[name]}`;
+  theme.setAttribute("aria-label", theme.title);
+  theme.replaceChildren(icon(name));
 }
+
+// Goes round system, light, dark.
+theme.addEventListener("click", () => {
+  const names = Object.keys(THEMES);
+  const root = document.documentElement.dataset;
+  root.theme = names[(names.indexOf(root.theme) + 1) % names.length];
+  localStorage.setItem("theme", root.theme);
+  showTheme();
+});
 
 // The job that computes now, on every page.
 async function showState() {
   const { running, waiting, needs_token } = await api("/api/state");
-  document.getElementById("logout").hidden = !needs_token;
+  logout.hidden = !needs_token;
   const now = document.querySelector(".now");
   now.hidden = running.length === 0;
-  if (running.length) {
-    const [{ id, title, progress }] = running;
-    now.href = `/finetune/job/${id}`;
-    now.lastChild.textContent = `${title} ${percent(progress)}${waiting ? `, ${waiting} waiting` : ""}`;
-  }
+  if (now.hidden) return;
+  const [{ id, title, progress }] = running;
+  const more = waiting ? `, ${waiting} waiting` : "";
+  now.href = `/finetune/job/${id}`;
+  now.lastChild.textContent = `${title} ${percent(progress)}${more}`;
 }
 
-async function open() {
-  const main = document.getElementById("content");
-  for (const own of document.querySelectorAll("nav a")) {
-    if (own.pathname === location.pathname) own.setAttribute("aria-current", "page");
-  }
-  document.getElementById("theme").addEventListener("click", turnTheme);
-  document.querySelector("#logout button").append(icon("logout"));
-  showTheme();
-  every(2, showState)();
-  for (const [address, name] of PAGES) {
-    const found = address.exec(location.pathname);
-    if (!found) continue;
-    try {
-      const module = await import(`./${name}.js`);
-      await module.default(main, found[1] && decodeURIComponent(found[1]));
-    } catch (error) {
-      main.querySelector(".looking")?.remove();
-      main.append(notice(error.message, "bad", { role: "alert" }));
-      throw error;
-    }
-  }
+showTheme();
+logout.firstElementChild.append(icon("logout"));
+document.querySelector(`nav a[href="${CSS.escape(location.pathname)}"]`)
+  ?.setAttribute("aria-current", "page");
+every(2, showState)();
+const [, , name = "", id = ""] = location.pathname.split("/");
+try {
+  const page = await import(`./${PAGES[name]}.js`);
+  await page.default(main, decodeURIComponent(id));
+} catch (error) {
+  main.querySelector(".looking")?.remove();
+  main.append(notice(error.message, "bad", { role: "alert" }));
+  throw error;
 }
-
-open();

@@ -3,7 +3,7 @@
 import { follow } from "./api.js";
 import { line } from "./text.js";
 
-// Points of a curve, about; and of warnings and samples those that are kept.
+// Points of a curve that is drawn, at most; warnings and samples that are kept.
 export const MOST = 600;
 const KEPT = 200;
 // What is drawn of training metrics besides the loss; names of others, and those of no curve.
@@ -11,62 +11,48 @@ const DRAWN = ["learning_rate", "tokens_per_sec", "grad_norm", "peak_gb", "activ
 const METRIC = /^[a-z]\w{0,39}$/;
 const OTHER = ["type", "kind", "step", "loss", "step_s", "progress", "message", "ts", ...DRAWN];
 
-// Two neighbouring buckets as one: how many points, their sums, the lowest and the highest.
-const joined = (a, b) => ({
-  n: a.n + b.n,
-  sums: [a.sums[0] + b.sums[0], a.sums[1] + b.sums[1]],
-  low: b.low[1] < a.low[1] ? b.low : a.low,
-  high: b.high[1] > a.high[1] ? b.high : a.high,
-});
-
-// A curve of any length in buckets of as many points each, so that no spike is lost.
+// A curve of any length; a long one is drawn in buckets of as many points each.
 export class Curve {
-  buckets = [];
-  width = 1; // points of a bucket
+  all = [];
 
   add(x, y) {
-    if (!Number.isFinite(y)) return;
-    const [point, last] = [[x, y], this.buckets.at(-1)];
-    const one = { n: 1, sums: point, low: point, high: point };
-    if (last && last.n < this.width) this.buckets[this.buckets.length - 1] = joined(last, one);
-    else this.buckets.push(one);
-    if (this.buckets.length > MOST) {
-      this.width *= 2;
-      const [all, pairs] = [this.buckets, []];
-      for (let i = 0; i < all.length; i += 2) {
-        pairs.push(i + 1 < all.length ? joined(all[i], all[i + 1]) : all[i]);
-      }
-      this.buckets = pairs;
-    }
+    if (Number.isFinite(y)) this.all.push([x, y]);
   }
 
   // Forgets what lies after x: a run went on from there.
   cut(x) {
-    this.buckets = this.buckets.filter((own) => Math.max(own.low[0], own.high[0]) <= x);
+    this.all = this.all.filter((point) => point[0] <= x);
   }
 
-  // Of each bucket the mean: of short curves all points.
+  get buckets() {
+    const width = Math.ceil(this.all.length / MOST);
+    const starts = Array.from({ length: Math.min(this.all.length, MOST) }, (_, i) => i * width);
+    return starts.map((start) => this.all.slice(start, start + width)).filter((own) => own.length);
+  }
+
+  // Of each bucket the mean: of a short curve all points.
   get points() {
-    return this.buckets.map(({ n, sums }) => [sums[0] / n, sums[1] / n]);
+    const mean = (own, i) => own.reduce((sum, point) => sum + point[i], 0) / own.length;
+    return this.buckets.map((own) => [mean(own, 0), mean(own, 1)]);
   }
 
-  // Of each bucket of a long curve the lowest and the highest point.
+  // Of each bucket of a long curve the lowest and the highest point, so that no spike is lost.
   get extremes() {
-    if (this.width === 1) return [];
-    return this.buckets.flatMap(({ low, high }) =>
-      low === high ? [low] : low[0] < high[0] ? [low, high] : [high, low],
-    );
+    if (this.all.length <= MOST) return [];
+    const pick = (own, better) => own.reduce((a, b) => (better(b[1], a[1]) ? b : a));
+    return this.buckets.flatMap((own) =>
+      [pick(own, (a, b) => a < b), pick(own, (a, b) => a > b)].sort(([a], [b]) => a - b));
   }
 
   get lowest() {
-    return this.buckets.length ? Math.min(...this.buckets.map((own) => own.low[1])) : null;
+    return this.all.reduce((low, [, y]) => (low === null || y < low ? y : low), null);
   }
 }
 
-// What the events of a job came to so far. `count` grows with each; `following` while more may come.
+// What the events of a job came to so far.
 export class Run {
-  count = 0;
   place = 0; // in the job's log
+  following = false;
   lines = []; // of the log, each with its kind
   stage = "";
   message = "";
@@ -79,7 +65,6 @@ export class Run {
   curves = {};
   warnings = [];
   samples = [];
-  following = false;
 
   constructor(id) {
     this.id = id;
@@ -89,22 +74,19 @@ export class Run {
   follow(ended = () => {}) {
     if (this.following) return;
     this.following = true;
-    const take = (event, place) => {
-      this.place = place;
-      this.take(event);
-    };
-    this.stop = follow(this.id, this.place, take, () => {
+    const end = () => {
       this.following = false;
       ended();
-    });
+    };
+    this.stop = follow(this.id, this.place, (event, place) => this.take(event, place), end);
   }
 
   curve(name) {
     return (this.curves[name] ??= new Curve());
   }
 
-  take(event) {
-    this.count += 1;
+  take(event, place) {
+    this.place = place;
     const kind = event.kind === "val" ? "val" : event.type === "log" ? "log-line" : event.type;
     this.lines.push([line(event), kind]);
     if (event.type === "stage") this.#begin(event);

@@ -40,11 +40,11 @@ export function duration(seconds) {
 const since = (time) => (now() - Date.parse(`${time.replace(" ", "T")}Z`)) / 1000;
 
 export function ago(time) {
-  const seconds = since(time);
-  if (seconds < 60) return "just now";
   const units = [["day", 86400], ["h", 3600], ["min", 60]];
-  const [unit, length] = units.find(([, own]) => seconds >= own);
-  const n = Math.floor(seconds / length);
+  const found = units.find(([, length]) => since(time) >= length);
+  if (!found) return "just now";
+  const [unit, length] = found;
+  const n = Math.floor(since(time) / length);
   return `${n} ${unit}${unit === "day" && n > 1 ? "s" : ""} ago`;
 }
 
