@@ -302,7 +302,7 @@ async def _result(service: Service, row: Row) -> dict[str, Any]:
     return end.result
 
 
-async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent | bytes]:
     yield ServerSentEvent(retry=1500, sep="\n")
     try:
         service.jobs.get(id)
@@ -310,6 +310,7 @@ async def _frames(service: Service, id: str, after: int) -> AsyncIterator[Server
         failed = {"type": "failed", "error": str(error), "ts": now()}
         yield ServerSentEvent(json.dumps(failed), sep="\n")
     else:
-        async for place, frame in service.jobs.follow(id, after):
-            yield ServerSentEvent(frame, id=str(place), sep="\n")
+        async for found in service.jobs.blocks(id, after):
+            events = (ServerSentEvent(frame, id=str(place), sep="\n") for place, frame in found)
+            yield b"".join(event.encode() for event in events)  # each write costs as much as many
     yield ServerSentEvent("{}", event="end", sep="\n")

@@ -206,16 +206,21 @@ class Jobs:
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
         """Events behind one, as (id, JSON), those that come too, until the job has ended."""
+        async for found in self.blocks(id, after):
+            for event in found:
+                yield event
+
+    async def blocks(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
+        """The same, as many at once as there are."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
             changed = live.changed if live else None
             while True:
                 found, after = eventlog.read(path, after, ended=live is None)
-                for event in found:
-                    yield event
                 if not found:
                     break
+                yield found
                 await asyncio.sleep(0)  # a long past is not told in one breath
             if changed is None:
                 return

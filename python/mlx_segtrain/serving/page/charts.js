@@ -55,8 +55,9 @@ export function chart(label, { unit = "", tall = false } = {}) {
 
   function redraw() {
     const { clientWidth: width, clientHeight: height } = plot;
-    const points = element.lines.flatMap((line) => line.points);
-    if (!points.length || !width) return plot.replaceChildren();
+    const lines = element.lines.filter((line) => line.points.length);
+    if (!lines.length || !width) return plot.replaceChildren();
+    const points = lines.flatMap((line) => line.points);
     const ys = points.map(([, y]) => y);
     let [low, high] = [Math.min(...ys), Math.max(...ys)];
     const room = low === high ? Math.abs(low || 1) / 10 : 0;
@@ -80,7 +81,7 @@ export function chart(label, { unit = "", tall = false } = {}) {
       ...rows.map(scale.y).map((y) => s("line", { x1: left, x2: right, y1: y, y2: y })),
       ...rows.map((y) => text(left - 6, scale.y(y) + 4, "end", y)),
       ...columns.map((x) => text(scale.x(x), height - 4, "middle", x)),
-      ...element.lines.toSorted((a, b) => !!b.pale - !!a.pale).flatMap(drawn),
+      ...lines.toSorted((a, b) => !!b.pale - !!a.pale).flatMap(drawn),
       cross));
   }
 
@@ -92,7 +93,7 @@ export function chart(label, { unit = "", tall = false } = {}) {
     const few = points.length <= (marked ? FEW : 1);
     const circles = places.map(([cx, cy]) => s("circle", { cx, cy, r: 3 }));
     circles.forEach((circle) => (circle.style.fill = color));
-    return points.length ? [path, ...(few ? circles : [])] : [];
+    return [path, ...(few ? circles : [])];
   }
 
   // The values at the step that is pointed at.
