@@ -436,6 +436,12 @@ def test_the_theme_follows_the_system_until_it_is_chosen(user):
     user.shot(page, "jobs-dark")
 
 
+def test_swagger_s_page_keeps_to_the_policy(user, site):
+    page = user.page()
+    page.goto(f"{site.url}/docs")
+    expect(page.get_by_text("/api/finetune/submit", exact=True)).to_be_visible()
+
+
 def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
     (tmp_path / "work").mkdir()
     token = "only-for-this-test"
@@ -451,4 +457,7 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No job yet: start one under New run.")).to_be_visible()
         user.open("/finetune/chat", page=page)
         expect(page.get_by_text("No model found")).to_be_visible()
+        bearer = {"authorization": f"Bearer {token}"}
+        urlopen(Request(f"{site.url}/api/sessions", headers=bearer, method="DELETE")).close()
+        page.wait_for_url("**/login")  # an open page, too
         page.context.close()
