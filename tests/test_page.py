@@ -439,7 +439,8 @@ def test_the_theme_follows_the_system_until_it_is_chosen(user):
 def test_swagger_s_page_keeps_to_the_policy(user, site):
     page = user.page()
     page.goto(f"{site.url}/docs")
-    expect(page.get_by_text("/api/finetune/submit", exact=True)).to_be_visible()
+    submit = page.locator("[data-path='/api/finetune/submit']")
+    expect(submit).to_be_visible(timeout=LONG)
 
 
 def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
