@@ -42,7 +42,7 @@ export default async function jobPage(main, id) {
   // What does not change
 
   const buttons = h("div.actions");
-  const problem = h("div", { role: "alert" });
+  const problem = h("div");
   const status = h("div");
   const times = h("span.muted.small");
   const filled = h("div.filled");
@@ -119,7 +119,7 @@ export default async function jobPage(main, id) {
       acted = true;
       await lookAgain();
     } catch (error) {
-      show(problem, notice(error.message, "warn"));
+      show(problem, notice(error.message, "warn", { role: "alert" }));
     }
   }
 
