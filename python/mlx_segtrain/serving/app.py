@@ -114,7 +114,6 @@ async def _serve(service: Service, listener: socket.socket) -> None:
         create(service),
         http=Patient,
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anyone may say to be another
-        ws="none",
         access_log=False,  # paths may be followed by secrets
         log_level="warning",
         limit_concurrency=CONNECTIONS,

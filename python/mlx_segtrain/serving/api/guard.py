@@ -85,7 +85,8 @@ class Guard:
         self.held, self.brake = Held(), Brake()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # nothing here speaks it
+        if scope["type"] == "websocket":
+            _log({**scope, "method": "WEBSOCKET"}, 403, "nothing here speaks to sockets.")
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
