@@ -60,6 +60,7 @@ export function follow(id, place, take, ended) {
   const seen = () => (document.hidden ? source?.close() : open());
   function stop() {
     source?.close();
+    source = null; // which is not opened again
     document.removeEventListener("visibilitychange", seen);
   }
   function open() {
