@@ -19,6 +19,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from lib.folders import write_llama, write_rows
+from lib.kinds import of_each_kind
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.config import load_config
@@ -326,6 +327,20 @@ def test_losses_of_two_runs_in_one_chart(user, runs):
     user.shot(page, "compare")
     page.reload()  # its address says what is compared
     until(lambda: points(page, 2) >= 20)
+
+
+def test_the_page_shows_jobs_of_each_kind(user, site):
+    """A job whose kind the page does not know took the list of all jobs with it."""
+    with of_each_kind(site.cache) as jobs:
+        page = user.open("/finetune/jobs")
+        for id, (_, title, name) in jobs.items():
+            row = page.get_by_role("row").filter(has_text=f"{title} · {id}")
+            expect(row).to_contain_text(name)
+        expect(page.get_by_text("https://hub.example/me/one")).to_be_visible()
+        for id, (_, title, name) in jobs.items():
+            user.open(f"/finetune/job/{id}", page=page)
+            expect(page.get_by_text(f"{title} · {id}")).to_be_visible()
+            expect(page.get_by_role("heading", name=name)).to_be_visible()
 
 
 def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, runs):
