@@ -1,7 +1,7 @@
 // The API of this server: requests, their errors, and what is asked again and again.
 
 // What went wrong, in the server's words; of a field its name.
-export class Problem extends Error {
+class Problem extends Error {
   constructor(message, field = null, status = 0) {
     super(message);
     Object.assign(this, { field, status });

@@ -3,10 +3,10 @@
 // An element: h("div.card", { id: "x", onclick: f }, "text", other, …). What is null or false is
 // left out, and so may the properties be.
 export function h(name, ...content) {
-  const [tag, ...classes] = name.split(".");
+  const [tag, ...classes] = name.split(".").filter(Boolean);
   const props = content[0]?.constructor === Object ? content.shift() : {};
   const made = document.createElement(tag);
-  made.classList.add(...classes.filter(Boolean));
+  if (classes.length) made.classList.add(...classes);
   for (const [key, value] of Object.entries(props)) {
     if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
     else if (typeof value === "boolean") made.toggleAttribute(key, value);
