@@ -131,7 +131,7 @@ export default async function after(row, values, schema) {
         h("span.muted.wrap", inShort(own)))));
   }
 
-  const refresh = every(1.5, look);
+  const refresh = every(3, look);
   await refresh();
   const chat = `/finetune/chat?${new URLSearchParams({ model, adapter })}`;
   return [
