@@ -25,6 +25,7 @@ from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.config import load_config
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.planning.run import full_batch, plan_run
+from mlx_segtrain.serving.jobs.store import Store
 from mlx_segtrain.training.setup import plan_event
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -341,6 +342,27 @@ def test_the_page_shows_jobs_of_each_kind(user, site):
             user.open(f"/finetune/job/{id}", page=page)
             expect(page.get_by_text(f"{title} · {id}")).to_be_visible()
             expect(page.get_by_role("heading", name=name)).to_be_visible()
+
+
+def test_older_jobs_are_a_click_away(user, site):
+    jobs = Store(site.cache / "jobs.sqlite")
+    jobs.connection.execute("BEGIN")
+    ids = [jobs.add("export", "{}", None).id for _ in range(120)]
+    for id in ids:
+        jobs.update(id, status="failed")
+    jobs.connection.execute("COMMIT")
+    try:
+        page = user.open("/finetune/jobs")
+        expect(page.get_by_text(ids[-1])).to_be_visible()
+        expect(page.get_by_text(ids[0])).to_have_count(0)
+        page.get_by_role("button", name="Older jobs").click()
+        expect(page.get_by_text(ids[0])).to_be_visible()
+        page.wait_for_timeout(2500)  # it stays, whatever the next looks bring
+        expect(page.get_by_text(ids[0])).to_be_visible()
+    finally:
+        for id in ids:
+            jobs.remove(id)
+        jobs.close()
 
 
 def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, runs):
