@@ -306,7 +306,7 @@ class State(Answer):
     waiting: int = Field(description="Jobs in the queue.")
 
 
-def defaults() -> Defaults:
+def schema() -> Defaults:
     """Every field of a run that the server takes, as the page and the command line show it."""
     units = {method: own.unit for method, own in OBJECTIVES.items()}
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)

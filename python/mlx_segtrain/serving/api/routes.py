@@ -49,7 +49,7 @@ from .forms import (
     State,
     Stats,
     Submitted,
-    defaults,
+    schema,
 )
 from .guard import PATIENCE_S
 
@@ -126,9 +126,9 @@ async def inspect_dataset(body: InspectDataset, service: Used) -> Inspected:
 
 
 @router.get("/api/finetune/defaults", tags=["training"], responses=problems())
-async def fields() -> Defaults:
+async def defaults() -> Defaults:
     """Every field of a run, with what it takes and its default."""
-    return defaults()
+    return schema()
 
 
 @router.post("/api/finetune/plan", tags=["training"], responses=problems())
