@@ -14,11 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lib.kinds import of_each_kind
 from lib.served import Server, frames, write_place
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.serving.app import allow_open_files
-from mlx_segtrain.serving.jobs.kinds import KINDS
-from mlx_segtrain.serving.jobs.store import Store
 
 pytestmark = pytest.mark.acceptance
 
@@ -570,57 +569,10 @@ def test_as_many_open_files_as_are_allowed(monkeypatch, infinity, soft, hard, al
     assert limits[0] == (infinity if then is None else then)
 
 
-#: Of a job of each kind: its configuration, its result, and how the page names it.
-OF_EACH_KIND = {
-    "finetune": (
-        {"model_dir": "/m/model", "data_dir": "/d/notes"},
-        {"final_train_loss": 1.5},
-        "Training",
-        "model on notes",
-    ),
-    "evaluate": (
-        {"model_dir": "/m/model", "data_dir": "/d/notes", "split": "valid"},
-        {"loss": 1.5, "tokens": 10},
-        "Evaluation",
-        "model alone on notes",
-    ),
-    "fold": (
-        {"model_dir": "/m/model", "adapter_path": "/a/one"},
-        {"lost": 0.25},
-        "Fold",
-        "one into model",
-    ),
-    "merge": ({"adapters": ["/a/one", "/a/two"]}, {"linears": 2}, "Merge", "one + two"),
-    "export": ({"adapter_path": "/a/one", "method": "gguf"}, {}, "Export", "one as gguf"),
-    "push": (
-        {"source": "/a/one", "repo_id": "me/one"},
-        {"url": "https://hub.example/me/one"},
-        "Push",
-        "one to me/one",
-    ),
-}
-
-
-def test_the_page_shows_jobs_of_each_kind(server):
-    """A job whose kind the page does not know took the list of all jobs with it."""
-    assert set(OF_EACH_KIND) == set(KINDS)
-    of_later = {"distill": ({"x": 1}, {"y": 2}, "Distill", "distill")}
-    store, ids = Store(server.cache / "jobs.sqlite"), {}
-    try:
-        for kind, (config, result, *_) in {**OF_EACH_KIND, **of_later}.items():
-            ids[kind] = store.add(kind, json.dumps(config), None).id
-            own = {"status": "done", "progress": 1.0, "result_json": json.dumps(result)}
-            store.update(ids[kind], **own)
-        listed = server.http.get("/finetune/jobs")
-        assert listed.status_code == 200
-        for kind, (_, _, title, name) in {**OF_EACH_KIND, **of_later}.items():
-            assert f"{title} · {ids[kind]}" in listed.text and name in listed.text, kind
-            own = server.http.get(f"/finetune/job/{ids[kind]}")
-            assert own.status_code == 200 and f"{title} · {ids[kind]}" in own.text, kind
-            assert name in own.text
-        assert "https://hub.example/me/one" in listed.text
-        assert {row["kind"] for row in server.http.get("/api/jobs").json()["jobs"]} >= set(ids)
-    finally:
-        for id in ids.values():
-            store.remove(id)
-        store.close()
+def test_lists_have_jobs_of_each_kind(server):
+    """A job whose kind the server does not know took the list of all jobs with it."""
+    with of_each_kind(server.cache) as jobs:
+        listed = {row["id"]: row for row in server.http.get("/api/jobs").json()["jobs"]}
+        for id, (kind, title, name) in jobs.items():
+            for row in (listed[id], server.job(id)):
+                assert (row["kind"], row["title"], row["name"]) == (kind, title, name)

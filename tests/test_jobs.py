@@ -8,19 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from lib.folders import write_llama, write_rows
-from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.serving.jobs import eventlog
 from mlx_segtrain.serving.jobs.queue import Conflict, Jobs
 from mlx_segtrain.serving.jobs.row import ENDED
-from mlx_segtrain.serving.page.runs import Run
-from mlx_segtrain.training.setup import plan_event
 
 pytestmark = pytest.mark.acceptance
 
@@ -358,17 +353,3 @@ def pids(store, ids):
 
 def test_ended_is_what_the_table_calls_it():
     assert set(ENDED) == set(eventlog.LAST)
-
-
-def test_a_page_knows_what_was_planned_whatever_the_words_are(place, tmp_path):
-    config = load_config(None, values(place, tmp_path / "out"))
-    plan = plan_run(config, full_batch(config))
-
-    async def use(jobs):
-        eventlog.append(jobs.log("job_a"), plan_event(plan, 0.02, "in other words"))
-        run = Run(SimpleNamespace(jobs=jobs), "job_a")
-        assert await run.catch_up() and not await run.catch_up()
-        return run
-
-    run = served(tmp_path / "store", use)
-    assert (run.planned_gb, run.budget_gb) == (plan.planned.peak / 1e9, plan.budget / 1e9)

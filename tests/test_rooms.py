@@ -16,11 +16,8 @@ FLOORS = (
 #: Of the server's own rooms, the same.
 SERVING = (
     *("settings", "roots", "sessions", "pools", "processes", "opening", "confined", "catalog"),
-    *("jobs", "generation", "service", "api", "page", "app"),
+    *("jobs", "generation", "service", "api", "app"),
 )
-
-#: What the page may import of the server: the service, and what the service returns.
-OF_PAGE = ("page", "service", "jobs.row", "catalog", "api.forms")
 
 
 def modules():
@@ -86,15 +83,3 @@ def test_a_room_imports_those_below_it_only():
 
 def test_a_room_of_the_server_imports_those_below_it_only():
     assert not upward(SERVING, "serving.")
-
-
-def test_the_page_calls_the_service_and_nothing_below_it():
-    allowed = tuple(f"serving.{name}." for name in OF_PAGE)
-    below = [
-        f"{name} imports {found}"
-        for name, file in modules()
-        if name.startswith("serving.page")
-        for found in imported(name, file)
-        if found.startswith("serving.") and not f"{found}.".startswith(allowed)
-    ]
-    assert not below

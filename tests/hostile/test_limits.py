@@ -6,15 +6,14 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
 from lib.attack import bystander, memory_mb, patience
 from lib.served import Server, write_place
-from mlx_segtrain.serving import catalog, page
-from mlx_segtrain.serving.api import brake
+from mlx_segtrain.serving import catalog
+from mlx_segtrain.serving.api import brake, pages
 from mlx_segtrain.serving.jobs.store import Store
 
 TOKEN = "correct-horse-é-battery"
@@ -180,8 +179,8 @@ def test_a_long_path_is_none(server):
     assert max(other.health) < patience()
 
 
-def test_pages_that_nobody_opens_are_let_go(server):
-    """Each takes 3 MB, and nobody comes for it."""
+def test_a_page_costs_no_memory(server):
+    """Each once took 3 MB, also of those for which nobody came."""
     assert server.http.get("/finetune").status_code == 200
     rest = memory_mb(server.process.pid)
     for _ in range(120):
@@ -189,11 +188,16 @@ def test_pages_that_nobody_opens_are_let_go(server):
     assert memory_mb(server.process.pid) - rest < 250, memory_mb(server.process.pid) - rest
 
 
-def test_no_text_is_made_a_property_of_an_element():
-    """NiceGUI reads `:name="…"` in such a text as a program."""
-    for file in Path(page.__file__).parent.glob("*.py"):
-        assert not re.search(r"props\(\s*f?['\"][^'\"]*\{", file.read_text()), file
-        assert not re.search(r"props\(\s*f['\"]", file.read_text()), file
+def test_no_text_becomes_html_or_a_program():
+    """The page says what files, models and clients say; its browser makes nothing else of it."""
+    sinks = r"(inner|outer)HTML|insertAdjacentHTML|srcdoc|document\.write|\beval\b|\bFunction\("
+    index = (pages.FILES / "index.html").read_text()
+    assert "require-trusted-types-for 'script'" in index
+    for file in pages.FILES.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(sinks, text), file
+        assert not re.search(r"<script>|<style| style=| on\w+=\"", text), file
+        assert not re.search(r"[\"'`(](https?:)?//(?!www\.w3\.org/)", text), file
 
 
 # Lists

@@ -3,9 +3,8 @@
 From the top down; each imports only what stands below it (tests/test_rooms.py):
 
     app.py       puts all of it together, and runs it
-    page/        /finetune
-    api/         /api and /v1: who may call them, what they take and answer
-    service.py   what the API and the page both do
+    api/         /api and /v1: who may call them, what they take and answer; the page's files
+    service.py   what the API does
     generation/  answers to prompts, with adapters
     jobs/        the queue, and the process of each job
     catalog.py   what lies on disk
@@ -15,4 +14,6 @@ From the top down; each imports only what stands below it (tests/test_rooms.py):
     roots.py     which folders may be named
     settings.py, sessions.py (what a browser shows in place of the token),
     pools.py (threads for each kind of work)
+
+page/ is /finetune: files for a browser, which are clients of /api and /v1.
 """

@@ -13,7 +13,6 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..errors import InputError
-from . import page
 from .api import openai, routes
 from .api.brake import Bounded
 from .api.faults import add_handlers
@@ -46,6 +45,7 @@ def create(service: Service) -> Guard:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     guard = Guard(
         app,
@@ -53,14 +53,12 @@ def create(service: Service) -> Guard:
         token=settings.token,
         any_address=settings.host not in LOOPBACK,
         sessions=service.sessions,
-        page_fits=page.make_room,
     )
     app.state.service, app.state.guard = service, guard
     app.include_router(routes.router)
     app.include_router(openai.router)
     add_handlers(app)
     add_pages(app)
-    page.mount(app, service)
     return guard
 
 
@@ -116,7 +114,6 @@ async def _serve(service: Service, listener: socket.socket) -> None:
         create(service),
         http=Patient,
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anyone may say to be another
-        ws_max_size=1 << 20,
         access_log=False,  # paths may be followed by secrets
         log_level="warning",
         limit_concurrency=CONNECTIONS,

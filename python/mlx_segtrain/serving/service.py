@@ -1,4 +1,4 @@
-"""What the API and the page both do: paths and configurations checked, then jobs and plans."""
+"""What the API does: paths and configurations checked, then jobs and plans."""
 
 import asyncio
 import json
@@ -22,11 +22,9 @@ from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
 from . import catalog
-from .confined.parent import INSPECTING, INSPECTIONS, Confined, prompts
-from .generation.decoding import Options
+from .confined.parent import INSPECTING, INSPECTIONS, Confined
 from .generation.engine import Engine
-from .generation.mounting import Base, Selected, free_id
-from .generation.pieces import Generation
+from .generation.mounting import Base
 from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
 from .jobs.queue import Jobs
@@ -146,32 +144,10 @@ class Service:
         """Loads a model in place of the one that is served."""
         return await self.engine.load(self.roots.resolve(model_dir))
 
-    # Answers
-
     @property
     def base(self) -> Base | None:
         """The model that is served."""
         return self.engine.base
-
-    async def select(self, adapter: str | None) -> Selected:
-        """The base, with the adapter of a folder or alone; mounts what is not mounted yet."""
-        if not adapter:
-            return self.engine.select("none")
-        mounted = self.engine.adapters
-        id = next((own.id for own in mounted.values() if str(own.path) == adapter), None)
-        if id is None:
-            path = Path(adapter)
-            id = (await self.engine.mount(free_id(path.name, mounted), path)).id
-        return self.engine.select(id)
-
-    async def chat(
-        self, turns: list[dict[str, str]], selected: Selected, max_tokens: int, temperature: float
-    ) -> Generation:
-        """The next turn; a model without a chat template goes on from the text."""
-        options = Options(max_tokens=max_tokens, temperature=temperature)
-        size = sum(len(own["content"]) for own in turns)
-        prompt = await prompts(size).run(selected.encode_turns, turns)
-        return self.engine.generate(prompt, selected, options)
 
     # Before a run
 

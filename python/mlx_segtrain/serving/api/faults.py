@@ -3,12 +3,14 @@
 import json
 import reprlib
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Mount
 
 from ...config import TrainConfig, allowed, nearest
 from ...errors import InputError, RunError, word
@@ -113,7 +115,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RunError)
     async def known(request: Request, error: Any) -> Response:
         code, field = getattr(error, "code", None), getattr(error, "field", None)
-        more = {"field": field} if field is not None and error.status == 422 else {}
+        more = {} if field is None else {"field": field}
         return error_answer(request, error.status, str(error), code, **more)
 
     @app.exception_handler(RequestValidationError)
@@ -127,14 +129,29 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        found = error_answer(request, error.status_code, str(error.detail))
-        found.headers.update(error.headers or {})
+        status, message, path = error.status_code, str(error.detail), request.url.path
+        headers = dict(error.headers or {})
+        if message == HTTPStatus(status).phrase:  # by the router itself
+            if status == 404:
+                message = f"there is nothing at {path}: see /docs."
+            elif status == 405:
+                message = f"{request.method} is not for {path}."
+                headers["allow"] = ", ".join(_methods(request))
+        found = error_answer(request, status, message)
+        found.headers.update(headers)
         return found
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         # Starlette's server logs the traceback; a client has no use for it.
         return error_answer(request, 500, "the server failed at this request: its log says why.")
+
+
+def _methods(request: Request) -> list[str]:
+    """Those that routes of the request's path take: several routes may share one."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    scopes = [{**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "POST")]
+    return [s["method"] for s in scopes if any(x.matches(s)[0] is Match.FULL for x in routes)]
 
 
 def error_answer(

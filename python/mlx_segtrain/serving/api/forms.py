@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from ...config import REFUSED, Method, TrainConfig, affecting, allowed, default
+from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default
 from ...data import Report
-from ...fields import choices, is_list, kind
+from ...fields import Group, choices, is_list, kind
+from ...objectives import OBJECTIVES
 from ..catalog import DataFolder, Model, Unreadable
 from ..jobs.row import Row
 
@@ -71,7 +72,13 @@ class EvaluateRequest(FinetuneSubmit):
 class JobRow(_answer(Row, but=INTERNAL)):
     """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
 
+    title: str = Field(description="The kind, for people.")
+    name: str = Field(description="What it works on, in short.")
+    trains: bool = Field(description="A run, which goes on from its checkpoint.")
+    computes: bool = Field(description="It waits for the accelerator.")
+    cancelling: bool = Field(description="It has been told to end.")
     config_json: str | None = Field(description="Left out, null, in lists.")
+    inputs: list[str] = Field(description="Folders that it reads.")
     log_path: str
     result: Any = None
 
@@ -189,12 +196,21 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run: its default is a word as people write it."""
+    """A field of a run: its defaults are words as people write them.
+
+    It changes what `affects` names, and has an effect with `methods` only, if there are any.
+    """
 
     name: str
+    title: str
+    group: str | None = Field(description="Its block of the page's form, if it is there.")
     type: str
     default: str
+    defaults: dict[str, str] = Field(description="With methods for which it is another one.")
     required: bool
+    methods: list[str]
+    affects: list[str]
+    texts: bool = Field(description="A list of texts, not of names.")
     allowed: str
     choices: list[str]
     is_list: bool
@@ -203,6 +219,8 @@ class FieldRow(BaseModel):
 
 class Defaults(Answer):
     fields: list[FieldRow]
+    groups: list[str] = Field(description="Blocks of the page's form, in its order.")
+    loss_units: dict[str, str] = Field(description="Of the loss, by method.")
 
 
 class ModelsAnswer(Answer):
@@ -210,10 +228,21 @@ class ModelsAnswer(Answer):
 
     models: list[Model]
     faults: list[Unreadable]
+    roots: list[str] = Field(description="Folders below which they were looked for.")
 
 
 class DatasetsAnswer(Answer):
     datasets: list[DataFolder]
+
+
+class AdapterFolder(BaseModel):
+    path: str
+    base_model: str | None
+    rank: int = Field(description="The largest one.")
+
+
+class AdaptersAnswer(Answer):
+    adapters: list[AdapterFolder]
 
 
 class Health(Answer):
@@ -229,15 +258,46 @@ class ServeModel(Closed):
 class Served(Answer):
     id: str
     path: str
+    chats: bool = Field(description="It has a chat template.")
 
 
-def rows_of_fields() -> list[FieldRow]:
+class State(Answer):
+    """What a page shows all the time."""
+
+    served: Served | None
+    waits: bool = Field(description="Answers wait for a job that computes.")
+    training: bool = Field(description="A job has the accelerator.")
+    needs_token: bool
+    running: list[JobRow]
+    waiting: int = Field(description="Jobs in the queue.")
+
+
+def schema() -> Defaults:
     """Every field of a run that the server takes, as the page and the command line show it."""
+    units = {method: own.unit for method, own in OBJECTIVES.items()}
+    return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
+
+
+def _rows() -> list[FieldRow]:
+    where = {"model_dir": ".", "data_dir": ".", "adapter_path": "."}
+    runs = {
+        method: TrainConfig.model_validate({**where, "method": method}) for method in OBJECTIVES
+    }
     return [
         FieldRow(
             name=name,
+            title=FACETS[name].title or name.replace("_", " ").capitalize(),
+            group=FACETS[name].group,
             type=getattr(kind(field), "__name__", "str"),
             default=default(name),
+            defaults={
+                method: str(value)
+                for method, run in runs.items()
+                if name not in (*where, "method") and (value := getattr(run, name)) != field.default
+            },
+            methods=list(FACETS[name].methods),
+            affects=list(FACETS[name].affects),
+            texts=FACETS[name].texts,
             required=field.is_required(),
             allowed=allowed(name),
             choices=list(choices(field)),

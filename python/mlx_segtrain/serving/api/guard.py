@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from starlette.responses import RedirectResponse, Response
@@ -41,18 +41,11 @@ REFUSALS = (400, 401, 403, 422, 429)
 PATIENCE_S = 30
 #: The cookie in which a browser keeps the id of its session.
 COOKIE = "mlx-segtrain-session"
-#: That, and the page's choice of colours.
-OWN_COOKIES = re.compile(
-    rb'(?:^|;)\s*(mlx-segtrain-session|theme)="?([\w-]{1,100})"?(?=\s*(?:;|$))'
-)
+OWN_COOKIE = re.compile(rb'(?:^|;)\s*mlx-segtrain-session="?([\w-]{1,100})"?(?=\s*(?:;|$))')
 #: A name, or an address of version 6 in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
-#: What the page's addresses begin with.
-PAGE = "/finetune"
-#: Where its websocket is, and what Socket.IO's messages with attachments begin with.
-SOCKET, BINARY = "/_nicegui_ws", ("45", "46")
 #: What a browser asks for before it has a session.
-OPEN = ("/login", "/healthz", "/favicon.ico")
+OPEN = ("/login", "/login.css", "/healthz", "/favicon.ico")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
@@ -60,12 +53,12 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (
         b"content-security-policy",
-        # The page's library makes functions of text; nothing comes from elsewhere or goes there.
-        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-        b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-        b"connect-src 'self'; form-action 'self'; base-uri 'self'; object-src 'none'; "
-        b"frame-ancestors 'none'",
+        # Scripts and styles are files of ours; nothing comes from elsewhere or goes there.
+        b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        b"font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; "
+        b"object-src 'none'; frame-ancestors 'none'",
     ),
+    (b"cache-control", b"no-cache"),  # or a browser mixes files of two versions
 )
 
 
@@ -88,22 +81,23 @@ class Guard:
         token: str | None,
         any_address: bool,
         sessions: Sessions | None = None,
-        page_fits: Callable[[], bool] = lambda: True,
     ):
         self.app, self.token, self.any_address = app, token, any_address
-        self.sessions, self.page_fits = sessions or Sessions(), page_fits
+        self.sessions = sessions or Sessions()
         self.hosts = {*LOOPBACK, *(host.lower() for host in hosts)}
         self.held, self.guesses = Held(), asyncio.Semaphore(MOST_WRONG)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] == "websocket":
+            _log({**scope, "method": "WEBSOCKET"}, 403, "nothing here speaks to sockets.")
+            return await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
-        cookies = _own_cookies(scope["headers"])
+        session = _session(scope["headers"])
         scope["headers"] = [pair for pair in scope["headers"] if pair[0].lower() != b"cookie"]
-        if cookies:
-            ours = b"; ".join(b"%s=%s" % pair for pair in cookies.items())
-            scope["headers"].append((b"cookie", ours))
+        if session:
+            scope["headers"].append((b"cookie", b"%s=%s" % (COOKIE.encode(), session)))
         names = [name.lower() for name, _ in scope["headers"]]
         body = _Body(receive, self.held, SMALL_BODIES.get(scope["path"], MOST_BYTES))
         scope["mlx_segtrain.body_read"] = body.let_go
@@ -129,19 +123,13 @@ class Guard:
             self._check_host(headers)
             self._check_origin(scope, headers)
             try:
-                session = self._check_token(scope, headers, cookies)
+                self._check_token(scope, headers, session.decode())
             except Refused:
                 if b"authorization" in headers:  # ids of sessions are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:
                 scope["mlx_segtrain.authority"] = "token"
-            if scope["type"] == "websocket":
-                return await self.app(scope, self._within(session, receive), send)
-            if scope["path"].startswith(SOCKET):
-                raise Refused(400, "this address is for the websocket of the page alone.")
-            if scope["path"].startswith(PAGE) and not self.page_fits():
-                raise Refused(503, "many pages are open: close some, or try again in a moment.")
             body.check_length(headers.get(b"content-length"))
             await self.app(scope, body.receive, send_on)
         except Refused as error:
@@ -152,9 +140,7 @@ class Guard:
         if refused is None:
             return
         _log(scope, refused.status, refused.reason)
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": refused.reason})
-        elif not started:
+        if not started:
             await body.drain()
             await _answer(scope, headers, refused)(scope, receive, send_on)
 
@@ -176,32 +162,16 @@ class Guard:
         if site == b"cross-site" and not (mode == b"navigate" and scope.get("method") == "GET"):
             raise Refused(403, "a page of another site may not use this server.")
 
-    def _check_token(
-        self, scope: Scope, headers: dict[bytes, bytes], cookies: dict[bytes, bytes]
-    ) -> str | None:
-        """The session that lets the request in, if it is one."""
+    def _check_token(self, scope: Scope, headers: dict[bytes, bytes], session: str) -> None:
         if self.token is None or scope["path"] in OPEN:
-            return None
+            return
         given = headers.get(b"authorization", b"").decode("latin-1")
         scheme, _, value = given.partition(" ")
-        session = cookies.get(COOKIE.encode(), b"").decode()
         if scheme.lower() == "bearer" and self.is_token(value.strip().encode("latin-1")):
-            return None
+            return
         if session and self.sessions.holds(session):
-            return session
+            return
         raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
-
-    def _within(self, session: str | None, receive: Receive) -> Receive:
-        """What a socket receives, up to the end of the session that opened it."""
-
-        async def receive_on() -> Message:
-            message = await receive()
-            ended = session is not None and not self.sessions.holds(session)
-            if ended or _has_attachments(message):
-                return {"type": "websocket.disconnect", "code": 1008}
-            return message
-
-        return receive_on
 
     def is_token(self, given: bytes) -> bool:
         """Takes as long whatever is given, in UTF-8."""
@@ -214,14 +184,6 @@ class Guard:
             raise Refused(429, "too many wrong tokens come at once: try again later.")
         async with self.guesses:
             await asyncio.sleep(WRONG_S)
-
-
-def _has_attachments(message: Message) -> bool:
-    """Whether it is binary, or announces such messages, of which Socket.IO would keep any number;
-    the page sends none."""
-    if message["type"] != "websocket.receive":
-        return False
-    return message.get("bytes") is not None or (message.get("text") or "").startswith(BINARY)
 
 
 class Held:
@@ -297,14 +259,15 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _own_cookies(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Our cookies in the headers of a request.
+def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Our cookie in the headers of a request.
 
     Others are of other programs on this machine, and reading a quoted one takes Python minutes
     (CVE-2024-7592).
     """
     text = b";".join(value for name, value in headers if name.lower() == b"cookie")
-    return {name: value for name, value in OWN_COOKIES.findall(text)}
+    found = OWN_COOKIE.findall(text)
+    return found[-1] if found else b""
 
 
 def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
@@ -320,8 +283,8 @@ def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Resp
 
 def _log(scope: Scope, status: int, reason: str) -> None:
     client = (scope.get("client") or ("?",))[0]
-    what = scope.get("method", "WEBSOCKET")
     # repr: a path may hold characters that a terminal obeys. No query: it may hold a secret.
     logger.warning(
-        "refused (%d) %.20s %.200r from %.60s: %.300s", status, what, scope["path"], client, reason
+        "refused (%d) %.20s %.200r from %.60s: %.300s",
+        *(status, scope["method"], scope["path"], client, reason),
     )

@@ -11,6 +11,7 @@ from ... import __version__
 from ...errors import InputError
 from ...events import now
 from .. import catalog
+from ..generation.mounting import Base
 from ..jobs.row import Row
 from ..service import Service
 from . import forms
@@ -40,24 +41,51 @@ async def health(service: Used) -> forms.Health:
     return forms.Health(version=__version__, model=model, training=service.jobs.training)
 
 
+@router.get("/api/state", tags=["server"])
+async def state(service: Used) -> forms.State:
+    """What runs, and which model is served."""
+    running = service.jobs.running()
+    return forms.State(
+        served=None if service.base is None else _served(service.base),
+        waits=service.waits,
+        training=service.jobs.training,
+        needs_token=service.settings.token is not None,
+        running=[_shown(service, row) for row in running],
+        waiting=len(service.jobs.live) - len(running),
+    )
+
+
 @router.get("/api/models", tags=["models and data"])
 async def models(service: Used) -> forms.ModelsAnswer:
     """Models below the roots."""
     faults: list[catalog.Unreadable] = []
-    return forms.ModelsAnswer(models=await service.models(faults), faults=faults)
+    found, roots = await service.models(faults), map(str, service.roots.folders)
+    return forms.ModelsAnswer(models=found, faults=faults, roots=list(roots))
 
 
 @router.post("/api/models/serve", tags=["models and data"])
 async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
     """Loads a model for /v1, in place of the one that is served."""
-    base = await service.serve(body.model_dir)
-    return forms.Served(id=base.id, path=str(base.path))
+    return _served(await service.serve(body.model_dir))
 
 
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
     """Folders with train.jsonl below the roots."""
     return forms.DatasetsAnswer(datasets=await service.datasets())
+
+
+@router.get("/api/adapters", tags=["models and data"])
+async def adapters(model_dir: str, service: Used) -> forms.AdaptersAnswer:
+    """Adapters below the roots that a model can take."""
+    found = await service.adapters(service.roots.resolve(model_dir))
+    rows = [
+        forms.AdapterFolder(
+            path=str(x.path), base_model=x.base or None, rank=max(x.ranks, default=0)
+        )
+        for x in found
+    ]
+    return forms.AdaptersAnswer(adapters=rows)
 
 
 @router.post("/api/finetune/inspect-dataset", tags=["training"])
@@ -70,7 +98,12 @@ async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.In
 @router.get("/api/finetune/defaults", tags=["training"])
 async def defaults() -> forms.Defaults:
     """Every field of a run, with what it takes and its default."""
-    return forms.Defaults(fields=forms.rows_of_fields())
+
+
+@router.get("/api/finetune/defaults", tags=["training"])
+async def defaults() -> forms.Defaults:
+    """Every field of a run, with what it takes and its default."""
+    return forms.schema()
 
 
 @router.post("/api/finetune/plan", tags=["training"])
@@ -215,9 +248,16 @@ async def stream(
 
 
 def _shown(service: Service, row: Row) -> forms.JobRow:
-    config, log = row.config_json or None, str(service.jobs.log(row.id))
-    values = {**vars(row), "config_json": config, "result": row.result, "log_path": log}
-    return forms.JobRow(**values)
+    name, inputs = service.jobs.about(row.id)
+    kind, log = row.job_kind, str(service.jobs.log(row.id))
+    values = {**vars(row), "config_json": row.config_json or None}
+    values |= {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
+    return forms.JobRow(**values, name=name, inputs=inputs, result=row.result, log_path=log)
+
+
+def _served(base: Base) -> forms.Served:
+    chats = base.tokenizer.has_chat_template
+    return forms.Served(id=base.id, path=str(base.path), chats=chats)
 
 
 async def _result(service: Service, row: Row) -> dict[str, Any]:
@@ -228,7 +268,7 @@ async def _result(service: Service, row: Row) -> dict[str, Any]:
     return end.result
 
 
-async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent]:
+async def _frames(service: Service, id: str, after: int) -> AsyncIterator[ServerSentEvent | bytes]:
     yield ServerSentEvent(retry=1500, sep="\n")
     try:
         service.jobs.get(id)
@@ -236,6 +276,7 @@ async def _frames(service: Service, id: str, after: int) -> AsyncIterator[Server
         failed = {"type": "failed", "error": str(error), "ts": now()}
         yield ServerSentEvent(json.dumps(failed), sep="\n")
     else:
-        async for place, frame in service.jobs.follow(id, after):
-            yield ServerSentEvent(frame, id=str(place), sep="\n")
+        async for found in service.jobs.blocks(id, after):
+            events = (ServerSentEvent(frame, id=str(place), sep="\n") for place, frame in found)
+            yield b"".join(event.encode() for event in events)  # each write costs as much as many
     yield ServerSentEvent("{}", event="end", sep="\n")

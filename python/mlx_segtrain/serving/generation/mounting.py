@@ -6,7 +6,7 @@ What makes arrays here is called on the engine's thread.
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -130,12 +130,6 @@ class Selected:
         size += len(json.dumps(how["variables"]))
         return base.tokens("chat", f"messages: the chat template of {base.id}", size, **how)
 
-    def encode_turns(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """As encode_chat; a model without a chat template goes on from the text."""
-        if self.base.tokenizer.has_chat_template:
-            return self.encode_chat(messages)
-        return self.base.encode("\n".join(own["content"] for own in messages))
-
     @property
     def key(self) -> tuple[int, ...]:
         return tuple(mounted.serial for mounted in self.adapters)
@@ -150,16 +144,6 @@ def check_id(id: str) -> None:
             f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
             "characters, and take 200 characters at most."
         )
-
-
-def free_id(name: str, taken: Collection[str]) -> str:
-    """A word for an adapter that none has yet, from its folder's name."""
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in name) or "adapter"
-    name, n = name[:100], 1
-    while name in taken or name.lower() == "none":
-        n += 1
-        name = f"{name[:100]}-{n}"
-    return name
 
 
 def _too_long(n: int, most: int, id: str) -> InputError:

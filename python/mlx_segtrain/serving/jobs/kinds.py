@@ -79,7 +79,7 @@ def evaluate(values: Values) -> events.Event:
     config = load_config(None, {"adapter_path": "unused", **values})
     tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
     result = evaluate(config, config.adapter_path if adapter else None, split=split)
-    return done(None, **asdict(result))
+    return done(None, **asdict(result), split=split)
 
 
 def fold(values: Values) -> events.Event:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ class Jobs:
         #: Variables, for the kinds of jobs that want them; in no file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
+        #: Name and inputs of a job, which lists show, and which need its configuration.
+        self.about = lru_cache(4096)(lambda id: ((row := self.get(id)).name, row.inputs))
         self.monitors: set[asyncio.Task[None]] = set()
 
     # What a server does with its jobs
@@ -197,32 +200,25 @@ class Jobs:
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
         """Events after one, as (id, JSON), and those that still come, until the job has ended."""
+        async for found in self.blocks(id, after):
+            for event in found:
+                yield event
+
+    async def blocks(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
+        """The same, as many at once as there are."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
             changed = live.changed if live else None
             while True:
                 found, after = eventlog.read(path, after, ended=live is None)
-                for event in found:
-                    yield event
                 if not found:
                     break
+                yield found
                 await asyncio.sleep(0)  # a long past is not told in one breath
             if changed is None:
                 return
             await changed.wait()
-
-    def read(self, id: str, after: int) -> tuple[list[tuple[int, Event]], int]:
-        """The next events after an offset in a job's log, as (id, event), and the offset up to
-        which it read."""
-        found, place = eventlog.read(self.log(id), after, ended=id not in self.live)
-        return [(own, json.loads(frame)) for own, frame in found], place
-
-    def size(self, id: str) -> int:
-        """Bytes of a job's log: the place after its last event."""
-        with suppress(FileNotFoundError):
-            return self.log(id).stat().st_size
-        return 0
 
     async def ended(self, id: str) -> Row:
         """The job, once it has ended."""

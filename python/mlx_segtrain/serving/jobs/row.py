@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...config import PATHS
 from .kinds import JobKind, kind_of
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -54,3 +55,12 @@ class Row:
     def name(self) -> str:
         """What the job works on, in short."""
         return self.job_kind.named(self.values)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Folders that it reads."""
+        found: list[str] = []
+        for name in dict.fromkeys((*PATHS, *self.job_kind.folders)):
+            given = self.values.get(name)
+            found += given if isinstance(given, list) else [given or ""]
+        return [path for path in found if path not in ("", self.output_path)]

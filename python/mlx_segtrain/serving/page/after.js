@@ -1,0 +1,142 @@
+// What is done with an adapter: evaluate, fold, export, merge. All of them are jobs.
+
+import { api, every } from "./api.js";
+import { announce, badge, button, combobox, empty, expansion } from "./dom.js";
+import { field, h, input, link, notice, select, show } from "./dom.js";
+import { inShort } from "./results.js";
+import { tail } from "./text.js";
+
+const SPLITS = ["valid", "train"].map((name) => [name, `${name}.jsonl`]);
+const BITS = [2, 3, 4, 5, 6, 8].map((n) => [n, `${n} bits`]);
+const WEIGHTS = [["", "as the base has them (default)"], ...BITS, ["dense", "not quantized"]];
+const DTYPES = ["float32", "bfloat16", "float16"].map((name) => [name, name]);
+const TYPES = [["", "the base's (default)"], ...DTYPES];
+const GGUF = ["gguf", "GGUF, for llama.cpp"];
+const FORMATS = [["peft", "Hugging Face PEFT"], ["mlx-lm", "mlx-lm"], GGUF];
+// Milliseconds in which a job is refused if it is; some are answered when they have ended.
+const REFUSED = 400;
+
+// The actions for the adapter of a run that is done: `values` is its configuration, `schema` all
+// fields of one.
+export default async function after(row, values, schema) {
+  const [model, adapter] = [values.model_dir, row.output_path];
+  const query = new URLSearchParams({ model_dir: model });
+  const found = await api(`/api/adapters?${query}`).catch(() => ({ adapters: [] }));
+  const others = found.adapters.map(({ path }) => path).filter((path) => path !== adapter);
+  const jobs = h("div.stack");
+  let seen = "";
+
+  // A part with a form; `start` gives addresses of the API, each with a body.
+  function part(name, about, fields, action, start) {
+    const problem = h("div", { role: "alert" });
+    async function post() {
+      for (const [path, body] of start()) await api(path, body);
+    }
+    async function submit(event) {
+      event.preventDefault();
+      show(problem);
+      try {
+        const posted = post();
+        await Promise.race([posted, new Promise((go) => setTimeout(go, REFUSED))]);
+        announce(`${name} has been queued.`);
+        refresh();
+        await posted;
+      } catch (error) {
+        show(problem, notice(error.message, "bad"));
+      }
+      refresh();
+    }
+    const end = h("div.actions", button(action, null, "primary"));
+    const form = h("form.stack", { novalidate: true, onsubmit: submit },
+      h("div.fields", fields), end, problem);
+    return expansion(name, about, form, "after");
+  }
+
+  // A field for the folder that a job writes, and what it says.
+  function folder(kind) {
+    const control = input(`a new folder in the server's store (${kind})`);
+    const element = field("Folder to write", control, { kind: "across" });
+    return [element, () => control.value.trim() || null];
+  }
+
+  function evaluate() {
+    const split = select(SPLITS);
+    const measured = schema.filter(({ affects }) => affects.includes("loss"));
+    return part("Evaluate", "loss with and without the adapter", field("Rows", split),
+      "Evaluate both", () => {
+        const own = { split: split.value };
+        for (const name of ["model_dir", "data_dir", ...measured.map((x) => x.name)]) {
+          if (name in values) own[name] = values[name];
+        }
+        return [{ ...own, adapter_path: adapter }, own].map((x) => ["/api/finetune/evaluate", x]);
+      });
+  }
+
+  function fold() {
+    const [weights, type, [where, given]] = [select(WEIGHTS), select(TYPES), folder("model")];
+    const about = "Fewer bits round away more of the update.";
+    const shown = [field("Weights", weights, { about }),
+      field("Type of what is not quantized", type), where];
+    return part("Fold", "into a model without an adapter", shown,
+      "Fold into the base", () => {
+        const dequantize = weights.value === "dense";
+        const bits = dequantize ? null : Number(weights.value) || null;
+        const how = { dequantize, bits, dtype: type.value || null, output_dir: given() };
+        return [["/api/finetune/merge", { model_dir: model, adapter_path: adapter, ...how }]];
+      });
+  }
+
+  function exported() {
+    const [format, [where, given]] = [select(FORMATS), folder("export")];
+    return part("Export", "for PEFT, mlx-lm or llama.cpp", [field("Format", format), where],
+      "Export the adapter", () => {
+        const how = { method: format.value, output_dir: given() };
+        return [["/api/finetune/export", { adapter_path: adapter, base_model: model, ...how }]];
+      });
+  }
+
+  function merge() {
+    const about = "with another adapter";
+    const none = "No other adapter of this model was found: train another one first.";
+    if (!others.length) return expansion("Merge", about, empty(none), "after");
+    const [other, [where, given]] = [combobox(), folder("merged")];
+    const [own, its] = [input("1"), input("1")];
+    other.offer(others.map((path) => [path, tail(path, 2)]));
+    const fields = [field("Other adapter", other), field("Weight of this one", own)];
+    return part("Merge", about, [fields, field("Weight of the other", its), where],
+      "Merge both", () => {
+        if (other.value === null) throw new Error("choose the other adapter.");
+        const scales = [own, its].map(({ value }) => Number(value.trim() || 1));
+        if (!scales.every(Number.isFinite)) throw new Error("a weight is a number, as 0.5.");
+        const both = { adapter_a: adapter, adapter_b: other.value };
+        return [["/api/finetune/merge", { ...both, scales, output_dir: given() }]];
+      });
+  }
+
+  // Whether a job came of the run; the base alone was evaluated for it, too.
+  function isOfThis({ kind, trains, inputs }) {
+    const base = [model, values.data_dir].sort().join();
+    const alone = kind === "evaluate" && inputs.toSorted().join() === base;
+    return !trains && (inputs.includes(adapter) || alone);
+  }
+
+  async function look() {
+    const rows = (await api("/api/jobs?limit=200")).jobs.filter(isOfThis).slice(0, 20);
+    const state = JSON.stringify(rows);
+    if (state === seen) return;
+    seen = state;
+    show(jobs, rows.map((own) =>
+      h("div.row-line", badge(own.status),
+        link(`${own.title}: ${own.name}`, `/finetune/job/${own.id}`),
+        h("span.muted.wrap", inShort(own)))));
+  }
+
+  const refresh = every(3, look);
+  await refresh();
+  const chat = `/finetune/chat?${new URLSearchParams({ model, adapter })}`;
+  return [
+    h("div.actions", button("Chat with it", () => location.assign(chat), "primary")),
+    h("div", evaluate(), fold(), exported(), merge()),
+    jobs,
+  ];
+}

@@ -1,0 +1,102 @@
+// The API of this server: requests, their errors, and what is asked again and again.
+
+// What went wrong, in the server's words; of a field its name.
+class Problem extends Error {
+  constructor(message, field = null, status = 0) {
+    super(message);
+    Object.assign(this, { field, status });
+  }
+}
+
+// Milliseconds by which the server's clock is ahead of ours.
+let ahead = 0;
+export const now = () => Date.now() + ahead;
+
+async function request(path, body, more = {}) {
+  const json = { "content-type": "application/json" };
+  const how = body && { method: "POST", headers: json, body: JSON.stringify(body) };
+  let answer;
+  try {
+    answer = await fetch(path, { ...how, ...more });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem("the server does not answer: is it running?");
+  }
+  ahead = Date.parse(answer.headers.get("date")) - Date.now() || 0;
+  if (answer.ok) return answer;
+  if (answer.status === 401) location.assign("/login"); // the session has ended
+  const { error, field } = await answer.json().catch(() => ({}));
+  const said = error?.message ?? error ?? `the server answers ${answer.status}.`;
+  throw new Problem(said, field, answer.status);
+}
+
+// JSON of a route; with a body it is posted.
+export const api = async (path, body, more) => (await request(path, body, more)).json();
+
+// Asks every so many seconds while the page is seen, never twice at a time; what it returns asks at
+// once.
+export function every(seconds, ask) {
+  let asking = false;
+  async function look() {
+    if (asking || document.hidden) return;
+    asking = true;
+    try {
+      await ask();
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error; // else the next look may do
+    } finally {
+      asking = false;
+    }
+  }
+  setInterval(look, 1000 * seconds);
+  document.addEventListener("visibilitychange", look);
+  return look;
+}
+
+// A job's events behind a place in its log, until it has ended; returns what stops it. A browser
+// has few connections to a server, so a page that is not seen holds none.
+export function follow(id, place, take, ended) {
+  let source;
+  const seen = () => (document.hidden ? source?.close() : open());
+  function stop() {
+    source?.close();
+    source = null; // which is not opened again
+    document.removeEventListener("visibilitychange", seen);
+  }
+  function open() {
+    source?.close();
+    source = new EventSource(`/api/jobs/${encodeURIComponent(id)}/stream?after=${place}`);
+    source.onmessage = ({ data, lastEventId }) => {
+      place = +lastEventId || place;
+      take(JSON.parse(data), place);
+    };
+    source.addEventListener("end", () => (stop(), ended()));
+    source.onerror = ({ target }) => {
+      // After a break the browser comes back by itself, but not after an answer that is an error.
+      const refused = () => target === source && target.readyState === EventSource.CLOSED;
+      if (refused()) setTimeout(() => refused() && !document.hidden && open(), 2000);
+    };
+  }
+  document.addEventListener("visibilitychange", seen);
+  seen();
+  return stop;
+}
+
+// Chunks of an answer of /v1 as they come.
+export async function* chunks(path, body, signal) {
+  const answer = await request(path, { ...body, stream: true }, { signal });
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
+      const chunk = JSON.parse(line.slice(6));
+      if (chunk.error) throw new Problem(chunk.error.message);
+      yield chunk;
+    }
+  }
+}

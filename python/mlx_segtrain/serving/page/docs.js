@@ -1,0 +1,2 @@
+const { presets } = SwaggerUIBundle;
+SwaggerUIBundle({ url: "/openapi.json", dom_id: "#swagger-ui", presets: [presets.apis] });

@@ -1,0 +1,205 @@
+// Elements, and the parts of pages. What a server or a model says becomes text here, never HTML.
+
+// An element: h("div.card", { id: "x", onclick: f }, "text", other, …). What is null or false is
+// left out, and so may the properties be.
+export function h(name, ...content) {
+  const [tag, ...classes] = name.split(".").filter(Boolean);
+  const props = content[0]?.constructor === Object ? content.shift() : {};
+  const made = document.createElement(tag);
+  if (classes.length) made.classList.add(...classes);
+  for (const [key, value] of Object.entries(props)) {
+    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else if (typeof value === "boolean") made.toggleAttribute(key, value);
+    else if (value != null) made.setAttribute(key, value);
+  }
+  made.append(...content.flat(Infinity).filter((part) => part != null && part !== false));
+  return made;
+}
+
+// An element of SVG.
+export function s(name, attributes, ...content) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...content);
+  return made;
+}
+
+// Puts other content into an element.
+export const show = (place, ...content) =>
+  place.replaceChildren(...content.flat(Infinity).filter(Boolean));
+
+// Says to who cannot see the page what has changed.
+export const announce = (content) => (document.getElementById("said").textContent = content);
+
+let count = 0;
+const unique = (word) => `${word}-${++count}`;
+
+// Paths in a square of 24.
+const CIRCLE = "M3 12a9 9 0 1 0 18 0a9 9 0 1 0-18 0";
+const ICONS = {
+  queued: `${CIRCLE}M12 7v5l3 3`,
+  running: "M20 12a8 8 0 1 1-3-6.2M17 2v4h-4",
+  done: `${CIRCLE}M8 12l3 3l5-6`,
+  failed: `${CIRCLE}M12 7v6M12 16v1`,
+  cancelled: `${CIRCLE}M9 9l6 6M15 9l-6 6`,
+  info: `${CIRCLE}M12 11v6M12 7v1`,
+  warn: "M12 3L2 20h20zM12 9v6M12 17v1",
+  auto: `${CIRCLE}M12 3v18M12 6h6M12 10h8M12 14h8M12 18h6`,
+  light: "M8 12a4 4 0 1 0 8 0a4 4 0 1 0-8 0M12 1v4M12 19v4M1 12h4M19 12h4M4 4l3 3M17 17l3 3",
+  dark: "M20 14A8.5 8.5 0 1 1 10 4A7 7 0 0 0 20 14",
+  logout: "M14 3H4v18h10M9 12h12M17 8l4 4l-4 4",
+};
+export const icon = (name) =>
+  s("svg", { class: "icon", viewBox: "0 0 24 24", "aria-hidden": true },
+    s("path", { d: ICONS[name] }));
+
+export const button = (content, onclick, kind = "") =>
+  h(`button.${kind}`, onclick ? { type: "button", onclick } : { type: "submit" }, content);
+
+export const link = (content, href) => h("a.link", { href }, content);
+
+// What to do where there is nothing yet.
+export const empty = (content) => h("p.empty", content);
+
+// A section with its heading.
+export function card(title, ...content) {
+  const heading = title ? h("h2", { id: unique("heading") }, title) : null;
+  return h("section.card", { "aria-labelledby": heading?.id }, heading, content);
+}
+
+// Pairs of names and values.
+export const facts = (kind, pairs) =>
+  h(`dl.facts.${kind}`, pairs.map(([name, value]) => h("div", h("dt", name), h("dd", value))));
+
+// A job's status: word, icon and colour say the same.
+export const badge = (status) => h(`span.badge.${status}`, icon(status), h("span", status));
+
+// A sentence in a box; kind: good, warn, bad or none.
+export function notice(content, kind = "", props = {}) {
+  const icons = { good: "done", warn: "warn", bad: "failed", "": "info" };
+  return h(`div.notice.${kind}`, props, icon(icons[kind]), h("p", content));
+}
+
+// A bar, filled up to a share of 1.
+export function meter(share, props) {
+  const filled = h("div.filled");
+  filled.style.width = `${100 * Math.min(1, share)}%`;
+  return h("div.meter", props, filled);
+}
+
+// A table; its columns are names.
+export const table = (kind, caption, names, rows) =>
+  h(`table.list.${kind}`, h("caption.sr-only", caption),
+    h("thead", h("tr", names.map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", rows));
+
+// A part that is opened and closed; of those of a group one is open.
+export const expansion = (title, caption, content, group = null) =>
+  h("details", { name: group },
+    h("summary", { role: "button" }, h("span", title), h("span.small.muted", caption)), content);
+
+// Asks before what cannot be undone.
+export function confirm(question, detail, action) {
+  const id = unique("question");
+  const dialog = h("dialog.card", { "aria-labelledby": id },
+    h("h2", { id }, question), h("p", detail),
+    h("div.actions.end",
+      button("Keep it", () => dialog.close()),
+      button(action, () => dialog.close("yes"), "danger")));
+  document.body.append(dialog);
+  dialog.showModal();
+  return new Promise((answer) => {
+    dialog.addEventListener("close", () => (dialog.remove(), answer(dialog.returnValue === "yes")));
+  });
+}
+
+// A control with its label, help and error. A control is an element, or has one as `element` and
+// what is labelled as `input`.
+export function labelled(label, control, { about, key, kind = "" } = {}) {
+  const input = control.input ?? control;
+  input.id ||= unique("control");
+  const help = about && h("div.about", { id: unique("about") }, about);
+  const wrong = h("div.wrong", { id: unique("wrong") });
+  input.setAttribute("aria-describedby", `${wrong.id} ${help?.id ?? ""}`);
+  const element = h(`div.field.${kind}`,
+    h("div.name", h("label", { for: input.id, title: key }, label),
+      key && h("span.mono", { "aria-hidden": "true" }, key)),
+    control.element ?? control, wrong, help);
+  const complain = (message) => {
+    wrong.textContent = message;
+    element.classList.toggle("invalid", message !== "");
+    input.setAttribute("aria-invalid", message !== "");
+  };
+  return { element, complain };
+}
+
+export const field = (...how) => labelled(...how).element;
+
+export const input = (placeholder, props) =>
+  h("input", { placeholder, autocomplete: "off", ...props });
+
+// Words to choose from: pairs of value and text.
+export const select = (pairs, onchange = () => {}) =>
+  h("select", { onchange }, pairs.map(([value, text]) => h("option", { value }, text)));
+
+// Things that lie on disk, of which there may be many: by typing those remain that have the words.
+// `value` is null if none is chosen.
+export function combobox(onchange = () => {}) {
+  const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,
+    onmousedown: (event) => event.preventDefault() }); // the focus stays
+  const input = h("input", { type: "search", role: "combobox", autocomplete: "off",
+    "aria-autocomplete": "list", "aria-controls": list.id, "aria-expanded": "false",
+    onclick: () => list.hidden && open(),
+    oninput: () => open(input.value),
+    onblur: () => (input.value.trim() === "" ? choose(null) : close()),
+    onkeydown: press });
+  const self = { input, element: h("div.combobox", input, list), value: null, options: new Map() };
+  let [found, active] = [[], 0];
+
+  self.set = (value) => {
+    self.value = self.options.has(value) ? value : null;
+    close();
+  };
+  self.offer = (pairs) => {
+    self.options = new Map(pairs);
+    self.set(self.value);
+  };
+  function close() {
+    list.hidden = true;
+    input.setAttribute("aria-expanded", "false");
+    input.removeAttribute("aria-activedescendant");
+    input.value = self.options.get(self.value) ?? "";
+  }
+  function choose(value) {
+    const before = self.value;
+    self.set(value);
+    if (before !== self.value) onchange();
+  }
+  function open(words = null) {
+    const has = ([, text]) => text.toLowerCase().includes(words.toLowerCase());
+    found = [...self.options].filter((own) => words === null || has(own));
+    show(list, found.map(([value, text], i) =>
+      h("li", { role: "option", id: `${list.id}-${i}`, onclick: () => choose(value) }, text)));
+    list.hidden = found.length === 0;
+    input.setAttribute("aria-expanded", !list.hidden);
+    if (words === null) input.select();
+    mark(Math.max(0, found.findIndex(([value]) => value === self.value)));
+  }
+  function mark(place) {
+    if (!found.length) return;
+    active = (place + found.length) % found.length;
+    [...list.children].forEach((own, i) => own.setAttribute("aria-selected", i === active));
+    list.children[active].scrollIntoView({ block: "nearest" });
+    input.setAttribute("aria-activedescendant", list.children[active].id);
+  }
+  function press(event) {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (event.key === "Escape" && !list.hidden) close();
+    else if ((step || event.key === "Enter") && list.hidden) open();
+    else if (step) mark(active + step);
+    else if (event.key === "Enter") choose(found[active][0]);
+    else return;
+    event.preventDefault();
+  }
+  return self;
+}

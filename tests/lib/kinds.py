@@ -1,0 +1,58 @@
+"""A job of each kind, and of one that a newer version may have, in a server's store."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_segtrain.serving.jobs.kinds import KINDS
+from mlx_segtrain.serving.jobs.store import Store
+
+#: Of a job of each kind: its configuration, its result, and how the page names it.
+OF_EACH_KIND = {
+    "finetune": (
+        {"model_dir": "/m/model", "data_dir": "/d/notes"},
+        {"final_train_loss": 1.5},
+        "Training",
+        "model on notes",
+    ),
+    "evaluate": (
+        {"model_dir": "/m/model", "data_dir": "/d/notes", "split": "valid"},
+        {"loss": 1.5, "tokens": 10},
+        "Evaluation",
+        "model alone on notes",
+    ),
+    "fold": (
+        {"model_dir": "/m/model", "adapter_path": "/a/one"},
+        {"lost": 0.25},
+        "Fold",
+        "one into model",
+    ),
+    "merge": ({"adapters": ["/a/one", "/a/two"]}, {"linears": 2}, "Merge", "one + two"),
+    "export": ({"adapter_path": "/a/one", "method": "gguf"}, {}, "Export", "one as gguf"),
+    "push": (
+        {"source": "/a/one", "repo_id": "me/one"},
+        {"url": "https://hub.example/me/one"},
+        "Push",
+        "one to me/one",
+    ),
+}
+OF_LATER = {"distill": ({"x": 1}, {"y": 2}, "Distill", "distill")}
+
+
+@contextmanager
+def of_each_kind(store: Path) -> Iterator[dict[str, tuple[str, str, str]]]:
+    """Kind, title and name by id, of jobs that are done, for as long as they are there."""
+    assert set(OF_EACH_KIND) == set(KINDS)
+    jobs, known = Store(store / "jobs.sqlite"), {}
+    try:
+        for kind, (config, result, title, name) in {**OF_EACH_KIND, **OF_LATER}.items():
+            id = jobs.add(kind, json.dumps(config), None).id
+            own = {"status": "done", "progress": 1.0, "result_json": json.dumps(result)}
+            jobs.update(id, **own)
+            known[id] = (kind, title, name)
+        yield known
+    finally:
+        for id in known:
+            jobs.remove(id)
+        jobs.close()
