@@ -98,11 +98,6 @@ async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.In
 @router.get("/api/finetune/defaults", tags=["training"])
 async def defaults() -> forms.Defaults:
     """Every field of a run, with what it takes and its default."""
-
-
-@router.get("/api/finetune/defaults", tags=["training"])
-async def defaults() -> forms.Defaults:
-    """Every field of a run, with what it takes and its default."""
     return forms.schema()
 
 
