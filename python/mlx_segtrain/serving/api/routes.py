@@ -245,8 +245,9 @@ async def stream(
 def _shown(service: Service, row: Row) -> forms.JobRow:
     name, inputs = service.jobs.about(row.id)
     kind, log = row.job_kind, str(service.jobs.log(row.id))
-    values = {**vars(row), "config_json": row.config_json or None}
-    values |= {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
+    values = {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
+    values |= {**vars(row), "config_json": row.config_json or None}
+    values |= {"cancelling": bool(row.cancelling)}  # it counts
     return forms.JobRow(**values, name=name, inputs=inputs, result=row.result, log_path=log)
 
 
