@@ -13,7 +13,7 @@ from lib import tiny_models
 from lib.chains import pair_batch
 from lib.checks import random_adapter
 from lib.oracle import assert_close
-from mlx_segtrain.data import Batch, PairBatch
+from mlx_segtrain.data import Batch, Dataset, Pair, PairBatch, Row
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.chain import Dropout
 from mlx_segtrain.objectives import value, value_and_grad
@@ -222,6 +222,19 @@ def test_a_shared_prefix_runs_once(monkeypatch):
     assert values["rows of pair"].tolist() == [*range(12), 0, *range(12, 19)]
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 10)
     assert [s.name for s in objective.streams(chain, batch)] == ["chosen", "rejected"]
+
+
+@pytest.mark.parametrize("same", [0, 150])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
+    """300 tokens run, of which the last 100 are trained."""
+    weights = np.r_[np.zeros(201), np.ones(100)].astype(np.float32)
+    chosen = np.arange(301, dtype=np.int32)
+    rejected = np.r_[chosen[:same], chosen[same:] + 1000]
+    rows = [Row(ids, weights, "train.jsonl:1") for ids in (chosen, rejected)]
+    data = Dataset([Pair.of(*rows, "train.jsonl:1")], "preference", 1, 0, 0, 602, 200, 0)
+    objective = OBJECTIVES[kind]
+    assert objective.batch_shapes(data, 1) == [objective.full_shape(1, 300, 100, same)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -101,12 +101,17 @@ class Pairs(Objective):
         return shapes
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        trimmed, rest = length - trim_start(length - trained), length - same
+        counted, rest = length if self._full else trained, length - same
+        of_chosen, of_rejected = (length - trim_start(length - n) for n in (counted, trained))
         if same < SHARED_LEAST:
-            streams = tuple(StreamShape(stream, length, trimmed) for stream in PAIR)
+            chosen, rejected = PAIR
+            streams = (
+                StreamShape(chosen, length, of_chosen),
+                StreamShape(rejected, length, of_rejected),
+            )
         else:
-            streams = (StreamShape(joined(), length + rest, trimmed + rest, same, rest),)
-        return BatchShape(rows, streams, rows * 2 * trained)
+            streams = (StreamShape(joined(), length + rest, of_chosen + rest, same, rest),)
+        return BatchShape(rows, streams, rows * (counted + trained))
 
     def total(self, batches: Sequence[PairBatch]) -> Total:
         tokens = sum(float(self._likely(batch.chosen).sum()) for batch in batches)
