@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -165,8 +166,10 @@ def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):
     model_dir = write_llama(tmp_path / "m", bits=4, mixed=True, tied=tied)
     targets = ["q_proj", "embed_tokens", *([] if tied else ["lm_head"])]
     config = setup_of(method, model_dir, data, pairs, tmp_path / "a", target_modules=targets)
+    gc.collect()
+    others = mx.get_active_memory() / 1e9  # models that earlier tests share
     result = train(config)
-    assert result.peak_gb <= 1.05 * result.planned_gb
+    assert result.peak_gb - others <= 1.05 * result.planned_gb
     folder = tmp_path / "a"
     outer = ["model.embed_tokens", *([] if tied else ["lm_head"])]
     weights = weights_of(folder)
