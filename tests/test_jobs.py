@@ -65,6 +65,13 @@ def kinds(events):
     return [event["type"] for event in events]
 
 
+async def events(jobs, id, after=0):
+    """What a follower of a job reads, one by one."""
+    async for found in jobs.follow(id, after):
+        for event in found:
+            yield event
+
+
 def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "one")
@@ -72,7 +79,7 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
         assert (one.status, two.status) == ("running", "queued")
         with pytest.raises(Conflict, match="writes to"):
             submit(jobs, place, tmp_path / "two")
-        seen = [json.loads(frame) async for _, frame in jobs.follow(one.id)]
+        seen = [json.loads(frame) async for _, frame in events(jobs, one.id)]
         one, two = await jobs.ended(one.id), await jobs.ended(two.id)
         return one, two, seen
 
@@ -99,7 +106,7 @@ def test_followers_get_every_event_once_from_any_place(place, tmp_path):
             seen, frames = 0, []
             while True:
                 count = 0
-                async for seen_now, frame in jobs.follow(row.id, seen):
+                async for seen_now, frame in events(jobs, row.id, seen):
                     frames.append(frame)
                     seen, count = seen_now, count + 1
                     if count == 3:
@@ -109,7 +116,7 @@ def test_followers_get_every_event_once_from_any_place(place, tmp_path):
 
         followers = [asyncio.create_task(follow_in_pieces()) for _ in range(40)]
         seen = await asyncio.gather(*followers)
-        late = [frame async for _, frame in jobs.follow(row.id)]
+        late = [frame async for _, frame in events(jobs, row.id)]
         return seen, late
 
     seen, late = served(tmp_path / "store", use)

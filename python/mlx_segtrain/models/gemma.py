@@ -223,5 +223,4 @@ def _embedded(module: Any, tokens: mx.array, i: int, n: int) -> mx.array:
         x = module(tokens)
         size = x.shape[-1] // n
         return x[..., i * size : (i + 1) * size]
-    how: Any = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-    return mx.dequantize(part("weight"), part("scales"), part("biases"), **how)
+    return mx.dequantize(part("weight"), part("scales"), part("biases"), **ops.packing(module))

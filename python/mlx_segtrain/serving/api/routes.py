@@ -272,7 +272,7 @@ async def _frames(service: Service, id: str, after: int) -> AsyncIterator[Server
         failed = {"type": "failed", "error": str(error), "ts": now()}
         yield ServerSentEvent(json.dumps(failed), sep="\n")
     else:
-        async for found in service.jobs.blocks(id, after):
+        async for found in service.jobs.follow(id, after):
             events = (ServerSentEvent(frame, id=str(place), sep="\n") for place, frame in found)
             yield b"".join(event.encode() for event in events)  # each write costs as much as many
     yield ServerSentEvent("{}", event="end", sep="\n")

@@ -198,14 +198,9 @@ class Jobs:
         for path in (self.log(id), eventlog.lock_of(self.log(id)), self._config(id)):
             path.unlink(missing_ok=True)
 
-    async def follow(self, id: str, after: int = 0) -> AsyncIterator[tuple[int, str]]:
-        """Events after one, as (id, JSON), and those that still come, until the job has ended."""
-        async for found in self.blocks(id, after):
-            for event in found:
-                yield event
-
-    async def blocks(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
-        """The same, as many at once as there are."""
+    async def follow(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
+        """Events after one, as (id, JSON), and those that still come, until the job has ended: as
+        many at once as there are."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
