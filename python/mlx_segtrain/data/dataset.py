@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .encoding import Encoder, Options, Pair, Row, sequences
 from .formats import FORMATS, Record, encode, quoted
 from .jsonl import read_records
 from .notes import Notes
+from .packing import Packing
 from .template import Tokenizer
 
 ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
@@ -29,7 +31,8 @@ class Dataset:
     preference, or mixed; `n_rows` counts the rows read, `truncated` the rows here that were cut, of
     pairs those that lost part of a response, `dropped` those left out since no trained token
     remained; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of their
-    prompt; `notes` says what was found in the rows.
+    prompt; `notes` says what was found in the rows. `packed` is the number of tokens of the rows
+    into which the samples are packed for training, 0 if each stands alone.
     """
 
     rows: Sequence[Any]
@@ -41,6 +44,7 @@ class Dataset:
     dropped: int = 0
     prompts_cut: int = 0
     notes: Notes = field(default_factory=Notes)
+    packed: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[Any], pad_id: int = 0, format: str = "text") -> "Dataset":
@@ -71,6 +75,15 @@ class Dataset:
         rows = self.rows
         picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
         return replace(self, rows=picked, columns=self.columns.take(chosen))
+
+    def in_rows_of(self, tokens: int) -> "Dataset":
+        """The samples, none longer, packed into rows of so many tokens; 0: each alone."""
+        return replace(self, packed=tokens)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How they are packed, if they are."""
+        return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
         """Pairs that share nothing."""
