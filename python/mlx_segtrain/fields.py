@@ -152,7 +152,7 @@ Variables = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
-Resume = bool | Literal["auto"]
+Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:

@@ -67,7 +67,7 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
             f"{batch_size}; lower batch_size or add rows."
         )
     first, skip = divmod(start, int(batches_in_epoch(dataset, batch_size)))
-    epochs = (_epoch(dataset, batch_size, seed, epoch) for epoch in count(first))
+    epochs = (epoch_rows(dataset, batch_size, seed, epoch) for epoch in count(first))
     windows = islice(chain.from_iterable(epochs), skip, None)
     return (_batch(dataset, rows, batch_size) for rows in windows)
 
@@ -79,7 +79,7 @@ def batches_in_epoch(dataset: Dataset, batch_size: int) -> float:
     return len(dataset) / batch_size
 
 
-def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterable[np.ndarray]:
+def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterable[np.ndarray]:
     """Row indices of each batch of one epoch, a function of seed and epoch alone."""
     if dataset.packed:
         return _joined(dataset.packing.epoch(seed, epoch), batch_size)
@@ -102,7 +102,7 @@ def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
     """Every row once, in the order of the file or packed; the last batch may have fewer rows."""
     if dataset.packed:
-        windows: Iterable[np.ndarray] = _epoch(dataset, batch_size, 0, 0)
+        windows: Iterable[np.ndarray] = epoch_rows(dataset, batch_size, 0, 0)
     else:
         windows = (
             np.arange(start, min(start + batch_size, len(dataset)))
@@ -119,10 +119,24 @@ def padding(dataset: Dataset, batch_size: int) -> float:
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns
-    windows = np.asarray(_epoch(dataset, batch_size, 0, 0))
+    windows = np.asarray(epoch_rows(dataset, batch_size, 0, 0))
     lengths = columns.length[windows]  # [batches, B, s]
     widths = padded(lengths.max(1), batch_size) * batch_size
     return 1 - float(lengths.sum() / widths.sum())
+
+
+def described(dataset: Dataset, batch_size: int) -> str:
+    """How many batches an epoch has and what of them is padding, in words."""
+    if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
+        return "not one batch"
+    share = padding(dataset, batch_size)
+    said = f"{count:,} batch{'es' if count > 1 else ''} an epoch"
+    if dataset.packed:
+        return (
+            f"{said}, packed: {len(dataset) / len(dataset.packing):.1f} rows on average fill "
+            f"{1 - share:.1%} of {dataset.packed:,} tokens"
+        )
+    return f"{said}, {share:.1%} of their tokens padding" if batch_size > 1 else said
 
 
 def one_row(dataset: Dataset, i: int) -> AnyBatch:

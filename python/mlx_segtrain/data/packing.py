@@ -19,7 +19,8 @@ class Packing:
     the places of its size changes. Every sample is in one row, whole.
 
     `sizes` int16 [n] are those of the samples, in units; `places` int64 [n] lists the places, which
-    are numbered by size, the largest first, row by row; row i has `ends[i]` … `ends[i + 1]` of them.
+    are numbered by size, the largest first, row by row; row i has `ends[i]` … `ends[i + 1]` of
+    them.
     """
 
     sizes: np.ndarray
@@ -66,7 +67,7 @@ def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
         count = int(counts[size])
         for left in range(size, room + 1):
             each = left // size
-            if not count or left not in open_rows and left < room:
+            if not count or (left not in open_rows and left < room):
                 continue
             rows = np.concatenate(open_rows.pop(left, [np.zeros(0, np.int64)]))
             wanted = -(-count // each)

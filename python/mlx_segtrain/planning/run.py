@@ -174,9 +174,12 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
 
     Of pairs, the first part `shared` of both is the same.
     """
-    # The last token is only predicted.
-    length = padded(config.max_seq_length, config.batch_size) - 1
+    # The last token is only predicted. Packed rows are not padded, and nothing of them is trimmed.
+    packs, rows = config.packing is True, config.batch_size
+    length = (config.max_seq_length if packs else padded(config.max_seq_length, rows)) - 1
     trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
+    if packs:
+        return BatchShape.packed(rows, length, length, rows * trained)
     return objective_of(config).full_shape(config.batch_size, length, trained, same)
 
 
@@ -200,6 +203,15 @@ def first_that_fits(
     raise plans[0].no_room(Path(config.model_dir).name)
 
 
+def setting(
+    config: TrainConfig, shape: ModelShape
+) -> tuple[dict[str, int], Device, dict[str, bool]]:
+    """Ranks, the device, and what of a BatchShape follows from a configuration: what else the costs
+    of a batch depend on."""
+    on = device(config.deterministic, shape.float_size)
+    return _ranks(config, shape) if shape.fast else {}, on, _ways(config)
+
+
 def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     """The plan, which may not fit; NoRoom if the weights alone do not."""
     shape = read_shape(config.model_dir)
@@ -209,14 +221,18 @@ def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
             f"{shape.max_length} tokens: lower it.",
             field="max_seq_length",
         )
-    ranks = _ranks(config, shape) if shape.fast else {}
+    if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
+        raise InputError(
+            f"packing is not for {shape.family}, whose layers are mlx-lm's own and know no packed "
+            "rows: leave it out, and give a batch_size, whose rows have similar lengths.",
+            field="packing",
+        )
+    ranks, on, how = setting(config, shape)
     given = config.memory_budget_gb
     budget = budget_bytes(None if given == "auto" else given)
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
-    on = device(config.deterministic, shape.float_size)
-    how = _ways(config)
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
