@@ -33,6 +33,7 @@ TRAINED = training.TrainResult(
     final_train_loss=1.25,
     wall_s=61.0,
     tokens_per_sec=12345.6,
+    supervised_tokens_per_sec=1234.5,
     peak_gb=3.25,
     planned_gb=3.25,
     process_gb=3.0,

@@ -9,10 +9,11 @@ import numpy as np
 from ..config import TrainConfig
 from ..data import Dataset, batches_in_epoch
 from ..data.batching import epoch_rows
-from ..models.headers import ModelShape, read_shape
+from ..models.headers import read_shape
+from ..objectives import objective_of
 from ..streams import BatchShape, padded, trim_start
-from .costs import Device, costs_of
-from .run import setting
+from . import named
+from .run import RunPlan, planned
 
 #: Batches of an epoch that are looked at, spread over all.
 LOOKED_AT = 64
@@ -37,36 +38,29 @@ SPEEDS = {
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:
-    """Whether an epoch of the data takes less time packed; not where the family packs nothing."""
-    shape = read_shape(config.model_dir)
-    if not shape.fast or config.method != "sft":
+    """Whether an epoch of the data takes less time packed; not where the family packs nothing, or
+    packed rows do not fit into memory."""
+    if config.method != "sft" or not read_shape(config.model_dir).fast:
         return False
-    ranks, device, how = setting(config, shape)
+    apart, packed = (
+        (own, planned(config, objective_of(config).batch_shapes(own, config.batch_size)))
+        for own in (data, data.in_rows_of(config.max_seq_length))
+    )
+    return packed[1].fits and epoch_s(*packed) < epoch_s(*apart)
 
-    def seconds(own: Dataset) -> float:
-        return epoch_s(own, config.batch_size, shape, ranks, device, how)
 
-    return seconds(data.in_rows_of(config.max_seq_length)) < seconds(data)
-
-
-def epoch_s(
-    data: Dataset,
-    batch_size: int,
-    shape: ModelShape,
-    ranks: dict[str, int],
-    device: Device,
-    how: dict[str, bool],
-) -> float:
-    """Seconds that an epoch of a data set, packed or not, takes by these figures."""
-    speed = SPEEDS[device.name]
+def epoch_s(data: Dataset, run: RunPlan) -> float:
+    """Seconds that an epoch of a data set, packed or not, takes with its plan, by these figures."""
+    assert run.planned is not None
+    shape, speed = run.shape, SPEEDS[run.device.name]
     numbers = sum(inputs * outputs for inputs, outputs in shape.widths.values())
     once = speed.layer_s * len(shape.layers) + speed.unpacking * numbers / speed.work_per_s
-    found = 0.0
-    for count, batch in typical(data, batch_size):
-        costs = costs_of(shape, replace(batch, **how), ranks, device)
-        work = costs.head_work + sum(x.forward_work + x.backward_work for x in costs.costs)
-        found += count * (once + work / speed.work_per_s)
-    return found
+    seconds = 0.0
+    for count, batch in typical(data, run.batch.rows):
+        more = {name: getattr(run.batch, name) for name in ("accumulates", "dropout", "dora")}
+        work = named(shape, replace(batch, **more), run.ranks, run.device, 0).work
+        seconds += count * (once + (1 + run.planned.recomputed) * work / speed.work_per_s)
+    return seconds
 
 
 def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
@@ -75,7 +69,7 @@ def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
     lengths, first, trained = (x[:, 0] for x in (columns.length, columns.first, columns.trained))
     if data.packed:
         count = batches_in_epoch(data, batch_size)
-        rows, part = len(data.packing), (lengths**2).sum() / lengths.sum()
+        rows, part = len(data.packing), float((lengths**2).sum() / lengths.sum())
         length, loss = (round(x.sum() / rows) for x in (lengths - 1, trained))
         return [(round(count), BatchShape.packed(batch_size, length, part, batch_size * loss))]
     windows = np.asarray(epoch_rows(data, batch_size, 0, 0))

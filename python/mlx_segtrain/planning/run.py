@@ -197,22 +197,13 @@ def first_that_fits(
     """The first choice whose shapes fit, and its plan; raises what plan_run raises of the first."""
     plans = []
     for own in choices:
-        plans.append(_planned(config, shapes(own)))
+        plans.append(planned(config, shapes(own)))
         if plans[-1].fits:
             return own, plans[-1]
     raise plans[0].no_room(Path(config.model_dir).name)
 
 
-def setting(
-    config: TrainConfig, shape: ModelShape
-) -> tuple[dict[str, int], Device, dict[str, bool]]:
-    """Ranks, the device, and what of a BatchShape follows from a configuration: what else the costs
-    of a batch depend on."""
-    on = device(config.deterministic, shape.float_size)
-    return _ranks(config, shape) if shape.fast else {}, on, _ways(config)
-
-
-def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
+def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     """The plan, which may not fit; NoRoom if the weights alone do not."""
     shape = read_shape(config.model_dir)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
@@ -227,12 +218,14 @@ def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
             "rows: leave it out, and give a batch_size, whose rows have similar lengths.",
             field="packing",
         )
-    ranks, on, how = setting(config, shape)
+    ranks = _ranks(config, shape) if shape.fast else {}
     given = config.memory_budget_gb
     budget = budget_bytes(None if given == "auto" else given)
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
+    on = device(config.deterministic, shape.float_size)
+    how = _ways(config)
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
