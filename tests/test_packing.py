@@ -20,6 +20,9 @@ from mlx_segtrain.data.packing import Packing
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import value_and_grad
 from mlx_segtrain.objectives.sft import Sft
+from mlx_segtrain.planning import run as planning_run
+from mlx_segtrain.planning.costs import CUDA
+from mlx_segtrain.planning.packing import pays, typical
 from mlx_segtrain.training import setup
 
 #: Tokens of uneven examples: longer than the window of 8 and than a tile, and the least there is.
@@ -179,6 +182,34 @@ def test_a_batch_has_whole_rows_and_no_padding():
         assert batch.tokens.tolist() == [[i for i in batch.rows for _ in range(lengths[i])]]
 
 
+# ---- whether it pays
+
+
+@pytest.mark.parametrize(("capacity", "batch_size"), [(0, 1), (0, 4), (2048, 1), (2048, 3)])
+def test_typical_batches_come_to_the_epoch(capacity, batch_size):
+    data = dataset(lengths_like_instructions(600), capacity)
+    shapes = typical(data, batch_size)
+    assert sum(count for count, _ in shapes) == int(batches_in_epoch(data, batch_size))
+    run = sum(count * shape.rows * shape.length for count, shape in shapes)
+    loss = sum(count * shape.loss for count, shape in shapes)
+    share = 1 - padding(data, batch_size) if not capacity else 1
+    assert run * share == pytest.approx((data.columns.length - 1).sum(), rel=0.02)
+    assert loss == pytest.approx(data.supervised_tokens, rel=0.01)
+
+
+def test_packing_pays_where_steps_cost_more_than_their_tokens(llama4, data, tmp_path, monkeypatch):
+    short, full = dataset([20, 30, 10, 4] * 8, 0), dataset([64] * 8, 0)
+
+    def asked(rows, **more):
+        return pays(config_of(llama4, data, tmp_path, max_seq_length=64, **more), rows)
+
+    assert asked(short) and not asked(full)
+    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # the others would be padded
+    monkeypatch.setattr(planning_run, "device", lambda *_: CUDA)
+    assert asked(short) and not asked(full)
+    assert not asked(short, memory_budget_gb=0.0125)
+
+
 # ---- runs
 
 
@@ -215,7 +246,7 @@ def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "pays", lambda *_: False)
     train(config_of(llama4, data, out, iters=3, resume=True, **how))
     assert json.loads((out / "run.json").read_text())["config"]["packing"] is True
-    with pytest.raises(InputError, match="packing is False, but the run in .* began with True"):
+    with pytest.raises(InputError, match=r"packing is False, but the run in .* began with True"):
         train(config_of(llama4, data, out, iters=4, resume=True, max_seq_length=64))
 
 

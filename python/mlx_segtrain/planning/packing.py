@@ -31,8 +31,8 @@ class Speed:
 
 #: By kind of device, as bench/LOG.md has them. Only their proportions matter here.
 SPEEDS = {
-    "cpu": Speed(0.0, 40.0, 5e10),
-    "cuda": Speed(55e-3 / 24, 0.0, 2e14),
+    "cpu": Speed(0.0, 30.0, 1e11),
+    "cuda": Speed(55e-3 / 24, 0.0, 3e14),
     "metal": Speed(1e-3, 0.0, 1e13),
 }
 
