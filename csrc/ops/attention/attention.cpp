@@ -334,7 +334,8 @@ const Binding binding([](nb::module_& m) {
       .def_ro("saved", &AttentionCost::saved);
   m.def("attention_cost", &attention_cost, "device"_a, nb::kw_only(), "rows"_a, "heads"_a, "groups"_a,
         "head"_a, "queries"_a, "keys"_a, "window"_a = nb::none(), "softcap"_a = false, "branch"_a = 0,
-        "shared"_a = 0, "packed"_a = false, "What attention of a stage takes on a device; csrc/ops/attention/attention.cpp.");
+        "shared"_a = 0, "packed"_a = false,
+        "What attention of a stage takes on a device; csrc/ops/attention/attention.cpp.");
   m.def("has_neural_accelerators", &has_neural_accelerators,
         "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
 });

@@ -99,8 +99,8 @@ std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments) {
 
 /// freqs[i] = base^(2i / dims)
 mx::array divisors_of(float base, int dims, mx::StreamOrDevice s) {
-  auto exponents = mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s),
-                              mx::array(static_cast<float>(dims)), s);
+  auto exponents =
+      mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s), mx::array(static_cast<float>(dims)), s);
   return mx::power(mx::array(base), exponents, s);
 }
 
@@ -108,7 +108,8 @@ mx::array divisors_of(float base, int dims, mx::StreamOrDevice s) {
 mx::array device_divisors_of(float base, int dims) {
   std::vector<float> divisors;
   for (int i = 0; i < dims; i += 2)
-    divisors.push_back(static_cast<float>(std::pow(static_cast<double>(base), static_cast<double>(i) / dims)));
+    divisors.push_back(
+        static_cast<float>(std::pow(static_cast<double>(base), static_cast<double>(i) / dims)));
   return device_floats(divisors);
 }
 
@@ -127,7 +128,9 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   if (choose("rope", impl, {kernel, stock}) == "stock")
     return mx::fast::rope(x, dims, traditional, base, scale, offset, freqs, s);
   const Rope c{dims, traditional, scale, positions_of(offset, x.shape(2), segments.value_or(Ranges{})), s};
-  auto divisors = freqs ? f32(*freqs, s) : cpu ? divisors_of(*base, dims, s) : device_divisors_of(*base, dims);
+  auto divisors = freqs ? f32(*freqs, s)
+                  : cpu ? divisors_of(*base, dims, s)
+                        : device_divisors_of(*base, dims);
   auto rotate = [=, dtype = x.dtype()](const mx::array& y, bool back) {
     if (!cpu) return gpu_rotate(c, mx::astype(y, dtype, s), divisors, back);
     return mx::astype(cpu_rotate(c, y, divisors, back), dtype, s);
