@@ -1,16 +1,18 @@
 """Packed rows beside batches: tokens and supervised tokens a second, steps of all cells in turns.
 
     python bench/packing.py [--model DIR|SHAPE] [--batches 1 2 4 8 16 32] [--packed 2048 4096 8192]
-                            [--turns 40] [--seconds 150] [--rows 4000]
+                            [--turns 40] [--seconds 150] [--rows 4000] [--peft]
 
 Made rows of instruction-like lengths: lognormal, median 138, 95 % below 360, at most 2048 (or what
 the shortest packed row holds), the last 55 % of each supervised. LoRA of rank 16 on all seven
 projections. `batch N` pads N rows of similar length; `packed N` is one row of N tokens. Every cell
 takes the next of its own batches in each turn, after two warm-up turns. Tokens a second are all
-tokens (without padding) over all the time.
+tokens (without padding) over all the time. `--peft`: the same cells of transformers and PEFT, whose
+packed rows are told apart by position_ids, as TRL does it.
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -18,7 +20,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from step import RANK, SCALE, load, ranks_of, shape_of
+from step import RANK, SCALE, load, peft_model, ranks_of, shape_of
 
 SUPERVISED = 0.55
 
@@ -39,16 +41,13 @@ def dataset(n, longest, vocabulary):
 
 
 class Cell:
-    """Data that are packed or not, and the plan and the batches that they have."""
+    """Data that are packed or not, the batches that they have, and the function that takes a step
+    on one."""
 
-    def __init__(self, name, shape, data, rows, budget):
-        from mlx_segtrain import planning
+    def __init__(self, name, data, rows, step, plan=None):
         from mlx_segtrain.data import batches, padding
-        from mlx_segtrain.objectives.sft import Sft
 
-        (of,) = Sft().batch_shapes(data, rows)
-        self.plan = planning.choose(shape, of, ranks_of(shape), planning.device(), budget)
-        self.name, self.batches = name, batches(data, rows, 0)
+        self.name, self.batches, self.step, self.plan = name, batches(data, rows, 0), step, plan
         self.padding = padding(data, rows)
         self.times, self.tokens, self.supervised = [], [], []
 
@@ -57,11 +56,38 @@ class Cell:
         ms = [t * 1e3 for t in self.times]
         q = statistics.quantiles(ms if len(ms) > 1 else 2 * ms, n=5, method="inclusive")
         return (
-            f"{self.name:12s} {sum(self.supervised) / seconds:11,.0f} "
+            f"{self.name:17s} {sum(self.supervised) / seconds:11,.0f} "
             f"{sum(self.tokens) / seconds:9,.0f} {statistics.median(ms):10.1f} {q[0]:8.1f} "
             f"{q[3]:8.1f} {len(ms):4d} {statistics.mean(self.tokens):9,.0f} {self.padding:8.1%}  "
-            f"{self.plan.peak / 1e9:7.2f}  {self.plan.text}"
+            + (f"{self.plan.peak / 1e9:7.2f}  {self.plan.text}" if self.plan else "")
         )
+
+
+def peft_step(name):
+    """A function that takes a step of PEFT on a batch, packed or padded."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    model, device, _ = peft_model(name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step(batch):
+        inside = np.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None]
+        labels = np.where(batch.weights != 0, batch.tokens, -100)
+        if batch.packed:
+            places = np.concatenate([np.arange(n) for n in batch.lengths])[None]
+            labels[places == 0] = -100
+            more = {"position_ids": torch.from_numpy(places).to(device)}
+        else:
+            more = {"attention_mask": torch.from_numpy(inside.astype(np.int64)).to(device)}
+        tokens, labels = (torch.from_numpy(x).long().to(device) for x in (batch.tokens, labels))
+        loss = model(input_ids=tokens, labels=labels, use_cache=False, **more).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
 
 
 def main():
@@ -79,6 +105,7 @@ def main():
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=150, help="after which no turn begins")
     parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--peft", action="store_true", help="its cells too")
     args = parser.parse_args()
     if args.model is None and not gpu:
         from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
@@ -89,10 +116,8 @@ def main():
     model, vocabulary = load(name)
     shape, budget = shape_of(name, model), planning.budget_bytes()
     data = dataset(args.rows, min([2048, *args.packed]), vocabulary)
-    cells = [Cell(f"batch {n}", shape, data, n, budget) for n in args.batches]
-    for n in args.packed:
-        cells.append(Cell(f"packed {n}", shape, data.in_rows_of(n), 1, budget))
-
+    ways = [(f"batch {n}", data, n) for n in args.batches]
+    ways += [(f"packed {n}", data.in_rows_of(n), 1) for n in args.packed]
     chain, objective = chain_of(model), Sft()
     adapter = adapting.init(chain, ranks_of(shape), SCALE, 0)
     params = adapting.stage_params(chain, adapter)
@@ -102,19 +127,24 @@ def main():
     optimizer = optim.AdamW(1e-4, bias_correction=True)
     mx.eval(vector)
 
-    def step(cell):
+    def step(plan, batch):
         nonlocal vector
-        batch = next(cell.batches)
-        begin = time.perf_counter()
         what = (objective, chain, adapter.scales, layout.split(vector), batch)
-        (loss, *_), grads = value_and_grad(
-            *what, objective.total([batch]), cuts=lambda streams: cell.plan.cuts
-        )
+        total = objective.total([batch])
+        (loss, *_), grads = value_and_grad(*what, total, cuts=lambda streams: plan.cuts)
         gradient = {"factors": layout.join(grads)}
         vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
         mx.eval(vector, optimizer.state, loss)
-        seconds = time.perf_counter() - begin
-        return seconds, int(batch.lengths.sum()), int((batch.weights != 0).sum())
+
+    cells = []
+    for own, data_of, rows in ways:
+        (of,) = objective.batch_shapes(data_of, rows)
+        plan = planning.choose(shape, of, ranks_of(shape), planning.device(), budget)
+        cells.append(Cell(own, data_of, rows, functools.partial(step, plan), plan))
+    if args.peft:
+        mx.set_cache_limit(24 << 30)  # torch takes what it needs beside it
+        theirs = peft_step(name)
+        cells += [Cell(f"peft {own}", data_of, rows, theirs) for own, data_of, rows in ways]
 
     device = mx.device_info().get("device_name", "CPU") if gpu else "CPU"
     lengths = data.columns.length
@@ -126,15 +156,19 @@ def main():
         if turn > 0 and time.perf_counter() - begun > args.seconds:
             break
         for cell in cells:
-            found = step(cell)
+            batch = next(cell.batches)
+            begin = time.perf_counter()
+            cell.step(batch)
+            seconds = time.perf_counter() - begin
+            found = seconds, int(batch.lengths.sum()), int((batch.weights != 0).sum())
             if turn >= 0:
                 for values, x in zip(
                     (cell.times, cell.tokens, cell.supervised), found, strict=True
                 ):
                     values.append(x)
     print(
-        "cell         supervised/s tokens/s  median_ms   p20_ms   p80_ms    n    tokens  padding"
-        "  planned  plan"
+        "cell              supervised/s tokens/s  median_ms   p20_ms   p80_ms    n    tokens "
+        " padding  planned  plan"
     )
     for cell in cells:
         print(cell.line(), flush=True)

@@ -289,7 +289,8 @@ def mlx_lm(args, variant):
     return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
 
 
-def peft(args, variant):
+def peft_model(name, variant=None):
+    """(model with an adapter, its device, vocabulary) of transformers and PEFT."""
     import mlx.core as mx
     import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
@@ -298,21 +299,21 @@ def peft(args, variant):
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if args.model in SHAPES:  # random weights, bfloat16, on the GPU
+    if name in SHAPES:  # random weights, bfloat16, on the GPU
         device, dtype = "cuda", torch.bfloat16
-        fields = {key: value for key, value in SHAPES[args.model].items() if key != "model_type"}
-        config: Any = AutoConfig.for_model(SHAPES[args.model]["model_type"], **fields)
+        fields = {key: value for key, value in SHAPES[name].items() if key != "model_type"}
+        config: Any = AutoConfig.for_model(SHAPES[name]["model_type"], **fields)
         weights = None
     else:
         device, dtype = "cpu", torch.float32
-        source, _ = load_model(Path(args.model))
+        source, _ = load_model(Path(name))
         dense: Any = dequantize_model(source).parameters()
         weights = {
             name: torch.from_numpy(np.array(w.astype(mx.float32)))
             for name, w in dict(tree_flatten(dense)).items()
         }
         del source
-        config = AutoConfig.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(name)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
     torch.set_default_device(device)
@@ -327,7 +328,14 @@ def peft(args, variant):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    row = torch.from_numpy(tokens(args.length, config.vocab_size)).long().to(device)
+    return model, device, config.vocab_size
+
+
+def peft(args, variant):
+    import torch  # pyright: ignore[reportMissingImports]
+
+    model, device, vocabulary = peft_model(args.model, variant)
+    row = torch.from_numpy(tokens(args.length, vocabulary)).long().to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step():
