@@ -96,10 +96,6 @@ mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& i
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
 
-/// {h = x + r, rms_norm(h)}.
-Arrays add_rms_norm(const mx::array& x, const mx::array& r, const mx::array& weight, float eps,
-                    const std::string& impl, mx::StreamOrDevice s);
-
 /// Rotary embedding of x [B, H, T, D] at positions offset + t, counted from the begin of their segment if
 /// there are any; angles = position · base^(−2i/D) or position / freqs.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,

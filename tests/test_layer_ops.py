@@ -125,25 +125,6 @@ def test_lora_glu_mlp_in_tiles_keeps_x_only():
     assert mx.get_peak_memory() - before < 40e6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(40, 8), (2, 5, 72), (70, 576)], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_add_rms_norm(impl, shape, dtype):
-    rng = np.random.default_rng(22)
-    (x, x64), (r, r64), (dh, dh64), (dy, dy64) = (rand(rng, *shape, dtype=dtype) for _ in range(4))
-    w, w64 = rand(rng, shape[-1], dtype=dtype)
-    h64 = x64 + r64
-    dx = dh64 + oracle.rms_norm_vjp(h64, w64, dy64, 1e-5)
-    compare(
-        lambda x, r: ops.add_rms_norm(x, r, w, 1e-5, impl=impl),
-        lambda x, r: ops.add_rms_norm(x, r, w, 1e-5, impl="reference"),
-        [x, r],
-        [dh, dy],
-        [h64, oracle.rms_norm(h64, w64, 1e-5), dx, dx],
-        dtype,
-    )
-
-
 @pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("vocabulary", [504, 16904])

@@ -496,7 +496,6 @@ FACES = {
     "swiglu": lambda: ops.swiglu(X, X),
     "geglu": lambda: ops.geglu(X, X),
     "rms_norm": lambda: ops.rms_norm(X, X[0, 0, 0], 1e-5),
-    "add_rms_norm": lambda: ops.add_rms_norm(X, X, X[0, 0, 0], 1e-5),
     "rope": lambda: ops.rope(X, 8, base=1e4),
     "lora_linear": lambda: ops.lora_linear(X, EYE),
     "lora_linears": lambda: ops.lora_linears(X, [ops.Linear(EYE)]),

@@ -45,24 +45,16 @@ mx::array norm_vjp(const Norm& c, const mx::array& x, const mx::array& dy) {
       c.s)[0];
 }
 
-bool by_mlx(const std::string& op, const Norm& c, const std::string& impl) {
-  return choose(op, impl, {cpu_kernel(c.s), {"stock", true, ""}}) == "stock";
-}
-
-Norm norm_of(const std::string& op, const mx::array& x, const mx::array& weight, float eps,
-             mx::StreamOrDevice s) {
-  check(x.ndim() >= 1 && weight.ndim() == 1 && x.shape(-1) == weight.shape(0), "[", op,
-        "] expected x [..., H] and weight [H]; got ", x.shape(), " and ", weight.shape(), ".");
-  int n = x.shape(-1);
-  return {static_cast<int>(x.size() / n), n, eps, mx::stop_gradient(weight, s), s};
-}
-
 }  // namespace
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s) {
-  auto c = norm_of("rms_norm", x, weight, eps, s);
-  if (by_mlx("rms_norm", c, impl)) return mx::fast::rms_norm(x, c.weight, eps, s);
+  check(x.ndim() >= 1 && weight.ndim() == 1 && x.shape(-1) == weight.shape(0),
+        "[rms_norm] expected x [..., H] and weight [H]; got ", x.shape(), " and ", weight.shape(), ".");
+  const int n = x.shape(-1);
+  const Norm c{static_cast<int>(x.size() / n), n, eps, mx::stop_gradient(weight, s), s};
+  if (choose("rms_norm", impl, {cpu_kernel(s), {"stock", true, ""}}) == "stock")
+    return mx::fast::rms_norm(x, c.weight, eps, s);
   auto op =
       mx::custom_vjp([=](const Arrays& in) -> Arrays { return {mx::astype(norm(c, in[0]), x.dtype(), s)}; },
                      [=](const Arrays& in, const Arrays& dy, const Arrays&) -> Arrays {
@@ -71,33 +63,9 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const
   return op({x})[0];
 }
 
-Arrays add_rms_norm(const mx::array& x, const mx::array& r, const mx::array& weight, float eps,
-                    const std::string& impl, mx::StreamOrDevice s) {
-  auto c = norm_of("add_rms_norm", x, weight, eps, s);
-  check(x.shape() == r.shape() && x.dtype() == r.dtype(),
-        "[add_rms_norm] x and r must agree in shape and dtype; got ", x.shape(), " ", x.dtype(), " and ",
-        r.shape(), " ", r.dtype(), ".");
-  if (by_mlx("add_rms_norm", c, impl)) {
-    auto h = mx::add(x, r, s);
-    return {h, mx::fast::rms_norm(h, c.weight, eps, s)};
-  }
-  auto op = mx::custom_vjp(
-      [=](const Arrays& in) -> Arrays {
-        auto h = mx::add(in[0], in[1], s);
-        return {h, mx::astype(norm(c, h), x.dtype(), s)};
-      },
-      [=](const Arrays&, const Arrays& d, const Arrays& out) -> Arrays {
-        auto dx = mx::astype(mx::add(f32(d[0], s), norm_vjp(c, out[0], d[1]), s), x.dtype(), s);
-        return {dx, dx};
-      });
-  return op({x, r});
-}
-
 const Binding binding([](nb::module_& m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
-  m.def("add_rms_norm", &add_rms_norm, "x"_a, "r"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
-        "stream"_a = nb::none(), "h = x + r and rms_norm(h). x, r [..., H], weight [H] → [..., H] twice.");
 });
 
 }  // namespace segtrain

@@ -25,7 +25,6 @@ __all__ = [
     "Base",
     "Linear",
     "Segments",
-    "add_rms_norm",
     "attention",
     "attention_forward",
     "base_of",
@@ -183,19 +182,6 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     return _core.rms_norm(x, weight, eps, impl=impl)
-
-
-@_face(reference.add_rms_norm)
-def add_rms_norm(
-    x: mx.array, r: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
-) -> tuple[mx.array, mx.array]:
-    """h = x + r, and rms_norm(h): the residual stream after a branch, and what the next one reads.
-
-    x, r, h, y [..., H] of one dtype; weight [H] is frozen. Keeps h; the backward pass adds the
-    cotangent of h to the norm's in the same pass over memory.
-    """
-    h, y = _core.add_rms_norm(x, r, weight, eps, impl=impl)
-    return h, y
 
 
 @_face(reference.rope)

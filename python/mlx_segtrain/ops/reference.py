@@ -173,11 +173,6 @@ def rms_norm(x, weight, eps):
     return (x32 * r * weight).astype(x.dtype)
 
 
-def add_rms_norm(x, r, weight, eps):
-    """h = x + r, and rms_norm(h)"""
-    return x + r, rms_norm(x + r, weight, eps)
-
-
 def rms_norm_vjp(x, weight, dy, eps):
     """dx = r·g − x·r³·mean(g·x) with g = dy·weight"""
     x32, g = x.astype(mx.float32), dy.astype(mx.float32) * weight

@@ -15,32 +15,23 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         yield selfcheck.Call("rms_norm", "", kernel, plain, [x])
 
 
-def norm(op: str, rows: int, width: int) -> bench.Case:
+def norm(rows: int, width: int) -> bench.Case:
     def run(impl: str) -> dict[str, bench.Work]:
         w = bench.normal(width)
-        x, r, dy = (bench.normal(rows, width, seed=i) for i in range(3))
-        if op == "rms_norm":
+        x, dy = (bench.normal(rows, width, seed=i) for i in range(2))
 
-            def plain(x: mx.array) -> mx.array:
-                if impl == "mlx":
-                    return mx.fast.rms_norm(x, w, 1e-5)
-                return ops.rms_norm(x, w, 1e-5, impl=impl)
+        def plain(x: mx.array) -> mx.array:
+            if impl == "mlx":
+                return mx.fast.rms_norm(x, w, 1e-5)
+            return ops.rms_norm(x, w, 1e-5, impl=impl)
 
-            return bench.with_gradients(plain, [x], dy)
-
-        def summed(x: mx.array, r: mx.array) -> tuple[mx.array, mx.array]:
-            return ops.add_rms_norm(x, r, w, 1e-5, impl="stock" if impl == "mlx" else impl)
-
-        return bench.with_gradients(summed, [x, r], dy, r)
+        return bench.with_gradients(plain, [x], dy)
 
     array = float(rows * width * bench.dtype().size)
-    arrays = (2, 3, 4) if op == "rms_norm" else (4, 5, 7)
-    moved = {what: n * array for what, n in zip(("forward", "grads", "both"), arrays, strict=True)}
-    return bench.Case(
-        op, f"{rows}×{width}", ["mlx"] if bench.on_gpu() else ["kernel", "mlx"], run, moved=moved
-    )
+    moved = {"forward": 2 * array, "grads": 3 * array, "both": 4 * array}
+    impls = ["mlx"] if bench.on_gpu() else ["kernel", "mlx"]
+    return bench.Case("rms_norm", f"{rows}×{width}", impls, run, moved=moved)
 
 
 def cases(gpu: bool) -> list[bench.Case]:
-    size = (8192, 2560) if gpu else (512, 576)
-    return [norm("rms_norm", *size), norm("add_rms_norm", *size)]
+    return [norm(*((8192, 2560) if gpu else (512, 576)))]
