@@ -69,8 +69,10 @@ class TrainConfig(BaseModel):
 
     model_dir: Directory = option(..., ELSEWHERE | FREE)
     """Directory of the base model, as mlx-lm reads it."""
-    data_dir: Directory = option(..., ELSEWHERE | FREE)
-    """Directory with train.jsonl and, for validation, valid.jsonl."""
+    data_dir: Directory | None = option(None, ELSEWHERE | FREE)
+    """Directory with train.jsonl and, for validation, valid.jsonl, or files of the same names in
+    another format (docs/data.md); or one file of training rows. Needed, but where Python gives the
+    rows."""
     adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
     method: Method = option("sft", FIRST | ALL | CARD)

@@ -9,7 +9,7 @@ from .. import events
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
-from ..data.dataset import split_paths
+from ..data.sources import sources_of
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
@@ -65,13 +65,13 @@ def evaluate(
     InputError for what cannot be read or does not fit.
     """
     with run_policy(config):
-        train_file, valid_file = split_paths(config.data_dir)
-        file = train_file if split == "train" else valid_file
-        if file is None:
+        train, valid = sources_of(config.data_dir)
+        source = train if split == "train" else valid
+        if source is None:
             raise InputError(
                 f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
             )
-        dataset = load_split(file, load_tokenizer(config.model_dir), Options.of(config))
+        dataset = load_split(source, load_tokenizer(config.model_dir), Options.of(config))
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)
