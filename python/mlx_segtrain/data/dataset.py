@@ -89,6 +89,12 @@ class Dataset:
             said += "; prompts go through the chat template"
         elif self.notes.prompt_format == "raw":
             said += "; prompts are raw, without the chat template"
+        formats = self.notes.formats
+        if len(formats) == 1:
+            said += f"; their format is {self.format}"
+        elif formats:
+            counts = ", ".join(f"{n:,} {name}" for name, n in sorted(formats.items()))
+            said += f"; their formats are {counts}"
         return said
 
     @property
@@ -107,14 +113,14 @@ def load_dataset(
     """Training and, if there are some, validation rows (sources.sources_of); raises InputError."""
     train, valid = sources_of(data)
     how = (tokenizer, options)
-    return load_split(train, *how), valid and load_split(valid, *how)
+    return load_split(train, *how), None if valid is None else load_split(valid, *how)
 
 
 def load_split(source: Source | Path, tokenizer: Tokenizer, options: Options) -> Dataset:
     """The rows of a source, or of one file; raises InputError."""
     source = source_of(source) if isinstance(source, Path) else source
     encoder = Encoder(tokenizer, options)
-    format, _, rows = read(source, options.method, encoder)
+    format, _, rows = read(source, options, encoder)
     if options.strict:
         refuse_faults(source.name, encoder.notes)
     return fit(source.name, format, rows, encoder)
@@ -159,14 +165,14 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
 
 
 def read(
-    source: Source, method: str | None, encoder: Encoder | None = None
+    source: Source, options: Options, encoder: Encoder | None = None
 ) -> tuple[str, int, list[Any]]:
     """The format of a source and the number of its rows; with an encoder Rows or Pairs, not cut.
 
     InputError for a row that cannot be read, or is not for the method (None: any).
     """
     formats: set[str] = set()
-    records = _records(source, method, formats)
+    records = _records(source, options, formats)
     n_rows, rows = 0, []
     while chunk := list(islice(records, ROWS_PER_CALL)):
         n_rows += len(chunk)
@@ -176,13 +182,14 @@ def read(
     return formats.pop() if len(formats) == 1 else "mixed", n_rows, rows
 
 
-def _records(source: Source, method: str | None, formats: set[str]) -> Iterator[Record]:
+def _records(source: Source, options: Options, formats: set[str]) -> Iterator[Record]:
     """The records of a source, whose formats are added to `formats` as they come.
 
     InputError if a record is not for the method, or pairs stand beside other rows.
     """
+    method = options.method
     for where, row in rows_of(source):
-        record = checked(row, where)
+        record = checked(row, where, options.data_format, options.columns)
         own = FORMATS[record.format]
         if method is not None and own.rows != ROWS[method]:
             wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
@@ -192,7 +199,7 @@ def _records(source: Source, method: str | None, formats: set[str]) -> Iterator[
             methods = either([name for name, rows in ROWS.items() if rows == own.rows])
             raise InputError(
                 f"{record.source}: the row has {quoted(own.marks)}, which method {method} does not "
-                f"train: give method {methods}."
+                f"train: give method {methods}, or data_format."
             )
         if any(FORMATS[name].rows != own.rows for name in formats):
             raise InputError(

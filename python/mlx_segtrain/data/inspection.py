@@ -63,16 +63,16 @@ def inspect(
     n_preview: int = 3,
 ) -> Report:
     """Checks data (sources.sources_of); what is wrong is in the report, not raised."""
-    report, method = Report(), options.method
+    report = Report()
     try:
         train, valid = sources_of(data)
-        report.format, report.n_train, _ = dataset.read(train, method)
+        report.format, report.n_train, _ = dataset.read(train, options)
         if valid:
-            _, report.n_valid, _ = dataset.read(valid, method)
+            _, report.n_valid, _ = dataset.read(valid, options)
         if tokenizer is None:
             return report
         encoder = Encoder(tokenizer, options)
-        _, _, rows = dataset.read(train, method, encoder)
+        _, _, rows = dataset.read(train, options, encoder)
         lengths = np.percentile(list(map(len, rows)), (0, 50, 95, 100), method="higher")
         report.length_min, report.length_median, report.length_p95, report.length_max = map(
             int, lengths

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from ..config import flag
 from ..errors import InputError, shown
 from ..files import open_regular, read_json, sha256
-from .messages import KINDS
+from .messages import KINDS, Other
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens; parsed, it takes up to sixty times as much
 BLOCK = 4 << 20  # bytes of rows that go into one block, about
@@ -777,13 +777,6 @@ def _parse(line: bytes, source: str) -> Row:
     if not isinstance(row, dict):
         raise InputError(f"{source}: the row must be a JSON object, not {KINDS[type(row)]}.")
     return row
-
-
-@dataclass(frozen=True)
-class Other:
-    """A value that is none of JSON's, such as a time or an image; `kind` is Arrow's type."""
-
-    kind: str
 
 
 def _parse_arrow(block: Block) -> Iterator[tuple[str, Row]]:
