@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_segtrain.data import Dataset, Row, batches, eval_batches
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.objectives.sft import Sft
 
 PAD = 99
 
@@ -18,8 +19,7 @@ def dataset(lengths):
         Row(np.full(n, i, np.int32), np.full(n, 0.5, np.float32), f"train.jsonl:{i + 1}")
         for i, n in enumerate(lengths)
     ]
-    total = sum(lengths)
-    return Dataset(rows, "text", len(rows), 0, 0, total, total, pad_id=PAD)
+    return Dataset.of(rows, PAD)
 
 
 def order(data, batch_size, seed, count, start=0):
@@ -83,3 +83,15 @@ def test_eval_batches_go_through_the_file_once():
     assert [b.rows.tolist() for b in eval_batches(data, 2)] == [[0, 1], [2, 3], [4]]
     assert [b.tokens.shape for b in eval_batches(data, 2)] == [(2, 64), (2, 64), (1, 32)]
     assert [b.tokens.shape for b in eval_batches(data, 1)] == [(1, n) for n in (40, 3, 33, 5, 6)]
+
+
+def test_only_the_rows_of_a_batch_are_made():
+    """A set of millions of rows is planned and ordered by its columns."""
+    data, made = dataset(range(2, 202)), []
+    counted = data.map(lambda i, row: made.append(i) or row)
+    assert Sft().batch_shapes(counted, 4) == Sft().batch_shapes(data, 4)
+    (batch,) = islice(batches(counted, 4, 0, start=30), 1)
+    assert made == batch.rows.tolist()
+    few = counted.take(np.array([7, 3]))
+    assert [len(row) for row in few.rows] == few.columns.run.tolist() == [9, 5]
+    assert few.tokens == 14 and len(few) == 2

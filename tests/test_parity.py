@@ -172,7 +172,7 @@ def test_evaluation_is_the_token_mean_of_mlx_lm(llama4):
         Row(t[:n], w[:n], "x")
         for t, w, n in zip(batch.tokens, batch.weights, [30, 17], strict=True)
     ]
-    dataset = Dataset(rows, "text", 2, 0, 0, 47, int(batch.weights.sum()), 0)
+    dataset = Dataset.of(rows)
     for batch_size in (1, 2):
         found, metrics = measure(Sft(), chain, adapter.scales, params, dataset, batch_size)
         assert abs(found - loss) < 1e-5 * loss and not metrics

@@ -232,7 +232,7 @@ def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
     chosen = np.arange(301, dtype=np.int32)
     rejected = np.r_[chosen[:same], chosen[same:] + 1000]
     rows = [Row(ids, weights, "train.jsonl:1") for ids in (chosen, rejected)]
-    data = Dataset([Pair.of(*rows, "train.jsonl:1")], "preference", 1, 0, 0, 602, 200, 0)
+    data = Dataset.of([Pair.of(*rows, "train.jsonl:1")])
     objective = OBJECTIVES[kind]
     assert objective.batch_shapes(data, 1) == [objective.full_shape(1, 300, 100, same)]
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+Count = TypeVar("Count", int, np.ndarray)
 
 #: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
 TRIM_MULTIPLE = 64
@@ -43,12 +48,12 @@ def head_reads(streams: tuple[Stream, ...]) -> tuple[str, ...]:
     return tuple(stream.of(value) for stream in streams for value in ("h", "rows"))
 
 
-def padded(width: int, batch_size: int) -> int:
-    """The width of a batch whose longest row has `width` tokens."""
+def padded(width: Count, batch_size: int) -> Count:
+    """The width of a batch whose longest row has `width` tokens: one, or an array of them."""
     return width if batch_size == 1 else -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def trim_start(first: int) -> int:
+def trim_start(first: Count) -> Count:
     """The position from which a chain that trims runs, if the first one with a loss is `first`."""
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 

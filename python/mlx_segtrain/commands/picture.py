@@ -68,7 +68,7 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
     weights = np.zeros(tokens.shape, np.float32)
     weights[:, length + 1 - batch.loss // batch.rows :] = 1
     rows = [Row(t, w, "random") for t, w in zip(tokens, weights, strict=True)]
-    data = Dataset(rows, "text", len(rows), 0, 0, tokens.size, int(weights.sum()), 0)
+    data = Dataset.of(rows)
     peaks: list[int] = []
 
     def watch() -> None:

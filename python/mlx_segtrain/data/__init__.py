@@ -1,6 +1,7 @@
 """Training data: JSONL rows to token ids with a loss weight for each token, and batches of them."""
 
 from .batching import AnyBatch, Batch, PairBatch, batches, eval_batches, one_row
+from .columns import Columns
 from .dataset import Dataset, load_dataset, load_split
 from .encoding import Options, Pair, Row
 from .inspection import Preview, Report, inspect
@@ -9,6 +10,7 @@ from .prompting import Prompting
 __all__ = [
     "AnyBatch",
     "Batch",
+    "Columns",
     "Dataset",
     "Options",
     "Pair",

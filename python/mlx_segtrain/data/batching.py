@@ -50,7 +50,7 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     Every epoch has a new order. Rows of similar length share a batch. Rows that do not fill a last
     batch sit out one epoch, others the next. Raises InputError for fewer rows than `batch_size`.
     """
-    n = len(dataset.rows)
+    n = len(dataset)
     if n < batch_size:
         raise InputError(
             f"The training data has {n} rows with something to train, fewer than batch_size "
@@ -64,20 +64,20 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
 
 def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Row indices [batches, batch_size] of one epoch, a function of seed and epoch alone."""
-    n = len(dataset.rows)
+    n = len(dataset)
     # Who sits out goes round a fixed circle: nobody twice in a row, everybody equally often.
     circle = np.random.default_rng([seed, 0]).permutation(n)
     out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
     rows = np.setdiff1d(np.arange(n), out)
-    lengths = np.array([len(dataset.rows[i]) for i in rows])
-    windows = rows[np.argsort(lengths, kind="stable")].reshape(-1, batch_size)
+    order = np.argsort(dataset.columns.run[rows], kind="stable")
+    windows = rows[order].reshape(-1, batch_size)
     return np.random.default_rng([seed, 1, epoch]).permutation(windows)
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
     """Every row once, in the order of the file; the last batch may have fewer rows."""
-    for start in range(0, len(dataset.rows), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(dataset.rows)))
+    for start in range(0, len(dataset), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(dataset)))
         yield _batch(dataset, rows, batch_size)
 
 

@@ -1,6 +1,6 @@
-"""Data sets in memory: every row tokenized once, truncated and counted."""
+"""Data sets: every row tokenized once, truncated and counted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,8 @@ import numpy as np
 
 from ..config import ROWS
 from ..errors import InputError, either
-from .encoding import Encoder, Options, Pair, Row
+from .columns import Columns, Lazy
+from .encoding import Encoder, Options, Pair, Row, sequences
 from .formats import FORMATS, Record, encode, quoted
 from .jsonl import read_records
 from .notes import Notes
@@ -21,32 +22,67 @@ ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, s
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of one file that have something to train.
+    """The samples of one split that have something to train.
 
-    `format` is messages | prompt-completion | text | preference, or mixed; `n_rows` counts the rows
-    read, `truncated` the rows here that were cut, of pairs those that lost part of a response,
-    `dropped` those left out since no trained token remained; `tokens` and `supervised_tokens` count
-    what is here; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of
-    their prompt; `notes` says what was found in the rows.
+    `rows` are Row, or Pair in the format preference, and may be made when they are asked for: what
+    looks at all of them uses `columns`. `format` is messages | prompt-completion | text |
+    preference, or mixed; `n_rows` counts the rows read, `truncated` the rows here that were cut, of
+    pairs those that lost part of a response, `dropped` those left out since no trained token
+    remained; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of their
+    prompt; `notes` says what was found in the rows.
     """
 
-    rows: list[Any]  #: Row, or Pair in the format preference
+    rows: Sequence[Any]
+    columns: Columns
     format: str
     n_rows: int
-    truncated: int
-    dropped: int
-    tokens: int
-    supervised_tokens: int
     pad_id: int
+    truncated: int = 0
+    dropped: int = 0
     prompts_cut: int = 0
     notes: Notes = field(default_factory=Notes)
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], pad_id: int = 0, format: str = "text") -> "Dataset":
+        """Rows that are in memory, as they are."""
+        return cls(rows, Columns.of(rows), format, len(rows), pad_id)
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that an epoch runs."""
+        return int(self.columns.run.sum())
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens in the loss of an epoch."""
+        return int(self.columns.trained.sum())
+
+    def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
+        """With `change(index, row)` in the place of each row; the columns stay."""
+        rows = self.rows
+        return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
+
+    def take(self, chosen: np.ndarray) -> "Dataset":
+        """Some samples, by index."""
+        rows = self.rows
+        picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
+        return replace(self, rows=picked, columns=self.columns.take(chosen))
+
+    def apart(self) -> "Dataset":
+        """Pairs that share nothing."""
+        columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
+        return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 
     @property
     def summary(self) -> str:
         """Rows, samples and tokens, and how plain prompts are read, in a sentence."""
         said = f"{self.n_rows:,} rows"
-        if len(self.rows) != self.n_rows:
-            said += f" give {len(self.rows):,} samples"
+        if len(self) != self.n_rows:
+            said += f" give {len(self):,} samples"
         said += f", {self.tokens:,} tokens to run, {self.supervised_tokens:,} of them in the loss"
         if self.notes.prompt_format == "chat":
             said += "; prompts go through the chat template"
@@ -199,24 +235,17 @@ def fit(path: Path, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
         )
         raise InputError(f"{path} has nothing to train in {n_rows} rows: {reason}.")
     kept, truncated, prompts_cut = zip(*found, strict=True)
-    trained = [np.count_nonzero(own.weights) for row in kept for own in sequences(row)]
     return Dataset(
-        rows=list(kept),
+        rows=kept,
+        columns=Columns.of(kept),
         format=format,
         n_rows=n_rows,
+        pad_id=encoder.pad_id,
         truncated=sum(truncated),
         dropped=len(rows) - len(kept),
-        tokens=sum(map(len, kept)),
-        supervised_tokens=int(sum(trained)),
-        pad_id=encoder.pad_id,
         prompts_cut=sum(prompts_cut),
         notes=encoder.notes,
     )
-
-
-def sequences(row: Row | Pair) -> tuple[Row, ...]:
-    """The sequences of tokens that a row is."""
-    return (row.chosen, row.rejected) if isinstance(row, Pair) else (row,)
 
 
 def _trained(row: Row | Pair) -> bool:

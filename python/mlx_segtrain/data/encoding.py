@@ -85,6 +85,11 @@ class Pair:
         return len(self.chosen) + len(self.rejected) - self.shared
 
 
+def sequences(row: Row | Pair) -> tuple[Row, ...]:
+    """The sequences of tokens that a row is."""
+    return (row.chosen, row.rejected) if isinstance(row, Pair) else (row,)
+
+
 class Encoder:
     """Tokenizes samples; what it needs to know of the tokenizer is asked once.
 

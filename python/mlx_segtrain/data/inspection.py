@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from . import dataset
-from .encoding import Encoder, Options
+from .encoding import Encoder, Options, sequences
 from .notes import FINDINGS
 from .template import Tokenizer
 
@@ -99,7 +99,7 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
     shown = []
     for row in rows:
         short, _, _ = dataset.shorten(row, encoder)
-        for own in dataset.sequences(short):
+        for own in sequences(short):
             texts, weights = _texts(own.ids.tolist(), encoder), own.weights.tolist()
             tokens = [(t, w != 0, w) for t, w in zip(texts, weights, strict=True)]
             shown.append(Preview(own.source, tokens, [FINDINGS[name] for name in own.findings]))

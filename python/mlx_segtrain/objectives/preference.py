@@ -6,14 +6,14 @@ wherever the first token lies that differs. Only rows that count meet the head.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..data import Batch, Dataset, Pair, PairBatch, Row
+from ..data import Batch, Columns, Dataset, PairBatch
 from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
 from .objective import Objective, stream_values
@@ -71,31 +71,26 @@ class Pairs(Objective):
     def choices(self, data: Dataset) -> Iterator[Dataset]:
         """With pairs that run what both begin with once, and with pairs that share nothing."""
         yield data
-        if any(pair.shared >= SHARED_LEAST for pair in data.rows):
-            yield replace(data, rows=[replace(pair, shared=0) for pair in data.rows])
+        if data.columns.shared.max() >= SHARED_LEAST:
+            yield data.apart()
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        alike = [pair for pair in data.rows if pair.shared >= SHARED_LEAST]
-        apart = [pair for pair in data.rows if pair.shared < SHARED_LEAST]
-        if apart and rows > 1:  # several pairs share what all of them do: with one of these nothing
-            apart = data.rows
+        share = data.columns.shared >= SHARED_LEAST
+        alike, apart = data.columns.take(share), data.columns.take(~share)
+        if apart.shared.size and rows > 1:  # several pairs share what all do: with these nothing
+            apart = data.columns
         shapes = []
-        if apart:
+        if apart.shared.size:
             streams = tuple(
-                StreamShape(
-                    stream, *_lengths([getattr(pair, stream.name) for pair in apart], rows, full)
-                )
-                for stream, full in zip(PAIR, (self._full, False), strict=True)
+                StreamShape(stream, *_lengths(apart, side, rows, full))
+                for side, (stream, full) in enumerate(zip(PAIR, (self._full, False), strict=True))
             )
             shapes.append(BatchShape(rows, streams, rows * self._counted(apart)))
-        if alike:
-            length, trimmed = _lengths([pair.chosen for pair in alike], rows, self._full)
-            least = min(pair.shared for pair in alike)
-            rests = [
-                padded(len(pair.rejected), rows) - 1 - (pair.shared if rows == 1 else least)
-                for pair in alike
-            ]
-            shared, rest = max(pair.shared for pair in alike), max(rests)
+        if alike.shared.size:
+            length, trimmed = _lengths(alike, 0, rows, self._full)
+            least = alike.shared if rows == 1 else alike.shared.min()
+            rest = int((padded(alike.length[:, 1], rows) - 1 - least).max())
+            shared = int(alike.shared.max())
             stream = StreamShape(joined(), length + rest, trimmed + rest, shared, rest)
             shapes.append(BatchShape(rows, (stream,), rows * self._counted(alike)))
         return shapes
@@ -180,13 +175,10 @@ class Pairs(Objective):
         """Weights [B, T] of the tokens of the cross-entropy term."""
         return np.zeros_like(chosen.weights)
 
-    def _counted(self, pairs: Sequence[Pair]) -> int:
+    def _counted(self, pairs: Columns) -> int:
         """Most tokens of a pair that meet the head."""
-        return max(
-            (len(pair.chosen) - 1 if self._full else np.count_nonzero(pair.chosen.weights))
-            + np.count_nonzero(pair.rejected.weights)
-            for pair in pairs
-        )
+        chosen = pairs.length[:, 0] - 1 if self._full else pairs.trained[:, 0]
+        return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Tokens [B, T] of a stream, and the rows of it that count: _rows of what it holds."""
@@ -216,12 +208,13 @@ class Pairs(Objective):
         }
 
 
-def _lengths(sequences: Sequence[Row], rows: int, full: bool) -> tuple[int, int]:
-    """Most tokens that run, and most that come into question for the loss: of `full` ones all."""
-    lengths = [padded(len(row), rows) - 1 for row in sequences]
-    first = [0 if full else int(np.flatnonzero(row.weights)[0]) - 1 for row in sequences]
-    trimmed = [n - trim_start(max(t, 0)) for n, t in zip(lengths, first, strict=True)]
-    return max(lengths), max(lengths) if rows > 1 and full else max(trimmed)
+def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
+    """Most tokens that run of one side, and most that come into question for the loss: of `full`
+    ones all."""
+    lengths = padded(pairs.length[:, side], rows) - 1
+    first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
+    trimmed, longest = lengths - trim_start(first), int(lengths.max())
+    return longest, longest if rows > 1 and full else int(trimmed.max())
 
 
 @dataclass(frozen=True)

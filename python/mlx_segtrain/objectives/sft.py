@@ -21,10 +21,9 @@ class Sft(Objective):
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         # The last token is only predicted.
-        length = padded(max(len(row) for row in data.rows), rows) - 1
-        trained = [np.flatnonzero(row.weights[1:]) for row in data.rows]
-        first = min((int(t[0]) for t in trained if t.size), default=0)
-        most = max(t.size for t in trained)
+        columns = data.columns
+        length = padded(int(columns.length.max()), rows) - 1
+        first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:

@@ -84,7 +84,7 @@ def evaluate(
         perplexity=None if metrics else events.perplexity(loss),
         metrics=metrics,
         tokens=dataset.supervised_tokens,
-        rows=len(dataset.rows),
+        rows=len(dataset),
         truncated=dataset.truncated,
         dropped=dataset.dropped,
     )

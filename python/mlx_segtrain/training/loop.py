@@ -125,7 +125,7 @@ class Run:
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
         config, state = self.config, self.state
-        what = f"{config.iters} steps on {len(self.setup.train.rows)} rows"
+        what = f"{config.iters} steps on {len(self.setup.train)} rows"
         if resumed_from is not None:
             what += f", resumed behind step {resumed_from}"
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))

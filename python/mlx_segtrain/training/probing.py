@@ -4,9 +4,9 @@ import math
 import time
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import events
 from ..config import TrainConfig
@@ -26,9 +26,9 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
     with run_policy(config):
         setup, vector = prepare(read_inputs(config, tell), tell)
         config = setup.config
-        longest: list[Any] = sorted(setup.train.rows, key=lambda row: -len(row))
-        rows = longest[: config.batch_size * config.grad_accumulation_steps]
-        setup = replace(setup, train=replace(setup.train, rows=rows))
+        longest = np.argsort(-setup.train.columns.run, kind="stable")
+        count = config.batch_size * config.grad_accumulation_steps
+        setup = replace(setup, train=setup.train.take(longest[:count]))
         source = batches(setup.train, config.batch_size, config.seed)
         step = Stepper(setup)
         at = step.optimizer.start(vector)

@@ -18,7 +18,7 @@ import numpy as np
 from .. import _core, events
 from ..config import TrainConfig
 from ..data import Dataset, Pair, Row, one_row
-from ..data.dataset import sequences
+from ..data.encoding import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
 from ..objectives import Objective, value
@@ -45,9 +45,8 @@ def with_references(
         return data
     file = cache_dir() / "references" / f"{model_key(config)}.npz"
     known = _read(file)
-    keys = [row_key(row) for row in data.rows]
-    asked = range(len(keys)) if wanted is None else set(wanted)
-    missing = sorted(i for i in asked if keys[i] not in known)
+    keys = {i: row_key(data.rows[i]) for i in (range(len(data)) if wanted is None else wanted)}
+    missing = sorted(i for i, key in keys.items() if key not in known)
     if missing:
         count = f"{len(missing)} pairs through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
@@ -60,8 +59,8 @@ def with_references(
         except OSError as error:
             said = f"{file} cannot be written ({error.strerror or error})"
             on_event(events.warning(f"{said}: not kept for other runs"))
-    pairs = zip(data.rows, keys, strict=True)
-    return replace(data, rows=[replace(row, reference=known.get(key)) for row, key in pairs])
+    found = {i: known[key] for i, key in keys.items()}
+    return data.map(lambda i, row: replace(row, reference=found.get(i)))
 
 
 def model_key(config: TrainConfig) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, Prompting, batches, load_dataset
-from ..data.dataset import remarks, sequences
+from ..data.dataset import remarks
+from ..data.encoding import sequences
 from ..errors import InputError
 from ..files import clean
 from ..lora import ARRAYS, KINDS, Adapter
@@ -172,7 +174,7 @@ def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
     if config.epochs is None:
         return config
     per_step = config.batch_size * config.grad_accumulation_steps
-    iters = max(1, math.ceil(config.epochs * len(train.rows) / per_step))
+    iters = max(1, math.ceil(config.epochs * len(train) / per_step))
     if config.warmup_iters >= iters:
         raise InputError(
             f"warmup_iters = {config.warmup_iters} leaves nothing of the {iters} steps that epochs "
@@ -201,9 +203,9 @@ def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Cha
         )
     tables = tables_of(model)
     known = min(tables.tokens, tables.logits)
-    wholes = [whole for data in datasets if data is not None for whole in data.rows]
-    for row in (own for whole in wholes for own in sequences(whole)):
-        if len(row) and row.ids.max() >= known:
+    for data in filter(None, datasets):
+        for i, side in np.argwhere(data.columns.top >= known)[:1]:
+            row = sequences(data.rows[i])[side]
             raise InputError(
                 f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
                 f"{known}: they do not belong together."
@@ -243,7 +245,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
     seen = None  # all, at the latest in the second epoch
-    if count < 2 * (len(train.rows) // config.batch_size):
+    if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)
     train = with_references(*what, train, on_event, seen)

@@ -54,7 +54,7 @@ class Stepper:
             norm=norm,
             metrics=dict(zip(setup.objective.metrics, metrics, strict=True)),
             rate=learning_rate(config, at.step),
-            tokens=sum(len(setup.train.rows[i]) for batch in accumulated for i in batch.rows),
+            tokens=sum(int(setup.train.columns.run[batch.rows].sum()) for batch in accumulated),
         )
         rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -1,0 +1,70 @@
+"""What a run asks of all samples at once, as arrays: nobody makes a million rows to find it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, overload
+
+import numpy as np
+
+from .encoding import Row, sequences
+
+
+class Lazy(Sequence[Any]):
+    """n items that are made when they are asked for, by `make(index)`."""
+
+    def __init__(self, n: int, make: Callable[[int], Any]):
+        self._n, self._make = n, make
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: Any) -> Any:
+        found = range(self._n)[index]  # raises IndexError
+        return self._make(found) if isinstance(found, int) else [self._make(i) for i in found]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Arrays over n samples of s sequences each: 1, or the 2 of pairs.
+
+    int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the
+    loss (the length if there is none), `trained` the number of tokens in the loss, `top` the
+    largest token id. `shared` int64 [n] is that of pairs, 0 otherwise.
+    """
+
+    length: np.ndarray
+    first: np.ndarray
+    trained: np.ndarray
+    top: np.ndarray
+    shared: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[Any]) -> Columns:
+        """The arrays of rows, Row or Pair, that are in memory."""
+        parts = [list(map(_numbers, sequences(row))) for row in rows]
+        table = np.array(parts, np.int64).reshape(len(rows), -1, 4)
+        shared = np.array([getattr(row, "shared", 0) for row in rows], np.int64)
+        length, first, trained, top = np.moveaxis(table, 2, 0)
+        return cls(length, first, trained, top, shared)
+
+    @property
+    def run(self) -> np.ndarray:
+        """Tokens of each sample that are run, int64 [n]."""
+        return self.length.sum(1) - self.shared
+
+    def take(self, chosen: np.ndarray) -> Columns:
+        """Those of some samples, by index or mask."""
+        return replace(self, **{own.name: getattr(self, own.name)[chosen] for own in fields(self)})
+
+
+def _numbers(row: Row) -> tuple[int, int, int, int]:
+    """Length, first, trained and top of a sequence."""
+    trained = np.flatnonzero(row.weights)
+    n = len(row)
+    return n, int(trained[0]) if trained.size else n, trained.size, int(row.ids.max(initial=0))
