@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,9 @@ class Options:
     prompt_format: str = "auto"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
+    val_split: float | Literal["auto"] = "auto"
+    dedup: bool = False
+    seed: int = 0
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Options":
@@ -44,7 +47,8 @@ class Row:
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
     token j (0 = context, and always 0 for j = 0); `source` is "file:line", of a pair's sequences
     "file:line chosen" and "file:line rejected"; `findings` are keys of notes.FINDINGS. `reference`
-    is what the model gives for it without an adapter, once that is known.
+    is what the model gives for it without an adapter, once that is known; `turns` counts its
+    trained turns.
     """
 
     ids: np.ndarray
@@ -52,6 +56,7 @@ class Row:
     source: str
     findings: tuple[str, ...] = ()
     reference: tuple[float, ...] | None = None
+    turns: int = 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,9 +126,6 @@ class Encoder:
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """Token ids and weights of each sample, not truncated; raises InputError."""
-        for sample in samples:
-            if sample.turns:
-                self.notes.add(sample)
         # One call for all pieces, and for the whole texts of which the pieces do not tell.
         texts = [text for sample in samples for text, _ in sample.pieces]
         n, wholes = len(texts), {}
@@ -144,7 +146,9 @@ class Encoder:
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without what is put before one."""
-        if self._lossless:  # directly, as __init__ has left the library's settings: 1.3 times as fast
+        if (
+            self._lossless
+        ):  # directly, as __init__ has left the library's settings: 1.3 times as fast
             own = self._tokenizer.backend_tokenizer
             return [one.ids for one in own.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(
@@ -176,7 +180,13 @@ class Encoder:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
         weights[:1] = 0  # nothing comes before the first token to predict it from
-        return Row(np.array(ids, np.int32), weights, sample.source, sample.findings)
+        return Row(
+            np.array(ids, np.int32),
+            weights,
+            sample.source,
+            sample.findings,
+            turns=sample.turns,
+        )
 
     def _join(
         self, sample: Sample, whole: list[int] | None, parts: list[list[int]]

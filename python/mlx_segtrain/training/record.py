@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .. import events
 from ..config import FACETS, TrainConfig, flag
-from ..data.dataset import split_paths
+from ..data.sources import sources_of
 from ..errors import InputError, RunError
 from ..files import hashes, sha256, write_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
@@ -35,9 +35,9 @@ PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizer
 
 def files_of(config: TrainConfig) -> dict[str, Path]:
     """What a run reads, by a name that stays when its folder is moved; InputError without data."""
-    train, valid = split_paths(config.data_dir)
     files = _files_in("model", config.model_dir, OF_MODEL)
-    files |= {f"data/{path.name}": path for path in (train, valid) if path}
+    for source in sources_of(config.data_dir):
+        files |= {f"data/{name}": path for name, path in (source.files if source else {}).items()}
     if config.warm_start is not None:
         files |= _files_in("warm_start", config.warm_start, OF_ADAPTER)
     return files

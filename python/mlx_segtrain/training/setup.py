@@ -117,7 +117,8 @@ def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
-    train, valid = load_dataset(config.data_dir, tokenizer, Options.of(config))
+    how = (tokenizer, Options.of(config), config.model_dir, on_event)
+    train, valid = load_dataset(config.data_dir, *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
