@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -70,6 +71,8 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._reading: TaskID | None = None
+        self._told = 0.0
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -114,12 +117,33 @@ class Terminal:
             self._train(event)
 
     def _stage(self, event: Event) -> None:
+        if "rows_per_s" in event:
+            return self._read(event)
+        if self._reading is not None:
+            self._bar.remove_task(self._reading)
+            self._reading = None
         if event["stage"] == "train":
             self.iters = event["iters"]
             done = event["step"]
             self._task = self._bar.add_task("train", total=self.iters, completed=done, status="")
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
+
+    def _read(self, event: Event) -> None:
+        """Rows that are tokenized: a bar, or a line every ten seconds."""
+        share, now = event["share"], time.monotonic()
+        if not self.console.is_terminal:
+            if now - self._told > 10:
+                self._told = now
+                self._line(event["message"])
+            return
+        if self._reading is None:
+            self._reading = self._bar.add_task("data", total=share and 100, status="")
+        status = f"%  {event['rows']:,} rows  {event['rows_per_s']:,.0f} rows/s"
+        if share:
+            left_s = event["left_s"]
+            status += f"  {duration(left_s)} left"
+        self._bar.update(self._reading, completed=int(100 * (share or 0)), status=status)
 
     def _train(self, event: Event) -> None:
         assert self._task is not None  # the stage `train` comes before its metrics

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ... import events
 from ...errors import InputError
 from ...files import to_json
-from ..processes import NETWORK
+from ...processes import NETWORK
 
 if TYPE_CHECKING:
     from ...adapters.folding import Folded
