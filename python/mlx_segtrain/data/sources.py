@@ -354,22 +354,19 @@ def _told(path: Path | str) -> Iterator[None]:
 class _Unpacked(io.RawIOBase):
     """What a compressed file becomes, as long as it is no bomb."""
 
-    def __init__(self, file: BinaryIO, codec: str, most: int, name: str):
+    def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
 
         self._stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec)
-        self._left, self._name = most, name
+        self._unpacked, self._size, self._name = 0, size, name
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         got = self._stream.read(len(buffer))
-        self._left -= len(got)
-        if self._left < 0:
-            raise InputError(
-                f"{self._name} unpacks to more than {MOST_UNPACKED} times its size: unpack it."
-            )
+        self._unpacked += len(got)
+        _check_growth(self._name, self._unpacked, self._size)
         buffer[: len(got)] = got
         return len(got)
 
@@ -389,8 +386,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         if codec is None:
             yield raw, read
         else:
-            most = SLACK + MOST_UNPACKED * path.stat().st_size
-            unpacked = _Unpacked(raw, codec, most, path.name)
+            unpacked = _Unpacked(raw, codec, path.stat().st_size, path.name)
             yield io.BufferedReader(unpacked, 1 << 16), read  # type: ignore[misc]
 
 
@@ -602,11 +598,13 @@ def _parquet(path: Path) -> Iterator[Block]:
     nested = any("." in path for path in texts)
     with pq.ParquetFile(path, read_dictionary=None if nested else texts, **how) as file:
         size, total = path.stat().st_size, file.metadata.num_rows
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        _check_growth(path.name, sum(group.total_byte_size for group in groups), size)
         rows = 0
 
         def batches() -> Iterator[tuple[Any, int]]:
             nonlocal rows
-            for batch in file.iter_batches(64 if nested else ROWS, use_threads=False):
+            for batch in file.iter_batches(16 if nested else ROWS, use_threads=False):
                 rows += batch.num_rows
                 yield batch, size * rows // max(total, rows)
 
@@ -651,8 +649,8 @@ def _arrow_blocks(
             raise InputError(f"{name}: two columns have the same name; rename one of them.")
         for part, weight in _parts(batch, name, first + rows):
             weighed += weight
-            if size is not None and weighed > SLACK + MOST_UNPACKED * size:
-                raise InputError(f"{name} unpacks to more than {MOST_UNPACKED} times its size.")
+            if size is not None:
+                _check_growth(name, weighed, size)
             if parts and sum(own for _, own in parts) + weight > BLOCK:
                 yield block()
                 first, rows, told, parts = first + rows, 0, read, []
@@ -662,22 +660,32 @@ def _arrow_blocks(
         yield block()
 
 
+def _check_growth(name: str, unpacked: int, size: int) -> None:
+    """InputError if so many bytes come of a file of this size."""
+    if unpacked > SLACK + MOST_UNPACKED * size:
+        raise InputError(
+            f"{name} unpacks to more than {MOST_UNPACKED} times its size; write it in another "
+            "format if that is right."
+        )
+
+
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
     """Slices of a batch that are small when they are written out, and how large."""
-    waiting = [batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS)][::-1]
-    while waiting:
-        part = waiting.pop()
-        weight, n = _weight(part.to_struct_array()), part.num_rows
-        if weight > BLOCK and n > 1:
-            waiting += [part.slice(n // 2), part.slice(0, n // 2)]
-            continue
-        if weight > MOST_BYTES:
-            raise InputError(
-                f"{name}:{first}: the row has more than {MOST_BYTES >> 20} MiB; split it into "
-                "several."
-            )
-        first += n
-        yield part, weight
+    for at in range(0, batch.num_rows, ROWS):
+        waiting = [batch.slice(at, ROWS)]
+        while waiting:
+            part = waiting.pop()
+            weight, n = _weight(part.to_struct_array()), part.num_rows
+            if weight > BLOCK and n > 1:
+                waiting += [part.slice(n // 2), part.slice(0, n // 2)]
+                continue
+            if weight > MOST_BYTES:
+                raise InputError(
+                    f"{name}:{first}: the row has more than {MOST_BYTES >> 20} MiB; split it into "
+                    "several."
+                )
+            first += n
+            yield part, weight
 
 
 def _weight(column: Any) -> int:
@@ -748,7 +756,8 @@ def _plain(kind: Any) -> Any:
 
 
 def _parse_lines(block: Block) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(block.payload.split(b"\n"), block.first):
+    lines = block.payload.split(b"\n") if block.payload.strip() else ()
+    for number, line in enumerate(lines, block.first):
         if line.strip():
             source = f"{block.name}:{number}"
             yield source, _parse(_within(line, source), source)
