@@ -104,7 +104,9 @@ class Watched:
             if self.process.poll() is not None and not self.threads[0].is_alive():
                 break
             time.sleep(0.01)
-        raise SystemExit(f"{text!r} never came:\n" + "\n".join(line for _, line in self.lines[-20:]))
+        raise SystemExit(
+            f"{text!r} never came:\n" + "\n".join(line for _, line in self.lines[-20:])
+        )
 
     def interrupt(self) -> float:
         """Seconds from Ctrl-C to its end."""

@@ -45,7 +45,14 @@ SMALL, LARGE = 1 << 20, 8 << 20
 #: Files of a model's folder on which its tokenizer depends, by the end of their names.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 #: What of the options changes tokens.
-OF_TOKENS = ("train_on", "append_eos", "prompt_format", "chat_template_kwargs")
+OF_TOKENS = (
+    "data_format",
+    "columns",
+    "train_on",
+    "append_eos",
+    "prompt_format",
+    "chat_template_kwargs",
+)
 PACKAGES = ("mlx-lm", "transformers", "tokenizers", "jinja2")
 ABOUT, LOCK = "about.json", "lock"
 #: Seconds between two events.

@@ -92,6 +92,12 @@ class Dataset:
             said += "; prompts go through the chat template"
         elif self.notes.prompt_format == "raw":
             said += "; prompts are raw, without the chat template"
+        formats = self.notes.formats
+        if len(formats) == 1:
+            said += f"; their format is {self.format}"
+        elif formats:
+            counts = ", ".join(f"{n:,} {name}" for name, n in sorted(formats.items()))
+            said += f"; their formats are {counts}"
         return said
 
     @property
@@ -113,10 +119,10 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows and, if there are some, validation rows; raises InputError.
 
-    `data` is what sources_of takes. With the folder of the tokenizer's model the tokens are kept
+    `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens are kept
     (cache.py). `on_event` is told how far that is.
     """
-    train, valid = sources_of(data)
+    train, valid = data if isinstance(data, tuple) else sources_of(data)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
 
 
@@ -130,7 +136,7 @@ def load_split(
 ) -> Dataset | None:
     """One part of what load_dataset gives; None if there are no validation rows."""
     read = Reading(tokenizer, options, model_dir, on_event)
-    train, valid = sources_of(data)
+    train, valid = data if isinstance(data, tuple) else sources_of(data)
     if split == "valid" and valid is not None:
         return read.whole(valid)
     own, held = _parts(train, valid, read)
@@ -156,7 +162,7 @@ class Reading:
         if id(source) not in self._read:
             samples = read_samples(source, *self._how)
             if not samples.n_rows:
-                raise InputError(f"{source.name} has no rows; put one JSON object on each line.")
+                raise InputError(f"{source.name} has no rows; put some there.")
             self._read[id(source)] = samples
         return self._read[id(source)]
 
@@ -214,43 +220,41 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
                 field="val_split",
             )
         return replace(own, said=said), None
-    apart = fit(train.name, samples, chosen[held], read.encoder)
+    apart = fit(f"held out of {train.name}", samples, chosen[held], read.encoder)
     count = f"{apart.n_rows:,} of {own.n_rows + apart.n_rows:,}"
     said += (f"{count} rows are held out for validation (val_split {asked})",)
     return replace(own, said=said), apart
 
 
-def unread(data_dir: Path, read: Sequence[str]) -> list[str]:
-    """Names of files, beside those that are read, that look as if they held rows."""
-    return [path.name for path in rows_in(data_dir) if path.name not in read]
+def unread(folder: Path, *sources: Source | None) -> list[str]:
+    """Names of files of a folder that look as if they held rows, and are not of the sources."""
+    read = {name for source in sources if source for name in source.files}
+    return [path.name for path in rows_in(folder) if path.name not in read]
 
 
-def remarks(data_dir: Path | None, train: Dataset, valid: Dataset | None) -> list[str]:
+def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
     """What is left out of the data or wrong with it, in sentences."""
     said = []
-    for data in (train, valid):
-        if data is None:
+    for own in (train, valid):
+        if own is None:
             continue
         counts = (
-            (data.truncated, "rows are truncated to max_seq_length"),
-            (data.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
-            (data.dropped, "samples are dropped: nothing of them is trained"),
+            (own.truncated, "rows are truncated to max_seq_length"),
+            (own.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
+            (own.dropped, "samples are dropped: nothing of them is trained"),
         )
-        own = [f"{count:,} {what}" for count, what in counts if count]
-        own += [*data.notes.left_out(), *data.notes.faults()]
-        what = "validation rows of " if data is valid and data.name == train.name else ""
-        said += [f"{what}{data.name}: {sentence}" for sentence in (*data.said, *own)]
-    if data_dir is None or not data_dir.is_dir():  # one file was read
-        return said
-    sources = [own for own in sources_of(data_dir) if own]
-    if names := unread(data_dir, [name for own in sources for name in own.files]):
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        said.append(
-            f"not read in {data_dir}: {shown} (training rows are read from train.jsonl, validation "
-            "rows from valid.jsonl)"
-        )
-    if valid is None:
-        said.append(f"{data_dir} has no valid.jsonl, so there is no validation loss")
+        found = [*own.said, *(f"{count:,} {what}" for count, what in counts if count)]
+        found += [*own.notes.left_out(), *own.notes.faults()]
+        said += [f"{own.name}: {sentence}" for sentence in found]
+    if isinstance(data, Path) and data.is_dir():
+        if names := unread(data, *sources):
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            said.append(
+                f"not read in {data}: {shown} (training rows are read from the file train, "
+                "validation rows from valid or validation)"
+            )
+        if valid is None:
+            said.append(f"{data} has no validation file, so there is no validation loss")
     return said
 
 

@@ -63,7 +63,7 @@ class Report:
 
 
 def inspect(
-    path: Any,
+    data: Any,
     tokenizer: Tokenizer | None = None,
     options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
@@ -71,16 +71,16 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks a directory or one file; what is wrong is in the report, not raised.
+    """Checks data (sources.sources_of); what is wrong is in the report, not raised.
 
     With the folder of the tokenizer's model, its tokens are kept (cache.py).
     """
     report = Report()
     try:
-        train, valid = sources_of(path)
+        train, valid = sources_of(data)
         if tokenizer is None:
-            report.format, report.n_train = count(train, options.method)
-            report.n_valid = count(valid, options.method)[1] if valid else 0
+            report.format, report.n_train = count(train, options)
+            report.n_valid = count(valid, options)[1] if valid else 0
             return report
         read = Reading(tokenizer, options, model_dir, on_event)
         samples = read.samples(train)
@@ -96,12 +96,12 @@ def inspect(
         report.samples, report.trained_turns = len(samples), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
         report.duplicates = duplicates(samples)
-        data, others = dataset.parts(train, valid, read)
-        for name, value in data.counts.items():
+        found, others = dataset.parts(train, valid, read)
+        for name, value in found.counts.items():
             setattr(report, name, value)
         if valid is None and others is not None:
-            report.n_train, report.n_valid = data.n_rows, others.n_rows
-        report.remarks = dataset.remarks(path, data, others)
+            report.n_train, report.n_valid = found.n_rows, others.n_rows
+        report.remarks = dataset.remarks(data, found, others, train, valid)
         for source in (train, *([valid] if valid else [])):
             read.check(source)
     except InputError as error:

@@ -34,27 +34,27 @@ BITS = tuple(FINDINGS)
 ABOUT = b"about"
 
 
-def records_of(block: Block, method: str | None, first: dict[str, str]) -> Iterator[Record]:
+def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
     """The records of a block; `first` gets the place of the first one of each format.
 
     InputError for a row that cannot be read or is not for the method (None: any), or for pairs
     beside other rows.
     """
     for source, row in block.rows():
-        record = checked(row, source)
+        record = checked(row, source, options.data_format, options.columns)
         if record.format not in first:
-            check_method({record.format: record.source}, method)
+            check_method({record.format: record.source}, options.method)
             check_mixed({**first, record.format: record.source})
             first[record.format] = record.source
         yield record
 
 
-def count(source: Source, method: str | None) -> tuple[str, int]:
+def count(source: Source, options: Options) -> tuple[str, int]:
     """The format of a source's rows, or mixed, and their number, without tokens; InputError."""
     first: dict[str, str] = {}
-    n = sum(1 for block in source.blocks() for _ in records_of(block, method, first))
+    n = sum(1 for block in source.blocks() for _ in records_of(block, options, first))
     if not n:
-        raise InputError(f"{source.name} has no rows; put one JSON object on each line.")
+        raise InputError(f"{source.name} has no rows; put some there.")
     return _format(first), n
 
 
@@ -75,7 +75,7 @@ def check_method(first: dict[str, str], method: str | None) -> None:
         methods = either([name for name, rows in ROWS.items() if rows == own.rows])
         raise InputError(
             f"{source}: the row has {quoted(own.marks)}, which method {method} does not train: "
-            f"give method {methods}."
+            f"give method {methods}, or data_format."
         )
 
 
@@ -97,7 +97,7 @@ def batch_of(
     What is learned of rows is of this block alone: no other block changes what it gives.
     """
     encoder = Encoder(tokenizer, options)
-    records = records_of(block, options.method, first)
+    records = records_of(block, options, first)
     rows: list[Row | Pair] = []
     owner, contents = [], []  # of each sample the record; of each record its hash
     while chunk := list(islice(records, ROWS_PER_CALL)):
@@ -115,7 +115,9 @@ def batch_of(
 
 def _content(record: Record) -> int:
     """A hash of what is read of a row: equal rows have equal ones."""
-    used = {key: value for key, value in record.row.items() if key not in record.ignored}
+    own = FORMATS[record.format]
+    named = {key: record.row.get(key) for key in (*own.keys, *own.means, *own.more)}
+    used = {key: value for key, value in named.items() if value is not None}
     text = json.dumps([record.format, used], sort_keys=True, separators=(",", ":"), default=str)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 

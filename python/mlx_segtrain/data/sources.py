@@ -20,9 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
+from ..config import flag
 from ..errors import InputError, shown
 from ..files import open_regular, read_json, sha256
-from .messages import KINDS
+from .messages import KINDS, Other
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens; parsed, it takes up to sixty times as much
 BLOCK = 4 << 20  # bytes of rows that go into one block, about
@@ -58,9 +59,12 @@ class Source(Protocol):
     `files` are those by a name that stays when their folder is moved.
     """
 
-    name: str
-    size: int | None
-    files: Mapping[str, Path]
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def files(self) -> Mapping[str, Path]: ...
 
     def fingerprint(self) -> str:
         """A digest of the content, in hexadecimal; InputError if it cannot be read."""
@@ -100,9 +104,8 @@ class Files:
 
     def _all(self) -> Iterator[Block]:
         for path in self.files.values():
-            read = FORMATS[format_of(path) or ".jsonl"]
             with _told(path):
-                for block in read(path):
+                for block in READERS[str(format_of(path))](path):
                     yield replace(block, name=path.name)
 
 
@@ -123,7 +126,7 @@ class Table:
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         with _told(self.name):
-            batches = ((batch, None) for batch in self.batches(ROWS))
+            batches = ((batch, 0) for batch in self.batches(ROWS))
             yield from islice(_arrow_blocks(self.name, batches), start, None)
 
 
@@ -167,7 +170,7 @@ def format_of(path: Path) -> str | None:
     name = path.name.lower()
     *_, before, ending = ("", *Path(name).suffixes) if Path(name).suffix else ("", "")
     ending = before if ending in PACKED and before not in ARROW else ending
-    return ending if ending in FORMATS and not path.name.startswith(".") else None
+    return ending if ending in READERS and not path.name.startswith(".") else None
 
 
 #: What files and folders of a split are called, in the order in which they are taken.
@@ -181,6 +184,11 @@ def sources_of(data: Any, valid: Any = None) -> tuple[Source, Source | None]:
     `data` is a file or a folder, or rows in Python: dicts, an Arrow table, a `datasets.Dataset`, or
     a mapping of splits to these. `valid` are the validation rows where `data` has none.
     """
+    if data is None:
+        raise InputError(
+            f"data_dir is missing: set it in the YAML file or with {flag('data_dir')}",
+            field="data_dir",
+        )
     if isinstance(data, str | Path):
         train, own = _in_place(Path(data))
     elif isinstance(data, Mapping):
@@ -203,14 +211,24 @@ def sources_of(data: Any, valid: Any = None) -> tuple[Source, Source | None]:
     return train, own
 
 
+def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
+    """All rows, each after its name; InputError."""
+    return (row for block in source.blocks() for row in block.rows())
+
+
+def source_of(path: Path) -> Source:
+    """The rows of one file; InputError if there are none to be read."""
+    if not path.exists():
+        raise InputError(f"The data {path} does not exist: give a file or a folder.")
+    if format_of(path) is None:
+        raise InputError(f"{path} is not a file of rows that is known: give {ENDINGS}.")
+    return Files({path.name: path})
+
+
 def _in_place(place: Path) -> tuple[Source, Source | None]:
     """Those of a file or folder."""
     if not place.is_dir():
-        if not place.exists():
-            raise InputError(f"The data {place} does not exist: give a file or a folder.")
-        if format_of(place) is None:
-            raise InputError(f"{place} is not a file of rows that is known: give {ENDINGS}.")
-        return Files({place.name: place}), None
+        return source_of(place), None
     if (place / "state.json").is_file():  # one split of `save_to_disk`
         return Files(_saved(place, "")), None
     for folder in (place, place / "data"):  # as repositories of data sets have it
@@ -264,7 +282,7 @@ def _split(place: Path, folder: Path, split: str) -> dict[str, Path]:
             raise InputError(
                 f"{folder} has {len(paths)} of the files {form}: put all of them there."
             )
-        if paths[0].is_dir():
+        if (paths[0] / "state.json").is_file():
             return _saved(paths[0], f"{paths[0].relative_to(place).as_posix()}/")
         return {path.relative_to(place).as_posix(): path for path in paths}
     return {}
@@ -613,7 +631,7 @@ def _arrow(path: Path) -> Iterator[Block]:
 
 
 def _arrow_blocks(
-    name: str, batches: Iterable[tuple[Any, int | None]], size: int | None = None
+    name: str, batches: Iterable[tuple[Any, int]], size: int | None = None
 ) -> Iterator[Block]:
     """Blocks of record batches, each with the bytes of the file that have been read with it.
 
@@ -637,7 +655,7 @@ def _arrow_blocks(
                 raise InputError(f"{name} unpacks to more than {MOST_UNPACKED} times its size.")
             if parts and sum(own for _, own in parts) + weight > BLOCK:
                 yield block()
-                first, rows, told, parts = first + rows, 0, read or 0, []
+                first, rows, told, parts = first + rows, 0, read, []
             parts.append((part, weight))
             rows += part.num_rows
     if parts:
@@ -664,20 +682,28 @@ def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
 
 def _weight(column: Any) -> int:
     """Bytes of the texts and values of an array, written out."""
-    import pyarrow.compute as pc
     import pyarrow.types as types
 
     kind, own = column.type, VALUE * len(column)
     if types.is_dictionary(kind) and _is_text(kind.value_type):
-        lengths = pc.binary_length(column.dictionary)
-        return own + (pc.sum(lengths.take(column.indices)).as_py() or 0)
+        return own + _sum(_called("binary_length", column.dictionary).take(column.indices))
     if _is_text(kind):
-        return own + (pc.sum(pc.binary_length(column)).as_py() or 0)
+        return own + _sum(_called("binary_length", column))
     if _is_list(kind):
         return own + _weight(column.flatten())
     if types.is_struct(kind):
         return own + sum(map(_weight, column.flatten()))
     return own
+
+
+def _called(function: str, array: Any) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.call_function(function, [array])
+
+
+def _sum(array: Any) -> int:
+    return _called("sum", array).as_py() or 0
 
 
 def _is_text(kind: Any) -> bool:
@@ -753,13 +779,6 @@ def _parse(line: bytes, source: str) -> Row:
     return row
 
 
-@dataclass(frozen=True)
-class Other:
-    """A value that is none of JSON's, such as a time or an image; `kind` is Arrow's type."""
-
-    kind: str
-
-
 def _parse_arrow(block: Block) -> Iterator[tuple[str, Row]]:
     import pyarrow as pa
 
@@ -799,7 +818,7 @@ _PARSERS: dict[str, Callable[[Block], Iterator[tuple[str, Row]]]] = {
     "arrow": _parse_arrow,
 }
 #: How files are read, by their ending.
-FORMATS: dict[str, Callable[[Path], Iterator[Block]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Block]]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,
@@ -811,4 +830,4 @@ FORMATS: dict[str, Callable[[Path], Iterator[Block]]] = {
 }
 ARROW = (".parquet", ".arrow", ".feather")  # compress their content themselves
 PACKED = {".gz": "gzip", ".zst": "zstd"}
-ENDINGS = ", ".join(FORMATS)
+ENDINGS = ", ".join(READERS)
