@@ -46,7 +46,11 @@ SMALL, LARGE = 1 << 20, 8 << 20
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 #: What of the options changes tokens.
 OF_TOKENS = (
-    *("data_format", "columns", "train_on", "append_eos", "prompt_format"),
+    "data_format",
+    "columns",
+    "train_on",
+    "append_eos",
+    "prompt_format",
     "chat_template_kwargs",
 )
 PACKAGES = ("mlx-lm", "transformers", "tokenizers", "jinja2")

@@ -119,10 +119,10 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows and, if there are some, validation rows; raises InputError.
 
-    `data` is what sources_of takes. With the folder of the tokenizer's model the tokens are kept
-    (cache.py). `on_event` is told how far that is.
+    `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens
+    are kept (cache.py). `on_event` is told how far that is.
     """
-    train, valid = sources_of(data)
+    train, valid = data if isinstance(data, tuple) else sources_of(data)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
 
 
@@ -136,7 +136,7 @@ def load_split(
 ) -> Dataset | None:
     """One part of what load_dataset gives; None if there are no validation rows."""
     read = Reading(tokenizer, options, model_dir, on_event)
-    train, valid = sources_of(data)
+    train, valid = data if isinstance(data, tuple) else sources_of(data)
     if split == "valid" and valid is not None:
         return read.whole(valid)
     own, held = _parts(train, valid, read)
@@ -220,7 +220,7 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
                 field="val_split",
             )
         return replace(own, said=said), None
-    apart = fit(train.name, samples, chosen[held], read.encoder)
+    apart = fit(f"held out of {train.name}", samples, chosen[held], read.encoder)
     count = f"{apart.n_rows:,} of {own.n_rows + apart.n_rows:,}"
     said += (f"{count} rows are held out for validation (val_split {asked})",)
     return replace(own, said=said), apart
@@ -243,10 +243,9 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
             (own.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
             (own.dropped, "samples are dropped: nothing of them is trained"),
         )
-        found = [f"{count:,} {what}" for count, what in counts if count]
+        found = [*own.said, *(f"{count:,} {what}" for count, what in counts if count)]
         found += [*own.notes.left_out(), *own.notes.faults()]
-        what = "validation rows of " if own is valid and own.name == train.name else ""
-        said += [f"{what}{own.name}: {sentence}" for sentence in (*own.said, *found)]
+        said += [f"{own.name}: {sentence}" for sentence in found]
     if isinstance(data, Path) and data.is_dir():
         if names := unread(data, *sources):
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

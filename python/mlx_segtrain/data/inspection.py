@@ -12,7 +12,7 @@ from . import dataset
 from .dataset import Reading
 from .encoding import Encoder, Options, sequences
 from .notes import FINDINGS
-from .samples import count
+from .samples import count, format_of
 from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
@@ -32,16 +32,17 @@ class Preview:
 class Report:
     """What `inspect` found.
 
-    `n_train` and `n_valid` count rows; lengths are in tokens before truncation, all of the training
-    file like the counts after them (None without a tokenizer). `duplicates` counts rows that are
-    equal to an earlier one. `remarks` say what is left out of both files or wrong with them,
-    `findings` name rows of the training file by what is wrong with them (notes.FINDINGS). `error`
-    is one sentence.
+    `n_train` and `n_valid` count rows, `formats` those of the training file by their form; lengths
+    are in tokens before truncation, all of the training file like the counts after them (None
+    without a tokenizer). `duplicates` counts rows that are equal to an earlier one. `remarks` say
+    what is left out of both files or wrong with them, `findings` name rows of the training file by
+    what is wrong with them (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True
     error: str | None = None
     format: str | None = None
+    formats: dict[str, int] = field(default_factory=dict)
     n_train: int = 0
     n_valid: int = 0
     length_min: int | None = None
@@ -63,7 +64,7 @@ class Report:
 
 
 def inspect(
-    path: Any,
+    data: Any,
     tokenizer: Tokenizer | None = None,
     options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
@@ -71,16 +72,17 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks a directory or one file; what is wrong is in the report, not raised.
+    """Checks data (sources.sources_of); what is wrong is in the report, not raised.
 
     With the folder of the tokenizer's model, its tokens are kept (cache.py).
     """
     report = Report()
     try:
-        train, valid = sources_of(path)
+        train, valid = sources_of(data)
         if tokenizer is None:
-            report.format, report.n_train = count(train, options)
-            report.n_valid = count(valid, options)[1] if valid else 0
+            report.formats = dict(count(train, options))
+            report.format, report.n_train = format_of(report.formats), sum(report.formats.values())
+            report.n_valid = count(valid, options).total() if valid else 0
             return report
         read = Reading(tokenizer, options, model_dir, on_event)
         samples = read.samples(train)
@@ -93,15 +95,16 @@ def inspect(
         rows = [samples.row(i) for i in range(min(n_preview, len(samples)))]
         report.previews = _previews(rows, read.encoder)
         notes = samples.notes()
+        report.formats = dict(notes.formats)
         report.samples, report.trained_turns = len(samples), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
         report.duplicates = duplicates(samples)
-        data, others = dataset.parts(train, valid, read)
-        for name, value in data.counts.items():
+        found, others = dataset.parts(train, valid, read)
+        for name, value in found.counts.items():
             setattr(report, name, value)
         if valid is None and others is not None:
-            report.n_train, report.n_valid = data.n_rows, others.n_rows
-        report.remarks = dataset.remarks(path, data, others, train, valid)
+            report.n_train, report.n_valid = found.n_rows, others.n_rows
+        report.remarks = dataset.remarks(data, found, others, train, valid)
         for source in (train, *([valid] if valid else [])):
             read.check(source)
     except InputError as error:

@@ -56,7 +56,8 @@ class Notes:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Notes":
-        return cls(**{**values, **{name: Counter(values[name]) for name in ("ignored", "formats")}})
+        counts = {name: Counter(values[name]) for name in ("ignored", "formats")}
+        return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
         """A sentence for each finding, with its count and first row."""

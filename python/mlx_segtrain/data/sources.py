@@ -232,12 +232,12 @@ def _in_place(place: Path) -> tuple[Source, Source | None]:
     if (place / "state.json").is_file():  # one split of `save_to_disk`
         return Files(_saved(place, "")), None
     for folder in (place, place / "data"):  # as repositories of data sets have it
-        if train := _split(place, folder, "train"):
-            valid = _split(place, folder, "valid")
+        if train := split_in(place, folder, "train"):
+            valid = split_in(place, folder, "valid")
             return Files(train), Files(valid) if valid else None
     others = [path for path in rows_in(place) if _stem(path) not in SPLITS["valid"]]
     if len(others) == 1:
-        valid = _split(place, place, "valid")
+        valid = split_in(place, place, "valid")
         return Files({others[0].name: others[0]}), Files(valid) if valid else None
     raise InputError(
         f"{place} has no file train.jsonl, nor one of another format; put the training rows there "
@@ -256,7 +256,7 @@ def _stem(path: Path) -> str:
     return path.name[: path.name.lower().rindex(str(format_of(path)))]
 
 
-def _split(place: Path, folder: Path, split: str) -> dict[str, Path]:
+def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
     """The files of a split in a folder, by their names from `place`; InputError if several could be
     it."""
     found: dict[str, list[Path]] = {}

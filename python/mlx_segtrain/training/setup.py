@@ -14,8 +14,8 @@ import numpy as np
 from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, Options, Prompting, batches
-from ..data.dataset import Reading, parts, remarks
+from ..data import Dataset, Options, Prompting, batches, load_dataset
+from ..data.dataset import remarks
 from ..data.encoding import sequences
 from ..data.sources import Source
 from ..errors import InputError
@@ -123,7 +123,7 @@ def read_inputs(
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
     how = (tokenizer, Options.of(config), config.model_dir, on_event)
-    train, valid = parts(*sources, Reading(*how))
+    train, valid = load_dataset(sources, *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
