@@ -119,8 +119,8 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows and, if there are some, validation rows; raises InputError.
 
-    `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens are kept
-    (cache.py). `on_event` is told how far that is.
+    `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens
+    are kept (cache.py). `on_event` is told how far that is.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
