@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from mlx_segtrain import __version__
-from mlx_segtrain.commands.adapters import add_commands
+from mlx_segtrain.commands import adapters, cache
 from mlx_segtrain.config import (
     FACETS,
     TrainConfig,
@@ -29,6 +29,9 @@ from mlx_segtrain.config import (
 from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import choices, is_list, kind
 from mlx_segtrain.torchless import hide_torch
+
+if TYPE_CHECKING:
+    from mlx_segtrain.commands.terminal import Terminal
 
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
@@ -155,7 +158,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
     )
 
-    add_commands(command)
+    adapters.add_commands(command)
+    cache.add_commands(command)
 
     added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
     added.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL", help="its folder")
@@ -375,12 +379,15 @@ def _inspect(args: argparse.Namespace) -> int:
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
-    report = inspect(
-        config.data_dir,
-        load_tokenizer(config.model_dir) if "model_dir" in args else None,
-        replace(Options.of(config), method=config.method if "method" in args else None),
-        n_preview=args.rows,
-    )
+    with _shown_aside() as show:
+        report = inspect(
+            config.data_dir,
+            load_tokenizer(config.model_dir) if "model_dir" in args else None,
+            replace(Options.of(config), method=config.method if "method" in args else None),
+            n_preview=args.rows,
+            model_dir=config.model_dir if "model_dir" in args else None,
+            on_event=show,
+        )
     if not report.ok and not args.json:
         raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import answer, show_report
@@ -389,13 +396,23 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0 if report.ok else 2
 
 
+def _shown_aside() -> Terminal:
+    """What shows events where the output is an answer."""
+    from rich.console import Console
+
+    from mlx_segtrain.commands.terminal import Terminal
+
+    return Terminal(Console(stderr=True, highlight=False))
+
+
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
     from mlx_segtrain.commands.terminal import answer, show_evaluation
     from mlx_segtrain.training import evaluate
 
     adapter = config.adapter_path if "adapter_path" in args else None
-    result = evaluate(config, adapter, split=args.split)
+    with _shown_aside() as show:
+        result = evaluate(config, adapter, split=args.split, on_event=show)
     return answer(result, show_evaluation, args.json)
 
 

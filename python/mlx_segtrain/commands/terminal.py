@@ -309,7 +309,7 @@ def show_converted(done: conversion.Converted) -> None:
     print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
 
 
-def _wide() -> Console:
+def wide() -> Console:
     """A console that breaks no name where there is no terminal to fit into."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
@@ -327,7 +327,7 @@ def show_fold(report: folding.Report) -> None:
         style = "bold red" if own in swallowed else ""
         row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
         table.add_row(escape(own.path), *row, style=style)
-    _wide().print(table)
+    wide().print(table)
     print(f"model    {report.path}, {report.size / 1e9:.2f} GB")
     print(f"copied   {report.untouched:,} tensors as they were")
     print(f"lost     {report.lost:.1%} of the update")
@@ -355,7 +355,7 @@ def show_adapters(found: Sequence[discovery.Found]) -> None:
         row.append(f"{own.size / 1e6:.1f}")
         table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
     if table.rows:
-        _wide().print(table)
+        wide().print(table)
     else:
         print("no adapters here")
     for own in found:
