@@ -132,20 +132,20 @@ class Page(HTMLParser):
 def test_a_page_to_pass_on(tmp_path):
     """What a row, a column or a name of a file holds stays text."""
     evil = "<script>alert(1)</script><img src=x onerror=y>"
-    row = {"prompt": evil, "completion": f"fine {evil} & done", evil: 1}
+    row = {"prompt": evil, "completion": f"fine {evil} & " + "W" * 300, evil: 1}
     path = write(tmp_path / "<b>&.jsonl", row, row)
-    report = inspect(path, byte_level(), Options(max_seq_length=40))
-    write_report(tmp_path / "a.html", report, path, 40)
+    report = inspect(path, byte_level(), Options(max_seq_length=200))
+    write_report(tmp_path / "a.html", report, path, 200)
     page = Page((tmp_path / "a.html").read_text())
     assert not {"script", "img", "b", "link", "iframe"} & page.names
     assert not {"src", "href", "onerror"} & {name for name, _ in page.attributes}
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
     for word in (evil, "<b>&.jsonl:1", "Equal to an earlier row"):
         assert word in page.text
-    assert "mark" in page.names and "41 to" in page.text
+    assert "mark" in page.names and "201 to" in page.text
     bad = inspect(write(tmp_path / "bad.jsonl", {evil: 1}))
-    write_report(tmp_path / "b.html", bad, None, 40)
+    write_report(tmp_path / "b.html", bad, None, 200)
     page = Page((tmp_path / "b.html").read_text())
     assert evil[:20] in page.text and "script" not in page.names
     with pytest.raises(InputError, match="cannot be written"):
-        write_report(tmp_path / "no" / "a.html", report, path, 40)
+        write_report(tmp_path / "no" / "a.html", report, path, 200)
