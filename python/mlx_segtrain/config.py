@@ -29,9 +29,9 @@ from mlx_segtrain.fields import (
     Int,
     LayerCount,
     Name,
-    Resume,
     SegmentSize,
     Share,
+    Switch,
     Variables,
     choices,
     is_list,
@@ -177,6 +177,15 @@ class TrainConfig(BaseModel):
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
     """Rows in a forward and backward pass."""
+    packing: Switch = option(
+        False,
+        DATA | SIZE | CARD,
+        title="Pack rows",
+        methods=("sft",),
+        values="true, false or auto",
+    )
+    """Fill each row with as many rows of the data as max_seq_length has room for; none sees the
+    others. batch_size then counts filled rows. auto does so where it is faster."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD, title="Gradient accumulation, batches", ge=1
     )
@@ -209,7 +218,7 @@ class TrainConfig(BaseModel):
     adapter is written with each."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
     """Newest of these checkpoints to keep."""
-    resume: Resume = option(False, ELSEWHERE | FREE, values="true, false or auto")
+    resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
     """Go on from the newest whole checkpoint in adapter_path; auto begins if there is none."""
     on_spike: Literal["warn", "skip", "stop"] = option(
         "warn", OPTIMIZER | WARN, title="At a loss spike"

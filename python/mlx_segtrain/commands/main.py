@@ -291,6 +291,7 @@ def _share(text: str) -> float:
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
     from mlx_segtrain.commands.terminal import Terminal, duration
+    from mlx_segtrain.events import speed
     from mlx_segtrain.training import train
     from mlx_segtrain.training.curves import draw_run
 
@@ -318,7 +319,7 @@ def _train(args: argparse.Namespace) -> int:
             f"accuracy         {result.first_val_accuracy:.1%} -> {result.final_val_accuracy:.1%} "
             "of validation pairs"
         )
-    print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
+    print(f"speed            {speed(asdict(result))}")
     print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
     print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
     theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"

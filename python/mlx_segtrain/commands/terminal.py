@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_segtrain.data.notes import FINDINGS
-from mlx_segtrain.events import Event
+from mlx_segtrain.events import Event, speed
 
 if TYPE_CHECKING:
     from mlx_segtrain.adapters import conversion, discovery, folding
@@ -150,7 +150,7 @@ class Terminal:
         left_s = event["step_s"] * (self.iters - event["step"])
         accuracy = f"  accuracy {event['accuracy']:.0%}" if "accuracy" in event else ""
         status = (
-            f"loss {event['loss']:.4f}{accuracy}  {event['tokens_per_sec']:,.0f} tokens/s  "
+            f"loss {event['loss']:.4f}{accuracy}  {speed(event)}  "
             f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
         )
         self._bar.update(self._task, completed=event["step"], status=status)

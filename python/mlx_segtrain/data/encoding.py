@@ -27,13 +27,13 @@ class Options:
 
     max_seq_length: int = 512
     method: str | None = "sft"
-    data_format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
     train_on: str = "assistant"
     append_eos: bool = True
     prompt_format: str = "auto"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     strict: bool = False
+    data_format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
     val_split: float | Literal["auto"] = "auto"
     dedup: bool = False
     seed: int = 0

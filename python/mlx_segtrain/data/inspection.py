@@ -12,7 +12,7 @@ from . import dataset
 from .dataset import Reading
 from .encoding import Encoder, Options, sequences
 from .notes import FINDINGS
-from .samples import count
+from .samples import count, format_of
 from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
@@ -32,16 +32,17 @@ class Preview:
 class Report:
     """What `inspect` found.
 
-    `n_train` and `n_valid` count rows; lengths are in tokens before truncation, all of the training
-    file like the counts after them (None without a tokenizer). `duplicates` counts rows that are
-    equal to an earlier one. `remarks` say what is left out of both files or wrong with them,
-    `findings` name rows of the training file by what is wrong with them (notes.FINDINGS). `error`
-    is one sentence.
+    `n_train` and `n_valid` count rows, `formats` those of the training file by their form; lengths
+    are in tokens before truncation, all of the training file like the counts after them (None
+    without a tokenizer). `duplicates` counts rows that are equal to an earlier one. `remarks` say
+    what is left out of both files or wrong with them, `findings` name rows of the training file by
+    what is wrong with them (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True
     error: str | None = None
     format: str | None = None
+    formats: dict[str, int] = field(default_factory=dict)
     n_train: int = 0
     n_valid: int = 0
     length_min: int | None = None
@@ -79,8 +80,9 @@ def inspect(
     try:
         train, valid = sources_of(data)
         if tokenizer is None:
-            report.format, report.n_train = count(train, options)
-            report.n_valid = count(valid, options)[1] if valid else 0
+            report.formats = dict(count(train, options))
+            report.format, report.n_train = format_of(report.formats), sum(report.formats.values())
+            report.n_valid = count(valid, options).total() if valid else 0
             return report
         read = Reading(tokenizer, options, model_dir, on_event)
         samples = read.samples(train)
@@ -93,6 +95,7 @@ def inspect(
         rows = [samples.row(i) for i in range(min(n_preview, len(samples)))]
         report.previews = _previews(rows, read.encoder)
         notes = samples.notes()
+        report.formats = dict(notes.formats)
         report.samples, report.trained_turns = len(samples), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
         report.duplicates = duplicates(samples)

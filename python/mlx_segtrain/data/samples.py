@@ -7,7 +7,8 @@ max_seq_length is worked out when it is looked at, for all samples at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
@@ -49,17 +50,19 @@ def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterato
         yield record
 
 
-def count(source: Source, options: Options) -> tuple[str, int]:
-    """The format of a source's rows, or mixed, and their number, without tokens; InputError."""
+def count(source: Source, options: Options) -> Counter[str]:
+    """The number of a source's rows by their format, without tokens; InputError."""
     first: dict[str, str] = {}
-    n = sum(1 for block in source.blocks() for _ in records_of(block, options, first))
-    if not n:
+    records = (own for block in source.blocks() for own in records_of(block, options, first))
+    found = Counter(record.format for record in records)
+    if not found:
         raise InputError(f"{source.name} has no rows; put some there.")
-    return _format(first), n
+    return found
 
 
-def _format(first: dict[str, str]) -> str:
-    return next(iter(first)) if len(first) == 1 else "mixed"
+def format_of(formats: Collection[str]) -> str:
+    """The format of rows that are of these, or mixed."""
+    return next(iter(formats)) if len(formats) == 1 else "mixed"
 
 
 def check_method(first: dict[str, str], method: str | None) -> None:
@@ -318,7 +321,7 @@ class Samples:
     @property
     def format(self) -> str:
         """The format of the rows, or mixed."""
-        return _format(self.formats)
+        return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
         """The columns of all samples, of which the first `most` tokens are.
