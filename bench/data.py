@@ -134,7 +134,8 @@ def run(data: Path, model: str, iters: int) -> None:
         time.sleep(15)
         print(f"Ctrl-C while it tokenizes: {cut.interrupt():.2f} s")
         cut.end()
-        shutil.rmtree(cache)
+        blocks = len(list(cache.glob("tokens/*/*.arrow")))
+        print(f"  {blocks} blocks were done")
 
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         first = Watched(*how, cache=cache)
@@ -144,7 +145,7 @@ def run(data: Path, model: str, iters: int) -> None:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         tokenized = max(at for at, line in first.lines if "tokenizing" in line)
-        print(f"first start: tokens after {tokenized:.1f} s, first step after {step:.1f} s")
+        print(f"first start, which went on: tokens after {tokenized:.1f} s, first step after {step:.1f} s")
         print(f"  processor {cpu:.0f} s (all of the run), memory {first.peak / 1e9:.2f} GB")
         print(f"  first sign {begin:.1f} s; {read:.1f} s")
 
@@ -166,6 +167,9 @@ def run(data: Path, model: str, iters: int) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of nohup, and a run would have it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("make", "run"))
     parser.add_argument("--out", type=Path, default=Path("/tmp/bench-data"))

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -128,6 +128,7 @@ def _code() -> list[str]:
 def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
     samples = Samples(batches)
     check_method(samples.formats, options.method)
+    check_mixed(samples.formats)
     return samples
 
 
@@ -167,7 +168,7 @@ def _kept(place: Path) -> list["pa.RecordBatch"]:
         if [file.stat().st_size for file in files] != about["sizes"]:
             return []
         batches = [_mapped(file=file) for file in files]
-    except (OSError, ValueError, KeyError):  # pyarrow's ArrowInvalid is a ValueError
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's ArrowInvalid is a ValueError
         return []
     with suppress(OSError):
         os.utime(place / ABOUT)  # when it was last used
@@ -204,9 +205,7 @@ def _made(
         store = None if fault else place
         if fault:
             progress.warn(fault)
-        found: dict[int, pa.RecordBatch] = {}
-        while store is not None and (batch := _sound(_file(store, len(found)))) is not None:
-            found[len(found)] = batch
+        found = {} if store is None else dict(_sound(store))
         for batch in found.values():
             progress.skip(batch)
         try:
@@ -229,12 +228,11 @@ def _made(
     return batches
 
 
-def _sound(file: Path) -> "pa.RecordBatch | None":
-    """The batch of a file; None if it is not there, or torn."""
-    try:
-        return _mapped(file=file)
-    except (OSError, ValueError):
-        return None
+def _sound(place: Path) -> Iterator[tuple[int, "pa.RecordBatch"]]:
+    """The batches in a folder, by index, but for those that are torn."""
+    for file in place.glob("*.arrow"):
+        with suppress(OSError, ValueError):
+            yield int(file.stem), _mapped(file=file)
 
 
 def _all_done(
@@ -242,13 +240,18 @@ def _all_done(
     tokenizer: Tokenizer,
     options: Options,
     store: Path | None,
-    found: dict[int, "pa.RecordBatch"],
+    found: Mapping[int, "pa.RecordBatch"],
 ) -> Iterator[Done]:
-    """Blocks of a source that are not among the first, which have been found, as they are done.
+    """Blocks of a source that have not been found, as they are done.
 
     InputError for the first row with a fault: what comes before it is done first.
     """
-    start = len(found)
+    waiting = {
+        index: Done(index, own.size, own.n_rows, own.formats)
+        for index, own in ((index, Samples([batch])) for index, batch in found.items())
+    }
+    have = set(waiting)
+    start = next(index for index in count() if index not in have)
     last, why = None, None  # the block after which none is needed; a fault of the file
 
     def jobs() -> Iterator[tuple[int, Block, Path | None]]:
@@ -257,28 +260,27 @@ def _all_done(
             for index, block in enumerate(source.blocks(start), start):
                 if last is not None and index > last:
                     return
-                yield index, block, store and _file(store, index)
+                if index not in have:
+                    yield index, block, store and _file(store, index)
         except InputError as error:  # of the file; an earlier row may have one, too
             why = str(error)
 
     small = source.size is not None and source.size < LARGE
     if small or cores() == 1:
-        done_blocks = (tokenized(*job, tokenizer, options) for job in jobs())
+        made = (tokenized(*job, tokenizer, options) for job in jobs())
     else:
-        done_blocks = in_workers(jobs(), tokenizer, options, cores())
-    before: dict[int, Done] = {}
-    first = Samples(list(found.values())).formats
-    for done in done_blocks:
-        before[done.index] = done
-        while start in before:  # in order
-            own = before.pop(start)
-            _check(own, first)
-            first |= {**own.first, **first}
-            start += 1
+        made = in_workers(jobs(), tokenizer, options, cores())
+    checked, first = 0, {}
+    for done in made:
         if done.fault is None:
             yield done
         elif last is None or done.index < last:
             last = done.index
+        waiting[done.index] = done
+        while own := waiting.pop(checked, None):
+            _check(own, first)
+            first |= {**own.first, **first}
+            checked += 1
     if why is not None:
         raise InputError(why)
 

@@ -5,7 +5,6 @@ import pickle
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Pipe, wait
@@ -99,7 +98,10 @@ def in_workers(
                 yield busy[wire].take()  # type: ignore[index]
     finally:
         for worker in workers:
-            worker.end()
+            worker.process.kill()
+        for worker in workers:
+            worker.wire.close()
+            worker.process.wait()
 
 
 class _Worker:
@@ -144,9 +146,3 @@ class _Worker:
             f"a process that tokenizes was ended {how}: the same command goes on from what is "
             "done; if memory is short, let it use fewer processors (taskset)."
         )
-
-    def end(self) -> None:
-        with suppress(OSError):
-            self.wire.close()
-        self.process.kill()
-        self.process.wait()
