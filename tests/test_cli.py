@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
-from unittest.mock import Mock, create_autospec
+from unittest.mock import ANY, Mock, create_autospec
 
 import pytest
 
@@ -143,7 +143,11 @@ def changed(method: str) -> dict[str, Any]:
         "eval_command": "score {adapter}",
         "append_eos": False,
         "prompt_format": "raw",
+        "data_format": "alpaca",
+        "columns": {"prompt": "query"},
         "chat_template_kwargs": {"enable_thinking": False},
+        "val_split": 0.25,
+        "dedup": True,
         "strict": True,
         "overwrite": True,
     }
@@ -369,7 +373,7 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     config, adapter = evaluate.call_args.args
     assert (config.model_dir, config.data_dir, adapter) == (Path("m"), Path("d"), None)
     assert (config.max_seq_length, config.append_eos) == (99, False)
-    assert evaluate.call_args.kwargs == {"split": "train"}
+    assert evaluate.call_args.kwargs["split"] == "train"
     assert cli.main([*argv, "--adapter-path", "a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == 7.389
     assert evaluate.call_args.args[1] == Path("a")
@@ -423,6 +427,8 @@ def test_inspect_gives_its_flags_to_the_data_module(
         tokenizer,
         data.Options(512, None, "last", append_eos=False),
         n_preview=0,
+        model_dir=Path("."),
+        on_event=ANY,
     )
     load.assert_called_once_with(Path("."), eos_token_ids=[7, 8])
 

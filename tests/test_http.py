@@ -134,7 +134,7 @@ def test_inspect_shows_what_is_trained(server):
     (row,) = found["previews"]
     assert "".join(text for text, trained, _ in row["tokens"] if trained) == "1<|im_end|>"
     assert found["tokens"] > found["supervised_tokens"] > 0
-    nothing = {"path": str(server.cwd)}
+    nothing = {"path": str(server.cwd / "model")}
     answer = server.http.post("/api/finetune/inspect-dataset", json=nothing)
     assert answer.status_code == 200
     assert {"ok": False, "format": "unknown", "n_train": 0}.items() <= answer.json().items()
@@ -176,7 +176,7 @@ def test_the_schema_is_the_command_line_s(server):
         ({"model_dir": None}, 422, ("model_dir",)),
         ({"model_dir": "/etc"}, 403, ("/etc", "--root")),
         ({"adapter_path": "/root/x"}, 403, ("--root",)),
-        ({"data_dir": "nowhere"}, 400, ("no train.jsonl",)),
+        ({"data_dir": "nowhere"}, 400, ("does not exist: give a file or a folder",)),
     ],
 )
 def test_bad_runs_are_refused_in_a_sentence(server, change, status, words):

@@ -20,6 +20,7 @@ from mlx_segtrain.fields import (
     MOST,
     PLAIN,
     Budget,
+    Columns,
     Directory,
     Distinct,
     Effect,
@@ -29,6 +30,7 @@ from mlx_segtrain.fields import (
     LayerCount,
     Name,
     SegmentSize,
+    Share,
     Switch,
     Variables,
     choices,
@@ -42,6 +44,21 @@ Method = Literal["sft", "dpo", "orpo", "simpo"]
 #: What a row is: a sequence, or a pair of them; and for each method what it trains.
 Rows = Literal["single", "pair"]
 ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
+#: The forms that rows come in (data/formats.py), which are told apart by their keys.
+DataFormat = Literal[
+    "auto",
+    "preference",
+    "kto",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "alpaca",
+    "instruction-response",
+    "question-answer",
+    "prompt-response",
+    "input-output",
+    "text",
+]
 
 #: Facets that several fields have in common.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
@@ -69,8 +86,10 @@ class TrainConfig(BaseModel):
 
     model_dir: Directory = option(..., ELSEWHERE | FREE)
     """Directory of the base model, as mlx-lm reads it."""
-    data_dir: Directory = option(..., ELSEWHERE | FREE)
-    """Directory with train.jsonl and, for validation, valid.jsonl."""
+    data_dir: Directory | None = option(None, ELSEWHERE | FREE)
+    """Directory with train.jsonl and, for validation, valid.jsonl, or files of the same names in
+    another format (docs/data.md); or one file of training rows. Needed, but where Python gives the
+    rows."""
     adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
     method: Method = option("sft", FIRST | ALL | CARD)
@@ -171,8 +190,8 @@ class TrainConfig(BaseModel):
         1, OPTIMIZER | SIZE | CARD, title="Gradient accumulation, batches", ge=1
     )
     """Batches whose gradients are summed into an optimizer step."""
-    seed: Int = option(0, OPTIMIZER | CARD, ge=0)
-    """Seed of the row order and of the LoRA initialization."""
+    seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
+    """Seed of the row order, of the LoRA initialization, and of the rows that val_split takes."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
     """Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, which is faster
     and adds up in any order."""
@@ -237,6 +256,13 @@ class TrainConfig(BaseModel):
     )
     """Command that scores every evaluation's adapter: {adapter} in it is a copy's directory, and
     the last line it prints a number or a JSON object of numbers."""
+    data_format: DataFormat = option("auto", DATA, title="Format of the rows")
+    """Form of the rows; auto tells it for each row by its columns (docs/data.md)."""
+    columns: Columns = option(
+        {}, DATA, title="Columns", values="a JSON object of names, none of which is given twice"
+    )
+    """Columns of the data by what they are here, such as {"prompt": "query", "completion":
+    "reply"}."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
         DATA,
@@ -259,6 +285,16 @@ class TrainConfig(BaseModel):
     )
     """Variables of the chat template, such as {"enable_thinking": false}; a row may have its own.
     Generation with the adapter uses them too."""
+    val_split: Share = option(
+        "auto",
+        DATA,
+        title="Held out for validation",
+        values="auto, a share below 1, or a number of rows",
+    )
+    """Training rows that are held out for validation where there is no file for it, by their
+    content; 0 is none, auto a twentieth of more than 100 rows, at most 500."""
+    dedup: bool = option(False, DATA, title="Leave out repeated rows")
+    """Leave out training rows that are equal to an earlier one."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
     """Refuse data of which the chat template loses a part, or leaves a trained turn without a token
     that stops generation; otherwise such rows are counted and reported."""

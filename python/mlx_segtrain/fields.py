@@ -103,6 +103,12 @@ def _all_or_last(value: int) -> int:
     return value
 
 
+def _share(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("neither a share nor a number of rows")
+    return value
+
+
 def _distinct(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("a name stands twice")
@@ -141,6 +147,13 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _mapping(values: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(name, str) and name for name in (*values, *values.values())):
+        raise ValueError("a name is not a text")
+    _distinct([*values.values()])
+    return values
+
+
 Directory = Annotated[Path, BeforeValidator(_expand)]
 #: Of MLX's sizes, which are C++'s int.
 MOST = 2**31 - 1
@@ -149,9 +162,11 @@ Float = Annotated[float, BeforeValidator(_not_bool)]
 Name = Annotated[str, Field(min_length=1)]
 Distinct = AfterValidator(_distinct)
 Variables = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_variables)]
+Columns = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_mapping)]
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
+Share = Literal["auto"] | Annotated[Float, Field(ge=0), AfterValidator(_share)]
 Switch = bool | Literal["auto"]
 
 

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from mlx_segtrain import __version__
-from mlx_segtrain.commands.adapters import add_commands
+from mlx_segtrain.commands import adapters, cache
 from mlx_segtrain.config import (
     FACETS,
     TrainConfig,
@@ -29,6 +29,9 @@ from mlx_segtrain.config import (
 from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import choices, is_list, kind
 from mlx_segtrain.torchless import hide_torch
+
+if TYPE_CHECKING:
+    from mlx_segtrain.commands.terminal import Terminal
 
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
@@ -130,9 +133,16 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
-    added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
-    add_flags(added, ("model_dir", *affecting("rows")))
+    added.add_argument("path", type=Path, metavar="PATH", help="a folder or file (docs/data.md)")
+    more = ("batch_size", "grad_accumulation_steps")
+    add_flags(added, ("model_dir", *affecting("rows"), *more))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
+    added.add_argument(
+        "--step-seconds", type=_seconds, metavar="X", help="what a step takes, as probe measures it"
+    )
+    added.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that can be passed on"
+    )
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
@@ -155,7 +165,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
     )
 
-    add_commands(command)
+    adapters.add_commands(command)
+    cache.add_commands(command)
 
     added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
     added.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL", help="its folder")
@@ -252,6 +263,16 @@ def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
     """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
     given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
     return load_config(getattr(args, "config", None), given | fill)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return seconds
 
 
 def _count(least: int) -> Callable[[str], int]:
@@ -376,18 +397,37 @@ def _inspect(args: argparse.Namespace) -> int:
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
-    report = inspect(
-        config.data_dir,
-        load_tokenizer(config.model_dir) if "model_dir" in args else None,
-        replace(Options.of(config), method=config.method if "method" in args else None),
-        n_preview=args.rows,
-    )
+    with _shown_aside() as show:
+        report = inspect(
+            config.data_dir,
+            load_tokenizer(config.model_dir) if "model_dir" in args else None,
+            replace(Options.of(config), method=config.method if "method" in args else None),
+            n_preview=args.rows,
+            batch_size=config.batch_size,
+            accumulation=config.grad_accumulation_steps,
+            step_s=args.step_seconds,
+            model_dir=config.model_dir if "model_dir" in args else None,
+            on_event=show,
+        )
     if not report.ok and not args.json:
         raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import answer, show_report
 
+    if args.html is not None:
+        from mlx_segtrain.commands.leaflet import write_report
+
+        write_report(args.html, report, config.data_dir, config.max_seq_length)
     answer(report, show_report, args.json)
     return 0 if report.ok else 2
+
+
+def _shown_aside() -> Terminal:
+    """What shows events where the output is an answer."""
+    from rich.console import Console
+
+    from mlx_segtrain.commands.terminal import Terminal
+
+    return Terminal(Console(stderr=True, highlight=False))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -396,7 +436,8 @@ def _eval(args: argparse.Namespace) -> int:
     from mlx_segtrain.training import evaluate
 
     adapter = config.adapter_path if "adapter_path" in args else None
-    result = evaluate(config, adapter, split=args.split)
+    with _shown_aside() as show:
+        result = evaluate(config, adapter, split=args.split, on_event=show)
     return answer(result, show_evaluation, args.json)
 
 

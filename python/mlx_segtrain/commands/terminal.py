@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -70,6 +71,8 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._reading: TaskID | None = None
+        self._told = 0.0
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -114,12 +117,33 @@ class Terminal:
             self._train(event)
 
     def _stage(self, event: Event) -> None:
+        if "rows_per_s" in event:
+            return self._read(event)
+        if self._reading is not None:
+            self._bar.remove_task(self._reading)
+            self._reading = None
         if event["stage"] == "train":
             self.iters = event["iters"]
             done = event["step"]
             self._task = self._bar.add_task("train", total=self.iters, completed=done, status="")
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
+
+    def _read(self, event: Event) -> None:
+        """Rows that are tokenized: a bar, or a line every ten seconds."""
+        share, now = event["share"], time.monotonic()
+        if not self.console.is_terminal:
+            if now - self._told > 10:
+                self._told = now
+                self._line(event["message"])
+            return
+        if self._reading is None:
+            self._reading = self._bar.add_task("data", total=share and 100, status="")
+        status = f"%  {event['rows']:,} rows  {event['rows_per_s']:,.0f} rows/s"
+        if share:
+            left_s = event["left_s"]
+            status += f"  {duration(left_s)} left"
+        self._bar.update(self._reading, completed=int(100 * (share or 0)), status=status)
 
     def _train(self, event: Event) -> None:
         assert self._task is not None  # the stage `train` comes before its metrics
@@ -148,7 +172,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     """Print what a data set trains; its first rows token by token where a tokenizer was given."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
-    line(f"format   {report.format}")
+    line(f"format   {formats(report)}")
     line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
     if report.samples is not None:
         line(f"samples  {report.samples:,}, with {report.trained_turns:,} trained turns")
@@ -164,6 +188,14 @@ def show_report(report: Report, console: Console | None = None) -> None:
         f"median {report.length_median}, 95 % have at most {report.length_p95}"
     )
     line(f"tokens   {report.tokens:,} to run, {report.supervised_tokens:,} of them in the loss")
+    for row in bars(report):
+        line(f"         {row}")
+    if report.longest:
+        line(f"longest  {', '.join(f'{place} ({n:,} tokens)' for place, n in report.longest)}")
+    for name, text in epochs(report).items():
+        line(f"{name:8} {text}")
+    if report.duplicates:
+        line(f"equal    {report.duplicates:,} rows are equal to an earlier one (see --dedup)")
     line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
     for sentence in report.remarks:
         line(f"warning: {sentence}")
@@ -183,6 +215,46 @@ def show_report(report: Report, console: Console | None = None) -> None:
         for sentence in preview.findings:
             line(f"warning: {sentence}")
         line(_coloured(preview) if console.is_terminal else _marked(preview))
+
+
+def formats(report: Report) -> str:
+    """The format of a data set's rows, or several with their counts."""
+    if len(report.formats) < 2:
+        return str(report.format)
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
+
+
+def bars(report: Report, width: int = 40) -> list[str]:
+    """A line for each range of lengths: from, to, a bar, and how many samples have them."""
+    if not report.histogram:
+        return []
+    most = max(own.count for own in report.histogram)
+    ends = len(f"{report.histogram[-1].last:,}")
+    return [
+        f"{x.first:>{ends},} to {x.last:>{ends},} {_bar(x.count / most * width)} {x.count:,}"
+        for x in report.histogram
+    ]
+
+
+def _bar(length: float) -> str:
+    """As long as that, in eighths of a character."""
+    whole, rest = divmod(round(length * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
+
+
+def epochs(report: Report) -> dict[str, str]:
+    """What an epoch takes, as the rows are and packed, in words."""
+    said = {}
+    if (own := report.epoch) is not None:
+        said["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
+        if own.seconds is not None:
+            said["epoch"] += f", about {duration(own.seconds)}"
+    if (own := report.packed) is not None:
+        said["packed"] = (
+            f"{own.steps:,.6g} steps, {own.rows:,} rows that are {1 - own.unused:.1%} full (see "
+            "--packing)"
+        )
+    return said
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
@@ -285,7 +357,7 @@ def show_converted(done: conversion.Converted) -> None:
     print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
 
 
-def _wide() -> Console:
+def wide() -> Console:
     """A console that breaks no name where there is no terminal to fit into."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
@@ -303,7 +375,7 @@ def show_fold(report: folding.Report) -> None:
         style = "bold red" if own in swallowed else ""
         row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
         table.add_row(escape(own.path), *row, style=style)
-    _wide().print(table)
+    wide().print(table)
     print(f"model    {report.path}, {report.size / 1e9:.2f} GB")
     print(f"copied   {report.untouched:,} tensors as they were")
     print(f"lost     {report.lost:.1%} of the update")
@@ -331,7 +403,7 @@ def show_adapters(found: Sequence[discovery.Found]) -> None:
         row.append(f"{own.size / 1e6:.1f}")
         table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
     if table.rows:
-        _wide().print(table)
+        wide().print(table)
     else:
         print("no adapters here")
     for own in found:

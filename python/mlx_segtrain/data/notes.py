@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from .chat import Sample
-
 #: Findings about a trained turn, as the end of a sentence that begins with their count.
 FINDINGS = {
     "text": "text of the row is missing from what the chat template renders",
@@ -22,12 +20,13 @@ MOST_NAMED = 20
 
 @dataclass
 class Notes:
-    """Counts over one file.
+    """Counts over the rows of one source.
 
     `rows` were read and gave `samples`, which have `turns` trained turns. `findings` counts samples
     by finding and `where` names the first of their rows; `ignored` counts rows by a key that
-    nothing reads; `repeated` counts pairs whose sides began with the prompt again. `prompt_format`
-    is chat or raw if there are plain prompts.
+    nothing reads; `repeated` counts pairs whose sides began with the prompt again, `unwanted` rows
+    whose label is false, `formats` rows by their form. `prompt_format` is chat or raw if there are
+    plain prompts.
     """
 
     rows: int = 0
@@ -37,17 +36,28 @@ class Notes:
     where: dict[str, list[str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
+    unwanted: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
     prompt_format: str | None = None
 
-    def add(self, sample: Sample) -> None:
-        """Counts a sample."""
-        self.samples += 1
-        self.turns += sample.turns
-        self.findings.update(sample.findings)
-        for name in sample.findings:
-            named = self.where.setdefault(name, [])
-            if len(named) < MOST_NAMED and sample.source not in named[-1:]:
-                named.append(sample.source)
+    def add(self, other: "Notes") -> None:
+        """Counts what another one counts of rows; samples have been counted in neither."""
+        self.rows += other.rows
+        self.ignored += other.ignored
+        self.repeated += other.repeated
+        self.unwanted += other.unwanted
+        self.formats += other.formats
+        self.prompt_format = other.prompt_format or self.prompt_format
+
+    def of_rows(self) -> dict[str, Any]:
+        """What `add` adds, for a file; `Notes.read` reads it."""
+        names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Notes":
+        counts = {name: Counter(values[name]) for name in ("ignored", "formats")}
+        return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
         """A sentence for each finding, with its count and first row."""
@@ -68,6 +78,8 @@ class Notes:
                 f"in {self.repeated:,} pairs both sides began with the prompt again: it is used "
                 "once"
             )
+        if self.unwanted:
+            said.append(f"{self.unwanted:,} rows with a label of false are left out")
         return said
 
     def as_json(self) -> dict[str, Any]:
@@ -82,5 +94,7 @@ class Notes:
             },
             "ignored_columns": dict(self.ignored),
             "repeated_prompts": self.repeated,
+            "rows_labelled_false": self.unwanted,
+            "formats": dict(self.formats),
             "prompt_format": self.prompt_format,
         }

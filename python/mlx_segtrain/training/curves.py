@@ -46,7 +46,7 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
     """The curves of a run that is over; it is not lost for want of a picture."""
-    title = f"{config.model_dir.name} on {config.data_dir.name}"
+    title = config.model_dir.name + (f" on {config.data_dir.name}" if config.data_dir else "")
     try:
         draw(config.adapter_path / "metrics.jsonl", title, OBJECTIVES[config.method].unit)
     except Exception as error:

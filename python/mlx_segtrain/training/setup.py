@@ -18,6 +18,7 @@ from ..data import Dataset, Options, Prompting, batches, batches_in_epoch, load_
 from ..data.batching import described
 from ..data.dataset import remarks
 from ..data.encoding import sequences
+from ..data.sources import Source
 from ..errors import InputError
 from ..files import clean
 from ..lora import ARRAYS, KINDS, Adapter
@@ -37,12 +38,14 @@ from .references import with_references
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
+    """What is read before a model is loaded. `config` has the steps that its epochs come to;
+    `remarks` say in sentences what of the data is left out or wrong."""
 
     config: TrainConfig
     tokenizer: Any
     train: Dataset
     valid: Dataset | None
+    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,10 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
 
 
 def read_inputs(
-    config: TrainConfig, on_event: events.OnEvent, resumed: Checkpoint | None = None
+    config: TrainConfig,
+    sources: tuple[Source, Source | None],
+    on_event: events.OnEvent,
+    resumed: Checkpoint | None = None,
 ) -> Inputs:
     """InputError for data that cannot be used. What `auto` leaves open is decided, as it was in the
     run that is resumed."""
@@ -122,14 +128,16 @@ def read_inputs(
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
-    train, valid = load_dataset(config.data_dir, tokenizer, Options.of(config))
+    how = (tokenizer, Options.of(config), config.model_dir, on_event)
+    train, valid = load_dataset(sources, *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
-                f"{option} needs a validation loss, and {config.data_dir} has no valid.jsonl: add "
-                "one, or leave the option out."
+                f"{option} needs a validation loss, and the data has no validation rows: add a "
+                "file valid.jsonl, or leave the option out."
             )
-    for sentence in remarks(config.data_dir, train, valid):
+    said = remarks(config.data_dir, train, valid, *sources)
+    for sentence in said:
         on_event(events.warning(sentence))
     if config.packing == "auto":
         packs = resumed.record["config"].get("packing") if resumed else pays(config, train)
@@ -137,7 +145,7 @@ def read_inputs(
     if config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
         assert train is not None
-    return Inputs(with_iters(config, train), tokenizer, train, valid)
+    return Inputs(with_iters(config, train), tokenizer, train, valid, said)
 
 
 def prepare(
@@ -169,7 +177,7 @@ def prepare(
     if objective.reference is not None:
         with plan.limits():
             setup = _referenced(setup, on_event)
-    said = f"{config.data_dir}: {train.summary}; {described(train, config.batch_size)}"
+    said = f"{train.name}: {train.summary}; {described(train, config.batch_size)}"
     on_event(events.stage("data", 0.05, said))
     return setup, vector
 
@@ -252,7 +260,7 @@ def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
-    read = (config, inputs.tokenizer, inputs.train, inputs.valid)
+    read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
     loaded = (plan, model, chain, objective_of(config), adapter.scales, layout)
     return Setup(*read, *loaded), vector
 

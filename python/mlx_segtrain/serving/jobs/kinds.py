@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ... import events
 from ...errors import InputError
 from ...files import to_json
-from ..processes import NETWORK
+from ...processes import NETWORK
 
 if TYPE_CHECKING:
     from ...adapters.folding import Folded
@@ -78,7 +78,8 @@ def evaluate(values: Values) -> events.Event:
     adapter = values.get("adapter_path")
     config = load_config(None, {"adapter_path": "unused", **values})
     tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
-    result = evaluate(config, config.adapter_path if adapter else None, split=split)
+    adapter_path = config.adapter_path if adapter else None
+    result = evaluate(config, adapter_path, split=split, on_event=tell)
     return done(None, **asdict(result), split=split)
 
 
