@@ -8,7 +8,7 @@ import mlx_segtrain
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
-    *("errors", "files", "events", "torchless", "fields", "config", "safetensors"),
+    *("errors", "files", "events", "torchless", "fields", "config", "safetensors", "hub"),
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),
