@@ -1,10 +1,21 @@
 """Models by name: from a hub on this machine, broken off and continued, from the cache, and what
 cannot be had, in a sentence each."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
-from lib.folders import write_llama
-from mlx_segtrain import InputError, hub as hubs
+from lib.hub import etag
+from lib.runs import config_of
+from mlx_segtrain import InputError, load, train
+from mlx_segtrain import hub as hubs
+from mlx_segtrain.commands.main import main
+from mlx_segtrain.lora.folder import open_folder
+from mlx_segtrain.training import evaluate
 
 
 @pytest.fixture
@@ -58,7 +69,7 @@ def test_a_download_that_is_broken_off_is_continued(hub, tiny, home, monkeypatch
     with pytest.raises(Stop):
         hubs.model("org/tiny-4bit", stop)
     first = hub.sent
-    assert 0 < first and not list(home.rglob("model.safetensors"))
+    assert first > 0 and not list(home.rglob("model.safetensors"))
     told = []
     folder = hubs.model("org/tiny-4bit", told.append)
     assert (folder / "model.safetensors").read_bytes() == weights
@@ -79,7 +90,7 @@ def test_a_connection_that_ends_again_and_again(hub, tiny, monkeypatch):
 def test_a_connection_that_brings_nothing(hub, tiny, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda s: None)
     hub.breaks_after = 0
-    with pytest.raises(InputError, match="was broken off after 0.0 MB of 0.1 MB .*goes on from"):
+    with pytest.raises(InputError, match=r"was broken off after 0\.0 MB of 0\.1 MB .*goes on from"):
         hubs.model("org/tiny-4bit")
     assert len(hub.files_asked()) == hubs.TRIES
 
@@ -87,8 +98,6 @@ def test_a_connection_that_brings_nothing(hub, tiny, monkeypatch):
 def test_other_bytes_than_were_begun_are_seen(hub, tiny, home):
     blobs = home / "hub" / "models--org--tiny-4bit" / "blobs"
     blobs.mkdir(parents=True)
-    from lib.hub import etag
-
     begun = blobs / (etag(tiny.files["model.safetensors"]) + hubs.BEGUN)
     begun.write_bytes(b"wrong" * 100)
     with pytest.raises(InputError, match="is not the file that the hub describes"):
@@ -110,7 +119,7 @@ def test_offline(hub, tiny, home, monkeypatch):
 
 def test_without_a_network(hub, tiny, home, monkeypatch, cache):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(InputError, match="hub cannot be reached .*: look at the network"):
+    with pytest.raises(InputError, match=r"hub cannot be reached .*: look at the network"):
         hubs.model("org/tiny-4bit")
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     folder = hubs.model("org/tiny-4bit")
@@ -173,7 +182,7 @@ def test_a_disk_without_room(hub, tiny, home, monkeypatch):
     monkeypatch.setattr(hubs.shutil, "disk_usage", lambda path: usage)
     hubs.model("org/tiny-4bit", weights=False)
     usage.free = 200_000_100
-    with pytest.raises(InputError, match="needs .* more, and 200.0 MB are free where"):
+    with pytest.raises(InputError, match=r"needs .* more, and 200\.0 MB are free where"):
         hubs.model("org/tiny-4bit")
 
 
@@ -185,3 +194,69 @@ def test_which_texts_are_names(tmp_path, monkeypatch):
         assert str(hubs.named(text)) == text
     for text in ("x", "./org/x", "/org/x", "~/x", "../x/y", "a/b/c", "a/b@../x", "a/..", "a/b--c"):
         assert hubs.named(text) is None
+
+
+def test_a_run_by_name(hub, tiny, home, data, tmp_path, capsys):
+    argv = ["--data", data, "--adapter-path", tmp_path / "a", "--max-seq-length", "100"]
+    argv = ["train", *map(str, argv), "--model", "org/tiny-4bit"]
+    assert main([*argv, "--iters", "2"]) == 0
+    assert "downloading org/tiny-4bit: 0.1 MB of 0.1 MB" in capsys.readouterr().out
+    own = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert own["base_model_name_or_path"] == "org/tiny-4bit"
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["hub"] == {"model": f"org/tiny-4bit@{tiny.commit}"}
+    assert open_folder(tmp_path / "a").base_folder == hubs.model("org/tiny-4bit")
+    # The hub has a newer one, and so has the cache: a run stays with its own.
+    other = hub.add("org/tiny-4bit", {**tiny.files, "config.json": b"{}"})
+    (home / "hub" / "models--org--tiny-4bit" / "refs" / "main").write_text(other.commit)
+    assert main([*argv, "--iters", "3", "--resume"]) == 0
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["hub"] == record["hub"]
+    argv[-1] = "org/none"
+    assert main([*argv, "--overwrite"]) == 2
+    assert "org/none is neither a path here nor a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "--max-seq-length", "100", "--json"],
+        ["generate", "--prompt", "x", "--max-tokens", "1"],
+        ["inspect", "DATA", "--json"],
+        ["adapters", "DATA", "--json"],
+    ],
+)
+def test_commands_take_names(hub, tiny, home, data, capsys, command):
+    command = [str(data) if word == "DATA" else word for word in command]
+    assert main([*command, "--model", "org/tiny-4bit"]) == 0
+    said = capsys.readouterr()
+    assert "downloading org/tiny-4bit" in said.err and "downloading" not in said.out
+    weights = "model.safetensors" in hub.files_asked()
+    assert weights == (command[0] != "inspect")  # a tokenizer is enough
+
+
+def test_ctrl_c_ends_a_download_at_once_and_the_next_start_goes_on(hub, tiny, home):
+    hub.pause_s = 0.5
+    argv = ["generate", "--model", "org/tiny-4bit", "--prompt", "x", "--max-tokens", "1"]
+    command = [sys.executable, "-m", "mlx_segtrain.commands.main", *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while hub.sent < 40_000 and process.poll() is None:
+        time.sleep(0.01)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, process.stderr.read()
+    assert time.monotonic() - asked < 1
+    hub.pause_s = 0
+    assert (hubs.model("org/tiny-4bit") / "model.safetensors").is_file()
+    assert hub.sent < sum(map(len, tiny.files.values())) + 20_000
+
+
+def test_a_model_and_an_adapter_by_name_in_python(hub, tiny, home, llama4, data, tmp_path):
+    out = tmp_path / "a"
+    train(config_of("org/tiny-4bit", data, out, iters=1))
+    hub.add("me/mine", {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()})
+    told = []
+    load("org/tiny-4bit", "me/mine", told.append)
+    assert [event["message"] for event in told][-1].startswith("downloading me/mine: ")
+    warm = config_of("org/tiny-4bit", data, tmp_path / "b", warm_start="me/mine", iters=1)
+    assert train(warm).steps == 1
+    assert evaluate(config_of("org/tiny-4bit", data, out), "me/mine").rows == 6

@@ -28,6 +28,7 @@ from mlx_segtrain.fields import (
     Int,
     LayerCount,
     Name,
+    Place,
     Resume,
     SegmentSize,
     Variables,
@@ -43,6 +44,7 @@ Method = Literal["sft", "dpo", "orpo", "simpo"]
 Rows = Literal["single", "pair"]
 ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
 
+PLACES = "a path, or org/name or org/name@revision on the hub"
 #: Facets that several fields have in common.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
 SIZE, ALL = Facets(affects=("memory",)), Facets(affects=("memory", "loss", "rows"))
@@ -67,9 +69,9 @@ class TrainConfig(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    model_dir: Directory = option(..., ELSEWHERE | FREE)
-    """Directory of the base model, as mlx-lm reads it."""
-    data_dir: Directory = option(..., ELSEWHERE | FREE)
+    model_dir: Place = option(..., ELSEWHERE | FREE, flag="--model", values=PLACES)
+    """The base model, as mlx-lm reads it: its directory, or its name on the Hugging Face hub."""
+    data_dir: Place = option(..., ELSEWHERE | FREE, flag="--data")
     """Directory with train.jsonl and, for validation, valid.jsonl."""
     adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
@@ -92,9 +94,9 @@ class TrainConfig(BaseModel):
         -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
     """Layers that get adapters, counted from the last one; -1 is all."""
-    warm_start: Directory | None = option(None, ADAPTER | SIZE | FREE)
-    """Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, ranks and scale
-    are taken."""
+    warm_start: Place | None = option(None, ADAPTER | SIZE | FREE, values=PLACES)
+    """An adapter to go on from, ours, mlx-lm's or PEFT's: its directory, or its name on the hub.
+    Its linears, ranks and scale are taken."""
     iters: Int = option(
         100,
         FIRST | WARN | CARD,
@@ -392,7 +394,7 @@ def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]
 
 def flag(name: str) -> str:
     """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
+    return FACETS[name].flag or "--" + name.replace("_", "-")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from . import events, files
+from .config import TrainConfig
 from .errors import InputError
 
 Kind = Literal["model", "dataset"]
@@ -159,6 +160,26 @@ def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
         return "/" not in file and file.endswith((".safetensors", ".json"))
 
     return fetch(repository, wanted, tell)
+
+
+def located(
+    config: TrainConfig, tell: events.OnEvent = _nobody, earlier: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """A configuration whose names of the hub are folders of its cache.
+
+    `earlier` are the folders of the run that it goes on with: a name without a revision stays at
+    that run's commit.
+    """
+
+    def at(path: Path, part: str) -> Path:
+        before = origin((earlier or {}).get(part, ""))
+        same = before is not None and named(path) == Repository(before.id)
+        return Path(str(before)) if same else path
+
+    places = {"model_dir": model(at(config.model_dir, "model"), tell)}
+    if config.warm_start is not None:
+        places["warm_start"] = adapter(at(config.warm_start, "warm_start"), tell)
+    return config.model_copy(update=places)
 
 
 def fetch(
@@ -398,8 +419,8 @@ def _download(
             files.write_text(ref, commit)
     except _Unreachable as error:
         raise InputError(
-            f"{repository} was broken off after {amount(meter.there)} of {amount(total)} ({error}): "
-            "start again, which goes on from there."
+            f"{repository} was broken off after {amount(meter.there)} of {amount(total)} "
+            f"({error}): start again, which goes on from there."
         ) from None
 
 

@@ -50,8 +50,10 @@ class Hub:
 
     def files_asked(self) -> list[str]:
         """Names of the files whose content was asked for."""
-        return [path.split("/resolve/")[1].partition("/")[2]
-                for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]  # fmt: skip
+        asked = [path for method, path, _ in self.requests if method == "GET"]
+        return [
+            path.split("/resolve/")[1].partition("/")[2] for path in asked if "/resolve/" in path
+        ]
 
 
 def etag(content: bytes) -> str:

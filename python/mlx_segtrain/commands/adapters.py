@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.fields import place
 
 if TYPE_CHECKING:
     from mlx_segtrain.adapters.conversion import Converted
@@ -43,7 +44,7 @@ def add_commands(command: Callable[..., Any]) -> None:
         "--weights", type=float, nargs="+", metavar="X", help="one for each. Default: 1."
     )
     added.add_argument(
-        "--into", type=Path, metavar="MODEL", help="the base whose weights take them up"
+        "--into", type=place, metavar="MODEL", help="the base whose weights take them up"
     )
     added.add_argument(
         "--dequantize", action="store_true", help="with --into: write a model that is dense"
@@ -69,7 +70,18 @@ def add_commands(command: Callable[..., Any]) -> None:
 
 
 def _model(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--model-dir", type=Path, metavar="PATH", help=what)
+    parser.add_argument("--model", dest="model_dir", type=place, metavar="MODEL", help=what)
+
+
+def _found(model: Path | None) -> Path | None:
+    """The folder of a model that is named, if one is."""
+    if model is None:
+        return None
+    from mlx_segtrain import hub
+    from mlx_segtrain.commands.terminal import downloads
+
+    with downloads() as show:
+        return hub.model(model, show)
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -81,14 +93,14 @@ def _out(parser: argparse.ArgumentParser, what: str) -> None:
 def _export(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import export
 
-    how = {"model_dir": args.model_dir, "names": args.names, "dtype": args.dtype}
+    how = {"model_dir": _found(args.model_dir), "names": args.names, "dtype": args.dtype}
     return _answer(export(args.adapter, args.out, args.to, **how), args)
 
 
 def _import(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import import_
 
-    return _answer(import_(args.adapter, args.out, args.model_dir), args)
+    return _answer(import_(args.adapter, args.out, _found(args.model_dir)), args)
 
 
 def _answer(done: Converted, args: argparse.Namespace) -> int:
@@ -109,14 +121,15 @@ def _merge(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.merging import weighted
     from mlx_segtrain.commands.terminal import answer, show_fold
 
-    adapter = weighted(args.adapters, args.weights, args.into)
+    base = _found(args.into)
+    adapter = weighted(args.adapters, args.weights, base)
     how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype)}
-    return answer(fold(adapter, args.into, args.out, **how), show_fold, args.json)
+    return answer(fold(adapter, base, args.out, **how), show_fold, args.json)
 
 
 def _adapters(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.discovery import adapters
     from mlx_segtrain.commands.terminal import answer, show_adapters
 
-    found = adapters(args.roots or [Path(".")], args.model_dir)
+    found = adapters(args.roots or [Path(".")], _found(args.model_dir))
     return answer(found, show_adapters, args.json)

@@ -27,9 +27,10 @@ from mlx_segtrain.config import (
     nearest,
 )
 from mlx_segtrain.errors import InputError, RunError
-from mlx_segtrain.fields import choices, is_list, kind
+from mlx_segtrain.fields import choices, is_list, kind, place
 from mlx_segtrain.torchless import hide_torch
 
+MODEL = "its folder, or its name on the Hugging Face hub"
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 
@@ -90,7 +91,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         added = command(name, run, text)
         added.usage = (
             f"mlx-segtrain {name} [--config FILE] "
-            "[--model-dir PATH --data-dir PATH --adapter-path PATH] [FLAG ...]"
+            "[--model MODEL --data DATA --adapter-path PATH] [FLAG ...]"
         )
         added.add_argument(
             "--config",
@@ -158,7 +159,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     add_commands(command)
 
     added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
-    added.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL", help="its folder")
+    added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
         "--adapter", type=Path, metavar="DIR", help="adapter of requests that name none"
     )
@@ -234,7 +235,7 @@ def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -
         else:
             options["metavar"] = _metavar(name)
             options["nargs"] = "+" if is_list(field) else None
-        parser.add_argument(flag(name), help=text.replace("%", "%%"), **options)
+        parser.add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **options)
 
 
 def _metavar(name: str) -> str:
@@ -245,6 +246,8 @@ def _metavar(name: str) -> str:
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
         return "{" + ",".join(words) + "}"
+    if FACETS[name].flag:
+        return FACETS[name].flag.strip("-").upper()
     return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
 
 
@@ -316,7 +319,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
     print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
-    print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
+    print(f"use it: mlx-segtrain generate --model {model} --adapter-path {adapter} --prompt …")
     theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"
     print(f"    or: {theirs} {flags and flags + ' '}--prompt …")
     return 130 if result.interrupted else 0
@@ -324,9 +327,11 @@ def _train(args: argparse.Namespace) -> int:
 
 def _probe(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=UNUSED)
+    from mlx_segtrain.commands.terminal import downloads
     from mlx_segtrain.training import probe
 
-    result = probe(config)
+    with downloads() as show:
+        result = probe(config, show)
     print(f"resting memory   {result.resting_gb:.2f} GB")
     print(f"peak memory      {_peak(result)}")
     print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
@@ -352,10 +357,13 @@ def _peak(result: Any) -> str:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
-    from mlx_segtrain.commands.terminal import answer, show_plan
+    from mlx_segtrain.commands.terminal import answer, downloads, show_plan
+    from mlx_segtrain.hub import located
     from mlx_segtrain.planning import report
     from mlx_segtrain.planning.run import full_batch, plan_run
 
+    with downloads() as show:
+        config = located(config, show)
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
     if args.plot is not None:
@@ -372,12 +380,18 @@ def _inspect(args: argparse.Namespace) -> int:
         model_dir=getattr(args, "model_dir", UNUSED),
         adapter_path=UNUSED,
     )
+    from mlx_segtrain import hub
+    from mlx_segtrain.commands.terminal import downloads
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
+    tokenizer = None
+    if "model_dir" in args:
+        with downloads() as show:
+            tokenizer = load_tokenizer(hub.model(config.model_dir, show, weights=False))
     report = inspect(
         config.data_dir,
-        load_tokenizer(config.model_dir) if "model_dir" in args else None,
+        tokenizer,
         replace(Options.of(config), method=config.method if "method" in args else None),
         n_preview=args.rows,
     )
@@ -391,11 +405,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
-    from mlx_segtrain.commands.terminal import answer, show_evaluation
+    from mlx_segtrain.commands.terminal import answer, downloads, show_evaluation
     from mlx_segtrain.training import evaluate
 
     adapter = config.adapter_path if "adapter_path" in args else None
-    result = evaluate(config, adapter, split=args.split)
+    with downloads() as show:
+        result = evaluate(config, adapter, split=args.split, on_event=show)
     return answer(result, show_evaluation, args.json)
 
 
@@ -408,7 +423,10 @@ def _generate(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters import prompting_of
 
     adapter = config.adapter_path if "adapter_path" in args else None
-    model, tokenizer = mlx_segtrain.load(config.model_dir, adapter)
+    from mlx_segtrain.commands.terminal import downloads
+
+    with downloads() as show:
+        model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
     prompting = prompting_of(adapter)  # as the adapter was trained, where nothing else is asked for
     if "prompt_format" in args:
         prompting = replace(prompting, format=config.prompt_format)
@@ -451,9 +469,14 @@ def _serve(args: argparse.Namespace) -> int:
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'
         ) from None
+    from mlx_segtrain import hub
+    from mlx_segtrain.commands.terminal import downloads
+
+    with downloads() as show:
+        model_dir = None if args.model_dir is None else hub.model(args.model_dir, show)
     app.run(
         Settings(
-            model_dir=args.model_dir,
+            model_dir=model_dir,
             adapter=args.adapter,
             host=args.host,
             port=args.port,

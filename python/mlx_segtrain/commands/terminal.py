@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -64,12 +64,13 @@ class Terminal:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._part: TaskID | None = None  # of what a stage waits for
+        self._told = -1.0  # the share of it in the last line
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -117,8 +118,29 @@ class Terminal:
         if event["stage"] == "train":
             self.iters = event["iters"]
             done = event["step"]
-            self._task = self._bar.add_task("train", total=self.iters, completed=done, status="")
+            self._task = self._bar.add_task(
+                "train", total=self.iters, completed=done, status=f"{done}/{self.iters}"
+            )
+        if "share" in event:
+            self._wait(event)
+            return
         if event["stage"] != "done" and event.get("message"):
+            self._line(event["message"])
+
+    def _wait(self, event: Event) -> None:
+        """How far that is which a stage waits for: a bar, or a line for each tenth."""
+        share = event["share"]
+        if not self.console.is_terminal:
+            if share == 1 or not self._told <= share < self._told + 0.1:
+                self._told = share if share < 1 else -1.0
+                self._line(event["message"])
+            return
+        if self._part is None:
+            self._part = self._bar.add_task("", total=1.0, status="")
+        self._bar.update(self._part, completed=share, status=event["message"])
+        if share == 1:
+            self._bar.remove_task(self._part)
+            self._part = None
             self._line(event["message"])
 
     def _train(self, event: Event) -> None:
@@ -129,9 +151,17 @@ class Terminal:
             f"loss {event['loss']:.4f}{accuracy}  {event['tokens_per_sec']:,.0f} tokens/s  "
             f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
         )
-        self._bar.update(self._task, completed=event["step"], status=status)
+        step = f"{event['step']}/{self.iters}"
+        self._bar.update(self._task, completed=event["step"], status=f"{step}  {status}")
         if not self.console.is_terminal:
-            self._line(f"step {event['step']}/{self.iters}: {status}")
+            self._line(f"step {step}: {status}")
+
+
+@contextmanager
+def downloads() -> Iterator[Callable[[Event], None]]:
+    """Show what is downloaded, and no other event, where results are not."""
+    with Terminal(Console(stderr=True, highlight=False)) as show:
+        yield lambda event: show(event) if "share" in event else None
 
 
 def duration(seconds: float) -> str:
@@ -157,7 +187,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     elif report.prompt_format == "raw":
         line("prompts  are raw, without the chat template")
     if report.length_max is None:
-        line("give --model-dir to count tokens and to see which of them are trained")
+        line("give --model to count tokens and to see which of them are trained")
         return
     line(
         f"length   {report.length_min} to {report.length_max} tokens, "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import events
+from .. import events, hub
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
@@ -59,11 +59,16 @@ def evaluate(
     adapter_path: Path | None = None,
     *,
     split: Literal["valid", "train"] = "valid",
+    on_event: events.OnEvent | None = None,
 ) -> EvalResult:
     """Loss of a model, with an adapter or without, on a split of the configuration's data.
 
-    InputError for what cannot be read or does not fit.
+    `on_event` is told of what is downloaded. InputError for what cannot be read or does not fit.
     """
+    tell = on_event or (lambda event: None)
+    config = hub.located(config, tell)
+    if adapter_path:
+        adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
         train_file, valid_file = split_paths(config.data_dir)
         file = train_file if split == "train" else valid_file

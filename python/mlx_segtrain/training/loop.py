@@ -13,6 +13,7 @@ from .. import events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..errors import InputError, is_out_of_memory
+from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan
 from .clock import Clock
@@ -64,6 +65,7 @@ def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> Tr
     check_installed(config)
     start = check_output(config, warn)
     resumed, same = start.resumed, True
+    config = located(config, tell, resumed.record["folders"] if resumed else None)
     inputs = read_inputs(config, tell)
     config = inputs.config
     made_of = Record(config, resumed.record if resumed else None)

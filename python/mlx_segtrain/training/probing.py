@@ -11,6 +11,7 @@ import numpy as np
 from .. import events
 from ..config import TrainConfig
 from ..data import batches
+from ..hub import located
 from .policy import run_policy
 from .results import ProbeResult
 from .setup import prepare, read_inputs
@@ -24,7 +25,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
     """
     tell = on_event or (lambda event: None)
     with run_policy(config):
-        setup, vector = prepare(read_inputs(config, tell), tell)
+        setup, vector = prepare(read_inputs(located(config, tell), tell), tell)
         config = setup.config
         longest = np.argsort(-setup.train.columns.run, kind="stable")
         count = config.batch_size * config.grad_accumulation_steps

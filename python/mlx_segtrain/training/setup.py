@@ -19,6 +19,7 @@ from ..data.dataset import remarks
 from ..data.encoding import sequences
 from ..errors import InputError
 from ..files import clean
+from ..hub import title
 from ..lora import ARRAYS, KINDS, Adapter
 from ..lora.ranks import asked
 from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
@@ -113,7 +114,7 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
 
 def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
     """InputError for data that cannot be used."""
-    on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
+    on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
