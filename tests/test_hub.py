@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 from lib.hub import etag
 from lib.runs import config_of
-from mlx_segtrain import InputError, load, train
+from mlx_segtrain import InputError, files, load, train
 from mlx_segtrain import hub as hubs
 from mlx_segtrain.commands.main import main
 from mlx_segtrain.lora.folder import open_folder
@@ -179,7 +181,7 @@ def test_a_newer_commit_is_taken_where_the_cached_one_is_not_whole(hub, tiny, ll
 
 def test_a_disk_without_room(hub, tiny, home, monkeypatch):
     usage = type("Usage", (), {"free": 250_000_000})
-    monkeypatch.setattr(hubs.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     hubs.model("org/tiny-4bit", weights=False)
     usage.free = 200_000_100
     with pytest.raises(InputError, match=r"needs .* more, and 200\.0 MB are free where"):
@@ -260,3 +262,35 @@ def test_a_model_and_an_adapter_by_name_in_python(hub, tiny, home, llama4, data,
     warm = config_of("org/tiny-4bit", data, tmp_path / "b", warm_start="me/mine", iters=1)
     assert train(warm).steps == 1
     assert evaluate(config_of("org/tiny-4bit", data, out), "me/mine").rows == 6
+
+
+def test_convert(hub, home, llama, data, tmp_path, capsys):
+    hub.add("org/dense", llama)
+    out = tmp_path / "made"
+    argv = ["convert", "org/dense", "--bits", "8", "--group-size", "32", "--out", str(out)]
+    assert main(argv) == 0
+    assert f"model    {out}, 0.00 GB" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (8, 32)
+    tokens = mx.array([[1, 5, 9, 200]])
+    (made, _), (base, _) = load(out), load(llama)
+    apart = mx.abs(made(tokens) - base(tokens)).max()
+    assert 0 < apart < 0.05
+    assert train(config_of(out, data, tmp_path / "a", iters=1)).steps == 1
+    for again, reason in (
+        (argv, "is there already"),
+        (["convert", str(out), *argv[2:]], "already"),
+    ):
+        assert main(again) == 2 and reason in capsys.readouterr().err
+
+
+def test_what_cannot_be_converted(hub, home, llama, tmp_path, capsys, monkeypatch):
+    config = json.loads((llama / "config.json").read_text()) | {"model_type": "unheard"}
+    own = hub.add("org/odd", llama)
+    own.files["config.json"] = json.dumps(config).encode()
+    out = tmp_path / "made"
+    argv = ["convert", "org/odd", "--out", str(out)]
+    assert main(argv) == 2 and "Model type unheard not supported" in capsys.readouterr().err
+    assert list(tmp_path.glob("made*")) == list(tmp_path.glob(".made*")) == []
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    assert main(argv) == 2 and "takes 0.1 MB, and 0.0 MB are free" in capsys.readouterr().err

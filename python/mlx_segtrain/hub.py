@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -400,7 +399,7 @@ def _download(
     total = sum(sizes[name] for name in missing)
     parts = list((repository.folder / "blobs").glob(f"*{BEGUN}"))
     there = sum(path.stat().st_size for path in parts)
-    free = _free(repository.folder)
+    free = files.free(repository.folder)
     if total - there + MARGIN > free:
         raise InputError(
             f"{repository} needs {amount(total)} more, and {amount(free)} are free where {cache()} "
@@ -550,10 +549,3 @@ def _is(file: BinaryIO, etag: str) -> bool:
     while piece := file.read(1 << 20):
         digest.update(piece)
     return digest.hexdigest() == etag
-
-
-def _free(folder: Path) -> int:
-    """Bytes that are free on the disk of a folder, which need not be there yet."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

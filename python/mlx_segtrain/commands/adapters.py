@@ -1,4 +1,4 @@
-"""Commands that make adapters of adapters: export, import, merge, adapters."""
+"""Commands that make adapters and models of others: export, import, merge, adapters, convert."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mlx_segtrain.fields import place
 if TYPE_CHECKING:
     from mlx_segtrain.adapters.conversion import Converted
 
+MODEL = "its folder, or its name on the Hugging Face hub"
 KINDS = ("float32", "bfloat16", "float16")
 
 
@@ -68,20 +69,36 @@ def add_commands(command: Callable[..., Any]) -> None:
     _model(added, "the model in question")
     added.add_argument("--json", action="store_true", help="print JSON")
 
+    added = command("convert", _convert, "quantize a model of the hub, or of a folder, for MLX")
+    added.add_argument("model_dir", type=place, metavar="MODEL", help=MODEL)
+    added.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), default=4, help="default: 4")
+    added.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="weights that share a scale. Default: 64.",
+    )
+    _out(added, "the new model")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
 
 def _model(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--model", dest="model_dir", type=place, metavar="MODEL", help=what)
 
 
-def _found(model: Path | None) -> Path | None:
-    """The folder of a model that is named, if one is."""
-    if model is None:
-        return None
+def _found(model: Path) -> Path:
+    """The folder of a model that is named."""
     from mlx_segtrain import hub
     from mlx_segtrain.commands.terminal import downloads
 
     with downloads() as show:
         return hub.model(model, show)
+
+
+def _base(args: argparse.Namespace) -> Path | None:
+    """The folder of --model, if that is given."""
+    return None if args.model_dir is None else _found(args.model_dir)
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -93,14 +110,22 @@ def _out(parser: argparse.ArgumentParser, what: str) -> None:
 def _export(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import export
 
-    how = {"model_dir": _found(args.model_dir), "names": args.names, "dtype": args.dtype}
+    how = {"model_dir": _base(args), "names": args.names, "dtype": args.dtype}
     return _answer(export(args.adapter, args.out, args.to, **how), args)
 
 
 def _import(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import import_
 
-    return _answer(import_(args.adapter, args.out, _found(args.model_dir)), args)
+    return _answer(import_(args.adapter, args.out, _base(args)), args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands.terminal import answer, show_made
+    from mlx_segtrain.models.conversion import convert
+
+    made = convert(_found(args.model_dir), args.out, bits=args.bits, group_size=args.group_size)
+    return answer(made, show_made, args.json)
 
 
 def _answer(done: Converted, args: argparse.Namespace) -> int:
@@ -131,5 +156,5 @@ def _adapters(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.discovery import adapters
     from mlx_segtrain.commands.terminal import answer, show_adapters
 
-    found = adapters(args.roots or [Path(".")], _found(args.model_dir))
+    found = adapters(args.roots or [Path(".")], _base(args))
     return answer(found, show_adapters, args.json)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from mlx_segtrain import __version__
-from mlx_segtrain.commands.adapters import add_commands
+from mlx_segtrain.commands.adapters import MODEL, add_commands
 from mlx_segtrain.config import (
     FACETS,
     TrainConfig,
@@ -30,7 +30,6 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import choices, is_list, kind, place
 from mlx_segtrain.torchless import hide_torch
 
-MODEL = "its folder, or its name on the Hugging Face hub"
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 

@@ -24,6 +24,7 @@ from mlx_segtrain.events import Event
 if TYPE_CHECKING:
     from mlx_segtrain.adapters import conversion, discovery, folding
     from mlx_segtrain.data import Preview, Report
+    from mlx_segtrain.models.conversion import Made
     from mlx_segtrain.ops import selfcheck as doctor
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, Verified
@@ -313,6 +314,11 @@ def show_converted(done: conversion.Converted) -> None:
     print(f"adapter     {done.path}")
     print(f"linears     {done.linears}, of rank {ranks}")
     print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
+
+
+def show_made(made: Made) -> None:
+    """Print a model that was converted."""
+    print(f"model    {made.path}, {made.size / 1e9:.2f} GB (it was {made.before / 1e9:.2f} GB)")
 
 
 def _wide() -> Console:
