@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from . import events, files
-from .config import TrainConfig
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 Kind = Literal["model", "dataset"]
 PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w-])?"

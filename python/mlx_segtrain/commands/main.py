@@ -188,6 +188,11 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         help="another name of this machine that browsers may use; may be repeated",
     )
     added.add_argument(
+        "--allow-downloads",
+        action="store_true",
+        help="let clients download models and data sets of the Hugging Face hub by name",
+    )
+    added.add_argument(
         "--while-training",
         choices=("serve", "refuse"),
         default="serve",
@@ -482,6 +487,7 @@ def _serve(args: argparse.Namespace) -> int:
             token=args.token or os.environ.get("MLX_SEGTRAIN_TOKEN") or None,
             roots=tuple(args.root),
             allow_hosts=tuple(args.allow_host),
+            downloads=args.allow_downloads,
             while_training=args.while_training,
         )
     )

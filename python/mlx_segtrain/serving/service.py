@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from .. import hub
 from ..adapters.discovery import Found
 from ..config import PATHS, REFUSED, TrainConfig, load_config
 from ..data import Report
-from ..errors import InputError, NoRoom, RunError
+from ..errors import InputError, NoRoom, RunError, shown
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
@@ -44,6 +45,10 @@ MOST_CONFINED = 2
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
+#: Fields of a run that may be names of the hub.
+NAMED = ("model_dir", "warm_start")
+#: How an operator brings a model.
+WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
 #: Jobs that a server takes at once, and how many more each minute.
 BURST, PER_MINUTE = 60, 60
 
@@ -142,7 +147,29 @@ class Service:
 
     async def serve(self, model_dir: str | Path) -> Base:
         """Loads a model in place of the one that is served."""
-        return await self.engine.load(self.roots.resolve(model_dir))
+        return await self.engine.load(self.place(model_dir))
+
+    def place(self, text: str | Path) -> Path:
+        """The folder that a client names: a path below the roots, or a name of the hub whose model
+        is in the cache there. InputError, Outside."""
+        if hub.named(text) is None:
+            return self.roots.resolve(text)
+        found = hub.cached(text)
+        if found is None:
+            how = "POST its name to /api/models/download" if self.settings.downloads else WAY
+            raise InputError(
+                f"{text} is neither a path here nor in this machine's cache of the hub: {how}."
+            )
+        return self.roots.resolve(found)
+
+    def download(self, name: str) -> Row:
+        """A job that brings a model of the hub; InputError if that is not allowed."""
+        if not self.settings.downloads:
+            raise InputError(f"this server downloads nothing for its clients: {WAY}.", status=403)
+        if hub.named(name) is None:
+            raise InputError(f"{shown(name)} is not a name of the hub: give org/name.", status=422)
+        self.roots.check(Path(name), hub.cache().resolve())
+        return self._submit("download", {"name": name}, None)
 
     @property
     def base(self) -> Base | None:
@@ -161,7 +188,7 @@ class Service:
         except InputError as error:
             raise InputError(str(error), status=422, field=error.field) from None
         paths = {
-            name: self.roots.resolve(getattr(config, name))
+            name: (self.place if name in NAMED else self.roots.resolve)(getattr(config, name))
             for name in PATHS
             if values.get(name) is not None
         }
@@ -177,7 +204,7 @@ class Service:
     ) -> Report:
         """What a data set trains; what is wrong with it is in the report."""
         place = self.roots.resolve(path)
-        base = None if model_dir is None else self.roots.resolve(model_dir)
+        base = None if model_dir is None else self.place(model_dir)
         confined = self._confined(base)
         confined.users += 1
         try:
@@ -277,7 +304,7 @@ class Service:
                     self.roots.resolve(path)
 
     def _path(self, text: str) -> str:
-        path = self.roots.resolve(text)
+        path = self.place(text)
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: give one that is there.")
         return str(path)

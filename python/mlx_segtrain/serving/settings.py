@@ -24,6 +24,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     roots: tuple[Path, ...] = ()
     allow_hosts: tuple[str, ...] = ()
+    downloads: bool = False  #: clients may have things of the hub downloaded
     while_training: Literal["serve", "refuse"] = "serve"
     store: Path = field(default_factory=cache_dir)
 

@@ -170,6 +170,12 @@ class Pushed(Answer):
     url: str
 
 
+class Download(Closed):
+    """A model of the Hugging Face hub, into its cache on this machine."""
+
+    name: str = Field(description="org/name or org/name@revision.", max_length=300)
+
+
 class HfToken(Closed, str_strip_whitespace=True):
     token: Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
 
@@ -268,6 +274,7 @@ class State(Answer):
     waits: bool = Field(description="Answers wait for a job that computes.")
     training: bool = Field(description="A job has the accelerator.")
     needs_token: bool
+    downloads: bool = Field(description="Clients may download from the hub.")
     running: list[JobRow]
     waiting: int = Field(description="Jobs in the queue.")
 

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ... import events
 from ...errors import InputError
 from ...files import to_json
+from ...hub import title
 from ..processes import NETWORK
 
 if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
 Values = dict[str, Any]
+#: Of the environment, for what talks to the hub.
+HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,20 @@ def merge(values: Values) -> events.Event:
     return done(made.path, **asdict(made) | {"path": str(made.path)}, **facts)
 
 
+def download(values: Values) -> events.Event:
+    from ... import hub
+
+    def pass_on(event: events.Event) -> None:
+        tell(event | {"progress": event["share"]} if "share" in event else event)
+
+    try:
+        folder = hub.model(values["name"], pass_on)
+    except KeyboardInterrupt:
+        kept = "what has come is kept: another download goes on from there"
+        return {"type": "cancelled", "ts": events.now(), "message": kept}
+    return done(None, path=str(folder), name=values["name"])
+
+
 def push(values: Values) -> events.Event:
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -160,8 +177,8 @@ def _can_be_sent(values: Values) -> None:
 
 
 def _end(values: Values, name: str) -> str:
-    """The end of a path, which tells it from others."""
-    return Path(values.get(name) or "").name
+    """The end of a path, which tells it from others, or a name of the hub."""
+    return title(values.get(name) or "")
 
 
 def _evaluated(values: Values) -> str:
@@ -205,11 +222,18 @@ KINDS = {
             makes="export",
         ),
         JobKind(
+            "download",
+            "Download",
+            download,
+            lambda values: str(values.get("name")),
+            variables=HUB,
+        ),
+        JobKind(
             "push",
             "Push",
             push,
             lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
-            variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
+            variables=HUB,
             folders=("source",),
             check=_can_be_sent,
         ),
