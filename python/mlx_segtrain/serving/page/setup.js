@@ -1,6 +1,6 @@
 // /finetune: model, data, parameters; whether it fits; and the start of a run.
 
-import { api } from "./api.js";
+import { api, follow } from "./api.js";
 import { shownReport } from "./data.js";
 import { announce, button, card, combobox, empty, expansion, facts, field } from "./dom.js";
 import { h, input, meter, notice, show } from "./dom.js";
@@ -11,6 +11,9 @@ import { count, many, percent, sentence, size, tail } from "./text.js";
 const PAUSE = 350;
 // What a run has of its own: another like it does not.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
+
+// A name of the hub, with or without a revision.
+const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
 
 const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
 
@@ -24,11 +27,12 @@ export default async function setup(main) {
   const looking = h("p.looking.empty", "Looking for models and data sets …");
   main.append(h("h1", "New run"), looking);
   const origin = new URLSearchParams(location.search).get("origin");
-  const [{ models, roots }, { datasets }, schema, { served }, earlier] = await Promise.all([
+  let [{ models, roots }, { datasets }, schema, state, earlier] = await Promise.all([
     ...["/api/models", "/api/datasets", "/api/finetune/defaults", "/api/state"].map((x) => api(x)),
     origin && api(`/api/jobs/${encodeURIComponent(origin)}`).catch(() => null),
   ]);
   looking.remove();
+  const { served, downloads } = state;
   const inspected = schema.fields.filter((row) => row.affects.includes("rows"));
   let asked = 0; // the last question to the planner: earlier answers are late
   let reported = null; // what the report that is shown is of
@@ -36,9 +40,10 @@ export default async function setup(main) {
 
   // Model and data
 
-  const model = combobox(changedModel);
+  const model = combobox(changedModel, NAME, "on the Hugging Face hub");
   model.offer(models.map((own) => [own.path, described(own)]));
-  const aboutModel = h("div");
+  const aboutModel = h("div.stack");
+  let following = null; // what stops to follow a download
   const data = combobox(() => chosen(data));
   data.offer(datasets.map((own) => {
     const more = own.has_valid ? "" : " · no valid.jsonl";
@@ -57,8 +62,13 @@ export default async function setup(main) {
   }
 
   function changedModel() {
+    following?.();
+    following = null;
     const own = models.find((one) => one.path === model.value);
-    show(aboutModel, own && facts("", [
+    const named = !own && model.value !== null && downloads;
+    show(aboutModel, named && h("div.actions", button("Download", download),
+      h("span.muted.small", "If it is not on this machine yet.")),
+    own && facts("", [
       ["Family", own.family],
       ["Weights", bitsOf(own)],
       ["Parameters", many(own.parameters)],
@@ -67,6 +77,40 @@ export default async function setup(main) {
       ["Computed by", own.fast ? "our own ops" : "mlx-lm's layers"],
     ]));
     changed();
+  }
+
+  // Brings a model that is named.
+  async function download() {
+    const name = model.value;
+    let failure = null;
+    const tell = (event) => {
+      if (event.type === "failed" || event.type === "cancelled") failure = event;
+      if (event.share === undefined) return;
+      const bar = meter(event.share, { role: "img", "aria-label": percent(event.share) });
+      show(aboutModel, bar, h("p.small.muted", event.message));
+    };
+    show(problem);
+    show(aboutModel, empty(`Asking the hub for ${name}.`));
+    announce(`Downloading ${name}.`);
+    try {
+      const { job_id } = await api("/api/models/download", { name });
+      following = follow(job_id, 0, tell, ended);
+      async function ended() {
+        following = null;
+        const { job } = await api(`/api/jobs/${job_id}`);
+        if (job.status === "done") {
+          ({ models } = await api("/api/models"));
+          model.offer(models.map((own) => [own.path, described(own)]));
+          model.set(job.result.path);
+        }
+        changedModel();
+        if (failure) complain(failure.error ?? failure.message);
+        announce(failure?.error ?? `${name} is ${job.status}.`);
+      }
+    } catch (error) {
+      changedModel();
+      complain(error.message);
+    }
   }
 
   // What a report on the data depends on.
@@ -155,17 +199,18 @@ export default async function setup(main) {
   }
 
   const below = roots.join(" or ");
-  const noModel = `No model found below ${below}: put the folder of an MLX model there, or start ` +
-    "the server with its path.";
+  const noModel = `No model found below ${below}: put the folder of an MLX model there, start the ` +
+    "server with its path, or give a name of the Hugging Face hub.";
   const noData = `No data set found below ${below}: put train.jsonl (and valid.jsonl) into a ` +
     "folder there, or give a path.";
+  const known = "One that was found on disk, or a name of the Hugging Face hub, as org/name.";
   const found = "Folders with train.jsonl, found on disk.";
   const typed = "A folder with train.jsonl, or a .jsonl file.";
   main.append(
     h("form.two", { novalidate: true, onsubmit: submit },
       h("div.stack",
         card("Model and data",
-          field("Model", model, { key: "model_dir", kind: "across" }),
+          field("Model", model, { about: known, key: "model_dir", kind: "across" }),
           !models.length && empty(noModel), aboutModel,
           h("div.fields.halves", field("Data set", data, { about: found, key: "data_dir" }),
             field("or its path", path, { about: typed })),
