@@ -156,7 +156,7 @@ class Service:
             return self.roots.resolve(text)
         found = hub.cached(text)
         if found is None:
-            how = "POST its name to /api/models/download" if self.settings.downloads else WAY
+            how = "download it first (/api/models/download)" if self.settings.downloads else WAY
             raise InputError(
                 f"{text} is neither a path here nor in this machine's cache of the hub: {how}."
             )
