@@ -142,6 +142,8 @@ def changed(method: str) -> dict[str, Any]:
         "eval_command": "score {adapter}",
         "append_eos": False,
         "prompt_format": "raw",
+        "data_format": "alpaca",
+        "columns": {"prompt": "query"},
         "chat_template_kwargs": {"enable_thinking": False},
         "strict": True,
         "overwrite": True,

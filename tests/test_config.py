@@ -82,6 +82,8 @@ def test_defaults_are_those_of_the_reference() -> None:
         "sample_prompts": [],
         "sample_tokens": 64,
         "eval_command": None,
+        "data_format": "auto",
+        "columns": {},
         "train_on": "assistant",
         "append_eos": True,
         "prompt_format": "auto",

@@ -21,6 +21,7 @@ from lib.chat_templates import (
 from lib.chats import byte_level, chat, load, text, trained
 from mlx_segtrain.data import Options, Prompting, inspect, load_dataset
 from mlx_segtrain.data.dataset import remarks
+from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.errors import InputError
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -385,18 +386,18 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path):
         {"prompt": "Q", "completion": "W"},
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("val.jsonl", "test.jsonl", "train.json", "notes.txt"):
+    for name in ("val.jsonl", "test.jsonl", "other.json", "notes.txt"):
         (tmp_path / name).write_text("")
     options = Options(max_seq_length=5, prompt_format="raw")
     train, valid = load_dataset(tmp_path, tokenizer, options)
-    said = remarks(tmp_path, train, valid)
+    said = remarks(tmp_path, train, valid, *sources_of(tmp_path))
     assert said[:4] == [
         "train.jsonl: 1 rows are truncated to max_seq_length",
         "train.jsonl: 1 samples are dropped: nothing of them is trained",
         'train.jsonl: the column "id" of 2 rows is ignored',
         'train.jsonl: the column "source" of 1 rows is ignored',
     ]
-    assert said[4].startswith(f"not read in {tmp_path}: test.jsonl, train.json, val.jsonl (")
-    assert said[5] == f"{tmp_path} has no valid.jsonl, so there is no validation loss"
+    assert said[4].startswith(f"not read in {tmp_path}: other.json, test.jsonl, val.jsonl (")
+    assert said[5] == f"{tmp_path} has no validation file, so there is no validation loss"
     assert inspect(tmp_path, tokenizer, options).remarks == said
     assert train.as_json()["ignored_columns"] == {"id": 2, "source": 1}

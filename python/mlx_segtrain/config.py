@@ -20,6 +20,7 @@ from mlx_segtrain.fields import (
     MOST,
     PLAIN,
     Budget,
+    Columns,
     Directory,
     Distinct,
     Effect,
@@ -43,8 +44,24 @@ Method = Literal["sft", "dpo", "orpo", "simpo"]
 #: What a row is: a sequence, or a pair of them; and for each method what it trains.
 Rows = Literal["single", "pair"]
 ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
+#: The forms that rows come in (data/formats.py), which are told apart by their keys.
+DataFormat = Literal[
+    "auto",
+    "preference",
+    "kto",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "alpaca",
+    "instruction-response",
+    "question-answer",
+    "prompt-response",
+    "input-output",
+    "text",
+]
 
 PLACES = "a path, or org/name or org/name@revision on the hub"
+DATA_PLACES = "a path, or org/name, org/name/configuration or org/name:split on the hub"
 #: Facets that several fields have in common.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
 SIZE, ALL = Facets(affects=("memory",)), Facets(affects=("memory", "loss", "rows"))
@@ -71,8 +88,10 @@ class TrainConfig(BaseModel):
 
     model_dir: Place = option(..., ELSEWHERE | FREE, flag="--model", values=PLACES)
     """The base model, as mlx-lm reads it: its directory, or its name on the Hugging Face hub."""
-    data_dir: Place = option(..., ELSEWHERE | FREE, flag="--data")
-    """Directory with train.jsonl and, for validation, valid.jsonl."""
+    data_dir: Place | None = option(None, ELSEWHERE | FREE, flag="--data", values=DATA_PLACES)
+    """Directory with train.jsonl and, for validation, valid.jsonl, or files of the same names in
+    another format (docs/data.md); or one file of training rows; or a data set's name on the hub.
+    Needed, but where Python gives the rows."""
     adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
     method: Method = option("sft", FIRST | ALL | CARD)
@@ -230,6 +249,13 @@ class TrainConfig(BaseModel):
     )
     """Command that scores every evaluation's adapter: {adapter} in it is a copy's directory, and
     the last line it prints a number or a JSON object of numbers."""
+    data_format: DataFormat = option("auto", DATA, title="Format of the rows")
+    """Form of the rows; auto tells it for each row by its columns (docs/data.md)."""
+    columns: Columns = option(
+        {}, DATA, title="Columns", values="a JSON object of names, none of which is given twice"
+    )
+    """Columns of the data by what they are here, such as {"prompt": "query", "completion":
+    "reply"}."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
         DATA,

@@ -148,6 +148,13 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _mapping(values: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(name, str) and name for name in (*values, *values.values())):
+        raise ValueError("a name is not a text")
+    _distinct([*values.values()])
+    return values
+
+
 Directory = Annotated[Path, BeforeValidator(_expand)]
 #: Or a name of the Hugging Face hub (hub.named).
 Place = Annotated[Path, BeforeValidator(place)]
@@ -158,6 +165,7 @@ Float = Annotated[float, BeforeValidator(_not_bool)]
 Name = Annotated[str, Field(min_length=1)]
 Distinct = AfterValidator(_distinct)
 Variables = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_variables)]
+Columns = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_mapping)]
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]

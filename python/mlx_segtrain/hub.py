@@ -188,27 +188,31 @@ def fetch(
     wanted: Callable[[str], bool],
     tell: events.OnEvent = _nobody,
     check: Callable[[Mapping[str, int]], None] = lambda there: None,
+    *,
+    ask: bool = True,
 ) -> Path:
     """The snapshot in the cache that has the files of a repository which are wanted.
 
     `tell` gets events of the stage load, with `share` of what is to be downloaded, at most four a
     second. `check` raises InputError for a repository whose files (bytes by name) are of no use.
+    Without `ask` there is no request.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
         check(listed)
         return folder
-    if offline():
-        if folder is not None and listed is None and _seems_whole(folder):
+    if offline() or not ask:
+        if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
-        raise InputError(
-            f"{repository} is not whole in {cache()}, and HF_HUB_OFFLINE forbids to ask the hub: "
-            "unset it, or copy the repository there."
-        )
+        if ask:
+            why = "HF_HUB_OFFLINE forbids to ask the hub: unset it, or copy the repository there"
+        else:
+            why = "nothing is downloaded here: do that first"
+        raise InputError(f"{repository} is not whole in {cache()}, and {why}.")
     try:
         commit, listed = _listed(repository)
     except _Unreachable as error:
-        if folder is not None and listed is None and _seems_whole(folder):
+        if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         raise InputError(
             f"{repository} is no folder here, and the hub cannot be reached ({error}): look at the "
@@ -218,6 +222,7 @@ def fetch(
     # Configuration and tokenizer first, the largest last: what has its weights is whole.
     names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
     _download(repository, commit, {name: listed[name] for name in names}, tell)
+    files.make_folder(repository.folder / "snapshots" / commit)
     files.make_folder(_listing(repository, commit).parent)
     files.write_json(_listing(repository, commit), listed)
     return repository.folder / "snapshots" / commit
@@ -243,7 +248,7 @@ def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]
     if not COMMIT.fullmatch(commit) or not folder.is_dir():
         return None, None
     try:
-        listed = files.read_json(_listing(repository, commit))
+        listed = files.read_json(_listing(repository, commit), 64 << 20)
     except InputError:
         return folder, None
     return folder, listed
@@ -256,7 +261,7 @@ def cached(text: str | Path, kind: Kind = "model") -> Path | None:
     if folder is None:
         return None
     if listed is None:
-        return folder if _seems_whole(folder) else None
+        return folder if _seems_whole(folder, kind) else None
     return folder if _has(folder, listed, lambda name: bool(WEIGHTS.fullmatch(name))) else None
 
 
@@ -264,8 +269,21 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
     return all((folder / name).is_file() for name in filter(wanted, listed))
 
 
-def _seems_whole(folder: Path) -> bool:
-    """Of a snapshot whose files we were never told: no weights are missing."""
+def files_of(folder: Path) -> dict[str, int]:
+    """Names and bytes of the files of a snapshot's commit; of one that another tool has brought,
+    those that are there."""
+    own = origin(folder)
+    with suppress(InputError):
+        if own is not None:
+            return files.read_json(_listing(own, folder.name), 64 << 20)
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _seems_whole(folder: Path, kind: Kind) -> bool:
+    """Of a snapshot whose files we were never told: it has some, and no weights are missing."""
+    if kind == "dataset":
+        return any(path.is_file() for path in folder.rglob("*"))
     own = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
     if not own:
         return False

@@ -22,7 +22,7 @@ from lib.served import Server
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.adapters.reading import read_stored
-from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.data.sources import rows_of, source_of
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.models.limits import check_files, check_model
 from mlx_segtrain.models.snapshot import Snapshot
@@ -65,7 +65,7 @@ class Readers:
             "weights": (self.model / "model.safetensors", self._weights),
             "adapter_config.json": (self.adapter / "adapter_config.json", self._adapter),
             "adapter weights": (self.adapter / "adapter_model.safetensors", self._adapter),
-            "train.jsonl": (self.data, lambda: list(read_records(self.data))),
+            "train.jsonl": (self.data, lambda: list(rows_of(source_of(self.data)))),
             "tokenizer.json": (self.model / "tokenizer.json", self._tokenizer),
         }
         self.whole = {name: file.read_bytes() for name, (file, _) in self.kinds.items()}

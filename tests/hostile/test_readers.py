@@ -13,7 +13,7 @@ import pytest
 from lib.folders import write_llama, write_rows
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters.discovery import look
-from mlx_segtrain.data.jsonl import read_records
+from mlx_segtrain.data.sources import rows_of, source_of
 from mlx_segtrain.models import load_model, load_tokenizer
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.safetensors import read_header
@@ -63,9 +63,7 @@ def test_a_line_of_400_mb_and_one_without_an_end(tmp_path, model):
     os.mkfifo(data / "train.jsonl")
     begun = time.monotonic()
     with pytest.raises(InputError, match="it is no regular file"):
-        next(read_records(data / "train.jsonl"))
-    with pytest.raises(InputError, match="it is no regular file"):
-        next(read_records(type(data)("/dev/zero")))
+        next(rows_of(source_of(data / "train.jsonl")))
     assert time.monotonic() - begun < 1
 
 

@@ -23,6 +23,7 @@ class Repository:
     commit: str
     refs: dict[str, str] = field(default_factory=dict)  #: other names of commits
     readers: set[str] | None = None  #: tokens; None: anyone
+    branches: dict[str, "Repository"] = field(default_factory=dict)  #: by name
 
 
 @dataclass
@@ -38,14 +39,21 @@ class Hub:
     sent: int = 0  #: bytes of files
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """A repository with these files, or with those of a folder."""
+        """A repository with these files, or with those of a folder; `branch` is one of it."""
+        branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):
             paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
             files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
-        text = json.dumps([name, *((k, hashlib.sha1(x).hexdigest()) for k, x in files.items())])
+        text = json.dumps(
+            [name, branch, *((k, hashlib.sha1(x).hexdigest()) for k, x in files.items())]
+        )
         commit = hashlib.sha1(text.encode()).hexdigest()
-        self.repositories[kind, name] = own = Repository(dict(files), commit, **more)
+        own = Repository(dict(files), commit, **more)
+        if branch is None:
+            self.repositories[kind, name] = own
+        else:
+            self.repositories[kind, name].branches[branch] = own
         return own
 
     def files_asked(self) -> list[str]:
@@ -100,8 +108,8 @@ def serve_hub() -> Iterator[Hub]:
             self.do_GET()
 
         def do_GET(self):
-            place = unquote(urlsplit(self.path).path)
-            hub.requests.append((self.command, place, self.headers["range"]))
+            place = urlsplit(self.path).path
+            hub.requests.append((self.command, unquote(place), self.headers["range"]))
             try:
                 if place.startswith("/api/"):
                     self.about(place.removeprefix("/api/"))
@@ -111,7 +119,7 @@ def serve_hub() -> Iterator[Hub]:
                 self.close_connection = True
 
         def about(self, place):
-            kind, *rest = place.split("/")
+            kind, *rest = map(unquote, place.split("/"))
             name, revision = "/".join(rest[:2]), "/".join(rest[3:]) or "main"
             own = self.repository(kind, name, revision)
             if own is None:
@@ -129,7 +137,7 @@ def serve_hub() -> Iterator[Hub]:
             self.answer({"id": name, "sha": own.commit, "siblings": files, "gated": gated})
 
         def file(self, place):
-            path = place.strip("/").split("/")
+            path = [unquote(part) for part in place.strip("/").split("/")]
             kind = "datasets" if path[0] == "datasets" else "models"
             path = path[path[0] == "datasets" :]
             name, revision, file = "/".join(path[:2]), path[3], "/".join(path[4:])
@@ -170,6 +178,9 @@ def serve_hub() -> Iterator[Hub]:
                 # As the hub does: without a token nobody is told what there is not.
                 self.fault(404 if self.headers["authorization"] else 401, "RepoNotFound")
                 return None
+            for name, other in own.branches.items():
+                if revision in (name, other.commit):
+                    return other
             if revision not in ("main", own.commit, *own.refs):
                 self.fault(404, "RevisionNotFound")
                 return None

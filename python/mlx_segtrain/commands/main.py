@@ -30,6 +30,7 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import choices, is_list, kind, place
 from mlx_segtrain.torchless import hide_torch
 
+DATA = "a file with rows or its folder, or the name of a data set on the Hugging Face hub"
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 
@@ -130,7 +131,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
-    added.add_argument("path", type=Path, metavar="PATH", help="a .jsonl file or its directory")
+    added.add_argument("path", type=place, metavar="DATA", help=DATA)
     add_flags(added, ("model_dir", *affecting("rows")))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
     added.add_argument("--json", action="store_true", help="print JSON")
@@ -389,16 +390,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
-    tokenizer = None
-    if "model_dir" in args:
-        with downloads() as show:
+    options = replace(Options.of(config), method=config.method if "method" in args else None)
+    with downloads() as show:
+        tokenizer = None
+        if "model_dir" in args:
             tokenizer = load_tokenizer(hub.model(config.model_dir, show, weights=False))
-    report = inspect(
-        config.data_dir,
-        tokenizer,
-        replace(Options.of(config), method=config.method if "method" in args else None),
-        n_preview=args.rows,
-    )
+        report = inspect(config.data_dir, tokenizer, options, n_preview=args.rows, tell=show)
     if not report.ok and not args.json:
         raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import answer, show_report

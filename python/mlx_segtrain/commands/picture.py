@@ -77,7 +77,7 @@ def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
         mx.reset_peak_memory()
 
     with run_policy(config):
-        setup, vector = load_setup(Inputs(config, None, data, None), run)
+        setup, vector = load_setup(Inputs(config, None, data, None, []), run)
         step = Stepper(setup, watch)
         at = step.optimizer.start(vector)
         del vector

@@ -12,9 +12,9 @@ from ..config import ROWS
 from ..errors import InputError, either
 from .columns import Columns, Lazy
 from .encoding import Encoder, Options, Pair, Row, sequences
-from .formats import FORMATS, Record, encode, quoted
-from .jsonl import read_records
+from .formats import FORMATS, Record, checked, encode, quoted
 from .notes import Notes
+from .sources import Source, rows_in, rows_of, source_of, sources_of
 from .template import Tokenizer
 
 ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
@@ -29,7 +29,7 @@ class Dataset:
     preference, or mixed; `n_rows` counts the rows read, `truncated` the rows here that were cut, of
     pairs those that lost part of a response, `dropped` those left out since no trained token
     remained; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of their
-    prompt; `notes` says what was found in the rows.
+    prompt; `notes` says what was found in the rows; `name` is that of the file, for people.
     """
 
     rows: Sequence[Any]
@@ -40,6 +40,7 @@ class Dataset:
     truncated: int = 0
     dropped: int = 0
     prompts_cut: int = 0
+    name: str = "the data"
     notes: Notes = field(default_factory=Notes)
 
     @classmethod
@@ -88,6 +89,12 @@ class Dataset:
             said += "; prompts go through the chat template"
         elif self.notes.prompt_format == "raw":
             said += "; prompts are raw, without the chat template"
+        formats = self.notes.formats
+        if len(formats) == 1:
+            said += f"; their format is {self.format}"
+        elif formats:
+            counts = ", ".join(f"{n:,} {name}" for name, n in sorted(formats.items()))
+            said += f"; their formats are {counts}"
         return said
 
     @property
@@ -101,104 +108,88 @@ class Dataset:
 
 
 def load_dataset(
-    data_dir: Path, tokenizer: Tokenizer, options: Options
+    data: Any, tokenizer: Tokenizer, options: Options
 ) -> tuple[Dataset, Dataset | None]:
-    """train.jsonl and, if there is one, valid.jsonl of a directory; raises InputError."""
-    train, valid = split_paths(Path(data_dir))
+    """Training and, if there are some, validation rows (sources.sources_of); raises InputError."""
+    train, valid = sources_of(data)
     how = (tokenizer, options)
-    return load_split(train, *how), valid and load_split(valid, *how)
+    return load_split(train, *how), None if valid is None else load_split(valid, *how)
 
 
-def load_split(path: Path, tokenizer: Tokenizer, options: Options) -> Dataset:
-    """One JSONL file; raises InputError."""
-    path, encoder = Path(path), Encoder(tokenizer, options)
-    format, _, rows = read(path, options.method, encoder)
+def load_split(source: Source | Path, tokenizer: Tokenizer, options: Options) -> Dataset:
+    """The rows of a source, or of one file; raises InputError."""
+    source = source_of(source) if isinstance(source, Path) else source
+    encoder = Encoder(tokenizer, options)
+    format, _, rows = read(source, options, encoder)
     if options.strict:
-        refuse_faults(path, encoder.notes)
-    return fit(path, format, rows, encoder)
+        refuse_faults(source.name, encoder.notes)
+    return fit(source.name, format, rows, encoder)
 
 
-def refuse_faults(path: Path, notes: Notes) -> None:
+def refuse_faults(name: str, notes: Notes) -> None:
     """InputError if rows are not trained as they are."""
     if faults := notes.faults():
-        raise InputError(f"{path.name}: {faults[0]}; mend the rows, or leave out strict.")
+        raise InputError(f"{name}: {faults[0]}; mend the rows, or leave out strict.")
 
 
-def split_paths(data_dir: Path) -> tuple[Path, Path | None]:
-    """The training file of a directory, and the validation file if it exists; or InputError."""
-    if not data_dir.is_dir():
-        raise InputError(f"The data directory {data_dir} does not exist or is not a directory.")
-    train, valid = data_dir / "train.jsonl", data_dir / "valid.jsonl"
-    if not train.is_file():
-        raise InputError(f"{data_dir} has no file train.jsonl; put the training rows there.")
-    return train, valid if valid.exists() else None
+def unread(folder: Path, *sources: Source | None) -> list[str]:
+    """Names of files of a folder that look as if they held rows, and are not of the sources."""
+    read = {name for source in sources if source for name in source.files}
+    return [path.name for path in rows_in(folder) if path.name not in read]
 
 
-#: Endings of files that could hold rows.
-ROW_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz")
-
-
-def unread(data_dir: Path) -> list[str]:
-    """Names of files beside those of `split_paths` that look as if they held rows."""
-    read = ("train.jsonl", "valid.jsonl")
-    return sorted(
-        path.name
-        for path in data_dir.iterdir()
-        if path.name.endswith(ROW_FILES) and path.name not in read and not path.name.startswith(".")
-    )
-
-
-def remarks(data_dir: Path | None, train: Dataset, valid: Dataset | None) -> list[str]:
+def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
     """What is left out of the data or wrong with it, in sentences."""
     said = []
-    for name, data in (("train.jsonl", train), ("valid.jsonl", valid)):
-        if data is None:
+    for own in (train, valid):
+        if own is None:
             continue
         counts = (
-            (data.truncated, "rows are truncated to max_seq_length"),
-            (data.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
-            (data.dropped, "samples are dropped: nothing of them is trained"),
+            (own.truncated, "rows are truncated to max_seq_length"),
+            (own.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
+            (own.dropped, "samples are dropped: nothing of them is trained"),
         )
-        own = [f"{count:,} {what}" for count, what in counts if count]
-        own += [*data.notes.left_out(), *data.notes.faults()]
-        said += [f"{name}: {sentence}" for sentence in own]
-    if data_dir is None:  # one file was read
-        return said
-    if names := unread(data_dir):
-        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        said.append(
-            f"not read in {data_dir}: {shown} (training rows are read from train.jsonl, validation "
-            "rows from valid.jsonl)"
-        )
-    if valid is None:
-        said.append(f"{data_dir} has no valid.jsonl, so there is no validation loss")
+        found = [f"{count:,} {what}" for count, what in counts if count]
+        found += [*own.notes.left_out(), *own.notes.faults()]
+        said += [f"{own.name}: {sentence}" for sentence in found]
+    if isinstance(data, Path) and data.is_dir():
+        if names := unread(data, *sources):
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            said.append(
+                f"not read in {data}: {shown} (training rows are read from the file train, "
+                "validation rows from valid or validation)"
+            )
+        if valid is None:
+            said.append(f"{data} has no validation file, so there is no validation loss")
     return said
 
 
 def read(
-    path: Path, method: str | None, encoder: Encoder | None = None
+    source: Source, options: Options, encoder: Encoder | None = None
 ) -> tuple[str, int, list[Any]]:
-    """The format of a file and the number of its rows; with an encoder Rows or Pairs, not cut.
+    """The format of a source and the number of its rows; with an encoder Rows or Pairs, not cut.
 
     InputError for a row that cannot be read, or is not for the method (None: any).
     """
     formats: set[str] = set()
-    records = _records(path, method, formats)
+    records = _records(source, options, formats)
     n_rows, rows = 0, []
     while chunk := list(islice(records, ROWS_PER_CALL)):
         n_rows += len(chunk)
         rows += encode(encoder, chunk) if encoder else []
     if not formats:
-        raise InputError(f"{path} has no rows; put one JSON object on each line.")
+        raise InputError(f"{source.name} has no rows; put some there.")
     return formats.pop() if len(formats) == 1 else "mixed", n_rows, rows
 
 
-def _records(path: Path, method: str | None, formats: set[str]) -> Iterator[Record]:
-    """The records of a file, whose formats are added to `formats` as they come.
+def _records(source: Source, options: Options, formats: set[str]) -> Iterator[Record]:
+    """The records of a source, whose formats are added to `formats` as they come.
 
     InputError if a record is not for the method, or pairs stand beside other rows.
     """
-    for record in read_records(path):
+    method = options.method
+    for where, row in rows_of(source):
+        record = checked(row, where, options.data_format, options.columns)
         own = FORMATS[record.format]
         if method is not None and own.rows != ROWS[method]:
             wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
@@ -208,7 +199,7 @@ def _records(path: Path, method: str | None, formats: set[str]) -> Iterator[Reco
             methods = either([name for name, rows in ROWS.items() if rows == own.rows])
             raise InputError(
                 f"{record.source}: the row has {quoted(own.marks)}, which method {method} does not "
-                f"train: give method {methods}."
+                f"train: give method {methods}, or data_format."
             )
         if any(FORMATS[name].rows != own.rows for name in formats):
             raise InputError(
@@ -219,7 +210,7 @@ def _records(path: Path, method: str | None, formats: set[str]) -> Iterator[Reco
         yield record
 
 
-def fit(path: Path, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
+def fit(name: str, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
     """`rows` cut to max_seq_length tokens; InputError if nothing is trained."""
     n_rows = encoder.notes.rows
     short = [shorten(row, encoder) for row in rows]
@@ -233,9 +224,10 @@ def fit(path: Path, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
             if longest
             else "no row has an assistant turn or text that is trained"
         )
-        raise InputError(f"{path} has nothing to train in {n_rows} rows: {reason}.")
+        raise InputError(f"{name} has nothing to train in {n_rows} rows: {reason}.")
     kept, truncated, prompts_cut = zip(*found, strict=True)
     return Dataset(
+        name=name,
         rows=kept,
         columns=Columns.of(kept),
         format=format,

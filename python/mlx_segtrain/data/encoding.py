@@ -25,6 +25,8 @@ class Options:
 
     max_seq_length: int = 512
     method: str | None = "sft"
+    data_format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
     train_on: str = "assistant"
     append_eos: bool = True
     prompt_format: str = "auto"

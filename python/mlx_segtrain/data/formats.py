@@ -4,23 +4,29 @@ A form is an entry of FORMATS, and nothing else knows what its rows hold.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from ..config import Rows
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..fields import fault_of_variables
 from .chat import Sample
 from .encoding import Encoder, Pair, Row
-from .messages import KINDS, checked_messages, expect
+from .messages import checked_messages, expect, kind_of
 
 #: What a format reads besides its own keys.
 ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
+NOTHING: Mapping[str, str] = {}
+#: The keys of which a row that is of no format is told.
+MAIN = (
+    '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
+    "format in docs/data.md (or give columns)"
+)
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,57 @@ class Record:
     ignored: tuple[str, ...] = ()
 
 
-def checked(row: dict[str, Any], source: str) -> Record:
-    """A row as a record; raises InputError."""
-    name = next((name for name, own in FORMATS.items() if set(own.marks) <= row.keys()), None)
-    if name is None:
-        had = ", ".join(map(repr, row)) or "no keys"
-        first, *others = (quoted(own.keys) for own in FORMATS.values())
-        keys = ", ".join((*others, f"or {first}"))
-        raise InputError(f"{source}: the row needs the keys {keys}, but has {had}.")
+def checked(
+    row: dict[str, Any],
+    source: str,
+    format: str = "auto",
+    columns: Mapping[str, str] = NOTHING,
+) -> Record:
+    """A row as a record; raises InputError.
+
+    `format` is that of the row, auto the first whose marks it has (config.data_format); `columns`
+    has names of the file by ours (config.columns). Null is what is not there: tables have every
+    column in every row.
+    """
+    row = _renamed(row, source, columns)
+    there = {key for key, value in row.items() if value is not None}
+    name = format if format != "auto" else _format_of(there) or _format_of(row.keys())
+    if name is None or not set(FORMATS[name].marks) <= row.keys():
+        needed = MAIN if name is None else quoted(FORMATS[name].marks)
+        had = ", ".join(map(shown, [*row][:10])) + (", …" if len(row) > 10 else "") or "no keys"
+        raise InputError(f"{source}: the row needs the keys {needed}, but has {had}.")
     found = FORMATS[name]
-    ignored = tuple(key for key in row if key not in (*found.keys, *found.more))
-    if found.more:
-        row = {**row, **_template_keys(row, source)}
-    return Record(source, name, found.check(row, source), ignored)
+    ignored = tuple(key for key in row if key in there and key not in (*found.keys, *found.more))
+    # A check speaks of the keys that its own row has.
+    names = dict(zip(found.means, found.keys, strict=False))
+    row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
+    try:
+        if found.more:
+            row = {**row, **_template_keys(row, source)}
+        return Record(source, name, found.check(row, source), ignored)
+    except InputError as error:
+        said = str(error)
+        for ours, theirs in (*names.items(), *columns.items()):
+            said = said.replace(f'"{ours}"', f'"{theirs}"')
+        raise InputError(said) from error
+
+
+def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
+    """With our names for the columns of a file; InputError if one is not there."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise InputError(
+                f'{source}: the row has no column "{theirs}", which columns gives for "{ours}".'
+            )
+    if not columns:
+        return row
+    rest = {key: row[key] for key in row if key not in columns.values()}
+    return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def _format_of(keys: Set[str]) -> str | None:
+    """The first format whose marks are among the keys."""
+    return next((name for name, own in FORMATS.items() if set(own.marks) <= keys), None)
 
 
 def quoted(keys: Sequence[str]) -> str:
@@ -63,10 +107,8 @@ def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
     """Tools and template variables of a row, decoded where they are JSON text."""
     found = {}
     for key, kind in (("tools", list), ("functions", list), ("chat_template_kwargs", dict)):
-        value = row.get(key)
-        if isinstance(value, str):
-            with suppress(ValueError):
-                value = json.loads(value)
+        value = _listed(row.get(key))
+        value = None if value == "" else value  # an empty cell
         if value is not None:
             expect(f'{source}: "{key}"', value, kind)
         found[key] = value
@@ -78,13 +120,64 @@ def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
+def _listed(value: Any) -> Any:
+    """A list or an object that is there as JSON text, as what it says."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair
+            return found
+    return value
+
+
 def _check_text(row: dict[str, Any], source: str) -> dict[str, Any]:
     expect(f'{source}: "text"', row["text"], str)
     return row
 
 
 def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    return {**row, "messages": checked_messages(row["messages"], f'{source}: "messages"')}
+    """Of messages, or of a conversation with "from" and "value"."""
+    given = _listed(row["messages"])
+    if isinstance(given, list):
+        given = [_openai(own) if isinstance(own, dict) else own for own in given]
+    messages = checked_messages(given, f'{source}: "messages"')
+    return {**row, "messages": _begun(row, messages, "messages", source)}
+
+
+def _openai(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the keys "role" and "content", in the place of "from" and "value"."""
+    if not {"from", "value"} <= message.keys() or {"role", "content"} & message.keys():
+        return message
+    rest = {key: x for key, x in message.items() if key not in ("from", "value")}
+    return {"role": message["from"], "content": message["value"], **rest}
+
+
+def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """An instruction, after which comes what it is about, if that is given."""
+    for key in ("prompt", "completion"):
+        expect(f'{source}: "{key}"', row[key], str)
+    about = [row[key] for key in ("input", "context") if row.get(key) is not None]
+    for own in about:
+        expect(f"{source}: what the instruction is about", own, str)
+    prompt = "\n\n".join([row["prompt"], *filter(None, about)])
+    return _check_completion({**row, "prompt": prompt}, source)
+
+
+#: Labels that tables have in the place of JSON's.
+LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
+LABELS |= {"1": True, "0": False}
+
+
+def _check_labelled(row: dict[str, Any], source: str) -> dict[str, Any]:
+    label = row["label"]
+    if isinstance(label, str):
+        label = label.strip().lower()
+    if not isinstance(label, str | bool | int) or label not in LABELS:
+        raise InputError(
+            f'{source}: "label" must be true or false, for a response that is wanted or not; if it '
+            "is something else, give data_format prompt-completion."
+        )
+    return {**_check_completion(row, source), "label": LABELS[label]}
 
 
 def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -101,7 +194,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
     if isinstance(row.get("prompt"), str):
         for key in SIDES:
             if not isinstance(row[key], str):
-                kind = KINDS[type(row[key])]
+                kind = kind_of(row[key])
                 raise InputError(
                     f'{source}: "{key}" must be a string as "prompt" is, not {kind}; if "{key}" '
                     'holds the prompt too, remove "prompt".'
@@ -184,21 +277,34 @@ def _answers(messages: list[dict[str, Any]]) -> bool:
 
 def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
     """A row with the text of "system" as the first message of a prompt that is a list of them."""
+    if isinstance(row["prompt"], str):
+        if row.get("system") is not None:
+            expect(f'{source}: "system"', row["system"], str)
+        return row
+    return {**row, "prompt": _begun(row, row["prompt"], "prompt", source)}
+
+
+def _begun(
+    row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
+) -> list[dict[str, Any]]:
+    """Messages after the text of "system"."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)
-    if not system or isinstance(row["prompt"], str):
-        return row
-    if any(message["role"] in ("system", "developer") for message in row["prompt"]):
+    own = [message for message in messages if message["role"] in ("system", "developer")]
+    if not system or (own and own[0] is messages[0] and own[0]["content"] == system):
+        return messages
+    if own:
         raise InputError(
-            f'{source}: the row has "system" and a system message in "prompt"; remove one of them.'
+            f'{source}: the row has "system" and a system message in "{key}"; remove one of them.'
         )
-    return {**row, "prompt": [{"role": "system", "content": system}, *row["prompt"]]}
+    return [{"role": "system", "content": system}, *messages]
 
 
 def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
     """Tokens and weights of records, which are all pairs or none; not cut. InputError."""
     encoder.notes.rows += len(records)
+    encoder.notes.formats.update(record.format for record in records)
     for record in records:
         encoder.notes.ignored.update(record.ignored)
     return FORMATS[records[0].format].encode(encoder, records)
@@ -254,11 +360,20 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
     return encoder.responses.samples(record.source, {**row, "messages": messages})
 
 
+def _wanted_samples(encoder: Encoder, record: Record) -> list[Sample]:
+    """Only a response that is wanted is trained."""
+    if not record.row["label"]:
+        encoder.notes.unwanted += 1
+        return []
+    return _completion_samples(encoder, record)
+
+
 @dataclass(frozen=True)
 class Format:
     """A form of rows, by its keys; those that have the keys `marks` (default: all) are of it.
 
-    `more` are the other keys that are read. `check` gives the row as `encode` takes it, or raises
+    `means` are what the check calls the keys, where that is something else. `more` are the other
+    keys that are read. `check` gives the row as `encode` takes it, or raises
     InputError. `encode` gives the rows of a data set for records, all of which are of this format
     or of others with the same `encode`; that of single sequences asks each record's format for the
     `samples` of it. `rows` is what a method calls such a row (config.ROWS).
@@ -268,6 +383,7 @@ class Format:
     keys: tuple[str, ...]
     more: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
+    means: tuple[str, ...] = ()
     rows: Rows = "single"
     encode: Callable[[Encoder, list[Record]], list[Row] | list[Pair]] = _rows
     samples: Callable[[Encoder, Record], list[Sample]] = _completion_samples
@@ -276,8 +392,14 @@ class Format:
         object.__setattr__(self, "marks", self.marks or self.keys)
 
 
+def _plain(prompt: str, completion: str) -> Format:
+    """Prompt and completion by other names."""
+    return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
+
+
+PLAIN = ("prompt", "completion")
 #: Every form, by name; a row is of the first whose marks it has.
-FORMATS = {
+FORMATS: dict[str, Format] = {
     "preference": Format(
         _check_pair,
         ("prompt", *SIDES),
@@ -286,7 +408,23 @@ FORMATS = {
         rows="pair",
         encode=_pairs,
     ),
-    "messages": Format(_check_chat, ("messages",), ROW_KEYS, samples=_chat_samples),
-    "prompt-completion": Format(_check_completion, ("prompt", "completion"), PROMPT_KEYS),
+    "kto": Format(_check_labelled, (*PLAIN, "label"), PROMPT_KEYS, samples=_wanted_samples),
+    "messages": Format(_check_chat, ("messages",), PROMPT_KEYS, samples=_chat_samples),
+    "sharegpt": Format(
+        _check_chat, ("conversations",), PROMPT_KEYS, means=("messages",), samples=_chat_samples
+    ),
+    "prompt-completion": _plain(*PLAIN),
+    "alpaca": Format(
+        _check_instruction, ("instruction", "output"), ("input", *PROMPT_KEYS), means=PLAIN
+    ),
+    "instruction-response": Format(
+        _check_instruction,
+        ("instruction", "response"),
+        ("input", "context", *PROMPT_KEYS),
+        means=PLAIN,
+    ),
+    "question-answer": _plain("question", "answer"),
+    "prompt-response": _plain("prompt", "response"),
+    "input-output": _plain("input", "output"),
     "text": Format(_check_text, ("text",), samples=_text_samples),
 }

@@ -1,15 +1,16 @@
 """What a data set trains, for people to look at before a run."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from ..events import OnEvent
 from . import dataset
 from .encoding import Encoder, Options, sequences
 from .notes import FINDINGS
+from .sources import sources_of
 from .template import Tokenizer
 
 
@@ -56,24 +57,24 @@ class Report:
 
 
 def inspect(
-    path: Path,
+    data: Any,
     tokenizer: Tokenizer | None = None,
     options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
     n_preview: int = 3,
+    tell: OnEvent = lambda event: None,
 ) -> Report:
-    """Checks a directory or one .jsonl file; what is wrong is in the report, not raised."""
-    report, method = Report(), options.method
+    """Checks data (sources.sources_of); what is wrong is in the report, not raised."""
+    report = Report()
     try:
-        path = Path(path)
-        train, valid = (path, None) if path.is_file() else dataset.split_paths(path)
-        report.format, report.n_train, _ = dataset.read(train, method)
+        train, valid = sources_of(data, tell=tell)
+        report.format, report.n_train, _ = dataset.read(train, options)
         if valid:
-            _, report.n_valid, _ = dataset.read(valid, method)
+            _, report.n_valid, _ = dataset.read(valid, options)
         if tokenizer is None:
             return report
         encoder = Encoder(tokenizer, options)
-        _, _, rows = dataset.read(train, method, encoder)
+        _, _, rows = dataset.read(train, options, encoder)
         lengths = np.percentile(list(map(len, rows)), (0, 50, 95, 100), method="higher")
         report.length_min, report.length_median, report.length_p95, report.length_max = map(
             int, lengths
@@ -82,13 +83,13 @@ def inspect(
         notes = encoder.notes
         report.samples, report.trained_turns = len(rows), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
-        data = dataset.fit(train, report.format, rows, encoder)
-        for name, count in data.counts.items():
+        found = dataset.fit(train.name, report.format, rows, encoder)
+        for name, count in found.counts.items():
             setattr(report, name, count)
         others = dataset.load_split(valid, tokenizer, options) if valid else None
-        report.remarks = dataset.remarks(None if path.is_file() else path, data, others)
+        report.remarks = dataset.remarks(data, found, others, train, valid)
         if options.strict:
-            dataset.refuse_faults(train, notes)
+            dataset.refuse_faults(train.name, notes)
     except InputError as error:
         report.ok, report.error = False, str(error)
     return report

@@ -1,6 +1,7 @@
 """The messages of a row, checked and brought into one form."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import InputError, shown
@@ -18,6 +19,15 @@ OTHER_ROLES = {
     **dict.fromkeys(("gpt", "model", "ai", "bot", "chatbot"), "assistant"),
     **dict.fromkeys(("function", "ipython", "observation"), "tool"),
 }
+
+
+@dataclass(frozen=True)
+class Other:
+    """A value that is none of JSON's, such as a time or an image; `kind` is Arrow's type."""
+
+    kind: str
+
+
 #: What JSON's values are, in words.
 KINDS: dict[type, str] = {
     **{dict: "an object", list: "a list", str: "a string", bool: "true or false"},
@@ -25,11 +35,16 @@ KINDS: dict[type, str] = {
 }
 
 
+def kind_of(value: Any) -> str:
+    """What a value of a row is, in words."""
+    return f"a {value.kind}" if isinstance(value, Other) else KINDS[type(value)]
+
+
 def expect(what: str, value: Any, *kinds: type) -> None:
     """InputError if `value`, of which `what` is the name in a sentence, is of none of the kinds."""
     if type(value) not in kinds:
         wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
-        raise InputError(f"{what} must be {wanted}, not {KINDS[type(value)]}.")
+        raise InputError(f"{what} must be {wanted}, not {kind_of(value)}.")
 
 
 def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
@@ -91,7 +106,7 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     named = isinstance(part, dict) and "type" in part
-    kind = shown(part["type"]) if named else KINDS[type(part)]
+    kind = shown(part["type"]) if named else kind_of(part)
     raise InputError(
         f'{where}: "content" has a part of type {kind}; only {{"type": "text", "text": "..."}} '
         "parts are read."

@@ -26,8 +26,9 @@ class Notes:
 
     `rows` were read and gave `samples`, which have `turns` trained turns. `findings` counts samples
     by finding and `where` names the first of their rows; `ignored` counts rows by a key that
-    nothing reads; `repeated` counts pairs whose sides began with the prompt again. `prompt_format`
-    is chat or raw if there are plain prompts.
+    nothing reads; `repeated` counts pairs whose sides began with the prompt again, `unwanted` rows
+    whose label is false, `formats` rows by their form. `prompt_format` is chat or raw if there are
+    plain prompts.
     """
 
     rows: int = 0
@@ -37,6 +38,8 @@ class Notes:
     where: dict[str, list[str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
+    unwanted: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
     prompt_format: str | None = None
 
     def add(self, sample: Sample) -> None:
@@ -68,6 +71,8 @@ class Notes:
                 f"in {self.repeated:,} pairs both sides began with the prompt again: it is used "
                 "once"
             )
+        if self.unwanted:
+            said.append(f"{self.unwanted:,} rows with a label of false are left out")
         return said
 
     def as_json(self) -> dict[str, Any]:
@@ -82,5 +87,7 @@ class Notes:
             },
             "ignored_columns": dict(self.ignored),
             "repeated_prompts": self.repeated,
+            "rows_labelled_false": self.unwanted,
+            "formats": dict(self.formats),
             "prompt_format": self.prompt_format,
         }

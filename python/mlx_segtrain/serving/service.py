@@ -18,6 +18,7 @@ from .. import hub
 from ..adapters.discovery import Found
 from ..config import PATHS, REFUSED, TrainConfig, load_config
 from ..data import Report
+from ..data.sources import sources_of
 from ..errors import InputError, NoRoom, RunError, shown
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
@@ -261,8 +262,9 @@ class Service:
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
         Snapshot(config.model_dir).file("config.json", "configuration")
-        if not (config.data_dir / f"{split}.jsonl").is_file():
-            raise InputError(f"data_dir {config.data_dir} holds no {split}.jsonl: no data there.")
+        _, valid = sources_of(config.data_dir)
+        if split == "valid" and valid is None:
+            raise InputError(f"data_dir {config.data_dir} has no validation rows: no data there.")
         return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:

@@ -47,7 +47,8 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
     """The curves of a run that is over; it is not lost for want of a picture."""
-    heading = f"{title(config.model_dir)} on {config.data_dir.name}"
+    heading = title(config.model_dir)
+    heading += f" on {config.data_dir.name}" if config.data_dir else ""
     try:
         draw(config.adapter_path / "metrics.jsonl", heading, OBJECTIVES[config.method].unit)
     except Exception as error:

@@ -9,7 +9,7 @@ from .. import events, hub
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
-from ..data.dataset import split_paths
+from ..data.sources import sources_of
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
@@ -70,13 +70,13 @@ def evaluate(
     if adapter_path:
         adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
-        train_file, valid_file = split_paths(config.data_dir)
-        file = train_file if split == "train" else valid_file
-        if file is None:
+        train, valid = sources_of(config.data_dir, tell=tell)
+        source = train if split == "train" else valid
+        if source is None:
             raise InputError(
                 f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
             )
-        dataset = load_split(file, load_tokenizer(config.model_dir), Options.of(config))
+        dataset = load_split(source, load_tokenizer(config.model_dir), Options.of(config))
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)

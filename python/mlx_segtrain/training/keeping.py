@@ -6,7 +6,6 @@ from pathlib import Path
 
 from .. import events
 from ..adapters import About, step_of, write_adapter
-from ..data.dataset import remarks
 from ..errors import InputError, RunError
 from ..files import atomic_folder, clean, remove_folder, write_json
 from ..lora import Adapter
@@ -84,10 +83,9 @@ class Keeper:
     def _about(self, state: State) -> About:
         """What the card says of the adapter as it is now."""
         setup, progress = self.setup, state.progress
-        folder, data = setup.config.data_dir, self.made_of.inputs.get("data/train.jsonl", "")
-        facts = {"data": f"{folder} (train.jsonl {data[:16]})", "trained on": setup.train.summary}
-        if said := remarks(folder, setup.train, setup.valid):
-            facts["remarks"] = "; ".join(said)
+        facts = {"data": self.made_of.data, "trained on": setup.train.summary}
+        if setup.remarks:
+            facts["remarks"] = "; ".join(setup.remarks)
         if progress.last:
             facts["training loss"] = f"{progress.last.loss:.4f}"
         if best := progress.best:
@@ -167,7 +165,7 @@ class Keeper:
             "data": {
                 "train": train.as_json(),
                 "valid": valid and valid.as_json(),
-                "remarks": remarks(self.setup.config.data_dir, train, valid),
+                "remarks": self.setup.remarks,
             },
         }
         file = self.path / "metrics.json"

@@ -12,6 +12,8 @@ import mlx.core as mx
 from .. import events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
+from ..data.repository import pinned
+from ..data.sources import sources_of
 from ..errors import InputError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
@@ -38,10 +40,14 @@ def train(
     config: TrainConfig,
     on_event: events.OnEvent | None = None,
     *,
+    train_data: Any = None,
+    valid_data: Any = None,
     score: Score | None = None,
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
+    `train_data` are the rows in the place of `config.data_dir`: a list or an iterator of dicts, a
+    `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` those to validate.
     `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
     the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
     adapter attached, for a number or a dict of numbers. Ctrl-C, SIGTERM and SIGHUP end the run
@@ -52,23 +58,34 @@ def train(
     tell(events.started())
     try:
         with run_policy(config):
-            return _train(config, tell, score)
+            if train_data is not None and config.data_dir is not None:
+                raise InputError("data_dir and train_data are both given: leave one of them out.")
+            data = config.data_dir if train_data is None else train_data
+            return _train(config, data, valid_data, tell, score)
     except BaseException as error:
         tell(events.failed(error))
         raise
 
 
-def _train(config: TrainConfig, tell: events.OnEvent, score: Score | None) -> TrainResult:
+def _train(
+    config: TrainConfig,
+    data: Any,
+    valid_data: Any,
+    tell: events.OnEvent,
+    score: Score | None,
+) -> TrainResult:
     def warn(message: str) -> None:
         tell(events.warning(message))
 
     check_installed(config)
     start = check_output(config, warn)
     resumed, same = start.resumed, True
-    config = located(config, tell, resumed.record["folders"] if resumed else None)
-    inputs = read_inputs(config, tell)
+    earlier = resumed.record["folders"] if resumed else {}
+    sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
+    config = located(config, tell, earlier)
+    inputs = read_inputs(config, sources, tell)
     config = inputs.config
-    made_of = Record(config, resumed.record if resumed else None)
+    made_of = Record(config, sources, resumed.record if resumed else None)
     if resumed is not None:
         same = check_same(made_of, resumed.record, warn)
         if resumed.step > config.iters:

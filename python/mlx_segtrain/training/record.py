@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .. import events
 from ..config import FACETS, TrainConfig, flag
-from ..data.dataset import split_paths
+from ..data.sources import Source
 from ..errors import InputError, RunError
 from ..files import hashes, sha256, write_json
 from ..hub import OF_MODEL, origin
@@ -32,14 +32,22 @@ OF_MACHINE = ("versions", "device", "settings")
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 
 
-def files_of(config: TrainConfig) -> dict[str, Path]:
-    """What a run reads, by a name that stays when its folder is moved; InputError without data."""
-    train, valid = split_paths(config.data_dir)
-    files = _files_in("model", config.model_dir, OF_MODEL)
-    files |= {f"data/{path.name}": path for path in (train, valid) if path}
+def files_of(
+    config: TrainConfig, sources: tuple[Source, Source | None]
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """What a run reads, by a name that stays when its folder is moved; and the folders, by what the
+    names begin with."""
+    files, folders = _files_in("model", config.model_dir, OF_MODEL), {"model": config.model_dir}
+    for part, source in zip(("data", "valid"), sources, strict=True):
+        for name, path in source.files.items() if source else ():
+            folder = path.parents[name.count("/")]
+            part = "data" if folder == folders.get("data") else part
+            folders[part] = folder
+            files[f"{part}/{name}"] = path
     if config.warm_start is not None:
+        folders["warm_start"] = config.warm_start
         files |= _files_in("warm_start", config.warm_start, OF_ADAPTER)
-    return files
+    return files, folders
 
 
 def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
@@ -91,9 +99,14 @@ def read(run: Path) -> dict[str, Any]:
 class Record:
     """What run.json of a run holds, and the inputs as they were at its start."""
 
-    def __init__(self, config: TrainConfig, resumed: dict[str, Any] | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        sources: tuple[Source, Source | None],
+        resumed: dict[str, Any] | None,
+    ):
         self.folder = config.adapter_path
-        self.files = files_of(config)
+        self.files, folders = files_of(config, sources)
         self.stats = {name: _stat(path) for name, path in self.files.items()}
         try:
             self.inputs = hashes(self.files)
@@ -101,14 +114,18 @@ class Record:
             raise InputError(
                 f"{error.filename} cannot be read: {error.strerror or error}."
             ) from None
+        for name, source in zip(("train_data", "valid_data"), sources, strict=True):
+            if source and not source.files:
+                self.inputs[name] = source.fingerprint()
+        first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
+        place, digest = folders.get("data", "rows of Python"), self.inputs[first]
+        self.data = f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: for people
         earlier = resumed or {}
-        folders: dict[str, Any] = {"model": config.model_dir, "data": config.data_dir}
-        folders["warm_start"] = config.warm_start
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
             "started": earlier.get("started", events.now()),
             "config": config.model_dump(mode="json"),
-            "folders": {part: str(own.resolve()) for part, own in folders.items() if own},
+            "folders": {part: str(own.resolve()) for part, own in folders.items()},
             **machine(),
             "inputs": self.inputs,
             "hub": {part: str(own) for part, x in folders.items() if x and (own := origin(x))},

@@ -14,9 +14,10 @@ import numpy as np
 from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, Options, Prompting, batches, load_dataset
+from ..data import Dataset, Options, Prompting, batches, load_split
 from ..data.dataset import remarks
 from ..data.encoding import sequences
+from ..data.sources import Source
 from ..errors import InputError
 from ..files import clean
 from ..hub import title
@@ -36,12 +37,14 @@ from .references import with_references
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before a model is loaded. `config` has the steps that its epochs come to."""
+    """What is read before a model is loaded. `config` has the steps that its epochs come to;
+    `remarks` say in sentences what of the data is left out or wrong."""
 
     config: TrainConfig
     tokenizer: Any
     train: Dataset
     valid: Dataset | None
+    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -112,22 +115,27 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
     return Start(None, seen)
 
 
-def read_inputs(config: TrainConfig, on_event: events.OnEvent) -> Inputs:
+def read_inputs(
+    config: TrainConfig, sources: tuple[Source, Source | None], on_event: events.OnEvent
+) -> Inputs:
     """InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
-    train, valid = load_dataset(config.data_dir, tokenizer, Options.of(config))
+    how = (tokenizer, Options.of(config))
+    train = load_split(sources[0], *how)
+    valid = None if sources[1] is None else load_split(sources[1], *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
-                f"{option} needs a validation loss, and {config.data_dir} has no valid.jsonl: add "
-                "one, or leave the option out."
+                f"{option} needs a validation loss, and the data has no validation rows: add a "
+                "file valid.jsonl, or leave the option out."
             )
-    for sentence in remarks(config.data_dir, train, valid):
+    said = remarks(config.data_dir, train, valid, *sources)
+    for sentence in said:
         on_event(events.warning(sentence))
-    return Inputs(with_iters(config, train), tokenizer, train, valid)
+    return Inputs(with_iters(config, train), tokenizer, train, valid, said)
 
 
 def prepare(
@@ -159,7 +167,7 @@ def prepare(
     if objective.reference is not None:
         with plan.limits():
             setup = _referenced(setup, on_event)
-    on_event(events.stage("data", 0.05, f"{config.data_dir}: {train.summary}"))
+    on_event(events.stage("data", 0.05, f"{train.name}: {train.summary}"))
     return setup, vector
 
 
@@ -235,7 +243,7 @@ def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
-    read = (config, inputs.tokenizer, inputs.train, inputs.valid)
+    read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
     loaded = (plan, model, chain, objective_of(config), adapter.scales, layout)
     return Setup(*read, *loaded), vector
 
