@@ -422,8 +422,9 @@ def test_inspect_gives_its_flags_to_the_data_module(
     inspect.assert_called_once_with(
         Path("x.jsonl"),
         tokenizer,
-        data.Options(512, None, "last", append_eos=False),
+        data.Options(512, None, train_on="last", append_eos=False),
         n_preview=0,
+        tell=ANY,
     )
     load.assert_called_once_with(Path("."), eos_token_ids=[7, 8])
 
