@@ -232,8 +232,28 @@ def test_commands_take_names(hub, tiny, home, data, capsys, command):
     assert main([*command, "--model", "org/tiny-4bit"]) == 0
     said = capsys.readouterr()
     assert "downloading org/tiny-4bit" in said.err and "downloading" not in said.out
-    weights = "model.safetensors" in hub.files_asked()
-    assert weights == (command[0] != "inspect")  # a tokenizer is enough
+    weights = list(home.rglob("model.safetensors"))
+    assert bool(weights) == (command[0] in ("generate", "adapters"))  # else headers, or a tokenizer
+
+
+def test_a_plan_needs_no_weights(hub, tiny, home, llama4, capsys, monkeypatch):
+    argv = ["plan", "--max-seq-length", "100", "--json", "--model"]
+    monkeypatch.setattr(hubs, "HEADER", 100)  # the header is longer
+    assert main([*argv, "org/tiny-4bit"]) == 0
+    by_name = json.loads(capsys.readouterr().out)
+    assert hub.sent < 30_000 < len(tiny.files["model.safetensors"])
+    asked = len(hub.requests)
+    assert main([*argv, "org/tiny-4bit"]) == 0 and len(hub.requests) == asked
+    assert main([*argv, str(llama4)]) == 0
+    capsys.readouterr()
+    assert main([*argv, str(llama4)]) == 0
+    assert {**by_name, "budget": 0, "alternatives": 0} == {
+        **json.loads(capsys.readouterr().out),
+        "budget": 0,
+        "alternatives": 0,
+    }
+    hubs.model("org/tiny-4bit")
+    assert main([*argv, "org/tiny-4bit"]) == 0
 
 
 def test_ctrl_c_ends_a_download_at_once_and_the_next_start_goes_on(hub, tiny, home):

@@ -45,6 +45,8 @@ WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 MOST_AT_ONCE = 50_000_000_000
 #: Bytes that are left free; seconds of waiting for a first answer, and between two events.
 MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
+#: Bytes of a file of weights that are asked for first to see its header, and at most.
+HEADER, MOST_HEADER = 1 << 18, 32 << 20
 #: Times that a connection is taken up again which brought nothing.
 TRIES = 5
 
@@ -151,6 +153,29 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
     return fetch(repository, wanted, tell, check)
 
 
+def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
+    """As `model`, to plan by: where the weights are not in the cache, a folder whose files of
+    weights have the headers alone, and the sizes."""
+    repository = named(text)
+    if repository is None or cached(text) is not None:
+        return model(text, tell)
+    folder = model(text, tell, weights=False)
+    exact = replace(repository, revision=folder.name)
+    place = _listing(exact, folder.name).with_suffix("") / "headers"
+    files.make_folder(place)
+    for path in folder.iterdir():
+        with suppress(FileExistsError):
+            (place / path.name).symlink_to(path)
+    for name, size in files_of(folder).items():
+        if WEIGHTS.fullmatch(name) and not (place / name).exists():
+            tell(events.stage("load", 0.0, f"looking at {repository.id}, {name}"))
+            header = _header(exact, name)
+            with files.atomic(place / name) as aside, open(aside, "wb") as file:
+                file.write(header)
+                file.truncate(max(size, len(header)))  # a hole, which takes no room
+    return place
+
+
 def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
     """As `model`, of an adapter."""
     repository = named(text)
@@ -164,9 +189,12 @@ def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
 
 
 def located(
-    config: TrainConfig, tell: events.OnEvent = _nobody, earlier: Mapping[str, str] | None = None
+    config: TrainConfig,
+    tell: events.OnEvent = _nobody,
+    earlier: Mapping[str, str] | None = None,
+    bring: Callable[[Path, events.OnEvent], Path] = model,
 ) -> TrainConfig:
-    """A configuration whose names of the hub are folders of its cache.
+    """A configuration whose names of the hub are folders, of the model that which `bring` gives.
 
     `earlier` are the folders of the run that it goes on with: a name without a revision stays at
     that run's commit.
@@ -177,7 +205,7 @@ def located(
         same = before is not None and named(path) == Repository(before.id)
         return Path(str(before)) if same else path
 
-    places = {"model_dir": model(at(config.model_dir, "model"), tell)}
+    places = {"model_dir": bring(at(config.model_dir, "model"), tell)}
     if config.warm_start is not None:
         places["warm_start"] = adapter(at(config.warm_start, "warm_start"), tell)
     return config.model_copy(update=places)
@@ -553,6 +581,35 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
             if refused or tries == TRIES:
                 raise
             time.sleep(1)
+
+
+def _header(repository: Repository, name: str) -> bytes:
+    """The beginning of a safetensors file, as far as its header goes; InputError."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(repository.id, name, revision=repository.revision, endpoint=endpoint())
+    found, wanted = b"", HEADER
+    try:
+        with _answers(repository):
+            while len(found) < wanted:
+                part = {"range": f"bytes={len(found)}-{wanted - 1}", "accept-encoding": "identity"}
+                how: Any = {"timeout": PATIENCE_S, "follow_redirects": True}
+                headers = build_hf_headers() | part
+                before = found
+                with get_session().stream("GET", url, headers=headers, **how) as answer:
+                    hf_raise_for_status(answer)
+                    found = found if answer.status_code == 206 else b""
+                    for piece in answer.iter_bytes():
+                        found += piece
+                        if len(found) >= wanted:
+                            break
+                if len(found) < 8 or len(found) <= len(before):
+                    break
+                wanted = 8 + min(int.from_bytes(found[:8], "little"), MOST_HEADER)
+    except _Unreachable as error:
+        raise InputError(f"{repository.id}: the hub cannot be reached ({error}).") from None
+    return found[:wanted]
 
 
 def _is(file: BinaryIO, etag: str) -> bool:

@@ -153,12 +153,13 @@ def serve_hub() -> Iterator[Hub]:
             head |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
             status, part = 200, content
             if given := self.headers["range"]:
-                first = int(given.removeprefix("bytes=").partition("-")[0])
+                begin, _, end = given.removeprefix("bytes=").partition("-")
+                first, last = int(begin), min(int(end or len(content)), len(content) - 1)
                 if first >= len(content):
                     self.fault(416, "", head)
                     return
-                status, part = 206, content[first:]
-                head["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+                status, part = 206, content[first : last + 1]
+                head["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             self.start(status, head, len(part))
             if self.command == "HEAD":
                 return

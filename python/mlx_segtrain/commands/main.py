@@ -363,12 +363,13 @@ def _peak(result: Any) -> str:
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
     from mlx_segtrain.commands.terminal import answer, downloads, show_plan
-    from mlx_segtrain.hub import located
+    from mlx_segtrain.hub import located, model, outline
     from mlx_segtrain.planning import report
     from mlx_segtrain.planning.run import full_batch, plan_run
 
     with downloads() as show:
-        config = located(config, show)
+        # A picture is drawn of a model that runs.
+        config = located(config, show, bring=outline if args.plot is None else model)
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
     if args.plot is not None:
