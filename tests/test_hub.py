@@ -279,6 +279,10 @@ def test_a_model_and_an_adapter_by_name_in_python(hub, tiny, home, llama4, data,
     told = []
     load("org/tiny-4bit", "me/mine", told.append)
     assert [event["message"] for event in told][-1].startswith("downloading me/mine: ")
+    argv = ["export", "me/mine", "--to", "peft", "--out", str(tmp_path / "peft")]
+    assert main(argv) == 0  # its base is found in the cache
+    argv = ["generate", "--model", "org/tiny-4bit", "--adapter-path", "me/mine", "--prompt", "x"]
+    assert main([*argv, "--max-tokens", "1"]) == 0
     warm = config_of("org/tiny-4bit", data, tmp_path / "b", warm_start="me/mine", iters=1)
     assert train(warm).steps == 1
     assert evaluate(config_of("org/tiny-4bit", data, out), "me/mine").rows == 6

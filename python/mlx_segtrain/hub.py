@@ -41,6 +41,7 @@ OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.tx
 #: Folders of a repository whose files are read too.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
 WEIGHTS = re.compile(r"model[^/]*\.safetensors")
+OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
 #: Of a file that a hub hands out in one piece; Xet's own client brings larger ones.
 MOST_AT_ONCE = 50_000_000_000
 #: Bytes that are left free; seconds of waiting for a first answer, and between two events.
@@ -183,7 +184,7 @@ def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
         return Path(text).expanduser()
 
     def wanted(file: str) -> bool:
-        return "/" not in file and file.endswith((".safetensors", ".json"))
+        return OF_ADAPTER.fullmatch(file) is not None
 
     return fetch(repository, wanted, tell)
 

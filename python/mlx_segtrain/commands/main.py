@@ -422,12 +422,12 @@ def _generate(args: argparse.Namespace) -> int:
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
     text = _prompt(args)
     import mlx_segtrain
+    from mlx_segtrain import hub
     from mlx_segtrain.adapters import prompting_of
-
-    adapter = config.adapter_path if "adapter_path" in args else None
     from mlx_segtrain.commands.terminal import downloads
 
     with downloads() as show:
+        adapter = hub.adapter(config.adapter_path, show) if "adapter_path" in args else None
         model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
     prompting = prompting_of(adapter)  # as the adapter was trained, where nothing else is asked for
     if "prompt_format" in args:

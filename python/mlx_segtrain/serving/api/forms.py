@@ -171,9 +171,10 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """A model of the Hugging Face hub, into its cache on this machine."""
+    """A model or a data set of the Hugging Face hub, into its cache on this machine."""
 
-    name: str = Field(description="org/name or org/name@revision.", max_length=300)
+    name: str = Field(description="org/name or org/name@revision.", max_length=600)
+    kind: Literal["model", "dataset"] = "model"
 
 
 class HfToken(Closed, str_strip_whitespace=True):

@@ -70,10 +70,11 @@ async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
     return _served(await service.serve(body.model_dir))
 
 
-@router.post("/api/models/download", tags=["models and data"], responses=problems(409))
+@router.post("/api/hub/download", tags=["models and data"], responses=problems(409))
 async def download(body: forms.Download, service: Used) -> forms.Submitted:
-    """A model of the hub, as a job, if the operator allows that; then its name is a model_dir."""
-    row = service.download(body.name)
+    """A model or a data set of the hub, as a job, if the operator allows that; then its name is a
+    model_dir, or a data_dir."""
+    row = service.download(body.name, body.kind)
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
 

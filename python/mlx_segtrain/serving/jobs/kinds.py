@@ -7,6 +7,7 @@ All that depends on a job's kind stands here. What runs a job is called in the j
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
 Values = dict[str, Any]
+#: Of a name of the hub.
+COMMIT = re.compile("@[0-9a-f]{40}")
 #: Of the environment, for what talks to the hub.
 HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
 
@@ -140,12 +143,19 @@ def merge(values: Values) -> events.Event:
 
 def download(values: Values) -> events.Event:
     from ... import hub
+    from ...data.sources import sources_of
 
     def pass_on(event: events.Event) -> None:
         tell(event | {"progress": event["share"]} if "share" in event else event)
 
     try:
-        folder = hub.model(values["name"], pass_on)
+        if values["kind"] == "model":
+            folder = hub.model(values["name"], pass_on)
+        else:
+            train, _ = sources_of(values["name"], tell=pass_on)
+            own = hub.origin(next(iter(train.files.values())))
+            assert own is not None  # it came from there
+            folder = own.folder / "snapshots" / str(own.revision)
     except KeyboardInterrupt:
         kept = "what has come is kept: another download goes on from there"
         return {"type": "cancelled", "ts": events.now(), "message": kept}
@@ -178,7 +188,8 @@ def _can_be_sent(values: Values) -> None:
 
 def _end(values: Values, name: str) -> str:
     """The end of a path, which tells it from others, or a name of the hub."""
-    return title(values.get(name) or "")
+    text = str(values.get(name) or "")
+    return title(text) if text.startswith("/") else COMMIT.sub("", text)
 
 
 def _evaluated(values: Values) -> str:

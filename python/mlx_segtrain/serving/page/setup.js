@@ -93,7 +93,7 @@ export default async function setup(main) {
     show(aboutModel, empty(`Asking the hub for ${name}.`));
     announce(`Downloading ${name}.`);
     try {
-      const { job_id } = await api("/api/models/download", { name });
+      const { job_id } = await api("/api/hub/download", { name });
       following = follow(job_id, 0, tell, ended);
       async function ended() {
         following = null;
