@@ -424,7 +424,8 @@ def test_inspect_gives_its_flags_to_the_data_module(
         tokenizer,
         data.Options(512, None, train_on="last", append_eos=False),
         n_preview=0,
-        tell=ANY,
+        model_dir=Path("."),
+        on_event=ANY,
     )
     load.assert_called_once_with(Path("."), eos_token_ids=[7, 8])
 

@@ -88,6 +88,8 @@ def test_defaults_are_those_of_the_reference() -> None:
         "append_eos": True,
         "prompt_format": "auto",
         "chat_template_kwargs": {},
+        "val_split": "auto",
+        "dedup": False,
         "strict": False,
         "overwrite": False,
     }

@@ -8,14 +8,15 @@ import mlx_segtrain
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
-    *("errors", "files", "events", "torchless", "fields", "config", "safetensors", "hub"),
+    *("errors", "files", "processes", "events", "torchless", "fields", "config", "safetensors"),
+    "hub",
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),
 )
 #: Of the server's own rooms, the same.
 SERVING = (
-    *("settings", "roots", "sessions", "pools", "processes", "opening", "confined", "catalog"),
+    *("settings", "roots", "sessions", "pools", "opening", "confined", "catalog"),
     *("jobs", "generation", "service", "api", "app"),
 )
 

@@ -32,6 +32,7 @@ from mlx_segtrain.fields import (
     Place,
     Resume,
     SegmentSize,
+    Share,
     Variables,
     choices,
     is_list,
@@ -183,8 +184,8 @@ class TrainConfig(BaseModel):
         1, OPTIMIZER | SIZE | CARD, title="Gradient accumulation, batches", ge=1
     )
     """Batches whose gradients are summed into an optimizer step."""
-    seed: Int = option(0, OPTIMIZER | CARD, ge=0)
-    """Seed of the row order and of the LoRA initialization."""
+    seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
+    """Seed of the row order, of the LoRA initialization, and of the rows that val_split takes."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
     """Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, which is faster
     and adds up in any order."""
@@ -278,6 +279,16 @@ class TrainConfig(BaseModel):
     )
     """Variables of the chat template, such as {"enable_thinking": false}; a row may have its own.
     Generation with the adapter uses them too."""
+    val_split: Share = option(
+        "auto",
+        DATA,
+        title="Held out for validation",
+        values="auto, a share below 1, or a number of rows",
+    )
+    """Training rows that are held out for validation where there is no file for it, by their
+    content; 0 is none, auto a twentieth of more than 100 rows, at most 500."""
+    dedup: bool = option(False, DATA, title="Leave out repeated rows")
+    """Leave out training rows that are equal to an earlier one."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
     """Refuse data of which the chat template loses a part, or leaves a trained turn without a token
     that stops generation; otherwise such rows are counted and reported."""

@@ -42,6 +42,17 @@ def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
+def tokenizing(
+    name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
+) -> Event:
+    """How far the rows of a source have been tokenized: share 0..1 and seconds left, None if that
+    cannot be told."""
+    figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
+    part = "" if share is None else f" {share:.0%},"
+    message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
+    return stage("data", 0.01 + 0.01 * (share or 0), message, **figures)
+
+
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
     """The plan of memory that the run follows from here on; bytes, no peak where none is
     predicted."""

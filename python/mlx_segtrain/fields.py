@@ -110,6 +110,12 @@ def _all_or_last(value: int) -> int:
     return value
 
 
+def _share(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("neither a share nor a number of rows")
+    return value
+
+
 def _distinct(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("a name stands twice")
@@ -169,6 +175,7 @@ Columns = Annotated[dict[str, Any], BeforeValidator(_decoded), AfterValidator(_m
 LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
+Share = Literal["auto"] | Annotated[Float, Field(ge=0), AfterValidator(_share)]
 Resume = bool | Literal["auto"]
 
 

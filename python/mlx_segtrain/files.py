@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -254,7 +255,13 @@ def hashes(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """Of a file's content, in hexadecimal; read once in a process, as long as nobody changes it."""
+    own = os.stat(path)  # a program can set the first of the times, and nobody the second
+    return _sha256(path, own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns)
+
+
+@lru_cache(4096)
+def _sha256(path: Path, *_: int) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(buffer):

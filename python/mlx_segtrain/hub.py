@@ -422,7 +422,7 @@ class Meter:
 
     def __init__(self, what: str, there: int, total: int, tell: events.OnEvent):
         self.what, self.there, self.total, self.tell = what, there, total, tell
-        self.told = 0.0
+        self.told, self.begun, self.first = 0.0, time.monotonic(), there
 
     def __call__(self, n: int) -> None:
         self.there += n
@@ -431,7 +431,9 @@ class Meter:
             return
         self.told, share = now, min(1.0, self.there / max(1, self.total))
         text = f"downloading {self.what}: {amount(self.there)} of {amount(self.total)}"
-        self.tell(events.stage("load", 0.01 * share, text, share=share))
+        rate = (self.there - self.first) / max(1e-3, now - self.begun)
+        left_s = (self.total - self.there) / rate if rate > 0 else None
+        self.tell(events.stage("load", 0.01 * share, text, share=share, left_s=left_s))
 
 
 def amount(n: float) -> str:

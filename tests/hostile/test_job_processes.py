@@ -12,7 +12,7 @@ import pytest
 
 from lib.folders import write_llama, write_rows
 from lib.served import ended
-from mlx_segtrain.serving import processes
+from mlx_segtrain import processes
 from mlx_segtrain.serving.jobs import queue as jobs_module
 from mlx_segtrain.serving.jobs.kinds import KINDS
 from mlx_segtrain.serving.jobs.queue import Jobs
@@ -62,7 +62,7 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
         script = f"""
             import subprocess, sys
             sys.path.insert(0, {str(first)!r})
-            from mlx_segtrain.serving import processes
+            from mlx_segtrain import processes
             made = processes.command("mlx_segtrain.main", "a", "b c")
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """

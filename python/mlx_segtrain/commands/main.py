@@ -393,10 +393,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
     options = replace(Options.of(config), method=config.method if "method" in args else None)
     with downloads() as show:
-        tokenizer = None
+        model = tokenizer = None
         if "model_dir" in args:
-            tokenizer = load_tokenizer(hub.model(config.model_dir, show, weights=False))
-        report = inspect(config.data_dir, tokenizer, options, n_preview=args.rows, tell=show)
+            model = hub.model(config.model_dir, show, weights=False)
+            tokenizer = load_tokenizer(model)
+        how = {"n_preview": args.rows, "model_dir": model, "on_event": show}
+        report = inspect(config.data_dir, tokenizer, options, **how)
     if not report.ok and not args.json:
         raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import answer, show_report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -70,8 +71,8 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._part: TaskID | None = None  # of what a stage waits for
-        self._told = -1.0  # the share of it in the last line
+        self._waiting: TaskID | None = None
+        self._told = 0.0
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -116,33 +117,34 @@ class Terminal:
             self._train(event)
 
     def _stage(self, event: Event) -> None:
+        if "share" in event:
+            return self._wait(event)
+        if self._waiting is not None:
+            self._bar.remove_task(self._waiting)
+            self._waiting = None
         if event["stage"] == "train":
             self.iters = event["iters"]
             done = event["step"]
             self._task = self._bar.add_task(
                 "train", total=self.iters, completed=done, status=f"{done}/{self.iters}"
             )
-        if "share" in event:
-            self._wait(event)
-            return
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
 
     def _wait(self, event: Event) -> None:
-        """How far that is which a stage waits for: a bar, or a line for each tenth."""
-        share = event["share"]
+        """What a stage waits for, downloads or rows to be tokenized: a bar, or a line every ten
+        seconds."""
+        share, now = event["share"], time.monotonic()
         if not self.console.is_terminal:
-            if share == 1 or not self._told <= share < self._told + 0.1:
-                self._told = share if share < 1 else -1.0
+            if now - self._told > 10 or share == 1:
+                self._told = now
                 self._line(event["message"])
             return
-        if self._part is None:
-            self._part = self._bar.add_task("", total=1.0, status="")
-        self._bar.update(self._part, completed=share, status=event["message"])
-        if share == 1:
-            self._bar.remove_task(self._part)
-            self._part = None
-            self._line(event["message"])
+        if self._waiting is None:
+            self._waiting = self._bar.add_task(event["stage"], total=share and 1.0, status="")
+        left_s = event.get("left_s")
+        left = "" if left_s is None else f"  {duration(left_s)} left"
+        self._bar.update(self._waiting, completed=share or 0, status=event["message"] + left)
 
     def _train(self, event: Event) -> None:
         assert self._task is not None  # the stage `train` comes before its metrics
@@ -160,7 +162,7 @@ class Terminal:
 
 @contextmanager
 def downloads() -> Iterator[Callable[[Event], None]]:
-    """Show what is downloaded, and no other event, where results are not."""
+    """Show what is downloaded and tokenized, and no other event, where results are not."""
     with Terminal(Console(stderr=True, highlight=False)) as show:
         yield lambda event: show(event) if "share" in event else None
 

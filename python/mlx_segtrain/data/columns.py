@@ -48,7 +48,7 @@ class Columns:
     def of(cls, rows: Sequence[Any]) -> Columns:
         """The arrays of rows, Row or Pair, that are in memory."""
         parts = [list(map(_numbers, sequences(row))) for row in rows]
-        table = np.array(parts, np.int64).reshape(len(rows), -1, 4)
+        table = np.array(parts or np.zeros((0, 1, 4)), np.int64)
         shared = np.array([getattr(row, "shared", 0) for row in rows], np.int64)
         length, first, trained, top = np.moveaxis(table, 2, 0)
         return cls(length, first, trained, top, shared)

@@ -1,23 +1,24 @@
 """Data sets: every row tokenized once, truncated and counted."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from ..config import ROWS
-from ..errors import InputError, either
+from ..errors import InputError
+from ..events import OnEvent
+from .cache import read_samples
 from .columns import Columns, Lazy
 from .encoding import Encoder, Options, Pair, Row, sequences
-from .formats import FORMATS, Record, checked, encode, quoted
 from .notes import Notes
-from .sources import Source, rows_in, rows_of, source_of, sources_of
+from .samples import Samples
+from .sources import Source, rows_in, sources_of
+from .splitting import duplicates, held_out, in_both, repeated
 from .template import Tokenizer
 
-ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
+Split = Literal["train", "valid"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Dataset:
     preference, or mixed; `n_rows` counts the rows read, `truncated` the rows here that were cut, of
     pairs those that lost part of a response, `dropped` those left out since no trained token
     remained; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of their
-    prompt; `notes` says what was found in the rows; `name` is that of the file, for people.
+    prompt; `notes` says what was found in the rows, and `said` what was done to them. `name` is
+    that of the source.
     """
 
     rows: Sequence[Any]
@@ -40,8 +42,9 @@ class Dataset:
     truncated: int = 0
     dropped: int = 0
     prompts_cut: int = 0
-    name: str = "the data"
     notes: Notes = field(default_factory=Notes)
+    name: str = ""
+    said: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[Any], pad_id: int = 0, format: str = "text") -> "Dataset":
@@ -108,28 +111,119 @@ class Dataset:
 
 
 def load_dataset(
-    data: Any, tokenizer: Tokenizer, options: Options
+    data: Any,
+    tokenizer: Tokenizer,
+    options: Options,
+    model_dir: Path | None = None,
+    on_event: OnEvent | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and, if there are some, validation rows (sources.sources_of); raises InputError."""
-    train, valid = sources_of(data)
-    how = (tokenizer, options)
-    return load_split(train, *how), None if valid is None else load_split(valid, *how)
+    """Training rows and, if there are some, validation rows; raises InputError.
+
+    `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens
+    are kept (cache.py). `on_event` is told how far that is.
+    """
+    train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
+    return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
 
 
-def load_split(source: Source | Path, tokenizer: Tokenizer, options: Options) -> Dataset:
-    """The rows of a source, or of one file; raises InputError."""
-    source = source_of(source) if isinstance(source, Path) else source
-    encoder = Encoder(tokenizer, options)
-    format, _, rows = read(source, options, encoder)
-    if options.strict:
-        refuse_faults(source.name, encoder.notes)
-    return fit(source.name, format, rows, encoder)
+def load_split(
+    data: Any,
+    tokenizer: Tokenizer,
+    options: Options,
+    split: Split = "train",
+    model_dir: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> Dataset | None:
+    """One part of what load_dataset gives; None if there are no validation rows."""
+    read = Reading(tokenizer, options, model_dir, on_event)
+    train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
+    if split == "valid" and valid is not None:
+        return read.whole(valid)
+    own, held = _parts(train, valid, read)
+    return own if split == "train" else held
 
 
-def refuse_faults(name: str, notes: Notes) -> None:
-    """InputError if rows are not trained as they are."""
-    if faults := notes.faults():
-        raise InputError(f"{name}: {faults[0]}; mend the rows, or leave out strict.")
+class Reading:
+    """Reads sources, each once, with a tokenizer; the arguments are those of load_dataset."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        options: Options,
+        model_dir: Path | None = None,
+        on_event: OnEvent | None = None,
+    ):
+        self.encoder, self.options = Encoder(tokenizer, options), options
+        self._how = (tokenizer, options, model_dir, on_event or (lambda event: None))
+        self._read: dict[int, Samples] = {}
+
+    def samples(self, source: Source) -> Samples:
+        """All of a source; InputError."""
+        if id(source) not in self._read:
+            samples = read_samples(source, *self._how)
+            if not samples.n_rows:
+                raise InputError(f"{source.name} has no rows; put some there.")
+            self._read[id(source)] = samples
+        return self._read[id(source)]
+
+    def check(self, source: Source) -> None:
+        """InputError if strict and rows of a source are not trained as they are."""
+        if self.options.strict and (faults := self.samples(source).notes().faults()):
+            raise InputError(f"{source.name}: {faults[0]}; mend the rows, or leave out strict.")
+
+    def whole(self, source: Source) -> Dataset:
+        """All of a source as it is trained; InputError."""
+        samples = self.samples(source)
+        self.check(source)
+        return fit(source.name, samples, np.arange(len(samples)), self.encoder)
+
+
+def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
+    """Training rows and validation rows of sources; InputError."""
+    own, held = _parts(train, valid, read)
+    if valid is None:
+        return own, held
+    held = read.whole(valid)
+    if count := in_both(read.samples(valid), read.samples(train)):
+        said = f"{count:,} of {held.n_rows:,} rows also stand in {own.name}"
+        held = replace(held, said=(said,))
+    return own, held
+
+
+def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
+    """Training rows, without equal ones if that is asked for; and what of them is held out for
+    validation, if there is no other source for it."""
+    options, samples, said = read.options, read.samples(train), ()
+    read.check(train)
+    chosen = np.arange(len(samples))
+    if options.dedup and (count := duplicates(samples)):
+        chosen = chosen[~repeated(samples)]
+        said = (f"{count:,} rows that are equal to an earlier one are left out (dedup)",)
+    asked = options.val_split
+    if valid is not None and asked not in ("auto", 0):
+        raise InputError(
+            f"val_split has no effect, since validation rows are read from {valid.name}: leave one "
+            "of the two out.",
+            field="val_split",
+        )
+    held = held_out(samples, chosen, 0 if valid else asked, options.seed)
+    if held.all():
+        raise InputError(
+            f"val_split {asked} holds out all rows of {train.name}: lower it.", field="val_split"
+        )
+    own = fit(train.name, samples, chosen[~held], read.encoder)
+    if not held.any():
+        if valid is None and asked not in ("auto", 0):
+            raise InputError(
+                f"val_split {asked} is less than a row of {train.name}, or than the rows that are "
+                "equal to it: raise it.",
+                field="val_split",
+            )
+        return replace(own, said=said), None
+    apart = fit(f"held out of {train.name}", samples, chosen[held], read.encoder)
+    count = f"{apart.n_rows:,} of {own.n_rows + apart.n_rows:,}"
+    said += (f"{count} rows are held out for validation (val_split {asked})",)
+    return replace(own, said=said), apart
 
 
 def unread(folder: Path, *sources: Source | None) -> list[str]:
@@ -149,7 +243,7 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
             (own.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
             (own.dropped, "samples are dropped: nothing of them is trained"),
         )
-        found = [f"{count:,} {what}" for count, what in counts if count]
+        found = [*own.said, *(f"{count:,} {what}" for count, what in counts if count)]
         found += [*own.notes.left_out(), *own.notes.faults()]
         said += [f"{own.name}: {sentence}" for sentence in found]
     if isinstance(data, Path) and data.is_dir():
@@ -164,84 +258,50 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
     return said
 
 
-def read(
-    source: Source, options: Options, encoder: Encoder | None = None
-) -> tuple[str, int, list[Any]]:
-    """The format of a source and the number of its rows; with an encoder Rows or Pairs, not cut.
-
-    InputError for a row that cannot be read, or is not for the method (None: any).
-    """
-    formats: set[str] = set()
-    records = _records(source, options, formats)
-    n_rows, rows = 0, []
-    while chunk := list(islice(records, ROWS_PER_CALL)):
-        n_rows += len(chunk)
-        rows += encode(encoder, chunk) if encoder else []
-    if not formats:
-        raise InputError(f"{source.name} has no rows; put some there.")
-    return formats.pop() if len(formats) == 1 else "mixed", n_rows, rows
-
-
-def _records(source: Source, options: Options, formats: set[str]) -> Iterator[Record]:
-    """The records of a source, whose formats are added to `formats` as they come.
-
-    InputError if a record is not for the method, or pairs stand beside other rows.
-    """
-    method = options.method
-    for where, row in rows_of(source):
-        record = checked(row, where, options.data_format, options.columns)
-        own = FORMATS[record.format]
-        if method is not None and own.rows != ROWS[method]:
-            wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
-            if len(wanted) == 1:
-                keys = quoted(wanted[0].keys)
-                raise InputError(f"{record.source}: method {method} needs the keys {keys}.")
-            methods = either([name for name, rows in ROWS.items() if rows == own.rows])
-            raise InputError(
-                f"{record.source}: the row has {quoted(own.marks)}, which method {method} does not "
-                f"train: give method {methods}, or data_format."
-            )
-        if any(FORMATS[name].rows != own.rows for name in formats):
-            raise InputError(
-                f"{record.source}: pairs and other rows do not go together; put them into two "
-                "files."
-            )
-        formats.add(record.format)
-        yield record
-
-
-def fit(name: str, format: str, rows: list[Any], encoder: Encoder) -> Dataset:
-    """`rows` cut to max_seq_length tokens; InputError if nothing is trained."""
-    n_rows = encoder.notes.rows
-    short = [shorten(row, encoder) for row in rows]
-    found = [own for own in short if _trained(own[0])]
-    if not found:
-        trained = [own for row in rows if _trained(row) for own in sequences(row)]
-        longest = max(map(len, trained), default=0)
+def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
+    """Samples, by index, cut to max_seq_length tokens; InputError if nothing is trained."""
+    most = encoder.options.max_seq_length
+    columns = samples.columns(most).take(chosen)
+    over = samples.lengths[chosen].max(1, initial=0) > most
+    truncated, cut = over.copy(), np.zeros(len(chosen), bool)
+    if columns.length.shape[1] == 2 and over.any():  # pairs are cut on both sides
+        at = np.flatnonzero(over)
+        short = [shorten(samples.row(int(chosen[i])), encoder) for i in at]
+        own = Columns.of([pair for pair, _, _ in short])
+        for one in fields(own):
+            getattr(columns, one.name)[at] = getattr(own, one.name)
+        truncated[at], cut[at] = zip(*((end, start) for _, end, start in short), strict=True)
+    kept = (columns.trained > 0).all(1)
+    n_rows = (
+        samples.n_rows if len(chosen) == len(samples) else len(np.unique(samples.record[chosen]))
+    )
+    if not kept.any():
+        every = samples.columns(WHOLE).take(chosen)
+        longest = int(every.length[(every.trained > 0).all(1)].max(initial=0))
         reason = (
-            f"all trained tokens lie beyond max_seq_length {encoder.options.max_seq_length}; raise "
-            f"it (the longest row has {longest} tokens)"
+            f"all trained tokens lie beyond max_seq_length {most}; raise it (the longest row has "
+            f"{longest} tokens)"
             if longest
             else "no row has an assistant turn or text that is trained"
         )
         raise InputError(f"{name} has nothing to train in {n_rows} rows: {reason}.")
-    kept, truncated, prompts_cut = zip(*found, strict=True)
+    rows = chosen[kept]
     return Dataset(
-        name=name,
-        rows=kept,
-        columns=Columns.of(kept),
-        format=format,
+        rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),
+        columns=columns.take(kept),
+        format=samples.format,
         n_rows=n_rows,
         pad_id=encoder.pad_id,
-        truncated=sum(truncated),
-        dropped=len(rows) - len(kept),
-        prompts_cut=sum(prompts_cut),
-        notes=encoder.notes,
+        truncated=int(truncated[kept].sum()),
+        dropped=int((~kept).sum()),
+        prompts_cut=int(cut[kept].sum()),
+        notes=samples.notes(None if len(chosen) == len(samples) else chosen),
+        name=name,
     )
 
 
-def _trained(row: Row | Pair) -> bool:
-    return all(own.weights.any() for own in sequences(row))
+#: More tokens than a row has.
+WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:

@@ -1,6 +1,7 @@
 """What a data set trains, for people to look at before a run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,12 @@ import numpy as np
 from ..errors import InputError
 from ..events import OnEvent
 from . import dataset
+from .dataset import Reading
 from .encoding import Encoder, Options, sequences
 from .notes import FINDINGS
+from .samples import count, format_of
 from .sources import sources_of
+from .splitting import duplicates
 from .template import Tokenizer
 
 
@@ -28,15 +32,17 @@ class Preview:
 class Report:
     """What `inspect` found.
 
-    `n_train` and `n_valid` count rows read; lengths are in tokens before truncation, all of the
-    training file like the counts after them (None without a tokenizer). `remarks` say what is left
-    out of both files or wrong with them, `findings` name rows of the training file by what is wrong
-    with them (notes.FINDINGS). `error` is one sentence.
+    `n_train` and `n_valid` count rows, `formats` those of the training file by their form; lengths
+    are in tokens before truncation, all of the training file like the counts after them (None
+    without a tokenizer). `duplicates` counts rows that are equal to an earlier one. `remarks` say
+    what is left out of both files or wrong with them, `findings` name rows of the training file by
+    what is wrong with them (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True
     error: str | None = None
     format: str | None = None
+    formats: dict[str, int] = field(default_factory=dict)
     n_train: int = 0
     n_valid: int = 0
     length_min: int | None = None
@@ -49,6 +55,7 @@ class Report:
     dropped: int | None = None
     prompts_cut: int | None = None
     samples: int | None = None
+    duplicates: int | None = None
     trained_turns: int | None = None
     prompt_format: str | None = None
     remarks: list[str] = field(default_factory=list)
@@ -62,34 +69,44 @@ def inspect(
     options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
     n_preview: int = 3,
-    tell: OnEvent = lambda event: None,
+    model_dir: Path | None = None,
+    on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks data (sources.sources_of); what is wrong is in the report, not raised."""
+    """Checks data (sources.sources_of); what is wrong is in the report, not raised.
+
+    With the folder of the tokenizer's model, its tokens are kept (cache.py).
+    """
     report = Report()
     try:
-        train, valid = sources_of(data, tell=tell)
-        report.format, report.n_train, _ = dataset.read(train, options)
-        if valid:
-            _, report.n_valid, _ = dataset.read(valid, options)
+        train, valid = sources_of(data, tell=on_event)
         if tokenizer is None:
+            report.formats = dict(count(train, options))
+            report.format, report.n_train = format_of(report.formats), sum(report.formats.values())
+            report.n_valid = count(valid, options).total() if valid else 0
             return report
-        encoder = Encoder(tokenizer, options)
-        _, _, rows = dataset.read(train, options, encoder)
-        lengths = np.percentile(list(map(len, rows)), (0, 50, 95, 100), method="higher")
+        read = Reading(tokenizer, options, model_dir, on_event)
+        samples = read.samples(train)
+        report.format, report.n_train = samples.format, samples.n_rows
+        report.n_valid = read.samples(valid).n_rows if valid else 0
+        lengths = samples.lengths.sum(1) - samples.shared
         report.length_min, report.length_median, report.length_p95, report.length_max = map(
-            int, lengths
+            int, np.percentile(lengths, (0, 50, 95, 100), method="higher")
         )
-        report.previews = _previews(rows[:n_preview], encoder)
-        notes = encoder.notes
-        report.samples, report.trained_turns = len(rows), notes.turns
+        rows = [samples.row(i) for i in range(min(n_preview, len(samples)))]
+        report.previews = _previews(rows, read.encoder)
+        notes = samples.notes()
+        report.formats = dict(notes.formats)
+        report.samples, report.trained_turns = len(samples), notes.turns
         report.prompt_format, report.findings = notes.prompt_format, notes.where
-        found = dataset.fit(train.name, report.format, rows, encoder)
-        for name, count in found.counts.items():
-            setattr(report, name, count)
-        others = dataset.load_split(valid, tokenizer, options) if valid else None
+        report.duplicates = duplicates(samples)
+        found, others = dataset.parts(train, valid, read)
+        for name, value in found.counts.items():
+            setattr(report, name, value)
+        if valid is None and others is not None:
+            report.n_train, report.n_valid = found.n_rows, others.n_rows
         report.remarks = dataset.remarks(data, found, others, train, valid)
-        if options.strict:
-            dataset.refuse_faults(train.name, notes)
+        for source in (train, *([valid] if valid else [])):
+            read.check(source)
     except InputError as error:
         report.ok, report.error = False, str(error)
     return report

@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from .chat import Sample
-
 #: Findings about a trained turn, as the end of a sentence that begins with their count.
 FINDINGS = {
     "text": "text of the row is missing from what the chat template renders",
@@ -22,7 +20,7 @@ MOST_NAMED = 20
 
 @dataclass
 class Notes:
-    """Counts over one file.
+    """Counts over the rows of one source.
 
     `rows` were read and gave `samples`, which have `turns` trained turns. `findings` counts samples
     by finding and `where` names the first of their rows; `ignored` counts rows by a key that
@@ -42,15 +40,24 @@ class Notes:
     formats: Counter[str] = field(default_factory=Counter)
     prompt_format: str | None = None
 
-    def add(self, sample: Sample) -> None:
-        """Counts a sample."""
-        self.samples += 1
-        self.turns += sample.turns
-        self.findings.update(sample.findings)
-        for name in sample.findings:
-            named = self.where.setdefault(name, [])
-            if len(named) < MOST_NAMED and sample.source not in named[-1:]:
-                named.append(sample.source)
+    def add(self, other: "Notes") -> None:
+        """Counts what another one counts of rows; samples have been counted in neither."""
+        self.rows += other.rows
+        self.ignored += other.ignored
+        self.repeated += other.repeated
+        self.unwanted += other.unwanted
+        self.formats += other.formats
+        self.prompt_format = other.prompt_format or self.prompt_format
+
+    def of_rows(self) -> dict[str, Any]:
+        """What `add` adds, for a file; `Notes.read` reads it."""
+        names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Notes":
+        counts = {name: Counter(values[name]) for name in ("ignored", "formats")}
+        return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
         """A sentence for each finding, with its count and first row."""

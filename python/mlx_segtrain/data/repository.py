@@ -82,7 +82,7 @@ def pinned(text: Any, folder: str | Path | None) -> Any:
 def fetch(
     name: Named,
     readable: Callable[[str], str | None],
-    tell: events.OnEvent = lambda event: None,
+    tell: events.OnEvent | None = None,
     *,
     ask: bool = True,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -91,6 +91,7 @@ def fetch(
     `readable` says the format of a file by its name, or None. Without `ask` the cache alone is
     looked at. InputError for what there is not.
     """
+    tell = tell or (lambda event: None)
     configs: dict[str, Splits] = {}
     folder, standard = Path(), None
     for revision in (name.repository.revision, CONVERTED):

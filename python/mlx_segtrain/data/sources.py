@@ -181,7 +181,7 @@ SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d{1,5})-of-(?P<count>\d{1,5})")
 
 
 def sources_of(
-    data: Any, valid: Any = None, tell: OnEvent = lambda event: None, *, ask: bool = True
+    data: Any, valid: Any = None, tell: OnEvent | None = None, *, ask: bool = True
 ) -> tuple[Source, Source | None]:
     """Training rows and, if there are some, validation rows; InputError if there are none.
 
@@ -231,7 +231,7 @@ def source_of(path: Path) -> Source:
     return Files({path.name: path})
 
 
-def _in_place(data: str | Path, tell: OnEvent, ask: bool) -> tuple[Source, Source | None]:
+def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source, Source | None]:
     """Those of a file or folder, or of a repository of the hub."""
     place = Path(data).expanduser()
     own = None if format_of(place) else repository.named(data)
@@ -243,12 +243,12 @@ def _in_place(data: str | Path, tell: OnEvent, ask: bool) -> tuple[Source, Sourc
     if (place / "state.json").is_file():  # one split of `save_to_disk`
         return Files(_saved(place, "")), None
     for folder in (place, place / "data"):  # as repositories of data sets have it
-        if train := _split(place, folder, "train"):
-            valid = _split(place, folder, "valid")
+        if train := split_in(place, folder, "train"):
+            valid = split_in(place, folder, "valid")
             return Files(train), Files(valid) if valid else None
     others = [path for path in rows_in(place) if _stem(path) not in SPLITS["valid"]]
     if len(others) == 1:
-        valid = _split(place, place, "valid")
+        valid = split_in(place, place, "valid")
         return Files({others[0].name: others[0]}), Files(valid) if valid else None
     raise InputError(
         f"{place} has no file train.jsonl, nor one of another format; put the training rows there "
@@ -267,7 +267,7 @@ def _stem(path: Path) -> str:
     return path.name[: path.name.lower().rindex(str(format_of(path)))]
 
 
-def _split(place: Path, folder: Path, split: str) -> dict[str, Path]:
+def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
     """The files of a split in a folder, by their names from `place`; InputError if several could be
     it."""
     found: dict[str, list[Path]] = {}
@@ -365,22 +365,19 @@ def _told(path: Path | str) -> Iterator[None]:
 class _Unpacked(io.RawIOBase):
     """What a compressed file becomes, as long as it is no bomb."""
 
-    def __init__(self, file: BinaryIO, codec: str, most: int, name: str):
+    def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
 
         self._stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec)
-        self._left, self._name = most, name
+        self._unpacked, self._size, self._name = 0, size, name
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         got = self._stream.read(len(buffer))
-        self._left -= len(got)
-        if self._left < 0:
-            raise InputError(
-                f"{self._name} unpacks to more than {MOST_UNPACKED} times its size: unpack it."
-            )
+        self._unpacked += len(got)
+        _check_growth(self._name, self._unpacked, self._size)
         buffer[: len(got)] = got
         return len(got)
 
@@ -400,8 +397,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         if codec is None:
             yield raw, read
         else:
-            most = SLACK + MOST_UNPACKED * path.stat().st_size
-            unpacked = _Unpacked(raw, codec, most, path.name)
+            unpacked = _Unpacked(raw, codec, path.stat().st_size, path.name)
             yield io.BufferedReader(unpacked, 1 << 16), read  # type: ignore[misc]
 
 
@@ -613,11 +609,13 @@ def _parquet(path: Path) -> Iterator[Block]:
     nested = any("." in path for path in texts)
     with pq.ParquetFile(path, read_dictionary=None if nested else texts, **how) as file:
         size, total = path.stat().st_size, file.metadata.num_rows
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        _check_growth(path.name, sum(group.total_byte_size for group in groups), size)
         rows = 0
 
         def batches() -> Iterator[tuple[Any, int]]:
             nonlocal rows
-            for batch in file.iter_batches(64 if nested else ROWS, use_threads=False):
+            for batch in file.iter_batches(16 if nested else ROWS, use_threads=False):
                 rows += batch.num_rows
                 yield batch, size * rows // max(total, rows)
 
@@ -662,8 +660,8 @@ def _arrow_blocks(
             raise InputError(f"{name}: two columns have the same name; rename one of them.")
         for part, weight in _parts(batch, name, first + rows):
             weighed += weight
-            if size is not None and weighed > SLACK + MOST_UNPACKED * size:
-                raise InputError(f"{name} unpacks to more than {MOST_UNPACKED} times its size.")
+            if size is not None:
+                _check_growth(name, weighed, size)
             if parts and sum(own for _, own in parts) + weight > BLOCK:
                 yield block()
                 first, rows, told, parts = first + rows, 0, read, []
@@ -673,22 +671,32 @@ def _arrow_blocks(
         yield block()
 
 
+def _check_growth(name: str, unpacked: int, size: int) -> None:
+    """InputError if so many bytes come of a file of this size."""
+    if unpacked > SLACK + MOST_UNPACKED * size:
+        raise InputError(
+            f"{name} unpacks to more than {MOST_UNPACKED} times its size; write it in another "
+            "format if that is right."
+        )
+
+
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
     """Slices of a batch that are small when they are written out, and how large."""
-    waiting = [batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS)][::-1]
-    while waiting:
-        part = waiting.pop()
-        weight, n = _weight(part.to_struct_array()), part.num_rows
-        if weight > BLOCK and n > 1:
-            waiting += [part.slice(n // 2), part.slice(0, n // 2)]
-            continue
-        if weight > MOST_BYTES:
-            raise InputError(
-                f"{name}:{first}: the row has more than {MOST_BYTES >> 20} MiB; split it into "
-                "several."
-            )
-        first += n
-        yield part, weight
+    for at in range(0, batch.num_rows, ROWS):
+        waiting = [batch.slice(at, ROWS)]
+        while waiting:
+            part = waiting.pop()
+            weight, n = _weight(part.to_struct_array()), part.num_rows
+            if weight > BLOCK and n > 1:
+                waiting += [part.slice(n // 2), part.slice(0, n // 2)]
+                continue
+            if weight > MOST_BYTES:
+                raise InputError(
+                    f"{name}:{first}: the row has more than {MOST_BYTES >> 20} MiB; split it into "
+                    "several."
+                )
+            first += n
+            yield part, weight
 
 
 def _weight(column: Any) -> int:
@@ -759,7 +767,8 @@ def _plain(kind: Any) -> Any:
 
 
 def _parse_lines(block: Block) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(block.payload.split(b"\n"), block.first):
+    lines = block.payload.split(b"\n") if block.payload.strip() else ()
+    for number, line in enumerate(lines, block.first):
         if line.strip():
             source = f"{block.name}:{number}"
             yield source, _parse(_within(line, source), source)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters import discovery
+from ..data.sources import split_in
 from ..errors import InputError
 from ..hub import FOLDER, title
 from ..lora.paths import bare
@@ -40,7 +41,7 @@ class Model:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """A folder with train.jsonl."""
+    """A folder with training rows."""
 
     path: str
     size_bytes: int
@@ -99,11 +100,13 @@ def datasets(roots: Sequence[Path]) -> list[DataFolder]:
     """By path."""
     found = []
     for place, files in _folders(roots):
-        if "train.jsonl" in files:
-            with suppress(OSError):  # a link to nowhere
-                facts = (place / "train.jsonl").stat()
-                if stat.S_ISREG(facts.st_mode):
-                    found.append(DataFolder(str(place), facts.st_size, "valid.jsonl" in files))
+        if any(name.startswith("train") for name in files):
+            with suppress(OSError, InputError):  # a link to nowhere
+                train, valid = (split_in(place, place, split) for split in ("train", "valid"))
+                facts = [path.stat() for path in train.values()]
+                if facts and all(stat.S_ISREG(own.st_mode) for own in facts):
+                    size = sum(own.st_size for own in facts)
+                    found.append(DataFolder(str(place), size, bool(valid)))
     return sorted(found, key=lambda own: Path(own.path))
 
 

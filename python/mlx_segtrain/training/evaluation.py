@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from .. import events, hub
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
-from ..data.sources import sources_of
+from ..data.dataset import Split
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
@@ -58,7 +57,7 @@ def evaluate(
     config: TrainConfig,
     adapter_path: Path | None = None,
     *,
-    split: Literal["valid", "train"] = "valid",
+    split: Split = "valid",
     on_event: events.OnEvent | None = None,
 ) -> EvalResult:
     """Loss of a model, with an adapter or without, on a split of the configuration's data.
@@ -70,13 +69,12 @@ def evaluate(
     if adapter_path:
         adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
-        train, valid = sources_of(config.data_dir, tell=tell)
-        source = train if split == "train" else valid
-        if source is None:
+        how = (load_tokenizer(config.model_dir), Options.of(config), split, config.model_dir)
+        dataset = load_split(config.data_dir, *how, on_event)
+        if dataset is None:
             raise InputError(
                 f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
             )
-        dataset = load_split(source, load_tokenizer(config.model_dir), Options.of(config))
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)

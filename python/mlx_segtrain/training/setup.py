@@ -14,7 +14,7 @@ import numpy as np
 from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, Options, Prompting, batches, load_split
+from ..data import Dataset, Options, Prompting, batches, load_dataset
 from ..data.dataset import remarks
 from ..data.encoding import sequences
 from ..data.sources import Source
@@ -123,9 +123,8 @@ def read_inputs(
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
-    how = (tokenizer, Options.of(config))
-    train = load_split(sources[0], *how)
-    valid = None if sources[1] is None else load_split(sources[1], *how)
+    how = (tokenizer, Options.of(config), config.model_dir, on_event)
+    train, valid = load_dataset(sources, *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(

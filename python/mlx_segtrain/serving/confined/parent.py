@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ... import processes
 from ...errors import InputError
-from .. import opening, processes
+from .. import opening
 from ..pools import Busy, Pool
 from .child import receive, send
 

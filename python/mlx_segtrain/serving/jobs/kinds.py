@@ -17,7 +17,7 @@ from ... import events
 from ...errors import InputError
 from ...files import to_json
 from ...hub import title
-from ..processes import NETWORK
+from ...processes import NETWORK
 
 if TYPE_CHECKING:
     from ...adapters.folding import Folded

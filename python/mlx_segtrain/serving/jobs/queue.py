@@ -20,10 +20,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ... import processes
 from ...errors import InputError
 from ...events import Event, now
 from ...files import make_private, private, write_text
-from .. import processes
 from . import eventlog
 from .row import Row
 from .store import Store

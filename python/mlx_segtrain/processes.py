@@ -53,7 +53,7 @@ with suppress(OSError):  # it may be gone
 
 def command(module: str, *args: str) -> list[str]:
     """Runs `main(*args)` of a module of ours in another Python; to be started in a safe folder."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parent
     folders = [
         path
         for path in sys.path

@@ -1,0 +1,416 @@
+"""Tokens of data that has been read before: kept in files, made by processes, and mapped.
+
+A source is a folder below cache_dir()/tokens, whose name is a hash of all that its tokens depend
+on; each of its blocks is a file there, and about.json comes last. So whatever is interrupted goes
+on with the blocks that are missing, and nothing is ever changed that another run may have mapped.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from .. import events
+from ..errors import InputError
+from ..files import (
+    cache_dir,
+    clean,
+    hashes,
+    lock,
+    make_folder,
+    read_json,
+    remove_folder,
+    write_json,
+)
+from .encoding import Options
+from .prompting import Prompting
+from .samples import Samples, check_method, check_mixed
+from .sources import Block, Source
+from .template import Tokenizer
+from .workers import Done, cores, in_workers, tokenized
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+#: Bytes of rows that are tokenized faster than looked up, and that one process has soon done.
+SMALL, LARGE = 1 << 20, 8 << 20
+#: Files of a model's folder on which its tokenizer depends, by the end of their names.
+OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+#: What of the options changes tokens.
+OF_TOKENS = (
+    "data_format",
+    "columns",
+    "train_on",
+    "append_eos",
+    "prompt_format",
+    "chat_template_kwargs",
+)
+PACKAGES = ("mlx-lm", "transformers", "tokenizers", "jinja2")
+ABOUT, LOCK = "about.json", "lock"
+#: Seconds between two events.
+PACE_S = 0.3
+
+
+def folder() -> Path:
+    """Where the tokens are."""
+    return cache_dir() / "tokens"
+
+
+def read_samples(
+    source: Source,
+    tokenizer: Tokenizer,
+    options: Options,
+    model_dir: Path | None,
+    tell: events.OnEvent,
+) -> Samples:
+    """All samples of a source; InputError for rows that cannot be used, the first of them.
+
+    With the folder of the tokenizer's model they are kept for the next time, if that pays.
+    """
+    blocks = source.blocks()
+    first = list(islice(blocks, 2))
+    if model_dir is None or (len(first) < 2 and sum(own.size for own in first) < SMALL):
+        made = (
+            tokenized(i, block, None, tokenizer, options)
+            for i, block in enumerate(chain(first, blocks))
+        )
+        return _joined([_mapped(done.content) for done in _in_order(made)], options)
+    del blocks, first
+    place = folder() / key_of(source, tokenizer, options, model_dir)
+    if batches := _kept(place):
+        return _joined(batches, options)
+    return _joined(_made(place, source, tokenizer, options, model_dir, tell), options)
+
+
+def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Path) -> str:
+    """A hash of all that the tokens of a source depend on; InputError if a file cannot be read."""
+    own = {name: getattr(options, name) for name in OF_TOKENS}
+    own["prompt_format"] = Prompting(options.prompt_format).is_raw(tokenizer)
+    files = {
+        path.relative_to(model_dir).as_posix(): path
+        for path in (*model_dir.iterdir(), *model_dir.glob("additional_chat_templates/*"))
+        if path.name.endswith(OF_TOKENIZER) and path.is_file()
+    }
+    try:
+        parts = {
+            "content": source.fingerprint(),
+            "name": source.name,
+            "tokenizer": hashes(files),
+            "options": own,
+            "code": _code(),
+        }
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror or error}.") from None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@lru_cache(1)
+def _code() -> list[str]:
+    """What makes tokens of rows: this very code, and libraries."""
+    own = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        own.update(path.read_bytes())
+    found = [own.hexdigest()]
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return found
+
+
+def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
+    samples = Samples(batches)
+    check_method(samples.formats, options.method)
+    return samples
+
+
+def _in_order(made: Iterator[Done]) -> Iterator[Done]:
+    """Of blocks that one process tokenizes; InputError at the first fault."""
+    first: dict[str, str] = {}
+    for done in made:
+        _check(done, first)
+        first |= {**done.first, **first}
+        yield done
+
+
+def _check(done: Done, before: dict[str, str]) -> None:
+    """InputError for a block with a fault, before which these formats had come."""
+    check_mixed({**before, **done.first})
+    if done.fault is not None:
+        raise InputError(done.fault)
+
+
+def _mapped(content: "bytes | None" = None, file: Path | None = None) -> "pa.RecordBatch":
+    """The batch of a file, which is mapped, or of its content; OSError or ValueError if torn."""
+    import pyarrow as pa
+
+    source = pa.py_buffer(content) if file is None else pa.memory_map(str(file))
+    return pa.ipc.open_file(source).get_batch(0)
+
+
+def _file(place: Path, index: int) -> Path:
+    return place / f"{index:06d}.arrow"
+
+
+def _kept(place: Path) -> list["pa.RecordBatch"]:
+    """The batches of a folder that is complete; [] if it is not, or one of them is torn."""
+    try:
+        about = read_json(place / ABOUT, 64 << 20)
+        files = [_file(place, index) for index in range(len(about["sizes"]))]
+        if [file.stat().st_size for file in files] != about["sizes"]:
+            return []
+        batches = [_mapped(file=file) for file in files]
+    except (OSError, ValueError, KeyError):  # pyarrow's ArrowInvalid is a ValueError
+        return []
+    with suppress(OSError):
+        os.utime(place / ABOUT)  # when it was last used
+    return batches
+
+
+@dataclass(frozen=True)
+class About:
+    """What about.json says: the sizes of the files in bytes, and what they are of."""
+
+    sizes: list[int]
+    data: str
+    model: str
+    rows: int
+    tokens: int
+
+
+def _made(
+    place: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    options: Options,
+    model_dir: Path,
+    tell: events.OnEvent,
+) -> list["pa.RecordBatch"]:
+    """The batches of a source, of which those that are not there are made; InputError.
+
+    One process does it at a time; where nothing can be written, all is kept in memory.
+    """
+    progress = _Progress(source, tell)
+    with _alone(place, progress) as fault:
+        if batches := _kept(place):  # another process has made them meanwhile
+            return batches
+        store = None if fault else place
+        if fault:
+            progress.warn(fault)
+        found: dict[int, pa.RecordBatch] = {}
+        while store is not None and (batch := _sound(_file(store, len(found)))) is not None:
+            found[len(found)] = batch
+        for batch in found.values():
+            progress.skip(batch)
+        try:
+            for done in _all_done(source, tokenizer, options, store, found):
+                if done.unwritten and store is not None:
+                    progress.warn(done.unwritten)
+                    store = None
+                if done.content is None:
+                    found[done.index] = _mapped(file=_file(place, done.index))
+                else:
+                    found[done.index] = _mapped(done.content)
+                progress.add(done)
+        except InputError:
+            with suppress(OSError):  # the same rows never become right
+                remove_folder(place)
+            raise
+        batches = [found[index] for index in sorted(found)]
+        if store is not None:
+            _finish(place, source, model_dir, batches)
+    return batches
+
+
+def _sound(file: Path) -> "pa.RecordBatch | None":
+    """The batch of a file; None if it is not there, or torn."""
+    try:
+        return _mapped(file=file)
+    except (OSError, ValueError):
+        return None
+
+
+def _all_done(
+    source: Source,
+    tokenizer: Tokenizer,
+    options: Options,
+    store: Path | None,
+    found: dict[int, "pa.RecordBatch"],
+) -> Iterator[Done]:
+    """Blocks of a source that are not among the first, which have been found, as they are done.
+
+    InputError for the first row with a fault: what comes before it is done first.
+    """
+    start = len(found)
+    last, why = None, None  # the block after which none is needed; a fault of the file
+
+    def jobs() -> Iterator[tuple[int, Block, Path | None]]:
+        nonlocal why
+        try:
+            for index, block in enumerate(source.blocks(start), start):
+                if last is not None and index > last:
+                    return
+                yield index, block, store and _file(store, index)
+        except InputError as error:  # of the file; an earlier row may have one, too
+            why = str(error)
+
+    small = source.size is not None and source.size < LARGE
+    if small or cores() == 1:
+        done_blocks = (tokenized(*job, tokenizer, options) for job in jobs())
+    else:
+        done_blocks = in_workers(jobs(), tokenizer, options, cores())
+    before: dict[int, Done] = {}
+    first = Samples(list(found.values())).formats
+    for done in done_blocks:
+        before[done.index] = done
+        while start in before:  # in order
+            own = before.pop(start)
+            _check(own, first)
+            first |= {**own.first, **first}
+            start += 1
+        if done.fault is None:
+            yield done
+        elif last is None or done.index < last:
+            last = done.index
+    if why is not None:
+        raise InputError(why)
+
+
+@contextmanager
+def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
+    """Within it no other process makes this folder; gives why it cannot be written, or None."""
+    file = None
+    try:
+        try:
+            while file is None:
+                make_folder(place)
+                file = open(place / LOCK, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+                while not lock(file):
+                    progress.wait()
+                    time.sleep(0.2)
+                if not _is_at(file, place / LOCK):  # removed while we waited
+                    file.close()
+                    file = None
+            clean(place)
+        except OSError as error:
+            yield error.strerror or str(error)
+            return
+        yield None
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+def _finish(
+    place: Path, source: Source, model_dir: Path, batches: Sequence["pa.RecordBatch"]
+) -> None:
+    samples = Samples(batches)
+    about = About(
+        sizes=[_file(place, index).stat().st_size for index in range(len(batches))],
+        data=source.name,
+        model=model_dir.name,
+        rows=samples.n_rows,
+        tokens=int(samples.lengths.sum()),
+    )
+    with suppress(OSError):
+        write_json(place / ABOUT, asdict(about))
+
+
+class _Progress:
+    """Tells how far a source is, a few times a second."""
+
+    def __init__(self, source: Source, tell: events.OnEvent):
+        self.source, self.tell = source, tell
+        self.size = self.rows = 0
+        self.before = 0, 0
+        self.told, self.begun = 0.0, time.monotonic()
+        self.waits = False
+
+    def warn(self, reason: str) -> None:
+        self.tell(
+            events.warning(
+                f"the tokens of {self.source.name} cannot be kept in {folder()} ({reason}): they "
+                "stay in memory, and are made again the next time"
+            )
+        )
+
+    def wait(self) -> None:
+        if not self.waits:
+            self.tell(
+                events.stage("data", 0.01, f"another process tokenizes {self.source.name}: waiting")
+            )
+        self.waits = True
+
+    def skip(self, batch: "pa.RecordBatch") -> None:
+        """Counts what was there before."""
+        own = Samples([batch])
+        self.size += own.size
+        self.rows += own.n_rows
+        self.before = self.size, self.rows
+
+    def add(self, done: Done) -> None:
+        self.size += done.size
+        self.rows += done.rows
+        now = time.monotonic()
+        if now - self.told < PACE_S:
+            return
+        self.told = now
+        spent, (size, rows) = now - self.begun, self.before
+        share = left_s = None
+        if self.source.size:
+            share = min(self.size / self.source.size, 1.0)
+            left_s = spent * max(self.source.size - self.size, 0) / max(self.size - size, 1)
+        per_s = (self.rows - rows) / max(spent, 1e-3)
+        self.tell(events.tokenizing(self.source.name, share, self.rows, per_s, left_s))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder of tokens: its name, bytes, and the time of its last use (seconds since 1970);
+    `about` is None of one that is not complete."""
+
+    key: str
+    size: int
+    used: float
+    about: About | None
+
+
+def entries() -> list[Entry]:
+    """All that is kept, the last used first."""
+    found = []
+    for place in folder().glob("*/") if folder().is_dir() else ():
+        with suppress(OSError):
+            files = [file.stat() for file in place.iterdir()]
+            about = None
+            with suppress(InputError, TypeError):
+                about = About(**read_json(place / ABOUT, 64 << 20))
+            at = place / ABOUT if about else place
+            size = sum(own.st_size for own in files)
+            found.append(Entry(place.name, size, at.stat().st_mtime, about))
+    return sorted(found, key=lambda own: -own.used)
+
+
+def prune(keys: Sequence[str]) -> list[str]:
+    """Removes folders of tokens; returns those that stay, since a run is about to make them."""
+    stay = []
+    for key in keys:
+        place = folder() / key
+        with suppress(FileNotFoundError), open(place / LOCK, "a", encoding="utf-8") as file:
+            if lock(file):
+                remove_folder(place)
+            else:
+                stay.append(key)
+    return stay

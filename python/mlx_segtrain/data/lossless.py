@@ -1,0 +1,72 @@
+"""Whether a tokenizer gives back every text, also one that is cut into pieces, by construction.
+
+It is read off the parts of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE over ▁
+with bytes for what it does not know, without a space put before a text (Gemma).
+"""
+
+import json
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+
+#: What normalizes each piece as it normalizes the whole, if this holds for the whole.
+Holds = Callable[[str], bool]
+
+
+def lossless(tokenizer: Any) -> Holds | None:
+    """For a tokenizer of transformers: whether the tokens of a text's pieces, one after the other,
+    decode to what the tokens of the text decode to. None: that cannot be told of any text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = getattr(backend, "model", None)
+    if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):
+        return None
+    if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    added = tokenizer.added_tokens_decoder.values()
+    if any(token.lstrip or token.rstrip or token.single_word for token in added):
+        return None  # these take blanks, or depend on what stands beside them
+    cuts, steps = _parts(backend.pre_tokenizer), _parts(backend.normalizer)
+    whole = all(_keeps(cut) for cut in cuts)
+    if any(cut["type"] == "ByteLevel" for cut in cuts):
+        # Without a token for what it does not know BPE leaves it out, wherever that stands.
+        known = ByteLevel.alphabet() if model.unk_token is not None else []
+        plain = [own["type"] for own in _parts(backend.decoder)] == ["ByteLevel"]
+        normal = {"NFC"} >= {step["type"] for step in steps}
+    else:
+        known = [f"<0x{byte:02X}>" for byte in range(256)]
+        decoding = [own["type"] for own in _parts(backend.decoder)]
+        plain = model.byte_fallback and decoding == ["Replace", "ByteFallback", "Fuse"]
+        normal = steps == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    if not (whole and plain and normal and all(backend.token_to_id(x) is not None for x in known)):
+        return None
+    return _composed if any(step["type"] == "NFC" for step in steps) else _always
+
+
+def _always(text: str) -> bool:
+    return True
+
+
+def _composed(text: str) -> bool:
+    """Pieces of a composed text are composed: NFC changes none."""
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer, a pre-tokenizer or a decoder, as tokenizer.json has them."""
+    if component is None:
+        return []
+    own = json.loads(component.__getstate__())
+    if own["type"] != "Sequence":
+        return [own]
+    return next(value for value in own.values() if isinstance(value, list))
+
+
+def _keeps(cut: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer cuts a text, and neither adds to it nor removes of it."""
+    kind = cut["type"]
+    if kind == "ByteLevel":
+        return not cut["add_prefix_space"]
+    return kind == "Digits" or (kind == "Split" and cut["behavior"] != "Removed")

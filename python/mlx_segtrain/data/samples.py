@@ -1,0 +1,365 @@
+"""The samples of a source as Arrow record batches, one for each block of its rows.
+
+A batch has what was read, whole: tokens, and weights by runs of the same weight. What depends on
+max_seq_length is worked out when it is looked at, for all samples at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import ROWS
+from ..errors import InputError, either
+from .columns import Columns
+from .encoding import Encoder, Options, Pair, Row, sequences
+from .formats import FORMATS, SIDES, Record, checked, encode, quoted
+from .notes import FINDINGS, MOST_NAMED, Notes
+from .template import Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .sources import Block, Source
+
+ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
+#: Findings by their bit.
+BITS = tuple(FINDINGS)
+ABOUT = b"about"
+
+
+def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
+    """The records of a block; `first` gets the place of the first one of each format.
+
+    InputError for a row that cannot be read or is not for the method (None: any), or for pairs
+    beside other rows.
+    """
+    for source, row in block.rows():
+        record = checked(row, source, options.data_format, options.columns)
+        if record.format not in first:
+            check_method({record.format: record.source}, options.method)
+            check_mixed({**first, record.format: record.source})
+            first[record.format] = record.source
+        yield record
+
+
+def count(source: Source, options: Options) -> Counter[str]:
+    """The number of a source's rows by their format, without tokens; InputError."""
+    first: dict[str, str] = {}
+    records = (own for block in source.blocks() for own in records_of(block, options, first))
+    found = Counter(record.format for record in records)
+    if not found:
+        raise InputError(f"{source.name} has no rows; put some there.")
+    return found
+
+
+def format_of(formats: Collection[str]) -> str:
+    """The format of rows that are of these, or mixed."""
+    return next(iter(formats)) if len(formats) == 1 else "mixed"
+
+
+def check_method(first: dict[str, str], method: str | None) -> None:
+    """InputError if one of these formats is not for the method."""
+    for name, source in first.items():
+        own = FORMATS[name]
+        if method is None or own.rows == ROWS[method]:
+            continue
+        wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
+        if len(wanted) == 1:
+            keys = quoted(wanted[0].keys)
+            raise InputError(f"{source}: method {method} needs the keys {keys}.")
+        methods = either([name for name, rows in ROWS.items() if rows == own.rows])
+        raise InputError(
+            f"{source}: the row has {quoted(own.marks)}, which method {method} does not train: "
+            f"give method {methods}, or data_format."
+        )
+
+
+def check_mixed(first: dict[str, str]) -> None:
+    """InputError if pairs stand beside other rows; the formats in the order in which they came."""
+    kinds = {FORMATS[name].rows for name in first}
+    if len(kinds) > 1:
+        *_, last = first.values()
+        raise InputError(
+            f"{last}: pairs and other rows do not go together; put them into two files."
+        )
+
+
+def batch_of(
+    block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
+) -> pa.RecordBatch:
+    """The samples of a block, as a batch whose metadata says what was found; InputError.
+
+    What is learned of rows is of this block alone: no other block changes what it gives.
+    """
+    encoder = Encoder(tokenizer, options)
+    records = records_of(block, options, first)
+    rows: list[Row | Pair] = []
+    owner, contents = [], []  # of each sample the record; of each record its hash
+    while chunk := list(islice(records, ROWS_PER_CALL)):
+        encoded = encode(encoder, chunk)
+        at = -1
+        for row in encoded:
+            while at < 0 or chunk[at].source != row.source:
+                at += 1
+            owner.append(len(contents) + at)
+        rows += encoded
+        contents += map(_content, chunk)
+    about = {"notes": encoder.notes.of_rows(), "formats": first, "size": block.size}
+    return _batch(rows, np.array(owner, np.int64), np.array(contents, np.uint64), about)
+
+
+def _content(record: Record) -> int:
+    """A hash of what is read of a row: equal rows have equal ones."""
+    own = FORMATS[record.format]
+    named = {key: record.row.get(key) for key in (*own.keys, *own.means, *own.more)}
+    used = {key: value for key, value in named.items() if value is not None}
+    text = json.dumps([record.format, used], sort_keys=True, separators=(",", ":"), default=str)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _batch(
+    rows: Sequence[Row | Pair], owner: np.ndarray, contents: np.ndarray, about: dict[str, Any]
+) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {
+        "record": pa.array(owner.astype(np.int32)),
+        "content": pa.array(contents[owner]),
+        "source": pa.array([row.source for row in rows], pa.string()),
+    }
+    if rows and isinstance(rows[0], Pair):
+        columns["shared"] = pa.array(np.array([row.shared for row in rows], np.int32))
+    for side, own in enumerate(zip(*map(sequences, rows), strict=True)):
+        columns |= {f"{name}{side}": column for name, column in _side(own).items()}
+    schema = {name: column.type for name, column in columns.items()}
+    metadata = {ABOUT: json.dumps({**about, "sides": len(sequences(rows[0])) if rows else 1})}
+    return pa.RecordBatch.from_arrays(
+        list(columns.values()), schema=pa.schema(schema, metadata=metadata)
+    )
+
+
+def _side(rows: Sequence[Row]) -> dict[str, Any]:
+    """The columns of sequences, with weights by runs: each ends at `ends`, from 0 of the row on."""
+    import pyarrow as pa
+
+    lengths = np.array([len(row) for row in rows], np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
+    weights = np.concatenate([np.zeros(0, np.float32), *(row.weights for row in rows)])
+    change = np.zeros(len(ids), bool)
+    change[1:] = weights[1:] != weights[:-1]
+    change[bounds[:-1][lengths > 0]] = True
+    starts = np.flatnonzero(change)
+    ends = np.append(starts[1:], len(ids))[: len(starts)]
+    of = np.searchsorted(bounds, starts, side="right") - 1  # the row of each run
+    runs = np.searchsorted(starts, bounds)
+    top = np.zeros(len(rows), np.int32)
+    if len(ids):
+        top[lengths > 0] = np.maximum.reduceat(ids, bounds[:-1][lengths > 0])
+    small = np.uint16 if top.max(initial=0) < 1 << 16 else np.int32
+    found = [sum(1 << BITS.index(name) for name in row.findings) for row in rows]
+    return {
+        "ids": _lists(bounds, pa.array(ids.astype(small))),
+        "ends": _lists(runs, pa.array((ends - bounds[of]).astype(np.int32))),
+        "weights": _lists(runs, pa.array(weights[starts])),
+        "top": pa.array(top),
+        "turns": pa.array(np.array([row.turns for row in rows], np.int32)),
+        "findings": pa.array(np.array(found, np.uint32)),
+    }
+
+
+def _lists(bounds: np.ndarray, values: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), values)
+
+
+class _Side:
+    """The columns of one sequence of each sample of a batch, as they lie in memory or in a file."""
+
+    def __init__(self, batch: pa.RecordBatch, side: int):
+        def plain(array: Any) -> np.ndarray:
+            return array.to_numpy(zero_copy_only=True)
+
+        def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
+            column = batch.column(f"{name}{side}")
+            return plain(column.offsets), plain(column.values)
+
+        self.bounds, self.ids = lists("ids")
+        self.runs, self.ends = lists("ends")
+        _, self.weights = lists("weights")
+        self.top, self.turns, self.findings = (
+            plain(batch.column(f"{name}{side}")) for name in ("top", "turns", "findings")
+        )
+
+    def row(self, j: int, source: str) -> Row:
+        run = slice(*self.runs[j : j + 2])
+        weights = np.repeat(self.weights[run], np.diff(self.ends[run], prepend=0))
+        found = self.findings[j]
+        return Row(
+            self.ids[slice(*self.bounds[j : j + 2])].astype(np.int32),
+            weights,
+            source,
+            tuple(name for bit, name in enumerate(BITS) if found >> bit & 1) if found else (),
+            turns=int(self.turns[j]),
+        )
+
+    def numbers(self, most: int) -> tuple[np.ndarray, ...]:
+        """Length, first, trained and top of each sequence, of which the first `most` tokens are."""
+        whole = np.diff(self.bounds)
+        length = np.minimum(whole, most)
+        starts = np.zeros_like(self.ends)
+        starts[1:] = self.ends[:-1]
+        starts[self.runs[:-1][np.diff(self.runs) > 0]] = 0
+        own = np.minimum(self.ends, most) - np.minimum(starts, most)
+        counted = np.concatenate([[0], np.cumsum(np.where(self.weights != 0, own, 0))])
+        trained = counted[self.runs[1:]] - counted[self.runs[:-1]]
+        at = np.flatnonzero(self.weights)  # the runs that are trained
+        first = np.append(starts[at], 0)[np.searchsorted(at, self.runs[:-1])]
+        top = self.top
+        if len(cut := np.flatnonzero((whole > most) & (trained > 0))):
+            top = top.copy()
+            begin = self.bounds[:-1][cut]
+            top[cut] = np.maximum.reduceat(self.ids, np.stack([begin, begin + most], 1).ravel())[
+                ::2
+            ]
+        return length, np.where(trained > 0, first, length), trained, top
+
+
+class _Shard:
+    """A batch, and what its metadata say."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        about = json.loads(batch.schema.metadata[ABOUT])
+        self.formats: dict[str, str] = about["formats"]
+        self.notes = Notes.read(about["notes"])
+        self.size: int = about["size"]
+        self.n = batch.num_rows
+        self.batch = batch
+        self.sides = [_Side(batch, side) for side in range(about["sides"])] if self.n else []
+
+    def row(self, j: int) -> Row | Pair:
+        source = self.batch.column("source")[j].as_py()
+        if len(self.sides) == 1:
+            return self.sides[0].row(j, source)
+        both = (
+            side.row(j, f"{source} {name}") for side, name in zip(self.sides, SIDES, strict=True)
+        )
+        return Pair(*both, self.batch.column("shared")[j].as_py(), source)
+
+
+class Samples:
+    """All samples of a source, by index; whole."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]):
+        self._shards = [_Shard(batch) for batch in batches]
+        self._starts = np.cumsum([0, *(own.n for own in self._shards)])
+        self.formats: dict[str, str] = {}
+        for own in self._shards:
+            self.formats = {**own.formats, **self.formats}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, i: int) -> Row | Pair:
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._shards[shard].row(i - int(self._starts[shard]))
+
+    def _column(self, name: str) -> np.ndarray:
+        own = [x.batch.column(name).to_numpy() for x in self._shards if x.n]
+        return np.concatenate(own) if own else np.zeros(0, np.int64)
+
+    @cached_property
+    def content(self) -> np.ndarray:
+        """A hash of what is read of each sample's row, uint64 [n]."""
+        return self._column("content")
+
+    @cached_property
+    def record(self) -> np.ndarray:
+        """The number of each sample's row among those that were read, int64 [n], from 0."""
+        before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
+        return np.concatenate(
+            [
+                before[k] + own.batch.column("record").to_numpy().astype(np.int64)
+                for k, own in enumerate(self._shards)
+                if own.n
+            ]
+            or [np.zeros(0, np.int64)]
+        )
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that were read."""
+        return sum(own.notes.rows for own in self._shards)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample's sequences, int64 [n, s]."""
+        own = [np.stack([np.diff(side.bounds) for side in x.sides], 1) for x in self._shards if x.n]
+        return np.concatenate(own or [np.zeros((0, 1))]).astype(np.int64)
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """Tokens that both sequences of a pair begin with, 0 of others; int64 [n]."""
+        if any(len(own.sides) == 2 for own in self._shards):
+            return self._column("shared").astype(np.int64)
+        return np.zeros(len(self), np.int64)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the source that they were read from."""
+        return sum(own.size for own in self._shards)
+
+    @property
+    def format(self) -> str:
+        """The format of the rows, or mixed."""
+        return format_of(self.formats)
+
+    def columns(self, most: int) -> Columns:
+        """The columns of all samples, of which the first `most` tokens are.
+
+        `shared` is as if nothing had been cut, and for pairs, which are cut on the left, too, all
+        of it holds only where both have at most `most`.
+        """
+        parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
+        if not parts:
+            return Columns.of([])
+        table = np.concatenate([np.array(part, np.int64) for part in parts], axis=2)
+        return Columns(*table.transpose(1, 2, 0), self.shared.copy())
+
+    def notes(self, chosen: np.ndarray | None = None) -> Notes:
+        """What was found in samples, by index; None: in all. What is ignored is so in all rows."""
+        notes = Notes()
+        for own in self._shards:
+            notes.add(own.notes)
+        if chosen is not None:
+            notes.rows = len(np.unique(self.record[chosen]))
+        sides = [own.sides for own in self._shards if own.n]
+        turns, findings = (
+            np.concatenate([np.stack([getattr(x, name) for x in own], 1) for own in sides])
+            if sides
+            else np.zeros((0, 1), np.uint32)
+            for name in ("turns", "findings")
+        )
+        if chosen is not None:
+            turns, findings = turns[chosen], findings[chosen]
+        notes.samples, notes.turns = int(np.count_nonzero(turns)), int(turns.sum())
+        for bit, name in enumerate(BITS):
+            places = np.argwhere(findings >> np.uint32(bit) & np.uint32(1))
+            named = notes.where.setdefault(name, []) if len(places) else []
+            notes.findings.update({name: len(places)} if len(places) else {})
+            for i, side in places:
+                if len(named) == MOST_NAMED:
+                    break
+                row = self.row(int(i if chosen is None else chosen[i]))
+                source = sequences(row)[side].source
+                named += [source] if source not in named[-1:] else []
+        return notes

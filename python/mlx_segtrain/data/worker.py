@@ -1,0 +1,36 @@
+"""A process that tokenizes blocks (workers.py): main(NUMBER), of a socket to its parent.
+
+It ends at once when its parent does, however that came about, whatever it is doing.
+"""
+
+import gc
+import os
+import queue
+import signal
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..torchless import hide_torch
+
+
+def main(number: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent says when to end
+    hide_torch()
+    wire: Any = Connection(int(number))
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                asked.put(wire.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    tokenizer, options = wire.recv()
+    threading.Thread(target=listen, daemon=True).start()
+    from .workers import tokenized
+
+    gc.freeze()
+    while True:
+        wire.send(tokenized(*asked.get(), tokenizer, options))

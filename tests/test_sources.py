@@ -1,0 +1,389 @@
+"""Rows of every kind of file, of folders of them, and of Python data."""
+
+import csv
+import gzip
+import json
+import struct
+
+import datasets
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+
+from mlx_segtrain.data import sources
+from mlx_segtrain.data.sources import rows_of, source_of, sources_of
+from mlx_segtrain.errors import InputError
+
+CHAT = [{"role": "user", "content": "a\n\u2028"}, {"role": "assistant", "content": None}]
+ROWS = [
+    {"prompt": f'é, "{i}"\n🎉', "completion": "x" * (i % 7), "messages": CHAT[: i % 2 + 1], "n": i}
+    for i in range(40)
+]
+FLAT = [{key: row[key] for key in ("prompt", "completion")} for row in ROWS]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zst(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def write_cells(path, rows, delimiter=",", **how):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(
+            file, list(rows[0]) if rows else ["text"], delimiter=delimiter, **how
+        )
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write_arrow(path, rows, kind=pa.ipc.new_stream, *, n=7):
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    with kind(str(path), table.schema) as file:
+        file.write_table(table, n)
+
+
+def write_parquet(path, rows, **how):
+    pq.write_table(pa.Table.from_pylist(rows), path, **{"row_group_size": 11, **how})
+
+
+#: Name of a file, how it is written, and whether its cells are texts.
+FILES = {
+    "a.jsonl": (lambda path, rows: path.write_bytes(lines(rows)), False),
+    "a.ndjson": (lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + lines(rows)), False),
+    "a.jsonl.gz": (lambda path, rows: path.write_bytes(gzip.compress(lines(rows))), False),
+    "two.jsonl.gz": (
+        lambda path, rows: path.write_bytes(
+            gzip.compress(lines(rows[:9])) + gzip.compress(lines(rows[9:]))
+        ),
+        False,
+    ),
+    "a.jsonl.zst": (lambda path, rows: path.write_bytes(zst(lines(rows))), False),
+    "a.json": (lambda path, rows: path.write_text(json.dumps(rows, indent=2)), False),
+    "raw.json": (
+        lambda path, rows: path.write_text("\ufeff\n" + json.dumps(rows, ensure_ascii=False)),
+        False,
+    ),
+    "lines.json": (lambda path, rows: path.write_bytes(lines(rows)), False),
+    "a.json.zst": (lambda path, rows: path.write_bytes(zst(json.dumps(rows).encode())), False),
+    "a.csv": (write_cells, True),
+    "quoted.csv": (lambda path, rows: write_cells(path, rows, quoting=csv.QUOTE_ALL), True),
+    "semicolons.csv": (lambda path, rows: write_cells(path, rows, ";"), True),
+    "A.TSV": (lambda path, rows: write_cells(path, rows, "\t"), True),
+    "a.csv.gz": (
+        lambda path, rows: (
+            write_cells(path, rows),
+            path.write_bytes(gzip.compress(path.read_bytes())),
+        ),
+        True,
+    ),
+    "a.parquet": (write_parquet, False),
+    "flat.parquet": (
+        lambda path, rows: write_parquet(path, [{**row, "messages": None} for row in rows]),
+        False,
+    ),
+    "plain.parquet": (
+        lambda path, rows: write_parquet(path, rows, use_dictionary=False, compression="zstd"),
+        False,
+    ),
+    "stream.arrow": (write_arrow, False),
+    "file.arrow": (lambda path, rows: write_arrow(path, rows, pa.ipc.new_file), False),
+    "a.feather": (
+        lambda path, rows: feather.write_feather(pa.Table.from_pylist(rows), str(path)),
+        False,
+    ),
+    "dictionaries.arrow": (
+        lambda path, rows: write_arrow(
+            path,
+            pa.table(
+                {
+                    key: pa.array([row[key] for row in rows]).dictionary_encode()
+                    for key in ("prompt", "completion")
+                }
+            ),
+        ),
+        True,
+    ),
+}
+
+
+def expected(name, rows):
+    """Rows as a file gives them: tables have every column in every row, and CSV has texts."""
+    if FILES[name][1]:
+        return [{key: row[key] for key in FLAT[0]} for row in rows]
+    return [{**row, "messages": None} for row in rows] if name == "flat.parquet" else rows
+
+
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("name", FILES)
+def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
+    """In few blocks and in many, which name every row and add up to the file."""
+    path, rows = tmp_path / name, ROWS[:n]
+    FILES[name][0](path, FLAT[:n] if FILES[name][1] else rows)
+    source, nothing = sources_of(path)
+    assert nothing is None and source.name == name
+    for block in (4 << 20, 600):
+        monkeypatch.setattr(sources, "BLOCK", block)
+        found = list(rows_of(source))
+        assert [row for _, row in found] == expected(name, rows)
+        assert [where for where, _ in found] == [f"{name}:{i + 1}" for i in range(n)]
+        blocks = list(source.blocks())
+        assert sum(own.size for own in blocks) == pytest.approx(source.size, abs=16)
+        assert list(source.blocks(1)) == blocks[1:]
+        assert [own.first for own in blocks] == [
+            int(next(own.rows())[0].rpartition(":")[2]) for own in blocks
+        ]
+    assert len(blocks) > 1 or n == 1
+    digest = source.fingerprint()
+    path.write_bytes(path.read_bytes() + b" ")
+    assert source.fingerprint() != digest
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_tables_without_rows(name, tmp_path):
+    FILES[name][0](tmp_path / name, pa.table({"text": pa.array([], pa.string())}).to_pylist())
+    assert list(source_of(tmp_path / name).blocks()) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_empty_file(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    try:
+        assert list(rows_of(source_of(tmp_path / name))) == []
+    except InputError as error:  # what has a header cannot be empty
+        assert str(error).startswith(str(tmp_path / name)) and "cannot be read" in str(error)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "gz" in name or "zst" in name])
+def test_a_compressed_file_that_ends_early(name, tmp_path):
+    path = tmp_path / name
+    FILES[name][0](path, FLAT if FILES[name][1] else ROWS)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="cannot be read: Truncated"):
+        list(rows_of(source_of(path)))
+    path.write_bytes(b"no such thing")
+    with pytest.raises(InputError, match=f"{name} cannot be read"):
+        list(rows_of(source_of(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.json", '[{"a": 1}, {"a": 2]', "a.json:2: the row is not JSON"),
+        ("a.json", '[{"a": 1} {"a": 2}]', "a.json:1: a comma or the end of the list must follow"),
+        ("a.json", '[{"a": 1}, 7]', "a.json:2: the row must be a JSON object, not a number"),
+        ("a.json", '[{"a": 1},]', "a.json:2: the row is not JSON"),
+        ("a.json", '[{"a": 1}', "a.json:1: a comma or the end"),
+        ("a.json", '[{"a": 1}] x', "a.json goes on after the end of its list"),
+        ("a.json", "[" * 200_000, "a.json:1: the row is nested too deeply"),
+        ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row holds a lone surrogate"),
+        ("a.json", b'[{"a": "\xff"}]', "a.json:1: the row or one after it is not UTF-8"),
+        ("a.json", '{"data": [\n{"a": 1}]}', "a.json:1: the line is not JSON"),
+        ("a.csv", "a,b\n1,2\n\n1\n", "a.csv:2: the row has 1 cells, and the header 2"),
+        ("a.csv", 'a,b\n1,2\n1,"2\n3,4\n', "a.csv:2: the row is not CSV"),
+        ("a.csv", "a,a\n1,2\n", "a.csv: two columns have the same name"),
+        ("a.csv", b"a,b\n1,2\n1,\xff\n", "a.csv:2: the row is not UTF-8"),
+        ("a.csv", "a\n" + "x" * 99, "a.csv:1: the row has more than"),
+        ("a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 99}), "a.jsonl:2: the row has more"),
+        ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row has more than"),
+        ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
+        ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
+        ("a.txt", "", "a.txt is not a file of rows that is known: give .jsonl"),
+        ("a.parquet.gz", "", "a.parquet.gz is not a file of rows"),
+    ],
+)
+def test_a_broken_file(name, content, says, tmp_path, monkeypatch):
+    if "x" * 99 in str(content):
+        monkeypatch.setattr(sources, "MOST_BYTES", 90)
+        monkeypatch.setattr(sources, "BLOCK", 20)
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        list(rows_of(source_of(path)))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def dictionary(n, text):
+    return pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array([text]))
+
+
+def test_what_would_grow(tmp_path, monkeypatch):
+    """A long text that stands in many rows, once in the file; what is compressed; no rows at all,
+    but many of them."""
+    monkeypatch.setattr(sources, "SLACK", 1 << 20)
+    (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
+    once = pa.table({"text": dictionary(4000, "x" * 5000)})
+    pq.write_table(once, tmp_path / "a.parquet", store_schema=False)
+    pq.write_table(
+        pa.table({"text": ["x" * 5000] * 4000}),
+        tmp_path / "b.parquet",
+        use_dictionary=False,
+        compression="zstd",
+    )
+    write_arrow(tmp_path / "a.arrow", pa.table({"text": dictionary(9000, "x" * 5000)}), n=9000)
+    for name in ("a.jsonl.zst", "a.parquet", "b.parquet", "a.arrow"):
+        with pytest.raises(InputError, match=f"{name} unpacks to more than 200 times its size"):
+            for _ in source_of(tmp_path / name).blocks():
+                pass
+    empty = pa.FixedSizeListArray.from_arrays(pa.nulls(10**9), 10**9)
+    write_arrow(tmp_path / "b.arrow", pa.table({"messages": empty}))
+    with pytest.raises(InputError, match=r"b.arrow:1: the row has more than 16 MiB"):
+        list(source_of(tmp_path / "b.arrow").blocks())
+
+
+def test_a_table_that_is_not_well_formed(tmp_path):
+    """Offsets past the end of the texts, which reading would follow."""
+    write_arrow(tmp_path / "a.arrow", pa.table({"text": ["x" * 987_654]}))
+    content = (tmp_path / "a.arrow").read_bytes()
+    end, far = (struct.pack("<ii", 0, n) + b"x" for n in (987_654, 10**9))
+    assert content.count(end) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(end, far))
+    with pytest.raises(InputError, match=r"a\.arrow cannot be read"):
+        list(source_of(tmp_path / "a.arrow").blocks())
+    write_arrow(tmp_path / "b.arrow", pa.table([["a"], ["b"]], names=["text", "text"]))
+    with pytest.raises(InputError, match="two columns have the same name"):
+        list(source_of(tmp_path / "b.arrow").blocks())
+
+
+# ---- folders
+
+
+def write(folder, *names):
+    folder.mkdir(exist_ok=True, parents=True)
+    for name in names:
+        (folder / name).write_text(json.dumps([{"text": name}]) if "json" in name else "text\na\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "valid"),
+    [
+        (["train.csv", "valid.json", "notes.txt"], ["train.csv"], ["valid.json"]),
+        (["train.json", "validation.csv"], ["train.json"], ["validation.csv"]),
+        (["train.csv", "test.csv"], ["train.csv"], []),
+        (["alpaca_data.json", "README.md"], ["alpaca_data.json"], []),
+        (["rows.csv", "valid.csv"], ["rows.csv"], ["valid.csv"]),
+        (
+            ["train-00001-of-00002.csv", "train-00000-of-00002.csv", "validation-0-of-1.csv"],
+            ["train-00000-of-00002.csv", "train-00001-of-00002.csv"],
+            ["validation-0-of-1.csv"],
+        ),
+    ],
+)
+def test_which_files_of_a_folder_are_read(names, train, valid, tmp_path):
+    own, other = sources_of(write(tmp_path, *names))
+    assert [*own.files] == train and [*(other.files if other else ())] == valid
+    assert [where for where, _ in rows_of(own)] == [f"{name}:1" for name in train]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["train.csv", "train.json"], "has train.csv and train.json: keep one"),
+        (["train.csv", "valid.csv", "validation.csv"], "has valid.csv and validation.csv: keep"),
+        (["train.csv", "train-0-of-1.csv"], "has train-*-of-1.csv and train.csv: keep"),
+        (["train-0-of-3.csv", "train-2-of-3.csv"], "has 2 of the files train-*-of-3.csv: put all"),
+        (["a.csv", "b.csv"], "has no file train.jsonl, nor one of another format"),
+        (["valid.csv"], "has no file train.jsonl"),
+        ([".train.csv"], "has no file train.jsonl"),
+    ],
+)
+def test_folders_of_which_it_cannot_be_told(names, says, tmp_path):
+    with pytest.raises(InputError) as caught:
+        sources_of(write(tmp_path, *names))
+    assert says in str(caught.value)
+
+
+def test_the_folder_of_a_repository(tmp_path):
+    write(tmp_path / "data", "train-0-of-1.csv", "validation-0-of-1.csv")
+    train, valid = sources_of(tmp_path)
+    assert [*train.files] == ["data/train-0-of-1.csv"]
+    assert valid is not None and [*valid.files] == ["data/validation-0-of-1.csv"]
+
+
+def test_folders_that_datasets_saves(tmp_path, capsys):
+    own = datasets.Dataset.from_list(ROWS)
+    own.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    train, valid = sources_of(tmp_path / "one")
+    assert len(train.files) == 2 and valid is None and train.name.endswith(" and 1 more")
+    assert [row for _, row in rows_of(train)] == ROWS
+    both = datasets.DatasetDict(train=own, validation=own.select(range(3)))
+    both.save_to_disk(str(tmp_path / "two"))
+    train, valid = sources_of(tmp_path / "two")
+    assert [*train.files] == ["train/data-00000-of-00001.arrow"]
+    assert valid is not None and [row for _, row in rows_of(valid)] == ROWS[:3]
+    state = tmp_path / "one" / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": "../two/train/x.arrow"}]}))
+    with pytest.raises(InputError, match=r"state\.json does not name the files"):
+        sources_of(tmp_path / "one")
+
+
+# ---- Python
+
+
+PYTHON = {
+    "list": lambda: ROWS,
+    "generator": lambda: (row for row in ROWS),
+    "table": lambda: pa.Table.from_pylist(ROWS),
+    "dataset": lambda: datasets.Dataset.from_list(ROWS),
+    "chosen": lambda: datasets.Dataset.from_list(ROWS[::-1]).select(range(39, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_rows_of_python(name, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 600)
+    train, valid = sources_of(PYTHON[name]())
+    assert valid is None and not train.files and len(list(train.blocks())) > 1
+    for _ in range(2):  # a generator, too, can be read again
+        found = list(rows_of(train))
+        assert [row for _, row in found] == ROWS
+        assert [where for where, _ in found] == [f"train_data:{i + 1}" for i in range(40)]
+    assert train.fingerprint() == sources_of(PYTHON[name]())[0].fingerprint()
+    assert train.fingerprint() != sources_of(ROWS[1:])[0].fingerprint()
+
+
+def test_what_becomes_of_the_objects_later_changes_nothing():
+    rows = [{"text": "a"}]
+    train, _ = sources_of(rows)
+    rows[0]["text"] = "b"
+    assert [*rows_of(train)] == [("train_data:1", {"text": "a"})]
+
+
+def test_splits_of_python(tmp_path):
+    _, valid = sources_of({"train": ROWS, "validation": ROWS[:2], "test": []})
+    assert valid is not None and [row for _, row in rows_of(valid)] == ROWS[:2]
+    _, valid = sources_of(ROWS, ROWS[:1])
+    assert valid is not None and valid.name == "valid_data"
+    (tmp_path / "a.csv").write_text("text\nb\n")
+    _, valid = sources_of(ROWS, tmp_path / "a.csv")
+    assert valid is not None and [*rows_of(valid)] == [("a.csv:1", {"text": "b"})]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (None, "data_dir is missing: set it in the YAML file or with --data"),
+        (7, "train_data is a number: give a list of dicts"),
+        (["a"], "train_data:1: the row must be a dict, not a string"),
+        ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
+        ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),
+        ({"test": []}, "has no \"train\": it needs that split, but has 'test'"),
+    ],
+)
+def test_python_data_that_cannot_be_used(data, says):
+    with pytest.raises(InputError) as caught:
+        sources_of(data)
+    assert says in str(caught.value)
+
+
+def test_a_row_of_python_that_is_too_long(monkeypatch):
+    monkeypatch.setattr(sources, "MOST_BYTES", 9)
+    with pytest.raises(InputError, match="train_data:1: the row has more than"):
+        sources_of([{"text": "a" * 9}])
