@@ -125,6 +125,7 @@ def hub_site(site, hub, tmp_path, monkeypatch) -> Iterator[Site]:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.add("org/small-4bit", site.work / "tiny")
+    hub.add("org/counting", site.work / "counting", "datasets")
     cache = tmp_path / "hf" / "hub"
     cache.mkdir(parents=True)
     options = ("--allow-downloads", "--root", str(cache))
@@ -361,19 +362,24 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub):
     expect(page.get_by_text("Computed by")).to_be_visible()
     assert model.input_value().startswith("org/small-4bit · llama")
     page.get_by_label("Longest row, tokens").fill("64")
-    choose(page, "Data set", "counting")
+    page.get_by_label("or its path").fill("org/counting")
+    page.get_by_role("button", name="Download").click()
+    expect(page.get_by_text("org/counting is on this machine.")).to_be_visible()
+    page.get_by_role("button", name="Inspect data").click()
+    expect(page.get_by_text("Rows to train", exact=True)).to_be_visible(timeout=LONG)
     page.get_by_label("Steps", exact=True).fill("2")
     expect(page.locator(".notice.good")).to_be_visible()
     user.shot(page, "downloaded")
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/finetune/job/*")
-    expect(page.get_by_role("heading", name="org/small-4bit on counting")).to_be_visible()
+    expect(page.get_by_role("heading", name="org/small-4bit on org/counting")).to_be_visible()
     assert hub_site.wait(page.url.rpartition("/")[2])["status"] == "done"
     user.open("/finetune", page=page)
     model.fill("org/none")
     model.press("Enter")
     page.get_by_role("button", name="Download").click()
     expect(page.get_by_role("alert").filter(has_text="nor a model of the hub")).to_be_visible()
+    page.close()  # before its server ends
 
 
 def test_the_page_shows_jobs_of_each_kind(user, site):
