@@ -97,6 +97,14 @@ def test_a_connection_that_brings_nothing(hub, tiny, monkeypatch):
     assert len(hub.files_asked()) == hubs.TRIES
 
 
+def test_a_hub_that_says_another_size_than_it_sends(hub, tiny, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda s: None)
+    for more, reason in ((-5, "more than .* bytes came"), (5, "416|nothing came any more")):
+        hub.says_more = more
+        with pytest.raises(InputError, match=reason):
+            hubs.model("org/tiny-4bit")
+
+
 def test_other_bytes_than_were_begun_are_seen(hub, tiny, home):
     blobs = home / "hub" / "models--org--tiny-4bit" / "blobs"
     blobs.mkdir(parents=True)

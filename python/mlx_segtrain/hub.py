@@ -532,7 +532,10 @@ def _fill(
             meter(blob.stat().st_size)
             begun.unlink(missing_ok=True)
             return
-        meter(file.seek(0, os.SEEK_END))
+        there = file.seek(0, os.SEEK_END)
+        if size is not None and there > size:  # of another time
+            there = file.truncate(0)
+        meter(there)
         _receive(url, file, size, meter)
         if not _is(file, blob.name):
             file.truncate(0)
@@ -551,38 +554,36 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers, tries = {**build_hf_headers(), "accept-encoding": "identity"}, 0
-    while True:
-        there = before = file.seek(0, os.SEEK_END)
-        if there == size:
-            return
-        if size is not None and there > size:
-            file.truncate(0)
-            meter(-there)
-            continue
+    while (there := file.seek(0, os.SEEK_END)) != size:
         part = {"range": f"bytes={there}-"} if there else {}
+        before, ended = there, None
         try:
             # At an address of another host, to which the hub leads, it knows nobody: no token.
             how: Any = {"headers": headers | part, "timeout": PATIENCE_S, "follow_redirects": True}
             with get_session().stream("GET", url, **how) as answer:
                 hf_raise_for_status(answer)
                 if there and answer.status_code != 206:
-                    there = file.truncate(0)
-                    file.seek(0)
+                    file.truncate(0)
+                    there = file.seek(0)
                     meter(-before)
                 for piece in answer.iter_bytes():
                     there += file.write(piece)
                     meter(len(piece))
                     if size is not None and there > size:
                         break
-                file.flush()
             if size is None:
                 return
         except _http_error() as error:
-            file.flush()
-            refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-            tries = 0 if there > before else tries + 1
-            if refused or tries == TRIES:
+            ended = error
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
+        if size is not None and there > size:
+            file.truncate(0)
+            raise OSError(f"more than {size:,} bytes came of a file")
+        tries = 0 if there > before else tries + 1
+        if tries == TRIES:
+            raise ended or OSError("nothing came any more")
+        if ended is not None:
             time.sleep(1)
 
 
