@@ -1,7 +1,7 @@
 # Environment variables as flags of mlx-segtrain, for the recipes: what is not set stays as the recipe's file has it.
 #
-#   MODEL       model_dir; a folder
-#   DATA        data_dir; a folder with train.jsonl
+#   MODEL       model_dir; a folder, or a name of the hub
+#   DATA        data_dir; a folder with train.jsonl, or a name of the hub
 #   SEQ         max_seq_length
 #   ITERS       iters
 #   RANK        rank

@@ -323,3 +323,12 @@ def test_what_cannot_be_converted(hub, home, llama, tmp_path, capsys, monkeypatc
     assert list(tmp_path.glob("made*")) == list(tmp_path.glob(".made*")) == []
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     assert main(argv) == 2 and "takes 0.1 MB, and 0.0 MB are free" in capsys.readouterr().err
+
+
+def test_serve_takes_a_name(hub, tiny, home, monkeypatch):
+    from mlx_segtrain.serving import app
+
+    seen = []
+    monkeypatch.setattr(app, "run", seen.append)
+    assert main(["serve", "org/tiny-4bit", "--allow-downloads"]) == 0
+    assert seen[0].downloads and seen[0].model_dir == hubs.model("org/tiny-4bit")
