@@ -1,7 +1,7 @@
 """A million rows: how long the first start takes and the second, what memory, and how it ends.
 
-    python bench/data.py make --out DIR --rows 1000000      # train.jsonl, about 1 GB
-    python bench/data.py run --data DIR --model MODEL        # a first start, a second, Ctrl-C, resume
+    python bench/data.py make --out DIR --rows 1000000     # train.jsonl, about 1 GB
+    python bench/data.py run --data DIR --model MODEL       # first start, second, Ctrl-C, resume
 
 Rows are messages of about 1 KB: a question from the documentation that Python carries, and a piece
 of its library as the answer. Each figure is of a process of its own, `mlx-segtrain train` as a user
@@ -43,7 +43,8 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         at, text = rng.randrange(len(prose) - 300), rng.choice(code)
         begin, length = rng.randrange(len(text) - 2000), rng.randrange(400, 930)
-        question = f"{number}: {prose[at : at + 180]}"
+        figures = " ".join(str(rng.randrange(1000)) for _ in range(24))
+        question = f"{number}: {prose[at : at + 130]} {figures}"
         yield {
             "messages": [
                 {"role": "user", "content": question},

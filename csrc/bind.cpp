@@ -27,6 +27,7 @@ NB_MODULE(_core, m) {
   nb::class_<Device>(m, "Device", "What of a device the memory of ops depends on; csrc/core/cost.h.")
       .def(nb::init<std::string, int, int64_t, bool, bool, bool>(), "name"_a, "size"_a, "workspace"_a = 0,
            nb::kw_only(), "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false)
+      .def_ro("name", &Device::name)
       .def_ro("size", &Device::size)
       .def_ro("workspace", &Device::workspace)
       .def_prop_ro("gpu", [](const Device& device) { return device.gpu() != Gpu::none; });

@@ -100,11 +100,11 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const
 Arrays add_rms_norm(const mx::array& x, const mx::array& r, const mx::array& weight, float eps,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// Rotary embedding of x [B, H, T, D] at positions offset + t; angles = position · base^(−2i/D) or position /
-/// freqs.
+/// Rotary embedding of x [B, H, T, D] at positions offset + t, counted from the begin of their segment if there
+/// are any; angles = position · base^(−2i/D) or position / freqs.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
-               int offset, const std::optional<mx::array>& freqs, const std::string& impl,
-               mx::StreamOrDevice s);
+               int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
+               const std::string& impl, mx::StreamOrDevice s);
 
 /// y of linears that read the same x [..., in] → [..., out] each, keeping x and x·a. Dropout p of x on a
 /// low-rank branch is drawn from the linear's key [2] uint32, again in the backward pass.

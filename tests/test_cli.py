@@ -33,6 +33,7 @@ TRAINED = training.TrainResult(
     final_train_loss=1.25,
     wall_s=61.0,
     tokens_per_sec=12345.6,
+    supervised_tokens_per_sec=1234.5,
     peak_gb=3.25,
     planned_gb=3.25,
     process_gb=3.0,
@@ -153,7 +154,7 @@ def changed(method: str) -> dict[str, Any]:
         **{"target_modules": ["q_proj", "up_proj"], "rs_lora": True, "use_dora": True},
     }
     own = {
-        "sft": {**fresh, "lr_schedule": "cosine", "train_on": "last"},
+        "sft": {**fresh, "lr_schedule": "cosine", "train_on": "last", "packing": "auto"},
         "dpo": {
             **{"warm_start": "w", "epochs": 2.5, "dpo_beta": 0.2, "lr_schedule": "linear"},
             **{"dpo_loss": "robust", "label_smoothing": 0.2, "reference_free": True},
@@ -260,7 +261,7 @@ def test_train_shows_progress_and_a_summary(
     assert "step 0: validation loss 3.0000, perplexity 20.09\n" in out
     assert "trained 20 steps in 1m01s" in out
     assert "3.0000 -> 2.0000 (best 1.5000 at step 10)" in out
-    assert "12,346 tokens/s" in out and "3.25 GB" in out
+    assert "1,234 supervised of 12,346 tokens/s" in out and "3.25 GB" in out
     assert "mlx-segtrain generate --model m --adapter-path 'a b'" in out
 
 

@@ -61,6 +61,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         "simpo_gamma": 1.0,
         "max_seq_length": 512,
         "batch_size": 1,
+        "packing": False,
         "grad_accumulation_steps": 1,
         "seed": 0,
         "deterministic": True,

@@ -50,6 +50,9 @@ def layer_ops(dtype):
     x = mx.zeros((300, 128), dtype)
     for op in (ops.swiglu, ops.geglu):
         differentiate(lambda g, u, op=op: op(g, u, impl="kernel"), x, x)
+    for how in ({"base": 1e4}, {"freqs": mx.ones(24), "traditional": True}):
+        y = mx.zeros((1, 4, 300, 64), dtype)
+        differentiate(lambda y, how=how: ops.rope(y, 48, segments=[0, 100, 300], **how), y)
     rng = np.random.default_rng(0)
     name = str(dtype).split(".")[-1]
     for base in [

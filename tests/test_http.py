@@ -134,7 +134,7 @@ def test_inspect_shows_what_is_trained(server):
     (row,) = found["previews"]
     assert "".join(text for text, trained, _ in row["tokens"] if trained) == "1<|im_end|>"
     assert found["tokens"] > found["supervised_tokens"] > 0
-    nothing = {"path": str(server.cwd)}
+    nothing = {"path": str(server.cwd / "model")}
     answer = server.http.post("/api/finetune/inspect-dataset", json=nothing)
     assert answer.status_code == 200
     assert {"ok": False, "format": "unknown", "n_train": 0}.items() <= answer.json().items()

@@ -134,7 +134,10 @@ def test_rope(impl, traditional, dtype):
         (24, {"base": 1e4}),
         (16, {"base": 5e6, "scale": 0.5, "offset": 3}),
         (16, {"freqs": freqs}),
+        (16, {"base": 1e4, "offset": 2, "segments": [0, 1, 17, 18, 35]}),
     ]:
+        if impl == "stock" and "segments" in options:
+            continue
         options["traditional"] = traditional
         exact = {k: f64(v) if k == "freqs" else v for k, v in options.items()}
         back = {
@@ -440,6 +443,8 @@ BAD = [
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),
     (lambda x: ops.rope(x, 8), r"either base or freqs"),
+    (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 9]), r"segments as offsets .* S = 5"),
+    (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 5], impl="stock"), r"takes no segments"),
     (lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 9)))), r"x \[..., 9\]; got \(1,2,5,8\)"),
     (lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 8))), mx.ones((8, 2))), r"both a and b"),
     (

@@ -288,7 +288,8 @@ def test_work_on_loss_rows_only_is_less_and_longer_rows_take_more():
 # ---- what it is in truth
 
 
-def test_predicted_peak_is_the_measured_one():
+@pytest.mark.parametrize("packed", [False, True])
+def test_predicted_peak_is_the_measured_one(packed):
     """On this machine, of a step with its optimizer; bench/memory.py does whole models."""
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("bench/memory.py measures GPUs")
@@ -308,10 +309,16 @@ def test_predicted_peak_is_the_measured_one():
     tokens = np.random.default_rng(0).integers(0, 16384, (1, length + 1)).astype(np.int32)
     weights = np.ones(tokens.shape, np.float32)
     batch = Batch(tokens, weights, np.arange(1), np.array([length + 1]))
+    of = BatchShape.single(1, length, length, length)
+    if packed:
+        ends = np.array([700, 200, length + 3 - 900])
+        tokens, weights = (np.pad(x, ((0, 0), (0, 2)), mode="edge") for x in (tokens, weights))
+        batch = Batch(tokens, weights, np.arange(3), ends, packed=True)
+        of = BatchShape.packed(1, length, float((ends**2).sum() / ends.sum()), length)
     scales = adapter.scales
     gc.collect()  # what earlier tests left would be counted here, and freed during a step
     others = mx.get_active_memory() - sum(w.nbytes for _, w in tree_flatten(model.parameters()))
-    what = (shape, BatchShape.single(1, length, length, length), ranks, planning.device())
+    what = (shape, of, ranks, planning.device())
     least = choose(*what, 0)
     plans = [least, named(*what, 1), choose(*what, int(1.3 * least.peak)), named(*what, 0)]
     assert len({plan.cuts for plan in plans}) == 4

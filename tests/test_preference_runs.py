@@ -251,14 +251,14 @@ def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatc
     from mlx_segtrain.planning import run
 
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))
-    original, tried = run._planned, []
+    original, tried = run.planned, []
 
     def planned(config, batches):
         tried.append([len(batch.streams) for batch in batches])
         plan = original(config, batches)
         return dataclasses.replace(plan, budget=0) if tried[-1] == [1] else plan
 
-    monkeypatch.setattr(run, "_planned", planned)
+    monkeypatch.setattr(run, "planned", planned)
     apart = train(setup_of("dpo", llama4, None, pairs, tmp_path / "b", iters=3))
     assert tried == [[1], [2]]
     assert math.isclose(apart.final_train_loss, together.final_train_loss, rel_tol=1e-3)

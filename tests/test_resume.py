@@ -58,6 +58,8 @@ RUNS = {
     "head": {"target_modules": ["q_proj", "lm_head"], "model": "untied"},
     "gemma": {"model": "gemma4"},
     "patience": {"early_stopping_patience": 3, "steps_per_eval": 1, "learning_rate": 0.05},
+    "packed": {"packing": True},
+    "packed, epochs": {"packing": "auto", "batch_size": 2, "epochs": 1.5, "model": "gemma4"},
     "dpo": DPO,
     "dpo, batches": {**DPO, "batch_size": 2, "grad_accumulation_steps": 2},
     "dpo, dropout": {**DPO, "lora_dropout": 0.1},

@@ -24,6 +24,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
             grad_norm=1.0,
             learning_rate=1e-4,
             tokens_per_sec=12345.6,
+            supervised_tokens_per_sec=1234.5,
             step_s=2.0,
             peak_gb=3.25,
             active_gb=1.0,
@@ -57,8 +58,8 @@ def test_plain_lines_without_a_terminal() -> None:
         "loading the model",
         "training",
         "step 0: validation loss 2.0794, perplexity 8.00",
-        "step 10/20: loss 0.2500  12,346 tokens/s  peak 3.25 GB  20s left",
-        "step 20/20: loss 0.1250  12,346 tokens/s  peak 3.25 GB  0s left",
+        "step 10/20: loss 0.2500  1,234 supervised of 12,346 tokens/s  peak 3.25 GB  20s left",
+        "step 20/20: loss 0.1250  1,234 supervised of 12,346 tokens/s  peak 3.25 GB  0s left",
         "step 20: validation loss 800.0000",
     ]
 

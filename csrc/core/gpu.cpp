@@ -79,10 +79,13 @@ template <typename T>
 mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
   static std::mutex lock;
   static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
+  static size_t held = 0;
   std::lock_guard guard(lock);
   auto found = known.find(values);
   if (found != known.end()) return found->second;
-  if (known.size() >= 1024) known.clear();
+  // Those of rows that are long or packed are others in every step.
+  if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
+  held += values.size();
   auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
   if (gpu() == Gpu::cuda && !dry_run()) {
     array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);

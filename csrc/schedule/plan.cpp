@@ -75,11 +75,6 @@ std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to)
   return found;
 }
 
-/// The stage after the last one that runs in a move, the head among them.
-int end_of(const Move& move) {
-  return move.end + (move.kind == Move::Kind::head);
-}
-
 /// A move over stages that run together.
 Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
   Move move{kind, s.begin, s.end};
@@ -124,12 +119,8 @@ int Plan::readers(int value, int begin, int end) const {
                           std::lower_bound(all.begin(), all.end(), begin));
 }
 
-int Plan::readers(int value, const Move& move) const {
-  return readers(value, move.begin, end_of(move));
-}
-
-bool Plan::is_summed(int value, const Move& move) const {
-  return values[value].segments > 1 || readers(value, move) > 1;
+int end_of(const Move& move) {
+  return move.end + (move.kind == Move::Kind::head);
 }
 
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
@@ -139,10 +130,6 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
   const auto segments = cut("segments", cuts.segments, static_cast<int>(stages.size()));
   const auto groups = cut("groups", cuts.groups, static_cast<int>(segments.size()));
   const auto head = move_over(plan, Move::Kind::head, segments.back());
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const auto move = i + 1 < segments.size() ? move_over(plan, Move::Kind::forward, segments[i]) : head;
-    for (int value : move.reads) plan.values[value].segments += 1;
-  }
 
   auto stages_of = [&](Segment group) {
     return Segment{segments[group.begin].begin, segments[group.end - 1].end};

@@ -26,8 +26,7 @@ struct Value {
   int producer;         ///< index of the stage, -1 for an input
   bool differentiable;  ///< depends on a parameter, so a cotangent must reach it
   std::vector<int>
-      readers;       ///< stages in their order, once for each read; the head is the one after the last
-  int segments = 0;  ///< that read it
+      readers;  ///< stages in their order, once for each read; the head is the one after the last
 };
 
 /// A step of the plan over stages [begin, end). Values are indices into Plan::values.
@@ -48,6 +47,9 @@ struct Move {
       {};  ///< stages that save something for their backward pass, the next time they run
 };
 
+/// The stage after the last one that runs in a move, the head among them.
+int end_of(const Move& move);
+
 /// The chain with its names resolved, and the moves over it.
 struct Plan {
   std::vector<Value> values;  ///< the inputs, then what stages write, in the order of both
@@ -57,11 +59,8 @@ struct Plan {
 
   /// How often stages [begin, end) read a value; the head is the stage after the last.
   int readers(int value, int begin, int end) const;
-  /// How often a move reads a value, the head included where it runs in the move.
-  int readers(int value, const Move& move) const;
-  /// Whether several cotangents meet at a value that a move reads, from other segments or within the move:
-  /// they are added in float32.
-  bool is_summed(int value, const Move& move) const;
+  /// Whether several cotangents meet at a value: they are added in float32.
+  bool is_summed(int value) const { return values[value].readers.size() > 1; }
 };
 
 /// Where the chain is cut. Stages between two cuts are a segment; segments may be put into groups.

@@ -133,7 +133,7 @@ class Walk {
       else
         cotangents_[value] = 0;
     for (int value : move.cotangents) {
-      const double widened = plan_.is_summed(value, move) ? costs_.widened : 1;
+      const double widened = plan_.is_summed(value) ? costs_.widened : 1;
       cotangents_[value] = static_cast<int64_t>(static_cast<double>(bytes_[value]) * widened);
     }
     for (int stage : move.saves) saved_[stage] = costs_.costs[stage].saved;

@@ -2,45 +2,28 @@
 #include <set>
 
 #include "core/kernel.h"
+#include "mlx/primitives.h"
 #include "segtrain.h"
 
 namespace segtrain {
 
 namespace {
 
-/// x, n times; the n cotangents are added in float32 and rounded once.
-Arrays fan_out(const mx::array& x, int n) {
-  if (n <= 1) return {x};
-  auto op = mx::custom_vjp([n](const Arrays& in) { return Arrays(n, in[0]); },
-                           [](const Arrays& in, const Arrays& dy, const Arrays&) {
-                             auto sum = mx::astype(dy[0], mx::float32);
-                             for (size_t i = 1; i < dy.size(); ++i)
-                               sum = mx::add(sum, mx::astype(dy[i], mx::float32));
-                             return Arrays{mx::astype(sum, in[0].dtype())};
-                           });
-  return op({x});
-}
-
-/// The values that the stages of a move see.
-class Scope {
+/// An array whose input is given later, and which it then is.
+class Later : public mx::Primitive {
  public:
-  /// Copies for the readers to come, the last one's first.
-  void define(int value, const Arrays& copies) { copies_[value] = copies; }
-  mx::array read(int value) {
-    auto& copies = copies_.at(value);
-    auto x = copies.back();
-    if (copies.size() > 1) copies.pop_back();
-    return x;
+  using Primitive::Primitive;
+  static mx::array like(const mx::array& x) {
+    return mx::array(x.shape(), x.dtype(), std::make_shared<Later>(mx::to_stream({})), {});
   }
-  Arrays read(const std::vector<int>& values) {
-    Arrays all;
-    for (int value : values) all.push_back(read(value));
-    return all;
-  }
-
- private:
-  std::map<int, Arrays> copies_;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override { outputs[0].copy_shared_buffer(inputs[0]); }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override { outputs[0].copy_shared_buffer(inputs[0]); }
+  const char* name() const override { return "Later"; }
 };
+
+/// Stages that the device is given at a time where nothing is recomputed: one layer of most models. It then
+/// works while the host writes down the next; fewer would be more graphs to launch, and more a later start.
+constexpr int AT_A_TIME = 2;
 
 bool contains(const std::vector<int>& values, int value) {
   return std::find(values.begin(), values.end(), value) != values.end();
@@ -66,7 +49,6 @@ class Runner {
   }
 
   StepResult run() {
-    Arrays running;
     for (const auto& move : plan_.moves) {
       Arrays made;
       switch (move.kind) {
@@ -81,14 +63,11 @@ class Runner {
           break;
       }
       for (int value : move.drops) values_[value].reset();
-      // The move was written down while the one before ran, whose inner arrays die here: that no two run
-      // at a time is what bounds memory.
-      wait_(running);
-      running.clear();  // or what the next one uses up would stay until it has run
+      settle();
       mx::async_eval(made);
-      running = std::move(made);
+      running_ = std::move(made);
     }
-    wait_(running);
+    settle();
     for (size_t i = 0; i < params_.size(); ++i)
       if (result_.grads[i].empty())  // nothing that the loss depends on
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
@@ -96,88 +75,85 @@ class Runner {
   }
 
  private:
-  /// Under vjp as when it will go back, though nothing does: mx.compile leaves functions as they are there,
-  /// and what it fuses elsewhere may round in another way; MLX's own ops choose by it, too.
+  /// A stage that has run, and its backward pass for cotangents that are yet to come.
+  struct Kept {
+    int stage;
+    std::vector<int> writes = {};  ///< those of its writes that get a cotangent
+    Arrays cotangents = {};        ///< of these: what they are is said when it is known
+    Arrays grads = {};             ///< of its parameters, then of its differentiable reads
+  };
+
+  /// Waits for the move before, whose inner arrays die here: that no two run at a time is what bounds memory.
+  void settle() {
+    wait_(running_);
+    running_.clear();  // or what the next one uses up would stay until it has run
+  }
+
   Arrays forward(const Move& move) {
-    Arrays primals = params_of(move);
-    size_t n_params = primals.size();
-    append_differentiable(move, primals);
-    auto fn = [&](const Arrays& in) {
-      Arrays writes = writes_of(move, in, n_params);
-      for (auto& x : writes) x = mx::stop_gradient(x);
-      return writes;
-    };
-    Arrays made = mx::vjp(fn, primals, {}).first;
-    for (size_t i = 0; i < made.size(); ++i) values_[move.writes[i]] = made[i];
+    for (int i = move.begin; i < move.end; ++i) run_stage(move, i);
+    Arrays made;
+    for (int value : move.writes) made.push_back(*values_[value]);
     for (int i : move.saves) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
     return made;
   }
 
   Arrays with_head(const Move& move) {
-    size_t n_stage_params = params_of(move).size();
-    Arrays primals = params_of(move);
-    primals.insert(primals.end(), head_params_.begin(), head_params_.end());
-    size_t n_params = primals.size();
-    append_differentiable(move, primals);
+    std::vector<Kept> kept;
+    for (int i = move.begin; i < move.end; ++i) {
+      kept.push_back(run_stage(move, i));
+      if ((move.end - i) % AT_A_TIME == 1) start({}, plan_.stages[i].writes, values_);
+    }
+    const size_t n_params = head_params_.size();
+    Arrays primals = head_params_;
+    append_differentiable(plan_.head_reads, primals);
     auto fn = [&](const Arrays& in) {
-      Arrays stage_params(in.begin(), in.begin() + n_stage_params);
-      Arrays head_params(in.begin() + n_stage_params, in.begin() + n_params);
-      auto scope = run_stages(move, stage_params, merge_reads(move, in, n_params));
-      return head_(head_params, scope.read(plan_.head_reads));
+      return head_(Arrays(in.begin(), in.begin() + n_params), merge_reads(plan_.head_reads, in, n_params));
     };
-    Arrays outputs, grads;
+    Arrays grads;
     if (primals.empty()) {
-      outputs = fn(primals);
+      result_.outputs = fn(primals);
     } else {
       std::vector<int> all(primals.size());
       for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int>(i);
-      std::tie(outputs, grads) = mx::value_and_grad(fn, all)(primals);
+      std::tie(result_.outputs, grads) = mx::value_and_grad(fn, all)(primals);
     }
-    result_.outputs = outputs;
-    result_.head_grads.assign(grads.begin() + n_stage_params, grads.begin() + n_params);
-    Arrays made = outputs;
-    for (const auto& sum : hand_out(move, grads, n_stage_params)) made.push_back(sum);
+    result_.head_grads.assign(grads.begin(), grads.begin() + n_params);
+    accumulate(plan_.head_reads, grads);
+    Arrays made = result_.outputs;
     made.insert(made.end(), result_.head_grads.begin(), result_.head_grads.end());
-    for (const auto& sum : accumulate(move, grads, n_params)) made.push_back(sum);
+    start(made, plan_.head_reads, cotangents_);
+    Arrays more = go_back(move, kept);
+    made.insert(made.end(), more.begin(), more.end());
     return made;
+  }
+
+  /// Lets the device begin with arrays and what there is of values, before their move is written down whole.
+  void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
+    for (int value : values)
+      if (of[value]) made.push_back(*of[value]);
+    settle();
+    mx::async_eval(std::move(made));
   }
 
   Arrays backward(const Move& move) {
-    Arrays primals = params_of(move);
-    size_t n_params = primals.size();
-    append_differentiable(move, primals);
-    Arrays arriving;
-    for (int value : move.writes) {
-      arriving.push_back(mx::astype(*cotangents_[value], *dtypes_[value]));
-      cotangents_[value].reset();
-    }
-    auto fn = [&](const Arrays& in) { return writes_of(move, in, n_params); };
-    auto grads = mx::vjp(fn, primals, arriving).second;
-    Arrays made = hand_out(move, grads, n_params);
-    for (const auto& sum : accumulate(move, grads, n_params)) made.push_back(sum);
-    for (int i = move.begin; i < move.end; ++i) saved_[i].clear();
-    return made;
+    std::vector<Kept> kept;
+    for (int i = move.begin; i < move.end; ++i) kept.push_back(run_stage(move, i));
+    return go_back(move, kept);
   }
 
-  /// What a move without a head makes of its primals: parameters, then differentiable reads.
-  Arrays writes_of(const Move& move, const Arrays& primals, size_t n_params) {
-    Arrays params(primals.begin(), primals.begin() + n_params);
-    auto writes = run_stages(move, params, merge_reads(move, primals, n_params)).read(move.writes);
-    for (size_t i = 0; i < writes.size(); ++i) dtypes_[move.writes[i]] = writes[i].dtype();
-    return writes;
-  }
-
-  /// Runs stages [begin, end) from copies of the reads, given in the order of move.reads.
-  Scope run_stages(const Move& move, const Arrays& params, const std::vector<Arrays>& reads) {
-    Scope scope;
-    for (size_t i = 0; i < reads.size(); ++i) scope.define(move.reads[i], reads[i]);
-    size_t next = 0;
-    for (int i = move.begin; i < move.end; ++i) {
-      const auto& stage = plan_.stages[i];
-      Arrays own(params.begin() + next, params.begin() + next + params_[owners_[i]].size());
-      next += own.size();
-      bool save = contains(move.saves, i);
-      auto out = fns_[i](own, scope.read(stage.reads), saved_[i], save);
+  /// Runs a stage of a move from the values that it reads. Under vjp also where it does not go back:
+  /// mx.compile leaves functions as they are there, and what it fuses elsewhere may round in another way;
+  /// MLX's own ops choose by it, too.
+  Kept run_stage(const Move& move, int i) {
+    const auto& stage = plan_.stages[i];
+    const bool goes_back = move.kind != Move::Kind::forward, save = contains(move.saves, i);
+    Arrays primals = params_[owners_[i]];
+    const size_t n_params = primals.size();
+    append_differentiable(stage.reads, primals);
+    Kept kept{i};
+    auto fn = [&](const Arrays& in) {
+      Arrays own(in.begin(), in.begin() + n_params);
+      auto out = fns_[i](own, merge_reads(stage.reads, in, n_params), saved_[i], save);
       if (save && out.size() > stage.writes.size()) {
         auto behind = out.begin() + stage.writes.size();
         saved_[i].assign(behind, out.end());
@@ -186,81 +162,93 @@ class Runner {
       check(out.size() == stage.writes.size(), "[schedule] stage '", stage.name, "' must return ",
             stage.writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
       for (size_t j = 0; j < out.size(); ++j) {
-        int value = stage.writes[j];
-        scope.define(value, fan_out(out[j], plan_.readers(value, move) + contains(move.writes, value)));
+        const auto& value = plan_.values[stage.writes[j]];
+        if (goes_back && value.differentiable && !value.readers.empty()) {
+          kept.writes.push_back(stage.writes[j]);
+          kept.cotangents.push_back(Later::like(out[j]));
+        } else {
+          out[j] = mx::stop_gradient(out[j]);
+        }
       }
-    }
-    return scope;
+      return out;
+    };
+    // vjp looks at the cotangents after it has called fn, which makes them.
+    auto [made, grads] = mx::vjp(fn, primals, kept.cotangents);
+    for (size_t j = 0; j < made.size(); ++j) values_[stage.writes[j]] = made[j];
+    for (const auto* values : {&stage.reads, &stage.writes})
+      for (int value : *values) {
+        const bool kept_here = move.kind == Move::Kind::forward && contains(move.writes, value);
+        if (plan_.values[value].producer >= move.begin && !kept_here &&
+            !plan_.readers(value, i + 1, end_of(move)))
+          values_[value].reset();
+      }
+    kept.grads = std::move(grads);
+    return kept;
   }
 
-  Arrays params_of(const Move& move) const {
-    Arrays all;
-    for (int i = move.begin; i < move.end; ++i) {
-      const auto& own = params_[owners_[i]];
-      all.insert(all.end(), own.begin(), own.end());
+  /// The backward passes of a move's stages, for the cotangents that have arrived. Returns the gradients of
+  /// their parameters and the cotangents that leave the move, as they have become.
+  Arrays go_back(const Move& move, std::vector<Kept>& kept) {
+    std::set<int> owners;
+    for (auto stage = kept.rbegin(); stage != kept.rend(); ++stage) {
+      for (size_t j = 0; j < stage->writes.size(); ++j) {
+        auto& sum = cotangents_[stage->writes[j]];
+        auto& arriving = stage->cotangents[j];
+        // Nothing has arrived if no reader of the value is read itself.
+        arriving.inputs() = {sum ? mx::astype(*sum, arriving.dtype())
+                                 : mx::zeros(arriving.shape(), arriving.dtype())};
+        sum.reset();
+      }
+      // Stages that share parameters add up from the last to the first, whatever the cuts between them.
+      const int owner = owners_[stage->stage];
+      auto& sums = result_.grads[owner];
+      const size_t n = params_[owner].size();
+      for (size_t j = 0; j < n; ++j) {
+        if (sums.size() < n)
+          sums.push_back(stage->grads[j]);
+        else
+          sums[j] = mx::add(sums[j], stage->grads[j]);
+      }
+      if (n) owners.insert(owner);
+      const auto& reads = plan_.stages[stage->stage].reads;
+      accumulate(reads, stage->grads);
+      saved_[stage->stage].clear();
+      stage->grads.clear();  // or they would hold what is inside of them until the move ends
+      if (move.kind == Move::Kind::head && (stage->stage - move.begin) % AT_A_TIME == 0)
+        start(sums, reads, cotangents_);
     }
+    kept.clear();
+    Arrays made;
+    for (int owner : owners)
+      made.insert(made.end(), result_.grads[owner].begin(), result_.grads[owner].end());
+    for (int value : move.cotangents) made.push_back(*cotangents_[value]);
+    return made;
+  }
+
+  void append_differentiable(const std::vector<int>& reads, Arrays& primals) const {
+    for (int value : reads)
+      if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
+  }
+
+  /// The reads, with the differentiable ones taken from the primals, from `next` on.
+  Arrays merge_reads(const std::vector<int>& reads, const Arrays& primals, size_t next) const {
+    Arrays all;
+    for (int value : reads)
+      all.push_back(plan_.values[value].differentiable ? primals[next++] : *values_[value]);
     return all;
   }
 
-  /// A primal for each reader, so that their cotangents come out one by one.
-  void append_differentiable(const Move& move, Arrays& primals) const {
-    for (int value : move.reads)
-      if (plan_.values[value].differentiable)
-        primals.insert(primals.end(), plan_.readers(value, move), *values_[value]);
-  }
-
-  /// The move's reads with the differentiable ones taken from the primals, from `first` on.
-  std::vector<Arrays> merge_reads(const Move& move, const Arrays& primals, size_t first) const {
-    std::vector<Arrays> reads;
-    for (int value : move.reads) {
-      if (!plan_.values[value].differentiable) {
-        reads.push_back({*values_[value]});
-        continue;
-      }
-      auto begin = primals.begin() + first;
-      first += plan_.readers(value, move);
-      reads.emplace_back(begin, primals.begin() + first);
+  /// Adds the last of `grads`, those of the differentiable reads, to the cotangents that arrived before: of
+  /// several readers in float32, from the last one to the first, whatever the cuts between them.
+  void accumulate(const std::vector<int>& reads, const Arrays& grads) {
+    auto grad = grads.rbegin();
+    for (auto read = reads.rbegin(); read != reads.rend(); ++read) {
+      if (!plan_.values[*read].differentiable) continue;
+      auto& sum = cotangents_[*read];
+      auto own = plan_.is_summed(*read) ? mx::astype(*grad, mx::float32) : *grad;
+      sum = sum ? mx::add(*sum, own) : own;
+      ++grad;
     }
-    return reads;
-  }
-
-  /// Adds the gradients of the move's parameters to those of stages behind it that share them; from the last
-  /// stage to the first, whatever the cuts between them. Returns the sums.
-  Arrays hand_out(const Move& move, const Arrays& grads, size_t n_stage_params) {
-    std::set<int> touched;
-    size_t end = n_stage_params;
-    for (int i = move.end - 1; i >= move.begin; --i) {
-      auto& sum = result_.grads[owners_[i]];
-      const size_t n = params_[owners_[i]].size(), begin = end - n;
-      if (n) touched.insert(owners_[i]);
-      for (size_t j = 0; j < n; ++j)
-        if (sum.size() < n)
-          sum.push_back(grads[begin + j]);
-        else
-          sum[j] = mx::add(sum[j], grads[begin + j]);
-      end = begin;
-    }
-    check(end == 0, "[schedule] internal: ", end, " gradients of no parameter.");
-    Arrays sums;
-    for (int owner : touched)
-      sums.insert(sums.end(), result_.grads[owner].begin(), result_.grads[owner].end());
-    return sums;
-  }
-
-  /// Adds the cotangents of the move's reads, from `first` on, to those that arrived before. All readers are
-  /// added up in float32 from the last to the first, whatever the cuts between them.
-  Arrays accumulate(const Move& move, const Arrays& grads, size_t first) {
-    Arrays sums;
-    for (int value : move.cotangents) {
-      auto& sum = cotangents_[value];
-      for (int i = plan_.readers(value, move); i > 0; --i) {
-        auto grad = grads[first++];
-        if (plan_.is_summed(value, move)) grad = mx::astype(grad, mx::float32);
-        sum = sum ? mx::add(*sum, grad) : grad;
-      }
-      sums.push_back(*sum);
-    }
-    return sums;
   }
 
   const Plan& plan_;
@@ -273,7 +261,7 @@ class Runner {
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
-  std::map<int, std::optional<mx::Dtype>> dtypes_;
+  Arrays running_;  ///< what the move before makes
   StepResult result_;
 };
 

@@ -30,9 +30,9 @@ from mlx_segtrain.fields import (
     LayerCount,
     Name,
     Place,
-    Resume,
     SegmentSize,
     Share,
+    Switch,
     Variables,
     choices,
     is_list,
@@ -180,6 +180,15 @@ class TrainConfig(BaseModel):
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
     """Rows in a forward and backward pass."""
+    packing: Switch = option(
+        False,
+        DATA | SIZE | CARD,
+        title="Pack rows",
+        methods=("sft",),
+        values="true, false or auto",
+    )
+    """Fill each row with as many rows of the data as max_seq_length has room for; none sees the
+    others. batch_size then counts filled rows. auto does so where it is faster."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD, title="Gradient accumulation, batches", ge=1
     )
@@ -212,7 +221,7 @@ class TrainConfig(BaseModel):
     adapter is written with each."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
     """Newest of these checkpoints to keep."""
-    resume: Resume = option(False, ELSEWHERE | FREE, values="true, false or auto")
+    resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
     """Go on from the newest whole checkpoint in adapter_path; auto begins if there is none."""
     on_spike: Literal["warn", "skip", "stop"] = option(
         "warn", OPTIMIZER | WARN, title="At a loss spike"

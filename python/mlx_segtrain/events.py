@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,8 @@ def train_metric(
     """Means over the steps since the last report: loss in nats per token.
 
     Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
-    `figures` are grad_norm, learning_rate, tokens_per_sec, step_s, peak_gb and active_gb.
+    `figures` are grad_norm, learning_rate, tokens_per_sec and, of those in the loss,
+    supervised_tokens_per_sec, step_s, peak_gb and active_gb.
     """
     return {
         "type": "metric",
@@ -76,8 +77,14 @@ def train_metric(
         **metrics,
         **figures,
         "progress": run_progress(step, iters),
-        "message": f"step {step}/{iters} loss {loss:.4f} {figures['tokens_per_sec']:.0f} tokens/s",
+        "message": f"step {step}/{iters} loss {loss:.4f} {speed(figures)}",
     }
+
+
+def speed(figures: Mapping[str, Any]) -> str:
+    """Tokens a second in words, supervised and all."""
+    supervised, every = (figures[f"{x}tokens_per_sec"] for x in ("supervised_", ""))
+    return f"{supervised:,.0f} supervised of {every:,.0f} tokens/s"
 
 
 def val_metric(

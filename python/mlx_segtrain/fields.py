@@ -176,7 +176,7 @@ LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
 Share = Literal["auto"] | Annotated[Float, Field(ge=0), AfterValidator(_share)]
-Resume = bool | Literal["auto"]
+Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:

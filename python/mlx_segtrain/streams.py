@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -20,16 +21,23 @@ class Stream:
     """A sequence that runs through the layers; if there are others, boundary values have its name.
 
     With `branch`, its last rows are a second sequence, which continues after the first `shared`
-    rows as if those between were not there.
+    rows as if those between were not there. With `parts`, it is several sequences of so many rows
+    each, packed one after the other: each begins at position 0, and sees none of the others.
     """
 
     name: str = ""
     shared: int = 0
     branch: int = 0
+    parts: tuple[int, ...] = ()
 
     def of(self, value: str) -> str:
         """The name of this stream's own boundary value."""
         return f"{value} of {self.name}" if self.name else value
+
+    @property
+    def segments(self) -> tuple[int, ...] | None:
+        """Where its parts begin, and where the last one ends, as the ops take them."""
+        return tuple(accumulate(self.parts, initial=0)) if self.parts else None
 
 
 #: A row, or rows, alone.
@@ -62,7 +70,8 @@ def trim_start(first: Count) -> Count:
 class StreamShape:
     """Streams of `length` tokens, of which the last `trimmed` may be in the loss.
 
-    The last `branch` continue after the first `shared`.
+    The last `branch` continue after the first `shared`. Of packed ones `part` is the length of the
+    sequence that a token is in, on average; else 0.
     """
 
     stream: Stream
@@ -70,6 +79,7 @@ class StreamShape:
     trimmed: int
     shared: int = 0
     branch: int = 0
+    part: float = 0
 
     @property
     def longest(self) -> int:
@@ -93,6 +103,11 @@ class BatchShape:
         """Rows of one sequence each."""
         return cls(rows, (StreamShape(Stream(), length, trimmed),), loss, **more)
 
+    @classmethod
+    def packed(cls, rows: int, length: int, part: float, loss: int) -> BatchShape:
+        """Rows of up to `length` tokens, of sequences of `part` tokens."""
+        return cls(rows, (StreamShape(Stream(), length, length, part=min(part, length)),), loss)
+
     @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
@@ -105,7 +120,13 @@ class BatchShape:
             return -(-length * n // self.length)
 
         streams = tuple(
-            StreamShape(x.stream, *map(longer, (x.length, x.trimmed, x.shared, x.branch)))
+            replace(
+                x,
+                length=longer(x.length),
+                trimmed=longer(x.trimmed),
+                shared=longer(x.shared),
+                branch=longer(x.branch),
+            )
             for x in self.streams
         )
         return replace(self, streams=streams, loss=longer(self.loss))

@@ -104,10 +104,12 @@ def rms_norm_vjp(x, weight, dy, eps):
     return r * g - x * r**3 * (g * x).mean(-1, keepdims=True)
 
 
-def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None):
+def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None, segments=(0,)):
     if freqs is None:
         freqs = base ** (np.arange(0, dims, 2) / dims)
-    angle = (offset + np.arange(x.shape[2]))[:, None] * scale / freqs
+    position = offset + np.arange(x.shape[2])
+    position = position - np.array([max(b for b in segments if b <= t) for t in position])
+    angle = position[:, None] * scale / freqs
     c, s = np.cos(angle), np.sin(angle)
     y = x.copy()
     first = np.s_[..., 0:dims:2] if traditional else np.s_[..., : dims // 2]

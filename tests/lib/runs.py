@@ -41,7 +41,10 @@ def losses_of(monkeypatch, losses):
     monkeypatch.setattr(loop, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
 
-TIMES = ("ts", "pid", "id", "tokens_per_sec", "step_s", "peak_gb", "active_gb", "message", "at")
+TIMES = (
+    *("ts", "pid", "id", "message", "at"),
+    *("tokens_per_sec", "supervised_tokens_per_sec", "step_s", "peak_gb", "active_gb"),
+)
 
 
 class Crash(BaseException):
@@ -73,8 +76,8 @@ def lines_of(run):
 def essence(result):
     """What of a result is no time, memory or place."""
     return replace(
-        result, adapter_path=None, wall_s=0, tokens_per_sec=0, peak_gb=0, process_gb=0,
-        resumed_from=None,
+        result, adapter_path=None, wall_s=0, tokens_per_sec=0, supervised_tokens_per_sec=0,
+        peak_gb=0, process_gb=0, resumed_from=None,
     )  # fmt: skip
 
 

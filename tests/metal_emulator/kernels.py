@@ -33,6 +33,7 @@ def load(file: str) -> dict[str, Kernel]:
 
 
 KERNELS = load("attention.metal") | load("attention_rows.metal") | load("glu.metal")
+KERNELS |= load("rope.metal")
 #: Threads of a group; rows that a group owns.
 THREADS = {
     "attention": 128,
@@ -42,6 +43,7 @@ THREADS = {
     "softmax_vjp_rows": 256,
     "glu": 256,
     "glu_vjp": 256,
+    "rope": 256,
 }
 OWN = 32
 GLU_OWN = 1024  # elements
@@ -136,3 +138,21 @@ def glu(gelu, gate, up, dy=None, kernels=KERNELS, orders=ORDERS):
     outputs = [(gate.shape, gate.dtype)] * len(kernel.outputs)
     grid = math.ceil(gate.size / GLU_OWN), 1, 1
     return run(kernel, values, outputs, {"T": gate.dtype, "GELU": gelu}, grid, orders)
+
+
+def rope(x, dims, freqs, positions, scale, traditional, back=False, kernels=KERNELS, orders=ORDERS):
+    """x [B,H,T,D] rotated, or rotated back."""
+    b, h, t, d = x.shape
+    by_token = x.transpose(0, 2, 1, 3)
+    values = {
+        "x": x if back else by_token,
+        "freqs": freqs,
+        "positions": mx.array([*positions, *[0] * max(0, 8 - t)], mx.int32),
+        "at": mx.array([b, h, t, d, dims], mx.int32),
+        "args": mx.array([scale], mx.float32),
+    }
+    outputs = [(by_token.shape if back else x.shape, x.dtype)]
+    template = {"T": x.dtype, "TRADITIONAL": traditional, "BACK": back}
+    grid = math.ceil(b * h * t * (d - dims // 2) / THREADS["rope"]), 1, 1
+    (y,) = run(kernels["rope"], values, outputs, template, grid, orders)
+    return y.transpose(0, 2, 1, 3) if back else y

@@ -272,11 +272,14 @@ struct AttentionCost : OpCost {
 
 /// Attention of a stage: `queries` a row, the last of its `keys`. The last `branch` of either are a sequence
 /// of their own that goes on behind the first `shared` keys: a second call. groups 0: keys and values, and
-/// what is done with them, are another layer's.
+/// what is done with them, are another layer's. `packed`: the row is cut into segments.
 AttentionCost attention_cost(const Device& device, int rows, int heads, int groups, int head, int queries,
-                             int keys, std::optional<int> window, bool softcap, int branch, int shared) {
+                             int keys, std::optional<int> window, bool softcap, int branch, int shared,
+                             bool packed) {
   auto call = [&](int T, int S) {
-    return planned_call(device, rows, heads, std::max(groups, 1), head, T, S, window.value_or(0), softcap);
+    auto c = planned_call(device, rows, heads, std::max(groups, 1), head, T, S, window.value_or(0), softcap);
+    c.causal_only = c.causal_only && !packed;
+    return c;
   };
   std::vector<Call> calls{call(std::max(queries - branch, 0), keys - branch)};
   if (branch) calls.push_back(call(std::min(branch, queries), shared + branch));
@@ -331,7 +334,7 @@ const Binding binding([](nb::module_& m) {
       .def_ro("saved", &AttentionCost::saved);
   m.def("attention_cost", &attention_cost, "device"_a, nb::kw_only(), "rows"_a, "heads"_a, "groups"_a,
         "head"_a, "queries"_a, "keys"_a, "window"_a = nb::none(), "softcap"_a = false, "branch"_a = 0,
-        "shared"_a = 0, "What attention of a stage takes on a device; csrc/ops/attention/attention.cpp.");
+        "shared"_a = 0, "packed"_a = false, "What attention of a stage takes on a device; csrc/ops/attention/attention.cpp.");
   m.def("has_neural_accelerators", &has_neural_accelerators,
         "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
 });

@@ -1,8 +1,9 @@
-// Rotary embedding: MLX's own on GPUs; on the CPU, where that is a chain of small ops, ours.
+// Rotary embedding: MLX's own on GPUs; on the CPU, where that is a chain of small ops, ours. MLX's knows no
+// segments: with them it is ours on GPUs too, metal/rope.metal and cuda/rope.cu.
 #include <cmath>
 
 #include "core/binding.h"
-#include "core/kernel.h"
+#include "core/gpu.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "mlx/fast.h"
@@ -11,16 +12,18 @@ namespace segtrain {
 
 namespace {
 
-/// y = x with the first `dims` of each row rotated by angle (offset + t)·scale / freqs[i]; `sign` −1 rotates
+/// y = x with the first `dims` of each row rotated by angle positions[t]·scale / freqs[i]; `sign` −1 rotates
 /// back.
-void rotate_rows(const float* x, const float* freqs, float scale, float sign, int offset, bool traditional,
-                 int n_rows, int t, int d, int dims, float* y) {
-  int half = dims / 2;
-  std::vector<float> cosine(static_cast<size_t>(t) * half), sine(cosine.size());
+void rotate_rows(const float* x, const float* freqs, float scale, float sign,
+                 const std::vector<int32_t>& positions, bool traditional, int n_rows, int d, int dims,
+                 float* y) {
+  const int half = dims / 2;
+  const size_t t = positions.size();
+  std::vector<float> cosine(t * half), sine(cosine.size());
   cpu::over(t, cpu::WORTH_A_THREAD / half / 8, [&](size_t i, size_t end) {
     for (; i < end; ++i)
       for (int j = 0; j < half; ++j) {
-        float angle = scale * static_cast<float>(offset + static_cast<int>(i)) / freqs[j];
+        float angle = scale * static_cast<float>(positions[i]) / freqs[j];
         cosine[i * half + j] = std::cos(angle);
         sine[i * half + j] = sign * std::sin(angle);
       }
@@ -36,46 +39,110 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign, in
   });
 }
 
+/// What rotates, besides x and the divisors.
+struct Rope {
+  int dims;
+  bool traditional;
+  float scale;
+  std::vector<int32_t> positions;  ///< [T]
+  mx::StreamOrDevice s;
+};
+
+mx::array cpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisors, bool back) {
+  int T = x.shape(2), D = x.shape(3), rows = static_cast<int>(x.size() / std::max<size_t>(1, size_t(T) * D));
+  return cpu_op(
+      "rope", {x, divisors}, {x.shape()},
+      [=](auto& in, auto& out) {
+        rotate_rows(in[0], in[1], c.scale, back ? -1 : 1, c.positions, c.traditional, rows, D, c.dims,
+                    out[0]);
+      },
+      c.s)[0];
+}
+
+/// Heads stand together by token where they come from a product and where their gradient goes; attention has
+/// them one after the other. The kernel reads and writes them so, which spares copies.
+mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisors, bool back) {
+  constexpr int THREADS = 256;
+  const int B = x.shape(0), H = x.shape(1), T = x.shape(2), D = x.shape(3), items = D - c.dims / 2;
+  // MLX passes inputs of fewer than 8 elements to Metal in another address space: `positions` never are.
+  auto positions = c.positions;
+  positions.resize(std::max<size_t>(positions.size(), 8));
+  auto by_token = [&](const mx::array& y) { return mx::transpose(y, {0, 2, 1, 3}, c.s); };
+  std::map<std::string, mx::array> values{{"x", back ? x : by_token(x)},
+                                          {"freqs", divisors},
+                                          {"positions", device_ints(positions)},
+                                          {"at", device_ints({B, H, T, D, c.dims})},
+                                          {"args", device_floats({c.scale})}};
+  mx::Shape shape = back ? mx::Shape{B, T, H, D} : x.shape();
+  auto y = launch("rope", values, {shape}, {x.dtype()},
+                  {{"T", x.dtype()}, {"TRADITIONAL", c.traditional}, {"BACK", back}},
+                  {{tiles(B * H * T * items, THREADS), 1, 1}, THREADS}, c.s)[0];
+  return back ? by_token(y) : y;
+}
+
+std::string gpu_unfit(const mx::array& x) {
+  if (x.size() == 0) return "x is empty";
+  return x.size() >= (1u << 31) ? "x has up to 2³¹ − 1 elements" : "";
+}
+
+/// Of tokens from `offset` on, in their segments; what is in none of them counts on.
+std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments) {
+  std::vector<int32_t> positions;
+  auto segment = segments.begin();
+  for (int t = offset; t < offset + n; ++t) {
+    while (segment != segments.end() && segment->second <= t) ++segment;
+    bool inside = segment != segments.end() && segment->first <= t;
+    positions.push_back(inside ? t - segment->first : t);
+  }
+  return positions;
+}
+
+/// freqs[i] = base^(2i / dims)
+mx::array divisors_of(float base, int dims, mx::StreamOrDevice s) {
+  auto exponents = mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s),
+                              mx::array(static_cast<float>(dims)), s);
+  return mx::power(mx::array(base), exponents, s);
+}
+
+/// The same, of which a GPU has one array for all layers.
+mx::array device_divisors_of(float base, int dims) {
+  std::vector<float> divisors;
+  for (int i = 0; i < dims; i += 2)
+    divisors.push_back(static_cast<float>(std::pow(static_cast<double>(base), static_cast<double>(i) / dims)));
+  return device_floats(divisors);
+}
+
 }  // namespace
 
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
-               int offset, const std::optional<mx::array>& freqs, const std::string& impl,
-               mx::StreamOrDevice s) {
+               int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
+               const std::string& impl, mx::StreamOrDevice s) {
   check(x.ndim() == 4, "[rope] expected x [B,H,T,D]; got ", x.shape(), ".");
   check(dims > 0 && dims % 2 == 0 && dims <= x.shape(3),
         "[rope] dims must be even and at most D = ", x.shape(3), "; got ", dims, ".");
   check(base.has_value() != freqs.has_value(), "[rope] give either base or freqs.");
-  if (choose("rope", impl, {cpu_kernel(s), {"stock", true, ""}}) == "stock")
+  const bool cpu = on_cpu(s);
+  const Way kernel = cpu || !segments ? cpu_kernel(s) : gpu_kernel("rope", gpu_unfit(x));
+  const Way stock{"stock", !segments, "MLX's own takes no segments"};
+  if (choose("rope", impl, {kernel, stock}) == "stock")
     return mx::fast::rope(x, dims, traditional, base, scale, offset, freqs, s);
-  // Angles are position · scale / freqs; from a base, freqs[i] = base^(2i / dims).
-  auto divisors = freqs ? f32(*freqs, s)
-                        : mx::power(mx::array(*base),
-                                    mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s),
-                                               mx::array(static_cast<float>(dims)), s),
-                                    s);
-  int T = x.shape(2), D = x.shape(3), rows = static_cast<int>(x.size() / std::max<size_t>(1, size_t(T) * D));
-  auto shape = x.shape();
-  auto dtype = x.dtype();
-  auto rotate = [=](const mx::array& y, float sign) {
-    auto z = cpu_op(
-        "rope", {y, divisors}, {shape},
-        [=](auto& in, auto& out) {
-          rotate_rows(in[0], in[1], scale, sign, offset, traditional, rows, T, D, dims, out[0]);
-        },
-        s);
-    return mx::astype(z[0], dtype, s);
+  const Rope c{dims, traditional, scale, positions_of(offset, x.shape(2), segments.value_or(Ranges{})), s};
+  auto divisors = freqs ? f32(*freqs, s) : cpu ? divisors_of(*base, dims, s) : device_divisors_of(*base, dims);
+  auto rotate = [=, dtype = x.dtype()](const mx::array& y, bool back) {
+    if (!cpu) return gpu_rotate(c, mx::astype(y, dtype, s), divisors, back);
+    return mx::astype(cpu_rotate(c, y, divisors, back), dtype, s);
   };
   // A rotation's transpose is the rotation back.
   auto op = mx::custom_vjp(
-      [=](const Arrays& in) -> Arrays { return {rotate(in[0], 1)}; },
-      [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays { return {rotate(dy[0], -1)}; });
+      [=](const Arrays& in) -> Arrays { return {rotate(in[0], false)}; },
+      [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays { return {rotate(dy[0], true)}; });
   return op({x})[0];
 }
 
 const Binding binding([](nb::module_& m) {
   m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
-        "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
+        "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "segments"_a = nb::none(),
+        "impl"_a = "auto", "stream"_a = nb::none(), "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
 });
 
 }  // namespace segtrain

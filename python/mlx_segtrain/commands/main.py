@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from mlx_segtrain import __version__
-from mlx_segtrain.commands.adapters import MODEL, add_commands
+from mlx_segtrain.commands import adapters, cache
+from mlx_segtrain.commands.adapters import MODEL
 from mlx_segtrain.config import (
     FACETS,
     TrainConfig,
@@ -156,7 +157,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
     )
 
-    add_commands(command)
+    adapters.add_commands(command)
+    cache.add_commands(command)
 
     added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
     added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
@@ -295,6 +297,7 @@ def _share(text: str) -> float:
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
     from mlx_segtrain.commands.terminal import Terminal, duration
+    from mlx_segtrain.events import speed
     from mlx_segtrain.training import train
     from mlx_segtrain.training.curves import draw_run
 
@@ -322,7 +325,7 @@ def _train(args: argparse.Namespace) -> int:
             f"accuracy         {result.first_val_accuracy:.1%} -> {result.final_val_accuracy:.1%} "
             "of validation pairs"
         )
-    print(f"speed            {result.tokens_per_sec:,.0f} tokens/s")
+    print(f"speed            {speed(asdict(result))}")
     print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
     print(f"use it: mlx-segtrain generate --model {model} --adapter-path {adapter} --prompt …")
     theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"

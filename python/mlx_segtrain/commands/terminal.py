@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_segtrain.data.notes import FINDINGS
-from mlx_segtrain.events import Event
+from mlx_segtrain.events import Event, speed
 
 if TYPE_CHECKING:
     from mlx_segtrain.adapters import conversion, discovery, folding
@@ -151,7 +151,7 @@ class Terminal:
         left_s = event["step_s"] * (self.iters - event["step"])
         accuracy = f"  accuracy {event['accuracy']:.0%}" if "accuracy" in event else ""
         status = (
-            f"loss {event['loss']:.4f}{accuracy}  {event['tokens_per_sec']:,.0f} tokens/s  "
+            f"loss {event['loss']:.4f}{accuracy}  {speed(event)}  "
             f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
         )
         step = f"{event['step']}/{self.iters}"
@@ -323,7 +323,7 @@ def show_made(made: Made) -> None:
     print(f"model    {made.path}, {made.size / 1e9:.2f} GB (it was {made.before / 1e9:.2f} GB)")
 
 
-def _wide() -> Console:
+def wide() -> Console:
     """A console that breaks no name where there is no terminal to fit into."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
@@ -341,7 +341,7 @@ def show_fold(report: folding.Report) -> None:
         style = "bold red" if own in swallowed else ""
         row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
         table.add_row(escape(own.path), *row, style=style)
-    _wide().print(table)
+    wide().print(table)
     print(f"model    {report.path}, {report.size / 1e9:.2f} GB")
     print(f"copied   {report.untouched:,} tensors as they were")
     print(f"lost     {report.lost:.1%} of the update")
@@ -369,7 +369,7 @@ def show_adapters(found: Sequence[discovery.Found]) -> None:
         row.append(f"{own.size / 1e6:.1f}")
         table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
     if table.rows:
-        _wide().print(table)
+        wide().print(table)
     else:
         print("no adapters here")
     for own in found:

@@ -1,6 +1,15 @@
 """Training data: JSONL rows to token ids with a loss weight for each token, and batches of them."""
 
-from .batching import AnyBatch, Batch, PairBatch, batches, eval_batches, one_row
+from .batching import (
+    AnyBatch,
+    Batch,
+    PairBatch,
+    batches,
+    batches_in_epoch,
+    eval_batches,
+    one_row,
+    padding,
+)
 from .columns import Columns
 from .dataset import Dataset, load_dataset, load_split
 from .encoding import Options, Pair, Row
@@ -20,9 +29,11 @@ __all__ = [
     "Report",
     "Row",
     "batches",
+    "batches_in_epoch",
     "eval_batches",
     "inspect",
     "load_dataset",
     "load_split",
     "one_row",
+    "padding",
 ]

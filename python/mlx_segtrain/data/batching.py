@@ -1,6 +1,7 @@
 """The order in which rows are seen, and their padding."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, count, islice
 
@@ -17,7 +18,8 @@ class Batch:
     """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
 
     `rows` are indices into the data, `lengths` tokens that are no padding, both int64 [B];
-    `reference` float32 [B], or None where the rows have none.
+    `reference` float32 [B], or None where the rows have none. If it is `packed`, tokens and weights
+    are [1, T] and hold the B sequences one after the other, without padding.
     """
 
     tokens: np.ndarray
@@ -25,6 +27,12 @@ class Batch:
     rows: np.ndarray
     lengths: np.ndarray
     reference: np.ndarray | None = None
+    packed: bool = False
+
+    @property
+    def padding(self) -> int:
+        """Tokens that are only there because others are longer."""
+        return self.tokens.size - int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
@@ -48,22 +56,33 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     """Endless training batches from batch number `start` on, the same for the same seed.
 
     Every epoch has a new order. Rows of similar length share a batch. Rows that do not fill a last
-    batch sit out one epoch, others the next. Raises InputError for fewer rows than `batch_size`.
+    batch sit out one epoch, others the next. If the data set is packed, a batch has `batch_size`
+    packed rows, the last one of an epoch those that are left. Raises InputError for fewer rows than
+    `batch_size` that are not packed.
     """
     n = len(dataset)
-    if n < batch_size:
+    if n < batch_size and not dataset.packed:
         raise InputError(
             f"The training data has {n} rows with something to train, fewer than batch_size "
             f"{batch_size}; lower batch_size or add rows."
         )
-    first, skip = divmod(start, n // batch_size)
-    epochs = (_epoch(dataset, batch_size, seed, epoch) for epoch in count(first))
+    first, skip = divmod(start, int(batches_in_epoch(dataset, batch_size)))
+    epochs = (epoch_rows(dataset, batch_size, seed, epoch) for epoch in count(first))
     windows = islice(chain.from_iterable(epochs), skip, None)
     return (_batch(dataset, rows, batch_size) for rows in windows)
 
 
-def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Row indices [batches, batch_size] of one epoch, a function of seed and epoch alone."""
+def batches_in_epoch(dataset: Dataset, batch_size: int) -> float:
+    """How often an epoch comes to a batch; no whole number where rows sit out."""
+    if dataset.packed:
+        return math.ceil(len(dataset.packing) / batch_size)
+    return len(dataset) / batch_size
+
+
+def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterable[np.ndarray]:
+    """Row indices of each batch of one epoch, a function of seed and epoch alone."""
+    if dataset.packed:
+        return _joined(dataset.packing.epoch(seed, epoch), batch_size)
     n = len(dataset)
     # Who sits out goes round a fixed circle: nobody twice in a row, everybody equally often.
     circle = np.random.default_rng([seed, 0]).permutation(n)
@@ -74,11 +93,50 @@ def _epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> np.ndarr
     return np.random.default_rng([seed, 1, epoch]).permutation(windows)
 
 
+def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """So many packed rows at a time."""
+    while some := list(islice(rows, batch_size)):
+        yield np.concatenate(some)
+
+
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
-    """Every row once, in the order of the file; the last batch may have fewer rows."""
-    for start in range(0, len(dataset), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(dataset)))
-        yield _batch(dataset, rows, batch_size)
+    """Every row once, in the order of the file or packed; the last batch may have fewer rows."""
+    if dataset.packed:
+        windows: Iterable[np.ndarray] = epoch_rows(dataset, batch_size, 0, 0)
+    else:
+        windows = (
+            np.arange(start, min(start + batch_size, len(dataset)))
+            for start in range(0, len(dataset), batch_size)
+        )
+    return (_batch(dataset, rows, batch_size) for rows in windows)
+
+
+def padding(dataset: Dataset, batch_size: int) -> float:
+    """The part of an epoch's tokens that is padding; of a packed data set what is left of its rows.
+
+    In pairs that of both sequences.
+    """
+    if dataset.packed:
+        return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
+    columns = dataset.columns
+    windows = np.asarray(epoch_rows(dataset, batch_size, 0, 0))
+    lengths = columns.length[windows]  # [batches, B, s]
+    widths = padded(lengths.max(1), batch_size) * batch_size
+    return 1 - float(lengths.sum() / widths.sum())
+
+
+def described(dataset: Dataset, batch_size: int) -> str:
+    """How many batches an epoch has and what of them is padding, in words."""
+    if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
+        return "not one batch"
+    share = padding(dataset, batch_size)
+    said = f"{count:,} batch{'es' if count > 1 else ''} an epoch"
+    if dataset.packed:
+        return (
+            f"{said}, packed: {len(dataset) / len(dataset.packing):.1f} rows on average fill "
+            f"{1 - share:.1%} of {dataset.packed:,} tokens"
+        )
+    return f"{said}, {share:.1%} of their tokens padding" if batch_size > 1 else said
 
 
 def one_row(dataset: Dataset, i: int) -> AnyBatch:
@@ -88,6 +146,12 @@ def one_row(dataset: Dataset, i: int) -> AnyBatch:
 
 def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> AnyBatch:
     own = [dataset.rows[i] for i in rows]
+    if dataset.packed:
+        tokens, weights = (
+            np.concatenate([getattr(row, name) for row in own])[None] for name in ("ids", "weights")
+        )
+        lengths = np.array([len(row) for row in own])
+        return Batch(tokens, weights, rows, lengths, packed=True)
     if not isinstance(own[0], Pair):
         return _padded(own, rows, batch_size, dataset.pad_id)
     chosen, rejected = (

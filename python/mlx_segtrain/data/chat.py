@@ -16,7 +16,7 @@ from ..errors import InputError
 from .losses import missing, missing_tools
 from .messages import Message
 from .spelling import Spelling, reasoning, spell, spellings, traits
-from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, wants_parts
+from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, wants_parts
 
 # Consecutive pieces of one text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
@@ -80,10 +80,16 @@ class Conversations:
             )
         tools = {"tools": given["tools"]} if given.get("tools") else {}
         more = given.get("chat_template_kwargs") or {}
-        render = ChatTemplate(self._tokenizer, {**self._kwargs, **more, **tools})
+        render = self._usual_template
+        if more or tools:
+            render = ChatTemplate(self._tokenizer, {**self._kwargs, **more, **tools})
         own = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
         row = _Row(own, weights, tools.get("tools"), render, self._stops)
         return _joined(source, self._turns(source, row))
+
+    @cached_property
+    def _usual_template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._kwargs, direct(self._tokenizer, self._kwargs))
 
     @cached_property
     def _usual(self) -> Spelling:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from .cache import read_samples
 from .columns import Columns, Lazy
 from .encoding import Encoder, Options, Pair, Row, sequences
 from .notes import Notes
+from .packing import Packing
 from .samples import Samples
 from .sources import Source, rows_in, sources_of
 from .splitting import duplicates, held_out, in_both, repeated
@@ -31,7 +33,8 @@ class Dataset:
     pairs those that lost part of a response, `dropped` those left out since no trained token
     remained; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of their
     prompt; `notes` says what was found in the rows, and `said` what was done to them. `name` is
-    that of the source.
+    that of the source. `packed` is the number of tokens of the rows into which the samples are
+    packed for training, 0 if each stands alone.
     """
 
     rows: Sequence[Any]
@@ -45,6 +48,7 @@ class Dataset:
     notes: Notes = field(default_factory=Notes)
     name: str = ""
     said: tuple[str, ...] = ()
+    packed: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[Any], pad_id: int = 0, format: str = "text") -> "Dataset":
@@ -75,6 +79,15 @@ class Dataset:
         rows = self.rows
         picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
         return replace(self, rows=picked, columns=self.columns.take(chosen))
+
+    def in_rows_of(self, tokens: int) -> "Dataset":
+        """The samples, none longer, packed into rows of so many tokens; 0: each alone."""
+        return replace(self, packed=tokens)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How they are packed, if they are."""
+        return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
         """Pairs that share nothing."""

@@ -28,16 +28,16 @@ def lossless(tokenizer: Any) -> Holds | None:
     added = tokenizer.added_tokens_decoder.values()
     if any(token.lstrip or token.rstrip or token.single_word for token in added):
         return None  # these take blanks, or depend on what stands beside them
-    cuts, steps = _parts(backend.pre_tokenizer), _parts(backend.normalizer)
+    cuts, steps = parts_of(backend.pre_tokenizer), parts_of(backend.normalizer)
     whole = all(_keeps(cut) for cut in cuts)
     if any(cut["type"] == "ByteLevel" for cut in cuts):
         # Without a token for what it does not know BPE leaves it out, wherever that stands.
         known = ByteLevel.alphabet() if model.unk_token is not None else []
-        plain = [own["type"] for own in _parts(backend.decoder)] == ["ByteLevel"]
+        plain = [own["type"] for own in parts_of(backend.decoder)] == ["ByteLevel"]
         normal = {"NFC"} >= {step["type"] for step in steps}
     else:
         known = [f"<0x{byte:02X}>" for byte in range(256)]
-        decoding = [own["type"] for own in _parts(backend.decoder)]
+        decoding = [own["type"] for own in parts_of(backend.decoder)]
         plain = model.byte_fallback and decoding == ["Replace", "ByteFallback", "Fuse"]
         normal = steps == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if not (whole and plain and normal and all(backend.token_to_id(x) is not None for x in known)):
@@ -54,7 +54,7 @@ def _composed(text: str) -> bool:
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
-def _parts(component: Any) -> list[dict[str, Any]]:
+def parts_of(component: Any) -> list[dict[str, Any]]:
     """The steps of a normalizer, a pre-tokenizer or a decoder, as tokenizer.json has them."""
     if component is None:
         return []

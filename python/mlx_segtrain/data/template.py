@@ -1,7 +1,8 @@
 """A tokenizer's chat template: rendering, and what the template itself says about turns."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .messages import REASONING, Message
@@ -56,20 +57,69 @@ def content(text: str, parts: bool) -> dict[str, Any]:
     return {"content": [{"type": "text", "text": text}] if parts else text}
 
 
+#: Renders messages all of whose values are strings, with the generation prompt or without.
+Direct = Callable[[Sequence[Message], bool], str]
+#: A conversation as most are, by which two ways to render are compared.
+PROBE = [
+    {"role": "system", "content": "Be\ue000"},
+    *[{"role": role, "content": f"{role} <{i}>"} for i in "ab" for role in ("user", "assistant")],
+]
+
+
+def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
+    """The template as the library has compiled it, without what the library does for messages that
+    are other objects, which takes as long as the rendering. None if that is not the same."""
+    own = tokenizer._tokenizer
+    variables = dict(kwargs)
+    try:
+        if tokenizer._chat_template is not None:  # is Python
+            return None
+        if tokenizer._thinking_kwarg != "enable_thinking" and "enable_thinking" in variables:
+            variables[tokenizer._thinking_kwarg] = variables.pop("enable_thinking")
+        variables.setdefault(tokenizer._thinking_kwarg, tokenizer.has_thinking)
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        render = _compile_jinja_template(own.get_chat_template()).render
+        variables = {"tools": None, "documents": None, **own.special_tokens_map, **variables}
+    except Exception:  # of other versions of the libraries
+        return None
+
+    def rendered(messages: Sequence[Message], generation_prompt: bool) -> str:
+        return render(messages=messages, add_generation_prompt=generation_prompt, **variables)
+
+    slow = ChatTemplate(tokenizer, kwargs)
+    same = 0
+    for n in range(1, len(PROBE) + 1):
+        for messages in (PROBE[:n], PROBE[1:n]):
+            for prompt in (False, True) if messages else ():
+                with suppress(TemplateError):  # some take no system message
+                    if slow(messages, prompt) != rendered(messages, prompt):
+                        return None
+                    same += 1
+    return rendered if same else None
+
+
 class TemplateError(Exception):
     """Why the template, which is a program, cannot be used for a row: a sentence that goes on after
     the row's place."""
 
 
 class ChatTemplate:
-    """Renders one conversation; `kwargs` are the template's variables, tools among them."""
+    """Renders one conversation; `kwargs` are the template's variables, tools among them. `direct`
+    renders as these do."""
 
-    def __init__(self, tokenizer: Tokenizer, kwargs: Mapping[str, Any]):
+    def __init__(
+        self, tokenizer: Tokenizer, kwargs: Mapping[str, Any], direct: Direct | None = None
+    ):
+        self._direct = direct
         self._apply = tokenizer.apply_chat_template
         self._kwargs = dict(kwargs)
         self._tags = (tokenizer.think_start, tokenizer.think_end)
 
     def __call__(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        if self._direct is not None and messages and _plain(messages):
+            with suppress(Exception):  # a template may fail in any way, and it is told below
+                return self._direct(messages, generation_prompt)
         how: Any = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
             return self._apply(list(messages), **how, **self._kwargs)
@@ -128,6 +178,15 @@ class ChatTemplate:
         if "START" in tag:
             return tag.replace("START", "END")
         return f"{tag[0]}/{tag[1:]}"
+
+
+def _plain(messages: Sequence[Message]) -> bool:
+    """Whether all values are strings, and none stands by a name that the library reads, too."""
+    return all(
+        type(value) is str and key not in REASONING
+        for message in messages
+        for key, value in message.items()
+    )
 
 
 def _like(message: Message) -> dict[str, Any]:

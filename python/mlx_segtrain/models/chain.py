@@ -142,7 +142,7 @@ class Chain:
     layers: list[list[str]]  #: the owners of each layer
     max_length: int | None  #: positions the model was made for
     trims: bool = False
-    branches: bool = False  #: streams may have a branch
+    branches: bool = False  #: streams may have a branch, or parts
     outer: dict[str, nn.Module] = field(default_factory=dict)  #: embedding and head, if adaptable
     embedded: Callable[[], "Chain"] | None = None  #: the same with the embedding as a stage
     forms: tuple[LayerForm, ...] = ()  #: of the layers of a fast family

@@ -30,8 +30,8 @@ PROJECTIONS = (
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: x [B, n, T, D] whose first row stands at `offset` → rotated.
-Rotate = Callable[[mx.array, int], mx.array]
+#: x [B, n, T, D] whose first row stands at `offset` in a row with these segments → rotated.
+Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,20 @@ class Attention:
             (q,) = linears(x[:, -rows:], self.q)
             kv = linears(x, *own) if own else []
 
+        stream = linears.updates.stream
+        segments = stream.segments
+
         def keys_values(begin: int, end: int | None, position: int) -> list[mx.array]:
             if given:
                 return [y[:, :, begin:end] for y in given]
             k = self._heads(kv[0][:, begin:end], self.kv_heads, self.k_norm, self.wide_norms)
             v = self._heads(kv[-1][:, begin:end], self.kv_heads, self.v_norm)
-            return [self.rotate(k, position), v]
+            return [self.rotate(k, position, segments), v]
 
-        shared, branch = linears.updates.stream.shared, linears.updates.stream.branch
+        shared, branch = stream.shared, stream.branch
         if not branch:
             keys = keys_values(0, None, 0)
-            o, kept = self._attend(q, keys, saved, save)
+            o, kept = self._attend(q, keys, saved, save, segments)
             return linears(o, self.o)[0], keys, kept
         cut = (given[0].shape[2] if given else x.shape[1]) - branch
         main, other = keys_values(0, cut, 0), keys_values(cut, None, shared)
@@ -177,16 +180,24 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _attend(
-        self, q: mx.array, keys_values: Sequence[mx.array], saved: Sequence[mx.array], save: bool
+        self,
+        q: mx.array,
+        keys_values: Sequence[mx.array],
+        saved: Sequence[mx.array],
+        save: bool,
+        segments: ops.Segments | None = None,
     ) -> tuple[mx.array, Sequence[mx.array]]:
         """q [B, n, ·], the last rows of those keys → output [B, n, ·], and what to save."""
         keys, values = keys_values
         b, rows, _ = q.shape
         offset = keys.shape[2] - rows
-        q = self.rotate(self._heads(q, self.heads, self.q_norm, self.wide_norms), offset)
+        q = self.rotate(self._heads(q, self.heads, self.q_norm, self.wide_norms), offset, segments)
         if self.scale_q:
-            q = self.scale_q(q, offset)
-        how: Any = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+            q = self.scale_q(q, offset, segments)
+        how: Any = {
+            **{"scale": self.scale, "window": self.window, "softcap": self.softcap},
+            "segments": segments,
+        }
         if save:
             saved = ops.attention_forward(q, keys, values, **how)
         again = saved or None
@@ -517,13 +528,28 @@ def rotary(rope: Any) -> Rotate:
     """mlx-lm's rotary module through our op; one that also scales its input stays as it is."""
     kind = type(rope).__name__
     if kind == "NoPE":
-        return lambda x, offset: x
+        return lambda x, offset, segments: x
     options: dict[str, Any]
     if kind == "RoPE":
         options = {"base": rope.base, "scale": rope.scale}
     elif kind in ("Llama3RoPE", "ProportionalRoPE") or (kind == "YarnRoPE" and rope.mscale == 1):
         options = {"freqs": rope._freqs}
     else:
-        return lambda x, offset: rope(x, offset=offset)
+        return lambda x, offset, segments: _rotated(rope, x, offset, segments)
     options["traditional"] = rope.traditional
-    return lambda x, offset: ops.rope(x, rope.dims, offset=offset, **options)
+    return lambda x, offset, segments: ops.rope(
+        x, rope.dims, offset=offset, segments=segments, **options
+    )
+
+
+def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
+    """x through mlx-lm's module, which knows no segments: one after the other."""
+    if segments is None:
+        return rope(x, offset=offset)
+    end = offset + x.shape[2]
+    done = [
+        rope(x[:, :, max(begin, offset) - offset : stop - offset], offset=max(offset - begin, 0))
+        for begin, stop in ops.segment_ranges(segments, end)
+        if stop > offset
+    ]
+    return mx.concatenate(done, 2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import ops
 from .chain import Chain
 from .form import LayerForm, LayerHeaders
 from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
@@ -78,8 +79,8 @@ def _scale_by_position(args: Any) -> Rotate | None:
         return None
     length = rope["original_max_position_embeddings"]
 
-    def scale(q: mx.array, offset: int) -> mx.array:
-        passed = mx.floor(mx.arange(offset, offset + q.shape[2]) / length)
+    def scale(q: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
+        passed = mx.floor(ops.positions_of(offset, q.shape[2], segments) / length)
         return q * (1 + beta * mx.log1p(passed)).astype(q.dtype)[:, None]
 
     return scale

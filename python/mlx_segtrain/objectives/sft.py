@@ -1,5 +1,6 @@
 """Supervised fine-tuning: cross-entropy of the next token, weighted by token."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ class Sft(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         # The last token is only predicted.
         columns = data.columns
+        if data.packed:
+            lengths, trained = columns.length[:, 0], columns.trained[:, 0]
+            length, part = data.packed - 1, float((lengths**2).sum() / lengths.sum())
+            most = min(length, math.ceil(data.packed * float((trained / lengths).max())))
+            return [BatchShape.packed(rows, length, part, rows * most)]
         length = padded(int(columns.length.max()), rows) - 1
         first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
@@ -34,15 +40,21 @@ class Sft(Objective):
         return float(sum(batch.weights.sum() for batch in batches))
 
     def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
-        return SINGLE
+        # The last token of a sequence is only predicted, and its first one is never.
+        return (Stream(parts=tuple(map(int, batch.lengths - 1))),) if batch.packed else SINGLE
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
         """Index, target and weight of the rows that count."""
-        weights = batch.weights[:, 1:]
+        run = np.ones(batch.tokens.shape[1], bool)
+        run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
+        tokens, targets, weights = (
+            batch.tokens[:, run],
+            *(np.roll(x, -1, 1)[:, run] for x in (batch.tokens, batch.weights)),
+        )
         b, t = np.nonzero(weights)
         return {
-            **stream_values(chain, SINGLE[0], batch.tokens[:, :-1], b, t),
-            "targets": mx.array(batch.tokens[:, 1:][b, t]),
+            **stream_values(chain, SINGLE[0], tokens, b, t),
+            "targets": mx.array(targets[b, t]),
             "weights": mx.array((weights[b, t] / total).astype(np.float32)),
         }
 

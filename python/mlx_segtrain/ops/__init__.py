@@ -18,12 +18,13 @@ import mlx.nn as nn
 from .. import _core
 from .._core import Base, Linear
 from . import reference
-from .reference import Segments, packing, segment_ranges
+from .reference import Segments, packing, positions_of, segment_ranges
 from .selfcheck import on_gpu, self_check
 
 __all__ = [
     "Base",
     "Linear",
+    "Segments",
     "add_rms_norm",
     "attention",
     "attention_forward",
@@ -37,9 +38,11 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "packing",
+    "positions_of",
     "rms_norm",
     "rope",
     "rows_of",
+    "segment_ranges",
     "swiglu",
 ]
 
@@ -205,14 +208,18 @@ def rope(
     scale: float = 1.0,
     offset: int = 0,
     freqs: mx.array | None = None,
+    segments: Segments | None = None,
     impl: str = "auto",
 ) -> mx.array:
     """Rotates the first `dims` of x [B,H,T,D] by position·scale / freqs, position offset + t.
 
     freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
-    Su et al. 2021, arXiv:2104.09864; the arguments are those of mx.fast.rope.
+    With `segments` of the offset + T tokens, as `attention` takes them, positions count from the
+    begin of each. Su et al. 2021, arXiv:2104.09864; the other arguments are those of mx.fast.rope.
     """
     options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
+    if segments is not None:
+        options["segments"] = segment_ranges(segments, offset + x.shape[-2])
     return _core.rope(x, dims, traditional=traditional, impl=impl, **options)
 
 

@@ -185,12 +185,21 @@ def rms_norm_vjp(x, weight, dy, eps):
     return (r * g - x32 * r**3 * (g * x32).mean(axis=-1, keepdims=True)).astype(x.dtype)
 
 
-def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None):
+def positions_of(offset: int, n: int, segments: Segments | None) -> mx.array:
+    """[n] int32: positions from `offset` on, counted from the begin of their segment."""
+    places = np.arange(offset, offset + n)
+    if segments is not None:
+        for begin, end in segment_ranges(segments, offset + n):
+            places[max(begin - offset, 0) : max(end - offset, 0)] -= begin
+    return mx.array(places.astype(np.int32))
+
+
+def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=None, segments=None):
     """(a, b) → (a·cos − b·sin, a·sin + b·cos), angle = position·scale / freqs"""
     if freqs is None:
         assert base is not None
         freqs = mx.power(base, mx.arange(0, dims, 2) / dims)
-    angle = (offset + mx.arange(x.shape[2]))[:, None] * scale / freqs
+    angle = positions_of(offset, x.shape[2], segments)[:, None] * scale / freqs
     c, s = mx.cos(angle), mx.sin(angle)
     x32 = x[..., :dims].astype(mx.float32)
     a, b = (x32[..., ::2], x32[..., 1::2]) if traditional else mx.split(x32, 2, axis=-1)

@@ -144,6 +144,12 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
     return full * seen + ramp * (first + min(keys, seen)) / 2 if ramp else full * seen
 
 
+def pairs_within(length: float, window: int | None) -> float:
+    """Those of a sequence by itself."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) / 2 + (length - seen) * seen
+
+
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     """`after` queries a row over all keys. Numbers a token: H, q of all heads, k of its own."""
     batch, shape, device = stage.batch, stage.stream, stage.device
@@ -166,6 +172,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         softcap=layer.softcap,
         branch=shape.branch,
         shared=shape.shared,
+        packed=shape.part > 0,
     )
     # Without a norm rotation reads columns of the common product, and copies them first.
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
@@ -188,8 +195,11 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     writes = [out * h * size]
     if layer.gives:
         writes += [tokens * k * size] * 2
-    seen = pairs(max(after - shape.branch, 0), length, layer.window)
-    seen += pairs(shape.branch, shape.shared + shape.branch, layer.window)
+    if shape.part:
+        seen = after / shape.part * pairs_within(shape.part, layer.window)
+    else:
+        seen = pairs(max(after - shape.branch, 0), length, layer.window)
+        seen += pairs(shape.branch, shape.shared + shape.branch, layer.window)
     core = 4.0 * rows * seen * q
     linears = 2.0 * h * (out * q + tokens * k * (2 if layer.separate_values else 1))
     last = 2.0 * out * q * h

@@ -174,9 +174,12 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
 
     Of pairs, the first part `shared` of both is the same.
     """
-    # The last token is only predicted.
-    length = padded(config.max_seq_length, config.batch_size) - 1
+    # The last token is only predicted. Packed rows are not padded, and nothing of them is trimmed.
+    packs, rows = config.packing is True, config.batch_size
+    length = (config.max_seq_length if packs else padded(config.max_seq_length, rows)) - 1
     trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
+    if packs:
+        return BatchShape.packed(rows, length, length, rows * trained)
     return objective_of(config).full_shape(config.batch_size, length, trained, same)
 
 
@@ -194,13 +197,13 @@ def first_that_fits(
     """The first choice whose shapes fit, and its plan; raises what plan_run raises of the first."""
     plans = []
     for own in choices:
-        plans.append(_planned(config, shapes(own)))
+        plans.append(planned(config, shapes(own)))
         if plans[-1].fits:
             return own, plans[-1]
     raise plans[0].no_room(title(config.model_dir))
 
 
-def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
+def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     """The plan, which may not fit; NoRoom if the weights alone do not."""
     shape = read_shape(config.model_dir)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
@@ -208,6 +211,12 @@ def _planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
             f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
             f"{shape.max_length} tokens: lower it.",
             field="max_seq_length",
+        )
+    if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
+        raise InputError(
+            f"packing is not for {shape.family}, whose layers are mlx-lm's own and know no packed "
+            "rows: leave it out, and give a batch_size, whose rows have similar lengths.",
+            field="packing",
         )
     ranks = _ranks(config, shape) if shape.fast else {}
     given = config.memory_budget_gb

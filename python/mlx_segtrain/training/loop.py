@@ -83,7 +83,7 @@ def _train(
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
-    inputs = read_inputs(config, sources, tell)
+    inputs = read_inputs(config, sources, tell, resumed)
     config = inputs.config
     made_of = Record(config, sources, resumed.record if resumed else None)
     if resumed is not None:
@@ -191,6 +191,7 @@ class Run:
         if not left_out:
             progress.losses = [*progress.losses, outcome.loss][-WINDOW:]
         progress.tokens += outcome.tokens
+        progress.supervised += outcome.supervised
         progress.train_s += progress.last.seconds
         if outcome.bound is not None:
             done = "left out" if left_out else "taken"
@@ -255,6 +256,7 @@ class Run:
             grad_norm=last.norm,
             learning_rate=last.rate,
             tokens_per_sec=last.tokens / last.seconds,
+            supervised_tokens_per_sec=last.supervised / last.seconds,
             step_s=last.seconds,
             peak_gb=self.state.memory.peak / 1e9,
             active_gb=mx.get_active_memory() / 1e9,
@@ -361,7 +363,8 @@ class Run:
             first_val_accuracy=vals[0].get("accuracy") if vals else None,
             final_val_accuracy=vals[-1].get("accuracy") if vals else None,
             wall_s=progress.wall_s,
-            tokens_per_sec=progress.tokens / progress.train_s if progress.train_s else 0.0,
+            tokens_per_sec=progress.per_s(progress.tokens),
+            supervised_tokens_per_sec=progress.per_s(progress.supervised),
             peak_gb=self.state.memory.peak / 1e9,
             planned_gb=planned.peak / 1e9 if planned else None,
             process_gb=process_peak() / 1e9,

@@ -24,6 +24,7 @@ class TrainResult:
     final_val_accuracy: float | None
     wall_s: float
     tokens_per_sec: float
+    supervised_tokens_per_sec: float
     peak_gb: float
     planned_gb: float | None
     process_gb: float

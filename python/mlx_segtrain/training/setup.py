@@ -14,7 +14,8 @@ import numpy as np
 from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
 from ..config import TrainConfig
-from ..data import Dataset, Options, Prompting, batches, load_dataset
+from ..data import Dataset, Options, Prompting, batches, batches_in_epoch, load_dataset
+from ..data.batching import described
 from ..data.dataset import remarks
 from ..data.encoding import sequences
 from ..data.sources import Source
@@ -26,6 +27,7 @@ from ..lora.ranks import asked
 from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
 from ..objectives import Objective, objective_of
+from ..planning.packing import pays
 from ..planning.run import RunPlan, first_that_fits
 from ..schedule import Grads
 from .checkpoint import STATE, Checkpoint, found, newest
@@ -116,9 +118,13 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
 
 
 def read_inputs(
-    config: TrainConfig, sources: tuple[Source, Source | None], on_event: events.OnEvent
+    config: TrainConfig,
+    sources: tuple[Source, Source | None],
+    on_event: events.OnEvent,
+    resumed: Checkpoint | None = None,
 ) -> Inputs:
-    """InputError for data that cannot be used."""
+    """InputError for data that cannot be used. What `auto` leaves open is decided, as it was in the
+    run that is resumed."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -134,6 +140,12 @@ def read_inputs(
     said = remarks(config.data_dir, train, valid, *sources)
     for sentence in said:
         on_event(events.warning(sentence))
+    if config.packing == "auto":
+        packs = resumed.record["config"].get("packing") if resumed else pays(config, train)
+        config = config.model_copy(update={"packing": packs})
+    if config.packing:
+        train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
+        assert train is not None
     return Inputs(with_iters(config, train), tokenizer, train, valid, said)
 
 
@@ -166,7 +178,8 @@ def prepare(
     if objective.reference is not None:
         with plan.limits():
             setup = _referenced(setup, on_event)
-    on_event(events.stage("data", 0.05, f"{train.name}: {train.summary}"))
+    said = f"{train.name}: {train.summary}; {described(train, config.batch_size)}"
+    on_event(events.stage("data", 0.05, said))
     return setup, vector
 
 
@@ -181,8 +194,8 @@ def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
     """With the steps that the epochs come to, rounded up; InputError if the warmup takes them."""
     if config.epochs is None:
         return config
-    per_step = config.batch_size * config.grad_accumulation_steps
-    iters = max(1, math.ceil(config.epochs * len(train) / per_step))
+    batches = batches_in_epoch(train, config.batch_size)
+    iters = max(1, math.ceil(config.epochs * batches / config.grad_accumulation_steps))
     if config.warmup_iters >= iters:
         raise InputError(
             f"warmup_iters = {config.warmup_iters} leaves nothing of the {iters} steps that epochs "
@@ -238,6 +251,12 @@ def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
         plan = replace(plan, plans=())  # the family takes the generic path after all
+    if inputs.train.packed and not chain.branches:
+        raise InputError(
+            f"packing is not for {config.model_dir.name}, whose layers are mlx-lm's own and know "
+            "no packed rows: leave it out.",
+            field="packing",
+        )
     params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)

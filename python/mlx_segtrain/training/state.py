@@ -26,7 +26,8 @@ class Iterate:
 class Outcome:
     """Of a step: loss, gradient norm before clipping, and what else the objective measures.
 
-    `rate` is the learning rate, `tokens` those that are no padding. `bound` is the loss above which
+    `rate` is the learning rate, `tokens` those that are no padding, and `supervised` those of them
+    that are in the loss. `bound` is the loss above which
     it was a spike, None if it was none.
     """
 
@@ -35,6 +36,7 @@ class Outcome:
     metrics: dict[str, float]
     rate: float
     tokens: int
+    supervised: int
     bound: float | None = None
     seconds: float = 0.0
 
@@ -56,6 +58,7 @@ class Progress:
     skipped: int = 0
     vals: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
+    supervised: int = 0
     train_s: float = 0.0
     wall_s: float = 0.0
     peak: int = 0
@@ -74,6 +77,10 @@ class Progress:
         """Evaluations after that one."""
         best = self.best
         return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
+
+    def per_s(self, tokens: int) -> float:
+        """A count of all steps by the seconds that they took."""
+        return tokens / self.train_s if self.train_s else 0.0
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..data import AnyBatch
 from ..errors import RunError
@@ -49,12 +50,14 @@ class Stepper:
         setup, config = self.setup, self.setup.config
         (loss, *metrics), gradient = self.gradient(at, accumulated)
         norm = math.sqrt(float(mx.square(gradient).sum()))
+        columns = setup.train.columns.take(np.concatenate([batch.rows for batch in accumulated]))
         outcome = Outcome(
             loss=loss,
             norm=norm,
             metrics=dict(zip(setup.objective.metrics, metrics, strict=True)),
             rate=learning_rate(config, at.step),
-            tokens=sum(int(setup.train.columns.run[batch.rows].sum()) for batch in accumulated),
+            tokens=int(columns.run.sum()),
+            supervised=int(columns.trained.sum()),
         )
         rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -84,7 +84,8 @@ def evaluate(values: Values) -> events.Event:
     adapter = values.get("adapter_path")
     config = load_config(None, {"adapter_path": "unused", **values})
     tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
-    result = evaluate(config, config.adapter_path if adapter else None, split=split)
+    adapter_path = config.adapter_path if adapter else None
+    result = evaluate(config, adapter_path, split=split, on_event=tell)
     return done(None, **asdict(result), split=split)
 
 

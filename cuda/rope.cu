@@ -1,0 +1,38 @@
+// Rotary embedding of packed rows. Metal twin: metal/rope.metal; CPU: csrc/ops/rope/rope.cpp.
+//
+// x and rotated in T, arithmetic in float32, rounded once. Forward x is [B,T,H,D] and rotated [B,H,T,D]; BACK is the
+// rotation back, of [B,H,T,D] to [B,T,H,D]. A thread has one pair of a row, or one element after the first `dims`.
+//
+// positions [T], freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+
+namespace segtrain {
+
+template <bool TRADITIONAL, bool BACK, typename T>
+__device__ void rope(const T* x, const float* freqs, const int* positions, T* rotated, const int* at, float scale) {
+  const int B = at[0], H = at[1], N = at[2], D = at[3], dims = at[4], half = dims / 2, items = D - half;
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int item = i % items, row = i / items;
+  if (row >= B * N * H) return;
+  const int head = row % H, t = row / H % N, b = row / H / N;
+  const size_t by_token = static_cast<size_t>(row) * D, by_head = ((static_cast<size_t>(b) * H + head) * N + t) * D;
+  const size_t from = BACK ? by_head : by_token, to = BACK ? by_token : by_head;
+  if (item >= half) {
+    rotated[to + half + item] = x[from + half + item];
+    return;
+  }
+  /// angle = position*scale / freqs
+  const float angle = scale * static_cast<float>(positions[t]) / freqs[item];
+  const float c = cosf(angle), s = BACK ? -sinf(angle) : sinf(angle);
+  const int first = TRADITIONAL ? 2 * item : item, second = TRADITIONAL ? first + 1 : item + half;
+  const float u = to_float(x[from + first]), v = to_float(x[from + second]);
+  /// (u, v) -> (u*cos - v*sin, u*sin + v*cos)
+  put(rotated[to + first], u * c - v * s);
+  put(rotated[to + second], u * s + v * c);
+}
+
+}  // namespace segtrain
+
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, H, T, D, dims}, args = {scale}.
+
+//: rope: x freqs positions at args -> rotated
+rope<TRADITIONAL, BACK>(x, freqs, positions, rotated, at, args[0]);

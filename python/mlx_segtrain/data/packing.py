@@ -1,0 +1,87 @@
+"""Which samples share a packed row: best fit decreasing, on arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+#: A row is filled in at least as many units: of lengths, few differ then, and many can be swapped.
+UNITS = 1024
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A way to put n samples into rows: which places each row has, and how large these are.
+
+    It is the same in every epoch, so that all have as many rows; which sample stands in which of
+    the places of its size changes. Every sample is in one row, whole.
+
+    `sizes` int16 [n] are those of the samples, in units; `places` int64 [n] lists the places, which
+    are numbered by size, the largest first, row by row; row i has `ends[i]` … `ends[i + 1]` of
+    them.
+    """
+
+    sizes: np.ndarray
+    places: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, capacity: int) -> Packing:
+        """Of samples of these lengths [n], each at most `capacity` tokens, which a row has."""
+        unit = max(1, capacity // UNITS)
+        room = capacity // unit
+        sizes = np.minimum(-(-lengths // unit), room).astype(np.int16)
+        row_of = _best_fit(np.bincount(sizes, minlength=room + 1), room)
+        counts = np.bincount(row_of)
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        return cls(sizes, np.argsort(row_of, kind="stable"), ends)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.ends) - 1
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
+        """The samples of each row, by index; a function of seed and epoch alone."""
+        random = np.random.default_rng([seed, 1, epoch])
+        samples = random.permutation(len(self.sizes))
+        samples = samples[np.argsort(-self.sizes[samples], kind="stable")][self.places]
+        return (samples[self.ends[i] : self.ends[i + 1]] for i in random.permutation(len(self)))
+
+
+def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
+    """The row of each item, the largest first, where `counts[s]` have size s and a row `room`.
+
+    Each goes where it leaves the least room; those of one size together, as many as fit.
+    """
+    open_rows: dict[int, list[np.ndarray]] = {}  # by the room that is left
+    found: list[np.ndarray] = [np.zeros(0, np.int64)]
+    n_rows = 0
+
+    def put(rows: np.ndarray, left: int) -> None:
+        if rows.size and left:
+            open_rows.setdefault(left, []).append(rows)
+
+    for size in range(room, 0, -1):
+        count = int(counts[size])
+        for left in range(size, room + 1):
+            each = left // size
+            if not count or (left not in open_rows and left < room):
+                continue
+            rows = np.concatenate(open_rows.pop(left, [np.zeros(0, np.int64)]))
+            wanted = -(-count // each)
+            if left == room and wanted > rows.size:
+                more = wanted - rows.size
+                rows = np.concatenate([rows, np.arange(n_rows, n_rows + more)])
+                n_rows += more
+            used = rows[:wanted]
+            last = min(each, count - each * (used.size - 1))
+            taken = np.full(used.size, each)
+            taken[-1] = last
+            found.append(np.repeat(used, taken))
+            count -= int(taken.sum())
+            put(rows[wanted:], left)
+            put(used[:-1], left - each * size)
+            put(used[-1:], left - last * size)
+    return np.concatenate(found)

@@ -1,0 +1,99 @@
+"""Byte-level BPE by words: each is looked up that has been seen before, as nearly all have.
+
+The library's tokenizer cuts a text into words by a pattern, and merges within each. Most of its
+time goes into the cutting. In ASCII text Python cuts in the same way several times as fast, and the
+library is asked for the tokens of new words only. Other texts, and tokenizers with another pattern,
+are the library's as a whole.
+"""
+
+import re
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
+
+from .lossless import parts_of
+
+#: Patterns of tokenizer.json, and what they are in ASCII (where \p{L} and \p{N} are few).
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+ASCII = {
+    GPT_2: r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+    **{
+        own: (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]" + digits + ""
+            r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
+    },
+}
+#: The first one after every digit has been cut off: what stands before a digit is at an end.
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
+#: Words that are kept, and characters of one.
+MOST, LONGEST = 1 << 18, 64
+
+
+class Words(dict[str, list[int]]):
+    """Token ids by word; `of` gives them for a tokenizer of transformers that can be read so."""
+
+    def __init__(self, tokenizer: Any, pattern: str):
+        backend = tokenizer.backend_tokenizer
+        self._words, self._model = re.compile(pattern, re.ASCII).findall, backend.model
+        added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+        self._added = {text: [i] for text, i in added.items() if text}
+        # The longest of those that begin at a place, as the library takes them.
+        texts = sorted(map(re.escape, self._added), key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(texts)})" if texts else "((?!))").split
+        cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+        self._bytes = {code: cut(chr(code))[0][0] for code in range(128)}
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Words | None":
+        """For a tokenizer that is lossless (lossless.py); shared by all who ask."""
+        return _words_of(tokenizer, len(tokenizer))
+
+    @classmethod
+    def made_for(cls, tokenizer: Any) -> "Words | None":
+        """Without any word."""
+        backend = tokenizer.backend_tokenizer
+        steps = parts_of(backend.pre_tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        if any(token.normalized for token in added) or backend.encode_special_tokens:
+            return None
+        match [step["type"] for step in steps]:
+            case ["ByteLevel"] if steps[0]["use_regex"]:
+                return cls(tokenizer, ASCII[GPT_2])
+            case ["Digits", "ByteLevel"] if steps[0]["individual_digits"] and steps[1]["use_regex"]:
+                return cls(tokenizer, DIGITS)
+            case ["Split", "ByteLevel"] if not steps[1]["use_regex"]:
+                split = steps[0]
+                pattern = ASCII.get(split["pattern"].get("Regex"))
+                plain = split["behavior"] == "Isolated" and not split["invert"]
+                return cls(tokenizer, pattern) if plain and pattern else None
+        return None
+
+    def __missing__(self, word: str) -> list[int]:
+        found = [token.id for token in self._model.tokenize(word.translate(self._bytes))]
+        if len(word) <= LONGEST and len(self) < MOST:
+            self[word] = found
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of an ASCII text."""
+        cut = self._cut(text)
+        parts: list[Any] = []
+        for i in range(0, len(cut), 2):
+            parts += map(self.__getitem__, self._words(cut[i]))
+            if i + 1 < len(cut):
+                parts.append(self._added[cut[i + 1]])
+        return list(chain.from_iterable(parts))
+
+
+@lru_cache(2)
+def _words_of(tokenizer: Any, size: int) -> Words | None:
+    return Words.made_for(tokenizer)

@@ -1,0 +1,83 @@
+"""Whether packed rows pay: the time of an epoch with them and without, by the planner's figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..config import TrainConfig
+from ..data import Dataset, batches_in_epoch
+from ..data.batching import epoch_rows
+from ..models.headers import read_shape
+from ..objectives import objective_of
+from ..streams import BatchShape, padded, trim_start
+from . import named
+from .run import RunPlan, planned
+
+#: Batches of an epoch that are looked at, spread over all.
+LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step takes besides its products: seconds of the host for each layer, and of that what
+    is done once a step for each number of the weights, in operations; products a second."""
+
+    layer_s: float
+    unpacking: float
+    work_per_s: float
+
+
+#: By kind of device, as bench/LOG.md has them. Only their proportions matter here.
+SPEEDS = {
+    "cpu": Speed(0.0, 30.0, 1e11),
+    "cuda": Speed(55e-3 / 24, 0.0, 3e14),
+    "metal": Speed(1e-3, 0.0, 1e13),
+}
+
+
+def pays(config: TrainConfig, data: Dataset) -> bool:
+    """Whether an epoch of the data takes less time packed; not where the family packs nothing, or
+    packed rows do not fit into memory."""
+    if config.method != "sft" or not read_shape(config.model_dir).fast:
+        return False
+    apart, packed = (
+        (own, planned(config, objective_of(config).batch_shapes(own, config.batch_size)))
+        for own in (data, data.in_rows_of(config.max_seq_length))
+    )
+    return packed[1].fits and epoch_s(*packed) < epoch_s(*apart)
+
+
+def epoch_s(data: Dataset, run: RunPlan) -> float:
+    """Seconds that an epoch of a data set, packed or not, takes with its plan, by these figures."""
+    assert run.planned is not None
+    shape, speed = run.shape, SPEEDS[run.device.name]
+    numbers = sum(inputs * outputs for inputs, outputs in shape.widths.values())
+    once = speed.layer_s * len(shape.layers) + speed.unpacking * numbers / speed.work_per_s
+    seconds = 0.0
+    for count, batch in typical(data, run.batch.rows):
+        more = {name: getattr(run.batch, name) for name in ("accumulates", "dropout", "dora")}
+        work = named(shape, replace(batch, **more), run.ranks, run.device, 0).work
+        seconds += count * (once + (1 + run.planned.recomputed) * work / speed.work_per_s)
+    return seconds
+
+
+def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
+    """Batches of about the same shape, and how many an epoch has of each."""
+    columns = data.columns
+    lengths, first, trained = (x[:, 0] for x in (columns.length, columns.first, columns.trained))
+    if data.packed:
+        count = batches_in_epoch(data, batch_size)
+        rows, part = len(data.packing), float((lengths**2).sum() / lengths.sum())
+        length, loss = (round(x.sum() / rows) for x in (lengths - 1, trained))
+        return [(round(count), BatchShape.packed(batch_size, length, part, batch_size * loss))]
+    windows = np.asarray(epoch_rows(data, batch_size, 0, 0))
+    lengths = padded(lengths[windows].max(1), batch_size) - 1
+    trimmed = lengths - trim_start(np.maximum(first[windows].min(1) - 1, 0))
+    table = np.stack([lengths, trimmed, trained[windows].sum(1)], 1)
+    alike = np.array_split(table[np.argsort(lengths)], min(LOOKED_AT, len(table)))
+    return [
+        (len(own), BatchShape.single(batch_size, *map(round, own.mean(0).tolist())))
+        for own in alike
+    ]
