@@ -1,10 +1,13 @@
 """The report on a data set, with and without a tokenizer."""
 
 import json
+from html.parser import HTMLParser
 
 import pytest
 
 from lib.chats import byte_level, chat, metaspace
+from mlx_segtrain import InputError
+from mlx_segtrain.commands.leaflet import write_report
 from mlx_segtrain.data import Options, inspect
 
 
@@ -76,3 +79,73 @@ def test_errors_are_in_the_report(tmp_path):
     write(tmp_path / "valid.jsonl", {"messages": [{}]})
     report = inspect(tmp_path, byte_level())
     assert not report.ok and (report.error or "").startswith("valid.jsonl:1: ")
+
+
+def test_what_an_epoch_takes(tmp_path):
+    """As the rows are and packed; lengths, the longest rows, and rows that are there twice."""
+    rows = [{"text": "W" * n} for n in (1, 1, 2, 5, 30, 14, 6, 1)]  # and <s>, </s>
+    path = write(tmp_path / "data.jsonl", *rows)
+    how = {"batch_size": 2, "accumulation": 2, "step_s": 3.0}
+    report = inspect(path, byte_level(), Options(max_seq_length=16), **how)
+    assert report.ok and report.duplicates == 2 and report.formats == {"text": 8}
+    found = [(own.first, own.last, own.count) for own in report.histogram]
+    assert found == [(3, 4, 4), (5, 8, 2), (9, 16, 1), (17, 32, 1)]
+    assert report.longest[:2] == [("data.jsonl:5", 32), ("data.jsonl:6", 16)]
+    assert len(report.longest) == 5
+    assert report.epoch is not None and report.packed is not None
+    assert (report.epoch.rows, report.epoch.steps, report.epoch.seconds) == (8, 2.0, 6.0)
+    assert 0 < report.epoch.unused < 1
+    # 3 + 3 + 3 + 4 + 7 + 8 + 16 + 16 tokens in rows of 16.
+    assert (report.packed.rows, report.packed.steps) == (4, 1.0)
+    assert report.packed.unused == pytest.approx(1 - 60 / 64)
+    alone = inspect(path, byte_level(), Options(max_seq_length=16), batch_size=9)
+    assert alone.ok and alone.epoch is None and alone.packed is not None
+
+
+def test_pairs_are_not_packed(tmp_path):
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    report = inspect(write(tmp_path / "data.jsonl", row), byte_level(), Options(method="dpo"))
+    assert report.ok and report.packed is None and report.epoch is not None
+
+
+def test_the_lengths_of_one_row(tmp_path):
+    report = inspect(write(tmp_path / "data.jsonl", {"text": "W" * 6}), byte_level())
+    assert [(own.first, own.last, own.count) for own in report.histogram] == [(8, 8, 1)]
+
+
+class Page(HTMLParser):
+    """The names of a page's elements and their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.names, self.attributes, self.text = set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_to_pass_on(tmp_path):
+    """What a row, a column or a name of a file holds stays text."""
+    evil = "<script>alert(1)</script><img src=x onerror=y>"
+    row = {"prompt": evil, "completion": f"fine {evil} & done", evil: 1}
+    path = write(tmp_path / "<b>&.jsonl", row, row)
+    report = inspect(path, byte_level(), Options(max_seq_length=40))
+    write_report(tmp_path / "a.html", report, path, 40)
+    page = Page((tmp_path / "a.html").read_text())
+    assert not {"script", "img", "b", "link", "iframe"} & page.names
+    assert not {"src", "href", "onerror"} & {name for name, _ in page.attributes}
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    for word in (evil, "<b>&.jsonl:1", "Equal to an earlier row"):
+        assert word in page.text
+    assert "mark" in page.names and "41 to" in page.text
+    bad = inspect(write(tmp_path / "bad.jsonl", {evil: 1}))
+    write_report(tmp_path / "b.html", bad, None, 40)
+    page = Page((tmp_path / "b.html").read_text())
+    assert evil[:20] in page.text and "script" not in page.names
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report(tmp_path / "no" / "a.html", report, path, 40)

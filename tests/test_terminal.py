@@ -11,6 +11,7 @@ from rich.console import Console
 from mlx_segtrain import events
 from mlx_segtrain.commands.terminal import Terminal, duration, show_checks, show_report
 from mlx_segtrain.data import Preview, Report
+from mlx_segtrain.data.inspection import Bin, Epoch
 from mlx_segtrain.ops import selfcheck as doctor
 
 
@@ -129,6 +130,28 @@ def test_report_marks_trained_tokens_in_plain_text() -> None:
         "",
         "train.jsonl:1",
         "<u>[hi]⟦goodbye⟧",
+    ]
+
+
+def test_report_of_lengths_and_epochs() -> None:
+    more = {
+        "histogram": [Bin(4, 4, 4000), Bin(5, 8, 10), Bin(9, 1024, 1000)],
+        "longest": [("a.csv:7", 1024), ("a.csv:9", 7)],
+        "epoch": Epoch(5010, 1252.5, 0.25, 7500),
+        "packed": Epoch(80, 20, 0.031),
+        "duplicates": 3,
+        "formats": {"text": 1000, "messages": 200},
+    }
+    found = report(terminal=False, **more).splitlines()
+    assert found[0] == "format   200 messages, 1,000 text"
+    assert found[4:11] == [
+        f"             4 to     4 {'█' * 40} 4,000",
+        "             5 to     8 ▏ 10",
+        f"             9 to 1,024 {'█' * 10} 1,000",
+        "longest  a.csv:7 (1,024 tokens), a.csv:9 (7 tokens)",
+        "epoch    1,252.5 steps, 25.0% of the tokens are padding, about 2h05m",
+        "packed   20 steps, 80 rows that are 96.9% full (see --packing)",
+        "equal    3 rows are equal to an earlier one (see --dedup)",
     ]
 
 

@@ -133,8 +133,15 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
     added.add_argument("path", type=place, metavar="DATA", help=DATA)
-    add_flags(added, ("model_dir", *affecting("rows")))
+    more = ("batch_size", "grad_accumulation_steps")
+    add_flags(added, ("model_dir", *affecting("rows"), *more))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
+    added.add_argument(
+        "--step-seconds", type=_seconds, metavar="X", help="what a step takes, as probe measures it"
+    )
+    added.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page that can be passed on"
+    )
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
@@ -262,6 +269,16 @@ def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
     """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
     given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
     return load_config(getattr(args, "config", None), given | fill)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return seconds
 
 
 def _count(least: int) -> Callable[[str], int]:
@@ -400,12 +417,25 @@ def _inspect(args: argparse.Namespace) -> int:
         if "model_dir" in args:
             model = hub.model(config.model_dir, show, weights=False)
             tokenizer = load_tokenizer(model)
-        how = {"n_preview": args.rows, "model_dir": model, "on_event": show}
-        report = inspect(config.data_dir, tokenizer, options, **how)
+        report = inspect(
+            config.data_dir,
+            tokenizer,
+            options,
+            n_preview=args.rows,
+            batch_size=config.batch_size,
+            accumulation=config.grad_accumulation_steps,
+            step_s=args.step_seconds,
+            model_dir=model,
+            on_event=show,
+        )
     if not report.ok and not args.json:
         raise InputError(str(report.error))
     from mlx_segtrain.commands.terminal import answer, show_report
 
+    if args.html is not None:
+        from mlx_segtrain.commands.leaflet import write_report
+
+        write_report(args.html, report, config.data_dir, config.max_seq_length)
     answer(report, show_report, args.json)
     return 0 if report.ok else 2
 

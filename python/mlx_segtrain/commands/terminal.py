@@ -181,7 +181,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     """Print what a data set trains; its first rows token by token where a tokenizer was given."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
-    line(f"format   {report.format}")
+    line(f"format   {formats(report)}")
     line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
     if report.samples is not None:
         line(f"samples  {report.samples:,}, with {report.trained_turns:,} trained turns")
@@ -197,6 +197,14 @@ def show_report(report: Report, console: Console | None = None) -> None:
         f"median {report.length_median}, 95 % have at most {report.length_p95}"
     )
     line(f"tokens   {report.tokens:,} to run, {report.supervised_tokens:,} of them in the loss")
+    for row in bars(report):
+        line(f"         {row}")
+    if report.longest:
+        line(f"longest  {', '.join(f'{place} ({n:,} tokens)' for place, n in report.longest)}")
+    for name, text in epochs(report).items():
+        line(f"{name:8} {text}")
+    if report.duplicates:
+        line(f"equal    {report.duplicates:,} rows are equal to an earlier one (see --dedup)")
     line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
     for sentence in report.remarks:
         line(f"warning: {sentence}")
@@ -216,6 +224,46 @@ def show_report(report: Report, console: Console | None = None) -> None:
         for sentence in preview.findings:
             line(f"warning: {sentence}")
         line(_coloured(preview) if console.is_terminal else _marked(preview))
+
+
+def formats(report: Report) -> str:
+    """The format of a data set's rows, or several with their counts."""
+    if len(report.formats) < 2:
+        return str(report.format)
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
+
+
+def bars(report: Report, width: int = 40) -> list[str]:
+    """A line for each range of lengths: from, to, a bar, and how many samples have them."""
+    if not report.histogram:
+        return []
+    most = max(own.count for own in report.histogram)
+    ends = len(f"{report.histogram[-1].last:,}")
+    return [
+        f"{x.first:>{ends},} to {x.last:>{ends},} {_bar(x.count / most * width)} {x.count:,}"
+        for x in report.histogram
+    ]
+
+
+def _bar(length: float) -> str:
+    """As long as that, in eighths of a character."""
+    whole, rest = divmod(round(length * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
+
+
+def epochs(report: Report) -> dict[str, str]:
+    """What an epoch takes, as the rows are and packed, in words."""
+    said = {}
+    if (own := report.epoch) is not None:
+        said["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
+        if own.seconds is not None:
+            said["epoch"] += f", about {duration(own.seconds)}"
+    if (own := report.packed) is not None:
+        said["packed"] = (
+            f"{own.steps:,.6g} steps, {own.rows:,} rows that are {1 - own.unused:.1%} full (see "
+            "--packing)"
+        )
+    return said
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import InputError
 from ..events import OnEvent
 from . import dataset
+from .batching import batches_in_epoch, padding
 from .dataset import Reading
 from .encoding import Encoder, Options, sequences
 from .notes import FINDINGS
@@ -16,6 +17,9 @@ from .samples import count, format_of
 from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
+
+#: Rows that are named as the longest ones.
+LONGEST = 5
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,38 @@ class Preview:
     findings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Bin:
+    """How many samples have from `first` to `last` tokens."""
+
+    first: int
+    last: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a pass over the training rows takes: optimizer steps, and the part of its tokens that is
+    padding, or of packed rows left empty; `rows` are packed ones, or samples. `seconds` is None if
+    nobody said what a step takes."""
+
+    rows: int
+    steps: float
+    unused: float
+    seconds: float | None = None
+
+
 @dataclass
 class Report:
     """What `inspect` found.
 
     `n_train` and `n_valid` count rows, `formats` those of the training file by their form; lengths
     are in tokens before truncation, all of the training file like the counts after them (None
-    without a tokenizer). `duplicates` counts rows that are equal to an earlier one. `remarks` say
-    what is left out of both files or wrong with them, `findings` name rows of the training file by
-    what is wrong with them (notes.FINDINGS). `error` is one sentence.
+    without a tokenizer), `histogram` and `longest` (places and tokens) too. `duplicates` counts
+    rows that are equal to an earlier one. `epoch` is one as the rows are, `packed` one of packed
+    rows, where they can be. `remarks` say what is left out of both files or wrong with them,
+    `findings` name rows of the training file by what is wrong with them (notes.FINDINGS). `error`
+    is one sentence.
     """
 
     ok: bool = True
@@ -49,6 +76,8 @@ class Report:
     length_median: int | None = None
     length_p95: int | None = None
     length_max: int | None = None
+    histogram: list[Bin] = field(default_factory=list)
+    longest: list[tuple[str, int]] = field(default_factory=list)
     tokens: int | None = None
     supervised_tokens: int | None = None
     truncated: int | None = None
@@ -57,6 +86,8 @@ class Report:
     samples: int | None = None
     duplicates: int | None = None
     trained_turns: int | None = None
+    epoch: Epoch | None = None
+    packed: Epoch | None = None
     prompt_format: str | None = None
     remarks: list[str] = field(default_factory=list)
     findings: dict[str, list[str]] = field(default_factory=dict)
@@ -69,12 +100,16 @@ def inspect(
     options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
     *,
     n_preview: int = 3,
+    batch_size: int = 1,
+    accumulation: int = 1,
+    step_s: float | None = None,
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
     """Checks data (sources.sources_of); what is wrong is in the report, not raised.
 
-    With the folder of the tokenizer's model, its tokens are kept (cache.py).
+    Steps of an epoch are of `accumulation` batches of `batch_size` rows, and take `step_s` seconds
+    if that is known. With the folder of the tokenizer's model, its tokens are kept (cache.py).
     """
     report = Report()
     try:
@@ -92,6 +127,9 @@ def inspect(
         report.length_min, report.length_median, report.length_p95, report.length_max = map(
             int, np.percentile(lengths, (0, 50, 95, 100), method="higher")
         )
+        report.histogram = _histogram(lengths, options.max_seq_length)
+        longest = np.argsort(-lengths, kind="stable")[:LONGEST]
+        report.longest = [(samples.row(int(i)).source, int(lengths[i])) for i in longest]
         rows = [samples.row(i) for i in range(min(n_preview, len(samples)))]
         report.previews = _previews(rows, read.encoder)
         notes = samples.notes()
@@ -104,12 +142,38 @@ def inspect(
             setattr(report, name, value)
         if valid is None and others is not None:
             report.n_train, report.n_valid = found.n_rows, others.n_rows
+        report.epoch = _epoch(found, batch_size, accumulation, step_s)
+        if found.columns.length.shape[1] == 1:  # pairs are not packed
+            packed = found.in_rows_of(options.max_seq_length)
+            report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)
         for source in (train, *([valid] if valid else [])):
             read.check(source)
     except InputError as error:
         report.ok, report.error = False, str(error)
     return report
+
+
+def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
+    """Samples by their length, in powers of two; what is longer than `most` apart."""
+    top = int(lengths.max())
+    ends = {min(2**k, top) for k in range(top.bit_length() + 1)} | {min(most, top)}
+    last = np.array(sorted(end for end in ends if end >= lengths.min()))
+    counts = np.bincount(np.searchsorted(last, lengths), minlength=len(last))
+    first = [int(lengths.min()), *(last[:-1] + 1).tolist()]
+    return [Bin(*own) for own in zip(first, last.tolist(), counts.tolist(), strict=True)]
+
+
+def _epoch(
+    data: dataset.Dataset, batch_size: int, count: int, step_s: float | None = None
+) -> Epoch | None:
+    """What a pass over the data takes; None if it is not one batch."""
+    if not data.packed and len(data) < batch_size:
+        return None
+    steps = batches_in_epoch(data, batch_size) / count
+    rows = len(data.packing) if data.packed else len(data)
+    seconds = None if step_s is None else steps * step_s
+    return Epoch(rows, steps, padding(data, batch_size), seconds)
 
 
 def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:

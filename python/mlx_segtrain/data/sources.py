@@ -368,18 +368,21 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
 
-        self._stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec)
+        self._stream: Any = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec)
         self._unpacked, self._size, self._name = 0, size, name
+
+    def close(self) -> None:
+        self._stream = None  # its buffers are large, and an error may keep us for a while
+        super().close()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        got = self._stream.read(len(buffer))
-        self._unpacked += len(got)
+        got = self._stream.readinto(buffer)  # read() would lose its bytes at an error
+        self._unpacked += got
         _check_growth(self._name, self._unpacked, self._size)
-        buffer[: len(got)] = got
-        return len(got)
+        return got
 
 
 @contextmanager
@@ -398,7 +401,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             yield raw, read
         else:
             unpacked = _Unpacked(raw, codec, path.stat().st_size, path.name)
-            yield io.BufferedReader(unpacked, 1 << 16), read  # type: ignore[misc]
+            with io.BufferedReader(unpacked, 1 << 16) as file:
+                yield file, read  # type: ignore[misc]
 
 
 def _within(line: bytes, source: str) -> bytes:

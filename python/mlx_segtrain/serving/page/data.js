@@ -18,6 +18,8 @@ export function shownReport(own) {
     lengths && ["95 of 100 rows up to", `${count(own.length_p95)} tokens`],
     lengths && ["Longest row", `${count(own.length_max)} tokens`],
     ![null, own.n_train].includes(own.samples) && ["Samples", count(own.samples)],
+    own.duplicates > 0 && ["Equal to an earlier row", count(own.duplicates)],
+    own.packed && ["Packed", `${count(own.packed.rows)} rows, ${percent(1 - own.packed.unused)} full`],
     own.prompt_format && ["Prompts", own.prompt_format === "chat" ? "chat template" : "raw"],
     own.tokens && ["Trained tokens", `${count(trained)} (${percent(trained / own.tokens)})`],
   ];
