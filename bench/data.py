@@ -125,7 +125,7 @@ class Watched:
 def run(data: Path, model: str, iters: int) -> None:
     work = Path(tempfile.mkdtemp(prefix="bench-data-"))
     cache, out = work / "cache", work / "out"
-    how = ["--data-dir", str(data), "--model-dir", model, "--adapter-path", str(out)]
+    how = ["--data", str(data), "--model", model, "--adapter-path", str(out)]
     how += ["--max-seq-length", "256", "--iters", str(iters), "--steps-per-report", "1"]
     how += ["--steps-per-eval", "1000000", "--val-split", "2", "--steps-per-save", "3"]
     try:

@@ -1,7 +1,7 @@
 # Environment variables as flags of mlx-segtrain, for the recipes: what is not set stays as the recipe's file has it.
 #
-#   MODEL       model_dir; a folder
-#   DATA        data_dir; a folder with train.jsonl
+#   MODEL       model_dir; a folder, or a name of the hub
+#   DATA        data_dir; a folder with train.jsonl, or a name of the hub
 #   SEQ         max_seq_length
 #   ITERS       iters
 #   RANK        rank
@@ -29,7 +29,7 @@ knobs() {
   MODEL=${MODEL:-$(cached "$model")}
   [ -n "$MODEL" ] || { echo "MODEL is not set, and no $model is in the hub's cache: give the folder of a model." >&2; exit 2; }
   [ -n "${DATA:-}" ] || { echo "DATA is not set: give a folder with train.jsonl." >&2; exit 2; }
-  flags=(--config "$name.yaml" --model-dir "$MODEL" --data-dir "$DATA"
+  flags=(--config "$name.yaml" --model "$MODEL" --data "$DATA"
          --adapter-path "${ADAPTER:-$HOME/.cache/mlx-segtrain/finetunes/$adapter-seq$seq}")
   [[ ! ${ITERS:-} =~ ^[0-9]+$ ]] || EVAL_EVERY=${EVAL_EVERY:-$((ITERS >= 5 ? ITERS / 5 : 1))}
   local pair

@@ -108,5 +108,5 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def hub():
-    with serve_hub() as (told, url):
-        yield told, url
+    with serve_hub() as hub:
+        yield hub

@@ -16,7 +16,7 @@ from mlx_segtrain import RunError, data, events, training
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import TrainConfig, flag
 
-REQUIRED = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
+REQUIRED = ["--model", "m", "--data", "d", "--adapter-path", "a"]
 COMMANDS = [
     *("train", "probe", "verify", "plan", "export", "import", "merge", "adapters", "inspect"),
     *("eval", "generate", "doctor", "bench", "demo"),
@@ -183,20 +183,20 @@ def test_every_field_is_tried() -> None:
 def test_resume_alone_or_with_a_word(argv: list, value: object, monkeypatch: Any) -> None:
     train = Mock(return_value=TRAINED)
     monkeypatch.setattr(training, "train", train)
-    paths = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
+    paths = ["--model", "m", "--data", "d", "--adapter-path", "a"]
     assert cli.main(["train", *argv, *paths]) == 0
     assert train.call_args[0][0].resume == value
 
 
 def test_resume_takes_no_other_word(capsys: pytest.CaptureFixture[str]) -> None:
-    paths = ["--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]
+    paths = ["--model", "m", "--data", "d", "--adapter-path", "a"]
     assert cli.main(["train", "--resume", "yesterday", *paths]) == 2
     assert "resume must be true, false or auto; got 'yesterday'" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_go_on_is_one_sentence(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(training, "train", Mock(side_effect=RunError("step 3: the disk is full.")))
-    assert cli.main(["train", "--model-dir", "m", "--data-dir", "d", "--adapter-path", "a"]) == 1
+    assert cli.main(["train", "--model", "m", "--data", "d", "--adapter-path", "a"]) == 1
     assert capsys.readouterr().err == "mlx-segtrain: error: step 3: the disk is full.\n"
 
 
@@ -264,7 +264,7 @@ def test_train_shows_progress_and_a_summary(
     assert "trained 20 steps in 1m01s" in out
     assert "3.0000 -> 2.0000 (best 1.5000 at step 10)" in out
     assert "1,234 supervised of 12,346 tokens/s" in out and "3.25 GB" in out
-    assert "mlx-segtrain generate --model-dir m --adapter-path 'a b'" in out
+    assert "mlx-segtrain generate --model m --adapter-path 'a b'" in out
 
 
 def test_ctrl_c_exits_with_130(train: Mock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,19 +307,19 @@ def test_bad_input_of_a_run(
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["train"], "model_dir is missing: set it in the YAML file or with --model-dir"),
+        (["train"], "model_dir is missing: set it in the YAML file or with --model"),
         (["trian"], "invalid choice: 'trian'"),
-        (["eval"], "required: --model-dir, --data-dir"),
-        (["generate", "--model-dir", "m"], "one of the arguments --prompt --prompt-file"),
-        (["generate", "--model-dir", "m", "--prompt", " "], "the prompt is empty"),
-        (["generate", "--model-dir", "m", "--prompt-file", "no"], "cannot read the prompt no"),
-        (["generate", "--model-dir", "m", "--prompt", "x", "--max-tokens", "0"], "integer >= 1"),
-        (["generate", "--model-dir", "m", "--prompt", "x", "--temp", "-1"], "number >= 0"),
+        (["eval"], "required: --model, --data"),
+        (["generate", "--model", "m"], "one of the arguments --prompt --prompt-file"),
+        (["generate", "--model", "m", "--prompt", " "], "the prompt is empty"),
+        (["generate", "--model", "m", "--prompt-file", "no"], "cannot read the prompt no"),
+        (["generate", "--model", "m", "--prompt", "x", "--max-tokens", "0"], "integer >= 1"),
+        (["generate", "--model", "m", "--prompt", "x", "--temp", "-1"], "number >= 0"),
         (
-            ["generate", "--model-dir=m", "--prompt=x", "--system=y", "--prompt-format=raw"],
+            ["generate", "--model=m", "--prompt=x", "--system=y", "--prompt-format=raw"],
             "--system needs the chat template",
         ),
-        (["eval", "--model-dir=m", "--data-dir=d", "--max-seq-length=1"], "integer >= 2; got '1'"),
+        (["eval", "--model=m", "--data=d", "--max-seq-length=1"], "integer >= 2; got '1'"),
         (["demo", "--iters", "0"], "integer >= 1"),
     ],
 )
@@ -367,13 +367,13 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         loss=2.0, perplexity=7.389, metrics={}, tokens=1000, rows=10, truncated=1, dropped=2
     )
     evaluate = replace(monkeypatch, "evaluate", result)
-    argv = ["eval", "--model-dir", "m", "--data-dir", "d", "--split", "train"]
+    argv = ["eval", "--model", "m", "--data", "d", "--split", "train"]
     assert cli.main([*argv, "--max-seq-length", "99", "--no-append-eos"]) == 0
     assert "7.389" in capsys.readouterr().out
     config, adapter = evaluate.call_args.args
     assert (config.model_dir, config.data_dir, adapter) == (Path("m"), Path("d"), None)
     assert (config.max_seq_length, config.append_eos) == (99, False)
-    assert evaluate.call_args.kwargs["split"] == "train"
+    assert evaluate.call_args.kwargs == {"split": "train", "on_event": ANY}
     assert cli.main([*argv, "--adapter-path", "a", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == 7.389
     assert evaluate.call_args.args[1] == Path("a")
@@ -383,7 +383,7 @@ def test_eval_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     metrics = {"accuracy": 0.75, "margin": 1.5, "chosen_reward": 1.0, "rejected_reward": -0.5}
     result = training.EvalResult(0.4, None, metrics, 1000, 10, 1, 2)
     evaluate = replace(monkeypatch, "evaluate", result)
-    argv = ["eval", "--model-dir", "m", "--data-dir", "d", "--method", "dpo", "--dpo-beta", "0.3"]
+    argv = ["eval", "--model", "m", "--data", "d", "--method", "dpo", "--dpo-beta", "0.3"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert "0.4000 nats per pair" in out and "accuracy        0.7500" in out
@@ -403,10 +403,10 @@ def test_inspect_of_bad_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.jsonl" in error(capsys, "inspect", "train.jsonl")
     assert cli.main(["inspect", "train.jsonl", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["ok"] is False
-    assert "model_dir none is not a folder" in error(capsys, "inspect", ".", "--model-dir", "none")
+    assert "model_dir none is not a folder" in error(capsys, "inspect", ".", "--model", "none")
     Path("tokenizer_config.json").write_text("{}")
     Path("config.json").write_text("{}")
-    assert "model_dir . cannot be loaded" in error(capsys, "inspect", ".", "--model-dir", ".")
+    assert "model_dir . cannot be loaded" in error(capsys, "inspect", ".", "--model", ".")
     assert "max_seq_length must be" in error(capsys, "inspect", ".", "--max-seq-length", "1")
 
 
@@ -420,12 +420,12 @@ def test_inspect_gives_its_flags_to_the_data_module(
     monkeypatch.setattr(import_module("mlx_lm.utils"), "load_tokenizer", load)
     Path("tokenizer_config.json").write_text("{}")
     Path("config.json").write_text('{"eos_token_id": [7, 8]}')
-    argv = ["inspect", "x.jsonl", "--model-dir", ".", "--rows", "0", "--train-on", "last"]
+    argv = ["inspect", "x.jsonl", "--model", ".", "--rows", "0", "--train-on", "last"]
     assert cli.main([*argv, "--no-append-eos"]) == 0
     inspect.assert_called_once_with(
         Path("x.jsonl"),
         tokenizer,
-        data.Options(512, None, "last", append_eos=False),
+        data.Options(512, None, train_on="last", append_eos=False),
         n_preview=0,
         model_dir=Path("."),
         on_event=ANY,
@@ -482,10 +482,10 @@ def test_generate(
     monkeypatch.setattr(mlx_segtrain, "load", load)
     monkeypatch.setattr(import_module("mlx_lm.generate"), "stream_generate", stream)
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    assert cli.main(["generate", "--model-dir", "m", "--max-tokens", "5", *argv]) == 0
+    assert cli.main(["generate", "--model", "m", "--max-tokens", "5", *argv]) == 0
     assert capsys.readouterr().out == "an answer\n"
     assert seen == [("model", prompt, 5)]
-    load.assert_called_once_with(Path("m"), None)
+    load.assert_called_once_with(Path("m"), None, ANY)
 
 
 def test_system_message_needs_a_template(
@@ -495,7 +495,7 @@ def test_system_message_needs_a_template(
 
     bare = SimpleNamespace(has_chat_template=False)
     monkeypatch.setattr(mlx_segtrain, "load", Mock(return_value=("model", bare)))
-    text = error(capsys, "generate", "--model-dir", "m", "--prompt", "x", "--system", "y")
+    text = error(capsys, "generate", "--model", "m", "--prompt", "x", "--system", "y")
     assert "a system message needs a chat template: the model has none" in text
 
 

@@ -67,7 +67,7 @@ def test_embeddings_and_experts_fit_too(data, tmp_path):
 
 
 def test_the_list(root, llama_mixed):
-    done = run("adapters", root, "--model-dir", llama_mixed)
+    done = run("adapters", root, "--model", llama_mixed)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     (line,) = (line for line in lines if line.split()[:1] == [str(root / "one")])
@@ -118,7 +118,7 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
     done = run("merge", tmp_path / "sum", "--into", llama_mixed, "--out", tmp_path / "m", "--json")
     report = json.loads(done.stdout)
     assert len(report["linears"]) == 21 and {own["bits"] for own in report["linears"]} == {4, 8}
-    done = run("eval", "--model-dir", tmp_path / "m", "--data-dir", data, "--max-seq-length", "100")
+    done = run("eval", "--model", tmp_path / "m", "--data", data, "--max-seq-length", "100")
     assert done.returncode == 0
     done = run("export", root / "one", "--to", "peft", "--out", tmp_path / "peft")
     assert done.returncode == 2 and "is there already" in done.stderr
@@ -129,7 +129,7 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
 
 
 def test_the_train_command_draws_its_curves(llama4, data, tmp_path):
-    argv = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    argv = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     done = run("train", *argv, "--iters", "2", "--max-seq-length", "100")
     assert done.returncode == 0, done.stderr
     assert {"loss.png", "loss.svg", "metrics.json", "README.md"} <= {

@@ -519,7 +519,7 @@ def test_a_queued_job_obeys_the_roots_of_the_server_that_runs_it(tmp_path):
 
 def test_push_to_a_hub(tmp_path, hub):
     place = write_place(tmp_path)
-    told, url = hub
+    url = hub.url
     with Server(place, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"), HF_TOKEN="") as server:
         post = server.http.post
         id = server.submit(iters=2)
@@ -535,15 +535,15 @@ def test_push_to_a_hub(tmp_path, hub):
         pushed = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
         assert pushed.status_code == 200, pushed.text + server.said
         assert pushed.json()["url"] == f"{url}/me/mine"
-        created = told["/api/repos/create"]
+        created = hub.told["/api/repos/create"]
         assert created.get("private") is True or created.get("visibility") == "private"
-        assert told["authorization"] == {f"Bearer {secret}"}
+        assert hub.authorization == {f"Bearer {secret}"}
         (Path(done["output_path"]) / "sub").mkdir()
         (Path(done["output_path"]) / "sub" / "x").symlink_to("/etc/passwd")
         again = post("/api/finetune/push", json={"repo_id": "me/mine", "job_id": id})
         assert again.status_code == 403 and "lies outside" in again.json()["error"]
         mine = Path(done["output_path"])
-        sent = told["files"]
+        sent = hub.pushed
         assert sent["adapters.safetensors"] == (mine / "adapters.safetensors").read_bytes()
         assert "README.md" in sent and not any(name.startswith("state/") for name in sent)
         texts = [path.read_bytes() for path in server.cache.rglob("*") if path.is_file()]

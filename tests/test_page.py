@@ -119,6 +119,20 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
         process.wait(20)
 
 
+@pytest.fixture
+def hub_site(site, hub, tmp_path, monkeypatch) -> Iterator[Site]:
+    """A server that may download from a hub, which has the tiny model."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    hub.add("org/small-4bit", site.work / "tiny")
+    hub.add("org/counting", site.work / "counting", "datasets")
+    cache = tmp_path / "hf" / "hub"
+    cache.mkdir(parents=True)
+    options = ("--allow-downloads", "--root", str(cache))
+    with serving(site.work, tmp_path / "cache", *options) as own:
+        yield own
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_playwright() as play:
@@ -328,6 +342,44 @@ def test_losses_of_two_runs_in_one_chart(user, runs):
     user.shot(page, "compare")
     page.reload()  # its address says what is compared
     until(lambda: points(page, 2) >= 20)
+
+
+def test_a_model_by_its_name_on_the_hub(user, hub_site, hub):
+    user.site, hub.pause_s = hub_site, 0.2
+    page = user.open()
+    model = page.get_by_label("Model", exact=True)
+    model.fill("org/small-4bit")
+    expect(
+        page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub")
+    ).to_be_visible()
+    model.press("Tab")
+    said = "neither a path here nor in this machine's cache of the hub"
+    expect(page.locator(".notice", has_text=said)).to_be_visible()
+    page.get_by_role("button", name="Download").click()
+    expect(page.get_by_text(re.compile(r"downloading org/small-4bit: 0\.\d MB of"))).to_be_visible()
+    user.shot(page, "download")
+    hub.pause_s = 0
+    expect(page.get_by_text("Computed by")).to_be_visible()
+    assert model.input_value().startswith("org/small-4bit · llama")
+    page.get_by_label("Longest row, tokens").fill("64")
+    page.get_by_label("or its path").fill("org/counting")
+    page.get_by_role("button", name="Download").click()
+    expect(page.get_by_text("org/counting is on this machine.")).to_be_visible()
+    page.get_by_role("button", name="Inspect data").click()
+    expect(page.get_by_text("Rows to train", exact=True)).to_be_visible(timeout=LONG)
+    page.get_by_label("Steps", exact=True).fill("2")
+    expect(page.locator(".notice.good")).to_be_visible()
+    user.shot(page, "downloaded")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/finetune/job/*")
+    expect(page.get_by_role("heading", name="org/small-4bit on org/counting")).to_be_visible()
+    assert hub_site.wait(page.url.rpartition("/")[2])["status"] == "done"
+    user.open("/finetune", page=page)
+    model.fill("org/none")
+    model.press("Enter")
+    page.get_by_role("button", name="Download").click()
+    expect(page.get_by_role("alert").filter(has_text="nor a model of the hub")).to_be_visible()
+    page.close()  # before its server ends
 
 
 def test_the_page_shows_jobs_of_each_kind(user, site):

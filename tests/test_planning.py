@@ -504,7 +504,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         "-m",
         "mlx_segtrain.commands.main",
         "plan",
-        "--model-dir",
+        "--model",
         str(folder),
     ]
     best = 9.0
@@ -521,7 +521,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
 
 def test_plan_as_json(llama4, tmp_path, capsys):
     folder = header_only(tmp_path / "m", llama4, max_position_embeddings=8192)
-    argv = ["plan", "--model-dir", str(folder), "--json", "--max-seq-length", "300"]
+    argv = ["plan", "--model", str(folder), "--json", "--max-seq-length", "300"]
     assert cli.main([*argv, "--loss-rows", "0.25", "--memory-budget-gb", "1"]) == 0
     got = json.loads(capsys.readouterr().out)
     assert (got["rows"], got["tokens"], got["trained_tokens"], got["budget"]) == (1, 299, 75, 10**9)
@@ -534,17 +534,17 @@ def test_plan_of_a_family_that_is_not_predicted(llama4, tmp_path, capsys):
     folder = header_only(tmp_path / "m", llama4)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "olmo3"}))
-    assert cli.main(["plan", "--model-dir", str(folder)]) == 0
+    assert cli.main(["plan", "--model", str(folder)]) == 0
     assert "memory is not predicted" in " ".join(capsys.readouterr().out.split())
-    assert cli.main(["plan", "--model-dir", str(folder), "--plot", str(tmp_path / "x.png")]) == 2
-    assert cli.main(["plan", "--model-dir", str(folder), "--loss-rows", "2"]) == 2
+    assert cli.main(["plan", "--model", str(folder), "--plot", str(tmp_path / "x.png")]) == 2
+    assert cli.main(["plan", "--model", str(folder), "--loss-rows", "2"]) == 2
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"model_type": "llama", "text_config": 3}'])
 def test_a_configuration_that_is_none_is_named(content, llama4, tmp_path, capsys):
     folder = header_only(tmp_path / "m", llama4)
     (folder / "config.json").write_text(content)
-    assert cli.main(["plan", "--model-dir", str(folder)]) == 2
+    assert cli.main(["plan", "--model", str(folder)]) == 2
     assert str(folder / "config.json") in capsys.readouterr().err
 
 
@@ -561,7 +561,7 @@ def test_a_configuration_that_is_none_is_named(content, llama4, tmp_path, capsys
     ],
 )
 def test_plan_refuses_what_train_would(flags, says, llama4, capsys):
-    argv = ["plan", "--model-dir", str(llama4), "--max-seq-length", "100", *flags]
+    argv = ["plan", "--model", str(llama4), "--max-seq-length", "100", *flags]
     assert cli.main(argv) == 2
     assert says in capsys.readouterr().err
 
@@ -603,6 +603,6 @@ def test_a_model_that_loads_otherwise_than_planned_runs_as_the_generic_ones(
 
 
 def test_the_picture(llama4, tmp_path):
-    argv = ["plan", "--model-dir", str(llama4), "--max-seq-length", "65"]
+    argv = ["plan", "--model", str(llama4), "--max-seq-length", "65"]
     assert cli.main([*argv, "--plot", str(tmp_path / "out.png")]) == 0
     assert (tmp_path / "out.png").read_bytes()[1:4] == b"PNG"

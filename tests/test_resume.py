@@ -133,7 +133,7 @@ def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
     """Sent to the command, in the middle of a step: exit code 130, and resumable to the twin."""
-    options = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
     command = [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *options]
@@ -449,7 +449,7 @@ def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path)
 @pytest.mark.parametrize("ends", ["interrupted", "finished"])
 def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
     """The reader of the output is gone: the run ends as it would have, with its state kept."""
-    options = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
     iters = 1_000_000 if ends == "interrupted" else 30
     options += ["--steps-per-save", "0", "--steps-per-eval", "1000000", "--iters", str(iters)]

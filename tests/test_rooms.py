@@ -9,6 +9,7 @@ PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
     *("errors", "files", "processes", "events", "torchless", "fields", "config", "safetensors"),
+    "hub",
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     *("training", "serving", "commands"),

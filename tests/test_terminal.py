@@ -163,7 +163,7 @@ def test_report_colours_each_token_on_a_terminal() -> None:
 
 def test_report_without_a_tokenizer() -> None:
     text = report(terminal=False, length_max=None, previews=[])
-    assert "tokens  " not in text and "--model-dir" in text
+    assert "tokens  " not in text and "--model" in text
 
 
 def checks(gpu: bool, reason: str) -> str:

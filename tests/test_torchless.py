@@ -14,7 +14,7 @@ def test_a_command_does_not_import_torch(llama, data, tmp_path):
     folders = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "mlx_segtrain.commands.main", "inspect", data]
     done = subprocess.run(
-        [*command, "--model-dir", llama],
+        [*command, "--model", llama],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,

@@ -85,7 +85,7 @@ def test_a_folder_is_of_one_run_at_a_time(llama4, data, tmp_path):
 
 def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
     config = config_of(llama4, data, tmp_path / "a", overwrite=True)
-    flags = ["--model-dir", llama4, "--data-dir", data, "--adapter-path", tmp_path / "a"]
+    flags = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     long = [*flags, "--max-seq-length", "100", "--iters", "1000000"]
     with subprocess.Popen(
         [sys.executable, "-m", "mlx_segtrain.commands.main", "train", *long]

@@ -29,6 +29,7 @@ from mlx_segtrain.fields import (
     Int,
     LayerCount,
     Name,
+    Place,
     SegmentSize,
     Share,
     Switch,
@@ -60,6 +61,8 @@ DataFormat = Literal[
     "text",
 ]
 
+PLACES = "a path, or org/name or org/name@revision on the hub"
+DATA_PLACES = "a path, or org/name, org/name/configuration or org/name:split on the hub"
 #: Facets that several fields have in common.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
 SIZE, ALL = Facets(affects=("memory",)), Facets(affects=("memory", "loss", "rows"))
@@ -84,12 +87,12 @@ class TrainConfig(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    model_dir: Directory = option(..., ELSEWHERE | FREE)
-    """Directory of the base model, as mlx-lm reads it."""
-    data_dir: Directory | None = option(None, ELSEWHERE | FREE)
+    model_dir: Place = option(..., ELSEWHERE | FREE, flag="--model", values=PLACES)
+    """The base model, as mlx-lm reads it: its directory, or its name on the Hugging Face hub."""
+    data_dir: Place | None = option(None, ELSEWHERE | FREE, flag="--data", values=DATA_PLACES)
     """Directory with train.jsonl and, for validation, valid.jsonl, or files of the same names in
-    another format (docs/data.md); or one file of training rows. Needed, but where Python gives the
-    rows."""
+    another format (docs/data.md); or one file of training rows; or a data set's name on the hub.
+    Needed, but where Python gives the rows."""
     adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
     method: Method = option("sft", FIRST | ALL | CARD)
@@ -111,9 +114,9 @@ class TrainConfig(BaseModel):
         -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
     """Layers that get adapters, counted from the last one; -1 is all."""
-    warm_start: Directory | None = option(None, ADAPTER | SIZE | FREE)
-    """Directory of an adapter to go on from: ours, mlx-lm's or PEFT's. Its linears, ranks and scale
-    are taken."""
+    warm_start: Place | None = option(None, ADAPTER | SIZE | FREE, values=PLACES)
+    """An adapter to go on from, ours, mlx-lm's or PEFT's: its directory, or its name on the hub.
+    Its linears, ranks and scale are taken."""
     iters: Int = option(
         100,
         FIRST | WARN | CARD,
@@ -437,7 +440,7 @@ def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]
 
 def flag(name: str) -> str:
     """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
+    return FACETS[name].flag or "--" + name.replace("_", "-")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

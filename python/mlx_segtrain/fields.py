@@ -44,6 +44,7 @@ class Facets:
     methods: tuple[str, ...] = ()
     holds: Callable[[Any], bool] = lambda config: True
     otherwise: str = ""
+    flag: str = ""  #: of the command line, where that is not the name
     refused: str = ""  #: why clients of the server may not set it, if they may not
     on_card: bool = False  #: the card of a run's adapter names it
     values: str = ""  #: what is allowed, where the type does not say it
@@ -89,6 +90,12 @@ def _expand(value: Any) -> Any:
     if value == "":  # Path("") is the working directory: an unset shell variable must not name it
         raise ValueError("empty path")
     return Path(value).expanduser() if isinstance(value, str) else value
+
+
+def place(value: Any) -> Any:
+    """A path as people write it; ./org/name stays one, where org/name may be a name of the hub."""
+    path = _expand(value)
+    return path.absolute() if isinstance(value, str) and value.startswith("./") else path
 
 
 def _not_bool(value: Any) -> Any:
@@ -155,6 +162,8 @@ def _mapping(values: dict[str, Any]) -> dict[str, Any]:
 
 
 Directory = Annotated[Path, BeforeValidator(_expand)]
+#: Or a name of the Hugging Face hub (hub.named).
+Place = Annotated[Path, BeforeValidator(place)]
 #: Of MLX's sizes, which are C++'s int.
 MOST = 2**31 - 1
 Int = Annotated[int, BeforeValidator(_not_bool), Field(le=MOST)]

@@ -119,6 +119,14 @@ def may_follow(path: Path) -> bool:
     return True
 
 
+def free(place: Path) -> int:
+    """Bytes that are free on the disk of a path, which need not be there yet."""
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def make_private(path: Path) -> None:
     """Makes a folder for this user alone, or one that is there. InputError if others can write to
     it all the same: the owner of what lies in it could be anyone."""

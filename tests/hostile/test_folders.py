@@ -161,7 +161,6 @@ def test_a_secret_by_the_name_of_an_adapter_s_file(tmp_path, name):
 
 
 def test_a_failed_push_that_is_resumed_sends_no_link(tmp_path, monkeypatch, hub):
-    told, url = hub
     adapter = write_adapter(tmp_path / "adapter")
     secret = write_canary(tmp_path / "outside") / "secret"
     values = {"source": str(adapter), "repo_id": "me/mine", "private": True}
@@ -169,7 +168,7 @@ def test_a_failed_push_that_is_resumed_sends_no_link(tmp_path, monkeypatch, hub)
 
     async def run():
         jobs = Jobs(tmp_path / "store")
-        jobs.environment.update({"HF_TOKEN": "hf_" + "s" * 20, "HF_ENDPOINT": url})
+        jobs.environment.update({"HF_TOKEN": "hf_" + "s" * 20, "HF_ENDPOINT": hub.url})
         await jobs.start()
         try:
             (adapter / "adapters.safetensors").rename(tmp_path / "weights")
@@ -190,8 +189,8 @@ def test_a_failed_push_that_is_resumed_sends_no_link(tmp_path, monkeypatch, hub)
     assert first.status == "failed" and "neither an adapter" in first.error
     assert second.status == "failed" and "README.md" in second.error
     assert third.status == "done", third.error
-    assert sorted(told["files"]) == ["adapter_config.json", "adapters.safetensors"]
-    assert CANARY not in str(told)
+    assert sorted(hub.pushed) == ["adapter_config.json", "adapters.safetensors"]
+    assert CANARY not in str(hub)
 
 
 # What is overwritten

@@ -120,9 +120,10 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
         _, log = ended(tmp_path / "store", kind, HF_TOKEN="set by a client")
     told = json.loads(next(line for line in log.splitlines() if line.startswith('{"env"')))
     environment = told["env"]
-    wanted = {"push": {"HF_TOKEN"}, "finetune": {"WANDB_API_KEY"}}.get(kind, set())
+    hub = {"push": {"HF_TOKEN"}, "download": {"HF_TOKEN"}}
+    wanted = {**hub, "finetune": {"WANDB_API_KEY"}}.get(kind, set())
     assert set(environment) & set(SECRETS) == wanted
-    if kind == "push":
+    if kind in hub:
         assert environment["HF_TOKEN"] == "set by a client"
     assert environment["LC_ALL"] == "C.UTF-8" and environment["PATH"] == os.environ["PATH"]
     assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())

@@ -30,6 +30,12 @@ OF_EACH_KIND = {
     ),
     "merge": ({"adapters": ["/a/one", "/a/two"]}, {"linears": 2}, "Merge", "one + two"),
     "export": ({"adapter_path": "/a/one", "method": "gguf"}, {}, "Export", "one as gguf"),
+    "download": (
+        {"name": "org/tiny", "kind": "model"},
+        {"name": "org/tiny", "path": "/hub/models--org--tiny/snapshots/1"},
+        "Download",
+        "org/tiny",
+    ),
     "push": (
         {"source": "/a/one", "repo_id": "me/one"},
         {"url": "https://hub.example/me/one"},

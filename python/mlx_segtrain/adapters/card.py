@@ -10,6 +10,7 @@ from typing import Any
 from ..config import FACETS, TrainConfig
 from ..data.prompting import Prompting
 from ..files import write_text
+from ..hub import name_of
 from ..lora import Adapter
 from ..lora.folder import README
 
@@ -37,7 +38,7 @@ class About:
     ) -> "About":
         """An adapter of a run."""
         run = config.model_dump(mode="json")
-        return cls(str(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
+        return cls(name_of(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
 
 
 def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
@@ -116,7 +117,7 @@ model = PeftModel.from_pretrained(base, "{"." if form == "peft" else "peft"}")
         return peft
     if form == "mlx-lm":
         return f"    {mlx}"
-    return f"""    mlx-segtrain generate --model-dir {model} --adapter-path . --prompt "…"
+    return f"""    mlx-segtrain generate --model {model} --adapter-path . --prompt "…"
     {mlx}
 
 With Hugging Face PEFT, behind `mlx-segtrain export . --to peft --out peft`:

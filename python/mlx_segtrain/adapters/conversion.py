@@ -61,7 +61,7 @@ def export(
     base_dir = folder.base_folder if model_dir is None else model_dir
     base = None if base_dir is None else Snapshot(base_dir)
     if to == "gguf" and base is None:
-        raise InputError("--to gguf needs the base: give --model-dir, a folder with config.json.")
+        raise InputError("--to gguf needs the base: give --model, a folder with config.json.")
     numbers = DTYPES[dtype]
     with new_folder(out) as aside:
         if to == "gguf" and base:
@@ -71,7 +71,7 @@ def export(
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
                     "the adapter is of a model for text and images, which transformers names in "
-                    "two ways: give its folder with --model-dir, or --names."
+                    "two ways: give its folder with --model, or --names."
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
@@ -116,7 +116,7 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     if tied is None:
         raise InputError(
             "whether the embedding is the head too cannot be told without the base: give its "
-            "folder with --model-dir."
+            "folder with --model."
         )
     return replace(adapter, tied=tied)
 

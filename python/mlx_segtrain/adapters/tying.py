@@ -50,7 +50,7 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
         return True
     raise InputError(
         f"{folder.weights}: whether the embedding is the head too cannot be told without "
-        "the base: give its folder with --model-dir."
+        "the base: give its folder with --model."
     )
 
 

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from mlx_segtrain import __version__
 from mlx_segtrain.commands import adapters, cache
+from mlx_segtrain.commands.adapters import MODEL
 from mlx_segtrain.config import (
     FACETS,
     TrainConfig,
@@ -27,12 +28,10 @@ from mlx_segtrain.config import (
     nearest,
 )
 from mlx_segtrain.errors import InputError, RunError
-from mlx_segtrain.fields import choices, is_list, kind
+from mlx_segtrain.fields import choices, is_list, kind, place
 from mlx_segtrain.torchless import hide_torch
 
-if TYPE_CHECKING:
-    from mlx_segtrain.commands.terminal import Terminal
-
+DATA = "a file with rows or its folder, or the name of a data set on the Hugging Face hub"
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 
@@ -93,7 +92,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         added = command(name, run, text)
         added.usage = (
             f"mlx-segtrain {name} [--config FILE] "
-            "[--model-dir PATH --data-dir PATH --adapter-path PATH] [FLAG ...]"
+            "[--model MODEL --data DATA --adapter-path PATH] [FLAG ...]"
         )
         added.add_argument(
             "--config",
@@ -133,7 +132,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
 
     added = command("inspect", _inspect, "show what a data set trains, token by token")
-    added.add_argument("path", type=Path, metavar="PATH", help="a folder or file (docs/data.md)")
+    added.add_argument("path", type=place, metavar="DATA", help=DATA)
     more = ("batch_size", "grad_accumulation_steps")
     add_flags(added, ("model_dir", *affecting("rows"), *more))
     added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
@@ -169,7 +168,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     cache.add_commands(command)
 
     added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
-    added.add_argument("model_dir", nargs="?", type=Path, metavar="MODEL", help="its folder")
+    added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
         "--adapter", type=Path, metavar="DIR", help="adapter of requests that name none"
     )
@@ -197,6 +196,11 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         default=[],
         metavar="NAME",
         help="another name of this machine that browsers may use; may be repeated",
+    )
+    added.add_argument(
+        "--allow-downloads",
+        action="store_true",
+        help="let clients download models and data sets of the Hugging Face hub by name",
     )
     added.add_argument(
         "--while-training",
@@ -245,7 +249,7 @@ def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -
         else:
             options["metavar"] = _metavar(name)
             options["nargs"] = "+" if is_list(field) else None
-        parser.add_argument(flag(name), help=text.replace("%", "%%"), **options)
+        parser.add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **options)
 
 
 def _metavar(name: str) -> str:
@@ -256,6 +260,8 @@ def _metavar(name: str) -> str:
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
         return "{" + ",".join(words) + "}"
+    if FACETS[name].flag:
+        return FACETS[name].flag.strip("-").upper()
     return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
 
 
@@ -338,7 +344,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     print(f"speed            {speed(asdict(result))}")
     print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
-    print(f"use it: mlx-segtrain generate --model-dir {model} --adapter-path {adapter} --prompt …")
+    print(f"use it: mlx-segtrain generate --model {model} --adapter-path {adapter} --prompt …")
     theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"
     print(f"    or: {theirs} {flags and flags + ' '}--prompt …")
     return 130 if result.interrupted else 0
@@ -346,9 +352,11 @@ def _train(args: argparse.Namespace) -> int:
 
 def _probe(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=UNUSED)
+    from mlx_segtrain.commands.terminal import downloads
     from mlx_segtrain.training import probe
 
-    result = probe(config)
+    with downloads() as show:
+        result = probe(config, show)
     print(f"resting memory   {result.resting_gb:.2f} GB")
     print(f"peak memory      {_peak(result)}")
     print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
@@ -374,10 +382,14 @@ def _peak(result: Any) -> str:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
-    from mlx_segtrain.commands.terminal import answer, show_plan
+    from mlx_segtrain.commands.terminal import answer, downloads, show_plan
+    from mlx_segtrain.hub import located, model, outline
     from mlx_segtrain.planning import report
     from mlx_segtrain.planning.run import full_batch, plan_run
 
+    with downloads() as show:
+        # A picture is drawn of a model that runs.
+        config = located(config, show, bring=outline if args.plot is None else model)
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
     if args.plot is not None:
@@ -394,19 +406,26 @@ def _inspect(args: argparse.Namespace) -> int:
         model_dir=getattr(args, "model_dir", UNUSED),
         adapter_path=UNUSED,
     )
+    from mlx_segtrain import hub
+    from mlx_segtrain.commands.terminal import downloads
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
-    with _shown_aside() as show:
+    options = replace(Options.of(config), method=config.method if "method" in args else None)
+    with downloads() as show:
+        model = tokenizer = None
+        if "model_dir" in args:
+            model = hub.model(config.model_dir, show, weights=False)
+            tokenizer = load_tokenizer(model)
         report = inspect(
             config.data_dir,
-            load_tokenizer(config.model_dir) if "model_dir" in args else None,
-            replace(Options.of(config), method=config.method if "method" in args else None),
+            tokenizer,
+            options,
             n_preview=args.rows,
             batch_size=config.batch_size,
             accumulation=config.grad_accumulation_steps,
             step_s=args.step_seconds,
-            model_dir=config.model_dir if "model_dir" in args else None,
+            model_dir=model,
             on_event=show,
         )
     if not report.ok and not args.json:
@@ -421,22 +440,13 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0 if report.ok else 2
 
 
-def _shown_aside() -> Terminal:
-    """What shows events where the output is an answer."""
-    from rich.console import Console
-
-    from mlx_segtrain.commands.terminal import Terminal
-
-    return Terminal(Console(stderr=True, highlight=False))
-
-
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
-    from mlx_segtrain.commands.terminal import answer, show_evaluation
+    from mlx_segtrain.commands.terminal import answer, downloads, show_evaluation
     from mlx_segtrain.training import evaluate
 
     adapter = config.adapter_path if "adapter_path" in args else None
-    with _shown_aside() as show:
+    with downloads() as show:
         result = evaluate(config, adapter, split=args.split, on_event=show)
     return answer(result, show_evaluation, args.json)
 
@@ -447,10 +457,13 @@ def _generate(args: argparse.Namespace) -> int:
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
     text = _prompt(args)
     import mlx_segtrain
+    from mlx_segtrain import hub
     from mlx_segtrain.adapters import prompting_of
+    from mlx_segtrain.commands.terminal import downloads
 
-    adapter = config.adapter_path if "adapter_path" in args else None
-    model, tokenizer = mlx_segtrain.load(config.model_dir, adapter)
+    with downloads() as show:
+        adapter = hub.adapter(config.adapter_path, show) if "adapter_path" in args else None
+        model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
     prompting = prompting_of(adapter)  # as the adapter was trained, where nothing else is asked for
     if "prompt_format" in args:
         prompting = replace(prompting, format=config.prompt_format)
@@ -493,15 +506,21 @@ def _serve(args: argparse.Namespace) -> int:
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'
         ) from None
+    from mlx_segtrain import hub
+    from mlx_segtrain.commands.terminal import downloads
+
+    with downloads() as show:
+        model_dir = None if args.model_dir is None else hub.model(args.model_dir, show)
     app.run(
         Settings(
-            model_dir=args.model_dir,
+            model_dir=model_dir,
             adapter=args.adapter,
             host=args.host,
             port=args.port,
             token=args.token or os.environ.get("MLX_SEGTRAIN_TOKEN") or None,
             roots=tuple(args.root),
             allow_hosts=tuple(args.allow_host),
+            downloads=args.allow_downloads,
             while_training=args.while_training,
         )
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import ROWS, TrainConfig
 from ..errors import InputError
+from ..hub import title
 from ..planning.run import RunPlan
 from ..training.policy import run_policy
 
@@ -45,7 +46,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     axes.set_xlabel("moves of the plan, in order")
     axes.set_ylabel("active memory, GB")
     axes.set_title(
-        f"{config.model_dir.name}, {run.batch.rows} × {run.batch.length} tokens\n"
+        f"{title(config.model_dir)}, {run.batch.rows} × {run.batch.length} tokens\n"
         f"{run.planned.text}",
         fontsize=9,
     )

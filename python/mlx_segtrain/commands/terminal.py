@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -25,6 +25,7 @@ from mlx_segtrain.events import Event, speed
 if TYPE_CHECKING:
     from mlx_segtrain.adapters import conversion, discovery, folding
     from mlx_segtrain.data import Preview, Report
+    from mlx_segtrain.models.conversion import Made
     from mlx_segtrain.ops import selfcheck as doctor
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, Verified
@@ -65,13 +66,12 @@ class Terminal:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
             TextColumn("{task.fields[status]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._reading: TaskID | None = None
+        self._waiting: TaskID | None = None
         self._told = 0.0
 
     def __enter__(self) -> Terminal:
@@ -117,33 +117,34 @@ class Terminal:
             self._train(event)
 
     def _stage(self, event: Event) -> None:
-        if "rows_per_s" in event:
-            return self._read(event)
-        if self._reading is not None:
-            self._bar.remove_task(self._reading)
-            self._reading = None
+        if "share" in event:
+            return self._wait(event)
+        if self._waiting is not None:
+            self._bar.remove_task(self._waiting)
+            self._waiting = None
         if event["stage"] == "train":
             self.iters = event["iters"]
             done = event["step"]
-            self._task = self._bar.add_task("train", total=self.iters, completed=done, status="")
+            self._task = self._bar.add_task(
+                "train", total=self.iters, completed=done, status=f"{done}/{self.iters}"
+            )
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
 
-    def _read(self, event: Event) -> None:
-        """Rows that are tokenized: a bar, or a line every ten seconds."""
+    def _wait(self, event: Event) -> None:
+        """What a stage waits for, downloads or rows to be tokenized: a bar, or a line every ten
+        seconds."""
         share, now = event["share"], time.monotonic()
         if not self.console.is_terminal:
-            if now - self._told > 10:
+            if now - self._told > 10 or share == 1:
                 self._told = now
                 self._line(event["message"])
             return
-        if self._reading is None:
-            self._reading = self._bar.add_task("data", total=share and 100, status="")
-        status = f"%  {event['rows']:,} rows  {event['rows_per_s']:,.0f} rows/s"
-        if share:
-            left_s = event["left_s"]
-            status += f"  {duration(left_s)} left"
-        self._bar.update(self._reading, completed=int(100 * (share or 0)), status=status)
+        if self._waiting is None:
+            self._waiting = self._bar.add_task(event["stage"], total=share and 1.0, status="")
+        left_s = event.get("left_s")
+        left = "" if left_s is None else f"  {duration(left_s)} left"
+        self._bar.update(self._waiting, completed=share or 0, status=event["message"] + left)
 
     def _train(self, event: Event) -> None:
         assert self._task is not None  # the stage `train` comes before its metrics
@@ -153,9 +154,17 @@ class Terminal:
             f"loss {event['loss']:.4f}{accuracy}  {speed(event)}  "
             f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
         )
-        self._bar.update(self._task, completed=event["step"], status=status)
+        step = f"{event['step']}/{self.iters}"
+        self._bar.update(self._task, completed=event["step"], status=f"{step}  {status}")
         if not self.console.is_terminal:
-            self._line(f"step {event['step']}/{self.iters}: {status}")
+            self._line(f"step {step}: {status}")
+
+
+@contextmanager
+def downloads() -> Iterator[Callable[[Event], None]]:
+    """Show what is downloaded and tokenized, and no other event, where results are not."""
+    with Terminal(Console(stderr=True, highlight=False)) as show:
+        yield lambda event: show(event) if "share" in event else None
 
 
 def duration(seconds: float) -> str:
@@ -181,7 +190,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     elif report.prompt_format == "raw":
         line("prompts  are raw, without the chat template")
     if report.length_max is None:
-        line("give --model-dir to count tokens and to see which of them are trained")
+        line("give --model to count tokens and to see which of them are trained")
         return
     line(
         f"length   {report.length_min} to {report.length_max} tokens, "
@@ -355,6 +364,11 @@ def show_converted(done: conversion.Converted) -> None:
     print(f"adapter     {done.path}")
     print(f"linears     {done.linears}, of rank {ranks}")
     print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
+
+
+def show_made(made: Made) -> None:
+    """Print a model that was converted."""
+    print(f"model    {made.path}, {made.size / 1e9:.2f} GB (it was {made.before / 1e9:.2f} GB)")
 
 
 def wide() -> Console:

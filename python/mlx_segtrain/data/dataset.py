@@ -135,7 +135,7 @@ def load_dataset(
     `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens
     are kept (cache.py). `on_event` is told how far that is.
     """
-    train, valid = data if isinstance(data, tuple) else sources_of(data)
+    train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
 
 
@@ -149,7 +149,7 @@ def load_split(
 ) -> Dataset | None:
     """One part of what load_dataset gives; None if there are no validation rows."""
     read = Reading(tokenizer, options, model_dir, on_event)
-    train, valid = data if isinstance(data, tuple) else sources_of(data)
+    train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
         return read.whole(valid)
     own, held = _parts(train, valid, read)

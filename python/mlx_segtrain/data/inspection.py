@@ -113,7 +113,7 @@ def inspect(
     """
     report = Report()
     try:
-        train, valid = sources_of(data)
+        train, valid = sources_of(data, tell=on_event)
         if tokenizer is None:
             report.formats = dict(count(train, options))
             report.format, report.n_train = format_of(report.formats), sum(report.formats.values())

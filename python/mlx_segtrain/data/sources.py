@@ -22,7 +22,9 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from ..config import flag
 from ..errors import InputError, shown
+from ..events import OnEvent
 from ..files import open_regular, read_json, sha256
+from . import repository
 from .messages import KINDS, Other
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens; parsed, it takes up to sixty times as much
@@ -178,11 +180,15 @@ SPLITS = {"train": ("train",), "valid": ("valid", "validation")}
 SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d{1,5})-of-(?P<count>\d{1,5})")
 
 
-def sources_of(data: Any, valid: Any = None) -> tuple[Source, Source | None]:
+def sources_of(
+    data: Any, valid: Any = None, tell: OnEvent | None = None, *, ask: bool = True
+) -> tuple[Source, Source | None]:
     """Training rows and, if there are some, validation rows; InputError if there are none.
 
-    `data` is a file or a folder, or rows in Python: dicts, an Arrow table, a `datasets.Dataset`, or
-    a mapping of splits to these. `valid` are the validation rows where `data` has none.
+    `data` is a file, a folder, a name of the Hugging Face hub (repository.py), or rows in Python:
+    dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. `valid` are the
+    validation rows where `data` has none. `tell` is told of what is downloaded; without `ask`
+    nothing is.
     """
     if data is None:
         raise InputError(
@@ -190,7 +196,7 @@ def sources_of(data: Any, valid: Any = None) -> tuple[Source, Source | None]:
             field="data_dir",
         )
     if isinstance(data, str | Path):
-        train, own = _in_place(Path(data))
+        train, own = _in_place(data, tell, ask)
     elif isinstance(data, Mapping):
         named = {
             split: next((data[name] for name in names if name in data), None)
@@ -207,7 +213,7 @@ def sources_of(data: Any, valid: Any = None) -> tuple[Source, Source | None]:
         if own is not None:
             raise InputError(f"There are validation rows in {own.name} already: give one of both.")
         found = isinstance(valid, str | Path)
-        own = _in_place(Path(valid))[0] if found else _python(valid, "valid_data")
+        own = _in_place(valid, tell, ask)[0] if found else _python(valid, "valid_data")
     return train, own
 
 
@@ -225,8 +231,13 @@ def source_of(path: Path) -> Source:
     return Files({path.name: path})
 
 
-def _in_place(place: Path) -> tuple[Source, Source | None]:
-    """Those of a file or folder."""
+def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source, Source | None]:
+    """Those of a file or folder, or of a repository of the hub."""
+    place = Path(data).expanduser()
+    own = None if format_of(place) else repository.named(data)
+    if own is not None:
+        train, valid = repository.fetch(own, lambda name: format_of(Path(name)), tell, ask=ask)
+        return Files(train), Files(valid) if valid else None
     if not place.is_dir():
         return source_of(place), None
     if (place / "state.json").is_file():  # one split of `save_to_disk`

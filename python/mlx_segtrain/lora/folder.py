@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import files
+from .. import files, hub
 from ..errors import InputError, shown, word
 from ..files import read_json, sha256
 from .adapter import FACTORS, KINDS, LORA, Kind
@@ -57,10 +57,12 @@ class Folder:
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder that the adapter names as its base, if it is there and may be looked at."""
-        path = Path(self.base.replace("\0", ""))
+        """The folder that the adapter names as its base, or the hub's name of which is in its
+        cache, if it is there and may be looked at."""
+        name = self.base.replace("\0", "")
         with suppress(OSError):  # of a name that is too long for one
-            if self.base and files.may_follow(path) and (path / "config.json").is_file():
+            path = hub.cached(name) or Path(name)
+            if name and files.may_follow(path) and (path / "config.json").is_file():
                 return path
         return None
 

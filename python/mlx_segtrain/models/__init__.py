@@ -95,7 +95,7 @@ def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
 
 def load_tokenizer(model_dir: str | Path) -> Any:
     """mlx-lm's tokenizer of a model folder, without the weights; InputError as for load_base."""
-    folder = _opened(model_dir).folder
+    folder = opened(model_dir).folder
     from mlx_lm.utils import load_config, load_tokenizer
 
     check_tokenizer(folder)
@@ -108,7 +108,7 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 
 def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model and configuration, evaluated; InputError as for load_base."""
-    snapshot = _opened(model_dir)
+    snapshot = opened(model_dir)
     from mlx_lm.utils import load_model
 
     with _reading(snapshot.folder):
@@ -120,7 +120,7 @@ def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
-def _opened(model_dir: str | Path) -> Snapshot:
+def opened(model_dir: str | Path) -> Snapshot:
     """A folder that mlx-lm may read: it asks the network for what is missing."""
     snapshot = Snapshot(model_dir, whole=True)
     snapshot.file("config.json", "configuration")

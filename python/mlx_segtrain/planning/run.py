@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
@@ -13,6 +12,7 @@ import mlx.core as mx
 from .. import _core
 from ..config import TrainConfig
 from ..errors import InputError, NoRoom
+from ..hub import title
 from ..lora.paths import bare
 from ..lora.ranks import asked
 from ..models.headers import ModelShape, read_shape
@@ -200,7 +200,7 @@ def first_that_fits(
         plans.append(planned(config, shapes(own)))
         if plans[-1].fits:
             return own, plans[-1]
-    raise plans[0].no_room(Path(config.model_dir).name)
+    raise plans[0].no_room(title(config.model_dir))
 
 
 def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
@@ -231,7 +231,7 @@ def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     weights = shape.weight_bytes(not on.gpu)
     if weights > budget:
         raise NoRoom(
-            f"the weights of {Path(config.model_dir).name} alone take {_gb(weights)}, more than "
+            f"the weights of {title(config.model_dir)} alone take {_gb(weights)}, more than "
             f"the budget of {_gb(budget)}: take a smaller model, or raise memory_budget_gb."
         )
     if not shape.fast:
@@ -249,7 +249,7 @@ def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     ranks = {known.get(bare(path), ""): r for path, r in found.items()}
     if "" in ranks:
         raise InputError(
-            f"warm_start {config.warm_start} adapts linears that {Path(config.model_dir).name} "
+            f"warm_start {config.warm_start} adapts linears that {title(config.model_dir)} "
             "does not have: it was trained on another model.",
             field="warm_start",
         )

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from ..adapters import discovery
 from ..data.sources import split_in
 from ..errors import InputError
+from ..hub import FOLDER, title
 from ..lora.paths import bare
 from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
@@ -21,8 +21,6 @@ from .roots import CLOSED
 DEPTH, MOST = 6, 20_000
 #: Folders that cannot be read, of which so many are told.
 MOST_FAULTS = 100
-#: Of a repository in the Hugging Face cache.
-HUB = re.compile(r"models--([^/]+?)--([^/]+)")
 #: Folders that hold no data of a user's.
 PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}
 
@@ -63,12 +61,6 @@ def _reason(error: Exception) -> str:
     return f"{kind}{' '.join(str(error).split())}"[:500]
 
 
-def model_id(path: Path) -> str:
-    """ORG/NAME of a repository in the Hugging Face cache, else the folder's name."""
-    found = HUB.search(str(path))
-    return f"{found[1]}/{found[2]}" if found else path.name
-
-
 def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:
     """By name; what cannot be read as a model is passed over, and added to `faults`."""
     found = []
@@ -93,7 +85,7 @@ def look(path: Path) -> Model:
         if name.endswith(".weight")
     )
     return Model(
-        id=model_id(path),
+        id=title(path),
         path=str(path),
         family=shape.family,
         fast=shape.fast,
@@ -133,8 +125,8 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
     """Whether an adapter names this base, in any spelling, or none."""
-    name = model_id(Path(adapter.base)).rpartition("/")[2].lower()
-    return not adapter.base or bare(name) == model_id(base).rpartition("/")[2].lower()
+    name = title(Path(adapter.base)).rpartition("/")[2].lower()
+    return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
@@ -159,8 +151,8 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
 
 def _is_blob(place: Path, file: str) -> bool:
     """Whether a link stays within its repository of the Hugging Face cache, as its files are."""
-    found = HUB.search(str(place))
-    if found is None:
+    found = FOLDER.search(str(place))
+    if found is None or found["kind"] != "models":
         return False
-    repository = os.path.join(str(place)[: found.end()], "")
+    repository = os.path.join(str(place)[: found.end("name")], "")
     return os.path.realpath(place / file).startswith(repository)

@@ -12,7 +12,7 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ _roots: Roots | None = None
 def confined() -> list[str]:
     """The store and the roots of this process; nothing if it is not confined."""
     return [] if _roots is None else [str(_roots.store or ""), *map(str, _roots.folders)]
+
+
+def open_too(folders: Iterable[str]) -> None:
+    """Folders that were opened after this process was confined."""
+    if _roots is not None:
+        for folder in folders:
+            _roots.open(Path(folder))
 
 
 def confine(roots: Roots) -> None:

@@ -31,7 +31,7 @@ class Roots:
     """
 
     def __init__(self, roots: Iterable[Path], store: Path | None = None):
-        self.folders = tuple(dict.fromkeys(Path(root).expanduser().resolve() for root in roots))
+        self.folders = [*dict.fromkeys(Path(root).expanduser().resolve() for root in roots)]
         self.store = None if store is None else store.expanduser().resolve()
 
     def resolve(self, text: str | Path) -> Path:
@@ -53,6 +53,13 @@ class Roots:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"the path {str(text)[:200]!r} cannot be used: {reason}.") from None
         return path
+
+    def open(self, folder: Path) -> None:
+        """From here on a folder below the roots that was closed may be named, too: a data set of
+        the hub that a client may have."""
+        folder = folder.resolve()
+        if folder not in self.folders:
+            self.folders.append(folder)
 
     def holds(self, path: Path) -> bool:
         """Whether a path, as it is written, lies below one of the folders."""

@@ -6,7 +6,7 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from .. import hub
 from ..adapters.discovery import Found
 from ..config import PATHS, REFUSED, TrainConfig, load_config
-from ..data import Report
-from ..data.sources import sources_of
-from ..errors import InputError, NoRoom, RunError
+from ..data import Report, repository
+from ..data.sources import format_of, sources_of
+from ..errors import InputError, NoRoom, RunError, shown
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.run import full_batch, plan_run
@@ -45,6 +46,8 @@ MOST_CONFINED = 2
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 #: Bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
+#: How an operator brings a model.
+WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
 #: Jobs that a server takes at once, and how many more each minute.
 BURST, PER_MINUTE = 60, 60
 
@@ -143,7 +146,55 @@ class Service:
 
     async def serve(self, model_dir: str | Path) -> Base:
         """Loads a model in place of the one that is served."""
-        return await self.engine.load(self.roots.resolve(model_dir))
+        return await self.engine.load(self.place(model_dir))
+
+    def place(self, text: str | Path) -> Path:
+        """The folder that a client names: a path below the roots, or a name of the hub whose model
+        is in the cache there. InputError, Outside."""
+        if hub.named(text) is None:
+            return self.roots.resolve(text)
+        found = hub.cached(text)
+        if found is None:
+            how = "download it first (/api/hub/download)" if self.settings.downloads else WAY
+            raise InputError(
+                f"{text} is neither a path here nor in this machine's cache of the hub: {how}."
+            )
+        return self.roots.resolve(found)
+
+    def data_place(self, text: str | Path) -> Path:
+        """Where a client's data is: a path below the roots; or the name of a data set of the hub
+        that is in the cache there, at the commit that it has. InputError, Outside.
+
+        The cache has this user's own data sets too: clients that may not download may not name one.
+        """
+        named = None if format_of(Path(text)) else repository.named(text)
+        if named is None:
+            return self.roots.resolve(text)
+        self._check_downloads(str(text))
+        train, _ = sources_of(str(text), ask=False)
+        own = hub.origin(next(iter(train.files.values())))
+        assert own is not None  # it came from there
+        self.roots.open(own.folder)
+        folder = self.roots.resolve(own.folder / "snapshots" / str(own.revision))
+        return Path(repository.pinned(str(text), folder))
+
+    def _place_of(self, name: str) -> Callable[[str | Path], Path]:
+        """What checks a field of a run that is a path."""
+        named = {"model_dir": self.place, "warm_start": self.place, "data_dir": self.data_place}
+        return named.get(name, self.roots.resolve)
+
+    def _check_downloads(self, name: str) -> None:
+        """InputError or Outside unless clients may have things of the hub downloaded."""
+        if not self.settings.downloads:
+            raise InputError(f"this server downloads nothing for its clients: {WAY}.", status=403)
+        self.roots.check(Path(name), hub.cache().resolve())
+
+    def download(self, name: str, kind: hub.Kind) -> Row:
+        """A job that brings a model or a data set of the hub; InputError if that is not allowed."""
+        if (hub.named(name) if kind == "model" else repository.named(name)) is None:
+            raise InputError(f"{shown(name)} is not a name of the hub: give org/name.", status=422)
+        self._check_downloads(name)
+        return self._submit("download", {"name": name, "kind": kind}, None)
 
     @property
     def base(self) -> Base | None:
@@ -162,7 +213,7 @@ class Service:
         except InputError as error:
             raise InputError(str(error), status=422, field=error.field) from None
         paths = {
-            name: self.roots.resolve(getattr(config, name))
+            name: self._place_of(name)(getattr(config, name))
             for name in PATHS
             if values.get(name) is not None
         }
@@ -177,12 +228,12 @@ class Service:
         self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
     ) -> Report:
         """What a data set trains; what is wrong with it is in the report."""
-        place = self.roots.resolve(path)
-        base = None if model_dir is None else self.roots.resolve(model_dir)
+        place = self.data_place(path)
+        base = None if model_dir is None else self.place(model_dir)
         confined = self._confined(base)
         confined.users += 1
         try:
-            return await INSPECTIONS.run(_inspect, confined, place, n_preview, how)
+            return await INSPECTIONS.run(_inspect, confined, place, n_preview, how, self.roots)
         finally:
             confined.users -= 1
 
@@ -235,7 +286,7 @@ class Service:
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
         Snapshot(config.model_dir).file("config.json", "configuration")
-        _, valid = sources_of(config.data_dir)
+        _, valid = sources_of(config.data_dir, ask=False)
         if split == "valid" and valid is None:
             raise InputError(f"data_dir {config.data_dir} has no validation rows: no data there.")
         return config, config.model_dump(mode="json", include=set(given))
@@ -276,10 +327,10 @@ class Service:
             given = values.get(name)
             for path in given if isinstance(given, list) else [given]:
                 if path is not None:
-                    self.roots.resolve(path)
+                    self._place_of(name)(path)
 
     def _path(self, text: str) -> str:
-        path = self.roots.resolve(text)
+        path = self.place(text)
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: give one that is there.")
         return str(path)
@@ -307,12 +358,14 @@ def _plan(config: TrainConfig) -> Plan:
     return Plan(True, text, asdict(found))
 
 
-def _inspect(confined: Confined, path: Path, n_preview: int, how: dict[str, Any]) -> Report:
+def _inspect(
+    confined: Confined, path: Path, n_preview: int, how: dict[str, Any], roots: Roots
+) -> Report:
     what = f"the inspection of {path}"
+    values = {"path": str(path), "n_preview": n_preview, "how": how}
+    values["roots"] = [str(folder) for folder in roots.folders]
     try:
-        found = confined.ask(
-            "inspect", INSPECTING, what, path=str(path), n_preview=n_preview, how=how
-        )
+        found = confined.ask("inspect", INSPECTING, what, **values)
     except InputError as error:
         return Report(ok=False, error=str(error))
     return TypeAdapter(Report).validate_python(found)

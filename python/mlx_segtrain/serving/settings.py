@@ -1,10 +1,10 @@
 """How a server is set up."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .. import hub
 from ..errors import InputError
 from ..files import cache_dir
 
@@ -24,6 +24,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     roots: tuple[Path, ...] = ()
     allow_hosts: tuple[str, ...] = ()
+    downloads: bool = False  #: clients may have things of the hub downloaded
     while_training: Literal["serve", "refuse"] = "serve"
     store: Path = field(default_factory=cache_dir)
 
@@ -43,10 +44,4 @@ class Settings:
         """Below which clients may name paths: what was given; else here, and the hub's cache. Our
         store always."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
-        return (*(self.roots or (Path.cwd(), hub_cache())), self.store, *given)
-
-
-def hub_cache() -> Path:
-    """Where the Hugging Face hub's downloads are. Above it is the token of this user."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+        return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..files import atomic
+from ..hub import title
 from ..objectives import OBJECTIVES
 from ..objectives.sft import Sft
 
@@ -46,8 +47,9 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
     """The curves of a run that is over; it is not lost for want of a picture."""
-    title = config.model_dir.name + (f" on {config.data_dir.name}" if config.data_dir else "")
+    heading = title(config.model_dir)
+    heading += f" on {config.data_dir.name}" if config.data_dir else ""
     try:
-        draw(config.adapter_path / "metrics.jsonl", title, OBJECTIVES[config.method].unit)
+        draw(config.adapter_path / "metrics.jsonl", heading, OBJECTIVES[config.method].unit)
     except Exception as error:
         warn(f"the loss curves cannot be drawn ({error})")

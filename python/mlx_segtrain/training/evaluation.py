@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import events
+from .. import events, hub
 from ..adapters import read_adapter
 from ..config import TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
@@ -62,8 +62,12 @@ def evaluate(
 ) -> EvalResult:
     """Loss of a model, with an adapter or without, on a split of the configuration's data.
 
-    InputError for what cannot be read or does not fit.
+    `on_event` is told of what is downloaded. InputError for what cannot be read or does not fit.
     """
+    tell = on_event or (lambda event: None)
+    config = hub.located(config, tell)
+    if adapter_path:
+        adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
         how = (load_tokenizer(config.model_dir), Options.of(config), split, config.model_dir)
         dataset = load_split(config.data_dir, *how, on_event)

@@ -12,8 +12,10 @@ import mlx.core as mx
 from .. import events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
-from ..data.sources import Source, sources_of
+from ..data.repository import pinned
+from ..data.sources import sources_of
 from ..errors import InputError, is_out_of_memory
+from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan
 from .clock import Clock
@@ -59,7 +61,7 @@ def train(
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            return _train(config, sources_of(data, valid_data), tell, score)
+            return _train(config, data, valid_data, tell, score)
     except BaseException as error:
         tell(events.failed(error))
         raise
@@ -67,7 +69,8 @@ def train(
 
 def _train(
     config: TrainConfig,
-    sources: tuple[Source, Source | None],
+    data: Any,
+    valid_data: Any,
     tell: events.OnEvent,
     score: Score | None,
 ) -> TrainResult:
@@ -77,6 +80,9 @@ def _train(
     check_installed(config)
     start = check_output(config, warn)
     resumed, same = start.resumed, True
+    earlier = resumed.record["folders"] if resumed else {}
+    sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
+    config = located(config, tell, earlier)
     inputs = read_inputs(config, sources, tell, resumed)
     config = inputs.config
     made_of = Record(config, sources, resumed.record if resumed else None)

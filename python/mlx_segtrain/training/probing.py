@@ -12,6 +12,7 @@ from .. import events
 from ..config import TrainConfig
 from ..data import batches
 from ..data.sources import sources_of
+from ..hub import located
 from .policy import run_policy
 from .results import ProbeResult
 from .setup import prepare, read_inputs
@@ -25,7 +26,10 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
     """
     tell = on_event or (lambda event: None)
     with run_policy(config):
-        setup, vector = prepare(read_inputs(config, sources_of(config.data_dir), tell), tell)
+        config = located(config, tell)
+        setup, vector = prepare(
+            read_inputs(config, sources_of(config.data_dir, tell=tell), tell), tell
+        )
         config = setup.config
         longest = np.argsort(-setup.train.columns.run, kind="stable")
         count = config.batch_size * config.grad_accumulation_steps

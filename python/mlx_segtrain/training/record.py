@@ -18,13 +18,12 @@ from ..config import FACETS, TrainConfig, flag
 from ..data.sources import Source
 from ..errors import InputError, RunError
 from ..files import hashes, sha256, write_json
+from ..hub import OF_MODEL, origin
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from .checkpoint import found, torn
 
 NAME = "run.json"
-#: What a model's folder holds that says what the model is, by the end of its name.
-OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
-#: And an adapter's.
+#: What an adapter's folder holds that says what it is.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
 #: Parts of a record that are objects.
 PARTS = ("config", "folders", "inputs", "versions", "device", "settings")
@@ -129,6 +128,7 @@ class Record:
             "folders": {part: str(own.resolve()) for part, own in folders.items()},
             **machine(),
             "inputs": self.inputs,
+            "hub": {part: str(own) for part, x in folders.items() if x and (own := origin(x))},
             "resumed": earlier.get("resumed", []),
         }
 

@@ -21,6 +21,7 @@ from ..data.encoding import sequences
 from ..data.sources import Source
 from ..errors import InputError
 from ..files import clean
+from ..hub import title
 from ..lora import ARRAYS, KINDS, Adapter
 from ..lora.ranks import asked
 from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
@@ -124,7 +125,7 @@ def read_inputs(
 ) -> Inputs:
     """InputError for data that cannot be used. What `auto` leaves open is decided, as it was in the
     run that is resumed."""
-    on_event(events.stage("load", 0.01, f"loading {config.model_dir.name}"))
+    on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})

@@ -85,7 +85,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     _show_result(trained, wall_s, console)
     prompt = shlex.quote(questions[0])
     model, adapter = shlex.quote(str(model_dir)), shlex.quote(str(config.adapter_path))
-    for command in ("mlx-segtrain generate --model-dir", "python -m mlx_lm generate --model"):
+    for command in ("mlx-segtrain generate --model", "python -m mlx_lm generate --model"):
         as_it_is(console)(f"\n{command} {model} --adapter-path {adapter} --prompt {prompt}")
 
 

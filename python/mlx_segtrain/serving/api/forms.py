@@ -170,6 +170,13 @@ class Pushed(Answer):
     url: str
 
 
+class Download(Closed):
+    """A model or a data set of the Hugging Face hub, into its cache on this machine."""
+
+    name: str = Field(description="org/name or org/name@revision.", max_length=600)
+    kind: Literal["model", "dataset"] = "model"
+
+
 class HfToken(Closed, str_strip_whitespace=True):
     token: Annotated[str, Field(pattern=r"^[!-~]{1,500}$")]
 
@@ -268,6 +275,7 @@ class State(Answer):
     waits: bool = Field(description="Answers wait for a job that computes.")
     training: bool = Field(description="A job has the accelerator.")
     needs_token: bool
+    downloads: bool = Field(description="Clients may download from the hub.")
     running: list[JobRow]
     waiting: int = Field(description="Jobs in the queue.")
 

@@ -50,6 +50,7 @@ async def state(service: Used) -> forms.State:
         waits=service.waits,
         training=service.jobs.training,
         needs_token=service.settings.token is not None,
+        downloads=service.settings.downloads,
         running=[_shown(service, row) for row in running],
         waiting=len(service.jobs.live) - len(running),
     )
@@ -69,6 +70,14 @@ async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
     return _served(await service.serve(body.model_dir))
 
 
+@router.post("/api/hub/download", tags=["models and data"], responses=problems(409))
+async def download(body: forms.Download, service: Used) -> forms.Submitted:
+    """A model or a data set of the hub, as a job, if the operator allows that; then its name is a
+    model_dir, or a data_dir."""
+    row = service.download(body.name, body.kind)
+    return forms.Submitted(job_id=row.id, jobId=row.id)
+
+
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
     """Folders with train.jsonl below the roots."""
@@ -78,7 +87,7 @@ async def datasets(service: Used) -> forms.DatasetsAnswer:
 @router.get("/api/adapters", tags=["models and data"])
 async def adapters(model_dir: str, service: Used) -> forms.AdaptersAnswer:
     """Adapters below the roots that a model can take."""
-    found = await service.adapters(service.roots.resolve(model_dir))
+    found = await service.adapters(service.place(model_dir))
     rows = [
         forms.AdapterFolder(
             path=str(x.path), base_model=x.base or None, rank=max(x.ranks, default=0)

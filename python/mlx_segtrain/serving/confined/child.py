@@ -111,8 +111,9 @@ class Child:
 
         return _few(prompt_ids(self.tokenizer, messages, variables), most)
 
-    def do_inspect(self, path: str, n_preview: int, how: Values) -> Values:
+    def do_inspect(self, path: str, n_preview: int, how: Values, roots: list[str]) -> Values:
         """What a data set trains; its report as it is answered."""
+        opening.open_too(roots)
         from ...data import Options, inspect
 
         report = inspect(Path(path), self.tokenizer, Options(**how), n_preview=n_preview)

@@ -22,10 +22,10 @@ from ...adapters.reading import stored_bytes
 from ...adapters.writing import common_scale
 from ...data import Prompting
 from ...errors import InputError
+from ...hub import title
 from ...lora.folder import open_folder
 from ...models import Chain, chain_of, load_base
 from ...models.tables import tables_of
-from ..catalog import model_id
 from ..confined.parent import Confined, Limits
 
 #: Tokens of a prompt to a model that does not say for how many it was made.
@@ -164,7 +164,7 @@ def read_base(path: Path, confined: Confined) -> Base:
     model.eval()
     lengths = [n for n in (chain.max_length, tables.positions) if n is not None]
     return Base(
-        id=model_id(path),
+        id=title(path),
         path=path,
         created=int(time.time()),
         tokenizer=tokenizer,

@@ -7,6 +7,7 @@ All that depends on a job's kind stands here. What runs a job is called in the j
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,17 @@ from typing import TYPE_CHECKING, Any
 from ... import events
 from ...errors import InputError
 from ...files import to_json
+from ...hub import title
 from ...processes import NETWORK
 
 if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
 Values = dict[str, Any]
+#: Of a name of the hub.
+COMMIT = re.compile("@[0-9a-f]{40}")
+#: Of the environment, for what talks to the hub.
+HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,27 @@ def merge(values: Values) -> events.Event:
     return done(made.path, **asdict(made) | {"path": str(made.path)}, **facts)
 
 
+def download(values: Values) -> events.Event:
+    from ... import hub
+    from ...data.sources import sources_of
+
+    def pass_on(event: events.Event) -> None:
+        tell(event | {"progress": event["share"]} if "share" in event else event)
+
+    try:
+        if values["kind"] == "model":
+            folder = hub.model(values["name"], pass_on)
+        else:
+            train, _ = sources_of(values["name"], tell=pass_on)
+            own = hub.origin(next(iter(train.files.values())))
+            assert own is not None  # it came from there
+            folder = own.folder / "snapshots" / str(own.revision)
+    except KeyboardInterrupt:
+        kept = "what has come is kept: another download goes on from there"
+        return {"type": "cancelled", "ts": events.now(), "message": kept}
+    return done(None, path=str(folder), name=values["name"])
+
+
 def push(values: Values) -> events.Event:
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -161,8 +188,9 @@ def _can_be_sent(values: Values) -> None:
 
 
 def _end(values: Values, name: str) -> str:
-    """The end of a path, which tells it from others."""
-    return Path(values.get(name) or "").name
+    """The end of a path, which tells it from others, or a name of the hub."""
+    text = str(values.get(name) or "")
+    return title(text) if text.startswith("/") else COMMIT.sub("", text)
 
 
 def _evaluated(values: Values) -> str:
@@ -206,11 +234,18 @@ KINDS = {
             makes="export",
         ),
         JobKind(
+            "download",
+            "Download",
+            download,
+            lambda values: str(values.get("name")),
+            variables=HUB,
+        ),
+        JobKind(
             "push",
             "Push",
             push,
             lambda values: f"{_end(values, 'source')} to {values.get('repo_id')}",
-            variables=("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK),
+            variables=HUB,
             folders=("source",),
             check=_can_be_sent,
         ),

@@ -143,21 +143,22 @@ export const select = (pairs, onchange = () => {}) =>
   h("select", { onchange }, pairs.map(([value, text]) => h("option", { value }, text)));
 
 // Things that lie on disk, of which there may be many: by typing those remain that have the words.
-// `value` is null if none is chosen.
-export function combobox(onchange = () => {}) {
+// `value` is null if none is chosen. What is typed and matches `takes` may be chosen, too, with what
+// `called` says of it.
+export function combobox(onchange = () => {}, takes = /$^/, called = "") {
   const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,
     onmousedown: (event) => event.preventDefault() }); // the focus stays
   const input = h("input", { type: "search", role: "combobox", autocomplete: "off",
     "aria-autocomplete": "list", "aria-controls": list.id, "aria-expanded": "false",
     onclick: () => list.hidden && open(),
     oninput: () => open(input.value),
-    onblur: () => (input.value.trim() === "" ? choose(null) : close()),
+    onblur: left,
     onkeydown: press });
   const self = { input, element: h("div.combobox", input, list), value: null, options: new Map() };
   let [found, active] = [[], 0];
 
   self.set = (value) => {
-    self.value = self.options.has(value) ? value : null;
+    self.value = self.options.has(value) || takes.test(value ?? "") ? value : null;
     close();
   };
   self.offer = (pairs) => {
@@ -168,7 +169,12 @@ export function combobox(onchange = () => {}) {
     list.hidden = true;
     input.setAttribute("aria-expanded", "false");
     input.removeAttribute("aria-activedescendant");
-    input.value = self.options.get(self.value) ?? "";
+    input.value = self.options.get(self.value) ?? self.value ?? "";
+  }
+  function left() {
+    const words = input.value.trim();
+    if (words === "" || takes.test(words)) choose(words || null);
+    else close();
   }
   function choose(value) {
     const before = self.value;
@@ -178,6 +184,8 @@ export function combobox(onchange = () => {}) {
   function open(words = null) {
     const has = ([, text]) => text.toLowerCase().includes(words.toLowerCase());
     found = [...self.options].filter((own) => words === null || has(own));
+    const typed = (words ?? "").trim();
+    if (takes.test(typed)) found.push([typed, `${typed} · ${called}`]);
     show(list, found.map(([value, text], i) =>
       h("li", { role: "option", id: `${list.id}-${i}`, onclick: () => choose(value) }, text)));
     list.hidden = found.length === 0;

@@ -36,7 +36,7 @@ export function inShort(row) {
   const { status, kind, error, message, result, output_path } = row;
   if (status !== "done") return error || message || "";
   const found = result ?? {};
-  const path = output_path ?? "";
+  const path = output_path ?? found.path ?? "";
   switch (kind) {
     case "evaluate": {
       const split = found.split ? ` (${found.split})` : "";
@@ -66,6 +66,6 @@ export function shownResult({ kind, result, output_path }) {
   for (const [name, value] of Object.entries(found.metrics ?? {})) {
     told.push([titled(name), fixed(value)]);
   }
-  if (output_path) told.push(["Folder", output_path]);
+  if (output_path ?? found.path) told.push(["Folder", output_path ?? found.path]);
   return [swallowed.length > 0 && notice(lost, "warn"), facts("wide", told)];
 }

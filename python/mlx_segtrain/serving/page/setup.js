@@ -1,6 +1,6 @@
 // /finetune: model, data, parameters; whether it fits; and the start of a run.
 
-import { api } from "./api.js";
+import { api, follow } from "./api.js";
 import { shownReport } from "./data.js";
 import { announce, button, card, combobox, empty, expansion, facts, field } from "./dom.js";
 import { h, input, meter, notice, show } from "./dom.js";
@@ -11,6 +11,12 @@ import { count, many, percent, sentence, size, tail } from "./text.js";
 const PAUSE = 350;
 // What a run has of its own: another like it does not.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
+
+// A name of the hub, with or without a revision; of a data set with a configuration and a split.
+const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
+
+const DATA_NAME =
+  /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(\/[\w.+-]+)?(:[\w.-]+)?$/;
 
 const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
 
@@ -24,11 +30,12 @@ export default async function setup(main) {
   const looking = h("p.looking.empty", "Looking for models and data sets …");
   main.append(h("h1", "New run"), looking);
   const origin = new URLSearchParams(location.search).get("origin");
-  const [{ models, roots }, { datasets }, schema, { served }, earlier] = await Promise.all([
+  let [{ models, roots }, { datasets }, schema, state, earlier] = await Promise.all([
     ...["/api/models", "/api/datasets", "/api/finetune/defaults", "/api/state"].map((x) => api(x)),
     origin && api(`/api/jobs/${encodeURIComponent(origin)}`).catch(() => null),
   ]);
   looking.remove();
+  const { served, downloads } = state;
   const inspected = schema.fields.filter((row) => row.affects.includes("rows"));
   let asked = 0; // the last question to the planner: earlier answers are late
   let reported = null; // what the report that is shown is of
@@ -36,15 +43,16 @@ export default async function setup(main) {
 
   // Model and data
 
-  const model = combobox(changedModel);
+  const model = combobox(changedModel, NAME, "on the Hugging Face hub");
   model.offer(models.map((own) => [own.path, described(own)]));
-  const aboutModel = h("div");
+  const aboutModel = h("div.stack");
   const data = combobox(() => chosen(data));
   data.offer(datasets.map((own) => {
     const more = own.has_valid ? "" : " · no valid.jsonl";
     return [own.path, `${tail(own.path, 2)} · ${size(own.size_bytes)}${more}`];
   }));
   const path = input("/path/to/folder", { oninput: () => chosen(path) });
+  const aboutData = h("div");
   const place = () => path.value.trim() || data.value || "";
   const look = button("Inspect data", inspect);
   const report = h("div.stack");
@@ -53,12 +61,15 @@ export default async function setup(main) {
   function chosen(own) {
     if (own === data && data.value) path.value = "";
     if (own === path && path.value) data.set(null);
+    const named = downloads && DATA_NAME.test(path.value.trim());
+    show(aboutData, named && offer(path.value.trim(), "dataset", () => {}));
     outdate();
   }
 
   function changedModel() {
     const own = models.find((one) => one.path === model.value);
-    show(aboutModel, own && facts("", [
+    const named = !own && model.value !== null && downloads;
+    show(aboutModel, named && offer(model.value, "model", hasModel), own && facts("", [
       ["Family", own.family],
       ["Weights", bitsOf(own)],
       ["Parameters", many(own.parameters)],
@@ -67,6 +78,48 @@ export default async function setup(main) {
       ["Computed by", own.fast ? "our own ops" : "mlx-lm's layers"],
     ]));
     changed();
+  }
+
+  // A button that brings what is named on the hub by a job, and shows how far that is; `ended` gets
+  // the job, or null.
+  function offer(name, kind, ended) {
+    const place = h("div.stack");
+    const more = h("span.muted.small", "If it is not on this machine yet.");
+    show(place, h("div.actions", button("Download", bring), more));
+    async function bring() {
+      let failure = null;
+      const tell = (event) => {
+        if (event.type === "failed" || event.type === "cancelled") failure = event;
+        if (event.share === undefined) return;
+        const bar = meter(event.share, { role: "img", "aria-label": percent(event.share) });
+        show(place, bar, h("p.small.muted", event.message));
+      };
+      show(problem);
+      show(place, empty(`Asking the hub for ${name}.`));
+      announce(`Downloading ${name}.`);
+      try {
+        const { job_id } = await api("/api/hub/download", { name, kind });
+        await new Promise((end) => follow(job_id, 0, tell, end));
+        const { job } = await api(`/api/jobs/${job_id}`);
+        if (job.status === "done") show(place, h("p.small.muted", `${name} is on this machine.`));
+        if (place.isConnected) await ended(job.status === "done" ? job : null);
+      } catch (error) {
+        failure = { error: error.message };
+      }
+      if (failure) show(place, h("div.actions", button("Download", bring), more));
+      if (failure && place.isConnected) complain(failure.error ?? failure.message);
+      announce(failure?.error ?? `${name} is downloaded.`);
+    }
+    return place;
+  }
+
+  // A model that has come is one of those on disk.
+  async function hasModel(job) {
+    if (job === null) return;
+    ({ models } = await api("/api/models"));
+    model.offer(models.map((own) => [own.path, described(own)]));
+    model.set(job.result.path);
+    changedModel();
   }
 
   // What a report on the data depends on.
@@ -155,20 +208,22 @@ export default async function setup(main) {
   }
 
   const below = roots.join(" or ");
-  const noModel = `No model found below ${below}: put the folder of an MLX model there, or start ` +
-    "the server with its path.";
+  const noModel = `No model found below ${below}: put the folder of an MLX model there, start the ` +
+    "server with its path, or give a name of the Hugging Face hub.";
   const noData = `No data set found below ${below}: put train.jsonl (and valid.jsonl) into a ` +
     "folder there, or give a path.";
+  const known = "One that was found on disk, or a name of the Hugging Face hub, as org/name.";
   const found = "Folders with train.jsonl, found on disk.";
-  const typed = "A folder with train.jsonl, or a .jsonl file.";
+  const typed = "A folder or a file with rows, or a name of the Hugging Face hub.";
   main.append(
     h("form.two", { novalidate: true, onsubmit: submit },
       h("div.stack",
         card("Model and data",
-          field("Model", model, { key: "model_dir", kind: "across" }),
+          field("Model", model, { about: known, key: "model_dir", kind: "across" }),
           !models.length && empty(noModel), aboutModel,
           h("div.fields.halves", field("Data set", data, { about: found, key: "data_dir" }),
             field("or its path", path, { about: typed })),
+          aboutData,
           !datasets.length && empty(noData),
           h("div.actions", look,
             h("span.muted.small", "Counts, lengths, and what of the first rows is trained.")),

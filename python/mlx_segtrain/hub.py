@@ -1,0 +1,632 @@
+"""The Hugging Face hub: models, adapters and data sets by name, in the cache its tools share.
+
+`org/name` or `org/name@revision` becomes a folder of that cache, once, where a name comes in; the
+folder says what it is (`origin`). What is in the cache is taken without a request. Of what is not,
+only the files that are read are downloaded; what was broken off goes on where it ended, which the
+hub's own client does not do from one process to the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from . import events, files
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+Kind = Literal["model", "dataset"]
+PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w-])?"
+NAME = re.compile(rf"(?P<id>{PART}/{PART})(?:@(?P<revision>[\w.][\w./-]{{0,200}}))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+#: Of a repository in the cache, and one of its snapshots.
+FOLDER = re.compile(
+    r"(?P<kind>models|datasets)--(?P<org>[^/]+?)--(?P<name>[^/]+)(/snapshots/(?P<revision>[^/]+))?"
+)
+#: What the cache calls a file's content: a hash.
+ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
+
+#: What a model's folder holds that says what the model is, by the end of its name.
+OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
+#: Folders of a repository whose files are read too.
+BELOW_MODEL = ("", "optiq", "additional_chat_templates")
+WEIGHTS = re.compile(r"model[^/]*\.safetensors")
+OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
+#: Of a file that a hub hands out in one piece; Xet's own client brings larger ones.
+MOST_AT_ONCE = 50_000_000_000
+#: Bytes that are left free; seconds of waiting for a first answer, and between two events.
+MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
+#: Bytes of a file of weights that are asked for first to see its header, and at most.
+HEADER, MOST_HEADER = 1 << 18, 32 << 20
+#: Times that a connection is taken up again which brought nothing.
+TRIES = 5
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A name of the hub. Without a revision it is the newest one, or that in the cache."""
+
+    id: str
+    revision: str | None = None
+    kind: Kind = "model"
+
+    def __str__(self) -> str:
+        return self.id if self.revision is None else f"{self.id}@{self.revision}"
+
+    @property
+    def folder(self) -> Path:
+        """Its place in the cache."""
+        return cache() / f"{self.kind}s--{self.id.replace('/', '--')}"
+
+    @property
+    def page(self) -> str:
+        return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+
+
+def cache() -> Path:
+    """Where the hub's downloads are. Above it is the token of this user."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def offline() -> bool:
+    """Whether this user wants no request."""
+    return any(
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def named(text: str | Path, kind: Kind = "model") -> Repository | None:
+    """The repository that a text names: org/name or org/name@revision, where no such path is."""
+    found = NAME.fullmatch(str(text))
+    if found is None or ".." in found[0] or "--" in found["id"] or Path(text).exists():
+        return None
+    return Repository(found["id"], found["revision"], kind)
+
+
+def origin(path: str | Path) -> Repository | None:
+    """The repository that a folder of the cache holds, and which commit of it."""
+    found = FOLDER.search(str(path))
+    if found is None:
+        return None
+    kind: Kind = "model" if found["kind"] == "models" else "dataset"
+    return Repository(f"{found['org']}/{found['name']}", found["revision"], kind)
+
+
+def title(path: str | Path) -> str:
+    """What people call it: org/name of what comes from the hub, else the end of the path."""
+    own = origin(path)
+    return Path(path).name if own is None else own.id
+
+
+def name_of(path: str | Path) -> str:
+    """How others find it: org/name of what comes from the hub, else the path."""
+    own = origin(path)
+    return str(path) if own is None else own.id
+
+
+def _nobody(event: events.Event) -> None:
+    pass
+
+
+def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = True) -> Path:
+    """The folder of a model that a path or a name says; downloads what is not there.
+
+    Without `weights` its configuration and tokenizer alone. InputError, in a sentence, for what
+    cannot be had.
+    """
+    repository = named(text)
+    if repository is None:
+        return Path(text).expanduser()
+
+    def wanted(file: str) -> bool:
+        place, _, name = file.rpartition("/")
+        if name.endswith(".safetensors"):
+            return weights and WEIGHTS.fullmatch(file) is not None
+        return place in BELOW_MODEL and name.endswith(OF_MODEL)
+
+    def check(there: Mapping[str, int]) -> None:
+        if any(WEIGHTS.fullmatch(file) for file in there):
+            return
+        others = sorted({Path(file).suffix for file in there} & {".gguf", ".bin", ".onnx", ".pt"})
+        has = f"only {' and '.join(others)} files" if others else "no weights"
+        raise InputError(
+            f"{repository} has {has}, and MLX reads model*.safetensors: name the repository of the "
+            "original weights, of which `mlx-segtrain convert NAME --bits 4 --out DIR` makes a "
+            "quantized model, or one that is in MLX's form already (mlx-community has many)."
+        )
+
+    return fetch(repository, wanted, tell, check)
+
+
+def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
+    """As `model`, to plan by: where the weights are not in the cache, a folder whose files of
+    weights have the headers alone, and the sizes."""
+    repository = named(text)
+    if repository is None or cached(text) is not None:
+        return model(text, tell)
+    folder = model(text, tell, weights=False)
+    exact = replace(repository, revision=folder.name)
+    place = _listing(exact, folder.name).with_suffix("") / "headers"
+    files.make_folder(place)
+    for path in folder.iterdir():
+        with suppress(FileExistsError):
+            (place / path.name).symlink_to(path)
+    for name, size in files_of(folder).items():
+        if WEIGHTS.fullmatch(name) and not (place / name).exists():
+            tell(events.stage("load", 0.0, f"looking at {repository.id}, {name}"))
+            header = _header(exact, name)
+            with files.atomic(place / name) as aside, open(aside, "wb") as file:
+                file.write(header)
+                file.truncate(max(size, len(header)))  # a hole, which takes no room
+    return place
+
+
+def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
+    """As `model`, of an adapter."""
+    repository = named(text)
+    if repository is None:
+        return Path(text).expanduser()
+
+    def wanted(file: str) -> bool:
+        return OF_ADAPTER.fullmatch(file) is not None
+
+    return fetch(repository, wanted, tell)
+
+
+def located(
+    config: TrainConfig,
+    tell: events.OnEvent = _nobody,
+    earlier: Mapping[str, str] | None = None,
+    bring: Callable[[Path, events.OnEvent], Path] = model,
+) -> TrainConfig:
+    """A configuration whose names of the hub are folders, of the model that which `bring` gives.
+
+    `earlier` are the folders of the run that it goes on with: a name without a revision stays at
+    that run's commit.
+    """
+
+    def at(path: Path, part: str) -> Path:
+        before = origin((earlier or {}).get(part, ""))
+        same = before is not None and named(path) == Repository(before.id)
+        return Path(str(before)) if same else path
+
+    places = {"model_dir": bring(at(config.model_dir, "model"), tell)}
+    if config.warm_start is not None:
+        places["warm_start"] = adapter(at(config.warm_start, "warm_start"), tell)
+    return config.model_copy(update=places)
+
+
+def fetch(
+    repository: Repository,
+    wanted: Callable[[str], bool],
+    tell: events.OnEvent = _nobody,
+    check: Callable[[Mapping[str, int]], None] = lambda there: None,
+    *,
+    ask: bool = True,
+) -> Path:
+    """The snapshot in the cache that has the files of a repository which are wanted.
+
+    `tell` gets events of the stage load, with `share` of what is to be downloaded, at most four a
+    second. `check` raises InputError for a repository whose files (bytes by name) are of no use.
+    Without `ask` there is no request.
+    """
+    folder, listed = _cached(repository)
+    if folder is not None and listed is not None and _has(folder, listed, wanted):
+        check(listed)
+        return folder
+    if offline() or not ask:
+        if folder is not None and listed is None and _seems_whole(folder, repository.kind):
+            return folder
+        if ask:
+            why = "HF_HUB_OFFLINE forbids to ask the hub: unset it, or copy the repository there"
+        else:
+            why = "nothing is downloaded here: do that first"
+        raise InputError(f"{repository} is not whole in {cache()}, and {why}.")
+    try:
+        commit, listed = _listed(repository)
+    except _Unreachable as error:
+        if folder is not None and listed is None and _seems_whole(folder, repository.kind):
+            return folder
+        raise InputError(
+            f"{repository} is no folder here, and the hub cannot be reached ({error}): look at the "
+            f"network, or download it elsewhere and copy it to {cache()}."
+        ) from None
+    check(listed)
+    # Configuration and tokenizer first, the largest last: what has its weights is whole.
+    names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
+    _download(repository, commit, {name: listed[name] for name in names}, tell)
+    files.make_folder(repository.folder / "snapshots" / commit)
+    files.make_folder(_listing(repository, commit).parent)
+    files.write_json(_listing(repository, commit), listed)
+    return repository.folder / "snapshots" / commit
+
+
+# What the cache has
+
+
+def _listing(repository: Repository, commit: str) -> Path:
+    """Where we keep the names and sizes of a commit's files, which never change."""
+    return files.cache_dir() / "hub" / repository.folder.name / f"{commit}.json"
+
+
+def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]:
+    """The snapshot that is there, and which files its commit has, if we know."""
+    commit = repository.revision or "main"
+    if not COMMIT.fullmatch(commit):
+        try:
+            commit = files.read_at_most(repository.folder / "refs" / commit, 200).strip()
+        except (OSError, ValueError):
+            return None, None
+    folder = repository.folder / "snapshots" / commit
+    if not COMMIT.fullmatch(commit) or not folder.is_dir():
+        return None, None
+    try:
+        listed = files.read_json(_listing(repository, commit), 64 << 20)
+    except InputError:
+        return folder, None
+    return folder, listed
+
+
+def cached(text: str | Path, kind: Kind = "model") -> Path | None:
+    """The folder of a name, if the cache has it whole; asks nobody."""
+    repository = named(text, kind)
+    folder, listed = (None, None) if repository is None else _cached(repository)
+    if folder is None:
+        return None
+    if listed is None:
+        return folder if _seems_whole(folder, kind) else None
+    return folder if _has(folder, listed, lambda name: bool(WEIGHTS.fullmatch(name))) else None
+
+
+def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool]) -> bool:
+    return all((folder / name).is_file() for name in filter(wanted, listed))
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Names and bytes of the files of a snapshot's commit; of one that another tool has brought,
+    those that are there."""
+    own = origin(folder)
+    with suppress(InputError):
+        if own is not None:
+            return files.read_json(_listing(own, folder.name), 64 << 20)
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _seems_whole(folder: Path, kind: Kind) -> bool:
+    """Of a snapshot whose files we were never told: it has some, and no weights are missing."""
+    if kind == "dataset":
+        return any(path.is_file() for path in folder.rglob("*"))
+    own = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
+    if not own:
+        return False
+    wanted: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        with suppress(InputError):
+            places = files.read_json(index, 64 << 20).get("weight_map")
+            wanted |= set(map(str, places.values())) if isinstance(places, dict) else set()
+    return wanted <= set(own)
+
+
+# What the hub says
+
+
+class _Unreachable(Exception):
+    """No answer of the hub."""
+
+
+@contextmanager
+def _answers(repository: Repository) -> Iterator[None]:
+    """What the hub's client raises, in a sentence."""
+    from huggingface_hub import errors
+
+    refused = errors.HfHubHTTPError
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{repository.id} is gated: accept its licence on {repository.page}, then log in here "
+            "with `hf auth login`, or set HF_TOKEN."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(
+            f"{repository.id} has no revision {repository.revision or 'main'}: "
+            f"{repository.page}/tree/main lists them."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"{repository.id} is neither a path here nor a {repository.kind} of the hub that you "
+            "may read: look at its spelling; for a private one log in with `hf auth login`, or set "
+            "HF_TOKEN."
+        ) from None
+    except refused as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 401:
+            said = "does not know your token: log in again with `hf auth login`, or mend HF_TOKEN"
+        elif status == 403:
+            said = "does not let you read it: your token may lack the right to"
+        elif status == 429:
+            said = "has had too many requests of you: wait a while, or log in"
+        else:
+            said = f"answers {status}: try again later"
+        raise InputError(f"{repository.id} cannot be had, the hub {said}.") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{repository.id}: the disk of {cache()} is full: free some of it and start again, "
+                "which goes on where it ended, or set HF_HOME to a folder on another disk."
+            ) from None
+        if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
+            raise InputError(
+                f"{repository.id} cannot be written to {cache()} ({error.strerror}): set HF_HOME "
+                "to a folder of yours."
+            ) from None
+        raise _Unreachable(_reason(error)) from None
+    except _http_error() as error:
+        raise _Unreachable(_reason(error)) from None
+
+
+def _http_error() -> type[Exception]:
+    """What the client's library raises: httpx, or a later one that has taken its place."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]  # type: ignore[return-value]
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
+    """The newest commit of a revision, and its files with their sizes."""
+    from huggingface_hub import HfApi
+
+    with _answers(repository):
+        info: Any = HfApi(endpoint=endpoint()).repo_info(
+            repository.id,
+            repo_type=repository.kind,
+            revision=repository.revision,
+            files_metadata=True,
+            timeout=PATIENCE_S,
+        )
+    named = {own.rfilename: own.size or 0 for own in info.siblings or ()}
+    return info.sha, {name: n for name, n in named.items() if _is_below(name)}
+
+
+def _is_below(name: str) -> bool:
+    """Whether a file of a repository stays within its folder."""
+    return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
+
+
+# Downloads
+
+
+class Meter:
+    """Bytes that have come, told at most so often."""
+
+    def __init__(self, what: str, there: int, total: int, tell: events.OnEvent):
+        self.what, self.there, self.total, self.tell = what, there, total, tell
+        self.told, self.begun, self.first = 0.0, time.monotonic(), there
+
+    def __call__(self, n: int) -> None:
+        self.there += n
+        now = time.monotonic()
+        if now - self.told < TELL_S and self.there != self.total:
+            return
+        self.told, share = now, min(1.0, self.there / max(1, self.total))
+        text = f"downloading {self.what}: {amount(self.there)} of {amount(self.total)}"
+        rate = (self.there - self.first) / max(1e-3, now - self.begun)
+        left_s = (self.total - self.there) / rate if rate > 0 else None
+        self.tell(events.stage("load", 0.01 * share, text, share=share, left_s=left_s))
+
+
+def amount(n: float) -> str:
+    """Bytes in words."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _download(
+    repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
+) -> None:
+    """Files of a commit into the cache. InputError."""
+    snapshot = repository.folder / "snapshots" / commit
+    missing = [name for name in sizes if not (snapshot / name).is_file()]
+    total = sum(sizes[name] for name in missing)
+    parts = list((repository.folder / "blobs").glob(f"*{BEGUN}"))
+    there = sum(path.stat().st_size for path in parts)
+    free = files.free(repository.folder)
+    if total - there + MARGIN > free:
+        raise InputError(
+            f"{repository} needs {amount(total)} more, and {amount(free)} are free where {cache()} "
+            "is: free some, or set HF_HOME to a folder on another disk."
+        )
+    meter = Meter(str(repository), 0, total, tell)
+    exact = replace(repository, revision=commit)
+    try:
+        with _quiet():
+            for name in missing:
+                with _answers(repository):
+                    _bring(exact, name, sizes[name], meter)
+        if repository.revision != commit:
+            ref = repository.folder / "refs" / (repository.revision or "main")
+            files.make_folder(ref.parent)
+            files.write_text(ref, commit)
+    except _Unreachable as error:
+        raise InputError(
+            f"{repository} was broken off after {amount(meter.there)} of {amount(total)} "
+            f"({error}): start again, which goes on from there."
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The client's own bars and lines are left out: the run tells, and says in the end why not."""
+    from huggingface_hub import utils
+
+    bars, level = utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(level)
+        if not bars:
+            utils.enable_progress_bars()
+
+
+#: The end of the name of a file that is not whole yet; the hub's client gives each try another.
+BEGUN = ".segtrain.incomplete"
+
+
+def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
+    """A file into the cache, after what is there of it already."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    where: Any = {"repo_type": repository.kind, "revision": repository.revision}
+    if size > MOST_AT_ONCE:
+        hf_hub_download(repository.id, name, cache_dir=cache(), endpoint=endpoint(), **where)
+        meter(size)
+        return
+    url = hf_hub_url(repository.id, name, endpoint=endpoint(), **where)
+    facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
+    if facts.etag is None or not ETAG.fullmatch(facts.etag):
+        raise InputError(f"{repository.id}: the hub does not say which content {name} has.")
+    blob = repository.folder / "blobs" / facts.etag
+    files.make_folder(blob.parent)
+    _fill(repository, name, url, blob, facts.size, meter)
+    link = repository.folder / "snapshots" / str(repository.revision) / name
+    files.make_folder(link.parent)
+    try:
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(blob, link)
+
+
+def _fill(
+    repository: Repository, name: str, url: str, blob: Path, size: int | None, meter: Meter
+) -> None:
+    """The content of a file to where the cache has it, once it is whole and what it should be."""
+    begun = blob.with_name(blob.name + BEGUN)
+    with open(os.open(begun, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        while not files.lock(file):  # another process downloads it
+            time.sleep(0.1)
+        if blob.exists():
+            meter(blob.stat().st_size)
+            begun.unlink(missing_ok=True)
+            return
+        there = file.seek(0, os.SEEK_END)
+        if size is not None and there > size:  # of another time
+            there = file.truncate(0)
+        meter(there)
+        _receive(url, file, size, meter)
+        if not _is(file, blob.name):
+            file.truncate(0)
+            raise InputError(
+                f"{repository.id}: {name} is not the file that the hub describes, and was removed: "
+                "start again."
+            )
+        files.sync_open(file.fileno())
+        os.replace(begun, blob)
+
+
+def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
+    """What a file lacks of its `size`, if that is known, after what it has. A connection that ends
+    is taken up again, TRIES times without a byte."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers, tries = {**build_hf_headers(), "accept-encoding": "identity"}, 0
+    while (there := file.seek(0, os.SEEK_END)) != size:
+        part = {"range": f"bytes={there}-"} if there else {}
+        before, ended = there, None
+        try:
+            # At an address of another host, to which the hub leads, it knows nobody: no token.
+            how: Any = {"headers": headers | part, "timeout": PATIENCE_S, "follow_redirects": True}
+            with get_session().stream("GET", url, **how) as answer:
+                hf_raise_for_status(answer)
+                if there and answer.status_code != 206:
+                    file.truncate(0)
+                    there = file.seek(0)
+                    meter(-before)
+                for piece in answer.iter_bytes():
+                    there += file.write(piece)
+                    meter(len(piece))
+                    if size is not None and there > size:
+                        break
+            if size is None:
+                return
+        except _http_error() as error:
+            ended = error
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+        if size is not None and there > size:
+            file.truncate(0)
+            raise OSError(f"more than {size:,} bytes came of a file")
+        tries = 0 if there > before else tries + 1
+        if tries == TRIES:
+            raise ended or OSError("nothing came any more")
+        if ended is not None:
+            time.sleep(1)
+
+
+def _header(repository: Repository, name: str) -> bytes:
+    """The beginning of a safetensors file, as far as its header goes; InputError."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(repository.id, name, revision=repository.revision, endpoint=endpoint())
+    found, wanted = b"", HEADER
+    try:
+        with _answers(repository):
+            while len(found) < wanted:
+                part = {"range": f"bytes={len(found)}-{wanted - 1}", "accept-encoding": "identity"}
+                how: Any = {"timeout": PATIENCE_S, "follow_redirects": True}
+                headers = build_hf_headers() | part
+                before = found
+                with get_session().stream("GET", url, headers=headers, **how) as answer:
+                    hf_raise_for_status(answer)
+                    found = found if answer.status_code == 206 else b""
+                    for piece in answer.iter_bytes():
+                        found += piece
+                        if len(found) >= wanted:
+                            break
+                if len(found) < 8 or len(found) <= len(before):
+                    break
+                wanted = 8 + min(int.from_bytes(found[:8], "little"), MOST_HEADER)
+    except _Unreachable as error:
+        raise InputError(f"{repository.id}: the hub cannot be reached ({error}).") from None
+    return found[:wanted]
+
+
+def _is(file: BinaryIO, etag: str) -> bool:
+    """Whether a file has the content whose hash is the etag: git's, or SHA-256. Others are not
+    known."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if len(etag) == 64:
+        digest = hashlib.sha256()
+    elif len(etag) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    else:
+        return True
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest() == etag

@@ -1,0 +1,78 @@
+"""A model in MLX's form, quantized, of one that is not: through mlx-lm's converter."""
+
+import io
+import math
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, is_out_of_memory
+from ..files import free, new_folder
+from ..hub import MARGIN, amount, title
+from . import opened
+from .limits import check_model, check_tokenizer
+from .snapshot import Snapshot
+
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model folder, and the bytes of its weights before and after."""
+
+    path: Path
+    before: int
+    size: int
+
+
+def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) -> Made:
+    """Writes the model with its linears and tables quantized, as mlx-lm does it, to a new folder.
+
+    InputError for a model that cannot be read, is quantized already, or has a family that mlx-lm
+    does not know; and where there is no room. Nothing is at `out` before all of it is.
+    """
+    base = opened(model_dir)
+    name = title(base.folder)
+    check_tokenizer(base.folder)
+    check_model(base)
+    if any(path.endswith(".scales") for path in base.tensors):
+        raise InputError(f"{name} is quantized already: use it as it is.")
+    need, room = _size(base, bits, group_size), free(out)
+    if need + MARGIN > room:
+        raise InputError(
+            f"{out} takes {amount(need)}, and {amount(room)} are free on its disk: free some, or "
+            "give another --out."
+        )
+    from mlx_lm.convert import convert
+
+    with new_folder(out) as aside:
+        aside.rmdir()  # the converter makes it
+        try:
+            with redirect_stdout(io.StringIO()):
+                convert(
+                    str(base.folder),
+                    mlx_path=str(aside),
+                    quantize=True,
+                    q_bits=bits,
+                    q_group_size=group_size,
+                )
+        except (KeyboardInterrupt, SystemExit, OSError, InputError):
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise InputError(f"{name} cannot be converted: {reason}") from error
+        for program in aside.glob("*.py"):  # we run none
+            program.unlink()
+        size = Snapshot(aside).size_bytes
+    return Made(out, base.size_bytes, size)
+
+
+def _size(base: Snapshot, bits: int, group_size: int) -> int:
+    """Bytes of the quantized weights, at most: with scale and bias of each group, in 16 bits."""
+    each = (bits + 32 / group_size) / 8
+    return sum(
+        math.ceil(math.prod(shape) * (each if len(shape) > 1 else 4))
+        for _, shape in base.tensors.values()
+    )

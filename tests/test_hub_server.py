@@ -1,0 +1,128 @@
+"""Models by name on a server: what its clients may name, and downloads as jobs."""
+
+import shutil
+
+import pytest
+
+from lib.folders import write_llama, write_rows
+from lib.served import Server
+from mlx_segtrain import hub as hubs
+from mlx_segtrain.data.sources import sources_of
+
+pytestmark = pytest.mark.acceptance
+
+
+@pytest.fixture
+def place(tmp_path, hub, monkeypatch, cache):
+    """A server's folder with data, beside the hub's cache, which is empty."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    hub.add("org/tiny", write_llama(tmp_path / "made", bits=4))
+    shutil.rmtree(tmp_path / "made")
+    (tmp_path / "work").mkdir()
+    write_rows(write_rows(tmp_path / "work" / "data"), 4, "valid.jsonl")
+    return tmp_path / "work"
+
+
+def test_names_of_what_is_there(place, hub):
+    path = hubs.model("org/tiny")
+    hub.requests.clear()
+    with Server(place) as server:
+        id = server.submit(model_dir="org/tiny", iters=1, adapter_path="a/b")
+        job = server.ended(id)
+        assert job["status"] == "done" and job["name"] == "org/tiny on data"
+        body = {"model_dir": "org/tiny"}
+        asked = server.http.post("/api/finetune/plan", json=body | {"max_seq_length": 64})
+        assert asked.json()["fits"], asked.text
+        served = server.http.post("/api/models/serve", json=body).json()
+        assert (served["id"], served["path"]) == ("org/tiny", str(path))
+        found = server.http.get("/api/adapters", params=body).json()["adapters"]
+        assert [own["path"] for own in found] == [str(place / "a" / "b")]
+        again = server.http.post("/api/models/serve", json={"model_dir": "org/other"})
+        assert again.status_code == 400
+        assert "org/other is neither a path here nor in this machine's cache" in again.text
+        refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
+        assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
+    with Server(place, "--root", place) as server:  # which the cache is not below
+        refused = server.http.post("/api/finetune/plan", json=body)
+        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+    assert not hub.requests
+
+
+def test_a_download_is_a_job(place, hub):
+    with Server(place, "--allow-downloads") as server:
+        post = server.http.post
+        assert server.http.get("/api/state").json()["downloads"] is True
+        assert post("/api/hub/download", json={"name": "/etc"}).status_code == 422
+        hub.pause_s = 0.3
+        id = post("/api/hub/download", json={"name": "org/tiny"}).json()["job_id"]
+        while hub.sent < 50_000:
+            assert server.job(id)["status"] in ("queued", "running"), server.job(id)
+        post(f"/api/jobs/{id}/cancel")
+        job = server.ended(id)
+        assert job["status"] == "cancelled" and "goes on from there" in job["message"]
+        hub.pause_s = 0
+        post(f"/api/jobs/{id}/resume")
+        job = server.ended(id)
+        assert (job["status"], job["name"], job["title"]) == ("done", "org/tiny", "Download")
+        assert any(given for _, _, given in hub.requests)  # it went on
+        shares = [event["progress"] for event in server.events(id) if "share" in event]
+        assert shares[-1] == 1
+        assert server.ended(server.submit(model_dir="org/tiny", iters=1))["status"] == "done"
+        id = post("/api/hub/download", json={"name": "org/none"}).json()["job_id"]
+        assert "neither a path here nor a model of the hub" in server.ended(id)["error"]
+    with Server(place, "--allow-downloads", "--root", place) as server:
+        refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
+        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+
+
+def test_a_token_given_to_the_server_opens_what_is_gated(place, hub):
+    hub.repositories["models", "org/tiny"].readers = {"hf_known"}
+    with Server(place, "--allow-downloads") as server:
+        post = server.http.post
+        id = post("/api/hub/download", json={"name": "org/tiny"}).json()["job_id"]
+        assert "is gated" in server.ended(id)["error"]
+        post("/api/settings/hf-token", json={"token": "hf_known"})
+        post(f"/api/jobs/{id}/resume")
+        assert server.ended(id)["status"] == "done"
+
+
+def test_a_link_out_of_the_cache_is_refused(place, hub, tmp_path):
+    path = hubs.model("org/tiny")
+    (tmp_path / "secret.json").write_text("{}")
+    (path / "extra.json").symlink_to(tmp_path / "secret.json")
+    with Server(place) as server:
+        refused = server.http.post("/api/finetune/plan", json={"model_dir": "org/tiny"})
+        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+
+
+def test_data_sets_by_name(place, hub):
+    rows = {path.name: path.read_bytes() for path in (place / "data").iterdir()}
+    own = hub.add("org/notes", {f"data/{name}": x for name, x in rows.items()}, "datasets")
+    hub.add("org/own", rows, "datasets")
+    sources_of("org/own")  # this user's
+    hubs.model("org/tiny")
+    run = {"model_dir": "org/tiny", "iters": 1, "max_seq_length": 64}
+    with Server(place) as server:
+        refused = server.http.post("/api/finetune/submit", json=run | {"data_dir": "org/own"})
+        assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
+        path = str(next((place.parent / "hf").rglob("train.jsonl")).parent)
+        refused = server.http.post("/api/finetune/submit", json=run | {"data_dir": path})
+        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+    with Server(place, "--allow-downloads") as server:
+        post = server.http.post
+        inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}
+        asked = post("/api/finetune/inspect-dataset", json=inspect)
+        assert asked.status_code == 400 and "do that first" in asked.json()["error"]
+        body = {"name": "org/notes", "kind": "dataset"}
+        job = server.ended(post("/api/hub/download", json=body).json()["job_id"])
+        assert job["status"] == "done" and job["result"]["path"].endswith(own.commit)
+        found = post("/api/finetune/inspect-dataset", json=inspect).json()
+        assert found["ok"] and found["n_valid"] == 4, found
+        hub.requests.clear()
+        job = server.ended(server.submit(**run, data_dir="org/notes"))
+        assert (job["status"], job["name"]) == ("done", "org/tiny on org/notes"), job
+        assert f"org/notes@{own.commit}" in job["config_json"] and not hub.requests
+        body = {"model_dir": "org/tiny", "data_dir": "org/notes", "max_seq_length": 64}
+        job = server.ended(post("/api/finetune/evaluate", json=body).json()["job_id"])
+        assert job["result"]["rows"] == 4, job
