@@ -425,6 +425,9 @@ def test_inspect_gives_its_flags_to_the_data_module(
         tokenizer,
         data.Options(512, None, train_on="last", append_eos=False),
         n_preview=0,
+        batch_size=1,
+        accumulation=1,
+        step_s=None,
         model_dir=Path("."),
         on_event=ANY,
     )
