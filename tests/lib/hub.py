@@ -121,6 +121,9 @@ def serve_hub() -> Iterator[Hub]:
 
         def about(self, place):
             kind, *rest = map(unquote, place.split("/"))
+            if kind not in ("models", "datasets"):  # what the client asks besides
+                self.fault(404, "")
+                return
             name, revision = "/".join(rest[:2]), "/".join(rest[3:]) or "main"
             own = self.repository(kind, name, revision)
             if own is None:
