@@ -250,6 +250,17 @@ def test_a_flag_that_is_not_given_leaves_the_file_alone(train: Mock) -> None:
     assert train.call_args.args[0] == want
 
 
+def test_an_adapter_goes_into_adapters_if_nothing_else_is_said(train: Mock) -> None:
+    for argv, want in (
+        (REQUIRED[:4], "adapters"),
+        ([*REQUIRED[:4], "--config", "run.yaml"], "a1"),
+        ([*REQUIRED, "--config", "run.yaml"], "a"),
+    ):
+        Path("run.yaml").write_text('{"adapter_path": "a1"}')
+        assert cli.main(["train", *argv]) == 0
+        assert train.call_args.args[0].adapter_path == Path(want)
+
+
 def test_train_shows_progress_and_a_summary(
     train: Mock, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,9 @@ mlx_segtrain.config` prints it): fields.Facets has all that is known of a field 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -94,7 +95,8 @@ class TrainConfig(BaseModel):
     another format (docs/data.md); or one file of training rows; or a data set's name on the hub.
     Needed, but where Python gives the rows."""
     adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
-    """Directory of the adapter; a run also writes metrics.jsonl and checkpoints."""
+    """Directory of the adapter; a run also writes metrics.jsonl and checkpoints. The command line
+    takes adapters if it is not set."""
     method: Method = option("sft", FIRST | ALL | CARD)
     """Training objective; all but sft take rows with chosen and rejected."""
     rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
@@ -405,13 +407,18 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def load_config(yaml_path: Path | None, overrides: dict[str, Any]) -> TrainConfig:
-    """Read a YAML file (or none), replace the fields in overrides; InputError on any bad value."""
+def load_config(
+    yaml_path: Path | None,
+    overrides: dict[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> TrainConfig:
+    """Read a YAML file (or none), replace the fields in overrides, and add those in defaults that
+    are not set; InputError on any bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
     where = {
         key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides
     }
-    values |= overrides
+    values = {**defaults, **values, **overrides}
     try:
         return TrainConfig(**values)
     except ValidationError as error:

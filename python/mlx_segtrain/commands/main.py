@@ -32,6 +32,8 @@ from mlx_segtrain.fields import choices, is_list, kind, place
 from mlx_segtrain.torchless import hide_torch
 
 DATA = "a file with rows or its folder, or the name of a data set on the Hugging Face hub"
+#: Where an adapter goes that is told nothing else, as with mlx-lm.
+OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 
 
@@ -90,10 +92,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         ("probe", _probe, "take a few steps, write nothing, and print time and memory"),
     ):
         added = command(name, run, text)
-        added.usage = (
-            f"mlx-segtrain {name} [--config FILE] "
-            "[--model MODEL --data DATA --adapter-path PATH] [FLAG ...]"
-        )
+        added.usage = f"mlx-segtrain {name} [--config FILE] [--model MODEL --data DATA] [FLAG ...]"
         added.add_argument(
             "--config",
             type=Path,
@@ -268,7 +267,7 @@ def _metavar(name: str) -> str:
 def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
     """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
     given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
-    return load_config(getattr(args, "config", None), given | fill)
+    return load_config(getattr(args, "config", None), given | fill, OUTPUT)
 
 
 def _seconds(text: str) -> float:
