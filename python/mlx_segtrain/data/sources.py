@@ -593,25 +593,19 @@ def _chained(first: str, others: Iterable[str]) -> Iterator[str]:
 
 # ---- Arrow
 
-ROWS = 1024  # of a batch
+ROWS, FEW = 1024, 16  # of a batch
 #: What a value takes besides text, about: in Python, and as JSON.
 VALUE = 8
 
 
 def _parquet(path: Path) -> Iterator[Block]:
-    """Row groups in batches. Texts are read as dictionaries, so that one that stands in a million
-    rows is in memory once; or, where they stand in lists, of which Arrow cannot do that, a few rows
-    at a time."""
+    """A few rows at a time: a long text may stand in a million rows, and once in the file."""
     import pyarrow.parquet as pq
 
     open_regular(path).close()
     how: dict[str, Any] = {"memory_map": True, "pre_buffer": False, "buffer_size": 1 << 20}
     how |= {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
     with pq.ParquetFile(path, **how) as file:
-        columns = [file.schema.column(i) for i in range(len(file.schema))]
-    texts = [own.path for own in columns if own.physical_type == "BYTE_ARRAY"]
-    nested = any("." in path for path in texts)
-    with pq.ParquetFile(path, read_dictionary=None if nested else texts, **how) as file:
         size, total = path.stat().st_size, file.metadata.num_rows
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         _check_growth(path.name, sum(group.total_byte_size for group in groups), size)
@@ -619,7 +613,7 @@ def _parquet(path: Path) -> Iterator[Block]:
 
         def batches() -> Iterator[tuple[Any, int]]:
             nonlocal rows
-            for batch in file.iter_batches(16 if nested else ROWS, use_threads=False):
+            for batch in file.iter_batches(FEW, use_threads=False):
                 rows += batch.num_rows
                 yield batch, size * rows // max(total, rows)
 
