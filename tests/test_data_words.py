@@ -14,7 +14,7 @@ from lib import chat_templates
 from lib.chats import CORPUS, byte_level, chat, metaspace
 from mlx_segtrain.data.lossless import lossless
 from mlx_segtrain.data.template import ChatTemplate, TemplateError, direct
-from mlx_segtrain.data.words import GPT_2, LLAMA_3, QWEN_2, Words
+from mlx_segtrain.data.words import LLAMA_3, QWEN_2, Words
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_end|>x"]
 TEXT = " It's 1234 o'clock,\n\n  he'LL say:\tdef f(x):\r\n    return x  \n"
