@@ -138,11 +138,10 @@ class Terminal:
                 self._line(event["message"])
             return
         if self._reading is None:
-            self._reading = self._bar.add_task("data", total=share and 100, status="")
+            self._reading = self._bar.add_task("data", total=100, status="")
         status = f"%  {event['rows']:,} rows  {event['rows_per_s']:,.0f} rows/s"
-        if share:
-            left_s = event["left_s"]
-            status += f"  {duration(left_s)} left"
+        if event["left_s"] is not None:
+            status += f"  {duration(event['left_s'])} left"
         self._bar.update(self._reading, completed=int(100 * (share or 0)), status=status)
 
     def _train(self, event: Event) -> None:
