@@ -135,7 +135,11 @@ def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
             assert x.ids.tolist() == y.ids.tolist() and x.weights.tolist() == y.weights.tolist()
     expected = Columns.of([own[0] for own in short])
     for own in fields(Columns):
-        assert np.array_equal(getattr(plain.columns, own.name), getattr(expected, own.name))
+        found, wanted = getattr(plain.columns, own.name), getattr(expected, own.name)
+        if own.name == "top":  # which may be of what is cut off
+            assert (found >= wanted).all()
+        else:
+            assert np.array_equal(found, wanted), own.name
 
 
 def test_processes_make_the_same_files(tmp_path, tokenizer, model, kept, processes, monkeypatch):

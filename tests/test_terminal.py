@@ -188,3 +188,22 @@ def test_checks_of_kernels() -> None:
     assert " wrong " in wrong and "off" not in wrong
     good = checks(gpu=True, reason="")
     assert "off" not in good and "agrees" in good and "attention (window)" not in good
+
+
+def test_rows_that_are_tokenized_have_a_bar_on_a_terminal_and_few_lines_elsewhere():
+    said = [events.tokenizing("train.jsonl", n / 10, 1000 * n, 500.0, 9.0 - n) for n in range(10)]
+    for terminal in (True, False):
+        out = io.StringIO()
+        with Terminal(Console(file=out, force_terminal=terminal, width=120)) as show:
+            for event in said:
+                show(event)
+            bars = list(show._bar.tasks)
+            show(events.stage("data", 0.05, "train.jsonl: all rows"))
+            assert not show._bar.tasks
+        assert "train.jsonl: all rows" in out.getvalue()
+        if terminal:
+            (bar,) = bars
+            assert bar.completed == 90
+            assert bar.fields["status"] == "%  9,000 rows  500 rows/s  0s left"
+        else:
+            assert not bars and out.getvalue().count("tokenizing train.jsonl:") == 1

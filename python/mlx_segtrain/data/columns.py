@@ -35,7 +35,7 @@ class Columns:
 
     int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the
     loss (the length if there is none), `trained` the number of tokens in the loss, `top` the
-    largest token id. `shared` int64 [n] is that of pairs, 0 otherwise.
+    largest token id, perhaps of what is cut off. `shared` int64 [n] is that of pairs, 0 otherwise.
     """
 
     length: np.ndarray

@@ -19,7 +19,7 @@ Holds = Callable[[str], bool]
 def lossless(tokenizer: Any) -> Holds | None:
     """For a tokenizer of transformers: whether the tokens of a text's pieces, one after the other,
     decode to what the tokens of the text decode to. None: that cannot be told of any text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):
         return None

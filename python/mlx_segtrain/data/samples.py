@@ -136,7 +136,9 @@ def _batch(
         "source": pa.array([row.source for row in rows], pa.string()),
     }
     if rows and isinstance(rows[0], Pair):
-        columns["shared"] = pa.array(np.array([row.shared for row in rows], np.int32))
+        columns["shared"] = pa.array(
+            np.array([getattr(row, "shared", 0) for row in rows], np.int32)
+        )
     for side, own in enumerate(zip(*map(sequences, rows), strict=True)):
         columns |= {f"{name}{side}": column for name, column in _side(own).items()}
     schema = {name: column.type for name, column in columns.items()}
@@ -224,14 +226,7 @@ class _Side:
         trained = counted[self.runs[1:]] - counted[self.runs[:-1]]
         at = np.flatnonzero(self.weights)  # the runs that are trained
         first = np.append(starts[at], 0)[np.searchsorted(at, self.runs[:-1])]
-        top = self.top
-        if len(cut := np.flatnonzero((whole > most) & (trained > 0))):
-            top = top.copy()
-            begin = self.bounds[:-1][cut]
-            top[cut] = np.maximum.reduceat(self.ids, np.stack([begin, begin + most], 1).ravel())[
-                ::2
-            ]
-        return length, np.where(trained > 0, first, length), trained, top
+        return length, np.where(trained > 0, first, length), trained, self.top
 
 
 class _Shard:
@@ -250,10 +245,10 @@ class _Shard:
         source = self.batch.column("source")[j].as_py()
         if len(self.sides) == 1:
             return self.sides[0].row(j, source)
-        both = (
+        chosen, rejected = (
             side.row(j, f"{source} {name}") for side, name in zip(self.sides, SIDES, strict=True)
         )
-        return Pair(*both, self.batch.column("shared")[j].as_py(), source)
+        return Pair(chosen, rejected, self.batch.column("shared")[j].as_py(), source)
 
 
 class Samples:
@@ -324,7 +319,8 @@ class Samples:
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
-        """The columns of all samples, of which the first `most` tokens are.
+        """The columns of all samples, of which the first `most` tokens are; `top` is of all their
+        tokens, which are not read for it.
 
         `shared` is as if nothing had been cut, and for pairs, which are cut on the left, too, all
         of it holds only where both have at most `most`.
@@ -333,7 +329,8 @@ class Samples:
         if not parts:
             return Columns.of([])
         table = np.concatenate([np.array(part, np.int64) for part in parts], axis=2)
-        return Columns(*table.transpose(1, 2, 0), self.shared.copy())
+        length, first, trained, top = table.transpose(1, 2, 0)
+        return Columns(length, first, trained, top, self.shared.copy())
 
     def notes(self, chosen: np.ndarray | None = None) -> Notes:
         """What was found in samples, by index; None: in all. What is ignored is so in all rows."""

@@ -33,4 +33,5 @@ def main(number: str) -> None:
 
     gc.freeze()
     while True:
-        wire.send(tokenized(*asked.get(), tokenizer, options))
+        index, block, file = asked.get()
+        wire.send(tokenized(index, block, file, tokenizer, options))

@@ -226,9 +226,9 @@ def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Cha
     known = min(tables.tokens, tables.logits)
     for data in filter(None, datasets):
         for i, side in np.argwhere(data.columns.top >= known)[:1]:
-            row = sequences(data.rows[i])[side]
+            row, top = sequences(data.rows[i])[side], data.columns.top[i, side]
             raise InputError(
-                f"{row.source}: the tokenizer gives token {row.ids.max()}, and the model has "
+                f"{row.source}: the tokenizer gives token {top}, and the model has "
                 f"{known}: they do not belong together."
             )
     return model, chain
