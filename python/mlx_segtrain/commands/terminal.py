@@ -141,10 +141,12 @@ class Terminal:
                 self._line(event["message"])
             return
         if self._waiting is None:
-            self._waiting = self._bar.add_task(event["stage"], total=share and 1.0, status="")
+            self._waiting = self._bar.add_task(event["stage"], total=None, status="")
         left_s = event.get("left_s")
         left = "" if left_s is None else f"  {duration(left_s)} left"
-        self._bar.update(self._waiting, completed=share or 0, status=event["message"] + left)
+        total = None if share is None else 1.0
+        status = event["message"] + left
+        self._bar.update(self._waiting, completed=share or 0, total=total, status=status)
 
     def _train(self, event: Event) -> None:
         assert self._task is not None  # the stage `train` comes before its metrics
