@@ -142,6 +142,7 @@ def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
             assert np.array_equal(found, wanted), own.name
 
 
+@pytest.mark.acceptance
 def test_processes_make_the_same_files(tmp_path, tokenizer, model, kept, processes, monkeypatch):
     data = write(tmp_path / "data", rows_of("messages", 200))
     told = []
@@ -250,6 +251,7 @@ def start(data, model):
     return process, iter(process.stdout.readline, "")
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept, how):
     """After Ctrl-C or a kill no process is left, and the files are those of an undisturbed run."""
@@ -278,6 +280,7 @@ def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept, how):
     assert files(kept) == continued
 
 
+@pytest.mark.acceptance
 def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
     tmp_path, tokenizer, model, kept, processes
 ):
@@ -293,6 +296,7 @@ def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
     load_dataset(data, tokenizer, of("messages"), model)
 
 
+@pytest.mark.acceptance
 def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, processes):
     rows = rows_of("messages", 200)
     rows[150], rows[60], rows[20] = {"messages": 3}, {"messages": 4}, {"other": 1}
