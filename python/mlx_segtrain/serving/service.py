@@ -287,7 +287,7 @@ class Service:
         config = self.config(given, **fill)
         Snapshot(config.model_dir).file("config.json", "configuration")
         _, valid = sources_of(config.data_dir, ask=False)
-        if split == "valid" and valid is None:
+        if split == "valid" and valid is None and not config.val_split:
             raise InputError(f"data_dir {config.data_dir} has no validation rows: no data there.")
         return config, config.model_dump(mode="json", include=set(given))
 

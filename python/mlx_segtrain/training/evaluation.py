@@ -73,7 +73,8 @@ def evaluate(
         dataset = load_split(config.data_dir, *how, on_event)
         if dataset is None:
             raise InputError(
-                f"data_dir {config.data_dir} holds no valid.jsonl: add one, or evaluate train."
+                f"data_dir {config.data_dir} has no validation rows: add a file valid.jsonl, set "
+                "val_split, or evaluate train."
             )
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})

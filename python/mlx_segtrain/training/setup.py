@@ -135,7 +135,7 @@ def read_inputs(
         if valid is None and getattr(config, option):
             raise InputError(
                 f"{option} needs a validation loss, and the data has no validation rows: add a "
-                "file valid.jsonl, or leave the option out."
+                "file valid.jsonl, set val_split, or leave the option out."
             )
     said = remarks(config.data_dir, train, valid, *sources)
     for sentence in said:
