@@ -3,10 +3,10 @@
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -50,14 +50,11 @@ def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, mon
 
 def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
     """Wherever that is: another one may be installed."""
-    (tmp_path / "mlx_segtrain" / "serving").mkdir(parents=True)
-    for name in ("__init__", "serving/__init__", "serving/processes"):
-        own = name == "serving/processes"
-        source = Path(processes.__file__).read_text(encoding="utf-8") if own else ""
-        (tmp_path / "mlx_segtrain" / f"{name}.py").write_text(source)
-    (tmp_path / "mlx_segtrain" / "main.py").write_text(
-        "def main(*args):\n    print(__file__, *args)\n    return 3\n"
-    )
+    package = tmp_path / "mlx_segtrain"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(processes.__file__, package)
+    (package / "main.py").write_text("def main(*args):\n    print(__file__, *args)\n    return 3\n")
     for first in (tmp_path, "."):
         script = f"""
             import subprocess, sys
