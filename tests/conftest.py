@@ -77,7 +77,7 @@ def llama_mixed(tmp_path_factory):
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     write_rows(path)
-    return write_rows(path, 6, "valid.jsonl")
+    return write_rows(path, 6, "valid.jsonl", first=24)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ import pytest
 from mlx_segtrain import InputError
 from mlx_segtrain.adapters import read_adapter
 from mlx_segtrain.commands import main as cli
+from mlx_segtrain.config import flag
 from mlx_segtrain.models import chain_of, load_base
 
 
@@ -34,7 +35,7 @@ def flags(world, **changes):
     argv = ["train"]
     for key, value in values.items():
         argv += [
-            f"--{key.replace('_', '-')}",
+            flag(key),
             *(value if isinstance(value, list) else [str(value)]),
         ]
     return argv

@@ -168,11 +168,16 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
         ("attention_cudnn", "causal, D = 256"),
         ("attention_cudnn", "segments, D = 256"),
         *((op, dtype) for dtype in ("bfloat16", "float32") for op in ("swiglu", "geglu")),
+        *(
+            ("rope", f"{dtype}, {pairs}")
+            for pairs in ("halves", "neighbours")
+            for dtype in ("bfloat16", "float32")
+        ),
     ]
     # bfloat16 is far from the plain code
-    half = [x for x in report.checks if x.case != "float32"]
+    half = [x for x in report.checks if "float32" not in x.case]
     assert all(1e-4 < x.error < doctor.HALF_BOUND for x in half)
-    assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if x.case == "float32")
+    assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if "float32" in x.case)
 
 
 def test_it_checks_afresh_and_rewrites_what_was_known(off, monkeypatch, tmp_path):

@@ -84,7 +84,10 @@ def test_only_pairs_that_are_seen_are_computed(llama4, pairs, tmp_path):
     config = setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=2, batch_size=2)
     train(config, seen.append)
     messages = [event["message"] for event in seen if event.get("stage") == "data"]
-    assert [m.split(":")[1].split()[0] for m in messages if "reference" in m] == ["4", "6"]
+    assert [m.split(":")[1].split()[0] for m in messages if m.startswith("reference:")] == [
+        "4",
+        "6",
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -100,7 +100,7 @@ def write_tiny(path: Path, family: str, bits_of=lambda name: 4) -> Path:
     return write_model(path, config, model)
 
 
-def write_rows(path: Path, n=24, name="train.jsonl"):
+def write_rows(path: Path, n=24, name="train.jsonl", first=0):
     rows = [
         {
             "messages": [
@@ -108,7 +108,7 @@ def write_rows(path: Path, n=24, name="train.jsonl"):
                 {"role": "assistant", "content": " ".join(str(j) for j in range(1, i % 9 + 2))},
             ]
         }
-        for i in range(n)
+        for i in range(first, first + n)
     ]
     path.mkdir(parents=True, exist_ok=True)
     (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
