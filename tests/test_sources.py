@@ -251,6 +251,27 @@ def test_a_table_that_is_not_well_formed(tmp_path):
         list(source_of(tmp_path / "b.arrow").blocks())
 
 
+def test_parquet_that_ends_a_process(tmp_path):
+    """Numbers of rows that are not there, for which Arrow makes room: a fuzzer's find."""
+    pq.write_table(pa.table({}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    rows = b"\x16\x00\x16\x00\x26"
+    assert content.count(rows) == 1
+    (tmp_path / "a.parquet").write_bytes(content.replace(rows, b"\x16\x00\x16\x3f\x26"))
+    with pytest.raises(InputError, match="its numbers of rows are wrong"):
+        list(source_of(tmp_path / "a.parquet").blocks())
+    table = pa.table({"text": ["a"] * 5000})
+    pq.write_table(table, tmp_path / "b.parquet", store_schema=False)
+    content = (tmp_path / "b.parquet").read_bytes()
+    footer = content[-8 - struct.unpack("<I", content[-8:-4])[0] : -8]
+    many = footer.replace(b"\x90\x4e", b"\xfe\xff\xff\xff\xff\xff\x7f")  # 5000 as a varint
+    assert many != footer
+    end = many + struct.pack("<I", len(many)) + b"PAR1"
+    (tmp_path / "b.parquet").write_bytes(content[: -8 - len(footer)] + end)
+    with pytest.raises(InputError, match="b.parquet unpacks to more than"):
+        list(source_of(tmp_path / "b.parquet").blocks())
+
+
 # ---- folders
 
 

@@ -607,7 +607,16 @@ def _parquet(path: Path) -> Iterator[Block]:
     how |= {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": 1 << 20}
     with pq.ParquetFile(path, **how) as file:
         size, total = path.stat().st_size, file.metadata.num_rows
-        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        counts = [group.num_rows for group in groups]
+        # Arrow makes room for as many rows as it is told of, and ends the process if it cannot.
+        if (
+            min(counts, default=0) < 0
+            or sum(counts) != total
+            or (total and not file.metadata.num_columns)
+        ):
+            raise InputError(f"{path} cannot be read: its numbers of rows are wrong.")
+        _check_growth(path.name, VALUE * total, size)
         _check_growth(path.name, sum(group.total_byte_size for group in groups), size)
         rows = 0
 
