@@ -301,7 +301,7 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
     rows = chosen[kept]
     return Dataset(
         rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),
-        columns=columns.take(kept),
+        columns=columns.take(np.flatnonzero(kept)),
         format=samples.format,
         n_rows=n_rows,
         pad_id=encoder.pad_id,
