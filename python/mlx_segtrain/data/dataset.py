@@ -285,9 +285,7 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
             getattr(columns, one.name)[at] = getattr(own, one.name)
         truncated[at], cut[at] = zip(*((end, start) for _, end, start in short), strict=True)
     kept = (columns.trained > 0).all(1)
-    n_rows = (
-        samples.n_rows if len(chosen) == len(samples) else len(np.unique(samples.record[chosen]))
-    )
+    notes = samples.notes(None if len(chosen) == len(samples) else chosen)
     if not kept.any():
         every = samples.columns(WHOLE).take(chosen)
         longest = int(every.length[(every.trained > 0).all(1)].max(initial=0))
@@ -297,18 +295,18 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
             if longest
             else "no row has an assistant turn or text that is trained"
         )
-        raise InputError(f"{name} has nothing to train in {n_rows} rows: {reason}.")
+        raise InputError(f"{name} has nothing to train in {notes.rows} rows: {reason}.")
     rows = chosen[kept]
     return Dataset(
         rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),
         columns=columns.take(np.flatnonzero(kept)),
         format=samples.format,
-        n_rows=n_rows,
+        n_rows=notes.rows,
         pad_id=encoder.pad_id,
         truncated=int(truncated[kept].sum()),
         dropped=int((~kept).sum()),
         prompts_cut=int(cut[kept].sum()),
-        notes=samples.notes(None if len(chosen) == len(samples) else chosen),
+        notes=notes,
         name=name,
     )
 
