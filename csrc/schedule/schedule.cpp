@@ -101,7 +101,7 @@ class Runner {
     std::vector<Kept> kept;
     for (int i = move.begin; i < move.end; ++i) {
       kept.push_back(run_stage(move, i));
-      if ((move.end - i) % AT_A_TIME == 1) start({}, plan_.stages[i].writes, values_);
+      if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
     }
     const size_t n_params = head_params_.size();
     Arrays primals = head_params_;
