@@ -127,17 +127,17 @@ NB_MODULE(_core, m) {
       "run_plan",
       [](const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
-         const Arrays& inputs, const std::optional<std::function<void()>>& watch) {
-        // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
-        // mx.custom_function) takes it for granted.
-        auto wait = [&watch](const Arrays& made) {
+         const Arrays& inputs, const std::optional<Watch>& watch) {
+        auto wait = [](const Arrays& made) {
           {
+            // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
+            // mx.custom_function) takes it for granted.
             nb::gil_scoped_release others;
             mx::eval(made);
           }
-          if (watch && !made.empty()) (*watch)();
+          if (PyErr_CheckSignals()) throw nb::python_error();
         };
-        return run_plan(plan, fns, head, params, owners, head_params, inputs, wait);
+        return run_plan(plan, fns, head, params, owners, head_params, inputs, wait, watch.value_or(nullptr));
       },
       "plan"_a, "fns"_a, "head"_a, "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
       "watch"_a = nb::none(),

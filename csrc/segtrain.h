@@ -143,8 +143,12 @@ using StageFn =
 /// (params, reads) → {loss, anything else...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// mx::eval of arrays that are being computed, with whatever the caller wants around it.
+/// mx::eval of arrays that are being computed, with whatever the caller wants around it; throws if the step
+/// is to end there.
 using Wait = std::function<void(const Arrays&)>;
+
+/// Called when a move is through; may be empty.
+using Watch = std::function<void()>;
 
 struct StepResult {
   Arrays outputs;             ///< of the head, loss first
@@ -158,6 +162,6 @@ struct StepResult {
 /// meanwhile.
 StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait);
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch);
 
 }  // namespace segtrain

@@ -1,5 +1,6 @@
 """Tokens that are kept: the same as without, whatever is interrupted, and made once."""
 
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from lib.folders import write_tokenizer
+from mlx_segtrain import files as kept_files
 from mlx_segtrain.commands.main import main
 from mlx_segtrain.data import Options, cache, load_dataset, sources, workers
 from mlx_segtrain.data.columns import Columns
@@ -390,3 +392,28 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert_same(stored, plain)  # which is mapped, still
     assert isinstance(stored.rows[0], object) and not isinstance(stored.rows[0], Pair)
     assert main(["cache"]) == 0 and "no tokens are kept" in capsys.readouterr().out
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept_files, "REMEMBERED", 3)
+    file = tmp_path / "rows"
+    file.write_bytes(b"abcd")
+    read = []
+    plain = kept_files._sha256.__wrapped__
+    monkeypatch.setattr(kept_files, "_sha256", lambda path, *_: read.append(path) or plain(path))
+    right = hashlib.sha256(b"abcd").hexdigest()
+    assert kept_files.known_sha256(file) == right  # just written: not remembered
+    now = time.time_ns()
+    monkeypatch.setattr(kept_files.time, "time_ns", lambda: now + 10**10)
+    assert [kept_files.known_sha256(file) for _ in range(3)] == [right] * 3
+    assert len(read) == 2
+    before = file.stat()
+    file.write_bytes(b"abce")  # as long, and its time is set back
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert kept_files.known_sha256(file) == hashlib.sha256(b"abce").hexdigest()
+    for note in (tmp_path / "cache" / "hashes").iterdir():
+        note.write_text("{}")
+    assert kept_files.known_sha256(file) == hashlib.sha256(b"abce").hexdigest()
+    file.write_bytes(b"ab")  # soon read: nothing is kept of it
+    assert kept_files.known_sha256(file) == hashlib.sha256(b"ab").hexdigest()

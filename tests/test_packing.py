@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lib import tiny_models
 from lib.chains import FAST, adapter_of
-from lib.checks import ON_GPU
 from lib.folders import write_tiny
-from lib.oracle import assert_close
+from lib.oracle import assert_close, errors
 from lib.runs import config_of
 from mlx_segtrain import InputError, train
 from mlx_segtrain.data import Batch, Dataset, Row, batches, batches_in_epoch, eval_batches, padding
@@ -28,7 +27,7 @@ from mlx_segtrain.training import setup
 
 #: Tokens of uneven examples: longer than the window of 8 and than a tile, and the least there is.
 LENGTHS = (21, 2, 9, 70, 33, 3)
-BOUND = 2e-5 if ON_GPU else 1e-5  # a GPU library takes other products for other shapes
+BOUND = 1e-5
 
 
 def examples(lengths=LENGTHS, prompt=2, seed=0):
@@ -57,7 +56,8 @@ def step(chain, adapter, batch, total, size=1):
 
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
-    """As a padded batch, and as the rows alone, of whose gradients the sum is smaller than each."""
+    """As the rows alone, of whose gradients the sum is smaller than each: within BOUND, or as near
+    as a padded batch comes, where products of other shapes round more than that."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)
@@ -68,9 +68,10 @@ def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
     assert loss == pytest.approx(same, rel=BOUND)
     assert loss == pytest.approx(sum(own for own, _ in steps), rel=BOUND)
     for name, grad in grads.items():
-        assert_close(name, grad, of_padded[name], BOUND)
         truth = sum(np.array(own[name], np.float64) for _, own in steps)
-        assert_close(name, grad, truth, 2 * BOUND)
+        noise, _ = errors(of_padded[name], truth)
+        assert noise < 5 * BOUND
+        assert_close(name, grad, truth, max(BOUND, 1.5 * noise))
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -1,6 +1,8 @@
 """The segmented backward pass against MLX's gradient of the whole."""
 
 import gc
+import signal
+import time
 
 import mlx.core as mx
 import pytest
@@ -197,3 +199,38 @@ def test_every_move_traces_what_mx_compile_would_fuse():
     step = segmented_value_and_grad(stages, lambda p, h: (h**2).mean(), segment_size=1)
     step(params, {"h": mx.ones((5, H))})
     assert len(traces) == 3 + 1 + 3
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU works too fast for it")
+def test_a_step_is_interrupted_between_layers():
+    """Also while the CPU works and Python waits; little of the step is then left to do."""
+    x = mx.random.normal((140, 140), key=mx.random.key(0)) / 12
+
+    def layer(p, h):
+        for _ in range(6):
+            h = mx.tanh(h @ p["w"])
+        return h
+
+    stages = [Stage(f"layer.{i}", layer) for i in range(16)]
+    params = {stage.name: {"w": x} for stage in stages}
+    step = segmented_value_and_grad(stages, lambda p, h: h.mean(), segment_size=0)
+
+    def timed():
+        begun = time.perf_counter()
+        try:
+            step(params, {"h": x})
+        finally:
+            mx.eval(mx.array(1) + 1)  # what a run saves comes after all that the CPU was given
+            took.append(time.perf_counter() - begun)
+
+    took = []
+    timed()
+    timed()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, took[-1] / 2)
+        with pytest.raises(KeyboardInterrupt):
+            timed()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert took[-1] < 0.8 * took[-2]

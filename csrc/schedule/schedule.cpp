@@ -1,4 +1,5 @@
 // Runs a plan over callables. The whole training step passes through run_plan, top to bottom.
+#include <deque>
 #include <set>
 
 #include "core/kernel.h"
@@ -25,6 +26,10 @@ class Later : public mx::Primitive {
 /// works while the host writes down the next; fewer would be more graphs to launch, and more a later start.
 constexpr int AT_A_TIME = 2;
 
+/// Of these, how many a CPU has at most to do: what it was given it does, also when a user has interrupted
+/// the step, and whatever is to be saved then waits for it.
+constexpr size_t UNDER_WAY = 2;
+
 bool contains(const std::vector<int>& values, int value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
@@ -33,7 +38,7 @@ class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
-         const Arrays& inputs, const Wait& wait)
+         const Arrays& inputs, const Wait& wait, const Watch& watch)
       : plan_(plan),
         fns_(fns),
         head_(head),
@@ -41,6 +46,7 @@ class Runner {
         owners_(owners),
         head_params_(head_params),
         wait_(wait),
+        watch_(watch),
         saved_(plan.stages.size()),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
@@ -85,8 +91,10 @@ class Runner {
 
   /// Waits for the move before, whose inner arrays die here: that no two run at a time is what bounds memory.
   void settle() {
+    if (running_.empty()) return;
     wait_(running_);
     running_.clear();  // or what the next one uses up would stay until it has run
+    if (watch_) watch_();
   }
 
   Arrays forward(const Move& move) {
@@ -132,6 +140,13 @@ class Runner {
     for (int value : values)
       if (of[value]) made.push_back(*of[value]);
     settle();
+    if (on_cpu({})) {
+      if (under_way_.size() == UNDER_WAY) {
+        wait_(under_way_.front());
+        under_way_.pop_front();
+      }
+      under_way_.push_back(made);
+    }
     mx::async_eval(std::move(made));
   }
 
@@ -258,10 +273,12 @@ class Runner {
   const std::vector<int>& owners_;     ///< by stage
   const Arrays& head_params_;
   const Wait& wait_;
+  const Watch& watch_;
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
-  Arrays running_;  ///< what the move before makes
+  Arrays running_;                ///< what the move before makes
+  std::deque<Arrays> under_way_;  ///< what a CPU was given of the move that is written down
   StepResult result_;
 };
 
@@ -269,14 +286,14 @@ class Runner {
 
 StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait) {
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch) {
   const size_t n = plan.stages.size();
   check(fns.size() == n && owners.size() == n, "[schedule] expected ", n,
         " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
         ".");
   for (int owner : owners)
     check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters ", owner, ".");
-  return Runner(plan, fns, head, params, owners, head_params, inputs, wait).run();
+  return Runner(plan, fns, head, params, owners, head_params, inputs, wait, watch).run();
 }
 
 }  // namespace segtrain

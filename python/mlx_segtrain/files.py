@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,6 +25,10 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+
+#: Bytes of a file from which on its hash is remembered by known_sha256.
+REMEMBERED = 64 << 20
 
 
 def cache_dir() -> Path:
@@ -248,16 +253,46 @@ def write_tensors(
         mx.save_safetensors(file, dict(tensors), dict(metadata))
 
 
-def hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of each file by its name, in hexadecimal; OSError if one cannot be read."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(files, pool.map(sha256, files.values()), strict=True))
-
-
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal; read once in a process, as long as nobody changes it."""
-    own = os.stat(path)  # a program can set the first of the times, and nobody the second
-    return _sha256(path, own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns)
+    return _sha256(path, *_identity(path))
+
+
+def known_sha256(path: Path) -> str:
+    """The same of an input; one of REMEMBERED bytes or more is not read again by later processes,
+    as long as nobody changes it.
+
+    What is to show that a file is still sound must read it: sha256.
+    """
+    own = _identity(path)
+    if own[2] < REMEMBERED:
+        return _sha256(path, *own)
+    # One entry a path: what was known of an earlier content is replaced.
+    note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    with suppress(OSError, InputError, KeyError, TypeError):
+        known = read_json(note)
+        if known["file"] == list(own) and re.fullmatch("[0-9a-f]{64}", known["sha256"]):
+            return known["sha256"]
+    found = _sha256(path, *own)
+    # A change within a tick of the file system's clock leaves the times as they are.
+    if _identity(path) == own and time.time_ns() - own[4] > 2 * 10**9:
+        with suppress(OSError):
+            make_folder(note.parent)
+            write_json(note, {"file": own, "sha256": found})
+    return found
+
+
+def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) -> dict[str, str]:
+    """SHA-256 of each file by its name, in hexadecimal; OSError if one cannot be read."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(files, pool.map(digest, files.values()), strict=True))
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Differs once a file has been changed: a program can set the first of the times, and nobody
+    the second."""
+    own = os.stat(path)
+    return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
 
 
 @lru_cache(4096)

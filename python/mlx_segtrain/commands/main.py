@@ -319,7 +319,8 @@ def _train(args: argparse.Namespace) -> int:
 
     with Terminal() as show:
         result = train(config, show)
-        draw_run(config, lambda message: print(message, file=sys.stderr))
+        if not result.interrupted:  # who interrupts a run waits for it to end
+            draw_run(config, lambda message: print(message, file=sys.stderr))
     from mlx_segtrain.adapters import prompting_of
 
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))

@@ -87,7 +87,9 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
     # Who sits out goes round a fixed circle: nobody twice in a row, everybody equally often.
     circle = np.random.default_rng([seed, 0]).permutation(n)
     out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
-    rows = np.setdiff1d(np.arange(n), out)
+    taken = np.ones(n, bool)
+    taken[out] = False
+    rows = np.flatnonzero(taken)
     order = np.argsort(dataset.columns.run[rows], kind="stable")
     windows = rows[order].reshape(-1, batch_size)
     return np.random.default_rng([seed, 1, epoch]).permutation(windows)
@@ -129,14 +131,16 @@ def described(dataset: Dataset, batch_size: int) -> str:
     """How many batches an epoch has and what of them is padding, in words."""
     if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
         return "not one batch"
-    share = padding(dataset, batch_size)
     said = f"{count:,} batch{'es' if count > 1 else ''} an epoch"
+    if batch_size == 1 and not dataset.packed:
+        return said
+    share = padding(dataset, batch_size)
     if dataset.packed:
         return (
             f"{said}, packed: {len(dataset) / len(dataset.packing):.1f} rows on average fill "
             f"{1 - share:.1%} of {dataset.packed:,} tokens"
         )
-    return f"{said}, {share:.1%} of their tokens padding" if batch_size > 1 else said
+    return f"{said}, {share:.1%} of their tokens padding"
 
 
 def one_row(dataset: Dataset, i: int) -> AnyBatch:

@@ -184,22 +184,29 @@ def _lists(bounds: np.ndarray, values: Any) -> Any:
     return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), values)
 
 
+def _mapped(array: Any) -> np.ndarray:
+    """The memory of a column without nulls. Arrow's to_numpy would import pandas: half a second."""
+    return np.from_dlpack(array)
+
+
+def beginnings(ascending: np.ndarray) -> np.ndarray:
+    """Where each new number begins among ascending ones that are not negative, int64."""
+    return np.flatnonzero(np.diff(ascending, prepend=-1))
+
+
 class _Side:
     """The columns of one sequence of each sample of a batch, as they lie in memory or in a file."""
 
     def __init__(self, batch: pa.RecordBatch, side: int):
-        def plain(array: Any) -> np.ndarray:
-            return array.to_numpy(zero_copy_only=True)
-
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
             column = batch.column(f"{name}{side}")
-            return plain(column.offsets), plain(column.values)
+            return _mapped(column.offsets), _mapped(column.values)
 
         self.bounds, self.ids = lists("ids")
         self.runs, self.ends = lists("ends")
         _, self.weights = lists("weights")
         self.top, self.turns, self.findings = (
-            plain(batch.column(f"{name}{side}")) for name in ("top", "turns", "findings")
+            _mapped(batch.column(f"{name}{side}")) for name in ("top", "turns", "findings")
         )
 
     def row(self, j: int, source: str) -> Row:
@@ -269,7 +276,7 @@ class Samples:
         return self._shards[shard].row(i - int(self._starts[shard]))
 
     def _column(self, name: str) -> np.ndarray:
-        own = [x.batch.column(name).to_numpy() for x in self._shards if x.n]
+        own = [_mapped(x.batch.column(name)) for x in self._shards if x.n]
         return np.concatenate(own) if own else np.zeros(0, np.int64)
 
     @cached_property
@@ -279,11 +286,11 @@ class Samples:
 
     @cached_property
     def record(self) -> np.ndarray:
-        """The number of each sample's row among those that were read, int64 [n], from 0."""
+        """The number of each sample's row among those that were read, from 0, ascending: int64."""
         before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
         return np.concatenate(
             [
-                before[k] + own.batch.column("record").to_numpy().astype(np.int64)
+                before[k] + _mapped(own.batch.column("record")).astype(np.int64)
                 for k, own in enumerate(self._shards)
                 if own.n
             ]
@@ -333,12 +340,15 @@ class Samples:
         return Columns(length, first, trained, top, self.shared.copy())
 
     def notes(self, chosen: np.ndarray | None = None) -> Notes:
-        """What was found in samples, by index; None: in all. What is ignored is so in all rows."""
+        """What was found in samples, by ascending index; None: in all.
+
+        What is ignored is so in all rows.
+        """
         notes = Notes()
         for own in self._shards:
             notes.add(own.notes)
         if chosen is not None:
-            notes.rows = len(np.unique(self.record[chosen]))
+            notes.rows = len(beginnings(self.record[chosen]))
         sides = [own.sides for own in self._shards if own.n]
         turns, findings = (
             np.concatenate([np.stack([getattr(x, name) for x in own], 1) for own in sides])

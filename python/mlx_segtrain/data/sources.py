@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from ..config import flag
 from ..errors import InputError, shown
 from ..events import OnEvent
-from ..files import open_regular, read_json, sha256
+from ..files import known_sha256, open_regular, read_json
 from . import repository
 from .messages import KINDS, Other
 
@@ -98,7 +98,7 @@ class Files:
         for path in self.files.values():
             with _told(path):
                 open_regular(path).close()
-                digests.append(sha256(path))
+                digests.append(known_sha256(path))
         return digests[0] if len(digests) == 1 else _digest("".join(digests).encode())
 
     def blocks(self, start: int = 0) -> Iterator[Block]:

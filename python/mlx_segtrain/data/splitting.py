@@ -5,7 +5,7 @@ So the order of rows decides nothing, equal rows are on one side, and a resumed 
 
 import numpy as np
 
-from .samples import Samples
+from .samples import Samples, beginnings
 
 #: Rows that are held out where nothing else is said: a share, at most so many; and the number of
 #: rows up to which none are.
@@ -20,22 +20,23 @@ def repeated(samples: Samples) -> np.ndarray:
 
 def duplicates(samples: Samples) -> int:
     """How many rows are equal to an earlier one."""
-    return len(np.unique(samples.record[repeated(samples)]))
+    return len(beginnings(samples.record[repeated(samples)]))
 
 
 def in_both(samples: Samples, other: Samples) -> int:
     """How many rows of one source stand in another, too."""
-    return len(np.unique(samples.record[np.isin(samples.content, other.content)]))
+    return len(beginnings(samples.record[np.isin(samples.content, other.content)]))
 
 
 def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int) -> np.ndarray:
-    """Whether each of the samples, by index, is held out for validation, bool [len(chosen)].
+    """Whether each of the samples, by ascending index, is held out for validation: bool
+    [len(chosen)].
 
     `asked` is a share of the rows below 1, a number of rows, or auto. Equal rows go together, so
     that there may be a few less.
     """
-    content, record = samples.content[chosen], samples.record[chosen]
-    _, at = np.unique(record, return_index=True)
+    content = samples.content[chosen]
+    at = beginnings(samples.record[chosen])
     known, times = np.unique(content[at], return_counts=True)
     n = len(at)
     if asked == "auto":

@@ -17,7 +17,7 @@ from .. import events
 from ..config import FACETS, TrainConfig, flag
 from ..data.sources import Source
 from ..errors import InputError, RunError
-from ..files import hashes, sha256, write_json
+from ..files import hashes, known_sha256, sha256, write_json
 from ..hub import OF_MODEL, origin
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from .checkpoint import found, torn
@@ -109,7 +109,7 @@ class Record:
         self.files, folders = files_of(config, sources)
         self.stats = {name: _stat(path) for name, path in self.files.items()}
         try:
-            self.inputs = hashes(self.files)
+            self.inputs = hashes(self.files, known_sha256)
         except OSError as error:
             raise InputError(
                 f"{error.filename} cannot be read: {error.strerror or error}."
