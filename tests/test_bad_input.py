@@ -13,7 +13,7 @@ from mlx_segtrain import InputError
 from mlx_segtrain.adapters import read_adapter
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import flag
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import _reading, chain_of, load_base
 
 
 @pytest.fixture
@@ -194,3 +194,10 @@ def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and says in last and 'pip install "mlx-segtrain[cpu]"' in last
+
+
+def test_a_signal_while_a_file_is_opened_is_no_fault_of_the_file(tmp_path):
+    """Ctrl-C within contextlib's own code closes the generator."""
+    reading = _reading(tmp_path)
+    reading.__enter__()
+    reading.gen.close()

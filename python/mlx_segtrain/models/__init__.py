@@ -133,7 +133,7 @@ def opened(model_dir: str | Path) -> Snapshot:
 def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, InputError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, InputError):
         raise
     # What a stranger's files make the libraries raise may be anything: a panic of Rust is no
     # Exception of Python.
