@@ -150,17 +150,18 @@ def run(data: Path, model: str, iters: int) -> None:
         print(f"  first sign {begin:.1f} s; {read:.1f} s")
 
         second = Watched(*how, "--overwrite", cache=cache)
-        ready = second.until("step 1/")
+        begun, ready = second.until("steps on"), second.until("step 1/")
         second.until("step 4/")
         print(f"Ctrl-C while it trains: {second.interrupt():.2f} s")
         second.end()
-        print(f"second start: first step after {ready:.1f} s, memory {second.peak / 1e9:.2f} GB")
+        print(f"second start: validation and the first step begin after {begun:.1f} s")
+        print(f"  first step done after {ready:.1f} s, memory {second.peak / 1e9:.2f} GB")
 
         third = Watched(*how, "--resume", cache=cache)
-        third.until("resumed")
+        begun = third.until("resumed")
         third.end()
         ready = min(at for at, line in third.lines if line.startswith("step "))
-        print(f"resumed: first step after {ready:.1f} s")
+        print(f"resumed: the first step begins after {begun:.1f} s, is done after {ready:.1f} s")
         print(subprocess.run(["du", "-sh", str(cache)], capture_output=True, text=True).stdout)
     finally:
         shutil.rmtree(work, ignore_errors=True)
