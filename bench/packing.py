@@ -2,13 +2,15 @@
 
     python bench/packing.py [--model DIR|SHAPE] [--batches 1 2 4 8 16 32] [--packed 2048 4096 8192]
                             [--turns 40] [--seconds 150] [--rows 4000] [--peft]
+                            [--peer trl|unsloth]
 
 Made rows of instruction-like lengths: lognormal, median 138, 95 % below 360, at most 2048 (or what
 the shortest packed row holds), the last 55 % of each supervised. LoRA of rank 16 on all seven
 projections. `batch N` pads N rows of similar length; `packed N` is one row of N tokens. Every cell
 takes the next of its own batches in each turn, after two warm-up turns. Tokens a second are all
 tokens (without padding) over all the time. `--peft`: the same cells of transformers and PEFT, whose
-packed rows are told apart by position_ids, as TRL does it.
+packed rows are told apart by position_ids, as TRL does it. `--peer`: afterwards the packed rows of
+TRL's trainer (trl, bfloat16), or of Unsloth through it (unsloth, nf4), in a run of their own.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from step import RANK, SCALE, load, peft_model, ranks_of, shape_of
+from step import RANK, SCALE, SHAPES, SUFFIXES, load, peft_model, ranks_of, shape_of
 
 SUPERVISED = 0.55
 
@@ -52,15 +54,35 @@ class Cell:
         self.times, self.tokens, self.supervised = [], [], []
 
     def line(self):
-        seconds = sum(self.times)
-        ms = [t * 1e3 for t in self.times]
-        q = statistics.quantiles(ms if len(ms) > 1 else 2 * ms, n=5, method="inclusive")
-        return (
-            f"{self.name:17s} {sum(self.supervised) / seconds:11,.0f} "
-            f"{sum(self.tokens) / seconds:9,.0f} {statistics.median(ms):10.1f} {q[0]:8.1f} "
-            f"{q[3]:8.1f} {len(ms):4d} {statistics.mean(self.tokens):9,.0f} {self.padding:8.1%}  "
+        return line(self.name, self.times, self.tokens, self.supervised) + (
+            f" {self.padding:8.1%}  "
             + (f"{self.plan.peak / 1e9:7.2f}  {self.plan.text}" if self.plan else "")
         )
+
+
+def line(name, times, tokens, supervised):
+    seconds = sum(times)
+    ms = [t * 1e3 for t in times]
+    q = statistics.quantiles(ms if len(ms) > 1 else 2 * ms, n=5, method="inclusive")
+    return (
+        f"{name:17s} {sum(supervised) / seconds:11,.0f} "
+        f"{sum(tokens) / seconds:9,.0f} {statistics.median(ms):10.1f} {q[0]:8.1f} "
+        f"{q[3]:8.1f} {len(ms):4d} {statistics.mean(tokens):9,.0f}"
+    )
+
+
+def peer_lines(peer, name, data, packed, steps):
+    """The lines of TRL's trainer on these rows; the first steps are not counted."""
+    import peers
+
+    lora = (RANK, SCALE, SUFFIXES)
+    place = peers.snapshot(SHAPES[name], peer)
+    rows = [(row.ids, row.weights) for row in data.rows]
+    for longest in packed:
+        model = None if peer == "trl" else peers.unsloth(place, "keep", lora, longest)
+        run = peers.Packed(rows, place, longest, steps + 3, lora, model)
+        run.run()
+        yield line(f"{peer} packed {longest}", run.times[3:], run.tokens[3:], run.supervised[3:])
 
 
 def peft_step(name):
@@ -106,6 +128,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=150, help="after which no turn begins")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--peft", action="store_true", help="its cells too")
+    parser.add_argument("--peer", choices=("trl", "unsloth"), help="of a SHAPE, on a GPU")
     args = parser.parse_args()
     if args.model is None and not gpu:
         from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
@@ -172,6 +195,10 @@ def main():
     )
     for cell in cells:
         print(cell.line(), flush=True)
+    if args.peer:
+        mx.clear_cache()
+        for made in peer_lines(args.peer, name, data, args.packed, args.turns):
+            print(made, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,16 @@ SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit w
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
     peft          HF transformers + PEFT, torch, no checkpointing; peft:ckpt with it. float32 on the
                   CPU; of a SHAPE bfloat16 on a GPU, without quantization
+    liger:nf4     of a SHAPE on a GPU (bench/peers.py): the same with Liger's kernels and a base of
+                  4 bits, liger:bf16 without; liger:nf4-ckpt, liger:bf16-ckpt with checkpointing
+    unsloth:keep  of a SHAPE on a GPU: Unsloth, 4 bits; unsloth:ckpt with checkpointing,
+                  unsloth:offload with its own
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
 and said). `peak` is active memory of MLX; `rss` the process' own high-water mark.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -336,14 +341,38 @@ def peft(args, variant):
 
     model, device, vocabulary = peft_model(args.model, variant)
     row = torch.from_numpy(tokens(args.length, vocabulary)).long().to(device)
+
+    def loss():
+        logits = model(input_ids=row[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(
+            logits[0, prompt(args) :], row[0, prompt(args) + 1 :]
+        )
+
+    return torch_steps(args, model, device, loss)
+
+
+def peer(name, args, variant):
+    """A cell of one of bench/peers.py, with the loss that its own forward pass forms."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    import peers
+
+    shape = SHAPES[args.model]
+    lora = (RANK, SCALE, SUFFIXES)
+    model = peers.PEERS[name](peers.snapshot(shape, name), variant, lora, args.length)
+    row = torch.from_numpy(tokens(args.length, shape["vocab_size"])[:, 1:]).long().cuda()
+    labels = row.clone()
+    labels[:, : prompt(args)] = -100
+    return torch_steps(args, model, "cuda", lambda: model(input_ids=row, labels=labels).loss)
+
+
+def torch_steps(args, model, device, loss):
+    import torch  # pyright: ignore[reportMissingImports]
+
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step():
-        logits = model(input_ids=row[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[0, prompt(args) :], row[0, prompt(args) + 1 :]
-        )
-        loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
@@ -354,7 +383,14 @@ def peft(args, variant):
     return {"first_s": first, "times": times, **peak}
 
 
-CELLS = {"segtrain": segtrain, "dpo": dpo, "mlx-lm": mlx_lm, "peft": peft}
+CELLS = {
+    "segtrain": segtrain,
+    "dpo": dpo,
+    "mlx-lm": mlx_lm,
+    "peft": peft,
+    "liger": functools.partial(peer, "liger"),
+    "unsloth": functools.partial(peer, "unsloth"),
+}
 
 
 def run_cell(args):
@@ -392,6 +428,7 @@ def main():
     if args.cell:
         return run_cell(args)
     packages = ["mlx", "mlx-lm", "mlx-segtrain", "torch", "peft", "transformers"]
+    packages += ["liger-kernel", "unsloth"]
     found = {}
     for package in packages:
         try:

@@ -1,0 +1,168 @@
+"""The strongest peers on a GPU, for bench/step.py and bench/packing.py: a model with an adapter.
+
+They run on random weights of a SHAPE, in bfloat16, from a snapshot that is made here. Packages are
+those of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
+unsloth_zoo and trl. Nothing here is imported by the package or by its tests.
+"""
+
+# pyright: reportMissingImports=false
+
+import atexit
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def snapshot(shape, peer):
+    """A folder with random weights of a shape and a tokenizer of words, as Hugging Face's are."""
+    if peer == "unsloth":
+        import unsloth  # noqa: F401 - it changes what is imported after it
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    place = Path(tempfile.mkdtemp(prefix="bench-peers-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    fields = {key: value for key, value in shape.items() if key != "model_type"}
+    config = AutoConfig.for_model(shape["model_type"], **fields, torch_dtype="bfloat16")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 1000)}}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    ).save_pretrained(place)
+    return place
+
+
+def _lora(rank, scale, suffixes):
+    from peft import LoraConfig
+
+    alpha = int(rank * scale)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=suffixes, task_type="CAUSAL_LM")
+
+
+def liger(place, variant, lora, longest):
+    """transformers and PEFT with Liger's kernels; nf4 or bf16, and ckpt with either: nf4-ckpt."""
+    import torch
+    from liger_kernel.transformers import AutoLigerKernelForCausalLM
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    kind, _, recompute = variant.partition("-")
+    more = {}
+    if kind == "nf4":
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = AutoLigerKernelForCausalLM.from_pretrained(
+        place, dtype=torch.bfloat16, attn_implementation="sdpa", device_map={"": 0}, **more
+    )
+    if kind == "nf4":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, _lora(*lora))
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def unsloth(place, variant, lora, longest):
+    """Unsloth, nf4: `keep` nothing is recomputed, `ckpt` all of it, `offload` its own way."""
+    import torch
+    import unsloth
+
+    rank, scale, suffixes = lora
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        str(place), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=True
+    )
+    return unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=rank,
+        lora_alpha=int(rank * scale),
+        target_modules=suffixes,
+        use_gradient_checkpointing={"keep": False, "ckpt": True, "offload": "unsloth"}[variant],
+    ).train()
+
+
+PEERS = {"liger": liger, "unsloth": unsloth}
+
+
+class Packed:
+    """A run of TRL's SFTTrainer on packed rows: seconds and tokens of its steps.
+
+    `rows` are (ids, weights) pairs; `model` one of PEERS' (None: of transformers, bfloat16, with
+    TRL's own PEFT), `longest` the tokens of a packed row.
+    """
+
+    def __init__(self, rows, place, longest, steps, lora, model=None):
+        import torch
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+        from trl import SFTConfig, SFTTrainer
+
+        times = self.times = []
+        self.tokens, self.supervised = [], []
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                self.begun = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - self.begun)
+
+        labels = [np.where(weights != 0, ids, -100).tolist() for ids, weights in rows]
+        data = Dataset.from_dict({"input_ids": [ids.tolist() for ids, _ in rows], "labels": labels})
+        out = tempfile.mkdtemp(prefix="bench-trl-")
+        atexit.register(shutil.rmtree, out, ignore_errors=True)
+        config = SFTConfig(
+            output_dir=out,
+            packing=True,
+            max_length=longest,
+            per_device_train_batch_size=1,
+            max_steps=steps,
+            learning_rate=1e-4,
+            gradient_checkpointing=False,
+            bf16=torch.cuda.is_available(),
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        own = model is None
+        self.trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
+            if own
+            else model,
+            args=config,
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(place),
+            peft_config=_lora(*lora) if own else None,
+            callbacks=[Clock()],
+        )
+        collate = self.trainer.data_collator
+
+        def counted(examples):
+            batch = collate(examples)
+            self.tokens.append(int((batch["input_ids"] >= 0).sum()))
+            self.supervised.append(int((batch["labels"] != -100).sum()))
+            return batch
+
+        self.trainer.data_collator = counted
+
+    def run(self):
+        self.trainer.train()
+        n = len(self.times)  # its loader reads ahead
+        self.tokens, self.supervised = self.tokens[:n], self.supervised[:n]
