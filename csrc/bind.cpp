@@ -117,6 +117,11 @@ NB_MODULE(_core, m) {
 
   m.def("least_peak", &least_peak, "costs"_a, "The least peak of cuts that keep little, in bytes.");
 
+  m.def("collect_kernels", &collect_kernels,
+        "From now on calls only say which kernels they need, and give zeros that nobody is to evaluate.");
+  m.def("compile_kernels", &compile_kernels, nb::call_guard<nb::gil_scoped_release>(),
+        "Ends it: compiles those that are not there yet, all at once. Returns how many.");
+
   nb::class_<StepResult>(m, "StepResult", "Outputs of the head and gradients of every parameter.")
       // Copies of handles: a reference into the result would keep all of it, so that whoever holds the loss
       // would hold every gradient.

@@ -102,6 +102,10 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
                int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
                const std::string& impl, mx::StreamOrDevice s);
 
+/// x[index]: x [N, ...], index [...] → [..., ...].
+mx::array take_rows(const mx::array& x, const mx::array& index, const std::string& impl,
+                    mx::StreamOrDevice s);
+
 /// y of linears that read the same x [..., in] → [..., out] each, keeping x and x·a. Dropout p of x on a
 /// low-rank branch is drawn from the linear's key [2] uint32, again in the backward pass.
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,

@@ -53,6 +53,7 @@ def layer_ops(dtype):
     for how in ({"base": 1e4}, {"freqs": mx.ones(24), "traditional": True}):
         y = mx.zeros((1, 4, 300, 64), dtype)
         differentiate(lambda y, how=how: ops.rope(y, 48, segments=[0, 100, 300], **how), y)
+    differentiate(lambda x: ops.take_rows(x, mx.array([[3, 1], [3, 9]])), x)
     rng = np.random.default_rng(0)
     name = str(dtype).split(".")[-1]
     for base in [
@@ -101,11 +102,30 @@ def compile_all():
     print("compiled")
 
 
+def compile_together():
+    """What is collected is compiled once, and found when it is called."""
+    from mlx_segtrain import _core, ops
+
+    load_compiler()
+    mx.set_default_device(mx.Device(mx.cpu))
+    x = mx.zeros((300, 128), mx.bfloat16)
+    counts = []
+    for _ in range(2):
+        _core.collect_kernels()
+        differentiate(lambda g, u: ops.swiglu(g, u, impl="kernel"), x, x)
+        counts.append(_core.compile_kernels())
+    differentiate(lambda g, u: ops.swiglu(g, u, impl="kernel"), x, x)
+    print(counts)
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or os.uname().machine != "x86_64", reason="the compiler is for Linux"
 )
-def test_every_kernel_compiles(tmp_path):
-    command = [sys.executable, "-c", "import test_cuda_text; test_cuda_text.compile_all()"]
+@pytest.mark.parametrize(
+    ("what", "says"), [("compile_all", "compiled"), ("compile_together", "[2, 0]")]
+)
+def test_every_kernel_compiles(tmp_path, what, says):
+    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{what}()"]
     for other in ("cudnn", "cusparselt"):  # which come with a torch for CUDA
         (tmp_path / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
@@ -113,4 +133,4 @@ def test_every_kernel_compiles(tmp_path):
     env = {**os.environ, DEVICE: "90", "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "compiled\n"
+    assert done.stdout == f"{says}\n"

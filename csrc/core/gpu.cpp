@@ -1,6 +1,9 @@
 #include "core/gpu.h"
 
+#include <atomic>
+#include <future>
 #include <mutex>
+#include <thread>
 
 #include "core/cuda_compiler.h"
 #include "kernel_texts.h"
@@ -131,25 +134,41 @@ std::string cuda_source(const std::string& name, const Text& text, const Arrays&
   return source + text.source + "\n}\n}\n";
 }
 
-/// The kernel's binary for this device, compiled once a process. MLX's own JIT would put two seconds of
-/// headers before every kernel, and has no place for launch bounds.
-const std::string& cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
+/// Binaries for this device, compiled once a process; and the sources of those that a graph needs which is
+/// only written down. MLX's own JIT would put two seconds of headers before every kernel, and has no place
+/// for launch bounds.
+struct Binaries {
+  struct Source {
+    std::string name, text;
+  };
+  std::mutex lock;
+  std::map<std::string, std::string> known;
+  std::map<std::string, Source> wanted;
+  bool collects = false;
+};
+Binaries& binaries() {
+  static Binaries all;
+  return all;
+}
+
+/// The kernel's binary; nullptr if it is wanted and will be compiled later.
+const std::string* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
                                const std::vector<mx::Dtype>& dtypes, const Template& arguments,
                                const Grid& grid) {
-  static std::mutex lock;
-  static std::map<std::string, std::string> known;
   std::ostringstream key;
   key << name << ' ' << grid.threads << ' ' << grid.shared_memory << ' ' << grid.at_once;
   for (const auto& x : inputs) key << ' ' << x.dtype();
   for (const auto& dtype : dtypes) key << ' ' << dtype;
   for (const auto& [_, value] : arguments) std::visit([&](const auto& x) { key << ' ' << x; }, value);
-  std::lock_guard guard(lock);
-  auto found = known.find(key.str());
-  if (found == known.end()) {
+  auto& all = binaries();
+  std::lock_guard guard(all.lock);
+  auto found = all.known.find(key.str());
+  if (found == all.known.end()) {
     auto source = cuda_source(name, text, inputs, dtypes, arguments, grid);
-    found = known.emplace(key.str(), compile_cuda(name, source, compute_capability())).first;
+    if (all.collects) return all.wanted.insert({key.str(), {name, source}}), nullptr;
+    found = all.known.emplace(key.str(), compile_cuda(name, source, compute_capability())).first;
   }
-  return found->second;
+  return &found->second;
 }
 
 }  // namespace
@@ -171,9 +190,9 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   auto [x, y, z] = grid.groups;
   const std::tuple threads{x * grid.threads, y, z}, group{grid.threads, 1, 1};
   if (gpu() == Gpu::cuda) {
-    const auto& binary = cuda_binary(name, text, inputs, dtypes, arguments, grid);
-    if (!dry_run())
-      return mx::fast::precompiled_cuda_kernel(name, binary, inputs, shapes, dtypes, {}, threads, group,
+    const auto* binary = cuda_binary(name, text, inputs, dtypes, arguments, grid);
+    if (!dry_run() && !collects_kernels())
+      return mx::fast::precompiled_cuda_kernel(name, *binary, inputs, shapes, dtypes, {}, threads, group,
                                                grid.shared_memory, std::nullopt, true, s);
     Arrays nothing;
     for (size_t i = 0; i < shapes.size(); ++i) nothing.push_back(mx::zeros(shapes[i], dtypes[i], s));
@@ -183,6 +202,42 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
   auto kernel = mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header);
   return kernel(inputs, shapes, dtypes, threads, group, arguments, std::nullopt, false, s);
+}
+
+bool collects_kernels() {
+  auto& all = binaries();
+  std::lock_guard guard(all.lock);
+  return all.collects;
+}
+
+void collect_kernels() {
+  auto& all = binaries();
+  std::lock_guard guard(all.lock);
+  all.collects = true;
+}
+
+size_t compile_kernels() {
+  auto& all = binaries();
+  std::lock_guard guard(all.lock);
+  all.collects = false;
+  std::vector<std::future<void>> running;
+  std::vector<std::pair<std::string, std::string>> made(all.wanted.size());
+  std::atomic<size_t> next = 0;
+  std::vector<std::pair<std::string, Binaries::Source>> wanted(all.wanted.begin(), all.wanted.end());
+  auto work = [&] {
+    for (size_t i; (i = next++) < wanted.size();) try {
+        made[i] = {wanted[i].first,
+                   compile_cuda(wanted[i].second.name, wanted[i].second.text, compute_capability())};
+      } catch (const std::runtime_error&) {  // the call that needs it says so
+      }
+  };
+  const size_t threads = std::min<size_t>(wanted.size(), std::max(1u, std::thread::hardware_concurrency()));
+  for (size_t i = 0; i < threads; ++i) running.push_back(std::async(std::launch::async, work));
+  for (auto& own : running) own.get();
+  for (auto& [key, binary] : made)
+    if (!binary.empty()) all.known.emplace(key, std::move(binary));
+  all.wanted.clear();
+  return made.size();
 }
 
 void switch_off(const std::string& kernel, const std::string& reason) {

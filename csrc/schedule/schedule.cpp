@@ -2,7 +2,7 @@
 #include <deque>
 #include <set>
 
-#include "core/kernel.h"
+#include "core/gpu.h"
 #include "mlx/primitives.h"
 #include "segtrain.h"
 
@@ -70,7 +70,7 @@ class Runner {
       }
       for (int value : move.drops) values_[value].reset();
       settle();
-      mx::async_eval(made);
+      begin(made);
       running_ = std::move(made);
     }
     settle();
@@ -92,9 +92,14 @@ class Runner {
   /// Waits for the move before, whose inner arrays die here: that no two run at a time is what bounds memory.
   void settle() {
     if (running_.empty()) return;
-    wait_(running_);
+    if (!collects_kernels()) wait_(running_);
     running_.clear();  // or what the next one uses up would stay until it has run
     if (watch_) watch_();
+  }
+
+  /// Nothing runs of a graph that is only written down.
+  static void begin(const Arrays& made) {
+    if (!collects_kernels()) mx::async_eval(made);
   }
 
   Arrays forward(const Move& move) {
@@ -147,7 +152,7 @@ class Runner {
       }
       under_way_.push_back(made);
     }
-    mx::async_eval(std::move(made));
+    begin(made);
   }
 
   Arrays backward(const Move& move) {

@@ -130,7 +130,7 @@ Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targ
       launch("head_loss", values, {{m}}, {mx::float32}, plain, {{tiles(m, THREADS), 1, 1}, THREADS}, s);
   if (!needs_grad) return out;
   auto index = mx::clip(targets, mx::array(0), mx::array(vocabulary - 1), s);
-  auto own = rows_of(call.head, [&](const mx::array& x) { return mx::take(x, index, 0, s); });
+  auto own = rows_of(call.head, [&](const mx::array& x) { return take_rows(x, index, "auto", s); });
   values.insert_or_assign("w", unpack({own}, dtype, {}, {}, s));
   values.insert_or_assign("sum", sum);
   out.push_back(launch("head_dh", values, {h.shape()}, {dtype}, plain, {{m, 1, 1}, THREADS}, s)[0]);
@@ -203,7 +203,7 @@ std::optional<mx::array> rows_with_target(const HeadCall& call) {
 
 HeadCall some_rows(HeadCall call, const mx::array& index) {
   call.M = index.shape(0);
-  call.targets = mx::take(call.targets, index, 0, call.s);
+  call.targets = take_rows(call.targets, index, "auto", call.s);
   return call;
 }
 

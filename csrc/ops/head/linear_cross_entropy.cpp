@@ -80,8 +80,8 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
     if (auto index = rows_with_target(call)) {
       if (!index->size()) return mx::array(0.0f);
       call = some_rows(call, *index);
-      rows = mx::take(h, *index, 0, s);
-      loss.weights = mx::take(loss.weights, *index, 0, s);
+      rows = take_rows(h, *index, "auto", s);
+      loss.weights = take_rows(loss.weights, *index, "auto", s);
     }
     auto w = mx::where(mx::less(call.targets, mx::array(0), s), mx::array(0.0f), loss.weights, s);
     return mx::sum(mx::multiply(mx::stop_gradient(w, s), row_losses(call, rows, needs_grad), s), false, s);

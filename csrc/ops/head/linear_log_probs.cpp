@@ -85,7 +85,8 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   if (!index) return run(whole, h);
   auto none = mx::zeros({whole.M}, mx::float32, s);
   if (!index->size()) return none;
-  return mx::put_along_axis(none, *index, run(some_rows(whole, *index), mx::take(h, *index, 0, s)), 0, s);
+  return mx::put_along_axis(none, *index, run(some_rows(whole, *index), take_rows(h, *index, "auto", s)), 0,
+                            s);
 }
 
 const Binding binding([](nb::module_& m) {

@@ -26,6 +26,7 @@ from .layer import (
     Projection,
     chain,
     layer_of,
+    looked_up,
 )
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
@@ -213,14 +214,8 @@ def _finish(
 def _embedded(module: Any, tokens: mx.array, i: int, n: int) -> mx.array:
     """Part i of n alike of the tokens' rows of an embedding, dense or quantized."""
 
-    def part(name: str) -> Any:
-        x = module.get(name)
-        return None if x is None else x.reshape(x.shape[0], n, -1)[tokens, i]
-
-    if "scales" not in module:
-        return part("weight")
-    if module.scales.shape[1] % n:  # a group lies in two parts
-        x = module(tokens)
+    if "scales" in module and module.scales.shape[1] % n:  # a group lies in two parts
+        x = looked_up(module, tokens)
         size = x.shape[-1] // n
         return x[..., i * size : (i + 1) * size]
-    return mx.dequantize(part("weight"), part("scales"), part("biases"), **ops.packing(module))
+    return looked_up(module, tokens * n + i, n)

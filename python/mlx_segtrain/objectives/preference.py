@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .. import ops
 from ..data import Batch, Columns, Dataset, PairBatch
 from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
@@ -150,7 +151,7 @@ class Pairs(Objective):
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
             of_streams, (targets, *own) = reads[: -len(self.reads)], reads[-len(self.reads) :]
             pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
-            h = mx.concatenate([h.reshape(-1, h.shape[-1])[rows] for h, rows in pairs])
+            h = mx.concatenate([ops.take_rows(h.reshape(-1, h.shape[-1]), at) for h, at in pairs])
             log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
             return self._outputs(log_p, *own)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
 from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
@@ -68,7 +69,7 @@ class Sft(Objective):
             targets: mx.array,
             weights: mx.array,
         ) -> mx.array:
-            h = h.reshape(-1, h.shape[-1])[rows]
+            h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
             return chain.head.cross_entropy(params, h, targets, weights, needs_grad=needs_grad)
 
         return loss

@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from .. import _core
 from .._core import Base, Linear
-from . import reference
+from . import reference, selfcheck
 from .reference import Segments, packing, positions_of, segment_ranges
 from .selfcheck import on_gpu, self_check
 
@@ -43,6 +43,7 @@ __all__ = [
     "rows_of",
     "segment_ranges",
     "swiglu",
+    "take_rows",
 ]
 
 
@@ -87,6 +88,12 @@ def _face(
         return call
 
     return decorate
+
+
+def compile_together(write_down: Callable[[], None]) -> None:
+    """As selfcheck.compile_together, after the check, which evaluates."""
+    _check_device()
+    selfcheck.compile_together(write_down)
 
 
 @contextmanager
@@ -182,6 +189,12 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     return _core.rms_norm(x, weight, eps, impl=impl)
+
+
+@_face(reference.take_rows)
+def take_rows(x: mx.array, index: mx.array, *, impl: str = "auto") -> mx.array:
+    """x[index]. x [N, …], index […] of integers 0 … N − 1 → […, …], x's dtype."""
+    return _core.take_rows(x, index, impl=impl)
 
 
 @_face(reference.rope)

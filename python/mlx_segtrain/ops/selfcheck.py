@@ -94,16 +94,17 @@ def cotangent(call: Call) -> mx.array:
     return normal(call.plain(*call.args).shape, dtype=call.args[0].dtype, seed=1)[0]
 
 
+def value_and_gradients(f: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
+    """In float32; the last of the arrays is the cotangent."""
+    out, grads = mx.vjp(f, [*arrays[:-1]], [arrays[-1]])
+    return [x.astype(mx.float32) for x in (*out, *grads)]
+
+
 def relative_error(call: Call) -> float:
     """The largest of value and gradients."""
-
-    def run(f: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
-        out, grads = mx.vjp(f, [*arrays[:-1]], [arrays[-1]])
-        return [x.astype(mx.float32) for x in (*out, *grads)]
-
     arrays = [*call.args, cotangent(call)]
-    got = run(call.kernel, *arrays)
-    truth = run(call.plain, *(x.astype(mx.float32) for x in arrays))
+    got = value_and_gradients(call.kernel, *arrays)
+    truth = value_and_gradients(call.plain, *(x.astype(mx.float32) for x in arrays))
     errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]
     return float(mx.stack(errors).max())
 
@@ -117,6 +118,18 @@ def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array)
         mx.eval(mx.vjp(f, args, [dy]))
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:]) * 1e3
+
+
+def compile_together(write_down: Callable[[], None]) -> None:
+    """On CUDA compiles all kernels that the graph of this function needs at once, on all
+    processors. Nothing of that graph may be evaluated."""
+    if not (on_gpu() and mx.cuda.is_available()):
+        return
+    _core.collect_kernels()
+    try:
+        write_down()
+    finally:
+        _core.compile_kernels()
 
 
 def check_call(call: Call) -> Check:
@@ -133,7 +146,15 @@ def check_call(call: Call) -> Check:
 
 def check() -> list[Check]:
     """Compares every kernel of the default device with the plain code."""
-    return [check_call(call) for call in calls(CHECKED)]
+    found = list(calls(CHECKED))
+
+    def write_down() -> None:
+        for call in found:
+            with suppress(RuntimeError, ValueError):  # check_call gives the reason
+                value_and_gradients(call.kernel, *call.args, cotangent(call))
+
+    compile_together(write_down)
+    return [check_call(call) for call in found]
 
 
 def timed(checks: list[Check]) -> list[Check]:

@@ -105,6 +105,7 @@ def _train(
     with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
         keeper = Keeper(setup, log, made_of, warn)
         keeper.open(state, start, same)
+        step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
         with tracked(config, made_of.values["id"], warn) as track, Interrupts() as interrupts:

@@ -1,7 +1,7 @@
 """One optimizer step: gradients of its micro-batches, guards, update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
 from ..objectives import value_and_grad
+from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of
 from .optimizer import Optimizer, learning_rate
@@ -81,6 +82,16 @@ class Stepper:
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad[0]}")
         return new, outcome
 
+    def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
+        """Compiles the kernels that a step on batches like the first of these takes (CUDA)."""
+
+        def write_down() -> None:
+            batch = next(source)
+            params = self.setup.layout.split(at.vector)
+            self._value_and_grad(params, batch, self.setup.objective.total([batch]), 0)
+
+        compile_together(write_down)
+
     def gradient(self, at: Iterate, accumulated: list[AnyBatch]) -> tuple[list[float], mx.array]:
         """Outputs of the objective and gradient of its loss over all micro-batches."""
         total = self.setup.objective.total(accumulated)
@@ -98,9 +109,18 @@ class Stepper:
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[float], mx.array]:
         """Of one micro-batch; `draw` is which number of the run it is."""
+        outputs, grads = self._value_and_grad(params, batch, total, draw)
+        gradient = self.setup.layout.join(grads)
+        del grads
+        mx.eval(gradient)
+        return [float(x) for x in outputs], gradient
+
+    def _value_and_grad(
+        self, params: Grads, batch: AnyBatch, total: Any, draw: int
+    ) -> tuple[tuple[mx.array, ...], Grads]:
         setup, config = self.setup, self.setup.config
         rate = config.lora_dropout
-        outputs, grads = value_and_grad(
+        return value_and_grad(
             setup.objective,
             setup.chain,
             setup.scales,
@@ -111,10 +131,6 @@ class Stepper:
             dropout=Dropout(rate, config.seed, draw) if rate else None,
             watch=self.watch,
         )
-        gradient = setup.layout.join(grads)
-        del grads
-        mx.eval(gradient)
-        return [float(x) for x in outputs], gradient
 
 
 def _halted(
