@@ -44,6 +44,10 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
 
+/// What stands in its place in a dry run: zeros.
+Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
+                  std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s);
+
 /// Switches a kernel of the GPU off in this process, because it failed the self-check on this device.
 void switch_off(const std::string& kernel, const std::string& reason);
 
