@@ -106,6 +106,16 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
 mx::array take_rows(const mx::array& x, const mx::array& index, const std::string& impl,
                     mx::StreamOrDevice s);
 
+/// q and k, rotated as by `rope`, and v of linears that read the same x [B, T, ·] → [B, H, T, D], [B, G, T,
+/// D] and alike.
+Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, int heads, int groups, int dims,
+                bool traditional, std::optional<float> base, float scale,
+                const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
+                const std::string& impl, mx::StreamOrDevice s);
+
+/// o [B, H, T, D] → [B, T, H·D], as an output projection reads it.
+mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s);
+
 /// y of linears that read the same x [..., in] → [..., out] each, keeping x and x·a. Dropout p of x on a
 /// low-rank branch is drawn from the linear's key [2] uint32, again in the backward pass.
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
@@ -133,6 +143,9 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
 
 /// A quantized weight as an array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);
+
+/// The numbers of arrays one behind the other, as a float32 vector.
+mx::array join(const Arrays& arrays, mx::StreamOrDevice s);
 
 /// Row-major product a·b with optional transposes of the last two axes; through OpenBLAS or Accelerate on the
 /// CPU.

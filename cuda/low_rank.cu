@@ -107,25 +107,43 @@ __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z)
   }
 }
 
-/// Part `blockIdx.y` of the sum over rows zᵀ·x: [R, k], or [k, R] if TURNED. x [m, k], z [m, R]. A threadgroup has 128
-/// columns of x, a warp 16.
-template <int R, bool TURNED, typename T>
-__device__ void low_rank_outer(const T* x, const T* z, int m, int k, float* sums) {
+/// Up to three projections of one x: their ranks, which begin at multiples of 8, and their widths.
+struct Projections {
+  const int *ranks, *widths;
+  int k;
+
+  /// The projection that has rank r of all, 3 if none has; r becomes its own.
+  __device__ int of_rank(int& r) const {
+    int part = 0;
+    while (part < 3 && r >= (ranks[part] + 7) / 8 * 8) r -= (ranks[part++] + 7) / 8 * 8;
+    return part < 3 && r < ranks[part] ? part : 3;
+  }
+};
+
+/// Part `blockIdx.y` of the sums over rows that are the gradients of all projections' factors, one behind the other: da [k, r] =
+/// xᵀ·u and db [r, width] = scale·zᵀ·dy of each. x [m, k], dy [m, n], z and u [m, R]. A threadgroup has 128 columns of x or dy, a
+/// warp 16.
+template <int R, typename T>
+__device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, const Projections& all, int m, const float* scales,
+                               float* sums) {
   constexpr int ROWS = 64, LD = 128 + 8, LZ = R + 8, MT = R / 16, STAGE = ROWS * (LD + LZ);
   T* tiles = shared_tiles<T>();
-  const int warp = threadIdx.x / 32, col0 = blockIdx.x * 128;
+  const int n = all.widths[0] + all.widths[1] + all.widths[2], of_x = (all.k + 127) / 128;
+  const bool of_a = blockIdx.x < of_x;
+  const int warp = threadIdx.x / 32, k = of_a ? all.k : n, col0 = (blockIdx.x - (of_a ? 0 : of_x)) * 128;
+  const T *wide = of_a ? x : dy, *low = of_a ? u : z;
   const int length = (m + gridDim.y * ROWS - 1) / (gridDim.y * ROWS) * ROWS, begin = blockIdx.y * length, end = min(m, begin + length);
   auto copy = [&](int row0, int stage) {
     T *x_tile = tiles + stage * STAGE, *z_tile = x_tile + ROWS * LD;
     for (int i = threadIdx.x; i < ROWS * 16; i += WARPS * 32) {
       const int row = i / 16, col = i % 16 * 8;
       const bool ok = row0 + row < end && col0 + col < k;
-      copy_async<16>(shared_address(x_tile + row * LD + col), x + (ok ? static_cast<size_t>(row0 + row) * k + col0 + col : 0), ok);
+      copy_async<16>(shared_address(x_tile + row * LD + col), wide + (ok ? static_cast<size_t>(row0 + row) * k + col0 + col : 0), ok);
     }
     for (int i = threadIdx.x; i < ROWS * R / 8; i += WARPS * 32) {
       const int row = i / (R / 8), col = i % (R / 8) * 8;
       const bool ok = row0 + row < end;
-      copy_async<16>(shared_address(z_tile + row * LZ + col), z + (ok ? static_cast<size_t>(row0 + row) * R + col : 0), ok);
+      copy_async<16>(shared_address(z_tile + row * LZ + col), low + (ok ? static_cast<size_t>(row0 + row) * R + col : 0), ok);
     }
   };
   float sum[MT][2][4] = {};
@@ -147,60 +165,73 @@ __device__ void low_rank_outer(const T* x, const T* z, int m, int k, float* sums
       step<T, true>(sum, a, x_tile + row * LD + warp * 16, LD);
     }
   }
-  sums += static_cast<size_t>(blockIdx.y) * R * k;
+  int size = 0;
+  for (int i = 0; i < 3; ++i) size += all.ranks[i] * (all.k + all.widths[i]);
+  sums += static_cast<size_t>(blockIdx.y) * size;
 #pragma unroll
   for (int t = 0; t < MT; ++t)
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 4; i += 2) {  // values i and i + 1 are neighbours of one rank
+      int r = t * 16 + row_of(i), first = 0;
+      const int part = all.of_rank(r);
+      if (part == 3) continue;
+      const int rank = all.ranks[part], width = all.widths[part];
+      float* own = sums;
+      for (int j = 0; j < part; ++j) own += all.ranks[j] * (all.k + all.widths[j]), first += all.widths[j];
+      if (of_a) first = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = t * 16 + row_of(i), col = col0 + warp * 16 + n * 8 + col_of(i);
-        if (col < k) sums[TURNED ? static_cast<size_t>(col) * R + r : static_cast<size_t>(r) * k + col] = sum[t][n][i];
-      }
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int col = col0 + warp * 16 + n * 8 + col_of(i + j) - first;
+          if (of_a && col < all.k) own[static_cast<size_t>(col) * rank + r] = sum[t][n][i + j];
+          if (!of_a && col >= 0 && col < width)
+            own[static_cast<size_t>(all.k) * rank + static_cast<size_t>(r) * width + col] = scales[part] * sum[t][n][i + j];
+        }
+    }
 }
 
-/// The factors of up to three projections of one x as one: a side by side, scale·b as blocks of a diagonal; both as rows
-/// [R, ·] and as columns [·, R]. A thread has eight ranks of one column of a or b. `ranks` and `widths` are those of the
-/// projections; a projection's ranks begin at multiples of 8.
-template <int R, typename T>
-__device__ void low_rank_factors(const float* const (&a)[3], const float* const (&b)[3], const int* ranks, const int* widths,
-                                 int k, const float* scales, T* a_rows, T* a_columns, T* b_rows, T* b_columns) {
-  const int i = blockIdx.x * 256 + threadIdx.x, n = widths[0] + widths[1] + widths[2], r0 = blockIdx.y * 8;
+/// The factors of all projections as one: a side by side as rows [R, k], scale·b as blocks of a diagonal as columns [n, R], and
+/// what the way back takes besides: a as columns [k, R] if OF_A, else b as rows [R, n]. A thread has eight ranks of one column
+/// of a or b.
+template <int R, bool OF_A, typename T>
+__device__ void low_rank_factors(const float* const (&a)[3], const float* const (&b)[3], const Projections& all, const float* scales,
+                                 T* a_rows, T* b_columns, T* back) {
+  const int* widths = all.widths;
+  const int i = blockIdx.x * 256 + threadIdx.x, k = all.k, n = widths[0] + widths[1] + widths[2], r0 = blockIdx.y * 8;
   if (i >= k + n) return;
   const bool of_a = i < k;
   const int column = of_a ? i : i - k;
   // The projection that has these ranks, and the column's place in it.
-  int part = 0, own = column, first = r0;
-  while (part < 3 && first >= (ranks[part] + 7) / 8 * 8) {
-    first -= (ranks[part] + 7) / 8 * 8;
-    if (!of_a) own -= widths[part];
-    ++part;
-  }
+  int first = r0, own = column;
+  const int part = all.of_rank(first);
+  for (int j = 0; !of_a && j < part; ++j) own -= widths[j];
   const bool mine = part < 3 && (of_a || (own >= 0 && own < widths[part]));
-  const int count = mine ? min(8, ranks[part] - first) : 0;
+  const int count = mine ? min(8, all.ranks[part] - first) : 0;
   Pack<T> y;
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
     float x = 0;
     if (r < count)
-      x = of_a ? pick(a, part)[static_cast<size_t>(own) * ranks[part] + first + r]
+      x = of_a ? pick(a, part)[static_cast<size_t>(own) * all.ranks[part] + first + r]
                : scales[part] * pick(b, part)[static_cast<size_t>(first + r) * widths[part] + own];
     put(y.x[r], x);
-    (of_a ? a_rows : b_rows)[static_cast<size_t>(r0 + r) * (of_a ? k : n) + column] = y.x[r];
+    if (of_a) a_rows[static_cast<size_t>(r0 + r) * k + column] = y.x[r];
+    if (!of_a && !OF_A) back[static_cast<size_t>(r0 + r) * n + column] = y.x[r];
   }
-  *reinterpret_cast<Pack<T>*>((of_a ? a_columns : b_columns) + static_cast<size_t>(column) * R + r0) = y;
+  if (!of_a || OF_A) *reinterpret_cast<Pack<T>*>((of_a ? back : b_columns) + static_cast<size_t>(column) * R + r0) = y;
 }
 
 }  // namespace segtrain
 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs; all take R.
-// at = {m, k}, and of low_rank_factors {ranks of three projections, their widths, k}; args = {scales}.
+// at = {m, k}, where it is of projections {their three ranks, their widths, k, m}; args = {scales}.
 
 //: low_rank_widen: x l at -> wide z
 low_rank_widen<R>(x, l, at[0], at[1], wide, z);
 //: low_rank_up: wide l at -> y z
 low_rank_up<R>(wide, l, at[0], at[1], y, z);
-//: low_rank_outer: x z at -> sums
-low_rank_outer<R, TURNED>(x, z, at[0], at[1], sums);
-//: low_rank_factors: a0 a1 a2 b0 b1 b2 at args -> a_rows a_columns b_rows b_columns
-low_rank_factors<R>({a0, a1, a2}, {b0, b1, b2}, at, at + 3, at[6], args, a_rows, a_columns, b_rows, b_columns);
+//: low_rank_outer: x u dy z at args -> sums
+low_rank_outer<R>(x, u, dy, z, {at, at + 3, at[6]}, at[7], args, sums);
+//: low_rank_factors: a0 a1 a2 b0 b1 b2 at args -> a_rows b_columns back
+low_rank_factors<R, OF_A>({a0, a1, a2}, {b0, b1, b2}, {at, at + 3, at[6]}, args, a_rows, b_columns, back);

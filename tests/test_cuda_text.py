@@ -4,17 +4,25 @@ What runs here are the host's part of each call and CUDA's own compiler; only a 
 """
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
-from importlib import metadata
+from collections import Counter, defaultdict
+from importlib import import_module, metadata
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(
+        sys.platform != "linux" or os.uname().machine != "x86_64",
+        reason="the compiler is for Linux",
+    ),
+]
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "MLX_SEGTRAIN_DRY_RUN_CUDA"
@@ -70,6 +78,17 @@ def layer_ops(dtype):
                 x,
                 *factors_of(linears),
             )
+    rotation = {"base": 1e4, "segments": [0, 100, 300]}
+    for how in (rotation, {"freqs": mx.ones(8), "traditional": True}):
+        linears, _ = linears_of(rng, 128, [128, 64, 64], [8, 8, 8], BASES[1], name)
+        differentiate(
+            lambda x, *p, w=linears, how=how: ops.lora_qkv(
+                x[None], with_factors(w, p), 4, 2, 16, impl="kernel", **how
+            ),
+            x,
+            *factors_of(linears),
+        )
+    ops.join([x, x])
     for mode in (("mxfp4", 4, 32), ("nvfp4", 4, 16)):
         linears, _ = linears_of(rng, 128, [64], [0], mode, name)
         differentiate(lambda x, w=linears: ops.lora_linears(x, w, impl="kernel"), x)
@@ -118,14 +137,60 @@ def compile_together():
     print(counts)
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or os.uname().machine != "x86_64", reason="the compiler is for Linux"
-)
-@pytest.mark.parametrize(
-    ("what", "says"), [("compile_all", "compiled"), ("compile_together", "[2, 0]")]
-)
-def test_every_kernel_compiles(tmp_path, what, says):
-    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{what}()"]
+def launches_of_layers(n):
+    """Of n layers of a Llama with seven adapted linears each, forward and back."""
+    import mlx.nn as nn
+
+    from mlx_segtrain import _core
+    from mlx_segtrain.models import adapting, chain_of
+
+    module = import_module("mlx_lm.models.llama")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": n}
+    args = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4} | sizes | heads
+    model = module.Model(module.ModelArgs.from_dict(args))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    chain = chain_of(model)
+    adapter = adapting.init(chain, dict.fromkeys(chain.linears, 8), 1.0, 0)
+    params = adapting.stage_params(chain, adapter)
+    places = [(owner, name) for owner in params for name in sorted(params[owner])]
+    factors = [params[owner][name] for owner, name in places]
+
+    def run(h, *factors):
+        own = defaultdict(dict)
+        for (owner, name), x in zip(places, factors, strict=True):
+            own[owner][name] = x
+        values = {"h": h, "positions": mx.arange(h.shape[1])}
+        for stage in chain.stages(adapter.scales):
+            made = stage.fn(own[stage.owner], *(values[name] for name in stage.reads))
+            values["h"] = made[0] if isinstance(made, tuple) else made
+        return values["h"]
+
+    h = mx.zeros((1, 64, sizes["hidden_size"]), mx.bfloat16)
+    mx.eval(h, factors, model.parameters())
+    (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
+    return Counter(_core.launches([y, dh, _core.join(grads)]))
+
+
+def launches():
+    """Of one layer by name, without its norms, which are several ops of a CPU here."""
+    from mlx_segtrain import _core, ops
+
+    load_compiler()
+    mx.set_default_device(mx.Device(mx.cpu))
+    _core.set_repeatable(True)
+    x = mx.zeros((1, 64, 128), mx.bfloat16)
+    weight = mx.ones(128, mx.bfloat16)
+    mx.eval(x, weight)
+    (y,), (dx,) = mx.vjp(lambda x: ops.rms_norm(x, weight, 1e-5), [x], [x])
+    norm = Counter(_core.launches([y, dx]))
+    print(json.dumps(launches_of_layers(3) - launches_of_layers(2) - norm - norm))
+
+
+def dry_run(call, tmp_path):
+    """What a function of this file prints in a process where calls take the ways of a Hopper."""
+    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{call}()"]
     for other in ("cudnn", "cusparselt"):  # which come with a torch for CUDA
         (tmp_path / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
@@ -133,4 +198,19 @@ def test_every_kernel_compiles(tmp_path, what, says):
     env = {**os.environ, DEVICE: "90", "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == f"{says}\n"
+    return done.stdout
+
+
+def test_every_kernel_compiles(tmp_path):
+    assert dry_run("compile_all", tmp_path) == "compiled\n"
+
+
+def test_collected_kernels_compile_once(tmp_path):
+    assert dry_run("compile_together", tmp_path) == "[2, 0]\n"
+
+
+def test_launches_of_a_layer(tmp_path):
+    """What a short step takes is their number."""
+    counts = json.loads(dry_run("launches", tmp_path))
+    copies = [name for name in counts if name.startswith("copy for")]
+    assert sum(counts.values()) <= 50 and not copies, counts

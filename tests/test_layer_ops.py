@@ -1,5 +1,7 @@
 """Ops of several parts against the oracle: projections of one x, MLP, norm of a sum, heads."""
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -77,6 +79,78 @@ def test_lora_linears(impl, case, base, dtype):
         truth,
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", [None, [0, 7, 30, 65]])
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("dims,by_base", [(16, True), (8, False)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
+    if segments and impl == "stock":
+        pytest.skip("MLX's own rope takes no segments")
+    heads, groups, d, rows = 4, 2, 16, 65
+    freqs = 1e3 ** (np.arange(0, dims, 2) / dims)
+    how = {"traditional": traditional, "base": 1e4, "freqs": None}
+    if not by_base:
+        how |= {"base": None, "freqs": mx.array(freqs.astype(np.float32))}
+    rotation = {**how, "freqs": None if by_base else freqs}
+    rng = np.random.default_rng(26)
+    widths = [heads * d, groups * d, groups * d]
+    linears, exact = linears_of(rng, 96, widths, [16, 4, 16], ("affine", 4, 32), dtype)
+    x, x64 = rand(rng, 2, rows, 96, dtype=dtype)
+    shapes = [(2, n, rows, d) for n in (heads, groups, groups)]
+    dys, dys64 = zip(*(rand(rng, *shape, dtype=dtype) for shape in shapes), strict=True)
+
+    def rotated(y, sign=1):
+        at = {"scale": sign, "segments": segments[:-1] if segments else (0,)}
+        return oracle.rope(y, dims, **rotation, **at)
+
+    def turned(y):
+        return y.reshape(2, rows, -1, d).swapaxes(1, 2)
+
+    q, k, v = (turned(exact_linear(x64.reshape(-1, 96), *e)) for e in exact)
+    back = [rotated(dys64[0], -1), rotated(dys64[1], -1), dys64[2]]
+    flat = [dy.swapaxes(1, 2).reshape(2 * rows, -1) for dy in back]
+    parts = [
+        exact_linear_vjp(x64.reshape(-1, 96), *e, dy) for e, dy in zip(exact, flat, strict=True)
+    ]
+    truth = [rotated(q), rotated(k), v, sum(dx for dx, _ in parts).reshape(x64.shape)]
+    truth += [g for _, more in parts for g in more]
+
+    def run(x, *p, impl):
+        own = with_factors(linears, p)
+        return ops.lora_qkv(x, own, heads, groups, dims, segments=segments, impl=impl, **how)
+
+    compare(
+        functools.partial(run, impl=impl),
+        functools.partial(run, impl="reference"),
+        [x, *factors_of(linears)],
+        list(dys),
+        truth,
+        dtype,
+    )
+
+
+def test_merge_heads():
+    rng = np.random.default_rng(27)
+    (o, o64), (dy, dy64) = rand(rng, 2, 3, 5, 4), rand(rng, 2, 5, 12)
+    (y,), (do,) = mx.vjp(lambda o: ops.merge_heads(o), [o], [dy])
+    np.testing.assert_array_equal(f64(y), o64.swapaxes(1, 2).reshape(2, 5, 12))
+    np.testing.assert_array_equal(f64(do), dy64.reshape(2, 5, 3, 4).swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+def test_join(n):
+    """Of shapes and dtypes that differ, one of them no row of memory."""
+    rng = np.random.default_rng(n)
+    arrays, exact = zip(*(rand(rng, 1 + i % 5, 3 * i % 4 + 1) for i in range(n)), strict=True)
+    arrays, exact = [arrays[0].T.astype(mx.float16), *arrays], [exact[0].T, *exact]
+    joined = ops.join(arrays)
+    truth = np.concatenate([x.reshape(-1) for x in exact])
+    assert joined.dtype == mx.float32
+    np.testing.assert_allclose(f64(joined), truth, rtol=1e-3)
+    np.testing.assert_array_equal(f64(joined)[exact[0].size :], truth[exact[0].size :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

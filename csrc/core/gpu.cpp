@@ -4,6 +4,7 @@
 #include <future>
 #include <mutex>
 #include <thread>
+#include <unordered_map>
 
 #include "core/cuda_compiler.h"
 #include "kernel_texts.h"
@@ -142,8 +143,8 @@ struct Binaries {
     std::string name, text;
   };
   std::mutex lock;
-  std::map<std::string, std::string> known;
-  std::map<std::string, Source> wanted;
+  std::unordered_map<std::string, std::string> known;
+  std::unordered_map<std::string, Source> wanted;
   bool collects = false;
 };
 Binaries& binaries() {
@@ -155,18 +156,25 @@ Binaries& binaries() {
 const std::string* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
                                const std::vector<mx::Dtype>& dtypes, const Template& arguments,
                                const Grid& grid) {
-  std::ostringstream key;
-  key << name << ' ' << grid.threads << ' ' << grid.shared_memory << ' ' << grid.at_once;
-  for (const auto& x : inputs) key << ' ' << x.dtype();
-  for (const auto& dtype : dtypes) key << ' ' << dtype;
-  for (const auto& [_, value] : arguments) std::visit([&](const auto& x) { key << ' ' << x; }, value);
+  std::string key = name + ' ';  // and numbers: printing them would take longer than the launch
+  auto add = [&](auto x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); };
+  for (int x : {grid.threads, grid.shared_memory, grid.at_once}) add(x);
+  for (const auto& x : inputs) add(x.dtype().val());
+  for (const auto& dtype : dtypes) add(dtype.val());
+  for (const auto& [_, value] : arguments)
+    if (auto dtype = std::get_if<mx::Dtype>(&value))
+      add(dtype->val());
+    else if (auto number = std::get_if<int>(&value))
+      add(*number);
+    else
+      add(std::get<bool>(value));
   auto& all = binaries();
   std::lock_guard guard(all.lock);
-  auto found = all.known.find(key.str());
+  auto found = all.known.find(key);
   if (found == all.known.end()) {
     auto source = cuda_source(name, text, inputs, dtypes, arguments, grid);
-    if (all.collects) return all.wanted.insert({key.str(), {name, source}}), nullptr;
-    found = all.known.emplace(key.str(), compile_cuda(name, source, compute_capability())).first;
+    if (all.collects) return all.wanted.insert({key, {name, source}}), nullptr;
+    found = all.known.emplace(key, compile_cuda(name, source, compute_capability())).first;
   }
   return &found->second;
 }
@@ -194,9 +202,7 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
     if (!dry_run() && !collects_kernels())
       return mx::fast::precompiled_cuda_kernel(name, *binary, inputs, shapes, dtypes, {}, threads, group,
                                                grid.shared_memory, std::nullopt, true, s);
-    Arrays nothing;
-    for (size_t i = 0; i < shapes.size(); ++i) nothing.push_back(mx::zeros(shapes[i], dtypes[i], s));
-    return nothing;
+    return dry_launch(name, inputs, std::move(shapes), std::move(dtypes), s);
   }
   // MLX keeps compiled kernels by name: the text is part of the name.
   auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);

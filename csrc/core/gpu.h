@@ -50,6 +50,10 @@ void collect_kernels();
 size_t compile_kernels();
 bool collects_kernels();
 
+/// What stands in its place in a dry run: zeros.
+Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
+                  std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s);
+
 /// Switches a kernel of the GPU off in this process, because it failed the self-check on this device.
 void switch_off(const std::string& kernel, const std::string& reason);
 

@@ -4,8 +4,6 @@
 #include <malloc.h>
 #endif
 
-#include <cstdlib>
-
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
@@ -23,14 +21,6 @@ std::string choose(const std::string& op, const std::string& impl, const std::ve
   }
   check(false, "[", op, "] impl must be 'auto', 'reference'", names, "; got '", impl, "'.");
   return {};
-}
-
-int dry_run() {
-  static const int capability = [] {
-    const char* text = std::getenv("MLX_SEGTRAIN_DRY_RUN_CUDA");
-    return text ? std::atoi(text) : 0;
-  }();
-  return capability;
 }
 
 bool on_cpu(mx::StreamOrDevice s) {

@@ -53,102 +53,132 @@ JointLinear::JointLinear(const std::vector<Linear>& linears, mx::Dtype dtype, mx
   r_ = padded_ranks(ranks_);
 }
 
-JointLinear::Factors JointLinear::prepare(const Arrays& ab) const {
-  if (!r_) return {};
-  std::vector<int32_t> at;
-  std::vector<float> scales;
-  std::map<std::string, mx::array> values;
+mx::array JointLinear::places(int rows) const {
+  std::vector<int32_t> at(ranks_);
+  at.resize(3);
+  at.insert(at.end(), widths_.begin(), widths_.end());
+  at.resize(6);
+  at.insert(at.end(), {k_, rows});
+  return device_ints(at);
+}
+
+mx::array JointLinear::scales() const {
+  auto scales = scales_;
+  scales.resize(3);
+  return device_floats(scales);
+}
+
+std::pair<mx::array, mx::array> JointLinear::product(const mx::array& x, bool transpose,
+                                                     const mx::array& beside, const mx::array& other) const {
+  const int m = x.shape(0), in = transpose ? k_ : n_, out = transpose ? n_ : k_;
+  const Template arguments{{"T", dtype_}, {"R", r_}};
+  const int at_once = r_ == 16 ? 4 : 1;  // more would not have the registers
+  const bool sum = in <= out, columns = sum == transpose;
+  auto w = unpack(bases_, dtype_, columns ? std::optional(beside) : std::nullopt,
+                  columns ? std::nullopt : std::optional(beside), s_);
+  if (transpose) w = mx::transpose(w, s_);
+  if (sum) {
+    auto wide = launch("low_rank_widen", {{"x", x}, {"l", other}, {"at", device_ints({m, in})}},
+                       {{m, in + r_}, {m, r_}}, {dtype_, dtype_}, arguments,
+                       {{tiles(m, 16), 1, 1}, 256, 0, at_once}, s_);
+    return {mx::matmul(wide[0], w, s_), wide[1]};
+  }
+  auto both =
+      launch("low_rank_up", {{"wide", mx::matmul(x, w, s_)}, {"l", other}, {"at", device_ints({m, out})}},
+             {{m, out}, {m, r_}}, {dtype_, dtype_}, arguments, {{tiles(m, 32), 4, 1}, 256, 0, at_once}, s_);
+  return {both[0], both[1]};
+}
+
+mx::array JointLinear::bias() const {
+  Arrays all;
+  for (const auto& base : bases_)
+    all.push_back(base.bias ? mx::astype(*base.bias, dtype_, s_) : mx::zeros({base.out()}, dtype_, s_));
+  return mx::concatenate(all, 0, s_);
+}
+
+JointLinear::Forward JointLinear::forward(const mx::array& x, const Arrays& ab) const {
+  auto with_bias = [&](const mx::array& y) {
+    bool any = std::any_of(bases_.begin(), bases_.end(), [](const Base& base) { return !!base.bias; });
+    return any ? mx::add(y, bias(), s_) : y;
+  };
+  if (!r_) {
+    auto w = unpack(bases_, dtype_, {}, {}, s_);
+    return {with_bias(mx::matmul(x, mx::transpose(w, s_), s_)), {}};
+  }
+  std::map<std::string, mx::array> values{{"at", places(0)}, {"args", scales()}};
   size_t next = 0;
   for (size_t i = 0; i < 3; ++i) {
     bool has = i < ranks_.size() && ranks_[i];
-    at.push_back(has ? ranks_[i] : 0);
-    scales.push_back(i < scales_.size() ? scales_[i] : 0);
     auto number = std::to_string(i);
     values.insert(
         {{"a" + number, f32(ab[has ? next : 0], s_)}, {"b" + number, f32(ab[has ? next + 1 : 1], s_)}});
     if (has) next += 2;
   }
-  for (size_t i = 0; i < 3; ++i) at.push_back(i < widths_.size() ? widths_[i] : 0);
-  at.push_back(k_);
-  values.insert({{"at", device_ints(at)}, {"args", device_floats(scales)}});
-  auto made = launch("low_rank_factors", values, {{r_, k_}, {k_, r_}, {r_, n_}, {n_, r_}},
-                     std::vector<mx::Dtype>(4, dtype_), {{"T", dtype_}, {"R", r_}},
-                     {{tiles(k_ + n_, 256), r_ / 8, 1}, 256}, s_);
-  return {made[0], made[1], made[2], made[3]};
+  // With x the narrower side [x z]·[W b]ᵀ, and back dy·[W b] = [dx u]; else x·[W; aᵀ]ᵀ and [dy u]·[W; aᵀ].
+  // Of as many columns x is widened, and so is dy.
+  const bool of_a = k_ < n_;
+  auto made =
+      launch("low_rank_factors", values, {{r_, k_}, {n_, r_}, of_a ? mx::Shape{k_, r_} : mx::Shape{r_, n_}},
+             std::vector<mx::Dtype>(3, dtype_), {{"T", dtype_}, {"R", r_}, {"OF_A", of_a}},
+             {{tiles(k_ + n_, 256), r_ / 8, 1}, 256}, s_);
+  const auto &a_rows = made[0], &b_columns = made[1], &back = made[2];
+  auto [y, z] = k_ <= n_ ? product(x, true, b_columns, a_rows) : product(x, true, a_rows, b_columns);
+  return {with_bias(y), {z, of_a ? b_columns : a_rows, back}};
 }
 
-JointLinear::Result JointLinear::product(const mx::array& x, bool transpose, const Factors& f) const {
-  auto times = [&](const mx::array& left, const mx::array& w) {
-    return mx::matmul(left, transpose ? mx::transpose(w, s_) : w, s_);
-  };
-  if (!r_) return {times(x, unpack(bases_, dtype_, {}, {}, s_)), {}};
-  const int m = x.shape(0), in = transpose ? k_ : n_, out = transpose ? n_ : k_;
-  const auto& down = transpose ? f.a_rows : f.b_rows;
-  const auto& up = transpose ? f.b_columns : f.a_columns;
-  const Template arguments{{"T", dtype_}, {"R", r_}};
-  const int at_once = r_ == 16 ? 4 : 1;  // more would not have the registers
-  // What stands beside or below the weight is summed over, or makes columns of the result.
-  const bool sum = in <= out, beside = sum == transpose;
-  auto w = unpack(bases_, dtype_, beside ? f.b_columns : std::nullopt, beside ? std::nullopt : f.a_rows, s_);
-  if (sum) {
-    auto wide = launch("low_rank_widen", {{"x", x}, {"l", *down}, {"at", device_ints({m, in})}},
-                       {{m, in + r_}, {m, r_}}, {dtype_, dtype_}, arguments,
-                       {{tiles(m, 16), 1, 1}, 256, 0, at_once}, s_);
-    return {times(wide[0], w), wide[1]};
-  }
-  auto both =
-      launch("low_rank_up", {{"wide", times(x, w)}, {"l", *up}, {"at", device_ints({m, out})}},
-             {{m, out}, {m, r_}}, {dtype_, dtype_}, arguments, {{tiles(m, 32), 4, 1}, 256, 0, at_once}, s_);
-  return {both[0], both[1]};
-}
-
-JointLinear::Result JointLinear::forward(const mx::array& x, const Factors& f) const {
-  auto result = product(x, true, f);
-  if (std::none_of(bases_.begin(), bases_.end(), [](const Base& base) { return base.bias.has_value(); }))
-    return result;
-  Arrays bias;
-  for (const auto& base : bases_)
-    bias.push_back(base.bias ? mx::astype(*base.bias, dtype_, s_) : mx::zeros({base.out()}, dtype_, s_));
-  result.y = mx::add(result.y, mx::concatenate(bias, 0, s_), s_);
-  return result;
-}
-
-JointLinear::Result JointLinear::dx(const mx::array& dy, const Factors& f) const {
-  return product(dy, false, f);
-}
-
-/// Σ over rows lowᵀ·x: [R, columns of x], or its transpose.
-mx::array JointLinear::outer(const mx::array& x, const mx::array& low, bool turned) const {
-  const int m = x.shape(0), n = x.shape(1), columns = tiles(n, 128);
-  const int parts = std::clamp(264 / columns, 1, tiles(m, 256));
-  auto shape = turned ? mx::Shape{parts, n, r_} : mx::Shape{parts, r_, n};
-  auto sums = launch("low_rank_outer", {{"x", x}, {"z", low}, {"at", device_ints({m, n})}}, {shape},
-                     {mx::float32}, {{"T", dtype_}, {"R", r_}, {"TURNED", turned}},
-                     {{columns, parts, 1}, 256, 2 * 64 * (128 + 8 + r_ + 8) * 2}, s_)[0];
-  return parts == 1 ? mx::squeeze(sums, 0, s_) : mx::sum(sums, 0, false, s_);
+JointLinear::Backward JointLinear::dx(const mx::array& dy, const Arrays& kept) const {
+  if (!r_) return {mx::matmul(dy, unpack(bases_, dtype_, {}, {}, s_), s_), {}};
+  auto [dx, u] = product(dy, false, kept[1], kept[2]);
+  return {dx, u};
 }
 
 Arrays JointLinear::gradients(const Arrays& ab, const mx::array& x, const mx::array& dy, const mx::array& z,
                               const mx::array& u) const {
-  auto da = outer(x, u, true), db = outer(dy, z, false);
-  Arrays all;
-  int row = 0, column = 0;
-  for (size_t i = 0; i < ranks_.size(); column += widths_[i++]) {
-    if (!ranks_[i]) continue;
-    auto grad_a = mx::slice(da, {0, row}, {k_, row + ranks_[i]}, s_);
-    auto grad_b = mx::slice(db, {row, column}, {row + ranks_[i], column + widths_[i]}, s_);
-    all.push_back(mx::astype(grad_a, ab[all.size()].dtype(), s_));
-    all.push_back(mx::astype(mx::multiply(grad_b, mx::array(scales_[i]), s_), ab[all.size()].dtype(), s_));
-    row += up_to(ranks_[i], 8);
-  }
-  return all;
+  const int m = x.shape(0), columns = tiles(k_, 128) + tiles(n_, 128);
+  const int parts = std::clamp(264 / columns, 1, tiles(m, 256));
+  int size = 0;
+  for (size_t i = 0; i < ranks_.size(); ++i) size += ranks_[i] * (k_ + widths_[i]);
+  auto all = launch("low_rank_outer",
+                    {{"x", x}, {"u", u}, {"dy", dy}, {"z", z}, {"at", places(m)}, {"args", scales()}},
+                    {{parts, size}}, {mx::float32}, {{"T", dtype_}, {"R", r_}},
+                    {{columns, parts, 1}, 256, 2 * 64 * (128 + 8 + r_ + 8) * 2}, s_)[0];
+  if (parts > 1) all = mx::sum(all, 0, true, s_);
+  Arrays grads;
+  int begin = 0;
+  auto next = [&](const mx::array& factor) {
+    const int n = static_cast<int>(factor.size());
+    auto grad = mx::reshape(mx::slice(all, {0, begin}, {1, begin + n}, s_), factor.shape(), s_);
+    begin += n;
+    return mx::astype(grad, factor.dtype(), s_);
+  };
+  for (const auto& factor : ab) grads.push_back(next(factor));
+  return grads;
 }
 
-Arrays JointLinear::split(const mx::array& y) const {
-  if (widths_.size() == 1) return {y};
-  mx::Shape ends;
-  for (size_t i = 0, end = 0; i + 1 < widths_.size(); ++i) ends.push_back(end += widths_[i]);
-  return mx::split(y, ends, -1, s_);
+Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears,
+                     const std::function<Arrays(const mx::array&)>& split,
+                     const std::function<mx::array(const Arrays&)>& join, mx::StreamOrDevice s) {
+  const JointLinear all(linears, x.dtype(), s);
+  auto ab = [](const Arrays& p) { return Arrays(p.begin() + 1, p.end()); };
+  auto forward = [=](const Arrays& p) {
+    auto [y, kept] = all.forward(p[0], ab(p));
+    auto parts = split(y);
+    parts.insert(parts.end(), kept.begin(), kept.end());
+    return parts;
+  };
+  auto vjp = [=, n = linears.size(), dtype = x.dtype()](const Arrays& p, const Arrays& dys,
+                                                        const Arrays& made) {
+    const Arrays kept(made.begin() + n, made.end());
+    Arrays parts;
+    for (const auto& dy : dys) parts.push_back(mx::astype(dy, dtype, s));
+    auto dy = join(parts);
+    auto [dx, u] = all.dx(dy, kept);
+    if (!u) return Arrays{dx};
+    auto grads = all.gradients(ab(p), p[0], dy, kept[0], *u);
+    grads.insert(grads.begin(), after(dx, grads));
+    return grads;
+  };
+  return with_vjp(primals_of(x, linears), linears.size(), forward, vjp);
 }
 
 }  // namespace segtrain

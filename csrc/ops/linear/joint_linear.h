@@ -19,36 +19,46 @@ class JointLinear {
 
   JointLinear(const std::vector<Linear>& linears, mx::Dtype dtype, mx::StreamOrDevice s);
 
-  struct Factors {
-    std::optional<mx::array> a_rows, a_columns, b_rows, b_columns;  ///< in the activations' dtype; b scaled
-  };
-  /// `ab`: a and b of those linears that have them.
-  Factors prepare(const Arrays& ab) const;
-
-  /// A product, and [M, R] of the low-rank branch (empty without one).
-  struct Result {
+  /// y, and what its backward pass takes: z [M, R] and factors in the activations' dtype; none without a
+  /// low-rank branch. `ab`: a and b of those linears that have them.
+  struct Forward {
     mx::array y;
-    std::optional<mx::array> low;
+    Arrays kept;
   };
-  Result forward(const mx::array& x, const Factors& f) const;  ///< {y, z}
-  Result dx(const mx::array& dy, const Factors& f) const;      ///< {dx, u = scale·dy·b}
+  Forward forward(const mx::array& x, const Arrays& ab) const;
 
-  /// Gradients of `ab`; z and u are [M, R].
+  /// dx, and u = scale·dy·b [M, R] if there is a low-rank branch.
+  struct Backward {
+    mx::array dx;
+    std::optional<mx::array> u;
+  };
+  Backward dx(const mx::array& dy, const Arrays& kept) const;
+
+  /// Gradients of `ab`.
   Arrays gradients(const Arrays& ab, const mx::array& x, const mx::array& dy, const mx::array& z,
                    const mx::array& u) const;
-  /// y by linear.
-  Arrays split(const mx::array& y) const;
 
  private:
-  mx::array outer(const mx::array& x, const mx::array& low, bool turned) const;
-  Result product(const mx::array& x, bool transpose, const Factors& f) const;
+  /// [x z]·[W b]ᵀ and the like: `beside` stands beside or below W, `other` makes the rest of the branch.
+  std::pair<mx::array, mx::array> product(const mx::array& x, bool transpose, const mx::array& beside,
+                                          const mx::array& other) const;
+  mx::array bias() const;
+  /// Ranks and widths as the kernels read them.
+  mx::array places(int rows) const;
+  mx::array scales() const;
 
   std::vector<Base> bases_;
   std::vector<float> scales_;
   std::vector<int> ranks_, widths_;
-  int k_, n_ = 0, r_;
+  int k_, n_ = 0, r_;  ///< in, out and ranks of all
   mx::Dtype dtype_;
   mx::StreamOrDevice s_;
 };
+
+/// What `split` makes of the y of linears that read x [M, in] as one product; `join` makes y's gradient of
+/// its parts'.
+Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears,
+                     const std::function<Arrays(const mx::array&)>& split,
+                     const std::function<mx::array(const Arrays&)>& join, mx::StreamOrDevice s);
 
 }  // namespace segtrain

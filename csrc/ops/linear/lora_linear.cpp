@@ -79,26 +79,11 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
 
 /// All of them as one product; x [M, in].
 Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamOrDevice s) {
-  JointLinear all(linears, x.dtype(), s);
-  auto ab = [](const Arrays& p) { return Arrays(p.begin() + 1, p.end()); };
-  auto forward = [=](const Arrays& p) {
-    auto [y, z] = all.forward(p[0], all.prepare(ab(p)));
-    auto out = all.split(y);
-    if (z) out.push_back(*z);
-    return out;
-  };
-  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) {
-    auto n = linears.size();
-    Arrays parts;
-    for (size_t i = 0; i < n; ++i) parts.push_back(mx::astype(dys[i], x.dtype(), s));
-    auto dy = n == 1 ? parts[0] : mx::concatenate(parts, -1, s);
-    auto [dx, u] = all.dx(dy, all.prepare(ab(p)));
-    if (!u) return Arrays{dx};
-    auto grads = all.gradients(ab(p), p[0], dy, y[n], *u);
-    grads.insert(grads.begin(), after(dx, grads));
-    return grads;
-  };
-  return with_vjp(primals_of(x, linears), linears.size(), forward, vjp);
+  mx::Shape ends;
+  for (size_t i = 0, end = 0; i + 1 < linears.size(); ++i) ends.push_back(end += linears[i].base.out());
+  return joint_linears(
+      x, linears, [=](const mx::array& y) { return ends.empty() ? Arrays{y} : mx::split(y, ends, -1, s); },
+      [=](const Arrays& dys) { return ends.empty() ? dys[0] : mx::concatenate(dys, -1, s); }, s);
 }
 
 }  // namespace

@@ -53,24 +53,27 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
     return of_down ? Arrays(p.begin() + c.at_down(), p.end())
                    : Arrays(p.begin() + 1, p.begin() + c.at_down());
   };
-  auto forward = [=](const Arrays& p) -> Arrays {
-    auto [gate_up, z] = both.forward(p[0], both.prepare(factors(p, false)));
-    auto h = glu_joint(c.gelu, gate_up, c.s);
-    auto [y, z_down] = down.forward(h, down.prepare(factors(p, true)));
-    return {y, gate_up, z.value_or(y), z_down.value_or(y)};
+  auto forward = [=](const Arrays& p) {
+    auto [gate_up, kept] = both.forward(p[0], factors(p, false));
+    auto [y, kept_down] = down.forward(glu_joint(c.gelu, gate_up, c.s), factors(p, true));
+    Arrays out{y, gate_up};
+    for (const auto* some : {&kept, &kept_down}) out.insert(out.end(), some->begin(), some->end());
+    return out;
   };
-  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) -> Arrays {
+  auto vjp = [=](const Arrays& p, const Arrays& dys, const Arrays& y) {
+    const auto at_down = y.end() - (c.down.a ? 3 : 0);
+    const Arrays kept(y.begin() + 2, at_down), kept_down(at_down, y.end());
     auto dy = mx::astype(dys[0], p[0].dtype(), c.s);
-    auto [dh, u_down] = down.dx(dy, down.prepare(factors(p, true)));
+    auto [dh, u_down] = down.dx(dy, kept_down);
     auto d_both = glu_joint_vjp(c.gelu, y[1], dh, c.s);
     Arrays of_both, of_down;
     if (u_down) {
       auto h = glu_joint(c.gelu, after(y[1], {d_both}), c.s);  // when dh is free
-      of_down = down.gradients(factors(p, true), h, dy, y[3], *u_down);
+      of_down = down.gradients(factors(p, true), h, dy, kept_down[0], *u_down);
       d_both = after(d_both, of_down);  // when h and gate_up are
     }
-    auto [dx, u] = both.dx(d_both, both.prepare(factors(p, false)));
-    if (u) of_both = both.gradients(factors(p, false), p[0], d_both, y[2], *u);
+    auto [dx, u] = both.dx(d_both, kept);
+    if (u) of_both = both.gradients(factors(p, false), p[0], d_both, kept[0], *u);
     Arrays grads{after(dx, of_both)};
     for (const auto* some : {&of_both, &of_down}) grads.insert(grads.end(), some->begin(), some->end());
     return grads;

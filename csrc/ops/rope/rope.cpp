@@ -1,5 +1,7 @@
 // Rotary embedding: MLX's own on GPUs; on the CPU, where that is a chain of small ops, ours. MLX's knows no
 // segments: with them it is ours on GPUs too, metal/rope.metal and cuda/rope.cu.
+#include "ops/rope/rope.h"
+
 #include <cmath>
 
 #include "core/binding.h"
@@ -85,7 +87,15 @@ std::string gpu_unfit(const mx::array& x) {
   return x.size() >= (1u << 31) ? "x has up to 2³¹ − 1 elements" : "";
 }
 
-/// Of tokens from `offset` on, in their segments; what is in none of them counts on.
+/// freqs[i] = base^(2i / dims)
+mx::array divisors_of(float base, int dims, mx::StreamOrDevice s) {
+  auto exponents =
+      mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s), mx::array(static_cast<float>(dims)), s);
+  return mx::power(mx::array(base), exponents, s);
+}
+
+}  // namespace
+
 std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments) {
   std::vector<int32_t> positions;
   auto segment = segments.begin();
@@ -97,23 +107,15 @@ std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments) {
   return positions;
 }
 
-/// freqs[i] = base^(2i / dims)
-mx::array divisors_of(float base, int dims, mx::StreamOrDevice s) {
-  auto exponents =
-      mx::divide(mx::arange(0.0, dims, 2.0, mx::float32, s), mx::array(static_cast<float>(dims)), s);
-  return mx::power(mx::array(base), exponents, s);
-}
-
-/// The same, of which a GPU has one array for all layers.
-mx::array device_divisors_of(float base, int dims) {
+mx::array device_divisors(int dims, std::optional<float> base, const std::optional<mx::array>& freqs,
+                          mx::StreamOrDevice s) {
+  if (freqs) return f32(*freqs, s);
   std::vector<float> divisors;
   for (int i = 0; i < dims; i += 2)
     divisors.push_back(
-        static_cast<float>(std::pow(static_cast<double>(base), static_cast<double>(i) / dims)));
+        static_cast<float>(std::pow(static_cast<double>(*base), static_cast<double>(i) / dims)));
   return device_floats(divisors);
 }
-
-}  // namespace
 
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
                int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
@@ -128,9 +130,7 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   if (choose("rope", impl, {kernel, stock}) == "stock")
     return mx::fast::rope(x, dims, traditional, base, scale, offset, freqs, s);
   const Rope c{dims, traditional, scale, positions_of(offset, x.shape(2), segments.value_or(Ranges{})), s};
-  auto divisors = freqs ? f32(*freqs, s)
-                  : cpu ? divisors_of(*base, dims, s)
-                        : device_divisors_of(*base, dims);
+  auto divisors = cpu && base ? divisors_of(*base, dims, s) : device_divisors(dims, base, freqs, s);
   auto rotate = [=, dtype = x.dtype()](const mx::array& y, bool back) {
     if (!cpu) return gpu_rotate(c, mx::astype(y, dtype, s), divisors, back);
     return mx::astype(cpu_rotate(c, y, divisors, back), dtype, s);

@@ -149,14 +149,19 @@ class Attention:
         result is what to save: it goes in as `saved` when this is run again.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
+        stream = linears.updates.stream
+        segments = stream.segments
+        if rows == x.shape[1] and not stream.branch and self._is_plain(linears, own):
+            q, *keys = self.rotate.of_linears(
+                x, [linears.of(p) for p in (self.q, *own)], self.heads, self.kv_heads, segments
+            )
+            o, kept = self._attend(q, keys, saved, save, segments)
+            return linears(o, self.o)[0], keys, kept
         if rows == x.shape[1]:
             q, *kv = linears(x, self.q, *own)
         else:
             (q,) = linears(x[:, -rows:], self.q)
             kv = linears(x, *own) if own else []
-
-        stream = linears.updates.stream
-        segments = stream.segments
 
         def keys_values(begin: int, end: int | None, position: int) -> list[mx.array]:
             if given:
@@ -165,19 +170,34 @@ class Attention:
             v = self._heads(kv[-1][:, begin:end], self.kv_heads, self.v_norm)
             return [self.rotate(k, position, segments), v]
 
+        def queries(begin: int, end: int | None, keys: mx.array) -> mx.array:
+            """Those rows, the last of these keys."""
+            own = self._heads(q[:, begin:end], self.heads, self.q_norm, self.wide_norms)
+            return self.rotate(own, keys.shape[2] - own.shape[2], segments)
+
         shared, branch = stream.shared, stream.branch
         if not branch:
             keys = keys_values(0, None, 0)
-            o, kept = self._attend(q, keys, saved, save, segments)
+            o, kept = self._attend(queries(0, None, keys[0]), keys, saved, save, segments)
             return linears(o, self.o)[0], keys, kept
         cut = (given[0].shape[2] if given else x.shape[1]) - branch
         main, other = keys_values(0, cut, 0), keys_values(cut, None, shared)
         seen = _joined([x[:, :, :shared] for x in main], other)
-        o, kept = self._attend(q[:, :-branch], main, saved[:2], save)
-        more, more_kept = self._attend(q[:, -branch:], seen, saved[2:], save)
+        o, kept = self._attend(queries(0, -branch, main[0]), main, saved[:2], save)
+        more, more_kept = self._attend(queries(-branch, None, seen[0]), seen, saved[2:], save)
         kept = [*kept, *more_kept] if kept and more_kept else []
         o = mx.concatenate([o, more], 1)
         return linears(o, self.o)[0], _joined(main, other), kept
+
+    def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
+        """Whether between the projections of x and attention there is nothing but rotation."""
+        norms = (self.q_norm, self.k_norm, self.v_norm)
+        return (
+            len(own) == 2
+            and linears.plain(self.q, *own)
+            and not any(norms)
+            and isinstance(self.rotate, Rotary)
+        )
 
     def _attend(
         self,
@@ -187,13 +207,10 @@ class Attention:
         save: bool,
         segments: ops.Segments | None = None,
     ) -> tuple[mx.array, Sequence[mx.array]]:
-        """q [B, n, ·], the last rows of those keys → output [B, n, ·], and what to save."""
+        """q [B, H, n, D], the last rows of those keys → output [B, n, ·], and what to save."""
         keys, values = keys_values
-        b, rows, _ = q.shape
-        offset = keys.shape[2] - rows
-        q = self.rotate(self._heads(q, self.heads, self.q_norm, self.wide_norms), offset, segments)
         if self.scale_q:
-            q = self.scale_q(q, offset, segments)
+            q = self.scale_q(q, keys.shape[2] - q.shape[2], segments)
         how: Any = {
             **{"scale": self.scale, "window": self.window, "softcap": self.softcap},
             "segments": segments,
@@ -202,7 +219,7 @@ class Attention:
             saved = ops.attention_forward(q, keys, values, **how)
         again = saved or None
         o = saved[0] if save and saved else ops.attention(q, keys, values, saved=again, **how)
-        return o.transpose(0, 2, 1, 3).reshape(b, rows, -1), saved
+        return ops.merge_heads(o), saved
 
     @staticmethod
     def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
@@ -537,6 +554,28 @@ def layer_of(
     )
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Our own op."""
+
+    dims: int
+    options: Mapping[str, Any]
+
+    def __call__(self, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
+        return ops.rope(x, self.dims, offset=offset, segments=segments, **self.options)
+
+    def of_linears(
+        self,
+        x: mx.array,
+        linears: Sequence[ops.Linear],
+        heads: int,
+        groups: int,
+        segments: ops.Segments | None,
+    ) -> list[mx.array]:
+        """q and k, rotated, and v."""
+        return ops.lora_qkv(x, linears, heads, groups, self.dims, segments=segments, **self.options)
+
+
 def rotary(rope: Any) -> Rotate:
     """mlx-lm's rotary module through our op; one that also scales its input stays as it is."""
     kind = type(rope).__name__
@@ -549,10 +588,7 @@ def rotary(rope: Any) -> Rotate:
         options = {"freqs": rope._freqs}
     else:
         return lambda x, offset, segments: _rotated(rope, x, offset, segments)
-    options["traditional"] = rope.traditional
-    return lambda x, offset, segments: ops.rope(
-        x, rope.dims, offset=offset, segments=segments, **options
-    )
+    return Rotary(rope.dims, {"traditional": rope.traditional, **options})
 
 
 def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import _core
-from .._core import Base, Linear
+from .._core import Base, Linear, join, merge_heads
 from . import reference, selfcheck
 from .reference import Segments, packing, positions_of, segment_ranges
 from .selfcheck import on_gpu, self_check
@@ -31,11 +31,14 @@ __all__ = [
     "dequantize",
     "dropout_key",
     "geglu",
+    "join",
     "linear_cross_entropy",
     "linear_log_probs",
     "lora_glu_mlp",
     "lora_linear",
     "lora_linears",
+    "lora_qkv",
+    "merge_heads",
     "packing",
     "positions_of",
     "rms_norm",
@@ -260,6 +263,33 @@ def lora_linears(
     x [..., in] → y [..., out] of each linear; with dropout, a key for each.
     """
     return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
+
+
+@_face(reference.lora_qkv)
+def lora_qkv(
+    x: mx.array,
+    linears: Sequence[Linear],
+    heads: int,
+    groups: int,
+    dims: int,
+    *,
+    traditional: bool = False,
+    base: float | None = None,
+    scale: float = 1.0,
+    freqs: mx.array | None = None,
+    segments: Segments | None = None,
+    impl: str = "auto",
+) -> list[mx.array]:
+    """q and k, rotated as `rope` does, and v, by three linears as `lora_linears` has them.
+
+    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. `segments` as for `attention`, of all rows.
+    On CUDA the heads are made of one product in one pass, and so is its gradient of theirs.
+    """
+    ranges = None if segments is None else segment_ranges(segments, x.shape[1])
+    how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
+    return _core.lora_qkv(
+        x, linears, heads, groups, dims, freqs=freqs, segments=ranges, impl=impl, **how
+    )
 
 
 @_face(reference.lora_glu_mlp, without=["tile_rows"])

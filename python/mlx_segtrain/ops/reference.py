@@ -234,6 +234,17 @@ def lora_linears(x, linears, *, dropout=0.0, keys=()):
     ]
 
 
+def lora_qkv(x, linears, heads, groups, dims, **how):
+    """heads of lora_linears, of which q and k go through rope"""
+    ys = lora_linears(x, linears)
+    q, k, v = (
+        y.reshape(*y.shape[:2], n, -1).transpose(0, 2, 1, 3)
+        for y, n in zip(ys, (heads, groups, groups), strict=True)
+    )
+    q, k = (rope(y, dims, **how) for y in (q, k))
+    return [q, k, v]
+
+
 def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):
     """u = scale·dy·bᵀ:  dx = dy·W + (u·aᵀ)', da = x'ᵀ·u, db = (scale·x'·a)ᵀ·dy. x, dy 2-D."""
     u, low = scale * dy @ b.T, dropped(x, dropout, key)

@@ -174,8 +174,14 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         shared=shape.shared,
         packed=shape.part > 0,
     )
-    # Without a norm rotation reads columns of the common product, and copies them first.
+    dora = batch.dora and stage.parameters > 0
+    # On CUDA heads are made of the common product in one pass, and then it is free (`lora_qkv`).
+    # Elsewhere rotation reads its columns and, without a norm between, copies them first.
+    plain = not (layer.q_norm or layer.v_norm or dora or batch.dropout or shape.branch)
+    one_pass = device.name == "cuda" and plain and k and layer.separate_values and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
+    if one_pass:
+        copies = -out * q - tokens * k
     forward = out * (h + 3 * q) + tokens * (h + 3 * k) + 2 * k * behind + both * q
     if device.gpu:
         backward = out * (2 * h + 6 * q) + tokens * (h + 4 * k)
@@ -187,7 +193,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
     kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # what it writes counts apart
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
-    if batch.dora and stage.parameters:  # what each linear gives is kept beside that stretched
+    if dora:  # what each linear gives is kept beside that stretched
         given = out * (q + h) + 2 * tokens * k
         kept, forward, backward = kept + given, forward + given, backward + given + out * q
     dropped = _core.dropout_bytes(device, max(tokens * h, out * q)) if batch.dropout else 0

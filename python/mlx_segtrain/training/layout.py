@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .. import ops
 from ..schedule import Grads, Params
 
 
@@ -30,8 +31,7 @@ class Layout:
 
     def join(self, params: Params) -> mx.array:
         """The factors, or their gradients, as a float32 vector."""
-        parts = [params[stage][name] for stage, name, _ in self.entries]
-        return mx.concatenate([part.astype(mx.float32).reshape(-1) for part in parts])
+        return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
     def split(self, vector: mx.array) -> Grads:
         """Views of the vector by stage and name."""

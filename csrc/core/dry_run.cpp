@@ -1,0 +1,106 @@
+// What stands in the place of CUDA's kernels in a dry run, and counts what a device would launch.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <set>
+
+#include "core/binding.h"
+#include "core/gpu.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+
+namespace segtrain {
+
+int dry_run() {
+  static const int capability = [] {
+    const char* text = std::getenv("MLX_SEGTRAIN_DRY_RUN_CUDA");
+    return text ? std::atoi(text) : 0;
+  }();
+  return capability;
+}
+
+namespace {
+
+class DryKernel : public mx::Primitive {
+ public:
+  DryKernel(mx::Stream s, std::string name) : Primitive(s), name_(std::move(name)) {}
+
+  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>& outputs) override {
+    for (auto& y : outputs) {
+      y.set_data(mx::allocator::malloc(y.nbytes()));
+      mx::cpu::get_command_encoder(stream()).dispatch(
+          [data = y.data<char>(), bytes = y.nbytes()] { std::memset(data, 0, bytes); });
+    }
+  }
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::logic_error("[" + name_ + "] is a dry run's.");
+  }
+  const char* name() const override { return name_.c_str(); }
+
+ private:
+  std::string name_;
+};
+
+/// Arrays without their memory that these are made of, each behind its inputs; siblings once.
+Arrays in_order(const Arrays& outputs) {
+  Arrays order;
+  std::set<std::uintptr_t> seen;
+  std::vector<std::pair<mx::array, size_t>> path;
+  auto enter = [&](const mx::array& x) {
+    if (!x.has_primitive() || x.status() != mx::array::Status::unscheduled || seen.count(x.id())) return;
+    seen.insert(x.id());
+    for (const auto& sibling : x.siblings()) seen.insert(sibling.id());
+    path.push_back({x, 0});
+  };
+  for (const auto& y : outputs)
+    for (enter(y); !path.empty();) {
+      auto& [x, next] = path.back();
+      if (next < x.inputs().size()) {
+        enter(mx::array(x.inputs()[next++]));
+      } else {
+        order.push_back(x);
+        path.pop_back();
+      }
+    }
+  return order;
+}
+
+/// Kernels that a CUDA device would launch for these arrays, by name. What shares the memory of its input
+/// launches none; one of ours copies inputs that do not lie in rows; a concatenation copies each.
+std::map<std::string, int> launches(const Arrays& outputs) {
+  check(dry_run(), "[launches] counts in a dry run only.");
+  std::map<std::string, int> counts;
+  const auto order = in_order(outputs);
+  std::vector<Arrays> inputs;
+  for (const auto& x : order) inputs.push_back(x.inputs());  // which evaluation takes from them
+  for (size_t i = 0; i < order.size(); ++i) {
+    auto x = order[i];
+    const auto primitive = x.primitive_ptr();
+    x.eval();
+    auto shares = [&](const mx::array& in) { return in.size() && in.buffer().ptr() == x.buffer().ptr(); };
+    if (!x.size() || std::any_of(inputs[i].begin(), inputs[i].end(), shares)) continue;
+    const bool own = dynamic_cast<const DryKernel*>(primitive.get()) != nullptr;
+    const std::string name = primitive->name();
+    counts[name] += name == "Concatenate" ? static_cast<int>(inputs[i].size()) : 1;
+    for (const auto& in : inputs[i])
+      if (own && !in.flags().row_contiguous) ++counts["copy for " + name];
+  }
+  return counts;
+}
+
+}  // namespace
+
+Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
+                  std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s) {
+  return mx::array::make_arrays(std::move(shapes), std::move(dtypes),
+                                std::make_shared<DryKernel>(mx::to_stream(s), name), inputs);
+}
+
+const Binding binding([](nb::module_& m) {
+  m.def("launches", &launches, "arrays"_a,
+        "Kernels by name that a CUDA device would launch for these arrays; in a dry run, which evaluates "
+        "them.");
+});
+
+}  // namespace segtrain

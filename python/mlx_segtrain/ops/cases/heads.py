@@ -1,0 +1,43 @@
+"""Heads of q, k and v of one product, q and k rotated, as CUDA makes them in one pass."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import mlx.core as mx
+
+from ... import _core
+from .. import reference, selfcheck
+from .linear import with_factors
+
+
+def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
+    """Rows of two, packed and not."""
+    if device != "cuda":
+        return
+    heads, groups, d, width = 4, 2, 64, 256
+    out = (heads + 2 * groups) * d
+    w, x = selfcheck.normal((out, width), (2, rows, width), dtype=mx.bfloat16)
+    a, b = selfcheck.normal((width, 8), (8, heads * d), seed=1)
+    ends = [0, heads * d, (heads + groups) * d, out]
+    linears = []
+    for begin, end in pairwise(ends):
+        base = _core.Base(*mx.quantize(w[begin:end] / 16, bits=4), group_size=64, bits=4)
+        linears.append(_core.Linear(base, a / 16, b[:, : end - begin], 0.5))
+    factors = [x for linear in linears for x in (linear.a, linear.b) if x is not None]
+    for traditional in (False, True):
+        segments = [(0, 7), (7, rows // 3), (rows // 3, rows)] if traditional else None
+
+        def run(x: mx.array, *ab: mx.array, how: bool = traditional, packed=segments) -> mx.array:
+            own = with_factors(linears, ab)
+            more = {"traditional": how, "base": 1e4, "segments": packed}
+            y = _core.lora_qkv(x, own, heads, groups, 48, **more)
+            return mx.concatenate(y, 1)
+
+        def plain(x: mx.array, *ab: mx.array, how: bool = traditional, packed=segments) -> mx.array:
+            own = with_factors(linears, ab)
+            ids = packed and [0, *(end for _, end in packed)]
+            more = {"traditional": how, "base": 1e4, "segments": ids}
+            return mx.concatenate(reference.lora_qkv(x, own, heads, groups, 48, **more), 1)
+
+        case = "neighbours, packed" if traditional else "halves"
+        yield selfcheck.Call("heads", case, run, plain, [x, *factors])
