@@ -130,6 +130,7 @@ class Packed:
             packing=True,
             max_length=longest,
             per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,  # Unsloth's own is 2
             max_steps=steps,
             learning_rate=1e-4,
             gradient_checkpointing=False,
