@@ -22,6 +22,8 @@ def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter)
     """(plan, best s, measured peak, measured peak of each move of the last step)."""
     import mlx.core as mx
 
+    from mlx_segtrain import ops
+
     objective, batch, of = steps.batch_of(vocabulary, length, round(length * loss), shared)
     of = dataclasses.replace(of, dora=adapter == "dora", dropout=adapter == "dropout")
     plan = steps.plan_of(shape, kind, of, adapter)
@@ -31,14 +33,15 @@ def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter)
         peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
 
-    step = steps.training_step(model, shape, plan, objective, batch, watch, adapter)
-    for _ in range(n_steps):
-        peaks.clear()
-        steps.reset_peak()
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-        peak = max([peak, mx.get_peak_memory(), *peaks])
+    step = steps.training_step(model, shape, plan, objective, batch, watch, adapter, of)
+    with ops.repeatable(True):
+        for _ in range(n_steps):
+            peaks.clear()
+            steps.reset_peak()
+            begin = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - begin)
+            peak = max([peak, mx.get_peak_memory(), *peaks])
     return plan, min(times), peak, peaks
 
 

@@ -19,10 +19,20 @@ import statistics
 import time
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 
-from step import RANK, SCALE, SHAPES, SUFFIXES, load, peft_model, ranks_of, shape_of
+from step import (
+    RANK,
+    SCALE,
+    SHAPES,
+    SUFFIXES,
+    load,
+    peft_model,
+    ranks_of,
+    run_plan,
+    shape_of,
+    stepper,
+)
 
 SUPERVISED = 0.55
 
@@ -114,10 +124,7 @@ def peft_step(name):
 
 def main():
     from mlx_segtrain import planning
-    from mlx_segtrain.models import adapting, chain_of
-    from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.objectives.sft import Sft
-    from mlx_segtrain.training.layout import Layout
 
     gpu = mx.default_device() != mx.Device(mx.cpu)
     parser = argparse.ArgumentParser(description="Times packed rows beside batches.")
@@ -141,29 +148,21 @@ def main():
     data = dataset(args.rows, min([2048, *args.packed]), vocabulary)
     ways = [(f"batch {n}", data, n) for n in args.batches]
     ways += [(f"packed {n}", data.in_rows_of(n), 1) for n in args.packed]
-    chain, objective = chain_of(model), Sft()
-    adapter = adapting.init(chain, ranks_of(shape), SCALE, 0)
-    params = adapting.stage_params(chain, adapter)
-    layout = Layout.of(params)
-
-    vector = layout.join(params)
-    optimizer = optim.AdamW(1e-4, bias_correction=True)
-    mx.eval(vector)
-
-    def step(plan, batch):
-        nonlocal vector
-        what = (objective, chain, adapter.scales, layout.split(vector), batch)
-        total = objective.total([batch])
-        (loss, *_), grads = value_and_grad(*what, total, cuts=lambda streams: plan.cuts)
-        gradient = {"factors": layout.join(grads)}
-        vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
-        mx.eval(vector, optimizer.state, loss)
-
-    cells = []
-    for own, data_of, rows in ways:
+    objective, cells = Sft(), []
+    runs = []
+    for _, data_of, rows in ways:
         (of,) = objective.batch_shapes(data_of, rows)
-        plan = planning.choose(shape, of, ranks_of(shape), planning.device(), budget)
-        cells.append(Cell(own, data_of, rows, functools.partial(step, plan), plan))
+        plan = planning.choose(shape, of, ranks_of(shape), planning.device(True), budget)
+        runs.append(run_plan(shape, of, plan))
+    take, at = stepper(model, shape, runs[0], objective, data)
+
+    def step(run, batch):
+        nonlocal at
+        take.plan = run
+        at, _ = take(at, [batch])
+
+    for run, (own, data_of, rows) in zip(runs, ways, strict=True):
+        cells.append(Cell(own, data_of, rows, functools.partial(step, run), run.planned))
     if args.peft:
         mx.set_cache_limit(24 << 30)  # torch takes what it needs beside it
         theirs = peft_step(name)
@@ -202,4 +201,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from mlx_segtrain import ops
+
+    with ops.repeatable(True):  # as `train` does
+        main()

@@ -1,7 +1,7 @@
 """One training step of this package beside its peers: same model, same tokens, one process a cell.
 
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
-                         [--cells segtrain:1 peft …] [--shared 0.9]
+                         [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
 LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
@@ -18,7 +18,10 @@ SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit w
     unsloth:keep  of a SHAPE on a GPU: Unsloth, 4 bits; unsloth:ckpt with checkpointing,
                   unsloth:offload with its own
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
-and said). `peak` is active memory of MLX; `rss` the process' own high-water mark.
+and said). `peak` is active memory of MLX; `rss` the process' own high-water mark. Steps of this
+package are those of `train`, which give the same bits again unless `--any-order` is given. On CUDA,
+where torch is there to trace them: `busy` is the part of a step in which the device runs a kernel,
+`of_peak` that of the work of a step's products, nothing recomputed, at the rate of one of 8192³.
 """
 
 import argparse
@@ -171,11 +174,11 @@ def batch_of(vocabulary, length, rows, shared=None):
     return Dpo(), pair, BatchShape(1, tuple(streams), 2 * min(rows, rest + 1))
 
 
-def plan_of(shape, kind, batch, adapter="lora"):
+def plan_of(shape, kind, batch, adapter="lora", repeats=True):
     """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
     from mlx_segtrain import planning
 
-    what = (shape, batch, ranks_of(shape, adapter), planning.device())
+    what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats))
     if kind.isdecimal():
         return planning.named(*what, int(kind))
     budget = 0 if kind == "min" else None if kind == "auto" else float(kind.removesuffix("GB"))
@@ -211,39 +214,61 @@ def reset_peak():
         mx.reset_peak_memory()
 
 
-def training_step(model, shape, plan, objective, batch, watch=None, kind="lora"):
-    """A function that takes a whole step by a plan, optimizer included."""
-    import mlx.core as mx
-    import mlx.optimizers as optim
+def run_plan(shape, batch, plan, repeats=True):
+    """A plan as a run has it."""
+    from mlx_segtrain import planning
+    from mlx_segtrain.planning.run import RunPlan
 
+    how = (ranks_of(shape), planning.device(repeats), plan.peak, None)
+    return RunPlan(shape, (batch,), *how, (plan,))
+
+
+def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
+    """What takes the steps of `train` on batches of a data set by a plan, and where it begins."""
+    import mlx.core as mx
+
+    from mlx_segtrain.config import TrainConfig
     from mlx_segtrain.models import adapting, chain_of
-    from mlx_segtrain.models.chain import Dropout
-    from mlx_segtrain.objectives import value_and_grad
     from mlx_segtrain.training.layout import Layout
+    from mlx_segtrain.training.setup import Setup
+    from mlx_segtrain.training.step import Stepper
 
     chain = chain_of(model)
     adapter = adapting.init(chain, ranks_of(shape, kind), SCALE, 0, dora=kind == "dora")
-    scales = adapter.scales
-    dropout = Dropout(0.1, 0, 0) if kind == "dropout" else None
     params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
     vector = layout.join(params)
     mx.eval(vector)
-    del adapter, params
-    total = objective.total([batch])
-    optimizer = optim.AdamW(1e-4, bias_correction=True)
+    dropout = 0.1 if kind == "dropout" else 0.0
+    config = TrainConfig.model_construct(learning_rate=1e-4, lora_dropout=dropout)
+    how = (run, model, chain, objective, adapter.scales, layout)
+    made = Stepper(Setup(config, None, data, None, [], *how), watch)
+    return made, made.optimizer.start(vector)
+
+
+def training_step(model, shape, plan, objective, batch, watch=None, kind="lora", of=None):
+    """A function that takes the step of `train` on one batch by a plan."""
+    import mlx.core as mx
+
+    from mlx_segtrain.data import Dataset, PairBatch, Row
+    from mlx_segtrain.data.encoding import Pair
+
+    def row(own):
+        return Row(own.tokens[0], own.weights[0], "made:1")
+
+    rows = (
+        [Pair.of(row(batch.chosen), row(batch.rejected), "made:1")]
+        if isinstance(batch, PairBatch)
+        else [row(batch)]
+    )
+    take, at = stepper(
+        model, shape, run_plan(shape, of, plan), objective, Dataset.of(rows), watch, kind
+    )
     mx.set_memory_limit(plan.limit)
 
     def step():
-        nonlocal vector
-        what = (objective, chain, scales, layout.split(vector), batch, total)
-        how = {"cuts": lambda streams: plan.cuts, "dropout": dropout, "watch": watch}
-        (loss, *_), grads = value_and_grad(*what, **how)
-        gradient = {"factors": layout.join(grads)}
-        del grads, what
-        vector = optimizer.apply_gradients(gradient, {"factors": vector})["factors"]
-        del gradient
-        mx.eval(vector, optimizer.state, loss)
+        nonlocal at
+        at, _ = take(at, [batch])
 
     return step
 
@@ -251,14 +276,51 @@ def training_step(model, shape, plan, objective, batch, watch=None, kind="lora")
 def segtrain(args, variant, shared=None):
     import mlx.core as mx
 
+    from mlx_segtrain import ops, planning
+
     model, vocabulary = load(args.model)
     shape = shape_of(args.model, model)
     objective, batch, of = batch_of(vocabulary, args.length, args.length - prompt(args), shared)
-    plan = plan_of(shape, variant or "auto", of)
-    step = training_step(model, shape, plan, objective, batch)
-    resting = mx.get_active_memory()
-    first, times = timed(step, args.steps)
-    return {"first_s": first, "times": times, "resting": resting, "peak": mx.get_peak_memory()}
+    with ops.repeatable(not args.any_order):
+        plan = plan_of(shape, variant or "auto", of, repeats=not args.any_order)
+        step = training_step(model, shape, plan, objective, batch, of=of)
+        resting = mx.get_active_memory()
+        first, times = timed(step, args.steps)
+        result = {"first_s": first, "times": times, "resting": resting, "planned": plan.peak}
+        result["peak"] = mx.get_peak_memory()
+        if mx.cuda.is_available():
+            least = planning.named(shape, of, ranks_of(shape), planning.device(), 0).work
+            result |= traced(step, least, statistics.median(times))
+    return result
+
+
+def traced(step, work, seconds):
+    """The part of a step in which the device runs a kernel, and of its products' rate, if torch is
+    there."""
+    import mlx.core as mx
+
+    try:
+        from torch.profiler import ProfilerActivity, profile  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        begin = time.perf_counter()
+        step()
+        took = time.perf_counter() - begin
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() or [])
+    busy = end = 0
+    for first, last in spans:  # kernels of a graph run side by side, too
+        busy += max(0, last - max(first, end))
+        end = max(end, last)
+    n, times = 8192, []
+    x, y = (mx.random.normal((n, n)).astype(mx.bfloat16) for _ in range(2))
+    mx.eval(x, y)
+    for _ in range(8):
+        begin = time.perf_counter()
+        mx.eval(x @ y)
+        times.append(time.perf_counter() - begin)
+    rate = 2 * n**3 / statistics.median(times[2:])
+    return {"busy": busy / 1e6 / took, "of_peak": work / seconds / rate}
 
 
 def dpo(args, variant):
@@ -413,6 +475,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--shared", type=float, default=0.0, help="part that both of a pair share")
     parser.add_argument("--limit-gb", type=float, help="mlx-lm waits for the device above it")
+    parser.add_argument("--any-order", action="store_true", help="as with deterministic: false")
     parser.add_argument(
         "--cells",
         nargs="+",
@@ -438,12 +501,16 @@ def main():
     print(f"{platform.platform()}, {os.cpu_count()} processors; {found}")
     rows = f"{args.length - prompt(args)} rows in the loss"
     print(f"{Path(args.model).name}, T={args.length}, rank {RANK} on all seven, {rows}")
-    print("cell          first_s  median_s    p20_s    p80_s  n  resting_gb  peak_gb  rss_gb")
+    print(
+        "cell          first_s  median_s    p20_s    p80_s  n  resting_gb  peak_gb planned_gb"
+        "  rss_gb  busy of_peak"
+    )
     for cell in args.cells:
         command = [sys.executable, __file__, "--cell", cell, "--model", args.model]
         command += ["--length", str(args.length), "--steps", str(args.steps)]
         command += ["--loss-rows", str(args.loss_rows), "--shared", str(args.shared)]
         command += ["--limit-gb", str(args.limit_gb)] if args.limit_gb else []
+        command += ["--any-order"] if args.any_order else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
         if line is None:
@@ -452,10 +519,13 @@ def main():
         r = json.loads(line.removeprefix("RESULT "))
         times = sorted(r["times"])
         q = statistics.quantiles(times, n=5, method="inclusive")
-        gb = [f"{r[k] / 1e9:.3f}" if k in r else "-" for k in ("resting", "peak", "rss")]
+        names = ("resting", "peak", "planned", "rss")
+        gb = [f"{r[k] / 1e9:.3f}" if k in r else "-" for k in names]
+        parts = [f"{r[k]:.1%}" if k in r else "-" for k in ("busy", "of_peak")]
         print(
             f"{cell:12s} {r['first_s']:8.3f} {statistics.median(times):9.3f} {q[0]:8.3f} "
-            f"{q[3]:8.3f} {len(times):2d} {gb[0]:>11s} {gb[1]:>8s} {gb[2]:>7s}",
+            f"{q[3]:8.3f} {len(times):2d} {gb[0]:>11s} {gb[1]:>8s} {gb[2]:>10s} "
+            f"{gb[3]:>7s} {parts[0]:>5s} {parts[1]:>7s}",
             flush=True,
         )
 
