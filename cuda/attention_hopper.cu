@@ -14,12 +14,7 @@
 
 namespace segtrain {
 
-// ---- tiles in shared memory: blocks of 64 columns, in each block rows of 128 bytes, whose sixteen-byte pieces are
-// permuted by row (the 128-byte swizzle), so that a warpgroup product can read them as rows or as columns.
-
-constexpr int ALIGN = 1024;
-__device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + ALIGN - 1 & -ALIGN; }
-constexpr int block_bytes(int rows) { return rows * 128; }
+// ---- copies of tiles
 
 /// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the thread's row of the first 32, in
 /// x: threadIdx.x / 8, or what stands there in another order.
@@ -45,60 +40,6 @@ __device__ inline void copies_here() {
   asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
-}
-
-// ---- products of a warpgroup
-
-/// What wgmma reads at an address: `next_block` bytes lie between blocks of 64 columns where columns are the rows or
-/// columns of the result, else it counts nothing; eight rows lie 1024 bytes apart.
-__device__ inline unsigned long long operand(unsigned address, int next_block = 16) {
-  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(next_block >> 4) << 16 | 64ull << 32 | 1ull << 62;
-}
-
-#define N10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
-#define N30 N10() N10(1) N10(2)
-#define N60 N30 N10(3) N10(4) N10(5)
-#define N90 N60 N10(6) N10(7) N10(8)
-#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
-#define C32(i) C16(i), C16(i + 16)
-#define WGMMA(n, type, numbers, a_at, ...)                                                                       \
-  asm volatile("{.reg .pred add; setp.eq.u32 add, 0, 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-               " {" numbers "}, " a_at ";}" : __VA_ARGS__                                                        \
-               : "l"(a), "l"(b), "n"(A_DOWN), "n"(B_DOWN))
-#define WGMMA_OF(n, numbers, a_at, ...)                                 \
-  if constexpr (is_bfloat16<T>) WGMMA(n, "bf16", numbers, a_at, __VA_ARGS__); \
-  else WGMMA(n, "f16", numbers, a_at, __VA_ARGS__)
-
-/// c [64, 2·N] += a [64, 16]·b [16, 2·N]. A row-wise operand has its 16 along a row, one that is DOWN along a column.
-template <bool A_DOWN, bool B_DOWN, typename T, int N>
-__device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned long long b) {
-  static_assert(N == 32 || N == 64 || N == 96 || N == 128);
-  if constexpr (N == 32) {
-    WGMMA_OF(64, N30 "%30,%31", "%32, %33, add, 1, 1, %34, %35", C32(0));
-  } else if constexpr (N == 64) {
-    WGMMA_OF(128, N60 "%60,%61,%62,%63", "%64, %65, add, 1, 1, %66, %67", C32(0), C32(32));
-  } else if constexpr (N == 96) {
-    WGMMA_OF(192, N90 "%90,%91,%92,%93,%94,%95", "%96, %97, add, 1, 1, %98, %99", C32(0), C32(32), C32(64));
-  } else {
-    WGMMA_OF(256, N90 N10(9) N10(10) N10(11) "%120,%121,%122,%123,%124,%125,%126,%127",
-             "%128, %129, add, 1, 1, %130, %131", C32(0), C32(32), C32(64), C32(96));
-  }
-}
-
-/// The compiler does not know that a product still writes to its registers: it may not touch them until this.
-template <int N>
-__device__ inline void keep(float (&c)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
-}
-__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-/// All but the last AHEAD groups of this warpgroup's products are done.
-template <int AHEAD>
-__device__ inline void products_done() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AHEAD) : "memory");
 }
 
 /// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
@@ -136,11 +77,6 @@ struct Ring {
     products_done<DRAIN ? 0 : 1>();
   }
 };
-
-/// Where accumulator i of a thread lies in its warpgroup's result: n·8 + column of row 0 or 1.
-__device__ inline int warpgroup() { return threadIdx.x / 128; }
-__device__ inline int result_row(int r) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + r * 8; }
-__device__ inline int result_col(int n) { return n * 8 + threadIdx.x % 4 * 2; }
 
 // ---- o, lse
 

@@ -46,13 +46,13 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<bfloat16> = true;
 
+/// Two numbers of half precision, x in the low bits.
 template <typename T>
 __device__ inline unsigned pack2(float x, float y) {
-  struct alignas(4) {
-    T x[2];
-  } pair;
-  put(pair.x[0], x), put(pair.x[1], y);
-  return *reinterpret_cast<unsigned*>(&pair);
+  unsigned pair;
+  if constexpr (is_bfloat16<T>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
 }
 
 template <typename T>
@@ -130,6 +130,94 @@ __device__ inline void step(float (&c)[MT][NT][4], const unsigned (&a)[MT][4], c
 /// Element i of an accumulator tile lies in row(i) and column(i) of its 16×8.
 __device__ inline int row_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
 __device__ inline int col_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
+
+// ---- products of a warpgroup of Hopper (wgmma), of tiles in shared memory: blocks of 64 columns, in each block rows of 128
+// bytes, whose sixteen-byte pieces are permuted by row (the 128-byte swizzle), so that they can be read as rows or as columns
+
+constexpr int ALIGN = 1024;
+__device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + ALIGN - 1 & -ALIGN; }
+constexpr int block_bytes(int rows) { return rows * 128; }
+
+/// What wgmma reads at an address: `next_block` bytes lie between blocks of 64 columns where columns are the rows or
+/// columns of the result, else it counts nothing; eight rows lie 1024 bytes apart.
+__device__ inline unsigned long long operand(unsigned address, int next_block = 16) {
+  return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(next_block >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define N10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define N30 N10() N10(1) N10(2)
+#define N60 N30 N10(3) N10(4) N10(5)
+#define N90 N60 N10(6) N10(7) N10(8)
+#define N128 N90 N10(9) N10(10) N10(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
+#define C32(i) C16(i), C16(i + 16)
+#define FROM_SHARED "l"(a), "l"(b), "n"(A_DOWN), "n"(B_DOWN), "n"(ADD)
+#define FROM_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(B_DOWN), "n"(ADD)
+#define WGMMA(from, n, type, numbers, inputs, add_at, ...)                                                                 \
+  asm volatile("{.reg .pred add; setp.ne.u32 add, " add_at ", 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." \
+               type " {" numbers "}, " inputs ";}" : __VA_ARGS__ : FROM_##from)
+#define WGMMA_OF(from, n, numbers, inputs, add_at, ...)                                           \
+  if constexpr (is_bfloat16<T>) WGMMA(from, n, "bf16", numbers, inputs, add_at, __VA_ARGS__); \
+  else WGMMA(from, n, "f16", numbers, inputs, add_at, __VA_ARGS__)
+
+/// c [64, 2·N] += a [64, 16]·b [16, 2·N], or = where ADD is false. A row-wise operand has its 16 along a row, one that is
+/// DOWN along a column.
+template <bool A_DOWN, bool B_DOWN, typename T, bool ADD = true, int N>
+__device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned long long b) {
+  static_assert(N == 32 || N == 64 || N == 96 || N == 128);
+  if constexpr (N == 32) {
+    WGMMA_OF(SHARED, 64, N30 "%30,%31", "%32, %33, add, 1, 1, %34, %35", "%36", C32(0));
+  } else if constexpr (N == 64) {
+    WGMMA_OF(SHARED, 128, N60 "%60,%61,%62,%63", "%64, %65, add, 1, 1, %66, %67", "%68", C32(0), C32(32));
+  } else if constexpr (N == 96) {
+    WGMMA_OF(SHARED, 192, N90 "%90,%91,%92,%93,%94,%95", "%96, %97, add, 1, 1, %98, %99", "%100", C32(0), C32(32), C32(64));
+  } else {
+    WGMMA_OF(SHARED, 256, N128, "%128, %129, add, 1, 1, %130, %131", "%132", C32(0), C32(32), C32(64), C32(96));
+  }
+}
+
+/// The same with a in registers, as a warp holds a 16×16 block: two numbers each of rows 0 and 8 of columns 0–7, then of 8–15.
+template <bool B_DOWN, typename T, bool ADD = true, int N>
+__device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long long b) {
+  static_assert(N == 32 || N == 64 || N == 96 || N == 128);
+  if constexpr (N == 32) {
+    WGMMA_OF(REGISTERS, 64, N30 "%30,%31", "{%32, %33, %34, %35}, %36, add, 1, 1, %37", "%38", C32(0));
+  } else if constexpr (N == 64) {
+    WGMMA_OF(REGISTERS, 128, N60 "%60,%61,%62,%63", "{%64, %65, %66, %67}, %68, add, 1, 1, %69", "%70", C32(0), C32(32));
+  } else if constexpr (N == 96) {
+    WGMMA_OF(REGISTERS, 192, N90 "%90,%91,%92,%93,%94,%95", "{%96, %97, %98, %99}, %100, add, 1, 1, %101", "%102", C32(0),
+             C32(32), C32(64));
+  } else {
+    WGMMA_OF(REGISTERS, 256, N128, "{%128, %129, %130, %131}, %132, add, 1, 1, %133", "%134", C32(0), C32(32), C32(64),
+             C32(96));
+  }
+}
+
+/// The compiler does not know that a product still writes to its registers, or reads them: it may not touch them until this.
+template <int N>
+__device__ inline void keep(float (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+template <int N>
+__device__ inline void keep(unsigned (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(c[i])::"memory");
+}
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/// All but the last AHEAD groups of this warpgroup's products are done.
+template <int AHEAD>
+__device__ inline void products_done() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AHEAD) : "memory");
+}
+
+/// Where accumulator i of a thread lies in its warpgroup's result: n·8 + column of row 0 or 1.
+__device__ inline int warpgroup() { return threadIdx.x / 128; }
+__device__ inline int result_row(int r) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + r * 8; }
+__device__ inline int result_col(int n) { return n * 8 + threadIdx.x % 4 * 2; }
 
 // ---- a call of attention
 

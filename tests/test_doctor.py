@@ -161,7 +161,7 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
     report = doctor.examine()
     assert report.gpu and report.ok
     kernels = [("attention_rows", 64), ("attention", 64)]
-    kernels += [("attention_hopper", 64), ("attention_hopper", 512)]
+    kernels += [("attention_hopper", d) for d in (64, 128, 256, 512)]
     cases = [(op, f"{case}, D = {d}") for op, d in kernels for case in attention.CASES]
     assert [(x.op, x.case) for x in report.checks] == [
         *cases,

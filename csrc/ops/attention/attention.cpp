@@ -167,8 +167,8 @@ bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// By bench/LOG.md, H100: a library's kernel where one serves, then ours, hopper's first for wide heads, then
-/// whole products.
+/// By bench/LOG.md, H100 and H200: a library's kernel where one serves, then ours, hopper's first, then whole
+/// products.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
   Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
                                      : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
@@ -176,8 +176,7 @@ std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, 
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
   Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
-  const bool wide = c.D > 128;
-  return choose("attention", impl, {cudnn, stock, wide ? hopper : kernel, wide ? kernel : hopper, blocked});
+  return choose("attention", impl, {cudnn, stock, hopper, kernel, blocked});
 }
 
 std::string way_for(const Call& c, const std::string& impl) {
@@ -255,8 +254,8 @@ std::string planned_way(const Device& device, const Call& c) {
   return way_among(c, "auto", {"cudnn", cudnn, ""}, libraries);
 }
 
-/// As bench/memory.py measured it on an H100, whatever serves: dk and dv in float32 or, by cuDNN, of each
-/// query head, and what the kernel for wide heads writes down of its scores.
+/// As bench/memory.py measured it on an H100, whatever serves but hopper's fused kernels: dk and dv in
+/// float32 or, by cuDNN, of each query head, and what the kernel for wide heads writes down of its scores.
 OpCost gpu_attention_cost(const Device& device, const Call& c, int keys, int behind) {
   const int64_t of_keys = static_cast<int64_t>(c.B) * keys * c.G * c.D, wide = 256 << 20, other = 12 << 20;
   const int64_t scores = 4LL * c.H * c.S * std::min(c.S, (c.window ? c.window : c.S) + 128);
@@ -284,9 +283,13 @@ AttentionCost attention_cost(const Device& device, int rows, int heads, int grou
   std::vector<Call> calls{call(std::max(queries - branch, 0), keys - branch)};
   if (branch) calls.push_back(call(std::min(branch, queries), shared + branch));
   AttentionCost cost;
-  bool gives = true;
+  bool gives = true, fused = true;
+  int64_t sums = 0;
   for (const auto& c : calls) {
-    gives = gives && planned_way(device, c) != "stock";
+    const auto way = planned_way(device, c);
+    gives = gives && way != "stock";
+    fused = fused && way == "hopper" && fused_vjp_fits(c);
+    if (fused) sums += fused_vjp_scratch(c);
     cost.saved += static_cast<int64_t>(rows) * heads * c.T * (head * device.size + 4);
     if (c.device != Gpu::none) continue;
     auto own = cpu_attention_cost(c);
@@ -295,7 +298,9 @@ AttentionCost attention_cost(const Device& device, int rows, int heads, int grou
     cost.kept += own.kept;
   }
   if (!gives) cost.saved = 0;
-  if (device.gpu() != Gpu::none)
+  if (fused)
+    cost.backward = sums;
+  else if (device.gpu() != Gpu::none)
     static_cast<OpCost&>(cost) =
         gpu_attention_cost(device, calls[0], groups ? keys : 0, branch ? shared + branch : 0);
   return cost;

@@ -37,6 +37,15 @@ OpCost cpu_attention_cost(const Call& c);
 std::string gpu_attention_unfit(const Call& c);
 std::string hopper_attention_unfit(const Call& c);
 
+/// Hopper's kernels whose scores never leave the core, where they serve a call that hopper_attention does.
+bool fused_forward_fits(const Call& c);
+bool fused_vjp_fits(const Call& c);
+Arrays fused_forward(const Call& c, const Arrays& qkv);
+Arrays fused_vjp(const Call& c, const Arrays& qkv, const mx::array& d_o, const mx::array& o,
+                 const mx::array& lse);
+/// Bytes that fused_vjp takes beside what it reads and gives.
+int64_t fused_vjp_scratch(const Call& c);
+
 /// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].
 mx::array sum_share(const mx::array& x, const Call& c);
 

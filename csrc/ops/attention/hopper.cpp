@@ -1,4 +1,5 @@
-// Attention on Hopper's warpgroup products: cuda/attention_hopper.cu. docs/attention.md, "hopper".
+// Attention on Hopper's warpgroup products: hopper_fused.cpp where a head is small enough, else
+// cuda/attention_hopper.cu. docs/attention.md, "hopper".
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 
@@ -97,6 +98,7 @@ Template template_of(const Call& c) {
 }
 
 Arrays forward(const Call& c, const Arrays& x) {
+  if (fused_forward_fits(c)) return fused_forward(c, x);
   auto values = values_of(c, x);
   values.insert({"at", at_of(c, {}, false)});
   return launch("attention_hopper", values, {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}}, {c.dtype, mx::float32},
@@ -104,6 +106,7 @@ Arrays forward(const Call& c, const Arrays& x) {
 }
 
 Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o, const mx::array& lse) {
+  if (fused_vjp_fits(c)) return fused_vjp(c, x, d_o, o, lse);
   const auto args = template_of(c);
   auto with_blocks = [&](int n) {
     auto all = args;

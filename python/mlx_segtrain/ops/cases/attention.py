@@ -36,8 +36,8 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     yield from calls("attention_rows", "blocked", mx.bfloat16, rows)
     yield from calls("attention", "kernel", mx.bfloat16, rows)
     impls = _core.attention_impls()
-    if "hopper" in impls:  # wide heads have other tiles
-        for d in (64, 512):
+    if "hopper" in impls:  # of each size of tiles
+        for d in (64, 128, 256, 512):
             yield from calls("attention_hopper", "hopper", mx.bfloat16, rows, d)
     if "cudnn" in impls:
         some = ("causal", "segments")
@@ -88,6 +88,7 @@ def cases(gpu: bool) -> list[bench.Case]:
         attention("causal D512", 8, 2, 512, 8192),
         attention("causal D256", 8, 2, 256, 8192),
         attention("causal D128", 16, 2, 128, 8192),
+        attention("causal D64", 16, 2, 64, 8192),
         attention("causal D128 T8191", 16, 2, 128, 8191),
         attention("16 segments D128", 16, 2, 128, 8192, segments=list(range(0, 8193, 512))),
     ]
