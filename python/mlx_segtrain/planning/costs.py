@@ -181,7 +181,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     one_pass = device.name == "cuda" and plain and k and layer.separate_values and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
     if one_pass:
-        copies = -out * q - tokens * k
+        copies = tokens * k - out * q
     forward = out * (h + 3 * q) + tokens * (h + 3 * k) + 2 * k * behind + both * q
     if device.gpu:
         backward = out * (2 * h + 6 * q) + tokens * (h + 4 * k)
@@ -214,7 +214,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         writes=writes,
         forward=forward * size + op.forward + weights.forward + dropped,
         backward=backward * size + op.backward + dropped,
-        kept=kept * size,
+        kept=kept * size + _factors(stage),
         saved=op.saved,
         work=(again + last, again, core if op.saved else 0.0, again + last + 1.5 * core),
     )
@@ -239,7 +239,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         more += 0.8 * f * h * layer.after_norms
     around = (2 if device.gpu else 1) * tokens * h
     backward = max(forward, (around + more) * size + op.backward)
-    kept = kept * size + op.kept
+    kept = kept * size + op.kept + _factors(stage)
     if in_parts:  # act(gate)·up is kept
         kept += f * tokens * size
     if batch.dropout:
@@ -259,6 +259,11 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         kept=kept,
         work=(3 * product + rest, again * product + rest, 0.0, back * product + rest),
     )
+
+
+def _factors(stage: _Stage) -> float:
+    """Bytes of factors in half precision that CUDA's products keep, those of one x padded."""
+    return 1.5 * stage.device.size * stage.parameters * (stage.device.name == "cuda")
 
 
 def _embedding(stage: _Stage) -> _core.StageCost:
