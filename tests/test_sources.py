@@ -11,7 +11,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from mlx_segtrain.data import sources
+from mlx_segtrain.data import limits
 from mlx_segtrain.data.sources import rows_of, source_of, sources_of
 from mlx_segtrain.errors import InputError
 
@@ -129,7 +129,7 @@ def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
     source, nothing = sources_of(path)
     assert nothing is None and source.name == name
     for block in (4 << 20, 600):
-        monkeypatch.setattr(sources, "BLOCK", block)
+        monkeypatch.setattr(limits, "BLOCK", block)
         found = list(rows_of(source))
         assert [row for _, row in found] == expected(name, rows)
         assert [where for where, _ in found] == [f"{name}:{i + 1}" for i in range(n)]
@@ -200,8 +200,8 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
 )
 def test_a_broken_file(name, content, says, tmp_path, monkeypatch):
     if "x" * 99 in str(content):
-        monkeypatch.setattr(sources, "MOST_BYTES", 90)
-        monkeypatch.setattr(sources, "BLOCK", 20)
+        monkeypatch.setattr(limits, "MOST_BYTES", 90)
+        monkeypatch.setattr(limits, "BLOCK", 20)
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as caught:
@@ -216,7 +216,7 @@ def dictionary(n, text):
 def test_what_would_grow(tmp_path, monkeypatch):
     """A long text that stands in many rows, once in the file; what is compressed; no rows at all,
     but many of them."""
-    monkeypatch.setattr(sources, "SLACK", 1 << 20)
+    monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
     once = pa.table({"text": dictionary(4000, "x" * 5000)})
     pq.write_table(once, tmp_path / "a.parquet", store_schema=False)
@@ -359,7 +359,7 @@ PYTHON = {
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_rows_of_python(name, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 600)
+    monkeypatch.setattr(limits, "BLOCK", 600)
     train, valid = sources_of(PYTHON[name]())
     assert valid is None and not train.files and len(list(train.blocks())) > 1
     for _ in range(2):  # a generator, too, can be read again
@@ -405,6 +405,6 @@ def test_python_data_that_cannot_be_used(data, says):
 
 
 def test_a_row_of_python_that_is_too_long(monkeypatch):
-    monkeypatch.setattr(sources, "MOST_BYTES", 9)
+    monkeypatch.setattr(limits, "MOST_BYTES", 9)
     with pytest.raises(InputError, match="train_data:1: the row has more than"):
         sources_of([{"text": "a" * 9}])
