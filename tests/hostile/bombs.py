@@ -98,8 +98,8 @@ def empty_objects_of_a_list() -> bytes:
 
 @bomb(".csv")
 def a_million_columns() -> bytes:
-    names = b",".join(b"%x" % i for i in range(1_300_000))
-    return names + (b"\n" + b"," * 1_299_999) * 3
+    n = 1_150_000
+    return b",".join(b"%x" % i for i in range(n)) + (b"\n" + b"," * (n - 1)) * 3
 
 
 @bomb(".csv")
@@ -305,9 +305,11 @@ def parquet(
     columns: list[tuple[int, list[bytes], int]],
     rows: int = 1,
     stored: bytes = b"",
+    told: dict[int, Any] | None = None,
 ) -> bytes:
     """Columns are their type, their pages, of which the first may be a dictionary, and how many
-    values they have; their sizes are lies. `stored` is a schema of Arrow's."""
+    values they have; their sizes are lies, and so is what is `told` of them, by field. `stored` is
+    a schema of Arrow's."""
     content, chunks = b"PAR1", []
     names = [[own[4]] for own in schema if 5 not in own]
     if any(own[4] == b"list" for own in schema):
@@ -317,7 +319,7 @@ def parquet(
         content += b"".join(pages)
         meta = {1: I32(kind), 2: [I32(0), I32(8)], 3: path, 4: I32(6), 5: count, 6: 100}
         meta |= {7: len(content) - at, 9: at + first} | ({11: at} if first else {})
-        chunks.append({2: at, 3: meta})
+        chunks.append({2: at, 3: dict(sorted((meta | (told or {})).items()))})
     tops = sum(own[4] not in (b"list", b"element") for own in schema)
     footer: dict[int, Any] = {1: I32(1), 2: [element(b"schema", children=tops), *schema], 3: rows}
     footer |= {4: [{1: chunks, 2: 100 * len(chunks), 3: rows}]}
@@ -399,6 +401,19 @@ def null_of_a_list_of_fixed_size() -> bytes:
 
 
 @bomb(".parquet")
+def null_in_a_list_of_lists_of_fixed_size() -> bytes:
+    inner = pa.list_(pa.field("element", pa.int8()), 1_000_000)
+    stored = pa.schema([pa.field("messages", pa.list_(pa.field("element", inner)))])
+    outer = element(b"element", None, 1, children=1, converted=3)
+    items = [element(b"list", None, 2, children=1), element(b"element", INT8, 1, converted=15)]
+    schema = [*in_list(INT8)[:2], outer, *items]
+    content = levels(run(1, 0), run(999, 1)) + levels(run(1000, 2))
+    path = [b"messages", b"list", b"element", b"list", b"element"]
+    columns = [(INT8, [page(1000, content)], 1000)]
+    return parquet(schema, columns, 1, stored.serialize().to_pybytes(), {3: path})
+
+
+@bomb(".parquet")
 def a_list_of_a_dictionary() -> bytes:
     content = one_list(1000) + bytes([1]) + run(1000, 0)
     return parquet(in_list(TEXT), [(TEXT, [dictionary(b"x" * MB), page(1000, content, 8)], 1000)])
@@ -434,6 +449,19 @@ def more_lengths_than_values() -> bytes:
 def more_beginnings_than_values() -> bytes:
     content = numbers(0, count=200_000_000)
     return parquet([element(b"text", TEXT)], [(TEXT, [page(5, content * 2, 7)], 5)], 5)
+
+
+@bomb(".parquet")
+def a_codec_that_is_not_known() -> bytes:
+    """To ask Arrow for it ends the process, as it does for the next one."""
+    column = (TEXT, [text_of(1)], 1)
+    return parquet([element(b"text", TEXT)], [column], told={4: I32(-33)})
+
+
+@bomb(".parquet")
+def counts_of_levels_that_are_not_there() -> bytes:
+    column = (TEXT, [text_of(1)], 1)
+    return parquet([element(b"text", TEXT)], [column], told={16: {3: [1, 1]}})
 
 
 @bomb(".parquet")

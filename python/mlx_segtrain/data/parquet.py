@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,24 +46,24 @@ def _batches(path: Path, data: mmap.mmap) -> Iterator[tuple[Any, int]]:
     with _open(path) as file:
         metadata, total = file.metadata, file.metadata.num_rows
         check_columns(name, metadata.num_columns)
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        counts = [group.num_rows for group in groups]
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         # Arrow makes room for as many rows as it is told of, and ends the process if it cannot.
         empty = total and not metadata.num_columns
         if min(counts, default=0) < 0 or sum(counts) != total or empty:
             raise ValueError("its numbers of rows are wrong")
         check_growth(name, VALUE * total, size)
-        rows, unpacked, packed = 0, 0, 0
-        for i, group in enumerate(groups):
+        schema, rows, unpacked, packed = _Schema.of(file, name), 0, 0, 0
+        for i, chunks in enumerate(_row_groups(data)):
             if not counts[i]:
                 continue
-            packed += sum(_packed(group.column(j)) for j in range(group.num_columns))
+            packed += sum(chunk.packed for chunk in chunks)
             if packed > size:  # to look at the same page again and again would take for ever
                 raise ValueError("its columns overlap")
-            own = _Group.of(group, file, data, name, unpacked)
+            own = _Group.of(chunks, schema, data, name, unpacked)
             unpacked = own.unpacked
             how: Any = {"row_groups": [i], "use_threads": False}
-            with _open(path, metadata=metadata, read_dictionary=own.spelled) as reader:
+            spelled = {"metadata": metadata, "read_dictionary": own.spelled}
+            with _open(path, **spelled) if own.spelled else nullcontext(file) as reader:
                 for batch in reader.iter_batches(own.few, **how):
                     rows += batch.num_rows
                     yield batch, size * rows // max(total, rows)
@@ -76,6 +77,48 @@ def _open(path: Path, **how: Any) -> Any:
     return pq.ParquetFile(path, **how)
 
 
+class _Schema(NamedTuple):
+    """The columns in the file, and what Arrow's types for them mean, of which the file may tell as
+    it likes.
+
+    Of lists of a fixed size null takes as much: `longest` bytes in a row, and `inner` values for
+    each item of a list. `dictionaries` tells whether there are some.
+    """
+
+    leaves: list[Any]
+    longest: int
+    inner: int
+    dictionaries: bool
+
+    @classmethod
+    def of(cls, file: Any, name: str) -> _Schema:
+        """InputError for longer lists than a row may have."""
+        kinds, count = file.schema_arrow.types, len(file.schema)
+        leaves = [file.schema.column(i) for i in range(count)]
+        fixed = [_fixed(kind) for kind in kinds]
+        longest = check_length(VALUE * sum(own for own, _ in fixed), name)
+        inner = max((items for _, items in fixed), default=0)
+        return cls(leaves, longest, inner, any(map(_has_dictionary, kinds)))
+
+
+def _fixed(kind: Any) -> tuple[int, int]:
+    """The values that a type has in a row whatever they are, and for each item of its lists."""
+    import pyarrow.types as types
+
+    fields = [_fixed(kind.field(i).type) for i in range(kind.num_fields)]
+    own, items = sum(n for n, _ in fields), max((m for _, m in fields), default=0)
+    if types.is_fixed_size_list(kind):
+        return kind.list_size * max(own, 1), items
+    return (own, items) if types.is_struct(kind) else (0, max(own, items))
+
+
+def _has_dictionary(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return types.is_dictionary(kind) or any(map(_has_dictionary, inner))
+
+
 class _Group(NamedTuple):
     """How a row group is read: `few` rows at a time, and `spelled` columns as dictionaries.
 
@@ -87,48 +130,33 @@ class _Group(NamedTuple):
     unpacked: int
 
     @classmethod
-    def of(cls, group: Any, file: Any, data: mmap.mmap, name: str, unpacked: int) -> _Group:
+    def of(
+        cls, chunks: list[_Chunk], schema: _Schema, data: mmap.mmap, name: str, unpacked: int
+    ) -> _Group:
         """InputError if it cannot be read in small parts."""
         size, spelled = len(data), list[str]()
-        kinds = file.schema_arrow.types  # which the file may tell of as it likes
-        dictionaries = any(map(_has_dictionary, kinds))
         # Bytes that all columns take together: at once; for a value of each row; for the values of
         # lists, all of which one row may have.
-        taken = listed = 0
-        longest = check_length(VALUE * sum(map(_fixed, kinds)), name)
-        for j in range(group.num_columns):
-            own = _Column.of(group.column(j), file.schema.column(j), data, name)
+        taken, longest, listed = 0, schema.longest, 0
+        if len(chunks) != len(schema.leaves):
+            raise ValueError("columns of it are missing")
+        for chunk, leaf in zip(chunks, schema.leaves, strict=True):
+            own = _Column.of(chunk, leaf, data, name)
             unpacked += own.unpacked
-            taken += own.taken
+            taken += own.taken + (VALUE * own.values * schema.inner if own.is_list else 0)
             if not own.is_list:
                 longest += own.once
             elif own.can_spell and listed + own.once > held(size) // 4:
                 spelled.append(own.path)
             else:
                 listed += own.once
-            if dictionaries or own.path in spelled:  # it then keeps all texts of the row group
+            if (
+                schema.dictionaries or own.path in spelled
+            ):  # it then keeps all texts of the row group
                 taken += own.texts
             check_growth(name, unpacked, size)
             check_held(name, taken + longest + listed, size)
         return cls(min(max(held(size) // 4 // max(longest, 1), 1), FEW), spelled, unpacked)
-
-
-def _fixed(kind: Any) -> int:
-    """The values that a column has in a row by its type: null takes as many."""
-    import pyarrow.types as types
-
-    if types.is_fixed_size_list(kind):
-        return kind.list_size * max(_fixed(kind.value_type), 1)
-    if types.is_struct(kind):
-        return sum(_fixed(kind.field(i).type) for i in range(kind.num_fields))
-    return 0
-
-
-def _has_dictionary(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    inner = [kind.field(i).type for i in range(kind.num_fields)]
-    return types.is_dictionary(kind) or any(map(_has_dictionary, inner))
 
 
 class _Column(NamedTuple):
@@ -144,11 +172,12 @@ class _Column(NamedTuple):
     can_spell: bool
     once: int
     texts: int
+    values: int
     taken: int
     unpacked: int
 
     @classmethod
-    def of(cls, chunk: Any, leaf: Any, data: mmap.mmap, name: str) -> _Column:
+    def of(cls, chunk: _Chunk, leaf: Any, data: mmap.mmap, name: str) -> _Column:
         """InputError if a page of it is too large."""
         is_text, is_list = leaf.physical_type == "BYTE_ARRAY", leaf.max_repetition_level > 0
         can_spell, longest = is_text, 0
@@ -176,8 +205,8 @@ class _Column(NamedTuple):
         # Arrow has a page at once, a dictionary twice, and of a list where its values are.
         taken = largest + 2 * dictionary + (VALUE * values if is_list else 0)
         once = repeated * longest + shared if is_list else max(longest, prefixed)
-        path, unpacked = chunk.path_in_schema, unpacked + VALUE * values
-        return cls(path, is_list, can_spell, once, texts, taken, unpacked)
+        path, unpacked = leaf.path, unpacked + VALUE * values
+        return cls(path, is_list, can_spell, once, texts, values, taken, unpacked)
 
 
 # ---- pages
@@ -203,19 +232,42 @@ class Page(NamedTuple):
     PLAIN, BY_DICTIONARY, PREFIXES, LENGTHS = 0, (2, 8), 7, (6, 7)
 
 
-#: Arrow's names of codecs.
-CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
+#: Arrow's names of codecs, by the format's numbers.
+CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
-def _pages(data: mmap.mmap, chunk: Any) -> Iterator[Page]:
+class _Chunk(NamedTuple):
+    """Where a column of a row group is in the file, and what is told of it."""
+
+    codec: int
+    values: int
+    start: int
+    packed: int
+
+    @classmethod
+    def of(cls, header: Struct) -> _Chunk:
+        own = header[STRUCT, 3]
+        first, start, packed = own.get((I64, 11), 0), own[I64, 9], own[I64, 7]
+        if min(start, packed) < 0:
+            raise ValueError("a column of it lies outside")
+        return cls(own[I32, 4], own[I64, 5], first if 0 < first < start else start, packed)
+
+
+def _row_groups(data: mmap.mmap) -> list[list[_Chunk]]:
+    """The columns of each row group. What Arrow gives of them may end the process."""
+    try:
+        size = int.from_bytes(data[-8:-4], "little")
+        footer, _ = _struct(data[-8 - size : -8], 0)
+        return [[_Chunk.of(own) for own in group[LIST, 1]] for group in footer[LIST, 4]]
+    except (LookupError, RecursionError, TypeError):
+        raise ValueError("its footer is not well formed") from None
+
+
+def _pages(data: mmap.mmap, chunk: _Chunk) -> Iterator[Page]:
     """The pages of a column, as Arrow comes to them; ValueError."""
-    at, first, length = chunk.data_page_offset, chunk.dictionary_page_offset, _packed(chunk)
-    if first is not None and 0 < first < at:
-        at = first
-    if at < 0:
-        raise ValueError("a column of it lies outside")
-    end, seen = at + length + 100, 0  # it reads a little further where the writer is old
-    while at < min(end, len(data)) and seen < chunk.num_values:
+    # It reads a little further where the writer is old.
+    at, end, seen = chunk.start, min(chunk.start + chunk.packed + 100, len(data)), 0
+    while at < end and seen < chunk.values:
         page = _page(data, at)
         if page.kind in (Page.DATA, Page.DATA_2):
             seen += page.count
@@ -224,18 +276,12 @@ def _pages(data: mmap.mmap, chunk: Any) -> Iterator[Page]:
         at = page.end
 
 
-def _packed(chunk: Any) -> int:
-    """The bytes of a column in the file."""
-    if chunk.total_compressed_size < 0:
-        raise ValueError("a column of it has a wrong size")
-    return chunk.total_compressed_size
-
-
 def _page(data: mmap.mmap, at: int) -> Page:
     try:
-        header, start = _struct(data, at)
+        header, start = _struct(data, at, flat=True)
         kind, unpacked, packed = header[I32, 1], header[I32, 2], header[I32, 3]
-        own = header.get((STRUCT, {Page.DATA: 5, Page.DICTIONARY: 7, Page.DATA_2: 8}.get(kind)), {})
+        place = {Page.DATA: 5, Page.DICTIONARY: 7, Page.DATA_2: 8}.get(kind, 0)
+        own = header.get((STRUCT, place), {})
         count, encoding = 0, 0
         if kind in (Page.DATA, Page.DICTIONARY):
             count, encoding = own[I32, 1], own[I32, 2]
@@ -243,25 +289,27 @@ def _page(data: mmap.mmap, at: int) -> Page:
         if kind == Page.DATA_2:
             count, encoding, levels = own[I32, 1], own[I32, 4], own[I32, 5] + own[I32, 6]
             is_compressed = own.get((FALSE, 7), True)
-    except (LookupError, RecursionError):
+    except LookupError:
         raise ValueError("a page of it has no header") from None
     if min(unpacked, packed, count, levels) < 0 or levels > min(unpacked, packed):
         raise ValueError("a page of it has a wrong size")
     return Page(kind, count, encoding, unpacked, start, start + packed, levels, is_compressed)
 
 
-def _content(page: Page, chunk: Any, data: mmap.mmap) -> bytes:
+def _content(page: Page, chunk: _Chunk, data: mmap.mmap) -> bytes:
     """What a page holds besides the levels that are not compressed."""
     import pyarrow as pa
 
     content = data[page.start + page.levels : page.end]
-    if chunk.compression == "UNCOMPRESSED" or not page.is_compressed:
+    if not chunk.codec or not page.is_compressed:
         return content
-    codec, size = CODECS[chunk.compression], page.unpacked - page.levels
+    if chunk.codec not in CODECS:
+        raise ValueError("its codec is not known")
+    codec, size = CODECS[chunk.codec], page.unpacked - page.levels
     return pa.decompress(content, decompressed_size=size, codec=codec, asbytes=True)
 
 
-def _longest(page: Page, chunk: Any, data: mmap.mmap) -> int:
+def _longest(page: Page, chunk: _Chunk, data: mmap.mmap) -> int:
     """The longest text of a dictionary, or what none of them is longer than."""
     if page.unpacked > LOOKED:
         return page.unpacked
@@ -276,7 +324,7 @@ def _longest(page: Page, chunk: Any, data: mmap.mmap) -> int:
     return longest
 
 
-def _shared(page: Page, chunk: Any, leaf: Any, data: mmap.mmap) -> int:
+def _shared(page: Page, chunk: _Chunk, leaf: Any, data: mmap.mmap) -> int:
     """The bytes of a page's texts that stand in it once for several; 0 unless it is PREFIXES.
 
     ValueError if its lengths are more than its values, since Arrow makes room for all of them.
@@ -339,40 +387,60 @@ def _bits(packed: bytes, at: int, width: int) -> int:
 
 # ---- the compact protocol of Thrift
 
-TRUE, FALSE, I32, BINARY, STRUCT = 1, 2, 5, 8, 12
+TRUE, FALSE, BYTE, I32, I64, DOUBLE, BINARY, LIST, STRUCT = 1, 2, 3, 5, 6, 7, 8, 9, 12
+
+Struct = dict[tuple[int, int], Any]
 
 
-def _struct(data: Any, at: int, depth: int = 0) -> tuple[dict[tuple[int, int | None], Any], int]:
-    """The fields of a struct that are 32-bit numbers, structs or booleans, by type and number; and
-    where it ends. LookupError for what no header of a page is."""
-    fields: dict[tuple[int, int | None], Any] = {}
+def _struct(data: Any, at: int, *, flat: bool = False, depth: int = 0) -> tuple[Struct, int]:
+    """The fields of a struct by type (FALSE is that of booleans) and number, and where it ends.
+
+    LookupError for what Parquet has not: a map, a field twice; and lists, if it is `flat`.
+    """
+    fields: Struct = {}
     last = 0
     while (head := data[at]) & 15:
-        kind, at, value = head & 15, at + 1, None
+        kind, at = head & 15, at + 1
         if head >> 4:
             last += head >> 4
         else:
             last, at = _signed(data, at)
-        if 3 < kind < 7:
-            value, at = _signed(data, at)
-        elif kind == BINARY:
-            length, at = _varint(data, at)
-            at += length
-        elif kind == STRUCT and depth < 4:
-            value, at = _struct(data, at, depth + 1)
-        elif kind in (3, 7):  # a byte, a float
-            at += 1 if kind == 3 else 8
-        elif kind in (TRUE, FALSE):
+        if kind in (TRUE, FALSE):
             kind, value = FALSE, kind == TRUE
         else:
-            raise LookupError
+            value, at = _value(data, at, kind, flat, depth)
         if (kind, last) in fields or not 0 <= last < 1 << 15:
             raise LookupError
-        if kind in (FALSE, STRUCT) or (kind == I32 and -(2**31) <= value < 2**31):
-            fields[kind, last] = value
-        elif kind == I32:
-            raise LookupError
+        fields[kind, last] = value
     return fields, at + 1
+
+
+def _value(data: Any, at: int, kind: int, flat: bool, depth: int) -> tuple[Any, int]:
+    if BYTE < kind < DOUBLE:
+        value, at = _signed(data, at)
+        if kind == I32 and not -(1 << 31) <= value < 1 << 31:
+            raise LookupError
+        return value, at
+    if kind == BINARY:
+        length, at = _varint(data, at)
+        return None, at + length
+    if kind == STRUCT and depth < 16:
+        return _struct(data, at, flat=flat, depth=depth + 1)
+    if kind == LIST and depth < 16 and not flat:
+        head, at = data[at], at + 1
+        count, inner = head >> 4, head & 15
+        if count == 15:
+            count, at = _varint(data, at)
+        if inner in (TRUE, FALSE):
+            return None, at + count
+        values = []
+        for _ in range(count):
+            value, at = _value(data, at, inner, flat, depth + 1)
+            values.append(value)
+        return values, at
+    if kind in (BYTE, DOUBLE):
+        return None, at + (1 if kind == BYTE else 8)
+    raise LookupError
 
 
 def _varint(data: Any, at: int) -> tuple[int, int]:
