@@ -11,7 +11,8 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from mlx_segtrain.data import sources
+from mlx_segtrain.data import limits, parquet
+from mlx_segtrain.data.messages import Other
 from mlx_segtrain.data.sources import rows_of, source_of, sources_of
 from mlx_segtrain.errors import InputError
 
@@ -129,7 +130,7 @@ def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
     source, nothing = sources_of(path)
     assert nothing is None and source.name == name
     for block in (4 << 20, 600):
-        monkeypatch.setattr(sources, "BLOCK", block)
+        monkeypatch.setattr(limits, "BLOCK", block)
         found = list(rows_of(source))
         assert [row for _, row in found] == expected(name, rows)
         assert [where for where, _ in found] == [f"{name}:{i + 1}" for i in range(n)]
@@ -200,8 +201,8 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
 )
 def test_a_broken_file(name, content, says, tmp_path, monkeypatch):
     if "x" * 99 in str(content):
-        monkeypatch.setattr(sources, "MOST_BYTES", 90)
-        monkeypatch.setattr(sources, "BLOCK", 20)
+        monkeypatch.setattr(limits, "MOST_BYTES", 90)
+        monkeypatch.setattr(limits, "BLOCK", 20)
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as caught:
@@ -216,7 +217,7 @@ def dictionary(n, text):
 def test_what_would_grow(tmp_path, monkeypatch):
     """A long text that stands in many rows, once in the file; what is compressed; no rows at all,
     but many of them."""
-    monkeypatch.setattr(sources, "SLACK", 1 << 20)
+    monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
     once = pa.table({"text": dictionary(4000, "x" * 5000)})
     pq.write_table(once, tmp_path / "a.parquet", store_schema=False)
@@ -249,6 +250,134 @@ def test_a_table_that_is_not_well_formed(tmp_path):
     write_arrow(tmp_path / "b.arrow", pa.table([["a"], ["b"]], names=["text", "text"]))
     with pytest.raises(InputError, match="two columns have the same name"):
         list(source_of(tmp_path / "b.arrow").blocks())
+
+
+#: How writers of Parquet differ.
+PARQUET = {
+    **{codec: {"compression": codec} for codec in ("none", "gzip", "brotli", "zstd", "lz4")},
+    "version 2": {"data_page_version": "2.0"},
+    "small pages": {"data_page_size": 100, "write_batch_size": 3},
+    "small dictionaries": {"dictionary_pagesize_limit": 50},
+    **{
+        f"{encoding}, {version}, {codec}": {
+            "use_dictionary": False,
+            "column_encoding": {
+                **dict.fromkeys(("prompt", "completion"), encoding),
+                **{f"messages.list.element.{key}": encoding for key in ("role", "content")},
+                "n": "DELTA_BINARY_PACKED",
+            },
+            "data_page_version": version,
+            "compression": codec,
+        }
+        for encoding in ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY")
+        for version in ("1.0", "2.0")
+        for codec in ("none", "zstd")
+    },
+}
+
+
+@pytest.mark.parametrize("room", [128 << 20, 1 << 16])
+@pytest.mark.parametrize("how", PARQUET)
+def test_parquet_of_other_writers(how, room, tmp_path, monkeypatch):
+    """Read as ever, and as what could become large: some columns as dictionaries, a row at a
+    time."""
+    monkeypatch.setattr(limits, "HELD", room)
+    monkeypatch.setattr(parquet, "FOOTER", 0)  # which is large beside so few rows
+    rows = [{**row, "messages": row["messages"] * (1 + i % 4)} for i, row in enumerate(ROWS * 10)]
+    rows[7]["messages"] = None
+    write_parquet(tmp_path / "a.parquet", rows, **{"row_group_size": 300, **PARQUET[how]})
+    assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
+
+
+def test_a_text_of_lists_that_stands_in_many_rows(tmp_path, monkeypatch):
+    """Any row could hold it as often as there are values: it is read as a dictionary."""
+    monkeypatch.setattr(limits, "HELD", 1 << 20)
+    rows = [{"tools": ["x" * 9999, "y"] * (i % 3)} for i in range(200)]
+    write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
+    made = []
+    monkeypatch.setattr(
+        parquet,
+        "_open",
+        lambda path, own=parquet._open, **how: made.append(how) or own(path, **how),
+    )
+    assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
+    assert [how.get("read_dictionary") for how in made] == [None, ["tools.list.element"]]
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_arrow_that_is_compressed(codec, kind, tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    table = table.append_column("d", table["prompt"].dictionary_encode())
+    with kind(
+        str(tmp_path / "a.arrow"), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)
+    ) as file:
+        file.write_table(table, 7)
+    found = [row for _, row in rows_of(source_of(tmp_path / "a.arrow"))]
+    assert found == [{**row, "d": row["prompt"]} for row in ROWS]
+
+
+def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
+    """It is read as a stream, and one that ends early would be one of fewer rows."""
+    path = tmp_path / "a.arrow"
+    write_arrow(path, ROWS, pa.ipc.new_file)
+    content = path.read_bytes()
+    stream = content[: content.rindex(b"\xff\xff\xff\xff\0\0\0\0")]
+    end = content[len(stream) :]
+    with pa.ipc.open_file(path) as file:
+        half = len(stream) // 2
+        assert file.num_record_batches == 6
+    for broken in (content[:-1], stream, stream[:half] + end, b"ARROW1\0\0" + end):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"a\.arrow cannot be read"):
+            list(source_of(path).blocks())
+
+
+def test_columns_of_what_json_has_no_values_for(tmp_path):
+    """Each is a value that is not JSON's, or null; a block does not hold it."""
+    columns = {
+        "image": pa.array([b"x" * (1 << 20), None]),
+        "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string())),
+        "view": pa.array(["a", None], pa.string_view()),
+        "when": pa.array([0, None], pa.timestamp("s")),
+        "runs": pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["a"])),
+        "bytes": pa.array([{"bytes": b"x", "path": "a"}, None]),
+        "text": pa.array(["a", "b"]),
+    }
+    write_arrow(tmp_path / "a.arrow", pa.table(columns))
+    (block,) = source_of(tmp_path / "a.arrow").blocks()
+    assert len(block.payload) < 1 << 14
+    (_, one), (_, two) = block.rows()
+    assert one == {
+        **{name: Other(str(own.type)[:60]) for name, own in columns.items()},
+        "text": "a",
+    }
+    assert two == {**dict.fromkeys(columns), "runs": one["runs"], "text": "b"}
+
+
+def test_rows_of_many_values(tmp_path):
+    """Commas and brackets of a text are none."""
+    long = {"text": '[,"\\' * 1_000_000}
+    (tmp_path / "a.jsonl").write_bytes(lines([long]))
+    (tmp_path / "a.json").write_bytes(json.dumps([long]).encode())
+    for name in ("a.jsonl", "a.json"):
+        assert [row for _, row in rows_of(source_of(tmp_path / name))] == [long]
+    many = b'{"a": [' + b"{}," * 1_048_577 + b"0]}"
+    (tmp_path / "a.jsonl").write_bytes(many)
+    (tmp_path / "a.json").write_bytes(b"[" + many + b"]")
+    for name in ("a.jsonl", "a.json"):
+        with pytest.raises(InputError, match=f"{name}:1: the row has more than 2,097,152 values"):
+            list(rows_of(source_of(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.arrow"])
+def test_a_table_of_many_columns(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MOST_COLUMNS", 3)
+    FILES[name.replace("a.arrow", "stream.arrow")][0](tmp_path / name, [dict.fromkeys("abc", "x")])
+    assert len(list(rows_of(source_of(tmp_path / name)))) == 1
+    FILES[name.replace("a.arrow", "stream.arrow")][0](tmp_path / name, [dict.fromkeys("abcd", "x")])
+    with pytest.raises(InputError, match=f"{name} has more than 3 columns"):
+        list(rows_of(source_of(tmp_path / name)))
 
 
 def test_parquet_that_ends_a_process(tmp_path):
@@ -359,7 +488,7 @@ PYTHON = {
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_rows_of_python(name, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 600)
+    monkeypatch.setattr(limits, "BLOCK", 600)
     train, valid = sources_of(PYTHON[name]())
     assert valid is None and not train.files and len(list(train.blocks())) > 1
     for _ in range(2):  # a generator, too, can be read again
@@ -405,6 +534,6 @@ def test_python_data_that_cannot_be_used(data, says):
 
 
 def test_a_row_of_python_that_is_too_long(monkeypatch):
-    monkeypatch.setattr(sources, "MOST_BYTES", 9)
+    monkeypatch.setattr(limits, "MOST_BYTES", 9)
     with pytest.raises(InputError, match="train_data:1: the row has more than"):
         sources_of([{"text": "a" * 9}])

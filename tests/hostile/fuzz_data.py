@@ -89,7 +89,9 @@ def table(rows: list[Any]) -> pa.Table:
     raise AssertionError
 
 
-def ipc(kind: Any, dictionary: bool = False) -> Callable[[list[Any]], bytes]:
+def ipc(
+    kind: Any, dictionary: bool = False, codec: str | None = None
+) -> Callable[[list[Any]], bytes]:
     def write(rows: list[Any]) -> bytes:
         made = table(rows)
         if dictionary:
@@ -99,7 +101,7 @@ def ipc(kind: Any, dictionary: bool = False) -> Callable[[list[Any]], bytes]:
             ]
             made = pa.table(dict(zip(made.column_names, columns, strict=True)))
         sink = pa.BufferOutputStream()
-        with kind(sink, made.schema) as file:
+        with kind(sink, made.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as file:
             file.write_table(made)
         return sink.getvalue().to_pybytes()
 
@@ -119,6 +121,16 @@ def parquet(**how: Any) -> Callable[[list[Any]], bytes]:
     return write
 
 
+def texts(write: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
+    """Of the first row, with every value as text, three times."""
+
+    def write_texts(rows: list[Any]) -> bytes:
+        own = [row for row in rows if isinstance(row, dict) and row] or ROWS[:1]
+        return write([{key: _cell(value) for key, value in own[0].items()}] * 3)
+
+    return write_texts
+
+
 #: The ending of each kind of file, and how rows are written so.
 KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
     "jsonl": (".jsonl", lines),
@@ -129,8 +141,20 @@ KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
     "tsv": (".tsv", cells("\t")),
     "parquet": (".parquet", parquet()),
     "parquet, plain": (".parquet", parquet(use_dictionary=False, compression="none")),
+    "parquet, lengths": (
+        ".parquet",
+        texts(
+            parquet(
+                use_dictionary=False,
+                column_encoding="DELTA_BYTE_ARRAY",
+                data_page_version="2.0",
+                compression="zstd",
+            )
+        ),
+    ),
     "arrow file": (".arrow", ipc(pa.ipc.new_file)),
     "arrow stream": (".arrow", ipc(pa.ipc.new_stream)),
+    "arrow, compressed": (".arrow", ipc(pa.ipc.new_file, dictionary=True, codec="zstd")),
     "arrow, dictionaries": (".arrow", ipc(pa.ipc.new_stream, dictionary=True)),
 }
 

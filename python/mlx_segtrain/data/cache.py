@@ -30,10 +30,11 @@ from ..files import (
     remove_folder,
     write_json,
 )
+from .blocks import Block
 from .encoding import Options
 from .prompting import Prompting
 from .samples import Samples, check_method, check_mixed
-from .sources import Block, Source
+from .sources import Source
 from .template import Tokenizer
 from .workers import Done, cores, in_workers, tokenized
 

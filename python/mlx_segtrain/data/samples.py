@@ -27,7 +27,8 @@ from .template import Tokenizer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .sources import Block, Source
+    from .blocks import Block
+    from .sources import Source
 
 ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
 #: Findings by their bit.

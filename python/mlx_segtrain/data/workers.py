@@ -14,9 +14,9 @@ from typing import Any
 from .. import processes
 from ..errors import InputError, RunError
 from ..files import atomic
+from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
-from .sources import Block
 
 #: Of a worker: threads of its own would only be in the way of the others.
 SETTINGS = {

@@ -1,0 +1,101 @@
+"""How much a file of rows may take, and what is said of one that takes more.
+
+A file may be a stranger's, and a small one may be made to become a large one. Memory is bounded by
+constants: rows are read in pieces, a row has a limit, and so has what a format unpacks in one go.
+What a piece takes is read off the file's headers before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import InputError
+
+MOST_BYTES = 16 << 20  # of a row: four million tokens
+#: What a value takes besides text, about, as JSON and in Arrow: a row of empty objects has a limit.
+VALUE = 8
+MOST_COLUMNS = 10_000
+BLOCK = 4 << 20  # bytes of rows that go into one block, about
+#: What may become of a byte of a file: compressed text comes to ten, zeros to ten thousand.
+MOST_UNPACKED, SLACK = 200, 64 << 20
+#: What is unpacked in one go, such as a record batch or a page: bytes, or times the file's size if
+#: that is more, since an honest file may have all of its rows in one batch.
+HELD, HELD_TIMES = 128 << 20, 10
+
+
+@contextmanager
+def told(path: Path | str) -> Iterator[None]:
+    """What fails within is an InputError about the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read: {reason}.") from error
+    except Exception as error:  # Arrow's own, MemoryError, and what a broken file makes of them
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise InputError(f"{path} cannot be read: {reason}.") from error
+
+
+def within(line: bytes, source: str) -> bytes:
+    """The line of a row; InputError if it is too long."""
+    check_length(len(line), source)
+    return line
+
+
+def check_length(length: int, source: str) -> int:
+    """The bytes of a row; InputError if they are too many."""
+    if length > MOST_BYTES:
+        raise InputError(
+            f"{source}: the row has more than {MOST_BYTES >> 20} MiB; split it into several."
+        )
+    return length
+
+
+def check_values(line: bytes, source: str) -> None:
+    """InputError if a line of JSON has so many values that parsing them would take much memory: an
+    empty object has three bytes, and takes 64."""
+    most = MOST_BYTES // VALUE
+    if len(line) <= most or _values(line) <= most:
+        return
+    bare = line.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if sum(_values(part) for part in bare.split(b'"')[::2]) > most:  # outside of strings
+        raise InputError(f"{source}: the row has more than {most:,} values; split it into several.")
+
+
+def _values(line: bytes) -> int:
+    """The values of a line of JSON, at most."""
+    return line.count(b",") + line.count(b"[") + line.count(b"{") + 1
+
+
+def check_columns(name: str, count: int) -> None:
+    if count > MOST_COLUMNS:
+        raise InputError(
+            f"{name} has more than {MOST_COLUMNS:,} columns; leave out those that are not needed."
+        )
+
+
+def check_growth(name: str, unpacked: int, size: int) -> None:
+    """InputError if so many bytes come of a file of this size."""
+    if unpacked > SLACK + MOST_UNPACKED * size:
+        raise InputError(
+            f"{name} unpacks to more than {MOST_UNPACKED} times its size; write it in another "
+            "format if that is right."
+        )
+
+
+def held(size: int) -> int:
+    """The bytes that may be unpacked in one go, of a file of this size."""
+    return max(HELD, HELD_TIMES * size)
+
+
+def check_held(name: str, unpacked: int, size: int) -> None:
+    """InputError if so many bytes of a file of this size are unpacked in one go."""
+    if unpacked > held(size):
+        raise InputError(
+            f"{name} cannot be read in parts of at most {held(size) >> 20} MiB; write it with "
+            "fewer rows in a batch, row group or page, or as JSON lines."
+        )
