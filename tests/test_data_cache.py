@@ -17,10 +17,11 @@ import pytest
 from lib.folders import write_tokenizer
 from mlx_segtrain import files as kept_files
 from mlx_segtrain.commands.main import main
-from mlx_segtrain.data import Options, cache, load_dataset, sources, workers
+from mlx_segtrain.data import Options, cache, limits, load_dataset, workers
 from mlx_segtrain.data.columns import Columns
 from mlx_segtrain.data.encoding import Encoder, Pair, sequences
 from mlx_segtrain.data.formats import checked, encode
+from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.models import load_tokenizer
 
@@ -64,7 +65,7 @@ def kept(tmp_path, monkeypatch):
     """A cache of its own, into which small data go, too, in blocks of a few rows."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "SMALL", 0)
-    monkeypatch.setattr(sources, "BLOCK", 1500)
+    monkeypatch.setattr(limits, "BLOCK", 1500)
     return tmp_path / "cache" / "tokens"
 
 
@@ -162,7 +163,7 @@ def test_processes_make_the_same_files(tmp_path, tokenizer, model, kept, process
 
 def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
     data = write(tmp_path / "data", rows_of("text", 3))
-    source, _ = sources.sources_of(data)
+    source, _ = sources_of(data)
 
     def key(source=source, model=model, **how):
         return cache.key_of(source, tokenizer, Options(**how), model)
@@ -182,7 +183,7 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
     ):
         assert key(**other) == first, other
     moved = write(tmp_path / "moved", rows_of("text", 3))
-    assert key(sources.sources_of(moved)[0]) == first
+    assert key(sources_of(moved)[0]) == first
     # But on everything else.
     found = [first]
     for other in (
@@ -195,9 +196,9 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
     ):
         found.append(key(**other))
     write(data, rows_of("text", 4))
-    found.append(key(sources.sources_of(data)[0]))
+    found.append(key(sources_of(data)[0]))
     write(data, rows_of("text", 3), "validation.jsonl")
-    found.append(key(sources.sources_of(data)[1]))  # rows are told by the name of their file
+    found.append(key(sources_of(data)[1]))  # rows are told by the name of their file
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         other = tmp_path / f"model-{name}"
         other.mkdir()
@@ -234,12 +235,12 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
 SCRIPT = """
 import sys
 from pathlib import Path
-from mlx_segtrain.data import Options, cache, load_dataset, sources
+from mlx_segtrain.data import Options, cache, limits, load_dataset
 from mlx_segtrain.models import load_tokenizer
 cache.SMALL = cache.LARGE = 0
 cache.PACE_S = 0
 cache.cores = lambda: 2
-sources.BLOCK = 1500
+limits.BLOCK = 1500
 load_dataset(Path(sys.argv[1]), load_tokenizer(sys.argv[2]), Options(val_split=0),
              Path(sys.argv[2]), lambda event: print(event["message"], flush=True))
 print("done")

@@ -1,11 +1,12 @@
 """Every attack is watched: what one client does, no other notices, and the memory comes back."""
 
-import importlib
 import time
 
 import pytest
 
 from lib.attack import Watch, memory_mb, patience
+from lib.folders import write_llama
+from mlx_segtrain.models import load_tokenizer
 
 #: Memory that an attack may take over what was there, in 10⁶ bytes, and what may be left of it: a
 #: helper process that it made the server start stays.
@@ -15,19 +16,14 @@ MOST_MB, LEFT_MB = 500, 250
 BACK_S, ANSWER_S = 60, 2
 
 
-#: What the first test would import, a few hundred MB, which no attack has taken.
-IMPORTED = ("mlx_segtrain.loading", "mlx_segtrain.training", "mlx_segtrain.serving.service")
-IMPORTED += ("transformers", "pyarrow.compute", "pyarrow.parquet")
-
-
 @pytest.fixture(scope="session", autouse=True)
-def imported():
-    for name in IMPORTED:
-        importlib.import_module(name)
+def warm(tmp_path_factory):
+    """Libraries are loaded as they are first used, 200 MB of them, which no attack has taken."""
+    load_tokenizer(write_llama(tmp_path_factory.mktemp("warm") / "model"))
 
 
 @pytest.fixture(autouse=True)
-def watched(request, imported):
+def watched(request, warm):
     """With a server: its /healthz, page and memory. Without one: the memory of this process."""
     server = request.getfixturevalue("server") if "server" in request.fixturenames else None
     with Watch(server) as watch:
