@@ -348,8 +348,9 @@ template <int D>
 struct Backward {
   static constexpr int DP = (D + 63) / 64 * 64, BQ = DP == 64 ? 128 : 64, BK = 128;
   static constexpr int THREADS = 384, COPY_REGISTERS = 24, REGISTERS = 240, Q_STAGES = 3, DO_STAGES = 2;
-  // Heads of a group that are worked on at once: they share k and v, and wait for each other at the end.
-  static constexpr int HEADS = DP == 64 ? 8 : 2;
+  // Blocks between which heads of a group are worked on at once: heads wait for each other at the end of a block, tiles of
+  // keys of one head at its begin.
+  static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
   // k, v; q, do; dS twice; dq; lse and first of each stage of q, delta of do; barriers
@@ -440,10 +441,10 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(ticket_at), "r"(atomicAdd(counts, 1)) : "memory");
   }
   __syncthreads();
-  // Tickets: X::HEADS heads of each group and all their keys, the first first, which a causal triangle sees most; then the next.
+  // Tickets: some heads of each group and all their keys, the first first, which a causal triangle sees most; then the next.
   const int ticket = read_shared<int>(ticket_at), share = c.H / c.G, groups = c.B * c.G, key_tiles = pairs.key_tiles();
-  int at_once = X::HEADS;
-  while (share % at_once) at_once /= 2;
+  int at_once = 1;
+  while (share % (2 * at_once) == 0 && at_once * groups * key_tiles < X::AT_ONCE) at_once *= 2;
   const int head = ticket / at_once / groups / key_tiles * at_once + ticket % at_once;
   const int bg = ticket / at_once % groups, key_tile = ticket / at_once / groups % key_tiles, k0 = key_tile * BK;
   const size_t bh = static_cast<size_t>(bg) * share + head;
