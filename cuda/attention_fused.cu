@@ -30,8 +30,8 @@ __device__ inline void arrive_with_copies(unsigned at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
 __device__ inline void wait(unsigned at, unsigned phase) {
-  asm volatile("{.reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;}" ::"r"(at),
-               "r"(phase) : "memory");
+  asm volatile("{.reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;}"
+               ::"r"(at), "r"(phase) : "memory");
 }
 
 /// What was written to shared memory, as this thread knows, is what tensor cores and bulk copies read behind this.
@@ -84,13 +84,16 @@ __device__ inline void copy_rows(unsigned tile, const T* x, int rows, int thread
 }
 
 /// Where piece `col` of a row lies in a tile.
-__device__ inline unsigned piece_at(int row, int col, int block) { return col / 8 * block + row * 128 + ((col % 8 ^ row % 8) << 4); }
+__device__ inline unsigned piece_at(int row, int col, int block) {
+  return col / 8 * block + row * 128 + ((col % 8 ^ row % 8) << 4);
+}
 
 /// Writes a 16×16 block, as a warp holds it, whose rows and columns begin at `row` and `piece`.
 __device__ inline void store_block(unsigned tile, int row, int piece, int block, const unsigned (&x)[4]) {
   const int lane = threadIdx.x % 32;
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-               ::"r"(tile + piece_at(row + lane % 16, piece + lane / 16, block)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+               ::"r"(tile + piece_at(row + lane % 16, piece + lane / 16, block)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
 }
 
 template <typename X>
@@ -348,8 +351,9 @@ template <int D>
 struct Backward {
   static constexpr int DP = (D + 63) / 64 * 64, BQ = DP == 64 ? 128 : 64, BK = 128;
   static constexpr int THREADS = 384, COPY_REGISTERS = 24, REGISTERS = 240, Q_STAGES = 3, DO_STAGES = 2;
-  // Heads of a group that are worked on at once: they share k and v, and wait for each other at the end.
-  static constexpr int HEADS = DP == 64 ? 8 : 2;
+  // Blocks between which heads of a group are worked on at once: heads wait for each other at the end of a block, tiles of
+  // keys of one head at its begin.
+  static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
   // k, v; q, do; dS twice; dq; lse and first of each stage of q, delta of do; barriers
@@ -387,9 +391,11 @@ __device__ inline void end_turn(int* count) { asm volatile("red.release.gpu.glob
 /// Starts to [bytes / 4] = or += numbers in shared memory, by one thread.
 __device__ inline void store_bulk(float* to, unsigned from, int bytes, bool add) {
   if (add)
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                 ::"l"(to), "r"(from), "r"(bytes) : "memory");
   else
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 __device__ inline void end_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void stores_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
@@ -423,8 +429,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   const Pairs<BQ, BK> pairs{c};
   const unsigned k_tile = tiles_begin(), v_tile = k_tile + X::KEY_BYTES, q_tiles = v_tile + X::KEY_BYTES;
   const unsigned do_tiles = q_tiles + QS * X::QUERY_BYTES, ds_tiles = do_tiles + OS * X::QUERY_BYTES;
-  const unsigned dq_tile = ds_tiles + 2 * X::DS_BYTES, lse_rows = dq_tile + X::DQ_BYTES, first_rows = lse_rows + QS * X::ROWS_BYTES;
-  const unsigned delta_rows = first_rows + QS * X::ROWS_BYTES;
+  const unsigned dq_tile = ds_tiles + 2 * X::DS_BYTES, lse_rows = dq_tile + X::DQ_BYTES;
+  const unsigned first_rows = lse_rows + QS * X::ROWS_BYTES, delta_rows = first_rows + QS * X::ROWS_BYTES;
   // Barriers: copied or written, published, free again.
   const unsigned k_copied = delta_rows + OS * X::ROWS_BYTES, v_copied = k_copied + 8, q_copied = v_copied + 8;
   const unsigned do_copied = q_copied + 8 * QS, k_here = do_copied + 8 * OS, v_here = k_here + 8, q_here = v_here + 8;
@@ -433,17 +439,19 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   const unsigned ticket_at = sums_written + 8;
   if (threadIdx.x == 0) {
     init_barrier(k_copied, 32), init_barrier(v_copied, 32), init_barrier(k_here, 1), init_barrier(v_here, 1);
-    for (int i = 0; i < 8 * QS; i += 8) init_barrier(q_copied + i, 32), init_barrier(q_here + i, 1), init_barrier(q_free + i, 8);
-    for (int i = 0; i < 8 * OS; i += 8) init_barrier(do_copied + i, 32), init_barrier(do_here + i, 1), init_barrier(do_free + i, 8);
+    for (int i = 0; i < 8 * QS; i += 8)
+      init_barrier(q_copied + i, 32), init_barrier(q_here + i, 1), init_barrier(q_free + i, 8);
+    for (int i = 0; i < 8 * OS; i += 8)
+      init_barrier(do_copied + i, 32), init_barrier(do_here + i, 1), init_barrier(do_free + i, 8);
     init_barrier(ds_written, 8), init_barrier(ds_here, 1);
     init_barrier(dq_written, 8), init_barrier(dq_free, 1), init_barrier(sums_written, 8);
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(ticket_at), "r"(atomicAdd(counts, 1)) : "memory");
   }
   __syncthreads();
-  // Tickets: X::HEADS heads of each group and all their keys, the first first, which a causal triangle sees most; then the next.
+  // Tickets: some heads of each group and all their keys, the first first, which a causal triangle sees most; then the next.
   const int ticket = read_shared<int>(ticket_at), share = c.H / c.G, groups = c.B * c.G, key_tiles = pairs.key_tiles();
-  int at_once = X::HEADS;
-  while (share % at_once) at_once /= 2;
+  int at_once = 1;
+  while (share % (2 * at_once) == 0 && at_once * groups * key_tiles < X::AT_ONCE) at_once *= 2;
   const int head = ticket / at_once / groups / key_tiles * at_once + ticket % at_once;
   const int bg = ticket / at_once % groups, key_tile = ticket / at_once / groups % key_tiles, k0 = key_tile * BK;
   const size_t bh = static_cast<size_t>(bg) * share + head;
@@ -570,8 +578,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   // is written. Each wait for all of them lets the compiler use their registers again.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
-    const unsigned stage = step % 2, do_tile = do_tiles + stage * X::QUERY_BYTES, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
-    const unsigned ds_tile = ds_tiles + stage * X::DS_BYTES, col_at = threadIdx.x % 4 * 8;
+    const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
+    const unsigned do_tile = do_tiles + stage * X::QUERY_BYTES, ds_tile = ds_tiles + stage * X::DS_BYTES, col_at = threadIdx.x % 4 * 8;
     wait(do_here + 8 * stage, step / 2 % 2);
     multiply_rows(dp, v_tile, do_tile);
 
@@ -718,7 +726,8 @@ __device__ void round_sums(const float* dq_sum, const float* dk_sum, const float
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs. at = {q_start, -, B, H, G, T, S}, args = {scale, cap}.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// at = {q_start, -, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention_fused: q k v first at args -> o lse
 using X = Forward<D>;

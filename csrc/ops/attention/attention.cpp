@@ -167,7 +167,7 @@ bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// By bench/LOG.md, H100 and H200: a library's kernel where one serves, then ours, hopper's first, then whole
+/// By bench/LOG.md, H100 and H200: cuDNN as we call it, hopper's, MLX's own, ours for any GPU, whole
 /// products.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
   Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
@@ -176,7 +176,7 @@ std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, 
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
   Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
-  return choose("attention", impl, {cudnn, stock, hopper, kernel, blocked});
+  return choose("attention", impl, {cudnn, hopper, stock, kernel, blocked});
 }
 
 std::string way_for(const Call& c, const std::string& impl) {
