@@ -37,7 +37,7 @@ __device__ void put_rows(const T* x, const int* index, T* y, int m, int width) {
 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {m, W}.
 
-//: take_rows: x index at -> y
-take_rows(x, index, y, at[1]);
-//: put_rows: x index at -> y
-put_rows(x, index, y, at[0], at[1]);
+//: take_rows: x index at -> taken
+take_rows(x, index, taken, at[1]);
+//: put_rows: x index at -> summed
+put_rows(x, index, summed, at[0], at[1]);
