@@ -118,7 +118,8 @@ NB_MODULE(_core, m) {
   m.def("least_peak", &least_peak, "costs"_a, "The least peak of cuts that keep little, in bytes.");
 
   m.def("collect_kernels", &collect_kernels,
-        "From now on calls only say which kernels they need, and give zeros that nobody is to evaluate.");
+        "From now on calls of this thread only say which kernels they need, and give zeros that nobody is to "
+        "evaluate.");
   m.def("compile_kernels", &compile_kernels, nb::call_guard<nb::gil_scoped_release>(),
         "Ends it: compiles those that are not there yet, all at once. Returns how many.");
 

@@ -145,12 +145,14 @@ struct Binaries {
   std::mutex lock;
   std::unordered_map<std::string, std::string> known;
   std::unordered_map<std::string, Source> wanted;
-  bool collects = false;
 };
 Binaries& binaries() {
   static Binaries all;
   return all;
 }
+
+/// Whether calls of this thread only say what they need. Another thread's go on as they are.
+thread_local bool collects = false;
 
 /// The kernel's binary; nullptr if it is wanted and will be compiled later.
 const std::string* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
@@ -173,7 +175,7 @@ const std::string* cuda_binary(const std::string& name, const Text& text, const 
   auto found = all.known.find(key);
   if (found == all.known.end()) {
     auto source = cuda_source(name, text, inputs, dtypes, arguments, grid);
-    if (all.collects) return all.wanted.insert({key, {name, source}}), nullptr;
+    if (collects) return all.wanted.insert({key, {name, source}}), nullptr;
     found = all.known.emplace(key, compile_cuda(name, source, compute_capability())).first;
   }
   return &found->second;
@@ -199,7 +201,7 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   const std::tuple threads{x * grid.threads, y, z}, group{grid.threads, 1, 1};
   if (gpu() == Gpu::cuda) {
     const auto* binary = cuda_binary(name, text, inputs, dtypes, arguments, grid);
-    if (!dry_run() && !collects_kernels())
+    if (!dry_run() && !collects)
       return mx::fast::precompiled_cuda_kernel(name, *binary, inputs, shapes, dtypes, {}, threads, group,
                                                grid.shared_memory, std::nullopt, true, s);
     return dry_launch(name, inputs, std::move(shapes), std::move(dtypes), s);
@@ -211,21 +213,17 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
 }
 
 bool collects_kernels() {
-  auto& all = binaries();
-  std::lock_guard guard(all.lock);
-  return all.collects;
+  return collects;
 }
 
 void collect_kernels() {
-  auto& all = binaries();
-  std::lock_guard guard(all.lock);
-  all.collects = true;
+  collects = true;
 }
 
 size_t compile_kernels() {
+  collects = false;
   auto& all = binaries();
   std::lock_guard guard(all.lock);
-  all.collects = false;
   std::vector<std::future<void>> running;
   std::vector<std::pair<std::string, std::string>> made(all.wanted.size());
   std::atomic<size_t> next = 0;

@@ -44,8 +44,9 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
 
-/// From now on calls only say which kernels they need, and give zeros that nobody is to evaluate; until
-/// compile_kernels, which compiles those that are not there yet all at once and returns how many. CUDA only.
+/// From now on calls of this thread only say which kernels they need, and give zeros that nobody is to
+/// evaluate; until compile_kernels, which compiles those that are not there yet all at once and returns how
+/// many. CUDA only.
 void collect_kernels();
 size_t compile_kernels();
 bool collects_kernels();

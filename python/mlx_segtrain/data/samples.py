@@ -185,7 +185,7 @@ def _lists(bounds: np.ndarray, values: Any) -> Any:
     return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), values)
 
 
-def _mapped(array: Any) -> np.ndarray:
+def _numbers(array: Any) -> np.ndarray:
     """The memory of a column without nulls. Arrow's to_numpy would import pandas: half a second."""
     return np.from_dlpack(array)
 
@@ -201,13 +201,13 @@ class _Side:
     def __init__(self, batch: pa.RecordBatch, side: int):
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
             column = batch.column(f"{name}{side}")
-            return _mapped(column.offsets), _mapped(column.values)
+            return _numbers(column.offsets), _numbers(column.values)
 
         self.bounds, self.ids = lists("ids")
         self.runs, self.ends = lists("ends")
         _, self.weights = lists("weights")
         self.top, self.turns, self.findings = (
-            _mapped(batch.column(f"{name}{side}")) for name in ("top", "turns", "findings")
+            _numbers(batch.column(f"{name}{side}")) for name in ("top", "turns", "findings")
         )
 
     def row(self, j: int, source: str) -> Row:
@@ -277,7 +277,7 @@ class Samples:
         return self._shards[shard].row(i - int(self._starts[shard]))
 
     def _column(self, name: str) -> np.ndarray:
-        own = [_mapped(x.batch.column(name)) for x in self._shards if x.n]
+        own = [_numbers(x.batch.column(name)) for x in self._shards if x.n]
         return np.concatenate(own) if own else np.zeros(0, np.int64)
 
     @cached_property
@@ -291,7 +291,7 @@ class Samples:
         before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
         return np.concatenate(
             [
-                before[k] + _mapped(own.batch.column("record")).astype(np.int64)
+                before[k] + _numbers(own.batch.column("record")).astype(np.int64)
                 for k, own in enumerate(self._shards)
                 if own.n
             ]

@@ -266,15 +266,19 @@ def _logits(h, head, softcap):
     return z if softcap is None else softcap * mx.tanh(z / softcap)
 
 
+def _onehot(index, n):
+    """[M, n] booleans: the column that each of M names"""
+    return mx.arange(n)[None] == index[:, None]
+
+
 def _picked(z, targets):
     """z[target] of each row. CUDA's take_along_axis and its gradient take 13 s to compile."""
-    return mx.where(mx.arange(z.shape[1])[None] == targets[:, None], z, 0).sum(axis=-1)
+    return mx.where(_onehot(targets, z.shape[1]), z, 0).sum(axis=-1)
 
 
 def take_rows(x, index):
     """x[index], by a product with ones where a row is named: its gradient is one, too"""
-    named = index.reshape(-1, 1) == mx.arange(x.shape[0])[None]
-    rows = named.astype(x.dtype) @ x.reshape(x.shape[0], -1)
+    rows = _onehot(index.reshape(-1), x.shape[0]).astype(x.dtype) @ x.reshape(x.shape[0], -1)
     return rows.reshape(*index.shape, *x.shape[1:])
 
 
@@ -293,7 +297,7 @@ def linear_cross_entropy_vjp(
 ):
     """dz = dloss·w·(softmax(z) − (1 − ε)·onehot − ε/V)·(1 − (z/c)²), dh = dz·W"""
     z = _logits(h, head, softcap)
-    onehot = mx.arange(z.shape[1])[None] == targets[:, None]
+    onehot = _onehot(targets, z.shape[1])
     dz = mx.softmax(z, axis=-1) - (1 - label_smoothing) * onehot - label_smoothing / z.shape[1]
     dz = dloss * mx.where(targets < 0, 0.0, weights)[:, None] * dz
     if softcap is not None:
