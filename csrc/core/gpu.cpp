@@ -81,7 +81,7 @@ std::mutex off_lock;
 std::map<std::string, std::string> off;  // kernel → reason
 
 template <typename T>
-mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
+mx::array device_numbers(const std::vector<T>& values) {
   static std::mutex lock;
   static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
   static size_t held = 0;
@@ -91,7 +91,9 @@ mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
   // Those of rows that are long or packed are others in every step.
   if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
   held += values.size();
-  return known.emplace(values, upload(values.data(), values.size(), dtype)).first->second;
+  auto array = upload(values);
+  array.eval();  // other threads and streams find it, too
+  return known.emplace(values, array).first->second;
 }
 
 /// A dtype as the text of cuda/ calls it.
@@ -180,11 +182,11 @@ const std::string* cuda_binary(const std::string& name, const Text& text, const 
 }  // namespace
 
 mx::array device_ints(const std::vector<int32_t>& values) {
-  return device_numbers(values, mx::int32);
+  return device_numbers(values);
 }
 
 mx::array device_floats(const std::vector<float>& values) {
-  return device_numbers(values, mx::float32);
+  return device_numbers(values);
 }
 
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
