@@ -35,9 +35,10 @@ __all__ = [
 
 #: Lengths are planned in steps of it.
 STEP = 128
-#: Of what MLX may come to have above its limit (`overshoot`), the part that a step then took more
-#: where it waits at the plan's peak: measured on an H200, 0.4 and 0.8 of it (bench/LOG.md).
-AHEAD = 0.8
+#: What a step takes more where the host runs ahead of the device: of what MLX may come to have above
+#: its limit (`overshoot`) 0.4 to 0.8, as measured on an H200 (bench/LOG.md), and buffers that MLX
+#: keeps for later, which it would else give back and ask for again all the time.
+AHEAD, BUFFERS = 0.8, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def planned(costs: Any, cuts: Any, above: int, ahead: int = 0) -> Planned:
         text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
         peak=estimate.peak + ahead,
-        limit=max(costs.fixed, estimate.peak - (0 if ahead else above)),
+        limit=max(costs.fixed, estimate.peak + (BUFFERS if ahead else -above)),
         parts={name: n for name, n in parts.items() if n},
         moves=tuple(costs.fixed + alive.total for alive in estimate.moves),
         lines=tuple(plan.describe()),
@@ -171,7 +172,7 @@ def choose(
     """
     costs = costs_of(model, batch, ranks, device)
     above = overshoot(model, batch, ranks, device)
-    ahead = int(AHEAD * above) if device.name == "cuda" else 0
+    ahead = int(AHEAD * above) + BUFFERS if device.name == "cuda" else 0
     choice = _core.choose_cuts(costs, budget - ahead)
     if choice.estimate.peak + ahead <= budget:
         return planned(costs, choice.cuts, above, ahead)
