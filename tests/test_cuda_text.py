@@ -105,6 +105,18 @@ def layer_ops(dtype):
             x,
             *factors_of(linears),
         )
+    norms = [ops.HeadNorm(mx.ones(64, dtype), 1e-6)] * 3
+    for widths in ([256, 128, 128], [256, 128], [256]):
+        linears, _ = linears_of(rng, 128, widths, [8] * len(widths), BASES[1], name)
+        differentiate(
+            lambda x, w=linears: ops.lora_qkv(x[None], w, 4, 2, 64, base=1e4, norms=norms), x
+        )
+    for width in (128, 8192):
+        y, w = mx.zeros((4, width), dtype), mx.ones(width, dtype)
+        differentiate(lambda y, w=w: ops.add_rms_norm(*ops.rms_norm_beside(y, w, 1.0), w, 1.0), y)
+        factor = mx.ones(1, dtype)
+        differentiate(lambda y, w=w, f=factor: ops.add_rms_norm(y, y, w, 1.0, f), y)
+        differentiate(lambda y, w=w: ops.rms_norm(y, w, 1.0, impl="kernel"), y)
     ops.join([x, x])
     for mode in (("mxfp4", 4, 32), ("nvfp4", 4, 16)):
         linears, _ = linears_of(rng, 128, [64], [0], mode, name)

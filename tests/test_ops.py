@@ -437,10 +437,24 @@ def low_rank(x, **options):
     return ops.lora_linear(x, base, mx.ones((8, 2)), mx.ones((2, 4)), **options)
 
 
+def heads_of(x, widths, **options):
+    linears = [ops.Linear(ops.Base(mx.ones((width, 8)))) for width in widths]
+    return ops.lora_qkv(x, linears, 2, 1, 4, base=1e4, **options)
+
+
 BAD = [
     (lambda x: ops.swiglu(x, x[0]), r"\[swiglu\] gate and up must have one shape"),
     (lambda x: ops.geglu(x, x.astype(mx.float16)), r"\[geglu\] gate and up must have one floating"),
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
+    (lambda x: ops.rms_norm_beside(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and"),
+    (lambda x: ops.add_rms_norm(x[0], x, mx.ones(8), 1e-5), r"h like x \(1,2,5,8\); got \(2,5,8"),
+    (lambda x: ops.add_rms_norm(x, x, mx.ones(8), 1e-5, x), r"factor must be one number; got"),
+    (lambda x: heads_of(x[0], [8, 8]), r"q of 2 heads and k and v of 1; got widths 8, 8"),
+    (lambda x: heads_of(x[0], [8] * 4), r"one to three linears; got \(2,5,8\) and 4"),
+    (
+        lambda x: heads_of(x[0], [8], norms=[ops.HeadNorm(mx.ones(8), 1e-5)]),
+        r"weights of norms \[4\]; got \(8\)",
+    ),
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),
     (lambda x: ops.rope(x, 8), r"either base or freqs"),
     (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 9]), r"segments as offsets .* S = 5"),
@@ -496,6 +510,8 @@ FACES = {
     "swiglu": lambda: ops.swiglu(X, X),
     "geglu": lambda: ops.geglu(X, X),
     "rms_norm": lambda: ops.rms_norm(X, X[0, 0, 0], 1e-5),
+    "rms_norm_beside": lambda: ops.rms_norm_beside(X, X[0, 0, 0], 1e-5),
+    "add_rms_norm": lambda: ops.add_rms_norm(X, X, X[0, 0, 0], 1e-5),
     "rope": lambda: ops.rope(X, 8, base=1e4),
     "lora_linear": lambda: ops.lora_linear(X, EYE),
     "lora_linears": lambda: ops.lora_linears(X, [ops.Linear(EYE)]),

@@ -205,7 +205,7 @@ def _finish(
             x = own_input(tokens[:, -h.shape[1] :])
             (gate,) = linears(h, own[0])
             (x,) = linears(ops.geglu(gate, x), own[1])
-            h = h + Norm.of(layer.post_per_layer_input_norm)(x)
+            return Norm.of(layer.post_per_layer_input_norm).added(h, x, layer.layer_scalar)
         return h * layer.layer_scalar
 
     return finish
