@@ -114,6 +114,17 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
 mx::array take_rows(const mx::array& x, const mx::array& index, const std::string& impl,
                     mx::StreamOrDevice s);
 
+/// Columns [begin, end) of the rows of a frozen table [V, ·] that index [...] names, times factor → [..., end
+/// − begin]. No gradient.
+mx::array embedded_rows(const Base& table, const mx::array& index, int begin, std::optional<int> end,
+                        float factor, const std::string& impl, mx::StreamOrDevice s);
+
+/// (norm of x·f0 + rows·f1)·f2 with a table's rows from column `begin` on: the own input of a layer of
+/// Gemma 4. x [..., D] → [..., D]. No gradient.
+mx::array own_input(const mx::array& x, const mx::array& weight, float eps, const Base& table,
+                    const mx::array& index, int begin, const std::vector<float>& factors,
+                    const std::string& impl, mx::StreamOrDevice s);
+
 /// What makes q and k of heads: an RMS norm of each head if it has one, and rotation as by `rope`.
 struct HeadNorm {
   mx::array weight;  ///< [D], frozen

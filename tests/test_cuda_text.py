@@ -105,6 +105,16 @@ def layer_ops(dtype):
             x,
             *factors_of(linears),
         )
+    x_rows, index = mx.zeros((3, 64), dtype), mx.arange(3)
+    for base in (None, BASES[1], ("affine", 3, 128), ("mxfp4", 4, 32)):
+        table = linears_of(rng, 128, [64], [0], base, name)[0][0].base
+        if base is None or base[0] != "affine":
+            table = table if base else ops.Base(table.weight.astype(dtype))
+            ops.embedded_rows(table, index, begin=8, factor=2.0, impl="kernel")
+            continue
+        more = (table.scales.astype(dtype), table.biases.astype(dtype))
+        table = ops.Base(table.weight, *more, **ops.packing(table))
+        ops.own_input(x_rows, mx.ones(64, dtype), 1.0, table, index, 64, [1] * 3, impl="kernel")
     norms = [ops.HeadNorm(mx.ones(64, dtype), 1e-6)] * 3
     for widths in ([256, 128, 128], [256, 128], [256]):
         linears, _ = linears_of(rng, 128, widths, [8] * len(widths), BASES[1], name)
@@ -167,60 +177,84 @@ def compile_together():
     print(counts)
 
 
-def launches_of_layers(n):
-    """Of n layers of a Llama with seven adapted linears each, forward and back."""
+def launches_of_model(family, args):
+    """Of all layers of a small model with all linears adapted that may be, forward and back."""
     import mlx.nn as nn
 
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
 
-    module = import_module("mlx_lm.models.llama")
+    module = import_module(f"mlx_lm.models.{family}")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": n}
-    args = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4} | sizes | heads
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    args = {"model_type": family, "rms_norm_eps": 1e-5, **sizes, **heads, **args}
     model = module.Model(module.ModelArgs.from_dict(args))
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
     chain = chain_of(model)
     adapter = adapting.init(chain, dict.fromkeys(chain.linears, 8), 1.0, 0)
     params = adapting.stage_params(chain, adapter)
     places = [(owner, name) for owner in params for name in sorted(params[owner])]
     factors = [params[owner][name] for owner, name in places]
+    tokens = mx.zeros((1, 64), mx.int32)
 
     def run(h, *factors):
         own = defaultdict(dict)
         for (owner, name), x in zip(places, factors, strict=True):
             own[owner][name] = x
-        values = {"h": h, "positions": mx.arange(h.shape[1])}
+        values = {"h": h, "positions": mx.arange(h.shape[1]), "tokens": tokens}
         for stage in chain.stages(adapter.scales):
             made = stage.fn(own[stage.owner], *(values[name] for name in stage.reads))
-            values["h"] = made[0] if isinstance(made, tuple) else made
+            made = made if isinstance(made, tuple) else (made,)
+            values |= dict(zip(stage.writes, made, strict=True))
         return values["h"]
 
     h = mx.zeros((1, 64, sizes["hidden_size"]), mx.bfloat16)
-    mx.eval(h, factors, model.parameters())
+    mx.eval(h, tokens, factors)
+    mx.eval(run(h, *factors))  # and what it takes that is made once
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
-    return Counter(_core.launches([y, dh, _core.join(grads)]))
+    return Counter(_core.launches([y, dh, *grads]))
 
 
-def launches():
-    """Of one layer by name, without its norms, which are several ops of a CPU here."""
-    from mlx_segtrain import _core, ops
+def launches(form):
+    """Of one more layer of a form, by name."""
+    from mlx_segtrain import _core
 
     load_compiler()
     mx.set_default_device(mx.Device(mx.cpu))
     _core.set_repeatable(True)
-    x = mx.zeros((1, 64, 128), mx.bfloat16)
-    weight = mx.ones(128, mx.bfloat16)
-    mx.eval(x, weight)
-    (y,), (dx,) = mx.vjp(lambda x: ops.rms_norm(x, weight, 1e-5), [x], [x])
-    norm = Counter(_core.launches([y, dx]))
-    print(json.dumps(launches_of_layers(3) - launches_of_layers(2) - norm - norm))
+    slides, full = "sliding_attention", "full_attention"
+    alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
+    small = {"global_head_dim": 64, "sliding_window": 32, "hidden_size_per_layer_input": 64}
+    small |= {"vocab_size_per_layer_input": 64, "use_double_wide_mlp": False}
+    gemma = {**small, "num_kv_shared_layers": 1}
+    types = {
+        "slides": [full, slides, slides],
+        "full": [full, full, slides],
+        "shares": [full, slides, slides],
+    }
+    if form in types:
+        shared = 2 if form == "shares" else 1
+        larger = {**gemma, "layer_types": [*types[form], slides], "num_kv_shared_layers": shared}
+        smaller = {**gemma, "layer_types": [full, slides, slides]}
+        family = "gemma4_text"
+    elif form == "keys are values":
+        larger, smaller = ({**small, **alone, "layer_types": [full] * n} for n in (3, 2))
+        family = "gemma4_text"
+    else:
+        more = {"rope_theta": 1e4, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+        larger, smaller = ({**more, "num_hidden_layers": n} for n in (3, 2))
+        family = form
+    for args in (larger, smaller):
+        args.setdefault("num_hidden_layers", len(args.get("layer_types", ())))
+    counts = [launches_of_model(family, args) for args in (larger, smaller)]
+    print(json.dumps(counts[0] - counts[1]))
 
 
-def dry_run(call, tmp_path):
+def dry_run(call, tmp_path, *args):
     """What a function of this file prints in a process where calls take the ways of a Hopper."""
-    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{call}()"]
+    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{call}(*{args!r})"]
     for other in ("cudnn", "cusparselt"):  # which come with a torch for CUDA
         (tmp_path / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
@@ -239,8 +273,16 @@ def test_collected_kernels_compile_once(tmp_path):
     assert dry_run("compile_together", tmp_path) == "[2, 0]\n"
 
 
-def test_launches_of_a_layer(tmp_path):
-    """What a short step takes is their number."""
-    counts = json.loads(dry_run("launches", tmp_path))
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [
+        *(("llama", 50), ("qwen3", 50)),
+        *(("slides", 80), ("full", 80), ("shares", 80), ("keys are values", 60)),
+    ],
+)
+def test_launches_of_a_layer(form, most, tmp_path):
+    """What a short step takes is their number. Gemma 4's own input has two adapted linears here."""
+    counts = json.loads(dry_run("launches", tmp_path, form))
     copies = [name for name in counts if name.startswith("copy for")]
-    assert sum(counts.values()) <= 50 and not copies, counts
+    assert counts["Matmul"] >= 8
+    assert sum(counts.values()) <= most and not copies, counts

@@ -348,40 +348,28 @@ class Layer:
         return h + (r if self.branch_scale == 1 else r * self.branch_scale)
 
 
-def looked_up(module: nn.Module, index: mx.array, parts: int = 1) -> mx.array:
-    """Rows of a frozen embedding, dense or quantized, by index […]: […, H]; or, of a table whose
-    rows have so many parts alike, these parts."""
-
-    def rows(name: str) -> Any:
-        x = module.get(name)
-        return None if x is None else ops.take_rows(x.reshape(x.shape[0] * parts, -1), index)
-
-    if "scales" not in module:
-        return rows("weight")
-    return mx.dequantize(rows("weight"), rows("scales"), rows("biases"), **ops.packing(module))
-
-
 @dataclass(frozen=True)
 class Embedding:
-    """Tokens → h through a frozen table [V, H] and an update of its rows; then `finish`."""
+    """Tokens → h through a frozen table [V, H] and an update of its rows, times `factor`."""
 
     module: nn.Module
     path: str
-    finish: Callable[[mx.array], mx.array]
+    factor: float = 1.0
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens [B, T] → h [B, T, H], without an update."""
-        return self.finish(looked_up(self.module, tokens))
+        return ops.embedded_rows(ops.base_of(self.module), tokens, factor=self.factor)
 
     def stage(self, updates: Updates) -> Stage:
         def embed(params: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
-            h = looked_up(self.module, tokens)
-            if f"{self.path}.lora_a" in params:
-                z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
-                if updates.dropout:
-                    z = dropped(z, updates.dropout.rate, updates.key(self.path))
-                h = h + (updates.scales[self.path] * z).astype(h.dtype)
-            return self.finish(h)
+            if f"{self.path}.lora_a" not in params:
+                return self(tokens)
+            h = ops.embedded_rows(ops.base_of(self.module), tokens)
+            z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
+            if updates.dropout:
+                z = dropped(z, updates.dropout.rate, updates.key(self.path))
+            h = h + (updates.scales[self.path] * z).astype(h.dtype)
+            return h if self.factor == 1 else h * self.factor
 
         return Stage(fn=embed, **vars(StageForm.embedding(self.path, updates.stream)))
 

@@ -32,6 +32,7 @@ __all__ = [
     "base_of",
     "dequantize",
     "dropout_key",
+    "embedded_rows",
     "geglu",
     "join",
     "linear_cross_entropy",
@@ -41,6 +42,7 @@ __all__ = [
     "lora_linears",
     "lora_qkv",
     "merge_heads",
+    "own_input",
     "packing",
     "positions_of",
     "rms_norm",
@@ -230,6 +232,43 @@ def add_rms_norm(
 def take_rows(x: mx.array, index: mx.array, *, impl: str = "auto") -> mx.array:
     """x[index]. x [N, …], index […] of integers 0 … N − 1 → […, …], x's dtype."""
     return _core.take_rows(x, index, impl=impl)
+
+
+@_face(reference.embedded_rows)
+def embedded_rows(
+    table: Base,
+    index: mx.array,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    factor: float = 1.0,
+    impl: str = "auto",
+) -> mx.array:
+    """Rows of a frozen table [V, ·], dense or quantized, times a factor; or their columns.
+
+    index […] of integers 0 … V − 1 → […, end − begin], in the dtype of the table, or of its scales.
+    """
+    return _core.embedded_rows(table, index, begin=begin, end=end, factor=factor, impl=impl)
+
+
+@_face(reference.own_input)
+def own_input(
+    x: mx.array,
+    weight: mx.array,
+    eps: float,
+    table: Base,
+    index: mx.array,
+    begin: int,
+    factors: Sequence[float],
+    *,
+    impl: str = "auto",
+) -> mx.array:
+    """y = (rms_norm(x·f0) + rows·f1)·f2, the input of its own that a layer of Gemma 4 has.
+
+    x, y [..., D], weight [D]; rows are D columns from `begin` on of those that index [...] names in
+    a table, as in `embedded_rows`. Nothing of it has a gradient.
+    """
+    return _core.own_input(x, weight, eps, table, index, begin, list(factors), impl=impl)
 
 
 @_face(reference.rope)

@@ -295,6 +295,19 @@ def take_rows(x, index):
     return rows.reshape(*index.shape, *x.shape[1:])
 
 
+def embedded_rows(table, index, *, begin=0, end=None, factor=1.0):
+    """table[index, begin:end]·factor"""
+    dtype = table.weight.dtype if table.scales is None else table.scales.dtype
+    dtype = mx.bfloat16 if dtype == mx.uint8 else dtype
+    return take_rows(weight_of(table, dtype)[:, begin:end], index) * factor
+
+
+def own_input(x, weight, eps, table, index, begin, factors):
+    """(norm(x·f0) + rows·f1)·f2"""
+    rows = embedded_rows(table, index, begin=begin, end=begin + x.shape[-1], factor=factors[1])
+    return (rms_norm(x * factors[0], weight, eps) + rows) * factors[2]
+
+
 def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None, label_smoothing=0.0):
     """Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = h·Wᵀ + bias, ε the smoothing"""
     z = _logits(h, head, softcap)
