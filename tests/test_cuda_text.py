@@ -177,22 +177,36 @@ def compile_together():
     print(counts)
 
 
-def launches_of_model(family, args):
-    """Of all layers of a small model with all linears adapted that may be, forward and back."""
+SIZES = {
+    **{"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64, "head_dim": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+}
+LLAMA = {"rope_theta": 1e4, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+GEMMA = {
+    **{"global_head_dim": 64, "sliding_window": 32, "use_double_wide_mlp": False},
+    **{"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 64},
+    "num_kv_shared_layers": 1,
+}
+
+
+def model_of(family, args):
+    """A small one, quantized."""
     import mlx.nn as nn
 
-    from mlx_segtrain import _core
-    from mlx_segtrain.models import adapting, chain_of
-
     module = import_module(f"mlx_lm.models.{family}")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    args = {"model_type": family, "rms_norm_eps": 1e-5, **sizes, **heads, **args}
-    model = module.Model(module.ModelArgs.from_dict(args))
+    model = module.Model(module.ModelArgs.from_dict({"model_type": family, **SIZES, **args}))
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
     mx.eval(model.parameters())
-    chain = chain_of(model)
+    return model
+
+
+def launches_of_model(family, args):
+    """Of all layers of a small model with all linears adapted that may be, forward and back."""
+    from mlx_segtrain import _core
+    from mlx_segtrain.models import adapting, chain_of
+
+    chain = chain_of(model_of(family, args))
     adapter = adapting.init(chain, dict.fromkeys(chain.linears, 8), 1.0, 0)
     params = adapting.stage_params(chain, adapter)
     places = [(owner, name) for owner in params for name in sorted(params[owner])]
@@ -210,7 +224,7 @@ def launches_of_model(family, args):
             values |= dict(zip(stage.writes, made, strict=True))
         return values["h"]
 
-    h = mx.zeros((1, 64, sizes["hidden_size"]), mx.bfloat16)
+    h = mx.zeros((1, 64, SIZES["hidden_size"]), mx.bfloat16)
     mx.eval(h, tokens, factors)
     mx.eval(run(h, *factors))  # and what it takes that is made once
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
@@ -226,9 +240,6 @@ def launches(form):
     _core.set_repeatable(True)
     slides, full = "sliding_attention", "full_attention"
     alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
-    small = {"global_head_dim": 64, "sliding_window": 32, "hidden_size_per_layer_input": 64}
-    small |= {"vocab_size_per_layer_input": 64, "use_double_wide_mlp": False}
-    gemma = {**small, "num_kv_shared_layers": 1}
     types = {
         "slides": [full, slides, slides],
         "full": [full, full, slides],
@@ -236,20 +247,77 @@ def launches(form):
     }
     if form in types:
         shared = 2 if form == "shares" else 1
-        larger = {**gemma, "layer_types": [*types[form], slides], "num_kv_shared_layers": shared}
-        smaller = {**gemma, "layer_types": [full, slides, slides]}
+        larger = {**GEMMA, "layer_types": [*types[form], slides], "num_kv_shared_layers": shared}
+        smaller = {**GEMMA, "layer_types": [full, slides, slides]}
         family = "gemma4_text"
     elif form == "keys are values":
-        larger, smaller = ({**small, **alone, "layer_types": [full] * n} for n in (3, 2))
+        larger, smaller = ({**GEMMA, **alone, "layer_types": [full] * n} for n in (3, 2))
         family = "gemma4_text"
     else:
-        more = {"rope_theta": 1e4, "max_position_embeddings": 4096, "tie_word_embeddings": True}
-        larger, smaller = ({**more, "num_hidden_layers": n} for n in (3, 2))
+        larger, smaller = ({**LLAMA, "num_hidden_layers": n} for n in (3, 2))
         family = form
     for args in (larger, smaller):
         args.setdefault("num_hidden_layers", len(args.get("layer_types", ())))
     counts = [launches_of_model(family, args) for args in (larger, smaller)]
     print(json.dumps(counts[0] - counts[1]))
+
+
+def kept(family):
+    """Over what the plan says a stage keeps, by its name: what each does for its backward pass."""
+    from lib.chains import headers
+    from mlx_segtrain import _core
+    from mlx_segtrain.models import adapting, chain_of
+    from mlx_segtrain.planning import shape_of
+    from mlx_segtrain.planning.costs import Device, costs_of
+    from mlx_segtrain.streams import BatchShape
+
+    load_compiler()
+    mx.set_default_device(mx.Device(mx.cpu))
+    _core.set_repeatable(True)
+    length, slides, full = 1024, "sliding_attention", "full_attention"
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    gemma = {**GEMMA, "num_hidden_layers": 4, "layer_types": [full, slides, slides, slides]}
+    own = gemma if family == "gemma4_text" else {**LLAMA, "num_hidden_layers": 2}
+    args = {**own, **sizes, "head_dim": 64}
+    model = model_of(family, args)
+    chain = chain_of(model)
+    ranks = dict.fromkeys(chain.linears, 8)
+    adapter = adapting.init(chain, ranks, 1.0, 0)
+    params = adapting.stage_params(chain, adapter)
+    shape = shape_of({"model_type": family, **SIZES, **args}, headers(model))
+    batch = BatchShape.single(1, length, length, length)
+    planned, stage_cost = [], _core.StageCost
+
+    def noted(kept, **rest):
+        planned.append(kept)
+        return stage_cost(kept=kept, **rest)
+
+    _core.StageCost = noted
+    costs_of(shape, batch, ranks, Device("cuda", 2, repeatable=True))
+    tokens = mx.zeros((1, length), mx.int32)
+    values = {"h": mx.zeros((1, length, 512), mx.bfloat16), "tokens": tokens}
+    values["positions"] = mx.arange(length)
+    mx.eval(values, params)
+    found = {}
+    for stage, kept in zip(chain.stages(adapter.scales), planned, strict=True):
+        names = sorted(params[stage.owner])
+        _, *reads = (values[name] for name in stage.reads)
+
+        def run(h, *factors, stage=stage, names=names, reads=reads):
+            made = stage.fn(dict(zip(names, factors, strict=True)), h, *reads)
+            return list(made) if isinstance(made, tuple) else [made]
+
+        before = mx.get_active_memory()
+        given = [values["h"], *(params[stage.owner][name] for name in names)]
+        cotangents = [mx.zeros_like(x) for x in run(*given)]
+        made, gradients = mx.vjp(run, given, cotangents)
+        mx.eval(made)
+        mx.synchronize()
+        taken = mx.get_active_memory() - before - sum(x.nbytes for x in made)
+        found[stage.name] = taken / kept
+        values |= dict(zip(stage.writes, made, strict=True))
+        del given, reads, run, made, gradients, cotangents  # or the next would free some of them
+    print(json.dumps(found))
 
 
 def dry_run(call, tmp_path, *args):
@@ -286,3 +354,11 @@ def test_launches_of_a_layer(form, most, tmp_path):
     copies = [name for name in counts if name.startswith("copy for")]
     assert counts["Matmul"] >= 8
     assert sum(counts.values()) <= most and not copies, counts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4_text"])
+def test_a_stage_keeps_what_the_plan_says(family, tmp_path):
+    """Besides a few numbers a token, which widths of real models outweigh."""
+    found = json.loads(dry_run("kept", tmp_path, family))
+    assert len(found) == (8 if family == "gemma4_text" else 4)
+    assert all(0.93 < x < 1.05 for x in found.values()), found
