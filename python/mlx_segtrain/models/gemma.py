@@ -65,8 +65,10 @@ def chain_of(model: Any, prefix: str) -> Chain:
         }
         mlp, donor = partial(Mlp, gelu=True), names[donors[i]] if donors[i] != i else None
         if fourth:
-            more["finish"] = _finish(body, embedding, name, i)
-            more["own_input"] = body.hidden_size_per_layer_input
+            if size := body.hidden_size_per_layer_input:
+                more["finish"], more["own_input"] = _finish(body, embedding, name, i), size
+            else:
+                more["factor"] = layer.layer_scalar
             if not donor:
                 weight = mx.ones_like(attn.q_norm.weight)
                 attention["v_norm"] = Norm(weight, attn.q_norm.eps)
@@ -182,11 +184,9 @@ class _Experts(Mlp):
 
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
-) -> Callable[[Linears, mx.array, mx.array | None], mx.array]:
+) -> Callable[[Linears, mx.array, mx.array], mx.array]:
     """The end of layer i of Gemma 4: what its own input adds, and its scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
-    if not size:
-        return lambda linears, h, tokens: h * layer.layer_scalar
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)
     begin = i * size
@@ -203,8 +203,7 @@ def _finish(
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         return ops.own_input(x, norm.weight, norm.eps, table, tokens, begin, factors)
 
-    def finish(linears: Linears, h: mx.array, tokens: mx.array | None) -> mx.array:
-        assert tokens is not None
+    def finish(linears: Linears, h: mx.array, tokens: mx.array) -> mx.array:
         x = own_input(tokens[:, -h.shape[1] :])
         (gate,) = linears(h, own[0])
         (x,) = linears(ops.geglu(gate, x), own[1])

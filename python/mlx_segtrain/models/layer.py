@@ -272,7 +272,8 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """h + attention(h), then + mlp(h), each between its norms; `finish` turns h into the output.
+    """h + attention(h), then + mlp(h), each between its norms, and times `factor`; or `finish`
+    turns h into the output.
 
     A stage each, so that they can be run again one by one. `donor` names the layer whose keys and
     values this one reads.
@@ -287,8 +288,11 @@ class Layer:
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
-    finish: Callable[[Linears, mx.array, mx.array | None], mx.array] | None = None
-    own_input: int = 0  #: its width; `finish` then takes the tokens [B, T] as well
+    factor: mx.array | None = None  #: one number
+    finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = (
+        None  #: of tokens [B, T], too
+    )
+    own_input: int = 0  #: the width of what `finish` makes of the tokens
     donor: str | None = None
 
     @property
@@ -334,18 +338,21 @@ class Layer:
         def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
             linears = Linears(params, updates)
             h, x = self.before_mlp.beside(h) if self.before_mlp else (h, h)
-            h = self._added(h, self.mlp(linears, h, x), self.after_mlp)
-            return self.finish(linears, h, more[0] if more else None) if self.finish else h
+            h = self._added(h, self.mlp(linears, h, x), self.after_mlp, self.factor)
+            return self.finish(linears, h, more[0]) if self.finish else h
 
         of_attention, of_mlp = form.stages(updates.stream)
         return [Stage(fn=attention, **vars(of_attention)), Stage(fn=mlp, **vars(of_mlp))]
 
-    def _added(self, h: mx.array, r: mx.array, after: Norm | None) -> mx.array:
-        """h and what a branch adds to it."""
+    def _added(
+        self, h: mx.array, r: mx.array, after: Norm | None, factor: mx.array | None = None
+    ) -> mx.array:
+        """h and what a branch adds to it, times the factor."""
         if after and self.branch_scale == 1:
-            return after.added(h, r)
+            return after.added(h, r, factor)
         r = after(r) if after else r
-        return h + (r if self.branch_scale == 1 else r * self.branch_scale)
+        h = h + (r if self.branch_scale == 1 else r * self.branch_scale)
+        return h if factor is None else h * factor
 
 
 @dataclass(frozen=True)
