@@ -143,7 +143,8 @@ NB_MODULE(_core, m) {
             // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
             // mx.custom_function) takes it for granted.
             nb::gil_scoped_release others;
-            mx::eval(made);
+            // mx::eval would also wait for what the device was given after them.
+            for (auto x : made) x.wait();
           }
           if (PyErr_CheckSignals()) throw nb::python_error();
         };

@@ -31,6 +31,10 @@ constexpr int AT_A_TIME = 2;
 /// the step, and whatever is to be saved then waits for it.
 constexpr size_t UNDER_WAY = 2;
 
+/// Moves that CUDA is given at a time, so that it has the next one when it is done with one. Memory is
+/// bounded by MLX's limit, which is that of the plan: above it MLX waits for each op.
+constexpr size_t CUDA_MOVES = 2;
+
 bool contains(const std::vector<int>& values, int value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
@@ -49,6 +53,7 @@ class Runner {
         wait_(wait),
         watch_(watch),
         recordings_(collects_kernels() ? nullptr : recordings),
+        at_a_time_(gpu() == Gpu::cuda && !on_cpu({}) && !watch ? CUDA_MOVES : 1),
         saved_(plan.stages.size()),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
@@ -71,13 +76,14 @@ class Runner {
           break;
       }
       for (int value : move.drops) values_[value].reset();
-      settle();
+      settle(at_a_time_ - 1);
       begin(made);
-      running_ = std::move(made);
+      // Cotangents are not held: what the next move uses up would stay until it has run.
+      const bool has_grads =
+          at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
+      running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
     }
-    // Where nothing is recomputed the end of the step takes far less memory than its middle: what the caller
-    // makes of the gradients can be given to the device before it is done with them.
-    if (plan_.moves.size() > 1 || watch_ || on_cpu({})) settle();
+    settle(at_a_time_ == 1 ? 0 : at_a_time_);
     for (size_t i = 0; i < params_.size(); ++i)
       if (result_.grads[i].empty())  // nothing that the loss depends on
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
@@ -93,12 +99,14 @@ class Runner {
     Arrays grads = {};             ///< of its parameters, then of its differentiable reads
   };
 
-  /// Waits for the move before, whose inner arrays die here: that no two run at a time is what bounds memory.
-  void settle() {
-    if (running_.empty()) return;
-    if (!collects_kernels()) wait_(running_);
-    running_.clear();  // or what the next one uses up would stay until it has run
-    if (watch_) watch_();
+  /// Waits until so many of the moves before are left, and no inner array of the others.
+  void settle(size_t left) {
+    if (running_.size() <= left) wait_({});
+    while (running_.size() > left) {
+      if (!collects_kernels()) wait_(running_.front());
+      running_.pop_front();
+      if (watch_) watch_();
+    }
   }
 
   /// Gives the device a move stage by stage, so that it has the first while the host launches the others.
@@ -168,7 +176,7 @@ class Runner {
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
-    settle();
+    settle(at_a_time_ - 1);
     if (on_cpu({})) {
       if (under_way_.size() == UNDER_WAY) {
         wait_(under_way_.front());
@@ -347,11 +355,12 @@ class Runner {
   const Wait& wait_;
   const Watch& watch_;
   Recordings* recordings_;
+  size_t at_a_time_;           ///< moves
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::vector<Arrays> parts_;     ///< what the move that is written down makes, by stage
-  Arrays running_;                ///< what the move before makes
+  std::deque<Arrays> running_;    ///< what moves that the device was given make
   std::deque<Arrays> under_way_;  ///< what a CPU was given of the move that is written down
   StepResult result_;
 };
