@@ -29,7 +29,7 @@ struct Tile {
   static constant constexpr int size = rows * stride;
 };
 
-constant constexpr int OWN = 32;  // rows of a group, 8 for each simdgroup
+constant constexpr int OWN = 32, SIMDS = OWN / 8;  // rows of a group, 8 for each simdgroup
 
 // The element of a matrix that a lane holds; it holds the next one of the row as well.
 struct Place {
@@ -154,8 +154,8 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
 
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<D>(k_tile, k, k0, shape.keys, simd, OWN / 8, lane);
-    stage<D>(v_tile, v, k0, shape.keys, simd, OWN / 8, lane);
+    stage<D>(k_tile, k, k0, shape.keys, simd, SIMDS, lane);
+    stage<D>(v_tile, v, k0, shape.keys, simd, SIMDS, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     /// S = scale q k^T, capped
@@ -229,8 +229,8 @@ void attention_vjp_q(const device T* q, const device T* k, const device T* v, Ro
 
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<D>(k_tile, k, k0, shape.keys, simd, OWN / 8, lane);
-    stage<D>(v_tile, v, k0, shape.keys, simd, OWN / 8, lane);
+    stage<D>(k_tile, k, k0, shape.keys, simd, SIMDS, lane);
+    stage<D>(v_tile, v, k0, shape.keys, simd, SIMDS, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     /// P = exp(S - lse), dP = dO V^T
@@ -266,7 +266,7 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
                       const device T* d_o, Ints first, int q_start, float scale, float cap, Shape shape, device T* dk,
                       device T* dv, threadgroup T* tiles, threadgroup float* weights, uint3 group, uint simd,
                       uint lane) {
-  constexpr int BQ = Tile<T, D>::rows, N = BQ / 8, SIMDS = OWN / 8;
+  constexpr int BQ = Tile<T, D>::rows, N = BQ / 8;
   const Place at(lane);
   const bool makes_dk = simd >= SIMDS;
   const int k0 = int(group.x) * OWN, k1 = min(k0 + OWN, shape.keys);
@@ -332,18 +332,22 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T, D and CAP.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T, D and CAP, and ROWS
+// of a group and its THREADS, by which the host counts.
 //: attention: q k v first q_start scale cap -> o lse
+static_assert(ROWS == segtrain::OWN && THREADS == 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 segtrain::attention<D, CAP>(
     q, k, v, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), o, lse, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_q: q k v lse delta d_o first q_start scale cap -> dq
+static_assert(ROWS == segtrain::OWN && THREADS == 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 segtrain::attention_vjp_q<D, CAP>(
     q, k, v, lse, delta, d_o, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), dq, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_kv: q k v lse delta d_o first q_start scale cap -> dk dv
+static_assert(ROWS == segtrain::OWN && THREADS == 2 * 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 threadgroup float weights[segtrain::OWN * segtrain::Tile<T, D>::rows];
 segtrain::attention_vjp_kv<D, CAP>(
