@@ -128,18 +128,18 @@ mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up,
                        mx::StreamOrDevice s);
 
 /// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)) with z = h·Wᵀ + bias, softcapped, and ε the label
-/// smoothing; rows with target < 0 count nothing. h [M, H], targets [M] int32, weights [M] float32 → []
-/// float32. dh is formed in the same pass, over chunks of rows.
+/// smoothing; rows with target < 0 count nothing, and there are none unless the targets are `padded`. h [M, H],
+/// targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks of rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
-                               float label_smoothing, bool needs_grad, const std::string& impl,
+                               float label_smoothing, bool needs_grad, bool padded, const std::string& impl,
                                mx::StreamOrDevice s);
 
 /// z[target] − lse(z) for each row, z as above, keeping h and lse; 0 where target < 0, and such rows are not
 /// touched. h [M, H], targets [M] int32 → [M] float32.
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
-                           std::optional<float> softcap, bool needs_grad, const std::string& impl,
-                           mx::StreamOrDevice s);
+                           std::optional<float> softcap, bool needs_grad, bool padded,
+                           const std::string& impl, mx::StreamOrDevice s);
 
 /// A quantized weight as an array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);

@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "core/cuda_compiler.h"
+#include "core/upload.h"
 #include "kernel_texts.h"
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/backend/gpu/device_info.h"
@@ -90,12 +91,7 @@ mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
   // Those of rows that are long or packed are others in every step.
   if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
   held += values.size();
-  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
-  if (gpu() == Gpu::cuda && !dry_run()) {
-    array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
-    array.eval();
-  }
-  return known.emplace(values, array).first->second;
+  return known.emplace(values, upload(values.data(), values.size(), dtype)).first->second;
 }
 
 /// A dtype as the text of cuda/ calls it.

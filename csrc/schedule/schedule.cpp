@@ -73,7 +73,9 @@ class Runner {
       begin(made);
       running_ = std::move(made);
     }
-    settle();
+    // Where nothing is recomputed the end of the step takes far less memory than its middle: what the caller
+    // makes of the gradients can be given to the device before it is done with them.
+    if (plan_.moves.size() > 1 || watch_ || on_cpu({})) settle();
     for (size_t i = 0; i < params_.size(); ++i)
       if (result_.grads[i].empty())  // nothing that the loss depends on
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
@@ -97,13 +99,30 @@ class Runner {
     if (watch_) watch_();
   }
 
+  /// Gives the device a move stage by stage, so that it has the first while the host launches the others.
   /// Nothing runs of a graph that is only written down.
-  static void begin(const Arrays& made) {
+  void begin(const Arrays& made) {
+    for (auto& part : parts_) {
+      if (!collects_kernels() && !part.empty()) mx::async_eval(part);
+      part.clear();  // or it would stay until all of the move is launched
+    }
+    parts_.clear();
     if (!collects_kernels()) mx::async_eval(made);
   }
 
+  /// What there is of values.
+  static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
+    Arrays all;
+    for (int value : values)
+      if (of[value]) all.push_back(*of[value]);
+    return all;
+  }
+
   Arrays forward(const Move& move) {
-    for (int i = move.begin; i < move.end; ++i) run_stage(move, i);
+    for (int i = move.begin; i < move.end; ++i) {
+      run_stage(move, i);
+      parts_.push_back(found(plan_.stages[i].writes, values_));
+    }
     Arrays made;
     for (int value : move.writes) made.push_back(*values_[value]);
     for (int i : move.saves) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
@@ -142,8 +161,8 @@ class Runner {
 
   /// Lets the device begin with arrays and what there is of values, before their move is written down whole.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
-    for (int value : values)
-      if (of[value]) made.push_back(*of[value]);
+    auto more = found(values, of);
+    made.insert(made.end(), more.begin(), more.end());
     settle();
     if (on_cpu({})) {
       if (under_way_.size() == UNDER_WAY) {
@@ -157,7 +176,10 @@ class Runner {
 
   Arrays backward(const Move& move) {
     std::vector<Kept> kept;
-    for (int i = move.begin; i < move.end; ++i) kept.push_back(run_stage(move, i));
+    for (int i = move.begin; i < move.end; ++i) {
+      kept.push_back(run_stage(move, i));
+      parts_.push_back(found(plan_.stages[i].writes, values_));
+    }
     return go_back(move, kept);
   }
 
@@ -234,8 +256,12 @@ class Runner {
       accumulate(reads, stage->grads);
       saved_[stage->stage].clear();
       stage->grads.clear();  // or they would hold what is inside of them until the move ends
-      if (move.kind == Move::Kind::head && (stage->stage - move.begin) % AT_A_TIME == 0)
+      if (move.kind != Move::Kind::head) {
+        parts_.push_back(found(reads, cotangents_));
+        parts_.back().insert(parts_.back().end(), sums.begin(), sums.end());
+      } else if ((stage->stage - move.begin) % AT_A_TIME == 0) {
         start(sums, reads, cotangents_);
+      }
     }
     kept.clear();
     Arrays made;
@@ -282,6 +308,7 @@ class Runner {
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
+  std::vector<Arrays> parts_;     ///< what the move that is written down makes, by stage
   Arrays running_;                ///< what the move before makes
   std::deque<Arrays> under_way_;  ///< what a CPU was given of the move that is written down
   StepResult result_;

@@ -110,7 +110,8 @@ def segmented_value_and_grad(
     owner of stages, or "head", to a dict of arrays; those without parameters may be absent.
     `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
     of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
-    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated.
+    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated,
+    or under way.
     `watch` is called when a move of the plan is through.
 
     ValueError if a stage reads a value that nobody wrote, or cuts do not fit the stages.

@@ -62,8 +62,8 @@ mx::array blocked_vjp(const HeadCall& call, const mx::array& h, const mx::array&
 }  // namespace
 
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
-                           std::optional<float> softcap, bool needs_grad, const std::string& impl,
-                           mx::StreamOrDevice s) {
+                           std::optional<float> softcap, bool needs_grad, bool padded,
+                           const std::string& impl, mx::StreamOrDevice s) {
   HeadCall whole("linear_log_probs", h, head, targets, softcap, s);
   bool cpu = on_cpu(s);
   Way way = cpu ? cpu_kernel(s) : gpu_kernel("linear_cross_entropy", row_losses_unfit(whole, h));
@@ -81,7 +81,7 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   if (kernel && cpu) return run(whole, h);
 
   // The C++ kernel leaves rows without a target out by itself; here the shapes of the graph must say so.
-  auto index = rows_with_target(whole);
+  auto index = rows_with_target(whole, padded);
   if (!index) return run(whole, h);
   auto none = mx::zeros({whole.M}, mx::float32, s);
   if (!index->size()) return none;
@@ -91,8 +91,8 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
 
 const Binding binding([](nb::module_& m) {
   m.def("linear_log_probs", &linear_log_probs, "h"_a, "head"_a, "targets"_a, nb::kw_only(),
-        "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
-        "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
+        "softcap"_a = nb::none(), "needs_grad"_a = true, "padded"_a = true, "impl"_a = "auto",
+        "stream"_a = nb::none(), "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
 });
 
 }  // namespace segtrain
