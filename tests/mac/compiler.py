@@ -24,7 +24,12 @@ OLD_LIBCXX = re.compile(
     r"__Z(T[ISTV]+)(St11logic_error|NSt3__1(17bad_function_call|19basic_istringstreamI\w*))|"
     r"__Zd[la]Pvm(St11align_val_t)?|___dynamic_cast"
 )
-FRAMEWORKS = {"Accelerate": ["_cblas_sgemm$NEWLAPACK"], "Foundation": [], "Metal": [], "QuartzCore": []}
+FRAMEWORKS = {
+    "Accelerate": ["_cblas_sgemm$NEWLAPACK"],
+    "Foundation": [],
+    "Metal": [],
+    "QuartzCore": [],
+}
 
 
 def stand_in(folder: Path, path: str, names: list[str]) -> Path:
@@ -61,7 +66,9 @@ def link(arguments: list[str]) -> list[str | Path]:
             kept.append(stand_in(folder, path, FRAMEWORKS[name]))
         elif argument == "-isysroot":
             next(rest)
-        elif argument == "-bundle":  # zig has only libraries: the difference is how they may be loaded
+        elif (
+            argument == "-bundle"
+        ):  # zig has only libraries: the difference is how they may be loaded
             kept.append("-shared")
         elif argument.startswith("-Wl,@"):  # -U and a name of CPython's a line
             python += Path(argument.removeprefix("-Wl,@")).read_text().split()

@@ -46,7 +46,8 @@ HOST = [
         "undeclared identifier 'gettid'",
     ),
     Text(
-        "flag of dlopen", "csrc/core/cuda_compiler.cpp", "RTLD_LAZY | RTLD_LOCAL", "RTLD_LAZY | RTLD_DEEPBIND",
+        "flag of dlopen", "csrc/core/cuda_compiler.cpp",
+        "RTLD_LAZY | RTLD_LOCAL", "RTLD_LAZY | RTLD_DEEPBIND",
         "undeclared identifier 'RTLD_DEEPBIND'",
     ),
     Text(
@@ -78,14 +79,16 @@ HOST = [
         "only meant to be used on x86",
     ),
     Text(
-        "loop without vectors", "csrc/cpu/rows.cpp", "  for (; i < n; ++i) m = x[i] > m ? x[i] : m;\n",
+        "loop without vectors", "csrc/cpu/rows.cpp",
+        "  for (; i < n; ++i) m = x[i] > m ? x[i] : m;\n",
         "#pragma omp simd reduction(max : m)\n"
         "  for (int j = i; j < n; ++j) m = x[j] > m ? x[j] : m;\n",
         "loop not vectorized",
     ),
     Text(
         "newer than macOS 14.0", THREADS, "int n_threads() {\n",
-        '}\n#include <string.h>\nnamespace segtrain::cpu {\nint n_threads() {\n  (void)strchrnul("a", 97);\n',
+        '}\n#include <string.h>\nnamespace segtrain::cpu {\nint n_threads() {\n'
+        '  (void)strchrnul("a", 97);\n',
         "'strchrnul' is only available on macOS 15.4",
     ),
 ]  # fmt: skip
@@ -93,7 +96,8 @@ HOST = [
 SYMBOLS = [
     Symbol(
         "CUDA's part of MLX",
-        "namespace mlx::core::cu { void* device(int); }\nvoid* own() { return mlx::core::cu::device(0); }\n",
+        "namespace mlx::core::cu { void* device(int); }\n"
+        "void* own() { return mlx::core::cu::device(0); }\n",
         "undefined symbol: __ZN3mlx4core2cu6deviceEi",
     ),
     Symbol(
@@ -114,7 +118,8 @@ SYMBOLS = [
     ),
     Symbol(
         "C++ library newer than macOS 14.0",
-        "namespace std { inline namespace __1 { unsigned long __hash_memory(const void*, unsigned long); } }\n"
+        "namespace std { inline namespace __1 {\n"
+        "unsigned long __hash_memory(const void*, unsigned long); } }\n"
         "unsigned long own(const char* x) { return std::__hash_memory(x, 1); }\n",
         "undefined symbol: __ZNSt3__113__hash_memoryEPKvm",
     ),
@@ -134,8 +139,18 @@ SYMBOLS = [
         "const void* own() { return &segtrain::cpu::rows_avx2; }\n",
         "undefined symbol: __ZN8segtrain3cpu9rows_avx2E",
     ),
-    Symbol("file left out", "", "undefined symbol: __ZN8segtrain4rope", "CMakeFiles/_core.dir/csrc/ops/rope/rope.cpp.o"),
-    Symbol("library left out", "", r"undefined symbol: _cblas_sgemm\$NEWLAPACK", "-framework Accelerate"),
+    Symbol(
+        "file left out",
+        "",
+        "undefined symbol: __ZN8segtrain4rope",
+        "CMakeFiles/_core.dir/csrc/ops/rope/rope.cpp.o",
+    ),
+    Symbol(
+        "library left out",
+        "",
+        r"undefined symbol: _cblas_sgemm\$NEWLAPACK",
+        "-framework Accelerate",
+    ),
     Symbol(
         "function of two files",
         "namespace segtrain { int dry_run() { return 0; } }\n",

@@ -93,7 +93,11 @@ def fetch() -> int:
 def set_up() -> None:
     """The wrappers of zig, by the names that CMake calls, and Python's headers for macOS."""
     BIN.mkdir(parents=True, exist_ok=True)
-    for name, module in (("c++", "mac.compiler"), ("ar", "ziglang ar"), ("ranlib", "ziglang ranlib")):
+    for name, module in (
+        ("c++", "mac.compiler"),
+        ("ar", "ziglang ar"),
+        ("ranlib", "ziglang ranlib"),
+    ):
         file = BIN / name
         file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
         file.chmod(file.stat().st_mode | stat.S_IXUSR)

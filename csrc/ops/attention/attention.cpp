@@ -4,6 +4,7 @@
 
 #include "core/binding.h"
 #include "core/gpu.h"
+#include "mlx/backend/metal/metal.h"
 #include "ops/attention/cudnn/cudnn.h"
 
 namespace segtrain {
@@ -15,6 +16,7 @@ namespace {
 /// does.
 bool has_nax() {
   static const bool has = [] {
+    if (!mx::metal::is_available()) return false;
     auto x = mx::zeros({1, 1, 9, 512}, mx::bfloat16, mx::Device::gpu);
     try {
       mx::fast::scaled_dot_product_attention(x, x, x, 1, "causal", {}, {}, true, mx::Device::gpu);

@@ -64,22 +64,28 @@ std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int 
           {"cap", mx::array(c.cap)}};
 }
 
-/// `rows`: queries or keys that a block takes. Only CUDA's text checks them.
+/// `rows`: queries or keys that a block takes, which the text checks.
 Template gpu_template(const Call& c, int rows = 0) {
   Template all{{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
-  if (rows && c.device == Gpu::cuda) all.push_back({"ROWS", rows});
+  if (rows) all.push_back({"ROWS", rows});
   return all;
 }
 
+constexpr int METAL_ROWS = 32;  ///< of a group
+
+int query_rows(const Call& c) {
+  return c.device == Gpu::metal ? METAL_ROWS : CudaTiles(c.D).bq;
+}
+
 Grid query_grid(const Call& c, bool backward) {
-  if (c.device == Gpu::metal) return {{tiles(c.T, 32), c.H, c.B}, 128};
+  if (c.device == Gpu::metal) return {{tiles(c.T, METAL_ROWS), c.H, c.B}, 128};
   CudaTiles t(c.D);
   return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
 }
 
 Arrays gpu_forward(const Call& c, const Arrays& x) {
   return launch("attention", gpu_values(c, x, 1), {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
-                {c.dtype, mx::float32}, gpu_template(c, CudaTiles(c.D).bq), query_grid(c, false), c.s);
+                {c.dtype, mx::float32}, gpu_template(c, query_rows(c)), query_grid(c, false), c.s);
 }
 
 Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
@@ -98,14 +104,14 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
                      : launch("attention_delta", values, {{c.B, c.H, c.T}}, {mx::float32}, gpu_template(c),
                               {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s)[0];
   values.insert({"delta", delta});
-  auto dq = launch("attention_vjp_q", values, {{c.B, c.H, c.T, c.D}}, {c.dtype}, gpu_template(c, t.bq),
-                   query_grid(c, true), c.s)[0];
+  auto dq = launch("attention_vjp_q", values, {{c.B, c.H, c.T, c.D}}, {c.dtype},
+                   gpu_template(c, query_rows(c)), query_grid(c, true), c.s)[0];
   auto dtype = parts > 1 ? mx::float32 : c.dtype;
   mx::Shape shape{c.B, c.G, parts, c.S, c.D};
-  Grid grid = metal ? Grid{{tiles(c.S, 32), c.G, c.B}, 256}
+  Grid grid = metal ? Grid{{tiles(c.S, METAL_ROWS), c.G, c.B}, 256}
                     : Grid{{tiles(c.S, t.bk_dkv) * c.B * c.G * parts, 1, 1}, 256, t.dkv};
-  auto dkv = launch("attention_vjp_kv", values, {shape, shape}, {dtype, dtype}, gpu_template(c, t.bk_dkv),
-                    grid, c.s);
+  auto dkv = launch("attention_vjp_kv", values, {shape, shape}, {dtype, dtype},
+                    gpu_template(c, metal ? METAL_ROWS : t.bk_dkv), grid, c.s);
   mx::Shape keys{c.B, c.G, c.S, c.D};
   if (parts == 1) return {dq, mx::reshape(dkv[0], keys, c.s), mx::reshape(dkv[1], keys, c.s)};
   values.insert({{"dk_parts", dkv[0]}, {"dv_parts", dkv[1]}});
