@@ -162,3 +162,91 @@ SYMBOLS = [
         "undefined symbol: _cuInit",
     ),
 ]
+
+#: In the text of a kernel, which `file` names.
+METAL = [
+    Text(
+        "threadgroup memory as the device's", "attention",
+        "threadgroup T* k_tile = tiles;", "device T* k_tile = tiles;",
+        "cannot initialize a variable of type '(__global|device|__attribute__)",
+    ),
+    Text(
+        "pointer of no space", "attention", "void store(device T* to,", "void store(T* to,",
+        "'T\\* to' names no address space",
+    ),
+    Text(
+        "reference of no space", "attention", "thread float& slope", "float& slope",
+        "'float& slope' names no address space",
+    ),
+    Text(
+        "device where constant is given", "glu",
+        "void glu(In gate,", "void glu(const device T* gate,",
+        "no matching function for call to 'glu'",
+    ),
+    Text(
+        "write to constant memory", "softmax_rows", "tops[simd] = simd_top;",
+        "tops[simd] = simd_top; first[0] = 1;",
+        "cannot assign to variable|read-only|const-qualified",
+    ),
+    Text(
+        "threadgroup memory in a function", "attention",
+        "threadgroup T* v_tile = tiles + Tile<T, D>::size;",
+        "threadgroup T v_tile[Tile<T, D>::size];",
+        "stands outside of a kernel",
+    ),
+    Text(
+        "threadgroup memory of unknown size", "attention",
+        "threadgroup T tiles[2 * segtrain::Tile<T, D>::size];", "threadgroup T tiles[q_shape[0]];",
+        "not an integral constant expression|variable length|not a constant expression",
+    ),
+    Text(
+        "too much threadgroup memory", "attention",
+        "threadgroup T tiles[2 * segtrain::Tile<T, D>::size];",
+        "threadgroup T tiles[4 * segtrain::Tile<T, D>::size];", "too much threadgroup memory",
+    ),
+    Text(
+        "threadgroup memory out of alignment", "attention",
+        "threadgroup T tiles[2 * segtrain::Tile<T, D>::size];",
+        "threadgroup T tiles[2 * segtrain::Tile<T, D>::size + 1];", "out of alignment",
+    ),
+    Text(
+        "other groups than the host's", "attention", "SIMDS = OWN / 8", "SIMDS = OWN / 4",
+        "the host launches other groups",
+    ),
+    Text(
+        "double", "attention", "l > 0 ? 1 / l : 0, at", "l > 0 ? 1.0 / l : 0.0, at",
+        "implicit conversion (increases floating-point precision|loses floating-point precision)",
+    ),
+    Text(
+        "float to bfloat unasked", "glu", "y[i] = T(g * at.s * float(up[i]));",
+        "y[i] = g * at.s * float(up[i]);", "no viable overloaded '='|implicit conversion loses",
+    ),
+    Text(
+        "minimum of int and uint", "attention", "min(row, q1 - 1)", "min(row, uint(q1 - 1))",
+        "call to 'min' is ambiguous",
+    ),
+    Text(
+        "matrix of ints", "attention", "simdgroup_matrix<float, 8, 8>",
+        "simdgroup_matrix<int, 8, 8>", "of half, bfloat or float",
+    ),
+    Text(
+        "matrix of 16 x 8", "attention", "simdgroup_matrix<float, 8, 8>",
+        "simdgroup_matrix<float, 16, 8>", "a matrix is 8 x 8",
+    ),
+    Text(
+        "shuffle of 64 bits", "attention", "simd_shuffle_xor(x, ushort(1))",
+        "simd_shuffle_xor(size_t(x), ushort(1))", "call to 'simd_shuffle_xor' is ambiguous",
+    ),
+    Text(
+        "global variable of no space", "attention", "constant constexpr int OWN = 32,",
+        "int other = 32;\nconstant constexpr int OWN = 32,",
+        "is a variable outside of constant memory",
+    ),
+    Text(
+        "unknown function", "glu", "fast::exp", "fast::expm1", "no member named 'expm1'",
+    ),
+    Text(
+        "name of MLX's own text", "softmax_rows", "namespace segtrain {",
+        "struct complex64_t {};\nnamespace segtrain {", "conflicts with type alias",
+    ),
+]  # fmt: skip

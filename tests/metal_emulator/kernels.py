@@ -58,14 +58,19 @@ class Change:
 def emulated(*changes: Change, orders: Sequence[int] = ORDERS) -> Iterator[list]:
     """Here calls take the ways of Metal, and the emulator runs what they launch.
 
-    Gives the list of launches, which grows. Text that does not hold a change is an error.
+    Gives the list of launches, which grows. Text that does not hold a change is an error, and so is
+    a launch whose template arguments `make mac` does not compile.
     """
+    from mac.instances import instances
     from mlx_segtrain import _core
 
     launches = []
+    compiled = {(x.kernel, tuple(x.arguments.items())) for x in instances()}
 
     def run(launch: _core.MetalLaunch) -> list[mx.array]:
         launches.append(launch)
+        arguments = dict(launch.arguments)
+        assert (launch.name, tuple(arguments.items())) in compiled, (launch.name, arguments)
         header, source = launch.header, launch.source
         for change in changes:
             if change.kernel == launch.name:
@@ -77,7 +82,7 @@ def emulated(*changes: Change, orders: Sequence[int] = ORDERS) -> Iterator[list]
             header,
             dict(launch.inputs),
             {name: (shape, dtype) for name, shape, dtype in launch.outputs},
-            dict(launch.arguments),
+            arguments,
             launch.grid,
             launch.threadgroup,
             orders,
