@@ -70,6 +70,10 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 /// The implementations of attention that the default device has, whether or not they serve a given call.
 std::vector<std::string> attention_impls();
 
+/// On Metal 'auto' takes `way` from now on where it serves calls with such heads that are plain causal ones,
+/// or are not. Empty: the order that is built in.
+void prefer_attention(int head, mx::Dtype dtype, bool causal, const std::string& way);
+
 /// Whether 'auto' takes only what gives the same bits again; returns what was set before. On CUDA those of
 /// cuDNN, MLX's own among them, add dq up in any order.
 bool set_repeatable(bool on);
@@ -128,8 +132,9 @@ mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up,
                        mx::StreamOrDevice s);
 
 /// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)) with z = h·Wᵀ + bias, softcapped, and ε the label
-/// smoothing; rows with target < 0 count nothing, and there are none unless the targets are `padded`. h [M, H],
-/// targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks of rows.
+/// smoothing; rows with target < 0 count nothing, and there are none unless the targets are `padded`. h [M,
+/// H], targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks of
+/// rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
                                float label_smoothing, bool needs_grad, bool padded, const std::string& impl,

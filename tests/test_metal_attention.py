@@ -10,8 +10,8 @@ import pytest
 from lib import oracle
 from lib.specs import Attention, ids
 from metal_emulator import MetalError
-from metal_emulator.kernels import KERNELS, Change, emulated
-from mlx_segtrain import ops
+from metal_emulator.kernels import KERNELS, Change, emulated, launched
+from mlx_segtrain import _core, ops
 from mlx_segtrain.ops import reference
 
 pytestmark = pytest.mark.acceptance
@@ -201,6 +201,62 @@ def test_launches():
         **{"T": mx.float32, "D": 64, "CAP": False},
         **{"ROWS": 32, "THREADS": 128},
     }
+
+
+@pytest.fixture
+def one_group_a_launch():
+    before = _core.set_longest_launch(0)
+    yield
+    _core.set_longest_launch(before)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (Attention(1, 2, 1, 70, 101, 64), "float32"),
+        (Attention(2, 4, 2, 70, 70, 64, options={"window": 17}), "bfloat16"),
+        (Attention(1, 2, 1, 66, 130, 64, options={"segments": ids(40, -37, 53)}), "float16"),
+        (Attention(1, 1, 1, 40, 130, 64, options={"q_start": 20}), "float32"),
+    ],
+    ids=str,
+)
+def test_parts_add_up(spec, dtype, one_group_a_launch):
+    """Each launch is one of a group of 32 rows: the results are those of one launch."""
+    arrays = setup(spec, dtype)
+    check(spec, dtype)
+    parts = launch(*arrays)
+    _core.set_longest_launch(1)
+    for x, y in zip(launch(*arrays), parts, strict=True):
+        assert mx.array_equal(x, y)
+
+
+#: Products of a block of scores with rows of D numbers.
+PRODUCTS = {FORWARD: 2, DQ: 3, DKV: 4}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 4096}, {"segments": [0, 1000, 90000, 131072]}], ids=str
+)
+def test_no_launch_takes_long_on_an_m1(options):
+    """131,072 tokens of 32 heads: by the speed that docs/performance.md predicts, 0.3 s each."""
+    heads, groups, t, d = 32, 8, 131072, 128
+    q = mx.zeros((1, heads, t, d), mx.bfloat16)
+    k = mx.zeros((1, groups, t, d), mx.bfloat16)
+    options = {"scale": 1.0, **options}
+    with launched() as launches:
+        mx.vjp(lambda *x: ops.attention(*x, impl="kernel", **options), [q, k, k], [q])
+    covered = dict.fromkeys(PRODUCTS, 0)
+    for x in launches:
+        shapes = {name: y.shape for name, y in x.inputs}
+        first = np.array(dict(x.inputs)["first"])[: shapes["q"][2]].astype(np.int64)
+        start = dict(x.inputs)["q_start"].item()
+        rows = shapes["k" if x.name == DKV else "q"][2]
+        covered[x.name] += rows
+        last = np.minimum(start + np.arange(len(first)), shapes["k"][2] - 1)
+        pairs = np.maximum(0, last - np.maximum(first, 0) + 1).sum()
+        assert pairs * PRODUCTS[x.name] * d * heads / 5e11 < 0.3
+    assert covered == dict.fromkeys(PRODUCTS, t)
+    assert len(launches) > 2 * len(PRODUCTS)
 
 
 @pytest.mark.parametrize("name", [FORWARD, DQ, DKV])
