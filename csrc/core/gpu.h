@@ -31,7 +31,7 @@ struct Grid {
 
 /// Tiles of `size` that cover n.
 inline int tiles(int n, int size) {
-  return (n + size - 1) / size;
+  return n / size + (n % size != 0);  // n may be the largest int
 }
 
 /// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,

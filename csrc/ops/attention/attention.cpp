@@ -114,7 +114,10 @@ Way stock_way(const Call& c) {
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
     unfit = "one launch of it would take so long that macOS might end the program";
-  return {"stock", unfit.empty(), unfit};
+  Way way = c.device == Gpu::metal ? gpu_kernel("attention_stock", unfit, c.device)
+                                   : Way{"stock", unfit.empty(), unfit};
+  way.name = "stock";
+  return way;
 }
 
 /// On CUDA MLX leaves its fused kernel when T is no multiple of 128: zeros behind the last key are seen by no
