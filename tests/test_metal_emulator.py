@@ -196,6 +196,32 @@ def test_groups_are_cut_at_the_end_of_the_grid():
     assert np.array_equal(np.array(y), [32] * 64 + [6] * 6)
 
 
+def test_what_a_launch_asks_of_the_hardware_is_counted():
+    body = """
+      threadgroup float tile[64];
+      simdgroup_matrix<float, 8, 8> m(1.0f);
+      simdgroup_load(m, x, 8);
+      tile[i] = exp(x[i]);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      simdgroup_multiply_accumulate(m, m, m, m);
+      y[i] = tile[63 - i] + tile[i];
+    """
+    counts = []
+    run(I + body, {"y": 64}, {"x": np.zeros(64, np.float32)}, threads=64, counts=counts)
+    assert counts == [
+        {
+            "products": 2,  # of each simdgroup one
+            "device_read": 64 * 4 * 3,
+            "device_written": 64 * 4,
+            "threadgroup_read": 64 * 4 * 2,
+            "threadgroup_written": 64 * 4,
+            "threadgroup_reads": 64 * 2,
+            "barriers": 1,
+            "functions": 64,
+        }
+    ]
+
+
 # ---- planted faults
 
 TILE = "threadgroup float tile[64];\nconst uint lane = thread_index_in_simdgroup;\n"

@@ -55,11 +55,16 @@ class Change:
 
 
 @contextmanager
-def emulated(*changes: Change, orders: Sequence[int] = ORDERS) -> Iterator[list]:
+def emulated(
+    *changes: Change,
+    orders: Sequence[int] = ORDERS,
+    counts: list[dict[str, int]] | None = None,
+) -> Iterator[list]:
     """Here calls take the ways of Metal, and the emulator runs what they launch.
 
     Gives the list of launches, which grows. Text that does not hold a change is an error, and so is
-    a launch whose template arguments `make mac` does not compile.
+    a launch whose template arguments `make mac` does not compile. `counts` gets what each launch
+    asks of the hardware.
     """
     from mac.instances import instances
     from mlx_segtrain import _core
@@ -86,6 +91,7 @@ def emulated(*changes: Change, orders: Sequence[int] = ORDERS) -> Iterator[list]
             launch.grid,
             launch.threadgroup,
             orders,
+            counts,
         )
 
     _core.emulate_metal(run)
