@@ -134,8 +134,8 @@ def test_every_barrier_is_needed(name, at):
         (DKV, "if (row < k1) store", "if (row < k1 && simd % 4) store", "is never written"),
         (
             DKV,
-            "+ lane;\n  Matrix sum",
-            "+ lane + 64;\n  Matrix sum",
+            "+ lane;\n  constexpr",
+            "+ lane + 64;\n  constexpr",
             "write out of bounds: weights",
         ),
     ],
