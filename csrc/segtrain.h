@@ -165,12 +165,14 @@ using StageFn =
 /// (params, reads) → {loss, anything else...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// mx::eval of arrays that are being computed, with whatever the caller wants around it; throws if the step
-/// is to end there.
+/// Waits for arrays that are being computed, maybe none, with whatever the caller wants around it; throws if
+/// the step is to end there.
 using Wait = std::function<void(const Arrays&)>;
 
 /// Called when a move is through; may be empty.
 using Watch = std::function<void()>;
+
+class Recordings;
 
 struct StepResult {
   Arrays outputs;             ///< of the head, loss first
@@ -180,10 +182,12 @@ struct StepResult {
 
 /// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
 /// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
-/// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
-/// meanwhile.
+/// `reads` of a stage arrive in the order of its spec. One move runs at a time (on CUDA up to two), and the
+/// next is prepared meanwhile. With `recordings`, those of the steps before with the same functions, a
+/// function whose calls were alike is not called again: its graph is made from them.
 StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch);
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch,
+                    Recordings* recordings = nullptr);
 
 }  // namespace segtrain

@@ -24,7 +24,7 @@ from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.headers import read_shape
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import budget, choose, named, ranks_of, shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
@@ -323,6 +323,7 @@ def test_predicted_peak_is_the_measured_one(packed):
     plans = [least, named(*what, 1), choose(*what, int(1.3 * least.peak)), named(*what, 0)]
     assert len({plan.cuts for plan in plans}) == 4
     losses = set()
+    functions = Functions(Sft(), chain, scales)
     limit = mx.get_active_memory()
     for plan in plans:
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
@@ -330,7 +331,7 @@ def test_predicted_peak_is_the_measured_one(packed):
         for _ in range(2):
             mx.clear_cache()
             mx.reset_peak_memory()
-            own = (Sft(), chain, scales, layout.split(vector), batch, float(length))
+            own = (functions, layout.split(vector), batch, float(length))
             (loss,), grads = value_and_grad(*own, cuts=lambda _, cuts=plan.cuts: cuts)
             gradient = {"v": layout.join(grads)}
             del grads

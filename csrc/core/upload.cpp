@@ -3,7 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include <bit>
-#include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 
@@ -19,40 +19,44 @@ constexpr size_t TURNS = 4;
 
 struct Buffer {
   mx::array host;
-  std::optional<mx::array> copy;  ///< the last one that was made of it
+  mx::array copy;  ///< the last one that was made of it
 };
 
-struct Ring {
-  std::vector<Buffer> buffers;
-  size_t next = 0;
-};
+/// Fills the next of these buffers, or another one where its last copy has not even been asked for.
+template <typename T>
+mx::array device_copy(const T* numbers, size_t count) {
+  static std::mutex lock;
+  static auto& buffers = *new std::map<size_t, std::deque<Buffer>>;  // by size; outlives MLX's own statics
+  std::lock_guard guard(lock);
+  const size_t room = std::bit_ceil(std::max<size_t>(count, 16));
+  auto& own = buffers[room];
+  if (own.size() < TURNS || own.front().copy.status() == mx::array::Status::unscheduled) {
+    const std::vector<T> zeros(room);  // in memory of the host, which MLX will not hand out again
+    const mx::array host(zeros.begin(), {static_cast<int>(room)});
+    own.push_front({host, host});
+  }
+  auto [host, copy] = own.front();
+  own.pop_front();
+  copy.wait();
+  std::copy_n(numbers, count, host.data<T>());
+  own.push_back({host, mx::add(host, mx::array(T{0}), mx::Device::gpu)});
+  return mx::slice(own.back().copy, {0}, {static_cast<int>(count)}, mx::Device::gpu);
+}
 
-/// Zeros in memory of the host, which MLX will not hand out again.
-mx::array host_numbers(size_t count) {
-  const std::vector<int32_t> zeros(count);
-  return mx::array(zeros.begin(), {static_cast<int>(count)}, mx::int32);
+template <typename T>
+mx::array upload(const T* numbers, size_t count) {
+  if (gpu() == Gpu::cuda && !dry_run() && count) return device_copy(numbers, count);
+  return mx::array(numbers, {static_cast<int>(count)});
 }
 
 }  // namespace
 
-mx::array upload(const void* numbers, size_t count, mx::Dtype dtype) {
-  const int n = static_cast<int>(count);
-  if (gpu() != Gpu::cuda || dry_run() || !n)
-    return dtype == mx::float32 ? mx::array(static_cast<const float*>(numbers), {n}, dtype)
-                                : mx::array(static_cast<const int32_t*>(numbers), {n}, dtype);
-  static std::mutex lock;
-  static auto& rings = *new std::map<size_t, Ring>;  // outlives MLX's own statics
-  std::lock_guard guard(lock);
-  const size_t room = std::bit_ceil(std::max<size_t>(count, 16));
-  auto& ring = rings[room];
-  if (ring.buffers.size() < TURNS) ring.buffers.push_back({host_numbers(room), {}});
-  auto& buffer = ring.buffers[ring.next++ % TURNS];
-  if (buffer.copy) buffer.copy->wait();
-  std::memcpy(buffer.host.data<int32_t>(), numbers, count * sizeof(int32_t));
-  auto whole = mx::add(buffer.host, mx::array(0), mx::Device::gpu);
-  mx::async_eval({whole});
-  buffer.copy = whole;
-  return mx::slice(mx::view(whole, dtype, mx::Device::gpu), {0}, {n}, mx::Device::gpu);
+mx::array upload(const std::vector<int32_t>& numbers) {
+  return upload(numbers.data(), numbers.size());
+}
+
+mx::array upload(const std::vector<float>& numbers) {
+  return upload(numbers.data(), numbers.size());
 }
 
 const Binding binding([](nb::module_& m) {
@@ -64,7 +68,11 @@ const Binding binding([](nb::module_& m) {
         check(floats || x.dtype() == nb::dtype<int32_t>(), "[upload] expected int32 or float32.");
         mx::Shape shape;
         for (size_t i = 0; i < x.ndim(); ++i) shape.push_back(static_cast<int>(x.shape(i)));
-        return mx::reshape(upload(x.data(), x.size(), floats ? mx::float32 : mx::int32), shape);
+        auto flat = floats ? upload(static_cast<const float*>(x.data()), x.size())
+                           : upload(static_cast<const int32_t*>(x.data()), x.size());
+        flat = mx::reshape(flat, shape);
+        mx::async_eval({flat});
+        return flat;
       },
       "numbers"_a, "An array of int32 or float32 in the host's memory, on the device.");
 });

@@ -5,12 +5,12 @@
 
 namespace segtrain {
 
-/// A copy on the device of `count` numbers of 4 bytes, int32 or float32, as an array of one axis. It may
-/// still be under way.
+/// Numbers as an array [n] on the device, for the caller to evaluate.
 ///
 /// An array that MLX makes of the host's numbers gets memory that both sides reach, which CUDA takes more
 /// than a millisecond to give, each time: MLX takes a buffer of the device from its cache and converts it.
 /// The memory here is kept and used again. On other devices an array is made as MLX does.
-mx::array upload(const void* numbers, size_t count, mx::Dtype dtype);
+mx::array upload(const std::vector<int32_t>& numbers);
+mx::array upload(const std::vector<float>& numbers);
 
 }  // namespace segtrain

@@ -20,7 +20,7 @@ struct HeadCall {
 
 /// The inputs of a cpu_op that every kernel of a head takes, and a way to read them there.
 struct HeadKernel {
-  Arrays arrays;
+  Arrays arrays;  ///< to be taken out, since an op that kept them would keep h
   CpuBase base;
   int m;
   float cap;

@@ -19,7 +19,7 @@ struct Loss {
 /// {loss, dh}: cpu.cpp
 Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   HeadKernel head(call, h);
-  Arrays inputs = head.arrays;
+  Arrays inputs = std::exchange(head.arrays, {});
   inputs.push_back(loss.weights);
   std::vector<mx::Shape> shapes{{}};
   if (loss.needs_grad) shapes.push_back(h.shape());

@@ -11,8 +11,9 @@ namespace {
 /// {log_p, lse}: cpu.cpp
 Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
   HeadKernel head(call, h);
+  const Arrays inputs = std::exchange(head.arrays, {});
   return cpu_op(
-      "linear_log_probs", head.arrays, {{call.M}, {call.M}},
+      "linear_log_probs", inputs, {{call.M}, {call.M}},
       [head](auto& in, auto& out) { cpu::log_probs(head.weight(in), head.input(in), out[0], out[1]); },
       call.s);
 }
@@ -20,7 +21,7 @@ Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
 mx::array kernel_vjp(const HeadCall& call, const mx::array& h, const mx::array& lse,
                      const mx::array& dlog_p) {
   HeadKernel head(call, h);
-  Arrays inputs = head.arrays;
+  Arrays inputs = std::exchange(head.arrays, {});
   inputs.insert(inputs.end(), {lse, dlog_p});
   return cpu_op(
       "linear_log_probs_vjp", inputs, {h.shape()},

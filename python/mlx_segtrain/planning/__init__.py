@@ -35,6 +35,11 @@ __all__ = [
 
 #: Lengths are planned in steps of it.
 STEP = 128
+#: What a step on CUDA takes more than its moves, since the host runs ahead of the device: parts of
+#: what MLX may come to have above its limit (`overshoot`), as measured on an H200 (bench/LOG.md).
+#: AHEAD where MLX waits at the plan's own peak, with buffers that it keeps for later and would else
+#: give back and ask for again all the time; LEAST where it waits so early that most ops wait.
+AHEAD, BUFFERS, LEAST = 0.8, 64 << 20, 0.5
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,11 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     return text
 
 
-def planned(costs: Any, cuts: Any, above: int) -> Planned:
-    """What these cuts take, if MLX comes to have up to `above` bytes more than the limit."""
+def planned(costs: Any, cuts: Any, above: int, ahead: int = 0, waits: bool = True) -> Planned:
+    """What these cuts take, with `ahead` bytes for what the host launches before the device has
+    come to it. MLX comes to have up to `above` bytes more than the limit; where it `waits`, the
+    limit is lower by these.
+    """
     plan = _core.make_plan(
         costs.stages, costs.inputs, costs.head_reads, cuts.segments, cuts.groups, cuts.saves
     )
@@ -117,13 +125,14 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     }
     if costs.fixed + alive.total < estimate.peak:
         parts = {"weights, adapter, optimizer": costs.fixed, "optimizer's step": costs.update}
+    parts["launched ahead"] = ahead
     n = len(costs.stages)
     first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
     return Planned(
         text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
-        peak=estimate.peak,
-        limit=max(costs.fixed, estimate.peak - above),
+        peak=estimate.peak + ahead,
+        limit=max(costs.fixed, estimate.peak + (-above if waits else BUFFERS)),
         parts={name: n for name, n in parts.items() if n},
         moves=tuple(costs.fixed + alive.total for alive in estimate.moves),
         lines=tuple(plan.describe()),
@@ -158,10 +167,25 @@ def choose(
     device: Device,
     budget: int,
 ) -> Planned:
-    """The plan of least work whose peak is within `budget` bytes; that of least peak if none is."""
+    """The plan of least work whose peak is within `budget` bytes; that of least peak if none is.
+
+    On CUDA with room for the host to launch ahead of the device, if there is a plan with it.
+    """
     costs = costs_of(model, batch, ranks, device)
-    cuts = _core.choose_cuts(costs, budget).cuts
-    return planned(costs, cuts, overshoot(model, batch, ranks, device))
+    above = overshoot(model, batch, ranks, device)
+    least, ahead = launched_ahead(device, above)
+    if ahead:
+        choice = _core.choose_cuts(costs, budget - ahead)
+        if choice.estimate.peak + ahead <= budget:
+            return planned(costs, choice.cuts, above, ahead, waits=False)
+    return planned(costs, _core.choose_cuts(costs, budget - least).cuts, above, least)
+
+
+def launched_ahead(device: Device, above: int) -> tuple[int, int]:
+    """Bytes of what the host launches ahead: at least, and where the limit does not stop it."""
+    if device.name != "cuda":
+        return 0, 0
+    return int(LEAST * above), int(AHEAD * above) + BUFFERS
 
 
 def named(
@@ -174,7 +198,9 @@ def named(
     """The plan of `segment_size: size`."""
     costs = costs_of(model, batch, ranks, device)
     cuts = Cuts.by_layer(costs.layers, size)
-    return planned(costs, cuts, overshoot(model, batch, ranks, device))
+    above = overshoot(model, batch, ranks, device)
+    _, ahead = launched_ahead(device, above)
+    return planned(costs, cuts, above, ahead, waits=not ahead)
 
 
 def longest(fits: Callable[[int], bool]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
-from ..objectives import value_and_grad
+from ..objectives import Functions, value_and_grad
 from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of
@@ -37,7 +37,9 @@ class Stepper:
     watch: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self.plan = self.setup.plan
+        setup = self.setup
+        self.plan = setup.plan
+        self.functions = Functions(setup.objective, setup.chain, setup.scales)
         self.optimizer = Optimizer(self.setup.config, self.setup.layout)
 
     def __call__(
@@ -124,16 +126,16 @@ class Stepper:
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[tuple[mx.array, ...], Grads]:
         setup, config = self.setup, self.setup.config
-        rate = config.lora_dropout
+        functions = self.functions
+        if config.lora_dropout:
+            dropout = Dropout(config.lora_dropout, config.seed, draw)
+            functions = Functions(setup.objective, setup.chain, setup.scales, dropout)
         return value_and_grad(
-            setup.objective,
-            setup.chain,
-            setup.scales,
+            functions,
             params,
             batch,
             total,
             cuts=lambda streams: self.plan.cuts(setup.chain, streams),
-            dropout=Dropout(rate, config.seed, draw) if rate else None,
             watch=self.watch,
         )
 
