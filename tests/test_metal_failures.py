@@ -3,10 +3,13 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_segtrain import _core
+from mlx_segtrain.training.loop import Run
+from mlx_segtrain.training.step import Halted
 
 METAL = "[METAL] Command buffer execution failed: "
 SAID = {
@@ -29,6 +32,22 @@ def test_a_failure_is_one_sentence(reason):
 
 def test_other_errors_are_not_explained():
     assert _core.explain_failure("[matmul] Last dimension of first input") == ""
+
+
+@pytest.mark.parametrize("reason", ["Impacting Interactivity", "Insufficient Memory"])
+def test_a_run_ends_with_the_sentence(reason):
+    """Without memory it first takes a cheaper plan."""
+    asked = []
+
+    def step(*what):
+        raise RuntimeError(METAL + reason)
+
+    step.plan = SimpleNamespace(cheaper=lambda: asked.append(reason))
+    run = SimpleNamespace(step=step, state=SimpleNamespace(step=4))
+    with pytest.raises(Halted, match="step 5: ") as error:
+        Run._in_memory(run)
+    assert ("kept the display waiting" in str(error.value)) == (not asked)
+    assert len(asked) == ("Memory" in reason)
 
 
 THROWS = """

@@ -48,7 +48,7 @@ inline float tanh1(float x) {
 }
 
 float max(const float* x, int n) {
-  // One maximum a lane: Clang makes no vectors of a maximum of floats over a loop, since NaN may be among them.
+  // One maximum a lane: a maximum of floats over a loop Clang computes one at a time, because of NaN.
   constexpr int LANES = 16;
   float tops[LANES];
   for (float& top : tops) top = -INFINITY;

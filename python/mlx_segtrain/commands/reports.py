@@ -21,7 +21,7 @@ from .. import MLX_VERSION, __version__
 from ..data import Batch
 from ..files import write_json
 from ..models import adapting, chain_of
-from ..objectives import value_and_grad
+from ..objectives import Functions, value_and_grad
 from ..objectives.sft import Sft
 from ..ops import bench, choice, selfcheck
 
@@ -96,22 +96,16 @@ def step(name: str, config: dict[str, Any], tokens: int) -> Step:
     batch = Batch(ids.astype(np.int32), weights, np.arange(1), np.array([tokens + 1]))
     objective = Sft()
     total = objective.total([batch])
+    functions = Functions(objective, chain, adapter.scales)
     mx.eval(params)
     times = []
     mx.reset_peak_memory()
     for _ in range(4):
         begin = time.perf_counter()
-        mx.eval(
-            value_and_grad(
-                objective,
-                chain,
-                adapter.scales,
-                params,
-                batch,
-                total,
-                cuts=lambda streams: chain.cuts(1, streams),
-            )
+        made = value_and_grad(
+            functions, params, batch, total, cuts=lambda streams: chain.cuts(1, streams)
         )
+        mx.eval(made)
         times.append(time.perf_counter() - begin)
     peak = mx.get_peak_memory() / 1e9
     return Step(name, tokens, times[0], statistics.median(times[1:]) * 1e3, peak)

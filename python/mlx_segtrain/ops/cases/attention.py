@@ -69,8 +69,8 @@ def metal_checks(rows: int) -> Iterator[selfcheck.Call]:
             # Neural accelerators, which MLX's products run on, round float32 to TF32.
             rough = nax and dtype == mx.float32
             how: dict[str, Any] = {"thorough": thorough}
-            bound = {"bound": selfcheck.HALF_BOUND} if rough else {}
-            yield from calls("attention_rows", "blocked", dtype, rows, d, **how, **bound)
+            products: dict[str, Any] = how | ({"bound": selfcheck.HALF_BOUND} if rough else {})
+            yield from calls("attention_rows", "blocked", dtype, rows, d, **products)
             if d in METAL_KERNEL:
                 yield from calls("attention", "kernel", dtype, rows, d, **how)
             if dtype != mx.float32 and (d in METAL_KERNEL or nax):
