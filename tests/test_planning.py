@@ -264,6 +264,26 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
         assert chosen.work <= min(e.work for e in byhand if e.peak <= most) + 1e-9
 
 
+def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
+    """As much as costs no recomputation; without room MLX waits earlier, and still takes some."""
+    shape = read_shape(llama4)
+    how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
+    ranks = ranks_of(shape, **how)
+    what = (shape, BatchShape.single(4, 8192, 8192, 8192), ranks)
+    above = planning.overshoot(*what, CUDA)
+    most = choose(*what, CUDA, 10**12)
+    moves = max(most.moves)
+    assert most.peak == most.limit + int(planning.AHEAD * above) >= moves + planning.BUFFERS[0]
+    assert most.limit == moves + planning.BUFFERS[0]
+    some = choose(*what, CUDA, most.peak - 1)
+    assert some.limit == moves + planning.BUFFERS[1] and some.work == most.work
+    less = choose(*what, CUDA, some.peak - 1)
+    assert less.work > most.work and less.peak < some.peak
+    least = choose(*what, CUDA, 0)
+    assert least.peak == least.limit + above + int(planning.LEAST * above)
+    assert choose(*what, CPU, 10**12).peak == max(choose(*what, CPU, 10**12).moves)
+
+
 def test_pairs_in_a_window():
     for rows, keys, window in [(7, 7, None), (3, 7, None), (7, 7, 3), (3, 7, 3), (2, 7, 9)]:
         seen = [min(k + 1, window or k + 1) for k in range(keys)][-rows:]

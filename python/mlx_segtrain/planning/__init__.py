@@ -37,9 +37,12 @@ __all__ = [
 STEP = 128
 #: What a step on CUDA takes more than its moves, since the host runs ahead of the device: parts of
 #: what MLX may come to have above its limit (`overshoot`), as measured on an H200 (bench/LOG.md).
-#: AHEAD where MLX waits at the plan's own peak, with buffers that it keeps for later and would else
-#: give back and ask for again all the time; LEAST where it waits so early that most ops wait.
-AHEAD, BUFFERS, LEAST = 0.8, 64 << 20, 0.5
+#: AHEAD where MLX waits at the plan's own peak, LEAST where it waits so early that most ops wait.
+AHEAD, LEAST = 0.8, 0.5
+#: Bytes of buffers that MLX then keeps for later, and would else give back and ask for again all
+#: the time, which takes a host that has little to do otherwise a tenth of a step; the first that
+#: costs no recomputation.
+BUFFERS = (256 << 20, 64 << 20)
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,14 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     return text
 
 
-def planned(costs: Any, cuts: Any, above: int, ahead: int = 0, waits: bool = True) -> Planned:
+def planned(
+    costs: Any, cuts: Any, above: int, ahead: int = 0, buffers: int | None = None
+) -> Planned:
     """What these cuts take, with `ahead` bytes for what the host launches before the device has
-    come to it. MLX comes to have up to `above` bytes more than the limit; where it `waits`, the
-    limit is lower by these.
+    come to it, and `buffers` that MLX keeps.
+
+    MLX comes to have up to `above` bytes more than the limit; without room for buffers the limit is
+    lower by these.
     """
     plan = _core.make_plan(
         costs.stages, costs.inputs, costs.head_reads, cuts.segments, cuts.groups, cuts.saves
@@ -126,13 +133,14 @@ def planned(costs: Any, cuts: Any, above: int, ahead: int = 0, waits: bool = Tru
     if costs.fixed + alive.total < estimate.peak:
         parts = {"weights, adapter, optimizer": costs.fixed, "optimizer's step": costs.update}
     parts["launched ahead"] = ahead
+    parts["buffers for later"] = buffers or 0
     n = len(costs.stages)
     first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
     return Planned(
         text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
-        peak=estimate.peak + ahead,
-        limit=max(costs.fixed, estimate.peak + (-above if waits else BUFFERS)),
+        peak=estimate.peak + ahead + (buffers or 0),
+        limit=max(costs.fixed, estimate.peak + (-above if buffers is None else buffers)),
         parts={name: n for name, n in parts.items() if n},
         moves=tuple(costs.fixed + alive.total for alive in estimate.moves),
         lines=tuple(plan.describe()),
@@ -173,19 +181,21 @@ def choose(
     """
     costs = costs_of(model, batch, ranks, device)
     above = overshoot(model, batch, ranks, device)
-    least, ahead = launched_ahead(device, above)
-    if ahead:
-        choice = _core.choose_cuts(costs, budget - ahead)
-        if choice.estimate.peak + ahead <= budget:
-            return planned(costs, choice.cuts, above, ahead, waits=False)
+    if device.name == "cuda":
+        ahead = int(AHEAD * above)
+        found = [(_core.choose_cuts(costs, budget - ahead - n), n) for n in BUFFERS]
+        least = min(choice.estimate.work for choice, _ in found)
+        for choice, buffers in found:
+            fits = choice.estimate.peak + ahead + buffers <= budget
+            if fits and choice.estimate.work == least:
+                return planned(costs, choice.cuts, above, ahead, buffers)
+    least = least_ahead(device, above)
     return planned(costs, _core.choose_cuts(costs, budget - least).cuts, above, least)
 
 
-def launched_ahead(device: Device, above: int) -> tuple[int, int]:
-    """Bytes of what the host launches ahead: at least, and where the limit does not stop it."""
-    if device.name != "cuda":
-        return 0, 0
-    return int(LEAST * above), int(AHEAD * above) + BUFFERS
+def least_ahead(device: Device, above: int) -> int:
+    """Bytes of what the host launches ahead at least."""
+    return int(LEAST * above) if device.name == "cuda" else 0
 
 
 def named(
@@ -199,8 +209,9 @@ def named(
     costs = costs_of(model, batch, ranks, device)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)
-    _, ahead = launched_ahead(device, above)
-    return planned(costs, cuts, above, ahead, waits=not ahead)
+    if device.name == "cuda":
+        return planned(costs, cuts, above, int(AHEAD * above), BUFFERS[-1])
+    return planned(costs, cuts, above)
 
 
 def longest(fits: Callable[[int], bool]) -> int:

@@ -22,7 +22,7 @@ from ..objectives import objective_of
 from ..ops.choice import Heads, settle
 from ..schedule import Cuts
 from ..streams import BatchShape, Stream, padded
-from . import Planned, choose, launched_ahead, longest, named, overshoot, ranks_of
+from . import Planned, choose, least_ahead, longest, named, overshoot, ranks_of
 from .budget import budget_bytes, device
 from .costs import Device, costs_of
 
@@ -105,7 +105,7 @@ class RunPlan:
             what = self._of(batch.stretched(length))
             if self.size is not None:
                 return named(*what, self.size).peak <= most
-            least, _ = launched_ahead(self.device, overshoot(*what))
+            least = least_ahead(self.device, overshoot(*what))
             return _core.least_peak(costs_of(*what)) + least <= most
 
         return longest(fits)
