@@ -17,12 +17,12 @@ TARGET = f"aarch64-macos.{MACOS}"
 AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
 COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]
 LIBCXX = "/usr/lib/libc++.1.dylib"
-#: Of the C++ library and not among what MLX's wheels need: parts of C++11 and C++14.
+#: Of the C++ library and not among what MLX's wheels need: parts of C++98 to C++14.
 OLD_LIBCXX = re.compile(
     r"__ZN?K?St(11logic_error|3__1(17__assoc_sub_state|6futureIvE|6thread|17bad_function_call|"
     r"13basic_istreamI|19basic_istringstreamI))|"
     r"__Z(T[ISTV]+)(St11logic_error|NSt3__1(17bad_function_call|19basic_istringstreamI\w*))|"
-    r"__Zd[la]Pvm(St11align_val_t)?|___dynamic_cast"
+    r"__Zd[la]Pvm(St11align_val_t)?|___dynamic_cast|__ZSt13set_terminatePFvvE$"
 )
 FRAMEWORKS = {
     "Accelerate": ["_cblas_sgemm$NEWLAPACK"],
