@@ -18,12 +18,13 @@ IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorde
 test check: export OMP_NUM_THREADS := 1
 # What `pip install` gets of the wheel that was built, with these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
+MLX_AND_NANOBIND = $(shell sed -nE 's/^ *"((mlx|mlx-cpu|nanobind)==[0-9.]+).*/\1/p' pyproject.toml | sort -u)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint bench models dev wheel clean
+.PHONY: help demo check test lint mac bench models dev wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ lint: $(TOOLS) ## Check format, style and types
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	@cp $(VENV)/lib/python*/site-packages/mlx_segtrain/_core.pyi python/mlx_segtrain/
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+mac: $(VENV)/for_mac ## Compile everything for macOS on Linux, and plant faults that must be found
+	cd tests && ../$(BIN)/python -m mac
 
 bench: $(TOOLS) ## Time attention, and training steps beside peers that are installed
 	$(BIN)/python bench/ops.py
@@ -86,6 +90,12 @@ $(TOOLS): $(VENV)/built
 	@echo "Installing what it needs into $(VENV), with tools$(if $(PEER_EXTRA), and peers)"
 	$(PIP) install --quiet $(call package,$(CPU) dev $(PEER_EXTRA))
 	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
+
+# A compiler for macOS and for the text of Metal, and what the text is made with: of the package nothing is built.
+$(VENV)/for_mac: $(VENV)/made tests/mac/requirements.txt pyproject.toml
+	@echo "Installing compilers for macOS into $(VENV)"
+	$(PIP) install --quiet -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
+	@touch $@
 
 # The tests of the page look at it with a browser: one that is there, else Debian's.
 $(VENV)/browser: $(VENV)/made

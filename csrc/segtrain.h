@@ -70,6 +70,10 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 /// The implementations of attention that the default device has, whether or not they serve a given call.
 std::vector<std::string> attention_impls();
 
+/// On Metal 'auto' takes `way` from now on where it serves calls with such heads that are plain causal ones,
+/// or are not. Empty: the order that is built in.
+void prefer_attention(int head, mx::Dtype dtype, bool causal, const std::string& way);
+
 /// Whether 'auto' takes only what gives the same bits again; returns what was set before. On CUDA those of
 /// cuDNN, MLX's own among them, add dq up in any order.
 bool set_repeatable(bool on);

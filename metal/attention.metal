@@ -8,8 +8,9 @@
 //   attention_vjp_q    128                  128*ceil(T/32), H, B   32 queries     8 queries
 //   attention_vjp_kv   256                  256*ceil(S/32), G, B   32 keys        8 keys, for dv or for dk
 //
-// Own rows are read by one simdgroup only, so straight from device memory; the rows of the other side are staged in
-// threadgroup memory for all. Products are of float32 matrices, as in MLX's own attention: p and ds are never rounded.
+// Own rows are read by one simdgroup only, so straight from device memory: once, where registers have room for them. The
+// rows of the other side are staged in threadgroup memory for all. Products are of float32 matrices, as in MLX's own
+// attention: p and ds are never rounded.
 
 using namespace metal;
 
@@ -29,7 +30,7 @@ struct Tile {
   static constant constexpr int size = rows * stride;
 };
 
-constant constexpr int OWN = 32;  // rows of a group, 8 for each simdgroup
+constant constexpr int OWN = 32, SIMDS = OWN / 8;  // rows of a group, 8 for each simdgroup
 
 // The element of a matrix that a lane holds; it holds the next one of the row as well.
 struct Place {
@@ -65,14 +66,37 @@ void fill(thread Matrix* x, float value) {
   for (int n = 0; n < N; ++n) x[n] = make_filled_simdgroup_matrix<float, 8, 8>(value);
 }
 
-// x = own tile^T [8, Tile::rows]; `own` is this lane's row.
-template <int D, typename T>
-void product(thread Matrix* x, const device T* own, const threadgroup T* tile, Place at) {
+// A lane's part of 8 columns of a row.
+template <typename T>
+void part(thread Matrix& a, const device T* row, int d, Place at) {
+  a.thread_elements()[0] = float(row[d + at.col]);
+  a.thread_elements()[1] = float(row[d + at.col + 1]);
+}
+
+// Matrices that hold a row of D numbers in registers: none where there is no room for them.
+constexpr int kept_of(int D, int most) {
+  return D <= most ? D / 8 : 0;
+}
+
+// kept = own; `own` is this lane's row.
+template <int KEPT, typename T>
+void keep(thread Matrix* kept, const device T* own, Place at) {
+  UNROLL
+  for (int n = 0; n < KEPT; ++n) part(kept[n], own, 8 * n, at);
+}
+
+// x = own tile^T [8, Tile::rows]; `own` is this lane's row, and `kept` the same if KEPT.
+template <int D, int KEPT, typename T>
+void product(thread Matrix* x, const device T* own, thread Matrix* kept, const threadgroup T* tile, Place at) {
   fill<Tile<T, D>::rows / 8>(x, 0);
+  UNROLL
   for (int d = 0; d < D; d += 8) {
     Matrix a, b;
-    a.thread_elements()[0] = float(own[d + at.col]);
-    a.thread_elements()[1] = float(own[d + at.col + 1]);
+    if (KEPT > 0) {
+      a = kept[d / 8];
+    } else {
+      part(a, own, d, at);
+    }
     UNROLL
     for (int n = 0; n < Tile<T, D>::rows / 8; ++n) {
       const threadgroup T* across = tile + (8 * n + at.col) * Tile<T, D>::stride + d + at.row;
@@ -91,9 +115,10 @@ void accumulate(thread Matrix* sum, thread Matrix* x, const threadgroup T* tile,
     UNROLL
     for (int d = 0; d < D / 8; ++d) {
       const threadgroup T* from = tile + (8 * n + at.row) * Tile<T, D>::stride + 8 * d + at.col;
+      const vec<T, 2> two = *reinterpret_cast<const threadgroup vec<T, 2>*>(from);
       Matrix b;
-      b.thread_elements()[0] = float(from[0]);
-      b.thread_elements()[1] = float(from[1]);
+      b.thread_elements()[0] = float(two[0]);
+      b.thread_elements()[1] = float(two[1]);
       simdgroup_multiply_accumulate(sum[d], x[n], b, sum[d]);
     }
   }
@@ -149,17 +174,19 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
   threadgroup T* v_tile = tiles + Tile<T, D>::size;
   const int begin = first[t], end = q_start + t + 1, last_begin = first[q1 - 1];
   float m = -INFINITY, l = 0;
-  Matrix sum[D / 8], s[N];
+  constexpr int KEPT = kept_of(D, 128);
+  Matrix sum[D / 8], s[N], q_kept[KEPT + 1];
   fill<D / 8>(sum, 0);
+  keep<KEPT>(q_kept, q_row, at);
 
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<D>(k_tile, k, k0, shape.keys, simd, OWN / 8, lane);
-    stage<D>(v_tile, v, k0, shape.keys, simd, OWN / 8, lane);
+    stage<D>(k_tile, k, k0, shape.keys, simd, SIMDS, lane);
+    stage<D>(v_tile, v, k0, shape.keys, simd, SIMDS, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     /// S = scale q k^T, capped
-    product<D>(s, q_row, k_tile, at);
+    product<D, KEPT>(s, q_row, q_kept, k_tile, at);
     const bool edge = k0 < last_begin || k0 + BK > q_start + q0 + 1;
     float top = m;
     UNROLL
@@ -224,18 +251,21 @@ void attention_vjp_q(const device T* q, const device T* k, const device T* v, Ro
   threadgroup T* v_tile = tiles + Tile<T, D>::size;
   const int begin = first[t], end = q_start + t + 1, last_begin = first[q1 - 1];
   const float lse_row = lse[bht], delta_row = delta[bht];
-  Matrix sum[D / 8], s[N], dp[N];
+  constexpr int KEPT_Q = kept_of(D, 128), KEPT_DO = kept_of(D, 64);
+  Matrix sum[D / 8], s[N], dp[N], q_kept[KEPT_Q + 1], do_kept[KEPT_DO + 1];
   fill<D / 8>(sum, 0);
+  keep<KEPT_Q>(q_kept, q_row, at);
+  keep<KEPT_DO>(do_kept, do_row, at);
 
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<D>(k_tile, k, k0, shape.keys, simd, OWN / 8, lane);
-    stage<D>(v_tile, v, k0, shape.keys, simd, OWN / 8, lane);
+    stage<D>(k_tile, k, k0, shape.keys, simd, SIMDS, lane);
+    stage<D>(v_tile, v, k0, shape.keys, simd, SIMDS, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     /// P = exp(S - lse), dP = dO V^T
-    product<D>(s, q_row, k_tile, at);
-    product<D>(dp, do_row, v_tile, at);
+    product<D, KEPT_Q>(s, q_row, q_kept, k_tile, at);
+    product<D, KEPT_DO>(dp, do_row, do_kept, v_tile, at);
 
     /// dS = P (dP - delta)
     const bool edge = k0 < last_begin || k0 + BK > q_start + q0 + 1;
@@ -266,7 +296,7 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
                       const device T* d_o, Ints first, int q_start, float scale, float cap, Shape shape, device T* dk,
                       device T* dv, threadgroup T* tiles, threadgroup float* weights, uint3 group, uint simd,
                       uint lane) {
-  constexpr int BQ = Tile<T, D>::rows, N = BQ / 8, SIMDS = OWN / 8;
+  constexpr int BQ = Tile<T, D>::rows, N = BQ / 8;
   const Place at(lane);
   const bool makes_dk = simd >= SIMDS;
   const int k0 = int(group.x) * OWN, k1 = min(k0 + OWN, shape.keys);
@@ -276,8 +306,10 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
   threadgroup T* q_tile = tiles;
   threadgroup T* do_tile = tiles + Tile<T, D>::size;
   weights += simd % SIMDS * (N * 64) + lane;
-  Matrix sum[D / 8], x[N];
+  constexpr int KEPT = kept_of(D, 128);
+  Matrix sum[D / 8], x[N], kept[KEPT + 1];
   fill<D / 8>(sum, 0);
+  keep<KEPT>(kept, own_row, at);
 
   for (int h = 0; h < shape.share(); ++h) {
     const size_t bht = shape.q_head(group.z, group.y * shape.share() + h) * shape.queries;
@@ -291,7 +323,7 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
       threadgroup_barrier(mem_flags::mem_threadgroup);
 
       /// P = exp(S - lse), dP = dO V^T, both transposed
-      product<D>(x, own_row, makes_dk ? do_tile : q_tile, at);
+      product<D, KEPT>(x, own_row, kept, makes_dk ? do_tile : q_tile, at);
 
       /// dS = P (dP - delta)
       if (!makes_dk) {
@@ -332,18 +364,22 @@ void attention_vjp_kv(const device T* q, const device T* k, const device T* v, R
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T, D and CAP.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T, D and CAP, and ROWS
+// of a group and its THREADS, by which the host counts.
 //: attention: q k v first q_start scale cap -> o lse
+static_assert(ROWS == segtrain::OWN && THREADS == 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 segtrain::attention<D, CAP>(
     q, k, v, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), o, lse, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_q: q k v lse delta d_o first q_start scale cap -> dq
+static_assert(ROWS == segtrain::OWN && THREADS == 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 segtrain::attention_vjp_q<D, CAP>(
     q, k, v, lse, delta, d_o, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), dq, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_kv: q k v lse delta d_o first q_start scale cap -> dk dv
+static_assert(ROWS == segtrain::OWN && THREADS == 2 * 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 threadgroup float weights[segtrain::OWN * segtrain::Tile<T, D>::rows];
 segtrain::attention_vjp_kv<D, CAP>(

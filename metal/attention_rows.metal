@@ -12,8 +12,6 @@ using namespace metal;
 
 namespace segtrain {
 
-constant constexpr int THREADS = 256, SIMDS = THREADS / 32;
-
 // The columns [begin, end) of its row that a query sees.
 struct Seen {
   int begin, end;
@@ -30,7 +28,7 @@ float capped(float s, float cap) {
   return CAP ? cap * tanh(s / cap) : s;
 }
 
-template <bool CAP, typename T, typename Scores, typename Ints>
+template <int THREADS, bool CAP, typename T, typename Scores, typename Ints>
 void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int period, int nk, float cap,
                   device T* p, device float* lse, threadgroup float* tops, threadgroup float* sums, uint row,
                   uint thread_index, uint simd, uint lane) {
@@ -58,9 +56,9 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   m = -INFINITY;
-  for (int i = 0; i < SIMDS; ++i) m = max(m, tops[i]);
+  for (int i = 0; i < THREADS / 32; ++i) m = max(m, tops[i]);
   l = 0;
-  for (int i = 0; i < SIMDS; ++i) l += sums[i] > 0 ? sums[i] * fast::exp(tops[i] - m) : 0.0f;
+  for (int i = 0; i < THREADS / 32; ++i) l += sums[i] > 0 ? sums[i] * fast::exp(tops[i] - m) : 0.0f;
 
   /// lse = m + log l, P = exp(S - lse), 0 where unseen
   const float row_lse = l > 0 ? m + log(l) : -INFINITY;
@@ -69,7 +67,7 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
     p[c] = c < see.begin || c >= see.end ? T(0.0f) : T(fast::exp(capped<CAP>(float(s[c]), cap) - row_lse));
 }
 
-template <bool CAP, typename T, typename Scores, typename Rows, typename Ints>
+template <int THREADS, bool CAP, typename T, typename Scores, typename Rows, typename Ints>
 void softmax_vjp_rows(Scores s, Scores dp, Rows lse, Rows delta, Ints first, int q_start, int q0, int k0, int nq,
                       int period, int nk, float scale, float cap, device T* p, device T* ds, uint row,
                       uint thread_index) {
@@ -93,14 +91,14 @@ void softmax_vjp_rows(Scores s, Scores dp, Rows lse, Rows delta, Ints first, int
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T and CAP.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T, CAP and THREADS.
 //: softmax_rows: s first q_start q0 k0 nq period cap -> p lse
-threadgroup float tops[segtrain::SIMDS];
-threadgroup float sums[segtrain::SIMDS];
-segtrain::softmax_rows<CAP>(
+threadgroup float tops[THREADS / 32];
+threadgroup float sums[THREADS / 32];
+segtrain::softmax_rows<THREADS, CAP>(
     s, first, q_start, q0, k0, nq, period, s_shape[1], cap, p, lse, tops, sums, threadgroup_position_in_grid.y,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: softmax_vjp_rows: s dp lse delta first q_start q0 k0 nq period scale cap -> p ds
-segtrain::softmax_vjp_rows<CAP>(
+segtrain::softmax_vjp_rows<THREADS, CAP>(
     s, dp, lse, delta, first, q_start, q0, k0, nq, period, s_shape[1], scale, cap, p, ds,
     threadgroup_position_in_grid.y, thread_index_in_threadgroup);

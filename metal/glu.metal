@@ -11,8 +11,6 @@ using namespace metal;
 
 namespace segtrain {
 
-constant constexpr int THREADS = 256, PER = 4;
-
 // s = sigmoid(u), bend = g*ds/dg. The exponential of -|u| neither overflows nor loses digits of 1 - s.
 struct Gate {
   float s, bend;
@@ -29,7 +27,7 @@ Gate gate_of(float g) {
 }
 
 // Arrays of fewer than 8 elements lie in constant memory: In is a pointer there or on the device.
-template <bool GELU, typename T, typename In>
+template <int THREADS, int PER, bool GELU, typename T, typename In>
 void glu(In gate, In up, device T* y, int n, uint group, uint thread_index) {
   for (int j = 0; j < PER; ++j) {
     const uint i = (group * PER + j) * THREADS + thread_index;
@@ -42,7 +40,7 @@ void glu(In gate, In up, device T* y, int n, uint group, uint thread_index) {
   }
 }
 
-template <bool GELU, typename T, typename In>
+template <int THREADS, int PER, bool GELU, typename T, typename In>
 void glu_vjp(In gate, In up, In dy, device T* dgate, device T* dup, int n, uint group, uint thread_index) {
   for (int j = 0; j < PER; ++j) {
     const uint i = (group * PER + j) * THREADS + thread_index;
@@ -59,9 +57,10 @@ void glu_vjp(In gate, In up, In dy, device T* dgate, device T* dup, int n, uint 
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T and GELU.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; both take T, GELU, PER and THREADS.
 //: glu: gate up -> y
-segtrain::glu<GELU>(gate, up, y, gate_shape[0], threadgroup_position_in_grid.x, thread_index_in_threadgroup);
+segtrain::glu<THREADS, PER, GELU>(gate, up, y, gate_shape[0], threadgroup_position_in_grid.x,
+                                  thread_index_in_threadgroup);
 //: glu_vjp: gate up dy -> dgate dup
-segtrain::glu_vjp<GELU>(gate, up, dy, dgate, dup, gate_shape[0], threadgroup_position_in_grid.x,
-                        thread_index_in_threadgroup);
+segtrain::glu_vjp<THREADS, PER, GELU>(gate, up, dy, dgate, dup, gate_shape[0], threadgroup_position_in_grid.x,
+                                      thread_index_in_threadgroup);

@@ -40,4 +40,4 @@ void rope(In x, Freqs freqs, const device int* positions, device T* rotated, Int
 // Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, H, T, D, dims}, args = {scale}.
 //: rope: x freqs positions at args -> rotated
 segtrain::rope<TRADITIONAL, BACK>(x, freqs, positions, rotated, at, args[0],
-                                  threadgroup_position_in_grid.x * 256 + thread_index_in_threadgroup);
+                                  threadgroup_position_in_grid.x * THREADS + thread_index_in_threadgroup);

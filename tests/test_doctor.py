@@ -148,25 +148,26 @@ def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
 
 
 def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
-    """A GPU's implementations, which a CPU plays here."""
+    """A Mac's implementations, which a CPU plays here: heads of each size in each dtype."""
     sound = _core.attention
 
     def played(*x, impl, **options):
-        return sound(*x, impl="kernel" if impl in ("hopper", "cudnn") else impl, **options)
+        return sound(*x, impl="kernel" if impl == "stock" else impl, **options)
 
     monkeypatch.setattr(_core, "attention", played)
-    monkeypatch.setattr(_core, "attention_impls", lambda: ["kernel", "blocked", "hopper", "cudnn"])
     monkeypatch.setattr(doctor, "on_gpu", lambda: True)
-    monkeypatch.setattr(doctor, "CHECKED", 200)  # bfloat16 is slow on a CPU
+    monkeypatch.setattr(doctor, "CHECKED", 60)  # bfloat16 is slow on a CPU
     report = doctor.examine()
     assert report.gpu and report.ok
-    kernels = [("attention_rows", 64), ("attention", 64)]
-    kernels += [("attention_hopper", d) for d in (64, 128, 256, 512)]
-    cases = [(op, f"{case}, D = {d}") for op, d in kernels for case in attention.CASES]
+    cases = []
+    for dtype in ("bfloat16", "float16", "float32"):
+        for d in (64, 128, 256, 512):
+            ways = ["attention_rows", *["attention"] * (d < 512)]
+            cases += [(op, f"{case}, D = {d}, {dtype}") for op in ways for case in attention.CASES]
+            if d < 512 and dtype != "float32":
+                cases.append(("attention_stock", f"causal, D = {d}, {dtype}"))
     assert [(x.op, x.case) for x in report.checks] == [
         *cases,
-        ("attention_cudnn", "causal, D = 256"),
-        ("attention_cudnn", "segments, D = 256"),
         *((op, dtype) for dtype in ("bfloat16", "float32") for op in ("swiglu", "geglu")),
         *(
             ("rope", f"{dtype}, {pairs}")
@@ -178,6 +179,25 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
     half = [x for x in report.checks if "float32" not in x.case]
     assert all(1e-4 < x.error < doctor.HALF_BOUND for x in half)
     assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if "float32" in x.case)
+
+
+def test_before_first_use_one_size_of_heads_is_checked(off, monkeypatch):
+    monkeypatch.setattr(doctor, "on_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "check_call", lambda call: doctor.Check(call.op, call.case))
+    cases = {x.case for x in doctor.check() if x.op.startswith("attention")}
+    assert cases == {f"{case}, D = 64, bfloat16" for case in attention.CASES}
+
+
+def test_cuda_checks_its_own_implementations(monkeypatch):
+    monkeypatch.setattr(_core, "attention_impls", lambda: ["kernel", "blocked", "hopper", "cudnn"])
+    kernels = [("attention_rows", 64), ("attention", 64)]
+    kernels += [("attention_hopper", d) for d in (64, 128, 256, 512)]
+    cases = [(op, f"{case}, D = {d}") for op, d in kernels for case in attention.CASES]
+    assert [(x.op, x.case) for x in attention.checks("cuda", 200)] == [
+        *cases,
+        ("attention_cudnn", "causal, D = 256"),
+        ("attention_cudnn", "segments, D = 256"),
+    ]
 
 
 def test_it_checks_afresh_and_rewrites_what_was_known(off, monkeypatch, tmp_path):

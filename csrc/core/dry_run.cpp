@@ -1,4 +1,5 @@
-// What stands in the place of CUDA's kernels in a dry run, and counts what a device would launch.
+// What stands in the place of kernels where there is no GPU: of CUDA's in a dry run, which counts what a
+// device would launch; of Metal's what a test gives.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -98,6 +99,29 @@ Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx:
 }
 
 const Binding binding([](nb::module_& m) {
+  nb::class_<MetalLaunch>(m, "MetalLaunch", "A launch of a kernel on Metal; csrc/core/gpu.h.")
+      .def_ro("name", &MetalLaunch::name)
+      .def_ro("source", &MetalLaunch::source)
+      .def_ro("header", &MetalLaunch::header)
+      .def_prop_ro(
+          "inputs", [](const MetalLaunch& launch) { return launch.inputs; }, "(name, array)")
+      .def_prop_ro(
+          "outputs",
+          [](const MetalLaunch& launch) {
+            std::vector<std::tuple<std::string, std::vector<int>, mx::Dtype>> outputs;
+            for (const auto& [name, shape, dtype] : launch.outputs)
+              outputs.push_back({name, std::vector<int>(shape.begin(), shape.end()), dtype});
+            return outputs;
+          },
+          "(name, shape, dtype)")
+      .def_ro("arguments", &MetalLaunch::arguments)
+      .def_ro("grid", &MetalLaunch::grid)
+      .def_ro("threadgroup", &MetalLaunch::threadgroup);
+  m.def(
+      "emulate_metal", [](std::optional<RunMetal> run) { emulate_metal(run.value_or(nullptr)); },
+      "run"_a.none(),
+      "From now on calls of this thread take the ways of Metal, and `run` gives the outputs of each launch; "
+      "None ends it. For tests.");
   m.def("launches", &launches, "arrays"_a,
         "Kernels by name that a CUDA device would launch for these arrays; in a dry run, which evaluates "
         "them.");

@@ -17,6 +17,7 @@
 namespace segtrain {
 
 Gpu gpu() {
+  if (emulates_metal()) return Gpu::metal;
   static const Gpu kind = dry_run()                   ? Gpu::cuda
                           : mx::metal::is_available() ? Gpu::metal
                           : mx::cu::is_available()    ? Gpu::cuda
@@ -65,14 +66,13 @@ void parse(const std::string& file, const std::string& prelude, std::map<std::st
 }
 
 const Text& text_of(const std::string& name) {
-  static const std::map<std::string, Text> kernels = [] {
-    std::map<std::string, Text> all;
-    if (gpu() == Gpu::metal)
-      for (const char* file : texts::metal) parse(file, "", all);
-    if (gpu() == Gpu::cuda)
-      for (const char* file : texts::cuda) parse(file, texts::cuda_prelude, all);
-    return all;
+  static const auto [metal, cuda] = [] {
+    std::map<std::string, Text> metal, cuda;
+    for (const char* file : texts::metal) parse(file, "", metal);
+    for (const char* file : texts::cuda) parse(file, texts::cuda_prelude, cuda);
+    return std::pair(metal, cuda);
   }();
+  const auto& kernels = gpu() == Gpu::metal ? metal : cuda;
   auto found = kernels.find(name);
   if (found == kernels.end()) throw std::logic_error("[" + name + "] has no kernel text for this device.");
   return found->second;
@@ -181,7 +181,28 @@ const CudaBinary* cuda_binary(const std::string& name, const Text& text, const A
   return &found->second;
 }
 
+thread_local RunMetal metal_stand_in;
+
+Arrays emulated_launch(const std::string& name, const Text& text, const Arrays& inputs,
+                       const std::vector<mx::Shape>& shapes, const std::vector<mx::Dtype>& dtypes,
+                       const Template& arguments, std::tuple<int, int, int> threads,
+                       std::tuple<int, int, int> group) {
+  MetalLaunch record{name, text.source, text.header, {}, {}, arguments, threads, group};
+  for (size_t i = 0; i < inputs.size(); ++i) record.inputs.push_back({text.inputs[i], inputs[i]});
+  for (size_t i = 0; i < shapes.size(); ++i)
+    record.outputs.push_back({text.outputs[i], shapes[i], dtypes[i]});
+  return metal_stand_in(record);
+}
+
 }  // namespace
+
+bool emulates_metal() {
+  return static_cast<bool>(metal_stand_in);
+}
+
+void emulate_metal(RunMetal run) {
+  metal_stand_in = std::move(run);
+}
 
 mx::array device_ints(const std::vector<int32_t>& values) {
   return device_numbers(values);
@@ -205,10 +226,13 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
       return cuda_launch(*binary, inputs, std::move(shapes), std::move(dtypes), grid, s);
     return dry_launch(name, inputs, std::move(shapes), std::move(dtypes), s);
   }
+  auto told = arguments;
+  told.push_back({"THREADS", grid.threads});
+  if (emulates_metal()) return emulated_launch(name, text, inputs, shapes, dtypes, told, threads, group);
   // MLX keeps compiled kernels by name: the text is part of the name.
   auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
   auto kernel = mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header);
-  return kernel(inputs, shapes, dtypes, threads, group, arguments, std::nullopt, false, s);
+  return kernel(inputs, shapes, dtypes, threads, group, told, std::nullopt, false, s);
 }
 
 bool collects_kernels() {

@@ -1,6 +1,7 @@
 // Kernels of metal/ and cuda/: text that travels inside the module and is compiled at first use.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <string>
 #include <tuple>
@@ -30,7 +31,7 @@ struct Grid {
 
 /// Tiles of `size` that cover n.
 inline int tiles(int n, int size) {
-  return (n + size - 1) / size;
+  return n / size + (n % size != 0);  // n may be the largest int
 }
 
 /// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
@@ -39,7 +40,8 @@ inline int tiles(int n, int size) {
 mx::array device_ints(const std::vector<int32_t>& values);
 mx::array device_floats(const std::vector<float>& values);
 
-/// Launches kernel `name`. It takes from `values` the inputs that its text declares.
+/// Launches kernel `name`. It takes from `values` the inputs that its text declares, and is told its threads
+/// of a group as THREADS.
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
@@ -54,6 +56,20 @@ bool collects_kernels();
 /// What stands in its place in a dry run: zeros.
 Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
                   std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s);
+
+/// A launch of a kernel on Metal: all that MLX is told.
+struct MetalLaunch {
+  std::string name, source, header;
+  std::vector<std::pair<std::string, mx::array>> inputs;
+  std::vector<std::tuple<std::string, mx::Shape, mx::Dtype>> outputs;
+  Template arguments;
+  std::tuple<int, int, int> grid, threadgroup;  ///< threads
+};
+using RunMetal = std::function<Arrays(const MetalLaunch&)>;
+
+/// For tests: from now on calls of this thread take the ways of Metal, and `run` stands in for the device:
+/// it is called for each launch and gives the outputs. Empty: ends it.
+void emulate_metal(RunMetal run);
 
 /// Switches a kernel of the GPU off in this process, because it failed the self-check on this device.
 void switch_off(const std::string& kernel, const std::string& reason);

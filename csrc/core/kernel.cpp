@@ -24,7 +24,7 @@ std::string choose(const std::string& op, const std::string& impl, const std::ve
 }
 
 bool on_cpu(mx::StreamOrDevice s) {
-  return !dry_run() && mx::to_stream(s).device == mx::Device::cpu;
+  return !dry_run() && !emulates_metal() && mx::to_stream(s).device == mx::Device::cpu;
 }
 
 Way cpu_kernel(mx::StreamOrDevice s) {

@@ -45,6 +45,9 @@ std::string choose(const std::string& op, const std::string& impl, const std::ve
 /// Its kernels are compiled and not run: they give zeros. 0 if it is not set.
 int dry_run();
 
+/// Does something stand in for a Metal device in this thread? core/gpu.h
+bool emulates_metal();
+
 bool on_cpu(mx::StreamOrDevice s);
 
 /// "kernel" of an op whose only kernel is the C++ one for the CPU.

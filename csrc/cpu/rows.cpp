@@ -48,9 +48,17 @@ inline float tanh1(float x) {
 }
 
 float max(const float* x, int n) {
+  // One maximum a lane: a maximum of floats over a loop Clang computes one at a time, because of NaN.
+  constexpr int LANES = 16;
+  float tops[LANES];
+  for (float& top : tops) top = -INFINITY;
+  int i = 0;
+  for (; i + LANES <= n; i += LANES)
+#pragma omp simd
+    for (int j = 0; j < LANES; ++j) tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
   float m = -INFINITY;
-#pragma omp simd reduction(max : m)
-  for (int i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  for (float top : tops) m = top > m ? top : m;
+  for (; i < n; ++i) m = x[i] > m ? x[i] : m;
   return m;
 }
 

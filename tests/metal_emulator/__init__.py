@@ -213,6 +213,24 @@ def compile_cxx(source: Path, target: Path, *flags: str) -> None:
     aside.rename(target)
 
 
+class Counts(ctypes.Structure):
+    """What a launch asks of the hardware: `Counts` of emulator.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "products",
+            "device_read",
+            "device_written",
+            "threadgroup_read",
+            "threadgroup_written",
+            "threadgroup_reads",
+            "barriers",
+            "functions",
+        )
+    )
+
+
 @functools.cache
 def build(cxx: str):
     folder = build_folder()
@@ -222,9 +240,10 @@ def build(cxx: str):
         source = folder / f"{key}.{os.getpid()}.cpp"
         source.write_text(cxx)
         compile_cxx(source, library, "-shared", "-include", str(folder / "emulator.h"))
-    function = ctypes.CDLL(str(library)).launch
-    function.restype = ctypes.c_char_p
-    return function
+    loaded = ctypes.CDLL(str(library))
+    loaded.launch.restype = ctypes.c_char_p
+    loaded.counted.restype = ctypes.POINTER(Counts)
+    return loaded
 
 
 class Argument(ctypes.Structure):
@@ -266,6 +285,7 @@ def to_cxx(
         f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n"
         'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
         " { return emu::launch(kernel, blocks, args, n, *at); }\n"
+        'extern "C" const emu::Counts* counted() { return &emu::machine.counts; }\n'
     )
 
 
@@ -279,13 +299,15 @@ def emulate(
     grid: Sequence[int],
     threadgroup: Sequence[int],
     orders: Sequence[int] = ORDERS,
+    counts: list[dict[str, int]] | None = None,
 ) -> list[mx.array]:
     """What `mx.fast.metal_kernel(...)(...)` would return; `outputs` is name → (shape, dtype).
 
+    What it asks of the hardware is appended to `counts`.
     mx arrays come back because NumPy has no bfloat16. Raises MetalError.
     """
     arrays = {k: x if isinstance(x, mx.array) else mx.array(x) for k, x in inputs.items()}
-    function = build(to_cxx(name, source, header, arrays, outputs, template))
+    library = build(to_cxx(name, source, header, arrays, outputs, template))
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:
         raise MetalError(f"{name}: a threadgroup of {math.prod(group)} threads is over 1024")
@@ -300,7 +322,7 @@ def emulate(
         for key in outputs:
             data[key][0].fill(0xFF)  # NaN in every floating type
         launch = Launch((ctypes.c_int * 3)(*grid), (ctypes.c_int * 3)(*group), order)
-        error = function(table, len(table), ctypes.byref(launch))
+        error = library.launch(table, len(table), ctypes.byref(launch))
         if error:
             raise MetalError(f"{name}: {error.decode()}")
         now = [data[key][0].tobytes() for key in outputs]
@@ -308,6 +330,9 @@ def emulate(
             raise MetalError(f"{name}: the result depends on the order of threads")
         results = now
     assert results is not None
+    if counts is not None:
+        found = library.counted().contents
+        counts.append({field: getattr(found, field) for field, _ in Counts._fields_})
     return [
         mx.array(np.frombuffer(raw, np.uint8)).view(dtype).reshape(*shape)
         for raw, (shape, dtype) in zip(results, outputs.values(), strict=True)

@@ -193,7 +193,17 @@ struct Block {
   std::vector<char> storage;   ///< SHARED
 };
 
+/// What a launch asks of the hardware. Bytes are those of each read and write, whatever a cache would save.
+struct Counts {
+  int64_t products;                                                            ///< of matrices of 8 × 8
+  int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
+  int64_t threadgroup_reads;                                                   ///< of one lane each
+  int64_t barriers;                                                            ///< of a threadgroup
+  int64_t functions;  ///< exp, log, tanh and alike, of one lane each
+};
+
 struct Machine {
+  Counts counts;
   std::vector<Fiber> fibers;
   std::vector<Simd> simds;
   std::deque<Block> shared;
@@ -276,7 +286,18 @@ inline void touch_shared(Block& b, size_t at, size_t bytes, size_t element, bool
   }
 }
 
+inline void count(const Block& b, size_t bytes, bool write) {
+  Counts& c = machine.counts;
+  if (b.kind == Block::SHARED) {
+    (write ? c.threadgroup_written : c.threadgroup_read) += bytes;
+    c.threadgroup_reads += !write;
+  } else {
+    (write ? c.device_written : c.device_read) += bytes;
+  }
+}
+
 inline void touch(Block& b, ptrdiff_t at, size_t bytes, bool write) {
+  count(b, bytes, write);
   if (at < 0 || at + bytes > b.size)
     fail("%s out of bounds: %s[%td] of %zu", write ? "write" : "read", b.name.c_str(), at / ptrdiff_t(bytes),
          b.size / bytes);
@@ -464,6 +485,7 @@ inline bool run(void (*kernel)(), const Launch& launch) {
   auto& m = machine;
   m.kernel = kernel;
   m.error.clear();
+  m.counts = {};
   std::mt19937 random(launch.order);
   auto vec3 = [](const int* x) { return uint3(x[0], x[1], x[2]); };
   const uint3 grid = vec3(launch.grid), size = vec3(launch.threadgroup);
@@ -574,6 +596,7 @@ namespace metal {
 #define EMU_WHERE emu::Where where = emu::Where::current()
 
 inline void threadgroup_barrier(mem_flags flags, EMU_WHERE) {
+  emu::machine.counts.barriers += emu::self().index == 0;
   emu::wait(emu::State::AT_BARRIER, "threadgroup_barrier", where.line());
   if (unsigned(flags) & unsigned(mem_flags::mem_threadgroup)) ++emu::self().epoch, ++emu::self().simd_epoch;
 }
@@ -737,6 +760,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
   d.elements = emu::collective<vec<D, 2>>(
       "simdgroup_multiply_accumulate", EmuProduct<A, B, C>{a.elements, b.elements, c.elements},
       [](auto in, auto out, int lanes) {
+        ++emu::machine.counts.products;
         float a[8][8], b[8][8], c[8][8];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {
@@ -766,6 +790,7 @@ void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 
     requires(!std::is_integral_v<V>)                \
   V name(T value) {                                 \
     const float x = float(V(value));                \
+    ++emu::machine.counts.functions;                \
     return V(expression);                           \
   }
 #define EMU_MATH_ALL                   \

@@ -1,10 +1,15 @@
 #include "ops/attention/attention.h"
 
+#include <algorithm>
 #include <atomic>
+#include <mutex>
+#include <tuple>
 
 #include "core/binding.h"
 #include "core/gpu.h"
+#include "mlx/backend/metal/metal.h"
 #include "ops/attention/cudnn/cudnn.h"
+#include "ops/attention/parts.h"
 
 namespace segtrain {
 
@@ -15,6 +20,7 @@ namespace {
 /// does.
 bool has_nax() {
   static const bool has = [] {
+    if (!mx::metal::is_available()) return false;
     auto x = mx::zeros({1, 1, 9, 512}, mx::bfloat16, mx::Device::gpu);
     try {
       mx::fast::scaled_dot_product_attention(x, x, x, 1, "causal", {}, {}, true, mx::Device::gpu);
@@ -104,7 +110,14 @@ Way stock_way(const Call& c) {
   if (!c.causal_only)
     return {"stock", false, "it takes windows, segments, caps and T < S as arrays of masks only"};
   auto unfit = stock_heads_unfit(c);
-  return {"stock", unfit.empty(), unfit};
+  // Each direction is one launch, which nothing makes shorter.
+  constexpr double LONGEST = 4;  // seconds
+  if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
+    unfit = "one launch of it would take so long that macOS might end the program";
+  Way way = c.device == Gpu::metal ? gpu_kernel("attention_stock", unfit, c.device)
+                                   : Way{"stock", unfit.empty(), unfit};
+  way.name = "stock";
+  return way;
 }
 
 /// On CUDA MLX leaves its fused kernel when T is no multiple of 128: zeros behind the last key are seen by no
@@ -167,6 +180,16 @@ bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
+/// What was the fastest on this machine's GPU, by what a call must be alike in: D, dtype, and whether it is
+/// plain causal.
+using Alike = std::tuple<int, mx::Dtype::Val, bool>;
+std::mutex preferred_lock;
+std::map<Alike, std::string> preferred;
+
+Alike alike(const Call& c) {
+  return {c.D, c.dtype.val(), c.causal_only};
+}
+
 /// By bench/LOG.md, H100 and H200: cuDNN as we call it, hopper's, MLX's own, ours for any GPU, whole
 /// products.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
@@ -176,7 +199,14 @@ std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, 
   hopper.name = "hopper";
   Way blocked{"blocked", true, ""};
   Way stock = libraries ? stock_way(c) : Way{"stock", false, ""};
-  return choose("attention", impl, {cudnn, hopper, stock, kernel, blocked});
+  std::vector<Way> ways{cudnn, hopper, stock, kernel, blocked};
+  if (c.device == Gpu::metal) {
+    std::lock_guard lock(preferred_lock);
+    if (auto found = preferred.find(alike(c)); found != preferred.end())
+      std::stable_partition(ways.begin(), ways.end(),
+                            [&](const Way& way) { return way.name == found->second; });
+  }
+  return choose("attention", impl, ways);
 }
 
 std::string way_for(const Call& c, const std::string& impl) {
@@ -308,6 +338,14 @@ AttentionCost attention_cost(const Device& device, int rows, int heads, int grou
 
 }  // namespace
 
+void prefer_attention(int head, mx::Dtype dtype, bool causal, const std::string& way) {
+  std::lock_guard lock(preferred_lock);
+  if (way.empty())
+    preferred.erase({head, dtype.val(), causal});
+  else
+    preferred[{head, dtype.val(), causal}] = way;
+}
+
 std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
                           bool repeats) {
   constexpr int T = 1024;
@@ -328,6 +366,9 @@ const Binding binding([](nb::module_& m) {
   m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(),
         "impl"_a = "auto", "stream"_a = nb::none(), "{o, statistics}, as attention takes them as saved.");
   m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
+  m.def("prefer_attention", &prefer_attention, "head"_a, "dtype"_a, "causal"_a, "way"_a,
+        "On Metal 'auto' takes this implementation from now on where it serves calls of this kind: plain "
+        "causal ones, or those with a window, segments or a cap. Empty: the order that is built in.");
   m.def("set_repeatable", &set_repeatable, "on"_a,
         "Whether 'auto' takes only implementations that give the same bits again; what was set before.");
   m.def("is_repeatable", &is_repeatable, "What set_repeatable set last.");

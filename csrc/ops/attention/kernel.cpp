@@ -2,6 +2,7 @@
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/cpu.h"
+#include "ops/attention/parts.h"
 
 namespace segtrain {
 
@@ -64,22 +65,86 @@ std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int 
           {"cap", mx::array(c.cap)}};
 }
 
-/// `rows`: queries or keys that a block takes. Only CUDA's text checks them.
+/// `rows`: queries or keys that a block takes, which the text checks.
 Template gpu_template(const Call& c, int rows = 0) {
   Template all{{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
-  if (rows && c.device == Gpu::cuda) all.push_back({"ROWS", rows});
+  if (rows) all.push_back({"ROWS", rows});
   return all;
 }
 
+int query_rows(const Call& c) {
+  return c.device == Gpu::metal ? METAL_ROWS : CudaTiles(c.D).bq;
+}
+
 Grid query_grid(const Call& c, bool backward) {
-  if (c.device == Gpu::metal) return {{tiles(c.T, 32), c.H, c.B}, 128};
+  if (c.device == Gpu::metal) return {{tiles(c.T, METAL_ROWS), c.H, c.B}, 128};
   CudaTiles t(c.D);
   return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
 }
 
+/// Rows [begin, end) of arrays [B, ·, rows, ...].
+mx::array rows_of(const mx::array& x, std::pair<int, int> part, mx::StreamOrDevice s) {
+  if (part.first == 0 && part.second == x.shape(2)) return x;
+  mx::Shape begin(x.ndim(), 0), end = x.shape();
+  begin[2] = part.first;
+  end[2] = part.second;
+  return mx::slice(x, begin, end, s);
+}
+
+/// What `launches` gives for each part, put together along the rows.
+template <class Launches>
+Arrays of_parts(const Ranges& parts, const Launches& launches, mx::StreamOrDevice s) {
+  if (parts.size() == 1) return launches(parts[0]);
+  std::vector<Arrays> pieces;
+  for (const auto& part : parts) {
+    auto made = launches(part);
+    pieces.resize(made.size());
+    for (size_t i = 0; i < made.size(); ++i) pieces[i].push_back(made[i]);
+  }
+  Arrays whole;
+  for (const auto& piece : pieces) whole.push_back(mx::concatenate(piece, 2, s));
+  return whole;
+}
+
+Ranges whole(int rows) {
+  return {{0, rows}};
+}
+
 Arrays gpu_forward(const Call& c, const Arrays& x) {
-  return launch("attention", gpu_values(c, x, 1), {{c.B, c.H, c.T, c.Dv}, {c.B, c.H, c.T}},
-                {c.dtype, mx::float32}, gpu_template(c, CudaTiles(c.D).bq), query_grid(c, false), c.s);
+  auto part = [&](std::pair<int, int> queries) {
+    const Call own = of_queries(c, queries);
+    return launch("attention", gpu_values(own, {rows_of(x[0], queries, c.s), x[1], x[2]}, 1),
+                  {{c.B, c.H, own.T, c.Dv}, {c.B, c.H, own.T}}, {c.dtype, mx::float32},
+                  gpu_template(c, query_rows(c)), query_grid(own, false), c.s);
+  };
+  return of_parts(c.device == Gpu::metal ? query_parts(c, FORWARD_PRODUCTS) : whole(c.T), part, c.s);
+}
+
+/// `values`: of the whole call.
+Arrays metal_vjp(const Call& c, const Arrays& x, const std::map<std::string, mx::array>& values) {
+  auto with = [&](const Call& own, const Arrays& qkv, std::pair<int, int> queries) {
+    auto all = gpu_values(own, qkv, 1);
+    for (const char* name : {"lse", "delta", "d_o"})
+      all.insert({name, rows_of(values.at(name), queries, c.s)});
+    return all;
+  };
+  auto dq = [&](std::pair<int, int> queries) {
+    const Call own = of_queries(c, queries);
+    return launch("attention_vjp_q", with(own, {rows_of(x[0], queries, c.s), x[1], x[2]}, queries),
+                  {{c.B, c.H, own.T, c.D}}, {c.dtype}, gpu_template(c, METAL_ROWS), query_grid(own, true),
+                  c.s);
+  };
+  auto dkv = [&](std::pair<int, int> keys) {
+    const Call own = of_keys(c, keys);
+    const mx::Shape shape{c.B, c.G, own.S, c.D};
+    return launch("attention_vjp_kv",
+                  with(own, {x[0], rows_of(x[1], keys, c.s), rows_of(x[2], keys, c.s)}, {0, c.T}),
+                  {shape, shape}, {c.dtype, c.dtype}, gpu_template(c, METAL_ROWS),
+                  {{tiles(own.S, METAL_ROWS), c.G, c.B}, 256}, c.s);
+  };
+  auto of_q = of_parts(query_parts(c, DQ_PRODUCTS), dq, c.s);
+  auto of_kv = of_parts(key_parts(c, DKV_PRODUCTS), dkv, c.s);
+  return {of_q[0], of_kv[0], of_kv[1]};
 }
 
 Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
@@ -98,12 +163,12 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
                      : launch("attention_delta", values, {{c.B, c.H, c.T}}, {mx::float32}, gpu_template(c),
                               {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s)[0];
   values.insert({"delta", delta});
+  if (metal) return metal_vjp(c, x, values);
   auto dq = launch("attention_vjp_q", values, {{c.B, c.H, c.T, c.D}}, {c.dtype}, gpu_template(c, t.bq),
                    query_grid(c, true), c.s)[0];
   auto dtype = parts > 1 ? mx::float32 : c.dtype;
   mx::Shape shape{c.B, c.G, parts, c.S, c.D};
-  Grid grid = metal ? Grid{{tiles(c.S, 32), c.G, c.B}, 256}
-                    : Grid{{tiles(c.S, t.bk_dkv) * c.B * c.G * parts, 1, 1}, 256, t.dkv};
+  Grid grid{{tiles(c.S, t.bk_dkv) * c.B * c.G * parts, 1, 1}, 256, t.dkv};
   auto dkv = launch("attention_vjp_kv", values, {shape, shape}, {dtype, dtype}, gpu_template(c, t.bk_dkv),
                     grid, c.s);
   mx::Shape keys{c.B, c.G, c.S, c.D};

@@ -67,10 +67,12 @@ Arrays gpu_launch(const Glu& c, const std::string& name, std::map<std::string, m
   int n = static_cast<int>(gate.size());
   for (auto& [_, x] : values) x = mx::reshape(x, {n}, c.s);
   values.insert({"at", device_ints({n})});
-  int groups = groups_for(n, gpu() == Gpu::metal ? OF_A_THREAD_METAL : OF_A_THREAD_CUDA);
+  const bool metal = gpu() == Gpu::metal;
+  int groups = groups_for(n, metal ? OF_A_THREAD_METAL : OF_A_THREAD_CUDA);
+  Template arguments{{"T", dtype}, {"GELU", c.gelu}};
+  if (metal) arguments.push_back({"PER", OF_A_THREAD_METAL});
   return launch(name, values, std::vector<mx::Shape>(n_outputs, shape),
-                std::vector<mx::Dtype>(n_outputs, dtype), {{"T", dtype}, {"GELU", c.gelu}},
-                {{groups, 1, 1}, THREADS}, c.s);
+                std::vector<mx::Dtype>(n_outputs, dtype), arguments, {{groups, 1, 1}, THREADS}, c.s);
 }
 
 Arrays gpu_forward(const Glu& c, const Arrays& x) {

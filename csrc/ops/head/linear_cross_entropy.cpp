@@ -26,7 +26,8 @@ Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   return cpu_op(
       "linear_cross_entropy", inputs, shapes,
       [head, smoothing = loss.smoothing](auto& in, auto& out) {
-        auto weights = in[in.size() - 1], dh = out.size() > 1 ? out[1] : nullptr;
+        const float* weights = in[in.size() - 1];
+        float* dh = out.size() > 1 ? out[1] : nullptr;
         cpu::cross_entropy(head.weight(in), {head.input(in), smoothing, weights, out[0], dh});
       },
       call.s);

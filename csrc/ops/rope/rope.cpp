@@ -2,6 +2,7 @@
 // segments: with them it is ours on GPUs too, metal/rope.metal and cuda/rope.cu.
 #include "ops/rope/rope.h"
 
+#include <climits>
 #include <cmath>
 
 #include "core/binding.h"
@@ -41,6 +42,8 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
   });
 }
 
+constexpr int THREADS = 256;  ///< of a group
+
 /// What rotates, besides x and the divisors.
 struct Rope {
   int dims;
@@ -64,7 +67,6 @@ mx::array cpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
 /// Heads stand together by token where they come from a product and where their gradient goes; attention has
 /// them one after the other. The kernel reads and writes them so, which spares copies.
 mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisors, bool back) {
-  constexpr int THREADS = 256;
   const int B = x.shape(0), H = x.shape(1), T = x.shape(2), D = x.shape(3), items = D - c.dims / 2;
   // MLX passes inputs of fewer than 8 elements to Metal in another address space: `positions` never are.
   auto positions = c.positions;
@@ -84,7 +86,8 @@ mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
 
 std::string gpu_unfit(const mx::array& x) {
   if (x.size() == 0) return "x is empty";
-  return x.size() >= (1u << 31) ? "x has up to 2³¹ − 1 elements" : "";
+  // Threads are counted in an int, whole groups of them.
+  return x.size() > INT_MAX - THREADS ? "x has up to 2³¹ − 257 elements" : "";
 }
 
 /// freqs[i] = base^(2i / dims)

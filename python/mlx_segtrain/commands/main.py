@@ -210,6 +210,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("doctor", _doctor, "check and time the kernels on this device")
     added.add_argument("--json", action="store_true", help="print JSON")
+    report = "also write one small file, without paths or names, to send with an issue"
+    added.add_argument("--report", action="store_true", help=report)
 
     added = command("bench", _bench, "time the ops of a layer on this device beside MLX's own")
     added.add_argument(
@@ -222,6 +224,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--runs", type=_count(1), default=20, metavar="N", help="timed calls of each row"
     )
     added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument("--report", action="store_true", help=f"{report}; with times of steps")
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
     added.add_argument(
@@ -532,7 +535,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from mlx_segtrain.ops.selfcheck import examine
 
     report = examine()
-    return answer(report, show_checks, args.json, report.ok)
+    code = answer(report, show_checks, args.json, report.ok)
+    if args.report:
+        from mlx_segtrain.commands import reports
+
+        print(reports.write("doctor", reports.of_doctor(report)), file=sys.stderr)
+    return code
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -544,6 +552,10 @@ def _bench(args: argparse.Namespace) -> int:
         raise InputError("no op, shape or implementation has a name that holds what was asked for")
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
+    if args.report:
+        from mlx_segtrain.commands import reports
+
+        print(reports.write("bench", reports.of_bench(rows)), file=sys.stderr)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from ..lora.paths import bare
 from ..lora.ranks import asked
 from ..models.headers import ModelShape, read_shape
 from ..objectives import objective_of
+from ..ops.choice import Heads, settle
 from ..schedule import Cuts
 from ..streams import BatchShape, Stream, padded
 from . import Planned, choose, least_ahead, longest, named, overshoot, ranks_of
@@ -225,7 +228,11 @@ def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
+    if shape.fast and sys.platform == "darwin":
+        short_buffers(config.max_seq_length)
     on = device(config.deterministic, shape.float_size)
+    if shape.fast and on.name == "metal":
+        settle(heads_of(shape, any(stream.part for batch in batches for stream in batch.streams)))
     how = _ways(config)
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())
@@ -238,6 +245,31 @@ def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     if not shape.fast:
         return run
     return run.within(budget) if size is None else run.of_size(size)
+
+
+#: From so many tokens on a launch may take a good part of a second on a small GPU.
+LONG = 16384
+#: Launches that Metal then gets at a time: macOS ends work that keeps the display waiting.
+LAUNCHES = "4"
+
+
+def short_buffers(tokens: int) -> None:
+    """Before MLX first uses the GPU of a Mac: long rows have few launches in a command buffer."""
+    if tokens >= LONG:
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", LAUNCHES)
+
+
+def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
+    """The kinds of attention calls of a model's layers."""
+    dtype = mx.float32 if shape.float_size == 4 else mx.bfloat16
+    by_name = {form.name: form for form in shape.layers}
+    kinds = []
+    for form in shape.layers:
+        giver = form if form.donor is None else by_name.get(form.donor, form)
+        groups = max(1, giver.key_value // form.head)
+        causal = not packed and form.window is None and not form.softcap
+        kinds.append(Heads(form.query // form.head, groups, form.head, dtype, causal))
+    return list(dict.fromkeys(kinds))
 
 
 def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:

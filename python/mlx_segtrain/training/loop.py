@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import events
+from .. import _core, events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..data.repository import pinned
@@ -212,6 +212,8 @@ class Run:
                 return self.step(*what)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
+                    if said := _core.explain_failure(str(error)):
+                        raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
                 cheaper, reason = self.step.plan.cheaper(), str(error)
             # Outside of the handler: the exception's frames hold arrays of the step.

@@ -16,8 +16,18 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+#: Heads of a thorough check on Metal, and those that our kernel has.
+METAL_HEADS, METAL_KERNEL = (64, 128, 256, 512), (64, 128, 256)
+
+
 def calls(
-    op: str, impl: str, dtype: mx.Dtype, t: int, d: int = 64, cases: Iterable[str] = CASES
+    op: str,
+    impl: str,
+    dtype: mx.Dtype,
+    t: int,
+    d: int = 64,
+    cases: Iterable[str] = CASES,
+    **more: Any,
 ) -> Iterator[selfcheck.Call]:
     for case in cases:
         options: dict[str, Any] = {"scale": d**-0.5, **CASES[case](t)}
@@ -25,12 +35,18 @@ def calls(
         for_core = ops.attention_options(args[1], **options)
         kernel = functools.partial(_core.attention, options=for_core, impl=impl)
         plain = functools.partial(reference.attention, **options)
-        yield selfcheck.Call(op, f"{case}, D = {d}", kernel, plain, args)
+        name = f"{case}, D = {d}"
+        if "thorough" in more:  # where there are several dtypes
+            name += f", {str(dtype).split('.')[-1]}"
+        yield selfcheck.Call(op, name, kernel, plain, args, **more)
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "cpu":
         yield from calls("attention", "kernel", mx.float32, rows)
+        return
+    if device == "metal":
+        yield from metal_checks(rows)
         return
     # The row passes are what the blocked form runs on.
     yield from calls("attention_rows", "blocked", mx.bfloat16, rows)
@@ -42,6 +58,23 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if "cudnn" in impls:
         some = ("causal", "segments")
         yield from calls("attention_cudnn", "cudnn", mx.bfloat16, rows, 256, some)
+
+
+def metal_checks(rows: int) -> Iterator[selfcheck.Call]:
+    """Each dtype and size of heads: before first use those of the smallest in bfloat16 only."""
+    nax = _core.has_neural_accelerators()
+    for dtype in (mx.bfloat16, mx.float16, mx.float32):
+        for d in METAL_HEADS:
+            thorough = dtype != mx.bfloat16 or d != METAL_HEADS[0]
+            # Neural accelerators, which MLX's products run on, round float32 to TF32.
+            rough = nax and dtype == mx.float32
+            how: dict[str, Any] = {"thorough": thorough}
+            products: dict[str, Any] = how | ({"bound": selfcheck.HALF_BOUND} if rough else {})
+            yield from calls("attention_rows", "blocked", dtype, rows, d, **products)
+            if d in METAL_KERNEL:
+                yield from calls("attention", "kernel", dtype, rows, d, **how)
+            if dtype != mx.float32 and (d in METAL_KERNEL or nax):
+                yield from calls("attention_stock", "stock", dtype, rows, d, ("causal",), **how)
 
 
 def attention(

@@ -1,0 +1,55 @@
+// What is said when macOS ends work on the GPU. MLX throws where nobody can catch, on a thread of Metal's:
+// the process ends with Metal's own words, which name a constant.
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <string>
+
+#include "core/binding.h"
+
+namespace segtrain {
+
+namespace {
+
+/// One sentence for a message of MLX's about its command buffers; empty if it is none.
+std::string explained(const std::string& what) {
+  auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
+  if (!has("Command buffer execution failed")) return "";
+  if (has("Impacting Interactivity") || has("Timeout"))
+    return "macOS ended the run's work on the GPU because a piece of it kept the display waiting too long: "
+           "set "
+           "MLX_MAX_OPS_PER_BUFFER=1, which makes the pieces as short as they can be, or lower "
+           "max_seq_length or "
+           "batch_size; the last checkpoint is kept (docs/mac.md).";
+  if (has("OutOfMemory") || has("Insufficient Memory"))
+    return "the GPU had no memory left for the run: close other programs, or lower memory_budget_gb, "
+           "max_seq_length or "
+           "batch_size; the last checkpoint is kept (docs/mac.md).";
+  return "the GPU could not finish the run's work: go on from the last checkpoint, and if it happens again "
+         "report it "
+         "with what `mlx-segtrain doctor` says.";
+}
+
+std::terminate_handler before = nullptr;
+
+[[noreturn]] void say_and_end() {
+  if (auto error = std::current_exception()) try {
+      std::rethrow_exception(error);
+    } catch (const std::exception& known) {
+      const auto text = explained(known.what());
+      if (!text.empty()) std::fprintf(stderr, "error: %s\n", text.c_str());
+    } catch (...) {
+    }
+  before();
+  std::abort();
+}
+
+}  // namespace
+
+const Binding binding([](nb::module_& m) {
+  before = std::set_terminate(say_and_end);
+  m.def("explain_failure", &explained, "what"_a,
+        "One sentence for MLX's message that a command buffer failed on Metal; empty for any other.");
+});
+
+}  // namespace segtrain

@@ -1,0 +1,139 @@
+"""Which implementation attention takes on a Mac: those that serve are timed once, on the device.
+
+Which of them is the fastest there nobody has measured for every Mac and macOS. The first run with
+some heads takes the times, within two seconds; they are kept in the cache folder.
+"""
+
+import functools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _core
+from ..files import cache_dir, write_json
+from .selfcheck import device_key, normal, self_check, value_and_gradients
+
+#: For all heads of a run together.
+SECONDS = 2.0
+#: Of a timed call, which a launch does not outweigh.
+TOKENS = 2048
+#: In the order that is built in (csrc/ops/attention/attention.cpp), which decides between equals.
+WAYS = ("stock", "kernel", "blocked")
+HALVES = (mx.bfloat16, mx.float16)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Calls of attention that are alike; `causal`: without window, segments or softcap."""
+
+    heads: int
+    groups: int
+    size: int
+    dtype: mx.Dtype
+    causal: bool = True
+
+    def __str__(self) -> str:
+        kind = "causal" if self.causal else "window"
+        name = str(self.dtype).split(".")[-1]
+        return f"{self.heads}/{self.groups} heads of {self.size}, {name}, {kind}"
+
+
+Times = dict[str, float]  #: milliseconds of value and gradients, by implementation
+
+
+def cache_file() -> Path:
+    return cache_dir() / "attention.json"
+
+
+def key() -> str:
+    """What the times hold for."""
+    return f"{device_key()}, macOS {platform.mac_ver()[0]}"
+
+
+def known() -> dict[str, dict[str, Times]]:
+    with suppress(OSError, ValueError):
+        return json.loads(cache_file().read_text(encoding="utf-8"))
+    return {}
+
+
+def keep(found: dict[str, Times]) -> None:
+    everything = known()
+    everything[key()] = everything.get(key(), {}) | found
+    with suppress(OSError):  # a cache that cannot be written costs the next run two seconds
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache_file(), everything)
+
+
+def milliseconds(heads: Heads, way: str, until: float) -> float | None:
+    """The median of up to three calls after a first one, which compiles; None if it fails.
+
+    After the moment `until` no further call begins.
+    """
+    shapes = ((1, n, TOKENS, heads.size) for n in (heads.heads, heads.groups, heads.groups))
+    args = normal(*shapes, dtype=heads.dtype)
+    options: dict[str, Any] = {} if heads.causal else {"window": TOKENS // 4}
+    for_core = _core.AttentionOptions(scale=heads.size**-0.5, **options)
+    run = functools.partial(_core.attention, options=for_core, impl=way)
+    times = []
+    try:
+        mx.eval(args)
+        for _ in range(4):
+            begin = time.perf_counter()
+            if times and begin > until:
+                break
+            mx.eval(value_and_gradients(run, *args, args[0]))
+            times.append(time.perf_counter() - begin)
+    except (RuntimeError, ValueError):  # it does not serve these heads, or not on this device
+        return None
+    return statistics.median(times[1:] or times) * 1e3
+
+
+def measure(heads: Heads, seconds: float) -> Times:
+    """The times of what serves; a share of the seconds is left to each that is to come."""
+    found: Times = {}
+    end = time.perf_counter() + seconds
+    for i, way in enumerate(WAYS):
+        now = time.perf_counter()
+        ms = milliseconds(heads, way, now + max(0.0, end - now) / (len(WAYS) - i))
+        if ms is not None:
+            found[way] = ms
+    return found
+
+
+def fastest(times: Times) -> str:
+    """The implementation of the least time; empty if there is none."""
+    return min((way for way in WAYS if way in times), key=lambda way: times[way], default="")
+
+
+def settle(wanted: Iterable[Heads]) -> dict[Heads, Times]:
+    """From now on 'auto' takes the fastest for these heads; their times, now or earlier taken.
+
+    What failed the self-check serves no call and is not timed.
+    """
+    heads = list(dict.fromkeys(wanted))
+    failed = self_check()
+    everything = known().get(key(), {})
+    missing = [x for x in heads if str(x) not in everything]
+    made = {str(x): measure(x, SECONDS / len(missing)) for x in missing}
+    if made:
+        keep(made)
+    found = {x: (everything | made)[str(x)] for x in heads}
+    for x, times in found.items():
+        serving = {way: ms for way, ms in times.items() if not _off(way, failed)}
+        # A plan does not tell one half type from the other.
+        for dtype in HALVES if x.dtype in HALVES else (x.dtype,):
+            _core.prefer_attention(x.size, dtype, x.causal, fastest(serving))
+    return found
+
+
+def _off(way: str, failed: dict[str, str]) -> bool:
+    """A process may have found since then that a kernel is wrong."""
+    return {"kernel": "attention", "stock": "attention_stock"}.get(way) in failed

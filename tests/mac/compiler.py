@@ -1,0 +1,92 @@
+"""Called by CMake as a Mac's c++: zig's, with stand-ins for the libraries that only a Mac has.
+
+A library's stand-in is a list of symbols. The C++ library's are those that MLX's own wheels for the
+same macOS need, and a few that have been there for longer.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .machine import BUILD, HERE, MACOS, SITE, environment, zig
+from .macho import symbols
+
+TARGET = f"aarch64-macos.{MACOS}"
+#: Marks of what is newer than the target, which Apple's headers carry and zig's leave out.
+AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
+COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]
+LIBCXX = "/usr/lib/libc++.1.dylib"
+#: Of the C++ library and not among what MLX's wheels need: parts of C++98 to C++14.
+OLD_LIBCXX = re.compile(
+    r"__ZN?K?St(11logic_error|3__1(17__assoc_sub_state|6futureIvE|6thread|17bad_function_call|"
+    r"13basic_istreamI|19basic_istringstreamI))|"
+    r"__Z(T[ISTV]+)(St11logic_error|NSt3__1(17bad_function_call|19basic_istringstreamI\w*))|"
+    r"__Zd[la]Pvm(St11align_val_t)?|___dynamic_cast|__ZSt13set_terminatePFvvE$"
+)
+FRAMEWORKS = {
+    "Accelerate": ["_cblas_sgemm$NEWLAPACK"],
+    "Foundation": [],
+    "Metal": [],
+    "QuartzCore": [],
+}
+
+
+def stand_in(folder: Path, path: str, names: list[str]) -> Path:
+    """A library's list of symbols, as a linker for macOS reads it."""
+    file = folder / f"{Path(path).stem}.tbd"
+    listed = ", ".join(f"'{x}'" for x in names)
+    file.write_text(
+        f"--- !tapi-tbd\ntbd-version: 4\ntargets: [ arm64-macos ]\ninstall-name: '{path}'\n"
+        f"exports:\n  - targets: [ arm64-macos ]\n    symbols: [ {listed} ]\n...\n"
+    )
+    return file
+
+
+def libcxx(objects: list[Path]) -> list[str]:
+    """What of the C++ library these objects may need."""
+    libraries = [*(SITE / "mlx" / "lib").glob("*.dylib"), *SITE.glob("mlx/core.*.so")]
+    known = {x for library in libraries for x in symbols(library)[0]}
+    own = {x for file in objects for x in symbols(file)[0] if OLD_LIBCXX.match(x)}
+    names = {x for x in known if x.startswith(("__Z", "___cxa", "___gxx"))} | own
+    return sorted(names)
+
+
+def link(arguments: list[str]) -> list[str | Path]:
+    """zig's command for the one of a linker of Apple's."""
+    kept: list[str | Path] = []
+    python: list[str] = []
+    rest = iter(arguments)
+    folder = Path(arguments[arguments.index("-o") + 1] + ".libraries")
+    folder.mkdir(exist_ok=True)
+    for argument in rest:
+        if argument == "-framework":
+            name = next(rest)
+            path = f"/System/Library/Frameworks/{name}.framework/Versions/A/{name}"
+            kept.append(stand_in(folder, path, FRAMEWORKS[name]))
+        elif argument == "-isysroot":
+            next(rest)
+        elif (
+            argument == "-bundle"
+        ):  # zig has only libraries: the difference is how they may be loaded
+            kept.append("-shared")
+        elif argument.startswith("-Wl,@"):  # -U and a name of CPython's a line
+            python += Path(argument.removeprefix("-Wl,@")).read_text().split()
+        elif not argument.startswith(("-Wl,", "-F", "-mmacosx-version-min", "-O", "-D", "-Werror")):
+            kept.append(argument)
+    objects = [Path(str(x)) for x in kept if str(x).endswith(".o")]
+    objects += (BUILD / "cmake" / "CMakeFiles" / "nanobind-static.dir").rglob("*.o")
+    cpython = sorted({x for x in python if x != "-U"})
+    kept += [stand_in(folder, "/Python.dylib", cpython), stand_in(folder, LIBCXX, libcxx(objects))]
+    return zig("c++", "-target", TARGET, "-nostdlib++", *kept)
+
+
+def command_of(arguments: list[str]) -> list[str | Path]:
+    if "-c" not in arguments and "-fsyntax-only" not in arguments:
+        return link(arguments)
+    plain = [x for x in arguments if not x.startswith("-F")]
+    return zig("c++", "-target", TARGET, *plain, *COMPILE)
+
+
+if __name__ == "__main__":
+    sys.exit(subprocess.run(command_of(sys.argv[1:]), env=environment(), check=False).returncode)

@@ -1,0 +1,84 @@
+"""The kernels of metal/ with all arguments that the host may give them, and their text as MLX's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+
+from metal_emulator import kernel_text
+from metal_emulator.kernels import KERNELS
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+#: csrc/ops/attention/kernel.cpp
+HEADS = (64, 80, 96, 128, 192, 256)
+SCALARS = {"q_start", "q0", "k0", "nq", "period", "scale", "cap"}
+#: Integers, whatever T is.
+INTS = {"first", "positions", "at", "q_start", "q0", "k0", "nq", "period"}
+#: float32, whatever T is.
+FLOATS = {"s", "dp", "lse", "delta", "freqs", "args", "scale", "cap"}
+#: Arrays that the host never makes shorter than 8 elements, and those that always are.
+LONG, SHORT = {"first", "positions"}, {"at", "args"}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """Small: every array that may be is of fewer than 8 elements, which MLX passes as constant."""
+
+    kernel: str
+    arguments: dict[str, Any]
+    small: bool
+
+    def __str__(self) -> str:
+        values = " ".join(f"{key}={value}" for key, value in self.arguments.items())
+        return f"{self.kernel} {values}{' small' * self.small}"
+
+    def text(self) -> str:
+        kernel = KERNELS[self.kernel]
+        name = kernel.name
+        rows = name.startswith("softmax")
+        long_ = 1 if self.small else 300
+
+        def array(key: str) -> mx.array:
+            dtype = (
+                mx.int32 if key in INTS else mx.float32 if key in FLOATS else self.arguments["T"]
+            )
+            if key in SCALARS:
+                return mx.array(0, dtype)
+            if key in SHORT:
+                return mx.zeros(5 if key == "at" else 1, dtype)
+            if key in LONG:
+                return mx.zeros(max(long_, 8), dtype)
+            if key in ("gate", "up", "dy", "freqs"):
+                return mx.zeros(long_, dtype)
+            if rows and key in ("s", "dp"):
+                return mx.zeros((1, long_), dtype)
+            if rows and key in ("lse", "delta"):
+                return mx.zeros(long_, dtype)
+            shape = (1, 1, long_, self.arguments.get("D", 64))
+            return mx.zeros(shape[:3] if key in ("lse", "delta") else shape, dtype)
+
+        outputs = {
+            key: ((8,), mx.float32 if key == "lse" else self.arguments["T"])
+            for key in kernel.outputs
+        }
+        inputs = {key: array(key) for key in kernel.inputs}
+        return kernel_text(name, kernel.source, kernel.header, inputs, outputs, self.arguments)[0]
+
+
+def instances() -> Iterator[Instance]:
+    both = (False, True)
+    for dtype, small in product(DTYPES, both):
+        for d, cap in product(HEADS, both):
+            for name in ("attention", "attention_vjp_q", "attention_vjp_kv"):
+                threads = 256 if name.endswith("kv") else 128
+                own = {"T": dtype, "D": d, "CAP": cap, "ROWS": 32, "THREADS": threads}
+                yield Instance(name, own, small)
+        for cap, name in product(both, ("softmax_rows", "softmax_vjp_rows")):
+            yield Instance(name, {"S": mx.float32, "T": dtype, "CAP": cap, "THREADS": 256}, small)
+        for gelu, name in product(both, ("glu", "glu_vjp")):
+            yield Instance(name, {"T": dtype, "GELU": gelu, "PER": 4, "THREADS": 256}, small)
+        for pairs, back in product(both, both):
+            own = {"T": dtype, "TRADITIONAL": pairs, "BACK": back, "THREADS": 256}
+            yield Instance("rope", own, small)

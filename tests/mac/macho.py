@@ -1,0 +1,32 @@
+"""Symbols of a Mach-O file: what it needs of others, and what it gives."""
+
+import struct
+from pathlib import Path
+
+MAGIC, SYMTAB = 0xFEEDFACF, 2
+#: Bits of a symbol's type.
+DEBUGGING, PRIVATE, TYPE, EXTERNAL = 0xE0, 0x10, 0x0E, 0x01
+
+
+def symbols(path: Path) -> tuple[set[str], set[str]]:
+    """(needed, given) of an object or a library for 64 bits."""
+    data = path.read_bytes()
+    magic, *_, n_commands = struct.unpack_from("<5I", data)
+    if magic != MAGIC:
+        raise ValueError(f"{path} is no Mach-O file for 64 bits")
+    needed: set[str] = set()
+    given: set[str] = set()
+    at = 32
+    for _ in range(n_commands):
+        command, size = struct.unpack_from("<2I", data, at)
+        if command == SYMTAB:
+            entries, count, names, _ = struct.unpack_from("<4I", data, at + 8)
+            for i in range(count):
+                name, type_ = struct.unpack_from("<IB", data, entries + 16 * i)
+                if type_ & (DEBUGGING | PRIVATE) or not type_ & EXTERNAL:
+                    continue
+                begin = names + name
+                text = data[begin : data.index(b"\0", begin)].decode()
+                (given if type_ & TYPE else needed).add(text)
+        at += size
+    return needed, given

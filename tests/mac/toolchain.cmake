@@ -1,0 +1,17 @@
+# CMake for macOS on arm64. Its own look at the compiler would link a program, for which zig first builds a C++ library.
+set(CMAKE_SYSTEM_NAME Darwin)
+set(CMAKE_SYSTEM_PROCESSOR arm64)
+set(CMAKE_CXX_COMPILER "$ENV{MAC_BIN}/c++")
+set(CMAKE_AR "$ENV{MAC_BIN}/ar")
+set(CMAKE_RANLIB "$ENV{MAC_BIN}/ranlib")
+set(CMAKE_INSTALL_NAME_TOOL true)
+set(CMAKE_CXX_COMPILER_ID AppleClang)
+set(CMAKE_CXX_COMPILER_VERSION 16)
+set(CMAKE_CXX_COMPILER_ID_RUN TRUE)
+set(CMAKE_CXX_COMPILER_FORCED TRUE)
+set(CMAKE_CXX_STANDARD_COMPUTED_DEFAULT 17)
+set(CMAKE_CXX_EXTENSIONS_COMPUTED_DEFAULT ON)
+set(CMAKE_CXX_COMPILE_FEATURES cxx_std_11 cxx_std_14 cxx_std_17 cxx_std_20)
+set(CMAKE_OSX_SYSROOT "$ENV{MAC_BIN}")
+# An availability mark makes a warning of what is newer than the oldest macOS that we build for.
+set(CMAKE_CXX_FLAGS_INIT -Werror)
