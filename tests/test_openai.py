@@ -21,6 +21,7 @@ from lib.engines import END, Alone, write_adapters, write_lively
 from mlx_segtrain.serving.api.faults import add_handlers
 from mlx_segtrain.serving.api.openai import router
 from mlx_segtrain.serving.api.openai_forms import ChatRequest, CompletionRequest
+from mlx_segtrain.serving.generation import batching
 from mlx_segtrain.serving.generation import engine as module
 from mlx_segtrain.serving.generation.engine import Engine
 from mlx_segtrain.serving.roots import Outside
@@ -687,10 +688,10 @@ def test_too_many_at_once(server, monkeypatch):
 
 
 def test_failures(server, monkeypatch):
-    def sampler(options):
+    def processor(options, *_):
         raise RuntimeError("[malloc] Unable to allocate" if options.seed == 1 else "a bug")
 
-    monkeypatch.setattr(module, "sampler", sampler)
+    monkeypatch.setattr(batching, "processor", processor)
     answer = server.http.post("/v1/chat/completions", json=CHAT | {"seed": 1})
     check(answer, 503, "too little memory")
     check(server.http.post("/v1/chat/completions", json=CHAT), 500, "RuntimeError: a bug")

@@ -6,7 +6,7 @@ What makes arrays here is called on the engine's thread.
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -215,7 +215,7 @@ class Linears:
         """Swaps the adapter in the base's linears, if another is in; nothing is computed."""
         if selected.key == self.key:
             return
-        adapter, base = self._sum(selected.adapters), selected.base
+        adapter, base = self.sum_of(selected.adapters), selected.base
         self.key = None  # until all is done
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
@@ -232,6 +232,11 @@ class Linears:
         self._touched = set(adapter.tensors)
         self.key = selected.key
 
+    def take_out(self, base: Base, known: Set[str]) -> None:
+        """Takes out what is in linears other than the known ones, which batches go round."""
+        if not self._touched <= known:
+            self.put_in(Selected(base))
+
     def forget(self, mounted: Mounted, base: Base) -> None:
         """Lets go of an adapter's arrays, which else stay until the next request."""
         for key in [key for key in self._sums if mounted.serial in key]:
@@ -245,7 +250,7 @@ class Linears:
         """Frees what is kept for speed alone."""
         self._sums.clear()
 
-    def _sum(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
+    def sum_of(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
         """One adapter as it is; of several their sum, made once."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
