@@ -27,6 +27,7 @@ from ...lora.folder import open_folder
 from ...models import Chain, chain_of, load_base
 from ...models.tables import tables_of
 from ..confined.parent import Confined, Limits
+from .grammars import Grammars
 
 #: Tokens of a prompt to a model that does not say for how many it was made.
 MOST_TOKENS = 1 << 20
@@ -49,6 +50,7 @@ class Base:
     chain: Chain
     modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
     confined: Confined  #: where its tokenizer and its chat template run
+    grammars: Grammars  #: for its tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
@@ -107,11 +109,14 @@ class Selected:
         return "+".join(mounted.id for mounted in self.adapters) or None
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> list[int]:
         """Tokens of a chat with the generation prompt. `variables` are the template's; they replace
         those that the adapters were trained with. InputError without a template, with its own
-        complaint, or if the variables of several adapters differ."""
+        complaint, if it takes no tools, or if the variables of several adapters differ."""
         base, given = self.base, dict(variables or {})
         found: dict[str, Any] = {}
         for mounted in self.adapters:
@@ -125,9 +130,13 @@ class Selected:
             raise InputError(
                 f"messages: {base.id} has no chat template: ask /v1/completions with a prompt."
             )
-        how = {"messages": list(messages), "variables": {**found, **given}}
+        if tools and "tools" not in str(base.tokenizer.chat_template):
+            raise InputError(f"tools: the chat template of {base.id} takes none: leave them out.")
+        own = {"tools": list(tools)} if tools else {}
+        how = {"messages": list(messages), "variables": {**found, **given, **own}}
         size = sum(len(message["content"]) for message in messages)
         size += len(json.dumps(how["variables"]))
+        size += sum(len(json.dumps(x["tool_calls"])) for x in messages if "tool_calls" in x)
         return base.tokens("chat", f"messages: the chat template of {base.id}", size, **how)
 
     @property
@@ -175,6 +184,7 @@ def read_base(path: Path, confined: Confined) -> Base:
         chain=chain,
         modules=modules,
         confined=confined,
+        grammars=Grammars(tokenizer, tables.logits),
     )
 
 
