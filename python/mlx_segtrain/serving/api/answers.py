@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -21,6 +23,8 @@ from ..pools import Pool
 from .openai_forms import ChatRequest, Generate
 from .openai_tools import called, for_template
 from .parts import Parts, Tags
+
+logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Seconds between two looks whether a client that waits for a whole answer is still there.
 LOOK_S = 0.25
@@ -62,10 +66,14 @@ class Answers:
         self._said = [0] * len(opened)  # calls of each answer
         self._forced = [""] * len(opened)  # what each has said, if it is calls alone
         self._generations: list[Generation] = []
+        self._begun, self._first = time.monotonic(), 0.0
+        self._ends: list[str] = []
+        self._line = ""  # of the log
 
     @classmethod
-    async def begin(cls, engine: Engine, chosen: Selected, body: Generate) -> "Answers":
-        """Begins to generate. InputError for what the request cannot have, Busy."""
+    async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
+        """Begins to generate. InputError for what the request cannot have, Busy. By `id`, the
+        request's, the log tells what came of it."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = await _GRAMMARS.run(body.grammar, base.grammars)
@@ -77,6 +85,7 @@ class Answers:
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)
+            own._line = f"{id} {chosen.id or 'none'}"
         except BaseException:
             await own.close()
             raise
@@ -104,9 +113,17 @@ class Answers:
         return tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
 
     async def close(self) -> None:
-        """Ends what still runs."""
+        """Ends what still runs, and logs what there was: it may be called again."""
         for generation in self._generations:
             await generation.aclose()
+        if self._line:
+            ends = [*self._ends, *["gone"] * (len(self) - len(self._ends))]
+            logger.info(
+                "answered %s: %d + %d tokens, first after %.3f s, whole %.3f s, %s",
+                *(self._line, self.prompt_tokens, self.tokens, self._first),
+                *(time.monotonic() - self._begun, ", ".join(ends)),
+            )
+            self._line = ""
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """What comes, of all answers; RunError if one fails. Closed, they end."""
@@ -139,7 +156,9 @@ class Answers:
                 await self._add_calls(delta, texts)
             if piece.finish and self._calls == "forced":
                 self._add_forced(delta, self._forced[index])
+        self._first = self._first or time.monotonic() - self._begun
         if piece.finish:
+            self._ends.append(piece.finish)
             self.tokens += piece.tokens
             self.cached += piece.cached
             if self._said[index] and piece.finish == "stop":

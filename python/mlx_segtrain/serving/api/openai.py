@@ -112,7 +112,8 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
         raise Unserved("a job trains, and this server waits for it: try later.", 503, "training")
     body.check()
     chosen = await _selected(service, base, body)
-    answers = await Answers.begin(service.engine, chosen, body)
+    id = request.scope.get("mlx_segtrain.request", "-")
+    answers = await Answers.begin(service.engine, chosen, body, id)
     if isinstance(request, Json):  # it may wait for long, and then the answer takes long
         request.let_go()
         body.let_go()

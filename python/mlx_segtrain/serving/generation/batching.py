@@ -46,6 +46,8 @@ class Request:
     cache: list[Any] | None = None
     since: float = field(default_factory=time.monotonic)  #: it waits, or generates
     asked: float = field(default_factory=time.monotonic)
+    first: float | None = None  #: when its first token came
+    finish: str | None = None
     alone: bool = False  #: in a batch of its own, by the update that is in the linears
     batch: "Batch | None" = None
 
@@ -105,12 +107,14 @@ class Request:
         assert self.text is not None
         self.made.append(token)
         self.done = self.length
+        self.first = self.first or time.monotonic()
         ended = token in self.selected.base.tokenizer.eos_token_ids
         full = len(self.made) >= self.most
         piece = self.text.end() if ended else self.text.add(token)
         if full and not (ended or self.text.stopped):
             piece += self.text.end()
         finish = "stop" if ended or self.text.stopped else "length" if full else None
+        self.finish = finish
         about = ((token, told),) if told is not None and not ended else ()
         if piece or finish or about:
             self.outbox.put(Piece(piece, len(self.made), self.cached, finish, about))

@@ -34,6 +34,7 @@ from ..confined.parent import Confined
 from ..pools import Busy, Pool
 from .batching import Batch, Request, can_merge
 from .decoding import Options
+from .metrics import Metrics
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted
 from .pieces import Generation
 
@@ -98,6 +99,14 @@ class Engine:
         self._next_swap = 0.0
         self._stopped, self._ended = False, threading.Event()
         self.fault: str | None = None  #: why nothing can be generated any more
+        self.metrics = Metrics(
+            {
+                "requests_running": ("Answers that are made.", lambda: len(self._active)),
+                "requests_waiting": ("Requests that wait.", lambda: len(self._waiting)),
+                "adapters_mounted": ("Adapters in memory.", lambda: len(self.adapters)),
+                "prompt_cache_bytes": ("Of prompts that are kept.", self._kept_bytes),
+            }
+        )
         # Of the engine's thread alone:
         self._prompts: Any = None
         self._linears = Linears()
@@ -188,6 +197,10 @@ class Engine:
         """Gives memory back to the system that requests have left, unless something generates."""
         if not self._active and not self._stopped:
             await self.call(_free)
+
+    def _kept_bytes(self) -> int:
+        prompts = self._prompts
+        return 0 if prompts is None else prompts.nbytes
 
     def close(self) -> None:
         """Ends what runs and frees the model; the thread rests until the process ends."""
@@ -484,6 +497,7 @@ class Engine:
             if request.cache is not None:
                 self._keep(request, request.cache)
             request.cache = None
+            self.metrics.count(request, request.finish or "gone")
         if not self._active:
             mx.clear_cache()
 
@@ -509,6 +523,7 @@ class Engine:
             self._free_spare()
         request.outbox.put(told)
         request.cache = None
+        self.metrics.count(request, "failed")
         mx.clear_cache()
 
     def _load(self, path: Path, confined: Confined) -> Base:
@@ -548,6 +563,7 @@ class Engine:
         if self.base is not None:
             self._linears.forget(mounted, self.base)
             self._rows.forget()
+        self.metrics.forget(id)
         layers = mounted.mounted_layers
         del mounted
         _free()
