@@ -591,7 +591,7 @@ def test_lists_have_jobs_of_each_kind(server):
 
 
 def test_metrics_and_the_log_tell_what_was_answered(server):
-    """By request: its id is in a header of every answer. Of adapters that are gone nothing stays."""
+    """By request: its id is in a header of every answer. Adapters that are gone leave nothing."""
 
     def values():
         answer = server.http.get("/metrics")

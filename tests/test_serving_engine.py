@@ -196,6 +196,21 @@ def test_the_cache_is_bounded(model):
     engine.close()
 
 
+def test_prompts_make_room_for_a_job(fresh):
+    async def main():
+        await ask(fresh)
+        kept = [fresh._kept_bytes()]
+        for short in (True, False):
+            await fresh.spare(short)
+            kept.append(fresh._kept_bytes())
+            await ask(fresh)
+            kept.append(fresh._kept_bytes())
+        return kept
+
+    first, *none, last_empty, last = asyncio.run(main())
+    assert first > 0 and none == [0, 0] and last_empty == 0 and last > 0
+
+
 # Mounting
 
 

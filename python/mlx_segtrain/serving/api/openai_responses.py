@@ -23,6 +23,15 @@ from .openai_fields import Request as Fields
 from .openai_forms import TOP, TURNS, ChatRequest
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
+#: Of a stream each event has its kind, and JSON that has it too.
+EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    **ANSWERS,
+    200: {
+        "description": "The response; with stream, its events.",
+        "content": {"text/event-stream": {"schema": EVENT}},
+    },
+}
 
 #: Fields, and values of them, that change nothing here.
 IN_RESPONSE: Neutral = {
@@ -313,7 +322,7 @@ class Made:
         }
 
 
-@router.post("/v1/responses", response_model=Response, responses=ANSWERS)
+@router.post("/v1/responses", response_model=Response, responses=RESPONSES)
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
     """Generates a response: text, and calls of tools."""
     chat = body.as_chat()

@@ -92,6 +92,7 @@ class Engine:
         self.adapters: dict[str, Mounted] = {}  # replaced, never changed: others read it
         self.default: str | None = None  #: what requests get that name no adapter
         self._cache_bytes = cache_bytes
+        self._short = False  # others have need of memory: no prompt is kept
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[Request] = deque()
@@ -197,6 +198,12 @@ class Engine:
         """Gives memory back to the system that requests have left, unless something generates."""
         if not self._active and not self._stopped:
             await self.call(_free)
+
+    async def spare(self, short: bool) -> None:
+        """Whether others have need of memory: then no prompt is kept."""
+        self._short = short
+        if short and self._kept_bytes() and not self._stopped:
+            await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
 
     def _kept_bytes(self) -> int:
         prompts = self._prompts
@@ -503,7 +510,7 @@ class Engine:
 
     def _keep(self, request: Request, cache: list[Any]) -> None:
         """Keeps a cache for prompts that begin alike, unless who asks has none of others either."""
-        if request.done and not request.options.deterministic:
+        if request.done and not request.options.deterministic and not self._short:
             # The key stands before the tokens, and not for the model, of which names stay for ever.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
