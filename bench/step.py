@@ -300,6 +300,7 @@ def traced(step, work, seconds):
     import mlx.core as mx
 
     try:
+        from torch.autograd import DeviceType  # pyright: ignore[reportMissingImports]
         from torch.profiler import ProfilerActivity, profile  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
@@ -307,7 +308,8 @@ def traced(step, work, seconds):
         begin = time.perf_counter()
         step()
         took = time.perf_counter() - begin
-    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() or [])
+    events = [e for e in trace.events() or [] if e.device_type == DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy = end = 0
     for first, last in spans:  # kernels of a graph run side by side, too
         busy += max(0, last - max(first, end))

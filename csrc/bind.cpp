@@ -4,6 +4,7 @@
 #include "core/gpu.h"
 #include "core/kernel.h"
 #include "schedule/planner.h"
+#include "schedule/recording.h"
 #include "segtrain.h"
 
 using namespace segtrain;
@@ -129,24 +130,29 @@ NB_MODULE(_core, m) {
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy);
+  nb::class_<Recordings>(m, "Recordings",
+                         "Graphs of the functions of a plan, for steps that call the same functions.")
+      .def(nb::init<>());
   m.def(
       "run_plan",
       [](const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
-         const Arrays& inputs, const std::optional<Watch>& watch) {
+         const Arrays& inputs, const std::optional<Watch>& watch, Recordings* recordings) {
         auto wait = [](const Arrays& made) {
           {
             // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
             // mx.custom_function) takes it for granted.
             nb::gil_scoped_release others;
-            mx::eval(made);
+            // mx::eval would also wait for what the device was given after them.
+            for (auto x : made) x.wait();
           }
           if (PyErr_CheckSignals()) throw nb::python_error();
         };
-        return run_plan(plan, fns, head, params, owners, head_params, inputs, wait, watch.value_or(nullptr));
+        return run_plan(plan, fns, head, params, owners, head_params, inputs, wait, watch.value_or(nullptr),
+                        recordings);
       },
       "plan"_a, "fns"_a, "head"_a, "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
-      "watch"_a = nb::none(),
+      "watch"_a = nb::none(), "recordings"_a.none() = nb::none(),
       "Runs a plan over callables (params, reads) → writes; a stage has the params of its owner. `watch` is "
       "called when a move is through.");
 }

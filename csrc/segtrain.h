@@ -128,18 +128,19 @@ mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up,
                        mx::StreamOrDevice s);
 
 /// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)) with z = h·Wᵀ + bias, softcapped, and ε the label
-/// smoothing; rows with target < 0 count nothing. h [M, H], targets [M] int32, weights [M] float32 → []
-/// float32. dh is formed in the same pass, over chunks of rows.
+/// smoothing; rows with target < 0 count nothing, and there are none unless the targets are `padded`. h [M,
+/// H], targets [M] int32, weights [M] float32 → [] float32. dh is formed in the same pass, over chunks of
+/// rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
-                               float label_smoothing, bool needs_grad, const std::string& impl,
+                               float label_smoothing, bool needs_grad, bool padded, const std::string& impl,
                                mx::StreamOrDevice s);
 
 /// z[target] − lse(z) for each row, z as above, keeping h and lse; 0 where target < 0, and such rows are not
 /// touched. h [M, H], targets [M] int32 → [M] float32.
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
-                           std::optional<float> softcap, bool needs_grad, const std::string& impl,
-                           mx::StreamOrDevice s);
+                           std::optional<float> softcap, bool needs_grad, bool padded,
+                           const std::string& impl, mx::StreamOrDevice s);
 
 /// A quantized weight as an array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);
@@ -160,12 +161,14 @@ using StageFn =
 /// (params, reads) → {loss, anything else...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// mx::eval of arrays that are being computed, with whatever the caller wants around it; throws if the step
-/// is to end there.
+/// Waits for arrays that are being computed, maybe none, with whatever the caller wants around it; throws if
+/// the step is to end there.
 using Wait = std::function<void(const Arrays&)>;
 
 /// Called when a move is through; may be empty.
 using Watch = std::function<void()>;
+
+class Recordings;
 
 struct StepResult {
   Arrays outputs;             ///< of the head, loss first
@@ -175,10 +178,12 @@ struct StepResult {
 
 /// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
 /// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
-/// `reads` of a stage arrive in the order of its spec. One move runs at a time, and the next is prepared
-/// meanwhile.
+/// `reads` of a stage arrive in the order of its spec. One move runs at a time (on CUDA up to two), and the
+/// next is prepared meanwhile. With `recordings`, those of the steps before with the same functions, a
+/// function whose calls were alike is not called again: its graph is made from them.
 StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch);
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch,
+                    Recordings* recordings = nullptr);
 
 }  // namespace segtrain

@@ -18,7 +18,7 @@ from lib.checks import random_adapter
 from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of, family_of
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.setup import with_params
 
@@ -41,11 +41,11 @@ def outcome(family: str) -> tuple[str, str]:
     batch = Batch(tokens, np.ones(tokens.shape, np.float32), np.arange(2), np.full(2, 21))
     params = adapting.stage_params(chain, adapter)
     cuts = functools.partial(chain.cuts, 1)
+    functions = Functions(Sft(), chain, adapter.scales)
     trained, losses = [], []
     for _ in range(4):
         trained.append(params)
-        what = (Sft(), chain, adapter.scales, params, batch, 40.0)
-        (loss,), grads = value_and_grad(*what, cuts=cuts)
+        (loss,), grads = value_and_grad(functions, params, batch, 40.0, cuts=cuts)
         losses.append(loss.item())
         params = {
             stage: {key: p - 0.05 * grads[stage][key] for key, p in own.items()}

@@ -26,7 +26,7 @@ from mlx_segtrain.adapters import About, is_dora, ranks_in, read_adapter, write_
 from mlx_segtrain.lora.dora import Stretch
 from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.models.chain import Dropout
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
 
@@ -56,7 +56,7 @@ def stretched(chain, ranks=None):
 def run(chain, adapter, batch, cuts, dropout=None):
     params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
-    (loss,), grads = value_and_grad(*what, cuts=cuts, dropout=dropout)
+    (loss,), grads = value_and_grad(Functions(*what[:3], dropout), *what[3:], cuts=cuts)
     return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
 
 

@@ -23,7 +23,7 @@ from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import ranks_in, read_adapter
 from mlx_segtrain.models import adapting, chain_of, load_base
 from mlx_segtrain.models.chain import Dropout
-from mlx_segtrain.objectives import value, value_and_grad
+from mlx_segtrain.objectives import Functions, value, value_and_grad
 from mlx_segtrain.objectives.preference import Dpo
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import read_shape
@@ -64,7 +64,7 @@ def run(chain, adapter, batch, cuts=None, dropout=None, objective=None):
     objective = objective or Sft()
     what = (objective, chain, adapter.scales, params, batch, objective.total([batch]))
     cuts = cuts or functools.partial(chain.cuts, 1)
-    (loss, *_), grads = value_and_grad(*what, cuts=cuts, dropout=dropout)
+    (loss, *_), grads = value_and_grad(Functions(*what[:3], dropout), *what[3:], cuts=cuts)
     (again, *_) = value(*what)
     if dropout is None:
         assert abs(loss.item() - again.item()) <= 1e-5 * abs(loss.item())

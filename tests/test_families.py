@@ -17,7 +17,7 @@ from lib.oracle import assert_close
 from mlx_segtrain import _core, ops
 from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import adapting, chain_of, family_of
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
@@ -197,9 +197,10 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
     adapter, batch = adapter_of(chain), batch_of(3)
     params = adapting.stage_params(chain, adapter)
     optimizer = optim.Adam(3e-3)
+    functions = Functions(Sft(), chain, adapter.scales)
     losses = []
     for _ in range(20):
-        what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
+        what = (functions, params, batch, float(batch.weights[:, 1:].sum()))
         (loss,), grads = value_and_grad(*what, cuts=lambda streams: chain.cuts(2))
         params = optimizer.apply_gradients(grads, params)
         mx.eval(params, optimizer.state)

@@ -18,7 +18,7 @@ from mlx_segtrain import InputError, train
 from mlx_segtrain.data import Batch, Dataset, Row, batches, batches_in_epoch, eval_batches, padding
 from mlx_segtrain.data.packing import Packing
 from mlx_segtrain.models import adapting, chain_of
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import run as planning_run
 from mlx_segtrain.planning.costs import CUDA
@@ -51,7 +51,9 @@ def step(chain, adapter, batch, total, size=1):
     """Loss and gradients by path."""
     params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, total)
-    (loss,), grads = value_and_grad(*what, cuts=lambda streams: chain.cuts(size, streams))
+    (loss,), grads = value_and_grad(
+        Functions(*what[:3]), *what[3:], cuts=lambda streams: chain.cuts(size, streams)
+    )
     return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
 
 

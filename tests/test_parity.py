@@ -20,7 +20,7 @@ from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.data import Batch
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.models import adapting, chain_of, load_base
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.training.evaluation import measure
 
@@ -49,7 +49,7 @@ def ours(model_dir, batch, sizes):
     chain = chain_of(model)
     adapter = adapter_of(chain)
     params = adapting.stage_params(chain, adapter)
-    what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights.sum()))
+    what = (Functions(Sft(), chain, adapter.scales), params, batch, float(batch.weights.sum()))
     results = []
     for size in sizes:
         (loss,), grads = value_and_grad(*what, cuts=functools.partial(chain.cuts, size))

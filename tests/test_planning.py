@@ -24,7 +24,7 @@ from mlx_segtrain.data import Batch
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.headers import read_shape
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.planning import budget, choose, named, ranks_of, shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, costs_of, pairs
@@ -264,6 +264,26 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
         assert chosen.work <= min(e.work for e in byhand if e.peak <= most) + 1e-9
 
 
+def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
+    """As much as costs no recomputation; without room MLX waits earlier, and still takes some."""
+    shape = read_shape(llama4)
+    how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
+    ranks = ranks_of(shape, **how)
+    what = (shape, BatchShape.single(4, 8192, 8192, 8192), ranks)
+    above = planning.overshoot(*what, CUDA)
+    most = choose(*what, CUDA, 10**12)
+    moves = max(most.moves)
+    assert most.peak == most.limit + int(planning.AHEAD * above) >= moves + planning.BUFFERS[0]
+    assert most.limit == moves + planning.BUFFERS[0]
+    some = choose(*what, CUDA, most.peak - 1)
+    assert some.limit == moves + planning.BUFFERS[1] and some.work == most.work
+    less = choose(*what, CUDA, some.peak - 1)
+    assert less.work > most.work and less.peak < some.peak
+    least = choose(*what, CUDA, 0)
+    assert least.peak == least.limit + above + int(planning.LEAST * above)
+    assert choose(*what, CPU, 10**12).peak == max(choose(*what, CPU, 10**12).moves)
+
+
 def test_pairs_in_a_window():
     for rows, keys, window in [(7, 7, None), (3, 7, None), (7, 7, 3), (3, 7, 3), (2, 7, 9)]:
         seen = [min(k + 1, window or k + 1) for k in range(keys)][-rows:]
@@ -323,6 +343,7 @@ def test_predicted_peak_is_the_measured_one(packed):
     plans = [least, named(*what, 1), choose(*what, int(1.3 * least.peak)), named(*what, 0)]
     assert len({plan.cuts for plan in plans}) == 4
     losses = set()
+    functions = Functions(Sft(), chain, scales)
     limit = mx.get_active_memory()
     for plan in plans:
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
@@ -330,7 +351,7 @@ def test_predicted_peak_is_the_measured_one(packed):
         for _ in range(2):
             mx.clear_cache()
             mx.reset_peak_memory()
-            own = (Sft(), chain, scales, layout.split(vector), batch, float(length))
+            own = (functions, layout.split(vector), batch, float(length))
             (loss,), grads = value_and_grad(*own, cuts=lambda _, cuts=plan.cuts: cuts)
             gradient = {"v": layout.join(grads)}
             del grads

@@ -16,7 +16,7 @@ from lib.oracle import assert_close
 from mlx_segtrain.data import Batch, Dataset, Pair, PairBatch, Row
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.models.chain import Dropout
-from mlx_segtrain.objectives import value, value_and_grad
+from mlx_segtrain.objectives import Functions, value, value_and_grad
 from mlx_segtrain.objectives.preference import Dpo, Orpo, Reference, Simpo
 from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts
@@ -79,14 +79,11 @@ def run(name, objective, batch, size=1, cuts=None, dropout=None, total=None):
     chain, adapter, params = setup(name)
     total = total or objective.total([batch])
     outputs, grads = value_and_grad(
-        objective,
-        chain,
-        adapter.scales,
+        Functions(objective, chain, adapter.scales, dropout),
         params,
         batch,
         total,
         cuts=cuts or functools.partial(chain.cuts, size),
-        dropout=dropout,
     )
     return [float(x) for x in outputs], {k: g for own in grads.values() for k, g in own.items()}
 

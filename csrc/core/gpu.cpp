@@ -7,6 +7,8 @@
 #include <unordered_map>
 
 #include "core/cuda_compiler.h"
+#include "core/cuda_launch.h"
+#include "core/upload.h"
 #include "kernel_texts.h"
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/backend/gpu/device_info.h"
@@ -80,7 +82,7 @@ std::mutex off_lock;
 std::map<std::string, std::string> off;  // kernel → reason
 
 template <typename T>
-mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
+mx::array device_numbers(const std::vector<T>& values) {
   static std::mutex lock;
   static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
   static size_t held = 0;
@@ -90,11 +92,8 @@ mx::array device_numbers(const std::vector<T>& values, mx::Dtype dtype) {
   // Those of rows that are long or packed are others in every step.
   if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
   held += values.size();
-  auto array = mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
-  if (gpu() == Gpu::cuda && !dry_run()) {
-    array = mx::add(array, mx::array(0, dtype), mx::Device::gpu);
-    array.eval();
-  }
+  auto array = upload(values);
+  array.eval();  // other threads and streams find it, too
   return known.emplace(values, array).first->second;
 }
 
@@ -143,11 +142,11 @@ struct Binaries {
     std::string name, text;
   };
   std::mutex lock;
-  std::unordered_map<std::string, std::string> known;
+  std::unordered_map<std::string, CudaBinary> known;
   std::unordered_map<std::string, Source> wanted;
 };
 Binaries& binaries() {
-  static Binaries all;
+  static auto& all = *new Binaries;  // graphs refer to it, also those that are left at the process' end
   return all;
 }
 
@@ -155,9 +154,9 @@ Binaries& binaries() {
 thread_local bool collects = false;
 
 /// The kernel's binary; nullptr if it is wanted and will be compiled later.
-const std::string* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
-                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
-                               const Grid& grid) {
+const CudaBinary* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
+                              const std::vector<mx::Dtype>& dtypes, const Template& arguments,
+                              const Grid& grid) {
   std::string key = name + ' ';  // and numbers: printing them would take longer than the launch
   auto add = [&](auto x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); };
   for (int x : {grid.threads, grid.shared_memory, grid.at_once}) add(x);
@@ -176,7 +175,8 @@ const std::string* cuda_binary(const std::string& name, const Text& text, const 
   if (found == all.known.end()) {
     auto source = cuda_source(name, text, inputs, dtypes, arguments, grid);
     if (collects) return all.wanted.insert({key, {name, source}}), nullptr;
-    found = all.known.emplace(key, compile_cuda(name, source, compute_capability())).first;
+    CudaBinary made{name, compile_cuda(name, source, compute_capability())};
+    found = all.known.emplace(key, std::move(made)).first;
   }
   return &found->second;
 }
@@ -184,11 +184,11 @@ const std::string* cuda_binary(const std::string& name, const Text& text, const 
 }  // namespace
 
 mx::array device_ints(const std::vector<int32_t>& values) {
-  return device_numbers(values, mx::int32);
+  return device_numbers(values);
 }
 
 mx::array device_floats(const std::vector<float>& values) {
-  return device_numbers(values, mx::float32);
+  return device_numbers(values);
 }
 
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
@@ -202,8 +202,7 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   if (gpu() == Gpu::cuda) {
     const auto* binary = cuda_binary(name, text, inputs, dtypes, arguments, grid);
     if (!dry_run() && !collects)
-      return mx::fast::precompiled_cuda_kernel(name, *binary, inputs, shapes, dtypes, {}, threads, group,
-                                               grid.shared_memory, std::nullopt, true, s);
+      return cuda_launch(*binary, inputs, std::move(shapes), std::move(dtypes), grid, s);
     return dry_launch(name, inputs, std::move(shapes), std::move(dtypes), s);
   }
   // MLX keeps compiled kernels by name: the text is part of the name.
@@ -239,7 +238,7 @@ size_t compile_kernels() {
   for (size_t i = 0; i < threads; ++i) running.push_back(std::async(std::launch::async, work));
   for (auto& own : running) own.get();
   for (auto& [key, binary] : made)
-    if (!binary.empty()) all.known.emplace(key, std::move(binary));
+    if (!binary.empty()) all.known.emplace(key, CudaBinary{all.wanted[key].name, std::move(binary)});
   all.wanted.clear();
   return made.size();
 }

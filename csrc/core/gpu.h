@@ -34,8 +34,8 @@ inline int tiles(int n, int size) {
 }
 
 /// Numbers that a kernel reads, in an array on the device. What the host writes stays in the host's memory,
-/// and a kernel's reads cross the bus: they are moved once and found again, since a call's numbers are the
-/// same in every layer and step.
+/// and a kernel's reads cross the bus: they are moved once (core/upload.h) and found again, since a call's
+/// numbers are the same in every layer and step.
 mx::array device_ints(const std::vector<int32_t>& values);
 mx::array device_floats(const std::vector<float>& values);
 

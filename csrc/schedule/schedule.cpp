@@ -4,6 +4,7 @@
 
 #include "core/gpu.h"
 #include "mlx/primitives.h"
+#include "schedule/recording.h"
 #include "segtrain.h"
 
 namespace segtrain {
@@ -30,6 +31,10 @@ constexpr int AT_A_TIME = 2;
 /// the step, and whatever is to be saved then waits for it.
 constexpr size_t UNDER_WAY = 2;
 
+/// Moves that CUDA is given at a time, so that it has the next one when it is done with one. Memory is
+/// bounded by MLX's limit, which is that of the plan: above it MLX waits for each op.
+constexpr size_t CUDA_MOVES = 2;
+
 bool contains(const std::vector<int>& values, int value) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
@@ -38,7 +43,7 @@ class Runner {
  public:
   Runner(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
-         const Arrays& inputs, const Wait& wait, const Watch& watch)
+         const Arrays& inputs, const Wait& wait, const Watch& watch, Recordings* recordings)
       : plan_(plan),
         fns_(fns),
         head_(head),
@@ -47,6 +52,8 @@ class Runner {
         head_params_(head_params),
         wait_(wait),
         watch_(watch),
+        recordings_(collects_kernels() ? nullptr : recordings),
+        at_a_time_(gpu() == Gpu::cuda && !on_cpu({}) && !watch ? CUDA_MOVES : 1),
         saved_(plan.stages.size()),
         values_(plan.values.size()),
         cotangents_(plan.values.size()) {
@@ -69,11 +76,14 @@ class Runner {
           break;
       }
       for (int value : move.drops) values_[value].reset();
-      settle();
+      settle(at_a_time_ - 1);
       begin(made);
-      running_ = std::move(made);
+      // Cotangents are not held: what the next move uses up would stay until it has run.
+      const bool has_grads =
+          at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
+      running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
     }
-    settle();
+    settle(at_a_time_ == 1 ? 0 : at_a_time_);
     for (size_t i = 0; i < params_.size(); ++i)
       if (result_.grads[i].empty())  // nothing that the loss depends on
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
@@ -89,21 +99,40 @@ class Runner {
     Arrays grads = {};             ///< of its parameters, then of its differentiable reads
   };
 
-  /// Waits for the move before, whose inner arrays die here: that no two run at a time is what bounds memory.
-  void settle() {
-    if (running_.empty()) return;
-    if (!collects_kernels()) wait_(running_);
-    running_.clear();  // or what the next one uses up would stay until it has run
-    if (watch_) watch_();
+  /// Waits until so many of the moves before are left, and no inner array of the others.
+  void settle(size_t left) {
+    if (running_.size() <= left) wait_({});
+    while (running_.size() > left) {
+      if (!collects_kernels()) wait_(running_.front());
+      running_.pop_front();
+      if (watch_) watch_();
+    }
   }
 
+  /// Gives the device a move stage by stage, so that it has the first while the host launches the others.
   /// Nothing runs of a graph that is only written down.
-  static void begin(const Arrays& made) {
+  void begin(const Arrays& made) {
+    for (auto& part : parts_) {
+      if (!collects_kernels() && !part.empty()) mx::async_eval(part);
+      part.clear();  // or it would stay until all of the move is launched
+    }
+    parts_.clear();
     if (!collects_kernels()) mx::async_eval(made);
   }
 
+  /// What there is of values.
+  static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
+    Arrays all;
+    for (int value : values)
+      if (of[value]) all.push_back(*of[value]);
+    return all;
+  }
+
   Arrays forward(const Move& move) {
-    for (int i = move.begin; i < move.end; ++i) run_stage(move, i);
+    for (int i = move.begin; i < move.end; ++i) {
+      run_stage(move, i);
+      parts_.push_back(found(plan_.stages[i].writes, values_));
+    }
     Arrays made;
     for (int value : move.writes) made.push_back(*values_[value]);
     for (int i : move.saves) made.insert(made.end(), saved_[i].begin(), saved_[i].end());
@@ -119,17 +148,20 @@ class Runner {
     const size_t n_params = head_params_.size();
     Arrays primals = head_params_;
     append_differentiable(plan_.head_reads, primals);
-    auto fn = [&](const Arrays& in) {
-      return head_(Arrays(in.begin(), in.begin() + n_params), merge_reads(plan_.head_reads, in, n_params));
-    };
-    Arrays grads;
-    if (primals.empty()) {
-      result_.outputs = fn(primals);
-    } else {
-      std::vector<int> all(primals.size());
-      for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int>(i);
-      std::tie(result_.outputs, grads) = mx::value_and_grad(fn, all)(primals);
-    }
+    Arrays made_by_head = recorded("head", head_params_, plan_.head_reads, {}, [&] {
+      auto fn = [&](const Arrays& in) {
+        return head_(Arrays(in.begin(), in.begin() + n_params), merge_reads(plan_.head_reads, in, n_params));
+      };
+      if (primals.empty()) return fn(primals);
+      std::vector<int> every(primals.size());
+      for (size_t i = 0; i < every.size(); ++i) every[i] = static_cast<int>(i);
+      auto [outputs, grads] = mx::value_and_grad(fn, every)(primals);
+      outputs.insert(outputs.end(), grads.begin(), grads.end());
+      return outputs;
+    });
+    const auto first_grad = made_by_head.end() - primals.size();
+    const Arrays grads(first_grad, made_by_head.end());
+    result_.outputs.assign(made_by_head.begin(), first_grad);
     result_.head_grads.assign(grads.begin(), grads.begin() + n_params);
     accumulate(plan_.head_reads, grads);
     Arrays made = result_.outputs;
@@ -142,9 +174,9 @@ class Runner {
 
   /// Lets the device begin with arrays and what there is of values, before their move is written down whole.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
-    for (int value : values)
-      if (of[value]) made.push_back(*of[value]);
-    settle();
+    auto more = found(values, of);
+    made.insert(made.end(), more.begin(), more.end());
+    settle(at_a_time_ - 1);
     if (on_cpu({})) {
       if (under_way_.size() == UNDER_WAY) {
         wait_(under_way_.front());
@@ -157,44 +189,36 @@ class Runner {
 
   Arrays backward(const Move& move) {
     std::vector<Kept> kept;
-    for (int i = move.begin; i < move.end; ++i) kept.push_back(run_stage(move, i));
+    for (int i = move.begin; i < move.end; ++i) {
+      kept.push_back(run_stage(move, i));
+      parts_.push_back(found(plan_.stages[i].writes, values_));
+    }
     return go_back(move, kept);
   }
 
-  /// Runs a stage of a move from the values that it reads. Under vjp also where it does not go back:
-  /// mx.compile leaves functions as they are there, and what it fuses elsewhere may round in another way;
-  /// MLX's own ops choose by it, too.
+  /// Runs a stage of a move from the values that it reads.
   Kept run_stage(const Move& move, int i) {
     const auto& stage = plan_.stages[i];
     const bool goes_back = move.kind != Move::Kind::forward, save = contains(move.saves, i);
-    Arrays primals = params_[owners_[i]];
-    const size_t n_params = primals.size();
-    append_differentiable(stage.reads, primals);
     Kept kept{i};
-    auto fn = [&](const Arrays& in) {
-      Arrays own(in.begin(), in.begin() + n_params);
-      auto out = fns_[i](own, merge_reads(stage.reads, in, n_params), saved_[i], save);
-      if (save && out.size() > stage.writes.size()) {
-        auto behind = out.begin() + stage.writes.size();
-        saved_[i].assign(behind, out.end());
-        out.erase(behind, out.end());
-      }
-      check(out.size() == stage.writes.size(), "[schedule] stage '", stage.name, "' must return ",
-            stage.writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
-      for (size_t j = 0; j < out.size(); ++j) {
-        const auto& value = plan_.values[stage.writes[j]];
-        if (goes_back && value.differentiable && !value.readers.empty()) {
-          kept.writes.push_back(stage.writes[j]);
-          kept.cotangents.push_back(Later::like(out[j]));
-        } else {
-          out[j] = mx::stop_gradient(out[j]);
-        }
-      }
-      return out;
-    };
-    // vjp looks at the cotangents after it has called fn, which makes them.
-    auto [made, grads] = mx::vjp(fn, primals, kept.cotangents);
-    for (size_t j = 0; j < made.size(); ++j) values_[stage.writes[j]] = made[j];
+    if (goes_back)
+      for (int value : stage.writes)
+        if (plan_.values[value].differentiable && !plan_.values[value].readers.empty())
+          kept.writes.push_back(value);
+    const auto& params = params_[owners_[i]];
+    size_t n_grads = params.size();
+    for (int value : stage.reads) n_grads += plan_.values[value].differentiable;
+    const auto key = std::to_string(i) + (save ? " save" : "") + (goes_back ? " back" : "");
+    const Arrays all =
+        recorded(key, params, stage.reads, saved_[i], [&] { return write_down(i, save, kept.writes); });
+
+    // What it writes, what it saves, cotangents that are yet to come, gradients.
+    auto at = all.begin();
+    for (int value : stage.writes) values_[value] = *at++;
+    const auto late = all.end() - n_grads - kept.writes.size();
+    if (save) saved_[i].assign(at, late);
+    kept.cotangents.assign(late, late + kept.writes.size());
+    kept.grads.assign(all.end() - n_grads, all.end());
     for (const auto* values : {&stage.reads, &stage.writes})
       for (int value : *values) {
         const bool kept_here = move.kind == Move::Kind::forward && contains(move.writes, value);
@@ -202,8 +226,55 @@ class Runner {
             !plan_.readers(value, i + 1, end_of(move)))
           values_[value].reset();
       }
-    kept.grads = std::move(grads);
     return kept;
+  }
+
+  /// A stage by its function: what it writes, what it saves, the cotangents of `cotangents`, which are yet to
+  /// come, and gradients of its parameters and differentiable reads. Under vjp also where it does not go
+  /// back: mx.compile leaves functions as they are there, and what it fuses elsewhere may round in another
+  /// way; MLX's own ops choose by it, too.
+  Arrays write_down(int i, bool save, const std::vector<int>& cotangents) {
+    const auto& stage = plan_.stages[i];
+    Arrays primals = params_[owners_[i]];
+    const size_t n_params = primals.size();
+    append_differentiable(stage.reads, primals);
+    Arrays saved, late;
+    auto fn = [&](const Arrays& in) {
+      Arrays own(in.begin(), in.begin() + n_params);
+      auto out = fns_[i](own, merge_reads(stage.reads, in, n_params), saved_[i], save);
+      if (save && out.size() > stage.writes.size()) {
+        saved.assign(out.begin() + stage.writes.size(), out.end());
+        out.erase(out.begin() + stage.writes.size(), out.end());
+      }
+      check(out.size() == stage.writes.size(), "[schedule] stage '", stage.name, "' must return ",
+            stage.writes.size(), " arrays, one for each name it writes; got ", out.size(), ".");
+      for (size_t j = 0; j < out.size(); ++j) {
+        if (contains(cotangents, stage.writes[j]))
+          late.push_back(Later::like(out[j]));
+        else
+          out[j] = mx::stop_gradient(out[j]);
+      }
+      return out;
+    };
+    // vjp looks at the cotangents after it has called fn, which makes them.
+    auto [all, grads] = mx::vjp(fn, primals, late);
+    for (const auto* more : {&saved, &late, &grads}) all.insert(all.end(), more->begin(), more->end());
+    return all;
+  }
+
+  /// What `run` makes of parameters, values and what was saved, by the recording of such a call if there is
+  /// one.
+  Arrays recorded(std::string key, const Arrays& params, const std::vector<int>& reads, const Arrays& saved,
+                  const std::function<Arrays()>& run) {
+    if (!recordings_) return run();
+    Arrays inputs = params;
+    for (int value : reads) inputs.push_back(*values_[value]);
+    inputs.insert(inputs.end(), saved.begin(), saved.end());
+    for (const auto& x : inputs) add_form(key, x);
+    if (auto* known = recordings_->find(key)) return (*known)(inputs);
+    auto outputs = run();
+    recordings_->see(key, inputs, outputs);
+    return outputs;
   }
 
   /// The backward passes of a move's stages, for the cotangents that have arrived. Returns the gradients of
@@ -234,8 +305,12 @@ class Runner {
       accumulate(reads, stage->grads);
       saved_[stage->stage].clear();
       stage->grads.clear();  // or they would hold what is inside of them until the move ends
-      if (move.kind == Move::Kind::head && (stage->stage - move.begin) % AT_A_TIME == 0)
+      if (move.kind != Move::Kind::head) {
+        parts_.push_back(found(reads, cotangents_));
+        parts_.back().insert(parts_.back().end(), sums.begin(), sums.end());
+      } else if ((stage->stage - move.begin) % AT_A_TIME == 0) {
         start(sums, reads, cotangents_);
+      }
     }
     kept.clear();
     Arrays made;
@@ -279,10 +354,13 @@ class Runner {
   const Arrays& head_params_;
   const Wait& wait_;
   const Watch& watch_;
+  Recordings* recordings_;
+  size_t at_a_time_;           ///< moves
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
-  Arrays running_;                ///< what the move before makes
+  std::vector<Arrays> parts_;     ///< what the move that is written down makes, by stage
+  std::deque<Arrays> running_;    ///< what moves that the device was given make
   std::deque<Arrays> under_way_;  ///< what a CPU was given of the move that is written down
   StepResult result_;
 };
@@ -291,14 +369,15 @@ class Runner {
 
 StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
                     const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch) {
+                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch,
+                    Recordings* recordings) {
   const size_t n = plan.stages.size();
   check(fns.size() == n && owners.size() == n, "[schedule] expected ", n,
         " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
         ".");
   for (int owner : owners)
     check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters ", owner, ".");
-  return Runner(plan, fns, head, params, owners, head_params, inputs, wait, watch).run();
+  return Runner(plan, fns, head, params, owners, head_params, inputs, wait, watch, recordings).run();
 }
 
 }  // namespace segtrain

@@ -103,6 +103,7 @@ def segmented_value_and_grad(
     segment_size: int = 1,
     cuts: Cuts | None = None,
     watch: Callable[[], None] | None = None,
+    recordings: "_core.Recordings | None" = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], tuple[tuple[mx.array, ...], Grads]]:
     """Returns `step(params, values) -> (outputs, grads)` for `loss = head(stages(values))`.
 
@@ -110,8 +111,10 @@ def segmented_value_and_grad(
     owner of stages, or "head", to a dict of arrays; those without parameters may be absent.
     `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
     of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
-    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated.
-    `watch` is called when a move of the plan is through.
+    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated,
+    or under way. `watch` is called when a move of the plan is through. `recordings`, of the same
+    stages and head only, hold the graphs of the steps before: a function whose calls with arrays
+    of these shapes gave the same graph twice is not called again.
 
     ValueError if a stage reads a value that nobody wrote, or cuts do not fit the stages.
     """
@@ -149,6 +152,7 @@ def segmented_value_and_grad(
             arrays("head"),
             [values[name] for name in inputs],
             watch,
+            recordings,
         )
         grads = {
             name: dict(zip(keys[name], grad, strict=True))

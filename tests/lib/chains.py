@@ -8,7 +8,7 @@ from lib.checks import random_adapter
 from mlx_segtrain.data import Batch, PairBatch
 from mlx_segtrain.lora import Adapter
 from mlx_segtrain.models import adapting
-from mlx_segtrain.objectives import value_and_grad
+from mlx_segtrain.objectives import Functions, value_and_grad
 from mlx_segtrain.objectives.sft import Sft
 
 SCALE = 1.5
@@ -74,7 +74,7 @@ def run(chain, adapter, batch, segment_size=1, cuts=None):
     cuts = cuts or chain.cuts(segment_size)
     params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, float(batch.weights[:, 1:].sum()))
-    (loss,), grads = value_and_grad(*what, cuts=lambda streams: cuts)
+    (loss,), grads = value_and_grad(Functions(*what[:3]), *what[3:], cuts=lambda streams: cuts)
     return loss.item(), {k: g for own in grads.values() for k, g in own.items()}
 
 

@@ -190,8 +190,8 @@ const Binding binding([](nb::module_& m) {
         "What linear_cross_entropy or linear_log_probs takes on a device, for rows with a target.");
 });
 
-std::optional<mx::array> rows_with_target(const HeadCall& call) {
-  if (call.targets.is_tracer()) return std::nullopt;
+std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded) {
+  if (!padded || call.targets.is_tracer()) return std::nullopt;
   auto targets = mx::contiguous(call.targets, false, mx::Device::cpu);
   mx::eval(targets);
   std::vector<int32_t> rows;

@@ -20,7 +20,7 @@ struct HeadCall {
 
 /// The inputs of a cpu_op that every kernel of a head takes, and a way to read them there.
 struct HeadKernel {
-  Arrays arrays;
+  Arrays arrays;  ///< to be taken out, since an op that kept them would keep h
   CpuBase base;
   int m;
   float cap;
@@ -56,8 +56,10 @@ mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad);
 /// Why it cannot; empty if it can.
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h);
 
-/// The rows with a target, as indices; none if that is all of them, or while the targets cannot be read.
-std::optional<mx::array> rows_with_target(const HeadCall& call);
+/// The rows with a target, as indices; none if that is all of them, as where nothing is
+/// `padded`, or while the targets cannot be read. The host waits for padded targets, and so for all that the
+/// device was given before.
+std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded);
 /// The call with these rows only.
 HeadCall some_rows(HeadCall call, const mx::array& index);
 

@@ -19,7 +19,7 @@ struct Loss {
 /// {loss, dh}: cpu.cpp
 Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   HeadKernel head(call, h);
-  Arrays inputs = head.arrays;
+  Arrays inputs = std::exchange(head.arrays, {});
   inputs.push_back(loss.weights);
   std::vector<mx::Shape> shapes{{}};
   if (loss.needs_grad) shapes.push_back(h.shape());
@@ -63,7 +63,7 @@ Arrays blocked_pass(const HeadCall& call, const mx::array& h, const Loss& loss) 
 
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
-                               float label_smoothing, bool needs_grad, const std::string& impl,
+                               float label_smoothing, bool needs_grad, bool padded, const std::string& impl,
                                mx::StreamOrDevice s) {
   HeadCall call("linear_cross_entropy", h, head, targets, softcap, s);
   check(!weights || weights->shape() == mx::Shape{call.M}, "[linear_cross_entropy] weights must be [", call.M,
@@ -77,13 +77,14 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
 
   if (kernel && !on_cpu(s)) {
     auto rows = h;
-    if (auto index = rows_with_target(call)) {
+    if (auto index = rows_with_target(call, padded)) {
       if (!index->size()) return mx::array(0.0f);
       call = some_rows(call, *index);
       rows = take_rows(h, *index, "auto", s);
       loss.weights = take_rows(loss.weights, *index, "auto", s);
     }
-    auto w = mx::where(mx::less(call.targets, mx::array(0), s), mx::array(0.0f), loss.weights, s);
+    auto w = loss.weights;
+    if (padded) w = mx::where(mx::less(call.targets, mx::array(0), s), mx::array(0.0f), w, s);
     return mx::sum(mx::multiply(mx::stop_gradient(w, s), row_losses(call, rows, needs_grad), s), false, s);
   }
   auto pass = kernel ? kernel_pass : blocked_pass;
@@ -98,7 +99,7 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
 const Binding binding([](nb::module_& m) {
   m.def("linear_cross_entropy", &linear_cross_entropy, "h"_a, "head"_a, "targets"_a, "weights"_a = nb::none(),
         nb::kw_only(), "softcap"_a = nb::none(), "label_smoothing"_a = 0.0f, "needs_grad"_a = true,
-        "impl"_a = "auto", "stream"_a = nb::none(),
+        "padded"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
         "Σ weights·cross_entropy(h·Wᵀ, targets). h [M, H], targets [M], weights [M] → [] float32.");
 });
 

@@ -11,8 +11,9 @@ namespace {
 /// {log_p, lse}: cpu.cpp
 Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
   HeadKernel head(call, h);
+  const Arrays inputs = std::exchange(head.arrays, {});
   return cpu_op(
-      "linear_log_probs", head.arrays, {{call.M}, {call.M}},
+      "linear_log_probs", inputs, {{call.M}, {call.M}},
       [head](auto& in, auto& out) { cpu::log_probs(head.weight(in), head.input(in), out[0], out[1]); },
       call.s);
 }
@@ -20,7 +21,7 @@ Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
 mx::array kernel_vjp(const HeadCall& call, const mx::array& h, const mx::array& lse,
                      const mx::array& dlog_p) {
   HeadKernel head(call, h);
-  Arrays inputs = head.arrays;
+  Arrays inputs = std::exchange(head.arrays, {});
   inputs.insert(inputs.end(), {lse, dlog_p});
   return cpu_op(
       "linear_log_probs_vjp", inputs, {h.shape()},
@@ -62,8 +63,8 @@ mx::array blocked_vjp(const HeadCall& call, const mx::array& h, const mx::array&
 }  // namespace
 
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
-                           std::optional<float> softcap, bool needs_grad, const std::string& impl,
-                           mx::StreamOrDevice s) {
+                           std::optional<float> softcap, bool needs_grad, bool padded,
+                           const std::string& impl, mx::StreamOrDevice s) {
   HeadCall whole("linear_log_probs", h, head, targets, softcap, s);
   bool cpu = on_cpu(s);
   Way way = cpu ? cpu_kernel(s) : gpu_kernel("linear_cross_entropy", row_losses_unfit(whole, h));
@@ -81,7 +82,7 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   if (kernel && cpu) return run(whole, h);
 
   // The C++ kernel leaves rows without a target out by itself; here the shapes of the graph must say so.
-  auto index = rows_with_target(whole);
+  auto index = rows_with_target(whole, padded);
   if (!index) return run(whole, h);
   auto none = mx::zeros({whole.M}, mx::float32, s);
   if (!index->size()) return none;
@@ -91,8 +92,8 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
 
 const Binding binding([](nb::module_& m) {
   m.def("linear_log_probs", &linear_log_probs, "h"_a, "head"_a, "targets"_a, nb::kw_only(),
-        "softcap"_a = nb::none(), "needs_grad"_a = true, "impl"_a = "auto", "stream"_a = nb::none(),
-        "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
+        "softcap"_a = nb::none(), "needs_grad"_a = true, "padded"_a = true, "impl"_a = "auto",
+        "stream"_a = nb::none(), "log softmax(h·Wᵀ)[targets]. h [M, H], targets [M] → [M] float32.");
 });
 
 }  // namespace segtrain

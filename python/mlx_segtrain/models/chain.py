@@ -76,7 +76,7 @@ class Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Σ weights·CE of h [M, H] against targets [M], a scalar in float32."""
+        """Σ weights·CE of h [M, H] against targets [M], each a token: a scalar in float32."""
         return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
 
     def log_probs(
@@ -87,7 +87,7 @@ class Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Log-probabilities of targets [M] after h [M, H], float32 [M].
+        """Log-probabilities of targets [M], each a token, after h [M, H], float32 [M].
 
         HEAD_ROWS at a time, in either direction: a graph without order would have the logits of
         all. The backward pass runs them again.

@@ -395,7 +395,7 @@ class LinearHead(Head):
     ) -> mx.array:
         if params:
             return super().cross_entropy(params, h, targets, weights)
-        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
+        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad, "padded": False}
         x, base = self.norm(h), self.projection.base
         return ops.linear_cross_entropy(x, base, targets, weights, **how)
 
@@ -409,7 +409,7 @@ class LinearHead(Head):
     ) -> mx.array:
         if params:
             return super().log_probs(params, h, targets)
-        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad}
+        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad, "padded": False}
         return ops.linear_log_probs(self.norm(h), self.projection.base, targets, **how)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:

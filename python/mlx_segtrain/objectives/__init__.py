@@ -5,16 +5,17 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import _core
 from ..config import TrainConfig
 from ..models import Chain
 from ..models.chain import Dropout
-from ..schedule import Cuts, Grads, Params, forward, segmented_value_and_grad
+from ..schedule import Cuts, Grads, Params, Stage, forward, segmented_value_and_grad
 from ..streams import Stream, head_reads
 from .objective import Objective
 from .preference import Dpo, Orpo, Simpo
 from .sft import Sft
 
-__all__ = ["OBJECTIVES", "Objective", "objective_of", "value", "value_and_grad"]
+__all__ = ["OBJECTIVES", "Functions", "Objective", "objective_of", "value", "value_and_grad"]
 
 
 #: By the name that a configuration has for it (config.ROWS).
@@ -25,29 +26,63 @@ def objective_of(config: TrainConfig) -> Objective:
     return OBJECTIVES[config.method].of(config)
 
 
+class Functions:
+    """The stages and the head of an objective's steps, kept with their graphs for the next steps.
+
+    Those of packed rows and those with dropout differ from step to step: they are not kept.
+    """
+
+    MOST = 8  #: ways in which batches run
+
+    def __init__(
+        self,
+        objective: Objective,
+        chain: Chain,
+        scales: Mapping[str, float],
+        dropout: Dropout | None = None,
+    ):
+        self.objective, self.scales, self.dropout = objective, scales, dropout
+        self.chain = chain.adapting(scales, dropout)
+        self._kept: dict[Any, tuple[list[Stage], Callable[..., Any], Any]] = {}
+
+    def __call__(
+        self, streams: tuple[Stream, ...]
+    ) -> tuple[list[Stage], Callable[..., Any], _core.Recordings | None]:
+        """Stages, head and recordings of these streams."""
+        if streams in self._kept:
+            return self._kept[streams]
+        stages = self.chain.stages(self.scales, streams, self.dropout)
+        head = self.objective.head(self.chain)
+        if self.dropout or any(stream.parts for stream in streams):
+            return stages, head, None
+        if len(self._kept) == self.MOST:
+            self._kept.clear()
+        self._kept[streams] = stages, head, _core.Recordings()
+        return self._kept[streams]
+
+
 def value_and_grad(
-    objective: Objective,
-    chain: Chain,
-    scales: Mapping[str, float],
+    functions: Functions,
     params: Params,
     batch: Any,
     total: Any,
     *,
     cuts: Callable[[Sequence[Stream]], Cuts],
-    dropout: Dropout | None = None,
     watch: Callable[[], None] | None = None,
 ) -> tuple[tuple[mx.array, ...], Grads]:
     """Outputs of the objective for a batch, and gradients; `cuts` of the chain of its streams."""
-    chain = chain.adapting(scales, dropout)
+    objective, chain = functions.objective, functions.chain
     streams = objective.streams(chain, batch)
     values = objective.values(chain, batch, total)
+    stages, head, recordings = functions(streams)
     step = segmented_value_and_grad(
-        chain.stages(scales, streams, dropout),
-        objective.head(chain),
+        stages,
+        head,
         inputs=tuple(values),
         head_reads=(*head_reads(streams), *objective.reads),
         cuts=cuts(streams),
         watch=watch,
+        recordings=recordings,
     )
     outputs, grads = step({**params, "head": chain.of_head(params)}, values)
     for name, grad in grads.pop("head", {}).items():

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import ops
 from ..config import TrainConfig
 from ..data import Dataset
 from ..models import Chain
@@ -75,8 +76,8 @@ def stream_values(
     length = tokens.shape[1]
     start = trim_start(int(t.min()) if t.size else 0) if chain.trims else 0
     inputs = {
-        **chain.start(mx.array(tokens)),
+        **chain.start(ops.upload(tokens)),
         "positions": mx.arange(start, length),
-        "rows": mx.array((b * (length - start) + t - start).astype(np.int32)),
+        "rows": ops.upload(b * (length - start) + t - start),
     }
     return {stream.of(name): x for name, x in inputs.items()}

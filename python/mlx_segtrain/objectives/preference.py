@@ -140,10 +140,10 @@ class Pairs(Objective):
         reference = np.zeros(2 * b) if batch.reference is None else batch.reference
         return {
             **values,
-            "targets": mx.array(target),
-            "members": mx.array(members.astype(np.float32)),
-            "weights": mx.array((weight / max(total.tokens, 1)).astype(np.float32)),
-            "reference": mx.array(reference.astype(np.float32)),
+            "targets": ops.upload(target),
+            "members": ops.upload(members),
+            "weights": ops.upload(weight / max(total.tokens, 1)),
+            "reference": ops.upload(reference),
             "part": mx.array(1 / total.pairs, mx.float32),
         }
 

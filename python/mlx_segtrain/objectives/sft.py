@@ -55,8 +55,8 @@ class Sft(Objective):
         b, t = np.nonzero(weights)
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
-            "targets": mx.array(targets[b, t]),
-            "weights": mx.array((weights[b, t] / total).astype(np.float32)),
+            "targets": ops.upload(targets[b, t]),
+            "weights": ops.upload(weights[b, t] / total),
         }
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:

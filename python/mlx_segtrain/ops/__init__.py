@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import _core
 from .._core import Base, Linear, join, merge_heads
@@ -47,6 +48,7 @@ __all__ = [
     "segment_ranges",
     "swiglu",
     "take_rows",
+    "upload",
 ]
 
 
@@ -91,6 +93,15 @@ def _face(
         return call
 
     return decorate
+
+
+def upload(x: np.ndarray) -> mx.array:
+    """Numbers of the host as an array on the device: int32, or float32 if they are not integers.
+
+    On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may still be under way.
+    """
+    dtype = np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32
+    return _core.upload(np.ascontiguousarray(x, dtype))
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
@@ -321,7 +332,7 @@ def dropout_key(seed: int, step: int, module: str) -> mx.array:
     return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
-@_face(reference.linear_cross_entropy, without=["needs_grad"])
+@_face(reference.linear_cross_entropy, without=["needs_grad", "padded"])
 def linear_cross_entropy(
     h: mx.array,
     head: Base,
@@ -331,13 +342,15 @@ def linear_cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     needs_grad: bool = True,
+    padded: bool = True,
     impl: str = "auto",
 ) -> mx.array:
     """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, without an array [M, V].
 
     h [M, H], targets [M] integers (below 0: the row does not count), weights [M] float32
     (default ones) → [] float32. dh is formed in the forward pass, chunk of rows by chunk;
-    `needs_grad=False` leaves it out (evaluation). `softcap` c replaces z by c·tanh(z / c).
+    `needs_grad=False` leaves it out (evaluation). `padded=False` says that no target is below 0: to
+    find those on a GPU the host waits for the targets. `softcap` c replaces z by c·tanh(z / c).
     `label_smoothing` ε in [0, 1) puts (1 − ε)·z[target] + ε·mean(z) in the place of z[target]
     (Szegedy et al. 2016, arXiv:1512.00567).
     Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
@@ -350,11 +363,12 @@ def linear_cross_entropy(
         softcap=softcap,
         label_smoothing=label_smoothing,
         needs_grad=needs_grad,
+        padded=padded,
         impl=impl,
     )
 
 
-@_face(reference.linear_log_probs, without=["needs_grad"])
+@_face(reference.linear_log_probs, without=["needs_grad", "padded"])
 def linear_log_probs(
     h: mx.array,
     head: Base,
@@ -362,19 +376,21 @@ def linear_log_probs(
     *,
     softcap: float | None = None,
     needs_grad: bool = True,
+    padded: bool = True,
     impl: str = "auto",
 ) -> mx.array:
     """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
 
     h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0,
     has no gradient and costs nothing; on a GPU the targets must be read for that when the graph is
-    built, and where they are traced every row is computed. `softcap` c replaces z by c·tanh(z / c).
+    built, and where they are traced, or not `padded`, every row is computed. `softcap` c replaces z
+    by c·tanh(z / c).
     On CUDA dh of each row is formed in the forward pass and kept, and `needs_grad=False` leaves it
     out; elsewhere the backward pass computes z again, chunk of rows by chunk.
     For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
     return _core.linear_log_probs(
-        h, head, targets, softcap=softcap, needs_grad=needs_grad, impl=impl
+        h, head, targets, softcap=softcap, needs_grad=needs_grad, padded=padded, impl=impl
     )
 
 

@@ -35,6 +35,14 @@ __all__ = [
 
 #: Lengths are planned in steps of it.
 STEP = 128
+#: What a step on CUDA takes more than its moves, since the host runs ahead of the device: parts of
+#: what MLX may come to have above its limit (`overshoot`), as measured on an H200 (bench/LOG.md).
+#: AHEAD where MLX waits at the plan's own peak, LEAST where it waits so early that most ops wait.
+AHEAD, LEAST = 0.8, 0.5
+#: Bytes of buffers that MLX then keeps for later, and would else give back and ask for again all
+#: the time, which takes a host that has little to do otherwise a tenth of a step; the first that
+#: costs no recomputation.
+BUFFERS = (256 << 20, 64 << 20)
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,15 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     return text
 
 
-def planned(costs: Any, cuts: Any, above: int) -> Planned:
-    """What these cuts take, if MLX comes to have up to `above` bytes more than the limit."""
+def planned(
+    costs: Any, cuts: Any, above: int, ahead: int = 0, buffers: int | None = None
+) -> Planned:
+    """What these cuts take, with `ahead` bytes for what the host launches before the device has
+    come to it, and `buffers` that MLX keeps.
+
+    MLX comes to have up to `above` bytes more than the limit; without room for buffers the limit is
+    lower by these.
+    """
     plan = _core.make_plan(
         costs.stages, costs.inputs, costs.head_reads, cuts.segments, cuts.groups, cuts.saves
     )
@@ -117,13 +132,15 @@ def planned(costs: Any, cuts: Any, above: int) -> Planned:
     }
     if costs.fixed + alive.total < estimate.peak:
         parts = {"weights, adapter, optimizer": costs.fixed, "optimizer's step": costs.update}
+    parts["launched ahead"] = ahead
+    parts["buffers for later"] = buffers or 0
     n = len(costs.stages)
     first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
     return Planned(
         text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
-        peak=estimate.peak,
-        limit=max(costs.fixed, estimate.peak - above),
+        peak=estimate.peak + ahead + (buffers or 0),
+        limit=max(costs.fixed, estimate.peak + (-above if buffers is None else buffers)),
         parts={name: n for name, n in parts.items() if n},
         moves=tuple(costs.fixed + alive.total for alive in estimate.moves),
         lines=tuple(plan.describe()),
@@ -158,10 +175,27 @@ def choose(
     device: Device,
     budget: int,
 ) -> Planned:
-    """The plan of least work whose peak is within `budget` bytes; that of least peak if none is."""
+    """The plan of least work whose peak is within `budget` bytes; that of least peak if none is.
+
+    On CUDA with room for the host to launch ahead of the device, if there is a plan with it.
+    """
     costs = costs_of(model, batch, ranks, device)
-    cuts = _core.choose_cuts(costs, budget).cuts
-    return planned(costs, cuts, overshoot(model, batch, ranks, device))
+    above = overshoot(model, batch, ranks, device)
+    if device.name == "cuda":
+        ahead = int(AHEAD * above)
+        found = [(_core.choose_cuts(costs, budget - ahead - n), n) for n in BUFFERS]
+        least = min(choice.estimate.work for choice, _ in found)
+        for choice, buffers in found:
+            fits = choice.estimate.peak + ahead + buffers <= budget
+            if fits and choice.estimate.work == least:
+                return planned(costs, choice.cuts, above, ahead, buffers)
+    least = least_ahead(device, above)
+    return planned(costs, _core.choose_cuts(costs, budget - least).cuts, above, least)
+
+
+def least_ahead(device: Device, above: int) -> int:
+    """Bytes of what the host launches ahead at least."""
+    return int(LEAST * above) if device.name == "cuda" else 0
 
 
 def named(
@@ -174,7 +208,10 @@ def named(
     """The plan of `segment_size: size`."""
     costs = costs_of(model, batch, ranks, device)
     cuts = Cuts.by_layer(costs.layers, size)
-    return planned(costs, cuts, overshoot(model, batch, ranks, device))
+    above = overshoot(model, batch, ranks, device)
+    if device.name == "cuda":
+        return planned(costs, cuts, above, int(AHEAD * above), BUFFERS[-1])
+    return planned(costs, cuts, above)
 
 
 def longest(fits: Callable[[int], bool]) -> int:

@@ -19,7 +19,7 @@ from ..models.headers import ModelShape, read_shape
 from ..objectives import objective_of
 from ..schedule import Cuts
 from ..streams import BatchShape, Stream, padded
-from . import Planned, choose, longest, named, ranks_of
+from . import Planned, choose, least_ahead, longest, named, overshoot, ranks_of
 from .budget import budget_bytes, device
 from .costs import Device, costs_of
 
@@ -102,7 +102,8 @@ class RunPlan:
             what = self._of(batch.stretched(length))
             if self.size is not None:
                 return named(*what, self.size).peak <= most
-            return _core.least_peak(costs_of(*what)) <= most
+            least = least_ahead(self.device, overshoot(*what))
+            return _core.least_peak(costs_of(*what)) + least <= most
 
         return longest(fits)
 

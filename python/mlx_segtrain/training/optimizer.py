@@ -69,7 +69,7 @@ class Optimizer:
         return Iterate(vector, [optimizer.state for optimizer, _ in self.parts])
 
     def __call__(self, gradient: mx.array, at: Iterate) -> Iterate:
-        """After one step, evaluated; `at` is not changed."""
+        """After one step, not yet evaluated; `at` is not changed."""
         rate = learning_rate(self.config, at.step)
         pieces, moments = [], []
         for (optimizer, ratio), g, p, state in zip(
@@ -85,7 +85,6 @@ class Optimizer:
             moments.append(optimizer.state)
             optimizer.state = {}
         vector = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
-        mx.eval(vector, moments)
         return Iterate(vector, moments, at.step + 1)
 
     def _split(self, vector: mx.array) -> list[dict[str, Any]]:

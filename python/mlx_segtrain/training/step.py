@@ -11,7 +11,7 @@ import numpy as np
 from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
-from ..objectives import value_and_grad
+from ..objectives import Functions, value_and_grad
 from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of
@@ -37,7 +37,9 @@ class Stepper:
     watch: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self.plan = self.setup.plan
+        setup = self.setup
+        self.plan = setup.plan
+        self.functions = Functions(setup.objective, setup.chain, setup.scales)
         self.optimizer = Optimizer(self.setup.config, self.setup.layout)
 
     def __call__(
@@ -49,8 +51,15 @@ class Stepper:
         Halted if loss or gradient is not finite, or at a spike if the configuration says so.
         """
         setup, config = self.setup, self.setup.config
-        (loss, *metrics), gradient = self.gradient(at, accumulated)
-        norm = math.sqrt(float(mx.square(gradient).sum()))
+        outputs, gradient = self.gradient(at, accumulated)
+        length, limit = mx.sqrt(mx.square(gradient).sum()), config.grad_clip_norm
+        clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
+        # The device is given the whole step before the first of its numbers is waited for.
+        new = self.optimizer(clipped, at)
+        finite = mx.isfinite(new.vector).all()
+        mx.eval(outputs, length, finite, new.vector, new.moments)
+        loss, *metrics = map(float, outputs)
+        norm = float(length)
         columns = setup.train.columns.take(np.concatenate([batch.rows for batch in accumulated]))
         outcome = Outcome(
             loss=loss,
@@ -73,11 +82,7 @@ class Stepper:
                 raise _halted(at, outcome, said, rows, losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
-        limit = config.grad_clip_norm
-        if 0 < limit < norm:
-            gradient = gradient * (limit / norm)
-        new = self.optimizer(gradient, at)
-        if not mx.isfinite(new.vector).all():
+        if not finite:
             bad = setup.layout.names(~mx.isfinite(new.vector))
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad[0]}")
         return new, outcome
@@ -92,43 +97,45 @@ class Stepper:
 
         compile_together(write_down)
 
-    def gradient(self, at: Iterate, accumulated: list[AnyBatch]) -> tuple[list[float], mx.array]:
-        """Outputs of the objective and gradient of its loss over all micro-batches."""
+    def gradient(
+        self, at: Iterate, accumulated: list[AnyBatch]
+    ) -> tuple[list[float] | list[mx.array], mx.array]:
+        """Outputs of the objective and gradient of its loss over all micro-batches.
+
+        Those of a single one may still be under way when this returns.
+        """
         total = self.setup.objective.total(accumulated)
         params = self.setup.layout.split(at.vector)
-        numbered = enumerate(accumulated, at.step * self.setup.config.grad_accumulation_steps)
-        parts = (self._part(params, batch, total, draw) for draw, batch in numbered)
-        outputs, gradient = next(parts)
-        for part, own in parts:
-            outputs = [x + y for x, y in zip(outputs, part, strict=True)]
+        first = at.step * self.setup.config.grad_accumulation_steps
+        outputs, gradient = self._part(params, accumulated[0], total, first)
+        for draw, batch in enumerate(accumulated[1:], first + 1):
+            mx.eval(gradient)  # or the next one would begin before this one's memory is free
+            part, own = self._part(params, batch, total, draw)
+            outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
-            mx.eval(gradient)
         return outputs, gradient
 
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
-    ) -> tuple[list[float], mx.array]:
+    ) -> tuple[list[mx.array], mx.array]:
         """Of one micro-batch; `draw` is which number of the run it is."""
         outputs, grads = self._value_and_grad(params, batch, total, draw)
-        gradient = self.setup.layout.join(grads)
-        del grads
-        mx.eval(gradient)
-        return [float(x) for x in outputs], gradient
+        return list(outputs), self.setup.layout.join(grads)
 
     def _value_and_grad(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[tuple[mx.array, ...], Grads]:
         setup, config = self.setup, self.setup.config
-        rate = config.lora_dropout
+        functions = self.functions
+        if config.lora_dropout:
+            dropout = Dropout(config.lora_dropout, config.seed, draw)
+            functions = Functions(setup.objective, setup.chain, setup.scales, dropout)
         return value_and_grad(
-            setup.objective,
-            setup.chain,
-            setup.scales,
+            functions,
             params,
             batch,
             total,
             cuts=lambda streams: self.plan.cuts(setup.chain, streams),
-            dropout=Dropout(rate, config.seed, draw) if rate else None,
             watch=self.watch,
         )
 

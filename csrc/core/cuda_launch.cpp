@@ -1,0 +1,176 @@
+#include "core/cuda_launch.h"
+
+#ifdef __linux__
+#include <dlfcn.h>
+
+#include <mutex>
+
+#include "mlx/primitives.h"
+
+// What libmlx.so of mlx-cuda exports, as its header mlx/backend/cuda/device.h has it, which needs CUDA's.
+// Weak: the libmlx.so of other devices has none of it.
+struct CUfunc_st;
+struct dim3 {
+  unsigned x, y, z;
+};
+
+namespace mlx::core::cu {
+
+class CommandEncoder {
+ public:
+  [[gnu::weak]] void set_input_array(const array& x);
+  [[gnu::weak]] void set_output_array(const array& x);
+  [[gnu::weak]] void add_kernel_node_raw(CUfunc_st* function, dim3 grid, dim3 block, dim3 cluster,
+                                         uint32_t shared_memory, void** arguments);
+};
+
+[[gnu::weak]] CommandEncoder& get_command_encoder(Stream s);
+
+}  // namespace mlx::core::cu
+
+namespace segtrain {
+
+namespace {
+
+/// The functions of CUDA's driver that we call; its header is not needed to build.
+struct Driver {
+  int (*load)(void** module, const void* image) = nullptr;
+  int (*function)(CUfunc_st** function, void* module, const char* name) = nullptr;
+  int (*set)(CUfunc_st* function, int attribute, int value) = nullptr;
+
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+    if (!library || !mx::cu::get_command_encoder) return;
+    auto find = [&](auto& function, const char* symbol) {
+      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol));
+    };
+    find(load, "cuModuleLoadData");
+    find(function, "cuModuleGetFunction");
+    find(set, "cuFuncSetAttribute");
+  }
+  bool found() const { return load && function && set; }
+};
+
+const Driver& driver() {
+  static const Driver own;
+  return own;
+}
+
+/// The kernel loaded on the device that is current; nullptr if that fails.
+CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
+  constexpr int MOST_DYNAMIC_SHARED_MEMORY = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+  static std::mutex lock;
+  static auto& known = *new std::map<std::pair<const CudaBinary*, int>, CUfunc_st*>;  // outlives CUDA
+  std::lock_guard guard(lock);
+  auto [found, fresh] = known.try_emplace({&binary, device}, nullptr);
+  if (fresh) {
+    void* module = nullptr;
+    CUfunc_st* function = nullptr;
+    if (!driver().load(&module, binary.binary.data()) &&
+        !driver().function(&function, module, binary.name.c_str()) &&
+        (shared_memory <= 48000 || !driver().set(function, MOST_DYNAMIC_SHARED_MEMORY, shared_memory)))
+      found->second = function;
+  }
+  return found->second;
+}
+
+/// MLX's allocator of the device's memory is hidden, and a concatenation of nothing does no more than call
+/// it.
+mx::Primitive& allocation(mx::Stream s) {
+  static std::mutex lock;
+  static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
+  std::lock_guard guard(lock);
+  auto& primitive = known[s.index];
+  if (!primitive) {
+    auto x = mx::array({0.0f});
+    primitive = mx::concatenate({x, x}, 0, s).primitive_ptr();
+  }
+  return *primitive;
+}
+
+class CudaKernel : public mx::Primitive {
+ public:
+  CudaKernel(mx::Stream s, const CudaBinary& binary, const Grid& grid)
+      : Primitive(s), binary_(binary), grid_(grid) {}
+
+  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::logic_error("[" + binary_.name + "] is for CUDA.");
+  }
+
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto* function = loaded(binary_, stream().device.index, grid_.shared_memory);
+    bool rows = function;
+    for (const auto& x : inputs) rows = rows && x.flags().row_contiguous;
+    if (!rows) return by_mlx(inputs, outputs);
+    for (auto& y : outputs) {
+      Arrays one{y};
+      allocation(stream()).eval_gpu({}, one);
+    }
+    auto& encoder = mx::cu::get_command_encoder(stream());
+    std::vector<void*> pointers, arguments;
+    for (const auto* arrays : {&inputs, static_cast<const std::vector<mx::array>*>(&outputs)})
+      for (const auto& x : *arrays) pointers.push_back(address(x));
+    for (auto& pointer : pointers) arguments.push_back(&pointer);
+    for (const auto& x : inputs) encoder.set_input_array(x);
+    for (const auto& y : outputs) encoder.set_output_array(y);
+    auto size = [](int n) { return static_cast<unsigned>(n); };
+    const auto [x, y, z] = grid_.groups;
+    encoder.add_kernel_node_raw(function, {size(x), size(y), size(z)}, {size(grid_.threads), 1, 1}, {1, 1, 1},
+                                grid_.shared_memory, arguments.data());
+  }
+
+  /// Copies what does not lie in rows, and says what is wrong with a binary that does not load.
+  void by_mlx(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    for (const auto& y : outputs) shapes.push_back(y.shape()), dtypes.push_back(y.dtype());
+    mlx_kernel(binary_, inputs, shapes, dtypes, grid_, stream())[0].primitive().eval_gpu(inputs, outputs);
+  }
+
+  static Arrays mlx_kernel(const CudaBinary& binary, const Arrays& inputs, std::vector<mx::Shape> shapes,
+                           std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s) {
+    const auto [x, y, z] = grid.groups;
+    return mx::fast::precompiled_cuda_kernel(binary.name, binary.binary, inputs, shapes, dtypes, {},
+                                             {x * grid.threads, y, z}, {grid.threads, 1, 1},
+                                             grid.shared_memory, std::nullopt, true, s);
+  }
+
+  const char* name() const override { return binary_.name.c_str(); }
+
+ private:
+  /// What mlx/backend/cuda/allocator.h keeps of an array's memory begins with its address.
+  static void* address(const mx::array& x) {
+    struct Memory {
+      char* data;
+    };
+    return static_cast<const Memory*>(x.buffer().ptr())->data + x.offset();
+  }
+
+  const CudaBinary& binary_;
+  Grid grid_;
+};
+
+}  // namespace
+
+Arrays cuda_launch(const CudaBinary& binary, const Arrays& inputs, std::vector<mx::Shape> shapes,
+                   std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s) {
+  if (!driver().found())
+    return CudaKernel::mlx_kernel(binary, inputs, std::move(shapes), std::move(dtypes), grid, s);
+  return mx::array::make_arrays(std::move(shapes), dtypes,
+                                std::make_shared<CudaKernel>(mx::to_stream(s), binary, grid), inputs);
+}
+
+}  // namespace segtrain
+
+#else
+
+namespace segtrain {
+
+Arrays cuda_launch(const CudaBinary& binary, const Arrays&, std::vector<mx::Shape>, std::vector<mx::Dtype>,
+                   const Grid&, mx::StreamOrDevice) {
+  throw std::logic_error("[" + binary.name + "] is for CUDA.");
+}
+
+}  // namespace segtrain
+
+#endif
