@@ -12,7 +12,7 @@ those of other ranks are another stack, over rows of its own.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -54,10 +54,10 @@ class _Stack:
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """Which rows use a stack: all if `rows` is None, and all of one adapter if `picks` is."""
+    """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
+    the groups' arrays are its own, without the axis of adapters."""
 
-    stack: _Stack
-    place: int
+    groups: list[_Group | None]
     picks: mx.array | None  #: uint32 [rows], the place of each
     rows: mx.array | None  #: uint32
 
@@ -76,7 +76,7 @@ class _Readers:
         """x a for each use, computed by the first reader."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
-            self.zs = [_first(x, use, use.stack.groups[index]) for use in uses]
+            self.zs = [_first(x, use, use.groups[index]) for use in uses]
         zs, self.left = self.zs, self.left - 1
         if not self.left:
             self.x, self.zs = None, []
@@ -88,7 +88,7 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
         return None
     own = x if use.rows is None else x[use.rows]
     if use.picks is None:
-        return own @ group.a[use.place]
+        return own @ group.a
     return mx.gather_mm(own, group.a, rhs_indices=use.picks)
 
 
@@ -206,15 +206,15 @@ class Rows:
         """y [B, T, out] of the frozen linear → that of each row with its own update."""
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
-            group = use.stack.groups[index]
+            group = use.groups[index]
             if group is None or z is None or path not in group.factors:
                 continue
             own, picks = group.factors[path], use.picks
             z = z[..., own.begin : own.end]
             part = y if use.rows is None else y[use.rows]
             if picks is None:
-                part = mx.addmm(part, z, own.b[use.place])
-                gain = None if own.gains is None else own.gains[use.place]
+                part = mx.addmm(part, z, own.b)
+                gain = own.gains
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
@@ -235,8 +235,18 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
         rows, keys = mx.array(picked, mx.uint32), [keys[i] for i in picked]
     none = len(stack.places)
     places = [stack.places.get(key, none) for key in keys]
-    one = len(set(places)) == 1
-    return _Use(stack, places[0], None if one else mx.array(places, mx.uint32), rows)
+    if len(set(places)) > 1:
+        return _Use(stack.groups, mx.array(places, mx.uint32), rows)
+    return _Use([group and _of_one(group, places[0]) for group in stack.groups], None, rows)
+
+
+def _of_one(group: _Group, place: int) -> _Group:
+    """The updates of the adapter in a place; no array is copied."""
+
+    def own(x: _Factors) -> _Factors:
+        return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
+
+    return _Group(group.a[place], {path: own(x) for path, x in group.factors.items()})
 
 
 class _Linear:
