@@ -96,6 +96,14 @@ mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& i
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
 
+/// h, and its norm: the gradients of both are added in the norm's backward pass. h [..., H].
+Arrays rms_norm_beside(const mx::array& h, const mx::array& weight, float eps, const std::string& impl,
+                       mx::StreamOrDevice s);
+
+/// (h + norm of x)·factor, one number that is frozen, if there is one. h, x [..., H] → [..., H].
+mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& weight, float eps,
+                       const std::optional<mx::array>& factor, const std::string& impl, mx::StreamOrDevice s);
+
 /// Rotary embedding of x [B, H, T, D] at positions offset + t, counted from the begin of their segment if
 /// there are any; angles = position · base^(−2i/D) or position / freqs.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
@@ -106,11 +114,37 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
 mx::array take_rows(const mx::array& x, const mx::array& index, const std::string& impl,
                     mx::StreamOrDevice s);
 
-/// q and k, rotated as by `rope`, and v of linears that read the same x [B, T, ·] → [B, H, T, D], [B, G, T,
-/// D] and alike.
-Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, int heads, int groups, int dims,
-                bool traditional, std::optional<float> base, float scale,
-                const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
+/// Columns [begin, end) of the rows of a frozen table [V, ·] that index [...] names, times factor → [..., end
+/// − begin]. No gradient.
+mx::array embedded_rows(const Base& table, const mx::array& index, int begin, std::optional<int> end,
+                        float factor, const std::string& impl, mx::StreamOrDevice s);
+
+/// (norm of x·f0 + rows·f1)·f2 with a table's rows from column `begin` on: the own input of a layer of
+/// Gemma 4. x [..., D] → [..., D]. No gradient.
+mx::array own_input(const mx::array& x, const mx::array& weight, float eps, const Base& table,
+                    const mx::array& index, int begin, const std::vector<float>& factors,
+                    const std::string& impl, mx::StreamOrDevice s);
+
+/// What makes q and k of heads: an RMS norm of each head if it has one, and rotation as by `rope`.
+struct HeadNorm {
+  mx::array weight;  ///< [D], frozen
+  float eps;
+};
+struct Heads {
+  int heads, groups;  ///< of q; of k and of v
+  int dims;           ///< that rotate
+  bool traditional = false;
+  std::optional<float> base;
+  float scale = 1;
+  int offset = 0;
+  std::optional<mx::array> freqs;
+  std::optional<Ranges> segments;
+  std::vector<std::optional<HeadNorm>> norms;  ///< of q, k and v; or none
+};
+
+/// q and k, normed and rotated, and v, normed, of linears that read the same x [B, T, ·] → [B, H, T, D], [B,
+/// G, T, D] and alike. Of two linears the second gives both keys and values, of one there is q alone.
+Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const Heads& heads,
                 const std::string& impl, mx::StreamOrDevice s);
 
 /// o [B, H, T, D] → [B, T, H·D], as an output projection reads it.

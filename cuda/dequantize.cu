@@ -1,4 +1,5 @@
-// A frozen weight in T, with room for low-rank factors: csrc/ops/linear/joint_linear.cpp says what they are good for.
+// A frozen weight in T, with room for low-rank factors: csrc/ops/linear/joint_linear.cpp says what they are good for. And rows
+// of a frozen table: csrc/ops/embedding/embedding.cpp.
 //
 // A thread has eight neighbours of w at a time, which lie in one group: BITS bytes of codes.
 // Up to three weights of one kind stand one below the other: those of projections that read the same x.
@@ -108,6 +109,62 @@ __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales
     if (quantized[j]) *place(j) = eight[j].template values<T>();
 }
 
+// ---- rows of a table
+
+/// Eight values of row index[row] from column `col` of its part on.
+template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
+__device__ inline Pack<T> eight_of(const W* w, const S* scales, const S* biases, const int* index, const int* at, int row, int col) {
+  const size_t own = index[row], k = at[1], groups = own * (k / GROUP);
+  Eight<MODE, BITS, GROUP, W, S> eight;
+  eight.read(w + (MODE == DENSE ? own * k : own * (k / 32) * BITS), scales + groups, biases + groups, at[2] + col);
+  return eight.template values<T>();
+}
+
+template <typename T>
+__device__ inline float rounded(float x) {
+  T y;
+  put(y, x);
+  return to_float(y);
+}
+
+/// y [rows, columns] <- rows·factor, each rounded.
+template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
+__device__ void embedded_rows(const W* w, const S* scales, const S* biases, const int* index, const int* at, float factor, T* y) {
+  const unsigned packs = at[3] / 8, i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= packs * at[0]) return;
+  Pack<T> pack = eight_of<MODE, BITS, GROUP, T>(w, scales, biases, index, at, i / packs, i % packs * 8);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) put(pack.x[j], to_float(pack.x[j]) * factor);
+  reinterpret_cast<Pack<T>*>(y)[i] = pack;
+}
+
+/// y [rows, columns] <- (norm(x·f0) + rows·f1)·f2, rounded after every step as by ops one after the other. One block a row.
+template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
+__device__ void own_input(const T* x, const T* weight, const W* w, const S* scales, const S* biases, const int* index, const int* at,
+                          float eps, const float* factors, T* y) {
+  const int n = at[3], col = threadIdx.x * 8;
+  const size_t begin = static_cast<size_t>(blockIdx.x) * n + col;
+  float own[8], sum = 0;
+  Pack<T> row = {}, given = {}, scale = {};
+  if (col < n) {
+    row = eight_of<MODE, BITS, GROUP, T>(w, scales, biases, index, at, blockIdx.x, col);
+    given = *reinterpret_cast<const Pack<T>*>(x + begin), scale = *reinterpret_cast<const Pack<T>*>(weight + col);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    own[j] = rounded<T>(to_float(given.x[j]) * factors[0]);
+    sum += own[j] * own[j];
+  }
+  const float r = rsqrtf(block_reduce<false>(sum) / n + eps);
+  if (col >= n) return;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float normed = rounded<T>(rounded<T>(own[j] * r) * to_float(scale.x[j]));
+    put(given.x[j], rounded<T>(normed + rounded<T>(to_float(row.x[j]) * factors[1])) * factors[2]);
+  }
+  *reinterpret_cast<Pack<T>*>(y + begin) = given;
+}
+
 }  // namespace segtrain
 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs.
@@ -116,3 +173,8 @@ __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales
 //: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
 dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, reinterpret_cast<const T*>(columns),
                                   reinterpret_cast<const T*>(rows), at, w);
+// Of one table; at = {rows, k, begin, columns}, args = factors.
+//: embedded_rows: w scales biases index at args -> embedded
+embedded_rows<MODE, BITS, GROUP, T>(w, scales, biases, index, at, args[0], embedded);
+//: own_input: x weight w scales biases index at eps args -> own
+own_input<MODE, BITS, GROUP, T>(x, weight, w, scales, biases, index, at, eps[0], args, own);

@@ -1,55 +1,211 @@
-// The heads of q, k and v from their common product, q and k rotated: csrc/ops/heads/lora_qkv.cpp. The arithmetic is that of
-// rope.cu.
+// The heads of q, k and v from their common product, each perhaps through an RMS norm, q and k then rotated:
+// csrc/ops/heads/lora_qkv.cpp. The arithmetic is that of rope.cu and of norm.cu, rounded where those round.
 //
-// joint [B*T, (H + 2G)*D] and q [B,H,T,D], k and v [B,G,T,D] in T, arithmetic in float32, rounded once; BACK goes from their
-// gradients to joint's. A thread has one pair of a token, or one element after the first `dims`, in some of its heads.
+// joint [B*T, heads*D] and q [B,H,T,D], k and v [B,G,T,D] in T, arithmetic in float32; the way back goes from their gradients
+// to joint's. joint's heads are those of q, of k and of v; where values are the keys (SAME) it has none of v, and G = 0 where
+// there is q alone. A warp has a token and AT_ONCE heads. A lane has slots lane, lane + 32, … of each head: pairs of numbers,
+// of which the first dims/2 are rotated.
 //
-// positions [T] if PACKED, freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+// positions [T] if PACKED, else token t stands at offset + t; freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+// NORMS has a bit for each of q, k and v.
 
 namespace segtrain {
 
-template <bool TRADITIONAL, bool PACKED, bool BACK, typename Joint, typename Own>
-__device__ void heads(Joint* joint, Own* q, Own* k, Own* v, const float* freqs, const int* positions, const int* at, float scale) {
-  const int B = at[0], N = at[1], H = at[2], G = at[3], D = at[4], half = at[5] / 2, items = D - half, all = H + 2 * G;
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-  const int item = i % items, row = i / items;
-  if (row >= B * N) return;
-  const int t = row % N, b = row / N, each = (all + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * each;
-  float c = 1, s = 0;
-  if (item < half) {
-    /// angle = position*scale / freqs
-    const float angle = scale * static_cast<float>(PACKED ? positions[t] : t) / freqs[item];
-    c = cosf(angle), s = BACK ? -sinf(angle) : sinf(angle);
-  }
-  const int first = item >= half ? half + item : TRADITIONAL ? 2 * item : item, second = TRADITIONAL ? first + 1 : item + half;
-  for (int head = begin; head < min(all, begin + each); ++head) {
-    const bool of_q = head < H, of_v = head >= H + G;
-    const int own = of_q ? head : head - (of_v ? H + G : H);
-    auto* x = joint + (static_cast<size_t>(row) * all + head) * D;
-    auto* y = (of_q ? q : of_v ? v : k) + ((static_cast<size_t>(b) * (of_q ? H : G) + own) * N + t) * D;
-    auto move = [&](int place, auto value) {
-      if constexpr (BACK)
-        put(x[place], value);
-      else
-        put(y[place], value);
-    };
-    auto from = [&](int place) { return to_float(BACK ? y[place] : x[place]); };
-    if (item >= half) {
-      move(first, from(first));
-      continue;
+template <typename T>
+__device__ inline float rounded(float x) {
+  T y;
+  put(y, x);
+  return to_float(y);
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+  return x;
+}
+
+template <typename T>
+struct Norm {
+  const T* weight;
+  float eps;
+};
+
+template <int D, typename T>
+struct Slots {
+  static constexpr int N = (D / 2 + 31) / 32;
+  int first[N], second[N];
+  float cosine[N], sine[N];
+  bool there[N], turned[N];
+
+  template <bool TRADITIONAL>
+  __device__ void place(const float* freqs, int dims, float position) {
+    const int half = dims / 2;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int slot = threadIdx.x % 32 + 32 * j;
+      there[j] = slot < D / 2, turned[j] = slot < half;
+      first[j] = !turned[j] ? half + slot : TRADITIONAL ? 2 * slot : slot;
+      second[j] = !turned[j] ? first[j] + (D - dims) / 2 : TRADITIONAL ? first[j] + 1 : half + slot;
+      /// angle = position*scale / freqs
+      const float angle = turned[j] ? position / freqs[slot] : 0;
+      cosine[j] = cosf(angle), sine[j] = sinf(angle);
     }
-    const float u = from(first), w = from(second);
-    /// (u, v) -> (u*cos - v*sin, u*sin + v*cos)
-    move(first, of_v ? u : u * c - w * s);
-    move(second, of_v ? w : u * s + w * c);
+  }
+  __device__ void load(const T* x, float2 (&y)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) y[j] = there[j] ? make_float2(to_float(x[first[j]]), to_float(x[second[j]])) : float2{};
+  }
+  __device__ void store(T* y, const float2 (&x)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      if (there[j]) put(y[first[j]], x[j].x), put(y[second[j]], x[j].y);
+  }
+  /// (u, v) -> (u*cos - v*sin, u*sin + v*cos), or back
+  template <bool BACK>
+  __device__ void rotate(float2 (&x)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (!turned[j]) continue;
+      const float c = cosine[j], s = BACK ? -sine[j] : sine[j], u = x[j].x, v = x[j].y;
+      x[j] = make_float2(u * c - v * s, u * s + v * c);
+    }
+  }
+  static __device__ float dot(const float2 (&x)[N], const float2 (&y)[N]) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += x[j].x * y[j].x + x[j].y * y[j].y;
+    return warp_sum(sum);
+  }
+  __device__ float2 weight(const T* w, int j) const {
+    return there[j] ? make_float2(to_float(w[first[j]]), to_float(w[second[j]])) : float2{};
+  }
+  /// y = x*r*weight, r = 1 / sqrt(mean(x^2) + eps)
+  __device__ void norm(float2 (&x)[N], const Norm<T>& own) const {
+    const float r = rsqrtf(dot(x, x) / D + own.eps);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float2 w = weight(own.weight, j);
+      x[j] = make_float2(rounded<T>(x[j].x * r) * w.x, rounded<T>(x[j].y * r) * w.y);
+    }
+  }
+  /// dx = r*g - x*r^3*mean(g*x), g = dy*weight
+  __device__ void norm_back(const float2 (&x)[N], float2 (&g)[N], const Norm<T>& own) const {
+    const float r = rsqrtf(dot(x, x) / D + own.eps);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float2 w = weight(own.weight, j);
+      g[j] = make_float2(g[j].x * w.x, g[j].y * w.y);
+    }
+    const float along = dot(g, x) / D * r * r * r;
+#pragma unroll
+    for (int j = 0; j < N; ++j) g[j] = make_float2(r * g[j].x - x[j].x * along, r * g[j].y - x[j].y * along);
+  }
+  __device__ void round(float2 (&x)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = make_float2(rounded<T>(x[j].x), rounded<T>(x[j].y));
+  }
+};
+
+template <typename T>
+struct Heads {
+  const T *q_weight, *k_weight, *v_weight;
+  const float *freqs, *args;
+  const int *positions, *at;
+
+  __device__ int tokens() const { return at[0] * at[1]; }
+  __device__ int of_q() const { return at[2]; }
+  __device__ int of_k() const { return at[3]; }
+  template <bool PACKED>
+  __device__ float position(int row) const {
+    const int t = row % at[1];
+    return args[0] * static_cast<float>(PACKED ? positions[t] : at[5] + t);
+  }
+  /// 0, 1 or 2: of q, k or v.
+  __device__ int kind(int head) const { return (head >= at[2]) + (head >= at[2] + at[3]); }
+  __device__ Norm<T> norm(int kind) const {
+    const T* const weights[3] = {q_weight, k_weight, v_weight};
+    return {pick(weights, kind), args[1 + kind]};
+  }
+  /// Of q, k or v, where the head of joint's order lies that is one of this kind.
+  __device__ size_t place(int kind, int head, int row, int D) const {
+    const int own = head - (kind > 0 ? at[2] : 0) - (kind > 1 ? at[3] : 0), all = kind > 0 ? at[3] : at[2];
+    return ((static_cast<size_t>(row / at[1]) * all + own) * at[1] + row % at[1]) * D;
+  }
+};
+
+template <int D, int NORMS, int AT_ONCE, bool SAME, bool TRADITIONAL, bool PACKED, typename T>
+__device__ void heads(const T* __restrict__ joint, T* q, T* k, T* v, const Heads<T>& c) {
+  using Mine = Slots<D, T>;
+  const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, begin = blockIdx.y * AT_ONCE;
+  if (row >= c.tokens()) return;
+  const int given = c.of_q() + (SAME ? 1 : 2) * c.of_k(), made = c.of_q() + 2 * c.of_k();
+  Mine mine;
+  mine.template place<TRADITIONAL>(c.freqs, c.at[4], c.template position<PACKED>(row));
+  float2 x[AT_ONCE][Mine::N];
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    const int head = begin + i, from = SAME && head >= given ? head - c.of_k() : head;
+    if (head < made) mine.load(joint + (static_cast<size_t>(row) * given + from) * D, x[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    const int head = begin + i, kind = c.kind(head);
+    if (head >= made) return;
+    if (NORMS >> kind & 1) {
+      mine.norm(x[i], c.norm(kind));
+      if (kind < 2) mine.round(x[i]);
+    }
+    if (kind < 2) mine.template rotate<false>(x[i]);
+    T* const three[3] = {q, k, v};
+    mine.store(pick(three, kind) + c.place(kind, head, row, D), x[i]);
+  }
+}
+
+template <int D, int NORMS, int AT_ONCE, bool SAME, bool TRADITIONAL, bool PACKED, typename T>
+__device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                           T* __restrict__ d_joint, const Heads<T>& c) {
+  using Mine = Slots<D, T>;
+  const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, begin = blockIdx.y * AT_ONCE;
+  if (row >= c.tokens()) return;
+  const int given = c.of_q() + (SAME ? 1 : 2) * c.of_k();
+  Mine mine;
+  mine.template place<TRADITIONAL>(c.freqs, c.at[4], c.template position<PACKED>(row));
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i) {
+    const int head = begin + i, kind = c.kind(head);
+    if (head >= given) return;
+    const size_t at = (static_cast<size_t>(row) * given + head) * D;
+    float2 x[Mine::N], g[Mine::N];
+    const T* const three[3] = {q, k, v};
+    mine.load(pick(three, kind) + c.place(kind, head, row, D), g);
+    if (NORMS) mine.load(joint + at, x);
+    if (kind < 2) mine.template rotate<true>(g);
+    if (NORMS >> kind & 1) {
+      if (kind < 2) mine.round(g);
+      mine.norm_back(x, g, c.norm(kind));
+    }
+    if (SAME && kind == 1) {  // which are values, too
+      float2 more[Mine::N];
+      mine.load(v + c.place(1, head, row, D), more);
+      if (NORMS >> 2 & 1) mine.norm_back(x, more, c.norm(2));
+      mine.round(g);
+      mine.round(more);
+#pragma unroll
+      for (int j = 0; j < Mine::N; ++j) g[j] = make_float2(g[j].x + more[j].x, g[j].y + more[j].y);
+    }
+    mine.store(d_joint + at, g);
   }
 }
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, T, H, G, D, dims}, args = {scale}.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, T, H, G, dims, offset}, args = {scale
+// and three eps}. What is not there has any array of T in its place: weights of no norm, joint where no norm takes it back, k
+// and v of q alone.
 
-//: heads: joint freqs positions at args -> q k v
-heads<TRADITIONAL, PACKED, false>(joint, q, k, v, freqs, positions, at, args[0]);
-//: heads_vjp: q k v freqs positions at args -> joint
-heads<TRADITIONAL, PACKED, true>(joint, q, k, v, freqs, positions, at, args[0]);
+//: heads: joint q_weight k_weight v_weight freqs positions at args -> q k v
+heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, {q_weight, k_weight, v_weight, freqs, args, positions, at});
+//: heads_of_q: joint q_weight freqs positions at args -> queries
+heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, queries, queries, queries, {q_weight, q_weight, q_weight, freqs, args, positions, at});
+//: heads_vjp: joint q k v q_weight k_weight v_weight freqs positions at args -> d_joint
+heads_back<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, d_joint, {q_weight, k_weight, v_weight, freqs, args, positions, at});

@@ -105,6 +105,28 @@ def layer_ops(dtype):
             x,
             *factors_of(linears),
         )
+    x_rows, index = mx.zeros((3, 64), dtype), mx.arange(3)
+    for base in (None, BASES[1], ("affine", 3, 128), ("mxfp4", 4, 32)):
+        table = linears_of(rng, 128, [64], [0], base, name)[0][0].base
+        if base is None or base[0] != "affine":
+            table = table if base else ops.Base(table.weight.astype(dtype))
+            ops.embedded_rows(table, index, begin=8, factor=2.0, impl="kernel")
+            continue
+        more = (table.scales.astype(dtype), table.biases.astype(dtype))
+        table = ops.Base(table.weight, *more, **ops.packing(table))
+        ops.own_input(x_rows, mx.ones(64, dtype), 1.0, table, index, 64, [1] * 3, impl="kernel")
+    norms = [ops.HeadNorm(mx.ones(64, dtype), 1e-6)] * 3
+    for widths in ([256, 128, 128], [256, 128], [256]):
+        linears, _ = linears_of(rng, 128, widths, [8] * len(widths), BASES[1], name)
+        differentiate(
+            lambda x, w=linears: ops.lora_qkv(x[None], w, 4, 2, 64, base=1e4, norms=norms), x
+        )
+    for width in (128, 8192):
+        y, w = mx.zeros((4, width), dtype), mx.ones(width, dtype)
+        differentiate(lambda y, w=w: ops.add_rms_norm(*ops.rms_norm_beside(y, w, 1.0), w, 1.0), y)
+        factor = mx.ones(1, dtype)
+        differentiate(lambda y, w=w, f=factor: ops.add_rms_norm(y, y, w, 1.0, f), y)
+        differentiate(lambda y, w=w: ops.rms_norm(y, w, 1.0, impl="kernel"), y)
     ops.join([x, x])
     for mode in (("mxfp4", 4, 32), ("nvfp4", 4, 16)):
         linears, _ = linears_of(rng, 128, [64], [0], mode, name)
@@ -155,60 +177,152 @@ def compile_together():
     print(counts)
 
 
-def launches_of_layers(n):
-    """Of n layers of a Llama with seven adapted linears each, forward and back."""
+SIZES = {
+    **{"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64, "head_dim": 32},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+}
+LLAMA = {"rope_theta": 1e4, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+GEMMA = {
+    **{"global_head_dim": 64, "sliding_window": 32, "use_double_wide_mlp": False},
+    **{"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 64},
+    "num_kv_shared_layers": 1,
+}
+
+
+def model_of(family, args):
+    """A small one, quantized."""
     import mlx.nn as nn
 
+    module = import_module(f"mlx_lm.models.{family}")
+    model = module.Model(module.ModelArgs.from_dict({"model_type": family, **SIZES, **args}))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
+    return model
+
+
+def launches_of_model(family, args):
+    """Of all layers of a small model with all linears adapted that may be, forward and back."""
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
 
-    module = import_module("mlx_lm.models.llama")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": n}
-    args = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4} | sizes | heads
-    model = module.Model(module.ModelArgs.from_dict(args))
-    model.set_dtype(mx.bfloat16)
-    nn.quantize(model, 64, 4)
-    chain = chain_of(model)
+    chain = chain_of(model_of(family, args))
     adapter = adapting.init(chain, dict.fromkeys(chain.linears, 8), 1.0, 0)
     params = adapting.stage_params(chain, adapter)
     places = [(owner, name) for owner in params for name in sorted(params[owner])]
     factors = [params[owner][name] for owner, name in places]
+    tokens = mx.zeros((1, 64), mx.int32)
 
     def run(h, *factors):
         own = defaultdict(dict)
         for (owner, name), x in zip(places, factors, strict=True):
             own[owner][name] = x
-        values = {"h": h, "positions": mx.arange(h.shape[1])}
+        values = {"h": h, "positions": mx.arange(h.shape[1]), "tokens": tokens}
         for stage in chain.stages(adapter.scales):
             made = stage.fn(own[stage.owner], *(values[name] for name in stage.reads))
-            values["h"] = made[0] if isinstance(made, tuple) else made
+            made = made if isinstance(made, tuple) else (made,)
+            values |= dict(zip(stage.writes, made, strict=True))
         return values["h"]
 
-    h = mx.zeros((1, 64, sizes["hidden_size"]), mx.bfloat16)
-    mx.eval(h, factors, model.parameters())
+    h = mx.zeros((1, 64, SIZES["hidden_size"]), mx.bfloat16)
+    mx.eval(h, tokens, factors)
+    mx.eval(run(h, *factors))  # and what it takes that is made once
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
-    return Counter(_core.launches([y, dh, _core.join(grads)]))
+    return Counter(_core.launches([y, dh, *grads]))
 
 
-def launches():
-    """Of one layer by name, without its norms, which are several ops of a CPU here."""
-    from mlx_segtrain import _core, ops
+def launches(form):
+    """Of one more layer of a form, by name."""
+    from mlx_segtrain import _core
 
     load_compiler()
     mx.set_default_device(mx.Device(mx.cpu))
     _core.set_repeatable(True)
-    x = mx.zeros((1, 64, 128), mx.bfloat16)
-    weight = mx.ones(128, mx.bfloat16)
-    mx.eval(x, weight)
-    (y,), (dx,) = mx.vjp(lambda x: ops.rms_norm(x, weight, 1e-5), [x], [x])
-    norm = Counter(_core.launches([y, dx]))
-    print(json.dumps(launches_of_layers(3) - launches_of_layers(2) - norm - norm))
+    slides, full = "sliding_attention", "full_attention"
+    alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
+    types = {
+        "slides": [full, slides, slides],
+        "full": [full, full, slides],
+        "shares": [full, slides, slides],
+    }
+    if form in types:
+        shared = 2 if form == "shares" else 1
+        larger = {**GEMMA, "layer_types": [*types[form], slides], "num_kv_shared_layers": shared}
+        smaller = {**GEMMA, "layer_types": [full, slides, slides]}
+        family = "gemma4_text"
+    elif form == "keys are values":
+        larger, smaller = ({**GEMMA, **alone, "layer_types": [full] * n} for n in (3, 2))
+        family = "gemma4_text"
+    else:
+        larger, smaller = ({**LLAMA, "num_hidden_layers": n} for n in (3, 2))
+        family = form
+    for args in (larger, smaller):
+        args.setdefault("num_hidden_layers", len(args.get("layer_types", ())))
+    counts = [launches_of_model(family, args) for args in (larger, smaller)]
+    print(json.dumps(counts[0] - counts[1]))
 
 
-def dry_run(call, tmp_path):
+def kept(family):
+    """Over what the plan says a stage keeps, by its name: what each does for its backward pass."""
+    from lib.chains import headers
+    from mlx_segtrain import _core
+    from mlx_segtrain.models import adapting, chain_of
+    from mlx_segtrain.planning import shape_of
+    from mlx_segtrain.planning.costs import Device, costs_of
+    from mlx_segtrain.streams import BatchShape
+
+    load_compiler()
+    mx.set_default_device(mx.Device(mx.cpu))
+    _core.set_repeatable(True)
+    length, slides, full = 1024, "sliding_attention", "full_attention"
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    gemma = {**GEMMA, "num_hidden_layers": 4, "layer_types": [full, slides, slides, slides]}
+    own = gemma if family == "gemma4_text" else {**LLAMA, "num_hidden_layers": 2}
+    args = {**own, **sizes, "head_dim": 64}
+    model = model_of(family, args)
+    chain = chain_of(model)
+    ranks = dict.fromkeys(chain.linears, 8)
+    adapter = adapting.init(chain, ranks, 1.0, 0)
+    params = adapting.stage_params(chain, adapter)
+    shape = shape_of({"model_type": family, **SIZES, **args}, headers(model))
+    batch = BatchShape.single(1, length, length, length)
+    planned, stage_cost = [], _core.StageCost
+
+    def noted(kept, **rest):
+        planned.append(kept)
+        return stage_cost(kept=kept, **rest)
+
+    _core.StageCost = noted
+    costs_of(shape, batch, ranks, Device("cuda", 2, repeatable=True))
+    tokens = mx.zeros((1, length), mx.int32)
+    values = {"h": mx.zeros((1, length, 512), mx.bfloat16), "tokens": tokens}
+    values["positions"] = mx.arange(length)
+    mx.eval(values, params)
+    found = {}
+    for stage, kept in zip(chain.stages(adapter.scales), planned, strict=True):
+        names = sorted(params[stage.owner])
+        _, *reads = (values[name] for name in stage.reads)
+
+        def run(h, *factors, stage=stage, names=names, reads=reads):
+            made = stage.fn(dict(zip(names, factors, strict=True)), h, *reads)
+            return list(made) if isinstance(made, tuple) else [made]
+
+        before = mx.get_active_memory()
+        given = [values["h"], *(params[stage.owner][name] for name in names)]
+        cotangents = [mx.zeros_like(x) for x in run(*given)]
+        made, gradients = mx.vjp(run, given, cotangents)
+        mx.eval(made)
+        mx.synchronize()
+        taken = mx.get_active_memory() - before - sum(x.nbytes for x in made)
+        found[stage.name] = taken / kept
+        values |= dict(zip(stage.writes, made, strict=True))
+        del given, reads, run, made, gradients, cotangents  # or the next would free some of them
+    print(json.dumps(found))
+
+
+def dry_run(call, tmp_path, *args):
     """What a function of this file prints in a process where calls take the ways of a Hopper."""
-    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{call}()"]
+    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{call}(*{args!r})"]
     for other in ("cudnn", "cusparselt"):  # which come with a torch for CUDA
         (tmp_path / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
@@ -227,8 +341,24 @@ def test_collected_kernels_compile_once(tmp_path):
     assert dry_run("compile_together", tmp_path) == "[2, 0]\n"
 
 
-def test_launches_of_a_layer(tmp_path):
-    """What a short step takes is their number."""
-    counts = json.loads(dry_run("launches", tmp_path))
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [
+        *(("llama", 50), ("qwen3", 50)),
+        *(("slides", 80), ("full", 80), ("shares", 80), ("keys are values", 60)),
+    ],
+)
+def test_launches_of_a_layer(form, most, tmp_path):
+    """What a short step takes is their number. Gemma 4's own input has two adapted linears here."""
+    counts = json.loads(dry_run("launches", tmp_path, form))
     copies = [name for name in counts if name.startswith("copy for")]
-    assert sum(counts.values()) <= 50 and not copies, counts
+    assert counts["Matmul"] >= 8
+    assert sum(counts.values()) <= most and not copies, counts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4_text"])
+def test_a_stage_keeps_what_the_plan_says(family, tmp_path):
+    """Besides a few numbers a token, which widths of real models outweigh."""
+    found = json.loads(dry_run("kept", tmp_path, family))
+    assert len(found) == (8 if family == "gemma4_text" else 4)
+    assert all(0.93 < x < 1.05 for x in found.values()), found

@@ -132,6 +132,105 @@ def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
     )
 
 
+#: Linears, head size, dims that rotate, which of q, k and v have norms, and the first position.
+HEADS = {
+    "q, k, v": (3, 64, 64, "qk", 0),
+    "all have norms": (3, 128, 32, "qkv", 0),
+    "k alone has one, an odd number of slots": (3, 80, 24, "k", 5),
+    "values are keys": (2, 256, 256, "qkv", 0),
+    "values are keys, without norms": (2, 64, 32, "", 0),
+    "q alone": (1, 512, 128, "q", 7),
+    "q alone, without a norm": (1, 64, 64, "", 3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed,traditional", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lora_qkv_with_norms(impl, case, packed, traditional, dtype):
+    if packed and impl == "stock":
+        pytest.skip("MLX's own rope takes no segments")
+    n, d, dims, normed, offset = HEADS[case]
+    heads, groups, rows, eps = 3, 2, 37, 1e-4
+    rng = np.random.default_rng(28)
+    widths = [count * d for count in (heads, groups, groups)[:n]]
+    linears, exact = linears_of(rng, 96, widths, [16, 4, 16][:n], ("affine", 4, 32), dtype)
+    weights = [rand(rng, d, dtype=dtype) if name in normed else None for name in "qkv"]
+    norms = [w and ops.HeadNorm(w[0], eps) for w in weights]
+    x, x64 = rand(rng, 2, rows, 96, dtype=dtype)
+    shapes = [(2, count, rows, d) for count in ((heads, groups, groups) if n > 1 else (heads,))]
+    dys, dys64 = zip(*(rand(rng, *shape, dtype=dtype) for shape in shapes), strict=True)
+    segments = [0, 9, 30, offset + rows] if packed else None
+
+    def rotated(y, sign=1):
+        at = {"offset": offset, "scale": sign, "segments": segments[:-1] if segments else (0,)}
+        return oracle.rope(y, dims, base=1e4, traditional=traditional, **at)
+
+    flat64 = x64.reshape(-1, 96)
+    ys = [exact_linear(flat64, *e).reshape(2, rows, -1, d).swapaxes(1, 2) for e in exact]
+    sources = [0, 1, n - 1][: len(shapes)]
+    truth, dheads = [], [0.0] * n
+    for i, source in enumerate(sources):
+        y, dy = ys[source], dys64[i] if i == 2 else rotated(dys64[i], -1)
+        if weights[i]:
+            y, dy = (
+                oracle.rms_norm(y, weights[i][1], eps),
+                oracle.rms_norm_vjp(y, weights[i][1], dy, eps),
+            )
+        truth.append(y if i == 2 else rotated(y))
+        dheads[source] = dheads[source] + dy
+    parts = [
+        exact_linear_vjp(flat64, *e, dy.swapaxes(1, 2).reshape(2 * rows, -1))
+        for e, dy in zip(exact, dheads, strict=True)
+    ]
+    truth += [sum(dx for dx, _ in parts).reshape(x64.shape)]
+    truth += [g for _, more in parts for g in more]
+
+    def run(x, *p, impl):
+        how = {"base": 1e4, "traditional": traditional, "offset": offset, "segments": segments}
+        own = with_factors(linears, p)
+        return ops.lora_qkv(x, own, heads, groups, dims, norms=norms, impl=impl, **how)
+
+    compare(
+        functools.partial(run, impl=impl),
+        functools.partial(run, impl="reference"),
+        [x, *factors_of(linears)],
+        list(dys),
+        truth,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stretched", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 328), (70, 4104)], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norms_with_sums(impl, shape, stretched, dtype):
+    """A branch of a layer from its norm to the sum after another one."""
+    rng = np.random.default_rng(29)
+    (h, h64), (dy, dy64) = rand(rng, *shape, dtype=dtype), rand(rng, *shape, dtype=dtype)
+    (w, w64), (v, v64) = (rand(rng, shape[-1], dtype=dtype) for _ in range(2))
+    factor, factor64 = rand(rng, 1, dtype=dtype) if stretched else (None, 1.0)
+
+    def run(h, impl):
+        h, x = ops.rms_norm_beside(h, w, 1e-4, impl=impl)
+        return [ops.add_rms_norm(h, x * x, v, 1e-4, factor, impl=impl)]
+
+    x = oracle.rms_norm(h64, w64, 1e-4)
+    truth = (h64 + oracle.rms_norm(x * x, v64, 1e-4)) * factor64
+    dh = dy64 * factor64
+    dx = 2 * x * oracle.rms_norm_vjp(x * x, v64, dh, 1e-4)
+    compare(
+        functools.partial(run, impl=impl),
+        functools.partial(run, impl="reference"),
+        [h],
+        [dy],
+        [truth, dh + oracle.rms_norm_vjp(h64, w64, dx, 1e-4)],
+        dtype,
+    )
+
+
 def test_merge_heads():
     rng = np.random.default_rng(27)
     (o, o64), (dy, dy64) = rand(rng, 2, 3, 5, 4), rand(rng, 2, 5, 12)

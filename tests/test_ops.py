@@ -103,6 +103,61 @@ def test_reference_vjps_follow_the_oracle():
 # ---- elementwise and rows
 
 
+def table_of(rng, base, dtype):
+    """A table [9, 384] in the dtype of its numbers or scales, and its values in float64."""
+    table, _ = base_of(rng, 9, 384, base)
+    dtype = getattr(mx, dtype)
+    scales, biases = (
+        x if x is None or x.dtype == mx.uint8 else x.astype(dtype)
+        for x in (table.scales, table.biases)
+    )
+    weight = table.weight if scales is not None else table.weight.astype(dtype)
+    table = ops.Base(weight, scales, biases, **reference.packing(table))
+    return table, f64(reference.weight_of(table, mx.float32))
+
+
+@pytest.mark.parametrize("dtype", specs.DTYPES)
+@pytest.mark.parametrize("base", specs.BASES, ids=str)
+@pytest.mark.parametrize("begin,end", [(0, None), (128, 256), (24, 344)])
+@pytest.mark.parametrize("impl", ["kernel", "stock"])
+def test_embedded_rows(impl, begin, end, base, dtype):
+    if not ON_GPU and impl == "kernel":
+        pytest.skip("only CUDA has one")
+    rng = np.random.default_rng(32)
+    table, w64 = table_of(rng, base, dtype)
+    index = rng.integers(0, 9, (2, 7))
+    with served():
+        y = ops.embedded_rows(table, mx.array(index), begin=begin, end=end, factor=2.5, impl=impl)
+    plain = ops.embedded_rows(
+        table, mx.array(index), begin=begin, end=end, factor=2.5, impl="reference"
+    )
+    assert y.dtype == plain.dtype
+    truth = 2.5 * w64[index][..., begin:end]
+    oracle.assert_no_worse("rows", f64(y), f64(plain), truth, str(y.dtype).split(".")[-1])
+
+
+@pytest.mark.parametrize("dtype", specs.DTYPES)
+@pytest.mark.parametrize("base", [None, ("affine", 4, 64), ("affine", 3, 128)], ids=str)
+@pytest.mark.parametrize("begin,width", [(128, 128), (8, 328), (0, 384)])
+@pytest.mark.parametrize("impl", ["kernel", "stock"])
+def test_own_input(impl, begin, width, base, dtype):
+    if not ON_GPU and impl == "kernel":
+        pytest.skip("only CUDA has one")
+    rng = np.random.default_rng(33)
+    table, w64 = table_of(rng, base, dtype)
+    index = rng.integers(0, 9, (2, 7))
+    (x, x64), (w, norm64) = rand(rng, 2, 7, width, dtype=dtype), rand(rng, width, dtype=dtype)
+    factors = [0.25, 16.0, 0.75]
+    rest = (w, 1e-4, table, mx.array(index), begin, factors)
+    with served():
+        y = ops.own_input(x, *rest, impl=impl)
+    second = 16 * w64[index][..., begin : begin + width]
+    truth = (oracle.rms_norm(x64 / 4, norm64, 1e-4) + second) * 0.75
+    plain = ops.own_input(x, *rest, impl="reference")
+    assert y.dtype == x.dtype
+    oracle.assert_no_worse("input", f64(y), f64(plain), truth, dtype)
+
+
 @pytest.mark.parametrize("dtype", specs.DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (2, 5, 65), (70, 576)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS["rms_norm"])
@@ -437,10 +492,33 @@ def low_rank(x, **options):
     return ops.lora_linear(x, base, mx.ones((8, 2)), mx.ones((2, 4)), **options)
 
 
+def heads_of(x, widths, **options):
+    linears = [ops.Linear(ops.Base(mx.ones((width, 8)))) for width in widths]
+    return ops.lora_qkv(x, linears, 2, 1, 4, base=1e4, **options)
+
+
 BAD = [
     (lambda x: ops.swiglu(x, x[0]), r"\[swiglu\] gate and up must have one shape"),
     (lambda x: ops.geglu(x, x.astype(mx.float16)), r"\[geglu\] gate and up must have one floating"),
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
+    (lambda x: ops.rms_norm_beside(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and"),
+    (lambda x: ops.add_rms_norm(x[0], x, mx.ones(8), 1e-5), r"h like x \(1,2,5,8\); got \(2,5,8"),
+    (lambda x: ops.add_rms_norm(x, x, mx.ones(8), 1e-5, x), r"factor must be one number; got"),
+    (lambda x: heads_of(x[0], [8, 8]), r"q of 2 heads and k and v of 1; got widths 8, 8"),
+    (lambda x: heads_of(x[0], [8] * 4), r"one to three linears; got \(2,5,8\) and 4"),
+    (
+        lambda x: heads_of(x[0], [8], norms=[ops.HeadNorm(mx.ones(8), 1e-5)]),
+        r"weights of norms \[4\]; got \(8\)",
+    ),
+    (
+        lambda x: ops.embedded_rows(ops.Base(x[0, 0]), mx.arange(3), begin=4, end=9),
+        r"columns within 0 to 8; got 4 to 9",
+    ),
+    (lambda x: ops.embedded_rows(ops.Base(x[0, 0]), x), r"an index of integers; got float32"),
+    (
+        lambda x: ops.own_input(x, x[0, 0, 0], 1.0, ops.Base(x[0, 0]), mx.arange(3), 0, [1] * 3),
+        r"expected x \(3,8\); got \(1,2,5,8\)",
+    ),
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),
     (lambda x: ops.rope(x, 8), r"either base or freqs"),
     (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 9]), r"segments as offsets .* S = 5"),
@@ -496,6 +574,10 @@ FACES = {
     "swiglu": lambda: ops.swiglu(X, X),
     "geglu": lambda: ops.geglu(X, X),
     "rms_norm": lambda: ops.rms_norm(X, X[0, 0, 0], 1e-5),
+    "rms_norm_beside": lambda: ops.rms_norm_beside(X, X[0, 0, 0], 1e-5),
+    "add_rms_norm": lambda: ops.add_rms_norm(X, X, X[0, 0, 0], 1e-5),
+    "embedded_rows": lambda: ops.embedded_rows(EYE, mx.arange(4)),
+    "own_input": lambda: ops.own_input(X[0, 0], X[0, 0, 0], 1e-5, EYE, mx.arange(4), 0, [1] * 3),
     "rope": lambda: ops.rope(X, 8, base=1e4),
     "lora_linear": lambda: ops.lora_linear(X, EYE),
     "lora_linears": lambda: ops.lora_linears(X, [ops.Linear(EYE)]),

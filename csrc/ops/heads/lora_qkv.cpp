@@ -1,7 +1,7 @@
-// q, k and v of attention from the x that they read: lora_linears, the heads one after the other, rope of q
-// and k.
+// q, k and v of attention from the x that they read: lora_linears, rms_norm of each head where there is one,
+// the heads one after the other, rope of q and k.
 // On CUDA one kernel makes the heads of the common product, and one makes its gradient of theirs:
-// cuda/heads.cu.
+// cuda/heads.cu. The product is kept where a norm reads it.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/joint_linear.h"
@@ -11,77 +11,115 @@ namespace segtrain {
 
 namespace {
 
-struct Heads {
-  int B, T, H, G, D;
-  int dims;
-  bool traditional;
-  std::optional<float> base;
-  float scale;
-  std::optional<mx::array> freqs;
-  std::optional<Ranges> segments;
+struct Call : Heads {
+  int B, T, D;
   std::string impl;
   mx::StreamOrDevice s;
+
+  std::optional<HeadNorm> norm(size_t of) const { return of < norms.size() ? norms[of] : std::nullopt; }
 };
 
-Arrays by_ops(const Heads& c, const mx::array& x, const std::vector<Linear>& linears) {
+Arrays by_ops(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
   auto ys = lora_linears(x, linears, 0, {}, c.impl, c.s);
-  for (size_t i = 0; i < 3; ++i) {
-    auto heads = mx::reshape(ys[i], {c.B, c.T, i ? c.G : c.H, c.D}, c.s);
+  if (ys.size() == 2) ys.push_back(ys[1]);
+  for (size_t i = 0; i < ys.size(); ++i) {
+    auto heads = mx::reshape(ys[i], {c.B, c.T, i ? c.groups : c.heads, c.D}, c.s);
+    if (auto norm = c.norm(i)) heads = rms_norm(heads, norm->weight, norm->eps, c.impl, c.s);
     ys[i] = mx::transpose(heads, {0, 2, 1, 3}, c.s);
     if (i < 2)
-      ys[i] = rope(ys[i], c.dims, c.traditional, c.base, c.scale, 0, c.freqs, c.segments, c.impl, c.s);
+      ys[i] = rope(ys[i], c.dims, c.traditional, c.base, c.scale, c.offset, c.freqs, c.segments, c.impl, c.s);
   }
   return ys;
 }
 
-Arrays by_joint_kernels(const Heads& c, const mx::array& x, const std::vector<Linear>& linears) {
-  constexpr int THREADS = 256, AT_ONCE = 4;  // heads of a thread
-  const int all = c.H + 2 * c.G;
-  const mx::Shape of_q{c.B, c.H, c.T, c.D}, of_k{c.B, c.G, c.T, c.D};
-  const auto at = device_ints({c.B, c.T, c.H, c.G, c.D, c.dims});
+constexpr int WARPS = 8, MOST_D = 512;
+
+Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
+  const bool same = linears.size() == 2;
+  const int groups = linears.size() == 1 ? 0 : c.groups, given = c.heads + (same ? 1 : 2) * groups;
+  const int at_once = c.D <= 128 ? 4 : c.D <= 256 ? 2 : 1;  // numbers of a lane are registers
+  const mx::Shape of_q{c.B, c.heads, c.T, c.D}, of_k{c.B, groups, c.T, c.D};
+  const auto at = device_ints({c.B, c.T, c.heads, groups, c.dims, c.offset});
+  int bits = 0;
+  std::vector<float> args{c.scale, 0, 0, 0};
   std::map<std::string, mx::array> values{
       {"freqs", device_divisors(c.dims, c.base, c.freqs, c.s)},
-      {"positions", c.segments ? device_ints(positions_of(0, c.T, *c.segments)) : at},
-      {"at", at},
-      {"args", device_floats({c.scale})}};
-  const Template arguments{
-      {"T", x.dtype()}, {"TRADITIONAL", c.traditional}, {"PACKED", c.segments.has_value()}};
-  const Grid grid{{tiles(c.B * c.T * (c.D - c.dims / 2), THREADS), tiles(all, AT_ONCE), 1}, THREADS};
-  auto run = [=](const char* name, std::map<std::string, mx::array> arrays, std::vector<mx::Shape> shapes) {
+      {"positions", c.segments ? device_ints(positions_of(c.offset, c.T, *c.segments)) : at},
+      {"at", at}};
+  const char* const names[] = {"q_weight", "k_weight", "v_weight"};
+  for (size_t i = 0; i < 3; ++i) {
+    auto norm = c.norm(i);
+    if (!norm) continue;
+    bits |= 1 << i, args[1 + i] = norm->eps;
+    values.insert({names[i], norm->weight});
+  }
+  values.insert({"args", device_floats(args)});
+  const Template arguments{{"T", x.dtype()},
+                           {"D", c.D},
+                           {"NORMS", bits},
+                           {"AT_ONCE", at_once},
+                           {"SAME", same},
+                           {"TRADITIONAL", c.traditional},
+                           {"PACKED", c.segments.has_value()}};
+  auto run = [=](const char* name, int heads, std::map<std::string, mx::array> arrays,
+                 std::vector<mx::Shape> shapes) {
+    const auto any = arrays.begin()->second;
     arrays.insert(values.begin(), values.end());
+    for (const char* weight : names) arrays.insert({weight, any});
     const std::vector<mx::Dtype> dtypes(shapes.size(), x.dtype());
+    const Grid grid{{tiles(c.B * c.T, WARPS), tiles(heads, at_once), 1}, 32 * WARPS};
     return launch(name, arrays, shapes, dtypes, arguments, grid, c.s);
   };
-  auto split = [=](const mx::array& y) { return run("heads", {{"joint", y}}, {of_q, of_k, of_k}); };
-  auto join = [=](const Arrays& d) {
-    return run("heads_vjp", {{"q", d[0]}, {"k", d[1]}, {"v", d[2]}}, {{c.B * c.T, all * c.D}})[0];
+  auto split = [=](const mx::array& y) {
+    if (!groups) return run("heads_of_q", c.heads, {{"joint", y}}, {of_q});
+    return run("heads", c.heads + 2 * groups, {{"joint", y}}, {of_q, of_k, of_k});
   };
-  return joint_linears(mx::reshape(x, {c.B * c.T, -1}, c.s), linears, split, join, c.s);
+  auto join = [=](const Arrays& d, const std::optional<mx::array>& y) {
+    return run("heads_vjp", given,
+               {{"joint", y.value_or(d[0])}, {"q", d[0]}, {"k", d[groups ? 1 : 0]}, {"v", d[groups ? 2 : 0]}},
+               {{c.B * c.T, given * c.D}})[0];
+  };
+  const Parts parts{groups ? size_t{3} : 1, split, join, bits > 0};
+  return joint_linears(mx::reshape(x, {c.B * c.T, -1}, c.s), linears, parts, c.s);
+}
+
+/// Why the kernels cannot serve; empty if they can.
+std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
+  if (c.D % 2 || c.D > MOST_D) return "its heads have an even number of dimensions, 512 or less";
+  for (size_t i = 0; i < c.norms.size(); ++i)
+    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype()) return "weights of norms have x's dtype";
+  return JointLinear::unfit(linears, c.B * c.T, x.dtype(), c.s);
 }
 
 }  // namespace
 
-Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, int heads, int groups, int dims,
-                bool traditional, std::optional<float> base, float scale,
-                const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
+Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const Heads& heads,
                 const std::string& impl, mx::StreamOrDevice s) {
-  check(x.ndim() == 3 && linears.size() == 3, "[lora_qkv] expected x [B,T,H] and three linears; got ",
-        x.shape(), " and ", linears.size(), ".");
+  check(x.ndim() == 3 && !linears.empty() && linears.size() <= 3,
+        "[lora_qkv] expected x [B,T,H] and one to three linears; got ", x.shape(), " and ", linears.size(),
+        ".");
   for (const auto& linear : linears) check_linear("lora_qkv", linear);
-  const int width = linears[1].base.out(), D = linears[0].base.out() / heads;
-  check(linears[0].base.out() == heads * D && width == groups * D && linears[2].base.out() == width,
-        "[lora_qkv] expected q of ", heads, " heads and k and v of ", groups, "; got widths ",
-        linears[0].base.out(), ", ", width, " and ", linears[2].base.out(), ".");
-  const Heads c{x.shape(0), x.shape(1), heads, groups,   D,    dims, traditional,
-                base,       scale,      freqs, segments, impl, s};
-  const int rows = c.B * c.T;
-  check(dims > 0 && dims % 2 == 0 && dims <= D, "[lora_qkv] dims must be even and at most D = ", D, "; got ",
-        dims, ".");
-  check(base.has_value() != freqs.has_value(), "[lora_qkv] give either base or freqs.");
-  bool joint = !on_cpu(s) && impl != "stock" &&
-               gpu_kernel("lora_linear", JointLinear::unfit(linears, rows, x.dtype(), s)).ok &&
-               gpu_kernel("heads", "").ok &&
-               static_cast<double>(rows) * (heads + 2 * groups) * D < (1LL << 31);
+  const int D = linears[0].base.out() / heads.heads;
+  bool fits = linears[0].base.out() == heads.heads * D;
+  std::string widths;
+  for (size_t i = 0; i < linears.size(); ++i) {
+    fits = fits && (!i || linears[i].base.out() == heads.groups * D);
+    widths += (i ? ", " : "") + std::to_string(linears[i].base.out());
+  }
+  check(fits, "[lora_qkv] expected q of ", heads.heads, " heads and k and v of ", heads.groups,
+        "; got widths ", widths, ".");
+  const Call c{heads, x.shape(0), x.shape(1), D, impl, s};
+  check(c.dims > 0 && c.dims % 2 == 0 && c.dims <= D, "[lora_qkv] dims must be even and at most D = ", D,
+        "; got ", c.dims, ".");
+  check(c.base.has_value() != c.freqs.has_value(), "[lora_qkv] give either base or freqs.");
+  check(c.norms.size() <= 3, "[lora_qkv] expected norms of q, k and v; got ", c.norms.size(), ".");
+  for (const auto& norm : c.norms)
+    check(!norm || norm->weight.shape() == mx::Shape{D}, "[lora_qkv] expected weights of norms [", D,
+          "]; got ", norm ? norm->weight.shape() : mx::Shape{}, ".");
+  bool joint =
+      !on_cpu(s) && impl != "stock" && gpu_kernel("lora_linear", unfit(c, x, linears)).ok &&
+      gpu_kernel("heads", "").ok &&
+      static_cast<double>(x.shape(0)) * x.shape(1) * (heads.heads + 2 * heads.groups) * D < (1LL << 31);
   return joint ? by_joint_kernels(c, x, linears) : by_ops(c, x, linears);
 }
 
@@ -99,10 +137,24 @@ mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s) {
 }
 
 const Binding binding([](nb::module_& m) {
-  m.def("lora_qkv", &lora_qkv, "x"_a, "linears"_a, "heads"_a, "groups"_a, "dims"_a, nb::kw_only(),
-        "traditional"_a = false, "base"_a = nb::none(), "scale"_a = 1.0f, "freqs"_a = nb::none(),
-        "segments"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "Rotated q and k, and v. x [B,T,H] → [B,heads,T,D], [B,groups,T,D] and alike.");
+  nb::class_<HeadNorm>(m, "HeadNorm", "The RMS norm of a head: weight [D], frozen.")
+      .def(nb::init<mx::array, float>(), "weight"_a, "eps"_a)
+      .def_ro("weight", &HeadNorm::weight)
+      .def_ro("eps", &HeadNorm::eps);
+  m.def(
+      "lora_qkv",
+      [](const mx::array& x, const std::vector<Linear>& linears, int heads, int groups, int dims,
+         bool traditional, std::optional<float> base, float scale, int offset, std::optional<mx::array> freqs,
+         std::optional<Ranges> segments, std::vector<std::optional<HeadNorm>> norms, const std::string& impl,
+         mx::StreamOrDevice s) {
+        const Heads how{heads, groups, dims, traditional, base, scale, offset, freqs, segments, norms};
+        return lora_qkv(x, linears, how, impl, s);
+      },
+      "x"_a, "linears"_a, "heads"_a, "groups"_a, "dims"_a, nb::kw_only(), "traditional"_a = false,
+      "base"_a = nb::none(), "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(),
+      "segments"_a = nb::none(), "norms"_a = std::vector<std::optional<HeadNorm>>{}, "impl"_a = "auto",
+      "stream"_a = nb::none(),
+      "q and k, normed and rotated, and v, normed. x [B,T,H] → [B,heads,T,D], [B,groups,T,D] and alike.");
   m.def("merge_heads", &merge_heads, "o"_a, nb::kw_only(), "stream"_a = nb::none(),
         "o [B,H,T,D] → [B,T,H·D].");
 });

@@ -125,6 +125,23 @@ std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
   return "";
 }
 
+namespace {
+
+Template unpack_arguments(const Base& base, mx::Dtype dtype) {
+  return {{"T", dtype},
+          {"MODE", base.scales ? mode_of(base)->code : DENSE},
+          {"BITS", base.scales ? base.bits : 32},
+          {"GROUP", base.scales ? base.group_size : 32}};
+}
+
+}  // namespace
+
+UnpackTable unpack_table(const Base& base, mx::Dtype dtype) {
+  const auto scales = base.scales.value_or(base.weight);
+  return {{{"w", base.weight}, {"scales", scales}, {"biases", base.biases.value_or(scales)}},
+          unpack_arguments(base, dtype)};
+}
+
 mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::optional<mx::array>& columns,
                  const std::optional<mx::array>& rows, mx::StreamOrDevice s) {
   const auto& first = bases[0];
@@ -145,13 +162,9 @@ mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::opt
   }
   at.insert(at.end(), {k, beside, below});
   values.insert({"at", device_ints(at)});
-  Template arguments{{"T", dtype},
-                     {"MODE", first.scales ? mode_of(first)->code : DENSE},
-                     {"BITS", first.scales ? first.bits : 32},
-                     {"GROUP", first.scales ? first.group_size : 32}};
   int groups = tiles((n + below) * ((k + beside) / 8), 512);
-  return launch("dequantize", values, {{n + below, k + beside}}, {dtype}, arguments, {{groups, 1, 1}, 256},
-                s)[0];
+  return launch("dequantize", values, {{n + below, k + beside}}, {dtype}, unpack_arguments(first, dtype),
+                {{groups, 1, 1}, 256}, s)[0];
 }
 
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s) {

@@ -1,7 +1,7 @@
 // Products with a frozen weight, dense or quantized, on either kind of device.
 #pragma once
 
-#include "core/kernel.h"
+#include "core/gpu.h"
 #include "ops/linear/cpu.h"
 
 namespace segtrain {
@@ -28,7 +28,13 @@ struct CpuBase {
 /// beside them and `rows` [R, k] below: cuda/dequantize.cu.
 mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::optional<mx::array>& columns,
                  const std::optional<mx::array>& rows, mx::StreamOrDevice s);
-/// Why it cannot; empty if it can.
+/// A weight as the kernels of cuda/dequantize.cu take a single one.
+struct UnpackTable {
+  std::map<std::string, mx::array> values;
+  Template arguments;
+};
+UnpackTable unpack_table(const Base& base, mx::Dtype dtype);
+/// Why they cannot; empty if they can.
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype);
 
 /// x·Wᵀ, or x·W if not transposed; x [..., in] or [..., out]. MLX's own ops.

@@ -155,30 +155,29 @@ Arrays JointLinear::gradients(const Arrays& ab, const mx::array& x, const mx::ar
   return grads;
 }
 
-Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears,
-                     const std::function<Arrays(const mx::array&)>& split,
-                     const std::function<mx::array(const Arrays&)>& join, mx::StreamOrDevice s) {
+Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears, const Parts& parts,
+                     mx::StreamOrDevice s) {
   const JointLinear all(linears, x.dtype(), s);
   auto ab = [](const Arrays& p) { return Arrays(p.begin() + 1, p.end()); };
   auto forward = [=](const Arrays& p) {
     auto [y, kept] = all.forward(p[0], ab(p));
-    auto parts = split(y);
-    parts.insert(parts.end(), kept.begin(), kept.end());
-    return parts;
+    auto made = parts.split(y);
+    made.insert(made.end(), kept.begin(), kept.end());
+    if (parts.keeps_y) made.push_back(y);
+    return made;
   };
-  auto vjp = [=, n = linears.size(), dtype = x.dtype()](const Arrays& p, const Arrays& dys,
-                                                        const Arrays& made) {
-    const Arrays kept(made.begin() + n, made.end());
-    Arrays parts;
-    for (const auto& dy : dys) parts.push_back(mx::astype(dy, dtype, s));
-    auto dy = join(parts);
+  auto vjp = [=, dtype = x.dtype()](const Arrays& p, const Arrays& dys, const Arrays& made) {
+    const Arrays kept(made.begin() + parts.n, made.end() - parts.keeps_y);
+    Arrays given;
+    for (const auto& dy : dys) given.push_back(mx::astype(dy, dtype, s));
+    auto dy = parts.join(given, parts.keeps_y ? std::optional(made.back()) : std::nullopt);
     auto [dx, u] = all.dx(dy, kept);
     if (!u) return Arrays{dx};
     auto grads = all.gradients(ab(p), p[0], dy, kept[0], *u);
     grads.insert(grads.begin(), after(dx, grads));
     return grads;
   };
-  return with_vjp(primals_of(x, linears), linears.size(), forward, vjp);
+  return with_vjp(primals_of(x, linears), parts.n, forward, vjp);
 }
 
 }  // namespace segtrain

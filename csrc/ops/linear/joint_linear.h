@@ -55,10 +55,15 @@ class JointLinear {
   mx::StreamOrDevice s_;
 };
 
-/// What `split` makes of the y of linears that read x [M, in] as one product; `join` makes y's gradient of
-/// its parts'.
-Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears,
-                     const std::function<Arrays(const mx::array&)>& split,
-                     const std::function<mx::array(const Arrays&)>& join, mx::StreamOrDevice s);
+/// The `n` arrays that `split` makes of the y of linears that read x [M, in] as one product; `join` makes y's
+/// gradient of theirs, and of y, which is kept for it where `keeps_y`.
+struct Parts {
+  size_t n;
+  std::function<Arrays(const mx::array& y)> split;
+  std::function<mx::array(const Arrays& dys, const std::optional<mx::array>& y)> join;
+  bool keeps_y = false;
+};
+Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears, const Parts& parts,
+                     mx::StreamOrDevice s);
 
 }  // namespace segtrain

@@ -81,9 +81,11 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
 Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamOrDevice s) {
   mx::Shape ends;
   for (size_t i = 0, end = 0; i + 1 < linears.size(); ++i) ends.push_back(end += linears[i].base.out());
-  return joint_linears(
-      x, linears, [=](const mx::array& y) { return ends.empty() ? Arrays{y} : mx::split(y, ends, -1, s); },
-      [=](const Arrays& dys) { return ends.empty() ? dys[0] : mx::concatenate(dys, -1, s); }, s);
+  auto split = [=](const mx::array& y) { return ends.empty() ? Arrays{y} : mx::split(y, ends, -1, s); };
+  auto join = [=](const Arrays& dys, const std::optional<mx::array>&) {
+    return ends.empty() ? dys[0] : mx::concatenate(dys, -1, s);
+  };
+  return joint_linears(x, linears, {linears.size(), split, join}, s);
 }
 
 }  // namespace

@@ -39,6 +39,7 @@ class LayerForm:
     softcap: bool = False
     separate_values: bool = True  #: False: values are the keys
     q_norm: bool = False
+    wide_norms: bool = False  #: those of q and k span all heads
     v_norm: bool = False
     after_norms: bool = False
     own_input: int = 0  #: made from the tokens, for this layer only
@@ -91,15 +92,18 @@ class LayerHeaders:
         fused = self.linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
         own = 0 if more.get("donor") else own
+        head = text.get("head_dim") or query // text["num_attention_heads"]
+        norm = self.tensors.get(f"{self.name}.self_attn.q_norm.weight")
         return LayerForm(
             **{
                 "name": self.name,
                 "query": query,
                 "key_value": own,
                 "hidden": hidden,
-                "head": text.get("head_dim") or query // text["num_attention_heads"],
+                "head": head,
                 "separate_values": own > 0 and bool(fused or self.linear("self_attn.v_proj")[1]),
-                "q_norm": self._has("self_attn.q_norm"),
+                "q_norm": norm is not None,
+                "wide_norms": norm is not None and norm[1][0] > (more.get("head") or head),
                 "after_norms": self._has("post_feedforward_layernorm"),
                 "own_input": self.linear("per_layer_input_gate")[1],
             }

@@ -26,7 +26,6 @@ from .layer import (
     Projection,
     chain,
     layer_of,
-    looked_up,
 )
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
@@ -52,12 +51,10 @@ def chain_of(model: Any, prefix: str) -> Chain:
     names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
     donors = getattr(body, "previous_kvs", range(len(names)))
 
-    def scaled(h: mx.array) -> mx.array:
-        if kind == "gemma3_text":  # which rounds the factor first
-            return h * mx.array(args.hidden_size**0.5, mx.bfloat16).astype(h.dtype)
-        return h * args.hidden_size**0.5
-
-    embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", scaled)
+    factor = args.hidden_size**0.5
+    if kind == "gemma3_text":  # which rounds the factor first
+        factor = float(mx.array(factor, mx.bfloat16))
+    embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", factor)
 
     def layer_at(i: int, name: str) -> Layer:
         layer, more = body.layers[i], {}
@@ -68,8 +65,10 @@ def chain_of(model: Any, prefix: str) -> Chain:
         }
         mlp, donor = partial(Mlp, gelu=True), names[donors[i]] if donors[i] != i else None
         if fourth:
-            more["finish"] = _finish(body, embedding, name, i)
-            more["own_input"] = body.hidden_size_per_layer_input
+            if size := body.hidden_size_per_layer_input:
+                more["finish"], more["own_input"] = _finish(body, embedding, name, i), size
+            else:
+                more["factor"] = layer.layer_scalar
             if not donor:
                 weight = mx.ones_like(attn.q_norm.weight)
                 attention["v_norm"] = Norm(weight, attn.q_norm.eps)
@@ -185,37 +184,29 @@ class _Experts(Mlp):
 
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
-) -> Callable[[Linears, mx.array, mx.array | None], mx.array]:
+) -> Callable[[Linears, mx.array, mx.array], mx.array]:
     """The end of layer i of Gemma 4: what its own input adds, and its scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
-    own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT if size]
+    own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
+    norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)
+    begin = i * size
+    base = ops.rows_of(ops.base_of(body.per_layer_model_projection), begin, begin + size)
+    table = ops.base_of(body.embed_tokens_per_layer)
+    factors = [
+        body.per_layer_projection_scale,
+        body.embed_tokens_per_layer_scale,
+        body.per_layer_input_scale,
+    ]
 
     def own_input(tokens: mx.array) -> mx.array:
         """Layer i's part of the token's second embedding and of a projection of the first."""
-        begin, end = i * size, (i + 1) * size
-        base = ops.rows_of(ops.base_of(body.per_layer_model_projection), begin, end)
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
-        x = Norm.of(body.per_layer_projection_norm)(x * body.per_layer_projection_scale)
-        second = _embedded(body.embed_tokens_per_layer, tokens, i, len(body.layers))
-        x = x + second * body.embed_tokens_per_layer_scale
-        return x * body.per_layer_input_scale
+        return ops.own_input(x, norm.weight, norm.eps, table, tokens, begin, factors)
 
-    def finish(linears: Linears, h: mx.array, tokens: mx.array | None) -> mx.array:
-        if tokens is not None:
-            x = own_input(tokens[:, -h.shape[1] :])
-            (gate,) = linears(h, own[0])
-            (x,) = linears(ops.geglu(gate, x), own[1])
-            h = h + Norm.of(layer.post_per_layer_input_norm)(x)
-        return h * layer.layer_scalar
+    def finish(linears: Linears, h: mx.array, tokens: mx.array) -> mx.array:
+        x = own_input(tokens[:, -h.shape[1] :])
+        (gate,) = linears(h, own[0])
+        (x,) = linears(ops.geglu(gate, x), own[1])
+        return after.added(h, x, layer.layer_scalar)
 
     return finish
-
-
-def _embedded(module: Any, tokens: mx.array, i: int, n: int) -> mx.array:
-    """Part i of n alike of the tokens' rows of an embedding, dense or quantized."""
-
-    if "scales" in module and module.scales.shape[1] % n:  # a group lies in two parts
-        x = looked_up(module, tokens)
-        size = x.shape[-1] // n
-        return x[..., i * size : (i + 1) * size]
-    return looked_up(module, tokens * n + i, n)

@@ -113,6 +113,17 @@ class Norm:
     def __call__(self, x: mx.array) -> mx.array:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def beside(self, h: mx.array) -> list[mx.array]:
+        """h and its norm."""
+        return ops.rms_norm_beside(h, self.weight, self.eps)
+
+    def added(self, h: mx.array, x: mx.array, factor: mx.array | None = None) -> mx.array:
+        """(h + norm of x)·factor"""
+        return ops.add_rms_norm(h, x, self.weight, self.eps, factor)
+
+    def of_heads(self) -> ops.HeadNorm:
+        return ops.HeadNorm(self.weight, self.eps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
@@ -152,9 +163,17 @@ class Attention:
         stream = linears.updates.stream
         segments = stream.segments
         if rows == x.shape[1] and not stream.branch and self._is_plain(linears, own):
+            norms = [norm and norm.of_heads() for norm in (self.q_norm, self.k_norm, self.v_norm)]
             q, *keys = self.rotate.of_linears(
-                x, [linears.of(p) for p in (self.q, *own)], self.heads, self.kv_heads, segments
+                x,
+                [linears.of(p) for p in (self.q, *own)],
+                self.heads,
+                self.kv_heads,
+                given[0].shape[2] - rows if given else 0,
+                segments,
+                norms if any(norms) else [],
             )
+            keys = keys or given
             o, kept = self._attend(q, keys, saved, save, segments)
             return linears(o, self.o)[0], keys, kept
         if rows == x.shape[1]:
@@ -190,13 +209,9 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
-        """Whether between the projections of x and attention there is nothing but rotation."""
-        norms = (self.q_norm, self.k_norm, self.v_norm)
+        """Whether between the projections of x and attention heads have norms and rotation only."""
         return (
-            len(own) == 2
-            and linears.plain(self.q, *own)
-            and not any(norms)
-            and isinstance(self.rotate, Rotary)
+            linears.plain(self.q, *own) and not self.wide_norms and isinstance(self.rotate, Rotary)
         )
 
     def _attend(
@@ -257,7 +272,8 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """h + attention(h), then + mlp(h), each between its norms; `finish` turns h into the output.
+    """h + attention(h), then + mlp(h), each between its norms, and times `factor`; or `finish`
+    turns h into the output.
 
     A stage each, so that they can be run again one by one. `donor` names the layer whose keys and
     values this one reads.
@@ -272,8 +288,11 @@ class Layer:
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
-    finish: Callable[[Linears, mx.array, mx.array | None], mx.array] | None = None
-    own_input: int = 0  #: its width; `finish` then takes the tokens [B, T] as well
+    factor: mx.array | None = None  #: one number
+    finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = (
+        None  #: of tokens [B, T], too
+    )
+    own_input: int = 0  #: the width of what `finish` makes of the tokens
     donor: str | None = None
 
     @property
@@ -290,6 +309,7 @@ class Layer:
             softcap=bool(attention.softcap),
             separate_values=attention.v is not None,
             q_norm=attention.q_norm is not None,
+            wide_norms=attention.wide_norms,
             v_norm=attention.v_norm is not None,
             after_norms=self.after_mlp is not None,
             own_input=self.own_input,
@@ -308,62 +328,55 @@ class Layer:
             save: bool = False,
         ) -> tuple[mx.array, ...]:
             rows = more[0].size if form.trims else h.shape[1]
-            x = self.before_attention(h) if self.before_attention else h
+            h, x = self.before_attention.beside(h) if self.before_attention else (h, h)
             given = more[-2:] if self.donor else ()
             r, kv, kept = self.attention(Linears(params, updates), x, rows, given, saved, save)
             h = h if rows == h.shape[1] else h[:, -rows:]
-            h = h + self._branch(r, self.after_attention)
+            h = self._added(h, r, self.after_attention)
             return (h, *(kv if form.gives else ()), *(kept if save else ()))
 
         def mlp(params: Mapping[str, mx.array], h: mx.array, *more: mx.array) -> mx.array:
             linears = Linears(params, updates)
-            r = self.mlp(linears, h, self.before_mlp(h) if self.before_mlp else h)
-            h = h + self._branch(r, self.after_mlp)
-            return self.finish(linears, h, more[0] if more else None) if self.finish else h
+            h, x = self.before_mlp.beside(h) if self.before_mlp else (h, h)
+            h = self._added(h, self.mlp(linears, h, x), self.after_mlp, self.factor)
+            return self.finish(linears, h, more[0]) if self.finish else h
 
         of_attention, of_mlp = form.stages(updates.stream)
         return [Stage(fn=attention, **vars(of_attention)), Stage(fn=mlp, **vars(of_mlp))]
 
-    def _branch(self, r: mx.array, after: Norm | None) -> mx.array:
-        """What a branch adds to h."""
+    def _added(
+        self, h: mx.array, r: mx.array, after: Norm | None, factor: mx.array | None = None
+    ) -> mx.array:
+        """h and what a branch adds to it, times the factor."""
+        if after and self.branch_scale == 1:
+            return after.added(h, r, factor)
         r = after(r) if after else r
-        return r if self.branch_scale == 1 else r * self.branch_scale
-
-
-def looked_up(module: nn.Module, index: mx.array, parts: int = 1) -> mx.array:
-    """Rows of a frozen embedding, dense or quantized, by index […]: […, H]; or, of a table whose
-    rows have so many parts alike, these parts."""
-
-    def rows(name: str) -> Any:
-        x = module.get(name)
-        return None if x is None else ops.take_rows(x.reshape(x.shape[0] * parts, -1), index)
-
-    if "scales" not in module:
-        return rows("weight")
-    return mx.dequantize(rows("weight"), rows("scales"), rows("biases"), **ops.packing(module))
+        h = h + (r if self.branch_scale == 1 else r * self.branch_scale)
+        return h if factor is None else h * factor
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Tokens → h through a frozen table [V, H] and an update of its rows; then `finish`."""
+    """Tokens → h through a frozen table [V, H] and an update of its rows, times `factor`."""
 
     module: nn.Module
     path: str
-    finish: Callable[[mx.array], mx.array]
+    factor: float = 1.0
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens [B, T] → h [B, T, H], without an update."""
-        return self.finish(looked_up(self.module, tokens))
+        return ops.embedded_rows(ops.base_of(self.module), tokens, factor=self.factor)
 
     def stage(self, updates: Updates) -> Stage:
         def embed(params: Mapping[str, mx.array], tokens: mx.array) -> mx.array:
-            h = looked_up(self.module, tokens)
-            if f"{self.path}.lora_a" in params:
-                z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
-                if updates.dropout:
-                    z = dropped(z, updates.dropout.rate, updates.key(self.path))
-                h = h + (updates.scales[self.path] * z).astype(h.dtype)
-            return self.finish(h)
+            if f"{self.path}.lora_a" not in params:
+                return self(tokens)
+            h = ops.embedded_rows(ops.base_of(self.module), tokens)
+            z = params[f"{self.path}.lora_a"][tokens] @ params[f"{self.path}.lora_b"]
+            if updates.dropout:
+                z = dropped(z, updates.dropout.rate, updates.key(self.path))
+            h = h + (updates.scales[self.path] * z).astype(h.dtype)
+            return h if self.factor == 1 else h * self.factor
 
         return Stage(fn=embed, **vars(StageForm.embedding(self.path, updates.stream)))
 
@@ -570,10 +583,13 @@ class Rotary:
         linears: Sequence[ops.Linear],
         heads: int,
         groups: int,
+        offset: int,
         segments: ops.Segments | None,
+        norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """q and k, rotated, and v."""
-        return ops.lora_qkv(x, linears, heads, groups, self.dims, segments=segments, **self.options)
+        """q and k, each head through its norm and rotated, and v; or q alone."""
+        more: Any = {"offset": offset, "segments": segments, "norms": norms}
+        return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 
 
 def rotary(rope: Any) -> Rotate:

@@ -29,15 +29,12 @@ def chain_of(model: Any, prefix: str) -> Chain:
     shrink = 1 / getattr(model, "logits_scaling", 1.0)
     grow = getattr(body, "embedding_multiplier", 1.0)
 
-    def grown(h: mx.array) -> mx.array:
-        return h if grow == 1 else h * grow
-
     # A multiplier of the logits is one of the norm's weight, which meets every row.
     weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
     return chain(
         model,
         prefix,
-        Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grown),
+        Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", grow),
         [_layer(name, layer, args) for name, layer in zip(names, body.layers, strict=True)],
         Norm(weight, body.norm.eps),
         tied=args.tie_word_embeddings,

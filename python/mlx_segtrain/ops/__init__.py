@@ -17,20 +17,23 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import _core
-from .._core import Base, Linear, join, merge_heads
+from .._core import Base, HeadNorm, Linear, join, merge_heads
 from . import reference, selfcheck
 from .reference import Segments, packing, positions_of, segment_ranges
 from .selfcheck import on_gpu, self_check
 
 __all__ = [
     "Base",
+    "HeadNorm",
     "Linear",
     "Segments",
+    "add_rms_norm",
     "attention",
     "attention_forward",
     "base_of",
     "dequantize",
     "dropout_key",
+    "embedded_rows",
     "geglu",
     "join",
     "linear_cross_entropy",
@@ -40,9 +43,11 @@ __all__ = [
     "lora_linears",
     "lora_qkv",
     "merge_heads",
+    "own_input",
     "packing",
     "positions_of",
     "rms_norm",
+    "rms_norm_beside",
     "rope",
     "rows_of",
     "segment_ranges",
@@ -205,10 +210,76 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -
     return _core.rms_norm(x, weight, eps, impl=impl)
 
 
+@_face(reference.rms_norm_beside)
+def rms_norm_beside(
+    h: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
+) -> list[mx.array]:
+    """h and `rms_norm` of it, both [..., H], as a branch of a layer begins.
+
+    On CUDA the backward pass adds the gradients of both in the norm's own pass.
+    """
+    return _core.rms_norm_beside(h, weight, eps, impl=impl)
+
+
+@_face(reference.add_rms_norm)
+def add_rms_norm(
+    h: mx.array,
+    x: mx.array,
+    weight: mx.array,
+    eps: float,
+    factor: mx.array | None = None,
+    *,
+    impl: str = "auto",
+) -> mx.array:
+    """y = (h + rms_norm(x))·factor, as a branch of a layer ends. h, x, y [..., H], weight [H].
+
+    `factor` is an array of one number; it and the weight are frozen, without gradient. On CUDA a
+    kernel a direction.
+    """
+    return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)
+
+
 @_face(reference.take_rows)
 def take_rows(x: mx.array, index: mx.array, *, impl: str = "auto") -> mx.array:
     """x[index]. x [N, …], index […] of integers 0 … N − 1 → […, …], x's dtype."""
     return _core.take_rows(x, index, impl=impl)
+
+
+@_face(reference.embedded_rows)
+def embedded_rows(
+    table: Base,
+    index: mx.array,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    factor: float = 1.0,
+    impl: str = "auto",
+) -> mx.array:
+    """Rows of a frozen table [V, ·], dense or quantized, times a factor; or their columns.
+
+    index […] of integers 0 … V − 1 → […, end − begin], in the dtype of the table, or of its scales.
+    """
+    return _core.embedded_rows(table, index, begin=begin, end=end, factor=factor, impl=impl)
+
+
+@_face(reference.own_input)
+def own_input(
+    x: mx.array,
+    weight: mx.array,
+    eps: float,
+    table: Base,
+    index: mx.array,
+    begin: int,
+    factors: Sequence[float],
+    *,
+    impl: str = "auto",
+) -> mx.array:
+    """y = (rms_norm(x·f0) + rows·f1)·f2, the input of its own that a layer of Gemma 4 has.
+
+    x, y [..., D], weight [D]; rows are D columns from `begin` on of those that index [...] names in
+    a table, as in `embedded_rows`. Nothing of it has a gradient.
+    """
+    return _core.own_input(x, weight, eps, table, index, begin, list(factors), impl=impl)
 
 
 @_face(reference.rope)
@@ -287,20 +358,24 @@ def lora_qkv(
     traditional: bool = False,
     base: float | None = None,
     scale: float = 1.0,
+    offset: int = 0,
     freqs: mx.array | None = None,
     segments: Segments | None = None,
+    norms: Sequence[HeadNorm | None] = (),
     impl: str = "auto",
 ) -> list[mx.array]:
-    """q and k, rotated as `rope` does, and v, by three linears as `lora_linears` has them.
+    """q and k, rotated as `rope` does, and v, by linears as `lora_linears` has them.
 
-    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. `segments` as for `attention`, of all rows.
-    On CUDA the heads are made of one product in one pass, and so is its gradient of theirs.
+    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. Of two linears the second gives keys and
+    values, which are the keys before norm and rotation; of one there is q alone. `norms` are those
+    of each head of q, k and v, before rotation. `segments` as for `attention`, of offset + T rows.
+    On CUDA the heads are made of one product in one pass, and so is its gradient of theirs; with
+    norms the product is kept for it.
     """
-    ranges = None if segments is None else segment_ranges(segments, x.shape[1])
+    ranges = None if segments is None else segment_ranges(segments, offset + x.shape[1])
     how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
-    return _core.lora_qkv(
-        x, linears, heads, groups, dims, freqs=freqs, segments=ranges, impl=impl, **how
-    )
+    how |= {"offset": offset, "freqs": freqs, "segments": ranges, "norms": list(norms)}
+    return _core.lora_qkv(x, linears, heads, groups, dims, impl=impl, **how)
 
 
 @_face(reference.lora_glu_mlp, without=["tile_rows"])

@@ -181,6 +181,17 @@ def rms_norm_vjp(x, weight, dy, eps):
     return (r * g - x32 * r**3 * (g * x32).mean(axis=-1, keepdims=True)).astype(x.dtype)
 
 
+def rms_norm_beside(h, weight, eps):
+    """h and its norm"""
+    return [h, rms_norm(h, weight, eps)]
+
+
+def add_rms_norm(h, x, weight, eps, factor=None):
+    """(h + rms_norm(x))·factor"""
+    y = h + rms_norm(x, weight, eps)
+    return y if factor is None else y * factor
+
+
 def positions_of(offset: int, n: int, segments: Segments | None) -> mx.array:
     """[n] int32: positions from `offset` on, counted from the begin of their segment."""
     places = np.arange(offset, offset + n)
@@ -234,15 +245,17 @@ def lora_linears(x, linears, *, dropout=0.0, keys=()):
     ]
 
 
-def lora_qkv(x, linears, heads, groups, dims, **how):
-    """heads of lora_linears, of which q and k go through rope"""
+def lora_qkv(x, linears, heads, groups, dims, *, norms=(), **how):
+    """heads of lora_linears, each through its norm, of which q and k go through rope"""
     ys = lora_linears(x, linears)
-    q, k, v = (
-        y.reshape(*y.shape[:2], n, -1).transpose(0, 2, 1, 3)
-        for y, n in zip(ys, (heads, groups, groups), strict=True)
-    )
-    q, k = (rope(y, dims, **how) for y in (q, k))
-    return [q, k, v]
+    ys += ys[1:] if len(ys) == 2 else []
+    for i, y in enumerate(ys):
+        y = y.reshape(*y.shape[:2], groups if i else heads, -1)
+        if i < len(norms) and norms[i] is not None:
+            y = rms_norm(y, norms[i].weight, norms[i].eps)
+        y = y.transpose(0, 2, 1, 3)
+        ys[i] = rope(y, dims, **how) if i < 2 else y
+    return ys
 
 
 def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):
@@ -280,6 +293,19 @@ def take_rows(x, index):
     """x[index], by a product with ones where a row is named: its gradient is one, too"""
     rows = _onehot(index.reshape(-1), x.shape[0]).astype(x.dtype) @ x.reshape(x.shape[0], -1)
     return rows.reshape(*index.shape, *x.shape[1:])
+
+
+def embedded_rows(table, index, *, begin=0, end=None, factor=1.0):
+    """table[index, begin:end]·factor"""
+    dtype = table.weight.dtype if table.scales is None else table.scales.dtype
+    dtype = mx.bfloat16 if dtype == mx.uint8 else dtype
+    return take_rows(weight_of(table, dtype)[:, begin:end], index) * factor
+
+
+def own_input(x, weight, eps, table, index, begin, factors):
+    """(norm(x·f0) + rows·f1)·f2"""
+    rows = embedded_rows(table, index, begin=begin, end=begin + x.shape[-1], factor=factors[1])
+    return (rms_norm(x * factors[0], weight, eps) + rows) * factors[2]
 
 
 def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None, label_smoothing=0.0):

@@ -175,13 +175,16 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         packed=shape.part > 0,
     )
     dora = batch.dora and stage.parameters > 0
-    # On CUDA heads are made of the common product in one pass, and then it is free (`lora_qkv`).
-    # Elsewhere rotation reads its columns and, without a norm between, copies them first.
-    plain = not (layer.q_norm or layer.v_norm or dora or batch.dropout or shape.branch)
-    one_pass = device.name == "cuda" and plain and k and layer.separate_values and tokens == out
+    # On CUDA heads are made of the common product in one pass (`lora_qkv`), and then it is free
+    # unless norms read it again; values have an array of their own. Elsewhere rotation reads its
+    # columns and, without a norm between, copies them first.
+    plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
+    one_pass = device.name == "cuda" and plain and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
-    if one_pass:
+    if one_pass and not layer.q_norm:
         copies = tokens * k - out * q
+    elif one_pass and not layer.v_norm:
+        copies = tokens * k
     forward = out * (h + 3 * q) + tokens * (h + 3 * k) + 2 * k * behind + both * q
     if device.gpu:
         backward = out * (2 * h + 6 * q) + tokens * (h + 4 * k)

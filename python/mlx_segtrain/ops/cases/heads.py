@@ -1,5 +1,6 @@
 """Heads of q, k and v of one product, q and k rotated, as CUDA makes them in one pass."""
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from .linear import with_factors
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Rows of two, packed and not."""
+    """Rows of two, packed and not; of q, k and v, of keys that are values, of q alone."""
     if device != "cuda":
         return
     heads, groups, d, width = 4, 2, 64, 256
@@ -24,6 +25,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         base = _core.Base(*mx.quantize(w[begin:end] / 16, bits=4), group_size=64, bits=4)
         linears.append(_core.Linear(base, a / 16, b[:, : end - begin], 0.5))
     factors = [x for linear in linears for x in (linear.a, linear.b) if x is not None]
+    yield from _with_norms(x, linears)
     for traditional in (False, True):
         segments = [(0, 7), (7, rows // 3), (rows // 3, rows)] if traditional else None
 
@@ -40,4 +42,19 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
             return mx.concatenate(reference.lora_qkv(x, own, heads, groups, 48, **more), 1)
 
         case = "neighbours, packed" if traditional else "halves"
+        yield selfcheck.Call("heads", case, run, plain, [x, *factors])
+
+
+def _with_norms(x: mx.array, linears: list[_core.Linear]) -> Iterator[selfcheck.Call]:
+    weights = selfcheck.normal((3, 64), dtype=mx.bfloat16, seed=2)[0]
+    norms = [_core.HeadNorm(weight, 1e-6) for weight in weights]
+    for n, case in ((3, "norms"), (2, "norms, values are keys"), (1, "norm of q")):
+        own = linears[:n]
+        factors = [x for linear in own for x in (linear.a, linear.b) if x is not None]
+
+        def run(x: mx.array, *ab: mx.array, of=_core, own=own) -> mx.array:
+            more = {"base": 1e4, "offset": 3, "norms": norms}
+            return mx.concatenate(of.lora_qkv(x, with_factors(own, ab), 4, 2, 48, **more), 1)
+
+        plain = functools.partial(run, of=reference)
         yield selfcheck.Call("heads", case, run, plain, [x, *factors])

@@ -13,6 +13,20 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         kernel = functools.partial(_core.rms_norm, weight=w[0], eps=1e-5, impl="kernel")
         plain = functools.partial(reference.rms_norm, weight=w[0], eps=1e-5)
         yield selfcheck.Call("rms_norm", "", kernel, plain, [x])
+    if device == "cuda":
+        # More than a thread's eight numbers, and a width that no number of threads divides.
+        for width in (1000, 4096):
+            h, x, w = selfcheck.normal((rows, width), (rows, width), (2, width), dtype=mx.bfloat16)
+            factor = mx.array([0.5], mx.bfloat16)
+
+            def run(h: mx.array, x: mx.array, of=_core, w=w, factor=factor) -> mx.array:
+                h, y = of.rms_norm_beside(h, w[0], 1e-5)
+                x = of.rms_norm(x, w[1], 1e-5) + y
+                h = of.add_rms_norm(h, x, w[0], 1e-5)
+                return of.add_rms_norm(h, x, w[1], 1e-5, factor)
+
+            plain = functools.partial(run, of=reference)
+            yield selfcheck.Call("rms_norm", f"{width} wide", run, plain, [h, x])
 
 
 def norm(rows: int, width: int) -> bench.Case:

@@ -1,5 +1,6 @@
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,3 +17,21 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     yield selfcheck.Call(
         "take_rows", "", kernel, plain, selfcheck.normal((rows, 96), dtype=mx.bfloat16)
     )
+    yield from _of_a_table(rows, index)
+
+
+def _of_a_table(rows: int, index: mx.array) -> Iterator[selfcheck.Call]:
+    """Ops without a gradient, as factors of what has one."""
+    w, x, norm = selfcheck.normal((rows // 2, 512), (rows, 128), (1, 128), dtype=mx.bfloat16)
+    table = _core.Base(*mx.quantize(w, bits=4), group_size=64, bits=4)
+
+    def embedded(x: mx.array, of: Any = _core) -> mx.array:
+        return x * of.embedded_rows(table, index, begin=256, end=384, factor=3.0)
+
+    def own(x: mx.array, of: Any = _core) -> mx.array:
+        given = mx.stop_gradient(x)
+        return x * of.own_input(given, norm[0], 1e-5, table, index, 128, [0.5, 2.0, 0.75])
+
+    ops: dict[str, Callable[..., mx.array]] = {"embedded_rows": embedded, "own_input": own}
+    for op, run in ops.items():
+        yield selfcheck.Call(op, "", run, functools.partial(run, of=reference), [x])
