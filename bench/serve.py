@@ -1,13 +1,20 @@
-"""Generation with adapters that are swapped, beside stock mlx-lm: tokens/s, and what a swap takes.
+"""Generation with many adapters, beside stock mlx-lm: tokens/s, stalls, and what a swap takes.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
+                          [--at-once 8 16 64] [--rounds 2]
 
 SHAPE is one of bench/step.py's, with random 4-bit weights. All in one process, greedy, each cell
-after a warm-up of its own; the prompt is not in any cache. Cells:
-    mlx-lm            stream_generate, the model as mlx-lm loads it
+after a warm-up of its own; the prompts are in no cache, and each is of its own tokens. Every round
+runs all cells, so that what else the machine does meets all of them; the best of each is told.
+Cells:
+    mlx-lm            generate_step, the model as mlx-lm loads it
     mlx-lm, adapter   the same with mlx-lm's own LoRA layers
+    mlx-lm, N         its BatchGenerator with so many prompts; all of one adapter if it has one
     alone             one request to our engine, without and with an adapter
-    N at once         so many requests to it, of three adapters in turn
+    deterministic     the same in the lane whose answers are bit for bit those alone
+    N at once         so many requests to it, without adapters, and of three adapters in turn
+Columns: seconds to the first token of the median request; tokens/s of all after the first one came,
+and those of the whole run with its prompts; the longest wait between two tokens of one answer.
 """
 
 import argparse
@@ -17,6 +24,7 @@ import platform
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,57 +80,103 @@ def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
     return folders
 
 
-def stock(model: Path, adapter: Path | None, prompt: list[int], tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens/s behind it."""
-    from mlx_lm.generate import generate_step
-    from mlx_lm.utils import load
-
-    base = load(str(model), adapter_path=None if adapter is None else str(adapter))[0]
-    found = (0.0, 0.0)
-    for _ in range(2):
-        begun = time.perf_counter()
-        times = []
-        for _ in generate_step(mx.array(prompt), base, max_tokens=tokens):
-            times.append(time.perf_counter() - begun)
-        found = times[0], (len(times) - 1) / (times[-1] - times[0])
-    return found
+Times = list[list[float]]  #: of each request, when its tokens came
 
 
-async def ours(engine: Engine, prompts: list[list[int]], names: list[str], tokens: int):
-    """The same of requests at once: of the median one, and tokens/s of all together."""
+class Table:
+    """The best round of each cell."""
 
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[float, float, float, float]] = {}
+
+    def add(self, cell: str, begun: float, times: Times) -> None:
+        first = statistics.median(own[0] for own in times) - begun
+        start, end = min(own[0] for own in times), max(own[-1] for own in times)
+        n = sum(map(len, times))
+        stall = max((y - x for own in times for x, y in pairwise(own)), default=0.0)
+        row = (first, (n - len(times)) / (end - start), n / (end - begun), stall)
+        if cell not in self.rows or row[1] > self.rows[cell][1]:
+            self.rows[cell] = row
+
+    def show(self) -> None:
+        print("| cell | first token s | tokens/s | with prompts | longest stall s |")
+        print("|---|---|---|---|---|")
+        for cell, (first, speed, whole, stall) in self.rows.items():
+            print(f"| {cell} | {first:.3f} | {speed:.1f} | {whole:.1f} | {stall:.3f} |")
+
+
+def stock(base: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Times]:
+    """mlx-lm's own: one request by generate_step, several by its BatchGenerator."""
+    from mlx_lm.generate import BatchGenerator, generate_step
+
+    begun = time.perf_counter()
+    if len(prompts) == 1:
+        steps = generate_step(mx.array(prompts[0]), base, max_tokens=tokens)
+        return begun, [[time.perf_counter() for _ in steps]]
+    times: dict[int, list[float]] = {}
+    batch = BatchGenerator(base, max_tokens=tokens, completion_batch_size=len(prompts))
+    batch.insert(prompts)
+    while found := batch.next():
+        if not any(found):
+            break
+        for answer in found[1]:
+            times.setdefault(answer.uid, []).append(time.perf_counter())
+    batch.close()
+    return begun, list(times.values())
+
+
+async def ours(
+    engine: Engine, prompts: list[list[int]], names: list[str], options: Options
+) -> tuple[float, Times]:
     async def one(prompt: list[int], name: str) -> list[float]:
-        times = []
-        options = Options(max_tokens=tokens)
+        times: list[float] = []
         async for piece in engine.generate(prompt, engine.select(name), options):
             times += [time.perf_counter()] * (piece.tokens - len(times))
         return times
 
-    for _ in range(2):
-        await engine.call(lambda: engine._prompts.trim_to(n_sequences=0))
-        begun = time.perf_counter()
-        times = await asyncio.gather(*map(one, prompts, names))
-    first = statistics.median(own[0] for own in times) - begun
-    start, end = min(own[0] for own in times), max(own[-1] for own in times)
-    return first, sum(len(own) - 1 for own in times) / (end - start)
+    await engine.call(lambda: engine._prompts.trim_to(n_sequences=0))
+    begun = time.perf_counter()
+    return begun, await asyncio.gather(*map(one, prompts, names))
 
 
 async def measure(args: argparse.Namespace, model: Path, folders: list[Path]) -> None:
-    engine = Engine()
+    from mlx_lm.utils import load as load_stock
+
+    engine = Engine(cache_bytes=0)
     base = await engine.load(model)
     base.tokenizer.eos_token_ids = set()  # every answer has all its tokens
     for i, folder in enumerate(folders):
         await engine.mount(f"a{i}", folder)
-    prompts = [[(7 * i + j) % 250 for j in range(args.prompt)] for i in range(16)]
+    most = max(args.at_once)
+    prompts = [[(7 * i + 3 * j + j // 250) % 250 for j in range(args.prompt)] for i in range(most)]
+    greedy = Options(max_tokens=args.tokens)
+    alone = Options(max_tokens=args.tokens, deterministic=True)
+    stocks = {
+        "mlx-lm": load_stock(str(model))[0],
+        "mlx-lm, adapter": load_stock(str(model), adapter_path=str(folders[0]))[0],
+    }
+    table = Table()
 
-    def row(cell: str, first: float, speed: float) -> None:
-        print(f"| {cell} | {first:.3f} | {speed:.1f} |", flush=True)
+    async def cell(name: str, n: int, names: list[str], options: Options = greedy) -> None:
+        for _ in range(2):
+            begun, times = await ours(engine, prompts[:n], names, options)
+        table.add(name, begun, times)
+        await engine.call(mx.clear_cache)
 
-    for name in ("none", "a0"):
-        row(f"alone, {name}", *await ours(engine, prompts[:1], [name], args.tokens))
-    for n in (4, 16):
-        names = [f"a{i % 3}" for i in range(n)]
-        row(f"{n} at once, 3 adapters", *await ours(engine, prompts[:n], names, args.tokens))
+    for _ in range(args.rounds):
+        for name, own in stocks.items():
+            for n in (1, *args.at_once):
+                for _ in range(2):
+                    begun, times = stock(own, prompts[:n], args.tokens)
+                table.add(name if n == 1 else f"{name}, {n}", begun, times)
+                mx.clear_cache()
+        for name in ("none", "a0"):
+            await cell(f"alone, {name}", 1, [name])
+            await cell(f"deterministic, {name}", 1, [name], alone)
+        for n in args.at_once:
+            await cell(f"{n} at once, none", n, ["none"] * n)
+            await cell(f"{n} at once, 3 adapters", n, [f"a{i % 3}" for i in range(n)])
+    table.show()
 
     def swaps() -> list[float]:
         found = []
@@ -143,18 +197,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {mx.device_info().get('device_name')}")
     print(f"{args.model}, prompt {args.prompt}, {args.tokens} tokens, rank {args.rank}\n")
-    print("| cell | first token s | tokens/s |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         model = model_folder(args.model, Path(scratch))
         folders = adapters(model, args.rank, Path(scratch))
-        prompt = [j % 250 for j in range(args.prompt)]
-        for name, adapter in (("mlx-lm", None), ("mlx-lm, adapter", folders[0])):
-            first, speed = stock(model, adapter, prompt, args.tokens)
-            print(f"| {name} | {first:.3f} | {speed:.1f} |", flush=True)
-            mx.clear_cache()
         asyncio.run(measure(args, model, folders))
 
 

@@ -588,3 +588,40 @@ def test_lists_have_jobs_of_each_kind(server):
         for id, (kind, title, name) in jobs.items():
             for row in (listed[id], server.job(id)):
                 assert (row["kind"], row["title"], row["name"]) == (kind, title, name)
+
+
+def test_metrics_and_the_log_tell_what_was_answered(server):
+    """By request: its id is in a header of every answer. Adapters that are gone leave nothing."""
+
+    def values():
+        answer = server.http.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        rows = [line for line in answer.text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (row.rsplit(" ", 1) for row in rows)}
+
+    job = server.ended(server.submit(iters=1, scale=20, learning_rate=0.01))
+    http = server.http
+    assert http.post("/v1/adapters", json={"id": "m", "path": job["output_path"]}).is_success
+    before = values()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "adapter": "m"}
+    body["logit_bias"] = {"259": -100}
+    answers = [http.post("/v1/chat/completions", json=body) for _ in range(2)]
+    refused = http.post("/v1/chat/completions", json=body | {"adapter": "nobody"})
+    with http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as stream:
+        stream.read()
+    ids = [own.headers["x-request-id"] for own in (*answers, stream, refused)]
+    assert len(set(ids)) == 4 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
+    usage = answers[0].json()["usage"]
+    after = values()
+    assert after['segtrain_requests_total{adapter="m",finish="length"}'] == 3
+    assert after['segtrain_generated_tokens_total{adapter="m"}'] == 15
+    assert after['segtrain_prompt_tokens_total{adapter="m"}'] == 3 * usage["prompt_tokens"]
+    assert after['segtrain_time_to_first_token_seconds_count{adapter="m"}'] == 3
+    assert after["segtrain_requests_running"] == after["segtrain_requests_waiting"] == 0
+    assert after["segtrain_adapters_mounted"] == before["segtrain_adapters_mounted"] > 0
+    for id in ids[:3]:
+        line = re.search(f"answered {id} m: (.*)", server.said)
+        assert line and f"{usage['prompt_tokens']} + 5 tokens" in line[1] and "length" in line[1]
+    assert ids[3] not in server.said
+    assert http.delete("/v1/adapters/m").is_success
+    assert not any('adapter="m"' in name for name in values())

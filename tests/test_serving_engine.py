@@ -1,7 +1,6 @@
 """The engine: adapters that are swapped under running requests, beside mlx-lm's own generation."""
 
 import asyncio
-import gc
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from lib.engines import END, Alone, write_adapters, write_lively
 from mlx_segtrain import InputError, lora
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.serving.confined.parent import Confined
-from mlx_segtrain.serving.generation import decoding
+from mlx_segtrain.serving.generation import batching, decoding
 from mlx_segtrain.serving.generation import engine as module
 from mlx_segtrain.serving.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Busy, Engine, NoMemory
@@ -197,6 +196,21 @@ def test_the_cache_is_bounded(model):
     engine.close()
 
 
+def test_prompts_make_room_for_a_job(fresh):
+    async def main():
+        await ask(fresh)
+        kept = [fresh._kept_bytes()]
+        for short in (True, False):
+            await fresh.spare(short)
+            kept.append(fresh._kept_bytes())
+            await ask(fresh)
+            kept.append(fresh._kept_bytes())
+        return kept
+
+    first, *none, last_empty, last = asyncio.run(main())
+    assert first > 0 and none == [0, 0] and last_empty == 0 and last > 0
+
+
 # Mounting
 
 
@@ -311,7 +325,7 @@ def test_a_base_that_was_replaced_is_freed(fresh, adapters):
             await fresh.load(fresh.base.path)
             await fresh.mount("a", adapters["a"])
             await ask(fresh, "a")
-            sizes.append(await fresh.call(lambda: gc.collect() and mx.get_active_memory()))
+            sizes.append(await fresh.call(mx.get_active_memory))
         return sizes
 
     sizes = asyncio.run(main())
@@ -444,17 +458,42 @@ def test_what_may_be_drawn(how):
         kept &= set(falling[: how["top_k"]].tolist())
     if "min_p" in how:
         kept &= set(np.flatnonzero(p >= how["min_p"] * p.max()).tolist())
-    sampler = decoding.sampler(Options(temperature=3.0, seed=1, **how))
+    sampler = choice(Options(temperature=3.0, seed=1, **how))
     logprobs = mx.log(mx.array(p.astype(np.float32)))[None]
     drawn = {sampler(logprobs).item() for _ in range(600)}
     likely = {i for i in kept if p[i] > 1e-4}
     assert drawn <= kept and drawn >= likely
 
 
+def choice(*options):
+    return decoding.Choice(options, [decoding.first_key(own) for own in options])
+
+
+def test_rows_draw_as_if_they_were_alone():
+    """Those of one batch, each by its own options; and when the batch has become another."""
+    options = [
+        Options(temperature=1.0, seed=1),
+        Options(),
+        Options(temperature=0.7, seed=2, top_p=0.9),
+        Options(temperature=1.3, seed=3, top_k=5),
+        Options(temperature=2.0, seed=4, min_p=0.05),
+        Options(temperature=1.0, seed=1),
+    ]
+    logits = mx.random.normal((40, 6, 50), key=mx.random.key(0))
+    alone = [choice(own) for own in options]
+    wanted = [[c(x[i : i + 1]).item() for i, c in enumerate(alone)] for x in logits]
+    together = choice(*options)
+    assert [together(x).tolist() for x in logits[:20]] == wanted[:20]
+    keys, left = together.next_keys(), [5, 1, 3]
+    later = decoding.Choice([options[i] for i in left], [keys[i] for i in left])
+    for x, row in zip(logits[20:], wanted[20:], strict=True):
+        assert later(x[mx.array(left)]).tolist() == [row[i] for i in left]
+
+
 def test_frequencies_of_what_is_drawn():
     p = np.array([0.5, 0.3, 0.15, 0.05])
     for temperature in (1.0, 0.5):
-        sampler = decoding.sampler(Options(temperature=temperature, seed=2))
+        sampler = choice(Options(temperature=temperature, seed=2))
         drawn = [sampler(mx.log(mx.array(p, mx.float32))[None]).item() for _ in range(1200)]
         wanted = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
         assert np.abs(np.bincount(drawn, minlength=4) / 1200 - wanted).max() < 0.05
@@ -466,7 +505,7 @@ def test_penalties():
     options = Options(
         repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.4, logit_bias=bias
     )
-    (process,) = decoding.processors(options, prompt)
+    process = decoding.processor(options, prompt)
     for n in range(len(made) + 1):
         logits = rng.normal(size=10)
         wanted = logits.copy()
@@ -476,11 +515,12 @@ def test_penalties():
             wanted[token] -= 0.7 + 0.4 * made[:n].count(token)
         for token, value in bias.items():
             wanted[token] += value
-        # As generate_step does it: of the prompt it may know the last token alone.
-        tokens = mx.array([prompt[-1], *made[:n]])
-        got = process(tokens, mx.array(logits.astype(np.float32))[None])
+        last = mx.array([prompt[-1], *made[:n]][-1:])
+        got = process(last, mx.array(logits.astype(np.float32))[None])
         assert np.abs(np.array(got[0]) - wanted).max() < 1e-5
-    assert decoding.processors(Options(), prompt) is None
+        again = decoding.processor(options, prompt, made[:n])  # begins with what was made
+        assert mx.allclose(got, again(last, mx.array(logits.astype(np.float32))[None]))
+    assert decoding.processor(Options(), prompt) is None
 
 
 def test_penalties_do_not_depend_on_the_cache(fresh):
@@ -524,21 +564,20 @@ def test_how_many_run_and_wait(fresh, monkeypatch):
 
 
 def test_what_fails_fails_alone(fresh, said, monkeypatch):
-    plain = decoding.sampler
 
-    def sampler(options):
-        def sample(logprobs):
+    def processor(options, *_):
+        def process(token, logits):
             if options.seed == 1:
                 raise ValueError("a bug\nof two lines")
             if options.seed == 2:
                 raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
             if options.seed == 3:
                 raise MemoryError
-            return plain(options)(logprobs)
+            return logits
 
-        return sample
+        return process
 
-    monkeypatch.setattr(module, "sampler", sampler)
+    monkeypatch.setattr(batching, "processor", processor)
     asyncio.run(ask(fresh))
 
     async def main():

@@ -214,7 +214,7 @@ def test_a_paused_answer_that_nobody_wants_is_ended(engine, model, monkeypatch):
 
     async def main():
         tasks = [asyncio.ensure_future(long_answer(engine, 120)) for _ in range(3)]
-        while not any(x.steps for x in engine._waiting):
+        while not any(x.cache for x in engine._waiting):
             await asyncio.sleep(0.005)
         for task in tasks:
             task.cancel()

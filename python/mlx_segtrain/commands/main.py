@@ -207,6 +207,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         default="serve",
         help="what to do with requests while a job computes. Default: serve.",
     )
+    added.add_argument(
+        "--prompt-cache-gb",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="10⁹ bytes of prompts that are kept for requests that begin alike; none while a job "
+        "computes. Default: 1.",
+    )
 
     added = command("doctor", _doctor, "check and time the kernels on this device")
     added.add_argument("--json", action="store_true", help="print JSON")
@@ -525,6 +533,7 @@ def _serve(args: argparse.Namespace) -> int:
             allow_hosts=tuple(args.allow_host),
             downloads=args.allow_downloads,
             while_training=args.while_training,
+            prompt_cache_gb=args.prompt_cache_gb,
         )
     )
     return 0

@@ -44,8 +44,12 @@ class Stretch:
 
         Gradients of z and m.
         """
-        y: Any = _times(z, m / mx.stop_gradient(self._lengths(z.dtype, linear)))
+        y: Any = _times(z, self.gain(z.dtype, linear, m))
         return y if self.bias is None else y + self.bias
+
+    def gain(self, dtype: mx.Dtype, linear: ops.Linear, m: mx.array) -> mx.array:
+        """m / ‖w + u‖, float32 [out]; the base is multiplied in `dtype`."""
+        return m / mx.stop_gradient(self._lengths(dtype, linear))
 
     @property
     def start(self) -> mx.array:

@@ -59,6 +59,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.dropout = 0.0
         self._made: dict[Kind, Any] = {}  #: no parameter
+        self.rows: Any = None  #: updates by rows of a batch (rows.py)
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
@@ -98,13 +99,23 @@ class LoRALinear(nn.Module):
         a, b = self._casts[key][:2]
         return mx.addmm(y, x @ a, b)
 
+    def applies(self, kind: Kind) -> Any:
+        """What applies the array of this kind of updates to the frozen linear."""
+        return kind.on(ops.base_of(self.linear), self._made)
+
+    def _frozen(self, x: mx.array) -> mx.array:
+        if not self.training and are_few(x):
+            return self.linear(x)
+        return ops.lora_linears(x, [ops.Linear(ops.base_of(self.linear), None, None, 1.0)])[0]
+
     def __call__(self, x: mx.array) -> mx.array:
+        if self.rows is not None and self.rows.on:
+            return self.rows(x, self._frozen(x))
         kind = next((kind for kind in KINDS if kind.array in self), None)
         if kind is None and not self.training and are_few(x):
             return self._of_few(x)
-        base = ops.base_of(self.linear)
-        more = kind and kind.on(base, self._made)
-        base = more.base if more else base
+        more = kind and self.applies(kind)
+        base = more.base if more else ops.base_of(self.linear)
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
         keys = [self["key"]] if self.dropout else []
         (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)

@@ -69,7 +69,7 @@ class Service:
         self.roots = Roots(settings.folders, settings.store)
         self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders)
         self.outputs = Outputs(settings.store, self.roots, self.jobs)
-        self.engine = Engine()
+        self.engine = Engine(cache_bytes=int(settings.prompt_cache_gb * 1e9))
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
         #: Looks at what is on disk, and plans, have threads of their own.
@@ -95,15 +95,18 @@ class Service:
         await asyncio.to_thread(self.engine.close)
 
     async def _tidy(self) -> None:
-        """The C library keeps what large requests have freed: now and then it is given back."""
+        """The C library keeps what large requests have freed: now and then it is given back. A job
+        that trains gets what prompts of others have that are kept."""
         least = resident()
-        while least is not None:
+        while True:
             await asyncio.sleep(TIDY_S)
-            now = resident() or least
-            least = min(least, now)
-            if now > least + TIDY_BYTES:
-                with suppress(RunError):
-                    await self.engine.tidy()
+            with suppress(RunError):
+                await self.engine.spare(self.jobs.training)
+                if least is not None:
+                    now = resident() or least
+                    least = min(least, now)
+                    if now > least + TIDY_BYTES:
+                        await self.engine.tidy()
 
     @property
     def waits(self) -> bool:

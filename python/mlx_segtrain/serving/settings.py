@@ -26,6 +26,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     downloads: bool = False  #: clients may have things of the hub downloaded
     while_training: Literal["serve", "refuse"] = "serve"
+    prompt_cache_gb: float = 1.0  #: 10⁹ bytes of prompts that are kept, at most
     store: Path = field(default_factory=cache_dir)
 
     def __post_init__(self) -> None:
@@ -35,6 +36,10 @@ class Settings:
             raise InputError(
                 f"on the address {self.host} others reach this server: give a --token, or leave "
                 "--host out."
+            )
+        if not 0 <= self.prompt_cache_gb < 1e6:
+            raise InputError(
+                f"--prompt-cache-gb is {self.prompt_cache_gb}: give how many 10⁹ bytes, 0 for none."
             )
         if self.adapter is not None and self.model_dir is None:
             raise InputError("--adapter is one of a MODEL: give that too.")

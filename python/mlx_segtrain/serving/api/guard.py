@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -99,6 +100,7 @@ class Guard:
         if session:
             scope["headers"].append((b"cookie", b"%s=%s" % (COOKIE.encode(), session)))
         names = [name.lower() for name, _ in scope["headers"]]
+        scope["mlx_segtrain.request"] = id = f"req_{uuid.uuid4().hex}"
         body = _Body(receive, self.held, SMALL_BODIES.get(scope["path"], MOST_BYTES))
         scope["mlx_segtrain.body_read"] = body.let_go
         started = False
@@ -114,6 +116,7 @@ class Guard:
                     _log(scope, message["status"], "its answer says why")
                 known = {name.lower() for name, _ in message.get("headers", ())}
                 added = [pair for pair in HEADERS if pair[0] not in known]
+                added.append((b"x-request-id", id.encode()))
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 

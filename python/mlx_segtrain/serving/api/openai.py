@@ -4,27 +4,25 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from sse_starlette import EventSourceResponse
 
 from ...errors import InputError, RunError, shown
-from ..confined.parent import prompts
 from ..generation.engine import Busy, Engine
 from ..generation.mounting import Base, Selected
-from ..generation.pieces import Generation, Piece
 from ..service import Service
 from . import openai_forms as forms
+from .answers import Answers, Delta
 from .bodies import Json, JsonRoute
 from .dependencies import Used
 from .faults import error_answer, openai_error
 from .guard import PATIENCE_S
 from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
-
-#: Seconds between two looks whether a client that waits for a whole answer is still there.
-LOOK_S = 0.25
 
 
 class Unserved(InputError):
@@ -49,61 +47,6 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         "4XX": "a request that is refused: not allowed, not found, or not of the schema",
     }
     return {s: {"model": forms.Error, "description": said[s]} for s in (*statuses, "4XX")}
-
-
-async def _whole(generation: Generation, request: Request) -> list[Piece]:
-    """All pieces. If the client goes, the generation ends, and the last has no `finish`."""
-
-    async def watch() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(LOOK_S)
-        await generation.aclose()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        return [piece async for piece in generation]
-    finally:
-        watcher.cancel()
-        await generation.aclose()
-
-
-async def _events(
-    generation: Generation,
-    head: Mapping[str, Any],
-    usage: Callable[[Piece], dict[str, Any]],
-    body: Generate,
-) -> AsyncIterator[dict[str, str]]:
-    """A chunk for the role if there is one, one for each piece, one for the usage if wanted."""
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-
-    def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, str]:
-        more = {"usage": usage} if with_usage else {}
-        return {"data": json.dumps({**head, "choices": choices, **more})}
-
-    def chunk(finish: str | None = None, **delta: str) -> dict[str, str]:
-        if isinstance(body, ChatRequest):
-            return event([_choice({"delta": delta}, finish)])
-        return event([_choice({"text": delta.get("content", "")}, finish)])
-
-    try:
-        if isinstance(body, ChatRequest):
-            yield chunk(role="assistant", content="")
-        async for piece in generation:
-            if piece.text:
-                yield chunk(content=piece.text)
-            if piece.finish:
-                yield chunk(piece.finish)
-                if with_usage:
-                    yield event([], usage(piece))
-                yield {"data": "[DONE]"}
-    except RunError as error:  # the status is sent already
-        yield {"data": json.dumps(openai_error(503, str(error)))}
-    finally:
-        await generation.aclose()
-
-
-def _choice(answer: dict[str, Any], finish: str | None) -> dict[str, Any]:
-    return {"index": 0, **answer, "logprobs": None, "finish_reason": finish}
 
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
@@ -162,48 +105,128 @@ async def _by_path(service: Service, field: str, text: str) -> str:
     )
 
 
-async def _answer(service: Service, request: Request, body: Generate) -> Any:
-    chat = isinstance(body, ChatRequest)
-    authority = request.scope.get("mlx_segtrain.authority")
+async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
+    """Begins to answer a request; InputError if it cannot be, Busy."""
     base = _base(service)
     if service.waits:
         raise Unserved("a job trains, and this server waits for it: try later.", 503, "training")
-    body.refuse_extra()
-    if body.stream_options is not None:
-        body.stream_options.refuse_extra("stream_options.")
+    body.check()
     chosen = await _selected(service, base, body)
-    prompt = await prompts(body.size).run(body.encode, chosen)
+    id = request.scope.get("mlx_segtrain.request", "-")
+    answers = await Answers.begin(service.engine, chosen, body, id)
     if isinstance(request, Json):  # it may wait for long, and then the answer takes long
         request.let_go()
         body.let_go()
-    generation = service.engine.generate(prompt, chosen, body.options())
+    return answers, chosen
+
+
+def usage(request: Request, answers: Answers) -> dict[str, Any]:
+    """Which tokens were cached tells of others' prompts: that is for who has all the token."""
+    authority = request.scope.get("mlx_segtrain.authority")
+    return {
+        "prompt_tokens": answers.prompt_tokens,
+        "completion_tokens": answers.tokens,
+        "total_tokens": answers.prompt_tokens + answers.tokens,
+        "prompt_tokens_details": None if authority is None else {"cached_tokens": answers.cached},
+    }
+
+
+async def _answer(service: Service, request: Request, body: Generate) -> Any:
+    chat = isinstance(body, ChatRequest)
+    answers, chosen = await begin(service, request, body)
     kind = "chat.completion" if chat else "text_completion"
     head = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if chat and body.stream else kind,
         "created": int(time.time()),
-        "model": body.model or base.id,
+        "model": body.model or chosen.base.id,
         "adapter": chosen.id,
     }
-
-    def usage(last: Piece) -> dict[str, Any]:
-        """Which tokens were cached tells of others' prompts: that is for who has all the token."""
-        return {
-            "prompt_tokens": len(prompt),
-            "completion_tokens": last.tokens,
-            "total_tokens": len(prompt) + last.tokens,
-            "prompt_tokens_details": None if authority is None else {"cached_tokens": last.cached},
-        }
-
     if body.stream:
-        events = _events(generation, head, usage, body)
+        events = _events(answers, head, request, body)
         return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
-    pieces = await _whole(generation, request)
-    if not pieces or pieces[-1].finish is None:
+    found = await answers.whole(request)
+    if found is None:
         return error_answer(request, 499, "the client has gone.")
-    text, last = "".join(piece.text for piece in pieces), pieces[-1]
-    answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    return {**head, "choices": [_choice(answer, last.finish)], "usage": usage(last)}
+    own = (_chat_choice if chat else _text_choice)(answers, body)
+    return {**head, "choices": list(map(own, found)), "usage": usage(request, answers)}
+
+
+def _chat_choice(answers: Answers, body: Generate) -> Callable[[Delta], dict[str, Any]]:
+    def choice(whole: Delta) -> dict[str, Any]:
+        calls = [{k: x for k, x in call.items() if k != "index"} for call in whole.calls]
+        content = whole.content if whole.content.strip() or not calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if whole.reasoning:
+            message["reasoning_content"] = whole.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        told = None if body.top is None else answers.chat_logprobs(whole.told)
+        return _choice(whole, {"message": message}, told)
+
+    return choice
+
+
+def _text_choice(answers: Answers, body: Generate) -> Callable[[Delta], dict[str, Any]]:
+    def choice(whole: Delta) -> dict[str, Any]:
+        told = None if body.top is None else answers.text_logprobs(whole.told, 0)
+        return _choice(whole, {"text": whole.content}, told)
+
+    return choice
+
+
+def _choice(delta: Delta, own: dict[str, Any], told: Any = None) -> dict[str, Any]:
+    return {"index": delta.index, **own, "logprobs": told, "finish_reason": delta.finish}
+
+
+async def _events(
+    answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
+) -> AsyncIterator[dict[str, str]]:
+    """A chunk for each answer's role in a chat, one for each piece, one for the usage if wanted."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    chat = isinstance(body, ChatRequest)
+    offsets = [0] * len(answers)
+
+    def event(choices: list[dict[str, Any]], own: dict[str, Any] | None = None) -> dict[str, str]:
+        more = {"usage": own} if with_usage else {}
+        return {"data": json.dumps({**head, "choices": choices, **more})}
+
+    def chunks(delta: Delta) -> Iterator[dict[str, str]]:
+        told, wanted = None, body.top is not None and delta.told
+        if not chat:
+            if wanted:
+                told = answers.text_logprobs(delta.told, offsets[delta.index])
+            offsets[delta.index] += len(delta.content)
+            yield event([_choice(delta, {"text": delta.content}, told)])
+            return
+        more: dict[str, Any] = {}
+        if delta.reasoning:
+            more["reasoning_content"] = delta.reasoning
+        if delta.content:
+            more["content"] = delta.content
+        if delta.calls:
+            more["tool_calls"] = delta.calls
+        if more or wanted:
+            told = answers.chat_logprobs(delta.told) if wanted else None
+            yield event([_choice(replace(delta, finish=None), {"delta": more}, told)])
+        if delta.finish:
+            yield event([_choice(delta, {"delta": {}})])
+
+    try:
+        if chat:
+            for i in range(len(answers)):
+                yield event([_choice(Delta(i), {"delta": {"role": "assistant", "content": ""}})])
+        async with aclosing(answers.deltas()) as deltas:
+            async for delta in deltas:
+                for found in chunks(delta):
+                    yield found
+        if with_usage:
+            yield event([], usage(request, answers))
+        yield {"data": "[DONE]"}
+    except (RunError, InputError) as error:  # the status is sent already
+        yield {"data": json.dumps(openai_error(503, str(error)))}
+    finally:
+        await answers.close()
 
 
 @router.post("/v1/chat/completions", response_model=forms.ChatCompletion, responses=ANSWERS)

@@ -22,14 +22,14 @@ ANYTHING = None
 
 #: Switches that are off, and lists that are empty.
 OFF = (
-    *("store", "use_beam_search", "logprobs", "separate_reasoning"),
+    *("store", "use_beam_search", "separate_reasoning"),
     *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
     *("return_prompt_text", "return_prompt_token_ids", "return_meta_info"),
     *("return_hidden_states", "return_routed_experts", "return_cached_tokens_details"),
     *("echo", "continue_final_message", "use_audio_in_video", "watermarking"),
     *("ignore_eos", "no_stop_trim", "include_stop_str_in_output"),
 )
-EMPTY = ("tools", "functions", "documents", "stop_token_ids", "bad_words", "logits_processors")
+EMPTY = ("functions", "documents", "stop_token_ids", "bad_words", "logits_processors")
 
 #: Of a chat and of a completion. A field that is not here has no such value.
 IN_BOTH: Neutral = {
@@ -40,22 +40,17 @@ IN_BOTH: Neutral = {
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    # Tools and other things that the model could call: there are none
-    "tool_choice": ("none", "auto"),
+    # Functions in the form before tools
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     # The form of the answer
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "include_reasoning": (True,),
     "stream_reasoning": (True,),
     "stream_interval": (1,),
     # How many answers, and what is told of each
-    "n": (1,),
     "best_of": (1,),
     "length_penalty": (1,),
-    "top_logprobs": (0, -1),
     "return_mm_kwargs": (True,),
     "routed_experts_start_len": (0,),
     "routed_experts_prompt_start": (0,),
@@ -74,15 +69,25 @@ IN_BOTH: Neutral = {
     "draft_model": ("default_model",),
 }
 IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template has them
-IN_COMPLETION: Neutral = {**IN_BOTH, "add_special_tokens": (True,)}
+IN_COMPLETION: Neutral = {
+    **IN_BOTH,
+    "add_special_tokens": (True,),
+    # Of chats alone
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "top_logprobs": (0, -1),
+}
+#: Of tools, their functions, and the form of an answer.
+IN_TOOL: Neutral = {}
+IN_FUNCTION: Neutral = {}
+IN_FORMAT: Neutral = {}
 #: Of a chat's message.
 IN_MESSAGE: Neutral = {
     "name": ANYTHING,
     "cache_control": ANYTHING,
-    "tool_calls": ([],),
     "annotations": ([],),
     "reasoning": ("",),
-    "reasoning_content": ("",),
 }
 #: Of a part of a message's content: hints to caches.
 IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHING}

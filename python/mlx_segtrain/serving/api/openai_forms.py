@@ -6,7 +6,7 @@ What a field means to OpenAI's clients it means here, or the request is refused 
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
@@ -14,8 +14,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from ...errors import InputError
 from ...fields import fault_of_variables
 from ..generation.decoding import Options
+from ..generation.grammars import Grammar, Grammars
 from ..generation.mounting import Base, Selected
-from .openai_fields import IN_CHAT, IN_COMPLETION, IN_MESSAGE, IN_PART, IN_STREAM_OPTIONS, Request
+from . import openai_tools as tools_of
+from .openai_fields import (
+    IN_CHAT,
+    IN_COMPLETION,
+    IN_FORMAT,
+    IN_MESSAGE,
+    IN_PART,
+    IN_STREAM_OPTIONS,
+    Request,
+)
+from .openai_tools import Calls, Tools
 
 # Requests
 
@@ -35,18 +46,53 @@ class Part(Request):
 
 
 class Message(Request):
-    """A turn. `developer` is `system` to the model; of an assistant the content may be null."""
+    """A turn. `developer` is `system` to the model; of an assistant the content may be null. A
+    `tool` turn is what a call gave."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    reasoning_content: str | None = Field(None, description="of an assistant, for its template")
+    tool_calls: Calls | None = Field(None, description="what an assistant's turn called")
+    tool_call_id: str | None = Field(None, description="which call a tool's turn answers")
     neutral = IN_MESSAGE
 
     @property
     def size(self) -> int:
         """Characters."""
+        n = len(self.reasoning_content or "")
+        n += sum(len(call.function.arguments) for call in self.tool_calls or ())
         if isinstance(self.content, list):
-            return sum(len(part.text or "") for part in self.content)
-        return len(self.content or "")
+            return n + sum(len(part.text or "") for part in self.content)
+        return n + len(self.content or "")
+
+
+class JsonSchema(Request):
+    """A schema that the answer has to be of."""
+
+    name: str | None = Field(None, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="of a schema the answer always is")
+    neutral = IN_FORMAT
+
+
+class Format(Request):
+    """What the answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    neutral = IN_FORMAT
+
+
+class Structure(Request):
+    """What the answer has to be, in vLLM's spelling: one of these."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json", description="a schema of it")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    grammar: str | None = Field(None, description="in Lark's form, or llama.cpp's (::=)")
+    json_object: bool | None = None
+    neutral = IN_FORMAT
 
 
 class StreamOptions(Request):
@@ -56,8 +102,10 @@ class StreamOptions(Request):
     neutral = IN_STREAM_OPTIONS
 
 
-#: Biases, and turns of a chat, at most.
-BIASES, TURNS = 1024, 10_000
+#: Biases, turns of a chat, answers to a prompt, and prompts of a request, at most.
+BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
+#: Of how many tokens log p is told, at most.
+TOP = 20
 
 
 def _few(values: Any) -> Any:
@@ -133,6 +181,18 @@ class Generate(Request):
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
         None, description="where the answer ends; it holds none of these"
     )
+    n: int | None = Field(
+        None, ge=1, le=ANSWERS, description="answers to the prompt; 1 if left out"
+    )
+    response_format: Format | None = Field(None, description="text if left out")
+    structured_outputs: Structure | None = Field(
+        None, description="the same, and more, in vLLM's spelling"
+    )
+    deterministic: bool | None = Field(
+        None,
+        description="bit for bit what the answer is alone, whatever is answered beside it: slower, "
+        "since it is decoded alone and no prompt that was asked before helps",
+    )
     stream: bool | None = Field(None, description="server-sent events, a piece of text each")
     stream_options: StreamOptions | None = None
     most: ClassVar[int]  #: tokens of the answer, where the request does not say it
@@ -144,14 +204,65 @@ class Generate(Request):
         """Characters that have to become tokens."""
 
     @abstractmethod
-    def encode(self, chosen: Selected) -> list[int]:
-        """Tokens of the prompt; InputError for what is none."""
+    def encode(self, chosen: Selected) -> list[list[int]]:
+        """Tokens of each prompt; InputError for what is none."""
+
+    @property
+    @abstractmethod
+    def top(self) -> int | None:
+        """Of how many tokens log p is wanted besides the taken one's; None: not of that either."""
+
+    def check(self) -> None:
+        """InputError for a field that is given, and would do nothing."""
+        self.refuse_extra()
+        for name in ("stream_options", "response_format", "structured_outputs"):
+            own: Request | None = getattr(self, name)
+            if own is not None:
+                own.refuse_extra(f"{name}.")
+
+    @property
+    def is_formed(self) -> bool:
+        """Whether the answer has to be of a form."""
+        form = self.response_format
+        return self.structured_outputs is not None or (form is not None and form.type != "text")
+
+    def grammar(self, grammars: Grammars) -> Grammar | None:
+        """What the answer has to be; None for any text. It may take long to read."""
+        found: list[tuple[str, Callable[[], Grammar]]] = []
+        form, more = self.response_format, self.structured_outputs
+        if form is not None and form.type != "text":
+            schema: Any = {"type": "object"}
+            if form.type == "json_schema":
+                own = form.json_schema
+                if own is None or own.schema_ is None:
+                    raise InputError("response_format.json_schema.schema is missing: give one.")
+                own.refuse_extra("response_format.json_schema.")
+                schema = own.schema_
+            found.append(("response_format", lambda: grammars.schema("response_format", schema)))
+        if more is not None:
+            where = "structured_outputs"
+            if (own := more.json_) is not None:
+                parsed = _parsed(own, f"{where}.json")
+                found.append((where, lambda: grammars.schema(f"{where}.json", parsed)))
+            if (pattern := more.regex) is not None:
+                found.append((where, lambda: grammars.pattern(f"{where}.regex", pattern)))
+            if (texts := more.choice) is not None:
+                found.append((where, lambda: grammars.choice(f"{where}.choice", texts)))
+            if (text := more.grammar) is not None:
+                found.append((where, lambda: grammars.grammar(f"{where}.grammar", text)))
+            if more.json_object:
+                found.append((where, lambda: grammars.schema(where, {"type": "object"})))
+        if len(found) > 1:
+            raise InputError(
+                f"{found[0][0]} and {found[1][0]} say twice what the answer has to be: say it once."
+            )
+        return found[0][1]() if found else None
 
     @abstractmethod
     def let_go(self) -> None:
         """Frees what was asked, whose tokens are known by now."""
 
-    def options(self) -> Options:
+    def options(self, grammar: Grammar | None = None) -> Options:
         """How the answer's tokens are chosen, and where it ends."""
         given = self.model_dump(include=SAMPLING, exclude_none=True)
         given["top_k"] = max(given.get("top_k", 0), 0)
@@ -160,6 +271,9 @@ class Generate(Request):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             continues=self.continues,
+            logprobs=self.top,
+            deterministic=bool(self.deterministic),
+            constraint=grammar,
             **given,
         )
 
@@ -175,16 +289,65 @@ class ChatRequest(Generate):
         description="variables of the chat template; by default those that the adapter was "
         "trained with",
     )
+    tools: Tools | None = Field(None, description="functions that the model may call")
+    tool_choice: tools_of.Choice | None = Field(
+        None, description="auto if left out; with required, or a tool, the answer is calls alone"
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="whether one answer may have several calls; true if left out"
+    )
+    logprobs: bool | None = Field(None, description="tells log p of the answer's tokens")
+    top_logprobs: int | None = Field(
+        None, ge=-1, le=TOP, description="of so many others too; -1 and 0: of none"
+    )
     neutral = IN_CHAT
     most = 512
 
     @property
     def size(self) -> int:
-        variables = len(json.dumps(self.chat_template_kwargs)) if self.chat_template_kwargs else 0
-        return variables + sum(message.size for message in self.messages)
+        more = [x for x in (self.chat_template_kwargs, self.for_template()) if x]
+        return sum(len(json.dumps(x)) for x in more) + sum(x.size for x in self.messages)
 
-    def encode(self, chosen: Selected) -> list[int]:
-        return chosen.encode_chat(chat_turns(self.messages), self.chat_template_kwargs)
+    def encode(self, chosen: Selected) -> list[list[int]]:
+        turns = chat_turns(self.messages)
+        return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
+
+    def for_template(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
+
+    @property
+    def calls(self) -> Literal["none", "auto", "forced"]:
+        """Whether the answer may call tools, or is calls."""
+        if not self.tools or self.tool_choice == "none":
+            return "none"
+        return "auto" if self.tool_choice in (None, "auto") else "forced"
+
+    @property
+    def top(self) -> int | None:
+        return max(self.top_logprobs or 0, 0) if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and self.top_logprobs > 0 and not self.logprobs:
+            raise InputError("top_logprobs: it is for logprobs: true.")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise InputError("tool_choice: there are no tools to call: give some.")
+        for i, tool in enumerate(self.tools or ()):
+            if tool.function.strict and self.calls == "auto":
+                raise InputError(
+                    f"tools.{i}.function.strict: calls are of their schema where tool_choice is "
+                    "required or names a tool, and not where the model may choose: leave it out."
+                )
+
+    def grammar(self, grammars: Grammars) -> Grammar | None:
+        if self.calls != "forced":
+            return super().grammar(grammars)
+        if self.is_formed:
+            raise InputError("tool_choice: the answer is calls of tools, and of no other form.")
+        chosen = None if isinstance(self.tool_choice, str) else self.tool_choice
+        parallel = self.parallel_tool_calls is not False
+        return grammars.schema("tools", tools_of.forced(self.tools or [], chosen, parallel))
 
     def let_go(self) -> None:
         self.messages, self.chat_template_kwargs = [], None
@@ -194,7 +357,10 @@ class CompletionRequest(Generate):
     """A text to complete."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
-        description="a text, or its tokens; a list of more than one is refused"
+        description="a text, or its tokens, or several of them"
+    )
+    logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
+        None, ge=0, le=TOP, description="tells log p of the answer's tokens, and of so many others"
     )
     neutral = IN_COMPLETION
     most = 16
@@ -202,16 +368,25 @@ class CompletionRequest(Generate):
 
     @property
     def size(self) -> int:
-        first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else self.prompt
-        return len(first) if isinstance(first, str) else 0
+        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
 
-    def encode(self, chosen: Selected) -> list[int]:
+    @property
+    def prompts(self) -> list[Any]:
         prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise InputError(f"prompt: {len(prompt)} prompts in one request: send one in each.")
-            prompt = prompt[0]
-        return chosen.base.encode(prompt) if isinstance(prompt, str) else prompt
+        several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+        return prompt if several else [prompt]
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if len(self.prompts) * (self.n or 1) > PROMPTS:
+            raise InputError(f"prompt: more than {PROMPTS} answers in one request: send fewer.")
+
+    def encode(self, chosen: Selected) -> list[list[int]]:
+        return [chosen.base.encode(x) if isinstance(x, str) else x for x in self.prompts]
 
     def let_go(self) -> None:
         self.prompt = ""
@@ -254,14 +429,35 @@ class Usage(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null if the answer is calls alone")
+    reasoning_content: str | None = None
+    tool_calls: list[tools_of.Call] | None = None
+    refusal: None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of all tokens of the answer, those of reasoning and calls too, by the model itself: what
+    options and a grammar make of it is not in it."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
 class ChatChoice(BaseModel):
-    index: Literal[0] = 0
+    index: int
     message: AssistantMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):
@@ -274,10 +470,17 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class TextChoice(BaseModel):
-    index: Literal[0] = 0
+    index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -345,7 +548,16 @@ class UnmountAnswer(BaseModel):
 # Meaning
 
 
-def chat_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _parsed(schema: str | dict[str, Any], where: str) -> Any:
+    if isinstance(schema, dict):
+        return schema
+    try:
+        return json.loads(schema)
+    except ValueError:
+        raise InputError(f"{where} is not JSON: give a schema.") from None
+
+
+def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """As chat templates take them; InputError for what is no text."""
     turns = []
     for i, message in enumerate(messages):
@@ -364,7 +576,19 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
                 part.refuse_extra(f"{where}.content.{j}.")
             content = "".join(part.text or "" for part in content)
         role = "system" if message.role == "developer" else message.role
-        turns.append({"role": role, "content": content or ""})
+        turn: dict[str, Any] = {"role": role, "content": content or ""}
+        for name, own in (("tool_calls", "assistant"), ("reasoning_content", "assistant")):
+            if getattr(message, name) and role != own:
+                raise InputError(f"{where}.{name}: it is of an assistant's turn.")
+        if message.tool_calls:
+            turn["tool_calls"] = tools_of.turn_calls(message.tool_calls, f"{where}.tool_calls")
+        if message.reasoning_content:
+            turn["reasoning_content"] = message.reasoning_content
+        if message.tool_call_id is not None:
+            if role != "tool":
+                raise InputError(f"{where}.tool_call_id: it is of a tool's turn.")
+            turn["tool_call_id"] = message.tool_call_id
+        turns.append(turn)
     return turns
 
 

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Query
+from fastapi.responses import PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from ... import __version__
@@ -39,6 +41,13 @@ async def health(service: Used) -> forms.Health:
         raise HTTPException(503, service.engine.fault)
     model = None if base is None else base.id
     return forms.Health(version=__version__, model=model, training=service.jobs.training)
+
+
+@router.get("/metrics", tags=["server"], response_class=PlainTextResponse)
+async def metrics(service: Used) -> PlainTextResponse:
+    """Requests, tokens and times by adapter, as Prometheus reads them."""
+    text = service.engine.metrics.text()
+    return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 @router.get("/api/state", tags=["server"])

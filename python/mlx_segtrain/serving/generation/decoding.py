@@ -1,9 +1,10 @@
 """From logits to text: which token is taken, and what of the text is final."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
@@ -11,6 +12,22 @@ import mlx.core as mx
 CONTEXT = 8
 #: What decoders give for bytes that are no character, or not yet.
 INCOMPLETE = "\ufffd"
+
+
+class Constraint(Protocol):
+    """Which tokens may come next, as tokens come."""
+
+    def fresh(self) -> "Constraint":
+        """One that is at its beginning."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Goes on by a token, which was allowed."""
+        ...
+
+    def allowed(self, n: int) -> mx.array:
+        """bool [n]"""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,9 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     continues: bool = False  #: the text goes on from the prompt's, so a space between them counts
+    logprobs: int | None = None  #: of how many tokens log p is told besides the taken one's
+    deterministic: bool = False  #: bit for bit as if it were alone
+    constraint: "Constraint | None" = None  #: what the text has to be
 
 
 class Text:
@@ -89,47 +109,101 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def sampler(options: Options) -> Callable[[mx.array], mx.array]:
-    """log p [1, V] → tokens [1], by a random key of its own."""
-    if options.temperature == 0:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+def first_key(options: Options) -> mx.array:
+    """The random key of an answer, uint32 [2]: of its seed if it has one."""
     seed = int.from_bytes(os.urandom(8), "big") if options.seed is None else options.seed
-    key = mx.random.key(seed % 2**64)
+    return mx.random.key(seed % 2**64)
 
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        logprobs = logprobs.astype(mx.float32)
-        best = logprobs.max(axis=-1, keepdims=True)
-        least = _least(logprobs, options)
+
+@dataclass(eq=False)
+class Choice:
+    """Which tokens rows of logits [B, V] take, each by its own options and its own random key.
+
+    A row with one seed takes the same whatever the others are.
+    """
+
+    options: Sequence[Options]
+    keys: Sequence[mx.array]  #: of each row, the next
+
+    def __post_init__(self) -> None:
+        self._drawn = [i for i, own in enumerate(self.options) if own.temperature > 0]
+        if not self._drawn:
+            return
+        own = [self.options[i] for i in self._drawn]
+        self._all = len(own) == len(self.options)
+        self._rows = mx.array(self._drawn, mx.uint32)
+        self._keys = mx.stack([self.keys[i] for i in self._drawn])
+        self._temperatures = mx.array([x.temperature for x in own])[:, None]
+        self._limits = _Limits(own)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """[B, V] → uint32 [B]"""
+        best = mx.argmax(logits, axis=-1)
+        if not self._drawn:
+            return best
+        own = (logits if self._all else logits[self._rows]).astype(mx.float32)
+        logprobs = own - mx.logsumexp(own, axis=-1, keepdims=True)
+        least = self._limits(logprobs)
         kept = logprobs if least is None else mx.where(logprobs >= least, logprobs, -mx.inf)
-        return mx.random.categorical((kept - best) / options.temperature, key=now)
+        scaled = (kept - kept.max(axis=-1, keepdims=True)) / self._temperatures
+        self._keys, drawn = mx.vmap(_draw)(self._keys, scaled)
+        if self._all:
+            return drawn
+        best[self._rows] = drawn
+        return best
 
-    return sample
-
-
-def _least(logprobs: mx.array, options: Options) -> mx.array | None:
-    """The smallest log p [1, 1] that is kept of log p [1, V]; None if all are."""
-    least = []
-    if options.min_p > 0:
-        least.append(logprobs.max(axis=-1, keepdims=True) + mx.log(mx.array(options.min_p)))
-    if options.top_k or options.top_p < 1:
-        falling = -mx.sort(-logprobs, axis=-1)
-        if options.top_k:
-            k = min(options.top_k, logprobs.shape[-1])
-            least.append(falling[..., k - 1 : k])
-        if options.top_p < 1:
-            p = mx.exp(falling)
-            before = mx.cumsum(p, axis=-1, inclusive=False)
-            n = mx.maximum((before < options.top_p).sum(axis=-1, keepdims=True), 1)
-            least.append(mx.take_along_axis(falling, n - 1, axis=-1))
-    return mx.concatenate(least, axis=-1).max(axis=-1, keepdims=True) if least else None
+    def next_keys(self) -> list[mx.array]:
+        """Of each row, for a choice among other rows."""
+        keys = list(self.keys)
+        for place, i in enumerate(self._drawn):
+            keys[i] = self._keys[place]
+        return keys
 
 
-def processors(options: Options, prompt: list[int]) -> list[Any] | None:
-    """Penalties and biases of the logits [1, V], as one of generate_step's processors.
+def _draw(key: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
+    key, now = mx.random.split(key)
+    return key, mx.random.categorical(logits, key=now)
 
-    It counts for itself: of the prompt generate_step knows only what no cache held.
+
+class _Limits:
+    """What rows keep of their tokens before one is drawn."""
+
+    def __init__(self, options: Sequence[Options]):
+        def column(values: Sequence[float]) -> mx.array:
+            return mx.array(list(values))[:, None]
+
+        self._k = self._p = self._min = None
+        if any(x.top_k for x in options):
+            self._k = [x.top_k or None for x in options]
+        if any(x.top_p < 1 for x in options):
+            self._p = column([x.top_p if x.top_p < 1 else math.inf for x in options])
+        if any(x.min_p > 0 for x in options):
+            self._min = column([math.log(x.min_p) if x.min_p else -math.inf for x in options])
+
+    def __call__(self, logprobs: mx.array) -> mx.array | None:
+        """The smallest log p [B, 1] that is kept of log p [B, V]; None if all are."""
+        least, n = [], logprobs.shape[-1]
+        if self._min is not None:
+            least.append(logprobs.max(axis=-1, keepdims=True) + self._min)
+        if self._k is not None or self._p is not None:
+            falling = -mx.sort(-logprobs, axis=-1)
+            if self._k is not None:
+                last = mx.array([[min(k or n, n) - 1] for k in self._k])
+                least.append(mx.take_along_axis(falling, last, axis=-1))
+            if self._p is not None:
+                before = mx.cumsum(mx.exp(falling), axis=-1, inclusive=False)
+                kept = mx.maximum((before < self._p).sum(axis=-1, keepdims=True), 1)
+                least.append(mx.take_along_axis(falling, kept - 1, axis=-1))
+        return mx.concatenate(least, axis=-1).max(axis=-1, keepdims=True) if least else None
+
+
+def processor(
+    options: Options, prompt: Sequence[int], made: Sequence[int] = ()
+) -> Callable[[mx.array, mx.array], mx.array] | None:
+    """What changes an answer's logits by penalties and biases; None if nothing does.
+
+    It takes the last token [1] and the logits [1, V] after it. The first call is for the last token
+    of what there is already, prompt and `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty
@@ -139,21 +213,52 @@ def processors(options: Options, prompt: list[int]) -> list[Any] | None:
     asked: mx.array | None = None  # of the prompt
     bias: mx.array | None = None
 
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+    def process(token: mx.array, logits: mx.array) -> mx.array:
         nonlocal counts, asked, bias
         logits = logits.astype(mx.float32)
         if counts is None or asked is None:
-            counts = zeros = mx.zeros(logits.shape[-1])
-            asked = zeros.at[mx.array(prompt)].add(1)
+            zeros = mx.zeros(logits.shape[-1])
+            asked = zeros.at[mx.array(list(prompt))].add(1)
+            counts = zeros.at[mx.array(list(made))].add(1) if made else zeros
             if options.logit_bias:
                 at, values = map(mx.array, zip(*options.logit_bias.items(), strict=True))
                 bias = zeros.at[at].add(values)
         else:
-            counts = counts.at[tokens[-1:]].add(1)
+            counts = counts.at[token].add(1)
         if repetition != 1:
             weaker = mx.where(logits < 0, logits * repetition, logits / repetition)
             logits = mx.where(counts + asked > 0, weaker, logits)
         logits = logits - presence * (counts > 0) - frequency * counts
         return logits if bias is None else logits + bias
 
-    return [process]
+    return process
+
+
+#: Of a token: log p of the one that was taken, and of the likeliest, by token.
+Told = tuple[float, dict[int, float]]
+
+
+class Telling:
+    """log p of the tokens that rows of a batch take, for those who want it.
+
+    Of the model's own logits: what options and grammars make of them is not in it.
+    """
+
+    def __init__(self, wanted: Mapping[int, int], logits: mx.array, taken: mx.array):
+        """`wanted` are rows, and of how many tokens they want to know it besides."""
+        self._wanted = wanted
+        rows = mx.array(list(wanted), mx.uint32)
+        own = logits[rows].astype(mx.float32)
+        own = own - mx.logsumexp(own, axis=-1, keepdims=True)
+        most = min(max(wanted.values()), own.shape[-1])
+        order = mx.argsort(-own, axis=-1)[:, :most]
+        taken = mx.take_along_axis(own, taken[rows][:, None], axis=-1)[:, 0]
+        self.arrays = [taken, order, mx.take_along_axis(own, order, axis=-1)]
+
+    def read(self) -> dict[int, Told]:
+        """By row."""
+        taken, order, best = (cast(list[Any], x.tolist()) for x in self.arrays)
+        return {
+            row: (taken[i], dict(zip(order[i][:n], best[i][:n], strict=True)))
+            for i, (row, n) in enumerate(self._wanted.items())
+        }

@@ -1,23 +1,26 @@
-"""One base, its adapters, and the thread on which they generate in turn.
+"""One base, its adapters, and the thread on which they generate.
 
-Streams of MLX belong to a thread, so all that makes arrays runs on that one. It goes round the
-sequences, one token each, and puts the small arrays of an adapter into the base's linears where the
-next sequence wants others; the base stays as it is. A sequence has its own cache, random key and
-counts, so that what it gives does not depend on what runs beside it.
+Streams of MLX belong to a thread, so all that makes arrays runs on that one. It goes round: a part
+of the prompts that wait, by the small arrays of an adapter in the base's linears; then a token of
+every answer, those of all adapters in one forward pass (batching.py), each row by its own update. A
+request has its own cache, random key and counts, so that what it gives does not depend on what runs
+beside it, but for the last bits: products of several rows add in another order. Who wants these too
+asks for it (`deterministic`), and is decoded alone.
 """
 
 import asyncio
+import copy
 import ctypes
+import gc
 import logging
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,25 +28,31 @@ import mlx.core as mx
 
 from ... import lora
 from ...errors import InputError, RunError, is_out_of_memory
+from ...lora.rows import Rows
 from ...training.policy import wire
 from ..confined.parent import Confined
 from ..pools import Busy, Pool
-from .decoding import CONTEXT, Options, Text, processors, sampler
+from .batching import Batch, Request, can_merge
+from .decoding import Options
+from .metrics import Metrics
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted
-from .pieces import Generation, Outbox, Piece
+from .pieces import Generation
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Sequences that generate at once, and that wait for it.
-MOST_ACTIVE, MOST_WAITING = 16, 256
-#: Seconds for which a sequence generates while others wait; then it waits, with its cache, of which
+#: Requests that generate at once, and that wait for it.
+MOST_ACTIVE, MOST_WAITING = 64, 256
+#: Seconds for which a request generates while others wait; then it waits, with its cache, of which
 #: there are so many more at most. Seconds after which one that has not begun is told to come back.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
 #: Seconds for which a model that is to be loaded waits for the answers that are being given, and
 #: for which the next is refused after one that waited in vain: others are not served meanwhile.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: Tokens of a prompt between two looks at the other sequences: a fraction of a second's work.
-PREFILL, PREFILL_GPU = 256, 2048
+#: Tokens of a prompt that are computed at once, at most, and at least where others are answered.
+PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
+#: Seconds of such a part, and of all prompts between two tokens, where others are answered; where
+#: nobody is they go on for a while, so that more answers begin together.
+PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: Adapters that are mounted at once, and the bytes of all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Prompts kept.
@@ -68,35 +77,6 @@ class Ended(RunError):
 
 
 @dataclass(eq=False)
-class _Sequence:
-    """A request on the engine's thread; its cache has `done` tokens of the prompt, then `made`."""
-
-    prompt: list[int]
-    selected: Selected
-    options: Options
-    outbox: Outbox = field(default_factory=Outbox)
-    number: int = field(default_factory=count().__next__)
-    made: list[int] = field(default_factory=list)
-    cached: int = 0
-    done: int = 0
-    cache: list[Any] | None = None
-    steps: Generator[None, None, None] | None = None
-    since: float = field(default_factory=time.monotonic)  #: it waits, or generates
-
-    def close(self) -> None:
-        """On the engine's thread: a stream's context ends where it began."""
-        if self.steps is not None:
-            self.steps.close()
-
-    @property
-    def most(self) -> int:
-        """Tokens that the answer may have, within the positions that the model knows."""
-        limit = self.selected.base.max_length
-        room = self.options.max_tokens if limit is None else max(1, limit - len(self.prompt))
-        return min(self.options.max_tokens, room)
-
-
-@dataclass(eq=False)
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
@@ -112,16 +92,29 @@ class Engine:
         self.adapters: dict[str, Mounted] = {}  # replaced, never changed: others read it
         self.default: str | None = None  #: what requests get that name no adapter
         self._cache_bytes = cache_bytes
+        self._short = False  # others have need of memory: no prompt is kept
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
-        self._waiting: deque[_Sequence] = deque()
-        self._active: list[_Sequence] = []
+        self._waiting: deque[Request] = deque()
+        self._active: list[Request] = []
         self._next_swap = 0.0
         self._stopped, self._ended = False, threading.Event()
         self.fault: str | None = None  #: why nothing can be generated any more
+        self.metrics = Metrics(
+            {
+                "requests_running": ("Answers that are made.", lambda: len(self._active)),
+                "requests_waiting": ("Requests that wait.", lambda: len(self._waiting)),
+                "adapters_mounted": ("Adapters in memory.", lambda: len(self.adapters)),
+                "prompt_cache_bytes": ("Of prompts that are kept.", self._kept_bytes),
+            }
+        )
         # Of the engine's thread alone:
         self._prompts: Any = None
         self._linears = Linears()
+        self._rows: Any = None  # updates by rows of a batch (lora/rows.py)
+        self._merges = False  # whether caches of the base can be of several requests
+        self._batches: list[Batch] = []
+        self._rate = 0.0  # tokens of prompts a second
         self._device = mx.default_device()
         self._prefill = PREFILL_GPU if self._device.type == mx.DeviceType.gpu else PREFILL
         threading.Thread(target=self._work, name="mlx-segtrain engine", daemon=True).start()
@@ -189,7 +182,7 @@ class Engine:
         """
         base = selected.base
         base.check(prompt, options.logit_bias)
-        sequence = _Sequence(prompt, selected, options)
+        request = Request(prompt, selected, options)
         with self._wake:
             self._drop_closed()
             self._check_runs()
@@ -197,14 +190,24 @@ class Engine:
                 raise Busy("the model is being replaced: try again in a moment.")
             if len(self._waiting) >= MOST_WAITING:
                 raise Busy(f"{MOST_WAITING} requests wait already: try again in a moment.")
-            self._waiting.append(sequence)
+            self._waiting.append(request)
             self._wake.notify()
-        return Generation(sequence.outbox)
+        return Generation(request.outbox)
 
     async def tidy(self) -> None:
         """Gives memory back to the system that requests have left, unless something generates."""
         if not self._active and not self._stopped:
             await self.call(_free)
+
+    async def spare(self, short: bool) -> None:
+        """Whether others have need of memory: then no prompt is kept."""
+        self._short = short
+        if short and self._kept_bytes() and not self._stopped:
+            await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
+
+    def _kept_bytes(self) -> int:
+        prompts = self._prompts
+        return 0 if prompts is None else prompts.nbytes
 
     def close(self) -> None:
         """Ends what runs and frees the model; the thread rests until the process ends."""
@@ -252,7 +255,6 @@ class Engine:
 
         mx.set_default_device(self._device)
         wire()  # else weights may be paged out between two tokens
-        # Generators of generate_step enter this stream and leave it, in any order.
         with mx.stream(generation_stream):
             while not self._stopped:
                 try:
@@ -277,19 +279,23 @@ class Engine:
         """After an error that belongs to no request: what runs ends, what waits is done next."""
         logger.error("the engine failed, and starts over without what ran", exc_info=error)
         told = RunError(f"the engine failed: {_reason(error)}")
-        active, self._active = self._active, []
-        for sequence in active:
-            sequence.cache = None
-            sequence.outbox.put(told)
-            with suppress(BaseException):
-                sequence.close()
+        active, self._active, self._batches = self._active, [], []
+        for request in active:
+            request.cache = request.batch = None
+            request.outbox.put(told)
         with self._wake:
             running = [x for x in self._commands if x.future.running()]
             self._commands = deque(x for x in self._commands if x not in running)
         for command in running:
             command.future.set_exception(told)
-        self._linears.drop_sums()
+        self._free_spare()
         mx.clear_cache()
+
+    def _free_spare(self) -> None:
+        """Frees what is kept for speed alone."""
+        self._linears.drop_sums()
+        if self._rows is not None:
+            self._rows.forget()
 
     def _admit(self) -> None:
         """Whose turn it is: who waits longest, of whom a few have begun already."""
@@ -297,48 +303,48 @@ class Engine:
         with self._wake:
             self._drop_closed()
             gone = [x for x in self._waiting if x.outbox.closed]
-            late = [x for x in self._waiting if not x.steps and now - x.since > LONGEST_WAIT_S]
+            late = [x for x in self._waiting if x.cache is None and now - x.since > LONGEST_WAIT_S]
             if gone or late:
                 self._waiting = deque(x for x in self._waiting if x not in (*gone, *late))
-            paused = sum(x.steps is not None for x in self._waiting)
+            paused = sum(x.cache is not None for x in self._waiting)
             long = [x for x in self._active if now - x.since > TURN_S]
             full = len(self._active) - MOST_ACTIVE + len(self._waiting)
-            for sequence in long[: max(0, min(full, MOST_PAUSED - paused))]:
-                self._active.remove(sequence)
-                sequence.since = now
-                self._waiting.append(sequence)
+            long = long[: max(0, min(full, MOST_PAUSED - paused))]
+            self._take_out(long)
+            for request in long:
+                request.since = now
+                self._waiting.append(request)
             while self._waiting and len(self._active) < MOST_ACTIVE:
                 self._active.append(self._waiting.popleft())
                 self._active[-1].since = now
-        for sequence in gone:
-            self._end(sequence)
-        for sequence in late:
+        self._end(*gone)
+        for request in late:
             told = f"others were answered for {LONGEST_WAIT_S:.0f} s: try again later."
-            sequence.outbox.put(Busy(told))
+            request.outbox.put(Busy(told))
 
     def _give_up(self, ended: RunError) -> None:
         """Tells all that still want something, and frees what there is."""
-        for sequence in (*self._active, *self._waiting):
-            sequence.close()
-            sequence.outbox.put(ended)
+        for request in (*self._active, *self._waiting):
+            request.cache = request.batch = None
+            request.outbox.put(ended)
         for command in self._commands:
             if command.future.set_running_or_notify_cancel():
                 command.future.set_exception(ended)
         if self.base is not None:
             self.base.confined.close()
-        self._active, self.base, self._prompts = [], None, None
+        self._active, self._batches, self.base, self._prompts = [], [], None, None
         self._waiting.clear()
         self._commands.clear()
         self.adapters = {}
-        self._linears.drop_sums()
+        self._free_spare()
         # What is still computed may free functions of Python, which must be there for it.
         mx.synchronize()
         mx.clear_cache()
 
     def _drop_closed(self) -> None:
         """Those that have not begun; the others are ended on the engine's thread."""
-        if any(sequence.outbox.closed for sequence in self._waiting):
-            self._waiting = deque(x for x in self._waiting if x.steps or not x.outbox.closed)
+        if any(request.outbox.closed for request in self._waiting):
+            self._waiting = deque(x for x in self._waiting if x.cache or not x.outbox.closed)
 
     def _run_commands(self) -> None:
         while self._commands:
@@ -367,62 +373,178 @@ class Engine:
                 command.future.set_exception(error)
 
     def _round(self) -> None:
-        """One step of every sequence, those of an adapter together, of the one that is in first."""
-        order = sorted(
-            self._active,
-            key=lambda x: (x.selected.key != self._linears.key, x.selected.key, x.number),
-        )
-        for sequence in order:
+        """Parts of prompts, then a token of every answer."""
+        self._end(*(x for x in self._active if x.outbox.closed))
+        self._read_prompts()
+        for batch in list(self._batches):
             if self._stopped:
                 return
-            if sequence.outbox.closed:
-                self._end(sequence)
-                continue
-            try:
-                self._linears.put_in(sequence.selected)
-                if sequence.steps is None:
-                    sequence.steps = self._steps(sequence)
-                next(sequence.steps)
-            except StopIteration:
-                self._end(sequence)
-            except BaseException as error:
-                self._fail(sequence, error)
+            self._step(batch)
 
-    def _end(self, sequence: _Sequence) -> None:
-        """Takes a sequence out; what its cache holds is kept for prompts that begin alike."""
-        if sequence in self._active:
-            self._active.remove(sequence)
-        sequence.close()
-        tokens = [*sequence.prompt[: sequence.done], *sequence.made]
-        if sequence.cache is not None and tokens:
-            self._prompts.insert_cache("", [sequence.selected.key, *tokens], sequence.cache)
+    def _read_prompts(self) -> None:
+        """Those who came first go first; whose prompt is done joins a batch."""
+        begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
+        ready: list[Request] = []
+        for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):
+            try:
+                while not (done := self._read_part(request)):
+                    if self._stopped or time.monotonic() - begun > most:
+                        break
+            except BaseException as error:
+                self._fail(request, error)
+                continue
+            if done:
+                ready.append(request)
+            if self._stopped or time.monotonic() - begun > most:
+                break
+        self._join(ready)
+
+    def _read_part(self, request: Request) -> bool:
+        """Computes a part of the prompt; whether only the last token is left, after which the
+        answer begins."""
+        cache = self._begin(request) if request.cache is None else request.cache
+        last = request.length - 1
+        if request.next is not None or request.done >= last:
+            return True
+        most = self._prefill
+        if self._batches and not request.options.deterministic:
+            few = int(self._rate * PART_S) // LEAST_PREFILL * LEAST_PREFILL
+            most = max(LEAST_PREFILL, min(few, most))
+        end = min(last, request.done + most)
+        self._linears.put_in(request.selected)
+        begun = time.monotonic()
+        part = mx.array(request.tokens[request.done : end])[None]
+        request.selected.base.model(part, cache=cache)
+        mx.eval([layer.state for layer in cache])
+        self._rate = (end - request.done) / max(time.monotonic() - begun, 1e-6)
+        request.done = end
+        if end == last:  # who asks the same meanwhile has it
+            self._keep(request, copy.deepcopy(cache))
+        return end == last
+
+    def _join(self, ready: Sequence[Request]) -> None:
+        """Each joins a batch of answers of like length, or begins one."""
+        joining: dict[Batch, list[Request]] = {batch: [] for batch in self._batches}
+        for request in ready:
+            fits = (batch for batch, own in joining.items() if batch.takes(request, own))
+            batch = next(fits, None)
+            if batch is None:
+                batch = Batch(request.selected.base)
+                joining[batch] = []
+            joining[batch].append(request)
+        for batch, own in joining.items():
+            if not own:
+                continue
+            if batch not in self._batches:
+                self._batches.append(batch)
+            try:
+                batch.join(own)
+            except BaseException as error:
+                self._break_up(batch, error, own)
+
+    def _step(self, batch: Batch) -> None:
+        requests = batch.requests
+        try:
+            if batch.alone:
+                self._linears.put_in(requests[0].selected)
+                ended, failed = batch.step()
+            else:
+                keys = [request.selected.key for request in requests]
+                self._linears.take_out(batch.base, self._rows.known)
+                if not self._rows.holds(keys):
+                    self._rows.put_in(keys, self._updates())
+                with self._rows.running():
+                    ended, failed = batch.step()
+        except BaseException as error:
+            self._break_up(batch, error)
+            return
+        for request, error in failed:
+            self._fail(request, error)
+        self._end(*(x for x in ended if x.batch is batch))
+
+    def _updates(self) -> dict[Any, lora.Adapter]:
+        """Of all requests that share batches, by their keys."""
+        chosen = {x.selected.key: x.selected for batch in self._batches for x in batch.requests}
+        return {key: self._linears.sum_of(x.adapters) for key, x in chosen.items() if key}
+
+    def _break_up(
+        self, batch: Batch, error: BaseException, joining: Sequence[Request] = ()
+    ) -> None:
+        """After an error that may be of any of its requests: they start anew from their tokens.
+
+        If memory lacked that is without the longest, which fails; else each alone, so that who is
+        at fault fails alone.
+        """
+        self._batches.remove(batch)
+        requests = list({id(x): x for x in (*batch.requests, *joining)}.values())
+        for request in requests:
+            request.start_over()
+        lacks = is_out_of_memory(error)
+        if lacks or len(requests) == 1:
+            self._fail(max(requests, key=lambda request: request.length), error)
+        if not lacks:
+            for request in requests:
+                request.alone = True
+        mx.clear_cache()
+
+    def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
+        """Takes requests out of those that generate, with their caches or without."""
+        for batch in {x.batch: None for x in requests if x.batch is not None}:
+            batch.leave([x for x in requests if x.batch is batch], keep=keep)
+            if not batch.requests:
+                self._batches.remove(batch)
+        self._active = [x for x in self._active if x not in requests]
+
+    def _end(self, *requests: Request) -> None:
+        """Takes requests out; what their caches hold is kept for prompts that begin alike."""
+        if not requests:
+            return
+        self._take_out(requests)
+        for request in requests:
+            if request.cache is not None:
+                self._keep(request, request.cache)
+            request.cache = None
+            self.metrics.count(request, request.finish or "gone")
         if not self._active:
             mx.clear_cache()
 
-    def _fail(self, sequence: _Sequence, error: BaseException) -> None:
-        """Takes a sequence out that cannot go on. The others can."""
-        self._active.remove(sequence)
-        told = _no_memory(error, f"a request of {len(sequence.prompt)} tokens")
+    def _keep(self, request: Request, cache: list[Any]) -> None:
+        """Keeps a cache for prompts that begin alike, unless who asks has none of others either."""
+        if request.done and not request.options.deterministic and not self._short:
+            # The key stands before the tokens, and not for the model, of which names stay for ever.
+            tokens = [request.selected.key, *request.tokens[: request.done]]
+            self._prompts.insert_cache("", tokens, cache)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """Takes a request out that cannot go on. The others can."""
+        if request not in self._active:
+            return
+        self._take_out([request], keep=False)
+        told = _no_memory(error, f"a request of {len(request.prompt)} tokens")
         if told is None:
             logger.error("a generation failed", exc_info=error)
             told = RunError(f"the generation failed: {_reason(error)}")
         else:  # what is kept for speed alone goes first
             logger.warning("%s", told)
             self._prompts.trim_to(n_sequences=0)
-            self._linears.drop_sums()
-        sequence.outbox.put(told)
-        sequence.cache = None
+            self._free_spare()
+        request.outbox.put(told)
+        request.cache = None
+        self.metrics.count(request, "failed")
         mx.clear_cache()
 
     def _load(self, path: Path, confined: Confined) -> Base:
-        from mlx_lm.models.cache import LRUPromptCache
+        from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
         base = read_base(path, confined)
         if self.base is not None:
             self.base.confined.close()
+        self._rows = Rows(base.modules, base.model)
+        self._merges = can_merge(make_prompt_cache(base.model))
         self._prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
         self._linears = Linears()
         self.adapters, self.default, self.base = {}, None, base
+        gc.collect()  # modules and what goes round them refer to each other
         _free()
         return base
 
@@ -447,66 +569,40 @@ class Engine:
             self.default = None
         if self.base is not None:
             self._linears.forget(mounted, self.base)
+            self._rows.forget()
+        self.metrics.forget(id)
         layers = mounted.mounted_layers
         del mounted
         _free()
         return layers
 
-    def _steps(self, sequence: _Sequence) -> Generator[None, None, None]:
-        """A part of the prompt a step, then a token; text goes to the outbox."""
-        from mlx_lm.generate import generate_step
-
-        base, prompt, options = sequence.selected.base, sequence.prompt, sequence.options
-        self._begin(sequence)
-        last = len(prompt) - 1  # at least one token has to be left, whose logits begin the answer
-        while sequence.done < last:
-            end = min(last, sequence.done + self._prefill)
-            base.model(mx.array(prompt[sequence.done : end])[None], cache=sequence.cache)
-            mx.eval([layer.state for layer in sequence.cache or ()])
-            sequence.done = end
-            yield
-        context = prompt[-CONTEXT:] if options.continues else []
-        text = Text(base.tokenizer, context, options.stop)
-        tokens: Any = generate_step(
-            mx.array(prompt[last:]),
-            base.model,
-            max_tokens=sequence.most,
-            sampler=sampler(options),
-            logits_processors=processors(options, prompt),
-            prompt_cache=sequence.cache,
-        )
-        with closing(tokens):
-            for token, _ in tokens:
-                sequence.done = len(prompt)
-                sequence.made.append(token)
-                ended = token in base.tokenizer.eos_token_ids
-                full = len(sequence.made) == sequence.most
-                piece = text.end() if ended else text.add(token)
-                if full and not (ended or text.stopped):
-                    piece += text.end()
-                finish = "stop" if ended or text.stopped else "length" if full else None
-                if piece or finish:
-                    sequence.outbox.put(Piece(piece, len(sequence.made), sequence.cached, finish))
-                if finish:
-                    return
-                yield
-
-    def _begin(self, sequence: _Sequence) -> None:
-        """A cache of the longest known begin of the prompt, without its last token."""
+    def _begin(self, request: Request) -> list[Any]:
+        """A cache of the longest known begin of the prompt, without its last token; an empty one
+        for who wants the same bits whatever others have asked."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-        # The key stands before the tokens, and not for the model, of which names are never freed.
-        begin = [sequence.selected.key, *sequence.prompt[:-1]]
+        own, base = request.selected, request.selected.base
+        request.alone = (
+            request.alone
+            or request.options.deterministic
+            or not self._merges
+            or not all(self._rows.can(mounted.adapter) for mounted in own.adapters)
+        )
+        empty = request.cache = make_prompt_cache(base.model)
+        if request.options.deterministic:
+            return empty
+        begin = [own.key, *request.tokens[:-1]]
         cache, rest = self._prompts.fetch_nearest_cache("", begin)
         known = len(begin) - 1 - len(rest)
         if cache is None or known <= 0:
-            sequence.cache = make_prompt_cache(sequence.selected.base.model)
-            return
+            return empty
         cut: list[Any] = [x for x in cache if type(x) is KVCache and x.keys is not None]
         for layer in cut:  # else what was cut off a long entry would be copied at the first write
             layer.keys = layer.keys[..., : layer.offset, :]
             layer.values = layer.values[..., : layer.offset, :]
-        sequence.cache, sequence.cached, sequence.done = cache, known, known
+        request.cache, request.done = cache, known
+        request.cached = min(known, len(request.prompt) - 1)
+        return cache
 
 
 def _free() -> None:

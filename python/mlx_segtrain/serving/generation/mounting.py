@@ -6,7 +6,7 @@ What makes arrays here is called on the engine's thread.
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -27,6 +27,7 @@ from ...lora.folder import open_folder
 from ...models import Chain, chain_of, load_base
 from ...models.tables import tables_of
 from ..confined.parent import Confined, Limits
+from .grammars import Grammars
 
 #: Tokens of a prompt to a model that does not say for how many it was made.
 MOST_TOKENS = 1 << 20
@@ -49,6 +50,7 @@ class Base:
     chain: Chain
     modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
     confined: Confined  #: where its tokenizer and its chat template run
+    grammars: Grammars  #: for its tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
@@ -107,11 +109,14 @@ class Selected:
         return "+".join(mounted.id for mounted in self.adapters) or None
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> list[int]:
         """Tokens of a chat with the generation prompt. `variables` are the template's; they replace
         those that the adapters were trained with. InputError without a template, with its own
-        complaint, or if the variables of several adapters differ."""
+        complaint, if it takes no tools, or if the variables of several adapters differ."""
         base, given = self.base, dict(variables or {})
         found: dict[str, Any] = {}
         for mounted in self.adapters:
@@ -125,9 +130,13 @@ class Selected:
             raise InputError(
                 f"messages: {base.id} has no chat template: ask /v1/completions with a prompt."
             )
-        how = {"messages": list(messages), "variables": {**found, **given}}
+        if tools and "tools" not in str(base.tokenizer.chat_template):
+            raise InputError(f"tools: the chat template of {base.id} takes none: leave them out.")
+        own = {"tools": list(tools)} if tools else {}
+        how = {"messages": list(messages), "variables": {**found, **given, **own}}
         size = sum(len(message["content"]) for message in messages)
         size += len(json.dumps(how["variables"]))
+        size += sum(len(json.dumps(x["tool_calls"])) for x in messages if "tool_calls" in x)
         return base.tokens("chat", f"messages: the chat template of {base.id}", size, **how)
 
     @property
@@ -175,6 +184,7 @@ def read_base(path: Path, confined: Confined) -> Base:
         chain=chain,
         modules=modules,
         confined=confined,
+        grammars=Grammars(tokenizer, tables.logits),
     )
 
 
@@ -215,7 +225,7 @@ class Linears:
         """Swaps the adapter in the base's linears, if another is in; nothing is computed."""
         if selected.key == self.key:
             return
-        adapter, base = self._sum(selected.adapters), selected.base
+        adapter, base = self.sum_of(selected.adapters), selected.base
         self.key = None  # until all is done
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
@@ -232,6 +242,11 @@ class Linears:
         self._touched = set(adapter.tensors)
         self.key = selected.key
 
+    def take_out(self, base: Base, known: Set[str]) -> None:
+        """Takes out what is in linears other than the known ones, which batches go round."""
+        if not self._touched <= known:
+            self.put_in(Selected(base))
+
     def forget(self, mounted: Mounted, base: Base) -> None:
         """Lets go of an adapter's arrays, which else stay until the next request."""
         for key in [key for key in self._sums if mounted.serial in key]:
@@ -245,7 +260,7 @@ class Linears:
         """Frees what is kept for speed alone."""
         self._sums.clear()
 
-    def _sum(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
+    def sum_of(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
         """One adapter as it is; of several their sum, made once."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})

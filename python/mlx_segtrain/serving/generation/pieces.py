@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .decoding import Told
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -15,6 +17,8 @@ class Piece:
     tokens: int
     cached: int
     finish: Literal["stop", "length"] | None = None
+    #: Of the tokens since the last piece, if the request wants it: token, and what is told of it.
+    told: tuple[tuple[int, Told], ...] = ()
 
 
 class Outbox:

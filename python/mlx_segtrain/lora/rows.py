@@ -1,0 +1,303 @@
+"""Rows of one batch with updates of several adapters: each row gets its own, in the same products.
+
+An adapter is to a linear what an expert is to a layer with experts. The factors of all adapters of
+a batch are stacked, and each row gathers its own:
+
+    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply what comes out
+
+Linears that read the same x (q, k and v; gate and up) have their a's side by side, so that one
+product serves them all. Adapters of similar ranks are padded to the largest of them and stacked;
+those of other ranks are another stack, over rows of its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .. import ops
+from .adapter import DORA, Adapter
+from .modules import LoRALinear
+
+#: Ranks up to which adapters are stacked together; those above have stacks by doubling.
+SMALL_RANK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """The updates of one linear: b [E, R, out] with the multiplier in it, which reads columns
+    `begin` to `end` of what the group's a gives; gains [E, out] float32 if one is DoRA's."""
+
+    b: mx.array
+    begin: int
+    end: int
+    gains: mx.array | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The updates of linears that read the same x: a [E, in, ΣR], and what follows for each."""
+
+    a: mx.array
+    factors: dict[str, _Factors]
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Adapters of similar ranks, each in its place; after the last one are zeros: no update."""
+
+    places: dict[Any, int]
+    groups: list[_Group | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
+    the groups' arrays are its own, without the axis of adapters."""
+
+    groups: list[_Group | None]
+    picks: mx.array | None  #: uint32 [rows], the place of each
+    rows: mx.array | None  #: uint32
+
+
+@dataclass(eq=False)
+class _Readers:
+    """Linears that read the same x, in the order in which they are called."""
+
+    paths: list[str]
+    dtype: mx.Dtype
+    x: mx.array | None = None
+    zs: list[mx.array | None] = field(default_factory=list)
+    left: int = 0
+
+    def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
+        """x a for each use, computed by the first reader."""
+        if self.x is not x:
+            self.x, self.left = x, len(self.paths)
+            self.zs = [_first(x, use, use.groups[index]) for use in uses]
+        zs, self.left = self.zs, self.left - 1
+        if not self.left:
+            self.x, self.zs = None, []
+        return zs
+
+
+def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
+    if group is None:
+        return None
+    own = x if use.rows is None else x[use.rows]
+    if use.picks is None:
+        return own @ group.a
+    return mx.gather_mm(own, group.a, rhs_indices=use.picks)
+
+
+class Rows:
+    """Updates for the rows of batches of one base; they apply while `running()`.
+
+    `run` is a forward of the base, [1, 1] tokens to logits, by which it is learned which linears
+    read the same x.
+    """
+
+    def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
+        self.on = False
+        self._modules = {path: x for path, x in modules.items() if type(x) is LoRALinear}
+        self._readers = _readers(self._modules, run)
+        self._stacks: dict[int, _Stack] = {}
+        self._uses: list[_Use] = []
+        self._key: Any = None
+        for i, readers in enumerate(self._readers):
+            for path in readers.paths:
+                self._modules[path].rows = _Linear(self, i, path, self._modules[path])
+        self.known = {path for readers in self._readers for path in readers.paths}
+
+    def can(self, adapter: Adapter) -> bool:
+        """Whether rows may have this adapter: it has no update of an embedding or of experts."""
+        return adapter.tensors.keys() <= self.known
+
+    def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
+        """Row i of a batch gets the adapter of keys[i], or none if there is none of that key.
+
+        `adapters` may be of other batches too, which take turns with this one: what is stacked for
+        one serves all.
+        """
+        self._key = None
+        sizes = {name: _size(adapter) for name, adapter in adapters.items()}
+        wanted = {sizes[name] for name in keys if name in sizes}
+        self._stacks = {size: x for size, x in self._stacks.items() if size in sizes.values()}
+        self._uses = []
+        for size in sorted(wanted):
+            own = {name: x for name, x in adapters.items() if sizes[name] == size}
+            stack = self._stacks.get(size)
+            if stack is None or not own.keys() <= stack.places.keys():
+                stack = self._stacks[size] = self._stacked(own)
+            self._uses.append(_use(stack, keys, len(wanted) == 1))
+        self._key = tuple(keys)
+
+    def holds(self, keys: Sequence[Any]) -> bool:
+        """Whether it is these that were put in."""
+        return self._key == tuple(keys)
+
+    def forget(self) -> None:
+        """Frees all stacks; those that are needed are made anew."""
+        self._stacks, self._uses, self._key = {}, [], None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Linears compute with these updates, and not with what is in them."""
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
+            for readers in self._readers:
+                readers.x, readers.zs = None, []
+
+    def _stacked(self, adapters: dict[Any, Adapter]) -> _Stack:
+        own = list(adapters.values())
+        groups = [self._group(readers, own) for readers in self._readers]
+        mx.eval([x for group in groups if group for x in _arrays(group)])
+        return _Stack({key: i for i, key in enumerate(adapters)}, groups)
+
+    def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
+        """Updates of the readers by all adapters, and zeros after the last; None without any."""
+        dtype, begin = readers.dtype, 0
+        parts, factors = [], {}
+        for path in readers.paths:
+            pairs = [adapter.tensors.get(path) for adapter in adapters]
+            some = next((pair for pair in pairs if pair is not None), None)
+            if some is None:
+                continue
+            rank = max(pair[0].shape[1] for pair in pairs if pair is not None)
+            (width, _), (_, out) = (x.shape for x in some)
+            a, b, gains = [], [], []
+            for adapter, pair in zip(adapters, pairs, strict=True):
+                if pair is None:
+                    a.append(mx.zeros((width, rank), dtype))
+                    b.append(mx.zeros((rank, out), dtype))
+                    gains.append(None)
+                    continue
+                more = rank - pair[0].shape[1]
+                a.append(mx.pad(pair[0].astype(dtype), [(0, 0), (0, more)]))
+                scaled = (adapter.scales[path] * pair[1]).astype(dtype)
+                b.append(mx.pad(scaled, [(0, more), (0, 0)]))
+                gains.append(self._gain(path, adapter, dtype))
+            a.append(mx.zeros((width, rank), dtype))
+            b.append(mx.zeros((rank, out), dtype))
+            ones, gain = mx.ones(out), None
+            if any(x is not None for x in gains):
+                gain = mx.stack([*(ones if x is None else x for x in gains), ones])
+            parts.append(mx.stack(a))
+            factors[path] = _Factors(mx.stack(b), begin, begin + rank, gain)
+            begin += rank
+        return _Group(mx.concatenate(parts, axis=-1), factors) if parts else None
+
+    def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
+        """By what DoRA multiplies the outputs of a linear."""
+        if path not in adapter.magnitudes:
+            return None
+        module = self._modules[path]
+        stretch = module.applies(DORA)
+        a, b = adapter.tensors[path]
+        linear = ops.Linear(stretch.base, a, b, adapter.scales[path])
+        return stretch.gain(dtype, linear, adapter.magnitudes[path])
+
+    def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
+        """y [B, T, out] of the frozen linear → that of each row with its own update."""
+        zs = self._readers[index].read(x, index, self._uses)
+        for use, z in zip(self._uses, zs, strict=True):
+            group = use.groups[index]
+            if group is None or z is None or path not in group.factors:
+                continue
+            own, picks = group.factors[path], use.picks
+            z = z[..., own.begin : own.end]
+            part = y if use.rows is None else y[use.rows]
+            if picks is None:
+                part = mx.addmm(part, z, own.b)
+                gain = own.gains
+            else:
+                part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
+                gain = None if own.gains is None else own.gains[picks][:, None]
+            if gain is not None:  # as in dora.py: near 1 a gain is coarse in few bits
+                bare = part if bias is None else part - bias
+                part = part + bare * (gain - 1).astype(bare.dtype)
+            if use.rows is None:
+                y = part
+            else:
+                y[use.rows] = part
+        return y
+
+
+def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
+    rows = None
+    if not all_rows:
+        picked = [i for i, key in enumerate(keys) if key in stack.places]
+        rows, keys = mx.array(picked, mx.uint32), [keys[i] for i in picked]
+    none = len(stack.places)
+    places = [stack.places.get(key, none) for key in keys]
+    if len(set(places)) > 1:
+        return _Use(stack.groups, mx.array(places, mx.uint32), rows)
+    return _Use([group and _of_one(group, places[0]) for group in stack.groups], None, rows)
+
+
+def _of_one(group: _Group, place: int) -> _Group:
+    """The updates of the adapter in a place; no array is copied."""
+
+    def own(x: _Factors) -> _Factors:
+        return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
+
+    return _Group(group.a[place], {path: own(x) for path, x in group.factors.items()})
+
+
+class _Linear:
+    """What a linear of a batch does besides its frozen part."""
+
+    def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
+        self._rows, self._index, self._path = rows, index, path
+        self._bias = module.linear.get("bias")
+
+    @property
+    def on(self) -> bool:
+        return self._rows.on
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        return self._rows.update(self._index, self._path, self._bias, x, y)
+
+
+class _Recorder:
+    """In the place of _Linear: which x a linear reads."""
+
+    on = True
+
+    def __init__(self, path: str, read: list[tuple[str, mx.array]]):
+        self._path, self._read = path, read
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        self._read.append((self._path, x))
+        return y
+
+
+def _readers(modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]) -> list[_Readers]:
+    read: list[tuple[str, mx.array]] = []
+    for path, module in modules.items():
+        module.rows = _Recorder(path, read)
+    run(mx.zeros((1, 1), mx.int32))  # nothing is computed
+    for module in modules.values():
+        module.rows = None
+    found: dict[int, _Readers] = {}
+    seen: set[str] = set()
+    for path, x in read:
+        if path not in seen:  # some models call a linear twice
+            seen.add(path)
+            found.setdefault(id(x), _Readers([], x.dtype)).paths.append(path)
+    return list(found.values())
+
+
+def _size(adapter: Adapter) -> int:
+    """By which adapters are stacked: the power of two that holds the largest rank."""
+    return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
+
+
+def _arrays(group: _Group) -> list[mx.array]:
+    more = [x for own in group.factors.values() for x in (own.b, own.gains) if x is not None]
+    return [group.a, *more]

@@ -1,0 +1,286 @@
+"""The answers to a request, as they come; each route of OpenAI's has a form for them."""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from fastapi import Request
+
+from ...errors import InputError
+from ..confined.parent import Limits, prompts
+from ..generation.decoding import Told
+from ..generation.engine import Engine
+from ..generation.mounting import Base, Selected
+from ..generation.pieces import Generation, Piece
+from ..generation.words import token_bytes
+from ..pools import Pool
+from .openai_forms import ChatRequest, Generate
+from .openai_tools import called, for_template
+from .parts import Parts, Tags
+
+logger = logging.getLogger("mlx_segtrain.serving")
+
+#: Seconds between two looks whether a client that waits for a whole answer is still there.
+LOOK_S = 0.25
+#: Grammars that are read at once, and that wait for it.
+_GRAMMARS = Pool("grammars", 1, 16)
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass
+class Delta:
+    """More of the answer `index`; the last has `finish`."""
+
+    index: int
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)  #: as clients get them
+    told: list[tuple[int, Told]] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.content or self.reasoning or self.calls or self.told or self.finish)
+
+
+class Answers:
+    """Answers to the prompts of a request, those of each prompt in turn."""
+
+    def __init__(self, base: Base, asked: list[list[int]], body: Generate):
+        self.base, self.prompt_tokens = base, sum(map(len, asked))
+        self.tokens = self.cached = 0
+        self._chat = body if isinstance(body, ChatRequest) else None
+        self._tools = for_template(self._chat.tools or []) if self._chat else []
+        self._calls = self._chat.calls if self._chat else "none"
+        self._one = self._chat is not None and self._chat.parallel_tool_calls is False
+        self._tags = self._tags_of(body)
+        opened = [self._opened(prompt) for prompt in asked for _ in range(body.n or 1)]
+        self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
+        self._said = [0] * len(opened)  # calls of each answer
+        self._forced = [""] * len(opened)  # what each has said, if it is calls alone
+        self._generations: list[Generation] = []
+        self._begun, self._first = time.monotonic(), 0.0
+        self._ends: list[str] = []
+        self._line = ""  # of the log
+
+    @classmethod
+    async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
+        """Begins to generate. InputError for what the request cannot have, Busy. By `id`, the
+        request's, the log tells what came of it."""
+        base = chosen.base
+        asked = await prompts(body.size).run(body.encode, chosen)
+        grammar = await _GRAMMARS.run(body.grammar, base.grammars)
+        options = body.options(grammar)
+        own = cls(base, asked, body)
+        try:
+            for prompt in asked:
+                for i in range(body.n or 1):  # a seed gives different answers, the same ones again
+                    seed = None if options.seed is None else options.seed + i
+                    run = engine.generate(prompt, chosen, replace(options, seed=seed))
+                    own._generations.append(run)
+            own._line = f"{id} {chosen.id or 'none'}"
+        except BaseException:
+            await own.close()
+            raise
+        return own
+
+    def __len__(self) -> int:
+        return len(self._generations)
+
+    def _tags_of(self, body: Generate) -> Tags:
+        """What the texts between tags are, where the request leaves it to the model."""
+        tokenizer = self.base.tokenizer
+        if self._chat is None or self._calls == "forced" or body.is_formed:
+            return Tags()
+        think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        call = None
+        if self._calls == "auto" and tokenizer.has_tool_calling:
+            call = (tokenizer.tool_call_start, tokenizer.tool_call_end)
+        return Tags(think, call)
+
+    def _opened(self, prompt: list[int]) -> bool:
+        """Whether a prompt ends within reasoning, as some templates have it."""
+        if self._tags.think is None:
+            return False
+        tokenizer = self.base.tokenizer
+        return tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+
+    async def close(self) -> None:
+        """Ends what still runs, and logs what there was: it may be called again."""
+        for generation in self._generations:
+            await generation.aclose()
+        if self._line:
+            ends = [*self._ends, *["gone"] * (len(self) - len(self._ends))]
+            logger.info(
+                "answered %s: %d + %d tokens, first after %.3f s, whole %.3f s, %s",
+                *(self._line, self.prompt_tokens, self.tokens, self._first),
+                *(time.monotonic() - self._begun, ", ".join(ends)),
+            )
+            self._line = ""
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What comes, of all answers; RunError if one fails. Closed, they end."""
+        try:
+            async with aclosing(_merged(self._generations)) as pieces:
+                async for index, piece in pieces:
+                    delta = await self._delta(index, piece)
+                    if not delta.empty:
+                        yield delta
+        finally:
+            await self.close()
+
+    async def _delta(self, index: int, piece: Piece) -> Delta:
+        delta = Delta(index, told=list(piece.told), finish=piece.finish)
+        if self._chat is None:
+            delta.content = piece.text
+        else:
+            found = self._parts[index].add(piece.text, last=piece.finish is not None)
+            texts = []
+            for kind, text in found:
+                if kind == "call":
+                    texts.append(text)
+                elif kind == "reasoning":
+                    delta.reasoning += text
+                elif self._calls == "forced":
+                    self._forced[index] += text
+                else:
+                    delta.content += text
+            if texts:
+                await self._add_calls(delta, texts)
+            if piece.finish and self._calls == "forced":
+                self._add_forced(delta, self._forced[index])
+        self._first = self._first or time.monotonic() - self._begun
+        if piece.finish:
+            self._ends.append(piece.finish)
+            self.tokens += piece.tokens
+            self.cached += piece.cached
+            if self._said[index] and piece.finish == "stop":
+                delta.finish = "tool_calls"
+        return delta
+
+    async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
+        """Of texts between a model's tags, by mlx-lm's parser of its calls."""
+        size = sum(map(len, texts)) + len(json.dumps(self._tools))
+        ask = self.base.confined.ask
+        limits = Limits.of_prompt(size)
+
+        def read() -> Any:
+            return ask("calls", limits, "the calls of tools", texts=texts, tools=self._tools)
+
+        try:
+            found = await prompts(size).run(read)
+        except InputError:  # it took too long
+            found = [None] * len(texts)
+        for text, calls in zip(texts, found, strict=True):
+            if calls is None:  # it is no call: clients get it as it was said
+                start, end = self._tags.call or ("", "")
+                delta.content += f"{start}{text}{end}"
+            for call in calls or ():
+                self._add_call(delta, call)
+
+    def _add_forced(self, delta: Delta, text: str) -> None:
+        try:
+            calls = json.loads(text)
+        except ValueError:  # the most tokens came before its end
+            delta.content += text
+            return
+        for call in calls:
+            self._add_call(delta, call)
+
+    def _add_call(self, delta: Delta, call: dict[str, Any]) -> None:
+        n = self._said[delta.index]
+        if not (self._one and n):
+            delta.calls.append({"index": n, **called(call, f"call_{uuid.uuid4().hex[:24]}")})
+            self._said[delta.index] += 1
+
+    async def whole(self, request: Request) -> list[Delta] | None:
+        """Each answer in one piece; None if the client has gone, for whom they ended."""
+
+        async def watch() -> None:
+            while not await request.is_disconnected():
+                await asyncio.sleep(LOOK_S)
+            await self.close()
+
+        found = [Delta(i) for i in range(len(self))]
+        watcher = asyncio.create_task(watch())
+        try:
+            async for more in self.deltas():
+                own = found[more.index]
+                own.content += more.content
+                own.reasoning += more.reasoning
+                own.calls += more.calls
+                own.told += more.told
+                own.finish = more.finish or own.finish
+        finally:
+            watcher.cancel()
+            await self.close()
+        return found if all(own.finish for own in found) else None
+
+    # Log probabilities, in the two forms that OpenAI has
+
+    def _word(self, token: int) -> tuple[str, list[int]]:
+        found = token_bytes(self.base.tokenizer, token)
+        return found.decode(errors="replace"), list(found)
+
+    def chat_logprobs(self, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            text, own = self._word(token)
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": own}
+
+        content = [
+            {**one(token, taken), "top_logprobs": [one(*pair) for pair in best.items()]}
+            for token, (taken, best) in told
+        ]
+        return {"content": content, "refusal": None}
+
+    def text_logprobs(self, told: Sequence[tuple[int, Told]], offset: int) -> dict[str, Any]:
+        """`offset` in characters of the answer's text."""
+        tokens = [self._word(token)[0] for token, _ in told]
+        places = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        tops = [{self._word(token)[0]: x for token, x in best.items()} for _, (_, best) in told]
+        taken = [max(own, -9999.0) for _, (own, _) in told]
+        return {
+            "tokens": tokens,
+            "token_logprobs": taken,
+            "top_logprobs": tops,
+            "text_offset": places,
+        }
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of several, as they come."""
+    if len(generations) == 1:
+        async for piece in generations[0]:
+            yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async for piece in generation:
+                queue.put_nowait((index, piece))
+        except Exception as error:
+            queue.put_nowait(error)
+        queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(i, own)) for i, own in enumerate(generations)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,113 @@
+"""Tools: what requests say of them, and what a model calls."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from ...errors import InputError
+from .openai_fields import IN_FUNCTION, IN_TOOL, Request
+
+#: Tools of a request, and calls of a message, at most.
+TOOLS, CALLS = 128, 128
+
+
+class Function(Request):
+    """A function that the model may call; `parameters` is a JSON schema of its arguments."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(
+        None,
+        description="arguments are of the schema: where tool_choice says that a tool is called",
+    )
+    neutral = IN_FUNCTION
+
+
+class Tool(Request):
+    type: Literal["function"]
+    function: Function
+    neutral = IN_TOOL
+
+
+class ChosenName(BaseModel, strict=True, extra="forbid"):
+    name: str
+
+
+class ChosenTool(BaseModel, strict=True, extra="forbid"):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: ChosenName
+
+
+class CalledFunction(BaseModel, strict=True):
+    name: str
+    arguments: str = Field(description="JSON")
+
+
+class Call(BaseModel, strict=True):
+    """What an assistant's message called."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+Tools = Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)]
+Calls = Annotated[list[Call], Field(max_length=CALLS, fail_fast=True)]
+Choice = Literal["none", "auto", "required"] | ChosenTool
+
+
+def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As chat templates take them; InputError for fields that do nothing."""
+    for i, tool in enumerate(tools):
+        tool.refuse_extra(f"tools.{i}.")
+        tool.function.refuse_extra(f"tools.{i}.function.")
+    return [tool.model_dump(exclude_none=True) for tool in tools]
+
+
+def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
+    """Calls as chat templates take them: with arguments that are parsed."""
+    found = []
+    for i, call in enumerate(calls):
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except ValueError:
+            raise InputError(
+                f"{where}.{i}.function.arguments is not JSON: give what the call had."
+            ) from None
+        function = {"name": call.function.name, "arguments": arguments}
+        found.append({"id": call.id, "type": "function", "function": function})
+    return found
+
+
+def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> dict[str, Any]:
+    """The schema of an answer that calls tools: the chosen one, or one or more of all."""
+    named = {tool.function.name: tool.function.parameters for tool in tools}
+    if choice is not None and choice.function.name not in named:
+        raise InputError(
+            f"tool_choice: {choice.function.name[:64]!r} is none of the tools: "
+            f"{', '.join(named) or 'there are none'}."
+        )
+    wanted = named if choice is None else {choice.function.name: named[choice.function.name]}
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": schema or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, schema in wanted.items()
+    ]
+    most = {} if parallel and choice is None else {"maxItems": 1}
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
+
+
+def called(call: Mapping[str, Any], id: str) -> dict[str, Any]:
+    """A call as clients get it; `arguments` is what a parser or a schema gave."""
+    arguments = call.get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {"id": id, "type": "function", "function": {"name": call["name"], "arguments": text}}

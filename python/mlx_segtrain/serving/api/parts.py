@@ -1,0 +1,79 @@
+"""The text of an answer in its parts: reasoning, what is said, and calls of tools."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["content", "reasoning", "call"]
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The texts between which a model reasons, and calls a tool; None if it does not.
+
+    A call without an end ends where the next one begins.
+    """
+
+    think: tuple[str, str] | None = None
+    call: tuple[str, str] | None = None
+
+
+class Parts:
+    """Splits a text that comes in pieces. Tags are left out; a call comes out whole."""
+
+    def __init__(self, tags: Tags, *, reasoning: bool = False):
+        self._tags = tags
+        self._kind: Kind = "reasoning" if reasoning and tags.think else "content"
+        self._held = ""
+        self._bare = False  # after reasoning no space has been said
+
+    def add(self, text: str, *, last: bool = False) -> list[tuple[Kind, str]]:
+        """What is certain of its kind; all that is left, if it is the last piece."""
+        self._held += text
+        found: list[tuple[Kind, str]] = []
+        while (end := self._next_tag()) is not None:
+            at, tag, kind = end
+            self._out(found, self._held[:at], whole=True)
+            self._held = self._held[at + len(tag) :]
+            self._bare = self._bare or self._kind == "reasoning"
+            self._kind = kind
+        keep = 0 if last else self._begun()
+        if self._kind != "call" or last:
+            cut = len(self._held) - keep
+            self._out(found, self._held[:cut], whole=last)
+            self._held = self._held[cut:]
+        return found
+
+    def _ends(self) -> list[tuple[str, Kind]]:
+        think, call = self._tags.think, self._tags.call
+        if self._kind == "reasoning" and think:
+            return [(think[1], "content")]
+        if self._kind == "call" and call:
+            return [(call[1], "content") if call[1] else (call[0], "call")]
+        begins: list[tuple[str, Kind]] = []
+        if think:
+            begins.append((think[0], "reasoning"))
+        if call:
+            begins.append((call[0], "call"))
+        return begins
+
+    def _next_tag(self) -> tuple[int, str, Kind] | None:
+        ends: list[tuple[int, str, Kind]] = [
+            (self._held.find(tag), tag, kind) for tag, kind in self._ends()
+        ]
+        found = [end for end in ends if end[0] >= 0]
+        return min(found, key=lambda end: end[0]) if found else None
+
+    def _begun(self) -> int:
+        """Characters at the end that may be the begin of a tag."""
+        most = 0
+        for tag, _ in self._ends():
+            sizes = range(min(len(tag) - 1, len(self._held)), 0, -1)
+            most = max(most, next((n for n in sizes if self._held.endswith(tag[:n])), 0))
+        return most
+
+    def _out(self, found: list[tuple[Kind, str]], text: str, *, whole: bool) -> None:
+        if self._kind == "content" and self._bare:  # templates have lines between the two
+            text = text.lstrip()
+            self._bare = not text
+        if text and (self._kind != "call" or (whole and text.strip())):
+            found.append((self._kind, text))

@@ -1,0 +1,294 @@
+"""Sequences that are decoded together: one forward pass for a token of each.
+
+All here is called on the engine's thread. A batch begins the next step before it reads the tokens
+of the last one, so that the device computes while their text is made.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import mlx.core as mx
+
+from .decoding import (
+    CONTEXT,
+    Choice,
+    Constraint,
+    Options,
+    Telling,
+    Text,
+    Told,
+    first_key,
+    processor,
+)
+from .mounting import Base, Selected
+from .pieces import Outbox, Piece
+
+#: Sequences share a batch if the longest has at most this many times the tokens of the shortest,
+#: and so many more: what they lack is padding, which takes memory and time.
+MOST_PADDING, LEAST_PADDING = 2, 512
+
+
+@dataclass(eq=False)
+class Request:
+    """An answer that is being made; its cache has the first `done` tokens."""
+
+    prompt: list[int]
+    selected: Selected
+    options: Options
+    outbox: Outbox = field(default_factory=Outbox)
+    number: int = field(default_factory=count().__next__)
+    made: list[int] = field(default_factory=list)
+    cached: int = 0
+    done: int = 0
+    cache: list[Any] | None = None
+    since: float = field(default_factory=time.monotonic)  #: it waits, or generates
+    asked: float = field(default_factory=time.monotonic)
+    first: float | None = None  #: when its first token came
+    finish: str | None = None
+    alone: bool = False  #: in a batch of its own, by the update that is in the linears
+    batch: "Batch | None" = None
+
+    # Of the decoding, once it has begun:
+    next: mx.array | None = None  #: the last token, uint32 [1], which no cache has yet
+    key: mx.array | None = None
+    text: Text | None = None
+    process: Any = None
+    constraint: Constraint | None = None
+    read: bool = True  #: that the last token is in prompt or made
+    told: Told | None = None  #: of the last token
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *self.made]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.made)
+
+    @property
+    def most(self) -> int:
+        """Tokens that the answer may have, within the positions that the model knows."""
+        limit = self.selected.base.max_length
+        room = self.options.max_tokens if limit is None else max(1, limit - len(self.prompt))
+        return min(self.options.max_tokens, room)
+
+    def begin(self) -> None:
+        """What decoding needs besides the cache; again after start_over()."""
+        if self.next is not None:
+            return
+        options, prompt = self.options, self.prompt
+        self.next, self.read = mx.array(self.tokens[-1:], mx.uint32), True
+        self.process = processor(options, prompt, self.made)
+        if self.key is None:
+            self.key = first_key(options)
+        self.constraint = options.constraint and options.constraint.fresh()
+        if self.constraint is not None:
+            for token in self.made:
+                self.constraint.take(token)
+        if self.text is None:
+            context = prompt[-CONTEXT:] if options.continues else []
+            self.text = Text(self.selected.base.tokenizer, context, options.stop)
+
+    def start_over(self) -> None:
+        """Lets go of the cache, which can be made anew from the tokens."""
+        self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
+        if self.key is not None:  # numbers that were drawn by it are not drawn again
+            self.key = mx.random.split(self.key, 3)[2]
+
+    def take(self, token: int) -> bool:
+        """Goes on by a token, whose text goes out; whether the answer has ended."""
+        told, self.told = self.told, None
+        if self.read:
+            self.read, self.done = False, self.length
+            return False
+        assert self.text is not None
+        self.made.append(token)
+        self.done = self.length
+        self.first = self.first or time.monotonic()
+        ended = token in self.selected.base.tokenizer.eos_token_ids
+        full = len(self.made) >= self.most
+        piece = self.text.end() if ended else self.text.add(token)
+        if full and not (ended or self.text.stopped):
+            piece += self.text.end()
+        finish = "stop" if ended or self.text.stopped else "length" if full else None
+        self.finish = finish
+        about = ((token, told),) if told is not None and not ended else ()
+        if piece or finish or about:
+            self.outbox.put(Piece(piece, len(self.made), self.cached, finish, about))
+        return finish is not None
+
+
+def can_merge(cache: Sequence[Any]) -> bool:
+    """Whether caches of this kind can be of several sequences."""
+    return all(hasattr(layer, "merge") for layer in cache)
+
+
+class Batch:
+    """Requests that are decoded together; their caches are one while there are several."""
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.requests: list[Request] = []
+        self._cache: list[Any] = []
+        self._merged = False
+        self._next: Any = None
+        self._choice: Any = None
+        self._telling: tuple[list[Request], Telling] | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is a batch of one, and remains it."""
+        return any(request.alone for request in self.requests)
+
+    def takes(self, request: Request, others: Sequence[Request] = ()) -> bool:
+        """Whether the request may join, besides others, without much padding."""
+        together = (request, *self.requests, *others)
+        if any(own.alone for own in together):
+            return False
+        lengths = [own.length for own in together]
+        return max(lengths) <= MOST_PADDING * min(lengths) + LEAST_PADDING
+
+    def join(self, new: Sequence[Request]) -> None:
+        """Adds requests whose prompts are done but for the last token."""
+        for request in new:
+            request.begin()
+            request.batch = self
+        self._give_out()
+        caches: list[list[Any]] = [request.cache or [] for request in new]
+        if len(new) > 1 or self.requests:
+            merged = [type(layers[0]).merge(list(layers)) for layers in zip(*caches, strict=True)]
+            if self.requests:
+                if not self._merged:
+                    self._cache = [type(layer).merge([layer]) for layer in self._cache]
+                for own, more in zip(self._cache, merged, strict=True):
+                    own.extend(more)
+            else:
+                self._cache = merged
+            self._merged = True
+        else:
+            self._cache = caches[0]
+        for request in new:
+            request.cache = None
+        self.requests.extend(new)
+        self._take_in()
+
+    def leave(self, gone: Sequence[Request], *, keep: bool = True) -> None:
+        """Takes requests out, each with its cache if that is to be kept."""
+        if not gone:
+            return
+        self._give_out()
+        for i, request in enumerate(self.requests):
+            if request in gone:
+                request.batch = None
+                if keep:
+                    request.cache = self._extracted(i)
+        left = [i for i, request in enumerate(self.requests) if request not in gone]
+        self.requests = [self.requests[i] for i in left]
+        if not left:
+            self._cache, self._merged = [], False
+        elif len(left) == 1:
+            self._cache, self._merged = self._extracted(left[0]), False
+        else:
+            for layer in self._cache:
+                layer.filter(left)
+        self._take_in()
+
+    def _extracted(self, i: int) -> list[Any]:
+        return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
+
+    def _give_out(self) -> None:
+        """To each request what is of its own."""
+        self._read_telling()
+        if self.requests:
+            keys = self._choice.next_keys()
+            for i, request in enumerate(self.requests):
+                request.next, request.key = self._next[i : i + 1], keys[i]
+
+    def _take_in(self) -> None:
+        requests: list[Any] = self.requests
+        if not requests:
+            self._next = self._choice = None
+            return
+        self._next = mx.concatenate([request.next for request in requests])
+        options = [request.options for request in requests]
+        self._choice = Choice(options, [request.key for request in requests])
+        self._leave_masks_out()
+
+    def _leave_masks_out(self) -> None:
+        """Of rows of equal length none has padding, and one token each needs no mask: with one,
+        GPUs do without their kernels for attention."""
+        from mlx_lm.models.cache import BatchKVCache
+
+        layers: list[Any] = [x for x in self._cache if type(x) is BatchKVCache]
+        even = bool(layers) and not layers[0].left_padding.any().item()
+        for layer in layers:
+            vars(layer).pop("make_mask", None)
+            if even:
+                layer.make_mask = _no_mask(layer)
+
+    def step(self) -> tuple[list[Request], list[tuple[Request, BaseException]]]:
+        """A token of each request; those that ended, and those that failed. Any other error is of
+        the step, and of no request alone."""
+        inputs, failed = self._next, []
+        logits = self.base.model(inputs[:, None], cache=self._cache)[:, -1]
+        chosen, known = logits, None
+        if any(request.constraint for request in self.requests):
+            mx.async_eval(logits)
+            known = inputs.tolist()
+        if known or any(request.process for request in self.requests):
+            rows = [logits[i : i + 1] for i in range(len(self.requests))]
+            for i, request in enumerate(self.requests):
+                try:
+                    rows[i] = self._changed(request, inputs[i : i + 1], rows[i], known and known[i])
+                except BaseException as error:
+                    failed.append((request, error))
+            chosen = mx.concatenate([row.astype(mx.float32) for row in rows])
+        self._next = self._choice(chosen)
+        self._read_telling()
+        wanted = {
+            i: request.options.logprobs
+            for i, request in enumerate(self.requests)
+            if request.options.logprobs is not None
+        }
+        if wanted:
+            self._telling = [*self.requests], Telling(wanted, logits, self._next)
+        mx.async_eval(self._next, *(self._telling[1].arrays if self._telling else ()))
+        ended = []
+        for request, token in zip(self.requests, inputs.tolist(), strict=True):
+            try:
+                if request.take(token):
+                    ended.append(request)
+            except BaseException as error:
+                failed.append((request, error))
+        return ended, failed
+
+    def _read_telling(self) -> None:
+        """To each request what is told of its last token."""
+        if self._telling is not None:
+            requests, telling = self._telling
+            self._telling = None
+            for i, told in telling.read().items():
+                requests[i].told = told
+
+    def _changed(self, request: Request, token: mx.array, row: mx.array, known: Any) -> mx.array:
+        """Logits [1, V] by what the request says of them."""
+        if request.process is not None:
+            row = request.process(token, row)
+        if request.constraint is not None:
+            if not request.read:
+                request.constraint.take(known)
+            allowed = request.constraint.allowed(row.shape[-1])
+            row = mx.where(allowed, row, -mx.inf)
+        return row
+
+
+def _no_mask(layer: Any) -> Any:
+    def make_mask(n: int, **how: Any) -> Any:
+        if n == 1 and not how.get("window_size"):
+            return None
+        return type(layer).make_mask(layer, n, **how)
+
+    return make_mask

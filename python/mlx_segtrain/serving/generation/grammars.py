@@ -1,0 +1,114 @@
+"""What an answer has to be: JSON, a schema of it, a pattern, one of some texts, a grammar.
+
+llguidance says after each token which may come next. It reads what strangers write, with limits of
+its own on their size and on the work for a token; an error ends the request that has it.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import mlx.core as mx
+import numpy as np
+
+from ...errors import InputError
+
+#: What may stand between two words of JSON: a space, or a line break and what begins a line.
+SPACE: Any = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
+
+
+class Grammar:
+    """A grammar, as far as tokens have gone through it; decoding.Constraint."""
+
+    def __init__(self, matcher: Any, tokens: int, ends: Sequence[int]):
+        self._matcher, self._tokens, self._ends = matcher, tokens, ends
+
+    def fresh(self) -> "Grammar":
+        matcher = self._matcher.deep_copy()
+        matcher.reset()
+        return Grammar(matcher, self._tokens, self._ends)
+
+    def take(self, token: int) -> None:
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+            self._check()
+
+    def allowed(self, n: int) -> mx.array:
+        """bool [n]; where nothing may follow, the ends of a sequence."""
+        if self._matcher.is_stopped():
+            return mx.zeros(n, mx.bool_).at[mx.array(list(self._ends))].add(True)
+        mask = llguidance.numpy.allocate_token_bitmask(1, self._tokens)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, mask, 0)
+        self._check()
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=self._tokens)
+        found: Any = np.pad(bits, (0, max(0, n - self._tokens)))[:n].astype(np.bool_)
+        return mx.array(found)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = " ".join(self._matcher.get_error().split())[:300]
+            raise InputError(f"the grammar of the answer cannot be followed further: {reason}")
+
+
+class Grammars:
+    """Those of one tokenizer, whose tokens are read when the first is made. Calls take long."""
+
+    def __init__(self, tokenizer: Any, tokens: int):
+        self._tokenizer, self._tokens = tokenizer._tokenizer, tokens
+        self._ends = sorted(tokenizer.eos_token_ids)
+        self._lock = threading.Lock()
+        self._known: Any = None
+
+    def _tokens_known(self) -> Any:
+        with self._lock:
+            if self._known is None:
+                from llguidance.hf import from_tokenizer
+                from transformers import PreTrainedTokenizerFast
+
+                if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+                    raise InputError("the model's tokenizer cannot be guided: it is no fast one.")
+                self._known = from_tokenizer(
+                    self._tokenizer, n_vocab=self._tokens, eos_token=self._ends
+                )
+            return self._known
+
+    def schema(self, field: str, schema: Any) -> Grammar:
+        """JSON of a schema, with little space between its words: models may know no end of it."""
+
+        def read(text: str) -> str:
+            return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
+
+        return self._made(field, read, json.dumps(schema))
+
+    def pattern(self, field: str, pattern: str) -> Grammar:
+        return self._made(field, llguidance.LLMatcher.grammar_from_regex, pattern)
+
+    def choice(self, field: str, texts: Sequence[str]) -> Grammar:
+        """One of some texts."""
+        rules = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        return self.grammar(field, f"start: {rules}")
+
+    def grammar(self, field: str, grammar: str) -> Grammar:
+        """In Lark's form, or in llama.cpp's, whose rules have ::= ."""
+        if "::=" in grammar:
+            from llguidance.gbnf_to_lark import any_to_lark
+
+            return self._made(field, lambda x: any_to_lark(x), grammar)
+        return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar)
+
+    def _made(self, field: str, read: Any, text: str) -> Grammar:
+        known = self._tokens_known()
+        try:
+            matcher = llguidance.LLMatcher(known, read(text), log_level=0)
+            reason = matcher.get_error() if matcher.is_error() else ""
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
+            reason = str(error) or type(error).__name__
+        else:
+            if not reason:
+                return Grammar(matcher, self._tokens, self._ends)
+        raise InputError(f"{field} cannot be used: {' '.join(reason.split())[:300]}")

@@ -1,0 +1,63 @@
+"""What the engine has done, as Prometheus reads it."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .batching import Request
+
+#: What requests without an adapter are counted under, and those of several: of these there are as
+#: many as there are sums.
+BASE, STACK = "none", "stack"
+#: Upper ends of what times are counted by, in seconds.
+TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counts by adapter, and what there is now; each engine has its own.
+
+    Which prompts were known before is not told: that would be of others' prompts.
+    """
+
+    def __init__(self, now: Mapping[str, tuple[str, Callable[[], float]]]):
+        """`now` are gauges by name: what each says, and how it is read."""
+        self._registry = CollectorRegistry()
+        own = {"registry": self._registry, "namespace": "segtrain"}
+        self._requests = Counter(
+            "requests", "Answers that have ended, and how.", ["adapter", "finish"], **own
+        )
+        self._prompts = Counter("prompt_tokens", "Tokens of prompts.", ["adapter"], **own)
+        self._tokens = Counter("generated_tokens", "Tokens of answers.", ["adapter"], **own)
+        self._first = Histogram(
+            "time_to_first_token_seconds",
+            "From a request to its first token.",
+            ["adapter"],
+            buckets=TIMES,
+            **own,
+        )
+        self._whole = Histogram(
+            "request_seconds", "From a request to its end.", ["adapter"], buckets=TIMES, **own
+        )
+        for name, (says, read) in now.items():
+            Gauge(name, says, **own).set_function(read)
+
+    def count(self, request: Request, finish: str) -> None:
+        """An answer that has ended: stop, length, gone, or failed."""
+        adapters, now = request.selected.adapters, time.monotonic()
+        name = STACK if len(adapters) > 1 else adapters[0].id if adapters else BASE
+        self._requests.labels(name, finish).inc()
+        self._prompts.labels(name).inc(len(request.prompt))
+        self._tokens.labels(name).inc(len(request.made))
+        if request.first is not None:
+            self._first.labels(name).observe(request.first - request.asked)
+        self._whole.labels(name).observe(now - request.asked)
+
+    def forget(self, adapter: str) -> None:
+        """Of an adapter that is no longer there: names are clients', and may be any number."""
+        self._requests.remove_by_labels({"adapter": adapter})
+        for own in (self._prompts, self._tokens, self._first, self._whole):
+            own.remove_by_labels({"adapter": adapter})
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
