@@ -3,7 +3,7 @@
     python bench/chart.py [--out docs/performance.svg]
 
 The data are the rows of the newest block that begins with ```csv there: model, tokens, trainer,
-ms, GB. A line of the chart is a trainer.
+ms, GB (empty: not known). A line of the chart is a trainer.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def rows_of(log: str) -> list[dict[str, str]]:
 def draw(rows: list[dict[str, str]], out: Path) -> None:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     rcParams["svg.hashsalt"] = "performance"  # the same data give the same file
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -39,7 +40,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         lines = defaultdict(list)
         for row in rows:
             if row["model"] == model:
-                point = int(row["tokens"]), float(row["ms"]), float(row["gb"])
+                point = int(row["tokens"]), float(row["ms"]), float(row["gb"] or "nan")
                 lines[row["trainer"]].append(point)
         for trainer, points in lines.items():
             tokens, ms, gb = zip(*sorted(points), strict=True)
@@ -50,7 +51,9 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
             memory.plot(tokens, gb, label=trainer, **style)
         for axis, label in ((time, "seconds a step"), (memory, "peak memory, GB")):
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            axis.set_yscale("log", base=2)
+            for ticks in (axis.xaxis, axis.yaxis):
+                ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_xlabel("tokens in a row")
             axis.set_ylabel(label)
             axis.set_title(model, fontsize=10)
