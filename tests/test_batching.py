@@ -4,9 +4,11 @@ import asyncio
 import gc
 import random
 import time
+import weakref
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import BatchKVCache
 
 from lib.checks import random_adapter
 from lib.engines import END, Alone, write_adapters, write_lively
@@ -291,6 +293,22 @@ def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
     tokens = {name: [token for token, _ in own] for name, own in batched.items()}
     assert tokens == {name: [token for token, _ in own[0]] for name, own in alone.items()}
     assert any(batched[name] != alone[name][0] for name in batched), "the lanes are one"
+
+
+def test_caches_go_with_their_batch():
+    """At once, and not when Python next looks for objects that refer to each other."""
+    batch = Batch(None)
+    batch._cache = [BatchKVCache([0, 0])]
+    batch._leave_masks_out()
+    assert batch._cache[0].make_mask(1) is None
+    assert batch._cache[0].make_mask(2, return_array=True) is not None
+    layer = weakref.ref(batch._cache[0])
+    gc.disable()
+    try:
+        batch._cache = []
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 def test_seeds_in_a_crowd(shared):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 
@@ -227,7 +228,7 @@ class Batch:
         for layer in layers:
             vars(layer).pop("make_mask", None)
             if even:
-                layer.make_mask = _no_mask(layer)
+                layer.make_mask = _no_mask(ref(layer))
 
     def step(self) -> tuple[list[Request], list[tuple[Request, BaseException]]]:
         """A token of each request; those that ended, and those that failed. Any other error is of
@@ -285,10 +286,13 @@ class Batch:
         return row
 
 
-def _no_mask(layer: Any) -> Any:
+def _no_mask(layer: ref[Any]) -> Any:
+    """Of a layer that does not refer to itself by it: its arrays go when it does."""
+
     def make_mask(n: int, **how: Any) -> Any:
         if n == 1 and not how.get("window_size"):
             return None
-        return type(layer).make_mask(layer, n, **how)
+        own: Any = layer()
+        return type(own).make_mask(own, n, **how)
 
     return make_mask
