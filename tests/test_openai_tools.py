@@ -10,7 +10,11 @@ import pydantic
 import pytest
 
 from lib.engines import END, Alone, write_adapters, write_lively
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.serving.api import answers
 from mlx_segtrain.serving.api.parts import Parts, Tags
+from mlx_segtrain.serving.generation import grammars
+from mlx_segtrain.serving.pools import Pool
 from test_openai import CHAT, HELLO, NEVER_ENDS, chat_tokens, check, serving
 
 pytestmark = pytest.mark.acceptance
@@ -142,6 +146,57 @@ def test_a_grammar_that_takes_too_much_fails_alone(server):
     bad = {"structured_outputs": {"regex": "(a{0,3000}b{0,3000}){3000}"}}
     answer = server.http.post("/v1/chat/completions", json=CHAT | bad | {"max_tokens": 50})
     assert answer.status_code in (200, 400) and ask(server, n=4).choices
+
+
+def test_plain_requests_do_not_wait_for_grammars(server, monkeypatch):
+    full = Pool("grammars", 1, 0)
+    assert full._places.acquire(blocking=False)
+    monkeypatch.setattr(answers, "_GRAMMARS", full)
+    assert ask(server, n=2).choices and ask(server, n=2, tools=[CLOCK]).choices
+    for more in (
+        {"response_format": {"type": "json_object"}},
+        {"tools": [CLOCK], "tool_choice": "required"},
+    ):
+        check(server.http.post(CHATS, json=CHAT | more), 429, "for grammars wait already")
+
+
+def chained(n):
+    """Rules of which each has the next; from a few thousand on a stack overflows."""
+    return "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(n)), f'r{n}: "b"'])
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ({"regex": "a" * 70_000}, "structured_outputs.regex has more than 65536 characters"),
+        ({"choice": ["a" * 40_000, "b" * 40_000]}, "choice has more than 65536 characters"),
+        ({"grammar": f'start: "{"a" * 70_000}"'}, "grammar has more than 65536 characters"),
+        ({"json": {"const": "a" * 70_000}}, "json has more than 65536 characters"),
+        ({"grammar": chained(1500)}, "grammar has more than 1000 times ':'"),
+        ({"grammar": chained(600).replace(":", " ::=")}, "grammar has more than 1000 times ':'"),
+        ({"json": {"anyOf": [{}] * 1001}}, "json has more than 1000 times '{'"),
+    ],
+    ids=["regex", "choice", "text", "json", "rules", "gbnf", "schemas"],
+)
+def test_forms_that_are_too_large(server, form, says):
+    check(server.http.post(CHATS, json=CHAT | {"structured_outputs": form}), 400, says)
+
+
+def test_large_forms_that_may_be(server):
+    form = {"grammar": chained(900).replace('"a"', '"a"?')}
+    answer = ask(server, extra={"structured_outputs": form}, n=4)
+    assert set(answer.choices[0].message.content) <= {"a", "b"}
+
+
+def test_a_grammar_s_error_is_the_request_s(server, monkeypatch, caplog):
+    def allowed(self, n):
+        raise InputError("the grammar of the answer cannot be followed further: it is too much")
+
+    monkeypatch.setattr(grammars.Grammar, "allowed", allowed)
+    body = CHAT | {"response_format": {"type": "json_object"}}
+    check(server.http.post(CHATS, json=body), 400, "it is too much")
+    assert not [x for x in caplog.records if x.exc_info]
+    assert ask(server, n=4).choices
 
 
 # Tools

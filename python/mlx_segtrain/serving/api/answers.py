@@ -76,7 +76,9 @@ class Answers:
         request's, the log tells what came of it."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
-        grammar = await _GRAMMARS.run(body.grammar, base.grammars)
+        grammar = None
+        if body.is_guided:
+            grammar = await _GRAMMARS.run(body.grammar, base.grammars)
         options = body.options(grammar)
         own = cls(base, asked, body)
         try:
@@ -97,7 +99,7 @@ class Answers:
     def _tags_of(self, body: Generate) -> Tags:
         """What the texts between tags are, where the request leaves it to the model."""
         tokenizer = self.base.tokenizer
-        if self._chat is None or self._calls == "forced" or body.is_formed:
+        if self._chat is None or body.is_guided:
             return Tags()
         think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         call = None

@@ -226,6 +226,11 @@ class Generate(Request):
         form = self.response_format
         return self.structured_outputs is not None or (form is not None and form.type != "text")
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether there may be a grammar, which takes long to read."""
+        return self.is_formed
+
     def grammar(self, grammars: Grammars) -> Grammar | None:
         """What the answer has to be; None for any text. It may take long to read."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
@@ -339,6 +344,10 @@ class ChatRequest(Generate):
                     f"tools.{i}.function.strict: calls are of their schema where tool_choice is "
                     "required or names a tool, and not where the model may choose: leave it out."
                 )
+
+    @property
+    def is_guided(self) -> bool:
+        return self.calls == "forced" or self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
         if self.calls != "forced":

@@ -520,8 +520,10 @@ class Engine:
         if request not in self._active:
             return
         self._take_out([request], keep=False)
-        told = _no_memory(error, f"a request of {len(request.prompt)} tokens")
-        if told is None:
+        told: Exception | None = _no_memory(error, f"a request of {len(request.prompt)} tokens")
+        if isinstance(error, InputError):  # of the request's own grammar
+            told = error
+        elif told is None:
             logger.error("a generation failed", exc_info=error)
             told = RunError(f"the generation failed: {_reason(error)}")
         else:  # what is kept for speed alone goes first

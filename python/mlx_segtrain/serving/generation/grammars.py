@@ -16,6 +16,13 @@ import numpy as np
 
 from ...errors import InputError
 
+#: Characters of a grammar, and places in it at which a rule or a subschema may begin. llguidance
+#: goes from rule to rule by recursion, and a stack that overflows ends the process.
+MOST_TEXT, MOST_RULES = 1 << 16, 1000
+#: Of one grammar: work for a token, and states, each of which takes up to 2 KB.
+LIMITS = llguidance.LLParserLimits(
+    step_lexer_fuel=100_000, max_lexer_states=20_000, verbose_errors=False
+)
 #: What may stand between two words of JSON: a space, or a line break and what begins a line.
 SPACE: Any = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 
@@ -81,7 +88,11 @@ class Grammars:
         def read(text: str) -> str:
             return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
 
-        return self._made(field, read, json.dumps(schema))
+        try:
+            text = json.dumps(schema)
+        except RecursionError:
+            raise InputError(f"{field} is nested too deeply: give a flatter schema.") from None
+        return self._made(field, read, text, "{")
 
     def pattern(self, field: str, pattern: str) -> Grammar:
         return self._made(field, llguidance.LLMatcher.grammar_from_regex, pattern)
@@ -89,22 +100,30 @@ class Grammars:
     def choice(self, field: str, texts: Sequence[str]) -> Grammar:
         """One of some texts."""
         rules = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-        return self.grammar(field, f"start: {rules}")
+        return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
         """In Lark's form, or in llama.cpp's, whose rules have ::= ."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 
-            return self._made(field, lambda x: any_to_lark(x), grammar)
-        return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar)
+            return self._made(field, lambda x: any_to_lark(x), grammar, ":")
+        return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar, ":")
 
-    def _made(self, field: str, read: Any, text: str) -> Grammar:
-        known = self._tokens_known()
+    def _made(self, field: str, read: Any, text: str, begins: str = "") -> Grammar:
+        """`begins` is what each of its rules has."""
+        if len(text) > MOST_TEXT:
+            raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
+        if begins and text.count(begins) > MOST_RULES:
+            raise InputError(
+                f"{field} has more than {MOST_RULES} times {begins!r}, of which each may begin a "
+                "rule: shorten it."
+            )
         try:
-            matcher = llguidance.LLMatcher(known, read(text), log_level=0)
+            known = self._tokens_known()
+            matcher = llguidance.LLMatcher(known, read(text), log_level=0, limits=LIMITS)
             reason = matcher.get_error() if matcher.is_error() else ""
-        except (KeyboardInterrupt, SystemExit):
+        except (InputError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of Rust is no Exception
             reason = str(error) or type(error).__name__
