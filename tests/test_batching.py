@@ -131,7 +131,7 @@ def test_each_row_gets_its_own_update(base, names):
     base.check(names)
 
 
-def test_ranks_are_padded_in_groups(model, monkeypatch):
+def test_ranks_are_padded_in_groups(model):
     """A large rank makes no small one large."""
 
     def mounted(base):

@@ -19,6 +19,7 @@ from mlx_segtrain.serving.generation import engine as module
 from mlx_segtrain.serving.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Busy, Engine, NoMemory
 from mlx_segtrain.serving.generation.mounting import read_base
+from mlx_segtrain.serving.service import Service
 
 pytestmark = pytest.mark.acceptance
 
@@ -211,6 +212,74 @@ def test_prompts_make_room_for_a_job(fresh):
     assert first > 0 and none == [0, 0] and last_empty == 0 and last > 0
 
 
+def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
+    """Not at the next look; and whatever fails once is in the log, and no end of the looks."""
+
+    class Fake:
+        training, calls = True, 0
+
+        async def spare(self, short):
+            self.calls += 1
+            if self.calls == 1:
+                raise ValueError("once")
+            self.spared.set()
+
+    async def main():
+        fake = Fake()
+        fake.begun, fake.spared = asyncio.Event(), asyncio.Event()
+        service = Service.__new__(Service)
+        service.jobs = service.engine = fake
+        task = asyncio.create_task(service._tidy())
+        for _ in range(2):
+            fake.begun.set()
+            while fake.begun.is_set():
+                await asyncio.sleep(0.01)
+        await fake.spared.wait()
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    assert "memory was not given back" in caplog.text
+
+
+# Counts, and another model
+
+
+def test_no_adapter_is_counted_that_is_not_mounted(model, fresh, adapters):
+    async def main():
+        await fresh.mount("x", adapters["a"])
+        options = Options(max_tokens=8, logit_bias=GOES_ON)
+        run = fresh.generate(PROMPT, fresh.select("x"), options)
+        await anext(run)
+        await fresh.unmount("x")
+        async for _ in run:
+            pass
+        await fresh.mount("y", adapters["a"])
+        await ask(fresh, "y")
+        texts = [await fresh.call(lambda: fresh.metrics.text().decode())]
+        await fresh.load(model)
+        return [*texts, fresh.metrics.text().decode()]
+
+    before, after = asyncio.run(main())
+    assert 'adapter="x"' not in before and 'requests_total{adapter="unmounted"' in before
+    assert 'requests_total{adapter="y"' in before and 'adapter="y"' not in after
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_other_whole(
+    model, fresh, adapters, said, monkeypatch
+):
+    async def main():
+        await fresh.mount("a", adapters["a"])
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "can_merge", lambda cache: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await fresh.load(model)
+        assert fresh.base.encode("Hello") and "a" in fresh.adapters
+        return await asyncio.gather(ask(fresh, "a"), ask(fresh))
+
+    answers = asyncio.run(main())
+    assert [text for text, _ in answers] == [said(PROMPT, "a"), said(PROMPT)]
+
+
 # Mounting
 
 
@@ -243,7 +312,9 @@ def test_an_id_that_is_mounted_stays(shared, adapters):
     assert before.size_bytes == sum(x.nbytes + y.nbytes for x, y in before.adapter.tensors.values())
 
 
-@pytest.mark.parametrize("id", ["", " ", ".", "..", "a+b", "a,b", "a/b", "None", "a\n", " a", "\0"])
+@pytest.mark.parametrize(
+    "id", ["", " ", ".", "..", "a+b", "a,b", "a/b", "None", "Stack", "a\n", " a", "\0"]
+)
 def test_ids_that_cannot_be(shared, adapters, id):
     with pytest.raises(InputError, match="cannot name an adapter"):
         asyncio.run(shared.mount(id, adapters["a"]))

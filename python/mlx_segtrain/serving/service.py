@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import resource
 import threading
 import time
@@ -35,6 +36,8 @@ from .pools import Pool
 from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
+
+logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Fields of jobs that are paths, each once.
 JOB_PATHS = tuple(
@@ -99,14 +102,20 @@ class Service:
         that trains gets what prompts of others have that are kept."""
         least = resident()
         while True:
-            await asyncio.sleep(TIDY_S)
-            with suppress(RunError):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.jobs.begun.wait(), TIDY_S)
+            self.jobs.begun.clear()
+            try:
                 await self.engine.spare(self.jobs.training)
                 if least is not None:
                     now = resident() or least
                     least = min(least, now)
                     if now > least + TIDY_BYTES:
                         await self.engine.tidy()
+            except RunError:  # the engine is busy, or has ended, and says so itself
+                continue
+            except Exception:
+                logger.exception("memory was not given back")
 
     @property
     def waits(self) -> bool:

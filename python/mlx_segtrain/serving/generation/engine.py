@@ -105,8 +105,9 @@ class Engine:
                 "requests_running": ("Answers that are made.", lambda: len(self._active)),
                 "requests_waiting": ("Requests that wait.", lambda: len(self._waiting)),
                 "adapters_mounted": ("Adapters in memory.", lambda: len(self.adapters)),
-                "prompt_cache_bytes": ("Of prompts that are kept.", self._kept_bytes),
-            }
+                "prompt_cache_bytes": ("Bytes of prompts kept.", self._kept_bytes),
+            },
+            lambda: self.adapters,
         )
         # Of the engine's thread alone:
         self._prompts: Any = None
@@ -319,7 +320,7 @@ class Engine:
                 self._active[-1].since = now
         self._end(*gone)
         for request in late:
-            told = f"others were answered for {LONGEST_WAIT_S:.0f} s: try again later."
+            told = f"the server was busy for {LONGEST_WAIT_S:.0f} s: try again later."
             request.outbox.put(Busy(told))
 
     def _give_up(self, ended: RunError) -> None:
@@ -539,12 +540,14 @@ class Engine:
         from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
         base = read_base(path, confined)
+        rows, merges = Rows(base.modules, base.model), can_merge(make_prompt_cache(base.model))
+        prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
+        # From here on nothing fails: the old one is whole up to here.
         if self.base is not None:
             self.base.confined.close()
-        self._rows = Rows(base.modules, base.model)
-        self._merges = can_merge(make_prompt_cache(base.model))
-        self._prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
-        self._linears = Linears()
+        for id in self.adapters:
+            self.metrics.forget(id)
+        self._rows, self._merges, self._prompts, self._linears = rows, merges, prompts, Linears()
         self.adapters, self.default, self.base = {}, None, base
         gc.collect()  # modules and what goes round them refer to each other
         _free()

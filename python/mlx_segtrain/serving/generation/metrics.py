@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .batching import Request
+from .mounting import GONE, NONE, STACK, Mounted
 
-#: What requests without an adapter are counted under, and those of several: of these there are as
-#: many as there are sums.
-BASE, STACK = "none", "stack"
 #: Upper ends of what times are counted by, in seconds.
 TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
@@ -20,8 +18,14 @@ class Metrics:
     Which prompts were known before is not told: that would be of others' prompts.
     """
 
-    def __init__(self, now: Mapping[str, tuple[str, Callable[[], float]]]):
-        """`now` are gauges by name: what each says, and how it is read."""
+    def __init__(
+        self,
+        now: Mapping[str, tuple[str, Callable[[], float]]],
+        mounted: Callable[[], Mapping[str, Mounted]],
+    ):
+        """`now` are gauges by name: what each says, and how it is read. `mounted` gives the
+        adapters by which answers are counted."""
+        self._mounted = mounted
         self._registry = CollectorRegistry()
         own = {"registry": self._registry, "namespace": "segtrain"}
         self._requests = Counter(
@@ -45,7 +49,10 @@ class Metrics:
     def count(self, request: Request, finish: str) -> None:
         """An answer that has ended: stop, length, gone, or failed."""
         adapters, now = request.selected.adapters, time.monotonic()
-        name = STACK if len(adapters) > 1 else adapters[0].id if adapters else BASE
+        name = STACK if len(adapters) > 1 else NONE
+        if len(adapters) == 1:
+            (own,) = adapters
+            name = own.id if self._mounted().get(own.id) is own else GONE
         self._requests.labels(name, finish).inc()
         self._prompts.labels(name).inc(len(request.prompt))
         self._tokens.labels(name).inc(len(request.made))

@@ -144,9 +144,14 @@ class Selected:
         return tuple(mounted.serial for mounted in self.adapters)
 
 
+#: What /metrics counts others under: requests without an adapter, those of several, of which there
+#: are as many as there are sums, and those of one that is gone.
+RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
+
+
 def check_id(id: str) -> None:
     """InputError if requests could not name an adapter so."""
-    if not id.strip(".") or id != id.strip() or id.lower() == "none":
+    if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
         raise InputError(f"id: {id!r} cannot name an adapter: give a word.")
     if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
         raise InputError(

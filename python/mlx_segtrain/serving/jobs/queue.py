@@ -92,6 +92,8 @@ class Jobs:
         #: Variables, for the kinds of jobs that want them; in no file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
+        #: Set when a job has begun, for who waits for it.
+        self.begun = asyncio.Event()
         #: Name and inputs of a job, which lists show, and which need its configuration.
         self.about = lru_cache(4096)(lambda id: ((row := self.get(id)).name, row.inputs))
         self.monitors: set[asyncio.Task[None]] = set()
@@ -288,6 +290,7 @@ class Jobs:
         live.process, live.pid = process, process.pid
         logger.info("%s (%s) runs as process %d", row.id, row.kind, process.pid)
         self._watch(row.id)
+        self.begun.set()
         return True
 
     def _watch(self, id: str) -> None:
