@@ -1,17 +1,19 @@
 """Tools, answers of a form, log probabilities and /v1/responses, by OpenAI's own client."""
 
+import asyncio
 import json
 import shutil
+from typing import Annotated, Literal
 
 import httpx
 import mlx.core as mx
-import openai
 import pydantic
 import pytest
 
 from lib.engines import END, Alone, write_adapters, write_lively
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving.api import answers
+from mlx_segtrain.serving.api.openai_forms import ChatRequest
 from mlx_segtrain.serving.api.parts import Parts, Tags
 from mlx_segtrain.serving.generation import grammars
 from mlx_segtrain.serving.pools import Pool
@@ -226,6 +228,41 @@ def test_the_tool_loop_of_the_official_client(server, said):
     assert answer.choices[0].message.content == said(prompt, None, 8)
 
 
+class Place(pydantic.BaseModel, extra="forbid"):
+    name: Literal["Rome", "Oslo"]
+
+
+class Trip(pydantic.BaseModel, extra="forbid"):
+    """Its schema has a reference to Place, in $defs of its own."""
+
+    start: Place
+    ends: Annotated[list[Place], pydantic.Field(min_length=1, max_length=2)]
+
+
+class Walk(pydantic.BaseModel, extra="forbid"):
+    Place: Place
+
+
+def test_tools_whose_parameters_refer_to_their_own(server):
+    """Each to its own definitions, which may have the name of another's."""
+    other = {"$defs": {"Place": {"const": {"$ref": "#/x"}}}, "$ref": "#/$defs/Place"}
+    kinds = {"trip": Trip.model_json_schema(), "walk": Walk.model_json_schema(), "other": other}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in kinds.items()
+    ]
+    for name, kind in (("trip", Trip), ("walk", Walk), ("other", None)):
+        choice = {"type": "function", "function": {"name": name}}
+        answer = ask(server, tools=tools, tool_choice=choice, temperature=1.0, seed=2)
+        (call,) = answer.choices[0].message.tool_calls
+        if kind is not None:
+            kind.model_validate_json(call.function.arguments)
+        else:
+            assert json.loads(call.function.arguments) == {"$ref": "#/x"}
+    answer = ask(server, tools=tools, tool_choice="required", temperature=1.0, seed=3)
+    assert answer.choices[0].message.tool_calls
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_that_has_to_be_called(server, stream):
     choice = {"type": "function", "function": {"name": "weather"}}
@@ -241,7 +278,7 @@ def test_a_tool_that_has_to_be_called(server, stream):
     assert set(json.loads(call.function.arguments)) == {"place", "days"}
 
 
-def test_calls_in_a_model_s_own_form(server, said, monkeypatch):
+def test_calls_in_a_model_s_own_form(server, said):
     """The model says what we want by its biases; it reasons, speaks and calls."""
     call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
     bad = "<tool_call>\nno JSON\n</tool_call>"
@@ -319,6 +356,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         with speaking(server, "hm, 3</think>Three.") as body:
             other = ask(server, extra=opened, **body)
             plain = ask(server, **body)
+            asks = ask(server, [{"role": "user", "content": "What is <think>?"}], **body)
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
     deltas = [chunk.choices[0].delta for chunk in chunks]
@@ -326,7 +364,9 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         assert "".join(getattr(x, name, None) or "" for x in deltas) == wanted
     message = other.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 3", "Three.")
-    assert plain.choices[0].message.content == "hm, 3</think>Three."
+    for answer in (plain, asks):
+        assert answer.choices[0].message.content == "hm, 3</think>Three."
+        assert answer.choices[0].message.reasoning_content is None
 
 
 def test_parts_of_a_text():
@@ -369,14 +409,25 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
     turn = {"role": "assistant", "content": None}
     turn["tool_calls"] = [{"id": "1", "type": "function"}]
     turn["tool_calls"][0]["function"] = {"name": "f", "arguments": "{"}
-    body = CHAT | {"messages": [*HELLO, turn]}
-    check(server.http.post("/v1/chat/completions", json=body), 400, "arguments is not JSON")
+    for text in ("{", "[" * 100_000):
+        turn["tool_calls"][0]["function"]["arguments"] = text
+        body = CHAT | {"messages": [*HELLO, turn]}
+        check(server.http.post(CHATS, json=body), 400, "arguments is not JSON")
+    body = CHAT | {"structured_outputs": {"json": "[" * 50_000}}
+    check(server.http.post(CHATS, json=body), 400, "json is not JSON")
     model = shutil.copytree(said.model, tmp_path / "ORG-Plain")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with serving(folder, model) as other:
         body = CHAT | {"tools": [WEATHER]}
         answer = other.http.post("/v1/chat/completions", json=body)
     check(answer, 400, "tools: the chat template of ORG-Plain takes none")
+
+
+def test_what_was_asked_is_freed_before_the_answer():
+    forms = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    body = ChatRequest.model_validate(CHAT | {"tools": [WEATHER]} | forms)
+    body.let_go()
+    assert not body.messages and body.tools is None and not body.is_formed
 
 
 # Log probabilities, several answers
@@ -412,6 +463,25 @@ def test_logprobs_of_completions(server):
     chunks = list(server.client.completions.create(**how, stream=True))
     parts = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
     assert [x for part in parts for x in part.text_offset] == told.text_offset
+
+
+def test_logprobs_that_are_too_many(server):
+    how = {"n": 16, "max_tokens": 15_000, "logprobs": True, "top_logprobs": 20}
+    check(server.http.post(CHATS, json=CHAT | how), 400, "logprobs: 16 x 15000 tokens with 20")
+
+
+def test_cached_tokens_are_those_of_the_prompt(server):
+    async def main():
+        body = ChatRequest.model_validate(CHAT | {"n": 4})
+        engine = server.engine
+        for _ in range(2):  # the second time the prompt is known
+            own = await answers.Answers.begin(engine, engine.select("none"), body, "-")
+            async for _ in own.deltas():
+                pass
+        return own
+
+    own = asyncio.run(main())
+    assert 0 < own.cached < own.prompt_tokens
 
 
 def test_several_answers(server):
@@ -510,7 +580,13 @@ def test_a_response_of_a_form_and_with_tools(server):
     answer = server.client.responses.create(
         model="ORG-Model", input=turns, tools=[tool], max_output_tokens=4
     )
-    assert answer.usage.output_tokens > 0
+    assert answer.usage.output_tokens == 4 or answer.status == "completed"
+    known = [turns[0], turns[2]]
+    shorter = {"type": "message", "role": "user", "content": "sunny"}
+    other = server.client.responses.create(
+        model="ORG-Model", input=[known[0], shorter], tools=[tool], max_output_tokens=4
+    )
+    assert answer.usage.input_tokens > other.usage.input_tokens  # the call is in the prompt
 
 
 @pytest.mark.parametrize(
@@ -520,6 +596,7 @@ def test_a_response_of_a_form_and_with_tools(server):
         ({"input": [{"role": "user"}]}, "input.0: a turn has a role and a content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text"),
         ({"previous_response_id": "x"}, "previous_response_id: this server does not implement it"),
+        ({"metadata": "x"}, "metadata"),
         ({"store": True}, "store: this server does not implement it"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: the model calls functions"),
         ({"temperature": 11}, "temperature"),
@@ -531,4 +608,14 @@ def test_a_response_of_a_form_and_with_tools(server):
 def test_responses_that_cannot_be(server, change, says):
     body = {"input": "Hello", "max_output_tokens": 1} | change
     check(server.http.post("/v1/responses", json=body), 400, says)
-    assert openai.__version__
+
+
+def test_metadata_and_reasoning_of_responses(server):
+    turn = {"role": "user", "content": "Hello, who are you?"}
+    thought = {"type": "reasoning_text", "text": "hm"}
+    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [thought]}
+    how = {"model": "ORG-Model", "max_output_tokens": 8, "metadata": {"a": "b"}}
+    plain = server.client.responses.create(input=[turn], **how)
+    again = server.client.responses.create(input=[reasoning, turn], **how)
+    assert again.metadata == {"a": "b"} and again.output_text == plain.output_text
+    assert again.usage.input_tokens == plain.usage.input_tokens

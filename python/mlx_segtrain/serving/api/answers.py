@@ -8,13 +8,14 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from fastapi import Request
 
 from ...errors import InputError
 from ..confined.parent import Limits, prompts
-from ..generation.decoding import Told
+from ..generation.decoding import Options, Told
 from ..generation.engine import Engine
 from ..generation.mounting import Base, Selected
 from ..generation.pieces import Generation, Piece
@@ -30,6 +31,10 @@ logger = logging.getLogger("mlx_segtrain.serving")
 LOOK_S = 0.25
 #: Grammars that are read at once, and that wait for it.
 _GRAMMARS = Pool("grammars", 1, 16)
+#: Tokens of a request of which log p is told at most, the likeliest others among them.
+MOST_TOLD = 1_000_000
+#: Tokens at a prompt's end in which a template may begin the reasoning.
+_END = 32
 
 Finish = Literal["stop", "length", "tool_calls"]
 
@@ -56,18 +61,20 @@ class Answers:
     def __init__(self, base: Base, asked: list[list[int]], body: Generate):
         self.base, self.prompt_tokens = base, sum(map(len, asked))
         self.tokens = self.cached = 0
+        self._n = body.n or 1
         self._chat = body if isinstance(body, ChatRequest) else None
         self._tools = for_template(self._chat.tools or []) if self._chat else []
         self._calls = self._chat.calls if self._chat else "none"
         self._one = self._chat is not None and self._chat.parallel_tool_calls is False
         self._tags = self._tags_of(body)
-        opened = [self._opened(prompt) for prompt in asked for _ in range(body.n or 1)]
+        opened = [self._opened(prompt) for prompt in asked for _ in range(self._n)]
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         self._said = [0] * len(opened)  # calls of each answer
         self._forced = [""] * len(opened)  # what each has said, if it is calls alone
         self._generations: list[Generation] = []
         self._begun, self._first = time.monotonic(), 0.0
         self._ends: list[str] = []
+        self._words: dict[int, tuple[str, list[int]]] = {}
         self._line = ""  # of the log
 
     @classmethod
@@ -80,6 +87,7 @@ class Answers:
         if body.is_guided:
             grammar = await _GRAMMARS.run(body.grammar, base.grammars)
         options = body.options(grammar)
+        _check_told(options, len(asked) * (body.n or 1), base.max_length)
         own = cls(base, asked, body)
         try:
             for prompt in asked:
@@ -111,8 +119,9 @@ class Answers:
         """Whether a prompt ends within reasoning, as some templates have it."""
         if self._tags.think is None:
             return False
-        tokenizer = self.base.tokenizer
-        return tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+        tokenizer, end = self.base.tokenizer, prompt[-_END:]
+        begun = tokenizer.rfind_think_start(end)  # a turn that has it is followed by its end
+        return begun >= 0 and tokenizer.decode(end[begun:]).strip() == tokenizer.think_start
 
     async def close(self) -> None:
         """Ends what still runs, and logs what there was: it may be called again."""
@@ -162,7 +171,8 @@ class Answers:
         if piece.finish:
             self._ends.append(piece.finish)
             self.tokens += piece.tokens
-            self.cached += piece.cached
+            if index % self._n == 0:  # the other answers are to the same prompt
+                self.cached += piece.cached
             if self._said[index] and piece.finish == "stop":
                 delta.finish = "tool_calls"
         return delta
@@ -190,7 +200,7 @@ class Answers:
     def _add_forced(self, delta: Delta, text: str) -> None:
         try:
             calls = json.loads(text)
-        except ValueError:  # the most tokens came before its end
+        except (ValueError, RecursionError):  # the most tokens came before its end
             delta.content += text
             return
         for call in calls:
@@ -228,8 +238,10 @@ class Answers:
     # Log probabilities, in the two forms that OpenAI has
 
     def _word(self, token: int) -> tuple[str, list[int]]:
-        found = token_bytes(self.base.tokenizer, token)
-        return found.decode(errors="replace"), list(found)
+        if token not in self._words:
+            found = token_bytes(self.base.tokenizer, token)
+            self._words[token] = found.decode(errors="replace"), list(found)
+        return self._words[token]
 
     def chat_logprobs(self, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
         def one(token: int, logprob: float) -> dict[str, Any]:
@@ -245,7 +257,7 @@ class Answers:
     def text_logprobs(self, told: Sequence[tuple[int, Told]], offset: int) -> dict[str, Any]:
         """`offset` in characters of the answer's text."""
         tokens = [self._word(token)[0] for token, _ in told]
-        places = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        places = list(accumulate(map(len, tokens), initial=offset))[:-1]
         tops = [{self._word(token)[0]: x for token, x in best.items()} for _, (_, best) in told]
         taken = [max(own, -9999.0) for _, (own, _) in told]
         return {
@@ -254,6 +266,18 @@ class Answers:
             "top_logprobs": tops,
             "text_offset": places,
         }
+
+
+def _check_told(options: Options, answers: int, most: int | None) -> None:
+    """InputError if log p of more tokens is wanted than memory should hold."""
+    if options.logprobs is None:
+        return
+    each = options.max_tokens if most is None else min(options.max_tokens, most)
+    if answers * each * (options.logprobs + 1) > MOST_TOLD:
+        raise InputError(
+            f"logprobs: {answers} x {each} tokens with {options.logprobs} others each are more "
+            f"than {MOST_TOLD:,}: give a smaller max_tokens, n or number of others."
+        )
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:

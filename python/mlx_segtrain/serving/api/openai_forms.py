@@ -263,9 +263,9 @@ class Generate(Request):
             )
         return found[0][1]() if found else None
 
-    @abstractmethod
     def let_go(self) -> None:
         """Frees what was asked, whose tokens are known by now."""
+        self.response_format = self.structured_outputs = None
 
     def options(self, grammar: Grammar | None = None) -> Options:
         """How the answer's tokens are chosen, and where it ends."""
@@ -359,7 +359,8 @@ class ChatRequest(Generate):
         return grammars.schema("tools", tools_of.forced(self.tools or [], chosen, parallel))
 
     def let_go(self) -> None:
-        self.messages, self.chat_template_kwargs = [], None
+        super().let_go()
+        self.messages, self.chat_template_kwargs, self.tools = [], None, None
 
 
 class CompletionRequest(Generate):
@@ -398,6 +399,7 @@ class CompletionRequest(Generate):
         return [chosen.base.encode(x) if isinstance(x, str) else x for x in self.prompts]
 
     def let_go(self) -> None:
+        super().let_go()
         self.prompt = ""
 
 
@@ -562,7 +564,7 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
         return schema
     try:
         return json.loads(schema)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{where} is not JSON: give a schema.") from None
 
 

@@ -35,7 +35,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 #: Fields, and values of them, that change nothing here.
 IN_RESPONSE: Neutral = {
-    **dict.fromkeys(("user", "metadata", "safety_identifier"), ANYTHING),
+    **dict.fromkeys(("user", "safety_identifier"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
     "store": (False,),
     "background": (False,),
@@ -46,13 +46,13 @@ IN_RESPONSE: Neutral = {
     "stream_options": ({},),
 }
 IN_TEXT: Neutral = {"verbosity": ("medium",)}
-IN_ITEM: Neutral = {"id": ANYTHING, "status": ANYTHING}
+IN_ITEM: Neutral = {"id": ANYTHING, "status": ANYTHING, "summary": ANYTHING}
 
 
 class Item(Fields):
-    """A turn; a call of a tool; or what the call gave."""
+    """A turn; a call of a tool; what the call gave; or reasoning, which is left out."""
 
-    type: Literal["message", "function_call", "function_call_output"] | None = None
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[dict[str, Any]] | None = None
     call_id: str | None = None
@@ -94,6 +94,7 @@ class ResponseRequest(Fields):
     chat_template_kwargs: dict[str, Any] | None = None
     deterministic: bool | None = None
     stream: bool | None = None
+    metadata: dict[str, str] | None = Field(None, description="it comes back with the response")
     neutral = IN_RESPONSE
 
     def as_chat(self) -> ChatRequest:
@@ -138,6 +139,8 @@ class ResponseRequest(Fields):
 
 def _add_turn(turns: list[dict[str, Any]], item: Item, where: str) -> None:
     item.refuse_extra(f"{where}.")
+    if item.type == "reasoning":
+        return
     if item.type == "function_call":
         function = {"name": item.name or "", "arguments": item.arguments or "{}"}
         call = {"id": item.call_id or "", "type": "function", "function": function}
@@ -219,7 +222,7 @@ class Made:
             "incomplete_details": None,
             "error": None,
             "instructions": body.instructions,
-            "metadata": (body.model_extra or {}).get("metadata") or {},
+            "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "temperature": body.temperature,
             "top_p": body.top_p,
@@ -326,6 +329,7 @@ class Made:
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
     """Generates a response: text, and calls of tools."""
     chat = body.as_chat()
+    body.input = ""  # or it would stay as long as the answer takes
     answers, chosen = await begin(service, request, chat)
     made = Made(body, answers, body.model or chosen.base.id, chosen.id)
     if body.stream:

@@ -59,6 +59,8 @@ class Call(BaseModel, strict=True):
 Tools = Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)]
 Calls = Annotated[list[Call], Field(max_length=CALLS, fail_fast=True)]
 Choice = Literal["none", "auto", "required"] | ChosenTool
+#: Keywords whose values are schemas by names.
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -75,7 +77,7 @@ def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
     for i, call in enumerate(calls):
         try:
             arguments = json.loads(call.function.arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(
                 f"{where}.{i}.function.arguments is not JSON: give what the call had."
             ) from None
@@ -96,14 +98,40 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema or {"type": "object"}},
+            "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for name, schema in wanted.items()
+        for name in wanted
     ]
+    try:
+        schemas = {
+            name: _moved(schema or {"type": "object"}, f"#/$defs/{name}")
+            for name, schema in wanted.items()
+        }
+    except RecursionError:
+        raise InputError("tools are nested too deeply: give flatter parameters.") from None
     most = {} if parallel and choice is None else {"maxItems": 1}
-    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
+    own = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
+    return {**own, "$defs": schemas}
+
+
+def _moved(schema: Any, root: str, named: bool = False) -> Any:
+    """A schema whose own root is to be at `root`: its references point below that. `named`: its
+    keys are names of schemas, and no keywords."""
+    if isinstance(schema, list):
+        return [_moved(own, root) for own in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for key, value in schema.items():
+        if not named and key in ("const", "enum"):  # values, and no schemas
+            found[key] = value
+        elif not named and key == "$ref" and (value == "#" or str(value).startswith("#/")):
+            found[key] = root + value[1:]
+        else:
+            found[key] = _moved(value, root, not named and key in _NAMED)
+    return found
 
 
 def called(call: Mapping[str, Any], id: str) -> dict[str, Any]:
