@@ -10,8 +10,8 @@ import pydantic
 import pytest
 
 from lib.engines import END, Alone, write_adapters, write_lively
+from lib.openai_server import CHAT, HELLO, NEVER_ENDS, chat_tokens, check, serving
 from mlx_segtrain.serving.api.parts import Parts, Tags
-from test_openai import CHAT, HELLO, NEVER_ENDS, chat_tokens, check, serving
 
 pytestmark = pytest.mark.acceptance
 
