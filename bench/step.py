@@ -300,7 +300,7 @@ def traced(step, work, seconds):
     import mlx.core as mx
 
     try:
-        from torch.autograd import DeviceType  # pyright: ignore[reportMissingImports]
+        from torch._C._autograd import DeviceType  # pyright: ignore[reportMissingImports]
         from torch.profiler import ProfilerActivity, profile  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}

@@ -235,7 +235,7 @@ def launches(form):
     """Of one more layer of a form, by name."""
     from mlx_segtrain import _core
 
-    load_compiler()
+    _core.collect_kernels()  # nothing runs: nothing need be compiled
     mx.set_default_device(mx.Device(mx.cpu))
     _core.set_repeatable(True)
     slides, full = "sliding_attention", "full_attention"
@@ -271,7 +271,7 @@ def kept(family):
     from mlx_segtrain.planning.costs import Device, costs_of
     from mlx_segtrain.streams import BatchShape
 
-    load_compiler()
+    _core.collect_kernels()  # nothing runs: nothing need be compiled
     mx.set_default_device(mx.Device(mx.cpu))
     _core.set_repeatable(True)
     length, slides, full = 1024, "sliding_attention", "full_attention"

@@ -41,7 +41,10 @@ def mac(monkeypatch, tmp_path):
 
 def test_the_fastest_is_taken_from_then_on(mac):
     assert _core.attention_way("metal", 64) == "stock"
-    assert settle([HEADS, WINDOW, HEADS]) == {HEADS: TIMES, WINDOW: {"kernel": 7, "blocked": 6}}
+    assert settle([HEADS, WINDOW, HEADS], measures=True) == {
+        HEADS: TIMES,
+        WINDOW: {"kernel": 7, "blocked": 6},
+    }
     assert len(mac) == 2 * len(choice.WAYS)
     for dtype in (mx.bfloat16, mx.float16):  # which a plan does not tell apart
         assert _core.attention_way("metal", 64, dtype) == "kernel"
@@ -52,7 +55,7 @@ def test_the_fastest_is_taken_from_then_on(mac):
 
 def test_a_call_takes_what_the_plan_takes(mac):
     x = mx.zeros((1, 4, 300, 64), mx.bfloat16)
-    settle([HEADS, WINDOW])
+    settle([HEADS, WINDOW], measures=True)
     with launched() as launches:
         _core.attention(x, x, x, _core.AttentionOptions(scale=1.0))
         assert [x.name for x in launches] == ["attention"]
@@ -61,28 +64,53 @@ def test_a_call_takes_what_the_plan_takes(mac):
 
 
 def test_times_are_taken_once(mac, tmp_path, monkeypatch):
-    first = settle([HEADS])
+    first = settle([HEADS], measures=True)
     mac.clear()
-    assert settle([HEADS]) == first and mac == []
+    assert settle([HEADS], measures=True) == first and mac == []
     (key,) = json.loads((tmp_path / "attention.json").read_text())
     assert key.startswith("Apple M1, mlx ") and key.endswith(", macOS 15.3")
-    settle([HEADS, WINDOW])
+    settle([HEADS, WINDOW], measures=True)
     assert {heads for heads, _ in mac} == {WINDOW}
     mac.clear()
     monkeypatch.setattr(choice.platform, "mac_ver", lambda: ("15.4", (), ""))
-    assert settle([HEADS]) == first and len(mac) == 3
+    assert settle([HEADS], measures=True) == first and len(mac) == 3
     assert len(json.loads((tmp_path / "attention.json").read_text())) == 2
 
 
 def test_a_broken_cache_is_no_obstacle(mac, tmp_path):
     (tmp_path / "attention.json").write_text("[")
-    assert settle([HEADS]) == {HEADS: TIMES}
+    assert settle([HEADS], measures=True) == {HEADS: TIMES}
+
+
+def test_a_plan_takes_no_times(mac):
+    """The server makes plans while a run computes."""
+    assert settle([HEADS], measures=False) == {} and mac == []
+    first = settle([HEADS], measures=True)
+    mac.clear()
+    assert settle([HEADS, WINDOW], measures=False) == first and mac == []
+    assert _core.attention_way("metal", 64) == "kernel"
+
+
+def test_a_device_without_memory_is_asked_again(mac, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "milliseconds", full)
+        assert settle([HEADS], measures=True) == {}
+    assert settle([HEADS], measures=True) == {HEADS: TIMES}
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"x": 1}'])
+def test_a_cache_of_another_form_is_no_obstacle(mac, tmp_path, content):
+    (tmp_path / "attention.json").write_text(content)
+    assert settle([HEADS], measures=True) == {HEADS: TIMES}
 
 
 def test_what_failed_the_check_is_not_taken(mac, monkeypatch):
-    settle([HEADS])
+    settle([HEADS], measures=True)
     monkeypatch.setattr(choice, "self_check", lambda: {"attention": "wrong"})
-    settle([HEADS])
+    settle([HEADS], measures=True)
     assert _core.attention_way("metal", 64) == "stock"
 
 
@@ -133,7 +161,8 @@ def test_kinds_of_a_model():
 
 
 def test_long_rows_have_short_command_buffers(monkeypatch):
-    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "")  # so that it is restored
+    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER")
     run.short_buffers(run.LONG - 1)
     assert "MLX_MAX_OPS_PER_BUFFER" not in run.os.environ
     run.short_buffers(run.LONG)

@@ -4,33 +4,21 @@ import asyncio
 import json
 import random
 import shutil
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import mlx.core as mx
 import openai
 import psutil
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
 from lib.engines import END, Alone, write_adapters, write_lively
-from mlx_segtrain.serving.api.faults import add_handlers
-from mlx_segtrain.serving.api.openai import router
+from lib.openai_server import CHAT, HELLO, NEVER_ENDS, chat_tokens, check, serving
 from mlx_segtrain.serving.api.openai_forms import ChatRequest, CompletionRequest
-from mlx_segtrain.serving.api.openai_responses import router as responses
 from mlx_segtrain.serving.generation import batching
 from mlx_segtrain.serving.generation import engine as module
-from mlx_segtrain.serving.generation.engine import Engine
-from mlx_segtrain.serving.roots import Outside
 
 pytestmark = pytest.mark.acceptance
-
-
-NEVER_ENDS = {"logit_bias": {str(END): -100}}
 
 
 @pytest.fixture(scope="module")
@@ -44,85 +32,11 @@ def said(folder):
     return Alone(model, write_adapters(folder, model))
 
 
-class Server:
-    """The routes over an engine, at a port of this machine; it is their service, too."""
-
-    def __init__(self, folder, policy="serve"):
-        self.engine, self.trains, self.folder, self.policy = Engine(), False, folder, policy
-        self.roots = self
-        app = FastAPI()
-        app.state.service = self
-        app.include_router(router)
-        app.include_router(responses)
-        add_handlers(app)
-        self.app = app
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    @property
-    def waits(self):
-        return self.policy == "refuse" and self.trains
-
-    async def available(self):
-        return [
-            {**dict.fromkeys(("scale", "base_model")), "id": "a", "path": "/a", "rank": 2}
-            | {"mounted": False}
-        ]
-
-    def resolve(self, text):
-        path = (self.folder / text).resolve()
-        if not path.is_relative_to(self.folder):
-            raise Outside(f"{path} lies outside.")
-        return path
-
-    def mount(self, *names):
-        for name in names:
-            answer = self.http.post("/v1/adapters", json={"id": name, "path": name})
-            assert answer.status_code == 200, answer.text
-
-    def call(self, fn):
-        return asyncio.run(self.engine.call(fn))
-
-    def idle(self, within_s=5.0):
-        """Waits until nothing generates."""
-        end = time.monotonic() + within_s
-        while self.engine._active or self.engine._waiting:
-            assert time.monotonic() < end, "a sequence goes on for nobody"
-            time.sleep(0.01)
-
-
-@contextmanager
-def serving(folder, model=None, **how):
-    server = Server(folder, **how)
-    if model:
-        asyncio.run(server.engine.load(model))
-    yield server
-    server.http.close()
-    server.server.should_exit = True
-    server.thread.join()
-    server.engine.close()
-
-
 @pytest.fixture(scope="module")
 def server(folder, said):
     with serving(folder, said.model) as server:
         server.mount("a", "b", "c", "dora", "ab")
         yield server
-
-
-HELLO = [{"role": "user", "content": "Hello, who are you?"}]
-
-
-def chat_tokens(said, messages=HELLO):
-    return said.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
 
 def ask(server, adapter=None, n=16, messages=HELLO, **more):
@@ -458,7 +372,6 @@ def test_text_that_is_none(server):
     assert post("/v1/completions", content=body, headers=kind).status_code == 200
 
 
-CHAT = {"messages": HELLO, "max_tokens": 1}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 BAD_CHATS = [
     ({"adapter": "nobody"}, "adapter 'nobody' is not mounted"),
@@ -503,16 +416,6 @@ BAD_CHATS = [
 @pytest.mark.parametrize(("change", "says"), BAD_CHATS, ids=str)
 def test_bad_chats(server, change, says):
     check(server.http.post("/v1/chat/completions", json=CHAT | change), 400, says)
-
-
-def check(answer, status, says):
-    """OpenAI's form, and one sentence."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "code"} and "\n" not in error["message"]
-    assert says in error["message"]
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    return error
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,25 @@ def test_what_changes_outside_of_the_arrays_is_seen():
             assert bits(got, grads) == bits(want, wanted), kind
 
 
+def test_what_a_primitive_holds_is_compared():
+    """A slice that begins elsewhere in each call has the same inputs and shapes."""
+    starts = iter([0, 1, 2, 3, 4, 5])
+    stages, params = simple(lambda: 1.0)
+
+    def fn(params, h):
+        begin = next(starts)
+        return h[:, begin : begin + 4] @ params["w"][:4]
+
+    stages[1] = replace(stages[1], fn=fn)
+    recordings = _core.Recordings()
+    for step in range(6):
+        h = mx.random.normal((8, H), key=mx.random.key(step))
+        run = segmented_value_and_grad(stages, head, recordings=recordings, segment_size=0)
+        (got, *_), _ = run(params, {"h": h})
+        x = mx.tanh(h @ params["a"]["w"])[:, step : step + 4]
+        assert mx.allclose(got, (x @ params["b"]["w"][:4]).sum(), rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_of_a_step_stays():
     """Not even what a function with its own derivative refers to."""
 

@@ -46,7 +46,7 @@ def read(kind, tmp_path):
     assert f"/{getpass.getuser()}" not in text
     found = json.loads(text)
     assert found["mlx"] == selfcheck.MLX_VERSION and found["gpu"] is False
-    assert found["device"] and found["system"] and found["python"]
+    assert found["device"] and found["system"] and found["interpreter"]
     return found
 
 

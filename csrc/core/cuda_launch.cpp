@@ -68,8 +68,12 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
     CUfunc_st* function = nullptr;
     if (!driver().load(&module, binary.binary.data()) &&
         !driver().function(&function, module, binary.name.c_str()) &&
-        (shared_memory <= 48000 || !driver().set(function, MOST_DYNAMIC_SHARED_MEMORY, shared_memory)))
+        (shared_memory <= 48000 || !driver().set(function, MOST_DYNAMIC_SHARED_MEMORY, shared_memory))) {
       found->second = function;
+    } else {
+      known.erase(found);  // a device that was full may have room the next time
+      return nullptr;
+    }
   }
   return found->second;
 }

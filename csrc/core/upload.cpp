@@ -2,6 +2,7 @@
 
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <bit>
 #include <deque>
 #include <map>
@@ -22,7 +23,7 @@ struct Buffer {
   mx::array copy;  ///< the last one that was made of it
 };
 
-/// Fills the next of these buffers, or another one where its last copy has not even been asked for.
+/// Fills the next of these buffers, or a new one in its place where its last copy was never made.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   static std::mutex lock;
@@ -30,7 +31,8 @@ mx::array device_copy(const T* numbers, size_t count) {
   std::lock_guard guard(lock);
   const size_t room = std::bit_ceil(std::max<size_t>(count, 16));
   auto& own = buffers[room];
-  if (own.size() < TURNS || own.front().copy.status() == mx::array::Status::unscheduled) {
+  if (own.size() == TURNS && own.front().copy.status() == mx::array::Status::unscheduled) own.pop_front();
+  if (own.size() < TURNS) {
     const std::vector<T> zeros(room);  // in memory of the host, which MLX will not hand out again
     const mx::array host(zeros.begin(), {static_cast<int>(room)});
     own.push_front({host, host});
@@ -45,7 +47,7 @@ mx::array device_copy(const T* numbers, size_t count) {
 
 template <typename T>
 mx::array upload(const T* numbers, size_t count) {
-  if (gpu() == Gpu::cuda && !dry_run() && count) return device_copy(numbers, count);
+  if (gpu() == Gpu::cuda && !dry_run() && !on_cpu({}) && count) return device_copy(numbers, count);
   return mx::array(numbers, {static_cast<int>(count)});
 }
 

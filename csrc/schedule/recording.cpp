@@ -41,7 +41,12 @@ bool equal(const mx::array& x, const mx::array& y) {
 Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(inputs.size()) {
   std::unordered_map<std::uintptr_t, int> number;  // constants from -1 down until their count is known
   Arrays held;                                     // ids are those of arrays that are alive
-  for (size_t i = 0; i < inputs.size(); ++i) number.insert({inputs[i].id(), static_cast<int>(i)});
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    number.insert({inputs[i].id(), static_cast<int>(i)});
+    // MLX traces through a copy that it made itself.
+    if (is_computed(inputs[i]) && !std::strcmp(inputs[i].primitive().name(), "Copy"))
+      number.insert({inputs[i].inputs()[0].id(), static_cast<int>(i)});
+  }
   int made = 0;
   std::vector<std::pair<mx::array, size_t>> path;
   auto enter = [&](const mx::array& x) {
@@ -112,9 +117,13 @@ Arrays Recording::operator()(const Arrays& inputs) const {
 }
 
 bool Recording::alike(const Recording& other) const {
-  auto same_op = [](const Op& a, const Op& b) {
+  // A primitive that is not even equivalent to itself does not say what it holds.
+  auto same_primitive = [](const mx::Primitive& a, const mx::Primitive& b) {
+    return !a.is_equivalent(a) || a.is_equivalent(b);
+  };
+  auto same_op = [&](const Op& a, const Op& b) {
     return !std::strcmp(a.primitive->name(), b.primitive->name()) && a.inputs == b.inputs &&
-           a.shapes == b.shapes && a.dtypes == b.dtypes;
+           a.shapes == b.shapes && a.dtypes == b.dtypes && same_primitive(*a.primitive, *b.primitive);
   };
   return n_inputs_ == other.n_inputs_ && outputs_ == other.outputs_ &&
          std::equal(constants_.begin(), constants_.end(), other.constants_.begin(), other.constants_.end(),

@@ -1,10 +1,9 @@
-// The graphs of stages, kept from one step to the next. To write a stage down (Python, checks, derivatives)
-// takes the host longer than a GPU computes one of some hundred rows; to make its graph again does not.
+// The graphs of stages, kept from one step to the next. For a few hundred rows, to trace a stage (Python,
+// checks, derivatives) takes the host longer than a GPU needs to run it; to build its graph again does not.
 #pragma once
 
 #include <map>
 #include <memory>
-#include <set>
 
 #include "segtrain.h"
 
@@ -19,8 +18,9 @@ class Recording {
   /// The same graph of other inputs, of the same shapes and types.
   Arrays operator()(const Arrays& inputs) const;
 
-  /// Whether both compute the same: the same primitives on the same constants. What a function reads besides
-  /// its inputs is a constant here, so a function that is to be recorded must be seen twice.
+  /// Whether both compute the same: the same primitives, as far as these can say so, on the same constants.
+  /// What a function reads besides its inputs is a constant here, so a function that is to be recorded must
+  /// be seen twice.
   bool alike(const Recording& other) const;
 
  private:

@@ -99,7 +99,8 @@ class Runner {
     Arrays grads = {};             ///< of its parameters, then of its differentiable reads
   };
 
-  /// Waits until so many of the moves before are left, and no inner array of the others.
+  /// Waits until at most `left` earlier moves are still running; the inner arrays of the others are then
+  /// gone.
   void settle(size_t left) {
     if (running_.size() <= left) wait_({});
     while (running_.size() > left) {

@@ -70,8 +70,6 @@ if sys.platform == "linux":
     # the device idles at first, and memory that was freed comes back late. 32 million are a large
     # op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this at its first work there.
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")
-    # A step has more graphs of such a size, each of its own form, than the 400 that MLX keeps.
-    os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "4096")
 
 _require_mlx()
 __version__ = version("mlx-segtrain")

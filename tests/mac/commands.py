@@ -69,7 +69,7 @@ def check() -> int:
         commands = LINUX_ONLY.sub("", done.stdout)
         for what, pattern in NOT_ON_A_MAC.items():
             if match := re.search(pattern, commands, re.M):
-                raise Found(f"make {target} takes {what}, which a Mac has not: {match[0]!r}")
+                raise Found(f"make {target} takes {what}, which a Mac does not have: {match[0]!r}")
         if re.search(r"mlx\[cpu\]|\[[\w,]*\bcpu\b", commands):
             raise Found(f"make {target} installs MLX's back end for Linux on a Mac")
     return len(targets)

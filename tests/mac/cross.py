@@ -28,7 +28,7 @@ def configure() -> None:
         f"-DCMAKE_TOOLCHAIN_FILE={HERE / 'toolchain.cmake'}",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DPython_INCLUDE_DIR={BUILD / 'python'}",
+        f"-DPython_INCLUDE_DIR={BUILD / 'headers'}",
         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
     ]
     if (done := run(command, env=environment())).returncode:

@@ -101,9 +101,9 @@ def set_up() -> None:
         file = BIN / name
         file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    headers = BUILD / "python"
+    headers = BUILD / "headers"
     if not headers.exists():
-        aside = BUILD / "python.aside"
+        aside = BUILD / "headers.aside"
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(sysconfig.get_paths()["include"], aside)
         shutil.copy(HERE / "include" / "pyconfig.h", aside)

@@ -60,10 +60,9 @@ mx::array stock(const Rows& c, float factor) {
   // Parts of rows, alike and of whole groups, are the rows of a longer table.
   const bool alike = parts * c.columns() == width && c.begin % c.columns() == 0 &&
                      (!c.table.scales || c.table.scales->shape(1) % parts == 0);
-  auto at = c.index;
+  auto at = mx::astype(c.index, mx::int32, c.s);  // a narrower type may not hold the longer table's rows
   if (alike && parts > 1)
-    at = mx::add(mx::multiply(at, mx::array(parts, at.dtype()), c.s),
-                 mx::array(c.begin / c.columns(), at.dtype()), c.s);
+    at = mx::add(mx::multiply(at, mx::array(parts), c.s), mx::array(c.begin / c.columns()), c.s);
   auto take = [&](const mx::array& x) {
     const int n = alike ? parts : 1;
     return take_rows(mx::reshape(x, {x.shape(0) * n, x.shape(1) / n}, c.s), at, "auto", c.s);

@@ -74,7 +74,7 @@ def facts() -> dict[str, Any]:
         "architecture": str(info.get("architecture", platform.machine())),
         "memory_gb": round(int(info.get("memory_size", 0)) / 1e9),
         "system": f"macOS {mac}" if mac else platform.system(),
-        "python": platform.python_version(),
+        "interpreter": platform.python_version(),
         "mlx": MLX_VERSION,
         "mlx_segtrain": __version__,
         "attention": choice.known().get(choice.key(), {}),

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _core
+from ..errors import is_out_of_memory
 from ..files import cache_dir, write_json
 from .selfcheck import device_key, normal, self_check, value_and_gradients
 
@@ -60,7 +61,9 @@ def key() -> str:
 
 def known() -> dict[str, dict[str, Times]]:
     with suppress(OSError, ValueError):
-        return json.loads(cache_file().read_text(encoding="utf-8"))
+        found = json.loads(cache_file().read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(isinstance(x, dict) for x in found.values()):
+            return found
     return {}
 
 
@@ -75,7 +78,7 @@ def keep(found: dict[str, Times]) -> None:
 def milliseconds(heads: Heads, way: str, until: float) -> float | None:
     """The median of up to three calls after a first one, which compiles; None if it fails.
 
-    After the moment `until` no further call begins.
+    After the moment `until` no further call begins. RuntimeError if the device has no memory now.
     """
     shapes = ((1, n, TOKENS, heads.size) for n in (heads.heads, heads.groups, heads.groups))
     args = normal(*shapes, dtype=heads.dtype)
@@ -91,8 +94,10 @@ def milliseconds(heads: Heads, way: str, until: float) -> float | None:
                 break
             mx.eval(value_and_gradients(run, *args, args[0]))
             times.append(time.perf_counter() - begin)
-    except (RuntimeError, ValueError):  # it does not serve these heads, or not on this device
-        return None
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        return None  # it does not serve these heads, or not on this device
     return statistics.median(times[1:] or times) * 1e3
 
 
@@ -113,19 +118,25 @@ def fastest(times: Times) -> str:
     return min((way for way in WAYS if way in times), key=lambda way: times[way], default="")
 
 
-def settle(wanted: Iterable[Heads]) -> dict[Heads, Times]:
+def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     """From now on 'auto' takes the fastest for these heads; their times, now or earlier taken.
 
-    What failed the self-check serves no call and is not timed.
+    What failed the self-check serves no call and is not timed. Without `measures`, as where another
+    process may be computing, nothing is checked or timed: only times that are known count.
     """
     heads = list(dict.fromkeys(wanted))
-    failed = self_check()
+    failed = self_check() if measures else {}
     everything = known().get(key(), {})
-    missing = [x for x in heads if str(x) not in everything]
-    made = {str(x): measure(x, SECONDS / len(missing)) for x in missing}
+    missing = [x for x in heads if str(x) not in everything] if measures else []
+    made: dict[str, Times] = {}
+    with suppress(RuntimeError):  # no memory: the next run takes the times that lack
+        for x in missing:
+            if times := measure(x, SECONDS / len(missing)):
+                made[str(x)] = times
     if made:
         keep(made)
-    found = {x: (everything | made)[str(x)] for x in heads}
+    everything = everything | made
+    found = {x: everything[str(x)] for x in heads if str(x) in everything}
     for x, times in found.items():
         serving = {way: ms for way, ms in times.items() if not _off(way, failed)}
         # A plan does not tell one half type from the other.

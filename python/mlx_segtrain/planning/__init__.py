@@ -39,9 +39,9 @@ STEP = 128
 #: what MLX may come to have above its limit (`overshoot`), as measured on an H200 (bench/LOG.md).
 #: AHEAD where MLX waits at the plan's own peak, LEAST where it waits so early that most ops wait.
 AHEAD, LEAST = 0.8, 0.5
-#: Bytes of buffers that MLX then keeps for later, and would else give back and ask for again all
-#: the time, which takes a host that has little to do otherwise a tenth of a step; the first that
-#: costs no recomputation.
+#: Bytes of buffers that MLX then keeps for later. Without them it keeps freeing and reallocating,
+#: which costs a tenth of a step where the host is what a step waits for. The first size that costs
+#: no recomputation is taken.
 BUFFERS = (256 << 20, 64 << 20)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -196,18 +195,27 @@ def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
 
 
 def first_that_fits(
-    config: TrainConfig, choices: Iterable[T], shapes: Callable[[T], Sequence[BatchShape]]
+    config: TrainConfig,
+    choices: Iterable[T],
+    shapes: Callable[[T], Sequence[BatchShape]],
+    *,
+    measures: bool = False,
 ) -> tuple[T, RunPlan]:
-    """The first choice whose shapes fit, and its plan; raises what plan_run raises of the first."""
+    """The first choice whose shapes fit, and its plan; raises what plan_run raises of the first.
+
+    In a run, which `measures`, a Mac may take times of attention for it first.
+    """
     plans = []
     for own in choices:
-        plans.append(planned(config, shapes(own)))
+        plans.append(planned(config, shapes(own), measures=measures))
         if plans[-1].fits:
             return own, plans[-1]
     raise plans[0].no_room(title(config.model_dir))
 
 
-def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
+def planned(
+    config: TrainConfig, batches: Sequence[BatchShape], *, measures: bool = False
+) -> RunPlan:
     """The plan, which may not fit; NoRoom if the weights alone do not."""
     shape = read_shape(config.model_dir)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
@@ -228,11 +236,10 @@ def planned(config: TrainConfig, batches: Sequence[BatchShape]) -> RunPlan:
     size = None if config.segment_size == "auto" else config.segment_size
     if config.grad_checkpoint:
         size = 1
-    if shape.fast and sys.platform == "darwin":
-        short_buffers(config.max_seq_length)
     on = device(config.deterministic, shape.float_size)
     if shape.fast and on.name == "metal":
-        settle(heads_of(shape, any(stream.part for batch in batches for stream in batch.streams)))
+        packed = any(stream.part for batch in batches for stream in batch.streams)
+        settle(heads_of(shape, packed), measures=measures)
     how = _ways(config)
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())

@@ -1,5 +1,6 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +18,7 @@ from ..data.sources import sources_of
 from ..errors import InputError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
-from ..planning.run import RunPlan
+from ..planning.run import RunPlan, short_buffers
 from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
@@ -56,6 +57,8 @@ def train(
     """
     tell = on_event or (lambda event: None)
     tell(events.started())
+    if sys.platform == "darwin":
+        short_buffers(config.max_seq_length)
     try:
         with run_policy(config):
             if train_data is not None and config.data_dir is not None:

@@ -163,7 +163,10 @@ def prepare(
     if resumed is not None:
         choices = [list(choices)[-1 if resumed.apart else 0]]
     train, plan = first_that_fits(
-        config, choices, lambda data: objective.batch_shapes(data, config.batch_size)
+        config,
+        choices,
+        lambda data: objective.batch_shapes(data, config.batch_size),
+        measures=True,
     )
     on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(replace(inputs, train=train), plan)
