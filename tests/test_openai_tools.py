@@ -416,6 +416,11 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
         turn["tool_calls"][0]["function"]["arguments"] = text
         body = CHAT | {"messages": [*HELLO, turn]}
         check(server.http.post(CHATS, json=body), 400, "arguments is not JSON")
+    deep = {"type": "function", "function": {"name": "f", "parameters": {"a": "DEEP"}}}
+    text, header = json.dumps(CHAT | {"tools": [deep]}), {"content-type": "application/json"}
+    for n in range(900, 1000, 3):  # some of these can be read, and not be written
+        body = text.replace('"DEEP"', '{"a":' * n + "1" + "}" * n)
+        assert server.http.post(CHATS, content=body, headers=header).status_code < 500, n
     body = CHAT | {"structured_outputs": {"json": "[" * 50_000}}
     check(server.http.post(CHATS, json=body), 400, "json is not JSON")
     model = shutil.copytree(said.model, tmp_path / "ORG-Plain")

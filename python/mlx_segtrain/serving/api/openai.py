@@ -110,10 +110,13 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
     base = _base(service)
     if service.waits:
         raise Unserved("a job trains, and this server waits for it: try later.", 503, "training")
-    body.check()
-    chosen = await _selected(service, base, body)
     id = request.scope.get("mlx_segtrain.request", "-")
-    answers = await Answers.begin(service.engine, chosen, body, id)
+    try:
+        body.check()
+        chosen = await _selected(service, base, body)
+        answers = await Answers.begin(service.engine, chosen, body, id)
+    except RecursionError:  # what can be parsed cannot always be written
+        raise InputError("the request is nested too deeply: send flatter values.") from None
     if isinstance(request, Json):  # it may wait for long, and then the answer takes long
         request.let_go()
         body.let_go()
