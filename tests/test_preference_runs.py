@@ -256,9 +256,9 @@ def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatc
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))
     original, tried = run.planned, []
 
-    def planned(config, batches):
+    def planned(config, batches, **how):
         tried.append([len(batch.streams) for batch in batches])
-        plan = original(config, batches)
+        plan = original(config, batches, **how)
         return dataclasses.replace(plan, budget=0) if tried[-1] == [1] else plan
 
     monkeypatch.setattr(run, "planned", planned)
