@@ -120,13 +120,6 @@ __device__ inline Pack<T> eight_of(const W* w, const S* scales, const S* biases,
   return eight.template values<T>();
 }
 
-template <typename T>
-__device__ inline float rounded(float x) {
-  T y;
-  put(y, x);
-  return to_float(y);
-}
-
 /// y [rows, columns] <- rows·factor, each rounded.
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void embedded_rows(const W* w, const S* scales, const S* biases, const int* index, const int* at, float factor, T* y) {

@@ -11,13 +11,6 @@
 
 namespace segtrain {
 
-template <typename T>
-__device__ inline float rounded(float x) {
-  T y;
-  put(y, x);
-  return to_float(y);
-}
-
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);

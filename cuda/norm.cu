@@ -6,13 +6,6 @@
 
 namespace segtrain {
 
-template <typename T>
-__device__ inline float rounded(float x) {
-  T y;
-  put(y, x);
-  return to_float(y);
-}
-
 template <int PACKS, typename T>
 struct Row {
   float x[PACKS][8];

@@ -25,6 +25,14 @@ __device__ inline void put(float& y, float x) { y = x; }
 __device__ inline void put(half& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ inline void put(bfloat16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
+/// x as T holds it.
+template <typename T>
+__device__ inline float rounded(float x) {
+  T y;
+  put(y, x);
+  return to_float(y);
+}
+
 /// 2ˣ; 2^−∞ = 0
 __device__ inline float exp2_of(float x) {
   float y;

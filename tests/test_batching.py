@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache
 
 from lib.checks import random_adapter
-from lib.engines import END, Alone, write_adapters, write_lively
+from lib.engines import END, Alone, mounted, write_adapters, write_lively
 from mlx_segtrain import lora
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.lora.rows import Rows
@@ -52,14 +52,7 @@ def said(model, adapters):
 
 @pytest.fixture(scope="module")
 def shared(model, adapters):
-    engine = Engine()
-
-    async def begin():
-        await engine.load(model)
-        for name, path in adapters.items():
-            await engine.mount(name, path)
-
-    asyncio.run(begin())
+    engine = mounted(model, adapters)
     yield engine
     engine.close()
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from lib.engines import END, Alone, write_adapters, write_lively
+from lib.engines import END, Alone, mounted, write_adapters, write_lively
 from mlx_segtrain import InputError, lora
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.serving.confined.parent import Confined
@@ -48,14 +48,7 @@ def said(model, adapters):
 
 @pytest.fixture(scope="module")
 def shared(model, adapters):
-    engine = Engine()
-
-    async def begin():
-        await engine.load(model)
-        for name, path in adapters.items():
-            await engine.mount(name, path)
-
-    asyncio.run(begin())
+    engine = mounted(model, adapters)
     yield engine
     engine.close()
 

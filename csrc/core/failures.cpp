@@ -19,15 +19,13 @@ std::string explained(const std::string& what) {
     return "macOS ended the run's work on the GPU because a piece of it kept the display waiting too long: "
            "set "
            "MLX_MAX_OPS_PER_BUFFER=1, which makes the pieces as short as they can be, or lower "
-           "max_seq_length or "
-           "batch_size; the last checkpoint is kept (docs/mac.md).";
+           "max_seq_length "
+           "or batch_size; the last checkpoint is kept (docs/mac.md).";
   if (has("OutOfMemory") || has("Insufficient Memory"))
     return "the GPU had no memory left for the run: close other programs, or lower memory_budget_gb, "
-           "max_seq_length or "
-           "batch_size; the last checkpoint is kept (docs/mac.md).";
+           "max_seq_length or batch_size; the last checkpoint is kept (docs/mac.md).";
   return "the GPU could not finish the run's work: go on from the last checkpoint, and if it happens again "
-         "report it "
-         "with what `mlx-segtrain doctor` says.";
+         "report it with what `mlx-segtrain doctor` says.";
 }
 
 std::terminate_handler before = nullptr;

@@ -1,5 +1,7 @@
 """A model and adapters for answers, and what mlx-lm answers with each alone."""
 
+import asyncio
+
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 
@@ -10,6 +12,7 @@ from mlx_segtrain import lora
 from mlx_segtrain.adapters import About, write_adapter
 from mlx_segtrain.adapters.merging import merge
 from mlx_segtrain.models import adapting, chain_of, load_base
+from mlx_segtrain.serving.generation.engine import Engine
 
 END = 259  # <|im_end|>
 
@@ -46,6 +49,19 @@ def write_adapters(folder, model):
     write("outer", random_adapter(chain, {"model.embed_tokens": 4, **ranks}, 1.0, 0.3))
     merge([folder / "a", folder / "b"], folder / "ab")
     return {name: folder / name for name in ("a", "b", "c", "dora", "outer", "ab")}
+
+
+def mounted(model, adapters):
+    """An engine with the model and all of its adapters, for its user to close."""
+    engine = Engine()
+
+    async def begin():
+        await engine.load(model)
+        for name, path in adapters.items():
+            await engine.mount(name, path)
+
+    asyncio.run(begin())
+    return engine
 
 
 class Alone:
