@@ -12,6 +12,7 @@ FLOORS = (
     "hub",
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
+    "generation",
     *("training", "serving", "commands"),
 )
 #: Of the server's own rooms, the same.
