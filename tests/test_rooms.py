@@ -13,6 +13,7 @@ FLOORS = (
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     "generation",
+    "rewards",
     *("training", "serving", "commands"),
 )
 #: Of the server's own rooms, the same.

@@ -100,9 +100,9 @@ def _format_of(keys: Set[str]) -> str | None:
 
 
 def format_for(method: str | None) -> str:
-    """The format of a method's rows if there is one only, else auto."""
-    found = [name for name, own in FORMATS.items() if method and own.rows == ROWS[method]]
-    return found[0] if len(found) == 1 else "auto"
+    """The format of rows of which a method reads the prompt alone, whatever else they have; of
+    other methods auto."""
+    return "prompt" if method and ROWS[method] == "prompt" else "auto"
 
 
 def quoted(keys: Sequence[str]) -> str:

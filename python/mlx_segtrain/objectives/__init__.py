@@ -11,6 +11,7 @@ from ..models import Chain
 from ..models.chain import Dropout
 from ..schedule import Cuts, Grads, Params, Stage, forward, segmented_value_and_grad
 from ..streams import Stream, head_reads
+from .grpo import Grpo
 from .objective import Objective
 from .preference import Dpo, Orpo, Simpo
 from .sft import Sft
@@ -20,6 +21,7 @@ __all__ = ["OBJECTIVES", "Functions", "Objective", "objective_of", "value", "val
 
 #: By the name that a configuration has for it (config.ROWS).
 OBJECTIVES: dict[str, type[Objective]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo, "simpo": Simpo}
+OBJECTIVES["grpo"] = Grpo
 
 
 def objective_of(config: TrainConfig) -> Objective:

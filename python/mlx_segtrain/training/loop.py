@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,9 +19,11 @@ from ..errors import InputError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan, short_buffers
+from ..rewards import Function
 from .clock import Clock
+from .collapse import collapsed, mean_of
 from .contents import evaluated_name
-from .evaluation import measure
+from .cycle import Cycle, rewards_of
 from .interrupts import Interrupts
 from .judging import Score, command_score, numbers
 from .keeping import Keeper
@@ -44,6 +46,7 @@ def train(
     train_data: Any = None,
     valid_data: Any = None,
     score: Score | None = None,
+    rewards: Sequence[Function] = (),
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
@@ -51,9 +54,11 @@ def train(
     `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` those to validate.
     `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
     the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
-    adapter attached, for a number or a dict of numbers. Ctrl-C, SIGTERM and SIGHUP end the run
-    after saving the last finished step (`interrupted`). InputError, before anything is written, for
-    input that cannot be used; RunError if the run cannot go on, after saving the last good step.
+    adapter attached, for a number or a dict of numbers. `rewards` are functions that score
+    completions of method grpo (docs/grpo.md), besides those of the configuration. Ctrl-C, SIGTERM
+    and SIGHUP end the run after saving the last finished step (`interrupted`). InputError, before
+    anything is written, for input that cannot be used; RunError if the run cannot go on, after
+    saving the last good step.
     """
     tell = on_event or (lambda event: None)
     tell(events.started())
@@ -64,7 +69,7 @@ def train(
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            return _train(config, data, valid_data, tell, score)
+            return _train(config, data, valid_data, tell, score, rewards)
     except BaseException as error:
         tell(events.failed(error))
         raise
@@ -76,11 +81,13 @@ def _train(
     valid_data: Any,
     tell: events.OnEvent,
     score: Score | None,
+    rewards: Sequence[Function],
 ) -> TrainResult:
     def warn(message: str) -> None:
         tell(events.warning(message))
 
     check_installed(config)
+    scoring = rewards_of(config, rewards)
     start = check_output(config, warn)
     resumed, same = start.resumed, True
     earlier = resumed.record["folders"] if resumed else {}
@@ -97,7 +104,7 @@ def _train(
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
     setup, vector = prepare(inputs, tell, resumed)
-    step = Stepper(setup)
+    step = Stepper(setup) if scoring is None else Cycle(setup, rewards=scoring)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -160,7 +167,9 @@ class Run:
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
-                stopped_early = state.step < config.iters and self._has_stopped_improving()
+                stopped_early = state.step < config.iters and (
+                    self._has_stopped_improving() or self._has_collapsed()
+                )
                 if state.step >= config.iters or stopped_early:
                     break
                 self._save_if_due()
@@ -188,6 +197,10 @@ class Run:
             accumulated = list(islice(source, config.grad_accumulation_steps))
             at, outcome = self._in_memory(state.at, accumulated, losses)
         state.at = at
+        if self.step.completions:
+            self.keeper.completions.write(self.step.completions)
+            own = [line["reward"] for line in self.step.completions]
+            progress.rewards = [*progress.rewards, mean_of(own)]
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent.append(progress.last)
         left_out = outcome.bound is not None and config.on_spike == "skip"
@@ -285,9 +298,7 @@ class Run:
         with self.interrupts.allowed():
             if setup.valid is not None:
                 state.memory.measure()
-                params = setup.layout.split(state.at.vector)
-                what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-                loss, metrics = measure(*what, config.batch_size)
+                loss, metrics = self.step.validate(state.at)
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
@@ -329,6 +340,12 @@ class Run:
     def _has_stopped_improving(self) -> bool:
         progress, patience = self.state.progress, self.config.early_stopping_patience
         return progress.evaluated == self.state.step and 0 < patience <= progress.since_best
+
+    def _has_collapsed(self) -> bool:
+        found = collapsed(self.state.progress.rewards, self.config.collapse_patience)
+        if found is not None:
+            self._warn(f"step {self.state.step}: {found}: the run ends here")
+        return found is not None
 
     def _save_if_due(self) -> None:
         """Every so many steps, and whenever an evaluation keeps its adapter."""
