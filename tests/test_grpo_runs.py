@@ -1,6 +1,7 @@
 """Whole runs of grpo on tiny models: they learn, resume to the same bytes, and keep their state."""
 
 import json
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from lib.runs import Crash, assert_twins, checkpoint_of, config_of
 from mlx_segtrain import InputError, RunError, train
-from mlx_segtrain.training import checkpoint, cycle
+from mlx_segtrain.commands.main import main
+from mlx_segtrain.training import checkpoint, cycle, evaluate, score
+from mlx_segtrain.training.scoring import pass_at
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
@@ -176,13 +179,41 @@ def test_a_run_whose_rewards_collapse_ends(llama4, prompts, tmp_path):
 
 def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
     told = []
-    how = {"max_seq_length": 34, "max_completion_tokens": 8, "iters": 1}
+    how = {"max_seq_length": 38, "batch_size": 1, "iters": 1}
     train(config(llama4, prompts, tmp_path / "a", **how), told.append, rewards=[vowels])
     said = [event["message"] for event in told if event["type"] == "warning"]
     assert any("prompts of more than max_seq_length - max_completion_tokens" in x for x in said)
     with pytest.raises(InputError, match=r"train.jsonl has no prompt of at most"):
-        how = {"max_seq_length": 12}
+        how["max_seq_length"] = 12
         train(config(llama4, prompts, tmp_path / "b", **how), rewards=[vowels])
+
+
+def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys):
+    """The same by Python and by the command line, and pass@k from the counts."""
+    own = tmp_path / "own.py"
+    own.write_text("def odd(completions): return [ord(x[:1] or 'a') % 2 for x in completions]\n")
+    how = {"reward_functions": [f"{own}:odd"], "group_size": 4}
+    train(config(llama4, prompts, tmp_path / "a", iters=2, **how))
+    made = config(llama4, prompts, tmp_path / "unused", **how)
+    found = score(made, tmp_path / "a")
+    assert (found.rows, found.completions) == (3, 4) and list(found.pass_at) == [1, 2, 4]
+    assert math.isclose(found.pass_at[1], found.reward) and found.rewards == {"odd": found.reward}
+    assert found == score(made, tmp_path / "a"), "other completions"
+    argv = ["eval", "--model", str(llama4), "--data", str(prompts), "--adapter-path"]
+    argv += [str(tmp_path / "a"), "--reward-functions", f"{own}:odd", "--group-size", "4"]
+    argv += ["--max-completion-tokens", "8", "--max-seq-length", "100", "--json"]
+    assert main(argv) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["reward"] == found.reward and said["pass_at"]["4"] == found.pass_at[4]
+    with pytest.raises(InputError, match="call score"):
+        evaluate(made)
+    assert 0 < found.reward < 1, "nothing to tell by"
+
+
+def test_pass_at():
+    assert pass_at(1, 4, [1, 3]) == 0.5
+    assert pass_at(4, 4, [0, 1]) == 0.5
+    assert math.isclose(pass_at(2, 4, [1]), 0.5)
 
 
 def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path):

@@ -19,6 +19,7 @@ from mlx_segtrain.commands import adapters, cache
 from mlx_segtrain.commands.adapters import MODEL
 from mlx_segtrain.config import (
     FACETS,
+    ROWS,
     TrainConfig,
     affecting,
     allowed,
@@ -143,10 +144,17 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
+    added = command("eval", _eval, "measure loss or rewards, with or without an adapter")
     add_flags(added, ("model_dir", "data_dir"), required=True)
     add_flags(added, ("adapter_path", *affecting("loss")))
     added.add_argument("--split", choices=("valid", "train"), default="valid", help="the file")
+    added.add_argument(
+        "--pass-reward",
+        type=_finite,
+        default=1.0,
+        metavar="X",
+        help="with --reward: the least reward of a completion that passes. Default: 1.",
+    )
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("generate", _generate, "answer a prompt, with or without an adapter")
@@ -317,6 +325,9 @@ _part = _number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
 _temperature = _number("a finite number >= 0", lambda x: 0 <= x < math.inf)
 
 
+_finite = _number("a finite number", math.isfinite)
+
+
 def _share(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _part(text)
 
@@ -341,9 +352,14 @@ def _train(args: argparse.Namespace) -> int:
         state = "no lower validation loss any more: stopped after"
     print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     print(f"adapter          {result.adapter_path}")
-    if result.final_train_loss is not None:
+    if ROWS[config.method] == "prompt" and result.final_val_loss is not None:
+        print(
+            f"held-out reward  {-result.first_val_loss:.3f} -> {-result.final_val_loss:.3f} "
+            f"(best {-result.best_val_loss:.3f} at step {result.best_step})"
+        )
+    elif result.final_train_loss is not None:
         print(f"training loss    {result.final_train_loss:.4f}")
-    if result.final_val_loss is not None:
+    if result.final_val_loss is not None and ROWS[config.method] != "prompt":
         print(
             f"validation loss  {result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
             f"(best {result.best_val_loss:.4f} at step {result.best_step})"
@@ -452,12 +468,18 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
-    from mlx_segtrain.commands.terminal import answer, downloads, show_evaluation
-    from mlx_segtrain.training import evaluate
+    fill = {"adapter_path": getattr(args, "adapter_path", UNUSED)}
+    if any(name in args for name in ("rewards", "reward_functions", "reward_command")):
+        fill = {"method": "grpo", **fill}
+    config = _config(args, **fill)
+    from mlx_segtrain.commands.terminal import answer, downloads, show_evaluation, show_score
+    from mlx_segtrain.training import evaluate, score
 
     adapter = config.adapter_path if "adapter_path" in args else None
     with downloads() as show:
+        if ROWS[config.method] == "prompt":
+            how = {"split": args.split, "passes": args.pass_reward}
+            return answer(score(config, adapter, **how, on_event=show), show_score, args.json)
         result = evaluate(config, adapter, split=args.split, on_event=show)
     return answer(result, show_evaluation, args.json)
 

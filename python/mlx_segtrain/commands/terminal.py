@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlx_segtrain.models.conversion import Made
     from mlx_segtrain.ops import selfcheck as doctor
     from mlx_segtrain.planning.report import PlanReport
-    from mlx_segtrain.training import EvalResult, Verified
+    from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
 TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
 CONTEXT = ("default", "dim")
@@ -99,6 +99,8 @@ class Terminal:
             self._stage(event)
         elif event["type"] == "metric" and event["kind"] == "val":
             text = f"loss {event['loss']:.4f}"
+            if "reward" in event:
+                text = f"reward {event['reward']:.3f}, length {event['length']:.1f} tokens"
             if event["perplexity"] is not None:
                 text += f", perplexity {event['perplexity']:.2f}"
             if "accuracy" in event:
@@ -152,6 +154,8 @@ class Terminal:
         assert self._task is not None  # the stage `train` comes before its metrics
         left_s = event["step_s"] * (self.iters - event["step"])
         accuracy = f"  accuracy {event['accuracy']:.0%}" if "accuracy" in event else ""
+        if "reward" in event:
+            accuracy = f"  reward {event['reward']:.3f}  length {event['length']:.1f}"
         status = (
             f"loss {event['loss']:.4f}{accuracy}  {speed(event)}  "
             f"peak {event['peak_gb']:.2f} GB  {duration(left_s)} left"
@@ -358,6 +362,17 @@ def show_evaluation(result: EvalResult) -> None:
         print(f"perplexity  {result.perplexity:.3f}")
     print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
     print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
+
+
+def show_score(result: ScoreResult) -> None:
+    """Print rewards, and how often completions pass."""
+    print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
+    for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
+        print(f"  {name:10s}{x:.4f}")
+    for k, x in result.pass_at.items():
+        print(f"{f'pass@{k}':12s}{x:.1%}")
+    print(f"length      {result.length:.1f} tokens, {result.truncated:.1%} truncated")
+    print(f"measured    {result.completions} completions of each of {result.rows:,} prompts")
 
 
 def show_converted(done: conversion.Converted) -> None:

@@ -148,7 +148,8 @@ def read_inputs(
         if config.rollout_batch == "auto":
             tokens = int(train.columns.length.max()) + config.max_completion_tokens
             known = resumed.record["config"].get("rollout_batch") if resumed else None
-            most = known or rollouts_at_once(config, tokens)
+            every = config.batch_size * config.group_size
+            most = known or rollouts_at_once(config, tokens, every)
             config = config.model_copy(update={"rollout_batch": most})
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))

@@ -77,15 +77,16 @@ def finetune(values: Values) -> events.Event:
 
 
 def evaluate(values: Values) -> events.Event:
-    from ...config import load_config
-    from ...training import evaluate
+    from ...config import ROWS, load_config
+    from ...training import evaluate, score
 
     split = values.pop("split")
     adapter = values.get("adapter_path")
     config = load_config(None, {"adapter_path": "unused", **values})
     tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
     adapter_path = config.adapter_path if adapter else None
-    result = evaluate(config, adapter_path, split=split, on_event=tell)
+    measure = score if ROWS[config.method] == "prompt" else evaluate
+    result = measure(config, adapter_path, split=split, on_event=tell)
     return done(None, **asdict(result), split=split)
 
 
