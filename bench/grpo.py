@@ -1,14 +1,15 @@
 """A cycle of grpo: seconds of the rollouts and of the update, and the peak of each.
 
-    python bench/grpo.py [--model DIR|SHAPE] [--prompts 2] [--group 8] [--tokens 2048] [--prompt 128]
-                         [--at-once 16] [--pass-tokens 8192] [--cycles 3] [--beta 0] [--budget-gb X]
+    python bench/grpo.py [--model DIR|SHAPE] [--prompts 2] [--group 8] [--tokens 2048]
+                         [--prompt 128] [--at-once 16] [--pass-tokens 8192] [--cycles 3]
+                         [--beta 0] [--budget-gb X]
 
-SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA of rank 16 on all seven projections.
-No token ends a completion, so that each has --tokens; all are rewarded differently, so that all are
+SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA of rank 16 on all projections. No
+token ends a completion, so that each has --tokens; all are rewarded differently, so that all are
 trained. --at-once are generated together; they are packed into passes of --pass-tokens. The first
-cycle, which compiles, is shown apart; then the median of the others. Peaks are MLX's active memory.
-For 16 × 2048 tokens take the defaults; for 16K tokens in 24 GB: --tokens 16384 --group 8 --prompts 1
---at-once 8 --pass-tokens 16512 --budget-gb 24.
+cycle, which compiles, is shown apart; then the median of the others. Peaks are MLX's active
+memory. The defaults are 16 × 2048 tokens; for 16K tokens in 24 GB: --tokens 16384 --group 8
+--prompts 1 --at-once 8 --pass-tokens 16512 --budget-gb 24.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import step as steps
 
+import step as steps
 from mlx_segtrain import ops, planning
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.data import Batch, Dataset, Row
