@@ -2,6 +2,9 @@
 
 import shlex
 import sys
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from threading import Thread
 
 import pytest
 
@@ -104,6 +107,28 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
 def test_rewards_that_cannot_be_used(changes, says):
     with pytest.raises(InputError, match=says):
         Rewards.of(config_of(**changes))
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_a_schema_fetches_nothing(scheme, tmp_path):
+    """Or clients of the server could read its files and reach its network."""
+    (tmp_path / "own.json").write_text('{"type": "integer"}')
+    how = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with HTTPServer(("127.0.0.1", 0), how) as server:
+        places = {
+            "file": (tmp_path / "own.json").as_uri(),
+            "http": f"http://127.0.0.1:{server.server_port}/own.json",
+        }
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            with pytest.raises(InputError, match=r"is no JSON schema .*Retrieval is disabled"):
+                check_of(f'json_schema:{{"$ref": "{places[scheme]}"}}')
+        finally:
+            server.shutdown()
+            thread.join()
+    check = check_of('json_schema:{"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}}')
+    assert check(completions=["3", "x"]) == [1, 0]
 
 
 def fails(completions):
