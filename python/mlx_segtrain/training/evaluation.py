@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss of a token, or of a pair, over a whole set."""
+"""Evaluation: the mean loss of a token, a pair or a row, over a whole set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ from .setup import load_chain
 class EvalResult:
     """loss in nats per token over `tokens` supervised tokens of `rows` rows.
 
-    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
+    rewards and, of kto, kl.
     """
 
     loss: float
