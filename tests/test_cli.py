@@ -162,6 +162,10 @@ def changed(method: str) -> dict[str, Any]:
             **{"dpo_loss": "robust", "label_smoothing": 0.2, "reference_free": True},
         },
         "orpo": {**fresh, "orpo_lambda": 0.3, "sft_scope": "response", "lr_schedule": "wsd"},
+        "kto": {
+            **{**fresh, "kto_beta": 0.2, "kto_loss": "apo_zero_unpaired"},
+            **{"desirable_weight": 2.0, "undesirable_weight": 0.5, "lr_schedule": "linear"},
+        },
         "simpo": {**fresh, "simpo_beta": 1.5, "simpo_gamma": 0.5, "lr_schedule": "linear"},
     }[method]
     return {**common, **own, **({} if method == "sft" else {"method": method})}
@@ -397,7 +401,7 @@ def test_eval_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     argv = ["eval", "--model", "m", "--data", "d", "--method", "dpo", "--dpo-beta", "0.3"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    assert "0.4000 nats per pair" in out and "accuracy        0.7500" in out
+    assert "0.4000 per pair" in out and "accuracy        0.7500" in out
     assert evaluate.call_args.args[0].dpo_beta == 0.3
 
 

@@ -42,15 +42,24 @@ from mlx_segtrain.fields import (
 )
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Method = Literal["sft", "dpo", "orpo", "simpo"]
-#: What a row is: a sequence, or a pair of them; and for each method what it trains.
-Rows = Literal["single", "pair"]
-ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
+Method = Literal["sft", "dpo", "orpo", "simpo", "kto"]
+#: What a row is: a sequence, a pair of them, or a sequence that is wanted or not; and for each
+#: method what it trains.
+Rows = Literal["single", "pair", "labelled"]
+ROWS: dict[str, Rows] = {
+    "sft": "single",
+    "dpo": "pair",
+    "orpo": "pair",
+    "simpo": "pair",
+    "kto": "labelled",
+}
 #: The forms that rows come in (data/formats.py), which are told apart by their keys.
 DataFormat = Literal[
     "auto",
     "preference",
     "kto",
+    "kto-messages",
+    "kto-sharegpt",
     "messages",
     "sharegpt",
     "prompt-completion",
@@ -71,9 +80,9 @@ FIRST, ELSEWHERE, ADAPTER = Facets(group=""), Facets(group=None), Facets(group="
 OPTIMIZER, MEMORY = Facets(group="Optimizer"), SIZE | FREE | Facets(group="Memory")
 DATA = Facets(group="Data", affects=("loss", "rows"))
 EVALUATION = FREE | Facets(group="Evaluation and checkpoints")
-DPO, ORPO, SIMPO = (
+DPO, ORPO, SIMPO, KTO = (
     Facets(group="Preference", affects=("loss",), methods=(method,))
-    for method in ("dpo", "orpo", "simpo")
+    for method in ("dpo", "orpo", "simpo", "kto")
 )
 FRESH = Facets(
     holds=lambda config: config.warm_start is None,
@@ -98,7 +107,8 @@ class TrainConfig(BaseModel):
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints. The command line
     takes adapters if it is not set."""
     method: Method = option("sft", FIRST | ALL | CARD)
-    """Training objective; all but sft take rows with chosen and rejected."""
+    """Training objective: dpo, orpo and simpo take rows with chosen and rejected, kto rows with a
+    label or pairs."""
     rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
     """LoRA rank of an adapted linear, before rank_scaling."""
     scale: Float = option(1.0, FIRST | FRESH, gt=0)
@@ -153,21 +163,40 @@ class TrainConfig(BaseModel):
     """Part of a LoRA branch's inputs that each step leaves out."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
     """Strength with which dpo stays near the model without adapter."""
-    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = option(
-        "sigmoid", DPO, title="DPO loss"
-    )
-    """Loss of dpo."""
+    dpo_loss: Literal[
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ] = option("sigmoid", DPO, title="DPO loss")
+    """Loss of dpo (docs/preference.md)."""
     label_smoothing: Float = option(
         0.0,
         DPO,
-        holds=lambda config: config.dpo_loss in ("sigmoid", "robust"),
-        otherwise="outside of method dpo with dpo_loss sigmoid or robust",
+        holds=lambda config: config.dpo_loss in ("sigmoid", "robust", "exo_pair"),
+        otherwise="outside of method dpo with dpo_loss sigmoid, robust or exo_pair",
         ge=0,
         lt=0.5,
     )
-    """Part of pairs taken to be mislabelled (sigmoid, robust)."""
+    """Part of pairs taken to be mislabelled (sigmoid, robust, exo_pair)."""
     reference_free: bool = option(False, DPO)
     """Leave the model without adapter out of dpo's loss."""
+    kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
+    """Strength with which kto stays near the model without adapter."""
+    kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
+    """Loss of kto; apo_zero_unpaired compares with 0 in the place of a KL divergence."""
+    desirable_weight: Float = option(1.0, KTO, ge=0)
+    """Weight of kto's loss of rows whose label is true."""
+    undesirable_weight: Float = option(1.0, KTO, ge=0)
+    """Weight of kto's loss of rows whose label is false."""
     orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
     """Weight of orpo's odds-ratio term."""
     sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
@@ -341,6 +370,12 @@ class TrainConfig(BaseModel):
                 f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
                 "the learning rate would never be reached, so lower it",
                 field="warmup_iters",
+            )
+        if self.dpo_loss == "exo_pair" and self.label_smoothing == 0:
+            raise InputError(
+                "dpo_loss exo_pair needs label_smoothing above 0, or the loss of a pair is "
+                "infinite: set it, to 0.001 for instance",
+                field="label_smoothing",
             )
         if self.resume and self.overwrite:
             raise InputError(

@@ -65,7 +65,8 @@ def train_metric(
 ) -> Event:
     """Means over the steps since the last report: loss in nats per token.
 
-    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
+    rewards and, of kto, kl; without those of which the steps had no row.
     `figures` are grad_norm, learning_rate, tokens_per_sec and, of those in the loss,
     supervised_tokens_per_sec, step_s, peak_gb and active_gb.
     """

@@ -454,12 +454,14 @@ def _inspect(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     config = _config(args, adapter_path=getattr(args, "adapter_path", UNUSED))
     from mlx_segtrain.commands.terminal import answer, downloads, show_evaluation
+    from mlx_segtrain.objectives import OBJECTIVES
     from mlx_segtrain.training import evaluate
 
     adapter = config.adapter_path if "adapter_path" in args else None
     with downloads() as show:
         result = evaluate(config, adapter, split=args.split, on_event=show)
-    return answer(result, show_evaluation, args.json)
+    unit = OBJECTIVES[config.method].unit
+    return answer(result, lambda own: show_evaluation(own, unit), args.json)
 
 
 def _generate(args: argparse.Namespace) -> int:

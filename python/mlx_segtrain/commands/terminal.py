@@ -102,7 +102,9 @@ class Terminal:
             if event["perplexity"] is not None:
                 text += f", perplexity {event['perplexity']:.2f}"
             if "accuracy" in event:
-                text += f", accuracy {event['accuracy']:.1%}, margin {event['margin']:.3f}"
+                text += f", accuracy {event['accuracy']:.1%}"
+            if "margin" in event:
+                text += f", margin {event['margin']:.3f}"
             self._line(f"step {event['step']}: validation {text}")
         elif event["type"] == "metric" and event["kind"] == "score":
             found = event.get("scores") or {"failed": event.get("error")}
@@ -348,10 +350,9 @@ def show_verified(found: Verified) -> None:
         print(f"{part:12s}  {'; '.join(faults) or 'the same'}")
 
 
-def show_evaluation(result: EvalResult) -> None:
-    """Print a loss, and how many tokens it was measured on."""
-    per = "pair" if result.metrics else "token"
-    print(f"loss        {result.loss:.4f} nats per {per}")
+def show_evaluation(result: EvalResult, unit: str) -> None:
+    """Print a loss with its unit, and how many tokens it was measured on."""
+    print(f"loss        {result.loss:.4f} {unit}")
     for name, x in result.metrics.items():
         print(f"{name.replace('_', ' '):16s}{x:.4f}")
     if result.perplexity is not None:

@@ -143,7 +143,7 @@ def inspect(
         if valid is None and others is not None:
             report.n_train, report.n_valid = found.n_rows, others.n_rows
         report.epoch = _epoch(found, batch_size, accumulation, step_s)
-        if found.columns.length.shape[1] == 1:  # pairs are not packed
+        if found.columns.length.shape[1] == 1 and not options.labelled:  # what can be packed
             packed = found.in_rows_of(options.max_seq_length)
             report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)

@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss of a token, or of a pair, over a whole set."""
+"""Evaluation: the mean loss of a token, a pair or a row, over a whole set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ..data.dataset import Split
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
-from ..objectives import Objective, objective_of, value
+from ..objectives import Objective, named, objective_of, total_of, value
 from ..schedule import Params
 from .policy import run_policy
 from .references import with_references
@@ -23,7 +23,8 @@ from .setup import load_chain
 class EvalResult:
     """loss in nats per token over `tokens` supervised tokens of `rows` rows.
 
-    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
+    rewards and, of kto, kl.
     """
 
     loss: float
@@ -45,12 +46,12 @@ def measure(
 ) -> tuple[float, dict[str, float]]:
     """Loss and metrics of an objective over all rows, forward only."""
     batches = list(eval_batches(dataset, batch_size))
-    total = objective.total(batches)
+    total = total_of(objective, chain, scales, params, batches)
     sums = [0.0] * (1 + len(objective.metrics))
     for batch in batches:
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
-    return sums[0], dict(zip(objective.metrics, sums[1:], strict=True))
+    return sums[0], named(objective, sums[1:])
 
 
 def evaluate(
@@ -79,6 +80,7 @@ def evaluate(
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)
+        dataset = objective.prepared(dataset, config.max_seq_length)
         dataset = with_references(objective, config, chain, dataset)
         params = adapting.stage_params(chain, adapter)
         what = (objective, chain, adapter.scales, params, dataset)

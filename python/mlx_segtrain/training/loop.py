@@ -2,10 +2,11 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
@@ -255,10 +256,7 @@ class Run:
             step,
             config.iters,
             loss=sum(outcome.loss for outcome in recent) / len(recent),
-            metrics={
-                name: sum(outcome.metrics[name] for outcome in recent) / len(recent)
-                for name in last.metrics
-            },
+            metrics=_means([outcome.metrics for outcome in recent]),
             grad_norm=last.norm,
             learning_rate=last.rate,
             tokens_per_sec=last.tokens / last.seconds,
@@ -379,3 +377,9 @@ class Run:
             stopped_early=stopped_early,
             resumed_from=resumed_from,
         )
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the steps that have it."""
+    names = dict.fromkeys(name for own in found for name in own)
+    return {name: fmean(own[name] for own in found if name in own) for name in names}

@@ -1,8 +1,8 @@
-"""What the model without an adapter gives for pairs: computed once, kept by content.
+"""What the model without an adapter gives for rows: computed once, kept by content.
 
-A file for each model in the cache directory; in it, for each pair of token sequences that a run has
-seen, the log-probabilities of both responses. A pair that is cut elsewhere, rendered by another
-template or written otherwise is another pair.
+A file for each model in the cache directory; in it, for each row that a run has seen, one sequence
+of tokens or a pair of them, the log-probabilities of its responses. A row that is cut elsewhere,
+rendered by another template or written otherwise is another row.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def with_references(
     keys = {i: row_key(data.rows[i]) for i in (range(len(data)) if wanted is None else wanted)}
     missing = sorted(i for i, key in keys.items() if key not in known)
     if missing:
-        count = f"{len(missing)} pairs through the model without an adapter"
+        count = f"{len(missing)} rows through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         for i in missing:
             batch = one_row(data, i)
@@ -93,8 +93,9 @@ def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
     """What is known; nothing if the file cannot be read, since it can be computed again."""
     try:
         with np.load(file) as stored:
-            keys, values = stored["keys"], stored["values"].tolist()
-            return {key.tobytes(): tuple(own) for key, own in zip(keys, values, strict=True)}
+            parts = np.split(stored["values"], np.cumsum(stored["counts"])[:-1])
+            keys = [key.tobytes() for key in stored["keys"]]
+            return {key: tuple(own.tolist()) for key, own in zip(keys, parts, strict=True)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
 
@@ -103,4 +104,6 @@ def _write(file: Path, known: dict[bytes, tuple[float, ...]]) -> None:
     make_folder(file.parent)
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, KEY)
     with atomic(file) as aside, open(aside, "wb") as stored:
-        np.savez(stored, keys=keys, values=np.array(list(known.values()), np.float64))
+        counts = np.array([len(own) for own in known.values()], np.int64)
+        values = np.array([x for own in known.values() for x in own], np.float64)
+        np.savez(stored, keys=keys, counts=counts, values=values)

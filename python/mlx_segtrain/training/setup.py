@@ -137,7 +137,10 @@ def read_inputs(
                 f"{option} needs a validation loss, and the data has no validation rows: add a "
                 "file valid.jsonl, set val_split, or leave the option out."
             )
-    said = remarks(config.data_dir, train, valid, *sources)
+    objective = objective_of(config)
+    said = [*remarks(config.data_dir, train, valid, *sources), *objective.remarks(train)]
+    train, valid = (x and objective.prepared(x, config.max_seq_length) for x in (train, valid))
+    assert train is not None
     for sentence in said:
         on_event(events.warning(sentence))
     if config.packing == "auto":

@@ -11,7 +11,7 @@ import numpy as np
 from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
-from ..objectives import Functions, value_and_grad
+from ..objectives import Functions, named, total_of, value_and_grad
 from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of
@@ -58,13 +58,13 @@ class Stepper:
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)
-        loss, *metrics = map(float, outputs)
+        loss, metrics = float(outputs[0]), named(setup.objective, outputs[1:])
         norm = float(length)
         columns = setup.train.columns.take(np.concatenate([batch.rows for batch in accumulated]))
         outcome = Outcome(
             loss=loss,
             norm=norm,
-            metrics=dict(zip(setup.objective.metrics, metrics, strict=True)),
+            metrics=metrics,
             rate=learning_rate(config, at.step),
             tokens=int(columns.run.sum()),
             supervised=int(columns.trained.sum()),
@@ -104,8 +104,8 @@ class Stepper:
 
         Those of a single one may still be under way when this returns.
         """
-        total = self.setup.objective.total(accumulated)
-        params = self.setup.layout.split(at.vector)
+        setup, params = self.setup, self.setup.layout.split(at.vector)
+        total = total_of(setup.objective, setup.chain, setup.scales, params, accumulated)
         first = at.step * self.setup.config.grad_accumulation_steps
         outputs, gradient = self._part(params, accumulated[0], total, first)
         for draw, batch in enumerate(accumulated[1:], first + 1):
