@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from mlx_segtrain import events
-from mlx_segtrain.commands.terminal import Terminal, duration, show_checks, show_report
+from mlx_segtrain.commands.terminal import Terminal, duration
+from mlx_segtrain.commands.views import show_checks, show_report
 from mlx_segtrain.data import Preview, Report
 from mlx_segtrain.data.inspection import Bin, Epoch
 from mlx_segtrain.ops import selfcheck as doctor
@@ -27,6 +28,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
             tokens_per_sec=12345.6,
             supervised_tokens_per_sec=1234.5,
             step_s=2.0,
+            left_s=2.0 * (iters - step),
             peak_gb=3.25,
             active_gb=1.0,
         )
