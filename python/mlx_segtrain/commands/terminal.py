@@ -39,11 +39,20 @@ def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | No
     return int(ok is False)
 
 
-def as_it_is(console: Console) -> Callable[[str | Text], None]:
-    """Print a text with its brackets: between words a terminal's lines break, others do not."""
-    if console.is_terminal:
-        return partial(console.print, markup=False, overflow="ignore", crop=False)
-    return partial(console.print, markup=False, soft_wrap=True)
+def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
+    """Print a text with its brackets. On a terminal its lines break between words, and go on after
+    `indent` spaces; elsewhere they are as long as they are."""
+    show = partial(console.print, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        return show
+
+    def fitted(text: str | Text) -> None:
+        if isinstance(text, str):
+            lines = (wrapped(own, console.width, indent) for own in text.splitlines())
+            text = "\n".join(lines)
+        show(text)
+
+    return fitted
 
 
 def command_line(argv: Sequence[str], width: int) -> str:
@@ -143,7 +152,11 @@ class Terminal:
     def command(self, what: str, argv: Sequence[str]) -> None:
         """Show a command to paste."""
         width = self.console.width if self.console.is_terminal else 10**6
-        self.say(f"{what}:\n  " + command_line(argv, width - 3).replace("\n", "\n  "))
+        text = command_line(argv, width - 3).replace("\n", "\n  ")
+        self._note(f"{what}: {text}")
+        self._safely(
+            partial(self.console.print, markup=False, soft_wrap=True), f"{what}:\n  {text}"
+        )
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
         """Where the terminal or the reader of the output has gone away, nothing is shown any
@@ -253,10 +266,11 @@ class Terminal:
         return f"{loss}  {speed(event)}  peak {event['peak_gb']:.2f} GB  {left}"
 
 
-def wrapped(text: str, width: int) -> str:
-    """A sentence in lines of up to so many columns; no word is cut."""
+def wrapped(text: str, width: int, indent: int = 0) -> str:
+    """A sentence in lines of up to so many columns, the further ones indented; no word is cut."""
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, max(width, 20), **how)
+    how |= {"drop_whitespace": True, "subsequent_indent": " " * indent}
+    return textwrap.fill(text, max(width, indent + 20), **how)
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:

@@ -32,7 +32,7 @@ WORST = 8
 def show_report(report: Report, console: Console | None = None) -> None:
     """Print what a data set trains; its first rows token by token where a tokenizer was given."""
     console = console or Console(highlight=False)
-    line = as_it_is(console)
+    line = as_it_is(console, indent=9)
     line(f"format   {formats(report)}")
     line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
     if report.samples is not None:
@@ -264,8 +264,8 @@ def show_fold(report: folding.Report) -> None:
         quantized = any(own.bits is not None for own in swallowed)
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         print(
-            f"warning: in {len(swallowed)} of {len(report.linears)} linear layers more than a "
-            f"tenth of the update is lost to rounding. Merge with {way}, or serve base and adapter apart."
+            f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
+            f"tenth of the update to rounding. Merge with {way}, or serve base and adapter apart."
         )
 
 

@@ -156,7 +156,7 @@ def prepare(
     resumed: Checkpoint | None = None,
     loaded: nn.Module | None = None,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run, loads its model unless it is `loaded`, and makes its adapter's factors, a vector.
+    """Plans a run, loads its model unless that is done, and makes its adapter's factors, a vector.
 
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
