@@ -82,7 +82,7 @@ FRESH = Facets(
 
 
 class TrainConfig(BaseModel):
-    """One training run; raises pydantic.ValidationError (a ValueError) on a bad value."""
+    """One training run; InputError, which is a ValueError, for a bad value."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -308,6 +308,12 @@ class TrainConfig(BaseModel):
     overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter folder")
     """Replace an adapter that adapter_path holds."""
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _fault(error, values) from None
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
@@ -477,12 +483,12 @@ def load_config(
     values = {**defaults, **values, **overrides}
     try:
         return TrainConfig(**values)
-    except ValidationError as error:
-        raise _fault(error, values, where) from None
+    except InputError as error:
+        raise InputError(where.get(error.field or "", "") + str(error), field=error.field) from None
 
 
-def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> InputError:
-    """The first fault of a ValidationError, with its place, the value, and what is allowed."""
+def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
+    """The first fault of a ValidationError, with the value and what is allowed."""
     order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
@@ -491,14 +497,14 @@ def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         hint = meant(name, list(TrainConfig.model_fields))
-        return InputError(f"{where.get(name, '')}unknown field {word(name)}.{hint}")
+        return InputError(f"unknown field {word(name)}.{hint}", field=name)
     if fault["type"] == "missing":
         return InputError(
             f"{name} is missing: set it in the YAML file or with {flag(name)}", field=name
         )
     value = values[name]
     text = f"{name} must be {allowed(name, value)}; got {shown(value, 200)}"
-    return InputError(where.get(name, "") + text, field=name)
+    return InputError(text, field=name)
 
 
 def flag(name: str) -> str:
