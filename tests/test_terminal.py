@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from mlx_segtrain import events
-from mlx_segtrain.commands.terminal import Terminal, duration
+from mlx_segtrain.commands.terminal import Terminal
 from mlx_segtrain.commands.views import show_checks, show_report
+from mlx_segtrain.commands.words import duration
 from mlx_segtrain.data import Preview, Report
 from mlx_segtrain.data.inspection import Bin, Epoch
 from mlx_segtrain.ops import selfcheck as doctor

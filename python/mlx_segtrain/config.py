@@ -464,9 +464,9 @@ def meant(name: str, names: Sequence[str], spelt: Callable[[str], str] = str) ->
     """The same, but for words of other trainers, which are asked for by meaning; `spelt` is how a
     field is written among the names."""
     field = CALLED.get(name.lstrip("-").replace("-", "_").lower())
-    if field and spelt(field) in names:
-        return f" Did you mean {spelt(field)}?"
-    return nearest(name, names)
+    if field is None:
+        return nearest(name, names)
+    return f" Did you mean {spelt(field)}?" if spelt(field) in names else ""
 
 
 def load_config(

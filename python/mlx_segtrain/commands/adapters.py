@@ -169,8 +169,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
     """Says what is about to be merged, before the minutes that it takes."""
-    from mlx_segtrain.commands.terminal import hanging
     from mlx_segtrain.commands.views import wide
+    from mlx_segtrain.commands.words import hanging
     from mlx_segtrain.models.snapshot import Snapshot
 
     weights = args.weights or [1.0] * len(adapters)

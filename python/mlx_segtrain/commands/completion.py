@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Iterator
 
 from mlx_segtrain.commands.flags import Parser
+from mlx_segtrain.config import TrainConfig
+from mlx_segtrain.fields import choices
 
 #: Where shells look for completions, and what makes a running one read them.
 PLACES = {
@@ -32,6 +34,8 @@ def _completion(args: argparse.Namespace) -> int:
 
     parser, _ = parsers()
     for action in _actions(parser):
+        if action.dest in TrainConfig.model_fields and action.choices is None:
+            action.choices = choices(TrainConfig.model_fields[action.dest]) or None
         if action.metavar in FILES and action.nargs != 0:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, args.shell))

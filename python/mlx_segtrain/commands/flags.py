@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, meant
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
@@ -18,6 +19,7 @@ WIDEST = 100
 #: Groups of `--help`; all others are in `--help-all`.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
+WORD = "WORD"  # one of so many that the help lists them
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -26,6 +28,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
         super().__init__(prog, max_help_position=28, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(" ".join(text.split()), width).splitlines()
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -120,6 +125,8 @@ def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> N
         text = field.description or ""
         if is_list(field):
             text += f" {allowed(name).capitalize()}."
+        elif _metavar(name) == WORD:
+            text += f" One of {allowed(name)}."
         if not field.is_required():
             text += f" Default: {default(name)}."
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
@@ -141,7 +148,8 @@ def _metavar(name: str) -> str:
     if bool in get_args(field.annotation):  # or a word
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
-        return "{" + ",".join(words) + "}"
+        text = "{" + ",".join(words) + "}"
+        return text if len(text) <= 50 else WORD
     if FACETS[name].flag:
         return FACETS[name].flag.strip("-").upper()
     return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")

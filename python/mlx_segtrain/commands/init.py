@@ -12,7 +12,7 @@ import yaml
 
 from mlx_segtrain.commands.flags import DATA, FIRST, Parser, add_flags, group_of, in_groups
 from mlx_segtrain.commands.runs import OUTPUT
-from mlx_segtrain.commands.terminal import wrapped
+from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, default, flag, load_config
 from mlx_segtrain.errors import InputError
 

@@ -124,7 +124,7 @@ def show_result(
     show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
 ) -> None:
     """What a run came to, and what is next."""
-    from mlx_segtrain.commands.terminal import duration
+    from mlx_segtrain.commands.words import duration
     from mlx_segtrain.events import speed
 
     state = "interrupted after" if result.interrupted else "trained"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.events import Event, speed
 
@@ -53,24 +52,6 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
         show(text)
 
     return fitted
-
-
-def command_line(argv: Sequence[str], width: int) -> str:
-    """A command as it is pasted into a shell, over several lines if it is longer than `width`."""
-    words = [shlex.quote(word) if word != "…" else word for word in argv]
-    text = " ".join(words)
-    if len(text) <= width:
-        return text
-    lines, line = [], words[0]
-    for i, word in enumerate(words[1:], 1):
-        # A flag stands on a line with its value.
-        held = [word, *words[i + 1 : i + 2]] if word.startswith("-") else [word]
-        if len(" ".join([line, *held])) > width - 2 and word.startswith("-"):
-            lines.append(line)
-            line = f"    {word}"
-        else:
-            line += f" {word}"
-    return " \\\n".join([*lines, line])
 
 
 class Terminal:
@@ -266,21 +247,6 @@ class Terminal:
         return f"{loss}  {speed(event)}  peak {event['peak_gb']:.2f} GB  {left}"
 
 
-def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """A sentence in lines of up to so many columns, the further ones indented; no word is cut."""
-    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    how |= {"drop_whitespace": True, "subsequent_indent": " " * indent}
-    return textwrap.fill(text, max(width, indent + 20), **how)
-
-
-def hanging(name: str, text: str, column: int, width: int) -> str:
-    """A name and its text from that column on, in lines of `width`; no word is cut."""
-    lines = wrapped(text, width - column).splitlines() or [""]
-    return "\n".join(
-        f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)
-    ).rstrip()
-
-
 @contextmanager
 def downloads(quiet: bool = False) -> Iterator[Callable[[Event], None]]:
     """Show what is downloaded and tokenized, and no other event, where results are not."""
@@ -293,13 +259,3 @@ def complain(text: str) -> None:
     if sys.stderr.isatty():
         text = wrapped(text, Console(stderr=True).width)
     print(text, file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 7s, 3m20s or 2h05m."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    return f"{total // 3600}h{total // 60 % 60:02d}m"

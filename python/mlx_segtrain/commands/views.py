@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_segtrain.commands.terminal import as_it_is, duration, hanging
+from mlx_segtrain.commands.terminal import as_it_is
+from mlx_segtrain.commands.words import duration, hanging
 from mlx_segtrain.data.notes import FINDINGS
 
 if TYPE_CHECKING:

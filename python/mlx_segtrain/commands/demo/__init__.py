@@ -16,7 +16,8 @@ import mlx_segtrain
 from mlx_segtrain import files
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
-from mlx_segtrain.commands.terminal import Terminal, as_it_is, command_line, duration
+from mlx_segtrain.commands.terminal import Terminal, as_it_is
+from mlx_segtrain.commands.words import command_line, duration
 from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.ops.selfcheck import on_gpu
