@@ -86,7 +86,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_help_names_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main(["train", "--help-all"])
     out = capsys.readouterr().out
     assert "--rank-scaling {constant,by_bits,by_kl}" in out
     assert "--grad-checkpoint, --no-grad-checkpoint" in out
@@ -268,7 +268,7 @@ def test_an_adapter_goes_into_adapters_if_nothing_else_is_said(train: Mock) -> N
 def test_train_shows_progress_and_a_summary(
     train: Mock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(config: TrainConfig, on_event: events.OnEvent) -> training.TrainResult:
+    def run(config: TrainConfig, on_event: events.OnEvent, **_: Any) -> training.TrainResult:
         on_event(events.val_metric(0, config.iters, loss=3.0, tokens=10, metrics={}))
         return TRAINED
 
@@ -279,7 +279,7 @@ def test_train_shows_progress_and_a_summary(
     assert "trained 20 steps in 1m01s" in out
     assert "3.0000 -> 2.0000 (best 1.5000 at step 10)" in out
     assert "1,234 supervised of 12,346 tokens/s" in out and "3.25 GB" in out
-    assert "mlx-segtrain generate --model m --adapter-path 'a b'" in out
+    assert "mlx-segtrain generate --model m --adapter 'a b' --prompt …" in out
 
 
 def test_ctrl_c_exits_with_130(train: Mock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ FLOORS = (
     "hub",
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
-    *("training", "serving", "commands"),
+    *("training", "serving", "commands", "api"),
 )
 #: Of the server's own rooms, the same.
 SERVING = (

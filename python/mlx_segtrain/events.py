@@ -63,12 +63,13 @@ def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
 def train_metric(
     step: int, iters: int, *, loss: float, metrics: dict[str, float], **figures: float
 ) -> Event:
-    """Means over the steps since the last report: loss in nats per token.
+    """The training loss: the mean over the last `steps_per_report` steps, in nats per token.
 
     Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
     rewards and, of kto, kl; without those of which the steps had no row.
     `figures` are grad_norm, learning_rate, tokens_per_sec and, of those in the loss,
-    supervised_tokens_per_sec, step_s, peak_gb and active_gb.
+    supervised_tokens_per_sec, step_s, peak_gb and active_gb, and left_s, the seconds that the rest
+    of the run takes with its evaluations and checkpoints.
     """
     return {
         "type": "metric",

@@ -23,7 +23,8 @@ class Alternative:
 class PlanReport:
     """The plan of a run and its surroundings. Bytes and tokens.
 
-    `longest` is what fits, `max_length` what the model was made for; `recomputed` is what runs
+    `tokens` are those of a row of the data, of which the last is only predicted; `longest` is what
+    fits, no more than `max_length`, the model's context length; `recomputed` is what runs
     again over what must run. `predicted` is False for families whose memory the planner does not
     know: of these only weights and budget are said.
     """
@@ -51,7 +52,7 @@ def of(run: RunPlan) -> PlanReport:
         family=run.shape.family,
         predicted=False,
         rows=batch.rows,
-        tokens=batch.length,
+        tokens=batch.length + 1,
         trained_tokens=batch.loss,
         budget=run.budget,
         weights=run.shape.weight_bytes(not run.device.gpu),

@@ -74,8 +74,8 @@ def evaluate(
         dataset = load_split(config.data_dir, *how, on_event)
         if dataset is None:
             raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: add a file valid.jsonl, set "
-                "val_split, or evaluate train."
+                f"data_dir {config.data_dir} has no validation rows: measure on the training rows "
+                "with --split train, add a file valid.jsonl, or set val_split."
             )
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})

@@ -86,8 +86,8 @@ class Keeper:
         facts = {"data": self.made_of.data, "trained on": setup.train.summary}
         if setup.remarks:
             facts["remarks"] = "; ".join(setup.remarks)
-        if progress.last:
-            facts["training loss"] = f"{progress.last.loss:.4f}"
+        if progress.loss is not None:
+            facts["training loss"] = f"{progress.loss:.4f}"
         if best := progress.best:
             first, last = progress.vals[0], progress.vals[-1]
             facts["validation loss"] = f"{first['loss']:.4f} -> {last['loss']:.4f}"

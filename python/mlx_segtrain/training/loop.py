@@ -1,15 +1,17 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
+from __future__ import annotations
+
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .. import _core, events
 from ..config import TrainConfig
@@ -28,6 +30,7 @@ from .judging import Score, command_score, numbers
 from .keeping import Keeper
 from .log import RunLog
 from .memory import Memory, process_peak
+from .pace import Pace, due
 from .policy import run_policy
 from .record import Record, check_same
 from .results import TrainResult
@@ -37,6 +40,9 @@ from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
 
+#: Of metrics; True ends the run.
+Callback = Callable[[events.Event], Any]
+
 
 def train(
     config: TrainConfig,
@@ -45,6 +51,9 @@ def train(
     train_data: Any = None,
     valid_data: Any = None,
     score: Score | None = None,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
+    model: nn.Module | None = None,
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
@@ -52,7 +61,10 @@ def train(
     `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` those to validate.
     `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
     the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
-    adapter attached, for a number or a dict of numbers. Ctrl-C, SIGTERM and SIGHUP end the run
+    adapter attached, for a number or a dict of numbers. `on_step` receives the training metrics of
+    every step and `on_eval` those of every evaluation; one that returns True ends the run after
+    saving (`stopped_early`). `model` is what was loaded from `config.model_dir`, without adapter,
+    where that is done already. Ctrl-C, SIGTERM and SIGHUP end the run
     after saving the last finished step (`interrupted`). InputError, before anything is written, for
     input that cannot be used; RunError if the run cannot go on, after saving the last good step.
     """
@@ -65,7 +77,8 @@ def train(
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            return _train(config, data, valid_data, tell, score)
+            calls = Calls(tell, score, on_step, on_eval)
+            return _train(config, data, valid_data, calls, model)
     except BaseException as error:
         tell(events.failed(error))
         raise
@@ -75,9 +88,11 @@ def _train(
     config: TrainConfig,
     data: Any,
     valid_data: Any,
-    tell: events.OnEvent,
-    score: Score | None,
+    calls: Calls,
+    model: nn.Module | None,
 ) -> TrainResult:
+    tell = calls.on_event
+
     def warn(message: str) -> None:
         tell(events.warning(message))
 
@@ -97,7 +112,7 @@ def _train(
                 f"iters is {config.iters}, but the run in {config.adapter_path} has come to "
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
-    setup, vector = prepare(inputs, tell, resumed)
+    setup, vector = prepare(inputs, tell, resumed, model)
     step = Stepper(setup)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
@@ -120,7 +135,7 @@ def _train(
                 tell(event)
 
             keeper.warn = lambda message: record(events.warning(message))
-            run = Run(config, setup, step, state, keeper, record, interrupts, score)
+            run = Run(config, setup, step, state, keeper, record, interrupts, calls)
             try:
                 result = run(source, resumed_from)
                 record(events.done(config.adapter_path))
@@ -128,6 +143,16 @@ def _train(
                 log.write(events.failed(error))
                 raise
     return result
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a run calls as it goes; see `train`."""
+
+    on_event: events.OnEvent
+    score: Score | None = None
+    on_step: Callback | None = None
+    on_eval: Callback | None = None
 
 
 @dataclass
@@ -145,13 +170,17 @@ class Run:
     keeper: Keeper
     tell: events.OnEvent
     interrupts: Interrupts
-    score: Score | None
+    calls: Calls
+
+    def __post_init__(self) -> None:
+        self.pace = Pace()
+        self.asked_to_stop = False  # by a callback
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
         config, state = self.config, self.state
         what = f"{config.iters} steps on {len(self.setup.train)} rows"
         if resumed_from is not None:
-            what += f", resumed behind step {resumed_from}"
+            what += f", resumed after step {resumed_from}"
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
         self.looked, self.clock = time.perf_counter(), Clock()
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
@@ -161,7 +190,9 @@ class Run:
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
-                stopped_early = state.step < config.iters and self._has_stopped_improving()
+                stopped_early = state.step < config.iters and (
+                    self.asked_to_stop or self._has_stopped_improving()
+                )
                 if state.step >= config.iters or stopped_early:
                     break
                 self._save_if_due()
@@ -190,7 +221,8 @@ class Run:
             at, outcome = self._in_memory(state.at, accumulated, losses)
         state.at = at
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
-        progress.recent.append(progress.last)
+        progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
+        self.pace.add("step", progress.last.seconds)
         left_out = outcome.bound is not None and config.on_spike == "skip"
         progress.skipped = progress.skipped + 1 if left_out else 0
         if not left_out:
@@ -205,6 +237,11 @@ class Run:
         cheaper = self.step.plan.tightened(state.memory.measure(state.step))
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
+        if self.calls.on_step:
+            self._ask(self.calls.on_step, self._metric())
+
+    def _ask(self, callback: Callback, event: events.Event) -> None:
+        self.asked_to_stop |= callback(event) is True
 
     def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
         """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
@@ -247,16 +284,26 @@ class Run:
         return step in (first, self.config.iters) or step % every == 0
 
     def _report_if_due(self) -> None:
-        """Means over the steps since the last report."""
-        config, progress, step = self.config, self.state.progress, self.state.step
-        if step == progress.reported or not self._is_due(config.steps_per_report, 1):
+        progress, step = self.state.progress, self.state.step
+        if step == progress.reported or not self._is_due(self.config.steps_per_report, 1):
             return
-        recent, last = progress.recent, progress.recent[-1]
-        event = events.train_metric(
-            step,
-            config.iters,
-            loss=sum(outcome.loss for outcome in recent) / len(recent),
-            metrics=_means([outcome.metrics for outcome in recent]),
+        progress.reported = step
+        self.tell(self._metric())
+        if jumped := self.clock.jumped():
+            self._warn(
+                f"step {step}: the clock went {jumped:+.0f} s against the time that passed (or the "
+                "machine slept): times in the log jump, and the run does not count on them"
+            )
+
+    def _metric(self) -> events.Event:
+        """The training metrics after the last step."""
+        progress, last = self.state.progress, self.state.progress.last
+        assert last is not None and progress.loss is not None  # a step was taken
+        return events.train_metric(
+            self.state.step,
+            self.config.iters,
+            loss=progress.loss,
+            metrics=progress.metrics,
             grad_norm=last.norm,
             learning_rate=last.rate,
             tokens_per_sec=last.tokens / last.seconds,
@@ -264,14 +311,16 @@ class Run:
             step_s=last.seconds,
             peak_gb=self.state.memory.peak / 1e9,
             active_gb=mx.get_active_memory() / 1e9,
+            left_s=self._left_s(),
         )
-        progress.reported, progress.recent = step, []
-        self.tell(event)
-        if jumped := self.clock.jumped():
-            self._warn(
-                f"step {step}: the clock went {jumped:+.0f} s against the time that passed (or the "
-                "machine slept): times in the log jump, and the run does not count on them"
-            )
+
+    def _left_s(self) -> float:
+        config, step, last = self.config, self.state.step, self.config.iters
+        evaluations = 0
+        if self.setup.valid or config.sample_prompts or config.eval_command or self.calls.score:
+            evaluations = due(self.state.progress.evaluated, last, config.steps_per_eval)
+        checkpoints = due(self.saved, last, config.steps_per_save)
+        return self.pace.left(last - step, evaluations, checkpoints)
 
     def _evaluate_if_due(self) -> None:
         """Validates the adapter, asks and scores it, and keeps it if that is wanted."""
@@ -280,7 +329,7 @@ class Run:
             return
         found: list[events.Event] = []
         val = None
-        with self.interrupts.allowed():
+        with self.interrupts.allowed(), self.pace.timed("evaluation"):
             if setup.valid is not None:
                 state.memory.measure()
                 params = setup.layout.split(state.at.vector)
@@ -289,13 +338,15 @@ class Run:
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            if config.sample_prompts or config.eval_command or self.score:
+            if config.sample_prompts or config.eval_command or self.calls.score:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:
             self.tell(event)
+            if self.calls.on_eval and event.get("kind") == "val":
+                self._ask(self.calls.on_eval, event)
         if state.step == 0:
             return
         if config.keep_best and progress.since_best == 0:
@@ -319,8 +370,8 @@ class Run:
                 ids = prompting.ids(setup.tokenizer, prompt)
                 text = generate(model, setup.tokenizer, ids, max_tokens=config.sample_tokens)
                 yield events.sample(step, prompt, text)
-            if self.score:
-                yield events.score(step, numbers(self.score(model, setup.tokenizer)))
+            if score := self.calls.score:
+                yield events.score(step, numbers(score(model, setup.tokenizer)))
         if config.eval_command:
             yield events.score(step, command_score(config, adapter))
 
@@ -334,7 +385,8 @@ class Run:
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
             self._count()
-            self.keeper.checkpoint(self.state)
+            with self.pace.timed("checkpoint"):
+                self.keeper.checkpoint(self.state)
 
     def _save(self) -> None:
         """Saves the last finished step for good; before the first there is nothing to save."""
@@ -359,7 +411,7 @@ class Run:
         return TrainResult(
             adapter_path=self.config.adapter_path,
             steps=self.state.step,
-            final_train_loss=progress.last.loss if progress.last else None,
+            final_train_loss=progress.loss,
             first_val_loss=vals[0]["loss"] if vals else None,
             final_val_loss=vals[-1]["loss"] if vals else None,
             best_val_loss=best["loss"] if best else None,
@@ -377,9 +429,3 @@ class Run:
             stopped_early=stopped_early,
             resumed_from=resumed_from,
         )
-
-
-def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the steps that have it."""
-    names = dict.fromkeys(name for own in found for name in own)
-    return {name: fmean(own[name] for own in found if name in own) for name in names}

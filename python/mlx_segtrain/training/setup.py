@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .. import events
@@ -153,9 +154,12 @@ def read_inputs(
 
 
 def prepare(
-    inputs: Inputs, on_event: events.OnEvent, resumed: Checkpoint | None = None
+    inputs: Inputs,
+    on_event: events.OnEvent,
+    resumed: Checkpoint | None = None,
+    loaded: nn.Module | None = None,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run, loads its model, and makes the factors of its adapter, as a vector.
+    """Plans a run, loads its model unless that is done, and makes its adapter's factors, a vector.
 
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
@@ -172,7 +176,7 @@ def prepare(
         measures=True,
     )
     on_event(plan_event(plan, 0.02, str(plan)))
-    setup, vector = load_setup(replace(inputs, train=train), plan)
+    setup, vector = load_setup(replace(inputs, train=train), plan, loaded)
     setup = replace(setup, apart=train is not inputs.train)
     if coarse := _coarse(setup):
         on_event(
@@ -215,13 +219,15 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
     return events.plan(progress, message, peak, plan.budget)
 
 
-def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Chain]:
-    """The model of a configuration, loaded, and its chain.
+def load_chain(
+    config: TrainConfig, *datasets: Dataset | None, loaded: nn.Module | None = None
+) -> tuple[Any, Chain]:
+    """The model of a configuration, loaded if it is not yet, and its chain.
 
     InputError if sequences could be longer than it was made for, or a token of the data has no row
     in its tables: MLX would read past their end.
     """
-    model, _ = load_model(config.model_dir)
+    model = load_model(config.model_dir)[0] if loaded is None else loaded
     chain = chain_of(model)
     if chain.max_length is not None and config.max_seq_length > chain.max_length:
         raise InputError(
@@ -240,10 +246,12 @@ def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Cha
     return model, chain
 
 
-def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
+def load_setup(
+    inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None
+) -> tuple[Setup, mx.array]:
     """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
     config = inputs.config
-    model, chain = load_chain(config, inputs.train, inputs.valid)
+    model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded)
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
