@@ -8,8 +8,8 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -261,11 +261,11 @@ class Service:
             config = load_config(None, {**fill, **values})
         except InputError as error:
             raise InputError(str(error), status=422, field=error.field) from None
-        paths = {
-            name: self._place_of(name)(getattr(config, name))
-            for name in PATHS
-            if values.get(name) is not None
-        }
+        paths = {}
+        for name in PATHS:
+            if values.get(name) is not None:
+                with about(name):
+                    paths[name] = self._place_of(name)(getattr(config, name))
         return config.model_copy(update=paths)
 
     async def plan(self, values: Mapping[str, Any]) -> Plan:
@@ -341,10 +341,15 @@ class Service:
         before the job begins."""
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
-        Snapshot(config.model_dir).file("config.json", "configuration")
-        _, valid = sources_of(config.data_dir, ask=False)
+        with about("model_dir"):
+            Snapshot(config.model_dir).file("config.json", "configuration")
+        with about("data_dir"):
+            _, valid = sources_of(config.data_dir, ask=False)
         if split == "valid" and valid is None and not config.val_split:
-            raise InputError(f"data_dir {config.data_dir} has no validation rows: no data there.")
+            raise InputError(
+                f"data_dir {config.data_dir} has no validation rows: no data there.",
+                field="data_dir",
+            )
         return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
@@ -390,6 +395,16 @@ class Service:
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: give one that is there.")
         return str(path)
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """An InputError within that names no field is about this one."""
+    try:
+        yield
+    except InputError as error:
+        error.field = error.field or field
+        raise
 
 
 def resident() -> int | None:

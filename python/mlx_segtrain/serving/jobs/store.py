@@ -94,7 +94,8 @@ class Store:
         """Again to the end of the queue."""
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
-            " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL, cancelling = 0 WHERE id = ?",
+            " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
+            " cancelling = 0 WHERE id = ?",
             (config_json, id),
         )
 
