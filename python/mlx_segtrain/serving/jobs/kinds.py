@@ -221,7 +221,7 @@ KINDS = {
         JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True),
         JobKind(
             "fold",
-            "Fold",
+            "Merge into base",
             fold,
             lambda values: f"{_end(values, 'adapter_path')} into {_end(values, 'model_dir')}",
             computes=True,

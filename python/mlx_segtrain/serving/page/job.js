@@ -61,6 +61,7 @@ export default async function jobPage(main, id) {
   const loss = chart("Training and validation loss", { tall: true,
     axis: trains ? `loss, ${schema.loss_units[values.method ?? "sft"]}` : "" });
   const noLoss = h("p.empty");
+  const losses = card("Loss", tiles, loss, noLoss);
   const small = {};
   const charts = h("div.charts");
   const over = card("Metrics", charts);
@@ -76,7 +77,7 @@ export default async function jobPage(main, id) {
     problem,
     card("", h("div.row-line.between", status, times), bar, progress, memory),
     outcome,
-    trains ? card("Loss", tiles, loss, noLoss) : "",
+    trains ? losses : "",
     use,
     trains ? over : "",
     remarks,
@@ -226,7 +227,7 @@ export default async function jobPage(main, id) {
     const parts = [];
     if (trains && run.iters && !waits) {
       parts.push(`Step ${count(run.step)} of ${count(run.iters)}`);
-    } else if (!waits) parts.push(percent(share));
+    } else if (!waits && !broken()) parts.push(percent(share));
     else if (row.computes && training) parts.push("Waiting for the job that runs now");
     else parts.push("Starts in a moment");
     if (row.status === "running") {
@@ -234,6 +235,7 @@ export default async function jobPage(main, id) {
       else if (run.stage !== "train" && !run.train.step) parts.push(run.message);
       else if (run.left !== null) parts.push(`about ${duration(run.left)} left`);
     }
+    bar.hidden = broken() && !run.iters;
     filled.style.width = percent(share).replace(/\s/, "");
     bar.setAttribute("aria-valuenow", Math.round(100 * share));
     progress.textContent = parts.filter(Boolean).join(" · ");
@@ -276,8 +278,9 @@ export default async function jobPage(main, id) {
     const val = { name: "validation", points, color: COLORS[1], dash: DASHES[1], marked: true };
     const lines = [...linesOf("training", run.curve("train"), COLORS[0]), val];
     const some = lines.some((line) => line.points.length);
-    [loss.hidden, noLoss.hidden] = [!some, some];
-    noLoss.textContent = ended() ? "Stopped before the first step." : "Waiting for the first step.";
+    [loss.hidden, noLoss.hidden, tiles.hidden] = [!some, some, !some];
+    losses.hidden = !some && ended(); // it stopped before
+    noLoss.textContent = "Waiting for the first step.";
     // Up to the run's end, unless its curve would be a scratch at the edge.
     const end = run.iters && run.step >= run.iters / 5 ? run.iters : null;
     loss.draw(lines, { end, legend: true });

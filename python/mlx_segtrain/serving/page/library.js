@@ -50,10 +50,12 @@ export async function pushing(path, pushed = () => {}) {
     h("div.actions", push), problem, result);
 }
 
-const cell = (content) => h("td.tight", content);
+// On a phone the column's name stands before it.
+const cell = (name, content) => h("td.tight", { "data-name": name }, content);
 const named = (name, path) => h("td.main", name, h("div.muted.small.wrap", path));
-const go = (text, path, query) =>
-  h("a.button.small", { href: `${path}?${new URLSearchParams(query)}` }, text);
+const go = (text, what, path, query) =>
+  h("a.button.small", { href: `${path}?${new URLSearchParams(query)}`, "aria-label": `${text} ${what}` },
+    text);
 const get = (kind, path) =>
   h("a.button.small", { href: archive(kind, path), download: "", "aria-label": `Download ${tail(path)}` }, "Download");
 
@@ -62,6 +64,7 @@ export default async function library(main) {
   const looking = h("p.looking.empty", "Looking for models, data sets and adapters …");
   main.append(h("h1", "Library"), looking);
   const { downloads, uploads } = await api("/api/state");
+  let known = []; // models
   const kinds = [
     { kind: "models", title: "Models", rows: models, name: NAME, hub: "model",
       columns: ["Model", "Family", "Parameters", "Size", "Actions"],
@@ -81,8 +84,7 @@ export default async function library(main) {
   });
   looking.remove();
   main.append(...parts.map(section));
-  await Promise.all(parts.map(refresh));
-  if (location.hash) document.querySelector(location.hash)?.scrollIntoView();
+  for (const own of parts) await refresh(own); // the models come first
 
   function section(own) {
     const fails = (act) => async (...args) => {
@@ -114,7 +116,7 @@ export default async function library(main) {
     const about = { datasets: "One file with rows to train on; a second one is for validation.",
       adapters: "adapter_config.json and its .safetensors file, both at once." }[own.kind];
     return card(own.title, own.list,
-      h("div.row-line.foot", send && [send, h("span.small.muted", about)]),
+      send && h("div.row-line", send, h("span.small.muted", about)),
       own.hub && (downloads ? bring : h("p.small.muted", refused)), own.problem, own.moved);
 
     async function sendAdapter(files) {
@@ -132,10 +134,11 @@ export default async function library(main) {
   async function refresh(own) {
     const found = await api(`/api/${own.kind}`);
     const rows = found[own.kind];
+    known = found.models ?? known;
     const faults = found.faults ?? [];
     const train = own.kind === "adapters" && link("New run", "/finetune");
     show(own.list, rows.length
-      ? table("folds", own.title, own.columns, rows.map((row) => own.rows(row, own)))
+      ? table("folds.library", own.title, own.columns, rows.map((row) => own.rows(row, own)))
       : [empty(own.none), train],
     faults.map(({ path, error }) => notice(`${path} cannot be read: ${sentence(error)}`, "warn")));
   }
@@ -151,24 +154,30 @@ export default async function library(main) {
   }
 
   function models(own) {
-    return h("tr", named(own.id, own.path), cell(own.family), cell(many(own.parameters)),
-      cell(size(own.size_bytes)), h("td", h("div.actions.end",
-        go("Train", "/finetune", { model: own.path }), go("Chat", "/finetune/chat", { model: own.path }))));
+    return h("tr", named(own.id, own.path), cell("Family", own.family),
+      cell("Parameters", many(own.parameters)), cell("Size", size(own.size_bytes)),
+      h("td", h("div.actions.end",
+        go("Train", own.id, "/finetune", { model: own.path }),
+        go("Chat", own.id, "/finetune/chat", { model: own.path }))));
   }
 
   function datasets(own, part) {
-    return h("tr", named(tail(own.path), own.path), cell(own.has_valid ? "yes" : "no"),
-      cell(size(own.size_bytes)), h("td", h("div.actions.end",
-        go("Train", "/finetune", { data: own.path }), get("datasets", own.path),
+    return h("tr", named(tail(own.path), own.path), cell("Validation", own.has_valid ? "yes" : "no"),
+      cell("Size", size(own.size_bytes)), h("td", h("div.actions.end",
+        go("Train", tail(own.path), "/finetune", { data: own.path }), get("datasets", own.path),
         remove("datasets", own.path, part))));
   }
 
   function adapters(own, part) {
     const place = h("div");
     const open = async () => show(place, place.childElementCount ? null : await pushing(own.path));
+    const base = own.base_model ?? "not said";
+    const model = known.find((one) => [one.path, one.id].includes(base));
     return h("tr", h("td.main", tail(own.path), h("div.muted.small.wrap", own.path), place),
-      cell(tail(own.base_model ?? "not said")), cell(own.rank || "–"),
-      cell(fixed(own.best_loss)), cell(size(own.size_bytes)), h("td", h("div.actions.end",
+      cell("Base", tail(base)), cell("Rank", own.rank || "–"),
+      cell("Best loss", fixed(own.best_loss)), cell("Size", size(own.size_bytes)),
+      h("td", h("div.actions.end",
+        model && go("Chat", tail(own.path), "/finetune/chat", { model: model.path, adapter: own.path }),
         get("adapters", own.path),
         h("button.small", { type: "button", "aria-label": `Push ${tail(own.path)}`, onclick: open }, "Push"),
         remove("adapters", own.path, part))));
