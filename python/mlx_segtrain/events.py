@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import fault_of
+
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 Stage = Literal["load", "setup", "data", "checkpoint", "train", "fold", "done"]
@@ -122,8 +124,12 @@ def done(output_dir: Path) -> Event:
 
 
 def failed(error: BaseException) -> Event:
-    """The run ended with an exception."""
-    return {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
+    """The run ended with an exception; `fault` is errors.Fault, `field` what has to be changed."""
+    field = getattr(error, "field", None)
+    return {
+        **{"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()},
+        **{"fault": fault_of(error)} | ({} if field is None else {"field": field}),
+    }
 
 
 def run_progress(step: int, iters: int) -> float:

@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..data.repository import pinned
 from ..data.sources import sources_of
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, NoMemory, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan, short_buffers
@@ -246,7 +246,7 @@ class Run:
     def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
         """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
 
-        A step changes nothing before its end. Halted if no plan is left.
+        A step changes nothing before its end. NoMemory if no plan is left.
         """
         while True:
             try:
@@ -260,7 +260,7 @@ class Run:
             # Outside of the handler: the exception's frames hold arrays of the step.
             mx.clear_cache()
             if cheaper is None:
-                raise Halted(
+                raise NoMemory(
                     f"step {self.state.step + 1}: the device has no memory for it ({reason}), and "
                     "no plan takes less: free memory and go on, or begin with a lower "
                     "max_seq_length or batch_size."

@@ -150,7 +150,9 @@ def add_handlers(app: FastAPI) -> None:
 def _methods(request: Request) -> list[str]:
     """Those that routes of the request's path take: several routes may share one."""
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
-    scopes = [{**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "POST")]
+    scopes = [
+        {**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+    ]
     return [s["method"] for s in scopes if any(x.matches(s)[0] is Match.FULL for x in routes)]
 
 

@@ -93,3 +93,19 @@ function metric({ kind, step, loss, tokens, message, learning_rate, grad_norm, p
   }
   return `step ${step} scores ${JSON.stringify(more.scores) ?? more.error}`;
 }
+
+// A table as CSV, as spreadsheets read it: a cell that would be a formula there is text.
+export const csv = (rows) =>
+  rows.map((row) => row.map((cell) => {
+    const text = typeof cell === "number" ? String(cell) : String(cell ?? "").replace(/^[=+@-]/, "'$&");
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  }).join(",")).join("\n") + "\n";
+
+// Saves a table in a file of the browser's.
+export function save(name, rows) {
+  const url = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv" }));
+  const link = document.createElement("a");
+  Object.assign(link, { href: url, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
