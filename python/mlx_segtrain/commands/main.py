@@ -323,11 +323,15 @@ def _share(text: str) -> float:
 
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
-    from mlx_segtrain.commands.terminal import Terminal, duration
+    from mlx_segtrain.commands.terminal import Terminal, duration, errors
     from mlx_segtrain.events import speed
     from mlx_segtrain.training import train
     from mlx_segtrain.training.curves import draw_run
+    from mlx_segtrain.training.ranks import launched
 
+    if launched():  # rank 0 shows the run, and this one what is wrong here
+        with Terminal(errors()) as show:
+            return 130 if train(config, show).interrupted else 0
     with Terminal() as show:
         result = train(config, show)
         if not result.interrupted:  # who interrupts a run waits for it to end

@@ -162,10 +162,15 @@ class Terminal:
             self._line(f"step {step}: {status}")
 
 
+def errors() -> Console:
+    """Where what is no result is shown."""
+    return Console(stderr=True, highlight=False)
+
+
 @contextmanager
 def downloads() -> Iterator[Callable[[Event], None]]:
     """Show what is downloaded and tokenized, and no other event, where results are not."""
-    with Terminal(Console(stderr=True, highlight=False)) as show:
+    with Terminal(errors()) as show:
         yield lambda event: show(event) if "share" in event else None
 
 

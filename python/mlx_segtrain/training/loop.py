@@ -1,40 +1,46 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
+import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from .. import _core, events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..data.repository import pinned
 from ..data.sources import sources_of
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, RunError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan, short_buffers
+from .checkpoint import shared
 from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
 from .interrupts import Interrupts
 from .judging import Score, command_score, numbers
-from .keeping import Keeper
-from .log import RunLog
+from .keeping import Bystander, Keeper
+from .log import NoLog, RunLog
 from .memory import Memory, process_peak
 from .policy import run_policy
+from .ranks import Diverged, LostRank, Ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import Setup, check_output, plan_event, prepare, read_inputs
+from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
+
+T = TypeVar("T")
 
 
 def train(
@@ -56,15 +62,17 @@ def train(
     input that cannot be used; RunError if the run cannot go on, after saving the last good step.
     """
     tell = on_event or (lambda event: None)
+    if launched():
+        tell = warnings_only(tell)
     tell(events.started())
     if sys.platform == "darwin":
         short_buffers(config.max_seq_length)
     try:
-        with run_policy(config):
+        with joined(tell) as ranks, run_policy(config):
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            return _train(config, data, valid_data, tell, score)
+            return _train(config, data, valid_data, tell, score, ranks)
     except BaseException as error:
         tell(events.failed(error))
         raise
@@ -76,19 +84,22 @@ def _train(
     valid_data: Any,
     tell: events.OnEvent,
     score: Score | None,
+    ranks: Ranks,
 ) -> TrainResult:
     def warn(message: str) -> None:
         tell(events.warning(message))
 
-    check_installed(config)
-    start = check_output(config, warn)
-    resumed, same = start.resumed, True
+    trackers = config if ranks.first else config.model_copy(update={"report_to": []})
+    check_installed(trackers)
+    start = check_output(config, warn) if ranks.first else Start(None, None)
+    resumed, same = shared(start.resumed, ranks), True
+    config = accumulating(config, ranks, resumed, tell)
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
     inputs = read_inputs(config, sources, tell, resumed)
     config = inputs.config
-    made_of = Record(config, sources, resumed.record if resumed else None)
+    made_of = Record(config, sources, resumed.record if resumed else None, ranks)
     if resumed is not None:
         same = check_same(made_of, resumed.record, warn)
         if resumed.step > config.iters:
@@ -96,8 +107,8 @@ def _train(
                 f"iters is {config.iters}, but the run in {config.adapter_path} has come to "
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
-    setup, vector = prepare(inputs, tell, resumed)
-    step = Stepper(setup)
+    setup, vector = prepare(inputs, tell, resumed, ranks)
+    step = Stepper(setup, ranks=ranks)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -105,13 +116,14 @@ def _train(
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
-    with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
-        keeper = Keeper(setup, log, made_of, warn)
+    with setup.plan.limits(), closing(_log(config, warn, ranks)) as log:
+        keeper = (Keeper if ranks.first else Bystander)(setup, log, made_of, warn)
         keeper.open(state, start, same)
         step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
-        with tracked(config, made_of.values["id"], warn) as track, Interrupts() as interrupts:
+        tracking = tracked(trackers, made_of.values["id"], warn)
+        with tracking as track, Interrupts(ranks) as interrupts:
 
             def record(event: events.Event) -> None:
                 log.write(event)
@@ -119,7 +131,7 @@ def _train(
                 tell(event)
 
             keeper.warn = lambda message: record(events.warning(message))
-            run = Run(config, setup, step, state, keeper, record, interrupts, score)
+            run = Run(config, setup, step, state, keeper, record, interrupts, score, ranks)
             try:
                 result = run(source, resumed_from)
                 record(events.done(config.adapter_path))
@@ -127,6 +139,20 @@ def _train(
                 log.write(events.failed(error))
                 raise
     return result
+
+
+def warnings_only(tell: events.OnEvent) -> events.OnEvent:
+    """What a rank tells that is not the first: rank 0 tells the rest."""
+
+    def some(event: events.Event) -> None:
+        if event["type"] == "warning":
+            tell(events.warning(f"rank {launched()}: {event['message']}"))
+
+    return some
+
+
+def _log(config: TrainConfig, warn: Callable[[str], None], ranks: Ranks) -> Any:
+    return RunLog(config.adapter_path, warn) if ranks.first else NoLog()
 
 
 @dataclass
@@ -145,6 +171,7 @@ class Run:
     tell: events.OnEvent
     interrupts: Interrupts
     score: Score | None
+    ranks: Ranks
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
         config, state = self.config, self.state
@@ -154,6 +181,7 @@ class Run:
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
         self.looked, self.clock = time.perf_counter(), Clock()
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
+        self.ending = 0.0  # ranks that got a signal to end
         interrupted = stopped_early = False
         try:
             # What is due after a step comes before the next one, in a run that is resumed too.
@@ -165,13 +193,17 @@ class Run:
                     break
                 self._save_if_due()
                 self._take_step(source)
+                if self._asked_to_end():
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
-            self._save()  # whatever it was, no step was half taken
-            raise
+            if not isinstance(error, Diverged):
+                self._save()  # whatever it was, no step was half taken
+            raise self._kept(error) if isinstance(error, LostRank) else error
+        self._check_factors()
         self._save()
         result = self._result(resumed_from, interrupted, stopped_early)
         self.keeper.result(result, state.progress.vals)
@@ -186,7 +218,7 @@ class Run:
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            at, outcome = self._in_memory(state.at, accumulated, losses)
+            at, outcome = self._next(accumulated, losses)
         state.at = at
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent.append(progress.last)
@@ -205,14 +237,36 @@ class Run:
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
 
-    def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
-        """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
+    def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
+        """The state after the next step. Ranks add up what each has come to, in one sum: a rank
+        that tries a part of it again does so before or after, or they would add up other things."""
+        step, at, found = self.step, self.state.at, None
+        if self.ranks.size > 1:
+
+            def own() -> tuple[Any, mx.array]:
+                outputs, gradient = step.gradient(at, accumulated)
+                mx.eval(outputs, gradient)
+                return outputs, gradient
+
+            outputs, gradient = self._in_memory(own)
+            asked = float(self.interrupts.asked is not None)
+            (*outputs, self.ending), gradient = self.ranks.add([*outputs, asked], gradient)
+            found = outputs, gradient
+        return self._in_memory(lambda: step(at, accumulated, losses, found))
+
+    def _asked_to_end(self) -> bool:
+        """Whether a rank has got a signal to end; of a run on one device it is raised at once."""
+        return self.ending > 0
+
+    def _in_memory(self, what: Callable[[], T]) -> T:
+        """A part of the step, by a cheaper plan if the device has no memory for it, as long as
+        there is one.
 
         A step changes nothing before its end. Halted if no plan is left.
         """
         while True:
             try:
-                return self.step(*what)
+                return what()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     if said := _core.explain_failure(str(error)):
@@ -287,11 +341,12 @@ class Run:
                 state.memory.measure()
                 params = setup.layout.split(state.at.vector)
                 what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-                loss, metrics = measure(*what, config.batch_size)
+                loss, metrics = measure(*what, config.batch_size, self.ranks)
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            if config.sample_prompts or config.eval_command or self.score:
+            judges = config.sample_prompts or config.eval_command or self.score
+            if judges and self.ranks.first:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
@@ -335,6 +390,7 @@ class Run:
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
+            self._check_factors()
             self._count()
             self.keeper.checkpoint(self.state)
 
@@ -345,6 +401,21 @@ class Run:
         self._count()
         self.keeper.last(self.state)
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
+
+    def _check_factors(self) -> None:
+        """Diverged if the ranks have come to different ones."""
+        if self.ranks.size > 1:
+            factors = memoryview(np.array(self.state.at.vector)).cast("B")
+            self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
+
+    def _kept(self, error: LostRank) -> RunError:
+        """The end of a run of which a rank is lost, in a sentence."""
+        step, kept = self.state.step, "nothing has been trained yet"
+        if step:
+            kept = f"the state of step {step} is kept"
+            if not self.ranks.first:
+                kept = f"{self.ranks.name(0)} keeps the state of step {step}"
+        return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again, with --resume.")
 
     def _count(self) -> None:
         """Adds time and memory up to now to the progress."""
