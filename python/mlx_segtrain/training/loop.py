@@ -202,7 +202,9 @@ class Run:
                 self.keeper.fault(error.fault)
             if not isinstance(error, Diverged):
                 self._save()  # whatever it was, no step was half taken
-            raise self._kept(error) if isinstance(error, LostRank) else error
+            if isinstance(error, LostRank):
+                raise self._kept(error) from error
+            raise
         self._check_factors()
         self._save()
         result = self._result(resumed_from, interrupted, stopped_early)
@@ -414,7 +416,7 @@ class Run:
         if step:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:
-                kept = f"{self.ranks.name(0)} keeps the state of step {step}"
+                kept = "rank 0 keeps what it has come to"
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again, with --resume.")
 
     def _count(self) -> None:

@@ -9,11 +9,12 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,8 @@ LAUNCH = (
 )
 #: Seconds between two looks at who is lost, and after which a rank that others wait for is named.
 LOOK, SLOW = 0.05, 60.0
+#: Seconds that a rank has to save and to end after it has been told of a loss.
+TO_END = 25.0
 
 
 class LostRank(RunError):
@@ -144,8 +147,8 @@ class Ranks:
     def _sum(self, x: mx.array) -> mx.array:
         """Adds an array up over all ranks; LostRank if one of them cannot take part any more.
 
-        What is stuck in a collective is a thread, and a stream that nothing else uses: this one
-        looks after the others meanwhile, and goes on without the sum.
+        Another thread waits for MLX, on a stream that nothing else uses: this one looks after the
+        others meanwhile, and can go on without the sum.
         """
         mx.eval(x)
         total = mx.distributed.all_sum(x, group=self.group, stream=self.stream)
@@ -166,6 +169,10 @@ class Ranks:
             self._watch(done)
         except RuntimeError as error:
             failures.append(error)
+        except LostRank:
+            _hang_up()
+            done.wait(watch.SETTLE)
+            raise
         finally:
             if self.links:
                 self.links.waits(False)
@@ -200,7 +207,7 @@ class Ranks:
         if self.links is None or (lost := self.links.lost) is None:
             return None
         if lost.rank == self.rank:
-            return LostRank(f"this process, {self.name(lost.rank)}, {lost.why} to the others.")
+            return LostRank(f"{self.name(lost.rank)}, which is this one, {lost.why}")
         return LostRank(f"{self.name(lost.rank)} {lost.why}")
 
     def check_same(self, values: Mapping[str, Any]) -> None:
@@ -258,16 +265,40 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
         ranks.links = Links(rank, ranks.size, address, ranks.gather, _wake)
     except OSError as error:
         raise RunError(f"rank {rank} ({place}) cannot reach all others: {error}") from error
+    links = ranks.links
+    given_up = threading.Event()
+    threading.Thread(target=_end_in_time, args=(ranks, given_up), daemon=True).start()
     try:
         yield ranks
         ranks.gather(None)  # nobody leaves before rank 0 has saved
     except LostRank:
         raise
     except BaseException as error:
-        ranks.links.fail(f"failed: {str(error) or type(error).__name__}")
+        links.fail(f"failed: {str(error) or type(error).__name__}")
         raise
     finally:
-        ranks.links.close()
+        given_up.set()
+        links.close()
+
+
+def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
+    """Ends this process if it cannot end by itself once a rank is lost: a back end may wait for
+    that one where nothing can be done about it."""
+    while not over.wait(1):
+        if (lost := ranks.lost()) is not None and not over.wait(TO_END):
+            print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _hang_up() -> None:
+    """Closes the connections of MLX's ring, so that its threads do not wait for a lost rank for
+    ever: MLX waits for all streams where it frees memory. They are known by their ports."""
+    ports = {int(at.rpartition(":")[2]) for own in _hosts() for at in own}
+    for fd in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as own:
+            if {own.getsockname()[1], own.getpeername()[1]} & ports:
+                own.shutdown(socket.SHUT_RDWR)
 
 
 def _wake() -> None:
