@@ -235,9 +235,10 @@ def _shown(
 
     from .commands.notebook import Notebook, in_notebook
     from .commands.terminal import Terminal
+    from .training.ranks import launched
 
     console = Console(highlight=False)
-    seen = in_notebook() or console.is_terminal
+    seen = (in_notebook() or console.is_terminal) and not launched()  # rank 0 shows the run
     if progress is False or (progress is None and (on_event is not None or not seen)):
         yield on_event, on_step
         return

@@ -100,10 +100,14 @@ def config_of(args: argparse.Namespace, **fill: Any) -> TrainConfig:
 
 def _train(args: argparse.Namespace) -> int:
     config = config_of(args)
-    from mlx_segtrain.commands.terminal import Terminal, complain
+    from mlx_segtrain.commands.terminal import Terminal, complain, errors
     from mlx_segtrain.training import checkpoint, train
     from mlx_segtrain.training.curves import draw_run
+    from mlx_segtrain.training.ranks import launched
 
+    if launched():  # rank 0 shows the run, and this one what is wrong here
+        with Terminal(errors()) as show:
+            return 130 if train(config, show).interrupted else 0
     how = {"quiet": args.quiet, "verbose": args.verbose, "log_file": args.log_file}
     with Terminal(**how) as show:
         try:

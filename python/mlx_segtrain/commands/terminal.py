@@ -249,10 +249,15 @@ class Terminal:
         return f"{loss}  {speed(event)}  peak {event['peak_gb']:.2f} GB  {left}"
 
 
+def errors() -> Console:
+    """Where what is no result is shown."""
+    return Console(stderr=True, highlight=False)
+
+
 @contextmanager
 def downloads(quiet: bool = False) -> Iterator[Callable[[Event], None]]:
     """Show what is downloaded and tokenized, and no other event, where results are not."""
-    with Terminal(Console(stderr=True, highlight=False), quiet=quiet) as show:
+    with Terminal(errors(), quiet=quiet) as show:
         yield lambda event: show(event) if "share" in event else None
 
 

@@ -67,6 +67,15 @@ def first_nonfinite(
     return list(rows.values()), f"the gradient of {bad[0]}" if bad else None
 
 
+def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
+    """What several ranks found in their shares of a step: what one of them saw going through a row,
+    or all rows if none did."""
+    for rows, tensor in found:
+        if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
+            return rows, tensor
+    return [row for rows, _ in found for row in rows], found[0][1]
+
+
 def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
     """What a layer or the head gives that is not finite, by name."""
     found: list[str] = []

@@ -15,6 +15,7 @@ from ..models import Chain, adapting, load_tokenizer
 from ..objectives import Objective, named, objective_of, total_of, value
 from ..schedule import Params
 from .policy import run_policy
+from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
 
@@ -43,14 +44,17 @@ def measure(
     params: Params,
     dataset: Dataset,
     batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, dict[str, float]]:
-    """Loss and metrics of an objective over all rows, forward only."""
+    """Loss and metrics of an objective over all rows, forward only, of which each rank runs its
+    share."""
     batches = list(eval_batches(dataset, batch_size))
     total = total_of(objective, chain, scales, params, batches)
     sums = [0.0] * (1 + len(objective.metrics))
-    for batch in batches:
+    for batch in ranks.share(batches):
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
+    sums = [sum(parts) for parts in zip(*ranks.gather(sums), strict=True)]
     return sums[0], named(objective, sums[1:])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import events
 from ..adapters import About, step_of, write_adapter
@@ -179,3 +180,15 @@ class Keeper:
             self.warn(f"{path} cannot be written ({error.strerror or error}): the run goes on")
             return False
         return True
+
+
+class Bystander(Keeper):
+    """Of a rank that writes nothing: the folder is that of rank 0, maybe on another machine."""
+
+    def checkpoint(self, state: State) -> None:
+        self.made_of.check_model(state.step)
+
+    def _nothing(self, *_: Any) -> None:
+        pass
+
+    open = last = best = evaluated = fault = result = _nothing

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import _core, events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..data.repository import pinned
 from ..data.sources import sources_of
-from ..errors import InputError, NoMemory, is_out_of_memory
+from ..errors import InputError, NoMemory, RunError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan, short_buffers
+from .checkpoint import shared
 from .clock import Clock
 from .contents import evaluated_name
 from .evaluation import measure
 from .interrupts import Interrupts
 from .judging import Score, command_score, numbers
-from .keeping import Keeper
-from .log import RunLog
+from .keeping import Bystander, Keeper
+from .log import NoLog, RunLog
 from .memory import Memory, process_peak
 from .pace import Pace, due
 from .policy import run_policy
+from .ranks import Diverged, LostRank, Ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import Setup, check_output, plan_event, prepare, read_inputs
+from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
@@ -42,6 +46,7 @@ from .trackers import check_installed, tracked
 
 #: Of metrics; True ends the run.
 Callback = Callable[[events.Event], Any]
+T = TypeVar("T")
 
 
 def train(
@@ -69,16 +74,18 @@ def train(
     input that cannot be used; RunError if the run cannot go on, after saving the last good step.
     """
     tell = on_event or (lambda event: None)
+    if launched():
+        tell = warnings_only(tell)
     tell(events.started())
     if sys.platform == "darwin":
         short_buffers(config.max_seq_length)
     try:
-        with run_policy(config):
+        with joined(tell) as ranks, run_policy(config):
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
             calls = Calls(tell, score, on_step, on_eval)
-            return _train(config, data, valid_data, calls, model)
+            return _train(config, data, valid_data, calls, model, ranks)
     except BaseException as error:
         tell(events.failed(error))
         raise
@@ -90,21 +97,24 @@ def _train(
     valid_data: Any,
     calls: Calls,
     model: nn.Module | None,
+    ranks: Ranks,
 ) -> TrainResult:
     tell = calls.on_event
 
     def warn(message: str) -> None:
         tell(events.warning(message))
 
-    check_installed(config)
-    start = check_output(config, warn)
-    resumed, same = start.resumed, True
+    trackers = config if ranks.first else config.model_copy(update={"report_to": []})
+    check_installed(trackers)
+    start = check_output(config, warn) if ranks.first else Start(None, None)
+    resumed, same = shared(start.resumed, ranks), True
+    config = accumulating(config, ranks, resumed, tell)
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
     inputs = read_inputs(config, sources, tell, resumed)
     config = inputs.config
-    made_of = Record(config, sources, resumed.record if resumed else None)
+    made_of = Record(config, sources, resumed.record if resumed else None, ranks)
     if resumed is not None:
         same = check_same(made_of, resumed.record, warn)
         if resumed.step > config.iters:
@@ -112,8 +122,8 @@ def _train(
                 f"iters is {config.iters}, but the run in {config.adapter_path} has come to "
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
-    setup, vector = prepare(inputs, tell, resumed, model)
-    step = Stepper(setup)
+    setup, vector = prepare(inputs, tell, resumed, model, ranks)
+    step = Stepper(setup, ranks=ranks)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -121,13 +131,14 @@ def _train(
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
-    with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
-        keeper = Keeper(setup, log, made_of, warn)
+    with setup.plan.limits(), closing(_log(config, warn, ranks)) as log:
+        keeper = (Keeper if ranks.first else Bystander)(setup, log, made_of, warn)
         keeper.open(state, start, same)
         step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
-        with tracked(config, made_of.values["id"], warn) as track, Interrupts() as interrupts:
+        tracking = tracked(trackers, made_of.values["id"], warn)
+        with tracking as track, Interrupts(ranks) as interrupts:
 
             def record(event: events.Event) -> None:
                 log.write(event)
@@ -135,7 +146,7 @@ def _train(
                 tell(event)
 
             keeper.warn = lambda message: record(events.warning(message))
-            run = Run(config, setup, step, state, keeper, record, interrupts, calls)
+            run = Run(config, setup, step, state, keeper, record, interrupts, calls, ranks)
             try:
                 result = run(source, resumed_from)
                 record(events.done(config.adapter_path))
@@ -155,6 +166,20 @@ class Calls:
     on_eval: Callback | None = None
 
 
+def warnings_only(tell: events.OnEvent) -> events.OnEvent:
+    """What a rank tells that is not the first: rank 0 tells the rest."""
+
+    def some(event: events.Event) -> None:
+        if event["type"] == "warning":
+            tell(events.warning(f"rank {launched()}: {event['message']}"))
+
+    return some
+
+
+def _log(config: TrainConfig, warn: Callable[[str], None], ranks: Ranks) -> Any:
+    return RunLog(config.adapter_path, warn) if ranks.first else NoLog()
+
+
 @dataclass
 class Run:
     """A run whose model is loaded and whose folder is its own.
@@ -171,10 +196,12 @@ class Run:
     tell: events.OnEvent
     interrupts: Interrupts
     calls: Calls
+    ranks: Ranks
 
     def __post_init__(self) -> None:
         self.pace = Pace()
-        self.asked_to_stop = False  # by a callback
+        # By a callback of this rank; and by one of any rank, as all know after the next sum.
+        self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
         config, state = self.config, self.state
@@ -184,6 +211,7 @@ class Run:
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
         self.looked, self.clock = time.perf_counter(), Clock()
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
+        self.ending = 0.0  # ranks that got a signal to end
         interrupted = stopped_early = False
         try:
             # What is due after a step comes before the next one, in a run that is resumed too.
@@ -197,13 +225,19 @@ class Run:
                     break
                 self._save_if_due()
                 self._take_step(source)
+                if self._asked_to_end():
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
-            self._save()  # whatever it was, no step was half taken
+            if not isinstance(error, Diverged):
+                self._save()  # whatever it was, no step was half taken
+            if isinstance(error, LostRank):
+                raise self._kept(error) from error
             raise
+        self._check_factors()
         self._save()
         result = self._result(resumed_from, interrupted, stopped_early)
         self.keeper.result(result, state.progress.vals)
@@ -218,7 +252,7 @@ class Run:
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            at, outcome = self._in_memory(state.at, accumulated, losses)
+            at, outcome = self._next(accumulated, losses)
         state.at = at
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
@@ -241,16 +275,40 @@ class Run:
             self._ask(self.calls.on_step, self._metric())
 
     def _ask(self, callback: Callback, event: events.Event) -> None:
-        self.asked_to_stop |= callback(event) is True
+        self.wants_to_stop |= callback(event) is True
+        if self.ranks.size == 1:
+            self.asked_to_stop = self.wants_to_stop
 
-    def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
-        """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
+    def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
+        """The state after the next step. Ranks add up what each has come to, in one sum: a rank
+        that tries a part of it again does so before or after, or they would add up other things."""
+        step, at, found = self.step, self.state.at, None
+        if self.ranks.size > 1:
+
+            def own() -> tuple[Any, mx.array]:
+                outputs, gradient = step.gradient(at, accumulated)
+                mx.eval(outputs, gradient)
+                return outputs, gradient
+
+            outputs, gradient = self._in_memory(own)
+            asked = [float(self.interrupts.asked is not None), float(self.wants_to_stop)]
+            (*outputs, self.ending, stop), gradient = self.ranks.add([*outputs, *asked], gradient)
+            self.asked_to_stop, found = stop > 0, (outputs, gradient)
+        return self._in_memory(lambda: step(at, accumulated, losses, found))
+
+    def _asked_to_end(self) -> bool:
+        """Whether a rank has got a signal to end; of a run on one device it is raised at once."""
+        return self.ending > 0
+
+    def _in_memory(self, what: Callable[[], T]) -> T:
+        """A part of the step, by a cheaper plan if the device has no memory for it, as long as
+        there is one.
 
         A step changes nothing before its end. NoMemory if no plan is left.
         """
         while True:
             try:
-                return self.step(*what)
+                return what()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     if said := _core.explain_failure(str(error)):
@@ -334,11 +392,12 @@ class Run:
                 state.memory.measure()
                 params = setup.layout.split(state.at.vector)
                 what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-                loss, metrics = measure(*what, config.batch_size)
+                loss, metrics = measure(*what, config.batch_size, self.ranks)
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            if config.sample_prompts or config.eval_command or self.calls.score:
+            judges = config.sample_prompts or config.eval_command or self.calls.score
+            if judges and self.ranks.first:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
@@ -384,6 +443,7 @@ class Run:
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
+            self._check_factors()
             self._count()
             with self.pace.timed("checkpoint"):
                 self.keeper.checkpoint(self.state)
@@ -395,6 +455,21 @@ class Run:
         self._count()
         self.keeper.last(self.state)
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
+
+    def _check_factors(self) -> None:
+        """Diverged if the ranks have come to different ones."""
+        if self.ranks.size > 1:
+            factors = memoryview(np.array(self.state.at.vector)).cast("B")
+            self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
+
+    def _kept(self, error: LostRank) -> RunError:
+        """The end of a run of which a rank is lost, in a sentence."""
+        step, kept = self.state.step, "nothing has been trained yet"
+        if step:
+            kept = f"the state of step {step} is kept"
+            if not self.ranks.first:
+                kept = "rank 0 keeps what it has come to"
+        return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again, with --resume.")
 
     def _count(self) -> None:
         """Adds time and memory up to now to the progress."""

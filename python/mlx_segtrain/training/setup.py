@@ -35,6 +35,7 @@ from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
 from .log import check_free
+from .ranks import ALONE, Ranks
 from .references import with_references
 
 
@@ -118,6 +119,30 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
     return Start(None, seen)
 
 
+def accumulating(
+    config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
+) -> TrainConfig:
+    """With micro-batches for every rank: those of a step are shared out. A run that was on several
+    keeps its number, on however many it goes on. InputError for fewer than ranks."""
+    name, count = "grad_accumulation_steps", config.grad_accumulation_steps
+    earlier = resumed.record if resumed else {}
+    if name not in config.model_fields_set:
+        if resumed and max(ranks.size, earlier.get("ranks", 1)) > 1:
+            count = earlier["config"][name]
+        elif ranks.size > 1:
+            count = ranks.size
+            said = f"{name} is {count}: a step has one batch for each of the {count} ranks"
+            tell(events.stage("setup", 0.0, said))
+    if count < ranks.size:
+        raise InputError(
+            f"{name} is {count}, and there are {ranks.size} ranks, each of which needs a batch of "
+            f"every step: start {count} or fewer, or "
+            + ("begin another run." if resumed else "raise it."),
+            field=name,
+        )
+    return config.model_copy(update={name: count})
+
+
 def read_inputs(
     config: TrainConfig,
     sources: tuple[Source, Source | None],
@@ -158,6 +183,7 @@ def prepare(
     on_event: events.OnEvent,
     resumed: Checkpoint | None = None,
     loaded: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
     """Plans a run, loads its model unless that is done, and makes its adapter's factors, a vector.
 
@@ -187,7 +213,7 @@ def prepare(
         )
     if objective.reference is not None:
         with plan.limits():
-            setup = _referenced(setup, on_event)
+            setup = _referenced(setup, on_event, ranks)
     said = f"{train.name}: {train.summary}; {described(train, config.batch_size)}"
     on_event(events.stage("data", 0.05, said))
     return setup, vector
@@ -280,7 +306,7 @@ def load_setup(
     return Setup(*read, *loaded), vector
 
 
-def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
+def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
     """With what the model without adapter gives for the rows that the run will see."""
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
@@ -289,8 +315,8 @@ def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)
-    train = with_references(*what, train, on_event, seen)
-    valid = setup.valid and with_references(*what, setup.valid, on_event)
+    train = with_references(*what, train, on_event, seen, ranks)
+    valid = setup.valid and with_references(*what, setup.valid, on_event, ranks=ranks)
     return replace(setup, train=train, valid=valid)
 
 
