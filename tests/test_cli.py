@@ -526,3 +526,104 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     run.assert_called_once_with()
     assert cli.main(["demo", "--out", "o", "--iters", "3"]) == 0
     run.assert_called_with(out_dir=Path("o"), iters=3)
+
+
+def test_ctrl_c_shows_the_command_that_continues(
+    train: Mock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.return_value = training.TrainResult(**{**vars(TRAINED), "interrupted": True})
+    for more, want in (
+        ([], "--lr 1e-3 --resume"),
+        (["--overwrite"], "--lr 1e-3 --resume"),
+        (["--resume", "auto"], "--lr 1e-3 --resume"),
+        (["--resume=auto", "--rank", "4"], "--lr 1e-3 --rank 4 --resume"),
+    ):
+        assert cli.main(["train", *REQUIRED, "--lr", "1e-3", *more]) == 130
+        out = capsys.readouterr().out
+        command = out.split("continue with:\n")[1].strip()
+        assert command == f"mlx-segtrain train --model m --data d --adapter-path a {want}"
+        assert cli.main(command.split()[1:]) == 130  # it is one that can be given
+        capsys.readouterr()
+        assert train.call_args.args[0].resume is True
+        assert "generate" not in out
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(
+    train: Mock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {"interrupted": True, "steps": 0}
+    train.return_value = training.TrainResult(**{**vars(TRAINED), **none})
+    assert cli.main(["train", *REQUIRED]) == 130
+    out = capsys.readouterr().out
+    assert "nothing was saved" in out and "--resume" not in out
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_hints_have_the_system_message_of_the_data_and_what_is_usable_here(
+    gpu: bool, train: Mock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_segtrain.ops import selfcheck
+
+    monkeypatch.setattr(selfcheck, "on_gpu", lambda: gpu)
+    rows = [{"prompt": f"{i}", "completion": "x", "system": "Be brief."} for i in range(3)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["train", "--model", "m", "--data", "rows.jsonl"]) == 0
+    out = capsys.readouterr().out
+    adapter = "--model m --adapter 'a b' --system 'Be brief.'"
+    assert f"mlx-segtrain chat {adapter}\n" in out
+    assert f"mlx-segtrain generate {adapter} --prompt …\n" in out
+    assert ("mlx_lm generate" in out) is gpu
+    if gpu:
+        theirs = "--model m --adapter-path 'a b' --system-prompt 'Be brief.' --prompt …"
+        assert f"python -m mlx_lm generate {theirs}" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "b", "system": "S"}] * 2, "S"),
+        ([{"prompt": "a", "completion": "b", "system": "S"}, {"prompt": "a", "completion": ""}], 0),
+        ([{"prompt": "a", "completion": "b"}] * 2, 0),
+        ([{"text": "a"}], 0),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "system", "content": "S"},
+                        {"role": "user", "content": "u"},
+                        {"role": "assistant", "content": "a"},
+                    ]
+                }
+            ],
+            "S",
+        ),
+        ([{"instruction": "i", "input": "", "output": "o", "system": "S"}], "S"),
+    ],
+)
+def test_the_system_message_that_rows_have_in_common(rows: list[Any], message: Any) -> None:
+    from mlx_segtrain.data.sources import sources_of
+    from mlx_segtrain.data.system import system_message
+
+    assert system_message(sources_of(rows)[0], data.Options()) == (message or None)
+
+
+def test_a_run_that_fails_says_how_it_is_continued(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(training, "train", Mock(side_effect=RunError("step 3: the disk is full.")))
+    Path("a/state/step-00002").mkdir(parents=True)
+    assert cli.main(["train", *REQUIRED]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "mlx-segtrain: error: step 3: the disk is full."
+    assert said[1].endswith("mlx-segtrain train --model m --data d --adapter-path a --resume")
+
+
+def test_train_takes_how_much_is_shown(train: Mock, capsys: Any) -> None:
+    def run(config: TrainConfig, on_event: events.OnEvent, **_: Any) -> training.TrainResult:
+        on_event(events.stage("load", 0.01, "loading m"))
+        return TRAINED
+
+    train.side_effect = run
+    assert cli.main(["train", *REQUIRED, "--quiet", "--log-file", "x.log"]) == 0
+    out = capsys.readouterr().out
+    assert "loading m" not in out and "training loss    1.2500" in out
+    assert "loading m" in Path("x.log").read_text()
+    assert cli.main(["train", *REQUIRED, "--quiet", "--verbose"]) == 2

@@ -233,8 +233,11 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
     done = subprocess.run(
         [*command, "--out", tmp_path / "again"], capture_output=True, text=True, check=True
     )
-    assert "more than a tenth of the update is lost" in done.stdout
-    assert "Fold with --bits 8" in done.stdout and f"lost     {report.lost:.1%}" in done.stdout
+    assert "more than a tenth of the update to rounding" in done.stdout
+    assert "Merge with --bits 8" in done.stdout and f"lost     {report.lost:.1%}" in done.stdout
+    names = [line.split(" ")[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
+    before, after = ["adapter", "into", "weights", "writes"], ["model", "merged", "copied", "lost"]
+    assert names[:8] == before + after  # a summary, before the layers
     assert "layers.0.self_attn.q_proj" in done.stdout
 
 

@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from mlx_segtrain import InputError, events
+from mlx_segtrain.adapters import folding
+from mlx_segtrain.adapters.folding import Folded
 from mlx_segtrain.commands.terminal import Terminal
-from mlx_segtrain.commands.views import show_checks, show_report
+from mlx_segtrain.commands.views import show_checks, show_fold, show_report
 from mlx_segtrain.commands.words import command_line, duration
 from mlx_segtrain.data import Preview, Report
 from mlx_segtrain.data.inspection import Bin, Epoch
@@ -295,3 +297,14 @@ def test_rows_that_are_tokenized_have_a_bar_on_a_terminal_and_few_lines_elsewher
             assert bar.fields["status"].endswith("90%, 9,000 rows, 500 rows/s  0s left")
         else:
             assert not bars and out.getvalue().count("tokenizing train.jsonl:") == 1
+
+
+def test_a_merge_is_summed_up_before_the_layers_that_lost_the_most(capsys: Any) -> None:
+    layers = [Folded(f"layers.{i}", 4, 0.1, 1.0, i / 20, 0.5) for i in range(12)]
+    show_fold(folding.Report(Path("out"), layers, 3, 2_500_000_000))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["model    out, 2.50 GB", "merged   12 linear layers", lines[2]]
+    assert "(4 more: see --json)" in lines[5]
+    shown = [line.split()[0] for line in lines if line.strip().startswith("layers.")]
+    assert shown == [f"layers.{i}" for i in range(11, 3, -1)]
+    assert lines[-1].startswith("warning: 10 of 12 linear layers lost more than a tenth")

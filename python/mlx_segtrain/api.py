@@ -144,9 +144,9 @@ def train(
     cannot go on, after saving the last good step.
     """
     with _python_words():
-        loaded = None
+        loaded = tokenizer = None
         if isinstance(model, tuple):
-            loaded, fields = _given(model, config, fields)
+            loaded, tokenizer, fields = _given(model, config, fields)
         elif model is not None:
             fields["model_dir"] = model
         if isinstance(data, str | Path):
@@ -170,7 +170,7 @@ def train(
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
     result = TrainResult(**own, config=config)
     if loaded is not None:
-        vars(result)["_loaded"] = _with_adapter(loaded, result), model[1]
+        vars(result)["_loaded"] = _with_adapter(loaded, result), tokenizer
     return result
 
 
@@ -189,8 +189,9 @@ def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfi
 
 def _given(
     pair: tuple[Any, ...], config: TrainConfig | None, fields: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of `(model, tokenizer)` without its adapter, and the fields with its folder."""
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model of `(model, tokenizer)` without its adapter, the tokenizer, and the fields with
+    their folder."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -199,19 +200,20 @@ def _given(
     if len(pair) != 2 or not isinstance(pair[0], nn.Module):
         raise InputError("model is a tuple: give (model, tokenizer), as load returns them.")
     model, tokenizer = pair
-    if "model_dir" not in fields and config is None:
+    if "model_dir" not in fields:
         folder = Path(str(getattr(tokenizer, "name_or_path", "")))
-        if not (folder / "config.json").is_file():
+        if (folder / "config.json").is_file():
+            fields = {**fields, "model_dir": folder}
+        elif config is None:
             raise InputError(
                 "model_dir is missing: the tokenizer does not say which folder it was loaded from, "
                 "so give model_dir too."
             )
-        fields = {**fields, "model_dir": folder}
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)  # as load does
     model.train()
-    return model, fields
+    return model, tokenizer, fields
 
 
 def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:

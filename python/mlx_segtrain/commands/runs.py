@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -115,7 +116,7 @@ def _train(args: argparse.Namespace) -> int:
         except RunError as error:
             complain(f"mlx-segtrain: error: {error}")
             if checkpoint.found(config.adapter_path):
-                complain(f"continue with: {' '.join(resume_command(args.argv))}")
+                complain(f"continue with: {shlex.join(resume_command(args.argv))}")
             return 1
         if not result.interrupted:  # who interrupts a run waits for it to end
             draw_run(config, lambda message: print(message, file=sys.stderr))

@@ -243,9 +243,9 @@ def wide() -> Console:
 def show_fold(report: folding.Report) -> None:
     """Print what a merge came to, and the linear layers of which it lost the most."""
     table = Table("layer", box=box.SIMPLE_HEAD)
-    for name in ("bits", "update / weight", "lost", "rounding / update"):
+    for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")
-    swallowed = report.swallowed
+    swallowed, say = report.swallowed, as_it_is(wide())
     for own in sorted(report.linears, key=lambda own: -own.lost)[:WORST]:
         bits = "dense" if own.bits is None else str(own.bits)
         share = f"{own.update / own.weight:.2e}" if own.weight else "–"
@@ -258,12 +258,16 @@ def show_fold(report: folding.Report) -> None:
     print(f"lost     {report.lost:.1%} of the update")
     if table.rows:
         left = len(report.linears) - len(table.rows)
-        print(f"\nlayers that lost the most{f' ({left:,} more: see --json)' if left else ''}")
+        more = f" ({left:,} more: see --json)" if left else ""
+        say(
+            f"\nlayers that lost the most{more}; update is relative to the weight, rounding to the "
+            "update:"
+        )
         wide().print(table)
     if swallowed:
         quantized = any(own.bits is not None for own in swallowed)
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
-        print(
+        say(
             f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
             f"tenth of the update to rounding. Merge with {way}, or serve base and adapter apart."
         )

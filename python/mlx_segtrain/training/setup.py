@@ -302,8 +302,8 @@ def load_setup(
     vector = layout.join(params)
     mx.eval(vector)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
-    loaded = (plan, model, chain, objective_of(config), adapter.scales, layout)
-    return Setup(*read, *loaded), vector
+    made = (plan, model, chain, objective_of(config), adapter.scales, layout)
+    return Setup(*read, *made), vector
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
