@@ -317,7 +317,7 @@ def test_older_jobs_are_a_click_away(user, site):
 
 def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, runs):
     page = user.open(f"/finetune/job/{runs[2]}")
-    expect(page.get_by_role("alert")).to_contain_text("give method dpo, orpo or simpo")
+    expect(page.get_by_role("alert")).to_contain_text("give method dpo, orpo, simpo or kto")
     user.shot(page, "failed")
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Keep it").click()

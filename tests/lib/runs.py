@@ -116,7 +116,7 @@ def truncated(folder):
     return "bytes of"
 
 
-METHODS = ["sft", "dpo", "orpo", "simpo"]
+METHODS = ["sft", "dpo", "orpo", "simpo", "kto"]
 
 
 def setup_of(method, model, data, pairs, out, **changes):
