@@ -34,8 +34,8 @@ import mlx.core as mx
 from mlx_segtrain import lora
 from mlx_segtrain.adapters.card import About
 from mlx_segtrain.adapters.writing import write_adapter
+from mlx_segtrain.generation.decoding import Options
 from mlx_segtrain.models import adapting, chain_of, load_base
-from mlx_segtrain.serving.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Engine
 from mlx_segtrain.serving.generation.mounting import Selected
 from step import SHAPES, load

@@ -14,13 +14,13 @@ from lib.checks import random_adapter
 from lib.engines import END, Alone, mounted, write_adapters, write_lively
 from mlx_segtrain import lora
 from mlx_segtrain.errors import RunError
+from mlx_segtrain.generation import batching
+from mlx_segtrain.generation.batching import Batch
+from mlx_segtrain.generation.decoding import Options
 from mlx_segtrain.lora.rows import Rows
 from mlx_segtrain.models import adapting
 from mlx_segtrain.serving.confined.parent import Confined
-from mlx_segtrain.serving.generation import batching
 from mlx_segtrain.serving.generation import engine as module
-from mlx_segtrain.serving.generation.batching import Batch
-from mlx_segtrain.serving.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Engine, NoMemory
 from mlx_segtrain.serving.generation.mounting import Linears, Selected, read_base, read_mounted
 
@@ -198,8 +198,8 @@ def test_no_request_s_adapter_reaches_another(shared, said):
     plain = Batch.step
 
     def step(batch):
-        kinds.append(len({request.selected.key for request in batch.requests}))
-        steps.append(len(batch.requests))
+        kinds.append(len({request.selected.key for request in batch.answers}))
+        steps.append(len(batch.answers))
         return plain(batch)
 
     async def one(name, i, n, after):
@@ -326,7 +326,7 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
     plain = Batch.step
 
     def step(batch):
-        lengths = [request.length for request in batch.requests]
+        lengths = [request.length for request in batch.answers]
         seen.add(len(shared._batches))
         assert max(lengths) <= 2 * min(lengths) + 40  # by what is made meanwhile
         return plain(batch)
@@ -392,7 +392,7 @@ def failing(monkeypatch, error, when):
 
 def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
     error = RuntimeError("[malloc] Unable to allocate 123 bytes.")
-    failing(monkeypatch, error, lambda batch: any(x.length > 30 for x in batch.requests))
+    failing(monkeypatch, error, lambda batch: any(x.length > 30 for x in batch.answers))
 
     async def main():
         jobs = [ask(shared, "a", n=10), ask(shared, "b", n=10), ask(shared, "c", [97] * 26, 10)]
@@ -409,7 +409,7 @@ def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
     failing(
         monkeypatch,
         ValueError("a bug"),
-        lambda batch: any(x.options.seed == 1 and len(x.made) > 4 for x in batch.requests),
+        lambda batch: any(x.options.seed == 1 and len(x.made) > 4 for x in batch.answers),
     )
 
     async def main():

@@ -109,6 +109,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+GIVEN = ("grad_accumulation_steps", "append_eos")
+
+
 def changed(method: str) -> dict[str, Any]:
     """Fields away from their defaults, that all have an effect with this method."""
     common = {
@@ -167,7 +170,18 @@ def changed(method: str) -> dict[str, Any]:
             **{"desirable_weight": 2.0, "undesirable_weight": 0.5, "lr_schedule": "linear"},
         },
         "simpo": {**fresh, "simpo_beta": 1.5, "simpo_gamma": 0.5, "lr_schedule": "linear"},
+        "grpo": {
+            **{**fresh, "rewards": ["number:answer", "length:9"], "reward_weights": [1.0, 0.5]},
+            **{"reward_functions": ["m:f", "a.py:g"], "reward_command": "python score.py"},
+            **{"group_size": 5, "max_completion_tokens": 20, "temperature": 0.8},
+            **{"grpo_loss": "gspo", "advantage_scaling": "batch", "grpo_beta": 0.04},
+            **{"clip_low": 0.1, "clip_high": 0.3, "mask_truncated": True, "updates_per_step": 2},
+            **{"importance_cap": 3.0, "rollout_batch": 6, "collapse_patience": 4},
+            **{"packing": True, "lr_schedule": "linear"},
+        },
     }[method]
+    if method == "grpo":  # its completions are generated
+        common = {k: x for k, x in common.items() if k not in GIVEN}
     return {**common, **own, **({} if method == "sft" else {"method": method})}
 
 
@@ -440,7 +454,7 @@ def test_inspect_gives_its_flags_to_the_data_module(
     inspect.assert_called_once_with(
         Path("x.jsonl"),
         tokenizer,
-        data.Options(512, None, train_on="last", append_eos=False),
+        data.Options(512, method=None, train_on="last", append_eos=False),
         n_preview=0,
         batch_size=1,
         accumulation=1,

@@ -14,8 +14,8 @@ import pytest
 
 from lib.engines import END, Alone, write_adapters, write_lively
 from lib.openai_server import CHAT, HELLO, NEVER_ENDS, chat_tokens, check, serving
+from mlx_segtrain.generation import batching
 from mlx_segtrain.serving.api.openai_forms import ChatRequest, CompletionRequest
-from mlx_segtrain.serving.generation import batching
 from mlx_segtrain.serving.generation import engine as module
 
 pytestmark = pytest.mark.acceptance

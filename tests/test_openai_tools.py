@@ -314,7 +314,7 @@ class speaking:
         self.server, self.tokens = server, [*text.encode(), END]
 
     def __enter__(self):
-        from mlx_segtrain.serving.generation import batching
+        from mlx_segtrain.generation import batching
 
         self.module, self.plain = batching, batching.processor
 

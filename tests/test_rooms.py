@@ -12,6 +12,8 @@ FLOORS = (
     "hub",
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
+    "generation",
+    "rewards",
     *("training", "serving", "commands", "api"),
 )
 #: Of the server's own rooms, the same.

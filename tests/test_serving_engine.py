@@ -13,10 +13,10 @@ import pytest
 from lib.engines import END, Alone, mounted, write_adapters, write_lively
 from mlx_segtrain import InputError, lora
 from mlx_segtrain.errors import RunError
+from mlx_segtrain.generation import batching, decoding
+from mlx_segtrain.generation.decoding import Options
 from mlx_segtrain.serving.confined.parent import Confined
-from mlx_segtrain.serving.generation import batching, decoding
 from mlx_segtrain.serving.generation import engine as module
-from mlx_segtrain.serving.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Busy, Engine, NoMemory
 from mlx_segtrain.serving.generation.mounting import read_base
 from mlx_segtrain.serving.service import Service
@@ -693,7 +693,7 @@ def test_the_process_ends_well(model, adapters):
     code = f"""
 import asyncio
 from pathlib import Path
-from mlx_segtrain.serving.generation.decoding import Options
+from mlx_segtrain.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Engine
 
 async def main():

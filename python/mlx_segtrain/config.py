@@ -31,6 +31,7 @@ from mlx_segtrain.fields import (
     LayerCount,
     Name,
     Place,
+    RolloutBatch,
     SegmentSize,
     Share,
     Switch,
@@ -42,16 +43,17 @@ from mlx_segtrain.fields import (
 )
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Method = Literal["sft", "dpo", "orpo", "simpo", "kto"]
-#: What a row is: a sequence, a pair of them, or a sequence that is wanted or not; and for each
-#: method what it trains.
-Rows = Literal["single", "pair", "labelled"]
+Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
+#: What a row is: a sequence, a pair of them, a sequence that is wanted or not, or a prompt alone;
+#: and for each method what it trains.
+Rows = Literal["single", "pair", "labelled", "prompt"]
 ROWS: dict[str, Rows] = {
     "sft": "single",
     "dpo": "pair",
     "orpo": "pair",
     "simpo": "pair",
     "kto": "labelled",
+    "grpo": "prompt",
 }
 #: The forms that rows come in (data/formats.py), which are told apart by their keys.
 DataFormat = Literal[
@@ -69,6 +71,7 @@ DataFormat = Literal[
     "prompt-response",
     "input-output",
     "text",
+    "prompt",
 ]
 
 PLACES = "a path, or org/name or org/name@revision on the hub"
@@ -84,10 +87,25 @@ DPO, ORPO, SIMPO, KTO = (
     Facets(group="Preference", affects=("loss",), methods=(method,))
     for method in ("dpo", "orpo", "simpo", "kto")
 )
+GRPO = Facets(group="GRPO", methods=("grpo",))
+#: Of responses that rows have, and not of those that a run generates.
+GIVEN = Facets(
+    holds=lambda config: config.method != "grpo",
+    otherwise="with method grpo, whose completions are generated",
+)
+CODE = "it runs code, which the command line and Python alone may"
 FRESH = Facets(
     holds=lambda config: config.warm_start is None,
     otherwise="with warm_start, whose adapter has its own",
 )
+
+
+#: Defaults of grpo's losses, as their papers have them.
+OF_LOSS: dict[Any, dict[str, Any]] = {
+    "dr_grpo": {"advantage_scaling": "none"},
+    "dapo": {"clip_high": 0.28, "mask_truncated": True},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
+}
 
 
 class TrainConfig(BaseModel):
@@ -109,8 +127,8 @@ class TrainConfig(BaseModel):
     """Directory of the adapter; a run also writes metrics.jsonl and checkpoints to it. Default of
     the command line: adapters."""
     method: Method = option("sft", FIRST | ALL | CARD)
-    """Training objective: dpo, orpo and simpo take rows with chosen and rejected, kto rows with a
-    label or pairs."""
+    """Training objective: sft takes texts and chats, dpo, orpo and simpo take chosen and rejected
+    responses, kto responses with a label or pairs, grpo prompts."""
     rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
     """LoRA rank, before rank_scaling."""
     scale: Float = option(1.0, ADAPTER | FRESH, gt=0)
@@ -207,23 +225,78 @@ class TrainConfig(BaseModel):
     """Factor of simpo's rewards."""
     simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
     """Margin that simpo wants between the rewards of a pair."""
+    rewards: Annotated[list[Name], Distinct] = option(
+        [],
+        GRPO,
+        affects=("loss",),
+        flag="--reward",
+        texts=True,
+        values="checks such as exact:COLUMN, number:COLUMN, regex:PATTERN, json_schema:SCHEMA or "
+        "length:TOKENS, each once",
+    )
+    """Checks that score completions from 0 to 1 (docs/grpo.md)."""
+    reward_functions: Annotated[list[Name], Distinct] = option(
+        [], GRPO, affects=("loss",), refused=CODE, values="module:function or file.py:function"
+    )
+    """Python functions that score completions (docs/grpo.md)."""
+    reward_command: Name | None = option(
+        None, GRPO, affects=("loss",), refused=CODE, values="a command line"
+    )
+    """Command that reads completions as JSON lines and prints a score for each."""
+    reward_weights: list[Float] = option(
+        [], GRPO, affects=("loss",), values="numbers, one for each reward"
+    )
+    """Weights of the rewards, in the order rewards, reward_functions, functions given in Python,
+    reward_command. All 1 by default."""
+    group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
+    """Completions that each prompt gets."""
+    max_completion_tokens: Int = option(256, GRPO | ALL, title="Longest completion, tokens", ge=1)
+    """Tokens that a completion may have. Prompts that leave no room for it within max_seq_length
+    are left out."""
+    temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
+    """Temperature at which completions are sampled."""
+    grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
+    """Loss of grpo: how ratios are clipped and how tokens are averaged."""
+    advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
+    """Divide advantages by the standard deviation of rewards within each group or over the whole
+    step, or leave them. dr_grpo: none by default."""
+    clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
+    """How far the ratio of new to old probability may fall below 1. gspo: 3e-4 by default."""
+    clip_high: Float = option(0.2, GRPO, gt=0)
+    """How far it may rise above 1. dapo: 0.28 by default; gspo: 4e-4."""
+    grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
+    """Weight of the KL divergence from the model without adapter; 0 saves its forward pass."""
+    mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
+    """Leave completions that reached max_completion_tokens out of the loss. dapo: true by
+    default."""
+    updates_per_step: Int = option(1, GRPO, ge=1)
+    """Optimizer updates on the completions of each step."""
+    importance_cap: Float = option(2.0, GRPO, ge=0)
+    """Upper bound of the importance weights that correct for differences between the probabilities
+    of generation and training; 0 is no correction."""
+    rollout_batch: RolloutBatch = option("auto", GRPO | SIZE, values="auto or an integer >= 1")
+    """Completions that are generated at once; auto: as many as memory_budget_gb has room for."""
+    collapse_patience: Int = option(0, GRPO | WARN, ge=0)
+    """End the run when the mean reward of so many steps has lost half of its gain, beyond what
+    chance explains; 0 is never."""
     max_seq_length: Int = option(512, FIRST | ALL | CARD, title="Longest row, tokens", ge=2)
-    """Maximum tokens of a row; longer rows are truncated."""
+    """Maximum tokens of a row; longer rows are truncated. With grpo, tokens of a forward and
+    backward pass, into which as many completions with their prompts are packed as fit."""
     batch_size: Int = option(
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
-    """Rows per forward and backward pass."""
+    """Rows per forward and backward pass; with grpo, prompts per step."""
     packing: Switch = option(
         False,
         DATA | SIZE | CARD,
         title="Pack rows",
-        methods=("sft",),
+        methods=("sft", "grpo"),
         values="true, false or auto",
     )
     """Fill each row with as many rows of the data as max_seq_length has room for; none sees the
-    others. batch_size then counts filled rows. auto does so where it is faster."""
+    others. batch_size then counts filled rows. auto does so where it is faster; default of grpo."""
     grad_accumulation_steps: Int = option(
-        1, OPTIMIZER | SIZE | CARD, title="Gradient accumulation, batches", ge=1
+        1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
     """Batches whose gradients are summed into an optimizer step."""
     seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
@@ -307,7 +380,7 @@ class TrainConfig(BaseModel):
         otherwise="with preference rows, whose responses are trained",
     )
     """Turns of a chat that are trained: every assistant turn or the last one."""
-    append_eos: bool = option(True, DATA, title="End responses with EOS")
+    append_eos: bool = option(True, DATA | GIVEN, title="End responses with EOS")
     """End every trained response with a token that stops generation, where the chat template or the
     row does not."""
     prompt_format: Literal["auto", "chat", "raw"] = option("auto", DATA, title="Plain prompts")
@@ -346,10 +419,13 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        """What depends on the method: two defaults, and DPO's names of two fields."""
+        """What depends on the method: some defaults, and DPO's names of two fields."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
+        if values.get("method") == "grpo":
+            own = OF_LOSS.get(values.get("grpo_loss", "grpo"), {})
+            values = {"packing": "auto", **own, **values}
         for name in ("lr_schedule", "warmup_iters"):
             if f"dpo_{name}" not in values:
                 continue
@@ -384,6 +460,12 @@ class TrainConfig(BaseModel):
                 "dpo_loss exo_pair needs label_smoothing above 0, or the loss of a pair is "
                 "infinite: set it, to 0.001 for instance",
                 field="label_smoothing",
+            )
+        if self.method == "grpo" and self.max_completion_tokens >= self.max_seq_length - 1:
+            raise InputError(
+                f"max_completion_tokens = {self.max_completion_tokens} leaves no room for a prompt "
+                f"in max_seq_length = {self.max_seq_length}: raise max_seq_length",
+                field="max_completion_tokens",
             )
         if self.resume and self.overwrite:
             raise InputError(

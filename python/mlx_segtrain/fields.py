@@ -19,6 +19,7 @@ Group = Literal[
     "Memory",
     "Data",
     "Preference",
+    "GRPO",
     "Evaluation and checkpoints",
     "More",
 ]
@@ -177,6 +178,7 @@ LayerCount = Annotated[Int, AfterValidator(_all_or_last)]
 SegmentSize = Literal["auto"] | Annotated[Int, Field(ge=0)]
 Budget = Literal["auto"] | Annotated[Float, Field(gt=0)]
 Share = Literal["auto"] | Annotated[Float, Field(ge=0), AfterValidator(_share)]
+RolloutBatch = Literal["auto"] | Annotated[Int, Field(ge=1)]
 Switch = bool | Literal["auto"]
 
 

@@ -18,11 +18,11 @@ from mlx_segtrain.adapters import About, write_adapter
 from mlx_segtrain.adapters.discovery import look
 from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import RunError
+from mlx_segtrain.generation.decoding import Options
 from mlx_segtrain.models import chain_of, load_base
 from mlx_segtrain.serving import app as application
 from mlx_segtrain.serving.generation import engine as module
 from mlx_segtrain.serving.generation import mounting
-from mlx_segtrain.serving.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Busy, Engine
 from mlx_segtrain.serving.service import Service, resident
 from mlx_segtrain.serving.settings import Settings

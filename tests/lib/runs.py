@@ -9,7 +9,7 @@ import mlx_lm
 import mlx_segtrain
 from lib.oracle import assert_close
 from mlx_segtrain import TrainConfig
-from mlx_segtrain.training import checkpoint, loop
+from mlx_segtrain.training import checkpoint, step
 
 
 def config_of(model, data, out, **changes):
@@ -38,7 +38,7 @@ def assert_same_in_mlx_lm(model_dir, adapter, apart):
 def losses_of(monkeypatch, losses):
     """Evaluations that give these losses, the last one again and again."""
     left = list(losses)
-    monkeypatch.setattr(loop, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
+    monkeypatch.setattr(step, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
 
 TIMES = (

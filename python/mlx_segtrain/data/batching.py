@@ -1,8 +1,8 @@
 """The order in which rows are seen, and their padding."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
 import numpy as np
@@ -19,8 +19,9 @@ class Batch:
     """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
 
     `rows` are indices into the data, `lengths` tokens that are no padding, both int64 [B];
-    `reference` float32 [B], or None where the rows have none. If it is `packed`, tokens and weights
-    are [1, T] and hold the B sequences one after the other, without padding.
+    `reference` float32 [B], or None where the rows have none; `numbers` float32 [B, T] by name, 0
+    on padding, as the rows have them. If it is `packed`, tokens, weights and numbers are [1, T] and
+    hold the B sequences one after the other, without padding.
     """
 
     tokens: np.ndarray
@@ -29,6 +30,7 @@ class Batch:
     lengths: np.ndarray
     reference: np.ndarray | None = None
     packed: bool = False
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def padding(self) -> int:
@@ -171,7 +173,11 @@ def _batch(dataset: Dataset, rows: np.ndarray, batch_size: int) -> AnyBatch:
             np.concatenate([getattr(row, name) for row in own])[None] for name in ("ids", "weights")
         )
         lengths = np.array([len(row) for row in own])
-        return Batch(tokens, weights, rows, lengths, packed=True)
+        numbers = {
+            name: np.concatenate([row.numbers[name] for row in own])[None]
+            for name in own[0].numbers or ()
+        }
+        return Batch(tokens, weights, rows, lengths, packed=True, numbers=numbers)
     if not isinstance(own[0], Pair):
         return _padded(own, rows, batch_size, dataset.pad_id)
     chosen, rejected = (
@@ -191,7 +197,10 @@ def _padded(own: list[Row], rows: np.ndarray, batch_size: int, pad_id: int) -> B
     width = padded(int(lengths.max()), batch_size)
     tokens = np.full((len(own), width), pad_id, np.int32)
     weights = np.zeros((len(own), width), np.float32)
+    numbers = {name: np.zeros_like(weights) for name in own[0].numbers or ()}
     for b, row in enumerate(own):
         tokens[b, : len(row)] = row.ids
         weights[b, : len(row)] = row.weights
-    return Batch(tokens, weights, rows, lengths, _reference(own))
+        for name, values in numbers.items():
+            values[b, : len(row)] = (row.numbers or {})[name]
+    return Batch(tokens, weights, rows, lengths, _reference(own), numbers=numbers)

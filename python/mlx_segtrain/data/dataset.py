@@ -199,7 +199,7 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
     held = read.whole(valid)
     if count := in_both(read.samples(valid), read.samples(train)):
         said = f"{count:,} of {held.n_rows:,} rows also stand in {own.name}"
-        held = replace(held, said=(said,))
+        held = replace(held, said=(*held.said, said))
     return own, held
 
 
@@ -232,11 +232,11 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
                 "equal to it: raise it.",
                 field="val_split",
             )
-        return replace(own, said=said), None
+        return replace(own, said=(*own.said, *said)), None
     apart = fit(f"held out of {train.name}", samples, chosen[held], read.encoder)
     count = f"{apart.n_rows:,} of {own.n_rows + apart.n_rows:,}"
     said += (f"{count} rows are held out for validation (val_split {asked})",)
-    return replace(own, said=said), apart
+    return replace(own, said=(*own.said, *said)), apart
 
 
 def unread(folder: Path, *sources: Source | None) -> list[str]:
@@ -273,6 +273,8 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
 
 def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
     """Samples, by index, cut to max_seq_length tokens; InputError if nothing is trained."""
+    if samples.format == "prompt":
+        return _prompts(name, samples, chosen, encoder)
     most = encoder.options.max_seq_length
     columns = samples.columns(most).take(chosen)
     over = samples.lengths[chosen].max(1, initial=0) > most
@@ -309,6 +311,33 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
         prompts_cut=int(cut[kept].sum()),
         notes=notes,
         name=name,
+    )
+
+
+def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
+    """Prompts that leave room for an answer, by index; InputError if there are none."""
+    options = encoder.options
+    most = options.max_seq_length - options.max_completion_tokens
+    columns = samples.columns(WHOLE).take(chosen)
+    kept = columns.length[:, 0] <= most
+    notes = samples.notes(None if len(chosen) == len(samples) else chosen)
+    room = f"max_seq_length - max_completion_tokens = {most} tokens"
+    if not kept.any():
+        raise InputError(
+            f"{name} has no prompt of at most {room} (the shortest has "
+            f"{int(columns.length.min())}): raise max_seq_length."
+        )
+    rows, long = chosen[kept], int((~kept).sum())
+    said = (f"{long:,} prompts of more than {room} are left out",) if long else ()
+    return Dataset(
+        rows=Lazy(len(rows), lambda i: samples.row(int(rows[i]))),
+        columns=columns.take(np.flatnonzero(kept)),
+        format=samples.format,
+        n_rows=notes.rows,
+        pad_id=encoder.pad_id,
+        notes=notes,
+        name=name,
+        said=said,
     )
 
 

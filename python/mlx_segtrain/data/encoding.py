@@ -14,7 +14,7 @@ from .chat import Conversations, Sample
 from .lossless import lossless
 from .notes import Notes
 from .prompting import Prompting
-from .template import Tokenizer
+from .template import Tokenizer, prompt_ids
 from .words import Words
 
 
@@ -26,6 +26,7 @@ class Options:
     """
 
     max_seq_length: int = 512
+    max_completion_tokens: int = 256
     method: str | None = "sft"
     train_on: str = "assistant"
     append_eos: bool = True
@@ -58,7 +59,9 @@ class Row:
     `source` is "file:line", of a pair's sequences "file:line chosen" and "file:line rejected";
     `findings` are keys of notes.FINDINGS. `reference`
     is what the model gives for it without an adapter, once that is known; `turns` counts its
-    trained turns.
+    trained turns. A prompt that is answered in a run has `given`, its row as the file has it, for
+    rewards; and what is trained of an answer has `numbers`, float32 [n] by name, which the loss
+    reads beside the weights.
     """
 
     ids: np.ndarray
@@ -67,6 +70,8 @@ class Row:
     findings: tuple[str, ...] = ()
     reference: tuple[float, ...] | None = None
     turns: int = 1
+    given: Mapping[str, Any] | None = None
+    numbers: Mapping[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,6 +119,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
+        self._wrapper = tokenizer
         self._tokenizer = tokenizer._tokenizer  # the wrapper itself cannot be called on a batch
         self.options = options
         self.raw = Prompting(options.prompt_format).is_raw(tokenizer)
@@ -154,6 +160,26 @@ class Encoder:
             )
             for i, sample in enumerate(samples)
         ]
+
+    def prompt(self, source: str, given: Mapping[str, Any]) -> Row:
+        """A prompt, with what comes before the answer, none of which is in the loss; InputError."""
+        own = {"tools": given["tools"]} if given.get("tools") else {}
+        more = given.get("chat_template_kwargs") or {}
+        variables = {**self.options.chat_template_kwargs, **more, **own}
+        prompt = given["prompt"]
+        try:
+            if isinstance(prompt, str):
+                self.notes.prompt_format = "raw" if self.raw else "chat"
+                how = Prompting(self.notes.prompt_format, variables)
+                ids = how.ids(self._wrapper, prompt, given.get("system"))
+            elif self._wrapper.has_chat_template:
+                ids = prompt_ids(self._wrapper, prompt, variables)
+            else:
+                raise InputError("the tokenizer has no chat template: give the prompt as a text.")
+        except Exception as error:  # a template may fail in any way
+            raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
+        kept = {key: x for key, x in given.items() if x is not None}
+        return Row(np.array(ids, np.int32), np.zeros(len(ids), np.float32), source, given=kept)
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without what is put before one."""

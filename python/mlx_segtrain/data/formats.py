@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
 from typing import Any
 
-from ..config import Rows
+from ..config import ROWS, Rows
 from ..errors import InputError, shown
 from ..fields import fault_of_variables
 from .chat import Sample
@@ -64,7 +64,8 @@ def checked(
         had = ", ".join(map(shown, [*row][:10])) + (", …" if len(row) > 10 else "") or "no keys"
         raise InputError(f"{source}: the row needs the keys {needed}, but has {had}.")
     found = FORMATS[name]
-    ignored = tuple(key for key in row if key in there and key not in (*found.keys, *found.more))
+    read = row if found.reads_all else (*found.keys, *found.more)
+    ignored = tuple(key for key in row if key in there and key not in read)
     # A check speaks of the keys that its own row has.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
@@ -93,8 +94,15 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 
 def _format_of(keys: Set[str]) -> str | None:
-    """The first format whose marks are among the keys."""
-    return next((name for name, own in FORMATS.items() if set(own.marks) <= keys), None)
+    """The first format whose marks are among the keys; a prompt alone is what a method asks for."""
+    known = ((name, own) for name, own in FORMATS.items() if own.rows != "prompt")
+    return next((name for name, own in known if set(own.marks) <= keys), None)
+
+
+def format_for(method: str | None) -> str:
+    """The format of rows of which a method reads the prompt alone, whatever else they have; of
+    other methods auto."""
+    return "prompt" if method and ROWS[method] == "prompt" else "auto"
 
 
 def quoted(keys: Sequence[str]) -> str:
@@ -196,6 +204,18 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
             f"is something else, give data_format {plain}."
         )
     return LABELS[label]
+
+
+def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """What a completion is generated for; the rest of the row is for rewards."""
+    if not isinstance(row["prompt"], str):
+        messages = _turns(row, "prompt", source)
+        if not messages or messages[-1]["role"] == "assistant":
+            raise InputError(
+                f'{source}: "prompt" must end with a message that the assistant answers.'
+            )
+        row = {**row, "prompt": messages}
+    return _with_system(row, source)
 
 
 def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -361,6 +381,10 @@ def _several(source: str) -> InputError:
     )
 
 
+def _prompts(encoder: Encoder, records: list[Record]) -> list[Row]:
+    return [encoder.prompt(record.source, record.row) for record in records]
+
+
 def _side(record: Record, key: str) -> Record:
     """One sequence of a pair as a record whose response is trained."""
     row = {**record.row, "completion": record.row[key]}
@@ -421,7 +445,7 @@ class Format:
     InputError. `encode` gives the rows of a data set for records, all of which are of this format
     or of others with the same `encode`; that of single sequences asks each record's format for the
     `samples` of it. `rows` is what a method calls such a row (config.ROWS), first the one that
-    needs all of it.
+    needs all of it. With `reads_all`, all other keys are kept with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]
@@ -432,6 +456,7 @@ class Format:
     rows: tuple[Rows, ...] = ("single",)
     encode: Callable[[Encoder, list[Record]], list[Row] | list[Pair]] = _rows
     samples: Callable[[Encoder, Record], list[Sample]] = _completion_samples
+    reads_all: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "marks", self.marks or self.keys)
@@ -492,4 +517,7 @@ FORMATS: dict[str, Format] = {
     "prompt-response": _plain("prompt", "response"),
     "input-output": _plain("input", "output"),
     "text": Format(_check_text, ("text",), samples=_text_samples),
+    "prompt": Format(
+        _check_prompt, ("prompt",), PROMPT_KEYS, rows="prompt", encode=_prompts, reads_all=True
+    ),
 }

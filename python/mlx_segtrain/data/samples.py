@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
@@ -20,7 +21,7 @@ from ..config import ROWS
 from ..errors import InputError, either
 from .columns import Columns
 from .encoding import Encoder, Options, Pair, Row, sequences
-from .formats import FORMATS, SIDES, Record, checked, encode, quoted
+from .formats import FORMATS, SIDES, Record, checked, encode, format_for, quoted
 from .notes import FINDINGS, MOST_NAMED, Notes
 from .template import Tokenizer
 
@@ -42,8 +43,11 @@ def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterato
     InputError for a row that cannot be read or is not for the method (None: any), or for pairs
     beside other rows.
     """
+    format = options.data_format
+    if format == "auto":
+        format = format_for(options.method)
     for source, row in block.rows():
-        record = checked(row, source, options.data_format, options.columns)
+        record = checked(row, source, format, options.columns)
         if record.format not in first:
             check_method({record.format: record.source}, options.method)
             check_mixed({**first, record.format: record.source})
@@ -120,7 +124,8 @@ def batch_of(
 def _content(record: Record) -> int:
     """A hash of what is read of a row: equal rows have equal ones."""
     own = FORMATS[record.format]
-    named = {key: record.row.get(key) for key in (*own.keys, *own.means, *own.more)}
+    keys = record.row if own.reads_all else (*own.keys, *own.means, *own.more)
+    named = {key: record.row.get(key) for key in keys}
     used = {key: value for key, value in named.items() if value is not None}
     text = json.dumps([record.format, used], sort_keys=True, separators=(",", ":"), default=str)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -140,6 +145,9 @@ def _batch(
         columns["shared"] = pa.array(
             np.array([getattr(row, "shared", 0) for row in rows], np.int32)
         )
+    if rows and isinstance(rows[0], Row) and rows[0].given is not None:
+        given = [json.dumps(getattr(row, "given", None), default=str) for row in rows]
+        columns["given"] = pa.array(given, pa.string())
     for side, own in enumerate(zip(*map(sequences, rows), strict=True)):
         columns |= {f"{name}{side}": column for name, column in _side(own).items()}
     schema = {name: column.type for name, column in columns.items()}
@@ -258,7 +266,10 @@ class _Shard:
     def row(self, j: int) -> Row | Pair:
         source = self.batch.column("source")[j].as_py()
         if len(self.sides) == 1:
-            return self.sides[0].row(j, source)
+            row = self.sides[0].row(j, source)
+            if "given" not in self.batch.schema.names:
+                return row
+            return replace(row, given=json.loads(self.batch.column("given")[j].as_py()))
         chosen, rejected = (
             side.row(j, f"{source} {name}") for side, name in zip(self.sides, SIDES, strict=True)
         )

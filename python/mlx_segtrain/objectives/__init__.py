@@ -13,6 +13,7 @@ from ..models import Chain
 from ..models.chain import Dropout
 from ..schedule import Cuts, Grads, Params, Stage, forward, segmented_value_and_grad
 from ..streams import Stream, head_reads
+from .grpo import Grpo
 from .kto import Kto
 from .objective import Objective
 from .preference import Dpo, Orpo, Simpo
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "orpo": Orpo,
     "simpo": Simpo,
     "kto": Kto,
+    "grpo": Grpo,
 }
 
 

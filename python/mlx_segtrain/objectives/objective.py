@@ -8,9 +8,9 @@ import numpy as np
 
 from .. import ops
 from ..config import TrainConfig
-from ..data import Dataset
+from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import BatchShape, Stream, trim_start
+from ..streams import SINGLE, BatchShape, Stream, trim_start
 
 
 class Objective:
@@ -79,6 +79,24 @@ class Objective:
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
         """The function of parameters and reads that gives the outputs."""
         raise NotImplementedError
+
+
+def rows_of(batch: Batch) -> tuple[Stream, ...]:
+    """The stream of rows that are single sequences, padded or packed."""
+    # The last token of a sequence is only predicted, and its first one is never.
+    return (Stream(parts=tuple(map(int, batch.lengths - 1))),) if batch.packed else SINGLE
+
+
+def predictions(
+    batch: Batch,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Tokens [B, T] that run; rows and positions, int64 [M], that predict a token which counts;
+    and where these tokens are in the arrays of the batch."""
+    run = np.ones(batch.tokens.shape[1], bool)
+    run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
+    after = np.flatnonzero(run) + 1
+    b, t = np.nonzero(batch.weights[:, after])
+    return batch.tokens[:, run], b, t, (b, after[t])
 
 
 def stream_values(

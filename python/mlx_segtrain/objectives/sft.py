@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
 from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
-from .objective import Objective, stream_values
+from .objective import Objective, predictions, rows_of, stream_values
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,15 @@ class Sft(Objective):
         return float(sum(batch.weights.sum() for batch in batches))
 
     def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
-        # The last token of a sequence is only predicted, and its first one is never.
-        return (Stream(parts=tuple(map(int, batch.lengths - 1))),) if batch.packed else SINGLE
+        return rows_of(batch)
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
         """Index, target and weight of the rows that count."""
-        run = np.ones(batch.tokens.shape[1], bool)
-        run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
-        tokens, targets, weights = (
-            batch.tokens[:, run],
-            *(np.roll(x, -1, 1)[:, run] for x in (batch.tokens, batch.weights)),
-        )
-        b, t = np.nonzero(weights)
+        tokens, b, t, places = predictions(batch)
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
-            "targets": ops.upload(targets[b, t]),
-            "weights": ops.upload(weights[b, t] / total),
+            "targets": ops.upload(batch.tokens[places]),
+            "weights": ops.upload(batch.weights[places] / total),
         }
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:

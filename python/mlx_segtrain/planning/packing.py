@@ -40,7 +40,11 @@ SPEEDS = {
 def pays(config: TrainConfig, data: Dataset) -> bool:
     """Whether an epoch of the data takes less time packed; not where the family packs nothing, or
     packed rows do not fit into memory."""
-    if config.method != "sft" or not read_shape(config.model_dir).fast:
+    if not read_shape(config.model_dir).fast:
+        return False
+    if config.method == "grpo":  # which has its own data in each step
+        return True
+    if config.method != "sft":
         return False
     apart, packed = (
         (own, planned(config, objective_of(config).batch_shapes(own, config.batch_size)))

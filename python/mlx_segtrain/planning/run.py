@@ -281,6 +281,11 @@ def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
     return list(dict.fromkeys(kinds))
 
 
+def adapter_numbers(config: TrainConfig, shape: ModelShape) -> int:
+    """Numbers that an adapter of the run has, without magnitudes."""
+    return sum(sum(shape.widths[path]) * rank for path, rank in _ranks(config, shape).items())
+
+
 def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     if config.warm_start is None:
         return ranks_of(shape, **asked(config))

@@ -11,6 +11,7 @@ from ..errors import InputError, RunError
 from ..files import atomic_folder, clean, remove_folder, write_json
 from ..lora import Adapter
 from . import checkpoint, record
+from .completions import CompletionLog
 from .contents import REMOVED, check_own
 from .diagnosis import Fault
 from .log import RunLog
@@ -36,6 +37,9 @@ class Keeper:
     def path(self) -> Path:
         return self.setup.config.adapter_path
 
+    def __post_init__(self) -> None:
+        self.completions = CompletionLog(self.path, self.warn)
+
     def open(self, state: State, start: Start, same: bool) -> None:
         """Puts the folder back to where it was at the checkpoint; or removes what an overwritten
         run has left, but for its adapter, which stays until there is another.
@@ -60,6 +64,7 @@ class Keeper:
             elif not same:
                 self._forget(state.step)
             (path / "metrics.json").unlink(missing_ok=True)
+            self.completions.begin(state.step)
             self.log.begin(resumed.log_bytes if resumed else 0)
             self.made_of.write()
         except OSError as error:
@@ -117,6 +122,7 @@ class Keeper:
 
     def _write(self, state: State) -> None:
         """Checkpoint and adapter."""
+        self.completions.sync()
         checkpoint.save(
             self.path,
             state,

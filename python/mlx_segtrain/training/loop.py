@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,10 +24,12 @@ from ..errors import InputError, NoMemory, RunError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan, short_buffers
+from ..rewards import Function
 from .checkpoint import shared
 from .clock import Clock
+from .collapse import collapsed, mean_of
 from .contents import evaluated_name
-from .evaluation import measure
+from .cycle import Cycle, rewards_of
 from .interrupts import Interrupts
 from .judging import Score, command_score, numbers
 from .keeping import Bystander, Keeper
@@ -59,6 +61,7 @@ def train(
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
     model: nn.Module | None = None,
+    rewards: Sequence[Function] = (),
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
@@ -66,12 +69,14 @@ def train(
     `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` those to validate.
     `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
     the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
-    adapter attached, for a number or a dict of numbers. `on_step` receives the training metrics of
-    every step and `on_eval` those of every evaluation; one that returns True ends the run after
-    saving (`stopped_early`). `model` is what was loaded from `config.model_dir`, without adapter,
-    where that is done already. Ctrl-C, SIGTERM and SIGHUP end the run
-    after saving the last finished step (`interrupted`). InputError, before anything is written, for
-    input that cannot be used; RunError if the run cannot go on, after saving the last good step.
+    adapter attached, for a number or a dict of numbers. `rewards` are functions that score
+    completions of method grpo (docs/grpo.md), besides those of the configuration. `on_step`
+    receives the training metrics of every step and `on_eval` those of every evaluation; one that
+    returns True ends the run after saving (`stopped_early`). `model` is what was loaded from
+    `config.model_dir`, without adapter, where that is done already. Ctrl-C, SIGTERM and SIGHUP end
+    the run after saving the last finished step (`interrupted`). InputError, before anything is
+    written, for input that cannot be used; RunError if the run cannot go on, after saving the last
+    good step.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -84,7 +89,7 @@ def train(
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            calls = Calls(tell, score, on_step, on_eval)
+            calls = Calls(tell, score, on_step, on_eval, rewards)
             return _train(config, data, valid_data, calls, model, ranks)
     except BaseException as error:
         tell(events.failed(error))
@@ -106,6 +111,9 @@ def _train(
 
     trackers = config if ranks.first else config.model_copy(update={"report_to": []})
     check_installed(trackers)
+    scoring = rewards_of(config, calls.rewards)
+    if scoring is not None and ranks.size > 1:
+        raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
     start = check_output(config, warn) if ranks.first else Start(None, None)
     resumed, same = shared(start.resumed, ranks), True
     config = accumulating(config, ranks, resumed, tell)
@@ -123,7 +131,7 @@ def _train(
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
     setup, vector = prepare(inputs, tell, resumed, model, ranks)
-    step = Stepper(setup, ranks=ranks)
+    step = Cycle(setup, rewards=scoring) if scoring else Stepper(setup, ranks=ranks)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -164,6 +172,7 @@ class Calls:
     score: Score | None = None
     on_step: Callback | None = None
     on_eval: Callback | None = None
+    rewards: Sequence[Function] = ()
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
@@ -219,7 +228,7 @@ class Run:
                 self._report_if_due()
                 self._evaluate_if_due()
                 stopped_early = state.step < config.iters and (
-                    self.asked_to_stop or self._has_stopped_improving()
+                    self.asked_to_stop or self._has_stopped_improving() or self._has_collapsed()
                 )
                 if state.step >= config.iters or stopped_early:
                     break
@@ -254,6 +263,10 @@ class Run:
             accumulated = list(islice(source, config.grad_accumulation_steps))
             at, outcome = self._next(accumulated, losses)
         state.at = at
+        if self.step.completions:
+            self.keeper.completions.write(self.step.completions)
+            own = [line["reward"] for line in self.step.completions]
+            progress.rewards = [*progress.rewards, mean_of(own)]
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
         self.pace.add("step", progress.last.seconds)
@@ -282,19 +295,20 @@ class Run:
     def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
         """The state after the next step. Ranks add up what each has come to, in one sum: a rank
         that tries a part of it again does so before or after, or they would add up other things."""
-        step, at, found = self.step, self.state.at, None
-        if self.ranks.size > 1:
+        step, at = self.step, self.state.at
+        if self.ranks.size == 1:
+            return self._in_memory(lambda: step(at, accumulated, losses))
 
-            def own() -> tuple[Any, mx.array]:
-                outputs, gradient = step.gradient(at, accumulated)
-                mx.eval(outputs, gradient)
-                return outputs, gradient
+        def own() -> tuple[Any, mx.array]:
+            outputs, gradient = step.gradient(at, accumulated)
+            mx.eval(outputs, gradient)
+            return outputs, gradient
 
-            outputs, gradient = self._in_memory(own)
-            asked = [float(self.interrupts.asked is not None), float(self.wants_to_stop)]
-            (*outputs, self.ending, stop), gradient = self.ranks.add([*outputs, *asked], gradient)
-            self.asked_to_stop, found = stop > 0, (outputs, gradient)
-        return self._in_memory(lambda: step(at, accumulated, losses, found))
+        outputs, gradient = self._in_memory(own)
+        asked = [float(self.interrupts.asked is not None), float(self.wants_to_stop)]
+        (*outputs, self.ending, stop), gradient = self.ranks.add([*outputs, *asked], gradient)
+        self.asked_to_stop = stop > 0
+        return self._in_memory(lambda: step(at, accumulated, losses, (outputs, gradient)))
 
     def _asked_to_end(self) -> bool:
         """Whether a rank has got a signal to end; of a run on one device it is raised at once."""
@@ -390,9 +404,7 @@ class Run:
         with self.interrupts.allowed(), self.pace.timed("evaluation"):
             if setup.valid is not None:
                 state.memory.measure()
-                params = setup.layout.split(state.at.vector)
-                what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-                loss, metrics = measure(*what, config.batch_size, self.ranks)
+                loss, metrics = self.step.validate(state.at)
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
@@ -437,6 +449,12 @@ class Run:
     def _has_stopped_improving(self) -> bool:
         progress, patience = self.state.progress, self.config.early_stopping_patience
         return progress.evaluated == self.state.step and 0 < patience <= progress.since_best
+
+    def _has_collapsed(self) -> bool:
+        found = collapsed(self.state.progress.rewards, self.config.collapse_patience)
+        if found is not None:
+            self._warn(f"step {self.state.step}: {found}: the run ends here")
+        return found is not None
 
     def _save_if_due(self) -> None:
         """Every so many steps, and whenever an evaluation keeps its adapter."""

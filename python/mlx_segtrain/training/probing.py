@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..data import batches
 from ..data.sources import sources_of
 from ..hub import located
+from .cycle import Cycle, rewards_of
 from .policy import run_policy
 from .results import ProbeResult
 from .setup import prepare, read_inputs
@@ -38,7 +39,8 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
             count = 1 + int(np.searchsorted(tokens, count * setup.train.packed))
         setup = replace(setup, train=setup.train.take(longest[:count]))
         source = batches(setup.train, config.batch_size, config.seed)
-        step = Stepper(setup)
+        scoring = rewards_of(config)
+        step = Stepper(setup) if scoring is None else Cycle(setup, rewards=scoring)
         at = step.optimizer.start(vector)
         del vector
         with setup.plan.limits():

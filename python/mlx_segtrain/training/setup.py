@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import events
 from ..adapters import WEIGHTS, holds_run, read_adapter
-from ..config import TrainConfig
+from ..config import ROWS, TrainConfig
 from ..data import Dataset, Options, Prompting, batches, batches_in_epoch, load_dataset
 from ..data.batching import described
 from ..data.dataset import remarks
@@ -29,6 +29,7 @@ from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
 from ..objectives import Objective, objective_of
 from ..planning.packing import pays
+from ..planning.rollouts import rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits
 from ..schedule import Grads
 from .checkpoint import STATE, Checkpoint, found, newest
@@ -172,7 +173,13 @@ def read_inputs(
     if config.packing == "auto":
         packs = resumed.record["config"].get("packing") if resumed else pays(config, train)
         config = config.model_copy(update={"packing": packs})
-    if config.packing:
+    if ROWS[config.method] == "prompt":
+        if config.rollout_batch == "auto":
+            tokens = int(train.columns.length.max()) + config.max_completion_tokens
+            known = resumed.record["config"].get("rollout_batch") if resumed else None
+            most = known or rollouts_at_once(config, tokens)
+            config = config.model_copy(update={"rollout_batch": most})
+    elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
         assert train is not None
     return Inputs(with_iters(config, train), tokenizer, train, valid, said)

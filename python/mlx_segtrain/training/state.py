@@ -48,8 +48,9 @@ class Progress:
 
     `reported` and `evaluated` are the last steps of which that was done. `recent` are the outcomes
     of the last `steps_per_report` steps, whose mean is the training loss; `losses` those that tell
-    what a spike is, `skipped` the steps in a row that were left out. Seconds and the peak, in
-    bytes, are of all parts of a run that was resumed.
+    what a spike is, `skipped` the steps in a row that were left out. `rewards` are the mean reward
+    of each step's completions, and the variance of that mean, for collapse.py. Seconds and the
+    peak, in bytes, are of all parts of a run that was resumed.
     """
 
     reported: int = 0
@@ -64,6 +65,7 @@ class Progress:
     train_s: float = 0.0
     wall_s: float = 0.0
     peak: int = 0
+    rewards: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def loss(self) -> float | None:

@@ -15,6 +15,7 @@ from ..objectives import Functions, named, total_of, value_and_grad
 from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of, together
+from .evaluation import measure
 from .optimizer import Optimizer, learning_rate
 from .ranks import ALONE, Ranks
 from .setup import Setup
@@ -93,6 +94,19 @@ class Stepper:
             bad = setup.layout.names(~mx.isfinite(new.vector))
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad[0]}")
         return new, outcome
+
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """What the last step generated, if it did (completions.jsonl)."""
+        return []
+
+    def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
+        """Loss and metrics over the validation rows."""
+        setup = self.setup
+        assert setup.valid is not None
+        params = setup.layout.split(at.vector)
+        what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
+        return measure(*what, setup.config.batch_size, self.ranks)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
         """Compiles the kernels that a step on batches like the first of these takes (CUDA)."""

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from fastapi import Request
 
 from ...errors import InputError
+from ...generation.decoding import Options, Piece, Told
 from ..confined.parent import Limits, prompts
-from ..generation.decoding import Options, Told
 from ..generation.engine import Engine
 from ..generation.mounting import Base, Selected
-from ..generation.pieces import Generation, Piece
+from ..generation.pieces import Generation
 from ..generation.words import token_bytes
 from ..pools import Pool
 from .openai_forms import ChatRequest, Generate

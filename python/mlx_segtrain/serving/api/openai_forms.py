@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from ...errors import InputError
 from ...fields import fault_of_variables
-from ..generation.decoding import Options
+from ...generation.decoding import Options
 from ..generation.grammars import Grammar, Grammars
 from ..generation.mounting import Base, Selected
 from . import openai_tools as tools_of

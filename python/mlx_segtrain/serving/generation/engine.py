@@ -28,15 +28,16 @@ import mlx.core as mx
 
 from ... import lora
 from ...errors import InputError, RunError, is_out_of_memory
+from ...generation.batching import Batch, can_merge
+from ...generation.decoding import Options
 from ...lora.rows import Rows
 from ...training.policy import wire
 from ..confined.parent import Confined
 from ..pools import Busy, Pool
-from .batching import Batch, Request, can_merge
-from .decoding import Options
 from .metrics import Metrics
 from .mounting import Base, Linears, Mounted, Selected, check_id, read_base, read_mounted
 from .pieces import Generation
+from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -444,7 +445,7 @@ class Engine:
                 self._break_up(batch, error, own)
 
     def _step(self, batch: Batch) -> None:
-        requests = batch.requests
+        requests = batch.answers
         try:
             if batch.alone:
                 self._linears.put_in(requests[0].selected)
@@ -465,7 +466,7 @@ class Engine:
 
     def _updates(self) -> dict[Any, lora.Adapter]:
         """Of all requests that share batches, by their keys."""
-        chosen = {x.selected.key: x.selected for batch in self._batches for x in batch.requests}
+        chosen = {x.selected.key: x.selected for batch in self._batches for x in batch.answers}
         return {key: self._linears.sum_of(x.adapters) for key, x in chosen.items() if key}
 
     def _break_up(
@@ -477,7 +478,7 @@ class Engine:
         at fault fails alone.
         """
         self._batches.remove(batch)
-        requests = list({id(x): x for x in (*batch.requests, *joining)}.values())
+        requests = list({id(x): x for x in (*batch.answers, *joining)}.values())
         for request in requests:
             request.start_over()
         lacks = is_out_of_memory(error)
@@ -492,7 +493,7 @@ class Engine:
         """Takes requests out of those that generate, with their caches or without."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
-            if not batch.requests:
+            if not batch.answers:
                 self._batches.remove(batch)
         self._active = [x for x in self._active if x not in requests]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .batching import Request
 from .mounting import GONE, NONE, STACK, Mounted
+from .requests import Request
 
 #: Upper ends of what times are counted by, in seconds.
 TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)

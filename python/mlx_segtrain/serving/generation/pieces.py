@@ -2,23 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Literal
 
-from .decoding import Told
-
-
-@dataclass(frozen=True)
-class Piece:
-    """More text; `tokens` of the answer so far, `cached` ones of the prompt. The last has `finish`:
-    at an end-of-sequence token or a stop string, or at the most tokens that there may be."""
-
-    text: str
-    tokens: int
-    cached: int
-    finish: Literal["stop", "length"] | None = None
-    #: Of the tokens since the last piece, if the request wants it: token, and what is told of it.
-    told: tuple[tuple[int, Told], ...] = ()
+from ...generation.decoding import Piece
 
 
 class Outbox:

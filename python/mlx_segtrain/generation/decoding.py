@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 
@@ -54,6 +54,23 @@ class Options:
     logprobs: int | None = None  #: of how many tokens log p is told besides the taken one's
     deterministic: bool = False  #: bit for bit as if it were alone
     constraint: "Constraint | None" = None  #: what the text has to be
+
+
+#: Of a token: log p of the one that was taken, and of the likeliest, by token.
+Told = tuple[float, dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text; `tokens` of the answer so far, `cached` ones of the prompt. The last has `finish`:
+    at an end-of-sequence token or a stop string, or at the most tokens that there may be."""
+
+    text: str
+    tokens: int
+    cached: int
+    finish: Literal["stop", "length"] | None = None
+    #: Of the tokens since the last piece, if that is wanted: token, and what is told of it.
+    told: tuple[tuple[int, Told], ...] = ()
 
 
 class Text:
@@ -234,10 +251,6 @@ def processor(
     return process
 
 
-#: Of a token: log p of the one that was taken, and of the likeliest, by token.
-Told = tuple[float, dict[int, float]]
-
-
 class Telling:
     """log p of the tokens that rows of a batch take, for those who want it.
 
@@ -251,7 +264,9 @@ class Telling:
         own = logits[rows].astype(mx.float32)
         own = own - mx.logsumexp(own, axis=-1, keepdims=True)
         most = min(max(wanted.values()), own.shape[-1])
-        order = mx.argsort(-own, axis=-1)[:, :most]
+        order = (
+            mx.argsort(-own, axis=-1)[:, :most] if most else mx.zeros((len(wanted), 0), mx.uint32)
+        )
         taken = mx.take_along_axis(own, taken[rows][:, None], axis=-1)[:, 0]
         self.arrays = [taken, order, mx.take_along_axis(own, order, axis=-1)]
 

@@ -1,14 +1,13 @@
 """Sequences that are decoded together: one forward pass for a token of each.
 
-All here is called on the engine's thread. A batch begins the next step before it reads the tokens
-of the last one, so that the device computes while their text is made.
+All here is called on one thread. A batch begins the next step before it reads the tokens of the
+last one, so that the device computes while their text is made.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import mlx.core as mx
@@ -18,35 +17,43 @@ from .decoding import (
     Choice,
     Constraint,
     Options,
+    Piece,
     Telling,
     Text,
     Told,
     first_key,
     processor,
 )
-from .mounting import Base, Selected
-from .pieces import Outbox, Piece
 
 #: Sequences share a batch if the longest has at most this many times the tokens of the shortest,
 #: and so many more: what they lack is padding, which takes memory and time.
 MOST_PADDING, LEAST_PADDING = 2, 512
 
 
+class Base(Protocol):
+    """What answers are made with: a model of mlx-lm and its tokenizer."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the model was made for, if that is known."""
+        ...
+
+
 @dataclass(eq=False)
-class Request:
+class Answer:
     """An answer that is being made; its cache has the first `done` tokens."""
 
     prompt: list[int]
-    selected: Selected
+    base: Base
     options: Options
-    outbox: Outbox = field(default_factory=Outbox)
-    number: int = field(default_factory=count().__next__)
     made: list[int] = field(default_factory=list)
-    cached: int = 0
+    cached: int = 0  #: tokens of the prompt that were known before
     done: int = 0
     cache: list[Any] | None = None
-    since: float = field(default_factory=time.monotonic)  #: it waits, or generates
-    asked: float = field(default_factory=time.monotonic)
     first: float | None = None  #: when its first token came
     finish: str | None = None
     alone: bool = False  #: in a batch of its own, by the update that is in the linears
@@ -72,9 +79,13 @@ class Request:
     @property
     def most(self) -> int:
         """Tokens that the answer may have, within the positions that the model knows."""
-        limit = self.selected.base.max_length
+        limit = self.base.max_length
         room = self.options.max_tokens if limit is None else max(1, limit - len(self.prompt))
         return min(self.options.max_tokens, room)
+
+    def give(self, piece: Piece) -> None:
+        """Takes more of the text."""
+        raise NotImplementedError
 
     def begin(self) -> None:
         """What decoding needs besides the cache; again after start_over()."""
@@ -91,7 +102,7 @@ class Request:
                 self.constraint.take(token)
         if self.text is None:
             context = prompt[-CONTEXT:] if options.continues else []
-            self.text = Text(self.selected.base.tokenizer, context, options.stop)
+            self.text = Text(self.base.tokenizer, context, options.stop)
 
     def start_over(self) -> None:
         """Lets go of the cache, which can be made anew from the tokens."""
@@ -109,7 +120,7 @@ class Request:
         self.made.append(token)
         self.done = self.length
         self.first = self.first or time.monotonic()
-        ended = token in self.selected.base.tokenizer.eos_token_ids
+        ended = token in self.base.tokenizer.eos_token_ids
         full = len(self.made) >= self.most
         piece = self.text.end() if ended else self.text.add(token)
         if full and not (ended or self.text.stopped):
@@ -118,7 +129,7 @@ class Request:
         self.finish = finish
         about = ((token, told),) if told is not None and not ended else ()
         if piece or finish or about:
-            self.outbox.put(Piece(piece, len(self.made), self.cached, finish, about))
+            self.give(Piece(piece, len(self.made), self.cached, finish, about))
         return finish is not None
 
 
@@ -128,40 +139,40 @@ def can_merge(cache: Sequence[Any]) -> bool:
 
 
 class Batch:
-    """Requests that are decoded together; their caches are one while there are several."""
+    """Answers that are decoded together; their caches are one while there are several."""
 
     def __init__(self, base: Base):
         self.base = base
-        self.requests: list[Request] = []
+        self.answers: list[Answer] = []
         self._cache: list[Any] = []
         self._merged = False
         self._next: Any = None
         self._choice: Any = None
-        self._telling: tuple[list[Request], Telling] | None = None
+        self._telling: tuple[list[Answer], Telling] | None = None
 
     @property
     def alone(self) -> bool:
         """Whether it is a batch of one, and remains it."""
-        return any(request.alone for request in self.requests)
+        return any(answer.alone for answer in self.answers)
 
-    def takes(self, request: Request, others: Sequence[Request] = ()) -> bool:
-        """Whether the request may join, besides others, without much padding."""
-        together = (request, *self.requests, *others)
+    def takes(self, answer: Answer, others: Sequence[Answer] = ()) -> bool:
+        """Whether the answer may join, besides others, without much padding."""
+        together = (answer, *self.answers, *others)
         if any(own.alone for own in together):
             return False
         lengths = [own.length for own in together]
         return max(lengths) <= MOST_PADDING * min(lengths) + LEAST_PADDING
 
-    def join(self, new: Sequence[Request]) -> None:
-        """Adds requests whose prompts are done but for the last token."""
-        for request in new:
-            request.begin()
-            request.batch = self
+    def join(self, new: Sequence[Answer]) -> None:
+        """Adds answers whose prompts are done but for the last token."""
+        for answer in new:
+            answer.begin()
+            answer.batch = self
         self._give_out()
-        caches: list[list[Any]] = [request.cache or [] for request in new]
-        if len(new) > 1 or self.requests:
+        caches: list[list[Any]] = [answer.cache or [] for answer in new]
+        if len(new) > 1 or self.answers:
             merged = [type(layers[0]).merge(list(layers)) for layers in zip(*caches, strict=True)]
-            if self.requests:
+            if self.answers:
                 if not self._merged:
                     self._cache = [type(layer).merge([layer]) for layer in self._cache]
                 for own, more in zip(self._cache, merged, strict=True):
@@ -171,23 +182,23 @@ class Batch:
             self._merged = True
         else:
             self._cache = caches[0]
-        for request in new:
-            request.cache = None
-        self.requests.extend(new)
+        for answer in new:
+            answer.cache = None
+        self.answers.extend(new)
         self._take_in()
 
-    def leave(self, gone: Sequence[Request], *, keep: bool = True) -> None:
-        """Takes requests out, each with its cache if that is to be kept."""
+    def leave(self, gone: Sequence[Answer], *, keep: bool = True) -> None:
+        """Takes answers out, each with its cache if that is to be kept."""
         if not gone:
             return
         self._give_out()
-        for i, request in enumerate(self.requests):
-            if request in gone:
-                request.batch = None
+        for i, answer in enumerate(self.answers):
+            if answer in gone:
+                answer.batch = None
                 if keep:
-                    request.cache = self._extracted(i)
-        left = [i for i, request in enumerate(self.requests) if request not in gone]
-        self.requests = [self.requests[i] for i in left]
+                    answer.cache = self._extracted(i)
+        left = [i for i, answer in enumerate(self.answers) if answer not in gone]
+        self.answers = [self.answers[i] for i in left]
         if not left:
             self._cache, self._merged = [], False
         elif len(left) == 1:
@@ -201,21 +212,21 @@ class Batch:
         return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
 
     def _give_out(self) -> None:
-        """To each request what is of its own."""
+        """To each answer what is of its own."""
         self._read_telling()
-        if self.requests:
+        if self.answers:
             keys = self._choice.next_keys()
-            for i, request in enumerate(self.requests):
-                request.next, request.key = self._next[i : i + 1], keys[i]
+            for i, answer in enumerate(self.answers):
+                answer.next, answer.key = self._next[i : i + 1], keys[i]
 
     def _take_in(self) -> None:
-        requests: list[Any] = self.requests
-        if not requests:
+        answers: list[Any] = self.answers
+        if not answers:
             self._next = self._choice = None
             return
-        self._next = mx.concatenate([request.next for request in requests])
-        options = [request.options for request in requests]
-        self._choice = Choice(options, [request.key for request in requests])
+        self._next = mx.concatenate([answer.next for answer in answers])
+        options = [answer.options for answer in answers]
+        self._choice = Choice(options, [answer.key for answer in answers])
         self._leave_masks_out()
 
     def _leave_masks_out(self) -> None:
@@ -230,58 +241,58 @@ class Batch:
             if even:
                 layer.make_mask = _no_mask(ref(layer))
 
-    def step(self) -> tuple[list[Request], list[tuple[Request, BaseException]]]:
-        """A token of each request; those that ended, and those that failed. Any other error is of
-        the step, and of no request alone."""
+    def step(self) -> tuple[list[Answer], list[tuple[Answer, BaseException]]]:
+        """A token of each answer; those that ended, and those that failed. Any other error is of
+        the step, and of no answer alone."""
         inputs, failed = self._next, []
         logits = self.base.model(inputs[:, None], cache=self._cache)[:, -1]
         chosen, known = logits, None
-        if any(request.constraint for request in self.requests):
+        if any(answer.constraint for answer in self.answers):
             mx.async_eval(logits)
             known = inputs.tolist()
-        if known or any(request.process for request in self.requests):
-            rows = [logits[i : i + 1] for i in range(len(self.requests))]
-            for i, request in enumerate(self.requests):
+        if known or any(answer.process for answer in self.answers):
+            rows = [logits[i : i + 1] for i in range(len(self.answers))]
+            for i, answer in enumerate(self.answers):
                 try:
-                    rows[i] = self._changed(request, inputs[i : i + 1], rows[i], known and known[i])
+                    rows[i] = self._changed(answer, inputs[i : i + 1], rows[i], known and known[i])
                 except BaseException as error:
-                    failed.append((request, error))
+                    failed.append((answer, error))
             chosen = mx.concatenate([row.astype(mx.float32) for row in rows])
         self._next = self._choice(chosen)
         self._read_telling()
         wanted = {
-            i: request.options.logprobs
-            for i, request in enumerate(self.requests)
-            if request.options.logprobs is not None
+            i: answer.options.logprobs
+            for i, answer in enumerate(self.answers)
+            if answer.options.logprobs is not None
         }
         if wanted:
-            self._telling = [*self.requests], Telling(wanted, logits, self._next)
+            self._telling = [*self.answers], Telling(wanted, logits, self._next)
         mx.async_eval(self._next, *(self._telling[1].arrays if self._telling else ()))
         ended = []
-        for request, token in zip(self.requests, inputs.tolist(), strict=True):
+        for answer, token in zip(self.answers, inputs.tolist(), strict=True):
             try:
-                if request.take(token):
-                    ended.append(request)
+                if answer.take(token):
+                    ended.append(answer)
             except BaseException as error:
-                failed.append((request, error))
+                failed.append((answer, error))
         return ended, failed
 
     def _read_telling(self) -> None:
-        """To each request what is told of its last token."""
+        """To each answer what is told of its last token."""
         if self._telling is not None:
-            requests, telling = self._telling
+            answers, telling = self._telling
             self._telling = None
             for i, told in telling.read().items():
-                requests[i].told = told
+                answers[i].told = told
 
-    def _changed(self, request: Request, token: mx.array, row: mx.array, known: Any) -> mx.array:
-        """Logits [1, V] by what the request says of them."""
-        if request.process is not None:
-            row = request.process(token, row)
-        if request.constraint is not None:
-            if not request.read:
-                request.constraint.take(known)
-            allowed = request.constraint.allowed(row.shape[-1])
+    def _changed(self, answer: Answer, token: mx.array, row: mx.array, known: Any) -> mx.array:
+        """Logits [1, V] by what the answer says of them."""
+        if answer.process is not None:
+            row = answer.process(token, row)
+        if answer.constraint is not None:
+            if not answer.read:
+                answer.constraint.take(known)
+            allowed = answer.constraint.allowed(row.shape[-1])
             row = mx.where(allowed, row, -mx.inf)
         return row
 

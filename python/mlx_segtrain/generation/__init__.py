@@ -1,0 +1,6 @@
+"""Answers of one model, many at a time: for the server and for the rollouts of a training run.
+
+decoding.py  logits to tokens, tokens to text
+batching.py  answers that are decoded together
+rollouts.py  all answers to some prompts, within a number that run at once
+"""

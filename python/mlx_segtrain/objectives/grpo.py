@@ -1,0 +1,183 @@
+"""Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
+
+A row is a prompt with one completion, whose tokens count. Beside its weight each has numbers that
+were computed before: the advantage, and log-probabilities when it was drawn (`rollout`), before the
+first update (`old`) and without the adapter (`reference`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .. import ops
+from ..data import Batch, Dataset
+from ..models import Chain
+from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
+from .objective import Objective, predictions, rows_of, stream_values
+
+Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
+#: Numbers of a token that counts.
+NUMBERS = ("advantage", "rollout", "old", "reference")
+
+
+@dataclass(frozen=True)
+class Grpo(Objective):
+    """loss = Σ weights·(−min(r·A, clip(r, 1 − low, 1 + high)·A)·min(old/rollout, cap) + β·KL)
+
+    r is the ratio of the new probability of a token to the old one (Shao et al. 2024,
+    arXiv:2402.03300); of gspo that of the whole completion, by the geometric mean over its tokens
+    (Zheng et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1 of log-probabilities.
+    The weights of N completions of n tokens each: grpo and gspo 1/(N·n), dr_grpo 1/(N·most) (Liu et
+    al. 2025, arXiv:2503.20783), dapo 1/Σn (Yu et al. 2025, arXiv:2503.14476). Without `old` the old
+    probability is the new one, of which no gradient is formed.
+    """
+
+    kind: Loss = "grpo"
+    low: float = 0.2
+    high: float = 0.2
+    beta: float = 0.0
+    cap: float = 2.0
+    most: int = 256  #: tokens of a completion
+    length: int = 512  #: tokens of a pass
+    packs: bool | Literal["auto"] = True
+
+    options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
+    options += ("max_completion_tokens", "max_seq_length", "packing")
+    unit = "per completion"
+    metrics = ("kl", "clipped", "mismatch")
+    reads = ("targets", "weights", "members", "part", *NUMBERS)
+
+    @property
+    def reference(self) -> "Objective | None":
+        return None  # what the model gives without adapter is computed in each step
+
+    @property
+    def old(self) -> "Objective":
+        """What gives the log-probabilities of the tokens that count."""
+        return LogProbs(**vars(self))
+
+    def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """The weight of a token of each completion, float64 [N]; 0 if it is not `kept`."""
+        if self.kind == "dapo":
+            part = np.full(len(lengths), 1 / max(int(lengths[kept].sum()), 1))
+        else:
+            tokens = self.most if self.kind == "dr_grpo" else np.maximum(lengths, 1)
+            part = 1 / (len(lengths) * tokens * np.ones(len(lengths)))
+        return part * kept
+
+    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
+        longest = min(int(data.columns.length.max()) + self.most, self.length)
+        return [self._shape(longest, self.most)]
+
+    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
+        return self._shape(length, min(trained, self.most))
+
+    def _shape(self, longest: int, trained: int) -> BatchShape:
+        """A pass that is full of the longest completions."""
+        count = max(1, self.length // longest)
+        if self.packs:
+            most = min(self.length, count * trained)
+            return BatchShape.packed(1, self.length - 1, longest - 1, most)
+        width = padded(longest, count) - 1
+        trimmed = width - trim_start(max(longest - trained - 1, 0))
+        return BatchShape.single(count, width, trimmed, count * trained)
+
+    def total(self, batches: Sequence[Batch]) -> float:
+        """Tokens that count: of the metrics, since weights are parts of the loss as they are."""
+        return float(sum(np.count_nonzero(batch.weights) for batch in batches))
+
+    def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
+        return rows_of(batch)
+
+    def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
+        """`members` [B, M] are 1/n where a token is one of the n of a completion."""
+        tokens, b, t, places = predictions(batch)
+        if batch.packed:
+            owner = np.searchsorted(np.cumsum(batch.lengths), places[1], side="right")
+        else:
+            owner = b
+        members = (np.arange(len(batch.lengths))[:, None] == owner).astype(np.float32)
+        members /= np.maximum(members.sum(1, keepdims=True), 1)
+        nothing = np.zeros_like(batch.weights)
+        return {
+            **stream_values(chain, SINGLE[0], tokens, b, t),
+            "targets": ops.upload(batch.tokens[places]),
+            "weights": ops.upload(batch.weights[places]),
+            "members": ops.upload(members),
+            "part": mx.array(1 / max(total, 1), mx.float32),
+            **{n: ops.upload(batch.numbers.get(n, nothing)[places]) for n in NUMBERS},
+        }
+
+    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
+        def outputs(
+            params: Mapping[str, mx.array],
+            h: mx.array,
+            rows: mx.array,
+            targets: mx.array,
+            *reads: mx.array,
+        ) -> tuple[mx.array, ...]:
+            h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
+            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
+            return self._outputs(log_p, *reads)
+
+        return outputs
+
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        weights, members, part, advantage, rollout, old, reference = reads
+        now = mx.stop_gradient(log_p)
+        # A token that was drawn has a log-probability below 0: 0 is where none was computed.
+        old = mx.where(old == 0, now, old)
+        moved = log_p - old
+        if self.kind == "gspo":
+            means = (members * moved).sum(1, keepdims=True)
+            moved = ((members > 0) * means).sum(0)
+        ratio = mx.exp(moved)
+        bounded = mx.clip(ratio, 1 - self.low, 1 + self.high)
+        losses = -mx.minimum(ratio * advantage, bounded * advantage)
+        apart = mx.where(rollout == 0, 0, old - rollout)
+        if self.cap:
+            losses = losses * mx.minimum(mx.exp(apart), self.cap)
+        kl = mx.zeros_like(log_p)
+        if self.beta:
+            less = reference - log_p
+            kl = mx.expm1(less) - less
+            losses = losses + self.beta * kl
+        up = (ratio > 1 + self.high) & (advantage > 0)
+        clipped = ((ratio < 1 - self.low) & (advantage < 0)) | up
+        means = (kl, clipped, mx.abs(apart))
+        return (
+            (weights * losses).sum(),
+            *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means),
+        )
+
+
+@dataclass(frozen=True)
+class LogProbs(Grpo):
+    """No loss: outputs the log-probabilities of the tokens that count, [M]."""
+
+    metrics = ()
+
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        return (log_p,)
+
+
+def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
+    """A batch whose tokens that count have these log-probabilities, float32 [M], by this name."""
+    *_, places = predictions(batch)
+    own = np.zeros_like(batch.weights)
+    own[places] = found
+    return replace(batch, numbers={**batch.numbers, name: own})
+
+
+def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
+    """Rewards [P, G] of P prompts less the mean of their group, float64; divided by the standard
+    deviation of each group or of all rewards plus 1e-4, or not."""
+    rewards = rewards.astype(np.float64)
+    centred = rewards - rewards.mean(1, keepdims=True)
+    if scaling == "none":
+        return centred
+    spread = rewards.std(1, ddof=1, keepdims=True) if scaling == "group" else rewards.std(ddof=1)
+    return centred / (spread + 1e-4)

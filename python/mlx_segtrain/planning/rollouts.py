@@ -1,0 +1,65 @@
+"""How many completions are generated at once: what their caches and logits take of the budget."""
+
+from __future__ import annotations
+
+from ..config import TrainConfig
+from ..errors import NoRoom
+from ..hub import title
+from ..models.headers import ModelShape, read_shape
+from .budget import budget_bytes, device
+from .costs import Device
+from .run import adapter_numbers
+
+#: mlx-lm's caches grow by so many tokens.
+CACHE_STEP = 256
+#: Arrays of a row's logits in float32 that exist at once: drawing a token makes most of them.
+LOGITS = 6
+#: Bytes of what the layers hold for one token of each row, and of compiled kernels.
+SLACK = 64 << 20
+
+
+def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
+    """Bytes of a sequence's keys and values; of layers with a window as if they had none."""
+    length = -(-tokens // CACHE_STEP) * CACHE_STEP
+    own = sum(layer.key_value for layer in shape.layers if layer.donor is None)
+    return 2 * length * own * device.size
+
+
+def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
+    """The peak of generating `at_once` completions that end up with so many tokens, prompts
+    included; None where memory is not predicted."""
+    shape = read_shape(config.model_dir)
+    if not shape.fast:
+        return None
+    fixed, row = _parts(config, shape, tokens)
+    return fixed + at_once * row
+
+
+def rollouts_at_once(config: TrainConfig, tokens: int) -> int:
+    """The most that fit into the budget of the run, at most all of a step; NoRoom for none."""
+    shape = read_shape(config.model_dir)
+    every = config.batch_size * config.group_size
+    if not shape.fast:
+        return every
+    given = config.memory_budget_gb
+    budget = budget_bytes(None if given == "auto" else given)
+    fixed, row = _parts(config, shape, tokens)
+    most = (budget - fixed) // row
+    if most < 1:
+        raise NoRoom(
+            f"generating one completion of {tokens} tokens with its prompt takes "
+            f"{(fixed + row) / 1e9:.2f} GB with {title(config.model_dir)}, more than the budget of "
+            f"{budget / 1e9:.2f} GB: lower max_completion_tokens, or raise memory_budget_gb."
+        )
+    return min(every, most)
+
+
+def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
+    """Bytes besides the completions, and of each; while a cache of one layer grows, its old and
+    its new arrays exist."""
+    on = device(config.deterministic, shape.float_size)
+    # Factors and what the optimizer remembers of them; and factors in the dtype of the model.
+    fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * adapter_numbers(config, shape)
+    cache = cache_bytes(shape, tokens, on)
+    layers = sum(layer.donor is None for layer in shape.layers)
+    return fixed, cache + cache // max(layers, 1) + LOGITS * 4 * shape.vocabulary

@@ -1,0 +1,116 @@
+"""Scores of completions: checks that are built in, functions of Python, a command.
+
+A reward scores completions in one call, a number for each; a run adds them up by their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import TrainConfig
+from ..errors import InputError, RunError, shown
+from .calling import by_command, function_of, with_what_it_takes
+from .checks import check_of
+
+__all__ = ["Function", "Rewards", "Scores"]
+
+#: (prompts, completions, **columns) → a number for each completion; columns are lists too.
+Function = Callable[..., Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """By the name of each reward a number for each completion, and their weighted sums."""
+
+    by_name: dict[str, list[float]]
+    total: list[float]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a run by name, with the weight of each."""
+
+    rewards: Mapping[str, Function]
+    weights: Sequence[float]
+
+    @classmethod
+    def of(cls, config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards:
+        """Those of a configuration and functions of Python besides; InputError if one cannot be
+        used, or there is none."""
+        named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
+        named += [function_of(spec) for spec in config.reward_functions]
+        named += [
+            (getattr(own, "__name__", "function"), with_what_it_takes(own)) for own in functions
+        ]
+        if config.reward_command is not None:
+            named.append(("command", by_command(config.reward_command)))
+        if not named:
+            raise InputError(
+                "method grpo needs a reward: give rewards, reward_functions or reward_command "
+                "(docs/grpo.md).",
+                field="rewards",
+            )
+        weights = list(config.reward_weights) or [1.0] * len(named)
+        if len(weights) != len(named):
+            raise InputError(
+                f"reward_weights has {len(weights)} numbers for {len(named)} rewards: give one for "
+                "each.",
+                field="reward_weights",
+            )
+        rewards: dict[str, Function] = {}
+        for name, reward in named:
+            n = 1 + sum(other.partition(" ")[0] == name for other in rewards)
+            rewards[name if n == 1 else f"{name} {n}"] = reward
+        return cls(rewards, weights)
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str], tokens: Sequence[int]
+    ) -> Scores:
+        """Scores of completions, of each of which its row with the prompt is given, and its tokens.
+
+        RunError if a reward fails, or gives anything but a finite number for each.
+        """
+        keys = dict.fromkeys(key for row in rows for key in row if key != "prompt")
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        columns |= {"completion_tokens": list(tokens)}
+        prompts = [row["prompt"] for row in rows]
+        found = {}
+        for name, reward in self.rewards.items():
+            try:
+                scores = list(reward(prompts=prompts, completions=list(completions), **columns))
+            except RunError:
+                raise
+            except Exception as error:
+                said = " ".join(str(error).split())[:300]
+                raise RunError(
+                    f"reward {name} failed ({type(error).__name__}: {said}): mend it and resume."
+                ) from error
+            found[name] = _checked(name, scores, completions)
+        sums = (
+            math.fsum(w * x for w, x in zip(self.weights, own, strict=True))
+            for own in zip(*found.values(), strict=True)
+        )
+        return Scores(found, list(sums))
+
+
+def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[float]:
+    if len(scores) != len(completions):
+        raise RunError(
+            f"reward {name} gave {len(scores)} scores for {len(completions)} completions: it must "
+            "give one for each."
+        )
+    numbers = []
+    for score, completion in zip(scores, completions, strict=True):
+        try:
+            numbers.append(float(score))
+        except (TypeError, ValueError):
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
+            raise RunError(
+                f"reward {name} gave {shown(score, 60)} for the completion {shown(completion, 80)}:"
+                " it must give a finite number; mend it and resume."
+            )
+    return numbers

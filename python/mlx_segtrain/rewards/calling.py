@@ -1,0 +1,79 @@
+"""Rewards that the user writes: functions of Python, and a command."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RunError
+
+
+def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
+    """The name and the function of `module:function` or `file.py:function`; InputError."""
+    place, _, name = spec.rpartition(":")
+    try:
+        if not place or not name:
+            raise ValueError("write module:function or file.py:function")
+        found = getattr(_module(place), name)
+        if not callable(found):
+            raise TypeError("it is no function")
+    except Exception as error:  # a module may fail in any way when it is imported
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"reward_functions: {spec} cannot be used ({said}).", field="reward_functions"
+        ) from error
+    return name, with_what_it_takes(found)
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).expanduser()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, given only those columns that it names unless it takes all (**columns)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of some that are written in C
+        return function
+    if any(own.kind is own.VAR_KEYWORD for own in parameters):
+        return function
+    names = {own.name for own in parameters}
+    return lambda **given: function(**{name: x for name, x in given.items() if name in names})
+
+
+def by_command(command: str) -> Callable[..., list[float]]:
+    """Scores that a command prints, a line for each completion; it reads them as lines of JSON."""
+    words = shlex.split(command)
+
+    def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
+        lines = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            own = {name: values[i] for name, values in columns.items()}
+            lines.append(json.dumps({**own, "prompt": prompt, "completion": completion}))
+        try:
+            done = subprocess.run(
+                words, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise RunError(
+                f"reward_command cannot be started: {words[0]}: {error.strerror}."
+            ) from error
+        if done.returncode:
+            last = " ".join(done.stderr.strip().splitlines()[-1:])[:300]
+            raise RunError(f"reward_command ended with {done.returncode}: {last}")
+        return [float(line) for line in done.stdout.split()]
+
+    return score

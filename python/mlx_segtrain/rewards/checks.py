@@ -1,0 +1,147 @@
+"""Checks of completions that are built in. Each scores from 0 to 1, and runs nothing of others."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import re2
+
+from ..errors import InputError, shown
+
+#: A number in a text, with separators of thousands.
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
+#: Numbers are equal up to this part of them.
+ACCURACY = 1e-6
+
+Check = Callable[..., list[float]]
+
+
+def check_of(spec: str) -> Check:
+    """The check of a specification `name:argument`; InputError for an unknown or wrong one."""
+    name, _, argument = spec.partition(":")
+    if name not in CHECKS:
+        raise InputError(
+            f"rewards: {shown(spec, 80)} is no check; there are {', '.join(CHECKS)} "
+            "(docs/grpo.md); functions go into reward_functions.",
+            field="rewards",
+        )
+    if not argument:
+        raise InputError(
+            f"rewards: {name} needs an argument, as in {EXAMPLES[name]}.", field="rewards"
+        )
+    return CHECKS[name](argument)
+
+
+def _exact(column: str) -> Check:
+    """The whole completion is what the column has."""
+
+    def check(completions: Sequence[str], **columns: Any) -> list[float]:
+        wanted = _column(column, columns)
+        pairs = zip(completions, wanted, strict=True)
+        return [float(text.strip() == str(own).strip()) for text, own in pairs]
+
+    return check
+
+
+def _number(column: str) -> Check:
+    """The last number of the completion is that of the column."""
+
+    def check(completions: Sequence[str], **columns: Any) -> list[float]:
+        pairs = zip(completions, _column(column, columns), strict=True)
+        return [float(_equal(last_number(text), last_number(str(own)))) for text, own in pairs]
+
+    return check
+
+
+def _equal(x: float | None, y: float | None) -> bool:
+    return x is not None and y is not None and math.isclose(x, y, rel_tol=ACCURACY)
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text; None if there is none."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _column(name: str, columns: dict[str, Any]) -> list[Any]:
+    if name not in columns or None in columns[name]:
+        raise KeyError(f'rows have no column "{name}"')
+    return columns[name]
+
+
+def _regex(pattern: str) -> Check:
+    """The pattern is found in the completion, in linear time."""
+    try:
+        compiled = re2.compile(pattern)
+    except re2.error as error:
+        raise InputError(
+            f"rewards: {shown(pattern, 80)} is no pattern that RE2 takes ({error}).",
+            field="rewards",
+        ) from None
+
+    def check(completions: Sequence[str], **columns: Any) -> list[float]:
+        return [float(compiled.search(text) is not None) for text in completions]
+
+    return check
+
+
+def _json_schema(text: str) -> Check:
+    """The whole completion is JSON that the schema takes."""
+    try:
+        from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            'rewards: json_schema needs a package that is not installed: pip install "mlx-segtrain'
+            '[rewards]".',
+            field="rewards",
+        ) from None
+    try:
+        validator = validator_for(json.loads(text))
+    except Exception as error:  # the library has errors of several kinds
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"rewards: {shown(text, 80)} is no JSON schema ({said}).", field="rewards"
+        ) from None
+
+    def check(completions: Sequence[str], **columns: Any) -> list[float]:
+        return [float(_takes(validator, text)) for text in completions]
+
+    return check
+
+
+def _takes(validator: Any, text: str) -> bool:
+    try:
+        return bool(validator.is_valid(json.loads(text)))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _length(most: str) -> Check:
+    """1 up to so many tokens, then less and less, and 0 from twice as many on."""
+    if not most.isdecimal() or int(most) < 1:
+        raise InputError(
+            f"rewards: length:{shown(most, 40)} must give a number of tokens.", field="rewards"
+        )
+
+    def check(completion_tokens: Sequence[int], **columns: Any) -> list[float]:
+        return [min(1.0, max(0.0, 2 - n / int(most))) for n in completion_tokens]
+
+    return check
+
+
+CHECKS: dict[str, Callable[[str], Check]] = {
+    "exact": _exact,
+    "number": _number,
+    "regex": _regex,
+    "json_schema": _json_schema,
+    "length": _length,
+}
+EXAMPLES = {
+    "exact": "exact:answer",
+    "number": "number:answer",
+    "regex": "regex:^yes",
+    "json_schema": 'json_schema:{"type": "object"}',
+    "length": "length:100",
+}

@@ -1,0 +1,25 @@
+"""An answer that a client waits for."""
+
+import time
+from itertools import count
+
+from ...generation.batching import Answer
+from ...generation.decoding import Options, Piece
+from .mounting import Selected
+from .pieces import Outbox
+
+_numbers = count()
+
+
+class Request(Answer):
+    """An answer whose pieces go to a reader in an event loop; to be made in a running one."""
+
+    def __init__(self, prompt: list[int], selected: Selected, options: Options):
+        super().__init__(prompt, selected.base, options)
+        self.selected = selected
+        self.outbox = Outbox()
+        self.number = next(_numbers)
+        self.asked = self.since = time.monotonic()  #: since: it waits, or generates
+
+    def give(self, piece: Piece) -> None:
+        self.outbox.put(piece)

@@ -1,0 +1,50 @@
+"""completions.jsonl: what each step generated and how it was scored, a completion a line."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import sync_open, to_json
+
+NAME = "completions.jsonl"
+
+
+class CompletionLog:
+    """The file of a run; what cannot be written is a warning, once."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]):
+        self.path, self._warn, self._failed = folder / NAME, warn, False
+
+    def begin(self, step: int) -> None:
+        """Keeps lines up to this step; OSError. No file if there are none."""
+        if not self.path.exists():
+            return
+        if not step:
+            self.path.unlink()
+            return
+        end = 0
+        with open(self.path, "r+b") as file:
+            for line in file:
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                except (ValueError, KeyError, TypeError):
+                    break
+                end += len(line)
+            file.truncate(end)
+
+    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                file.write(b"".join(to_json(line).encode() + b"\n" for line in lines))
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                self._warn(f"{self.path} cannot be written ({error.strerror or error})")
+
+    def sync(self) -> None:
+        """Waits until the disk has all lines."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                sync_open(file.fileno())

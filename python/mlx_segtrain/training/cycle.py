@@ -1,0 +1,242 @@
+"""A step of grpo: completions by the adapter as it is, their rewards, and updates on them.
+
+The base stays where it is: its linears get the adapter for the completions, and the chain of the
+updates is over the same weights. All random numbers follow from the seed of the run, the step, the
+prompt and the number of the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import ROWS, TrainConfig
+from ..data import AnyBatch, Batch, Dataset, Row, eval_batches
+from ..generation.decoding import Options
+from ..generation.rollouts import Completion, Policy, complete
+from ..models.adapting import attached
+from ..objectives import Grpo, value
+from ..objectives.grpo import advantages, with_log_probs
+from ..rewards import Function, Rewards, Scores
+from ..schedule import Grads
+from .setup import Setup, with_params
+from .state import Iterate, Outcome
+from .step import Stepper
+
+#: A weight that marks a token as one in the loss, and adds nothing to it.
+NOTHING = 1e-30
+
+
+def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards | None:
+    """The rewards of a run whose rows are prompts; None for others. InputError."""
+    return Rewards.of(config, functions) if ROWS[config.method] == "prompt" else None
+
+
+def seed_of(*what: int) -> int:
+    """A seed that is a function of these numbers."""
+    digest = blake2b(",".join(map(str, what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions of each prompt, and how they were scored, in the same order."""
+
+    rows: list[Row]
+    completions: list[list[Completion]]
+    scores: Scores
+
+    @property
+    def flat(self) -> list[Completion]:
+        return [own for group in self.completions for own in group]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[P, G]"""
+        return np.array(self.scores.total).reshape(len(self.rows), -1)
+
+    def means(self) -> dict[str, float]:
+        """The mean reward, that of each, and the mean length."""
+        found = {"reward": float(self.rewards.mean())}
+        if len(self.scores.by_name) > 1:
+            found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
+        return found | {"length": float(np.mean([len(own.tokens) for own in self.flat]))}
+
+
+def roll_out(
+    setup: Setup, params: Grads, rewards: Rewards, rows: list[Row], options: list[list[Options]]
+) -> Rollouts:
+    """Completions of prompts with these factors of the adapter, and their scores; RunError."""
+    config, chain = setup.config, setup.chain
+    assert isinstance(config.rollout_batch, int)
+    adapter = with_params(chain, setup.scales, params)
+    prompts = [row.ids.tolist() for row in rows]
+    with attached(setup.model, chain, adapter) as model, _room(setup):
+        policy = Policy(model, setup.tokenizer, chain.max_length)
+        made = complete(policy, prompts, options, config.rollout_batch)
+    given = [row.given or {} for row, own in zip(rows, made, strict=True) for _ in own]
+    flat = [own for group in made for own in group]
+    scores = rewards(given, [x.text for x in flat], [len(x.tokens) for x in flat])
+    return Rollouts(rows, made, scores)
+
+
+@contextmanager
+def _room(setup: Setup) -> Iterator[None]:
+    """Within it MLX may take the budget, and not only what a plan of updates does; caches of the
+    completions are freed after it."""
+    if setup.plan.planned is None:
+        yield
+        return
+    before = mx.set_memory_limit(setup.plan.budget)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+        mx.clear_cache()
+
+
+@dataclass
+class Cycle(Stepper):
+    """Takes steps whose data are made in them; a batch gives the prompts."""
+
+    rewards: Rewards = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert isinstance(self.setup.objective, Grpo)
+        self.objective = self.setup.objective
+        self._made: list[dict[str, Any]] = []
+
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        return self._made
+
+    def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
+        """Nothing: which kernels a step takes is known once it has completions."""
+
+    def __call__(
+        self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
+    ) -> tuple[Iterate, Outcome]:
+        config, prompts = self.setup.config, self.setup
+        indices = [int(i) for batch in accumulated for i in batch.rows]
+        options = [
+            [self._options(seed_of(config.seed, at.step, i, j)) for j in range(config.group_size)]
+            for i in indices
+        ]
+        rows = [prompts.train.rows[i] for i in indices]
+        params = prompts.layout.split(at.vector)
+        found = roll_out(prompts, params, self.rewards, rows, options)
+        gains = advantages(found.rewards, config.advantage_scaling)
+        data = self._trained(found, gains)
+        self.setup = replace(prompts, train=data)
+        try:
+            batches = self._with_references(params, self._batches(data))
+            start, new, outcome = at, at, None
+            for _ in range(config.updates_per_step):  # all at the rate of this step
+                new, outcome = super().__call__(replace(new, step=start.step), batches, losses)
+        finally:
+            self.setup = prompts
+        assert outcome is not None
+        self._made = list(_lines(at.step + 1, found, gains))
+        metrics = {**self._metrics(found), **outcome.metrics}
+        return new, replace(outcome, metrics=metrics)
+
+    def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
+        """Minus the mean reward of one greedy completion of each prompt, as a loss; and rewards."""
+        setup = self.setup
+        assert setup.valid is not None
+        rows = list(setup.valid.rows)
+        options = [[replace(self._options(0), temperature=0.0)] for _ in rows]
+        params = setup.layout.split(at.vector)
+        means = roll_out(setup, params, self.rewards, rows, options).means()
+        return -means["reward"], means
+
+    def _options(self, seed: int) -> Options:
+        config = self.setup.config
+        how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
+        return Options(max_tokens=config.max_completion_tokens, **how)
+
+    def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
+        """The completions that the loss depends on, as rows."""
+        config, flat = self.setup.config, found.flat
+        kept = np.array([own.finish == "stop" or not config.mask_truncated for own in flat])
+        lengths = np.array([len(own.tokens) for own in flat])
+        weights = self.objective.weights(lengths, kept)
+        counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
+        if not counted.any():  # the optimizer takes a step without a gradient
+            shortest = int(lengths.argmin())
+            weights[shortest], counted[shortest] = NOTHING, True
+        rows = []
+        for i in np.flatnonzero(counted):
+            own, (p, j) = flat[i], divmod(int(i), gains.shape[1])
+            prompt = found.rows[p]
+            before = np.zeros(len(prompt), np.float32)
+
+            def after(values: Any, own=own, before=before) -> np.ndarray:
+                return np.concatenate([before, np.full(len(own.tokens), values, np.float32)])
+
+            numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}
+            ids = np.concatenate([prompt.ids, np.array(own.tokens, np.int32)])
+            source = f"{prompt.source}, completion {j + 1}"
+            rows.append(Row(ids, after(weights[i]), source, numbers=numbers))
+        return Dataset.of(rows, self.setup.train.pad_id)
+
+    def _batches(self, data: Dataset) -> list[Batch]:
+        """Packed into passes of max_seq_length tokens, or padded."""
+        most = self.setup.config.max_seq_length
+        if self.setup.config.packing:
+            found: Any = eval_batches(data.in_rows_of(most), 1)
+        else:
+            found = eval_batches(data, max(1, most // int(data.columns.length.max())))
+        return list(found)
+
+    def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:
+        """With the log-probabilities that the loss compares with, where it does."""
+        setup, config = self.setup, self.setup.config
+        wanted: list[tuple[str, Any, Any]] = []
+        if config.updates_per_step > 1:
+            wanted.append(("old", setup.scales, params))
+        if config.grpo_beta:
+            wanted.append(("reference", {}, {}))
+        found = []
+        for batch in batches:
+            for name, scales, own in wanted:
+                (log_p,) = value(self.objective.old, setup.chain, scales, own, batch, 1.0)
+                batch = with_log_probs(batch, name, np.array(log_p))
+            found.append(batch)
+        return found
+
+    def _metrics(self, found: Rollouts) -> dict[str, float]:
+        spread = found.rewards.std(1)
+        truncated = float(np.mean([own.finish == "length" for own in found.flat]))
+        return {
+            **found.means(),
+            "reward_std": float(spread.mean()),
+            "equal_groups": float(np.mean(spread == 0)),
+            "truncated": truncated,
+        }
+
+
+def _lines(step: int, found: Rollouts, gains: np.ndarray) -> Iterator[dict[str, Any]]:
+    """What completions.jsonl has of a step."""
+    scores = found.scores
+    for i, own in enumerate(found.flat):
+        p, j = divmod(i, gains.shape[1])
+        yield {
+            "step": step,
+            "row": found.rows[p].source,
+            "completion": j + 1,
+            "prompt": (found.rows[p].given or {}).get("prompt"),
+            "text": own.text,
+            "tokens": len(own.tokens),
+            "finish": own.finish,
+            "reward": scores.total[i],
+            "rewards": {name: values[i] for name, values in scores.by_name.items()},
+            "advantage": float(gains[p, j]),
+        }
