@@ -51,17 +51,18 @@ def test_callbacks_get_the_metrics_of_every_step_and_evaluation(trained):
     assert all(own["left_s"] > 0 for own in steps[:-1])
 
 
-def test_the_training_loss_is_the_same_mean_wherever_it_is_shown(trained):
-    """Of the last steps_per_report steps, here 4: the losses of single steps follow from the means
-    of the first ones."""
+def test_the_training_loss_is_the_same_mean_wherever_it_is_shown(trained, llama4, tmp_path):
+    """Of the last steps_per_report steps, here 4."""
     result, steps, _ = trained
-    means = [own["loss"] for own in steps]
-    single = [means[0], *((i + 1) * means[i] - i * means[i - 1] for i in range(1, 4))]
-    single.append(4 * (means[4] - means[3]) + single[0])
-    single.append(4 * (means[5] - means[4]) + single[1])
-    assert result.final_train_loss == pytest.approx(sum(single[2:]) / 4)
+    single = []
+    config = {**result.config.model_dump(exclude_unset=True), "adapter_path": tmp_path / "a"}
+    how = {**config, "steps_per_report": 1, "on_step": lambda own: single.append(own["loss"])}
+    train(train_data=ROWS, **how)
+    means = [sum(single[max(0, i - 4) : i]) / min(i, 4) for i in range(1, 7)]
+    assert [own["loss"] for own in steps] == pytest.approx(means)
+    assert result.final_train_loss == pytest.approx(means[5])
     reported = {own["step"]: own["loss"] for own in result.history if own["kind"] == "train"}
-    assert reported == {1: means[0], 4: means[3], 6: means[5]}
+    assert reported == {step: steps[step - 1]["loss"] for step in (1, 4, 6)}
     assert f"{means[5]:.4f}" in (result.adapter_path / "README.md").read_text()
 
 

@@ -537,3 +537,11 @@ def test_a_row_of_python_that_is_too_long(monkeypatch):
     monkeypatch.setattr(limits, "MOST_BYTES", 9)
     with pytest.raises(InputError, match="train_data:1: the row has more than"):
         sources_of([{"text": "a" * 9}])
+
+
+def test_a_table_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    rows = [*FLAT, {"prompt": "q", "completion": None}]
+    frame = pandas.DataFrame(rows)
+    for own, wanted in ((frame, rows), (frame.iloc[[3, 1]], [rows[3], rows[1]])):
+        assert [row for _, row in rows_of(sources_of(own)[0])] == wanted

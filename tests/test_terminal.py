@@ -107,6 +107,16 @@ FIGURES = {
 }
 
 
+def test_the_bar_ends_with_the_last_validation_and_nothing_left() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=160, force_terminal=True, highlight=False)
+    with Terminal(console) as terminal:
+        for event in run_events():
+            terminal(event | ({"left_s": 9.0} if event.get("kind") == "train" else {}))
+    last = [line for line in re.split(r"[\r\n]", plain(out.getvalue())) if "━" in line][-1]
+    assert last.rstrip().endswith("peak 3.25 GB  0s left  validation 800.0000")
+
+
 def plain(text: str) -> str:
     """Without escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)

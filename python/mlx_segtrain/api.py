@@ -130,8 +130,8 @@ def train(
     or those of the flags (`lr`, `adapter`). `model` is a folder, a name of the hub, or `(model,
     tokenizer)` as `load` and mlx_lm.load return them; the result then has the same model with the
     adapter applied. `data` (or `train_data`) is a path or a name of the hub, or rows: a list or an
-    iterator of dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table; `valid_data` those to
-    validate.
+    iterator of dicts, a `datasets.Dataset` or `DatasetDict`, a table of Arrow, pandas or polars;
+    `valid_data` those to validate.
 
     A bar is shown in a terminal and in a notebook, unless `progress` is False or `on_event` is
     given, which receives the run's events (mlx_segtrain.events). `on_step` and `on_eval` receive

@@ -65,7 +65,7 @@ def _init(args: argparse.Namespace) -> int:
         own = ["--model", str(config.model_dir)]
         data = str(config.data_dir)
         show.command("look at the data", ["mlx-segtrain", "inspect", data, *own])
-        show.command("will it fit?", ["mlx-segtrain", "plan", "--config", str(args.file)])
+        show.command("see whether it fits", ["mlx-segtrain", "plan", "--config", str(args.file)])
         show.command("train", ["mlx-segtrain", "train", "--config", str(args.file)])
     return 0
 

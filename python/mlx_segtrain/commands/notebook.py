@@ -35,9 +35,10 @@ class Notebook(Terminal):
         else:
             super()._show(event)
 
-    def _step(self, event: Event) -> None:
+    def _draw(self, event: Event) -> None:
         from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 
+        self._last = event
         step = event["step"]
         text = f"{step}/{self.iters}  {self._figures(event, wide=True)}{self._loss}"
         html = HTML(

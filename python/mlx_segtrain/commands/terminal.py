@@ -98,6 +98,7 @@ class Terminal:
         self._waiting: TaskID | None = None
         self._told = 0.0
         self._loss = ""  # of the last evaluation
+        self._last: Event | None = None  # what the bar shows
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -171,6 +172,8 @@ class Terminal:
         elif event["type"] == "metric" and event["kind"] == "val":
             text = f"loss {event['loss']:.4f}"
             self._loss = f"  validation {event['loss']:.4f}"
+            if self._last is not None:
+                self._draw(self._last)
             if event["perplexity"] is not None:
                 text += f", perplexity {event['perplexity']:.2f}"
             if "accuracy" in event:
@@ -207,6 +210,8 @@ class Terminal:
             self._task = self._bar.add_task(
                 "train", total=self.iters, completed=done, status=f"{done}/{self.iters}"
             )
+        if event["stage"] == "done" and self._last is not None and event["progress"] == 1:
+            self._draw({**self._last, "left_s": 0.0})
         if event["stage"] != "done" and event.get("message"):
             self._line(event["message"])
 
@@ -227,13 +232,18 @@ class Terminal:
         status = event["message"] + left
         self._bar.update(self._waiting, completed=share or 0, total=total, status=status)
 
-    def _step(self, event: Event) -> None:
+    def _draw(self, event: Event) -> None:
         assert self._task is not None  # the stage `train` comes before its metrics
-        step = f"{event['step']}/{self.iters}"
+        self._last = event
         wide = self.console.width >= WIDE
-        status = f"{step}  {self._figures(event, wide)}{self._loss if wide else ''}"
+        figures = f"{self._figures(event, wide)}{self._loss if wide else ''}"
+        status = f"{event['step']}/{self.iters}  {figures}"
         self._bar.update(self._task, completed=event["step"], status=status)
+
+    def _step(self, event: Event) -> None:
+        self._draw(event)
         if self.verbose:
+            step = f"{event['step']}/{self.iters}"
             more = f"  rate {event['learning_rate']:.3g}  gradient {event['grad_norm']:.3g}"
             self._line(f"step {step}: {self._figures(event, wide=True)}{more}")
 
