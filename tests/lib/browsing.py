@@ -52,11 +52,11 @@ class Site:
         return self.api(f"/api/jobs/{id}")["job"]
 
     def wait(self, id: str) -> dict[str, Any]:
-        for _ in range(600):
-            if (job := self.job(id))["status"] not in ("queued", "running"):
-                return job
+        end = time.monotonic() + 180
+        while (job := self.job(id))["status"] in ("queued", "running"):
+            assert time.monotonic() < end, f"{id} does not end"
             time.sleep(0.1)
-        raise AssertionError(f"{id} does not end")
+        return job
 
 
 @contextmanager

@@ -135,6 +135,7 @@ async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
 async def copy(body: forms.PlanRequest) -> forms.Copies:
     """A run as people keep it: a command, a YAML file, a program of Python."""
     values = body.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    values.setdefault("adapter_path", "adapters")  # the server's own is of no use elsewhere
     return forms.Copies(
         command=copies.command(values),
         yaml=copies.as_yaml(values),

@@ -105,7 +105,11 @@ def _opened_file(path: Path, place: int) -> Iterator[BufferedReader]:
 def check_content(path: Path, file: BufferedReader) -> None:
     """InputError if the file is not of the kind that its name says."""
     if path.suffix == ".safetensors":
-        read_header(Path(f"/dev/fd/{file.fileno()}"))
+        opened = Path(f"/dev/fd/{file.fileno()}")
+        try:
+            read_header(opened)
+        except InputError as error:
+            raise InputError(str(error).replace(str(opened), str(path))) from None
     elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
         raise InputError(f"{path} is no GGUF file: nothing was pushed.")
     elif path.suffix == ".json":

@@ -144,7 +144,7 @@ export default async function setup(main) {
   function inspection() {
     const values = form.values;
     const pairs = affecting.map(({ name }) => [name, values[name]]);
-    const own = { method: form.method, ...Object.fromEntries(pairs) };
+    const own = { ...Object.fromEntries(pairs), method: form.method };
     const length = own.max_seq_length; // what is wrong with it stands there
     if (!(Number.isInteger(length) && length > 1)) delete own.max_seq_length;
     return JSON.stringify({ ...own, path: data.value, model_dir: model.value });
