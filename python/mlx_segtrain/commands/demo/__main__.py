@@ -1,4 +1,4 @@
-"""What recipes/dpo.sh needs: `python -m mlx_segtrain.commands.demo DIR`.
+"""What recipes/dpo.sh and recipes/kto.sh need: `python -m mlx_segtrain.commands.demo DIR`.
 
 It prints where the demo's model is; DIR gets pairs to train on, train.jsonl and valid.jsonl.
 """
