@@ -80,10 +80,13 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
     return params
 
 
-def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> list[LoRALinear]:
-    """Puts ours in the place of all that can be adapted in the layers, and of what is besides."""
+def attach(
+    model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
+) -> list[LoRALinear]:
+    """Puts ours in the place of all that can be adapted in the layers, and of what is adapted
+    besides; if `whole`, of all that is besides."""
     modules = []
-    outer = [path for path in chain.outer if adapter and path in adapter.tensors]
+    outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):
         module = wrap(model, path, 1.0)
         if adapter and path in adapter.tensors:
@@ -93,9 +96,11 @@ def attach(model: nn.Module, chain: Chain, adapter: Adapter | None) -> list[LoRA
 
 
 @contextmanager
-def attached(model: nn.Module, chain: Chain, adapter: Adapter) -> Iterator[nn.Module]:
-    """The model with the adapter, for as long as the context lasts."""
-    modules = attach(model, chain, adapter)
+def attached(
+    model: nn.Module, chain: Chain, adapter: Adapter, *, whole: bool = False
+) -> Iterator[nn.Module]:
+    """The model with the adapter, for as long as the context lasts; `whole` as for attach."""
+    modules = attach(model, chain, adapter, whole=whole)
     try:
         model.eval()
         yield model

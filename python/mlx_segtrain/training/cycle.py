@@ -77,7 +77,9 @@ def roll_out(
     assert isinstance(config.rollout_batch, int)
     adapter = with_params(chain, setup.scales, params)
     prompts = [row.ids.tolist() for row in rows]
-    with attached(setup.model, chain, adapter) as model, _room(setup):
+    # On a CPU our op takes a fourth of the time of MLX's own for the head of many rows.
+    whole = mx.default_device().type == mx.DeviceType.cpu
+    with attached(setup.model, chain, adapter, whole=whole) as model, _room(setup):
         policy = Policy(model, setup.tokenizer, chain.max_length)
         made = complete(policy, prompts, options, config.rollout_batch)
     given = [row.given or {} for row, own in zip(rows, made, strict=True) for _ in own]

@@ -1,6 +1,7 @@
-"""What recipes/dpo.sh and recipes/kto.sh need: `python -m mlx_segtrain.commands.demo DIR`.
+"""What recipes of judged data need: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
-It prints where the demo's model is; DIR gets pairs to train on, train.jsonl and valid.jsonl.
+It prints where the demo's model is; DIR gets pairs to train on, or sums, train.jsonl and
+valid.jsonl.
 """
 
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 from mlx_segtrain.commands.demo.docstrings import write_preferences
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.commands.demo.sums import write_sums
 from mlx_segtrain.files import cache_dir
 
-write_preferences(Path(sys.argv[1]))
+write = write_sums if sys.argv[2:] == ["sums"] else write_preferences
+write(Path(sys.argv[1]))
 print(smollm2_snapshot(cache_dir()))

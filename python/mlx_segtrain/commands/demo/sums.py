@@ -1,0 +1,28 @@
+"""Sums to be answered in JSON: prompts whose answers a run can check."""
+
+import json
+import random
+from pathlib import Path
+
+from mlx_segtrain.files import make_folder
+
+#: Rows that are trained on and held out.
+ROWS = {"train": 96, "valid": 16}
+
+
+def write_sums(path: Path) -> None:
+    """Writes train.jsonl and valid.jsonl, which have no sum in common; the same ones each time."""
+    make_folder(path)
+    pairs = [(a, b) for a in range(1, 13) for b in range(1, 13)]
+    random.Random(0).shuffle(pairs)
+    for name, count in ROWS.items():
+        own, pairs = pairs[:count], pairs[count:]
+        rows = (
+            {
+                "prompt": f'What is {a} + {b}? Answer in JSON like {{"answer": 5}}.',
+                "answer": a + b,
+            }
+            for a, b in own
+        )
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (path / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# GRPO on prompts with rewards; without DATA the demo's model, on sums that are to be answered in JSON.
+#   MODEL=/path/to/model DATA=/path/to/prompts ITERS=24 RANK=16 recipes/grpo.sh [FLAG ...]
+# Flags of `mlx-segtrain train` come last and win: --reward number:answer takes other rewards.
+set -euo pipefail
+recipe=$(cd "$(dirname "$0")" && pwd)/grpo
+source "${recipe%/*}/knobs.sh"
+if [ -z "${DATA:-}" ]; then
+  DATA=$HOME/.cache/mlx-segtrain/data/sums
+  demo_model=$(python3 -m mlx_segtrain.commands.demo "$DATA" sums)
+  MODEL=${MODEL:-$demo_model}
+fi
+knobs "$recipe" SmolLM2-135M-Instruct-4bit smollm2-grpo
+exec mlx-segtrain train "${flags[@]}" "$@"

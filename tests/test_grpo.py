@@ -1,0 +1,197 @@
+"""GRPO's losses: TRL's formulas in float64 with complex steps, weights, packing, and cuts."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from lib import tiny_models
+from lib.checks import random_adapter
+from lib.oracle import assert_close, vjp
+from mlx_segtrain.data import Dataset, Row, eval_batches
+from mlx_segtrain.models import adapting, chain_of
+from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
+from mlx_segtrain.objectives.grpo import advantages, with_log_probs
+from mlx_segtrain.training.collapse import collapsed, mean_of
+from mlx_segtrain.training.cycle import seed_of
+
+LOSSES = {
+    "grpo": Grpo(beta=0.1, most=12),
+    "grpo, no correction": Grpo(cap=0.0),
+    "dr_grpo": Grpo(kind="dr_grpo", beta=0.05, most=12),
+    "dapo": Grpo(kind="dapo", high=0.28),
+    "gspo": Grpo(kind="gspo", low=0.05, high=0.07, beta=0.1),
+}
+LENGTHS = np.array([5, 9, 3, 7])
+TOKENS = int(LENGTHS.sum())
+OWNER = np.repeat(np.arange(4), LENGTHS)
+
+
+def trl(own, log_p, old, rollout, reference, gains):
+    """The loss [] as TRL 1.16 has it: [B, T] with a mask. Takes complex log-probabilities."""
+    mask = np.arange(LENGTHS.max()) < LENGTHS[:, None]
+
+    def table(x):
+        full = np.zeros(mask.shape, x.dtype)
+        full[mask] = x
+        return full
+
+    log_p, old, rollout, reference = map(table, (log_p, old, rollout, reference))
+    ratio = log_p - old
+    if own.kind == "gspo":
+        ratio = ((ratio * mask).sum(1) / mask.sum(1))[:, None]
+    ratio = np.exp(ratio)
+    bounded = np.where(ratio.real > 1 + own.high, 1 + own.high, ratio)
+    bounded = np.where(ratio.real < 1 - own.low, 1 - own.low, bounded)
+    first, second = ratio * gains[:, None], bounded * gains[:, None]
+    losses = -np.where(first.real < second.real, first, second)
+    if own.cap:
+        losses = losses * np.minimum(np.exp(old - rollout), own.cap)
+    if own.beta:
+        losses = losses + own.beta * (np.exp(reference - log_p) - (reference - log_p) - 1)
+    if own.kind == "dapo":
+        return (losses * mask).sum() / mask.sum()
+    if own.kind == "dr_grpo":
+        return (losses * mask).sum() / (len(mask) * own.most)
+    return ((losses * mask).sum(1) / mask.sum(1)).mean()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_are_trls(name):
+    own, rng = LOSSES[name], np.random.default_rng(3)
+    log_p = rng.uniform(-3, -1, TOKENS)
+    old, rollout, reference = (log_p + rng.normal(0, s, TOKENS) for s in (0.3, 0.5, 0.4))
+    gains = rng.normal(size=4)
+    truth = trl(own, log_p, old, rollout, reference, gains)
+    (slope,) = vjp(
+        lambda x: np.array(trl(own, x, old, rollout, reference, gains)), [log_p], np.ones(())
+    )
+    weights = own.weights(LENGTHS, np.ones(4, bool))[OWNER]
+    members = (np.arange(4)[:, None] == OWNER) / LENGTHS[:, None]
+    reads = (weights, members, np.array(1 / TOKENS), gains[OWNER], rollout, old, reference)
+    reads = [mx.array(x.astype(np.float32)) for x in reads]
+
+    def loss(x):
+        return own._outputs(x, *reads)[0]
+
+    found, gradient = mx.value_and_grad(loss)(mx.array(log_p.astype(np.float32)))
+    assert abs(float(found) - truth) < 2e-6 * max(1, abs(truth))
+    assert_close("gradient", gradient, slope, 2e-5)
+    _, kl, clipped, mismatch = own._outputs(mx.array(log_p.astype(np.float32)), *reads)
+    assert abs(float(mismatch) - np.abs(old - rollout).mean()) < 1e-5
+    assert 0 < float(clipped) < 1
+    if own.beta:
+        less = reference - log_p
+        assert abs(float(kl) - (np.exp(less) - less - 1).mean()) < 1e-5
+
+
+def test_truncated_completions_have_no_weight():
+    kept = np.array([True, False, True, True])
+    assert np.allclose(Grpo(kind="dapo").weights(LENGTHS, kept), kept / 15)
+    assert np.allclose(Grpo().weights(LENGTHS, kept), kept / (4 * LENGTHS))
+    assert np.allclose(Grpo(kind="dr_grpo", most=12).weights(LENGTHS, kept), kept / 48)
+
+
+def test_advantages():
+    rewards = np.array([[1, 0, 0, 1], [2, 2, 2, 2.0]])
+    centred = np.array([[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0]])
+    assert np.allclose(advantages(rewards, "none"), centred)
+    spread = np.std([1, 0, 0, 1], ddof=1)
+    assert np.allclose(advantages(rewards, "group"), centred / (spread + 1e-4))
+    assert np.allclose(advantages(rewards, "batch"), centred / (np.std(rewards, ddof=1) + 1e-4))
+
+
+def completions():
+    """Four rows with everything that a loss reads."""
+    rng = np.random.default_rng(5)
+    weights = Grpo().weights(LENGTHS, np.ones(4, bool))
+    rows = []
+    for n, weight in zip(LENGTHS, weights, strict=True):
+        prompt = int(rng.integers(3, 12))
+        ids = rng.integers(0, 128, prompt + n).astype(np.int32)
+        inside = np.arange(prompt + n) >= prompt
+
+        def numbers(values, inside=inside):
+            return np.where(inside, values, 0).astype(np.float32)
+
+        drawn = {name: numbers(rng.uniform(-6, -4, len(ids))) for name in ("rollout", "old")}
+        drawn |= {"reference": numbers(rng.uniform(-6, -4, len(ids)))}
+        own = {"advantage": numbers(rng.normal()), **drawn}
+        rows.append(Row(ids, numbers(weight), "made:1", numbers=own))
+    return Dataset.of(rows)
+
+
+@pytest.fixture(scope="module")
+def model():
+    chain = chain_of(tiny_models.build("llama", num_hidden_layers=3))
+    adapter = random_adapter(chain, dict.fromkeys(chain.linears, 4), 1.5, 0.1)
+    return chain, adapter, adapting.stage_params(chain, adapter)
+
+
+def run(model, objective, batches, size):
+    """Loss, metrics and gradients over batches."""
+    chain, adapter, params = model
+    functions, total = Functions(objective, chain, adapter.scales), objective.total(batches)
+    sums, grads = np.zeros(4), {}
+    for batch in batches:
+        outputs, own = value_and_grad(
+            functions, params, batch, total, cuts=lambda streams: chain.cuts(size, streams)
+        )
+        sums += [float(x) for x in outputs]
+        for part in own.values():
+            for key, grad in part.items():
+                grads[key] = grads[key] + grad if key in grads else grad
+    return sums, grads
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_segments_and_packing_change_nothing(name, model):
+    own, data = LOSSES[name], completions()
+    whole = list(eval_batches(data, 4))
+    truth, slope = run(model, own, whole, 0)
+    assert np.abs(slope["model.layers.1.mlp.up_proj.lora_b"]).max() > 1e-6
+    ways = {
+        "by layer": (whole, 1),
+        "packed": (list(eval_batches(data.in_rows_of(30), 1)), 1),
+        "one by one": (list(eval_batches(data, 1)), 2),
+    }
+    assert len(ways["packed"][0]) > 1
+    for way, (batches, size) in ways.items():
+        found, grads = run(model, own, batches, size)
+        assert_close(f"{way}: loss and metrics", mx.array(found), truth, 1e-5)
+        for key, grad in slope.items():
+            assert_close(f"{way}: {key}", grads[key], np.array(grad), 1e-4)
+
+
+def test_without_old_ones_the_ratio_is_one(model):
+    """And the gradient is that with the model's own as the old ones."""
+    chain, adapter, params = model
+    own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
+    (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
+    known = with_log_probs(batch, "old", np.array(log_p))
+    batch.numbers["old"][:] = 0
+    (loss, *_), grads = run(model, own, [batch], 1)
+    (same, *_), others = run(model, own, [known], 1)
+    gains = batch.numbers["advantage"]
+    assert abs(loss + float((gains * batch.weights).sum())) < 1e-6 and abs(loss - same) < 1e-6
+    for key, grad in grads.items():
+        assert_close(key, grad, np.array(others[key]), 1e-4)
+
+
+def test_collapse():
+    def steps(*means):
+        return [(x, 1e-4) for x in means]
+
+    rising = steps(0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
+    assert collapsed(rising, 2) is None
+    fallen = [*rising, *steps(0.3, 0.2)]
+    assert collapsed(fallen, 0) is None
+    assert "fell from 0.750 to 0.250" in collapsed(fallen, 2)
+    assert collapsed([*rising, *steps(0.6, 0.6)], 2) is None  # less than half of the gain
+    noisy = [(x, 0.04) for x, _ in fallen]
+    assert collapsed(noisy, 2) is None  # chance explains it
+    assert mean_of([0, 1]) == (0.5, 0.125)
+
+
+def test_seeds_differ_by_each_number():
+    seeds = {seed_of(*x) for x in np.ndindex(3, 4, 5, 4)}
+    assert len(seeds) == 3 * 4 * 5 * 4 and seed_of(1, 23) != seed_of(12, 3)

@@ -1,0 +1,135 @@
+"""Rewards: what checks, functions and commands give for completions, and what is refused."""
+
+import shlex
+import sys
+
+import pytest
+
+from mlx_segtrain import InputError, RunError, TrainConfig
+from mlx_segtrain.rewards import Rewards
+from mlx_segtrain.rewards.checks import check_of, last_number
+
+
+def config_of(**changes):
+    paths = {"model_dir": "m", "adapter_path": "a"}
+    return TrainConfig(**paths, method="grpo", **changes)
+
+
+def scores(rewards, completions, **columns):
+    rows = [
+        {"prompt": f"p{i}", **{name: x[i] for name, x in columns.items()}}
+        for i in range(len(completions))
+    ]
+    return rewards(rows, completions, [len(text) for text in completions])
+
+
+@pytest.mark.parametrize(
+    ("spec", "completions", "columns", "wanted"),
+    [
+        ("exact:answer", [" 7\n", "7.", "8"], {"answer": [7, "7", "7"]}, [1, 0, 0]),
+        ("number:answer", ["so 1,234.50", "3 or 4", "no"], {"answer": ["1234.5", 3, 1]}, [1, 0, 0]),
+        ("regex:^yes$", ["yes", "yes!", "no\nyes"], {}, [1, 0, 0]),
+        ("length:4", ["abcd", "abcdef", "a" * 8, "a" * 20], {}, [1, 0.5, 0, 0]),
+        (
+            'json_schema:{"type": "object", "required": ["a"]}',
+            ['{"a": 1}', '{"b": 1}', "{", '{"a": 1} and so on'],
+            {},
+            [1, 0, 0, 0],
+        ),
+    ],
+)
+def test_checks(spec, completions, columns, wanted):
+    found = scores(Rewards.of(config_of(rewards=[spec])), completions, **columns)
+    assert found.total == wanted and list(found.by_name) == [spec.partition(":")[0]]
+
+
+def test_last_number():
+    assert last_number("From 3 to -4.5e1.") == -45
+    assert last_number("none") is None
+
+
+def test_a_pattern_takes_linear_time():
+    check = check_of("regex:^(a+)+$")
+    assert check(completions=["a" * 5000 + "b"]) == [0.0]
+
+
+def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def longer(completions): return [len(x) for x in completions]"
+    )
+    (tmp_path / "score.py").write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    row = json.loads(line)\n"
+        "    print(int(row['completion'] == row['prompt']) + row['bonus'])\n"
+    )
+    config = config_of(
+        rewards=["exact:answer", "exact:other"],
+        reward_functions=[f"{tmp_path / 'own.py'}:longer"],
+        reward_command=shlex.join([sys.executable, str(tmp_path / "score.py")]),
+        reward_weights=[1, 10, 0.5, 100, 2],
+    )
+
+    def python(prompts, completions, **columns):
+        assert columns["answer"] == ["p0", "x"] and columns["completion_tokens"] == [2, 1]
+        return [prompts[0] == "p0", 0]
+
+    columns = {"answer": ["p0", "x"], "other": ["no", "y"], "bonus": [3, 4]}
+    found = scores(Rewards.of(config, [python]), ["p0", "y"], **columns)
+    assert found.by_name == {
+        "exact": [1, 0],
+        "exact 2": [0, 1],
+        "longer": [2, 1],
+        "python": [1, 0],
+        "command": [4, 4],
+    }
+    assert found.total == [1 + 1 + 100 + 8, 10 + 0.5 + 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "method grpo needs a reward"),
+        ({"rewards": ["exakt:answer"]}, "'exakt:answer' is no check; there are exact, number"),
+        ({"rewards": ["exact"]}, "exact needs an argument, as in exact:answer"),
+        ({"rewards": ["regex:("]}, r"'\(' is no pattern that RE2 takes"),
+        ({"rewards": ["length:few"]}, "length:'few' must give a number of tokens"),
+        ({"rewards": ["json_schema:{]"]}, "is no JSON schema"),
+        ({"reward_functions": ["nowhere.py:f"]}, "nowhere.py:f cannot be used .there is no file"),
+        ({"reward_functions": ["json:nothing"]}, "json:nothing cannot be used"),
+        ({"reward_functions": ["json"]}, "write module:function"),
+        ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
+    ],
+)
+def test_rewards_that_cannot_be_used(changes, says):
+    with pytest.raises(InputError, match=says):
+        Rewards.of(config_of(**changes))
+
+
+def fails(completions):
+    raise KeyError("gone")
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (fails, r"reward fails failed \(KeyError: 'gone'\): mend it and resume"),
+        (lambda completions: [1.0], "gave 1 scores for 2 completions"),
+        (lambda completions: [1.0, float("nan")], "gave nan for the completion 'b'"),
+        (lambda completions: [None, 1.0], "gave None for the completion 'a'"),
+    ],
+)
+def test_a_reward_that_fails_is_one_sentence(function, says):
+    with pytest.raises(RunError, match=says):
+        scores(Rewards.of(config_of(), [function]), ["a", "b"])
+
+
+def test_a_column_that_is_missing():
+    with pytest.raises(RunError, match='rows have no column "answer"'):
+        scores(Rewards.of(config_of(rewards=["exact:answer"])), ["a"])
+
+
+def test_a_command_that_fails():
+    command = shlex.join([sys.executable, "-c", "raise SystemExit('out of order')"])
+    with pytest.raises(RunError, match="reward_command ended with 1: out of order"):
+        scores(Rewards.of(config_of(reward_command=command)), ["a"])
