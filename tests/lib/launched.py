@@ -17,8 +17,6 @@ from mlx_segtrain import TrainConfig, train
 from mlx_segtrain.training import links, ranks, watch
 watch.PATIENCE, watch.SETTLE, watch.BEAT = 4.0, 0.4, 0.2
 rank = ranks.launched()
-told = []
-
 {before}
 for given in json.loads(sys.argv[1]):
     try:
@@ -45,15 +43,12 @@ def ranks_of(n, folder, *configs, before=""):
     given = json.dumps([json.loads(own.model_dump_json(exclude_unset=True)) for own in configs])
     code = WORKER.replace("{before}", before)
     environment = os.environ | {"MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, given],
-            env=environment | {"MLX_RANK": str(rank)},
-            stdout=open(folder / f"out{rank}", "w"),
-            stderr=open(folder / f"err{rank}", "w"),
-        )
-        for rank in range(n)
-    ]
+    started = []
+    for rank in range(n):
+        own = {"env": environment | {"MLX_RANK": str(rank)}}
+        with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w") as err:
+            command = [sys.executable, "-c", code, given]
+            started.append(subprocess.Popen(command, stdout=out, stderr=err, **own))
     try:
         yield started
     finally:

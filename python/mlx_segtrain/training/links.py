@@ -122,9 +122,11 @@ class Links:
 
     def _flush(self) -> None:
         """Sends what the watch wants sent; to a rank that does not read it waits here."""
-        for r, message in self.watch.out:
-            if len(self._unsent[r]) < MOST:
-                self._unsent[r] += json.dumps(message).encode() + b"\n"
+        for to, message in self.watch.out:
+            line = json.dumps(message).encode() + b"\n"
+            for r in to:
+                if len(self._unsent[r]) < MOST:
+                    self._unsent[r] += line
         self.watch.out.clear()
         for r, unsent in self._unsent.items():
             try:
@@ -160,7 +162,7 @@ class Links:
     def close(self) -> None:
         """Leaves. A rank that has failed, or has found one, stays until all have been told."""
         deadline = time.monotonic() + 2 * self.watch.settle
-        while self.watch.reports and self.watch.decided is None and time.monotonic() < deadline:
+        while self.watch.lost and self.watch.decided is None and time.monotonic() < deadline:
             time.sleep(LOOK)
         self._ends.set()
         self._thread.join()

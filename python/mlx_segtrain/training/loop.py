@@ -486,7 +486,7 @@ class Run:
         if step:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:
-                kept = "rank 0 keeps what it has come to"
+                kept = "rank 0 saves what it has come to, if it can"
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again, with --resume.")
 
     def _count(self) -> None:
