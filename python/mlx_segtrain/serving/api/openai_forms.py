@@ -94,6 +94,12 @@ class Structure(Request):
     json_object: bool | None = None
     neutral = IN_FORMAT
 
+    @property
+    def says(self) -> bool:
+        """Whether it has any of them."""
+        given = (self.json_, self.regex, self.choice, self.grammar)
+        return bool(self.json_object) or any(own is not None for own in given)
+
 
 class StreamOptions(Request):
     """What a stream holds besides the answer."""
@@ -224,7 +230,8 @@ class Generate(Request):
     def is_formed(self) -> bool:
         """Whether the answer has to be of a form."""
         form = self.response_format
-        return self.structured_outputs is not None or (form is not None and form.type != "text")
+        more = self.structured_outputs
+        return (form is not None and form.type != "text") or (more is not None and more.says)
 
     @property
     def is_guided(self) -> bool:
@@ -427,6 +434,10 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="of the prompt, that needed no computing")
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = Field(description="of the answers, with those of its tags")
+
+
 class Usage(BaseModel):
     """In tokens; the end of the sequence counts."""
 
@@ -436,6 +447,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails | None = Field(
         description="null if the server has no token: clients that do not know each other"
     )
+    completion_tokens_details: CompletionTokensDetails
 
 
 class AssistantMessage(BaseModel):
