@@ -308,6 +308,36 @@ def test_calls_in_a_model_s_own_form(server, said):
         assert answer.choices[0].message.tool_calls is None
 
 
+STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+
+
+def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
+    """What it begins as a call is one, of the schema; what it says otherwise stays."""
+    bad = '<tool_call>\n{"name": "weather", "arguments": {"place": "Paris"}}\n</tool_call>'
+    other = '<tool_call>\n{"name": "clock", "arguments": {"x": 1}}\n</tool_call>'
+    tools = {"tools": [STRICT, CLOCK]}
+    with speaking(server, f"Well, <tool. {bad}") as body:
+        called = ask(server, **tools, **body)
+        loose = ask(server, tools=[WEATHER, CLOCK], **body)
+    with speaking(server, other) as body:
+        clock = ask(server, **tools, **body)
+    with speaking(server, "No. <tool_cal") as body:
+        plain = ask(server, **tools, **body)
+    (call,) = called.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert arguments["place"] in ("Rome", "Oslo") and arguments["days"] in (1, 2)
+    assert called.choices[0].message.content.startswith("Well, <tool. ")
+    (call,) = loose.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"place": "Paris"}
+    (call,) = clock.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("clock", {"x": 1})
+    assert plain.choices[0].message.content == "No. <tool_cal"
+    tokenizer = server.engine.base.tokenizer
+    monkeypatch.setattr(tokenizer._tool_parser, "__module__", "mlx_lm.tool_parsers.mistral")
+    answer = server.http.post(CHATS, json=CHAT | tools)
+    check(answer, 400, "tools.function.strict: this model writes no calls as JSON")
+
+
 @pytest.mark.parametrize("stays", [False, True])
 def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
     """Its calls are read a little later; for who waits too long it is the text that was said."""
@@ -436,9 +466,9 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
     ]:
         body = CHAT | {"tools": [WEATHER]} | more
         check(server.http.post("/v1/chat/completions", json=body), 400, says)
-    strict = {"type": "function", "function": {"name": "f", "strict": True}}
-    body = CHAT | {"tools": [strict]}
-    check(server.http.post("/v1/chat/completions", json=body), 400, "tools.0.function.strict")
+    form = {"response_format": {"type": "json_object"}}
+    body = CHAT | {"tools": [STRICT]} | form
+    check(server.http.post("/v1/chat/completions", json=body), 400, "no calls that could be strict")
     odd = {"type": "function", "function": {"name": "f"}, "cache": 1}
     check(server.http.post("/v1/chat/completions", json=CHAT | {"tools": [odd]}), 400, "cache")
     turn = {"role": "assistant", "content": None}

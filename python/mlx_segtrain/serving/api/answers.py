@@ -113,7 +113,7 @@ class Answers:
     def _tags_of(self, body: Generate) -> Tags:
         """What the texts between tags are, where the request leaves it to the model."""
         tokenizer = self.base.tokenizer
-        if self._chat is None or body.is_guided:
+        if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         call = None

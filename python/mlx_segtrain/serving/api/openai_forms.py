@@ -345,18 +345,22 @@ class ChatRequest(Generate):
             raise InputError("top_logprobs: it is for logprobs: true.")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise InputError("tool_choice: there are no tools to call: give some.")
-        for i, tool in enumerate(self.tools or ()):
-            if tool.function.strict and self.calls == "auto":
-                raise InputError(
-                    f"tools.{i}.function.strict: calls are of their schema where tool_choice is "
-                    "required or names a tool, and not where the model may choose: leave it out."
-                )
+        if self._is_strict and self.is_formed:
+            raise InputError("tools: an answer of a form has no calls that could be strict.")
+
+    @property
+    def _is_strict(self) -> bool:
+        """Whether calls are of a schema where the model may choose."""
+        return self.calls == "auto" and any(tool.function.strict for tool in self.tools or ())
 
     @property
     def is_guided(self) -> bool:
-        return self.calls == "forced" or self.is_formed
+        return self.calls == "forced" or self.is_formed or self._is_strict
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
+        if self._is_strict:
+            schema = tools_of.by_choice(self.tools or [])
+            return grammars.calls("tools.function.strict", schema)
         if self.calls != "forced":
             return super().grammar(grammars)
         if self.is_formed:
