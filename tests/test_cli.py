@@ -337,7 +337,9 @@ def test_bad_input_of_a_run(
     ("argv", "expected"),
     [
         (["train"], "model_dir is missing: set it in the YAML file or with --model"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "there is no command trian. Did you mean train? (see mlx-segtrain --help)"),
+        (["fuse", "--model", "m"], "there is no command fuse. Did you mean merge?"),
+        (["xyz"], "there is no command xyz. (see"),
         (["eval"], "required: --model, --data"),
         (["generate", "--model", "m"], "one of the arguments --prompt --prompt-file"),
         (["generate", "--model", "m", "--prompt", " "], "the prompt is empty"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from mlx_segtrain.commands.words import wrapped
-from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, meant
+from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, meant, nearest
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
@@ -20,6 +21,14 @@ WIDEST = 100
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
 WORD = "WORD"  # one of so many that the help lists them
+
+
+#: What other tools call a command of ours.
+COMMANDS_ELSEWHERE = {
+    **dict.fromkeys(("finetune", "fine-tune", "lora", "sft"), "train"),
+    **{"fuse": "merge", "quantize": "convert", "run": "generate", "ui": "serve", "web": "serve"},
+    **{"evaluate": "eval", "test": "eval", "list": "adapters"},
+}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -52,6 +61,12 @@ class Parser(argparse.ArgumentParser):
         self.rare: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if wrong:
+            given, commands = wrong[1], re.findall(r"[\w-]+", wrong[2])
+            own = COMMANDS_ELSEWHERE.get(given.lower())
+            hint = f" Did you mean {own}?" if own else nearest(given, commands)
+            message = f"there is no command {given}.{hint}"
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def format_help(self, *, all: bool = False) -> str:

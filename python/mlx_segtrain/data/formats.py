@@ -4,6 +4,7 @@ A form is an entry of FORMATS, and nothing else knows what its rows hold.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ def checked(
     if name is None or not set(FORMATS[name].marks) <= row.keys():
         needed = MAIN if name is None else quoted(FORMATS[name].marks)
         had = ", ".join(map(shown, [*row][:10])) + (", …" if len(row) > 10 else "") or "no keys"
-        raise InputError(f"{source}: the row needs the keys {needed}, but has {had}.")
+        hint = _columns_for(row) if name is None and not columns else ""
+        raise InputError(f"{source}: the row needs the keys {needed}, but has {had}.{hint}")
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
@@ -78,6 +80,15 @@ def checked(
         for ours, theirs in (*names.items(), *columns.items()):
             said = said.replace(f'"{ours}"', f'"{theirs}"')
         raise InputError(said) from error
+
+
+def _columns_for(row: Mapping[str, Any]) -> str:
+    """How a row of two texts, whatever they are called, can be trained."""
+    if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
+        return ""
+    own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
+    own = shlex.quote(own)
+    return f" If they are prompt and completion: --columns {own}." if len(own) <= 200 else ""
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
