@@ -3,8 +3,7 @@
 import { api, chunks, every } from "./api.js";
 import { announce, button, card, combobox, empty, expansion } from "./dom.js";
 import { field, h, input, labelled, link, notice, select, show } from "./dom.js";
-import { described } from "./setup.js";
-import { counted, fixed, sentence, tail } from "./text.js";
+import { counted, described, fixed, sentence, tail } from "./text.js";
 
 const ASK = "Ask something: both sides answer.";
 const WAITS = "A job computes now: the chat waits until it has ended.";

@@ -7,7 +7,7 @@ import { announce, button, card, combobox, empty, expansion, facts } from "./dom
 import { h, input, labelled, meter, notice, picker, reveal, show } from "./dom.js";
 import { Form } from "./fields.js";
 import { DATA_NAME, NAME, ROWS, namedAs, offer, send, sendAll, stem } from "./hub.js";
-import { count, many, percent, sentence, size, tail } from "./text.js";
+import { count, described, percent, sentence, size, tail } from "./text.js";
 
 // Milliseconds without a change after which the planner is asked, and the data looked at.
 const PAUSE = 350;
@@ -16,13 +16,6 @@ const AT_ONCE = 64e6;
 // What a run has of its own: another like it does not.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
 const PATH = /^[~/]./;
-
-const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
-
-// A model in a list to choose from.
-export const described = (model) =>
-  [model.id, model.family, many(model.parameters), bitsOf(model), size(model.size_bytes)]
-    .join(" · ");
 
 const where = (text) => (PATH.test(text) ? "a path on the server" : "on the Hugging Face hub");
 const either = (name) => new RegExp(`${name.source}|${PATH.source}`);

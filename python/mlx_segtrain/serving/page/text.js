@@ -27,6 +27,13 @@ export const size = shortened([["GB", 1e9], ["MB", 1e6], ["kB", 1e3]], "B");
 export const many = shortened([["B", 1e9], ["M", 1e6], ["k", 1e3]], "");
 export const gb = (value) => (Number.isFinite(value) ? size(1e9 * value) : NONE);
 
+const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
+
+// A model in a list to choose from.
+export const described = (model) =>
+  [model.id, model.family, many(model.parameters), bitsOf(model), size(model.size_bytes)]
+    .join(" · ");
+
 export function duration(seconds) {
   const total = Math.round(seconds);
   const two = (n) => String(n).padStart(2, "0");
