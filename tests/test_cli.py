@@ -408,7 +408,7 @@ def test_eval_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     replace(monkeypatch, "evaluate", result)
     assert cli.main(["eval", "--model", "m", "--data", "d", "--method", "kto"]) == 0
     out = capsys.readouterr().out
-    assert "0.4000 per row" in out and "undesirable reward  0.5000\n" in out
+    assert "0.4000 per row" in out and "undesirable reward 0.5000\n" in out
 
 
 def test_inspect_counts_rows_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
