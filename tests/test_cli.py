@@ -419,6 +419,12 @@ def test_eval_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "0.4000 per pair" in out and "accuracy        0.7500" in out
     assert evaluate.call_args.args[0].dpo_beta == 0.3
+    names = ("accuracy", "margin", "desirable_reward", "undesirable_reward", "kl")
+    result = training.EvalResult(0.4, None, dict.fromkeys(names, 0.5), 1000, 10, 1, 2)
+    evaluate.return_value = result
+    assert cli.main(["eval", "--model", "m", "--data", "d", "--method", "kto"]) == 0
+    out = capsys.readouterr().out
+    assert "0.4000 per row" in out and "undesirable reward 0.5000\n" in out
 
 
 def test_inspect_counts_rows_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,4 +211,5 @@ def test_inspect_shows_what_is_not_wanted(tmp_path, tokenizer):
     assert report.ok and report.samples == 2 and report.packed is None
     for shown, sign in zip(report.previews, (1, -1), strict=True):
         assert {weight for _, inside, weight in shown.tokens if inside} == {sign}
+        assert shown.source.endswith(", label false") == (sign < 0)
     assert inspect(tmp_path, tokenizer, Options(method="sft")).packed is not None

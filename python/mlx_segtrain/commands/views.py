@@ -213,8 +213,9 @@ def show_verified(found: Verified) -> None:
 def show_evaluation(result: EvalResult, unit: str) -> None:
     """Print a loss with its unit, and how many tokens it was measured on."""
     print(f"loss        {result.loss:.4f} {unit}")
+    width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
     for name, x in result.metrics.items():
-        print(f"{name.replace('_', ' '):16s}{x:.4f}")
+        print(f"{name.replace('_', ' '):{width}s}{x:.4f}")
     if result.perplexity is not None:
         print(f"perplexity  {result.perplexity:.3f}")
     print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")

@@ -184,7 +184,8 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
         for own in sequences(short):
             texts, weights = _texts(own.ids.tolist(), encoder), own.weights.tolist()
             tokens = [(t, w != 0, w) for t, w in zip(texts, weights, strict=True)]
-            shown.append(Preview(own.source, tokens, [FINDINGS[name] for name in own.findings]))
+            source = own.source + (", label false" if min(weights, default=0) < 0 else "")
+            shown.append(Preview(source, tokens, [FINDINGS[name] for name in own.findings]))
     return shown
 
 
