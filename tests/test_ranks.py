@@ -190,7 +190,6 @@ if rank == 1:
     sys.argv[1] = sys.argv[1].replace({str(rows)!r}, {str(other)!r})
 """
     config = config_of(model, rows, tmp_path / "run")
-    few = config.model_copy(update={"grad_accumulation_steps": 1})
     few = config_of(model, rows, tmp_path / "few", grad_accumulation_steps=1)
     with ranks_of(2, tmp_path, few, config, before=before) as started:
         ends(tmp_path, started)

@@ -5,8 +5,8 @@ it wants sent stands in `out`. Every rank has one. Each sends all others a beat 
 Whoever finds that another one has ended or is silent says so to the judges, which are the JUDGES
 lowest ranks that are not lost; a rank that fails says so to all. The first judge decides `settle`
 seconds later, and each of the others as much later again, if it has heard of no decision by then. A
-decision goes to all, and each judge passes it on: one that reaches a judge reaches everybody, though
-the rank that took it is lost while it tells.
+decision goes to all, and each judge passes it on: one that reaches a judge reaches everybody,
+though the rank that took it is lost while it tells.
 """
 
 from dataclasses import dataclass
