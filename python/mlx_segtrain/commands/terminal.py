@@ -343,6 +343,12 @@ def show_plan(report: PlanReport) -> None:
             text = f"does not fit: {gb(other.peak)} at least"
         longest = f"up to {other.longest} tokens" if other.longest else "no length fits"
         line(f"in {gb(other.budget)}", f"{text}; {longest}")
+    if report.ranks:
+        line("ranks", "  each sends      computes       adds up   as fast as one")
+    for own in report.ranks:
+        times = f"{own.compute_s:>12.3g} s{own.add_s:>12.3g} s"
+        speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
+        line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
 
 
 def show_verified(found: Verified) -> None:
