@@ -8,9 +8,9 @@ from mlx_segtrain.training.watch import Lost, Watch
 
 pytestmark = pytest.mark.acceptance
 
-RANKS, PATIENCE, SETTLE, BEAT = 64, 9.0, 2.5, 4.0
-#: Seconds between two looks at the clock, and looks until a message is there: passed on, it is there
-#: before SETTLE is over.
+RANKS, PATIENCE, SETTLE, BEAT = 64, 13.0, 2.5, 6.0
+#: Seconds between two looks at the clock, and looks until a message is there: passed on, it is
+#: there before SETTLE is over.
 LOOK, DELAYS = 0.5, (1, 1, 2)
 
 
@@ -82,7 +82,7 @@ class World:
                     self.inbox[r].append((getattr(Watch, call), args))
         now = self.now
         for r, watch in self.watches.items():
-            if r in self.sleeping:
+            if r in self.sleeping or (watch.decided is not None and not self.inbox[r]):
                 continue
             for call, args in self.inbox[r]:
                 call(watch, *args, now)
@@ -111,7 +111,7 @@ def schedule(seed):
         victims[0] = 0
     at, slept = pick.uniform(0, 3), set()
     for i, r in enumerate(victims):
-        kind = pick.choice([*["die"] * 6, *["fail"] * 4, "sleep", *["nap"][: i]])
+        kind = pick.choice([*["die"] * 6, *["fail"] * 4, "sleep", *["nap"][:i]])
         if kind == "die":
             world.at(at, world.die, r, pick.choice([1.0, pick.random()]))
             if pick.random() < 0.5:

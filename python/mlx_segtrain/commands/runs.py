@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from mlx_segtrain.commands.flags import (
     add_flags,
     add_output_flags,
     add_run_flags,
+    count,
     examples,
     part,
+    seconds,
     share,
 )
 from mlx_segtrain.config import TrainConfig, affecting, flag, load_config
@@ -83,6 +85,24 @@ def add_commands(command: Callable[..., Parser]) -> None:
         default=0.0,
         metavar="X",
         help="part of a row that both sequences of a pair begin with. Default: 0.",
+    )
+    added.add_argument(
+        "--ranks",
+        type=count(2),
+        metavar="N",
+        help="say what N processes would give, and 2 to 256 of them (docs/distributed.md)",
+    )
+    added.add_argument(
+        "--link",
+        type=seconds,
+        metavar="X",
+        help="speed of the network between them, in 10⁹ bytes a second. Default: 1.25.",
+    )
+    added.add_argument(
+        "--step-seconds",
+        type=seconds,
+        metavar="X",
+        help="what a step takes one of them, as probe measures it. Default: an estimate.",
     )
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument(
@@ -248,18 +268,23 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if args.ranks is None and (args.link or args.step_seconds):
+        raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
     from mlx_segtrain.commands.terminal import answer, downloads
     from mlx_segtrain.commands.views import show_plan
     from mlx_segtrain.hub import located, model, outline
     from mlx_segtrain.planning import report
     from mlx_segtrain.planning.run import full_batch, plan_run
+    from mlx_segtrain.planning.scaling import LINK, scaled
 
     with downloads() as show:
         # A picture is drawn of a model that runs.
         config = located(config, show, bring=outline if args.plot is None else model)
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
+    if args.ranks is not None:
+        found = replace(found, ranks=scaled(run, args.ranks, args.link or LINK, args.step_seconds))
     if args.plot is not None:
         from mlx_segtrain.commands.picture import draw
 

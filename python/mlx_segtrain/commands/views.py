@@ -200,6 +200,12 @@ def _longest(tokens: int, most: int | None) -> str:
         return f"rows of {tokens:,} tokens fit, the model's context length"
     known = f" (the model's context length is {most:,})" if most else ""
     return f"rows of up to {tokens:,} tokens fit{known}"
+    if report.ranks:
+        line("ranks", "  each sends      computes       adds up   as fast as one")
+    for own in report.ranks:
+        times = f"{own.compute_s:>12.3g} s{own.add_s:>12.3g} s"
+        speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
+        line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
 
 
 def show_verified(found: Verified) -> None:

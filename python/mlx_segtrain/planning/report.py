@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .run import RunPlan
+from .scaling import Scaled
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PlanReport:
     max_length: int | None = None
     alternatives: list[Alternative] = field(default_factory=list)
     moves: list[tuple[str, int]] = field(default_factory=list)
+    ranks: list[Scaled] = field(default_factory=list)
 
 
 def of(run: RunPlan) -> PlanReport:

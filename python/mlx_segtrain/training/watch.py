@@ -3,10 +3,10 @@
 A state machine without clock and sockets: what arrives and what time it is are its inputs, and what
 it wants sent stands in `out`. Every rank has one. Each sends all others a beat every BEAT seconds.
 Whoever finds that another one has ended or is silent says so to the judges, which are the JUDGES
-lowest ranks that are not lost; a rank that fails says so to all. The first judge decides some
-seconds (`settle`) later, and each of the others as much later again, if it has heard of no decision
-by then. A decision goes to all, and each judge passes it on: one that reaches a single judge reaches
-everybody, though the rank that took it is lost while it tells.
+lowest ranks that are not lost; a rank that fails says so to all. The first judge decides `settle`
+seconds later, and each of the others as much later again, if it has heard of no decision by then. A
+decision goes to all, and each judge passes it on: one that reaches a judge reaches everybody,
+though the rank that took it is lost while it tells.
 """
 
 from dataclasses import dataclass
@@ -92,12 +92,13 @@ class Watch:
         slept, self._ticked = now - self._ticked, now
         if slept > 2 * self.beat:  # others may have spoken meanwhile: give them time again
             self.heard = {r: at + slept for r, at in self.heard.items()}
+        if self.decided is not None:
+            return
         if now >= self._due:
             self._due = now + self.beat
             self.out.append((self.others, {"at": self.at[self.rank]}))
-            if self.decided is None:
-                self._listen(now)
-        if self.lost and self.decided is None:
+            self._listen(now)
+        if self.lost:
             turn = min([*self.judges, self.rank].index(self.rank), JUDGES)
             if now - self._first > self.settle * (1 + turn):
                 # Of several the surest one: others are lost by that, or by a cable.
