@@ -211,6 +211,7 @@ def count(least: int) -> Callable[[str], int]:
 
 part = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
 temperature = number("a finite number >= 0", lambda x: 0 <= x < math.inf)
+finite = number("a finite number", math.isfinite)
 seconds = number("a number > 0", lambda x: 0 < x < math.inf)
 
 

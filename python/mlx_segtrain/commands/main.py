@@ -14,9 +14,9 @@ from pathlib import Path
 from mlx_segtrain import __version__
 from mlx_segtrain.commands import adapters, cache, chat, completion, generate, init, runs
 from mlx_segtrain.commands.adapters import MODEL
-from mlx_segtrain.commands.flags import Parser, add_flags, count, seconds
+from mlx_segtrain.commands.flags import Parser, add_flags, count, finite, seconds
 from mlx_segtrain.commands.runs import UNUSED, config_of
-from mlx_segtrain.config import affecting
+from mlx_segtrain.config import ROWS, affecting
 from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
@@ -84,11 +84,18 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("eval", _eval, "measure loss and perplexity, with or without an adapter")
+    added = command("eval", _eval, "measure loss or rewards, with or without an adapter")
     add_flags(added, ("model_dir", "data_dir"), required=True)
     add_flags(added, ("adapter_path", *affecting("loss")))
     added.add_argument(
         "--split", choices=("valid", "train"), default="valid", help="which rows. Default: valid."
+    )
+    added.add_argument(
+        "--pass-reward",
+        type=finite,
+        default=1.0,
+        metavar="X",
+        help="with --reward: the least reward of a completion that passes. Default: 1.",
     )
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -219,14 +226,20 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    config = config_of(args, adapter_path=getattr(args, "adapter_path", UNUSED))
+    fill = {"adapter_path": getattr(args, "adapter_path", UNUSED)}
+    if any(name in args for name in ("rewards", "reward_functions", "reward_command")):
+        fill = {"method": "grpo", **fill}
+    config = config_of(args, **fill)
     from mlx_segtrain.commands.terminal import answer, downloads
-    from mlx_segtrain.commands.views import show_evaluation
+    from mlx_segtrain.commands.views import show_evaluation, show_score
     from mlx_segtrain.objectives import OBJECTIVES
-    from mlx_segtrain.training import evaluate
+    from mlx_segtrain.training import evaluate, score
 
     adapter = config.adapter_path if "adapter_path" in args else None
     with downloads() as show:
+        if ROWS[config.method] == "prompt":
+            how = {"split": args.split, "passes": args.pass_reward}
+            return answer(score(config, adapter, **how, on_event=show), show_score, args.json)
         result = evaluate(config, adapter, split=args.split, on_event=show)
     unit = OBJECTIVES[config.method].unit
     return answer(result, lambda own: show_evaluation(own, unit), args.json)

@@ -22,7 +22,7 @@ from mlx_segtrain.commands.flags import (
     seconds,
     share,
 )
-from mlx_segtrain.config import TrainConfig, affecting, flag, load_config
+from mlx_segtrain.config import ROWS, TrainConfig, affecting, flag, load_config
 from mlx_segtrain.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -160,11 +160,19 @@ def show_result(
         show.say("nothing was saved: no step was finished")
         return
     show.fact("adapter", str(result.adapter_path))
-    if result.final_train_loss is not None:
+    rewarded = ROWS[config.method] == "prompt"
+    if rewarded and result.final_val_loss is not None:
+        assert result.first_val_loss is not None and result.best_val_loss is not None
+        show.fact(
+            "held-out reward",
+            f"{-result.first_val_loss:.3f} -> {-result.final_val_loss:.3f} "
+            f"(best {-result.best_val_loss:.3f} at step {result.best_step})",
+        )
+    elif result.final_train_loss is not None:
         most = min(config.steps_per_report, result.steps)
         over = f" (mean of the last {most} steps)" if most > 1 else ""
         show.fact("training loss", f"{result.final_train_loss:.4f}{over}")
-    if result.final_val_loss is not None:
+    if result.final_val_loss is not None and not rewarded:
         show.fact(
             "validation loss",
             f"{result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "

@@ -172,6 +172,9 @@ class Terminal:
         elif event["type"] == "metric" and event["kind"] == "val":
             text = f"loss {event['loss']:.4f}"
             self._loss = f"  validation {event['loss']:.4f}"
+            if "reward" in event:
+                text = f"reward {event['reward']:.3f}, length {event['length']:.1f} tokens"
+                self._loss = f"  validation {event['reward']:.3f}"
             if self._last is not None:
                 self._draw(self._last)
             if event["perplexity"] is not None:
@@ -256,6 +259,8 @@ class Terminal:
             return f"{loss}  {rate}  {event['peak_gb']:.2f} GB  {left}"
         if "accuracy" in event:
             loss += f"  accuracy {event['accuracy']:.0%}"
+        if "reward" in event:
+            loss += f"  reward {event['reward']:.3f}  length {event['length']:.1f}"
         return f"{loss}  {speed(event)}  peak {event['peak_gb']:.2f} GB  {left}"
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlx_segtrain.models.conversion import Made
     from mlx_segtrain.ops import selfcheck as doctor
     from mlx_segtrain.planning.report import PlanReport
-    from mlx_segtrain.training import EvalResult, Verified
+    from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
 TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
 CONTEXT = ("default", "dim")
@@ -191,6 +191,12 @@ def show_plan(report: PlanReport) -> None:
         else:
             text = f"does not fit: {gb(other.peak)} at least"
         line(f"in {gb(other.budget)}", f"{text}; {_longest(other.longest, report.max_length)}")
+    if report.ranks:
+        line("ranks", "  each sends      computes       adds up   as fast as one")
+    for own in report.ranks:
+        times = f"{own.compute_s:>12.3g} s{own.add_s:>12.3g} s"
+        speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
+        line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
 
 
 def _longest(tokens: int, most: int | None) -> str:
@@ -200,12 +206,6 @@ def _longest(tokens: int, most: int | None) -> str:
         return f"rows of {tokens:,} tokens fit, the model's context length"
     known = f" (the model's context length is {most:,})" if most else ""
     return f"rows of up to {tokens:,} tokens fit{known}"
-    if report.ranks:
-        line("ranks", "  each sends      computes       adds up   as fast as one")
-    for own in report.ranks:
-        times = f"{own.compute_s:>12.3g} s{own.add_s:>12.3g} s"
-        speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
-        line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
 
 
 def show_verified(found: Verified) -> None:
@@ -226,6 +226,17 @@ def show_evaluation(result: EvalResult, unit: str) -> None:
         print(f"perplexity  {result.perplexity:.3f}")
     print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
     print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
+
+
+def show_score(result: ScoreResult) -> None:
+    """Print rewards, and how often completions pass."""
+    print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
+    for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
+        print(f"  {name:10s}{x:.4f}")
+    for k, x in result.pass_at.items():
+        print(f"{f'pass@{k}':12s}{x:.1%}")
+    print(f"length      {result.length:.1f} tokens, {result.truncated:.1%} truncated")
+    print(f"measured    {result.completions} completions of each of {result.rows:,} prompts")
 
 
 def show_converted(done: conversion.Converted) -> None:

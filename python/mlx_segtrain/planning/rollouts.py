@@ -35,10 +35,9 @@ def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
     return fixed + at_once * row
 
 
-def rollouts_at_once(config: TrainConfig, tokens: int) -> int:
-    """The most that fit into the budget of the run, at most all of a step; NoRoom for none."""
+def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
+    """The most of `every` that fit into the budget of the run; NoRoom for none."""
     shape = read_shape(config.model_dir)
-    every = config.batch_size * config.group_size
     if not shape.fast:
         return every
     given = config.memory_budget_gb

@@ -5,14 +5,17 @@ from .loop import train
 from .probing import probe
 from .record import Verified, verify
 from .results import ProbeResult, TrainResult
+from .scoring import ScoreResult, score
 
 __all__ = [
     "EvalResult",
     "ProbeResult",
+    "ScoreResult",
     "TrainResult",
     "Verified",
     "evaluate",
     "probe",
+    "score",
     "train",
     "verify",
 ]

@@ -8,7 +8,6 @@ prompt and the number of the completion.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
@@ -20,12 +19,14 @@ from ..config import ROWS, TrainConfig
 from ..data import AnyBatch, Batch, Dataset, Row, eval_batches
 from ..generation.decoding import Options
 from ..generation.rollouts import Completion, Policy, complete
+from ..lora import Adapter
+from ..models import Chain
 from ..models.adapting import attached
 from ..objectives import Grpo, value
 from ..objectives.grpo import advantages, with_log_probs
 from ..rewards import Function, Rewards, Scores
 from ..schedule import Grads
-from .setup import Setup, with_params
+from .setup import with_params
 from .state import Iterate, Outcome
 from .step import Stepper
 
@@ -70,17 +71,20 @@ class Rollouts:
 
 
 def roll_out(
-    setup: Setup, params: Grads, rewards: Rewards, rows: list[Row], options: list[list[Options]]
+    config: TrainConfig,
+    policy: Policy,
+    chain: Chain,
+    adapter: Adapter,
+    rewards: Rewards,
+    rows: list[Row],
+    options: list[list[Options]],
 ) -> Rollouts:
-    """Completions of prompts with these factors of the adapter, and their scores; RunError."""
-    config, chain = setup.config, setup.chain
+    """Completions of prompts by a base with an adapter, and their scores; RunError."""
     assert isinstance(config.rollout_batch, int)
-    adapter = with_params(chain, setup.scales, params)
     prompts = [row.ids.tolist() for row in rows]
     # On a CPU our op takes a fourth of the time of MLX's own for the head of many rows.
     whole = mx.default_device().type == mx.DeviceType.cpu
-    with attached(setup.model, chain, adapter, whole=whole) as model, _room(setup):
-        policy = Policy(model, setup.tokenizer, chain.max_length)
+    with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, prompts, options, config.rollout_batch)
     given = [row.given or {} for row, own in zip(rows, made, strict=True) for _ in own]
     flat = [own for group in made for own in group]
@@ -88,19 +92,10 @@ def roll_out(
     return Rollouts(rows, made, scores)
 
 
-@contextmanager
-def _room(setup: Setup) -> Iterator[None]:
-    """Within it MLX may take the budget, and not only what a plan of updates does; caches of the
-    completions are freed after it."""
-    if setup.plan.planned is None:
-        yield
-        return
-    before = mx.set_memory_limit(setup.plan.budget)
-    try:
-        yield
-    finally:
-        mx.set_memory_limit(before)
-        mx.clear_cache()
+def options_of(config: TrainConfig, seed: int) -> Options:
+    """How a completion is drawn."""
+    how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
+    return Options(max_tokens=config.max_completion_tokens, **how)
 
 
 @dataclass
@@ -128,12 +123,15 @@ class Cycle(Stepper):
         config, prompts = self.setup.config, self.setup
         indices = [int(i) for batch in accumulated for i in batch.rows]
         options = [
-            [self._options(seed_of(config.seed, at.step, i, j)) for j in range(config.group_size)]
+            [
+                options_of(config, seed_of(config.seed, at.step, i, j))
+                for j in range(config.group_size)
+            ]
             for i in indices
         ]
         rows = [prompts.train.rows[i] for i in indices]
         params = prompts.layout.split(at.vector)
-        found = roll_out(prompts, params, self.rewards, rows, options)
+        found = self._roll_out(params, rows, options)
         gains = advantages(found.rewards, config.advantage_scaling)
         data = self._trained(found, gains)
         self.setup = replace(prompts, train=data)
@@ -154,15 +152,25 @@ class Cycle(Stepper):
         setup = self.setup
         assert setup.valid is not None
         rows = list(setup.valid.rows)
-        options = [[replace(self._options(0), temperature=0.0)] for _ in rows]
-        params = setup.layout.split(at.vector)
-        means = roll_out(setup, params, self.rewards, rows, options).means()
+        options = [[replace(options_of(setup.config, 0), temperature=0.0)] for _ in rows]
+        means = self._roll_out(setup.layout.split(at.vector), rows, options).means()
         return -means["reward"], means
 
-    def _options(self, seed: int) -> Options:
-        config = self.setup.config
-        how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
-        return Options(max_tokens=config.max_completion_tokens, **how)
+    def _roll_out(self, params: Grads, rows: list[Row], options: list[list[Options]]) -> Rollouts:
+        """With these factors of the adapter. MLX may take the whole budget, and not only what the
+        plan of the updates does; caches of the completions are freed after it."""
+        setup, plan = self.setup, self.setup.plan
+        policy = Policy(setup.model, setup.tokenizer, setup.chain.max_length)
+        adapter = with_params(setup.chain, setup.scales, params)
+        what = (setup.config, policy, setup.chain, adapter, self.rewards, rows, options)
+        if plan.planned is None:
+            return roll_out(*what)
+        before = mx.set_memory_limit(plan.budget)
+        try:
+            return roll_out(*what)
+        finally:
+            mx.set_memory_limit(before)
+            mx.clear_cache()
 
     def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
         """The completions that the loss depends on, as rows."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import events, hub
 from ..adapters import read_adapter
-from ..config import TrainConfig
+from ..config import ROWS, TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import Split
 from ..errors import InputError
@@ -69,6 +69,8 @@ def evaluate(
 
     `on_event` is told of what is downloaded. InputError for what cannot be read or does not fit.
     """
+    if ROWS[config.method] == "prompt":
+        raise InputError(f"method {config.method} has no loss of rows: call score for its rewards.")
     tell = on_event or (lambda event: None)
     config = hub.located(config, tell)
     if adapter_path:

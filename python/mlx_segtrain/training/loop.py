@@ -500,6 +500,7 @@ class Run:
     ) -> TrainResult:
         progress, planned = self.state.progress, self.setup.plan.planned
         best, vals = progress.best, progress.vals
+        peaks = (planned and planned.peak, self.setup.rollout_peak)
         self._count()
         return TrainResult(
             adapter_path=self.config.adapter_path,
@@ -515,7 +516,7 @@ class Run:
             tokens_per_sec=progress.per_s(progress.tokens),
             supervised_tokens_per_sec=progress.per_s(progress.supervised),
             peak_gb=self.state.memory.peak / 1e9,
-            planned_gb=planned.peak / 1e9 if planned else None,
+            planned_gb=max((n for n in peaks if n), default=0) / 1e9 or None,
             process_gb=process_peak() / 1e9,
             applied_ranks=self.keeper.adapter(self.state).ranks,
             interrupted=interrupted,

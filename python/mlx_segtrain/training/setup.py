@@ -29,7 +29,7 @@ from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
 from ..objectives import Objective, objective_of
 from ..planning.packing import pays
-from ..planning.rollouts import rollouts_at_once
+from ..planning.rollouts import rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits
 from ..schedule import Grads
 from .checkpoint import STATE, Checkpoint, found, newest
@@ -55,7 +55,8 @@ class Inputs:
 @dataclass(frozen=True)
 class Setup(Inputs):
     """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
-    stand in a vector; `apart`: pairs share nothing."""
+    stand in a vector; `apart`: pairs share nothing. `rollout_peak` are the bytes that generating
+    completions takes, if the method does that and memory is predicted."""
 
     plan: RunPlan
     model: Any
@@ -64,6 +65,7 @@ class Setup(Inputs):
     scales: dict[str, float]
     layout: Layout
     apart: bool = False
+    rollout_peak: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,10 @@ def read_inputs(
         config = config.model_copy(update={"packing": packs})
     if ROWS[config.method] == "prompt":
         if config.rollout_batch == "auto":
-            tokens = int(train.columns.length.max()) + config.max_completion_tokens
+            tokens = _longest(train, config)
             known = resumed.record["config"].get("rollout_batch") if resumed else None
-            most = known or rollouts_at_once(config, tokens)
+            every = config.batch_size * config.group_size
+            most = known or rollouts_at_once(config, tokens, every)
             config = config.model_copy(update={"rollout_batch": most})
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
@@ -211,6 +214,13 @@ def prepare(
     on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(replace(inputs, train=train), plan, loaded)
     setup = replace(setup, apart=train is not inputs.train)
+    if ROWS[config.method] == "prompt":
+        assert isinstance(config.rollout_batch, int)
+        peak = rollout_bytes(config, _longest(train, config), config.rollout_batch)
+        setup = replace(setup, rollout_peak=peak)
+        gb = "" if peak is None else f"; {peak / 1e9:.2f} GB at most"
+        said = f"rollouts: {config.rollout_batch} completions at once{gb}"
+        on_event(events.stage("setup", 0.03, said))
     if coarse := _coarse(setup):
         on_event(
             events.warning(
@@ -231,6 +241,11 @@ def _coarse(setup: Setup) -> str | None:
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
+
+
+def _longest(prompts: Dataset, config: TrainConfig) -> int:
+    """Tokens of the longest prompt with the longest completion."""
+    return int(prompts.columns.length.max()) + config.max_completion_tokens
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Sums to be answered in JSON: prompts whose answers a run can check."""
+"""Sums as records of JSON to be finished: prompts whose completions a run can check."""
 
 import json
 import random
@@ -17,12 +17,6 @@ def write_sums(path: Path) -> None:
     random.Random(0).shuffle(pairs)
     for name, count in ROWS.items():
         own, pairs = pairs[:count], pairs[count:]
-        rows = (
-            {
-                "prompt": f'What is {a} + {b}? Answer in JSON like {{"answer": 5}}.',
-                "answer": a + b,
-            }
-            for a, b in own
-        )
+        rows = ({"prompt": f'{{"sum": "{a} + {b}", "answer":', "answer": a + b} for a, b in own)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (path / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -77,19 +77,20 @@ def finetune(values: Values) -> events.Event:
 
 
 def evaluate(values: Values) -> events.Event:
-    from ...config import load_config
-    from ...training import evaluate
+    from ...config import ROWS, load_config
+    from ...training import evaluate, score
 
     split, with_base = values.pop("split"), values.pop("with_base", False)
     adapter = values.get("adapter_path")
     config = load_config(None, {"adapter_path": "unused", **values})
+    measure = score if ROWS[config.method] == "prompt" else evaluate
     tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
     base = {}
     if adapter and with_base:
-        base = {"base": asdict(evaluate(config, split=split, on_event=tell))}
+        base = {"base": asdict(measure(config, split=split, on_event=tell))}
         tell(events.stage("load", 0.5, f"{split} rows with the adapter"))
     adapter_path = config.adapter_path if adapter else None
-    result = evaluate(config, adapter_path, split=split, on_event=tell)
+    result = measure(config, adapter_path, split=split, on_event=tell)
     return done(None, **asdict(result), split=split, **base)
 
 

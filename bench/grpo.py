@@ -1,0 +1,147 @@
+"""A cycle of grpo: seconds of the rollouts and of the update, and the peak of each.
+
+    python bench/grpo.py [--model DIR|SHAPE] [--prompts 2] [--group 8] [--tokens 2048]
+                         [--prompt 128] [--at-once 16] [--pass-tokens 8192] [--cycles 3]
+                         [--beta 0] [--budget-gb X]
+
+SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA of rank 16 on all projections. No
+token ends a completion, so that each has --tokens; all are rewarded differently, so that all are
+trained. --at-once are generated together; they are packed into passes of --pass-tokens. The first
+cycle, which compiles, is shown apart; then the median of the others. Peaks are MLX's active
+memory. The defaults are 16 × 2048 tokens; for 16K tokens in 24 GB: --tokens 16384 --group 8
+--prompts 1 --at-once 8 --pass-tokens 16512 --budget-gb 24.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import step as steps
+from mlx_segtrain import ops, planning
+from mlx_segtrain.config import TrainConfig
+from mlx_segtrain.data import Batch, Dataset, Row
+from mlx_segtrain.models import adapting, chain_of
+from mlx_segtrain.objectives import objective_of
+from mlx_segtrain.planning.run import RunPlan
+from mlx_segtrain.rewards import Rewards
+from mlx_segtrain.training.cycle import Cycle
+from mlx_segtrain.training.layout import Layout
+from mlx_segtrain.training.setup import Setup
+
+
+class Endless:
+    """A tokenizer of which no token ends a text."""
+
+    eos_token_ids: tuple[int, ...] = ()
+
+    def decode(self, tokens, **how):
+        return ""
+
+
+@dataclass
+class Timed(Cycle):
+    """A cycle that tells its rollouts from the rest."""
+
+    rollouts: list[tuple[float, int]] = field(default_factory=list)
+
+    def _roll_out(self, *what):
+        begin = time.perf_counter()
+        mx.reset_peak_memory()
+        found = super()._roll_out(*what)
+        self.rollouts.append((time.perf_counter() - begin, mx.get_peak_memory()))
+        mx.reset_peak_memory()
+        return found
+
+
+def cycle_of(args):
+    model, vocabulary = steps.load(args.model)
+    shape = steps.shape_of(args.model, model)
+    config = TrainConfig(
+        model_dir="unused",
+        adapter_path="unused",
+        method="grpo",
+        batch_size=args.prompts,
+        group_size=args.group,
+        max_completion_tokens=args.tokens,
+        max_seq_length=args.pass_tokens,
+        rollout_batch=args.at_once,
+        grpo_beta=args.beta,
+        packing=True,
+        learning_rate=1e-5,
+    )
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(
+            rng.integers(0, vocabulary, args.prompt).astype(np.int32),
+            np.zeros(args.prompt, np.float32),
+            f"made:{i}",
+            given={"prompt": str(i)},
+        )
+        for i in range(args.prompts)
+    ]
+    data, objective = Dataset.of(rows), objective_of(config)
+    (batch,) = objective.batch_shapes(data, args.prompts)
+    ranks, device = steps.ranks_of(shape), planning.device(True)
+    budget = planning.budget_bytes(args.budget_gb)
+    plan = planning.choose(shape, batch, ranks, device, budget)
+    run = RunPlan(shape, (batch,), ranks, device, budget, None, (plan,))
+    chain = chain_of(model)
+    adapter = adapting.init(chain, ranks, steps.SCALE, 0)
+    params = adapting.stage_params(chain, adapter)
+    layout = Layout.of(params)
+    vector = layout.join(params)
+    mx.eval(vector)
+    setup = Setup(
+        config, Endless(), data, None, [], run, model, chain, objective, adapter.scales, layout
+    )
+    rewards = Rewards({"made": lambda completions, **_: range(len(completions))}, [1.0])
+    made = Timed(setup, rewards=rewards)
+    tokens = np.stack([row.ids for row in rows])
+    prompts = Batch(
+        tokens, np.zeros(tokens.shape), np.arange(len(rows)), np.full(len(rows), args.prompt)
+    )
+    return made, made.optimizer.start(vector), prompts
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Times a cycle of grpo.")
+    parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a completion")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--at-once", type=int, default=16, help="completions generated together")
+    parser.add_argument("--pass-tokens", type=int, default=8192, help="tokens of a pass")
+    parser.add_argument("--cycles", type=int, default=3, help="after the first")
+    parser.add_argument("--beta", type=float, default=0.0, help="with a reference pass if above 0")
+    parser.add_argument("--budget-gb", type=float, help="default: what the device has free")
+    args = parser.parse_args()
+    with ops.repeatable(True):
+        cycle, at, prompts = cycle_of(args)
+        print(f"{Path(args.model).name}: {cycle.plan}")
+        found = []
+        with cycle.plan.limits():
+            for _ in range(1 + args.cycles):
+                begin = time.perf_counter()
+                at, outcome = cycle(at, [prompts])
+                whole, (rollout, peak) = time.perf_counter() - begin, cycle.rollouts[-1]
+                found.append((rollout, whole - rollout, peak, mx.get_peak_memory()))
+    names = ("rollout_s", "update_s", "rollout_peak_gb", "update_peak_gb")
+    scale = np.array([1, 1, 1e-9, 1e-9])
+    middle = [statistics.median(x) for x in zip(*found[1:], strict=True)] if args.cycles else []
+    count = args.prompts * args.group * args.tokens
+    for what, own in (("first", found[0]), ("median", middle)):
+        if own:
+            figures = dict(zip(names, (np.array(own) * scale).round(3).tolist(), strict=True))
+            figures |= {"rollout_tokens_per_s": round(count / own[0])}
+            print(json.dumps({"cycle": what, **figures, "mismatch": outcome.metrics["mismatch"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Rewards of a model's completions over a whole set: their mean, and pass@k."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import events, hub
+from ..adapters import read_adapter
+from ..config import TrainConfig
+from ..data import Options, load_split
+from ..data.dataset import Split
+from ..errors import InputError
+from ..generation.rollouts import Policy
+from ..lora import Adapter
+from ..models import load_tokenizer
+from ..planning.rollouts import rollouts_at_once
+from ..rewards import Function, Rewards
+from .cycle import options_of, roll_out, seed_of
+from .policy import run_policy
+from .setup import load_chain
+
+#: Rewards are sums of products: one that should be 1 may be a little less.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Means over `rows` prompts of `completions` completions each. `pass_at` has, for each k, the
+    probability that one of k completions passes; `truncated` is the part that was cut off."""
+
+    reward: float
+    reward_std: float
+    rewards: dict[str, float]
+    pass_at: dict[int, float]
+    length: float
+    truncated: float
+    rows: int
+    completions: int
+
+
+def score(
+    config: TrainConfig,
+    adapter_path: Path | None = None,
+    *,
+    split: Split = "valid",
+    passes: float = 1.0,
+    rewards: Sequence[Function] = (),
+    on_event: events.OnEvent | None = None,
+) -> ScoreResult:
+    """Samples group_size completions of each prompt of a split and scores them by the rewards of
+    the configuration and `rewards`. A completion passes if its reward is at least `passes`.
+
+    InputError for what cannot be read or does not fit, RunError if a reward fails.
+    """
+    tell = on_event or (lambda event: None)
+    scoring = Rewards.of(config, rewards)
+    config = hub.located(config, tell)
+    if adapter_path:
+        adapter_path = hub.adapter(adapter_path, tell)
+    with run_policy(config):
+        tokenizer = load_tokenizer(config.model_dir)
+        how = (tokenizer, Options.of(config), split, config.model_dir)
+        data = load_split(config.data_dir, *how, on_event)
+        if data is None:
+            raise InputError(
+                f"data_dir {config.data_dir} has no validation rows: add a file valid.jsonl, set "
+                "val_split, or evaluate train."
+            )
+        rows = list(data.rows)
+        if config.rollout_batch == "auto":
+            tokens = int(data.columns.length.max()) + config.max_completion_tokens
+            most = rollouts_at_once(config, tokens, len(rows) * config.group_size)
+            config = config.model_copy(update={"rollout_batch": most})
+        model, chain = load_chain(config, data)
+        adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
+        options = [
+            [options_of(config, seed_of(config.seed, i, j)) for j in range(config.group_size)]
+            for i in range(len(rows))
+        ]
+        policy = Policy(model, tokenizer, chain.max_length)
+        found = roll_out(config, policy, chain, adapter, scoring, rows, options)
+    right = (found.rewards >= passes - ROUNDING).sum(1)
+    counts = [k for k in (2**e for e in range(16)) if k <= config.group_size]
+    return ScoreResult(
+        reward=float(found.rewards.mean()),
+        reward_std=float(found.rewards.std()),
+        rewards={name: float(np.mean(x)) for name, x in found.scores.by_name.items()},
+        pass_at={k: pass_at(k, config.group_size, right.tolist()) for k in counts},
+        length=found.means()["length"],
+        truncated=float(np.mean([own.finish == "length" for own in found.flat])),
+        rows=len(rows),
+        completions=config.group_size,
+    )
+
+
+def pass_at(k: int, n: int, right: Sequence[int]) -> float:
+    """The mean probability that one of k completions passes, if of n so many were right (Chen et
+    al. 2021, arXiv:2107.03374)."""
+    return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in right]))

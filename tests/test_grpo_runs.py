@@ -1,0 +1,226 @@
+"""Whole runs of grpo on tiny models: they learn, resume to the same bytes, and keep their state."""
+
+import json
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from lib.runs import Crash, assert_twins, checkpoint_of, config_of
+from mlx_segtrain import InputError, RunError, train
+from mlx_segtrain.commands.main import main
+from mlx_segtrain.training import checkpoint, cycle, evaluate, score
+from mlx_segtrain.training.scoring import pass_at
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
+
+
+def vowels(completions, answer):
+    """Scores of prompts whose rows have an answer."""
+    assert all(answer)
+    return [sum(char in "aeiou" for char in text) / 8 for text in completions]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts")
+    for name, count in (("train", 9), ("valid", 3)):
+        rows = [{"prompt": f"{name} {i}" + " x" * i, "answer": str(i)} for i in range(count)]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(model, prompts, out, **changes):
+    base = {"method": "grpo", "iters": 6, "learning_rate": 2e-2, "lr_schedule": "constant"}
+    base |= {"batch_size": 3, "group_size": 4, "max_completion_tokens": 8, "steps_per_eval": 3}
+    return config_of(model, prompts, out, **{**base, **changes})
+
+
+def completions_of(run):
+    return [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_rewarded_more_and_more(llama4, prompts, tmp_path):
+    seen = []
+    how = {"iters": 16, "steps_per_eval": 16, "batch_size": 4, "group_size": 8}
+    result = train(config(llama4, prompts, tmp_path / "a", **how), seen.append, rewards=[vowels])
+    first, last = (event for event in seen if event.get("kind") == "val")
+    assert first["reward"] == -first["loss"] and last["reward"] > first["reward"] + 0.3
+    assert result.final_val_loss == last["loss"]
+    steps = [event for event in seen if event.get("kind") == "train"]
+    names = {"reward", "reward_std", "length", "truncated", "kl", "clipped", "mismatch"}
+    assert names <= steps[0].keys()
+    assert all(step["mismatch"] < 1e-4 for step in steps), "generation and training differ"
+    lines = completions_of(tmp_path / "a")
+    assert len(lines) == 16 * 4 * 8
+    for step in steps:
+        own = [line for line in lines if line["step"] == step["step"]]
+        assert np.isclose(step["reward"], np.mean([line["reward"] for line in own]))
+        for row in {line["row"] for line in own}:
+            group = [line for line in own if line["row"] == row]
+            assert sorted(line["completion"] for line in group) == list(range(1, 9))
+            assert abs(sum(line["advantage"] for line in group)) < 1e-9
+    for line in lines:
+        assert line["reward"] == vowels([line["text"]], ["."])[0] == line["rewards"]["vowels"]
+
+
+RUNS = {
+    "grpo": {},
+    "gspo, KL, two updates": {"grpo_loss": "gspo", "grpo_beta": 0.1, "updates_per_step": 2},
+    "dapo, few at once": {"grpo_loss": "dapo", "rollout_batch": 5, "packing": False},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tmp_path):
+    """Killed while it generates, while it scores and while it trains."""
+    how = {"steps_per_save": 2, **RUNS[name]}
+
+    def made(out, **more):
+        return config(llama4, prompts, tmp_path / out, **how, **more)
+
+    plain = train(made("plain"), rewards=[vowels])
+    original = cycle.complete
+    calls = 0
+
+    def dies_at(last):
+        def reward(completions, answer):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Crash
+            return vowels(completions, answer)
+
+        reward.__name__ = "vowels"
+        return reward
+
+    def crash(*_):
+        raise Crash
+
+    with pytest.raises(Crash):
+        train(made("a"), rewards=[dies_at(5)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cycle, "complete", crash)
+        with pytest.raises(Crash):
+            train(made("a", resume=True), rewards=[vowels])
+        assert cycle.complete is not original
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cycle.Cycle, "_with_references", crash)
+        with pytest.raises(Crash):
+            train(made("a", resume=True), rewards=[vowels])
+    result = train(made("a", resume="auto"), rewards=[vowels])
+    assert result.resumed_from == 2
+    assert_twins(made("a"), (tmp_path / "a", result), (tmp_path / "plain", plain))
+    both = (tmp_path / out / "completions.jsonl" for out in ("a", "plain"))
+    assert len({path.read_bytes() for path in both}) == 1
+
+
+def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
+    """One sentence, and the run goes on from there once the reward is mended."""
+    calls = 0
+
+    def reward(completions):
+        nonlocal calls
+        calls += 1
+        return [float("nan") if calls == 4 else len(text) for text in completions]
+
+    out = tmp_path / "a"
+    with pytest.raises(RunError, match=r"reward reward gave nan for the completion .* and resume"):
+        train(config(llama4, prompts, out), rewards=[reward])  # the first call is of an evaluation
+    assert checkpoint._read(checkpoint_of(out)).step == 2
+    assert {line["step"] for line in completions_of(out)} == {1, 2}
+    assert train(config(llama4, prompts, out, resume=True), rewards=[reward]).steps == 6
+    assert {line["step"] for line in completions_of(out)} == set(range(1, 7))
+
+
+def test_completions_that_teach_nothing_are_left_out_of_the_passes(
+    llama4, prompts, tmp_path, monkeypatch
+):
+    """Without a spread of rewards the adapter learns nothing, and one completion is run."""
+    counts = []
+    original = cycle.Cycle._batches
+
+    def batches(self, data):
+        counts.append(len(data))
+        return original(self, data)
+
+    monkeypatch.setattr(cycle.Cycle, "_batches", batches)
+
+    def same(completions):
+        return [1.0] * len(completions)
+
+    how = {"iters": 2, "optimizer": "sgd", "weight_decay": 0}
+    train(config(llama4, prompts, tmp_path / "a", **how), rewards=[same])
+    found = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
+    assert counts == [1, 1]
+    assert all(mx.abs(x).max() < 1e-20 for name, x in found.items() if name.endswith("lora_b"))
+
+
+def test_a_run_whose_rewards_collapse_ends(llama4, prompts, tmp_path):
+    calls = 0
+
+    def reward(completions):
+        nonlocal calls
+        calls += 1
+        level = (0, 1, 2, 3, 3, 0, 0, 0)[min(calls, 7)]
+        return [level + 0.01 * (i % 2) for i in range(len(completions))]
+
+    told = []
+    how = {"iters": 12, "steps_per_eval": 100, "collapse_patience": 2, "val_split": 0}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes((prompts / "train.jsonl").read_bytes())
+    result = train(
+        config(llama4, tmp_path / "data", tmp_path / "a", **how), told.append, rewards=[reward]
+    )
+    assert result.stopped_early and result.steps == 5
+    assert any("fell from 3.005 to 1.505" in event.get("message", "") for event in told)
+
+
+def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
+    told = []
+    how = {"max_seq_length": 38, "batch_size": 1, "iters": 1}
+    train(config(llama4, prompts, tmp_path / "a", **how), told.append, rewards=[vowels])
+    said = [event["message"] for event in told if event["type"] == "warning"]
+    assert any("prompts of more than max_seq_length - max_completion_tokens" in x for x in said)
+    with pytest.raises(InputError, match=r"train.jsonl has no prompt of at most"):
+        how["max_seq_length"] = 12
+        train(config(llama4, prompts, tmp_path / "b", **how), rewards=[vowels])
+
+
+def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys):
+    """The same by Python and by the command line, and pass@k from the counts."""
+    own = tmp_path / "own.py"
+    own.write_text("def odd(completions): return [ord(x[:1] or 'a') % 2 for x in completions]\n")
+    how = {"reward_functions": [f"{own}:odd"], "group_size": 4}
+    train(config(llama4, prompts, tmp_path / "a", iters=2, **how))
+    made = config(llama4, prompts, tmp_path / "unused", **how)
+    found = score(made, tmp_path / "a")
+    assert (found.rows, found.completions) == (3, 4) and list(found.pass_at) == [1, 2, 4]
+    assert math.isclose(found.pass_at[1], found.reward) and found.rewards == {"odd": found.reward}
+    assert found == score(made, tmp_path / "a"), "other completions"
+    argv = ["eval", "--model", str(llama4), "--data", str(prompts), "--adapter-path"]
+    argv += [str(tmp_path / "a"), "--reward-functions", f"{own}:odd", "--group-size", "4"]
+    argv += ["--max-completion-tokens", "8", "--max-seq-length", "100", "--json"]
+    assert main(argv) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["reward"] == found.reward and said["pass_at"]["4"] == found.pass_at[4]
+    with pytest.raises(InputError, match="call score"):
+        evaluate(made)
+    assert 0 < found.reward < 1, "nothing to tell by"
+
+
+def test_pass_at():
+    assert pass_at(1, 4, [1, 3]) == 0.5
+    assert pass_at(4, 4, [0, 1]) == 0.5
+    assert math.isclose(pass_at(2, 4, [1]), 0.5)
+
+
+def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path):
+    with pytest.raises(InputError, match="method grpo needs a reward"):
+        train(config(llama4, prompts, tmp_path / "a"))
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(InputError, match=r'train.jsonl:1: the row needs the keys "prompt"'):
+        train(config(llama4, tmp_path, tmp_path / "a"), rewards=[vowels])
+    with pytest.raises(InputError, match=r"takes .* more than the budget"):
+        train(config(llama4, prompts, tmp_path / "a", memory_budget_gb=1e-4), rewards=[vowels])
