@@ -22,6 +22,7 @@ import asyncio
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -97,6 +98,7 @@ class Table:
         row = (first, (n - len(times)) / (end - start), n / (end - begun), stall)
         if cell not in self.rows or row[1] > self.rows[cell][1]:
             self.rows[cell] = row
+        print(f"{time.strftime('%X')} {cell}: {row[1]:.1f} tokens/s", file=sys.stderr, flush=True)
 
     def show(self) -> None:
         print("| cell | first token s | tokens/s | with prompts | longest stall s |")

@@ -86,7 +86,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_help_names_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main(["train", "--help-all"])
     out = capsys.readouterr().out
     assert "--rank-scaling {constant,by_bits,by_kl}" in out
     assert "--grad-checkpoint, --no-grad-checkpoint" in out
@@ -165,6 +165,10 @@ def changed(method: str) -> dict[str, Any]:
             **{"dpo_loss": "robust", "label_smoothing": 0.2, "reference_free": True},
         },
         "orpo": {**fresh, "orpo_lambda": 0.3, "sft_scope": "response", "lr_schedule": "wsd"},
+        "kto": {
+            **{**fresh, "kto_beta": 0.2, "kto_loss": "apo_zero_unpaired"},
+            **{"desirable_weight": 2.0, "undesirable_weight": 0.5, "lr_schedule": "linear"},
+        },
         "simpo": {**fresh, "simpo_beta": 1.5, "simpo_gamma": 0.5, "lr_schedule": "linear"},
         "grpo": {
             **{**fresh, "rewards": ["number:answer", "length:9"], "reward_weights": [1.0, 0.5]},
@@ -278,7 +282,7 @@ def test_an_adapter_goes_into_adapters_if_nothing_else_is_said(train: Mock) -> N
 def test_train_shows_progress_and_a_summary(
     train: Mock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(config: TrainConfig, on_event: events.OnEvent) -> training.TrainResult:
+    def run(config: TrainConfig, on_event: events.OnEvent, **_: Any) -> training.TrainResult:
         on_event(events.val_metric(0, config.iters, loss=3.0, tokens=10, metrics={}))
         return TRAINED
 
@@ -289,7 +293,7 @@ def test_train_shows_progress_and_a_summary(
     assert "trained 20 steps in 1m01s" in out
     assert "3.0000 -> 2.0000 (best 1.5000 at step 10)" in out
     assert "1,234 supervised of 12,346 tokens/s" in out and "3.25 GB" in out
-    assert "mlx-segtrain generate --model m --adapter-path 'a b'" in out
+    assert "mlx-segtrain generate --model m --adapter 'a b' --prompt …" in out
 
 
 def test_ctrl_c_exits_with_130(train: Mock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +337,9 @@ def test_bad_input_of_a_run(
     ("argv", "expected"),
     [
         (["train"], "model_dir is missing: set it in the YAML file or with --model"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "there is no command trian. Did you mean train? (see mlx-segtrain --help)"),
+        (["fuse", "--model", "m"], "there is no command fuse. Did you mean merge?"),
+        (["xyz"], "there is no command xyz. (see"),
         (["eval"], "required: --model, --data"),
         (["generate", "--model", "m"], "one of the arguments --prompt --prompt-file"),
         (["generate", "--model", "m", "--prompt", " "], "the prompt is empty"),
@@ -411,8 +417,14 @@ def test_eval_of_pairs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     argv = ["eval", "--model", "m", "--data", "d", "--method", "dpo", "--dpo-beta", "0.3"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    assert "0.4000 nats per pair" in out and "accuracy        0.7500" in out
+    assert "0.4000 per pair" in out and "accuracy        0.7500" in out
     assert evaluate.call_args.args[0].dpo_beta == 0.3
+    names = ("accuracy", "margin", "desirable_reward", "undesirable_reward", "kl")
+    result = training.EvalResult(0.4, None, dict.fromkeys(names, 0.5), 1000, 10, 1, 2)
+    evaluate.return_value = result
+    assert cli.main(["eval", "--model", "m", "--data", "d", "--method", "kto"]) == 0
+    out = capsys.readouterr().out
+    assert "0.4000 per row" in out and "undesirable reward 0.5000\n" in out
 
 
 def test_inspect_counts_rows_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,7 +462,7 @@ def test_inspect_gives_its_flags_to_the_data_module(
     inspect.assert_called_once_with(
         Path("x.jsonl"),
         tokenizer,
-        data.Options(512, None, train_on="last", append_eos=False),
+        data.Options(512, method=None, train_on="last", append_eos=False),
         n_preview=0,
         batch_size=1,
         accumulation=1,
@@ -536,3 +548,104 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     run.assert_called_once_with()
     assert cli.main(["demo", "--out", "o", "--iters", "3"]) == 0
     run.assert_called_with(out_dir=Path("o"), iters=3)
+
+
+def test_ctrl_c_shows_the_command_that_continues(
+    train: Mock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.return_value = training.TrainResult(**{**vars(TRAINED), "interrupted": True})
+    for more, want in (
+        ([], "--lr 1e-3 --resume"),
+        (["--overwrite"], "--lr 1e-3 --resume"),
+        (["--resume", "auto"], "--lr 1e-3 --resume"),
+        (["--resume=auto", "--rank", "4"], "--lr 1e-3 --rank 4 --resume"),
+    ):
+        assert cli.main(["train", *REQUIRED, "--lr", "1e-3", *more]) == 130
+        out = capsys.readouterr().out
+        command = out.split("continue with:\n")[1].strip()
+        assert command == f"mlx-segtrain train --model m --data d --adapter-path a {want}"
+        assert cli.main(command.split()[1:]) == 130  # it is one that can be given
+        capsys.readouterr()
+        assert train.call_args.args[0].resume is True
+        assert "generate" not in out
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_kept(
+    train: Mock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = {"interrupted": True, "steps": 0}
+    train.return_value = training.TrainResult(**{**vars(TRAINED), **none})
+    assert cli.main(["train", *REQUIRED]) == 130
+    out = capsys.readouterr().out
+    assert "nothing was saved" in out and "--resume" not in out
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_hints_have_the_system_message_of_the_data_and_what_is_usable_here(
+    gpu: bool, train: Mock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_segtrain.ops import selfcheck
+
+    monkeypatch.setattr(selfcheck, "on_gpu", lambda: gpu)
+    rows = [{"prompt": f"{i}", "completion": "x", "system": "Be brief."} for i in range(3)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["train", "--model", "m", "--data", "rows.jsonl"]) == 0
+    out = capsys.readouterr().out
+    adapter = "--model m --adapter 'a b' --system 'Be brief.'"
+    assert f"mlx-segtrain chat {adapter}\n" in out
+    assert f"mlx-segtrain generate {adapter} --prompt …\n" in out
+    assert ("mlx_lm generate" in out) is gpu
+    if gpu:
+        theirs = "--model m --adapter-path 'a b' --system-prompt 'Be brief.' --prompt …"
+        assert f"python -m mlx_lm generate {theirs}" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "b", "system": "S"}] * 2, "S"),
+        ([{"prompt": "a", "completion": "b", "system": "S"}, {"prompt": "a", "completion": ""}], 0),
+        ([{"prompt": "a", "completion": "b"}] * 2, 0),
+        ([{"text": "a"}], 0),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "system", "content": "S"},
+                        {"role": "user", "content": "u"},
+                        {"role": "assistant", "content": "a"},
+                    ]
+                }
+            ],
+            "S",
+        ),
+        ([{"instruction": "i", "input": "", "output": "o", "system": "S"}], "S"),
+    ],
+)
+def test_the_system_message_that_rows_have_in_common(rows: list[Any], message: Any) -> None:
+    from mlx_segtrain.data.sources import sources_of
+    from mlx_segtrain.data.system import system_message
+
+    assert system_message(sources_of(rows)[0], data.Options()) == (message or None)
+
+
+def test_a_run_that_fails_says_how_it_is_continued(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(training, "train", Mock(side_effect=RunError("step 3: the disk is full.")))
+    Path("a/state/step-00002").mkdir(parents=True)
+    assert cli.main(["train", *REQUIRED]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "mlx-segtrain: error: step 3: the disk is full."
+    assert said[1].endswith("mlx-segtrain train --model m --data d --adapter-path a --resume")
+
+
+def test_train_takes_how_much_is_shown(train: Mock, capsys: Any) -> None:
+    def run(config: TrainConfig, on_event: events.OnEvent, **_: Any) -> training.TrainResult:
+        on_event(events.stage("load", 0.01, "loading m"))
+        return TRAINED
+
+    train.side_effect = run
+    assert cli.main(["train", *REQUIRED, "--quiet", "--log-file", "x.log"]) == 0
+    out = capsys.readouterr().out
+    assert "loading m" not in out and "training loss    1.2500" in out
+    assert "loading m" in Path("x.log").read_text()
+    assert cli.main(["train", *REQUIRED, "--quiet", "--verbose"]) == 2

@@ -26,6 +26,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "MLX_SEGTRAIN_DRY_RUN_CUDA"
+NAME = Path(__file__).stem
 COMPILER = "nvidia-cuda-nvrtc"
 
 
@@ -233,11 +234,6 @@ def launches_of_model(family, args):
 
 def launches(form):
     """Of one more layer of a form, by name."""
-    from mlx_segtrain import _core
-
-    _core.collect_kernels()  # nothing runs: nothing need be compiled
-    mx.set_default_device(mx.Device(mx.cpu))
-    _core.set_repeatable(True)
     slides, full = "sliding_attention", "full_attention"
     alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
     types = {
@@ -259,7 +255,7 @@ def launches(form):
     for args in (larger, smaller):
         args.setdefault("num_hidden_layers", len(args.get("layer_types", ())))
     counts = [launches_of_model(family, args) for args in (larger, smaller)]
-    print(json.dumps(counts[0] - counts[1]))
+    return counts[0] - counts[1]
 
 
 def kept(family):
@@ -271,9 +267,6 @@ def kept(family):
     from mlx_segtrain.planning.costs import Device, costs_of
     from mlx_segtrain.streams import BatchShape
 
-    _core.collect_kernels()  # nothing runs: nothing need be compiled
-    mx.set_default_device(mx.Device(mx.cpu))
-    _core.set_repeatable(True)
     length, slides, full = 1024, "sliding_attention", "full_attention"
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
     gemma = {**GEMMA, "num_hidden_layers": 4, "layer_types": [full, slides, slides, slides]}
@@ -294,6 +287,7 @@ def kept(family):
 
     _core.StageCost = noted
     costs_of(shape, batch, ranks, Device("cuda", 2, repeatable=True))
+    _core.StageCost = stage_cost
     tokens = mx.zeros((1, length), mx.int32)
     values = {"h": mx.zeros((1, length, 512), mx.bfloat16), "tokens": tokens}
     values["positions"] = mx.arange(length)
@@ -317,17 +311,38 @@ def kept(family):
         found[stage.name] = taken / kept
         values |= dict(zip(stage.writes, made, strict=True))
         del given, reads, run, made, gradients, cotangents  # or the next would free some of them
-    print(json.dumps(found))
+    return found
 
 
-def dry_run(call, tmp_path, *args):
+#: Forms of layers, and the kernels of one that are not too many.
+MOST_LAUNCHES = {
+    **{"llama": 50, "qwen3": 50},
+    **{"slides": 80, "full": 80, "shares": 80, "keys are values": 60},
+}
+FAMILIES = ["llama", "qwen3", "gemma4_text"]
+
+
+def count_all():
+    """Of every form its launches, of every family what its stages keep: one process for all."""
+    from mlx_segtrain import _core
+
+    _core.collect_kernels()  # nothing runs: nothing need be compiled
+    mx.set_default_device(mx.Device(mx.cpu))
+    _core.set_repeatable(True)
+    counts = {form: launches(form) for form in MOST_LAUNCHES}
+    print(json.dumps([counts, {family: kept(family) for family in FAMILIES}]))
+
+
+def dry_run(call, folder):
     """What a function of this file prints in a process where calls take the ways of a Hopper."""
-    command = [sys.executable, "-c", f"import test_cuda_text; test_cuda_text.{call}(*{args!r})"]
+    code = (
+        f"import test_cuda_text as own, mlx_segtrain.torchless as x; x.hide_torch(); own.{call}()"
+    )
     for other in ("cudnn", "cusparselt"):  # which come with a torch for CUDA
-        (tmp_path / "nvidia" / other / "lib").mkdir(parents=True)
-    folders = [str(ROOT / "tests"), str(tmp_path), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(folders)
-    env = {**os.environ, DEVICE: "90", "PYTHONPATH": path}
+        (folder / "nvidia" / other / "lib").mkdir(parents=True)
+    folders = [str(ROOT / "tests"), str(folder), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, DEVICE: "90", "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -341,24 +356,23 @@ def test_collected_kernels_compile_once(tmp_path):
     assert dry_run("compile_together", tmp_path) == "[2, 0]\n"
 
 
-@pytest.mark.parametrize(
-    ("form", "most"),
-    [
-        *(("llama", 50), ("qwen3", 50)),
-        *(("slides", 80), ("full", 80), ("shares", 80), ("keys are values", 60)),
-    ],
-)
-def test_launches_of_a_layer(form, most, tmp_path):
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return json.loads(dry_run("count_all", tmp_path_factory.mktemp("counted")))
+
+
+@pytest.mark.parametrize("form", MOST_LAUNCHES)
+def test_launches_of_a_layer(form, counted):
     """What a short step takes is their number. Gemma 4's own input has two adapted linears here."""
-    counts = json.loads(dry_run("launches", tmp_path, form))
+    counts = counted[0][form]
     copies = [name for name in counts if name.startswith("copy for")]
     assert counts["Matmul"] >= 8
-    assert sum(counts.values()) <= most and not copies, counts
+    assert sum(counts.values()) <= MOST_LAUNCHES[form] and not copies, counts
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4_text"])
-def test_a_stage_keeps_what_the_plan_says(family, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stage_keeps_what_the_plan_says(family, counted):
     """Besides a few numbers a token, which widths of real models outweigh."""
-    found = json.loads(dry_run("kept", tmp_path, family))
+    found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found

@@ -301,10 +301,10 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
         ),
         ({"chosen": [USER, says("a")], "rejected": [USER, says("a")]}, "of its own; let a"),
         (text_pair([USER], [USER], "b"), '"chosen" has no assistant message of its own'),
-        (text_pair([{**USER, "train": False}], "a", "b"), "have no effect in a pair"),
+        (text_pair([{**USER, "train": False}], "a", "b"), "have no effect on responses"),
         (
             {"prompt": [USER], "chosen": [{**says("a"), "weight": 2}], "rejected": "b"},
-            '"train" and "weight" have no effect in a pair',
+            '"train" and "weight" have no effect on responses',
         ),
         ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, '"prompt"[0]: "content"'),
         ({"text": "x"}, 'method dpo needs the keys "prompt", "chosen" and "rejected"'),
@@ -358,7 +358,7 @@ def test_inspection_counts_what_is_cut(tmp_path):
     assert (report.length_min, report.length_max) == (6, 10)  # <s> and prompt run once
     assert (report.truncated, report.prompts_cut, report.dropped) == (0, 1, 0)
     assert "".join(text for text, *_ in report.previews[0].tokens) == "<s>QWW</s>"
-    assert "give method dpo, orpo or simpo" in (
+    assert "give method dpo, orpo, simpo or kto" in (
         inspect(tmp_path, tokenizer, Options(method="sft")).error or ""
     )
 

@@ -122,6 +122,8 @@ def test_the_system_s_text_twice(tmp_path):
 ORDER = [
     ({"prompt", "chosen", "rejected"}, "preference"),
     ({"prompt", "completion", "label"}, "kto"),
+    ({"messages", "label"}, "kto-messages"),
+    ({"conversations", "label"}, "kto-sharegpt"),
     ({"messages"}, "messages"),
     ({"conversations"}, "sharegpt"),
     ({"prompt", "completion"}, "prompt-completion"),

@@ -44,7 +44,7 @@ def test_all_that_is_there(root, llama_mixed, tmp_path):
     assert one.ranks == [4, 8] and one.linears == 21 and one.step == 4 and one.fits is True
     assert one.scale == found["more/peft"].scale == 1.0
     assert one.base == str(llama_mixed) and one.kind == "LoRA"
-    vals = curves.losses(root / "one" / "metrics.jsonl")["val"]
+    vals = curves.points(curves.metrics(root / "one" / "metrics.jsonl"))["val"]
     assert one.best_loss == min(loss for _, loss in vals)
     assert found["more/peft"].fits is True and found["more/peft"].step is None
     assert "adapter_config.json" in found["broken"].fault and found["broken"].fits is None
@@ -83,7 +83,7 @@ def test_the_card(root, llama_mixed, data):
     assert text.startswith(f"---\nbase_model: {llama_mixed}\nlibrary_name: mlx\n")
     sha = json.loads((root / "one" / "run.json").read_text())["inputs"]["data/train.jsonl"]
     assert f"{data} (train.jsonl {sha[:16]})" in text
-    vals = curves.losses(root / "one" / "metrics.jsonl")["val"]
+    vals = curves.points(curves.metrics(root / "one" / "metrics.jsonl"))["val"]
     assert f"| validation loss | {vals[0][1]:.4f} -> {vals[-1][1]:.4f} |" in text
     assert "| rank | 4 (18 linears), 8 (3 linears) |" in text and "| step | 4 |" in text
     assert "| learning rate | 0.01 |" in text and "--to peft" in text
@@ -97,7 +97,7 @@ def test_curves(root, tmp_path):
     assert [file.name for file in files] == ["loss.png", "loss.svg"]
     assert files[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "a &amp; b" in files[1].read_text() and "held out" in files[1].read_text()
-    points = curves.losses(log)
+    points = curves.points(curves.metrics(log))
     assert [step for step, _ in points["train"]] == [1, 2, 3, 4]
     assert [step for step, _ in points["val"]] == [0, 2, 4]
     (tmp_path / "metrics.jsonl").write_text("")

@@ -233,8 +233,11 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
     done = subprocess.run(
         [*command, "--out", tmp_path / "again"], capture_output=True, text=True, check=True
     )
-    assert "more than a tenth of the update is lost" in done.stdout
-    assert "Fold with --bits 8" in done.stdout and f"lost     {report.lost:.1%}" in done.stdout
+    assert "more than a tenth of the update to rounding" in done.stdout
+    assert "Merge with --bits 8" in done.stdout and f"lost     {report.lost:.1%}" in done.stdout
+    names = [line.split(" ")[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
+    before, after = ["adapter", "into", "weights", "writes"], ["model", "merged", "copied", "lost"]
+    assert names[:8] == before + after  # a summary, before the layers
     assert "layers.0.self_attn.q_proj" in done.stdout
 
 
@@ -326,12 +329,12 @@ def test_the_demo_s_model_is_folded(tmp_path):
     """SmolLM2: dense equals base and adapter; with 4 bits the report says what was lost."""
     model = snapshot.smollm2_snapshot(cache_dir())
     data = write_rows(tmp_path / "data", 8)
-    options = {"iters": 3, "rank": 4, "learning_rate": 5e-4, "max_seq_length": 48}
+    options = {"iters": 2, "rank": 4, "learning_rate": 1e-3, "max_seq_length": 48}
     train(config_of(model, data, tmp_path / "a", **options))
     adapter = weighted([tmp_path / "a"])
     fold(adapter, model, tmp_path / "dense", dequantize=True, dtype=mx.float32)
     fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, as the base computes
-    tokens = mx.array([[1, 504, 3575, 282, 4649, 314]])
+    tokens = mx.array([[1, 504, 3575]])
     both = mlx_segtrain.load(model, tmp_path / "a")[0](tokens)
     alone = mlx_segtrain.load(model)[0](tokens)
     dense = mlx_segtrain.load(tmp_path / "dense")[0](tokens)
@@ -341,10 +344,12 @@ def test_the_demo_s_model_is_folded(tmp_path):
     assert mx.abs(both - alone).max() > 1e-2
     report = fold(adapter, model, tmp_path / "four")
     assert len(report.linears) == 210 and all(own.lost > 0 for own in report.linears[:1])
-    for folder in ("dense", "half", "four"):
+    for folder, own in (("dense", dense), ("half", half), ("four", None)):
         answer, tokenizer = mlx_lm.load(str(tmp_path / folder))
-        text = mlx_lm.generate(answer, tokenizer, "Once", max_tokens=1)  # slow in 4 bits
-        assert isinstance(text, str) and text
+        logits = answer(tokens[:, :1])  # of one token: half precision is slow on a CPU
+        assert tokenizer.encode("Once") and mx.isfinite(logits).all()
+        if own is not None:
+            assert_close(folder, logits, own[:, :1], 1e-3 if folder == "dense" else 2e-2)
 
 
 # ---- what a review found

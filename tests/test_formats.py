@@ -112,7 +112,6 @@ def test_a_trained_adapter_loads_in_peft(name, hf, adapters, tmp_path):
 
 #: How SmolLM2 is adapted, and the tokens of a text in its own vocabulary.
 SMOLLM2 = {
-    "all": {},
     "dora": {"use_dora": True},
     "rslora of the last layers": {"rs_lora": True, "num_layers": 4, "target_modules": ["q_proj"]},
 }

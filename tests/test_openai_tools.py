@@ -17,7 +17,8 @@ from mlx_segtrain.serving.api import answers
 from mlx_segtrain.serving.api.openai_forms import ChatRequest
 from mlx_segtrain.serving.api.parts import Parts, Tags
 from mlx_segtrain.serving.generation import grammars
-from mlx_segtrain.serving.pools import Pool
+from mlx_segtrain.serving.generation.words import shown, token_bytes
+from mlx_segtrain.serving.pools import Busy, Pool
 
 pytestmark = pytest.mark.acceptance
 
@@ -307,6 +308,60 @@ def test_calls_in_a_model_s_own_form(server, said):
         assert answer.choices[0].message.tool_calls is None
 
 
+STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+
+
+def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
+    """What it begins as a call is one, of the schema; what it says otherwise stays."""
+    bad = '<tool_call>\n{"name": "weather", "arguments": {"place": "Paris"}}\n</tool_call>'
+    other = '<tool_call>\n{"name": "clock", "arguments": {"x": 1}}\n</tool_call>'
+    tools = {"tools": [STRICT, CLOCK]}
+    with speaking(server, f"Well, <tool. {bad}") as body:
+        called = ask(server, **tools, **body)
+        loose = ask(server, tools=[WEATHER, CLOCK], **body)
+    with speaking(server, other) as body:
+        clock = ask(server, **tools, **body)
+    with speaking(server, "No. <tool_cal") as body:
+        plain = ask(server, **tools, **body)
+    (call,) = called.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert arguments["place"] in ("Rome", "Oslo") and arguments["days"] in (1, 2)
+    assert called.choices[0].message.content.startswith("Well, <tool. ")
+    (call,) = loose.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"place": "Paris"}
+    (call,) = clock.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("clock", {"x": 1})
+    assert plain.choices[0].message.content == "No. <tool_cal"
+    tokenizer = server.engine.base.tokenizer
+    monkeypatch.setattr(tokenizer._tool_parser, "__module__", "mlx_lm.tool_parsers.mistral")
+    answer = server.http.post(CHATS, json=CHAT | tools)
+    check(answer, 400, "tools.function.strict: this model writes no calls as JSON")
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
+    """Its calls are read a little later; for who waits too long it is the text that was said."""
+    monkeypatch.setattr(answers, "CALLS_S", 0.3)
+    confined, asked = server.engine.base.confined, []
+    plain = confined.ask
+
+    def ask_calls(op, *args, **how):
+        asked.extend([op] * (op == "calls"))
+        if op == "calls" and (stays or len(asked) < 2):
+            raise Busy("too many requests wait already: try again in a moment.")
+        return plain(op, *args, **how)
+
+    monkeypatch.setattr(confined, "ask", ask_calls)
+    call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    with speaking(server, call) as body:
+        message = ask(server, tools=[CLOCK], **body).choices[0].message
+    assert len(asked) > 1
+    if stays:
+        assert message.content == call and message.tool_calls is None
+    else:
+        assert [own.function.name for own in message.tool_calls] == ["clock"]
+
+
 class speaking:
     """The model says a text, token by token."""
 
@@ -355,6 +410,8 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         with speaking(server, "<think>hm, 2</think>\n\nTwo.") as body:
             closed = ask(server, **body)
             chunks = list(ask(server, stream=True, **body))
+            # What names no form is no form.
+            free = ask(server, extra={"structured_outputs": {"json_object": False}}, **body)
         opened = {"chat_template_kwargs": {"enable_thinking": "open"}}
         with speaking(server, "hm, 3</think>Three.") as body:
             other = ask(server, extra=opened, **body)
@@ -362,6 +419,11 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
             asks = ask(server, [{"role": "user", "content": "What is <think>?"}], **body)
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
+    assert free.choices[0].message.reasoning_content == "hm, 2"
+    # A byte is a token: the last one of the tag that begins it, its text, and the tag of its end.
+    assert closed.usage.completion_tokens_details.reasoning_tokens == 1 + 5 + 8
+    assert other.usage.completion_tokens_details.reasoning_tokens == 5 + 8
+    assert plain.usage.completion_tokens_details.reasoning_tokens == 0
     deltas = [chunk.choices[0].delta for chunk in chunks]
     for name, wanted in {"reasoning_content": "hm, 2", "content": "Two."}.items():
         assert "".join(getattr(x, name, None) or "" for x in deltas) == wanted
@@ -404,9 +466,9 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
     ]:
         body = CHAT | {"tools": [WEATHER]} | more
         check(server.http.post("/v1/chat/completions", json=body), 400, says)
-    strict = {"type": "function", "function": {"name": "f", "strict": True}}
-    body = CHAT | {"tools": [strict]}
-    check(server.http.post("/v1/chat/completions", json=body), 400, "tools.0.function.strict")
+    form = {"response_format": {"type": "json_object"}}
+    body = CHAT | {"tools": [STRICT]} | form
+    check(server.http.post("/v1/chat/completions", json=body), 400, "no calls that could be strict")
     odd = {"type": "function", "function": {"name": "f"}, "cache": 1}
     check(server.http.post("/v1/chat/completions", json=CHAT | {"tools": [odd]}), 400, "cache")
     turn = {"role": "assistant", "content": None}
@@ -471,6 +533,43 @@ def test_logprobs_of_completions(server):
     chunks = list(server.client.completions.create(**how, stream=True))
     parts = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
     assert [x for part in parts for x in part.text_offset] == told.text_offset
+
+
+def test_logprobs_of_characters_of_several_tokens(server):
+    """A place is that of the character; of a part of one the bytes are told."""
+    how = {"model": "default", "prompt": "x", "max_tokens": 9, "logprobs": 20, "temperature": 0}
+    how["extra_body"] = {"structured_outputs": {"regex": "é€x"}}
+    own = server.client.completions.create(**how).choices[0]
+    assert own.text == "é€x"
+    told = own.logprobs
+    assert told.tokens[:6] == [r"\xc3", r"\xa9", r"\xe2", r"\x82", r"\xac", "x"]
+    assert told.text_offset[:6] == [0, 0, 1, 1, 1, 2]
+    assert all(len(top) == 20 for top in told.top_logprobs)
+    chunks = list(server.client.completions.create(**how, stream=True))
+    parts = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
+    assert [x for part in parts for x in part.text_offset] == told.text_offset
+
+
+def test_bytes_of_tokens():
+    """A letter is a byte in GPT-2's vocabularies and text in SentencePiece's; names of bytes are
+    bytes in those alone."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    def bytes_of(words, decoder):
+        tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+        tokenizer.decoder = decoder
+        tokenizer.add_special_tokens([AddedToken("<｜é▁x｜>", special=True)])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        return [token_bytes(fast, i) for i in range(len(words) + 1)]
+
+    words = ["é", "▁né", "<0xE2>", "Ġa"]
+    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    found = bytes_of(words, decoders.Sequence(pieces))
+    assert found == ["é".encode(), " né".encode(), b"\xe2", "Ġa".encode(), "<｜é▁x｜>".encode()]
+    found = bytes_of(words, decoders.ByteLevel())
+    assert found[0] == b"\xe9" and found[2:] == [b"<0xE2>", b" a", "<｜é▁x｜>".encode()]
+    assert [shown(x) for x in (b"a", b"\xe2\x82")] == ["a", r"\xe2\x82"]
 
 
 def test_logprobs_that_are_too_many(server):

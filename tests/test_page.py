@@ -1,23 +1,23 @@
 """The page as people use it: a browser, a server's process, and SmolLM2 on the demo's data."""
 
+import csv
+import io
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
+from lib.browsing import BROWSER, DESK, PHONE, Site, User, choose, fits, points, serving, until
 from lib.folders import write_llama, write_rows
 from lib.kinds import of_each_kind
 from mlx_segtrain.commands.demo.docstrings import write_dataset
@@ -28,61 +28,23 @@ from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.serving.jobs.store import Store
 from mlx_segtrain.training.setup import plan_event
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = [
     pytest.mark.acceptance,
-    pytest.mark.skipif(
-        BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is on the path"
-    ),
+    pytest.mark.skipif(BROWSER is None, reason="no browser is on the path"),
 ]
-DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 #: The first row of the data set; which docstring would come first depends on the Python.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
 #: Milliseconds for what a model computes; other things take the default.
 LONG = 90_000
 
 
-@dataclass
-class Site:
-    """A server with its folders."""
-
-    url: str
-    work: Path
-    cache: Path
-
-    def api(self, path: str, **values: Any) -> dict[str, Any]:
-        body = json.dumps(values).encode() if values else None
-        request = Request(self.url + path, body, {"content-type": "application/json"})
-        with urlopen(request) as answer:
-            return json.load(answer)
-
-    def train(self, **values: Any) -> str:
-        """A run of the tiny model, which has ended."""
-        own = {
-            "model_dir": str(self.work / "tiny"),
-            "data_dir": str(self.work / "counting"),
-            **{"iters": 20, "max_seq_length": 64, "steps_per_report": 1, "steps_per_eval": 5},
-        }
-        id = self.api("/api/finetune/submit", **{**own, **values})["job_id"]
-        self.wait(id)
-        return id
-
-    def job(self, id: str) -> dict[str, Any]:
-        return self.api(f"/api/jobs/{id}")["job"]
-
-    def wait(self, id: str) -> dict[str, Any]:
-        for _ in range(600):
-            if (job := self.job(id))["status"] not in ("queued", "running"):
-                return job
-            time.sleep(0.1)
-        raise AssertionError(f"{id} does not end")
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Iterator[Site]:
     place = tmp_path_factory.mktemp("site")
     work, cache = place / "work", place / "cache"
+    (work / "pairs").mkdir(parents=True)
+    pair = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (work / "pairs" / "train.jsonl").write_text(pair)
     snapshot = smollm2_snapshot(cache_dir())
     shutil.copytree(snapshot, work / snapshot.name)
     write_llama(work / "tiny", bits=4)
@@ -96,27 +58,6 @@ def site(tmp_path_factory) -> Iterator[Site]:
         path.write_text("".join(json.dumps(row) + "\n" for row in first) + "".join(rows), "utf-8")
     with serving(work, cache) as own:
         yield own
-
-
-@contextmanager
-def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
-    """A server's process, whose folders these are."""
-    command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--root", str(work), *options],
-        env={**os.environ, "MLX_SEGTRAIN_CACHE": str(cache)},
-        cwd=work,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().strip().removesuffix("/finetune")
-        assert address.startswith("http://"), "the server has not started"
-        yield Site(address, work, cache)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
 
 
 @pytest.fixture
@@ -141,48 +82,6 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
-@dataclass
-class User:
-    """Opens pages, and notes what a page must not do."""
-
-    browser: Any
-    site: Site
-    shots: Path
-    faults: list[str] = field(default_factory=list)
-
-    def page(self, viewport: dict[str, int] = DESK, scheme: str = "light") -> Any:
-        context = self.browser.new_context(
-            viewport=viewport, color_scheme=scheme, reduced_motion="reduce"
-        )
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("console", self._note)
-        page.on("pageerror", lambda error: self.faults.append(f"error: {error}"))
-        page.on("request", lambda request: self._check(request.url))
-        return page
-
-    def open(self, path: str = "/finetune", *, page: Any = None, **how: Any) -> Any:
-        page = page or self.page(**how)
-        page.goto(self.site.url + path)
-        page.get_by_role("heading", level=1).wait_for()
-        expect(page.locator(".looking")).to_have_count(0)
-        return page
-
-    def shot(self, page: Any, name: str) -> None:
-        page.screenshot(path=self.shots / f"{name}.png", full_page=True)
-
-    def _note(self, message: Any) -> None:
-        # The browser says of each answer that is an error what its page says, too.
-        refused = re.fullmatch(r"Failed to load resource: .* status of 4\d\d .*", message.text)
-        asked = re.match(r"/(api|v1)/", message.location["url"].removeprefix(self.site.url))
-        if message.type in ("error", "warning") and not (refused and asked):
-            self.faults.append(f"console: {message.text}")
-
-    def _check(self, url: str) -> None:
-        if not url.startswith((self.site.url, "data:", "blob:")):
-            self.faults.append(f"request elsewhere: {url}")
-
-
 @pytest.fixture
 def user(browser, site, tmp_path) -> Iterator[User]:
     shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
@@ -194,56 +93,38 @@ def user(browser, site, tmp_path) -> Iterator[User]:
     assert not own.faults
 
 
-def choose(page: Any, label: str, option: str) -> None:
-    page.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=re.compile(re.escape(option))).click()
-    expect(page.get_by_role("listbox")).to_have_count(0)
+@pytest.fixture(scope="module")
+def titles(site) -> dict[str, str]:
+    """What the form calls the fields."""
+    return {own["name"]: own["title"] for own in site.api("/api/finetune/defaults")["fields"]}
 
 
-def points(page: Any, line: int = 0) -> int:
-    """Points of a line of the large chart."""
-    return page.evaluate(
-        """line => document.querySelector(".chart.tall")?.lines[line]?.points.length ?? 0""", line
-    )
-
-
-def until(check: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.1)
-
-
-def fits(page: Any) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
-def test_from_model_and_data_to_an_adapter_that_answers(user, site):
+def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     page = user.open()
     choose(page, "Model", "SmolLM2")
-    expect(page.get_by_text("llama", exact=True)).to_be_visible()
+    expect(page.get_by_text("8,192 tokens", exact=True)).to_be_visible()
+    expect(page.get_by_text(re.compile(" free for a run$"))).to_be_visible()
+    page.get_by_role("button", name="Quick try").click()
+    page.get_by_label(titles["max_seq_length"]).fill("64")
     choose(page, "Data set", "docstrings")
-    page.get_by_label("Longest row, tokens").fill("64")
-    page.get_by_label("Steps", exact=True).fill("20")
-    page.get_by_role("button", name="Evaluation and checkpoints").click()
-    page.get_by_label("Report every, steps").fill("1")
-    page.get_by_label("Evaluate every, steps").fill("10")
-    page.get_by_role("button", name="Inspect data").click()
-    expect(page.get_by_text("Rows to train", exact=True)).to_be_visible(timeout=LONG)
+    expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
     marked = page.locator(".tokens:not(.legend) mark").first
     expect(marked).to_have_text(f"{ROW[1]}<|im_end|>")
     expect(page.get_by_text(re.compile("Fits: .* GB, longest [0-9,]+ tokens"))).to_be_visible()
+    page.get_by_label("Name of the run").fill("the first one")
     user.shot(page, "setup")
     page.get_by_role("button", name="Start training").click()
 
     page.wait_for_url(re.compile("/finetune/job/job_"))
     id = page.url.rpartition("/")[2]
+    expect(page.get_by_role("heading", name="the first one")).to_be_visible()
     until(lambda: points(page) >= 2)
     before = points(page)
     until(lambda: points(page) > before)
     page.reload()
     until(lambda: points(page) > before)  # in the middle of it, with all that was
     assert site.job(id)["status"] == "running"
+    expect(page.get_by_text(re.compile("^Memory on .* in use, peak .*, planned"))).to_be_visible()
     user.shot(page, "running")
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_text(re.compile("Cancelled: step [0-9]+ is kept"))).to_be_visible(
@@ -261,9 +142,10 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site):
     page.get_by_role("button", name="Chat with it").click()
     page.get_by_role("button", name="Load this model").click()
     expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=LONG)
-    page.get_by_label("Most tokens").fill("6")
-    page.get_by_label("Prompt").fill("What does <b>os.getcwd</b> do?")
-    page.get_by_label("Prompt").press("Enter")
+    page.get_by_role("button", name="System prompt and sampling").click()
+    page.get_by_label("Max tokens").fill("6")
+    page.get_by_label("Prompt", exact=True).fill("What does <b>os.getcwd</b> do?")
+    page.get_by_label("Prompt", exact=True).press("Enter")
     expect(page.get_by_text(re.compile("tokens?, .* tokens/s"))).to_have_count(2, timeout=LONG)
     base, own = page.locator(".answer .said").all_inner_texts()
     assert base.strip() and own.strip()
@@ -272,9 +154,9 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site):
     user.shot(page, "chat")
 
     user.open(f"/finetune/job/{id}", page=page)
-    page.get_by_role("button", name=re.compile("Fold")).click()
-    page.get_by_role("button", name="Fold into the base").click()
-    page.get_by_role("link", name=re.compile("^Fold: ")).click()
+    page.get_by_role("button", name=re.compile("Merge into base model")).click()
+    page.get_by_role("button", name="Merge into the base").click()
+    page.get_by_role("link", name=re.compile("^Merge into base: ")).click()
     expect(page.get_by_text("Share of the update lost in rounding")).to_be_visible(timeout=LONG)
     user.shot(page, "fold")
 
@@ -319,32 +201,39 @@ def test_a_page_knows_what_was_planned_whatever_the_words_are(user, site):
 @pytest.fixture(scope="module")
 def runs(site) -> list[str]:
     """Two that are done and differ, and one that failed."""
-    more = site.work / "pairs"
-    more.mkdir()
-    (more / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     odd = str(site.work / "<img src=x onerror=boom()>")  # names are text wherever they are shown
     return [
         site.train(rank=4),
         site.train(learning_rate=0.003, adapter_path=odd),
-        site.train(data_dir=str(more)),
+        site.train(data_dir=str(site.work / "pairs")),
     ]
 
 
-def test_losses_of_two_runs_in_one_chart(user, runs):
+def test_losses_of_two_runs_in_one_chart(user, site, runs):
     page = user.open("/finetune/jobs")
     for id in runs[:2]:
         page.get_by_label(f"Compare {id}").click()
     until(lambda: points(page, 0) >= 20 and points(page, 2) >= 20)
     expect(page.get_by_role("columnheader", name="learning_rate")).to_be_visible()
     expect(page.get_by_role("cell", name="0.003")).to_be_visible()
-    page.locator(".chart.tall").hover()
-    expect(page.locator(".chart.tall")).to_contain_text("<img src=x onerror=boom()>")
+    page.locator(".chart.tall .u-over").hover()
+    expect(page.locator(".tip")).to_contain_text("<img src=x onerror=boom()>")
+    cells = [own.inner_text() for own in page.get_by_role("row").nth(1).get_by_role("cell").all()]
+    assert cells[1:3] == ["4", "0.0002"]  # its default, not a word for it
+    last = [site.job(id)["result"]["final_val_loss"] for id in runs[:2]]
+    second = page.get_by_role("row").nth(2)
+    expect(second).to_contain_text(f"{last[1]:.4f}\n−{last[0] - last[1]:.4f}", use_inner_text=True)
     user.shot(page, "compare")
+    with page.expect_download() as found:
+        page.get_by_role("button", name="Save as CSV").click()
+    rows = list(csv.DictReader(io.StringIO(found.value.path().read_text())))
+    assert [row["job"] for row in rows] == runs[:2]
+    assert [float(row["validation loss"]) for row in rows] == pytest.approx(last)
     page.reload()  # its address says what is compared
     until(lambda: points(page, 2) >= 20)
 
 
-def test_a_model_by_its_name_on_the_hub(user, hub_site, hub):
+def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.site, hub.pause_s = hub_site, 0.2
     page = user.open()
     model = page.get_by_label("Model", exact=True)
@@ -354,30 +243,38 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub):
     ).to_be_visible()
     model.press("Tab")
     said = "neither a path here nor in this machine's cache of the hub"
-    expect(page.locator(".notice", has_text=said)).to_be_visible()
+    expect(page.locator(".wrong", has_text=said)).to_be_visible()
     page.get_by_role("button", name="Download").click()
     expect(page.get_by_text(re.compile(r"downloading org/small-4bit: 0\.\d MB of"))).to_be_visible()
     user.shot(page, "download")
     hub.pause_s = 0
-    expect(page.get_by_text("Computed by")).to_be_visible()
+    expect(page.get_by_text("Backend")).to_be_visible()
+    expect(page.locator(".wrong", has_text=said)).to_have_count(0)
     assert model.input_value().startswith("org/small-4bit · llama")
-    page.get_by_label("Longest row, tokens").fill("64")
-    page.get_by_label("or its path").fill("org/counting")
+    page.get_by_label(titles["max_seq_length"]).fill("64")
+    data = page.get_by_label("Data set", exact=True)
+    data.fill("org/counting")
+    data.press("Tab")
     page.get_by_role("button", name="Download").click()
-    expect(page.get_by_text("org/counting is on this machine.")).to_be_visible()
-    page.get_by_role("button", name="Inspect data").click()
-    expect(page.get_by_text("Rows to train", exact=True)).to_be_visible(timeout=LONG)
-    page.get_by_label("Steps", exact=True).fill("2")
+    expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
+    page.get_by_label(titles["iters"], exact=True).fill("2")
     expect(page.locator(".notice.good")).to_be_visible()
     user.shot(page, "downloaded")
     page.get_by_role("button", name="Start training").click()
     page.wait_for_url("**/finetune/job/*")
     expect(page.get_by_role("heading", name="org/small-4bit on org/counting")).to_be_visible()
     assert hub_site.wait(page.url.rpartition("/")[2])["status"] == "done"
-    user.open("/finetune", page=page)
-    model.fill("org/none")
-    model.press("Enter")
-    page.get_by_role("button", name="Download").click()
+
+    page.get_by_role("button", name="Push to the Hugging Face hub").click()
+    page.get_by_label("Repository").fill("me/mine")
+    page.get_by_label("Token of the hub").fill("hf_" + "s" * 20)
+    page.get_by_role("button", name="Push", exact=True).click()
+    expect(page.get_by_role("link", name=f"{hub.url}/me/mine")).to_be_visible(timeout=LONG)
+    assert "adapters.safetensors" in hub.pushed
+
+    user.open("/finetune/library", page=page)
+    page.get_by_label("Name on the Hugging Face hub").first.fill("org/none")
+    page.get_by_role("button", name="Download", exact=True).first.click()
     expect(page.get_by_role("alert").filter(has_text="nor a model of the hub")).to_be_visible()
     page.close()  # before its server ends
 
@@ -419,7 +316,7 @@ def test_older_jobs_are_a_click_away(user, site):
 
 def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, runs):
     page = user.open(f"/finetune/job/{runs[2]}")
-    expect(page.get_by_role("alert")).to_contain_text("give method dpo, orpo or simpo")
+    expect(page.get_by_role("alert")).to_contain_text("give method dpo, orpo, simpo or kto")
     user.shot(page, "failed")
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Keep it").click()
@@ -432,29 +329,311 @@ def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, ru
     expect(page.get_by_text(runs[2])).to_have_count(0)
 
 
-def test_what_is_wrong_is_said_at_its_field_and_at_the_start(user):
+def test_a_failed_job_offers_what_helps(user, site):
+    """To resume does not help where the same thing would happen again."""
+    jobs, config = Store(site.cache / "jobs.sqlite"), {"model_dir": str(site.work / "tiny")}
+    config |= {"data_dir": str(site.work / "counting"), "rank": 1, "max_seq_length": 96}
+    offers = {
+        "input": ({"Change the settings"}, {"fault_field": "rank", "error": "rank must be >= 2"}),
+        "memory": ({"New run that takes less memory", "Resume"}, {}),
+        "killed": ({"Resume", "New run that takes less memory"}, {}),
+        "run": ({"Resume", "Change the settings"}, {}),
+        "bug": ({"Show the log", "Resume"}, {}),
+    }
+    ids = {fault: jobs.add("finetune", json.dumps(config), None).id for fault in offers}
+    try:
+        page = user.page()
+        for fault, (wanted, more) in offers.items():
+            jobs.update(ids[fault], **{"status": "failed", "error": "no", "fault": fault, **more})
+            user.open(f"/finetune/job/{ids[fault]}", page=page)
+            expect(page.get_by_role("alert")).to_be_visible()
+            shown = set(page.locator(".page button").all_inner_texts())
+            every = {name for names, _ in offers.values() for name in names}
+            assert shown & every == wanted, fault
+        user.open(f"/finetune/job/{ids['input']}", page=page)
+        page.get_by_role("button", name="Change the settings").click()
+        wrong = page.locator(".field.invalid", has_text="rank must be >= 2")
+        expect(wrong).to_be_in_viewport()  # and its part is open
+        user.open(f"/finetune/job/{ids['memory']}", page=page)
+        page.get_by_role("button", name="New run that takes less memory").click()
+        expect(page.locator("[title=max_seq_length]")).to_be_visible()
+        half = page.get_by_label(page.locator("[title=max_seq_length]").inner_text())
+        expect(half).to_have_value("48")
+    finally:
+        for id in ids.values():
+            jobs.remove(id)
+        jobs.close()
+
+
+@pytest.mark.parametrize("size", (DESK, PHONE), ids=("desk", "phone"))
+def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
+    page = user.open(viewport=size)
+    start = page.get_by_role("button", name="Start training")
+
+    def wrong(said: str) -> Any:
+        return page.locator(".field .wrong", has_text=said)
+
+    choose(page, "Model", "tiny")
+    start.click()
+    expect(wrong("Choose a data set first")).to_be_in_viewport()
+    expect(page.get_by_label("Data set", exact=True)).to_be_focused()
+    user.shot(page, f"no-data-{size['width']}")
+    choose(page, "Data set", "pairs")
+    expect(wrong("Choose a data set first")).to_have_count(0)
+    page.get_by_label(titles["max_seq_length"]).fill("64")
+    # The data goes with another method.
+    expect(wrong("which method sft does not train")).to_be_visible(timeout=LONG)
+    page.get_by_role("button", name="Use method dpo").click()
+    expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
+    expect(wrong("which method sft does not train")).to_have_count(0)
+    rank = page.get_by_label(titles["rank"], exact=True)
+    page.get_by_role("button", name="Size and place").click()
+    rank.fill("1")
+    said = "rank must be an integer >= 2; got 1"
+    expect(wrong(said)).to_be_visible()
+    page.get_by_role("button", name="Size and place").click()  # folded, it is found all the same
+    start.click()
+    expect(wrong(said)).to_be_in_viewport()
+    expect(rank).to_be_focused()
+    rank.fill("")
+    expect(wrong(said)).to_have_count(0)
+    page.get_by_role("button", name="Memory").click()
+    page.get_by_label(titles["memory_budget_gb"]).fill("0.001")
+    expect(page.locator(".notice", has_text="more than the budget of 1 MB")).to_be_visible()
+    user.shot(page, f"no-room-{size['width']}")
+    page.get_by_label(titles["memory_budget_gb"]).fill("")
+    page.get_by_label("Data set", exact=True).fill("/nowhere")
+    start.click()
+    expect(wrong("outside of what this server")).to_be_in_viewport()
+    assert fits(page)
+
+
+def test_presets_set_what_they_say_and_a_server_takes_them(user, site, titles):
     page = user.open()
     choose(page, "Model", "tiny")
-    page.get_by_role("button", name="Start training").click()
-    expect(page.get_by_role("alert").filter(has_text="Choose a data set first")).to_be_visible()
-    page.get_by_label("Rank", exact=True).fill("1")
-    said = "rank must be an integer >= 2; got 1"
-    expect(page.locator(".field .wrong", has_text=said)).to_be_visible()
-    page.get_by_label("Rank", exact=True).fill("")
-    expect(page.locator(".field .wrong", has_text=said)).to_have_count(0)
-    said = "max_seq_length is 512, but the model was made for at most 128 tokens"
-    expect(page.locator(".field .wrong", has_text=said)).to_be_visible()
-    page.get_by_label("Longest row, tokens").fill("64")
-    page.get_by_role("button", name="Memory").click()
-    page.get_by_label("Memory budget, GB").fill("0.001")
-    expect(page.locator(".notice", has_text="more than the budget of 1 MB")).to_be_visible()
-    user.shot(page, "no-room")
-    page.get_by_label("or its path").fill("/nowhere")
-    page.get_by_role("button", name="Start training").click()
-    expect(page.get_by_role("alert").filter(has_text="outside of what this server")).to_be_visible()
+    page.get_by_label(titles["max_seq_length"]).fill("64")
+    steps = page.get_by_label(titles["iters"], exact=True)
+    for name in ("Thorough", "Standard", "Quick try"):
+        page.get_by_role("button", name=name).click()
+        expect(page.get_by_role("button", name=name, pressed=True)).to_have_count(1)
+        expect(page.get_by_text(re.compile("^Fits"))).to_be_visible()
+        expect(page.locator(".field.invalid")).to_have_count(0)
+    expect(steps).to_have_value("20")
+    steps.fill("21")  # it is not the preset any more
+    expect(page.get_by_role("button", pressed=True).and_(page.locator(".preset"))).to_have_count(0)
+    expect(page.get_by_text("2 settings changed")).to_be_visible()  # within what is folded
+
+    page.get_by_role("button", name="YAML").click()
+    copied = page.get_by_label("YAML", exact=True)
+    expect(copied).to_be_visible()
+    values = yaml.safe_load(copied.input_value())
+    assert values == {
+        **{"max_seq_length": 64, "iters": 21, "steps_per_report": 1, "steps_per_eval": 10},
+        **{"model_dir": str(site.work / "tiny"), "adapter_path": "adapters"},
+    }
 
 
-def test_the_keyboard_alone_starts_a_run(user, site):
+def test_a_run_has_a_name_tags_and_a_note(user, site, runs):
+    page = user.open(f"/finetune/job/{runs[0]}")
+    page.get_by_role("button", name="Edit name").click()
+    page.get_by_label("Name", exact=True).fill("<i>low</i> rank")
+    page.get_by_label("Tags", exact=True).fill("small, second try")
+    page.get_by_label("Note", exact=True).fill("Too low.")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("<i>low</i> rank")
+    expect(page.get_by_text("Too low.")).to_be_visible()
+    page.get_by_role("link", name="second try").click()
+    expect(page.get_by_text(runs[0])).to_be_visible()
+    expect(page.get_by_text(runs[1])).to_be_hidden()
+    page.get_by_label("Find").fill("nothing has this")
+    expect(page.get_by_text("No job of these has all of these words.")).to_be_visible()
+    job = site.job(runs[0])
+    assert (job["name"], job["tags"]) == ("<i>low</i> rank", ["small", "second try"])
+
+
+def test_charts_zoom_smooth_and_are_saved(user, runs):
+    page = user.open(f"/finetune/job/{runs[0]}")
+    until(lambda: points(page) >= 20)
+    own = page.locator(".chart.tall")
+
+    def scales() -> list[float]:
+        return page.evaluate(
+            """() => { const { x, y } = document.querySelector(".chart.tall").uplot.scales;
+            return [x.min, x.max, y.min, y.max, y.distr]; }"""
+        )
+
+    least, most, low, high, *_ = scales()
+    assert (least, most) == (0, 20) and low < high
+    plot = own.locator(".u-over")
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.51, box["y"] + 50)
+    tip = own.locator(".tip")
+    expect(tip).to_contain_text("training")  # of both lines, whichever has a value there
+    expect(tip).to_contain_text("validation")
+    expect(tip).to_contain_text("step 10")
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + 50, steps=4)
+    page.mouse.up()
+    least, most, *_ = scales()
+    assert 9 < least < 11 and 17 < most < 19
+    own.get_by_role("button", name="Show all").click()
+    assert scales()[:4] == [0, 20, low, high]
+    own.get_by_role("application").focus()
+    for key in ("ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+    expect(page.locator("#said")).to_contain_text("step 19; training: ")
+    page.keyboard.press("+")
+    assert scales()[1] - scales()[0] == 10
+    page.keyboard.press("0")
+    assert scales()[:2] == [0, 20]
+    own.get_by_label("Log scale").check()
+    assert scales()[4] == 3
+    own.get_by_label("Smoothing").fill("0.9")
+    lines = page.evaluate('document.querySelector(".chart.tall").uplot.series.length')
+    assert lines == 4  # steps, the mean, itself behind it, validation
+    user.shot(page, "smoothed")
+    with page.expect_download() as found:
+        own.get_by_role("button", name="CSV").click()
+    rows = list(csv.reader(found.value.path().open()))
+    assert rows[0] == ["step", "training", "validation"] and len(rows) == 22
+
+
+def test_the_mean_of_points_begins_where_they_do(user):
+    means = user.open("/finetune/jobs").evaluate(
+        """async () => {
+        const { smoothed } = await import("/finetune/files/charts.js");
+        return smoothed([[1, 4], [2, 4], [3, 1]], 0.5);
+        }"""
+    )
+    assert means[:2] == [[1, 4], [2, 4]]
+    assert means[2] == [3, pytest.approx((0.25 * 4 + 0.5 * 4 + 1) / 1.75)]
+
+
+def test_base_and_adapter_are_one_line_of_an_evaluation(user, site, runs):
+    page = user.open(f"/finetune/job/{runs[1]}")
+    page.get_by_role("button", name="Evaluate", exact=False).first.click()
+    page.get_by_role("button", name="Evaluate base and adapter").click()
+    line = page.locator(".row-line", has_text="base → adapter")
+    expect(line).to_be_visible(timeout=LONG)
+    (job,) = [x for x in site.api("/api/jobs?kind=evaluate")["jobs"] if x["status"] == "done"]
+    before, after = job["result"]["base"]["loss"], job["result"]["loss"]
+    run = site.job(runs[1])["result"]
+    assert after == pytest.approx(run["final_val_loss"], rel=1e-3)
+    assert before == pytest.approx(run["first_val_loss"], rel=1e-3)
+    expect(line).to_contain_text(f"{before:.4f} → {after:.4f} (−{before - after:.4f}, −")
+    user.shot(page, "evaluated")
+
+
+def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
+    site.api("/api/models/serve", model_dir=str(site.work / "tiny"))
+    page = user.open("/finetune/chat")
+    sent = []
+    page.on("request", lambda x: "/v1/chat" in x.url and sent.append(json.loads(x.post_data)))
+    low = Path(site.job(runs[0])["output_path"])
+    for side, value in (("Left", low.name), ("Right", "<img src=x")):
+        options = page.get_by_label(side, exact=True).locator("option")
+        found = options.filter(has_text=value).first.get_attribute("value")
+        page.get_by_label(side, exact=True).select_option(found)
+    page.get_by_role("button", name="System prompt and sampling").click()
+    page.get_by_label("System prompt").fill("Count.")
+    page.get_by_label("Max tokens").fill("4")
+    page.get_by_label("Temperature").fill("warm")
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("one two")
+    prompt.press("Enter")
+    expect(page.locator(".wrong", has_text="Give a number")).to_be_in_viewport()
+    page.get_by_label("Temperature").fill("0.5")
+    page.get_by_label("Top k").fill("3")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text(re.compile("tokens?, .* tokens/s"))).to_have_count(2, timeout=LONG)
+    expect(page.locator(".who")).to_have_text([low.name, "<img src=x onerror=boom()>"])
+    assert sent[0]["adapter"] == low.name and len(sent) == 2
+    for own in sent:
+        assert (own["temperature"], own["top_k"], own["max_tokens"]) == (0.5, 3, 4)
+        roles = [(turn["role"], turn["content"]) for turn in own["messages"]]
+        assert roles == [("system", "Count."), ("user", "one two")]
+    said = page.locator(".said").all_inner_texts()
+    user.shot(page, "chat-two")
+    page.reload()
+    expect(page.locator(".said")).to_have_text(said)
+    expect(page.get_by_label("Left", exact=True)).to_have_value(str(low))
+    expect(page.get_by_label("Top k")).to_have_value("3")
+    prompt.fill("three")
+    prompt.press("Enter")
+    expect(page.locator(".turn")).to_have_count(2)
+    until(lambda: len(sent) == 4)
+    assert [turn["role"] for turn in sent[2]["messages"]] == [
+        "system",
+        *["user", "assistant"],
+        "user",
+    ]
+    page.get_by_role("button", name="Clear").click()
+    page.reload()
+    expect(page.get_by_text("Ask something")).to_be_visible()
+
+
+def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
+    rows = tmp_path / "my sums.csv"
+    rows.write_text("prompt,completion\n" + "".join(f"{i}+1,{i + 1}\n" for i in range(9)))
+    page = user.open()
+    choose(page, "Model", "tiny")
+    page.locator("[type=file]").set_input_files(str(rows))
+    expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
+    expect(page.get_by_label("Data set", exact=True)).to_have_value(re.compile("uploaded: my-sums"))
+    wrong = tmp_path / "notes.txt"
+    wrong.write_text("no rows")
+    page.locator("[type=file]").first.set_input_files(str(wrong))
+    expect(page.locator(".wrong", has_text="called train or valid")).to_be_in_viewport()
+
+    user.open("/finetune/library", page=page)
+    row = page.get_by_role("row").filter(has_text="my-sums")
+    with page.expect_download() as found:
+        row.get_by_role("link", name="Download my-sums").click()
+    with zipfile.ZipFile(found.value.path()) as archive:
+        assert archive.read("train.csv") == rows.read_bytes()
+    row.get_by_role("button", name="Delete my-sums").click()
+    page.get_by_role("button", name="Delete it").click()
+    expect(row).to_have_count(0)
+
+    folder = Path(site.job(runs[0])["output_path"])
+    own = page.get_by_role("row").filter(has_text=folder.name)
+    with page.expect_download() as found:
+        own.get_by_role("link", name=f"Download {folder.name}").click()
+    with zipfile.ZipFile(found.value.path()) as archive:
+        archive.extractall(tmp_path / "taken")
+    names = ("adapter_config.json", "adapters.safetensors")
+    page.locator("[type=file]").last.set_input_files([str(tmp_path / "taken" / x) for x in names])
+    sent = page.get_by_role("row").filter(has_text="adapter-of-tiny")
+    expect(sent).to_be_visible()
+    user.shot(page, "library")
+    sent.get_by_role("button", name="Delete adapter-of-tiny").click()
+    page.get_by_role("button", name="Delete it").click()
+    expect(sent).to_have_count(0)
+
+
+def test_a_job_that_ends_is_told_on_other_pages(user, site):
+    page = user.page()
+    page.add_init_script(
+        """localStorage.setItem("bell", "on"); globalThis.told = [];
+        globalThis.Notification = class { static permission = "granted";
+          constructor(title) { told.push(title) } };
+        Object.defineProperty(document, "hidden", { get: () => globalThis.away ?? false });"""
+    )
+    user.open("/finetune/library", page=page)
+    expect(page.get_by_role("button", name=re.compile("Notifications are on"))).to_be_visible()
+    page.evaluate("globalThis.away = true")  # another tab is looked at
+    folders = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
+    id = site.api("/api/finetune/submit", **folders, iters=300, max_seq_length=64)["job_id"]
+    expect(page.locator(".now")).to_be_visible(timeout=LONG)
+    site.api(f"/api/jobs/{id}/cancel", method="POST")
+    told = page.get_by_role("link", name="Training cancelled: tiny on counting")
+    expect(told).to_be_visible(timeout=LONG)
+    assert page.evaluate("told") == ["Training cancelled: tiny on counting"]
+    told.click()
+    page.wait_for_url(f"**/finetune/job/{id}")
+
+
+def test_the_keyboard_alone_starts_a_run(user, site, titles):
     page = user.open()
     keys = page.keyboard
 
@@ -479,32 +658,42 @@ def test_the_keyboard_alone_starts_a_run(user, site):
     page.get_by_role("option").first.wait_for()
     keys.type("tiny")
     keys.press("Enter")
-    tab_to("or its path")
+    tab_to("Data set")
     keys.type(str(site.work / "counting"))
-    tab_to("Steps")
-    keys.type("3")
-    tab_to("Longest row, tokens")
+    tab_to(titles["max_seq_length"])
     keys.type("64")
+    tab_to(titles["iters"])
+    keys.type("3")
     keys.press("Enter")  # in any field
     page.wait_for_url(re.compile("/finetune/job/job_"))
     expect(page.get_by_text("Step 3 of 3")).to_be_visible(timeout=LONG)
 
 
-@pytest.mark.parametrize("scheme", ("light", "dark"))
-def test_a_phone_has_no_sideways_scrolling_on_any_page(user, runs, scheme):
-    page = user.page(PHONE, scheme)
-    chosen = f"/finetune/jobs?compare={','.join(runs[:2])}"
+@pytest.mark.parametrize(
+    ("size", "scheme"), ((PHONE, "light"), (PHONE, "dark"), (DESK, "light"), (DESK, "dark"))
+)
+def test_every_view_fits_and_axe_finds_nothing(user, runs, size, scheme):
+    page = user.page(size, scheme)
     for name, path in {
         "setup": "/finetune",
         "job": f"/finetune/job/{runs[0]}",
-        "jobs": chosen,
+        "jobs": f"/finetune/jobs?compare={','.join(runs[:2])}",
+        "library": "/finetune/library",
         "chat": "/finetune/chat",
         "nothing": "/finetune/job/none",
     }.items():
         user.open(path, page=page)
         page.wait_for_timeout(400)
         assert fits(page), name
-        user.shot(page, f"phone-{name}-{scheme}")
+        user.shot(page, f"{name}-{size['width']}-{scheme}")
+        # What is folded, too; of those of a group only one is open otherwise.
+        page.evaluate(
+            """() => document.querySelectorAll("details").forEach((own) => {
+            own.removeAttribute("name"); own.open = true; })"""
+        )
+        assert fits(page), name
+        found = Axe().run(page).response["violations"]
+        assert not [(x["id"], [own["html"] for own in x["nodes"]]) for x in found], name
 
 
 def test_the_theme_follows_the_system_until_it_is_chosen(user):
@@ -541,10 +730,14 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         page.goto(f"{site.url}/finetune")
         page.get_by_label("The token of this server").fill(token)
         page.get_by_role("button", name="Open").click()
-        expect(page.get_by_text("put the folder of an MLX model there")).to_be_visible()
-        expect(page.get_by_text("put train.jsonl (and valid.jsonl) into a folder")).to_be_visible()
+        expect(page.get_by_text("Put the folder of an MLX model there")).to_be_visible()
+        expect(page.get_by_text("No data set found. Upload a file of rows")).to_be_visible()
+        page.get_by_role("button", name="Make example rows").click()
+        expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
         user.open("/finetune/jobs", page=page)
-        expect(page.get_by_text("No job yet: start one under New run.")).to_be_visible()
+        expect(page.locator(".page").get_by_role("link", name="New run")).to_be_visible()
+        user.open("/finetune/library", page=page)
+        expect(page.get_by_text("No adapter yet. Train one, or upload one")).to_be_visible()
         user.open("/finetune/chat", page=page)
         expect(page.get_by_text("No model found")).to_be_visible()
         bearer = {"authorization": f"Bearer {token}"}

@@ -325,13 +325,13 @@ def test_predicted_peak_is_the_measured_one(packed):
     adapter = adapting.init(chain, ranks, 1.0, 0)
     params = adapting.stage_params(chain, adapter)
     layout = Layout.of(params)
-    length = 1024
+    length = 512
     tokens = np.random.default_rng(0).integers(0, 16384, (1, length + 1)).astype(np.int32)
     weights = np.ones(tokens.shape, np.float32)
     batch = Batch(tokens, weights, np.arange(1), np.array([length + 1]))
     of = BatchShape.single(1, length, length, length)
     if packed:
-        ends = np.array([700, 200, length + 3 - 900])
+        ends = np.array([350, 100, length + 3 - 450])
         tokens, weights = (np.pad(x, ((0, 0), (0, 2)), mode="edge") for x in (tokens, weights))
         batch = Batch(tokens, weights, np.arange(3), ends, packed=True)
         of = BatchShape.packed(1, length, float((ends**2).sum() / ends.sum()), length)
@@ -345,7 +345,7 @@ def test_predicted_peak_is_the_measured_one(packed):
     losses = set()
     functions = Functions(Sft(), chain, scales)
     limit = mx.get_active_memory()
-    for plan in plans:
+    for plan in plans[::3] if packed else plans:  # of rows that share a step: least and most
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
         limit = mx.set_memory_limit(plan.limit + others)
         for _ in range(2):

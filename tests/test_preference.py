@@ -1,6 +1,7 @@
 """Preference losses: TRL's formulas on the plain model in float64; streams, cuts and dropout."""
 
 import functools
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +35,14 @@ OBJECTIVES = {
     "robust": Dpo(beta=0.3, kind="robust", label_smoothing=0.2),
     "hinge": Dpo(beta=0.3, kind="hinge"),
     "ipo": Dpo(beta=0.3, kind="ipo"),
+    "exo_pair": Dpo(beta=0.3, kind="exo_pair", label_smoothing=0.2),
+    "nca_pair": Dpo(beta=0.3, kind="nca_pair"),
+    "bco_pair": Dpo(beta=0.3, kind="bco_pair"),
+    "sppo_hard": Dpo(beta=0.3, kind="sppo_hard"),
+    "apo_zero": Dpo(beta=0.3, kind="apo_zero"),
+    "apo_down": Dpo(beta=0.3, kind="apo_down"),
+    "discopop": Dpo(beta=0.3, kind="discopop"),
+    "sigmoid_norm": Dpo(beta=0.3, kind="sigmoid_norm"),
     "orpo": Orpo(weight=0.4),
     "orpo, response": Orpo(weight=0.4, scope="response"),
     "simpo": Simpo(beta=2.0, gamma=0.7),
@@ -110,17 +119,30 @@ def trl(objective, log_p: list, batch: PairBatch):
         return -good.mean(), [objective.beta * p for p in means], objective.beta * apart
     reference = mx.split(mx.array(batch.reference), 2)
     ratios = [s - r for s, r in zip(sums, reference, strict=True)]
-    if objective.kind == "ipo":
+    if objective.kind in ("ipo", "sigmoid_norm"):
         ratios = [x / m.sum(1) for x, m in zip(ratios, inside, strict=True)]
     z, eps, beta = ratios[0] - ratios[1], objective.label_smoothing, objective.beta
     good, bad = mx.log(mx.sigmoid(beta * z)), mx.log(mx.sigmoid(-beta * z))
+    p, q = mx.sigmoid(beta * z), mx.sigmoid(-beta * z)
+    c, r = (beta * x for x in ratios)
+    share = mx.sigmoid(beta * z / 0.05)
     losses = {
-        "sigmoid": -good * (1 - eps) - bad * eps,
-        "robust": (-good * (1 - eps) + bad * eps) / (1 - 2 * eps),
-        "hinge": mx.maximum(1 - beta * z, 0),
-        "ipo": (z - 1 / (2 * beta)) ** 2,
-    }[objective.kind]
-    return losses.mean(), [beta * x for x in ratios], beta * z
+        "sigmoid": lambda: -good * (1 - eps) - bad * eps,
+        "robust": lambda: (-good * (1 - eps) + bad * eps) / (1 - 2 * eps),
+        "hinge": lambda: mx.maximum(1 - beta * z, 0),
+        "ipo": lambda: (z - 1 / (2 * beta)) ** 2,
+        "exo_pair": lambda: p * (good - math.log(1 - eps)) + q * (bad - math.log(eps)),
+        "nca_pair": lambda: (
+            -mx.log(mx.sigmoid(c)) - mx.log(mx.sigmoid(-c)) / 2 - mx.log(mx.sigmoid(-r)) / 2
+        ),
+        "bco_pair": lambda: -mx.log(mx.sigmoid(c)) - mx.log(mx.sigmoid(-r)),
+        "sppo_hard": lambda: (ratios[0] - 0.5 / beta) ** 2 + (ratios[1] + 0.5 / beta) ** 2,
+        "apo_zero": lambda: 1 - mx.sigmoid(c) + mx.sigmoid(r),
+        "apo_down": lambda: mx.sigmoid(c) + 1 - mx.sigmoid(c - r),
+        "discopop": lambda: -good * (1 - share) + mx.exp(-beta * z) * share,
+        "sigmoid_norm": lambda: -good,
+    }[objective.kind]()
+    return losses.mean(), [c, r], beta * z
 
 
 def oracle(name, objective, batch, dtype):
@@ -163,6 +185,8 @@ def plain(name, adapter, objective, batch, dtype):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_losses_and_gradients_are_trls_in_float64(kind):
     objective, batch = OBJECTIVES[kind], pair_batch(9, lengths=((21, 17), (15, 20)))
+    if kind not in ("hinge", "sigmoid", "conservative", "robust", "ipo"):
+        batch.reference[:] = [-58, -60, -57, -61]  # no sigmoid is flat
     if kind == "hinge":  # some pairs on either side of the kink
         batch.reference[:] = [-60, -40, -40, -40]
     truth, true_grads = oracle("llama", objective, batch, mx.float64)

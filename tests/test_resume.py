@@ -57,13 +57,20 @@ RUNS = {
     "rslora": {"rs_lora": True, "model": "mixed"},
     "head": {"target_modules": ["q_proj", "lm_head"], "model": "untied"},
     "gemma": {"model": "gemma4"},
-    "patience": {"early_stopping_patience": 3, "steps_per_eval": 1, "learning_rate": 0.05},
+    "patience": {
+        **{"early_stopping_patience": 3, "steps_per_eval": 1, "learning_rate": 0.05, "iters": 12}
+    },
     "packed": {"packing": True},
     "packed, epochs": {"packing": "auto", "batch_size": 2, "epochs": 1.5, "model": "gemma4"},
     "dpo": DPO,
     "dpo, batches": {**DPO, "batch_size": 2, "grad_accumulation_steps": 2},
     "dpo, dropout": {**DPO, "lora_dropout": 0.1},
     "orpo": {"method": "orpo", "learning_rate": 5e-3},
+    "kto": {"method": "kto", "learning_rate": 5e-3},
+    "kto, batches, dropout": {
+        **{"method": "kto", "learning_rate": 5e-3, "lora_dropout": 0.1},
+        **{"batch_size": 2, "grad_accumulation_steps": 2},
+    },
     "simpo": {"method": "simpo", "learning_rate": 5e-3, "lr_schedule": "linear"},
 }
 
@@ -83,7 +90,7 @@ def models(tmp_path_factory, llama4, llama_mixed):
 def test_a_resumed_run_is_its_twin(name, models, data, tmp_path, monkeypatch):
     """Crashed between two checkpoints, and interrupted: each goes on to the twin's bytes."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
-    options = {"iters": 12, "steps_per_eval": 3, "steps_per_save": 2, "keep_best": True}
+    options = {"iters": 9, "steps_per_eval": 3, "steps_per_save": 2, "keep_best": True}
     options |= {"save_checkpoints": True, **RUNS[name]}
     if "epochs" in options:
         del options["iters"]
@@ -97,7 +104,7 @@ def test_a_resumed_run_is_its_twin(name, models, data, tmp_path, monkeypatch):
     plain = train(config("plain"))
     with pytest.raises(Crash):
         train(config("a"), crash_behind(5))
-    if "dpo" in name:  # what the model gives without adapter is computed again
+    if "dpo" in name or "kto" in name:  # what the model gives without adapter is computed again
         for file in (tmp_path / "cache").rglob("*.npz"):
             file.unlink()
     assert next(iter(checkpoint.found(tmp_path / "a"))) == 4
@@ -119,14 +126,14 @@ def interrupt_behind(last):
 def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
     model = snapshot.smollm2_snapshot(cache_dir())
     data = write_rows(tmp_path / "data", 8)
-    options = {"iters": 4, "steps_per_save": 1, "grad_accumulation_steps": 2, "lora_dropout": 0.05}
+    options = {"iters": 3, "steps_per_save": 1, "grad_accumulation_steps": 2, "lora_dropout": 0.05}
     options |= {"learning_rate": 1e-4, "max_seq_length": 48}
     plain = train(config_of(model, data, tmp_path / "plain", **options))
     with pytest.raises(Crash):
-        train(config_of(model, data, tmp_path / "a", **options), crash_behind(3))
+        train(config_of(model, data, tmp_path / "a", **options), crash_behind(2))
     config = config_of(model, data, tmp_path / "a", resume=True, **options)
     result = train(config)
-    assert result.resumed_from == 2
+    assert result.resumed_from == 1
     assert_twins(config, (tmp_path / "a", result), (tmp_path / "plain", plain))
 
 
@@ -140,13 +147,13 @@ def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
     long = [*command, "--iters", "1000000"]
     with subprocess.Popen(long, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
-            if line.startswith("step 20/"):
+            if line.startswith("step 5/"):
                 run.send_signal(number)
                 break
         rest = run.stdout.read()
     assert run.returncode == 130 and "interrupted after" in rest
     done = int(checkpoint_of(tmp_path / "a").name.removeprefix("step-"))
-    assert done >= 20 and checkpoint.torn(checkpoint_of(tmp_path / "a")) is None
+    assert done >= 5 and checkpoint.torn(checkpoint_of(tmp_path / "a")) is None
     plain = {"iters": done, "steps_per_eval": 1000}
     train(config_of(llama4, data, tmp_path / "b", **plain))
     stopped, full = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
@@ -211,22 +218,40 @@ def bad_manifest(folder):
     return "manifest.json is not what was written"
 
 
+TWO_A_SAVE = {"iters": 8, "steps_per_save": 2, "steps_per_eval": 4}
+
+
+@pytest.fixture(scope="module")
+def plain(llama4, data, tmp_path_factory):
+    """The folder of a whole run, and what it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    return folder, train(config_of(llama4, data, folder, **TWO_A_SAVE))
+
+
+@pytest.fixture(scope="module")
+def crashed(llama4, data, tmp_path_factory):
+    """Its twin, which crashed in step 7."""
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    with pytest.raises(Crash):
+        train(config_of(llama4, data, folder, **TWO_A_SAVE), crash_behind(7))
+    return folder
+
+
 @pytest.mark.parametrize(
     "damage", [truncated, flipped, without_manifest, without_tensors, bad_manifest]
 )
-def test_a_torn_checkpoint_is_left_out_with_a_warning(damage, llama4, data, tmp_path):
-    options = {"iters": 8, "steps_per_save": 2, "steps_per_eval": 4}
-    plain = train(config_of(llama4, data, tmp_path / "plain", **options))
-    with pytest.raises(Crash):
-        train(config_of(llama4, data, tmp_path / "a", **options), crash_behind(7))
+def test_a_torn_checkpoint_is_left_out_with_a_warning(
+    damage, plain, crashed, llama4, data, tmp_path
+):
+    shutil.copytree(crashed, tmp_path / "a")
     reason = damage(tmp_path / "a/state/step-00006")
     told = []
-    config = config_of(llama4, data, tmp_path / "a", resume=True, **options)
+    config = config_of(llama4, data, tmp_path / "a", resume=True, **TWO_A_SAVE)
     result = train(config, told.append)
     assert result.resumed_from == 4
     (warning,) = [event["message"] for event in told if event["type"] == "warning"]
     assert "state/step-00006 is torn (" in warning and reason in warning
-    assert_twins(config, (tmp_path / "a", result), (tmp_path / "plain", plain))
+    assert_twins(config, (tmp_path / "a", result), plain)
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data, tmp_path):
@@ -255,6 +280,13 @@ def begun(llama4, data, path, **changes):
     train(config_of(llama4, data, path, iters=2, **changes))
 
 
+@pytest.fixture(scope="module")
+def begun_once(llama4, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun") / "a"
+    begun(llama4, data, folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
@@ -266,8 +298,8 @@ def begun(llama4, data, path, **changes):
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1"),
     ],
 )
-def test_another_run_is_not_gone_on_with(changes, error, llama4, data, tmp_path):
-    begun(llama4, data, tmp_path / "a")
+def test_another_run_is_not_gone_on_with(changes, error, begun_once, llama4, data, tmp_path):
+    shutil.copytree(begun_once, tmp_path / "a")
     before = files_of(tmp_path / "a")
     with pytest.raises(InputError, match=error):
         train(config_of(llama4, data, tmp_path / "a", iters=2, resume=True, **changes))

@@ -14,7 +14,7 @@ FLOORS = (
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     "generation",
     "rewards",
-    *("training", "serving", "commands"),
+    *("training", "serving", "commands", "api"),
 )
 #: Of the server's own rooms, the same.
 SERVING = (

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import mlx.core as mx
@@ -274,6 +275,34 @@ def test_a_model_that_cannot_be_loaded_leaves_the_other_whole(
 
 
 # Mounting
+
+
+def test_who_stops_waiting_for_a_model_holds_up_nobody(model, monkeypatch):
+    """Its tokenizer loads on, for seconds: what ends it waits for that, and nobody else."""
+    loads, goes_on = threading.Event(), threading.Event()
+
+    def start(confined):
+        with confined._lock:
+            loads.set()
+            assert goes_on.wait(20)
+
+    monkeypatch.setattr(Confined, "start", start)
+    engine = Engine()
+
+    async def main():
+        task = asyncio.create_task(engine.load(model))
+        await asyncio.to_thread(loads.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not goes_on.is_set()
+
+    timer = threading.Timer(5, goes_on.set)
+    timer.start()
+    asyncio.run(main())
+    goes_on.set()
+    timer.cancel()
+    engine.close()
 
 
 def test_an_unmounted_adapter_ends_what_it_began(fresh, adapters, said):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shlex
 import struct
 
 import datasets
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlx_segtrain.data import limits, parquet
+from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.messages import Other
 from mlx_segtrain.data.sources import rows_of, source_of, sources_of
 from mlx_segtrain.errors import InputError
@@ -537,3 +539,24 @@ def test_a_row_of_python_that_is_too_long(monkeypatch):
     monkeypatch.setattr(limits, "MOST_BYTES", 9)
     with pytest.raises(InputError, match="train_data:1: the row has more than"):
         sources_of([{"text": "a" * 9}])
+
+
+def test_a_table_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    rows = [*FLAT, {"prompt": "q", "completion": None}]
+    frame = pandas.DataFrame(rows)
+    for own, wanted in ((frame, rows), (frame.iloc[[3, 1]], [rows[3], rows[1]])):
+        assert [row for _, row in rows_of(sources_of(own)[0])] == wanted
+
+
+def test_two_columns_of_any_name_are_told_how_they_can_be_trained():
+    with pytest.raises(InputError) as error:
+        checked({"user": "hi", "bot": "hello"}, "odd.csv:1")
+    _, hint = shlex.split(str(error.value)[str(error.value).index("--columns") :])
+    columns = json.loads(hint.removesuffix("."))
+    found = checked({"user": "hi", "bot": "hello"}, "odd.csv:1", columns=columns)
+    assert (found.format, found.row["prompt"]) == ("prompt-completion", "hi")
+    for row in ({"a": "x", "b": 3}, {"a": "x"}, {"a": "x", "b": "y", "c": "z"}):
+        with pytest.raises(InputError) as error:
+            checked(row, "odd.csv:1")
+        assert "--columns" not in str(error.value)

@@ -3,13 +3,20 @@
 import io
 import json
 import math
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from mlx_segtrain import events
-from mlx_segtrain.commands.terminal import Terminal, duration, show_checks, show_report
+from mlx_segtrain import InputError, events
+from mlx_segtrain.adapters import folding
+from mlx_segtrain.adapters.folding import Folded
+from mlx_segtrain.commands.terminal import Terminal
+from mlx_segtrain.commands.views import show_checks, show_fold, show_report
+from mlx_segtrain.commands.words import command_line, duration
 from mlx_segtrain.data import Preview, Report
 from mlx_segtrain.data.inspection import Bin, Epoch
 from mlx_segtrain.ops import selfcheck as doctor
@@ -27,6 +34,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
             tokens_per_sec=12345.6,
             supervised_tokens_per_sec=1234.5,
             step_s=2.0,
+            left_s=2.0 * (iters - step),
             peak_gb=3.25,
             active_gb=1.0,
         )
@@ -44,11 +52,14 @@ def run_events(iters: int = 20) -> list[events.Event]:
     ]
 
 
-def show(width: int, terminal: bool) -> str:
+def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
+    """What is shown of a run; `steps`: of every step too."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
-    with Terminal(console) as terminal_:
+    with Terminal(console, **how) as terminal_:
         for event in run_events():
+            if steps and event.get("kind") == "train":
+                terminal_.step(event)
             terminal_(event)
     return out.getvalue()
 
@@ -70,6 +81,95 @@ def test_a_bar_on_a_terminal() -> None:
     assert "\x1b[" in text and "━" in text
     assert "20/20" in text and "peak 3.25 GB" in text
     assert "validation loss 2.0794" in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_bar_moves_with_every_step_and_fits_in_a_line(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, highlight=False)
+    train = [event for event in run_events(1000) if event.get("kind") == "train"]
+    with Terminal(console) as terminal:
+        terminal(events.stage("train", 0.05, "", iters=1000, step=0))
+        for event in train:
+            terminal.step(event | {"left_s": 1234.5})
+            terminal._bar.refresh()
+        (task,) = terminal._bar.tasks
+        assert (task.completed, task.total) == (20, 1000)
+    shown = [line for line in re.split(r"[\r\n]", plain(out.getvalue())) if "━" in line]
+    assert any(line.rstrip().endswith("10/1000  " + FIGURES[width]) for line in shown)
+    assert all(len(line) <= width and "…" not in line for line in shown)
+
+
+#: Beside the bar of a step.
+FIGURES = {
+    80: "loss 0.2500  12,346 tokens/s  3.25 GB  20m34s left",
+    160: "loss 0.2500  1,234 supervised of 12,346 tokens/s  peak 3.25 GB  20m34s left",
+}
+
+
+def test_the_bar_ends_with_the_last_validation_and_nothing_left() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=160, force_terminal=True, highlight=False)
+    with Terminal(console) as terminal:
+        for event in run_events():
+            terminal(event | ({"left_s": 9.0} if event.get("kind") == "train" else {}))
+    last = [line for line in re.split(r"[\r\n]", plain(out.getvalue())) if "━" in line][-1]
+    assert last.rstrip().endswith("peak 3.25 GB  0s left  validation 800.0000")
+
+
+def plain(text: str) -> str:
+    """Without escape sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_quiet_shows_warnings_and_results_alone() -> None:
+    out = io.StringIO()
+    with Terminal(Console(file=out, width=80, force_terminal=True), quiet=True) as terminal:
+        for event in run_events():
+            terminal(event)
+            if event.get("kind") == "train":
+                terminal.step(event)
+        terminal(events.warning("the disk is full"))
+        terminal.fact("training loss", "0.1")
+    assert plain(out.getvalue()) == "warning: the disk is full\ntraining loss    0.1\n"
+
+
+def test_verbose_shows_every_step_on_a_line_once() -> None:
+    for terminal in (True, False):
+        text = show(200, terminal, steps=True, verbose=True)
+        assert "━" not in text
+        assert text.count("step 10/20: loss 0.2500") == 1
+        assert "rate 0.0001  gradient 1" in text
+
+
+def test_a_log_file_gets_lines_with_times(tmp_path: Path) -> None:
+    for _ in range(2):
+        show(80, terminal=True, steps=True, log_file=tmp_path / "run.log")
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert len(lines) == 12 and all(re.match(r"20\d\d-\d\d-\d\dT[\d:+-]+ ", line) for line in lines)
+    assert [line.split(" ", 1)[1] for line in lines[6:]] == show(40, terminal=False).splitlines()
+    with pytest.raises(InputError, match=r"--log-file .* cannot be written"):
+        Terminal(log_file=tmp_path)
+
+
+def test_lines_break_between_words_on_a_terminal_only() -> None:
+    text = "the quick " * 12 + "https://example.com/" + "x" * 60
+    for terminal in (True, False):
+        out = io.StringIO()
+        with Terminal(Console(file=out, width=40, force_terminal=terminal)) as shown:
+            shown(events.warning(text))
+        lines = [line for line in plain(out.getvalue()).splitlines() if line.strip()]
+        assert " ".join(line.strip() for line in lines) == f"warning: {text}"
+        assert len(lines) == (5 if terminal else 1)
+
+
+def test_a_command_is_pasted_as_it_is_shown() -> None:
+    argv = ["mlx-segtrain", "chat", "--model", "a b" * 9, "--system", "It's a test " * 8, "--temp"]
+    for width in (20, 80, 1000):
+        text = command_line(argv, width)
+        assert shlex.split(text.replace("\\\n", "")) == argv
+    assert len(command_line(argv, 80).splitlines()) == 3
+    assert command_line([*argv[:2], "--prompt", "…"], 80) == "mlx-segtrain chat --prompt …"
 
 
 def test_markup_in_a_message_is_text() -> None:
@@ -207,3 +307,14 @@ def test_rows_that_are_tokenized_have_a_bar_on_a_terminal_and_few_lines_elsewher
             assert bar.fields["status"].endswith("90%, 9,000 rows, 500 rows/s  0s left")
         else:
             assert not bars and out.getvalue().count("tokenizing train.jsonl:") == 1
+
+
+def test_a_merge_is_summed_up_before_the_layers_that_lost_the_most(capsys: Any) -> None:
+    layers = [Folded(f"layers.{i}", 4, 0.1, 1.0, i / 20, 0.5) for i in range(12)]
+    show_fold(folding.Report(Path("out"), layers, 3, 2_500_000_000))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["model    out, 2.50 GB", "merged   12 linear layers", lines[2]]
+    assert "(4 more: see --json)" in lines[5]
+    shown = [line.split()[0] for line in lines if line.strip().startswith("layers.")]
+    assert shown == [f"layers.{i}" for i in range(11, 3, -1)]
+    assert lines[-1].startswith("warning: 10 of 12 linear layers lost more than a tenth")

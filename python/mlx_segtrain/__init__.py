@@ -1,6 +1,6 @@
 """Long-context LoRA fine-tuning of quantized language models on one machine, through MLX.
 
-    from mlx_segtrain import TrainConfig, train, load, segmented_value_and_grad
+    from mlx_segtrain import train, load, TrainConfig, segmented_value_and_grad
 
 Names are loaded when first used, so that `mlx-segtrain --help` does not wait for MLX.
 """
@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import TrainResult, train
     from .config import TrainConfig
     from .errors import InputError, RunError
     from .loading import load
     from .schedule import Stage, segmented_value_and_grad
-    from .training import TrainResult, train
 
 __all__ = [
     "InputError",
@@ -34,10 +34,10 @@ _HOME = {
     "RunError": "errors",
     "Stage": "schedule",
     "TrainConfig": "config",
-    "TrainResult": "training",
+    "TrainResult": "api",
     "load": "loading",
     "segmented_value_and_grad": "schedule",
-    "train": "training",
+    "train": "api",
 }
 
 #: The release whose C++ ABI `_core` was compiled against.
@@ -79,3 +79,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mlx_segtrain' has no attribute '{name}'")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """The public API."""
+    return sorted(__all__)

@@ -8,7 +8,7 @@ mlx_segtrain.config` prints it): fields.Facets has all that is known of a field 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -43,16 +43,25 @@ from mlx_segtrain.fields import (
 )
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Method = Literal["sft", "dpo", "orpo", "simpo", "grpo"]
-#: What a row is: a sequence, a pair of them, or a prompt alone; and for each method what it trains.
-Rows = Literal["single", "pair", "prompt"]
-ROWS: dict[str, Rows] = {"sft": "single", "dpo": "pair", "orpo": "pair", "simpo": "pair"}
-ROWS["grpo"] = "prompt"
+Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
+#: What a row is: a sequence, a pair of them, a sequence that is wanted or not, or a prompt alone;
+#: and for each method what it trains.
+Rows = Literal["single", "pair", "labelled", "prompt"]
+ROWS: dict[str, Rows] = {
+    "sft": "single",
+    "dpo": "pair",
+    "orpo": "pair",
+    "simpo": "pair",
+    "kto": "labelled",
+    "grpo": "prompt",
+}
 #: The forms that rows come in (data/formats.py), which are told apart by their keys.
 DataFormat = Literal[
     "auto",
     "preference",
     "kto",
+    "kto-messages",
+    "kto-sharegpt",
     "messages",
     "sharegpt",
     "prompt-completion",
@@ -74,9 +83,9 @@ FIRST, ELSEWHERE, ADAPTER = Facets(group=""), Facets(group=None), Facets(group="
 OPTIMIZER, MEMORY = Facets(group="Optimizer"), SIZE | FREE | Facets(group="Memory")
 DATA = Facets(group="Data", affects=("loss", "rows"))
 EVALUATION = FREE | Facets(group="Evaluation and checkpoints")
-DPO, ORPO, SIMPO = (
+DPO, ORPO, SIMPO, KTO = (
     Facets(group="Preference", affects=("loss",), methods=(method,))
-    for method in ("dpo", "orpo", "simpo")
+    for method in ("dpo", "orpo", "simpo", "kto")
 )
 GRPO = Facets(group="GRPO", methods=("grpo",))
 #: Of responses that rows have, and not of those that a run generates.
@@ -100,27 +109,29 @@ OF_LOSS: dict[Any, dict[str, Any]] = {
 
 
 class TrainConfig(BaseModel):
-    """One training run; raises pydantic.ValidationError (a ValueError) on a bad value."""
+    """One training run; InputError, which is a ValueError, for a bad value."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     model_dir: Place = option(..., ELSEWHERE | FREE, flag="--model", values=PLACES)
-    """The base model, as mlx-lm reads it: its directory, or its name on the Hugging Face hub."""
+    """Base model: its directory, or its name on the Hugging Face hub."""
     data_dir: Place | None = option(None, ELSEWHERE | FREE, flag="--data", values=DATA_PLACES)
-    """Directory with train.jsonl and, for validation, valid.jsonl, or files of the same names in
-    another format (docs/data.md); or one file of training rows; or a data set's name on the hub.
-    Needed, but where Python gives the rows."""
-    adapter_path: Directory = option(..., FIRST | FREE, title="Adapter folder")
-    """Directory of the adapter; a run also writes metrics.jsonl and checkpoints. The command line
-    takes adapters if it is not set."""
+    """Training data: a directory with train.jsonl and, for validation, valid.jsonl (or CSV, Parquet
+    and others, see docs/data.md); one file of training rows; or a data set's name on the hub.
+    Required unless Python gives the rows."""
+    adapter_path: Directory = option(
+        ..., FIRST | FREE, title="Adapter folder", aliases=("--adapter",)
+    )
+    """Directory of the adapter; a run also writes metrics.jsonl and checkpoints to it. Default of
+    the command line: adapters."""
     method: Method = option("sft", FIRST | ALL | CARD)
-    """Training objective: sft takes texts and chats, grpo prompts, all others chosen and rejected
-    responses."""
+    """Training objective: sft takes texts and chats, dpo, orpo and simpo take chosen and rejected
+    responses, kto responses with a label or pairs, grpo prompts."""
     rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
-    """LoRA rank of an adapted linear, before rank_scaling."""
-    scale: Float = option(1.0, FIRST | FRESH, gt=0)
+    """LoRA rank, before rank_scaling."""
+    scale: Float = option(1.0, ADAPTER | FRESH, gt=0)
     """Factor of the LoRA update, y = W x + scale * B A x."""
     rank_scaling: Literal["constant", "by_bits", "by_kl"] = option(
         "by_bits", ADAPTER | FRESH | SIZE
@@ -146,15 +157,15 @@ class TrainConfig(BaseModel):
         otherwise="beside epochs",
         ge=1,
     )
-    """Optimizer steps of the run."""
+    """Number of optimizer steps."""
     epochs: Float | None = option(None, FIRST | WARN, gt=0)
-    """Passes over the training rows, in the place of iters."""
+    """Number of passes over the training rows (instead of iters)."""
     optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = option(
         "adamw", OPTIMIZER | CARD
     )
     """Optimizer; sgd has a momentum of 0.9."""
-    learning_rate: Float = option(2e-4, FIRST | WARN | CARD, gt=0)
-    """Largest learning rate of the run; of all but sft 5e-5 by default."""
+    learning_rate: Float = option(2e-4, FIRST | WARN | CARD, gt=0, aliases=("--lr",))
+    """Peak learning rate; the default of all methods but sft is 5e-5."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
         "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
     )
@@ -172,21 +183,40 @@ class TrainConfig(BaseModel):
     """Part of a LoRA branch's inputs that each step leaves out."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
     """Strength with which dpo stays near the model without adapter."""
-    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = option(
-        "sigmoid", DPO, title="DPO loss"
-    )
-    """Loss of dpo."""
+    dpo_loss: Literal[
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ] = option("sigmoid", DPO, title="DPO loss")
+    """Loss of dpo (docs/preference.md)."""
     label_smoothing: Float = option(
         0.0,
         DPO,
-        holds=lambda config: config.dpo_loss in ("sigmoid", "robust"),
-        otherwise="outside of method dpo with dpo_loss sigmoid or robust",
+        holds=lambda config: config.dpo_loss in ("sigmoid", "robust", "exo_pair"),
+        otherwise="outside of method dpo with dpo_loss sigmoid, robust or exo_pair",
         ge=0,
         lt=0.5,
     )
-    """Part of pairs taken to be mislabelled (sigmoid, robust)."""
+    """Part of pairs taken to be mislabelled (sigmoid, robust, exo_pair)."""
     reference_free: bool = option(False, DPO)
     """Leave the model without adapter out of dpo's loss."""
+    kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
+    """Strength with which kto stays near the model without adapter."""
+    kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
+    """Loss of kto; apo_zero_unpaired compares with 0 in the place of a KL divergence."""
+    desirable_weight: Float = option(1.0, KTO, ge=0)
+    """Weight of kto's loss of rows whose label is true."""
+    undesirable_weight: Float = option(1.0, KTO, ge=0)
+    """Weight of kto's loss of rows whose label is false."""
     orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
     """Weight of orpo's odds-ratio term."""
     sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
@@ -250,12 +280,12 @@ class TrainConfig(BaseModel):
     """End the run when the mean reward of so many steps has lost half of its gain, beyond what
     chance explains; 0 is never."""
     max_seq_length: Int = option(512, FIRST | ALL | CARD, title="Longest row, tokens", ge=2)
-    """Tokens kept of a row; the rest is cut off. Of grpo, tokens of a forward and backward pass:
-    as many completions with their prompts as fit are packed into one."""
+    """Maximum tokens of a row; longer rows are truncated. With grpo, tokens of a forward and
+    backward pass, into which as many completions with their prompts are packed as fit."""
     batch_size: Int = option(
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
-    """Rows in a forward and backward pass; of grpo, prompts of a step."""
+    """Rows per forward and backward pass; with grpo, prompts per step."""
     packing: Switch = option(
         False,
         DATA | SIZE | CARD,
@@ -298,7 +328,7 @@ class TrainConfig(BaseModel):
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
     """Newest of these checkpoints to keep."""
     resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
-    """Go on from the newest whole checkpoint in adapter_path; auto begins if there is none."""
+    """Continue from the newest checkpoint in adapter_path; auto starts anew if there is none."""
     on_spike: Literal["warn", "skip", "stop"] = option(
         "warn", OPTIMIZER | WARN, title="At a loss spike"
     )
@@ -380,6 +410,12 @@ class TrainConfig(BaseModel):
     overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter folder")
     """Replace an adapter that adapter_path holds."""
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _fault(error, values) from None
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
@@ -418,6 +454,12 @@ class TrainConfig(BaseModel):
                 f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
                 "the learning rate would never be reached, so lower it",
                 field="warmup_iters",
+            )
+        if self.dpo_loss == "exo_pair" and self.label_smoothing == 0:
+            raise InputError(
+                "dpo_loss exo_pair needs label_smoothing above 0, or the loss of a pair is "
+                "infinite: set it, to 0.001 for instance",
+                field="label_smoothing",
             )
         if self.method == "grpo" and self.max_completion_tokens >= self.max_seq_length - 1:
             raise InputError(
@@ -484,10 +526,64 @@ def allowed(name: str, value: Any = None) -> str:
     return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
 
 
+#: What other trainers call a field, for those who write it here.
+ELSEWHERE_CALLED: dict[str, str] = {
+    "adapter_path": "adapter output output_dir out out_dir save_path",
+    "batch_size": "bs micro_batch_size per_device_train_batch_size train_batch_size",
+    "data_dir": "data dataset dataset_name dataset_path train_file training_data",
+    "early_stopping_patience": "early_stopping patience",
+    "epochs": "epoch n_epochs num_epochs num_train_epochs",
+    "eval_command": "metric compute_metrics",
+    "grad_accumulation_steps": "accumulate_grad_batches grad_accum gradient_accumulation_steps",
+    "grad_checkpoint": "activation_checkpointing gradient_checkpointing",
+    "grad_clip_norm": "clip_grad grad_clip gradient_clipping max_grad_norm",
+    "iters": "iterations max_iters max_steps num_steps steps total_steps",
+    "keep_best": "load_best_model_at_end save_best",
+    "keep_checkpoints": "save_total_limit",
+    "learning_rate": "lr peak_lr",
+    "lora_dropout": "dropout",
+    "lr_schedule": "lr_scheduler lr_scheduler_type schedule scheduler scheduler_type",
+    "max_seq_length": "block_size context context_length ctx cutoff_len max_len max_length "
+    "max_tokens seq_len seq_length sequence_length",
+    "memory_budget_gb": "max_memory memory memory_gb memory_limit vram",
+    "method": "algorithm objective stage trainer train_type",
+    "model_dir": "base base_model model model_id model_name model_name_or_path model_path",
+    "num_layers": "layers lora_layers",
+    "optimizer": "optim",
+    "rank": "lora_r lora_rank r",
+    "report_to": "log_with tensorboard tracker wandb",
+    "resume": "continue resume_from resume_from_checkpoint",
+    "rs_lora": "use_rslora rslora",
+    "sample_prompts": "prompts",
+    "save_checkpoints": "save_adapters",
+    "scale": "alpha lora_alpha lora_scale",
+    "seed": "random_seed random_state",
+    "steps_per_eval": "eval_every eval_steps val_check_interval",
+    "steps_per_report": "log_every logging_steps",
+    "steps_per_save": "checkpoint_every save_every save_steps",
+    "target_modules": "keys lora_keys lora_modules lora_target modules targets",
+    "train_on": "assistant_only_loss completion_only_loss mask_prompt train_on_inputs",
+    "use_dora": "dora",
+    "val_split": "eval_split test_size test_split val_set_size val_size validation_split",
+    "warm_start": "init_from resume_adapter resume_adapter_file",
+    "warmup_iters": "num_warmup_steps warmup warmup_steps",
+}
+CALLED = {word: name for name, words in ELSEWHERE_CALLED.items() for word in words.split()}
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """The question whether the closest of names was meant, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def meant(name: str, names: Sequence[str], spelt: Callable[[str], str] = str) -> str:
+    """The same, but for words of other trainers, which are asked for by meaning; `spelt` is how a
+    field is written among the names."""
+    field = CALLED.get(name.lstrip("-").replace("-", "_").lower())
+    if field is None:
+        return nearest(name, names)
+    return f" Did you mean {spelt(field)}?" if spelt(field) in names else ""
 
 
 def load_config(
@@ -504,12 +600,12 @@ def load_config(
     values = {**defaults, **values, **overrides}
     try:
         return TrainConfig(**values)
-    except ValidationError as error:
-        raise _fault(error, values, where) from None
+    except InputError as error:
+        raise InputError(where.get(error.field or "", "") + str(error), field=error.field) from None
 
 
-def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]) -> InputError:
-    """The first fault of a ValidationError, with its place, the value, and what is allowed."""
+def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
+    """The first fault of a ValidationError, with the value and what is allowed."""
     order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
@@ -517,15 +613,15 @@ def _fault(error: ValidationError, values: dict[str, Any], where: dict[str, str]
         return raised if isinstance(raised, InputError) else InputError(str(raised))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
-        hint = nearest(name, list(TrainConfig.model_fields))
-        return InputError(f"{where.get(name, '')}unknown field {word(name)}.{hint}")
+        hint = meant(name, list(TrainConfig.model_fields))
+        return InputError(f"unknown field {word(name)}.{hint}", field=name)
     if fault["type"] == "missing":
         return InputError(
             f"{name} is missing: set it in the YAML file or with {flag(name)}", field=name
         )
     value = values[name]
     text = f"{name} must be {allowed(name, value)}; got {shown(value, 200)}"
-    return InputError(where.get(name, "") + text, field=name)
+    return InputError(text, field=name)
 
 
 def flag(name: str) -> str:

@@ -2,7 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+#: Why something ended, as far as that decides what helps: input that has to be changed, a lack of
+#: memory, what happened on the way, a process that was killed, a bug of ours.
+Fault = Literal["input", "memory", "run", "killed", "bug"]
 
 
 class InputError(ValueError):
@@ -29,6 +33,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError)
 
 
+def fault_of(error: BaseException) -> Fault:
+    """Why this exception ended a run."""
+    if isinstance(error, NoRoom | NoMemory) or is_out_of_memory(error):
+        return "memory"
+    if isinstance(error, InputError):
+        return "input"
+    return "run" if isinstance(error, RunError) else "bug"
+
+
 class NoRoom(InputError):
     """A run whose plan takes more memory than there is."""
 
@@ -42,6 +55,10 @@ class RunError(Exception):
     """
 
     status = 500
+
+
+class NoMemory(RunError):
+    """A run for whose next step the device has no memory left, by any plan."""
 
 
 def either(words: Sequence[str]) -> str:

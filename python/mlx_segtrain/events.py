@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import fault_of
+
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 Stage = Literal["load", "setup", "data", "checkpoint", "train", "fold", "done"]
@@ -63,11 +65,13 @@ def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
 def train_metric(
     step: int, iters: int, *, loss: float, metrics: dict[str, float], **figures: float
 ) -> Event:
-    """Means over the steps since the last report: loss in nats per token.
+    """The training loss: the mean over the last `steps_per_report` steps, in nats per token.
 
-    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
+    rewards and, of kto, kl; without those of which the steps had no row.
     `figures` are grad_norm, learning_rate, tokens_per_sec and, of those in the loss,
-    supervised_tokens_per_sec, step_s, peak_gb and active_gb.
+    supervised_tokens_per_sec, step_s, peak_gb and active_gb, and left_s, the seconds that the rest
+    of the run takes with its evaluations and checkpoints.
     """
     return {
         "type": "metric",
@@ -120,8 +124,12 @@ def done(output_dir: Path) -> Event:
 
 
 def failed(error: BaseException) -> Event:
-    """The run ended with an exception."""
-    return {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
+    """The run ended with an exception; `fault` is errors.Fault, `field` what has to be changed."""
+    field = getattr(error, "field", None)
+    return {
+        **{"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()},
+        **{"fault": fault_of(error)} | ({} if field is None else {"field": field}),
+    }
 
 
 def run_progress(step: int, iters: int) -> float:

@@ -46,6 +46,7 @@ class Facets:
     holds: Callable[[Any], bool] = lambda config: True
     otherwise: str = ""
     flag: str = ""  #: of the command line, where that is not the name
+    aliases: tuple[str, ...] = ()  #: other flags of the same meaning
     refused: str = ""  #: why clients of the server may not set it, if they may not
     on_card: bool = False  #: the card of a run's adapter names it
     values: str = ""  #: what is allowed, where the type does not say it

@@ -25,7 +25,7 @@ OF_EACH_KIND = {
     "fold": (
         {"model_dir": "/m/model", "adapter_path": "/a/one"},
         {"lost": 0.25},
-        "Fold",
+        "Merge into base",
         "one into model",
     ),
     "merge": ({"adapters": ["/a/one", "/a/two"]}, {"linears": 2}, "Merge", "one + two"),

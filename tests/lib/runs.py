@@ -43,7 +43,7 @@ def losses_of(monkeypatch, losses):
 
 TIMES = (
     *("ts", "pid", "id", "message", "at"),
-    *("tokens_per_sec", "supervised_tokens_per_sec", "step_s", "peak_gb", "active_gb"),
+    *("tokens_per_sec", "supervised_tokens_per_sec", "step_s", "left_s", "peak_gb", "active_gb"),
 )
 
 
@@ -116,7 +116,7 @@ def truncated(folder):
     return "bytes of"
 
 
-METHODS = ["sft", "dpo", "orpo", "simpo"]
+METHODS = ["sft", "dpo", "orpo", "simpo", "kto"]
 
 
 def setup_of(method, model, data, pairs, out, **changes):

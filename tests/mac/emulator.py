@@ -1,5 +1,7 @@
 """The emulator's C++, which tests build on a Mac too, through Apple's headers and Clang."""
 
+from itertools import product
+
 import mlx.core as mx
 
 from metal_emulator import CLANG_FLAGS, FLAGS, to_cxx
@@ -18,12 +20,11 @@ def check() -> int:
     template = {"T": mx.float16, "GELU": True, "PER": 4, "THREADS": 256}
     source = BUILD / "kernel.cpp"
     source.write_text(to_cxx("glu", kernel.source, kernel.header, inputs, outputs, template))
-    for target in TARGETS:
-        flags = [*FLAGS, *CLANG_FLAGS, "-Werror", "-include", EMULATOR / "emulator.h"]
-        made = source.with_suffix(".o")
-        done = run(
-            zig("c++", "-target", target, *flags, "-c", source, "-o", made), env=environment()
-        )
+    parts = [(source, ["-include", EMULATOR / "emulator.h"]), (EMULATOR / "machine.cpp", [])]
+    for target, (text, ahead) in product(TARGETS, parts):
+        flags = [*FLAGS, *CLANG_FLAGS, "-Werror", *ahead]
+        made = BUILD / f"{text.stem}.o"
+        done = run(zig("c++", "-target", target, *flags, "-c", text, "-o", made), env=environment())
         if done.returncode:
             raise Found(f"the emulator does not compile for {target}\n{done.stderr[:4000]}")
     return len(TARGETS)

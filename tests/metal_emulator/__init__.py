@@ -106,7 +106,7 @@ def kernel_text(
         space = "constant" if x.size < 8 else "device"
         full += f"_{TYPES[x.dtype]}" + ("s" if x.ndim == 0 else "c" * (x.size < 8))
         star = "*" if x.ndim else "&"
-        pointer = f"emu::ptr<const {TYPES[x.dtype]}, emu::{space.title()}>(&blocks[{i}], 0)"
+        pointer = f"emu::ptr<const {TYPES[x.dtype]}, emu::{space.title()}>(emu::block({i}), 0)"
         add(f"const {space} {TYPES[x.dtype]}{star}", key, pointer if x.ndim else f"*{pointer}")
         if x.ndim and f"{key}_shape" in source:
             add("const constant int*", f"{key}_shape", numbers("int", x.shape))
@@ -117,7 +117,7 @@ def kernel_text(
             add("const constant int&", f"{key}_ndim", str(x.ndim))
     for i, (key, (_, dtype)) in enumerate(outputs.items(), len(inputs)):
         full += f"_{TYPES[dtype]}"
-        pointer = f"emu::ptr<{TYPES[dtype]}, emu::Device>(&blocks[{i}], 0)"
+        pointer = f"emu::ptr<{TYPES[dtype]}, emu::Device>(emu::block({i}), 0)"
         add(f"device {TYPES[dtype]}*", key, pointer)
     for key, type_ in ATTRIBUTES.items():
         if key in source:
@@ -184,19 +184,25 @@ def compiler() -> tuple[list[str], str]:
 
 @functools.cache
 def build_folder() -> Path:
-    """The folder of this emulator.h, these flags and this compiler; the header is built ahead."""
-    header = (HERE / "emulator.h").read_text()
-    key = hashlib.sha256(repr((header, compiler())).encode()).hexdigest()[:16]
+    """The folder of this emulator, these flags and this compiler, with what every kernel needs.
+
+    The header is parsed ahead, and the machine is compiled.
+    """
+    files = {name: (HERE / name).read_text() for name in ("emulator.h", "machine.cpp")}
+    key = hashlib.sha256(repr((files, compiler())).encode()).hexdigest()[:16]
     root = Path(tempfile.gettempdir()) / f"metal_emulator_{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise MetalError(f"{root} belongs to another user; set TMPDIR")
     folder = root / key
     folder.mkdir(exist_ok=True)
-    if not (folder / "emulator.h").exists():  # another process may build here at the same time
-        aside = folder / f"emulator.{os.getpid()}"
-        aside.write_text(header)
-        aside.rename(folder / "emulator.h")
+    for name, text in files.items():
+        if not (folder / name).exists():  # another process may build here at the same time
+            aside = folder / f"{name}.{os.getpid()}"
+            aside.write_text(text)
+            aside.rename(folder / name)
+    if not (folder / "machine.o").exists():
+        compile_cxx(folder / "machine.cpp", folder / "machine.o", "-c")
     built_ahead = folder / "emulator.h.gch"
     if not built_ahead.exists():
         compile_cxx(folder / "emulator.h", built_ahead, "-x", "c++-header")
@@ -239,7 +245,8 @@ def build(cxx: str):
     if not library.exists():
         source = folder / f"{key}.{os.getpid()}.cpp"
         source.write_text(cxx)
-        compile_cxx(source, library, "-shared", "-include", str(folder / "emulator.h"))
+        ahead = ["-include", str(folder / "emulator.h"), str(folder / "machine.o")]
+        compile_cxx(source, library, "-shared", *ahead)
     loaded = ctypes.CDLL(str(library))
     loaded.launch.restype = ctypes.c_char_p
     loaded.counted.restype = ctypes.POINTER(Counts)
@@ -281,10 +288,9 @@ def to_cxx(
     body = rewrite(text, body_begins=len(header))
     return (
         f'#line 1 "{name}"\n{body}\n'
-        "static std::deque<emu::Block> blocks;\n"
         f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n"
         'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
-        " { return emu::launch(kernel, blocks, args, n, *at); }\n"
+        " { return emu::launch(kernel, args, n, *at); }\n"
         'extern "C" const emu::Counts* counted() { return &emu::machine.counts; }\n'
     )
 

@@ -12,6 +12,7 @@ from mlx_segtrain.fields import place
 
 if TYPE_CHECKING:
     from mlx_segtrain.adapters.conversion import Converted
+    from mlx_segtrain.lora import Adapter
 
 MODEL = "its folder, or its name on the Hugging Face hub"
 ADAPTERS = "their folders, or their names on the Hugging Face hub"
@@ -20,7 +21,7 @@ KINDS = ("float32", "bfloat16", "float16")
 
 def add_commands(command: Callable[..., Any]) -> None:
     """Adds them to a parser; `command(name, run, text)` makes one."""
-    added = command("export", _export, "write an adapter as PEFT, mlx-lm or llama.cpp reads it")
+    added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF")
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True)
     _out(added, "the new adapter")
@@ -40,27 +41,25 @@ def add_commands(command: Callable[..., Any]) -> None:
     _model(added, "a model whose names the linears get. Default: as the adapter has them.")
     added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("merge", _merge, "add adapters to one, or fold them into their base")
+    added = command("merge", _merge, "merge adapters into one, or into their base model")
     added.add_argument("adapters", type=place, nargs="+", metavar="ADAPTER", help=ADAPTERS)
     added.add_argument(
         "--weights", type=float, nargs="+", metavar="X", help="one for each. Default: 1."
     )
+    added.add_argument("--into", type=place, metavar="MODEL", help="base model to merge into")
     added.add_argument(
-        "--into", type=place, metavar="MODEL", help="the base whose weights take them up"
-    )
-    added.add_argument(
-        "--dequantize", action="store_true", help="with --into: write a model that is dense"
+        "--dequantize", action="store_true", help="with --into: write a model that is not quantized"
     )
     added.add_argument(
         "--bits",
         type=int,
         metavar="N",
-        help="with --into: bits of the linears that are adapted. Default: as they have.",
+        help="with --into: bits of the merged layers. Default: as in the base.",
     )
     added.add_argument(
         "--dtype",
         choices=KINDS,
-        help="with --dequantize: of its weights. Default: the base's.",
+        help="with --dequantize: dtype of the weights. Default: that of the base.",
     )
     _out(added, "the new adapter or model")
     added.add_argument("--json", action="store_true", help="print JSON")
@@ -112,9 +111,8 @@ def _base(args: argparse.Namespace) -> Path | None:
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", required=True, help=f"folder of {what}, not there yet"
-    )
+    text = f"directory of {what}, which must not exist"
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help=text)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -131,7 +129,8 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from mlx_segtrain.commands.terminal import answer, show_made
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_made
     from mlx_segtrain.models.conversion import convert
 
     made = convert(_found(args.model_dir), args.out, bits=args.bits, group_size=args.group_size)
@@ -139,7 +138,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _answer(done: Converted, args: argparse.Namespace) -> int:
-    from mlx_segtrain.commands.terminal import answer, show_converted
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_converted
 
     return answer(done, show_converted, args.json)
 
@@ -156,17 +156,47 @@ def _merge(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import DTYPES
     from mlx_segtrain.adapters.folding import fold
     from mlx_segtrain.adapters.merging import weighted
-    from mlx_segtrain.commands.terminal import answer, show_fold
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_fold
 
     base = _found(args.into)
     adapter = weighted(adapters, args.weights, base)
+    if not args.json:
+        _announce(adapter, adapters, args, base)
     how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype or "")}
     return answer(fold(adapter, base, args.out, **how), show_fold, args.json)
 
 
+def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
+    """Says what is about to be merged, before the minutes that it takes."""
+    from mlx_segtrain.commands.views import wide
+    from mlx_segtrain.commands.words import hanging
+    from mlx_segtrain.models.snapshot import Snapshot
+
+    weights = args.weights or [1.0] * len(adapters)
+    named = zip(weights, adapters, strict=True)
+    sources = " + ".join(str(path) if x == 1 else f"{x:g} × {path}" for x, path in named)
+    ranks = ", ".join(map(str, sorted(set(adapter.ranks.values()))))
+    if args.dequantize:
+        form = f"not quantized, {args.dtype or 'in the dtype of the base'}"
+    elif args.bits is not None:
+        form = f"merged layers in {args.bits} bits, all others as they are"
+    else:
+        form = "as the base is quantized" if Snapshot(base).config.get("quantization") else "dense"
+    for name, text in (
+        ("adapter", f"{sources} ({len(adapter.tensors)} linear layers, rank {ranks})"),
+        ("into", str(args.into)),
+        ("weights", form),
+        ("writes", str(args.out)),
+    ):
+        print(hanging(name, text, 9, wide().width), flush=True)
+    print(flush=True)
+
+
 def _adapters(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.discovery import adapters
-    from mlx_segtrain.commands.terminal import answer, show_adapters
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_adapters
 
     found = adapters(args.roots or [Path(".")], _base(args))
     return answer(found, show_adapters, args.json)

@@ -46,7 +46,7 @@ def _show(found: list[Entry]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mlx_segtrain.commands.terminal import wide
+    from mlx_segtrain.commands.views import wide
 
     if not found:
         print("no tokens are kept")

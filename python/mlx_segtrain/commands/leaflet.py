@@ -5,7 +5,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from mlx_segtrain.commands.terminal import epochs, formats
+from mlx_segtrain.commands.views import epochs, formats
 from mlx_segtrain.data import Preview, Report
 from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.errors import InputError

@@ -5,67 +5,45 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
 
 from mlx_segtrain import __version__
-from mlx_segtrain.commands import adapters, cache
+from mlx_segtrain.commands import adapters, cache, chat, completion, generate, init, runs
 from mlx_segtrain.commands.adapters import MODEL
-from mlx_segtrain.config import (
-    FACETS,
-    ROWS,
-    TrainConfig,
-    affecting,
-    allowed,
-    default,
-    flag,
-    load_config,
-    nearest,
-)
+from mlx_segtrain.commands.flags import Parser, add_flags, count, finite, seconds
+from mlx_segtrain.commands.runs import UNUSED, config_of
+from mlx_segtrain.config import ROWS, affecting
 from mlx_segtrain.errors import InputError, RunError
-from mlx_segtrain.fields import choices, is_list, kind, place
+from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
 DATA = "a file with rows or its folder, or the name of a data set on the Hugging Face hub"
-#: Where an adapter goes that is told nothing else, as with mlx-lm.
-OUTPUT = {"adapter_path": "adapters"}
-UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors and that takes no abbreviated flags."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (a signal)."""
     if argv is None:  # this process is the command
         hide_torch()
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser, commands = _parsers()
-        args, rest = parser.parse_known_args(argv)
+        parser, commands = parsers()
+        args, rest = parser.parse_known_args(given)
         if args.command is None:
             parser.print_help()
             return 0
         if rest:
-            known = [name for name in commands[args.command]._option_string_actions]
-            raise InputError(
-                f"{args.command} does not know {rest[0]}.{nearest(rest[0].split('=')[0], known)}"
-            )
+            hint = commands[args.command].meant(rest[0])
+            raise InputError(f"{args.command} does not know {rest[0]}.{hint}")
+        args.argv = given
         return args.run(args)
     except (InputError, RunError) as error:
-        print(f"mlx-segtrain: error: {error}", file=sys.stderr)
+        from mlx_segtrain.commands.terminal import complain
+
+        complain(f"mlx-segtrain: error: {error}")
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
@@ -74,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parsers() -> tuple[Parser, dict[str, Parser]]:
+def parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
         prog="mlx-segtrain",
         description="LoRA fine-tuning of language models at long context, on one machine.",
@@ -88,56 +66,18 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         added.set_defaults(run=run)
         return added
 
-    for name, run, text in (
-        ("train", _train, "train an adapter"),
-        ("probe", _probe, "take a few steps, write nothing, and print time and memory"),
-    ):
-        added = command(name, run, text)
-        added.usage = f"mlx-segtrain {name} [--config FILE] [--model MODEL --data DATA] [FLAG ...]"
-        added.add_argument(
-            "--config",
-            type=Path,
-            metavar="FILE",
-            help="YAML file with any of the fields below; flags given here replace its values",
-        )
-        add_flags(added, TrainConfig.model_fields)
+    init.add_command(command)
+    runs.add_commands(command)
 
-    added = command("verify", _verify, "say whether what a run was made of is still the same")
-    added.add_argument("folder", type=Path, metavar="RUN", help="the adapter_path of a run")
-    added.add_argument("--json", action="store_true", help="print JSON")
-
-    added = command("plan", _plan, "say what a run would take, without loading anything")
-    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as of train")
-    add_flags(added, ("model_dir", *affecting("memory")))
-    added.add_argument(
-        "--loss-rows",
-        type=_part,
-        default=1.0,
-        metavar="X",
-        help="part of a row that is trained, its end. Default: 1.",
+    added = command(
+        "inspect", _inspect, "show the rows of a data set, and which tokens are in the loss"
     )
-    added.add_argument(
-        "--shared",
-        type=_share,
-        default=0.0,
-        metavar="X",
-        help="part of a row that both sequences of a pair begin with. Default: 0.",
-    )
-    added.add_argument("--json", action="store_true", help="print JSON")
-    added.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw predicted and measured memory over a step; loads the model and takes two steps",
-    )
-
-    added = command("inspect", _inspect, "show what a data set trains, token by token")
     added.add_argument("path", type=place, metavar="DATA", help=DATA)
     more = ("batch_size", "grad_accumulation_steps")
     add_flags(added, ("model_dir", *affecting("rows"), *more))
-    added.add_argument("--rows", type=_count(0), default=3, metavar="N", help="rows to show")
+    added.add_argument("--rows", type=count(0), default=3, metavar="N", help="rows to show")
     added.add_argument(
-        "--step-seconds", type=_seconds, metavar="X", help="what a step takes, as probe measures it"
+        "--step-seconds", type=seconds, metavar="X", help="what a step takes, as probe measures it"
     )
     added.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page that can be passed on"
@@ -147,29 +87,20 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     added = command("eval", _eval, "measure loss or rewards, with or without an adapter")
     add_flags(added, ("model_dir", "data_dir"), required=True)
     add_flags(added, ("adapter_path", *affecting("loss")))
-    added.add_argument("--split", choices=("valid", "train"), default="valid", help="the file")
+    added.add_argument(
+        "--split", choices=("valid", "train"), default="valid", help="which rows. Default: valid."
+    )
     added.add_argument(
         "--pass-reward",
-        type=_finite,
+        type=finite,
         default=1.0,
         metavar="X",
         help="with --reward: the least reward of a completion that passes. Default: 1.",
     )
     added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("generate", _generate, "answer a prompt, with or without an adapter")
-    add_flags(added, ("model_dir",), required=True)
-    add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
-    prompt = added.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, or - to read it from stdin")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, - is stdin")
-    added.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    added.add_argument(
-        "--max-tokens", type=_count(1), default=256, metavar="N", help="most tokens to write"
-    )
-    added.add_argument(
-        "--temp", type=_temperature, default=0.0, metavar="X", help="temperature; 0 is greedy"
-    )
+    generate.add_command(command)
+    chat.add_command(command)
 
     adapters.add_commands(command)
     cache.add_commands(command)
@@ -182,7 +113,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on. Default: 127.0.0.1."
     )
-    added.add_argument("--port", type=_count(0), default=8090, metavar="N", help="default: 8090")
+    added.add_argument("--port", type=count(0), default=8090, metavar="N", help="default: 8090")
     added.add_argument(
         "--token",
         metavar="TEXT",
@@ -237,7 +168,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."
     )
     added.add_argument(
-        "--runs", type=_count(1), default=20, metavar="N", help="timed calls of each row"
+        "--runs", type=count(1), default=20, metavar="N", help="timed calls of each row"
     )
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument("--report", action="store_true", help=f"{report}; with times of steps")
@@ -246,188 +177,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument(
         "--out", type=Path, metavar="DIR", help="output directory. Default: demo-run."
     )
-    added.add_argument("--iters", type=_count(1), metavar="N", help="optimizer steps")
+    added.add_argument("--iters", type=count(1), metavar="N", help="optimizer steps")
+
+    completion.add_command(command)
     return parser, commands.choices  # type: ignore[return-value]
 
 
-def add_flags(parser: Parser, names: Iterable[str], *, required: bool = False) -> None:
-    """Add the flags of fields of TrainConfig; a flag that is not given leaves no attribute."""
-    for name in names:
-        field = TrainConfig.model_fields[name]
-        text = field.description or ""
-        if is_list(field):
-            text += f" {allowed(name).capitalize()}."
-        if not field.is_required():
-            text += f" Default: {default(name)}."
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif bool in get_args(field.annotation):
-            options |= {"nargs": "?", "const": True, "metavar": _metavar(name)}
-        else:
-            options["metavar"] = _metavar(name)
-            options["nargs"] = "+" if is_list(field) else None
-        parser.add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **options)
-
-
-def _metavar(name: str) -> str:
-    field = TrainConfig.model_fields[name]
-    if is_list(field):
-        return "TEXT" if FACETS[name].texts else "NAME"
-    if bool in get_args(field.annotation):  # or a word
-        return get_args(get_args(field.annotation)[1])[0]
-    if words := choices(field):
-        return "{" + ",".join(words) + "}"
-    if FACETS[name].flag:
-        return FACETS[name].flag.strip("-").upper()
-    return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
-
-
-def _config(args: argparse.Namespace, **fill: Any) -> TrainConfig:
-    """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
-    given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
-    return load_config(getattr(args, "config", None), given | fill, OUTPUT)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return seconds
-
-
-def _count(least: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
-        return int(text)
-
-    return count
-
-
-def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-        return value
-
-    return number
-
-
-_part = _number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
-_temperature = _number("a finite number >= 0", lambda x: 0 <= x < math.inf)
-
-
-_finite = _number("a finite number", math.isfinite)
-
-
-def _share(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _part(text)
-
-
-def _train(args: argparse.Namespace) -> int:
-    config = _config(args)
-    from mlx_segtrain.commands.terminal import Terminal, duration
-    from mlx_segtrain.events import speed
-    from mlx_segtrain.training import train
-    from mlx_segtrain.training.curves import draw_run
-
-    with Terminal() as show:
-        result = train(config, show)
-        if not result.interrupted:  # who interrupts a run waits for it to end
-            draw_run(config, lambda message: print(message, file=sys.stderr))
-    from mlx_segtrain.adapters import prompting_of
-
-    model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
-    flags = shlex.join(prompting_of(result.adapter_path).flags)
-    state = "interrupted after" if result.interrupted else "trained"
-    if result.stopped_early:
-        state = "no lower validation loss any more: stopped after"
-    print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
-    print(f"adapter          {result.adapter_path}")
-    if ROWS[config.method] == "prompt" and result.final_val_loss is not None:
-        print(
-            f"held-out reward  {-result.first_val_loss:.3f} -> {-result.final_val_loss:.3f} "
-            f"(best {-result.best_val_loss:.3f} at step {result.best_step})"
-        )
-    elif result.final_train_loss is not None:
-        print(f"training loss    {result.final_train_loss:.4f}")
-    if result.final_val_loss is not None and ROWS[config.method] != "prompt":
-        print(
-            f"validation loss  {result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
-            f"(best {result.best_val_loss:.4f} at step {result.best_step})"
-        )
-    if result.final_val_accuracy is not None:
-        print(
-            f"accuracy         {result.first_val_accuracy:.1%} -> {result.final_val_accuracy:.1%} "
-            "of validation pairs"
-        )
-    print(f"speed            {speed(asdict(result))}")
-    print(f"peak memory      {_peak(result)}, of the process {result.process_gb:.2f} GB")
-    print(f"use it: mlx-segtrain generate --model {model} --adapter-path {adapter} --prompt …")
-    theirs = f"mlx_lm.generate --model {model} --adapter-path {adapter}"
-    print(f"    or: {theirs} {flags and flags + ' '}--prompt …")
-    return 130 if result.interrupted else 0
-
-
-def _probe(args: argparse.Namespace) -> int:
-    config = _config(args, adapter_path=UNUSED)
-    from mlx_segtrain.commands.terminal import downloads
-    from mlx_segtrain.training import probe
-
-    with downloads() as show:
-        result = probe(config, show)
-    print(f"resting memory   {result.resting_gb:.2f} GB")
-    print(f"peak memory      {_peak(result)}")
-    print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
-    print(f"speed            {result.tokens / result.step_s:,.0f} tokens/s")
-    print(f"loss             {result.loss:.4f}")
-    print(f"gradient norm    {result.grad_norm:.4f}")
-    print(f"finite           {'yes' if result.finite else 'no'}")
-    return 0 if result.finite else 1
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from mlx_segtrain.commands.terminal import answer, show_verified
-    from mlx_segtrain.training import verify
-
-    found = verify(args.folder)
-    return answer(found, show_verified, args.json, found.ok)
-
-
-def _peak(result: Any) -> str:
-    planned = "" if result.planned_gb is None else f" (planned {result.planned_gb:.2f} GB)"
-    return f"{result.peak_gb:.2f} GB{planned}"
-
-
-def _plan(args: argparse.Namespace) -> int:
-    config = _config(args, data_dir=UNUSED, adapter_path=UNUSED)
-    from mlx_segtrain.commands.terminal import answer, downloads, show_plan
-    from mlx_segtrain.hub import located, model, outline
-    from mlx_segtrain.planning import report
-    from mlx_segtrain.planning.run import full_batch, plan_run
-
-    with downloads() as show:
-        # A picture is drawn of a model that runs.
-        config = located(config, show, bring=outline if args.plot is None else model)
-    run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
-    found = report.of(run)
-    if args.plot is not None:
-        from mlx_segtrain.commands.picture import draw
-
-        draw(args.plot, run, config)
-    return answer(found, show_plan, args.json)
-
-
 def _inspect(args: argparse.Namespace) -> int:
-    config = _config(
+    config = config_of(
         args,
         data_dir=args.path,
         model_dir=getattr(args, "model_dir", UNUSED),
@@ -457,7 +214,8 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     if not report.ok and not args.json:
         raise InputError(str(report.error))
-    from mlx_segtrain.commands.terminal import answer, show_report
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_report
 
     if args.html is not None:
         from mlx_segtrain.commands.leaflet import write_report
@@ -471,8 +229,10 @@ def _eval(args: argparse.Namespace) -> int:
     fill = {"adapter_path": getattr(args, "adapter_path", UNUSED)}
     if any(name in args for name in ("rewards", "reward_functions", "reward_command")):
         fill = {"method": "grpo", **fill}
-    config = _config(args, **fill)
-    from mlx_segtrain.commands.terminal import answer, downloads, show_evaluation, show_score
+    config = config_of(args, **fill)
+    from mlx_segtrain.commands.terminal import answer, downloads
+    from mlx_segtrain.commands.views import show_evaluation, show_score
+    from mlx_segtrain.objectives import OBJECTIVES
     from mlx_segtrain.training import evaluate, score
 
     adapter = config.adapter_path if "adapter_path" in args else None
@@ -481,53 +241,8 @@ def _eval(args: argparse.Namespace) -> int:
             how = {"split": args.split, "passes": args.pass_reward}
             return answer(score(config, adapter, **how, on_event=show), show_score, args.json)
         result = evaluate(config, adapter, split=args.split, on_event=show)
-    return answer(result, show_evaluation, args.json)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    config = _config(args, data_dir=UNUSED, adapter_path=getattr(args, "adapter_path", UNUSED))
-    if args.system is not None and config.prompt_format == "raw":
-        raise InputError("--system needs the chat template: leave out --prompt-format raw")
-    text = _prompt(args)
-    import mlx_segtrain
-    from mlx_segtrain import hub
-    from mlx_segtrain.adapters import prompting_of
-    from mlx_segtrain.commands.terminal import downloads
-
-    with downloads() as show:
-        adapter = hub.adapter(config.adapter_path, show) if "adapter_path" in args else None
-        model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
-    prompting = prompting_of(adapter)  # as the adapter was trained, where nothing else is asked for
-    if "prompt_format" in args:
-        prompting = replace(prompting, format=config.prompt_format)
-    if "chat_template_kwargs" in args:
-        prompting = replace(prompting, variables=config.chat_template_kwargs)
-    prompt = prompting.ids(tokenizer, text, args.system)
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    sampler = make_sampler(temp=args.temp)
-    for part in stream_generate(
-        model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
-    ):
-        print(part.text, end="", flush=True)
-    print()
-    return 0
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt == "-" or args.prompt_file == "-":
-        text = sys.stdin.read()
-    elif args.prompt_file is not None:
-        try:
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompt {args.prompt_file}: {error}") from None
-    else:
-        text = args.prompt
-    if not text.strip():
-        raise InputError("the prompt is empty")
-    return text
+    unit = OBJECTIVES[config.method].unit
+    return answer(result, lambda own: show_evaluation(own, unit), args.json)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -562,7 +277,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mlx_segtrain.commands.terminal import answer, show_checks
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_checks
     from mlx_segtrain.ops.selfcheck import examine
 
     report = examine()

@@ -15,6 +15,15 @@ from .limits import VALUE, check_columns, check_growth, check_held, check_length
 
 ROWS = 1024  # of a batch
 
+
+def table_of(data: Any) -> Any:
+    """A table of pandas, polars or others as one of Arrow, without the index of pandas."""
+    import pyarrow as pa
+
+    table = pa.table(data)
+    return table.drop_columns([x for x in table.column_names if x.startswith("__index_level_")])
+
+
 # ---- files and streams
 
 MAGIC = b"ARROW1"

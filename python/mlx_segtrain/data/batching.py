@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..streams import padded
+from .columns import Columns
 from .dataset import Dataset
 from .encoding import Pair, Row
 
@@ -57,7 +58,8 @@ AnyBatch = Batch | PairBatch
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[AnyBatch]:
     """Endless training batches from batch number `start` on, the same for the same seed.
 
-    Every epoch has a new order. Rows of similar length share a batch. Rows that do not fill a last
+    Every epoch has a new order. Rows of similar length share a batch, and of those that are wanted
+    and those that are not each batch has as large a part as the data. Rows that do not fill a last
     batch sit out one epoch, others the next. If the data set is packed, a batch has `batch_size`
     packed rows, the last one of an epoch those that are left. Raises InputError for fewer rows than
     `batch_size` that are not packed.
@@ -92,9 +94,23 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
     taken = np.ones(n, bool)
     taken[out] = False
     rows = np.flatnonzero(taken)
-    order = np.argsort(dataset.columns.run[rows], kind="stable")
+    order = _alike(dataset.columns.take(rows))
     windows = rows[order].reshape(-1, batch_size)
     return np.random.default_rng([seed, 1, epoch]).permutation(windows)
+
+
+def _alike(columns: Columns) -> np.ndarray:
+    """The order in which rows of similar length are neighbours.
+
+    Rows that are wanted and others are each ordered by themselves and mixed evenly: if the ones are
+    longer, batches would otherwise be of one kind only.
+    """
+    place = np.empty(len(columns.sign))
+    for sign in (1, -1):
+        own = np.flatnonzero(columns.sign == sign)
+        own = own[np.argsort(columns.run[own], kind="stable")]
+        place[own] = (np.arange(len(own)) + 0.5) / max(len(own), 1)
+    return np.argsort(place, kind="stable")
 
 
 def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:

@@ -94,6 +94,8 @@ def read_samples(
 def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Path) -> str:
     """A hash of all that the tokens of a source depend on; InputError if a file cannot be read."""
     own = {name: getattr(options, name) for name in OF_TOKENS}
+    if options.labelled:
+        own["labelled"] = True
     own["prompt_format"] = Prompting(options.prompt_format).is_raw(tokenizer)
     files = {
         path.relative_to(model_dir).as_posix(): path

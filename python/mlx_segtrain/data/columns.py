@@ -36,6 +36,7 @@ class Columns:
     int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the
     loss (the length if there is none), `trained` the number of tokens in the loss, `top` the
     largest token id, perhaps of what is cut off. `shared` int64 [n] is that of pairs, 0 otherwise.
+    `sign` int64 [n] is −1 of rows that are not wanted, whose weights are below 0, and 1 of others.
     """
 
     length: np.ndarray
@@ -43,6 +44,7 @@ class Columns:
     trained: np.ndarray
     top: np.ndarray
     shared: np.ndarray
+    sign: np.ndarray
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Columns:
@@ -51,7 +53,8 @@ class Columns:
         table = np.array(parts or np.zeros((0, 1, 4)), np.int64)
         shared = np.array([getattr(row, "shared", 0) for row in rows], np.int64)
         length, first, trained, top = np.moveaxis(table, 2, 0)
-        return cls(length, first, trained, top, shared)
+        signs = [-1 if sequences(row)[0].weights.min(initial=0) < 0 else 1 for row in rows]
+        return cls(length, first, trained, top, shared, np.array(signs, np.int64))
 
     @property
     def run(self) -> np.ndarray:

@@ -31,7 +31,7 @@ class Dataset:
     looks at all of them uses `columns`. `format` is messages | prompt-completion | text |
     preference, or mixed; `n_rows` counts the rows read, `truncated` the rows here that were cut, of
     pairs those that lost part of a response, `dropped` those left out since no trained token
-    remained; `pad_id` fills short rows; `prompts_cut` counts pairs that lost the beginning of their
+    remained; `pad_id` fills short rows; `prompts_cut` counts rows that lost the beginning of their
     prompt; `notes` says what was found in the rows, and `said` what was done to them. `name` is
     that of the source. `packed` is the number of tokens of the rows into which the samples are
     packed for training, 0 if each stands alone.
@@ -253,7 +253,7 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
             continue
         counts = (
             (own.truncated, "rows are truncated to max_seq_length"),
-            (own.prompts_cut, "pairs lost the beginning of their prompt to max_seq_length"),
+            (own.prompts_cut, "rows lost the beginning of their prompt to max_seq_length"),
             (own.dropped, "samples are dropped: nothing of them is trained"),
         )
         found = [*own.said, *(f"{count:,} {what}" for count, what in counts if count)]
@@ -279,10 +279,11 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
     columns = samples.columns(most).take(chosen)
     over = samples.lengths[chosen].max(1, initial=0) > most
     truncated, cut = over.copy(), np.zeros(len(chosen), bool)
-    if columns.length.shape[1] == 2 and over.any():  # pairs are cut on both sides
+    # Responses that are compared stay whole: their prompts are cut before they are.
+    if (columns.length.shape[1] == 2 or encoder.options.labelled) and over.any():
         at = np.flatnonzero(over)
         short = [shorten(samples.row(int(chosen[i])), encoder) for i in at]
-        own = Columns.of([pair for pair, _, _ in short])
+        own = Columns.of([row for row, _, _ in short])
         for one in fields(own):
             getattr(columns, one.name)[at] = getattr(own, one.name)
         truncated[at], cut[at] = zip(*((end, start) for _, end, start in short), strict=True)
@@ -347,12 +348,13 @@ WHOLE = 2**31 - 1
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
     """A row of at most max_seq_length tokens; whether it lost its end, and whether its beginning.
 
-    It is cut on the right; of a pair first the prompt on the left, as far as its last token. Both
-    prompts lose as much, and what the tokenizer puts before a text (BOS) stays.
+    It is cut on the right; of a pair, and of a row with a label, first the prompt on the left, as
+    far as its last token. Both prompts lose as much, and what the tokenizer puts before a text
+    (BOS) stays.
     """
     sides, n = sequences(row), encoder.options.max_seq_length
     over = max(map(len, sides)) - n
-    if isinstance(row, Row):
+    if isinstance(row, Row) and not encoder.options.labelled:
         return replace(row, ids=row.ids[:n], weights=row.weights[:n]), over > 0, False
     prompts = [int(np.argmax(own.weights != 0)) for own in sides]
     bos = len(encoder.bos) if all(encoder.begins(own.ids) for own in sides) else 0
@@ -362,5 +364,6 @@ def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
         keep = np.r_[0:bos, bos + cut : len(own)][:n]
         return replace(own, ids=own.ids[keep], weights=own.weights[keep])
 
-    chosen, rejected = map(shorter, sides)
-    return Pair.of(chosen, rejected, row.source), over > cut, cut > 0
+    short = [shorter(own) for own in sides]
+    whole = Pair.of(short[0], short[1], row.source) if isinstance(row, Pair) else short[0]
+    return whole, over > cut, cut > 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import TrainConfig
+from ..config import ROWS, TrainConfig
 from ..errors import InputError
 from .chat import Conversations, Sample
 from .lossless import lossless
@@ -43,14 +43,21 @@ class Options:
     def of(cls, config: TrainConfig) -> "Options":
         return cls(**{own.name: getattr(config, own.name) for own in fields(cls)})
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the method learns from responses that are not wanted, too: their weights are
+        below 0."""
+        return self.method is not None and ROWS[self.method] == "labelled"
+
 
 @dataclass(frozen=True)
 class Row:
     """One tokenized sequence.
 
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
-    token j (0 = context, and always 0 for j = 0); `source` is "file:line", of a pair's sequences
-    "file:line chosen" and "file:line rejected"; `findings` are keys of notes.FINDINGS. `reference`
+    token j (0 = context, and always 0 for j = 0; below 0 in a response that is not wanted);
+    `source` is "file:line", of a pair's sequences "file:line chosen" and "file:line rejected";
+    `findings` are keys of notes.FINDINGS. `reference`
     is what the model gives for it without an adapter, once that is known; `turns` counts its
     trained turns. A prompt that is answered in a run has `given`, its row as the file has it, for
     rewards; and what is trained of an answer has `numbers`, float32 [n] by name, which the loss
@@ -212,7 +219,7 @@ class Encoder:
                         "the row; set append_eos to false."
                     )
                 ids = [*ids, eos]
-                weights = np.append(weights, np.float32(1))
+                weights = np.append(weights, np.float32(sample.pieces[-1][1]))
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)

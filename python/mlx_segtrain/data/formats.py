@@ -4,10 +4,11 @@ A form is an entry of FORMATS, and nothing else knows what its rows hold.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 from ..config import ROWS, Rows
@@ -62,7 +63,8 @@ def checked(
     if name is None or not set(FORMATS[name].marks) <= row.keys():
         needed = MAIN if name is None else quoted(FORMATS[name].marks)
         had = ", ".join(map(shown, [*row][:10])) + (", …" if len(row) > 10 else "") or "no keys"
-        raise InputError(f"{source}: the row needs the keys {needed}, but has {had}.")
+        hint = _columns_for(row) if name is None and not columns else ""
+        raise InputError(f"{source}: the row needs the keys {needed}, but has {had}.{hint}")
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
@@ -78,6 +80,15 @@ def checked(
         for ours, theirs in (*names.items(), *columns.items()):
             said = said.replace(f'"{ours}"', f'"{theirs}"')
         raise InputError(said) from error
+
+
+def _columns_for(row: Mapping[str, Any]) -> str:
+    """How a row of two texts, whatever they are called, can be trained."""
+    if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
+        return ""
+    own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
+    own = shlex.quote(own)
+    return f" If they are prompt and completion: --columns {own}." if len(own) <= 200 else ""
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -177,15 +188,33 @@ LABELS |= {"1": True, "0": False}
 
 
 def _check_labelled(row: dict[str, Any], source: str) -> dict[str, Any]:
+    return {**_check_completion(row, source), "label": _label(row, source, "prompt-completion")}
+
+
+def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
+    """A chat whose last turn has the label; prompt and completion besides."""
+    label = _label(row, source, "messages")
+    row = _check_chat(row, source)
+    *prompt, last = row["messages"]
+    if last["role"] != "assistant" or all(own["role"] == "system" for own in prompt):
+        raise InputError(
+            f'{source}: "messages" must end with a message of the user and one of the assistant, '
+            'which the "label" is of.'
+        )
+    return {**row, "prompt": prompt, "completion": [last], "label": label}
+
+
+def _label(row: dict[str, Any], source: str, plain: str) -> bool:
+    """The label of a row; `plain` is the format of rows without one."""
     label = row["label"]
     if isinstance(label, str):
         label = label.strip().lower()
     if not isinstance(label, str | bool | int) or label not in LABELS:
         raise InputError(
             f'{source}: "label" must be true or false, for a response that is wanted or not; if it '
-            "is something else, give data_format prompt-completion."
+            f"is something else, give data_format {plain}."
         )
-    return {**_check_completion(row, source), "label": LABELS[label]}
+    return LABELS[label]
 
 
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
@@ -244,13 +273,17 @@ def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any
                 f'{source}: "{key}" has no assistant message of its own; let a response follow '
                 "the prompt."
             )
-    for message in (*prompt, *sides["chosen"], *sides["rejected"]):
-        if "train" in message or "weight" in message:
-            raise InputError(
-                f'{source}: "train" and "weight" have no effect in a pair, whose responses are '
-                "compared as a whole; remove them."
-            )
+    _check_whole([*prompt, *sides["chosen"], *sides["rejected"]], source)
     return {"prompt": prompt, **sides}
+
+
+def _check_whole(messages: Sequence[dict[str, Any]], source: str) -> None:
+    """InputError if it is said of messages how much they count."""
+    if any("train" in message or "weight" in message for message in messages):
+        raise InputError(
+            f'{source}: "train" and "weight" have no effect on responses, which are compared as a '
+            "whole; remove them."
+        )
 
 
 def _alike(a: list[Any], b: list[Any]) -> int:
@@ -336,17 +369,27 @@ def _rows(encoder: Encoder, records: list[Record]) -> list[Row]:
     )
 
 
-def _pairs(encoder: Encoder, records: list[Record]) -> list[Pair]:
+def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
+    """Of a method that learns from labels both responses, each alone."""
     rows = _rows(encoder, [_side(record, key) for record in records for key in SIDES])
     for row, after in pairwise(rows):
         if row.source == after.source:
-            raise InputError(
-                f"{row.source}: the chat template renders a turn of the response differently "
-                "once others follow; give a response of one assistant message."
-            )
+            raise _several(row.source)
     encoder.notes.repeated += sum(record.row["repeated"] for record in records)
+    if encoder.options.labelled:
+        sources = (record.source for record in records for _ in SIDES)
+        signed = zip(rows, sources, cycle((1, -1)), strict=False)
+        return [replace(own, weights=sign * own.weights, source=of) for own, of, sign in signed]
     pairs = zip(records, rows[::2], rows[1::2], strict=True)
     return [Pair.of(chosen, rejected, record.source) for record, chosen, rejected in pairs]
+
+
+def _several(source: str) -> InputError:
+    """What to raise if a response gives several sequences."""
+    return InputError(
+        f"{source}: the chat template renders a turn of the response differently once others "
+        "follow; give a response of one assistant message."
+    )
 
 
 def _prompts(encoder: Encoder, records: list[Record]) -> list[Row]:
@@ -384,12 +427,24 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
     return encoder.responses.samples(record.source, {**row, "messages": messages})
 
 
-def _wanted_samples(encoder: Encoder, record: Record) -> list[Sample]:
-    """Only a response that is wanted is trained."""
-    if not record.row["label"]:
-        encoder.notes.unwanted += 1
-        return []
-    return _completion_samples(encoder, record)
+def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
+    """The samples of a row with a label, which are `plain` if nobody learns from the label: then
+    only a response that is wanted is trained. Else the weights of one that is not are below 0."""
+
+    def samples(encoder: Encoder, record: Record) -> list[Sample]:
+        wanted = record.row["label"]
+        if not encoder.options.labelled:
+            encoder.notes.unwanted += not wanted
+            return plain(encoder, record) if wanted else []
+        own = [record.row[key] for key in PLAIN]
+        _check_whole([x for given in own if isinstance(given, list) for x in given], record.source)
+        found = _completion_samples(encoder, record)
+        if len(found) > 1:
+            raise _several(record.source)
+        signed = [[(text, w if wanted else -w) for text, w in sample.pieces] for sample in found]
+        return [replace(own, pieces=x) for own, x in zip(found, signed, strict=True)]
+
+    return samples
 
 
 @dataclass(frozen=True)
@@ -400,8 +455,8 @@ class Format:
     keys that are read. `check` gives the row as `encode` takes it, or raises
     InputError. `encode` gives the rows of a data set for records, all of which are of this format
     or of others with the same `encode`; that of single sequences asks each record's format for the
-    `samples` of it. `rows` is what a method calls such a row (config.ROWS). With `reads_all`, all
-    other keys are kept with the row.
+    `samples` of it. `rows` is what a method calls such a row (config.ROWS), first the one that
+    needs all of it. With `reads_all`, all other keys are kept with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]
@@ -409,7 +464,7 @@ class Format:
     more: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     means: tuple[str, ...] = ()
-    rows: Rows = "single"
+    rows: tuple[Rows, ...] = ("single",)
     encode: Callable[[Encoder, list[Record]], list[Row] | list[Pair]] = _rows
     samples: Callable[[Encoder, Record], list[Sample]] = _completion_samples
     reads_all: bool = False
@@ -423,6 +478,18 @@ def _plain(prompt: str, completion: str) -> Format:
     return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
 
 
+def _labelled_chat(key: str) -> Format:
+    """Messages of which the last one has a label."""
+    return Format(
+        _check_labelled_chat,
+        (key, "label"),
+        PROMPT_KEYS,
+        means=("messages", "label"),
+        rows=("labelled", "single"),
+        samples=_judged(_chat_samples),
+    )
+
+
 PLAIN = ("prompt", "completion")
 #: Every form, by name; a row is of the first whose marks it has.
 FORMATS: dict[str, Format] = {
@@ -431,10 +498,18 @@ FORMATS: dict[str, Format] = {
         ("prompt", *SIDES),
         PROMPT_KEYS,
         marks=SIDES,
-        rows="pair",
+        rows=("pair", "labelled"),
         encode=_pairs,
     ),
-    "kto": Format(_check_labelled, (*PLAIN, "label"), PROMPT_KEYS, samples=_wanted_samples),
+    "kto": Format(
+        _check_labelled,
+        (*PLAIN, "label"),
+        PROMPT_KEYS,
+        rows=("labelled", "single"),
+        samples=_judged(_completion_samples),
+    ),
+    "kto-messages": _labelled_chat("messages"),
+    "kto-sharegpt": _labelled_chat("conversations"),
     "messages": Format(_check_chat, ("messages",), PROMPT_KEYS, samples=_chat_samples),
     "sharegpt": Format(
         _check_chat, ("conversations",), PROMPT_KEYS, means=("messages",), samples=_chat_samples

@@ -143,7 +143,7 @@ def inspect(
         if valid is None and others is not None:
             report.n_train, report.n_valid = found.n_rows, others.n_rows
         report.epoch = _epoch(found, batch_size, accumulation, step_s)
-        if found.columns.length.shape[1] == 1:  # pairs are not packed
+        if found.columns.length.shape[1] == 1 and not options.labelled:  # what can be packed
             packed = found.in_rows_of(options.max_seq_length)
             report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)
@@ -184,7 +184,8 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
         for own in sequences(short):
             texts, weights = _texts(own.ids.tolist(), encoder), own.weights.tolist()
             tokens = [(t, w != 0, w) for t, w in zip(texts, weights, strict=True)]
-            shown.append(Preview(own.source, tokens, [FINDINGS[name] for name in own.findings]))
+            source = own.source + (", label false" if min(weights, default=0) < 0 else "")
+            shown.append(Preview(source, tokens, [FINDINGS[name] for name in own.findings]))
     return shown
 
 

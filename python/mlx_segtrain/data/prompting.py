@@ -1,7 +1,7 @@
 """How a prompt becomes tokens: what a run trained with is what its adapter is asked with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,10 @@ class Prompting:
         turns = [{"role": "user", "content": prompt}]
         if system is not None:
             turns.insert(0, {"role": "system", "content": system})
+        return self.chat_ids(tokenizer, turns)
+
+    def chat_ids(self, tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation that the model is to answer; it needs a chat template."""
         return prompt_ids(tokenizer, turns, self.variables)
 
     @property

@@ -74,13 +74,13 @@ def check_method(first: dict[str, str], method: str | None) -> None:
     """InputError if one of these formats is not for the method."""
     for name, source in first.items():
         own = FORMATS[name]
-        if method is None or own.rows == ROWS[method]:
+        if method is None or ROWS[method] in own.rows:
             continue
-        wanted = [other for other in FORMATS.values() if other.rows == ROWS[method]]
-        if len(wanted) == 1:
+        wanted = [other for other in FORMATS.values() if other.rows[0] == ROWS[method]]
+        if ROWS[method] != "single":
             keys = quoted(wanted[0].keys)
             raise InputError(f"{source}: method {method} needs the keys {keys}.")
-        methods = either([name for name, rows in ROWS.items() if rows == own.rows])
+        methods = either([name for name, rows in ROWS.items() if rows in own.rows])
         raise InputError(
             f"{source}: the row has {quoted(own.marks)}, which method {method} does not train: "
             f"give method {methods}, or data_format."
@@ -89,7 +89,7 @@ def check_method(first: dict[str, str], method: str | None) -> None:
 
 def check_mixed(first: dict[str, str]) -> None:
     """InputError if pairs stand beside other rows; the formats in the order in which they came."""
-    kinds = {FORMATS[name].rows for name in first}
+    kinds = {FORMATS[name].rows[0] == "pair" for name in first}
     if len(kinds) > 1:
         *_, last = first.values()
         raise InputError(
@@ -230,6 +230,12 @@ class _Side:
             turns=int(self.turns[j]),
         )
 
+    @property
+    def sign(self) -> np.ndarray:
+        """−1 of sequences with weights below 0, 1 of others; int64."""
+        below = np.concatenate([[0], np.cumsum(self.weights < 0)])
+        return np.where(below[self.runs[1:]] > below[self.runs[:-1]], -1, 1)
+
     def numbers(self, most: int) -> tuple[np.ndarray, ...]:
         """Length, first, trained and top of each sequence, of which the first `most` tokens are."""
         whole = np.diff(self.bounds)
@@ -349,7 +355,8 @@ class Samples:
             return Columns.of([])
         table = np.concatenate([np.array(part, np.int64) for part in parts], axis=2)
         length, first, trained, top = table.transpose(1, 2, 0)
-        return Columns(length, first, trained, top, self.shared.copy())
+        signs = np.concatenate([own.sides[0].sign for own in self._shards if own.n])
+        return Columns(length, first, trained, top, self.shared.copy(), signs)
 
     def notes(self, chosen: np.ndarray | None = None) -> Notes:
         """What was found in samples, by ascending index; None: in all.

@@ -289,13 +289,15 @@ def _python(data: Any, name: str) -> Source:
     if hasattr(data, "with_format") and hasattr(data, "iter"):  # of `datasets`
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
+    if hasattr(data, "__arrow_c_stream__"):  # of pandas, polars and others
+        data = arrow.table_of(data)
     if hasattr(data, "to_batches") and hasattr(data, "schema"):  # a table of Arrow
         return Table(name, data.to_batches, data.nbytes)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Lines.of(data, name)
     raise InputError(
         f"{name} is {_kind(data)}: give a list of dicts, an iterator of them, a datasets.Dataset, "
-        "or an Arrow table."
+        "or a table of Arrow, pandas or polars."
     )
 
 

@@ -7,6 +7,7 @@ from .modules import (
     fresh_a,
     has_experts,
     shapes,
+    unwrap,
     wrap,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "fresh_a",
     "has_experts",
     "shapes",
+    "unwrap",
     "wrap",
 ]

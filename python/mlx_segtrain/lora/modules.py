@@ -6,8 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from .. import ops
+from ..errors import InputError
 from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
@@ -174,3 +176,26 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     wrapped = (LoRAEmbedding if isinstance(linear, EMBEDDINGS) else kind)(linear, scale)
     at[name] = wrapped
     return wrapped
+
+
+def unwrap(model: nn.Module) -> None:
+    """Puts the model's own linears and embeddings back in the places that `wrap` took.
+
+    InputError if it has an adapter that is not ours.
+    """
+    from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+    from mlx_lm.tuner.lora import LoRAEmbedding as StockEmbedding
+    from mlx_lm.tuner.lora import LoRALinear as StockLinear
+    from mlx_lm.tuner.lora import LoRASwitchLinear as StockSwitchLinear
+
+    theirs = (DoRAEmbedding, DoRALinear, StockEmbedding, StockLinear, StockSwitchLinear)
+    own = {}
+    for path, module in model.named_modules():
+        if isinstance(module, theirs):
+            raise InputError(
+                f"the model already has an adapter of mlx-lm ({path}): load it without, and give "
+                "the adapter as warm_start to train it further."
+            )
+        if isinstance(module, LoRALinear):
+            own[path] = module.linear
+    model.update_modules(tree_unflatten([*own.items()]))

@@ -1,6 +1,8 @@
 """Objectives: a batch's loss as a head over boundary values. They know no model family."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,20 +14,42 @@ from ..models.chain import Dropout
 from ..schedule import Cuts, Grads, Params, Stage, forward, segmented_value_and_grad
 from ..streams import Stream, head_reads
 from .grpo import Grpo
+from .kto import Kto
 from .objective import Objective
 from .preference import Dpo, Orpo, Simpo
 from .sft import Sft
 
-__all__ = ["OBJECTIVES", "Functions", "Objective", "objective_of", "value", "value_and_grad"]
+__all__ = [
+    "OBJECTIVES",
+    "Functions",
+    "Objective",
+    "named",
+    "objective_of",
+    "total_of",
+    "value",
+    "value_and_grad",
+]
 
 
 #: By the name that a configuration has for it (config.ROWS).
-OBJECTIVES: dict[str, type[Objective]] = {"sft": Sft, "dpo": Dpo, "orpo": Orpo, "simpo": Simpo}
-OBJECTIVES["grpo"] = Grpo
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sft": Sft,
+    "dpo": Dpo,
+    "orpo": Orpo,
+    "simpo": Simpo,
+    "kto": Kto,
+    "grpo": Grpo,
+}
 
 
 def objective_of(config: TrainConfig) -> Objective:
     return OBJECTIVES[config.method].of(config)
+
+
+def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
+    """The outputs after the loss by their names, but for what there was nothing of."""
+    found = zip(objective.metrics, map(float, outputs), strict=True)
+    return {name: x for name, x in found if not math.isnan(x)}
 
 
 class Functions:
@@ -110,3 +134,20 @@ def value(
     head = objective.head(chain, needs_grad=False)
     outputs = head(chain.of_head(params), *(scope[name] for name in reads))
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def total_of(
+    objective: Objective,
+    chain: Chain,
+    scales: Mapping[str, float],
+    params: Params,
+    batches: Sequence[Any],
+) -> Any:
+    """What the losses of these batches are to be divided by, with the objective's baseline."""
+    total = objective.total(batches)
+    if objective.baseline is None:
+        return total
+    # One at a time: the next would begin before this one's memory is free.
+    what = (objective.baseline, chain, scales, params)
+    parts = [float(value(*what, batch, total)[0]) for batch in batches]
+    return replace(total, baseline=sum(parts))

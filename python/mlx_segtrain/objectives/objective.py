@@ -16,7 +16,8 @@ from ..streams import SINGLE, BatchShape, Stream, trim_start
 class Objective:
     """What the head makes of a batch: the loss first, then the `metrics`, each a scalar.
 
-    All are parts of a mean, over what `total` counts: those of several batches add up.
+    All are parts of a mean, over what `total` counts: those of several batches add up. A metric is
+    NaN if there is nothing in the batches that it is of.
     """
 
     options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
@@ -33,6 +34,21 @@ class Objective:
     def reference(self) -> "Objective | None":
         """What gives the numbers of the model without its adapter with which the loss compares."""
         return None
+
+    @property
+    def baseline(self) -> "Objective | None":
+        """What is measured, forward only, over all batches of a step before the loss of the first
+        one: the sum of its outputs is the field `baseline` of the total, and constant in the loss.
+        """
+        return None
+
+    def prepared(self, data: Dataset, tokens: int) -> Dataset:
+        """The data as it runs, from rows of at most so many tokens; InputError if it cannot."""
+        return data
+
+    def remarks(self, data: Dataset) -> list[str]:
+        """What the user should know of the training data before a run, in sentences."""
+        return []
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
         """The data for each way in which its batches can run; a run takes the first that fits."""

@@ -5,6 +5,7 @@ after it what differs of the rejected one, as a branch. That is exact under caus
 wherever the first token lies that differs. Only rows that count meet the head.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,8 @@ from .objective import Objective, stream_values
 SHARED_LEAST = 64
 #: 1 − p is at least this in log-odds: a sequence of probability 1 has none.
 LEAST_REST = 1e-7
+#: The scale at which discopop goes over from one loss to the other, as its paper has it.
+DISCOPOP_TAU = 0.05
 
 
 @dataclass(frozen=True)
@@ -230,18 +233,75 @@ class Reference(Pairs):
 
 
 @dataclass(frozen=True)
-class Dpo(Pairs):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+class Rewards:
+    """What a loss of dpo is a function of: rewards of pairs, β·(π − ref), float32 [B]; β, ε."""
 
-    With l = (π_c − π_r) − (ref_c − ref_r), sums of log-probabilities over the response, and the
-    smoothing ε: sigmoid −(1 − ε)·log σ(βl) − ε·log σ(−βl) (conservative DPO for ε > 0); robust
-    (−(1 − ε)·log σ(βl) + ε·log σ(−βl)) / (1 − 2ε) (Chowdhury et al. 2024, arXiv:2403.00409); hinge
-    max(0, 1 − βl) (Zhao et al. 2023, arXiv:2305.10425); ipo (l − 1/(2β))² of means over the
-    response (Azar et al. 2023, arXiv:2310.12036). A reward is β·(π − ref).
+    chosen: mx.array
+    rejected: mx.array
+    beta: float
+    smoothing: float
+
+    @property
+    def z(self) -> mx.array:
+        """The margins [B]."""
+        return self.chosen - self.rejected
+
+
+def _robust(r: Rewards) -> mx.array:
+    eps = r.smoothing
+    return ((1 - eps) * nn.softplus(-r.z) - eps * nn.softplus(r.z)) / (1 - 2 * eps)
+
+
+def _exo(r: Rewards) -> mx.array:
+    """KL divergence of (σ(z), σ(−z)) from (1 − ε, ε)."""
+    right = mx.sigmoid(r.z) * (-nn.softplus(-r.z) - math.log1p(-r.smoothing))
+    return right + mx.sigmoid(-r.z) * (-nn.softplus(r.z) - math.log(r.smoothing))
+
+
+def _discopop(r: Rewards) -> mx.array:
+    """(1 − s)·−log σ(z) + s·exp(−z), s = σ(z / τ): exp(−z) alone would overflow."""
+    other = nn.softplus(-r.z / DISCOPOP_TAU)
+    return mx.sigmoid(-r.z / DISCOPOP_TAU) * nn.softplus(-r.z) + mx.exp(-r.z - other)
+
+
+#: The losses of dpo by the names that config.dpo_loss has for them; −log σ(x) = softplus(−x).
+LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
+    "sigmoid": lambda r: (1 - r.smoothing) * nn.softplus(-r.z) + r.smoothing * nn.softplus(r.z),
+    "hinge": lambda r: mx.maximum(1 - r.z, 0),
+    "ipo": lambda r: (r.z / r.beta - 1 / (2 * r.beta)) ** 2,
+    "robust": _robust,
+    "exo_pair": _exo,
+    "nca_pair": lambda r: (
+        nn.softplus(-r.chosen) + (nn.softplus(r.chosen) + nn.softplus(r.rejected)) / 2
+    ),
+    "bco_pair": lambda r: nn.softplus(-r.chosen) + nn.softplus(r.rejected),
+    "sppo_hard": lambda r: ((r.chosen - 0.5) ** 2 + (r.rejected + 0.5) ** 2) / r.beta**2,
+    "apo_zero": lambda r: mx.sigmoid(-r.chosen) + mx.sigmoid(r.rejected),
+    "apo_down": lambda r: mx.sigmoid(r.chosen) + mx.sigmoid(-r.z),
+    "discopop": _discopop,
+    "sigmoid_norm": lambda r: nn.softplus(-r.z),
+}
+#: Those of means over the response in the place of sums.
+OF_MEANS = ("ipo", "sigmoid_norm")
+
+
+@dataclass(frozen=True)
+class Dpo(Pairs):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and what differs from
+    it by the loss alone (LOSSES).
+
+    Rewards r = β·(π − ref), of sums of log-probabilities over the response, z = r_c − r_r and the
+    smoothing ε: sigmoid −(1 − ε)·log σ(z) − ε·log σ(−z) (conservative DPO for ε > 0); robust
+    (Chowdhury et al. 2024, arXiv:2403.00409); hinge (Zhao et al. 2023, arXiv:2305.10425); ipo and
+    sigmoid_norm of means over the response (Azar et al. 2023, arXiv:2310.12036); exo_pair (Ji et
+    al. 2024, arXiv:2402.00856, eq. 16); nca_pair (Chen et al. 2024, arXiv:2402.05369); bco_pair
+    (Jung et al. 2024, arXiv:2404.04656, without its shift of rewards); sppo_hard (Wu et al. 2024,
+    arXiv:2405.00675); apo_zero and apo_down (D'Oosterlinck et al. 2024, arXiv:2408.06266); discopop
+    (Lu et al. 2024, arXiv:2406.08414).
     """
 
     beta: float = 0.1
-    kind: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    kind: str = "sigmoid"
     label_smoothing: float = 0.0
     reference_free: bool = False
 
@@ -254,19 +314,11 @@ class Dpo(Pairs):
     def _loss(self, answers: Answers) -> Compared:
         chosen = answers.chosen - answers.ref_chosen
         rejected = answers.rejected - answers.ref_rejected
-        if self.kind == "ipo":
+        if self.kind in OF_MEANS:
             chosen, rejected = chosen / answers.n_chosen, rejected / answers.n_rejected
-        rewards = self.beta * chosen, self.beta * rejected
-        z, eps = rewards[0] - rewards[1], self.label_smoothing
-        if self.kind == "hinge":
-            losses = mx.maximum(1 - z, 0)
-        elif self.kind == "ipo":
-            losses = (chosen - rejected - 1 / (2 * self.beta)) ** 2
-        elif self.kind == "robust":
-            losses = ((1 - eps) * nn.softplus(-z) - eps * nn.softplus(z)) / (1 - 2 * eps)
-        else:
-            losses = (1 - eps) * nn.softplus(-z) + eps * nn.softplus(z)
-        return losses.sum() * answers.part, rewards, z
+        own = Rewards(self.beta * chosen, self.beta * rejected, self.beta, self.label_smoothing)
+        losses = LOSSES[self.kind](own)
+        return losses.sum() * answers.part, (own.chosen, own.rejected), own.z
 
 
 @dataclass(frozen=True)

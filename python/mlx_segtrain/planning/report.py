@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .run import RunPlan
+from .scaling import Scaled
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Alternative:
 class PlanReport:
     """The plan of a run and its surroundings. Bytes and tokens.
 
-    `longest` is what fits, `max_length` what the model was made for; `recomputed` is what runs
+    `tokens` are those of a row of the data, of which the last is only predicted; `longest` is what
+    fits, no more than `max_length`, the model's context length; `recomputed` is what runs
     again over what must run. `predicted` is False for families whose memory the planner does not
     know: of these only weights and budget are said.
     """
@@ -43,6 +45,7 @@ class PlanReport:
     max_length: int | None = None
     alternatives: list[Alternative] = field(default_factory=list)
     moves: list[tuple[str, int]] = field(default_factory=list)
+    ranks: list[Scaled] = field(default_factory=list)
 
 
 def of(run: RunPlan) -> PlanReport:
@@ -51,7 +54,7 @@ def of(run: RunPlan) -> PlanReport:
         family=run.shape.family,
         predicted=False,
         rows=batch.rows,
-        tokens=batch.length,
+        tokens=batch.length + 1,
         trained_tokens=batch.loss,
         budget=run.budget,
         weights=run.shape.weight_bytes(not run.device.gpu),

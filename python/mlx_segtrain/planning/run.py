@@ -97,7 +97,8 @@ class RunPlan:
         )
 
     def longest(self, budget: int | None = None) -> int:
-        """The most tokens a row that fit: with the plan that was asked for, or any."""
+        """The most tokens a row that fit, up to the model's context length: with the plan that was
+        asked for, or any."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
@@ -107,7 +108,8 @@ class RunPlan:
             least = least_ahead(self.device, overshoot(*what))
             return _core.least_peak(costs_of(*what)) + least <= most
 
-        return longest(fits)
+        most_known = self.shape.max_length
+        return min(longest(fits), most_known) if most_known else longest(fits)
 
     def within(self, budget: int) -> RunPlan:
         """With the fastest plans in this budget."""

@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 from ..errors import RunError
@@ -19,6 +20,27 @@ class Busy(RunError):
     """
 
     status, code = 429, "busy"
+
+
+class Transfers:
+    """Files that are being sent or taken, so many at once."""
+
+    def __init__(self, most: int = 4):
+        self.most, self.places = most, dict[object, None]()
+
+    @contextmanager
+    def place(self, name: object = None) -> Iterator[None]:
+        """One of the places, within it; Busy if all are taken, or the one of this name is."""
+        name = object() if name is None else name
+        if len(self.places) >= self.most:
+            raise Busy(f"{self.most} transfers are under way: try again when one has ended.")
+        if name in self.places:
+            raise Busy("this file is being sent already: wait until that has ended.")
+        self.places[name] = None
+        try:
+            yield
+        finally:
+            del self.places[name]
 
 
 class Pool:

@@ -3,16 +3,19 @@
 import asyncio
 import json
 import logging
+import os
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from pydantic import TypeAdapter
 
 from .. import hub
@@ -23,7 +26,9 @@ from ..data.sources import format_of, sources_of
 from ..errors import InputError, NoRoom, RunError, shown
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
+from ..planning.budget import budget_bytes
 from ..planning.run import full_batch, plan_run
+from ..training.record import machine
 from . import catalog
 from .confined.parent import INSPECTING, INSPECTIONS, Confined
 from .generation.engine import Engine
@@ -32,7 +37,7 @@ from .jobs.kinds import KINDS
 from .jobs.outputs import Outputs
 from .jobs.queue import Jobs
 from .jobs.row import Row
-from .pools import Pool
+from .pools import Pool, Transfers
 from .roots import Roots
 from .sessions import Sessions
 from .settings import Settings
@@ -64,6 +69,33 @@ class Plan:
     plan: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class Device:
+    """What jobs compute on. `memory_bytes` is all that there is, of a GPU its own."""
+
+    name: str
+    type: str
+    memory_bytes: int
+
+    @classmethod
+    def here(cls) -> "Device":
+        found, info = machine()["device"], dict(mx.device_info())
+        memory = info.get("memory_size") or info.get("total_memory")
+        name = found["name"]
+        if name == "CPU":  # Linux's name of the machine has no processor
+            with suppress(OSError, StopIteration):
+                lines = Path("/proc/cpuinfo").read_text().splitlines()
+                model = next(line for line in lines if line.startswith("model name"))
+                name = model.partition(":")[2].strip()
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return cls(name, found["type"], int(memory or ram))
+
+    @property
+    def free_bytes(self) -> int:
+        """What a run that begins now may take."""
+        return budget_bytes()
+
+
 class Service:
     """A server's folders, jobs and model."""
 
@@ -78,6 +110,8 @@ class Service:
         #: Looks at what is on disk, and plans, have threads of their own.
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
         self.sessions = Sessions()  #: of browsers
+        #: Where data sets and adapters go that clients send.
+        self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
     async def start(self) -> None:
@@ -131,10 +165,8 @@ class Service:
     async def datasets(self) -> list[catalog.DataFolder]:
         return await self.looks.run(catalog.datasets, self.roots.folders)
 
-    async def adapters(self, base: Path | None = None) -> list[Found]:
-        """Those that fit the base; by default the one that is served."""
-        if base is None and self.engine.base is not None:
-            base = self.engine.base.path
+    async def adapters(self, base: Path | None) -> list[Found]:
+        """Those that fit the base; without one all that can be read."""
         return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
     async def available(self) -> list[dict[str, Any]]:
@@ -208,6 +240,11 @@ class Service:
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
 
+    @cached_property
+    def device(self) -> Device:
+        """What this machine computes on."""
+        return Device.here()
+
     @property
     def base(self) -> Base | None:
         """The model that is served."""
@@ -224,11 +261,11 @@ class Service:
             config = load_config(None, {**fill, **values})
         except InputError as error:
             raise InputError(str(error), status=422, field=error.field) from None
-        paths = {
-            name: self._place_of(name)(getattr(config, name))
-            for name in PATHS
-            if values.get(name) is not None
-        }
+        paths = {}
+        for name in PATHS:
+            if values.get(name) is not None:
+                with about(name):
+                    paths[name] = self._place_of(name)(getattr(config, name))
         return config.model_copy(update=paths)
 
     async def plan(self, values: Mapping[str, Any]) -> Plan:
@@ -285,10 +322,17 @@ class Service:
         own.check(values)
         return self._submit(kind, {**values, "output_dir": str(out)} if out else values, out)
 
-    def evaluate(self, values: Mapping[str, Any], split: str = "valid") -> Row:
-        """Loss of a model, with an adapter or without."""
+    def evaluate(
+        self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
+    ) -> Row:
+        """Loss of a model, with an adapter or without; `with_base`: both."""
         _, stated = self._checked(values, split, adapter_path="unused")
-        return self._submit("evaluate", {**stated, "split": split}, None)
+        if with_base and "adapter_path" not in stated:
+            raise InputError(
+                "with_base compares an adapter with its base: give adapter_path.",
+                **{"status": 422, "field": "with_base"},
+            )
+        return self._submit("evaluate", {**stated, "split": split, "with_base": with_base}, None)
 
     def _checked(
         self, values: Mapping[str, Any], split: str, **fill: Any
@@ -297,10 +341,15 @@ class Service:
         before the job begins."""
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
-        Snapshot(config.model_dir).file("config.json", "configuration")
-        _, valid = sources_of(config.data_dir, ask=False)
+        with about("model_dir"):
+            Snapshot(config.model_dir).file("config.json", "configuration")
+        with about("data_dir"):
+            _, valid = sources_of(config.data_dir, ask=False)
         if split == "valid" and valid is None and not config.val_split:
-            raise InputError(f"data_dir {config.data_dir} has no validation rows: no data there.")
+            raise InputError(
+                f"data_dir {config.data_dir} has no validation rows: no data there.",
+                field="data_dir",
+            )
         return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
@@ -346,6 +395,16 @@ class Service:
         if not path.is_dir():
             raise InputError(f"{text} is not a folder: give one that is there.")
         return str(path)
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """An InputError within that names no field is about this one."""
+    try:
+        yield
+    except InputError as error:
+        error.field = error.field or field
+        raise
 
 
 def resident() -> int | None:

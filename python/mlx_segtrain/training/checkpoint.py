@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..errors import InputError
 from ..files import atomic_folder, clean, remove_folder, sha256, write_json, write_tensors
+from .ranks import Ranks
 from .state import Iterate, Moments, Progress, State
 
 STATE, TENSORS, MANIFEST = "state", "state.safetensors", "manifest.json"
@@ -106,6 +108,19 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             return _read(folder)
         warn(f"the checkpoint {folder} is torn ({fault}): it is left out")
     return None
+
+
+def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint of rank 0 on every rank: others need not see its disk."""
+    (name, *_) = ranks.gather(own and own.folder.name)
+    if ranks.size == 1 or name is None:
+        return own
+    content = ranks.given((own.folder / TENSORS).read_bytes() if own else b"")
+    if own is not None:
+        return own
+    with TemporaryDirectory() as folder:
+        (Path(folder) / TENSORS).write_bytes(content)
+        return _read(Path(folder))
 
 
 def torn(folder: Path) -> str | None:

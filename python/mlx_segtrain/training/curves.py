@@ -1,35 +1,50 @@
 """Loss curves of a run, as files beside its log."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import events
 from ..config import TrainConfig
 from ..files import atomic
 from ..hub import title
 from ..objectives import OBJECTIVES
 from ..objectives.sft import Sft
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FORMATS = ("png", "svg")
 
 
-def losses(log: Path) -> dict[str, list[tuple[int, float]]]:
-    """Step and loss of every training report (`train`) and evaluation (`val`) in metrics.jsonl."""
-    points: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if event.get("type") == "metric" and event["kind"] in points and event["loss"] is not None:
+#: Step and loss of every training report (`train`) and evaluation (`val`).
+Points = dict[str, list[tuple[int, float]]]
+
+
+def metrics(log: Path) -> list[events.Event]:
+    """The metrics in a metrics.jsonl; none if no step was finished."""
+    if not log.exists():
+        return []
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    return [event for event in lines if event.get("type") == "metric"]
+
+
+def points(found: Iterable[events.Event]) -> Points:
+    points: Points = {"train": [], "val": []}
+    for event in found:
+        if event["kind"] in points and event["loss"] is not None:
             points[event["kind"]].append((event["step"], event["loss"]))
     return points
 
 
-def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
-    """Draws loss.png and loss.svg beside a metrics.jsonl; OSError if they are not written."""
+def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    found = losses(log)
     for kind, label, style in (("train", "training", "-"), ("val", "held out", "o-")):
         if found[kind]:
             axes.plot(*zip(*found[kind], strict=True), style, label=label)
@@ -38,6 +53,12 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
     axes.grid(alpha=0.3)
     if any(found.values()):
         axes.legend()
+    return figure
+
+
+def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
+    """Draws loss.png and loss.svg beside a metrics.jsonl; OSError if they are not written."""
+    figure = figure_of(points(metrics(log)), title, unit)
     files = [log.with_name(f"loss.{form}") for form in FORMATS]
     for file in files:
         with atomic(file) as aside:

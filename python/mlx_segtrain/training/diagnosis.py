@@ -1,14 +1,14 @@
 """Why a step must not be taken: which row, and where numbers first stopped being finite."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..data import AnyBatch, one_row
-from ..objectives import value
+from ..objectives import total_of, value
 from ..schedule import Stage
 from .setup import Setup
 from .state import Iterate
@@ -67,6 +67,15 @@ def first_nonfinite(
     return list(rows.values()), f"the gradient of {bad[0]}" if bad else None
 
 
+def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
+    """What several ranks found in their shares of a step: what one of them saw going through a row,
+    or all rows if none did."""
+    for rows, tensor in found:
+        if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
+            return rows, tensor
+    return [row for rows, _ in found for row in rows], found[0][1]
+
+
 def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
     """What a layer or the head gives that is not finite, by name."""
     found: list[str] = []
@@ -85,8 +94,9 @@ def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
     stages_of = setup.chain.stages_of
     chain = replace(setup.chain, stages_of=lambda updates: [watched(s) for s in stages_of(updates)])
     params = setup.layout.split(at.vector)
-    what = (setup.objective, chain, setup.scales, params, batch, setup.objective.total([batch]))
-    outputs = np.array([float(x) for x in value(*what)])
+    what = (setup.objective, chain, setup.scales, params)
+    loss, *_ = value(*what, batch, total_of(*what, [batch]))
+    sound = math.isfinite(float(loss))
     if found:
         return found[0]
-    return None if np.isfinite(outputs).all() else "the loss"
+    return None if sound else "the loss"

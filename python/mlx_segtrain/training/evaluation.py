@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss of a token, or of a pair, over a whole set."""
+"""Evaluation: the mean loss of a token, a pair or a row, over a whole set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from ..data.dataset import Split
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
-from ..objectives import Objective, objective_of, value
+from ..objectives import Objective, named, objective_of, total_of, value
 from ..schedule import Params
 from .policy import run_policy
+from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
 
@@ -23,7 +24,8 @@ from .setup import load_chain
 class EvalResult:
     """loss in nats per token over `tokens` supervised tokens of `rows` rows.
 
-    Of preference methods the loss is a pair's, and `metrics` are accuracy, margin and rewards.
+    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
+    rewards and, of kto, kl.
     """
 
     loss: float
@@ -42,15 +44,18 @@ def measure(
     params: Params,
     dataset: Dataset,
     batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, dict[str, float]]:
-    """Loss and metrics of an objective over all rows, forward only."""
+    """Loss and metrics of an objective over all rows, forward only, of which each rank runs its
+    share."""
     batches = list(eval_batches(dataset, batch_size))
-    total = objective.total(batches)
+    total = total_of(objective, chain, scales, params, batches)
     sums = [0.0] * (1 + len(objective.metrics))
-    for batch in batches:
+    for batch in ranks.share(batches):
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
-    return sums[0], dict(zip(objective.metrics, sums[1:], strict=True))
+    sums = [sum(parts) for parts in zip(*ranks.gather(sums), strict=True)]
+    return sums[0], named(objective, sums[1:])
 
 
 def evaluate(
@@ -75,12 +80,13 @@ def evaluate(
         dataset = load_split(config.data_dir, *how, on_event)
         if dataset is None:
             raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: add a file valid.jsonl, set "
-                "val_split, or evaluate train."
+                f"data_dir {config.data_dir} has no validation rows: measure on the training rows "
+                "with --split train, add a file valid.jsonl, or set val_split."
             )
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)
+        dataset = objective.prepared(dataset, config.max_seq_length)
         dataset = with_references(objective, config, chain, dataset)
         params = adapting.stage_params(chain, adapter)
         what = (objective, chain, adapter.scales, params, dataset)

@@ -1,4 +1,7 @@
-"""Signals that end a run: taken at once while it computes, held back while it writes."""
+"""Signals that end a run: taken at once while it computes, held back while it writes.
+
+On several ranks, which end after the same step, they are held back until all know of them.
+"""
 
 import signal
 import threading
@@ -7,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from .ranks import ALONE, Ranks
 
 #: Ctrl-C, the system's request to end, and a terminal that was closed; and what they do unless
 #: somebody has decided otherwise (as nohup does).
@@ -26,16 +31,21 @@ class Interrupts:
     more than a power cut. Only the main thread gets signals: elsewhere this does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.asked: float | None = None  # when
         self.open = False
         self.before: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if (lost := self.ranks.lost()) is not None:
+            if self.open:
+                raise lost
+            return
         now = time.monotonic()
         if self.asked is None:
             self.asked = now
-            if self.open:
+            if self.open and self.ranks.size == 1:
                 raise KeyboardInterrupt
         elif now - self.asked > PATIENCE:
             signal.signal(number, signal.SIG_DFL)
@@ -45,8 +55,10 @@ class Interrupts:
     def allowed(self) -> Iterator[None]:
         self.open = True
         try:
-            if self.asked is not None:
+            if self.asked is not None and self.ranks.size == 1:
                 raise KeyboardInterrupt
+            if (lost := self.ranks.lost()) is not None:
+                raise lost
             yield
         finally:
             self.open = False

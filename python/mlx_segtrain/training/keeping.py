@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import events
 from ..adapters import About, step_of, write_adapter
@@ -91,8 +92,8 @@ class Keeper:
         facts = {"data": self.made_of.data, "trained on": setup.train.summary}
         if setup.remarks:
             facts["remarks"] = "; ".join(setup.remarks)
-        if progress.last:
-            facts["training loss"] = f"{progress.last.loss:.4f}"
+        if progress.loss is not None:
+            facts["training loss"] = f"{progress.loss:.4f}"
         if best := progress.best:
             first, last = progress.vals[0], progress.vals[-1]
             facts["validation loss"] = f"{first['loss']:.4f} -> {last['loss']:.4f}"
@@ -185,3 +186,15 @@ class Keeper:
             self.warn(f"{path} cannot be written ({error.strerror or error}): the run goes on")
             return False
         return True
+
+
+class Bystander(Keeper):
+    """Of a rank that writes nothing: the folder is that of rank 0, maybe on another machine."""
+
+    def checkpoint(self, state: State) -> None:
+        self.made_of.check_model(state.step)
+
+    def _nothing(self, *_: Any) -> None:
+        pass
+
+    open = last = best = evaluated = fault = result = _nothing

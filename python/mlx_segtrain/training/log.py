@@ -44,6 +44,16 @@ def _claim(file: Any, folder: Path) -> None:
     )
 
 
+class NoLog:
+    """The log of a rank that writes none."""
+
+    def write(self, event: events.Event) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class RunLog:
     """Open, and locking the folder, from the first line of a run to its end.
 

@@ -1,42 +1,54 @@
 """The training loop: batches in, an adapter out. Read `train` from top to bottom."""
 
+from __future__ import annotations
+
+import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 
 from .. import _core, events
 from ..config import TrainConfig
 from ..data import AnyBatch, Prompting, batches
 from ..data.repository import pinned
 from ..data.sources import sources_of
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, NoMemory, RunError, is_out_of_memory
 from ..hub import located
 from ..models.adapting import attached
 from ..planning.run import RunPlan, short_buffers
 from ..rewards import Function
+from .checkpoint import shared
 from .clock import Clock
 from .collapse import collapsed, mean_of
 from .contents import evaluated_name
 from .cycle import Cycle, rewards_of
 from .interrupts import Interrupts
 from .judging import Score, command_score, numbers
-from .keeping import Keeper
-from .log import RunLog
+from .keeping import Bystander, Keeper
+from .log import NoLog, RunLog
 from .memory import Memory, process_peak
+from .pace import Pace, due
 from .policy import run_policy
+from .ranks import Diverged, LostRank, Ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import Setup, check_output, plan_event, prepare, read_inputs
+from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
+
+#: Of metrics; True ends the run.
+Callback = Callable[[events.Event], Any]
+T = TypeVar("T")
 
 
 def train(
@@ -46,6 +58,9 @@ def train(
     train_data: Any = None,
     valid_data: Any = None,
     score: Score | None = None,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
+    model: nn.Module | None = None,
     rewards: Sequence[Function] = (),
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
@@ -55,21 +70,27 @@ def train(
     `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
     the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
     adapter attached, for a number or a dict of numbers. `rewards` are functions that score
-    completions of method grpo (docs/grpo.md), besides those of the configuration. Ctrl-C, SIGTERM
-    and SIGHUP end the run after saving the last finished step (`interrupted`). InputError, before
-    anything is written, for input that cannot be used; RunError if the run cannot go on, after
-    saving the last good step.
+    completions of method grpo (docs/grpo.md), besides those of the configuration. `on_step`
+    receives the training metrics of every step and `on_eval` those of every evaluation; one that
+    returns True ends the run after saving (`stopped_early`). `model` is what was loaded from
+    `config.model_dir`, without adapter, where that is done already. Ctrl-C, SIGTERM and SIGHUP end
+    the run after saving the last finished step (`interrupted`). InputError, before anything is
+    written, for input that cannot be used; RunError if the run cannot go on, after saving the last
+    good step.
     """
     tell = on_event or (lambda event: None)
+    if launched():
+        tell = warnings_only(tell)
     tell(events.started())
     if sys.platform == "darwin":
         short_buffers(config.max_seq_length)
     try:
-        with run_policy(config):
+        with joined(tell) as ranks, run_policy(config):
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            return _train(config, data, valid_data, tell, score, rewards)
+            calls = Calls(tell, score, on_step, on_eval, rewards)
+            return _train(config, data, valid_data, calls, model, ranks)
     except BaseException as error:
         tell(events.failed(error))
         raise
@@ -79,23 +100,29 @@ def _train(
     config: TrainConfig,
     data: Any,
     valid_data: Any,
-    tell: events.OnEvent,
-    score: Score | None,
-    rewards: Sequence[Function],
+    calls: Calls,
+    model: nn.Module | None,
+    ranks: Ranks,
 ) -> TrainResult:
+    tell = calls.on_event
+
     def warn(message: str) -> None:
         tell(events.warning(message))
 
-    check_installed(config)
-    scoring = rewards_of(config, rewards)
-    start = check_output(config, warn)
-    resumed, same = start.resumed, True
+    trackers = config if ranks.first else config.model_copy(update={"report_to": []})
+    check_installed(trackers)
+    scoring = rewards_of(config, calls.rewards)
+    if scoring is not None and ranks.size > 1:
+        raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
+    start = check_output(config, warn) if ranks.first else Start(None, None)
+    resumed, same = shared(start.resumed, ranks), True
+    config = accumulating(config, ranks, resumed, tell)
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
     inputs = read_inputs(config, sources, tell, resumed)
     config = inputs.config
-    made_of = Record(config, sources, resumed.record if resumed else None)
+    made_of = Record(config, sources, resumed.record if resumed else None, ranks)
     if resumed is not None:
         same = check_same(made_of, resumed.record, warn)
         if resumed.step > config.iters:
@@ -103,8 +130,8 @@ def _train(
                 f"iters is {config.iters}, but the run in {config.adapter_path} has come to "
                 f"step {resumed.step}: give as many or more, or begin another run."
             )
-    setup, vector = prepare(inputs, tell, resumed)
-    step = Stepper(setup) if scoring is None else Cycle(setup, rewards=scoring)
+    setup, vector = prepare(inputs, tell, resumed, model, ranks)
+    step = Cycle(setup, rewards=scoring) if scoring else Stepper(setup, ranks=ranks)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
@@ -112,13 +139,14 @@ def _train(
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
-    with setup.plan.limits(), closing(RunLog(config.adapter_path, warn)) as log:
-        keeper = Keeper(setup, log, made_of, warn)
+    with setup.plan.limits(), closing(_log(config, warn, ranks)) as log:
+        keeper = (Keeper if ranks.first else Bystander)(setup, log, made_of, warn)
         keeper.open(state, start, same)
         step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
         # Or what the run began with would stay to its end.
         del at, vector, inputs, resumed, start
-        with tracked(config, made_of.values["id"], warn) as track, Interrupts() as interrupts:
+        tracking = tracked(trackers, made_of.values["id"], warn)
+        with tracking as track, Interrupts(ranks) as interrupts:
 
             def record(event: events.Event) -> None:
                 log.write(event)
@@ -126,7 +154,7 @@ def _train(
                 tell(event)
 
             keeper.warn = lambda message: record(events.warning(message))
-            run = Run(config, setup, step, state, keeper, record, interrupts, score)
+            run = Run(config, setup, step, state, keeper, record, interrupts, calls, ranks)
             try:
                 result = run(source, resumed_from)
                 record(events.done(config.adapter_path))
@@ -134,6 +162,31 @@ def _train(
                 log.write(events.failed(error))
                 raise
     return result
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a run calls as it goes; see `train`."""
+
+    on_event: events.OnEvent
+    score: Score | None = None
+    on_step: Callback | None = None
+    on_eval: Callback | None = None
+    rewards: Sequence[Function] = ()
+
+
+def warnings_only(tell: events.OnEvent) -> events.OnEvent:
+    """What a rank tells that is not the first: rank 0 tells the rest."""
+
+    def some(event: events.Event) -> None:
+        if event["type"] == "warning":
+            tell(events.warning(f"rank {launched()}: {event['message']}"))
+
+    return some
+
+
+def _log(config: TrainConfig, warn: Callable[[str], None], ranks: Ranks) -> Any:
+    return RunLog(config.adapter_path, warn) if ranks.first else NoLog()
 
 
 @dataclass
@@ -151,16 +204,23 @@ class Run:
     keeper: Keeper
     tell: events.OnEvent
     interrupts: Interrupts
-    score: Score | None
+    calls: Calls
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.pace = Pace()
+        # By a callback of this rank; and by one of any rank, as all know after the next sum.
+        self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
         config, state = self.config, self.state
         what = f"{config.iters} steps on {len(self.setup.train)} rows"
         if resumed_from is not None:
-            what += f", resumed behind step {resumed_from}"
+            what += f", resumed after step {resumed_from}"
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
         self.looked, self.clock = time.perf_counter(), Clock()
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
+        self.ending = 0.0  # ranks that got a signal to end
         interrupted = stopped_early = False
         try:
             # What is due after a step comes before the next one, in a run that is resumed too.
@@ -168,19 +228,25 @@ class Run:
                 self._report_if_due()
                 self._evaluate_if_due()
                 stopped_early = state.step < config.iters and (
-                    self._has_stopped_improving() or self._has_collapsed()
+                    self.asked_to_stop or self._has_stopped_improving() or self._has_collapsed()
                 )
                 if state.step >= config.iters or stopped_early:
                     break
                 self._save_if_due()
                 self._take_step(source)
+                if self._asked_to_end():
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
-            self._save()  # whatever it was, no step was half taken
+            if not isinstance(error, Diverged):
+                self._save()  # whatever it was, no step was half taken
+            if isinstance(error, LostRank):
+                raise self._kept(error) from error
             raise
+        self._check_factors()
         self._save()
         result = self._result(resumed_from, interrupted, stopped_early)
         self.keeper.result(result, state.progress.vals)
@@ -195,14 +261,15 @@ class Run:
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
-            at, outcome = self._in_memory(state.at, accumulated, losses)
+            at, outcome = self._next(accumulated, losses)
         state.at = at
         if self.step.completions:
             self.keeper.completions.write(self.step.completions)
             own = [line["reward"] for line in self.step.completions]
             progress.rewards = [*progress.rewards, mean_of(own)]
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
-        progress.recent.append(progress.last)
+        progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
+        self.pace.add("step", progress.last.seconds)
         left_out = outcome.bound is not None and config.on_spike == "skip"
         progress.skipped = progress.skipped + 1 if left_out else 0
         if not left_out:
@@ -217,15 +284,45 @@ class Run:
         cheaper = self.step.plan.tightened(state.memory.measure(state.step))
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
+        if self.calls.on_step:
+            self._ask(self.calls.on_step, self._metric())
 
-    def _in_memory(self, *what: Any) -> tuple[Iterate, Outcome]:
-        """The step, by a cheaper plan if the device has no memory for it, as long as there is one.
+    def _ask(self, callback: Callback, event: events.Event) -> None:
+        self.wants_to_stop |= callback(event) is True
+        if self.ranks.size == 1:
+            self.asked_to_stop = self.wants_to_stop
 
-        A step changes nothing before its end. Halted if no plan is left.
+    def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
+        """The state after the next step. Ranks add up what each has come to, in one sum: a rank
+        that tries a part of it again does so before or after, or they would add up other things."""
+        step, at = self.step, self.state.at
+        if self.ranks.size == 1:
+            return self._in_memory(lambda: step(at, accumulated, losses))
+
+        def own() -> tuple[Any, mx.array]:
+            outputs, gradient = step.gradient(at, accumulated)
+            mx.eval(outputs, gradient)
+            return outputs, gradient
+
+        outputs, gradient = self._in_memory(own)
+        asked = [float(self.interrupts.asked is not None), float(self.wants_to_stop)]
+        (*outputs, self.ending, stop), gradient = self.ranks.add([*outputs, *asked], gradient)
+        self.asked_to_stop = stop > 0
+        return self._in_memory(lambda: step(at, accumulated, losses, (outputs, gradient)))
+
+    def _asked_to_end(self) -> bool:
+        """Whether a rank has got a signal to end; of a run on one device it is raised at once."""
+        return self.ending > 0
+
+    def _in_memory(self, what: Callable[[], T]) -> T:
+        """A part of the step, by a cheaper plan if the device has no memory for it, as long as
+        there is one.
+
+        A step changes nothing before its end. NoMemory if no plan is left.
         """
         while True:
             try:
-                return self.step(*what)
+                return what()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     if said := _core.explain_failure(str(error)):
@@ -235,7 +332,7 @@ class Run:
             # Outside of the handler: the exception's frames hold arrays of the step.
             mx.clear_cache()
             if cheaper is None:
-                raise Halted(
+                raise NoMemory(
                     f"step {self.state.step + 1}: the device has no memory for it ({reason}), and "
                     "no plan takes less: free memory and go on, or begin with a lower "
                     "max_seq_length or batch_size."
@@ -259,19 +356,26 @@ class Run:
         return step in (first, self.config.iters) or step % every == 0
 
     def _report_if_due(self) -> None:
-        """Means over the steps since the last report."""
-        config, progress, step = self.config, self.state.progress, self.state.step
-        if step == progress.reported or not self._is_due(config.steps_per_report, 1):
+        progress, step = self.state.progress, self.state.step
+        if step == progress.reported or not self._is_due(self.config.steps_per_report, 1):
             return
-        recent, last = progress.recent, progress.recent[-1]
-        event = events.train_metric(
-            step,
-            config.iters,
-            loss=sum(outcome.loss for outcome in recent) / len(recent),
-            metrics={
-                name: sum(outcome.metrics[name] for outcome in recent) / len(recent)
-                for name in last.metrics
-            },
+        progress.reported = step
+        self.tell(self._metric())
+        if jumped := self.clock.jumped():
+            self._warn(
+                f"step {step}: the clock went {jumped:+.0f} s against the time that passed (or the "
+                "machine slept): times in the log jump, and the run does not count on them"
+            )
+
+    def _metric(self) -> events.Event:
+        """The training metrics after the last step."""
+        progress, last = self.state.progress, self.state.progress.last
+        assert last is not None and progress.loss is not None  # a step was taken
+        return events.train_metric(
+            self.state.step,
+            self.config.iters,
+            loss=progress.loss,
+            metrics=progress.metrics,
             grad_norm=last.norm,
             learning_rate=last.rate,
             tokens_per_sec=last.tokens / last.seconds,
@@ -279,14 +383,16 @@ class Run:
             step_s=last.seconds,
             peak_gb=self.state.memory.peak / 1e9,
             active_gb=mx.get_active_memory() / 1e9,
+            left_s=self._left_s(),
         )
-        progress.reported, progress.recent = step, []
-        self.tell(event)
-        if jumped := self.clock.jumped():
-            self._warn(
-                f"step {step}: the clock went {jumped:+.0f} s against the time that passed (or the "
-                "machine slept): times in the log jump, and the run does not count on them"
-            )
+
+    def _left_s(self) -> float:
+        config, step, last = self.config, self.state.step, self.config.iters
+        evaluations = 0
+        if self.setup.valid or config.sample_prompts or config.eval_command or self.calls.score:
+            evaluations = due(self.state.progress.evaluated, last, config.steps_per_eval)
+        checkpoints = due(self.saved, last, config.steps_per_save)
+        return self.pace.left(last - step, evaluations, checkpoints)
 
     def _evaluate_if_due(self) -> None:
         """Validates the adapter, asks and scores it, and keeps it if that is wanted."""
@@ -295,20 +401,23 @@ class Run:
             return
         found: list[events.Event] = []
         val = None
-        with self.interrupts.allowed():
+        with self.interrupts.allowed(), self.pace.timed("evaluation"):
             if setup.valid is not None:
                 state.memory.measure()
                 loss, metrics = self.step.validate(state.at)
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            if config.sample_prompts or config.eval_command or self.score:
+            judges = config.sample_prompts or config.eval_command or self.calls.score
+            if judges and self.ranks.first:
                 found += self._judged()
         state.memory.measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:
             self.tell(event)
+            if self.calls.on_eval and event.get("kind") == "val":
+                self._ask(self.calls.on_eval, event)
         if state.step == 0:
             return
         if config.keep_best and progress.since_best == 0:
@@ -332,8 +441,8 @@ class Run:
                 ids = prompting.ids(setup.tokenizer, prompt)
                 text = generate(model, setup.tokenizer, ids, max_tokens=config.sample_tokens)
                 yield events.sample(step, prompt, text)
-            if self.score:
-                yield events.score(step, numbers(self.score(model, setup.tokenizer)))
+            if score := self.calls.score:
+                yield events.score(step, numbers(score(model, setup.tokenizer)))
         if config.eval_command:
             yield events.score(step, command_score(config, adapter))
 
@@ -352,8 +461,10 @@ class Run:
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
+            self._check_factors()
             self._count()
-            self.keeper.checkpoint(self.state)
+            with self.pace.timed("checkpoint"):
+                self.keeper.checkpoint(self.state)
 
     def _save(self) -> None:
         """Saves the last finished step for good; before the first there is nothing to save."""
@@ -362,6 +473,21 @@ class Run:
         self._count()
         self.keeper.last(self.state)
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
+
+    def _check_factors(self) -> None:
+        """Diverged if the ranks have come to different ones."""
+        if self.ranks.size > 1:
+            factors = memoryview(np.array(self.state.at.vector)).cast("B")
+            self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
+
+    def _kept(self, error: LostRank) -> RunError:
+        """The end of a run of which a rank is lost, in a sentence."""
+        step, kept = self.state.step, "nothing has been trained yet"
+        if step:
+            kept = f"the state of step {step} is kept"
+            if not self.ranks.first:
+                kept = "rank 0 saves what it has come to, if it can"
+        return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again, with --resume.")
 
     def _count(self) -> None:
         """Adds time and memory up to now to the progress."""
@@ -379,7 +505,7 @@ class Run:
         return TrainResult(
             adapter_path=self.config.adapter_path,
             steps=self.state.step,
-            final_train_loss=progress.last.loss if progress.last else None,
+            final_train_loss=progress.loss,
             first_val_loss=vals[0]["loss"] if vals else None,
             final_val_loss=vals[-1]["loss"] if vals else None,
             best_val_loss=best["loss"] if best else None,

@@ -14,13 +14,14 @@ from uuid import uuid4
 import mlx.core as mx
 
 from .. import events
-from ..config import FACETS, TrainConfig, flag
+from ..config import FACETS, PATHS, TrainConfig, flag
 from ..data.sources import Source
 from ..errors import InputError, RunError
 from ..files import hashes, known_sha256, sha256, write_json
 from ..hub import OF_MODEL, origin
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
 from .checkpoint import found, torn
+from .ranks import ALONE, LAUNCH, Ranks
 
 NAME = "run.json"
 #: What an adapter's folder holds that says what it is.
@@ -76,7 +77,7 @@ def machine() -> dict[str, Any]:
     settings = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith("MLX_") and not name.startswith("MLX_SEGTRAIN_")
+        if name.startswith("MLX_") and not name.startswith("MLX_SEGTRAIN_") and name not in LAUNCH
     }
     return {"versions": versions, "device": info, "settings": settings}
 
@@ -104,6 +105,7 @@ class Record:
         config: TrainConfig,
         sources: tuple[Source, Source | None],
         resumed: dict[str, Any] | None,
+        ranks: Ranks = ALONE,
     ):
         self.folder = config.adapter_path
         self.files, folders = files_of(config, sources)
@@ -130,7 +132,16 @@ class Record:
             "inputs": self.inputs,
             "hub": {part: str(own) for part, x in folders.items() if x and (own := origin(x))},
             "resumed": earlier.get("resumed", []),
+            "ranks": ranks.size,
         }
+        ranks.check_same(self._in_common())
+
+    def _in_common(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by name."""
+        apart = {*PATHS, *(name for name, own in FACETS.items() if own.group == "Memory")}
+        config = {k: x for k, x in self.values["config"].items() if k not in apart}
+        versions = self.values["versions"]
+        return config | self.inputs | {name: versions[name] for name in ("mlx-segtrain", "mlx")}
 
     def write(self) -> None:
         write_json(self.folder / NAME, self.values)

@@ -1,8 +1,8 @@
-"""What the model without an adapter gives for pairs: computed once, kept by content.
+"""What the model without an adapter gives for rows: computed once, kept by content.
 
-A file for each model in the cache directory; in it, for each pair of token sequences that a run has
-seen, the log-probabilities of both responses. A pair that is cut elsewhere, rendered by another
-template or written otherwise is another pair.
+A file for each model in the cache directory; in it, for each row that a run has seen, one sequence
+of tokens or a pair of them, the log-probabilities of its responses. A row that is cut elsewhere,
+rendered by another template or written otherwise is another row.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from ..data.encoding import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
 from ..objectives import Objective, value
+from .ranks import ALONE, Ranks
 
 #: Bytes of a key.
 KEY = 16
@@ -34,11 +35,13 @@ def with_references(
     data: Dataset,
     on_event: events.OnEvent = lambda event: None,
     wanted: Collection[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Dataset:
     """The data, in which the wanted rows (default: all) have the outputs of the objective's
     reference; unchanged if it has none.
 
-    Each is computed alone: what it is beside others must not depend on who they are.
+    Each is computed alone: what it is beside others must not depend on who they are. The ranks
+    share those that one of them does not know, and keep them all.
     """
     reference = objective.reference
     if reference is None:
@@ -46,21 +49,26 @@ def with_references(
     file = cache_dir() / "references" / f"{model_key(config)}.npz"
     known = _read(file)
     keys = {i: row_key(data.rows[i]) for i in (range(len(data)) if wanted is None else wanted)}
-    missing = sorted(i for i, key in keys.items() if key not in known)
+    unknown = ranks.gather([i for i, key in keys.items() if key not in known])
+    missing = sorted({i for own in unknown for i in own})
     if missing:
-        count = f"{len(missing)} pairs through the model without an adapter"
+        count = f"{len(missing)} rows through the model without an adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
-        for i in missing:
-            batch = one_row(data, i)
-            (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
-            known[keys[i]] = tuple(map(float, np.array(sums)))
+        found = {}
+        for i in ranks.share(missing):
+            if keys[i] not in known:
+                batch = one_row(data, i)
+                (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
+                known[keys[i]] = tuple(map(float, np.array(sums)))
+            found[keys[i].hex()] = known[keys[i]]
+        known |= {bytes.fromhex(key): tuple(x) for key, x in ranks.gathered(found).items()}
         try:
             _write(file, known)
         except OSError as error:
             said = f"{file} cannot be written ({error.strerror or error})"
             on_event(events.warning(f"{said}: not kept for other runs"))
-    found = {i: known[key] for i, key in keys.items()}
-    return data.map(lambda i, row: replace(row, reference=found.get(i)))
+    of_rows = {i: known[key] for i, key in keys.items()}
+    return data.map(lambda i, row: replace(row, reference=of_rows.get(i)))
 
 
 def model_key(config: TrainConfig) -> str:
@@ -93,8 +101,9 @@ def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
     """What is known; nothing if the file cannot be read, since it can be computed again."""
     try:
         with np.load(file) as stored:
-            keys, values = stored["keys"], stored["values"].tolist()
-            return {key.tobytes(): tuple(own) for key, own in zip(keys, values, strict=True)}
+            parts = np.split(stored["values"], np.cumsum(stored["counts"])[:-1])
+            keys = [key.tobytes() for key in stored["keys"]]
+            return {key: tuple(own.tolist()) for key, own in zip(keys, parts, strict=True)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
 
@@ -103,4 +112,6 @@ def _write(file: Path, known: dict[bytes, tuple[float, ...]]) -> None:
     make_folder(file.parent)
     keys = np.frombuffer(b"".join(known), np.uint8).reshape(-1, KEY)
     with atomic(file) as aside, open(aside, "wb") as stored:
-        np.savez(stored, keys=keys, values=np.array(list(known.values()), np.float64))
+        counts = np.array([len(own) for own in known.values()], np.int64)
+        values = np.array([x for own in known.values() for x in own], np.float64)
+        np.savez(stored, keys=keys, counts=counts, values=values)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .. import events
@@ -35,6 +36,7 @@ from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
 from .log import check_free
+from .ranks import ALONE, Ranks
 from .references import with_references
 
 
@@ -120,6 +122,30 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
     return Start(None, seen)
 
 
+def accumulating(
+    config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
+) -> TrainConfig:
+    """With micro-batches for every rank: those of a step are shared out. A run that was on several
+    keeps its number, on however many it goes on. InputError for fewer than ranks."""
+    name, count = "grad_accumulation_steps", config.grad_accumulation_steps
+    earlier = resumed.record if resumed else {}
+    if name not in config.model_fields_set:
+        if resumed and max(ranks.size, earlier.get("ranks", 1)) > 1:
+            count = earlier["config"][name]
+        elif ranks.size > 1:
+            count = ranks.size
+            said = f"{name} is {count}: a step has one batch for each of the {count} ranks"
+            tell(events.stage("setup", 0.0, said))
+    if count < ranks.size:
+        raise InputError(
+            f"{name} is {count}, and there are {ranks.size} ranks, each of which needs a batch of "
+            f"every step: start {count} or fewer, or "
+            + ("begin another run." if resumed else "raise it."),
+            field=name,
+        )
+    return config.model_copy(update={name: count})
+
+
 def read_inputs(
     config: TrainConfig,
     sources: tuple[Source, Source | None],
@@ -140,7 +166,10 @@ def read_inputs(
                 f"{option} needs a validation loss, and the data has no validation rows: add a "
                 "file valid.jsonl, set val_split, or leave the option out."
             )
-    said = remarks(config.data_dir, train, valid, *sources)
+    objective = objective_of(config)
+    said = [*remarks(config.data_dir, train, valid, *sources), *objective.remarks(train)]
+    train, valid = (x and objective.prepared(x, config.max_seq_length) for x in (train, valid))
+    assert train is not None
     for sentence in said:
         on_event(events.warning(sentence))
     if config.packing == "auto":
@@ -160,9 +189,13 @@ def read_inputs(
 
 
 def prepare(
-    inputs: Inputs, on_event: events.OnEvent, resumed: Checkpoint | None = None
+    inputs: Inputs,
+    on_event: events.OnEvent,
+    resumed: Checkpoint | None = None,
+    loaded: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run, loads its model, and makes the factors of its adapter, as a vector.
+    """Plans a run, loads its model unless that is done, and makes its adapter's factors, a vector.
 
     Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
     before the weights are loaded.
@@ -179,7 +212,7 @@ def prepare(
         measures=True,
     )
     on_event(plan_event(plan, 0.02, str(plan)))
-    setup, vector = load_setup(replace(inputs, train=train), plan)
+    setup, vector = load_setup(replace(inputs, train=train), plan, loaded)
     setup = replace(setup, apart=train is not inputs.train)
     if ROWS[config.method] == "prompt":
         assert isinstance(config.rollout_batch, int)
@@ -197,7 +230,7 @@ def prepare(
         )
     if objective.reference is not None:
         with plan.limits():
-            setup = _referenced(setup, on_event)
+            setup = _referenced(setup, on_event, ranks)
     said = f"{train.name}: {train.summary}; {described(train, config.batch_size)}"
     on_event(events.stage("data", 0.05, said))
     return setup, vector
@@ -234,13 +267,15 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
     return events.plan(progress, message, peak, plan.budget)
 
 
-def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Chain]:
-    """The model of a configuration, loaded, and its chain.
+def load_chain(
+    config: TrainConfig, *datasets: Dataset | None, loaded: nn.Module | None = None
+) -> tuple[Any, Chain]:
+    """The model of a configuration, loaded if it is not yet, and its chain.
 
     InputError if sequences could be longer than it was made for, or a token of the data has no row
     in its tables: MLX would read past their end.
     """
-    model, _ = load_model(config.model_dir)
+    model = load_model(config.model_dir)[0] if loaded is None else loaded
     chain = chain_of(model)
     if chain.max_length is not None and config.max_seq_length > chain.max_length:
         raise InputError(
@@ -259,10 +294,12 @@ def load_chain(config: TrainConfig, *datasets: Dataset | None) -> tuple[Any, Cha
     return model, chain
 
 
-def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
+def load_setup(
+    inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None
+) -> tuple[Setup, mx.array]:
     """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
     config = inputs.config
-    model, chain = load_chain(config, inputs.train, inputs.valid)
+    model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded)
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
@@ -287,11 +324,11 @@ def load_setup(inputs: Inputs, plan: RunPlan) -> tuple[Setup, mx.array]:
     vector = layout.join(params)
     mx.eval(vector)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
-    loaded = (plan, model, chain, objective_of(config), adapter.scales, layout)
-    return Setup(*read, *loaded), vector
+    made = (plan, model, chain, objective_of(config), adapter.scales, layout)
+    return Setup(*read, *made), vector
 
 
-def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
+def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
     """With what the model without adapter gives for the rows that the run will see."""
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
@@ -300,8 +337,8 @@ def _referenced(setup: Setup, on_event: events.OnEvent) -> Setup:
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)
-    train = with_references(*what, train, on_event, seen)
-    valid = setup.valid and with_references(*what, setup.valid, on_event)
+    train = with_references(*what, train, on_event, seen, ranks)
+    valid = setup.valid and with_references(*what, setup.valid, on_event, ranks=ranks)
     return replace(setup, train=train, valid=valid)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
@@ -46,10 +47,10 @@ class Progress:
     """How far a run has come besides its factors; numbers and lists of them, so that JSON holds it.
 
     `reported` and `evaluated` are the last steps of which that was done. `recent` are the outcomes
-    since the last report, `losses` those that tell what a spike is, `skipped` the steps in a row
-    that were left out. `rewards` are the mean reward of each step's completions, and the variance
-    of that mean, for collapse.py. Seconds and the peak, in bytes, are of all parts of a run that
-    was resumed.
+    of the last `steps_per_report` steps, whose mean is the training loss; `losses` those that tell
+    what a spike is, `skipped` the steps in a row that were left out. `rewards` are the mean reward
+    of each step's completions, and the variance of that mean, for collapse.py. Seconds and the
+    peak, in bytes, are of all parts of a run that was resumed.
     """
 
     reported: int = 0
@@ -65,6 +66,18 @@ class Progress:
     wall_s: float = 0.0
     peak: int = 0
     rewards: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float | None:
+        """The training loss, as it is reported everywhere: the mean of `recent`."""
+        return sum(own.loss for own in self.recent) / len(self.recent) if self.recent else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What else the objective measures: the means over those of these steps that have it."""
+        found = [own.metrics for own in self.recent]
+        names = dict.fromkeys(name for own in found for name in own)
+        return {name: fmean(own[name] for own in found if name in own) for name in names}
 
     @property
     def best(self) -> dict[str, float] | None:

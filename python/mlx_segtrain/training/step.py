@@ -11,12 +11,13 @@ import numpy as np
 from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
-from ..objectives import Functions, value_and_grad
+from ..objectives import Functions, named, total_of, value_and_grad
 from ..ops import compile_together
 from ..schedule import Grads
-from .diagnosis import Fault, first_nonfinite, rows_of
+from .diagnosis import Fault, first_nonfinite, rows_of, together
 from .evaluation import measure
 from .optimizer import Optimizer, learning_rate
+from .ranks import ALONE, Ranks
 from .setup import Setup
 from .spikes import spike_bound
 from .state import Iterate, Outcome
@@ -36,6 +37,7 @@ class Stepper:
 
     setup: Setup
     watch: Callable[[], None] | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -44,36 +46,41 @@ class Stepper:
         self.optimizer = Optimizer(self.setup.config, self.setup.layout)
 
     def __call__(
-        self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
+        self,
+        at: Iterate,
+        accumulated: list[AnyBatch],
+        losses: Sequence[float] = (),
+        found: tuple[Sequence[Any], mx.array] | None = None,
     ) -> tuple[Iterate, Outcome]:
         """Takes one step: the new state, and how the step was; `losses` of the steps before tell
-        what a spike is.
+        what a spike is. `found` is what `gradient` gives, summed over all ranks.
 
         Halted if loss or gradient is not finite, or at a spike if the configuration says so.
         """
         setup, config = self.setup, self.setup.config
-        outputs, gradient = self.gradient(at, accumulated)
+        outputs, gradient = found or self.gradient(at, accumulated)
         length, limit = mx.sqrt(mx.square(gradient).sum()), config.grad_clip_norm
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
         # The device is given the whole step before the first of its numbers is waited for.
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)
-        loss, *metrics = map(float, outputs)
+        loss, metrics = float(outputs[0]), named(setup.objective, outputs[1:])
         norm = float(length)
         columns = setup.train.columns.take(np.concatenate([batch.rows for batch in accumulated]))
         outcome = Outcome(
             loss=loss,
             norm=norm,
-            metrics=dict(zip(setup.objective.metrics, metrics, strict=True)),
+            metrics=metrics,
             rate=learning_rate(config, at.step),
             tokens=int(columns.run.sum()),
             supervised=int(columns.trained.sum()),
         )
         rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            found = first_nonfinite(setup, at, accumulated, gradient)
-            raise _halted(at, outcome, f"loss is {loss} and gradient norm {norm}", *found)
+            said = f"loss is {loss} and gradient norm {norm}"
+            own = first_nonfinite(setup, at, self.ranks.share(accumulated), gradient)
+            raise _halted(at, outcome, said, *together(self.ranks.gather(own)))
         bound = spike_bound(losses)
         if loss > bound:
             outcome = replace(outcome, bound=bound)
@@ -99,7 +106,7 @@ class Stepper:
         assert setup.valid is not None
         params = setup.layout.split(at.vector)
         what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-        return measure(*what, setup.config.batch_size)
+        return measure(*what, setup.config.batch_size, self.ranks)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
         """Compiles the kernels that a step on batches like the first of these takes (CUDA)."""
@@ -114,15 +121,17 @@ class Stepper:
     def gradient(
         self, at: Iterate, accumulated: list[AnyBatch]
     ) -> tuple[list[float] | list[mx.array], mx.array]:
-        """Outputs of the objective and gradient of its loss over all micro-batches.
+        """Outputs of the objective and gradient of its loss over this rank's share of the
+        micro-batches, as parts of those over all.
 
         Those of a single one may still be under way when this returns.
         """
-        total = self.setup.objective.total(accumulated)
-        params = self.setup.layout.split(at.vector)
+        setup, params = self.setup, self.setup.layout.split(at.vector)
+        total = total_of(setup.objective, setup.chain, setup.scales, params, accumulated)
         first = at.step * self.setup.config.grad_accumulation_steps
-        outputs, gradient = self._part(params, accumulated[0], total, first)
-        for draw, batch in enumerate(accumulated[1:], first + 1):
+        (draw, batch), *more = self.ranks.share(list(enumerate(accumulated, first)))
+        outputs, gradient = self._part(params, batch, total, draw)
+        for draw, batch in more:
             mx.eval(gradient)  # or the next one would begin before this one's memory is free
             part, own = self._part(params, batch, total, draw)
             outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shlex
 import time
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import mlx_segtrain
 from mlx_segtrain import files
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
-from mlx_segtrain.commands.terminal import Terminal, as_it_is, duration
+from mlx_segtrain.commands.terminal import Terminal, as_it_is
+from mlx_segtrain.commands.words import command_line, duration
 from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.training import TrainResult
+from mlx_segtrain.ops.selfcheck import on_gpu
+from mlx_segtrain.training import TrainResult, train
 from mlx_segtrain.training.curves import draw
 
 # A step of 4 short rows takes seconds on 2 cores; after 20 the loss has fallen by a quarter.
@@ -68,7 +69,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     say(f"the model answers {SHOWN} held-out questions ...")
     before = _answers(model_dir, None, questions)
     with Terminal(console) as show:
-        trained = mlx_segtrain.train(config, show)
+        trained = train(config, show, on_step=show.step)
     if trained.interrupted:
         raise KeyboardInterrupt
     say(f"the trained model answers the same {SHOWN} questions ...")
@@ -83,10 +84,14 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
         table.add_row("after", Text(now))
         console.print(table)
     _show_result(trained, wall_s, console)
-    prompt = shlex.quote(questions[0])
-    model, adapter = shlex.quote(str(model_dir)), shlex.quote(str(config.adapter_path))
-    for command in ("mlx-segtrain generate --model", "python -m mlx_lm generate --model"):
-        as_it_is(console)(f"\n{command} {model} --adapter-path {adapter} --prompt {prompt}")
+    own = ["--model", str(model_dir), "--adapter-path", str(config.adapter_path)]
+    asked = [*own, "--prompt", questions[0]]
+    commands = [["mlx-segtrain", "chat", *own], ["mlx-segtrain", "generate", *asked]]
+    if on_gpu():  # on a CPU stock mlx-lm takes seconds a token
+        commands.append(["python", "-m", "mlx_lm", "generate", *asked])
+    for command in commands:
+        width = console.width if console.is_terminal else 10**6
+        as_it_is(console)("\n" + command_line(command, width))
 
 
 def _held_out(valid: Path) -> list[tuple[str, str]]:

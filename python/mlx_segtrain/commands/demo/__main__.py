@@ -1,4 +1,4 @@
-"""What recipes/dpo.sh and recipes/grpo.sh need: `python -m mlx_segtrain.commands.demo DIR [sums]`.
+"""What recipes of judged data need: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
 It prints where the demo's model is; DIR gets pairs to train on, or sums, train.jsonl and
 valid.jsonl.

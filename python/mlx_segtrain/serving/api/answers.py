@@ -1,6 +1,7 @@
 """The answers to a request, as they come; each route of OpenAI's has a form for them."""
 
 import asyncio
+import codecs
 import json
 import logging
 import time
@@ -8,7 +9,6 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 from fastapi import Request
@@ -19,11 +19,11 @@ from ..confined.parent import Limits, prompts
 from ..generation.engine import Engine
 from ..generation.mounting import Base, Selected
 from ..generation.pieces import Generation
-from ..generation.words import token_bytes
-from ..pools import Pool
+from ..generation.words import shown, token_bytes
+from ..pools import Busy, Pool
 from .openai_forms import ChatRequest, Generate
 from .openai_tools import called, for_template
-from .parts import Parts, Tags
+from .parts import Kind, Parts, Tags
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -33,6 +33,8 @@ LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
 #: Tokens of a request of which log p is told at most, the likeliest others among them.
 MOST_TOLD = 1_000_000
+#: Seconds for which the calls of an answer wait for a process that reads them.
+CALLS_S = 10.0
 #: Tokens at a prompt's end in which a template may begin the reasoning.
 _END = 32
 
@@ -60,7 +62,7 @@ class Answers:
 
     def __init__(self, base: Base, asked: list[list[int]], body: Generate):
         self.base, self.prompt_tokens = base, sum(map(len, asked))
-        self.tokens = self.cached = 0
+        self.tokens = self.cached = self.reasoning_tokens = 0
         self._n = body.n or 1
         self._chat = body if isinstance(body, ChatRequest) else None
         self._tools = for_template(self._chat.tools or []) if self._chat else []
@@ -71,6 +73,10 @@ class Answers:
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         self._said = [0] * len(opened)  # calls of each answer
         self._forced = [""] * len(opened)  # what each has said, if it is calls alone
+        self._made = [0] * len(opened)  # tokens of each
+        # Of each answer's tokens that were told: characters, and the bytes of one that is begun.
+        self._characters = [0] * len(opened)
+        self._begun_characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in opened]
         self._generations: list[Generation] = []
         self._begun, self._first = time.monotonic(), 0.0
         self._ends: list[str] = []
@@ -107,7 +113,7 @@ class Answers:
     def _tags_of(self, body: Generate) -> Tags:
         """What the texts between tags are, where the request leaves it to the model."""
         tokenizer = self.base.tokenizer
-        if self._chat is None or body.is_guided:
+        if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         call = None
@@ -152,7 +158,7 @@ class Answers:
         if self._chat is None:
             delta.content = piece.text
         else:
-            found = self._parts[index].add(piece.text, last=piece.finish is not None)
+            found = self._add(index, piece)
             texts = []
             for kind, text in found:
                 if kind == "call":
@@ -177,6 +183,16 @@ class Answers:
                 delta.finish = "tool_calls"
         return delta
 
+    def _add(self, index: int, piece: Piece) -> list[tuple[Kind, str]]:
+        """A piece's parts; the tokens of reasoning, and of its tags, are counted."""
+        parts = self._parts[index]
+        before = parts.reasons
+        found = parts.add(piece.text, last=piece.finish is not None)
+        if before or parts.reasons:
+            self.reasoning_tokens += piece.tokens - self._made[index]
+        self._made[index] = piece.tokens
+        return found
+
     async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
         """Of texts between a model's tags, by mlx-lm's parser of its calls."""
         size = sum(map(len, texts)) + len(json.dumps(self._tools))
@@ -186,10 +202,17 @@ class Answers:
         def read() -> Any:
             return ask("calls", limits, "the calls of tools", texts=texts, tools=self._tools)
 
-        try:
-            found = await prompts(size).run(read)
-        except InputError:  # it took too long
-            found = [None] * len(texts)
+        found, end = None, time.monotonic() + CALLS_S
+        while found is None:
+            try:
+                found = await prompts(size).run(read)
+            except InputError:  # it took too long
+                found = [None] * len(texts)
+            except Busy:  # the answer is there, and not to be lost for that
+                if time.monotonic() > end:
+                    found = [None] * len(texts)
+                else:
+                    await asyncio.sleep(LOOK_S)
         for text, calls in zip(texts, found, strict=True):
             if calls is None:  # it is no call: clients get it as it was said
                 start, end = self._tags.call or ("", "")
@@ -240,7 +263,7 @@ class Answers:
     def _word(self, token: int) -> tuple[str, list[int]]:
         if token not in self._words:
             found = token_bytes(self.base.tokenizer, token)
-            self._words[token] = found.decode(errors="replace"), list(found)
+            self._words[token] = shown(found), list(found)
         return self._words[token]
 
     def chat_logprobs(self, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
@@ -254,11 +277,19 @@ class Answers:
         ]
         return {"content": content, "refusal": None}
 
-    def text_logprobs(self, told: Sequence[tuple[int, Told]], offset: int) -> dict[str, Any]:
-        """`offset` in characters of the answer's text."""
+    def text_logprobs(self, index: int, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
+        """Of the next tokens of an answer. Texts hold what is certain of them, and places count
+        what the tokens are: a character of several tokens is where the first of them is."""
         tokens = [self._word(token)[0] for token, _ in told]
-        places = list(accumulate(map(len, tokens), initial=offset))[:-1]
-        tops = [{self._word(token)[0]: x for token, x in best.items()} for _, (_, best) in told]
+        places, tops = [], []
+        for token, (_, best) in told:
+            places.append(self._characters[index])
+            text = self._begun_characters[index].decode(bytes(self._word(token)[1]))
+            self._characters[index] += len(text)
+            top: dict[str, float] = {}
+            for other, value in best.items():  # the likeliest first: of equal texts it stays
+                top.setdefault(self._word(other)[0], value)
+            tops.append(top)
         taken = [max(own, -9999.0) for _, (own, _) in told]
         return {
             "tokens": tokens,

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match, Mount
 
-from ...config import TrainConfig, allowed, nearest
+from ...config import TrainConfig, allowed, meant
 from ...errors import InputError, RunError, word
 
 #: Seconds after which a client may try again, by status: of /v1, and of the rest.
@@ -49,7 +49,7 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
     if fault["type"] == "missing":
         return f"{field} is missing.", {"field": field, "allowed": "required"}
     if fault["type"] == "extra_forbidden":
-        hint = nearest(field, list(TrainConfig.model_fields))
+        hint = meant(field, list(TrainConfig.model_fields))
         return f"unknown field {field}.{hint}", {"field": field, "value": value}
     said = _either([fault["msg"] for fault in own])
     return f"{field}: {said}.", {"field": field, "value": value, "allowed": said}
@@ -150,7 +150,9 @@ def add_handlers(app: FastAPI) -> None:
 def _methods(request: Request) -> list[str]:
     """Those that routes of the request's path take: several routes may share one."""
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
-    scopes = [{**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "POST")]
+    scopes = [
+        {**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+    ]
     return [s["method"] for s in scopes if any(x.matches(s)[0] is Match.FULL for x in routes)]
 
 

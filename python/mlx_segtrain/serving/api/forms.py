@@ -12,9 +12,10 @@ from ...fields import Group, choices, is_list, kind
 from ...objectives import OBJECTIVES
 from ..catalog import DataFolder, Model, Unreadable
 from ..jobs.row import Row
+from ..service import Device
 
 #: Columns of a job that are the server's own.
-INTERNAL = ("place", "result_json", "begins", "cancelling", "opened")
+INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json")
 
 
 class Answer(BaseModel):
@@ -67,20 +68,33 @@ class EvaluateRequest(FinetuneSubmit):
     """A model, its data, and what a loss depends on; without adapter_path the base."""
 
     split: Literal["valid", "train"] = "valid"
+    with_base: bool = Field(False, description="The base's loss too, as `base` of the result.")
 
 
 class JobRow(_answer(Row, but=INTERNAL)):
     """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
 
     title: str = Field(description="The kind, for people.")
-    name: str = Field(description="What it works on, in short.")
+    name: str = Field(description="Its label, or what it works on, in short.")
     trains: bool = Field(description="A run, which goes on from its checkpoint.")
     computes: bool = Field(description="It waits for the accelerator.")
     cancelling: bool = Field(description="It has been told to end.")
     config_json: str | None = Field(description="Left out, null, in lists.")
     inputs: list[str] = Field(description="Folders that it reads.")
+    tags: list[str]
     log_path: str
     result: Any = None
+
+
+class Description(Closed, str_strip_whitespace=True):
+    """What people say of a job; what is left out stays as it is."""
+
+    label: Annotated[str, Field(max_length=120)] | None = None
+    note: Annotated[str, Field(max_length=4000)] | None = None
+    tags: (
+        Annotated[list[Annotated[str, Field(pattern=r"^[^,\s][^,]{0,39}$")]], Field(max_length=10)]
+        | None
+    ) = None
 
 
 class JobAnswer(Answer):
@@ -141,6 +155,19 @@ class Merged(Answer):
     job_id: str
     merged_path: str
     stats: Stats
+
+
+class Copies(Answer):
+    """A run as a command, a YAML file and a program of Python."""
+
+    command: str
+    yaml: str
+    python: str
+
+
+class Uploaded(Answer):
+    path: str = Field(description="The folder: a data_dir, or an adapter_path.")
+    size_bytes: int = Field(description="Of the file.")
 
 
 class Export(Closed):
@@ -246,6 +273,8 @@ class AdapterFolder(BaseModel):
     path: str
     base_model: str | None
     rank: int = Field(description="The largest one.")
+    size_bytes: int
+    best_loss: float | None = Field(description="The lowest validation loss of its run.")
 
 
 class AdaptersAnswer(Answer):
@@ -268,6 +297,12 @@ class Served(Answer):
     chats: bool = Field(description="It has a chat template.")
 
 
+class DeviceRow(_answer(Device)):
+    """What jobs compute on."""
+
+    free_bytes: int = Field(description="What a run that begins now may take.")
+
+
 class State(Answer):
     """What a page shows all the time."""
 
@@ -276,6 +311,8 @@ class State(Answer):
     training: bool = Field(description="A job has the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Clients may download from the hub.")
+    device: DeviceRow
+    uploads: str = Field(description="The folder of what clients have sent.")
     running: list[JobRow]
     waiting: int = Field(description="Jobs in the queue.")
 

@@ -31,6 +31,9 @@ SMALL_BODIES = {"/login": 4096}
 MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
+#: Bodies that are written as they come (transfers.py): none of them is in memory.
+UPLOADS = re.compile(r"/api/(datasets|adapters)/[^/]+/[^/]+")
+UPLOAD_BYTES, UPLOAD_S = 4 << 30, 3600.0
 #: Seconds for the rest of a body that is refused.
 DRAIN_S = 2.0
 #: Seconds that the answer to a wrong token takes, and how many of them are waited for at once. The
@@ -102,6 +105,8 @@ class Guard:
         names = [name.lower() for name, _ in scope["headers"]]
         scope["mlx_segtrain.request"] = id = f"req_{uuid.uuid4().hex}"
         body = _Body(receive, self.held, SMALL_BODIES.get(scope["path"], MOST_BYTES))
+        if scope["method"] == "PUT" and UPLOADS.fullmatch(scope["path"]):
+            body = _Body(receive, Held(), UPLOAD_BYTES, UPLOAD_S, streamed=True)
         scope["mlx_segtrain.body_read"] = body.let_go
         started = False
         refused: Refused | None = None
@@ -198,8 +203,17 @@ class Held:
 class _Body:
     """Of a request, counted and timed. Once it is refused, the client is taken to be gone."""
 
-    def __init__(self, receive: Receive, held: Held, most: int):
+    def __init__(
+        self,
+        receive: Receive,
+        held: Held,
+        most: int,
+        seconds: float | None = None,
+        *,
+        streamed: bool = False,
+    ):
         self.inner, self.size, self.ended = receive, 0, False
+        self.seconds, self.streamed = seconds or BODY_S, streamed
         self.comes = True  #: more of it
         self.held, self.own, self.most = held, 0, most
         self.begun = time.monotonic()
@@ -212,7 +226,7 @@ class _Body:
     async def receive(self) -> Message:
         if self.ended:
             return await self.inner()
-        left = min(PART_S, BODY_S - (time.monotonic() - self.begun))
+        left = min(PART_S, self.seconds - (time.monotonic() - self.begun))
         try:
             message = await self._next(max(left, 0.01))
         except asyncio.TimeoutError:
@@ -221,7 +235,8 @@ class _Body:
         self.ended = not self.comes
         if self.size > self.most:
             raise self._refuse(413, f"the body has more than {self.most} bytes.")
-        self._hold(max(0, self.size - FREE))
+        if not self.streamed:
+            self._hold(max(0, self.size - FREE))
         if self.held.bytes > MOST_HELD:
             raise self._refuse(503, "other large requests are worked on: try again in a moment.")
         return message

@@ -131,6 +131,7 @@ def usage(request: Request, answers: Answers) -> dict[str, Any]:
         "completion_tokens": answers.tokens,
         "total_tokens": answers.prompt_tokens + answers.tokens,
         "prompt_tokens_details": None if authority is None else {"cached_tokens": answers.cached},
+        "completion_tokens_details": {"reasoning_tokens": answers.reasoning_tokens},
     }
 
 
@@ -172,7 +173,7 @@ def _chat_choice(answers: Answers, body: Generate) -> Callable[[Delta], dict[str
 
 def _text_choice(answers: Answers, body: Generate) -> Callable[[Delta], dict[str, Any]]:
     def choice(whole: Delta) -> dict[str, Any]:
-        told = None if body.top is None else answers.text_logprobs(whole.told, 0)
+        told = None if body.top is None else answers.text_logprobs(whole.index, whole.told)
         return _choice(whole, {"text": whole.content}, told)
 
     return choice
@@ -188,7 +189,6 @@ async def _events(
     """A chunk for each answer's role in a chat, one for each piece, one for the usage if wanted."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
-    offsets = [0] * len(answers)
 
     def event(choices: list[dict[str, Any]], own: dict[str, Any] | None = None) -> dict[str, str]:
         more = {"usage": own} if with_usage else {}
@@ -198,8 +198,7 @@ async def _events(
         told, wanted = None, body.top is not None and delta.told
         if not chat:
             if wanted:
-                told = answers.text_logprobs(delta.told, offsets[delta.index])
-            offsets[delta.index] += len(delta.content)
+                told = answers.text_logprobs(delta.index, delta.told)
             yield event([_choice(delta, {"text": delta.content}, told)])
             return
         more: dict[str, Any] = {}

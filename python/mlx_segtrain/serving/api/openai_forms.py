@@ -94,6 +94,12 @@ class Structure(Request):
     json_object: bool | None = None
     neutral = IN_FORMAT
 
+    @property
+    def says(self) -> bool:
+        """Whether it has any of them."""
+        given = (self.json_, self.regex, self.choice, self.grammar)
+        return bool(self.json_object) or any(own is not None for own in given)
+
 
 class StreamOptions(Request):
     """What a stream holds besides the answer."""
@@ -224,7 +230,8 @@ class Generate(Request):
     def is_formed(self) -> bool:
         """Whether the answer has to be of a form."""
         form = self.response_format
-        return self.structured_outputs is not None or (form is not None and form.type != "text")
+        more = self.structured_outputs
+        return (form is not None and form.type != "text") or (more is not None and more.says)
 
     @property
     def is_guided(self) -> bool:
@@ -338,18 +345,22 @@ class ChatRequest(Generate):
             raise InputError("top_logprobs: it is for logprobs: true.")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise InputError("tool_choice: there are no tools to call: give some.")
-        for i, tool in enumerate(self.tools or ()):
-            if tool.function.strict and self.calls == "auto":
-                raise InputError(
-                    f"tools.{i}.function.strict: calls are of their schema where tool_choice is "
-                    "required or names a tool, and not where the model may choose: leave it out."
-                )
+        if self._is_strict and self.is_formed:
+            raise InputError("tools: an answer of a form has no calls that could be strict.")
+
+    @property
+    def _is_strict(self) -> bool:
+        """Whether calls are of a schema where the model may choose."""
+        return self.calls == "auto" and any(tool.function.strict for tool in self.tools or ())
 
     @property
     def is_guided(self) -> bool:
-        return self.calls == "forced" or self.is_formed
+        return self.calls == "forced" or self.is_formed or self._is_strict
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
+        if self._is_strict:
+            schema = tools_of.by_choice(self.tools or [])
+            return grammars.calls("tools.function.strict", schema)
         if self.calls != "forced":
             return super().grammar(grammars)
         if self.is_formed:
@@ -427,6 +438,10 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="of the prompt, that needed no computing")
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = Field(description="of the answers, with those of its tags")
+
+
 class Usage(BaseModel):
     """In tokens; the end of the sequence counts."""
 
@@ -436,6 +451,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails | None = Field(
         description="null if the server has no token: clients that do not know each other"
     )
+    completion_tokens_details: CompletionTokensDetails
 
 
 class AssistantMessage(BaseModel):

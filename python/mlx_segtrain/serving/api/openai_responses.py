@@ -320,7 +320,7 @@ class Made:
                 "output_tokens": used["completion_tokens"],
                 "total_tokens": used["total_tokens"],
                 "input_tokens_details": {"cached_tokens": cached},
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": used["completion_tokens_details"],
             },
         }
 

@@ -21,7 +21,8 @@ class Function(Request):
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
         None,
-        description="arguments are of the schema: where tool_choice says that a tool is called",
+        description="arguments are of the schema, as they are wherever a tool has to be called; "
+        "where the model may choose, only if it writes calls as JSON between tags",
     )
     neutral = IN_FUNCTION
 
@@ -95,6 +96,20 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
             f"{', '.join(named) or 'there are none'}."
         )
     wanted = named if choice is None else {choice.function.name: named[choice.function.name]}
+    most = {} if parallel and choice is None else {"maxItems": 1}
+    call, schemas = _call_of(wanted)
+    return {"type": "array", "items": call, "minItems": 1, **most, "$defs": schemas}
+
+
+def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The schema of one call, of any tool; of a tool that is not strict with any arguments."""
+    own = {x.function.name: x.function.parameters if x.function.strict else None for x in tools}
+    call, schemas = _call_of(own)
+    return {**call, "$defs": schemas}
+
+
+def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of a call of one of these tools, and those of arguments, to which it refers."""
     calls = [
         {
             "type": "object",
@@ -111,9 +126,7 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
         }
     except RecursionError:
         raise InputError("tools are nested too deeply: give flatter parameters.") from None
-    most = {} if parallel and choice is None else {"maxItems": 1}
-    own = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
-    return {**own, "$defs": schemas}
+    return {"anyOf": calls}, schemas
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:

@@ -17,7 +17,10 @@ from .guard import COOKIE, Guard, Refused
 FILES = Path(__file__).parents[1] / "page"
 LOGIN = (FILES / "login.html").read_text(encoding="utf-8")
 #: The addresses of the page: which of them it is, its scripts see.
-PAGES = ("/finetune", "/finetune/", "/finetune/jobs", "/finetune/job/{id}", "/finetune/chat")
+PAGES = (
+    *("/finetune", "/finetune/", "/finetune/jobs", "/finetune/job/{id}"),
+    *("/finetune/library", "/finetune/chat"),
+)
 #: Files of these addresses.
 ONES = {
     **dict.fromkeys(PAGES, "index.html"),

@@ -26,6 +26,11 @@ class Parts:
         self._held = ""
         self._bare = False  # after reasoning no space has been said
 
+    @property
+    def reasons(self) -> bool:
+        """Whether what comes next is reasoning."""
+        return self._kind == "reasoning"
+
     def add(self, text: str, *, last: bool = False) -> list[tuple[Kind, str]]:
         """What is certain of its kind; all that is left, if it is the last piece."""
         self._held += text

@@ -16,7 +16,7 @@ from .. import catalog
 from ..generation.mounting import Base
 from ..jobs.row import Row
 from ..service import Service
-from . import forms
+from . import copies, forms
 from .bodies import JsonRoute
 from .dependencies import Used
 from .guard import PATIENCE_S
@@ -53,13 +53,15 @@ async def metrics(service: Used) -> PlainTextResponse:
 @router.get("/api/state", tags=["server"])
 async def state(service: Used) -> forms.State:
     """What runs, and which model is served."""
-    running = service.jobs.running()
+    running, device = service.jobs.running(), service.device
     return forms.State(
         served=None if service.base is None else _served(service.base),
         waits=service.waits,
         training=service.jobs.training,
         needs_token=service.settings.token is not None,
         downloads=service.settings.downloads,
+        device=forms.DeviceRow(**vars(device), free_bytes=device.free_bytes),
+        uploads=str(service.uploads),
         running=[_shown(service, row) for row in running],
         waiting=len(service.jobs.live) - len(running),
     )
@@ -94,12 +96,16 @@ async def datasets(service: Used) -> forms.DatasetsAnswer:
 
 
 @router.get("/api/adapters", tags=["models and data"])
-async def adapters(model_dir: str, service: Used) -> forms.AdaptersAnswer:
-    """Adapters below the roots that a model can take."""
-    found = await service.adapters(service.place(model_dir))
+async def adapters(service: Used, model_dir: str | None = None) -> forms.AdaptersAnswer:
+    """Adapters below the roots that a model can take; without one all of them."""
+    found = await service.adapters(None if model_dir is None else service.place(model_dir))
     rows = [
         forms.AdapterFolder(
-            path=str(x.path), base_model=x.base or None, rank=max(x.ranks, default=0)
+            path=str(x.path),
+            base_model=x.base or None,
+            rank=max(x.ranks, default=0),
+            size_bytes=x.size,
+            best_loss=x.best_loss,
         )
         for x in found
     ]
@@ -125,6 +131,18 @@ async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
     return forms.Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
 
+@router.post("/api/finetune/copy", tags=["training"])
+async def copy(body: forms.PlanRequest) -> forms.Copies:
+    """A run as people keep it: a command, a YAML file, a program of Python."""
+    values = body.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    values.setdefault("adapter_path", "adapters")  # the server's own is of no use elsewhere
+    return forms.Copies(
+        command=copies.command(values),
+        yaml=copies.as_yaml(values),
+        python=copies.as_python(values),
+    )
+
+
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
 async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
     """A training run, as a job."""
@@ -136,7 +154,8 @@ async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
 async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitted:
     """Loss and perplexity on a split, with an adapter or without, as a job."""
     values = body.model_dump(exclude_unset=True)
-    row = service.evaluate(values, values.pop("split", "valid"))
+    how = values.pop("split", "valid"), values.pop("with_base", False)
+    row = service.evaluate(values, *how)
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
 
@@ -221,6 +240,13 @@ async def job(id: str, service: Used) -> forms.JobAnswer:
     return forms.JobAnswer(job=_shown(service, service.jobs.get(id)))
 
 
+@router.patch("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
+async def describe(id: str, body: forms.Description, service: Used) -> forms.JobAnswer:
+    """Gives a job a name, a note, tags."""
+    given = body.model_dump(exclude_unset=True, exclude_none=True)
+    return forms.JobAnswer(job=_shown(service, service.jobs.describe(id, **given)))
+
+
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
 async def cancel(id: str, service: Used) -> forms.JobAnswer:
     """Ends a job; a run keeps its last finished step."""
@@ -266,7 +292,8 @@ def _shown(service: Service, row: Row) -> forms.JobRow:
     values = {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
     values |= {**vars(row), "config_json": row.config_json or None}
     values |= {"cancelling": bool(row.cancelling)}  # it counts
-    return forms.JobRow(**values, name=name, inputs=inputs, result=row.result, log_path=log)
+    values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
+    return forms.JobRow(**values, tags=row.tags, log_path=log)
 
 
 def _served(base: Base) -> forms.Served:

@@ -135,8 +135,8 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:
-            confined.close()
+        except BaseException:  # the tokenizer may still be loading, which the end waits for
+            threading.Thread(target=confined.close, daemon=True).start()
             raise
 
     async def mount(self, id: str, path: Path) -> Mounted:

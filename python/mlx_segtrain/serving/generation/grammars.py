@@ -25,6 +25,8 @@ LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000, max_lexer_states=20_000, verbose_errors=False
 )
 _LARK = ":(["
+#: mlx-lm's parser of calls as JSON between tags.
+JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
 #: What may stand between two words of JSON: a space, or a line break and what begins a line.
 SPACE: Any = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 
@@ -66,7 +68,8 @@ class Grammars:
     """Those of one tokenizer, whose tokens are read when the first is made. Calls take long."""
 
     def __init__(self, tokenizer: Any, tokens: int):
-        self._tokenizer, self._tokens = tokenizer._tokenizer, tokens
+        self._wrapper, self._tokens = tokenizer, tokens
+        self._tokenizer = tokenizer._tokenizer
         self._ends = sorted(tokenizer.eos_token_ids)
         self._lock = threading.Lock()
         self._known: Any = None
@@ -95,6 +98,28 @@ class Grammars:
         except RecursionError:
             raise InputError(f"{field} is nested too deeply: give a flatter schema.") from None
         return self._made(field, read, text, "{")
+
+    def calls(self, field: str, schema: Any) -> Grammar:
+        """Any text, in which what the model begins as a call is one, of a schema.
+
+        InputError for a model that writes its calls otherwise than as JSON between tags.
+        """
+        parser = getattr(self._wrapper, "tool_parser", None)
+        if parser is None or parser.__module__ != JSON_CALLS:
+            raise InputError(
+                f"{field}: this model writes no calls as JSON between tags, so calls are of their "
+                "schema only where tool_choice is required or names a tool: leave strict out."
+            )
+        begin, end = self._wrapper.tool_call_start, self._wrapper.tool_call_end
+
+        def read(text: str) -> str:
+            return (
+                "%llguidance {}\nstart: call* TEXT\n"
+                f'call: begin "\\n" %json {text} {json.dumps(chr(10) + end)}\n'
+                f"begin[lazy]: TEXT {json.dumps(begin)}\nTEXT: /(.|\\n)*/"
+            )
+
+        return self._made(field, read, json.dumps({"x-guidance": SPACE, **schema}), "{")
 
     def pattern(self, field: str, pattern: str) -> Grammar:
         return self._made(field, llguidance.LLMatcher.grammar_from_regex, pattern)

@@ -16,14 +16,33 @@ def _bytes_of_letters() -> dict[str, int]:
     return {**{chr(byte): byte for byte in plain}, **letters}
 
 
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether a letter of the vocabulary is a byte, as in GPT-2's; else it is text, as in
+    SentencePiece's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one in Python
+        return hasattr(tokenizer, "byte_decoder")
+    return "ByteLevel(" in repr(backend.decoder)
+
+
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """Of a token, as it stands in a text."""
     name = tokenizer.convert_ids_to_tokens(int(token))
     if not isinstance(name, str):
         return b""
+    if int(token) in tokenizer.added_tokens_decoder:  # which are text in every vocabulary
+        return name.encode()
+    if _is_byte_level(tokenizer):
+        letters = _bytes_of_letters()
+        return b"".join(bytes([letters[x]]) if x in letters else x.encode() for x in name)
     if found := _BYTE.fullmatch(name):
         return bytes([int(found[1], 16)])
-    letters = _bytes_of_letters()
-    if "▁" not in name and all(letter in letters for letter in name):
-        return bytes(letters[letter] for letter in name)
     return name.replace("▁", " ").encode()
+
+
+def shown(own: bytes) -> str:
+    """As text; where it is only a part of a character, its bytes by number, as OpenAI has it."""
+    try:
+        return own.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in own)

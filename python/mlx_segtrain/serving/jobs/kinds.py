@@ -80,14 +80,18 @@ def evaluate(values: Values) -> events.Event:
     from ...config import ROWS, load_config
     from ...training import evaluate, score
 
-    split = values.pop("split")
+    split, with_base = values.pop("split"), values.pop("with_base", False)
     adapter = values.get("adapter_path")
     config = load_config(None, {"adapter_path": "unused", **values})
-    tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
-    adapter_path = config.adapter_path if adapter else None
     measure = score if ROWS[config.method] == "prompt" else evaluate
+    tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
+    base = {}
+    if adapter and with_base:
+        base = {"base": asdict(measure(config, split=split, on_event=tell))}
+        tell(events.stage("load", 0.5, f"{split} rows with the adapter"))
+    adapter_path = config.adapter_path if adapter else None
     result = measure(config, adapter_path, split=split, on_event=tell)
-    return done(None, **asdict(result), split=split)
+    return done(None, **asdict(result), split=split, **base)
 
 
 def fold(values: Values) -> events.Event:
@@ -218,7 +222,7 @@ KINDS = {
         JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True),
         JobKind(
             "fold",
-            "Fold",
+            "Merge into base",
             fold,
             lambda values: f"{_end(values, 'adapter_path')} into {_end(values, 'model_dir')}",
             computes=True,

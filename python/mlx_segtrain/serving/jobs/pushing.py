@@ -50,7 +50,7 @@ def opened(folder: Path) -> Iterator[dict[str, BufferedReader]]:
         files = {}
         for name in _names(folder, os.listdir(place)):
             files[name] = stack.enter_context(_opened_file(folder / name, place))
-            _check_content(folder / name, files[name])
+            check_content(folder / name, files[name])
         yield files
 
 
@@ -102,10 +102,14 @@ def _opened_file(path: Path, place: int) -> Iterator[BufferedReader]:
         yield file
 
 
-def _check_content(path: Path, file: BufferedReader) -> None:
+def check_content(path: Path, file: BufferedReader) -> None:
     """InputError if the file is not of the kind that its name says."""
     if path.suffix == ".safetensors":
-        read_header(Path(f"/dev/fd/{file.fileno()}"))
+        opened = Path(f"/dev/fd/{file.fileno()}")
+        try:
+            read_header(opened)
+        except InputError as error:
+            raise InputError(str(error).replace(str(opened), str(path))) from None
     elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
         raise InputError(f"{path} is no GGUF file: nothing was pushed.")
     elif path.suffix == ".json":

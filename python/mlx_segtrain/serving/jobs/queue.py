@@ -22,7 +22,7 @@ from typing import Any
 
 from ... import processes
 from ...errors import InputError
-from ...events import Event, now
+from ...events import Event, failed, now
 from ...files import make_private, private, write_text
 from . import eventlog
 from .row import Row
@@ -191,6 +191,15 @@ class Jobs:
         self._run_next()
         return self.get(id)
 
+    def describe(self, id: str, **given: Any) -> Row:
+        """Gives a job a label, a note or tags; InputError if there is no such job."""
+        self.get(id)
+        if "tags" in given:
+            given["tags_json"] = json.dumps([*dict.fromkeys(given.pop("tags"))])
+        if given:
+            self.store.update(id, **given)
+        return self.get(id)
+
     def remove(self, id: str) -> None:
         """Forgets a job and its log; what it wrote stays. Conflict if it has not ended."""
         row = self.get(id)
@@ -284,7 +293,7 @@ class Jobs:
                     env=processes.environment(row.job_kind.variables, self.environment),
                 )
         except (OSError, InputError) as error:
-            self._say_end(row.id, {"type": "failed", "ts": now(), "error": str(error)})
+            self._say_end(row.id, failed(error) | {"error": str(error)})
             return False
         live = self.live[row.id]
         live.process, live.pid = process, process.pid
@@ -372,6 +381,7 @@ class Jobs:
 
     def _end(self, id: str, event: Event) -> None:
         news: dict[str, Any] = {key: _text(event.get(key)) for key in ("error", "message")}
+        news |= {"fault": _text(event.get("fault")), "fault_field": _text(event.get("field"))}
         if event["type"] == "done":
             news |= {"progress": 1.0, "result_json": json.dumps(event.get("result"))}
             output = _text(event.get("output_dir"))
@@ -399,4 +409,4 @@ def _killed(row: Row, code: int | None) -> Event:
     else:
         how = f"its process exited with {code}"
     advice = "; resume it to go on from its last checkpoint" if row.job_kind.trains else ""
-    return {"type": "failed", "ts": now(), "error": how + advice}
+    return {"type": "failed", "ts": now(), "error": how + advice, "fault": "killed"}

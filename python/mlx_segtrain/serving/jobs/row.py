@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...config import PATHS
+from ...errors import Fault
 from .kinds import JobKind, kind_of
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -32,6 +33,11 @@ class Row:
     begins: int
     cancelling: int
     opened: int
+    fault: Fault | None
+    fault_field: str | None
+    label: str
+    note: str
+    tags_json: str
 
     @property
     def job_kind(self) -> JobKind:
@@ -50,6 +56,11 @@ class Row:
     def result(self) -> Any:
         """What its last event says of it."""
         return json.loads(self.result_json or "null")
+
+    @property
+    def tags(self) -> list[str]:
+        """Words that people gave it."""
+        return json.loads(self.tags_json)
 
     @property
     def name(self) -> str:

@@ -31,6 +31,14 @@ CREATE TABLE IF NOT EXISTS jobs (
     opened INTEGER NOT NULL DEFAULT 0    -- it has begun to write to output_path
 )
 """
+#: Columns that tables of earlier versions lack.
+ADDED = {
+    "fault": "TEXT",  # errors.Fault of a job that failed
+    "fault_field": "TEXT",  # the field of its configuration that has to be changed
+    "label": "TEXT NOT NULL DEFAULT ''",  # the name that people gave it
+    "note": "TEXT NOT NULL DEFAULT ''",
+    "tags_json": "TEXT NOT NULL DEFAULT '[]'",
+}
 #: What lists and queues look for; without them each look reads all jobs that there ever were.
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS jobs_by_place ON jobs (place)",
@@ -56,6 +64,10 @@ class Store:
             self.connection.execute("PRAGMA synchronous=FULL")
             for statement in (TABLE, *INDEXES):
                 self.connection.execute(statement)
+            there = {row[1] for row in self.connection.execute("PRAGMA table_info(jobs)")}
+            for name, kind in ADDED.items():
+                if name not in there:
+                    self.connection.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
         except (sqlite3.Error, OSError) as error:
             raise InputError(
                 f"the jobs' database {file} cannot be used ({error}): move it away, or set "
@@ -82,7 +94,8 @@ class Store:
         """Again to the end of the queue."""
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
-            " result_json = NULL, ended_at = NULL, cancelling = 0 WHERE id = ?",
+            " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
+            " cancelling = 0 WHERE id = ?",
             (config_json, id),
         )
 
@@ -95,7 +108,7 @@ class Store:
         self.connection.execute("DELETE FROM jobs WHERE id = ?", (id,))
 
     def get(self, id: str) -> Row | None:
-        return self.connection.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
+        return self.connection.execute(f"SELECT {_ALL} FROM jobs WHERE id = ?", (id,)).fetchone()
 
     def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
         """The last jobs of the queue first, or those before a place in it; without their
@@ -115,5 +128,6 @@ class Store:
         ).fetchall()
 
 
+_ALL = ", ".join(field.name for field in fields(Row))
 _BRIEF = ", ".join("''" if field.name == "config_json" else field.name for field in fields(Row))
 _LAST = "(SELECT COALESCE(MAX(place), 0) + 1 FROM jobs)"

@@ -71,7 +71,7 @@ def main(kind: str, file: str, lock: str) -> int:
     except KeyboardInterrupt:
         end = {"type": "cancelled", "ts": events.now(), "message": "nothing was written"}
     except (InputError, RunError) as error:
-        end = {"type": "failed", "ts": events.now(), "error": str(error)}
+        end = {**events.failed(error), "error": str(error)}
     except SystemExit:
         raise
     except BaseException as error:  # a panic of Rust is no Exception

@@ -1,16 +1,17 @@
-// What is done with an adapter: evaluate, fold, export, merge. All of them are jobs.
+// What is done with an adapter: evaluate, merge, export, push. All of them are jobs.
 
 import { api, every } from "./api.js";
 import { announce, badge, button, combobox, empty, expansion } from "./dom.js";
 import { field, h, input, link, notice, select, show } from "./dom.js";
+import { archive, pushing } from "./library.js";
 import { inShort } from "./results.js";
 import { tail } from "./text.js";
 
 const SPLITS = ["valid", "train"].map((name) => [name, `${name}.jsonl`]);
 const BITS = [2, 3, 4, 5, 6, 8].map((n) => [n, `${n} bits`]);
-const WEIGHTS = [["", "as the base has them (default)"], ...BITS, ["dense", "not quantized"]];
+const WEIGHTS = [["", "same as base (default)"], ...BITS, ["dense", "not quantized"]];
 const DTYPES = ["float32", "bfloat16", "float16"].map((name) => [name, name]);
-const TYPES = [["", "the base's (default)"], ...DTYPES];
+const TYPES = [["", "same as base (default)"], ...DTYPES];
 const GGUF = ["gguf", "GGUF, for llama.cpp"];
 const FORMATS = [["peft", "Hugging Face PEFT"], ["mlx-lm", "mlx-lm"], GGUF];
 // Milliseconds in which a job is refused if it is; some are answered when they have ended.
@@ -62,23 +63,23 @@ export default async function after(row, values, schema) {
   function evaluate() {
     const split = select(SPLITS);
     const measured = schema.filter(({ affects }) => affects.includes("loss"));
-    return part("Evaluate", "loss with and without the adapter", field("Rows", split),
-      "Evaluate both", () => {
-        const own = { split: split.value };
+    return part("Evaluate", "loss of the base and with the adapter", field("Rows", split),
+      "Evaluate base and adapter", () => {
+        const own = { split: split.value, adapter_path: adapter, with_base: true };
         for (const name of ["model_dir", "data_dir", ...measured.map((x) => x.name)]) {
           if (name in values) own[name] = values[name];
         }
-        return [{ ...own, adapter_path: adapter }, own].map((x) => ["/api/finetune/evaluate", x]);
+        return [["/api/finetune/evaluate", own]];
       });
   }
 
   function fold() {
     const [weights, type, [where, given]] = [select(WEIGHTS), select(TYPES), folder("model")];
-    const about = "Fewer bits round away more of the update.";
+    const about = "Lower precision loses more of the training.";
     const shown = [field("Weights", weights, { about }),
-      field("Type of what is not quantized", type), where];
-    return part("Fold", "into a model without an adapter", shown,
-      "Fold into the base", () => {
+      field("dtype of unquantized weights", type), where];
+    return part("Merge into base model", "a model without an adapter (mlx-lm: fuse)", shown,
+      "Merge into the base", () => {
         const dequantize = weights.value === "dense";
         const bits = dequantize ? null : Number(weights.value) || null;
         const how = { dequantize, bits, dtype: type.value || null, output_dir: given() };
@@ -96,14 +97,15 @@ export default async function after(row, values, schema) {
   }
 
   function merge() {
-    const about = "with another adapter";
+    const about = "two adapters as one";
     const none = "No other adapter of this model was found: train another one first.";
-    if (!others.length) return expansion("Merge", about, empty(none), "after");
+    const title = "Merge with another adapter";
+    if (!others.length) return expansion(title, about, empty(none), "after");
     const [other, [where, given]] = [combobox(), folder("merged")];
     const [own, its] = [input("1"), input("1")];
     other.offer(others.map((path) => [path, tail(path, 2)]));
     const fields = [field("Other adapter", other), field("Weight of this one", own)];
-    return part("Merge", about, [fields, field("Weight of the other", its), where],
+    return part(title, about, [fields, field("Weight of the other", its), where],
       "Merge both", () => {
         if (other.value === null) throw new Error("choose the other adapter.");
         const scales = [own, its].map(({ value }) => Number(value.trim() || 1));
@@ -113,15 +115,9 @@ export default async function after(row, values, schema) {
       });
   }
 
-  // Whether a job came of the run; the base alone was evaluated for it, too.
-  function isOfThis({ kind, trains, inputs }) {
-    const base = [model, values.data_dir].sort().join();
-    const alone = kind === "evaluate" && inputs.toSorted().join() === base;
-    return !trains && (inputs.includes(adapter) || alone);
-  }
-
   async function look() {
-    const rows = (await api("/api/jobs?limit=200")).jobs.filter(isOfThis).slice(0, 20);
+    const all = (await api("/api/jobs?limit=200")).jobs;
+    const rows = all.filter((own) => !own.trains && own.inputs.includes(adapter)).slice(0, 20);
     const state = JSON.stringify(rows);
     if (state === seen) return;
     seen = state;
@@ -135,8 +131,11 @@ export default async function after(row, values, schema) {
   await refresh();
   const chat = `/finetune/chat?${new URLSearchParams({ model, adapter })}`;
   return [
-    h("div.actions", button("Chat with it", () => location.assign(chat), "primary")),
-    h("div", evaluate(), fold(), exported(), merge()),
+    h("div.actions", button("Chat with it", () => location.assign(chat), "primary"),
+      h("a.button", { href: archive("adapters", adapter), download: "" }, "Download")),
+    h("div", evaluate(), fold(), exported(), merge(),
+      expansion("Push to the Hugging Face hub", "a repository of yours",
+        await pushing(adapter, refresh), "after")),
     jobs,
   ];
 }

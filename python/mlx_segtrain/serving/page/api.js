@@ -33,12 +33,28 @@ async function request(path, body, more = {}) {
 // JSON of a route; with a body it is posted.
 export const api = async (path, body, more) => (await request(path, body, more)).json();
 
-// Asks every so many seconds while the page is seen, never twice at a time; what it returns asks at
+// Sends a file; `tell` gets the share of it that has gone. fetch does not say how far it is.
+export function upload(path, file, tell) {
+  return new Promise((done, failed) => {
+    const sent = new XMLHttpRequest();
+    sent.open("PUT", path);
+    sent.responseType = "json";
+    sent.upload.onprogress = ({ loaded, total }) => tell(loaded / total);
+    sent.onload = () => {
+      if (sent.status < 300) return done(sent.response);
+      failed(new Problem(sent.response?.error ?? `the server answers ${sent.status}.`, null, sent.status));
+    };
+    sent.onerror = () => failed(new Problem("the connection broke off: is the server running?"));
+    sent.send(file);
+  });
+}
+
+// Asks every so many seconds while the page is seen (or always), never twice at a time; what it returns asks at
 // once.
-export function every(seconds, ask) {
+export function every(seconds, ask, { unseen = false } = {}) {
   let asking = false;
   async function look() {
-    if (asking || document.hidden) return;
+    if (asking || (document.hidden && !unseen)) return;
     asking = true;
     try {
       await ask();

@@ -1,14 +1,20 @@
-// Charts of lines over steps. They are SVG whose colours are the page's, so a theme reaches them.
+// Charts of lines over steps, drawn by uPlot (vendor/), which index.html brings as the global uPlot.
 
-import { h, s } from "./dom.js";
+import { announce, button, h, s } from "./dom.js";
+import { save } from "./text.js";
 
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
 // Besides a colour, what tells a line: for who cannot tell colours apart.
 export const DASHES = ["", "6 4"];
 // Points of a marked line that are still shown as such.
 const FEW = 60;
-// Pixels above the plot, below it, and at its right.
-const [ABOVE, BELOW, RIGHT] = [8, 20, 14];
+const { uPlot } = globalThis;
+const shown = new Set(); // charts, which are drawn anew when the theme changes
+
+const redrawAll = () => shown.forEach((draw) => draw());
+new MutationObserver(redrawAll)
+  .observe(document.documentElement, { attributeFilter: ["data-theme"] });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
 
 // A curve; of a long one its means, and behind them from where to where it goes.
 export function linesOf(name, curve, color, dash) {
@@ -17,114 +23,233 @@ export function linesOf(name, curve, color, dash) {
   return range.points.length ? [mean, range] : [mean];
 }
 
-// The round numbers from low to high, about n of them, and the step between two.
-function ticks(low, high, n, least = 0) {
-  const rough = Math.max((high - low) / n, least);
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= 0.999 * rough);
-  const first = Math.ceil(low / step - 1e-9);
-  const length = Math.floor(high / step + 1e-9) - first + 1;
-  return [Array.from({ length }, (_, i) => +((first + i) * step).toPrecision(12)), step];
+// The exponential mean of the points before each, less what it has of the start.
+export function smoothed(points, share) {
+  let [sum, weight] = [0, 0];
+  return points.map(([x, y]) => {
+    [sum, weight] = [share * sum + (1 - share) * y, share * weight + 1 - share];
+    return [x, sum / weight];
+  });
 }
 
 const inWords = (value, digits = 6) =>
   value.toLocaleString("en-US", { maximumSignificantDigits: digits });
 
-const nearest = (points, x) =>
-  points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
+// From where to where an axis goes: round numbers, and no less than it had, so that it stands still.
+function rounded(low, high, before) {
+  const room = low === high ? Math.abs(low || 1) / 10 : 0;
+  let [least, most] = [low - room, high + room];
+  if (before) [least, most] = [Math.min(least, before[0]), Math.max(most, before[1])];
+  const power = 10 ** Math.floor(Math.log10((most - least) / 4));
+  const step = power * [1, 2, 5, 10].find((m) => m * power >= (0.999 * (most - least)) / 4);
+  return [Math.floor(least / step + 1e-9) * step, Math.ceil(most / step - 1e-9) * step];
+}
 
 // A chart with `draw(lines, { end, legend })`. A line has a name, points, a colour, maybe a dash;
-// `marked` shows its points, if they are few, `pale` is behind the others. The label is for who
-// cannot see it.
-export function chart(label, { unit = "", tall = false } = {}) {
-  const plot = h("div.plot");
+// `marked` shows its points, if they are few, `pale` is behind the others. `axis` is the title of
+// the vertical axis. A tall one can be smoothed, zoomed and saved. The label is for who cannot see
+// it.
+export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
+  const keys = "arrow keys read values, plus and minus zoom, 0 shows all";
+  const plot = h("div.plot", { tabindex: 0, role: "application",
+    "aria-label": `${label}; ${keys}`, onkeydown: pressed, onblur: leave });
   const legend = h("div.legend");
   const tip = h("div.tip", { hidden: true });
-  const props = { role: "img", "aria-label": label };
-  const element = h(`div.chart.${tall ? "tall" : ""}`, props, legend, plot, tip);
-  const cross = s("line", { class: "cross" });
-  let [end, scale] = [null, null];
-  element.lines = [];
+  const probe = h("span", { hidden: true });
+  const element = h(`div.chart.${tall ? "tall" : ""}`);
+  const smoothing = h("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: 0,
+    oninput: () => drawAgain(true) });
+  const log = h("input", { type: "checkbox", onchange: () => drawAgain(true) });
+  const reset = button("Show all", () => zoom(null), "small");
+  const tools = h("div.tools",
+    h("label", "Smoothing ", smoothing), h("label", log, " Log scale"),
+    button("Zoom in", () => zoom(0.5), "small"), reset,
+    button("CSV", () => save(`${label}.csv`, table()), "small"));
+  let [drawn, made, full, kept, how] = [null, "", [0, 1], null, {}];
+  element.lines = []; // as they were given
+  element.append(...(tall ? [tools] : []), legend, plot, tip, probe);
+  reset.hidden = true;
 
-  element.draw = (lines, how = {}) => {
-    [element.lines, end] = [lines, how.end ?? 0];
-    const named = how.legend ? lines.filter((line) => !line.pale) : [];
-    legend.replaceChildren(...named.map((line) => h("span", swatch(line), line.name)));
-    redraw();
+  const colour = (name) => {
+    probe.style.color = name;
+    return getComputedStyle(probe).color;
+  };
+  const isZoomed = () => {
+    const { min, max } = drawn.scales.x;
+    return min > full[0] || max < full[1];
   };
 
-  function redraw() {
-    const { clientWidth: width, clientHeight: height } = plot;
-    const lines = element.lines.filter((line) => line.points.length);
-    if (!lines.length || !width) return plot.replaceChildren();
-    const points = lines.flatMap((line) => line.points);
-    const ys = points.map(([, y]) => y);
-    let [low, high] = [Math.min(...ys), Math.max(...ys)];
-    const room = low === high ? Math.abs(low || 1) / 10 : 0;
-    [low, high] = [low - room, high + room];
-    const [, step] = ticks(low, high, 4);
-    [low, high] = [Math.floor(low / step) * step, Math.ceil(high / step) * step];
-    const [rows] = ticks(low, high, (high - low) / step);
-    const most = Math.max(end, 1, ...points.map(([x]) => x));
-    const left = 10 + 6.5 * Math.max(...rows.map((y) => inWords(y).length));
-    const [right, bottom] = [width - RIGHT, height - BELOW];
-    scale = {
-      x: (x) => left + (x / most) * (right - left),
-      y: (y) => bottom - ((y - low) / (high - low)) * (bottom - ABOVE),
-      step: (pixel) => ((pixel - left) / (right - left)) * most,
-    };
-    const text = (x, y, anchor, value) =>
-      s("text", { x, y, "text-anchor": anchor }, inWords(value));
-    const [columns] = ticks(0, most, Math.max(1, (right - left) / 80), 1);
-    for (const [name, y] of [["y1", ABOVE], ["y2", bottom]]) cross.setAttribute(name, y);
-    plot.replaceChildren(s("svg", { width, height },
-      ...rows.map(scale.y).map((y) => s("line", { x1: left, x2: right, y1: y, y2: y })),
-      ...rows.map((y) => text(left - 6, scale.y(y) + 4, "end", y)),
-      ...columns.map((x) => text(scale.x(x), height - 4, "middle", x)),
-      ...lines.toSorted((a, b) => !!b.pale - !!a.pale).flatMap(drawn),
-      cross));
+  element.draw = (lines, given = {}) => {
+    [element.lines, how] = [lines, given];
+    const named = how.legend ? lines.filter((line) => !line.pale) : [];
+    legend.replaceChildren(...named.map((line) => h("span", swatch(line), line.name)));
+    drawAgain();
+  };
+
+  // What is drawn of the lines that were given: a smoothed one has itself behind it.
+  function all() {
+    const share = Number(smoothing.value);
+    return element.lines.filter((line) => line.points.length).flatMap((line) =>
+      share && !line.marked && !line.pale
+        ? [{ ...line, points: smoothed(line.points, share) }, { ...line, pale: true, raw: true }]
+        : [line]);
   }
 
-  function drawn({ points, color, dash = "", pale, marked }) {
-    const places = points.map(([x, y]) => [scale.x(x).toFixed(1), scale.y(y).toFixed(1)]);
-    const path = s("path", { d: `M${places.join("L")}`, "stroke-dasharray": dash });
-    path.classList.toggle("pale", !!pale);
-    path.style.stroke = color;
-    const few = points.length <= (marked ? FEW : 1);
-    const circles = places.map(([cx, cy]) => s("circle", { cx, cy, r: 3 }));
-    circles.forEach((circle) => (circle.style.fill = color));
-    return [path, ...(few ? circles : [])];
+  // It is made anew if it has other lines or another scale.
+  function drawAgain(anew = false) {
+    const { clientWidth: width, clientHeight: height } = plot;
+    const lines = all();
+    if (!lines.length || !width) {
+      drawn?.destroy();
+      drawn = null;
+      return;
+    }
+    const positive = log.checked && lines.every(({ points }) => points.every(([, y]) => y > 0));
+    const data = uPlot.join(lines.map(({ points }) =>
+      [points.map(([x]) => x), points.map(([, y]) => y)]));
+    const most = Math.max(how.end ?? 0, 1, data[0].at(-1));
+    const wanted = JSON.stringify([positive, lines.map(({ name, color, dash, pale, points, marked }) =>
+      [name, color, dash, pale, marked && points.length <= FEW, points.length === 1])]);
+    const zoomed = drawn && isZoomed() && [drawn.scales.x.min, drawn.scales.x.max];
+    full = [0, most];
+    if (anew || wanted !== made || !drawn) {
+      drawn?.destroy();
+      [made, kept] = [wanted, null];
+      drawn = new uPlot(options(lines, width, height, positive), data, plot);
+      element.uplot = drawn;
+      if (zoomed) drawn.setScale("x", { min: zoomed[0], max: zoomed[1] });
+    } else if (zoomed) {
+      drawn.setData(data, false);
+      drawn.redraw();
+    } else {
+      drawn.setData(data);
+    }
+  }
+
+  function options(lines, width, height, positive) {
+    const ink = () => colour("var(--muted)");
+    const rule = { stroke: () => colour("var(--rule)"), width: 1 };
+    const of = (title) => (tall && title ? { label: title, labelSize: 18, labelFont: FONT } : {});
+    const y = positive ? { distr: 3 } : { range: (self, low, high) => {
+      if (low === null) return kept ?? [0, 1];
+      if (isZoomed()) return rounded(low, high);
+      return (kept = rounded(low, high, kept));
+    } };
+    return {
+      width, height, padding: [10, 12, 0, 0],
+      legend: { show: false },
+      cursor: { y: false, drag: { x: true, y: false, dist: 5 }, dataIdx: nearest,
+        points: { size: 7 } },
+      hooks: { setCursor: [point], setScale: [(self, key) => key === "x" && scaled()] },
+      scales: { x: { time: false, range: (self, low, high) =>
+        (low === self.data[0][0] && high === self.data[0].at(-1) ? full : [low, high]) }, y },
+      axes: [
+        { stroke: ink, font: FONT, grid: { show: false }, ticks: { show: false }, size: 22, gap: 4,
+          space: 44, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5],
+          values: (self, values) => values.map((x) => inWords(x)), ...of("step") },
+        { stroke: ink, font: FONT, grid: rule, ticks: { show: false }, gap: 4, space: 30,
+          size: (self, values) => 12 + 6.2 * Math.max(3, ...(values ?? []).map((x) => x?.length ?? 0)),
+          values: (self, values) => values.map((x) => (x === null ? null : inWords(x))), ...of(axis) },
+      ],
+      series: [{}, ...lines.map((line) => ({
+        label: line.name, spanGaps: true, width: line.pale ? 1 : 1.8,
+        alpha: line.pale ? 0.3 : 1,
+        stroke: () => colour(line.color), dash: line.dash ? line.dash.split(" ").map(Number) : null,
+        points: { show: line.points.length <= (line.marked ? FEW : 1), size: 6,
+          fill: () => colour(line.color) },
+      }))],
+    };
+  }
+
+  // Of a line the value that is next to where the cursor is.
+  function nearest(self, series, at) {
+    const values = self.data[series];
+    for (let by = 0; by < values.length; by++) {
+      if (values[at - by] != null) return at - by;
+      if (values[at + by] != null) return at + by;
+    }
+    return at;
   }
 
   // The values at the step that is pointed at.
-  function point(event) {
-    const lines = element.lines.filter((line) => line.points.length && !line.pale);
-    if (!lines.length) return;
-    const box = plot.getBoundingClientRect();
-    const wanted = scale.step(event.clientX - box.left);
-    const [at] = nearest(lines.map((line) => nearest(line.points, wanted)), wanted);
-    tip.replaceChildren(h("div.muted", `step ${inWords(Math.round(at))}`), ...lines.map((line) => {
-      const [x, y] = nearest(line.points, at);
-      const where = x === at ? "" : ` (step ${inWords(Math.round(x))})`;
-      return h("div", swatch(line), `${line.name}${where}: `, h("b", inWords(y, 5) + unit));
-    }));
-    tip.hidden = false;
-    const x = scale.x(at);
-    tip.style.left = `${Math.max(0, Math.min(x + 12, box.width - tip.offsetWidth))}px`;
-    tip.style.top = `${plot.offsetTop + ABOVE}px`;
-    for (const name of ["x1", "x2"]) cross.setAttribute(name, x);
-    cross.classList.add("on");
+  function point(self) {
+    const at = self.cursor.idx;
+    tip.hidden = at == null || self.cursor.left < 0;
+    if (tip.hidden) return;
+    const x = self.data[0][at];
+    const words = all().flatMap((line, i) => {
+      if (line.pale) return [];
+      const own = nearest(self, i + 1, at);
+      const [where, value] = [self.data[0][own], self.data[i + 1][own]];
+      const away = where === x ? "" : ` (step ${inWords(Math.round(where))})`;
+      return [[line, `${line.name}${away}: `, inWords(value, 5) + unit]];
+    });
+    tip.replaceChildren(h("div.muted", `step ${inWords(Math.round(x))}`),
+      ...words.map(([line, name, value]) => h("div", swatch(line), name, h("b", value))));
+    const left = self.bbox.left / devicePixelRatio + self.cursor.left + 12;
+    const most = element.clientWidth - tip.offsetWidth;
+    tip.style.left = `${Math.max(0, Math.min(left, most))}px`;
+    tip.style.top = `${plot.offsetTop + 8}px`;
+    return [x, words];
   }
 
-  plot.addEventListener("pointermove", point);
-  plot.addEventListener("pointerdown", point);
-  plot.addEventListener("pointerleave", () => {
+  function leave() {
     tip.hidden = true;
-    cross.classList.remove("on");
-  });
-  new ResizeObserver(redraw).observe(plot);
+    drawn?.setCursor({ left: -10, top: -10 });
+  }
+
+  // Shows a part of the steps around the one that is pointed at, or all of them.
+  function zoom(share) {
+    if (!drawn) return;
+    const { min, max } = drawn.scales.x;
+    const middle = drawn.cursor.idx == null ? max : drawn.data[0][drawn.cursor.idx];
+    const length = share === null ? Infinity : (max - min) * share;
+    let least = Math.max(full[0], middle - length / 2);
+    const most = Math.min(full[1], least + length);
+    least = Math.max(full[0], most - length);
+    drawn.setScale("x", { min: least, max: most });
+  }
+
+  function scaled() {
+    if (drawn) reset.hidden = !isZoomed();
+  }
+
+  function pressed(event) {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!drawn) return;
+    if (step) {
+      const last = drawn.data[0].length - 1;
+      const at = drawn.cursor.idx == null ? last : drawn.cursor.idx + step;
+      const x = drawn.data[0][Math.max(0, Math.min(last, at))];
+      drawn.setCursor({ left: drawn.valToPos(x, "x"), top: 0 });
+      const [, words] = point(drawn) ?? [0, []];
+      announce([`step ${inWords(x)}`, ...words.map(([, ...text]) => text.join(""))].join("; "));
+    } else if (event.key === "+") zoom(0.5);
+    else if (event.key === "-") zoom(2);
+    else if (event.key === "0" || (event.key === "Escape" && isZoomed())) zoom(null);
+    else return;
+    event.preventDefault();
+  }
+
+  // All points as they were given, a row a step.
+  function table() {
+    const lines = element.lines.filter((line) => !line.pale && line.points.length);
+    const data = uPlot.join(lines.map(({ points }) =>
+      [points.map(([x]) => x), points.map(([, y]) => y)]));
+    return [["step", ...lines.map(({ name }) => name)],
+      ...data[0].map((x, i) => [x, ...data.slice(1).map((own) => own[i] ?? "")])];
+  }
+
+  new ResizeObserver(() => {
+    const { clientWidth: width, clientHeight: height } = plot;
+    if (drawn && width) drawn.setSize({ width, height });
+    else drawAgain();
+  }).observe(plot);
+  shown.add(() => element.isConnected && drawn?.redraw(false));
   return element;
 }
+
+const FONT = "11px system-ui, sans-serif";
 
 // A piece of a line, for where it is named.
 export function swatch({ color, dash = "" }) {

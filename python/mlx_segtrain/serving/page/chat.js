@@ -1,24 +1,49 @@
-// /finetune/chat: the same prompt to the base and to an adapter, side by side.
+// /finetune/chat: the same prompt to two sides, each the base or an adapter, side by side.
 
 import { api, chunks, every } from "./api.js";
-import { announce, button, card, combobox, empty } from "./dom.js";
-import { field, h, input, notice, show } from "./dom.js";
-import { described } from "./setup.js";
-import { counted, fixed, tail } from "./text.js";
+import { announce, button, card, combobox, empty, expansion } from "./dom.js";
+import { field, h, input, labelled, link, notice, select, show } from "./dom.js";
+import { counted, described, fixed, sentence, tail } from "./text.js";
 
-const ASK = "Ask something: the base and the adapter answer side by side.";
-const NO_MODEL = "No model found: put the folder of an MLX model below a root of the server.";
+const ASK = "Ask something: both sides answer.";
 const WAITS = "A job computes now: the chat waits until it has ended.";
+const BASE = "none"; // the id of no adapter
+const NOBODY = ""; // a side that does not answer
+// Where a browser keeps the chat, and turns of it at most.
+const PLACE = "mlx-segtrain chat";
+const KEPT = 50;
+// What may be set of an answer: name, title, what it is if left out, and help.
+const SAMPLING = [
+  ["temperature", "Temperature", "0", "0 is greedy decoding."],
+  ["max_tokens", "Max tokens", "256", "Of an answer."],
+  ["top_p", "Top p", "1", "Tokens of this probability together."],
+  ["top_k", "Top k", "0", "So many likeliest tokens; 0 is all."],
+  ["min_p", "Min p", "0", "Least probability, as a share of the likeliest's."],
+  ["repetition_penalty", "Repetition penalty", "1", "Above 1 it repeats less."],
+  ["seed", "Seed", "", "The same one gives the same answer."],
+];
 
 // The id of the adapter in a folder, which is mounted if it is not.
 async function mounted(path) {
+  if (path === BASE) return BASE;
   const { adapters } = await api("/v1/adapters");
   const taken = adapters.map((own) => own.id);
   const name = tail(path).replace(/[^\p{L}\p{N}._-]/gu, "-").slice(0, 100) || "adapter";
   let [id, n] = [name, 1];
-  while (taken.includes(id) || id.toLowerCase() === "none") id = `${name}-${++n}`;
+  while (taken.includes(id) || id.toLowerCase() === BASE) id = `${name}-${++n}`;
   const own = adapters.find((own) => own.path === path);
   return (own ?? (await api("/v1/adapters", { id, path }))).id;
+}
+
+const titleOf = (side) => (side === BASE ? "Base" : tail(side));
+
+// What was kept of the chat: turns are { asked, answers: [[side, text, note], …] }.
+function kept() {
+  try {
+    return JSON.parse(localStorage.getItem(PLACE)) ?? {};
+  } catch {
+    return {};
+  }
 }
 
 export default async function chatPage(main) {
@@ -28,51 +53,92 @@ export default async function chatPage(main) {
   main.append(h("h1", "Chat"), looking);
   let [{ models }, state] = await Promise.all([api("/api/models"), api("/api/state")]);
   looking.remove();
-  let messages = [[], []]; // of the base, and of the adapter
+  const old = kept();
+  let turns = [];
   let stopper = null; // while they answer
   let [loading, shown] = [false, ""];
 
-  const model = combobox(changed);
+  const model = combobox(() => changed());
   model.offer(models.map((own) => [own.path, described(own)]));
-  const adapter = combobox();
-  const most = input("128", { inputmode: "decimal" });
-  const temperature = input("0", { inputmode: "decimal" });
+  const sides = [0, 1].map(() => select([], keep));
+  const system = h("textarea", { rows: 2, oninput: keep });
+  const sampling = SAMPLING.map(([name, title, standard, about]) => {
+    const own = input(standard || "any", { inputmode: "decimal", oninput: () => (part.complain(), keep()) });
+    const part = labelled(title, own, { about, key: name });
+    return { name, own, ...part };
+  });
   const load = h("div.actions");
   const told = h("div", { "aria-live": "polite" });
-  const turns = h("div.stack");
+  const list = h("div.stack", { role: "log", "aria-live": "off", "aria-label": "Conversation" });
   const prompt = h("textarea", { rows: 2, onkeydown: pressed });
   const problem = h("div", { role: "alert" });
   const send = button("Send", null, "primary");
   const stop = button("Stop", () => stopper?.abort(), "danger");
+  const again = button("Ask again", () => askAgain());
   main.append(
-    card("Who answers",
+    card("Model and adapters",
       h("div.fields.chat",
         field("Model", model),
-        field("Adapter", adapter, { about: "Of those on disk that fit the model." }),
-        field("Most tokens", most),
-        field("Temperature", temperature, { about: "0 takes the likeliest token." })),
-      load, told),
-    card("Conversation", turns,
+        field("Left", sides[0]),
+        field("Right", sides[1])),
+      load, told,
+      expansion("System prompt and sampling", "temperature, max tokens, top p, …", h("div.stack",
+        field("System prompt", system, { about: "Empty: the chat template's own, if it has one." }),
+        h("div.fields", sampling.map((own) => own.element))))),
+    card("Conversation", list,
       h("form.stack", { novalidate: true, onsubmit: ask },
         field("Prompt", prompt, { about: "Enter sends, Shift+Enter begins a new line." }),
         problem,
-        h("div.actions", send, stop, button("Clear", clear)))));
+        h("div.actions", send, stop, again, button("Clear", clear)))));
 
-  // Model and adapter
+  // What is kept when the page is loaded again
+
+  function keep() {
+    const set = Object.fromEntries(sampling.map(({ name, own }) => [name, own.value]));
+    const [left, right] = sides.map((own) => own.value);
+    const own = { model: model.value, left, right, system: system.value, set,
+      turns: turns.slice(-KEPT).map(({ asked, answers }) => ({ asked, answers })) };
+    try {
+      localStorage.setItem(PLACE, JSON.stringify(own));
+    } catch { // of a browser that has no room, or may keep nothing
+      localStorage.removeItem(PLACE);
+    }
+  }
+
+  // Model and adapters
 
   const loaded = () => state.served !== null && state.served.path === model.value;
 
-  async function changed() {
-    clear();
-    adapter.offer([]);
+  async function changed({ left, right } = {}) {
+    stopper?.abort();
+    turns = [];
+    offer([]);
+    showTurns();
     showState();
     if (model.value === null) return;
     const query = new URLSearchParams({ model_dir: model.value });
     const { adapters } = await api(`/api/adapters?${query}`).catch(() => ({ adapters: [] }));
-    adapter.offer(adapters.map(({ path }) => [path, tail(path, 2)]));
-    adapter.set(given.get("adapter"));
-    if (adapter.value === null) adapter.set(adapters[0]?.path);
+    offer(adapters.map(({ path }) => path));
+    const last = adapters.at(-1)?.path;
+    choose(sides[0], left ?? BASE);
+    choose(sides[1], right ?? last ?? NOBODY);
+    keep();
   }
+
+  function offer(paths) {
+    const all = [[BASE, "Base, without an adapter"], ...paths.map((path) => [path, tail(path, 2)])];
+    sides.forEach((own, i) => {
+      const before = own.value;
+      const none = i ? [[NOBODY, "Nobody: one answer"]] : [];
+      own.replaceChildren(...select([...all, ...none]).children);
+      choose(own, before);
+    });
+  }
+
+  const choose = (own, value) => {
+    own.value = value;
+    if (own.selectedIndex < 0) own.selectedIndex = 0;
+  };
 
   async function look() {
     state = await api("/api/state");
@@ -81,6 +147,8 @@ export default async function chatPage(main) {
 
   function showState() {
     send.disabled = !loaded() || state.waits || stopper !== null;
+    again.disabled = send.disabled;
+    again.hidden = !turns.length;
     stop.hidden = stopper === null;
     const now = JSON.stringify([model.value, loaded(), state.waits, loading]);
     if (now === shown) return;
@@ -89,8 +157,9 @@ export default async function chatPage(main) {
     show(load, loading ? h("span.muted", `Loading ${tail(model.value)} …`) : want);
     const id = state.served?.id;
     const base = id ? `${id} is loaded, not this model.` : "No model is loaded.";
-    const swap = `${base} To load it takes a moment; answers that are being given end first.`;
-    if (!models.length) show(told, empty(NO_MODEL));
+    const swap = `${base} Loading takes a moment; answers in progress end first.`;
+    const none = "No model found: put the folder of an MLX model below a root of the server.";
+    if (!models.length) show(told, empty(none, link("Library", "/finetune/library")));
     else if (!model.value) show(told, empty("Choose a model to chat with."));
     else if (state.waits) show(told, notice(WAITS, "warn"));
     else show(told, !loaded() && !loading && notice(swap));
@@ -108,7 +177,7 @@ export default async function chatPage(main) {
     }
     loading = false;
     showState();
-    if (failure) told.append(notice(failure, "bad"));
+    if (failure) told.append(notice(sentence(failure), "bad"));
     announce(failure ?? "The model is loaded.");
   }
 
@@ -116,8 +185,20 @@ export default async function chatPage(main) {
 
   function clear() {
     stopper?.abort();
-    messages = [[], []];
-    show(turns, empty(ASK));
+    turns = [];
+    showTurns();
+    showState();
+    keep();
+  }
+
+  function showTurns() {
+    show(list, turns.length ? turns.map(shownTurn) : empty(ASK));
+  }
+
+  function shownTurn(turn) {
+    turn.places = turn.answers.map(([, text, note]) => [h("div.said", text), h("div.small.muted", note)]);
+    return h("div.turn", h("div.asked", turn.asked), turn.answers.map(([side], i) =>
+      h("div.answer", h("div.who.wrap", titleOf(side)), turn.places[i])));
   }
 
   function pressed(event) {
@@ -126,52 +207,87 @@ export default async function chatPage(main) {
     prompt.form.requestSubmit();
   }
 
-  const number = (control, standard) => {
-    const value = Number(control.value.trim() || standard);
-    if (!Number.isFinite(value)) throw new Error("a setting is no number.");
-    return value;
-  };
+  // What was set, as the API takes it; throws after it has said what is wrong at its field.
+  function settings() {
+    const own = { max_tokens: 256, temperature: 0 };
+    for (const { name, own: control, complain, reveal } of sampling) {
+      const text = control.value.trim();
+      if (!text) continue;
+      own[name] = Number(text);
+      if (Number.isFinite(own[name])) continue;
+      complain("Give a number.");
+      reveal();
+      throw new Error("");
+    }
+    return own;
+  }
 
   async function ask(event) {
     event.preventDefault();
     const words = prompt.value.trim();
-    show(problem);
     if (!words || send.disabled) return;
+    if (await answerTo(words)) prompt.value = "";
+  }
+
+  // The last prompt once more, with the sides and settings as they are now.
+  async function askAgain() {
+    const last = turns.pop();
+    showTurns();
+    if (!(await answerTo(last.asked))) turns.push(last);
+    showTurns();
+    showState();
+  }
+
+  // Whether the sides have been asked.
+  async function answerTo(words) {
+    show(problem);
     const { signal } = (stopper = new AbortController());
     showState();
+    let turn = null;
     try {
-      const how = { max_tokens: number(most, 128), temperature: number(temperature, 0) };
-      const ids = ["none"];
-      if (adapter.value) ids.push(await mounted(adapter.value));
-      prompt.value = "";
-      const names = ids.map((id, i) => (i ? `With ${id}` : "Base"));
-      const sides = names.map((name) => [name, h("div.said", "…"), h("div.small.muted")]);
-      turns.querySelector(".empty")?.remove();
-      turns.append(h("div.turn", h("div.asked", words),
-        sides.map(([name, ...parts]) => h("div.answer", h("div.who.wrap", name), parts))));
+      const how = settings();
+      const wanted = [...new Set(sides.map((own) => own.value).filter((own) => own !== NOBODY))];
+      const ids = [];
+      for (const side of wanted) ids.push(await mounted(side)); // two may have one name
+      const earlier = wanted.map((side) => earlierWith(side));
+      turn = { asked: words, answers: wanted.map((side) => [side, "…", ""]) };
+      turns.push(turn);
+      show(list, turns.map(shownTurn));
       prompt.scrollIntoView({ block: "nearest" });
       announce("The models answer.");
       await Promise.all(ids.map((adapter, i) =>
-        answer(words, { ...how, adapter }, messages[i], sides[i], signal)));
-      announce("The answers are there.");
+        answer(turn, i, earlier[i], { ...how, adapter }, signal)));
+      announce("Responses ready.");
     } catch (error) {
-      if (!signal.aborted) show(problem, notice(error.message, "bad"));
+      if (!signal.aborted && error.message) show(problem, notice(sentence(error.message), "bad"));
     } finally {
       if (stopper?.signal === signal) stopper = null;
       showState();
+      keep();
     }
+    return turn !== null;
   }
 
+  // The conversation with a side so far: what it has answered itself, else what is on its place.
+  const earlierWith = (side) => turns.flatMap(({ asked, answers }) => {
+    const own = answers.find(([who]) => who === side) ?? answers.at(-1);
+    return [{ role: "user", content: asked }, { role: "assistant", content: own[1] }];
+  });
+
   // One side's answer. A model without a chat template goes on from the text.
-  async function answer(words, how, said, [, text, note], signal) {
-    said.push({ role: "user", content: words });
+  async function answer(turn, i, earlier, how, signal) {
+    const own = turn.answers[i];
+    const [text, note] = turn.places[i];
+    const before = system.value.trim() ? [{ role: "system", content: system.value.trim() }] : [];
+    const messages = [...before, ...earlier, { role: "user", content: turn.asked }];
     const { chats } = state.served;
-    const prompt = said.map(({ content }) => content).join("\n");
-    const asked = chats ? { messages: [...said] } : { prompt };
+    const plain = messages.map(({ content }) => content).join("\n");
     const path = chats ? "/v1/chat/completions" : "/v1/completions";
-    const body = { ...asked, ...how, stream_options: { include_usage: true } };
+    const body = { ...(chats ? { messages } : { prompt: plain }), ...how,
+      stream_options: { include_usage: true } };
     const began = performance.now();
     let [whole, pieces] = ["", 0];
+    const say = (words) => (note.textContent = own[2] = words);
     try {
       for await (const { choices, usage } of chunks(path, body, signal)) {
         const more = choices[0]?.delta?.content ?? choices[0]?.text ?? "";
@@ -180,19 +296,31 @@ export default async function chatPage(main) {
         if (!usage) continue;
         const { completion_tokens: made } = usage;
         const speed = (1000 * made) / (performance.now() - began);
-        note.textContent = `${counted(made, "token")}, ${fixed(speed, 1)} tokens/s`;
+        say(`${counted(made, "token")}, ${fixed(speed, 1)} tokens/s`);
       }
     } catch (error) {
       // A piece is the text of a token or more.
-      if (signal.aborted) note.textContent = `stopped after ${counted(pieces, "piece")}`;
+      if (signal.aborted) say(`stopped after ${counted(pieces, "piece")}`);
       throw error;
     } finally {
-      text.textContent = whole;
-      said.push({ role: "assistant", content: whole });
+      text.textContent = own[1] = whole;
     }
   }
 
-  model.set(given.get("model") ?? state.served?.path);
-  await changed();
+  // As the address says, or as it was.
+  const named = given.get("model");
+  const same = !named || named === old.model;
+  for (const { name, own } of sampling) own.value = old.set?.[name] ?? "";
+  system.value = old.system ?? "";
+  model.set(named ?? old.model ?? state.served?.path);
+  if (model.value === null) model.set(state.served?.path ?? (models.length === 1 ? models[0].path : null));
+  const adapter = given.get("adapter");
+  await changed(same ? { left: old.left, right: adapter ?? old.right } : { right: adapter });
+  if (same && old.model === model.value && Array.isArray(old.turns)) {
+    turns = old.turns.map(({ asked, answers }) => ({ asked, answers }));
+    showTurns();
+    keep();
+  }
+  showState();
   every(2, look);
 }

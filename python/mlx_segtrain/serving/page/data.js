@@ -1,41 +1,44 @@
 // What a data set trains: counts, lengths, and its first rows token by token.
 
-import { facts, h, notice } from "./dom.js";
-import { count, percent } from "./text.js";
+import { expansion, facts, h, notice } from "./dom.js";
+import { count, counted, percent, sentence } from "./text.js";
 
 // Tokens of a row that are shown: a page of a hundred thousand helps nobody.
 const SHOWN = 1500;
 
-// The answer of /api/finetune/inspect-dataset.
+// The answer of /api/finetune/inspect-dataset, if it is not what is wrong.
 export function shownReport(own) {
   const trained = own.supervised_tokens ?? 0;
   const lengths = own.length_max !== null;
   const told = [
     ["Format", own.format],
-    ["Rows to train", count(own.n_train)],
-    ["Rows to validate", count(own.n_valid)],
-    lengths && ["Tokens a row, median", count(own.length_median)],
-    lengths && ["95 of 100 rows up to", `${count(own.length_p95)} tokens`],
-    lengths && ["Longest row", `${count(own.length_max)} tokens`],
+    ["Training rows", count(own.n_train)],
+    ["Validation rows", count(own.n_valid)],
+    lengths && ["Tokens per row",
+      `${count(own.length_median)} median, ${count(own.length_max)} at most`],
+    lengths && ["95th percentile", `${count(own.length_p95)} tokens`],
     ![null, own.n_train].includes(own.samples) && ["Samples", count(own.samples)],
-    own.duplicates > 0 && ["Equal to an earlier row", count(own.duplicates)],
+    own.duplicates > 0 && ["Repeated rows", count(own.duplicates)],
     own.packed && ["Packed", `${count(own.packed.rows)} rows, ${percent(1 - own.packed.unused)} full`],
     own.prompt_format && ["Prompts", own.prompt_format === "chat" ? "chat template" : "raw"],
-    own.tokens && ["Trained tokens", `${count(trained)} (${percent(trained / own.tokens)})`],
+    own.tokens && ["Tokens in the loss", `${count(trained)} (${percent(trained / own.tokens)})`],
   ];
+  const [first, ...others] = own.previews;
   return [
-    !own.ok && notice(own.error ?? "the data cannot be read.", "bad", { role: "alert" }),
     facts("", told.filter(Boolean)),
-    own.remarks.map((remark) => notice(`${remark}.`, "warn")),
-    own.previews.length > 0 &&
-      h("div.row-line.small", h("span.muted", "First rows, token by token:"),
-        h("span.tokens.legend", h("mark", h("span", "trained"))),
-        h("span.tokens.legend", h("span", "only read"))),
-    own.previews.map(preview),
+    own.remarks.map((remark) => notice(sentence(remark), "warn")),
+    first && [
+      h("div.row-line.small", h("span.muted", "First row, token by token:"),
+        h("span.tokens.legend", h("mark", h("span", "in the loss"))),
+        h("span.tokens.legend", h("span", "context only"))),
+      preview(first),
+    ],
+    others.length > 0 &&
+      expansion(`${counted(others.length, "more row")}`, "", h("div.stack", others.map(preview))),
   ];
 }
 
-// A row as it is trained: runs of tokens, each of them trained or only read.
+// A row as it is trained: runs of tokens, each of them in the loss or context only.
 function preview({ source, tokens, findings }) {
   const runs = [];
   for (const [i, [text, trained, weight]] of tokens.slice(0, SHOWN).entries()) {
@@ -46,8 +49,8 @@ function preview({ source, tokens, findings }) {
   const more = tokens.length - SHOWN;
   return [
     h("div.small.muted.wrap", source),
-    findings.map((finding) => notice(`${finding}.`, "warn")),
-    h("div.tokens", { tabindex: 0, role: "group", "aria-label": "Tokens of a row" }, runs),
+    findings.map((finding) => notice(sentence(finding), "warn")),
+    h("div.tokens", { tabindex: 0, role: "group", "aria-label": `Tokens of ${source}` }, runs),
     more > 0 && h("div.small.muted", `and ${count(more)} more tokens`),
   ];
 }

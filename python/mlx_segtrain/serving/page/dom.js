@@ -47,6 +47,8 @@ const ICONS = {
   auto: `${CIRCLE}M12 3v18M12 6h6M12 10h8M12 14h8M12 18h6`,
   light: "M8 12a4 4 0 1 0 8 0a4 4 0 1 0-8 0M12 1v4M12 19v4M1 12h4M19 12h4M4 4l3 3M17 17l3 3",
   dark: "M20 14A8.5 8.5 0 1 1 10 4A7 7 0 0 0 20 14",
+  bell: "M6 16V11a6 6 0 1 1 12 0v5l2 2H4zM10 20a2 2 0 0 0 4 0",
+  muted: "M6 16V11a6 6 0 1 1 12 0v5l2 2H4zM10 20a2 2 0 0 0 4 0M3 3l18 18",
   logout: "M14 3H4v18h10M9 12h12M17 8l4 4l-4 4",
 };
 export const icon = (name) =>
@@ -58,8 +60,37 @@ export const button = (content, onclick, kind = "") =>
 
 export const link = (content, href) => h("a.link", { href }, content);
 
-// What to do where there is nothing yet.
-export const empty = (content) => h("p.empty", content);
+// What to do where there is nothing yet, and how.
+export const empty = (content, ...actions) => (actions.length
+  ? h("div.stack", h("p.empty", content), h("div.actions", actions))
+  : h("p.empty", content));
+
+// A button to choose files with, of these endings; `take` gets them.
+export function picker(content, take, { accept = "", several = false } = {}) {
+  const input = h("input", { type: "file", accept, multiple: several, hidden: true,
+    "aria-label": content, tabindex: -1, onchange: () => {
+      const chosen = [...input.files];
+      input.value = "";
+      if (chosen.length) take(chosen);
+    } });
+  return h("span.picker", input, button(content, () => input.click()));
+}
+
+// Scrolls to what is wrong and gives it the focus.
+export function reveal(element, focus = element) {
+  element.closest("details:not([open])")?.setAttribute("open", "");
+  element.scrollIntoView({ block: "center" });
+  focus.focus({ preventScroll: true });
+}
+
+// A sentence at the edge of the page, for a while.
+export function toast(content, href) {
+  const place = document.getElementById("toasts");
+  const own = h("div.toast", href ? link(content, href) : h("span", content),
+    h("button.icon-only", { type: "button", "aria-label": "Close", onclick: () => own.remove() }, "×"));
+  place.append(own);
+  setTimeout(() => own.remove(), 15_000);
+}
 
 // A section with its heading.
 export function card(title, ...content) {
@@ -98,6 +129,27 @@ export const expansion = (title, caption, content, group = null) =>
   h("details", { name: group },
     h("summary", { role: "button" }, h("span", title), h("span.small.muted", caption)), content);
 
+// A dialog with a form; `save` is called with it, and may throw what is wrong.
+export function dialog(title, fields, action, save) {
+  const id = unique("dialog");
+  const problem = h("div", { role: "alert" });
+  const own = h("dialog.card", { "aria-labelledby": id, onclose: () => own.remove() },
+    h("form.stack", { novalidate: true, onsubmit: async (event) => {
+      event.preventDefault();
+      show(problem);
+      try {
+        await save();
+        own.close();
+      } catch (error) {
+        show(problem, notice(error.message, "bad"));
+      }
+    } },
+    h("h2", { id }, title), fields, problem,
+    h("div.actions.end", button("Cancel", () => own.close()), button(action, null, "primary"))));
+  document.body.append(own);
+  own.showModal();
+}
+
 // Asks before what cannot be undone.
 export function confirm(question, detail, action) {
   const id = unique("question");
@@ -125,12 +177,14 @@ export function labelled(label, control, { about, key, kind = "" } = {}) {
     h("div.name", h("label", { for: input.id, title: key }, label),
       key && h("span.mono", { "aria-hidden": "true" }, key)),
     control.element ?? control, wrong, help);
-  const complain = (message) => {
-    wrong.textContent = message;
-    element.classList.toggle("invalid", message !== "");
-    input.setAttribute("aria-invalid", message !== "");
+  // `said` are texts and elements.
+  const complain = (...said) => {
+    const some = said.flat().filter(Boolean);
+    wrong.replaceChildren(...some);
+    element.classList.toggle("invalid", some.length > 0);
+    input.setAttribute("aria-invalid", some.length > 0);
   };
-  return { element, complain };
+  return { element, complain, reveal: () => reveal(element, input) };
 }
 
 export const field = (...how) => labelled(...how).element;
@@ -145,7 +199,7 @@ export const select = (pairs, onchange = () => {}) =>
 // Things that lie on disk, of which there may be many: by typing those remain that have the words.
 // `value` is null if none is chosen. What is typed and matches `takes` may be chosen, too, with what
 // `called` says of it.
-export function combobox(onchange = () => {}, takes = /$^/, called = "") {
+export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "") {
   const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,
     onmousedown: (event) => event.preventDefault() }); // the focus stays
   const input = h("input", { type: "search", role: "combobox", autocomplete: "off",
@@ -185,7 +239,7 @@ export function combobox(onchange = () => {}, takes = /$^/, called = "") {
     const has = ([, text]) => text.toLowerCase().includes(words.toLowerCase());
     found = [...self.options].filter((own) => words === null || has(own));
     const typed = (words ?? "").trim();
-    if (takes.test(typed)) found.push([typed, `${typed} · ${called}`]);
+    if (takes.test(typed)) found.push([typed, `${typed} · ${called(typed)}`]);
     show(list, found.map(([value, text], i) =>
       h("li", { role: "option", id: `${list.id}-${i}`, onclick: () => choose(value) }, text)));
     list.hidden = found.length === 0;

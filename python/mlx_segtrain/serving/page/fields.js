@@ -1,8 +1,21 @@
 // A run's parameters as a form, from the schema alone. Only what was changed is sent.
 
-import { expansion, h, input, labelled, select } from "./dom.js";
+import { button, expansion, h, input, labelled, select } from "./dom.js";
+import { counted } from "./text.js";
 
 const NUMBER = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
+// What nearly everybody sets; all else is folded.
+const BASIC = ["max_seq_length", "iters", "learning_rate", "method"];
+// Ways to begin; a field that none of them has stays as it is.
+export const PRESETS = [
+  ["Quick try", "20 steps, to see that everything works",
+    { iters: 20, steps_per_report: 1, steps_per_eval: 10 }],
+  ["Standard", "300 steps with a warmup and a falling rate",
+    { iters: 300, lr_schedule: "cosine", warmup_iters: 10 }],
+  ["Thorough", "3 epochs, twice the rank, a lower rate",
+    { epochs: 3, rank: 16, learning_rate: 1e-4, lr_schedule: "cosine", warmup_iters: 20 }],
+];
+const PRESET = [...new Set(PRESETS.flatMap(([, , values]) => Object.keys(values)))];
 
 // One parameter: what was given, if anything was.
 class Field {
@@ -10,7 +23,7 @@ class Field {
     this.row = row;
     this.words = row.type === "bool" ? ["true", "false"] : row.is_list ? [] : row.choices;
     const changed = () => {
-      this.complain("");
+      this.complain();
       this.mark();
       onchange();
     };
@@ -29,7 +42,7 @@ class Field {
     const { row, control, words } = this;
     this.shown = !row.methods.length || row.methods.includes(method);
     this.element.hidden = !this.shown;
-    const standard = row.defaults[method] ?? row.default;
+    const standard = standardOf(row, method);
     if (words.length) {
       const named = row.type === "bool" ? { true: "yes", false: "no" } : {};
       const options = words.map((x) => [x === standard ? "" : x, named[x] ?? x]);
@@ -69,11 +82,13 @@ class Field {
   }
 }
 
+// The default of a field with a method, in words.
+export const standardOf = (row, method) => row.defaults[method] ?? row.default;
+
 // All parameters of a run but model and data. `schema` is the answer of /api/finetune/defaults.
 export class Form {
   fields = {};
-  parts = {};
-  blocks = [];
+  parts = new Map(); // what is folded, each with its fields
 
   constructor({ fields, groups }, onchange) {
     const changed = () => {
@@ -82,16 +97,35 @@ export class Form {
     };
     // Paths, which are wide, come last in their block.
     const rows = [...fields].sort((a, b) => (a.type === "Path") - (b.type === "Path"));
+    for (const row of rows) {
+      if (groups.includes(row.group)) this.fields[row.name] = new Field(row, changed);
+    }
+    const basic = BASIC.map((name) => this.fields[name]);
     for (const group of groups) {
-      const own = rows.filter((row) => row.group === group);
+      const own = rows.filter((row) => row.group === group && !BASIC.includes(row.name));
       if (!own.length) continue;
-      for (const row of own) this.fields[row.name] = new Field(row, changed);
       const block = h("div.fields", own.map((row) => this.fields[row.name].element));
       const what = own.slice(0, 4).map((row) => row.title.split(",")[0]);
       if (own.length > 4) what.push("…");
-      if (group) this.parts[group] = expansion(group, what.join(" · "), block);
-      this.blocks.push(this.parts[group] ?? block);
+      const part = expansion(group || "Size and place", what.join(" · "), block);
+      part.querySelector("summary").append(h("span.small.some"));
+      this.parts.set(part, own.map((row) => this.fields[row.name]));
     }
+    this.presets = PRESETS.map(([name, about, values]) => {
+      const own = button(name, () => {
+        for (const key of PRESET) this.fields[key].control.value = "";
+        for (const [key, value] of Object.entries(values)) this.fields[key].put(value);
+        Object.values(this.fields).forEach((field) => field.complain());
+        changed();
+      }, "preset");
+      own.append(h("span.small.muted", about));
+      return own;
+    });
+    this.element = [
+      h("div.presets", { role: "group", "aria-label": "Presets" }, this.presets),
+      h("div.fields.basic", basic.map((own) => own.element)),
+      h("div.parts", [...this.parts.keys()]),
+    ];
     this.#suit();
   }
 
@@ -100,10 +134,16 @@ export class Form {
   }
 
   #suit() {
-    const all = Object.values(this.fields);
-    all.forEach((own) => own.suit(this.method));
-    for (const [group, part] of Object.entries(this.parts)) {
-      part.hidden = !all.some((own) => own.row.group === group && own.shown);
+    Object.values(this.fields).forEach((own) => own.suit(this.method));
+    for (const [part, own] of this.parts) {
+      part.hidden = !own.some((field) => field.shown);
+      const n = own.filter((field) => field.given !== null).length;
+      part.querySelector(".some").textContent = n ? `${counted(n, "setting")} changed` : "";
+    }
+    const given = (name) => JSON.stringify(this.fields[name].given ?? null);
+    for (const [i, [, , values]] of PRESETS.entries()) {
+      const is = PRESET.every((name) => given(name) === JSON.stringify(values[name] ?? null));
+      this.presets[i].setAttribute("aria-pressed", is);
     }
   }
 
@@ -118,10 +158,12 @@ export class Form {
     this.#suit();
   }
 
-  // Shows what is wrong at the field that it is about, if there is one; null is nothing.
+  // Shows what is wrong at the field that it is about, which is returned if there is one; null is
+  // nothing.
   complain(problem) {
     const own = this.fields[problem?.field];
     Object.values(this.fields).forEach((x) => x.complain(x === own ? problem.message : ""));
-    if (this.parts[own?.row.group]) this.parts[own.row.group].open = true;
+    own?.element.closest("details")?.setAttribute("open", "");
+    return own;
   }
 }

@@ -3,20 +3,23 @@
 import after from "./after.js";
 import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, linesOf } from "./charts.js";
-import { announce, badge, button, card, confirm, empty } from "./dom.js";
-import { facts, h, link, notice, show } from "./dom.js";
+import { copies } from "./copies.js";
+import { announce, badge, button, card, confirm, dialog, empty } from "./dom.js";
+import { facts, field, h, input, link, meter, notice, show } from "./dom.js";
 import { logView } from "./log.js";
 import { shownResult } from "./results.js";
 import { Run } from "./runs.js";
-import { ago, count, duration, fixed, gb, percent, rate, titled, took } from "./text.js";
+import { ago, count, duration, fixed, gb, percent, rate, sentence, titled, took } from "./text.js";
 
-// The small charts: title, curves with their names, unit.
+// The small charts: title, curves with their names, unit, and how the last value is said.
 const SMALL = [
-  ["Learning rate", { learning_rate: "Learning rate" }, ""],
-  ["Speed, tokens/s", { tokens_per_sec: "Speed" }, " tokens/s"],
-  ["Gradient norm", { grad_norm: "Gradient norm" }, ""],
-  ["Memory, GB (dashed: now)", { peak_gb: "peak", active_gb: "now" }, " GB"],
+  ["Learning rate", { learning_rate: "Learning rate" }, "", rate],
+  ["Speed", { tokens_per_sec: "all", supervised_tokens_per_sec: "in the loss" }, " tokens/s",
+    (n) => `${count(n)} tokens/s`],
+  ["Gradient norm", { grad_norm: "Gradient norm" }, "", (x) => fixed(x, 3)],
+  ["Memory", { peak_gb: "peak", active_gb: "now" }, " GB", gb],
 ];
+const DRAWN = SMALL.flatMap(([, names]) => Object.keys(names));
 
 export default async function jobPage(main, id) {
   const address = `/api/jobs/${encodeURIComponent(id)}`;
@@ -25,16 +28,16 @@ export default async function jobPage(main, id) {
     ({ job: row } = await api(address));
   } catch (error) {
     if (error.status !== 404) throw error;
-    document.title = "No such job – mlx_segtrain";
-    const said = empty(`There is no job ${id} (any more).`);
-    return main.append(h("h1", "No such job"), said, link("All jobs", "/finetune/jobs"));
+    document.title = "Job not found – mlx_segtrain";
+    return main.append(h("h1", "Job not found"), empty(`There is no job ${id}. It may have been deleted.`),
+      link("All jobs", "/finetune/jobs"));
   }
-  document.title = `${row.name} – mlx_segtrain`;
   const { trains } = row;
   const values = JSON.parse(row.config_json);
-  const schema = trains && (await api("/api/finetune/defaults"));
+  const [schema, { device }] = await Promise.all([
+    trains && api("/api/finetune/defaults"), api("/api/state")]);
   const run = new Run(row.id);
-  let [shown, drawn, told] = ["", "", ""]; // states that are shown
+  let [shown, described, drawn, told] = ["", "", "", ""]; // states that are shown
   let [acted, training] = [false, false];
   const ended = () => ["done", "failed", "cancelled"].includes(row.status);
   const broken = () => ["failed", "cancelled"].includes(row.status);
@@ -42,6 +45,8 @@ export default async function jobPage(main, id) {
   // What does not change
 
   const buttons = h("div.actions");
+  const title = h("h1");
+  const about = h("div.stack");
   const problem = h("div");
   const status = h("div");
   const times = h("span.muted.small");
@@ -49,13 +54,17 @@ export default async function jobPage(main, id) {
   const bar = h("div.meter", { role: "progressbar", "aria-label": "Progress", "aria-valuemin": 0,
     "aria-valuemax": 100 }, filled);
   const progress = h("p.wrap", "Reading the log …");
+  const memory = h("div");
   const tiles = h("div");
   const outcome = h("div.stack");
-  const loss = chart("Training and validation loss over steps", { tall: true });
+  const use = h("div.stack");
+  const loss = chart("Training and validation loss", { tall: true,
+    axis: trains ? `loss, ${schema.loss_units[values.method ?? "sft"]}` : "" });
   const noLoss = h("p.empty");
+  const losses = card("Loss", tiles, loss, noLoss);
   const small = {};
   const charts = h("div.charts");
-  const over = card("Over the steps", charts);
+  const over = card("Metrics", charts);
   const remarks = h("div.stack");
   const log = logView(run);
   const inWords = (value) => (Array.isArray(value) ? value.join(", ")
@@ -63,17 +72,18 @@ export default async function jobPage(main, id) {
   const given = Object.entries(values).filter(([, value]) => value !== null);
   over.hidden = true;
   main.append(
-    h("div.row-line.between",
-      h("div", h("h1", row.name), h("p.muted.small", `${row.title} · ${row.id}`)),
-      buttons),
+    h("div.row-line.between", h("div", title, h("p.muted.small", `${row.title} · ${row.id}`)), buttons),
+    about,
     problem,
-    card("", h("div.row-line.between", status, times), bar, progress, tiles),
+    card("", h("div.row-line.between", status, times), bar, progress, memory),
     outcome,
-    trains ? card(`Loss, ${schema.loss_units[values.method ?? "sft"]}`, loss, noLoss) : "",
+    trains ? losses : "",
+    use,
     trains ? over : "",
     remarks,
     log.element,
-    card("Configuration", facts("wide", given.map(([name, value]) => [name, inWords(value)]))));
+    card("Configuration", facts("wide", given.map(([name, value]) => [name, inWords(value)])),
+      trains && copies(() => values)));
 
   // What does
 
@@ -87,6 +97,7 @@ export default async function jobPage(main, id) {
       return show(outcome, notice("The job has been deleted.", "warn", { role: "alert" }));
     }
     if (row.status === "queued") ({ training } = await api("/api/state"));
+    showDescription();
     const state = `${row.status} ${row.cancelling}`;
     if (state !== shown) {
       if (shown) announce(`The job is ${row.status}.`);
@@ -99,17 +110,48 @@ export default async function jobPage(main, id) {
     draw();
   }
 
+  function showDescription() {
+    const state = JSON.stringify([row.name, row.note, row.tags]);
+    if (state === described) return;
+    described = state;
+    title.textContent = row.name;
+    document.title = `${row.name} – mlx_segtrain`;
+    show(about, row.tags.length > 0 && h("ul.tags", { "aria-label": "Tags" }, row.tags.map((tag) =>
+      h("li", h("a.tag", { href: `/finetune/jobs?find=${encodeURIComponent(tag)}` }, tag)))),
+    row.note && h("p.note", row.note));
+  }
+
+  function describe() {
+    const label = input("", { maxlength: 120 });
+    const tags = input("as: long, second try", { maxlength: 400 });
+    const note = h("textarea", { rows: 4, maxlength: 4000 });
+    [label.value, tags.value, note.value] = [row.label, row.tags.join(", "), row.note];
+    dialog("Name, tags and note", [field("Name", label, { about: "Empty: its model and data." }),
+      field("Tags", tags, { about: "Words to find it by, with commas between them." }),
+      field("Note", note)], "Save", async () => {
+      const words = tags.value.split(",").map((x) => x.trim()).filter(Boolean);
+      const said = { label: label.value, tags: words, note: note.value };
+      await api(address, said, { method: "PATCH" });
+      await lookAgain();
+    });
+  }
+
+  const like = (more = "") => `/finetune?origin=${encodeURIComponent(row.id)}${more}`;
+
   function showButtons() {
-    const like = `/finetune?origin=${encodeURIComponent(row.id)}`;
-    const stop = row.cancelling ? "Do not wait for the step" : "Cancel";
+    const stop = row.cancelling ? "Stop now" : "Cancel";
     show(buttons,
       !ended() && button(stop, () => act("/cancel"), "danger"),
-      broken() && button(trains ? "Resume" : "Run again", () => act("/resume"), "primary"),
-      trains && button("New run like this", () => location.assign(like)),
+      row.status === "cancelled" && again("primary"),
+      trains && button("New run like this", () => location.assign(like())),
+      button("Edit name", describe),
       ended() && button("Delete", remove, "danger"));
     // The button that had the focus is gone.
     if (acted && document.activeElement === document.body) buttons.querySelector("button").focus();
   }
+
+  const again = (kind = "") =>
+    button(trains ? "Resume" : "Run again", () => act("/resume"), kind);
 
   async function act(what, method = "POST") {
     show(problem);
@@ -129,16 +171,40 @@ export default async function jobPage(main, id) {
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
+  // What helps depends on why it failed.
+  function help() {
+    const change = trains && button("Change the settings", () => location.assign(like()), "primary");
+    const less = trains &&
+      button("New run that takes less memory", () => location.assign(like("&less")), "primary");
+    const { fault } = row;
+    const said = {
+      input: trains && "The settings or the data have to be changed; to resume would fail again.",
+      memory: "The device has not enough memory for this run: lower the context length or the batch.",
+      killed: "Its process was ended from outside: by a person, or by the system if memory ran out.",
+      run: "The sentence above says what happened.",
+      bug: "This is not your fault: the log below has the traceback, which a report should have.",
+    }[fault];
+    const logged = button("Show the log", () => log.element.scrollIntoView());
+    const own = { input: trains ? [change] : [again()], memory: trains ? [less, again()] : [again()],
+      killed: [again("primary"), less], run: [again("primary"), change], bug: [logged, again()] };
+    const login = row.kind === "push" && link("Push again from the library", "/finetune/library");
+    return [said && h("p.muted", said), h("div.actions", own[fault] ?? [again("primary")], login)];
+  }
+
   async function showOutcome() {
     const { error, message, output_path } = row;
-    const place = h("div.stack");
-    const use = trains && output_path;
+    const done = row.status === "done";
+    show(use);
     show(outcome, {
-      failed: () => notice(`Failed: ${error || "its log says why"}`, "bad", { role: "alert" }),
-      cancelled: () => notice(`Cancelled: ${message || "nothing was kept"}.`, "warn"),
-      done: () => [card("Result", shownResult(row)), use && card("Use the adapter", place)],
+      failed: () => [notice(`Failed: ${sentence(error || "its log says why")}`, "bad", { role: "alert" }),
+        help()],
+      cancelled: () => notice(`Cancelled: ${sentence(message || "nothing was kept")}`, "warn"),
+      done: () => !trains && card("Result", shownResult(row)),
     }[row.status]?.());
-    if (use && row.status === "done") show(place, await after(row, values, schema.fields));
+    if (trains && done && output_path) {
+      const own = await after(row, values, schema.fields);
+      show(use, card("Use the adapter", shownResult(row), own));
+    }
   }
 
   function draw() {
@@ -147,6 +213,7 @@ export default async function jobPage(main, id) {
     drawn = `${run.lines.length} ${row.status}`;
     if (trains) {
       showTiles();
+      showMemory();
       showCurves();
     }
     showRemarks();
@@ -160,15 +227,15 @@ export default async function jobPage(main, id) {
     const parts = [];
     if (trains && run.iters && !waits) {
       parts.push(`Step ${count(run.step)} of ${count(run.iters)}`);
-    }
-    if (!waits) parts.push(percent(share));
-    else if (row.computes && training) parts.push("Waits for the job that computes now");
+    } else if (!waits && !broken()) parts.push(percent(share));
+    else if (row.computes && training) parts.push("Waiting for the job that runs now");
     else parts.push("Starts in a moment");
     if (row.status === "running") {
-      if (row.cancelling) parts.push("cancelling: it ends behind the step that is being taken");
+      if (row.cancelling) parts.push("stopping after the current step");
       else if (run.stage !== "train" && !run.train.step) parts.push(run.message);
       else if (run.left !== null) parts.push(`about ${duration(run.left)} left`);
     }
+    bar.hidden = broken() && !run.iters;
     filled.style.width = percent(share).replace(/\s/, "");
     bar.setAttribute("aria-valuenow", Math.round(100 * share));
     progress.textContent = parts.filter(Boolean).join(" · ");
@@ -176,23 +243,34 @@ export default async function jobPage(main, id) {
     times.textContent = `created ${ago(row.created_at)}${ran}`;
   }
 
+  // The loss, and validation beside it; what else is measured has its own chart.
   function showTiles() {
-    const { train, val, planned } = run;
+    const { train, val, first } = run;
     const best = run.curve("val").lowest;
-    const since = `from ${fixed(run.first)}, best ${fixed(best)}`;
-    const begun = Number.isFinite(train.tokens_per_sec);
-    const speed = begun ? `${count(train.tokens_per_sec)} tokens/s` : "–";
-    const plan = planned && `planned ${gb(planned[0])} of ${gb(planned[1])}`;
+    const [change] = [val.loss - first];
+    const sign = change <= 0 ? "−" : "+";
+    const since = `${fixed(first)} at first, ${sign}${fixed(Math.abs(change))}`;
+    const better = best < val.loss ? `, best ${fixed(best)}` : "";
+    const none = ended() ? "no validation data" : "no evaluation yet";
     const pairs = [
-      ["Training loss", fixed(train.loss)],
-      ["Validation loss", fixed(val.loss), best === null ? "no evaluation yet" : since],
-      ["Learning rate", rate(train.learning_rate)],
-      ["Speed", speed, begun && `${fixed(train.step_s, 2)} s a step`],
-      ["Gradient norm", fixed(train.grad_norm, 3)],
-      ["Peak memory", gb(train.peak_gb), plan],
+      ["Training loss", fixed(train.loss), train.step && `mean up to step ${count(train.step)}`],
+      ["Validation loss", fixed(val.loss), best === null ? none : since + better],
     ];
     show(tiles, facts("tiles", pairs.map(([name, value, more]) =>
-      [name, [value, h("div.more", more)]])));
+      [name, [value, h("div.more", more || "")]])));
+  }
+
+  function showMemory() {
+    const { train, planned } = run;
+    const now = row.status === "running" ? train.active_gb : null;
+    const used = now ?? train.peak_gb;
+    if (!planned) return show(memory);
+    const [plan, budget] = planned;
+    const words = [Number.isFinite(now) && `${gb(now)} in use`,
+      Number.isFinite(train.peak_gb) && `peak ${gb(train.peak_gb)}`,
+      `planned ${gb(plan)} of ${gb(budget)}`].filter(Boolean).join(", ");
+    show(memory, meter((used ?? plan) / budget, { role: "img", "aria-label": `Memory: ${words}` }),
+      h("p.small.muted", `Memory on ${device.name}: ${words}`));
   }
 
   function showCurves() {
@@ -200,33 +278,38 @@ export default async function jobPage(main, id) {
     const val = { name: "validation", points, color: COLORS[1], dash: DASHES[1], marked: true };
     const lines = [...linesOf("training", run.curve("train"), COLORS[0]), val];
     const some = lines.some((line) => line.points.length);
-    [loss.hidden, noLoss.hidden] = [!some, some];
-    noLoss.textContent = ended() ? "No step was taken." : "It begins with the first step.";
+    [loss.hidden, noLoss.hidden, tiles.hidden] = [!some, some, !some];
+    losses.hidden = !some && ended(); // it stopped before
+    noLoss.textContent = "Waiting for the first step.";
     // Up to the run's end, unless its curve would be a scratch at the edge.
     const end = run.iters && run.step >= run.iters / 5 ? run.iters : null;
     loss.draw(lines, { end, legend: true });
-    const extra = run.extra.map((name) => [titled(name), { [name]: titled(name) }, ""]);
-    for (const [title, names, unit] of [...SMALL, ...extra]) {
+    const rest = run.extra.filter((name) => !DRAWN.includes(name));
+    const extra = rest.map((name) => [titled(name), { [name]: titled(name) }, "", fixed]);
+    for (const [title, names, unit, said] of [...SMALL, ...extra]) {
       const own = Object.entries(names).flatMap(([name, label], i) =>
         linesOf(label, run.curve(name), COLORS[i], DASHES[i]));
       if (!own.some((line) => line.points.length)) continue;
       if (!small[title]) {
-        small[title] = chart(`${title} over steps`, { unit });
-        charts.append(h("div", h("h3", title), small[title]));
+        small[title] = chart(`${title} by step`, { unit });
+        small[title].last = h("span.muted");
+        charts.append(h("div", h("h3", title, " ", small[title].last), small[title]));
         over.hidden = false;
       }
-      small[title].draw(own, { end });
+      small[title].last.textContent = said(run.train[Object.keys(names)[0]]);
+      small[title].draw(own, { end, legend: Object.keys(names).length > 1 });
     }
   }
 
   function showRemarks() {
     const { warnings, samples } = run;
-    const state = JSON.stringify([warnings, samples].map((all) => [all.length, all.at(-1)]));
+    const own = [...new Set(warnings)];
+    const state = JSON.stringify([own, samples].map((all) => [all.length, all.at(-1)]));
     if (state === told) return;
     told = state;
-    const last = warnings.slice(-20).map((message) => notice(message, "warn"));
+    const last = own.slice(-20).map((message) => notice(sentence(message), "warn"));
     show(remarks,
-      warnings.length > 0 && card(`Warnings (${warnings.length})`, last),
+      own.length > 0 && card(`Warnings (${own.length})`, last),
       samples.length > 0 && card("Samples", shownSamples(samples)));
   }
 

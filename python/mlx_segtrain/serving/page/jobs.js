@@ -2,10 +2,11 @@
 
 import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, swatch } from "./charts.js";
-import { badge, button, card, empty, h, link, meter, show, table } from "./dom.js";
+import { badge, button, card, empty, field, h, input, link, meter, show, table } from "./dom.js";
+import { standardOf } from "./fields.js";
 import { inShort } from "./results.js";
 import { Run } from "./runs.js";
-import { ago, count, fixed, gb, percent, tail, took } from "./text.js";
+import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
 
 // Jobs that are listed at once; runs that are compared.
 const LISTED = 100;
@@ -13,23 +14,39 @@ const COMPARED = 6;
 const COLUMNS = ["Compare", "Job", "Status", "Progress", "Outcome", "Created", "Ran"];
 // Of a configuration, what every run has of its own.
 const OWN = ["adapter_path", "resume", "overwrite"];
+// What runs came to: title, value, how it is said, whether less is better.
+const FIGURES = [
+  ["Steps", ({ run }) => run.step, count],
+  ["Training loss", ({ run }) => run.train.loss, fixed, true],
+  ["Validation loss", ({ run }) => run.val.loss, fixed, true],
+  ["Best validation", ({ run }) => run.curves.val?.lowest, fixed, true],
+  ["Tokens/s", ({ run }) => run.train.tokens_per_sec, (n) => (Number.isFinite(n) ? count(n) : "–")],
+  ["Peak memory", ({ run }) => run.train.peak_gb, gb],
+];
 
 export default async function jobsPage(main) {
   document.title = "Jobs – mlx_segtrain";
-  let chosen = new URLSearchParams(location.search).get("compare")?.split(",") ?? [];
+  const given = new URLSearchParams(location.search);
+  let chosen = given.get("compare")?.split(",") ?? [];
   chosen = chosen.filter(Boolean).slice(0, COMPARED);
+  const schema = await api("/api/finetune/defaults");
   const runs = new Map(); // what was chosen, each with its row and configuration
   let [rows, older, next] = [[], [], null];
   let [drawn, listed] = [null, null]; // what is shown
 
   const how = h("p.muted");
-  const losses = chart("Losses of the chosen runs over steps", { tall: true });
+  const losses = chart("Losses of the chosen runs", { tall: true, axis: "loss" });
   const numbers = h("div.scroll.nowrap", { tabindex: 0, role: "region",
     "aria-label": "The runs in numbers" });
-  const comparison = card("Compare runs", how, losses, numbers);
-  const list = h("div.scroll");
+  const saved = button("Save as CSV", () => save("runs.csv", asTable()), "small");
+  const comparison = card("Compare runs", how, losses, numbers, h("div.actions", saved));
+  const find = input("name, tag, status or id", { type: "search", oninput: filter });
+  const list = h("div.scroll", { tabindex: 0, role: "region", "aria-label": "List of jobs" });
+  const none = h("p.empty", { hidden: true }, "No job of these has all of these words.");
   const more = button("Older jobs", showOlder);
-  main.append(h("h1", "Jobs"), comparison, card("", list, h("div.actions", more)));
+  find.value = given.get("find") ?? "";
+  main.append(h("h1", "Jobs"), comparison,
+    card("", field("Find", find), list, none, h("div.actions", more)));
 
   async function look() {
     const found = await api(`/api/jobs?limit=${LISTED}`);
@@ -47,19 +64,22 @@ export default async function jobsPage(main) {
     showList();
   }
 
+  const all = () => [...rows, ...older.filter((own) => !rows.some((row) => row.id === own.id))];
+
   // It is made anew when other jobs are in it only: a box that has the focus keeps it.
   function showList() {
-    const all = [...rows, ...older.filter((own) => !rows.some((row) => row.id === own.id))];
-    const ids = all.map((row) => row.id).join();
+    const ids = all().map((row) => [row.id, row.name, row.tags].join()).join();
     if (ids !== listed) {
-      const none = [empty("No job yet: start one under New run."), link("New run", "/finetune")];
+      const start = h("a.button.primary", { href: "/finetune" }, "New run");
       const title = "All jobs, the newest first";
-      show(list, all.length ? table("folds", title, COLUMNS, all.map(rowOf)) : none);
+      show(list, all().length ? table("folds", title, COLUMNS, all().map(rowOf))
+        : empty("No job yet.", start));
     }
     listed = ids;
-    comparison.hidden = !all.some((row) => row.trains);
+    find.closest(".field").hidden = !all().length;
+    comparison.hidden = !all().some((row) => row.trains);
     more.hidden = next === null;
-    for (const row of all) {
+    for (const row of all()) {
       const [status, progress, outcome, created, ran] = list.querySelectorAll(`#${row.id} .live`);
       const live = ["queued", "running"].includes(row.status);
       const share = ["failed", "cancelled"].includes(row.status) ? "–" : percent(row.progress);
@@ -70,14 +90,29 @@ export default async function jobsPage(main) {
       created.textContent = ago(row.created_at);
       ran.textContent = took(row);
     }
+    filter();
   }
 
-  function rowOf({ id, title, name, trains, created_at }) {
+  // Rows with all of the words.
+  function filter() {
+    const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let seen = 0;
+    for (const { id, name, tags, status, title, note } of all()) {
+      const text = [id, name, status, title, note, ...tags].join(" ").toLowerCase();
+      const has = words.every((word) => text.includes(word));
+      document.getElementById(id).hidden = !has;
+      seen += has;
+    }
+    none.hidden = seen > 0 || !all().length;
+  }
+
+  function rowOf({ id, title, name, trains, tags, created_at }) {
     const onchange = (event) => choose(id, event.target.checked);
     const box = { type: "checkbox", checked: chosen.includes(id), "aria-label": `Compare ${id}` };
     return h("tr", { id },
       h("td.tight", trains && h("input", { ...box, onchange })),
-      h("td.main", link(name, `/finetune/job/${id}`), h("div.muted.small", `${title} · ${id}`)),
+      h("td.main", link(name, `/finetune/job/${id}`), tags.map((tag) => h("span.tag", tag)),
+        h("div.muted.small", `${title} · ${id}`)),
       ["live.tight", "live.tight", "live.small"].map((kind) => h(`td.${kind}`)),
       h("td.live.tight.small.muted", { title: `${created_at} UTC` }),
       h("td.live.tight.small.muted"));
@@ -116,53 +151,73 @@ export default async function jobsPage(main) {
     }
   }
 
+  const titleOf = ({ row }, i) => `${i + 1}: ${row.label || tail(row.output_path)}`;
+  const compared = () => chosen.map((id) => runs.get(id)).filter(Boolean);
+
   function draw() {
-    const all = chosen.map((id) => runs.get(id)).filter(Boolean);
-    const state = all.map(({ run }) => `${run.id} ${run.lines.length}`).join();
+    const own = compared();
+    const state = own.map(({ run }) => `${run.id} ${run.lines.length}`).join();
     if (state === drawn) return;
     drawn = state;
-    how.textContent = all.length
-      ? "Solid: training loss; marked: validation loss. By step."
+    how.textContent = own.length
+      ? "Solid: training loss; dashed: validation loss."
       : `Tick up to ${COMPARED} runs below to see their losses in one chart.`;
-    losses.hidden = !all.length;
-    losses.draw(all.flatMap(({ row, run }, i) => {
-      const name = `${i + 1}: ${tail(row.output_path)}`;
-      const color = COLORS[i];
+    losses.hidden = saved.hidden = !own.length;
+    losses.draw(own.flatMap((one, i) => {
+      const [name, color] = [titleOf(one, i), COLORS[i]];
       const marks = { color, dash: DASHES[1], marked: true };
       return [
-        { name, points: run.curve("train").points, color },
-        { name: `${name}, validation`, points: run.curve("val").points, ...marks },
+        { name, points: one.run.curve("train").points, color },
+        { name: `${name}, validation`, points: one.run.curve("val").points, ...marks },
       ];
-    }));
-    show(numbers, all.length && inNumbers(all));
+    }), { legend: true });
+    show(numbers, own.length && inNumbers(own));
+  }
+
+  // In which settings runs differ; what was not given is its default.
+  function differences(own) {
+    const known = Object.fromEntries(schema.fields.map((row) => [row.name, row]));
+    const valueOf = ({ values }, name) => {
+      const value = values[name];
+      if (value == null) return known[name] ? standardOf(known[name], values.method ?? "sft") : "–";
+      const text = Array.isArray(value) ? value.join(", ")
+        : typeof value === "string" ? value : JSON.stringify(value);
+      return name.endsWith("_dir") ? tail(text) : text;
+    };
+    const names = [...new Set(own.flatMap(({ values }) => Object.keys(values)))];
+    const differ = names.filter((name) =>
+      !OWN.includes(name) && new Set(own.map((one) => valueOf(one, name))).size > 1);
+    return [differ, valueOf];
+  }
+
+  // What the runs came to, and by how much that differs from the first one's.
+  function inNumbers(own) {
+    const [differ, valueOf] = differences(own);
+    const rows = own.map((one, i) => h("tr",
+      h("td", swatch({ color: COLORS[i] }), link(titleOf(one, i), `/finetune/job/${one.row.id}`)),
+      differ.map((name) => h("td", valueOf(one, name))),
+      FIGURES.map(([, valueOf, said, less]) => {
+        const [first, value] = [valueOf(own[0]), valueOf(one)];
+        return h("td.num", said(value), i > 0 && delta(value - first, said, less));
+      })));
+    return table("", "The runs that are compared", ["Run", ...differ, ...FIGURES.map(([x]) => x)], rows);
+  }
+
+  function delta(change, said, less) {
+    if (!Number.isFinite(change) || change === 0) return null;
+    const kind = less ? (change < 0 ? "better" : "worse") : "muted";
+    return h(`div.small.${kind}`, `${change < 0 ? "−" : "+"}${said(Math.abs(change))}`);
+  }
+
+  function asTable() {
+    const own = compared();
+    const [differ, valueOf] = differences(own);
+    return [["job", "run", ...differ, ...FIGURES.map(([title]) => title.toLowerCase())],
+      ...own.map((one, i) => [one.row.id, titleOf(one, i).replace(/^\d+: /, ""),
+        ...differ.map((name) => valueOf(one, name)), ...FIGURES.map(([, valueOf]) => valueOf(one))])];
   }
 
   const lookAgain = every(1, look);
   every(0.5, draw);
   await lookAgain();
-}
-
-// What the runs came to, and in which parameters they differ.
-function inNumbers(all) {
-  const names = [...new Set(all.flatMap(({ values }) => Object.keys(values)))];
-  const inWords = (name, value = "default") => {
-    const text = typeof value === "string" ? value : JSON.stringify(value);
-    return name.endsWith("_dir") ? tail(text) : text;
-  };
-  const differ = names.filter((name) => {
-    const found = new Set(all.map(({ values }) => JSON.stringify(values[name])));
-    return !OWN.includes(name) && found.size > 1;
-  });
-  const heads = ["Step", "Training loss", "Validation loss", "Best", "Tokens/s", "Peak"];
-  const rows = all.map(({ row, values, run: { train, val, step, ...run } }, i) => {
-    const speed = Number.isFinite(train.tokens_per_sec) ? count(train.tokens_per_sec) : "–";
-    const best = run.curves.val?.lowest;
-    const told = [count(step), fixed(train.loss), fixed(val.loss), fixed(best), speed];
-    return h("tr",
-      h("td", swatch({ color: COLORS[i] }),
-        link(`${i + 1}: ${tail(row.output_path)}`, `/finetune/job/${row.id}`)),
-      differ.map((name) => h("td", inWords(name, values[name]))),
-      [...told, gb(train.peak_gb)].map((value) => h("td.num", value)));
-  });
-  return table("", "The runs that are compared", ["Run", ...differ, ...heads], rows);
 }

@@ -1,13 +1,14 @@
 // What every page has, header and theme, and which page an address is.
 
 import { api, every } from "./api.js";
-import { icon, notice } from "./dom.js";
+import { announce, icon, notice, toast } from "./dom.js";
 import { percent } from "./text.js";
 
-const PAGES = { "": "setup", jobs: "jobs", job: "job", chat: "chat" };
+const PAGES = { "": "setup", jobs: "jobs", job: "job", library: "library", chat: "chat" };
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 const main = document.getElementById("content");
 const theme = document.getElementById("theme");
+const bell = document.getElementById("bell");
 const logout = document.getElementById("logout");
 
 function showTheme() {
@@ -26,9 +27,50 @@ theme.addEventListener("click", () => {
   showTheme();
 });
 
-// The job that computes now, on every page.
+// Whether the system tells when a job ends, if it may.
+const wanted = () =>
+  localStorage.getItem("bell") === "on" && globalThis.Notification?.permission === "granted";
+
+function showBell() {
+  const on = wanted();
+  bell.title = on ? "Notifications are on: a job that ends is told" : "Tell me when a job ends";
+  bell.setAttribute("aria-label", bell.title);
+  bell.setAttribute("aria-pressed", on);
+  bell.replaceChildren(icon(on ? "bell" : "muted"));
+}
+
+bell.addEventListener("click", async () => {
+  const on = wanted();
+  if (!on && (await globalThis.Notification?.requestPermission()) !== "granted") {
+    toast("The browser does not allow notifications for this address.");
+  } else {
+    localStorage.setItem("bell", on ? "off" : "on");
+    announce(on ? "Notifications are off." : "Notifications are on.");
+  }
+  showBell();
+});
+
+// Tells that a job has ended, unless it is the one that is looked at.
+async function tellEnd(id) {
+  const { job } = await api(`/api/jobs/${id}`);
+  const here = location.pathname === `/finetune/job/${id}`;
+  if (!["done", "failed", "cancelled"].includes(job.status) || (here && !document.hidden)) return;
+  const said = `${job.title} ${job.status}: ${job.name}`;
+  if (!here) toast(said, `/finetune/job/${id}`);
+  if (!wanted() || !document.hidden) return;
+  // Of several pages' one is shown.
+  const told = new Notification(said, { tag: id, body: job.error ?? "" });
+  told.onclick = () => (window.focus(), location.assign(`/finetune/job/${id}`));
+}
+
+// The job that computes now, on every page, and those that have ended since the last look.
+let before = [];
 async function showState() {
+  if (document.hidden && !wanted()) return;
   const { running, waiting, needs_token } = await api("/api/state");
+  const ids = running.map(({ id }) => id);
+  before.filter((id) => !ids.includes(id)).forEach((id) => tellEnd(id).catch(() => {}));
+  before = ids;
   logout.hidden = !needs_token;
   const now = document.querySelector(".now");
   now.hidden = running.length === 0;
@@ -43,7 +85,8 @@ showTheme();
 logout.firstElementChild.append(icon("logout"));
 document.querySelector(`nav a[href="${CSS.escape(location.pathname)}"]`)
   ?.setAttribute("aria-current", "page");
-every(2, showState)();
+showBell();
+every(2, showState, { unseen: true })();
 const [, , name = "", id = ""] = location.pathname.split("/");
 try {
   const page = await import(`./${PAGES[name]}.js`);

@@ -5,32 +5,32 @@ import { count, counted, duration, fixed, gb, percent, size, titled } from "./te
 
 // Facts of an outcome: their name, and how their values are said.
 const FACTS = {
-  steps: ["Steps", count],
-  final_train_loss: ["Last training loss", fixed],
-  first_val_loss: ["First validation loss", fixed],
-  final_val_loss: ["Last validation loss", fixed],
-  best_val_loss: ["Best validation loss", fixed],
+  wall_s: ["Training time", duration],
   best_step: ["Best at step", count],
-  wall_s: ["Time", duration],
-  tokens_per_sec: ["Speed", (n) => `${count(n)} tokens/s`],
-  peak_gb: ["Peak memory", gb],
-  planned_gb: ["Planned memory", gb],
-  process_gb: ["Memory of the process", gb],
-  loss: ["Loss, nats per token", fixed],
+  loss: ["Loss", fixed],
   perplexity: ["Perplexity", (n) => fixed(n, 3)],
-  tokens: ["Trained tokens", count],
+  tokens: ["Tokens in the loss", count],
   rows: ["Rows", count],
-  truncated: ["Rows cut off", count],
-  dropped: ["Rows left out", count],
+  truncated: ["Truncated rows", count],
+  dropped: ["Dropped rows", count],
+  process_gb: ["Memory of the process", gb],
   lost: ["Share of the update lost in rounding", (share) => percent(share, 2)],
-  linears: ["Linears", count],
-  linears_in_all: ["Linears in all of them", count],
-  linears_in_some: ["Linears in some of them", count],
+  linears: ["Linear layers", count],
+  linears_in_all: ["Linear layers in all of them", count],
+  linears_in_some: ["Linear layers in some of them", count],
   size_bytes: ["Size", size],
   method: ["Format", String],
   rank: ["Largest rank", String],
   url: ["Repository", String],
 };
+
+// A loss before and after, and by how much it has changed.
+export function compared(before, after) {
+  const change = after - before;
+  const sign = change > 0 ? "+" : "−";
+  const share = percent(Math.abs(change / before), 1);
+  return `${fixed(before)} → ${fixed(after)} (${sign}${fixed(Math.abs(change))}, ${sign}${share})`;
+}
 
 export function inShort(row) {
   const { status, kind, error, message, result, output_path } = row;
@@ -40,7 +40,9 @@ export function inShort(row) {
   switch (kind) {
     case "evaluate": {
       const split = found.split ? ` (${found.split})` : "";
-      return `loss ${fixed(found.loss)} over ${counted(found.tokens, "token")}${split}`;
+      const own = found.base ? `base → adapter ${compared(found.base.loss, found.loss)}`
+        : `loss ${fixed(found.loss)}`;
+      return `${own} over ${counted(found.tokens, "token")}${split}`;
     }
     case "push":
       return String(found.url);
@@ -59,12 +61,16 @@ export function shownResult({ kind, result, output_path }) {
   const swallowed = (kind === "fold" && found.swallowed) || [];
   const names = swallowed.slice(0, 5).join(", ") + (swallowed.length > 5 ? " …" : "");
   const lost =
-    `${counted(swallowed.length, "linear")} lost more than a tenth of the update in ` +
-    `rounding (${names}): fold with more bits, or not quantized.`;
+    `${counted(swallowed.length, "linear layer")} lost more than a tenth of the update in ` +
+    `rounding (${names}): use more bits or export unquantized.`;
   const pairs = Object.entries(FACTS).filter(([name]) => found[name] != null);
-  const told = pairs.map(([name, [title, said]]) => [title, said(found[name])]);
+  const both = kind === "evaluate" && found.base;
+  const told = pairs.map(([name, [title, said]]) => (both && ["loss", "perplexity"].includes(name)
+    ? [`${title}, base → adapter`, compared(found.base[name], found[name])]
+    : [title, said(found[name])]));
   for (const [name, value] of Object.entries(found.metrics ?? {})) {
-    told.push([titled(name), fixed(value)]);
+    const from = both ? `${fixed(found.base.metrics[name])} → ` : "";
+    told.push([titled(name), from + fixed(value)]);
   }
   if (output_path ?? found.path) told.push(["Folder", output_path ?? found.path]);
   return [swallowed.length > 0 && notice(lost, "warn"), facts("wide", told)];

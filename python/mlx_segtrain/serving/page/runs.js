@@ -7,7 +7,9 @@ import { line } from "./text.js";
 export const MOST = 600;
 const KEPT = 200;
 // What is drawn of training metrics besides the loss; names of others, and those of no curve.
-const DRAWN = ["learning_rate", "tokens_per_sec", "grad_norm", "peak_gb", "active_gb"];
+const DRAWN = [
+  "learning_rate", "tokens_per_sec", "supervised_tokens_per_sec", "grad_norm", "peak_gb", "active_gb",
+];
 const METRIC = /^[a-z]\w{0,39}$/;
 const OTHER = ["type", "kind", "step", "loss", "step_s", "progress", "message", "ts", ...DRAWN];
 

@@ -1,162 +1,201 @@
 // /finetune: model, data, parameters; whether it fits; and the start of a run.
 
-import { api, follow } from "./api.js";
+import { api } from "./api.js";
+import { copies } from "./copies.js";
 import { shownReport } from "./data.js";
-import { announce, button, card, combobox, empty, expansion, facts, field } from "./dom.js";
-import { h, input, meter, notice, show } from "./dom.js";
+import { announce, button, card, combobox, empty, expansion, facts } from "./dom.js";
+import { h, input, labelled, meter, notice, picker, reveal, show } from "./dom.js";
 import { Form } from "./fields.js";
-import { count, many, percent, sentence, size, tail } from "./text.js";
+import { DATA_NAME, NAME, ROWS, namedAs, offer, send, sendAll, stem } from "./hub.js";
+import { count, described, percent, sentence, size, tail } from "./text.js";
 
-// Milliseconds without a change after which the planner is asked.
+// Milliseconds without a change after which the planner is asked, and the data looked at.
 const PAUSE = 350;
+// Bytes of data that are looked at without being asked to.
+const AT_ONCE = 64e6;
 // What a run has of its own: another like it does not.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
+const PATH = /^[~/]./;
 
-// A name of the hub, with or without a revision; of a data set with a configuration and a split.
-const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
+const where = (text) => (PATH.test(text) ? "a path on the server" : "on the Hugging Face hub");
+const either = (name) => new RegExp(`${name.source}|${PATH.source}`);
 
-const DATA_NAME =
-  /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(\/[\w.+-]+)?(:[\w.-]+)?$/;
-
-const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
-
-// A model in a list to choose from.
-export const described = (model) =>
-  [model.id, model.family, many(model.parameters), bitsOf(model), size(model.size_bytes)]
-    .join(" · ");
+// Rows to try with, where there are none.
+const EXAMPLE = Array.from({ length: 40 }, (_, i) => {
+  const [a, b] = [(7 * i + 3) % 20, (11 * i + 5) % 20];
+  const messages = [{ role: "user", content: `What is ${a} plus ${b}?` },
+    { role: "assistant", content: `${a} plus ${b} is ${a + b}.` }];
+  return `${JSON.stringify({ messages })}\n`;
+});
 
 export default async function setup(main) {
   document.title = "New run – mlx_segtrain";
   const looking = h("p.looking.empty", "Looking for models and data sets …");
   main.append(h("h1", "New run"), looking);
-  const origin = new URLSearchParams(location.search).get("origin");
+  const given = new URLSearchParams(location.search);
+  const origin = given.get("origin");
   let [{ models, roots }, { datasets }, schema, state, earlier] = await Promise.all([
     ...["/api/models", "/api/datasets", "/api/finetune/defaults", "/api/state"].map((x) => api(x)),
     origin && api(`/api/jobs/${encodeURIComponent(origin)}`).catch(() => null),
   ]);
   looking.remove();
-  const { served, downloads } = state;
-  const inspected = schema.fields.filter((row) => row.affects.includes("rows"));
+  const { served, downloads, device, uploads } = state;
+  const affecting = schema.fields.filter((row) => row.affects.includes("rows"));
   let asked = 0; // the last question to the planner: earlier answers are late
-  let reported = null; // what the report that is shown is of
-  let timer = null;
+  let [inspecting, reported] = [false, null]; // what the report that is shown is of
+  let [planTimer, dataTimer] = [null, null];
 
-  // Model and data
+  // Model
 
-  const model = combobox(changedModel, NAME, "on the Hugging Face hub");
+  const model = combobox(changedModel, either(NAME), where);
   model.offer(models.map((own) => [own.path, described(own)]));
+  const modelField = labelled("Model", model, { key: "model_dir", kind: "across",
+    about: "A model on this server, or a name of the Hugging Face hub: org/name." });
   const aboutModel = h("div.stack");
-  const data = combobox(() => chosen(data));
-  data.offer(datasets.map((own) => {
-    const more = own.has_valid ? "" : " · no valid.jsonl";
-    return [own.path, `${tail(own.path, 2)} · ${size(own.size_bytes)}${more}`];
-  }));
-  const path = input("/path/to/folder", { oninput: () => chosen(path) });
-  const aboutData = h("div");
-  const place = () => path.value.trim() || data.value || "";
-  const look = button("Inspect data", inspect);
-  const report = h("div.stack");
-
-  // A folder is chosen or typed: the last of both counts.
-  function chosen(own) {
-    if (own === data && data.value) path.value = "";
-    if (own === path && path.value) data.set(null);
-    const named = downloads && DATA_NAME.test(path.value.trim());
-    show(aboutData, named && offer(path.value.trim(), "dataset", () => {}));
-    outdate();
-  }
 
   function changedModel() {
     const own = models.find((one) => one.path === model.value);
-    const named = !own && model.value !== null && downloads;
+    const named = !own && NAME.test(model.value ?? "") && downloads;
+    modelField.complain();
     show(aboutModel, named && offer(model.value, "model", hasModel), own && facts("", [
-      ["Family", own.family],
-      ["Weights", bitsOf(own)],
-      ["Parameters", many(own.parameters)],
-      ["Size on disk", size(own.size_bytes)],
-      ...(own.max_length ? [["Made for up to", `${count(own.max_length)} tokens`]] : []),
-      ["Computed by", own.fast ? "our own ops" : "mlx-lm's layers"],
+      ["Context length", own.max_length ? `${count(own.max_length)} tokens` : "not said"],
+      ["Backend", own.fast ? "optimised" : "mlx-lm's layers"],
     ]));
     changed();
   }
 
-  // A button that brings what is named on the hub by a job, and shows how far that is; `ended` gets
-  // the job, or null.
-  function offer(name, kind, ended) {
-    const place = h("div.stack");
-    const more = h("span.muted.small", "If it is not on this machine yet.");
-    show(place, h("div.actions", button("Download", bring), more));
-    async function bring() {
-      let failure = null;
-      const tell = (event) => {
-        if (event.type === "failed" || event.type === "cancelled") failure = event;
-        if (event.share === undefined) return;
-        const bar = meter(event.share, { role: "img", "aria-label": percent(event.share) });
-        show(place, bar, h("p.small.muted", event.message));
-      };
-      show(problem);
-      show(place, empty(`Asking the hub for ${name}.`));
-      announce(`Downloading ${name}.`);
-      try {
-        const { job_id } = await api("/api/hub/download", { name, kind });
-        await new Promise((end) => follow(job_id, 0, tell, end));
-        const { job } = await api(`/api/jobs/${job_id}`);
-        if (job.status === "done") show(place, h("p.small.muted", `${name} is on this machine.`));
-        if (place.isConnected) await ended(job.status === "done" ? job : null);
-      } catch (error) {
-        failure = { error: error.message };
-      }
-      if (failure) show(place, h("div.actions", button("Download", bring), more));
-      if (failure && place.isConnected) complain(failure.error ?? failure.message);
-      announce(failure?.error ?? `${name} is downloaded.`);
-    }
-    return place;
-  }
-
   // A model that has come is one of those on disk.
   async function hasModel(job) {
-    if (job === null) return;
     ({ models } = await api("/api/models"));
     model.offer(models.map((own) => [own.path, described(own)]));
     model.set(job.result.path);
     changedModel();
   }
 
-  // What a report on the data depends on.
-  function inspection() {
-    const given = form.values;
-    const pairs = inspected.map(({ name }) => [name, given[name]]);
-    const values = { method: form.method, ...Object.fromEntries(pairs) };
-    const length = values.max_seq_length; // what is wrong with it stands there
-    if (!(Number.isInteger(length) && length > 1)) delete values.max_seq_length;
-    return JSON.stringify({ ...values, path: place(), model_dir: model.value });
+  // Data
+
+  const data = combobox(() => changedData(), either(DATA_NAME), where);
+  const shortPath = (path) => (path.startsWith(`${uploads}/`) ? `uploaded: ${tail(path)}` : tail(path, 2));
+  const offerData = () => data.offer(datasets.map((own) => {
+    const more = own.has_valid ? "" : " · no validation file";
+    return [own.path, `${shortPath(own.path)} · ${size(own.size_bytes)}${more}`];
+  }));
+  offerData();
+  const dataField = labelled("Data set", data, { key: "data_dir", kind: "across",
+    about: "Rows on this server (a folder or a file by its path), or a name of the hub: org/name." });
+  const aboutData = h("div.stack");
+  const check = button("Check the data", () => inspect());
+  const report = h("div.stack", { "aria-busy": "false" });
+  const moved = h("div");
+  check.hidden = true;
+
+  function changedData() {
+    dataField.complain();
+    const named = downloads && DATA_NAME.test(data.value ?? "");
+    show(aboutData, named && offer(data.value, "dataset", async () => inspect()));
+    changed();
   }
 
-  function outdate() {
-    if (reported === null || reported === inspection()) return;
+  // Sends the first file as training rows, and a second one, if there is one, for validation.
+  async function sent(files) {
+    dataField.complain();
+    try {
+      const splits = ["train", "valid"];
+      const own = files.slice(0, 2).map((file, i) => [file, namedAs(splits[i], file)]);
+      await hasData(await sendAll(moved, "datasets", stem(files[0]), own));
+    } catch (error) {
+      show(moved);
+      dataField.complain(sentence(error.message));
+      dataField.reveal();
+    }
+  }
+
+  async function sentValid([file]) {
+    try {
+      await send(moved, "datasets", tail(data.value), [[file, namedAs("valid", file)]]);
+      await hasData(data.value);
+    } catch (error) {
+      show(moved);
+      dataField.complain(sentence(error.message));
+    }
+  }
+
+  async function hasData(path) {
+    ({ datasets } = await api("/api/datasets"));
+    offerData();
+    data.set(path);
+    changedData();
     reported = null;
-    show(report, notice("Something has changed since: inspect the data again."));
+    await inspect();
+  }
+
+  const example = () => sent([
+    new File(EXAMPLE.slice(0, 32), "example-sums.jsonl"), new File(EXAMPLE.slice(32), "valid.jsonl"),
+  ]);
+
+  // What a report on the data depends on.
+  function inspection() {
+    const values = form.values;
+    const pairs = affecting.map(({ name }) => [name, values[name]]);
+    const own = { ...Object.fromEntries(pairs), method: form.method };
+    const length = own.max_seq_length; // what is wrong with it stands there
+    if (!(Number.isInteger(length) && length > 1)) delete own.max_seq_length;
+    return JSON.stringify({ ...own, path: data.value, model_dir: model.value });
+  }
+
+  // Looks at the data if that is wanted and not too much; one look at a time.
+  function lookAtData() {
+    clearTimeout(dataTimer);
+    if (data.value === null) {
+      reported = null;
+      check.hidden = true;
+      return show(report);
+    }
+    if (reported === inspection()) return;
+    const known = datasets.find((own) => own.path === data.value);
+    check.hidden = !known || known.size_bytes < AT_ONCE;
+    if (!check.hidden) {
+      if (reported !== null) show(report, notice("Settings changed; check the data again."));
+      reported = null;
+      return;
+    }
+    dataTimer = setTimeout(inspect, PAUSE);
   }
 
   async function inspect() {
-    show(problem);
-    if (!place()) return complain("Choose a data set, or give its path, to inspect it.");
-    reported = inspection();
-    look.disabled = true;
-    show(report, empty("Inspecting the data."));
-    announce("Inspecting the data.");
+    clearTimeout(dataTimer);
+    if (inspecting || data.value === null) return; // it looks again when it has ended
+    [inspecting, reported] = [true, inspection()];
+    check.disabled = true;
+    report.setAttribute("aria-busy", "true");
+    if (!report.childElementCount) show(report, empty("Checking the data …"));
     try {
       const found = await api("/api/finetune/inspect-dataset", JSON.parse(reported));
+      if (reported !== inspection()) return;
+      dataField.complain(!found.ok && wrongData(found));
       const lacks = model.value === null && "Choose a model to see lengths and tokens.";
-      show(report, lacks && notice(lacks), shownReport(found));
-      announce(found.ok ? `${count(found.n_train)} rows to train.` : found.error);
-      outdate();
+      const mine = found.ok && data.value?.startsWith(`${uploads}/`) && !found.n_valid;
+      show(report, found.ok && [lacks && notice(lacks), shownReport(found)],
+        mine && h("div.actions", picker("Add validation rows", sentValid, { accept: ROWS })));
+      announce(found.ok ? `${count(found.n_train)} training rows.` : found.error);
     } catch (error) {
       show(report);
-      complain(error.message);
+      if (reported === inspection()) dataField.complain(sentence(error.message));
     } finally {
-      look.disabled = false;
+      inspecting = false;
+      check.disabled = false;
+      report.setAttribute("aria-busy", "false");
+      if (data.value === null || reported !== inspection()) lookAtData();
     }
+  }
+
+  // What is wrong with the data, and what may help.
+  function wrongData({ error }) {
+    const asked = /give method (\w+)/.exec(error ?? "")?.[1];
+    return [sentence(error ?? "the data cannot be read"), asked && button(`Use method ${asked}`, () => {
+      form.put({ method: asked });
+      changed();
+    }, "small")];
   }
 
   // Plan and start
@@ -164,26 +203,40 @@ export default async function setup(main) {
   const form = new Form(schema, changed);
   const verdict = h("div.stack");
   const problem = h("div", { role: "alert" });
+  const name = input("optional", { maxlength: 120 });
   const start = button("Start training", null, "primary.wide");
-  const complain = (message) => show(problem, notice(sentence(message), "bad"));
 
   function changed() {
-    outdate();
-    clearTimeout(timer);
-    timer = setTimeout(plan, PAUSE);
+    show(problem);
+    lookAtData();
+    clearTimeout(planTimer);
+    planTimer = setTimeout(plan, PAUSE);
   }
+
+  // Says what is wrong at its cause; returns where that is.
+  function complain(fault) {
+    const own = { model_dir: modelField, data_dir: dataField }[fault?.field];
+    modelField.complain(own === modelField && sentence(fault.message));
+    if (own === dataField) dataField.complain(sentence(fault.message));
+    return form.complain(fault) ?? own;
+  }
+
+  const values = () => ({ ...form.values, model_dir: model.value, data_dir: data.value });
 
   async function plan() {
     const own = ++asked;
     let [found, fault] = [null, null];
     if (model.value !== null) {
-      const values = { ...form.values, model_dir: model.value };
-      found = await api("/api/finetune/plan", values).catch((error) => ((fault = error), null));
+      const { data_dir, ...rest } = values();
+      found = await api("/api/finetune/plan", rest).catch((error) => ((fault = error), null));
     }
     if (own !== asked) return;
-    form.complain(fault);
+    const place = complain(fault);
     if (found) show(verdict, shownPlan(found));
-    else if (fault) show(verdict, notice(sentence(fault.message), "bad"));
+    else if (place) {
+      show(verdict, notice(["One setting has to be changed: ",
+        h("button.inline", { type: "button", onclick: () => place.reveal() }, "show it")], "bad"));
+    } else if (fault) show(verdict, notice(sentence(fault.message), "bad"));
     else show(verdict, empty("Choose a model to see whether a run fits this machine."));
     announce(found?.message ?? fault?.message ?? "");
   }
@@ -192,59 +245,92 @@ export default async function setup(main) {
     event.preventDefault();
     if (start.disabled) return; // Enter was pressed twice
     show(problem);
-    if (!model.value) return complain("Choose a model first.");
-    if (!place()) return complain("Choose a data set first.");
-    const values = { ...form.values, model_dir: model.value, data_dir: place() };
+    const lacks = (own, message) => {
+      own.complain(message);
+      own.reveal();
+      announce(message);
+    };
+    if (!model.value) return lacks(modelField, "Choose a model first.");
+    if (!data.value) return lacks(dataField, "Choose a data set first.");
     start.disabled = true;
     try {
-      await api("/api/finetune/plan", values); // or the run would find out, a while later
-      const { job_id } = await api("/api/finetune/submit", values);
+      const { data_dir, ...rest } = values();
+      await api("/api/finetune/plan", rest); // or the run would find out, a while later
+      const { job_id } = await api("/api/finetune/submit", values());
+      const label = name.value.trim();
+      if (label) await api(`/api/jobs/${job_id}`, { label }, { method: "PATCH" });
       location.assign(`/finetune/job/${job_id}`);
     } catch (error) {
       start.disabled = false;
-      form.complain(error);
-      complain(error.message);
+      const place = complain(error);
+      announce(error.message);
+      if (place) return place.reveal();
+      show(problem, notice(sentence(error.message), "bad"));
+      reveal(problem, start);
     }
   }
 
   const below = roots.join(" or ");
-  const noModel = `No model found below ${below}: put the folder of an MLX model there, start the ` +
-    "server with its path, or give a name of the Hugging Face hub.";
-  const noData = `No data set found below ${below}: put train.jsonl (and valid.jsonl) into a ` +
-    "folder there, or give a path.";
-  const known = "One that was found on disk, or a name of the Hugging Face hub, as org/name.";
-  const found = "Folders with train.jsonl, found on disk.";
-  const typed = "A folder or a file with rows, or a name of the Hugging Face hub.";
+  const noModel = `No model found below ${below}. Put the folder of an MLX model there, start the ` +
+    `server with its path, or ${downloads ? "give a name of the Hugging Face hub"
+      : "start it with --allow-downloads to bring one from the Hugging Face hub"}.`;
+  const small = "mlx-community/SmolLM2-135M-Instruct";
+  const noData = "No data set found. Upload a file of rows (JSON lines, CSV, Parquet, …), or begin " +
+    "with a few rows that are made up.";
+  const tiny = () => {
+    model.set(small);
+    changedModel();
+  };
   main.append(
     h("form.two", { novalidate: true, onsubmit: submit },
       h("div.stack",
         card("Model and data",
-          field("Model", model, { about: known, key: "model_dir", kind: "across" }),
-          !models.length && empty(noModel), aboutModel,
-          h("div.fields.halves", field("Data set", data, { about: found, key: "data_dir" }),
-            field("or its path", path, { about: typed })),
-          aboutData,
-          !datasets.length && empty(noData),
-          h("div.actions", look,
-            h("span.muted.small", "Counts, lengths, and what of the first rows is trained.")),
-          report),
-        card("Parameters", form.blocks)),
-      h("div.stack.stick", card("Plan", verdict, problem, start))));
+          modelField.element,
+          !models.length && empty(noModel, downloads && button("Use a small one of the hub", tiny)),
+          aboutModel,
+          dataField.element,
+          !datasets.length && h("p.empty", noData),
+          h("div.actions",
+            picker("Upload rows", sent, { accept: ROWS, several: true }),
+            !datasets.length && button("Make example rows", example), check),
+          moved, aboutData, report),
+        card("Settings", form.element)),
+      h("div.stack.stick", card("Plan", verdict,
+        h("p.small.muted", `${device.name}: ${size(device.free_bytes)} of `,
+          `${size(device.memory_bytes)} free for a run`)),
+      card("Start", labelled("Name of the run", name).element, problem, start,
+        copies(() => values())))));
 
   // With the values of an earlier run, or with what there is only one of.
+  const only = (all) => (all.length === 1 ? all[0].path : null);
   if (earlier?.job.trains) {
-    const values = JSON.parse(earlier.job.config_json);
-    model.set(values.model_dir);
-    data.set(values.data_dir);
-    if (data.value === null) path.value = values.data_dir;
-    OWN.forEach((name) => delete values[name]);
-    form.put(values);
-  } else {
-    model.set(served?.path ?? (models.length === 1 ? models[0].path : null));
+    const own = JSON.parse(earlier.job.config_json);
+    model.set(own.model_dir);
+    data.set(own.data_dir);
+    const { error, fault_field: field } = earlier.job;
+    OWN.forEach((key) => delete own[key]);
+    form.put(own);
+    if (given.get("less") !== null) lessMemory(own);
+    changedModel();
+    changedData();
+    clearTimeout(planTimer);
+    await plan();
+    if (field) complain({ message: error, field })?.reveal();
+    return;
   }
+  model.set(given.get("model") ?? served?.path ?? only(models));
+  data.set(given.get("data"));
   changedModel();
-  clearTimeout(timer);
+  if (data.value !== null) changedData();
+  clearTimeout(planTimer);
   await plan();
+
+  // Half the longer of what memory grows with.
+  function lessMemory(own) {
+    const standard = (key) => Number(own[key] ?? schema.fields.find((x) => x.name === key).default);
+    const key = standard("batch_size") > 1 ? "batch_size" : "max_seq_length";
+    form.put({ [key]: Math.floor(standard(key) / 2) });
+  }
 }
 
 function shownPlan({ fits, message, plan }) {
@@ -255,19 +341,13 @@ function shownPlan({ fits, message, plan }) {
   const words = `${percent(share)} of the budget`;
   const parts = Object.entries(plan.parts).sort(([, a], [, b]) => b - a);
   const told = [
-    ["Peak", `${size(plan.peak)}, ${words}`],
-    ["Budget", size(plan.budget)],
-    ["Longest row that fits", `${count(plan.longest)} tokens`],
-    plan.max_length && ["Model made for", `${count(plan.max_length)} tokens`],
     ["Batch", `${count(plan.rows)} × ${count(plan.tokens)} tokens`],
-    plan.recomputed && ["Computed twice", percent(plan.recomputed)],
+    plan.recomputed && ["Recomputed", percent(plan.recomputed)],
+    ...parts.map(([name, bytes]) => [name, size(bytes)]),
   ];
   return [
     head,
     meter(share, { role: "img", "aria-label": words }),
-    facts("lines", told.filter(Boolean)),
-    expansion("Where the memory goes", "",
-      facts("lines", parts.map(([name, bytes]) => [name, size(bytes)]))),
-    h("p.small.muted.wrap", `Plan: ${plan.plan}`),
+    expansion("Where the memory goes", plan.plan, facts("lines", told.filter(Boolean))),
   ];
 }

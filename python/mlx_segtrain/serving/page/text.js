@@ -27,6 +27,13 @@ export const size = shortened([["GB", 1e9], ["MB", 1e6], ["kB", 1e3]], "B");
 export const many = shortened([["B", 1e9], ["M", 1e6], ["k", 1e3]], "");
 export const gb = (value) => (Number.isFinite(value) ? size(1e9 * value) : NONE);
 
+const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
+
+// A model in a list to choose from.
+export const described = (model) =>
+  [model.id, model.family, many(model.parameters), bitsOf(model), size(model.size_bytes)]
+    .join(" · ");
+
 export function duration(seconds) {
   const total = Math.round(seconds);
   const two = (n) => String(n).padStart(2, "0");
@@ -92,4 +99,20 @@ function metric({ kind, step, loss, tokens, message, learning_rate, grad_norm, p
     return `${message}, rate ${rate(learning_rate)}, ${norm}, peak ${fixed(peak_gb, 2)} GB`;
   }
   return `step ${step} scores ${JSON.stringify(more.scores) ?? more.error}`;
+}
+
+// A table as CSV, as spreadsheets read it: a cell that would be a formula there is text.
+export const csv = (rows) =>
+  rows.map((row) => row.map((cell) => {
+    const text = typeof cell === "number" ? String(cell) : String(cell ?? "").replace(/^[=+@-]/, "'$&");
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  }).join(",")).join("\n") + "\n";
+
+// Saves a table in a file of the browser's.
+export function save(name, rows) {
+  const url = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv" }));
+  const link = document.createElement("a");
+  Object.assign(link, { href: url, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }

@@ -1,0 +1,278 @@
+"""Training from Python, in a script or a notebook: keywords, rows, a loaded model, a bar."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import events, training
+from .config import FACETS, TrainConfig, flag, load_config
+from .errors import InputError, RunError
+from .training.loop import Callback
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from matplotlib.figure import Figure
+
+    from .training.judging import Score
+
+#: Where an adapter goes that is told nothing else, as from the command line.
+OUTPUT = {"adapter_path": "adapters"}
+#: Fields by their short names, which are those of flags.
+SHORT = {
+    own.strip("-").replace("-", "_"): name
+    for name, facets in FACETS.items()
+    for own in (flag(name), *facets.aliases)
+}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TrainResult(training.TrainResult):
+    """What a run came to; losses in nats per token, of preference methods per pair.
+
+    `model` and `tokenizer` are those that the run was given, or are loaded when they are first
+    asked for; the model has the adapter.
+    """
+
+    config: TrainConfig = dataclasses.field(kw_only=True, compare=False)
+
+    @cached_property
+    def history(self) -> list[events.Event]:
+        """The metrics of the run, as it reported them: `kind` is train, val or score."""
+        from .training.curves import metrics
+
+        return metrics(self.adapter_path / "metrics.jsonl")
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, Any]:
+        from .loading import load
+
+        return load(self.config.model_dir, self.adapter_path)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    def plot(self) -> Figure:
+        """Training and validation loss by step, as a figure of matplotlib."""
+        from .objectives import OBJECTIVES
+        from .training.curves import figure_of, points
+
+        return figure_of(points(self.history), self._title, OBJECTIVES[self.config.method].unit)
+
+    @property
+    def _title(self) -> str:
+        from .hub import title
+
+        return title(self.config.model_dir)
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        state = "interrupted" if self.interrupted else "stopped early" if self.stopped_early else ""
+        facts = {"steps": f"{self.steps}{state and f' ({state})'}"}
+        if self.final_train_loss is not None:
+            facts["training loss"] = f"{self.final_train_loss:.4f}"
+        if self.final_val_loss is not None:
+            facts["validation loss"] = f"{self.first_val_loss:.4f} → {self.final_val_loss:.4f}"
+        if self.final_val_accuracy is not None:
+            facts["accuracy"] = f"{self.first_val_accuracy:.1%} → {self.final_val_accuracy:.1%}"
+        facts["speed"] = events.speed(dataclasses.asdict(self))
+        facts["peak memory"] = f"{self.peak_gb:.2f} GB"
+        return {**facts, "adapter": str(self.adapter_path)}
+
+    def __repr__(self) -> str:
+        return f"TrainResult({', '.join(f'{name}: {x}' for name, x in self._facts.items())})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+        from io import StringIO
+
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name}</th>"
+            f"<td style='text-align:left'>{escape(text)}</td></tr>"
+            for name, text in self._facts.items()
+        )
+        drawn = StringIO()
+        if self.history:
+            self.plot().savefig(drawn, format="svg", metadata={"Date": None})
+        svg = drawn.getvalue()
+        return f"<table>{rows}</table>{svg[svg.find('<svg') :] if svg else ''}"
+
+
+def train(
+    config: TrainConfig | None = None,
+    on_event: events.OnEvent | None = None,
+    *,
+    model: Any = None,
+    data: Any = None,
+    train_data: Any = None,
+    valid_data: Any = None,
+    score: Score | None = None,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
+    progress: bool | None = None,
+    **fields: Any,
+) -> TrainResult:
+    """Trains an adapter, writes it to `adapter_path`, and returns what the run came to.
+
+        train(model="org/name", data="rows.csv", adapter="out", lr=1e-4, epochs=3)
+
+    Fields of TrainConfig are keywords, in the place of `config` or on top of it, under their names
+    or those of the flags (`lr`, `adapter`). `model` is a folder, a name of the hub, or `(model,
+    tokenizer)` as `load` and mlx_lm.load return them; the result then has the same model with the
+    adapter applied. `data` (or `train_data`) is a path or a name of the hub, or rows: a list or an
+    iterator of dicts, a `datasets.Dataset` or `DatasetDict`, a table of Arrow, pandas or polars;
+    `valid_data` those to validate.
+
+    A bar is shown in a terminal and in a notebook, unless `progress` is False or `on_event` is
+    given, which receives the run's events (mlx_segtrain.events). `on_step` and `on_eval` receive
+    the metrics of every step and every evaluation as a dict; one that returns True ends the run
+    after saving. `score(model, tokenizer)` is asked at every evaluation for a number or a dict of
+    numbers.
+
+    Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
+    it. InputError, before anything is written, for input that cannot be used; RunError if the run
+    cannot go on, after saving the last good step.
+    """
+    with _python_words():
+        loaded = tokenizer = None
+        if isinstance(model, tuple):
+            loaded, tokenizer, fields = _given(model, config, fields)
+        elif model is not None:
+            fields["model_dir"] = model
+        if isinstance(data, str | Path):
+            fields["data_dir"] = data
+        elif data is not None:
+            if train_data is not None:
+                raise InputError("data and train_data are both given: leave one of them out.")
+            train_data = data
+        config = _config(config, fields)
+        with _shown(on_event, on_step, progress) as (tell, step):
+            found = training.train(
+                config,
+                tell,
+                train_data=train_data,
+                valid_data=valid_data,
+                score=score,
+                on_step=step,
+                on_eval=on_eval,
+                model=loaded,
+            )
+    own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
+    result = TrainResult(**own, config=config)
+    if loaded is not None:
+        vars(result)["_loaded"] = _with_adapter(loaded, result), tokenizer
+    return result
+
+
+def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with these fields on top; InputError as of the command line."""
+    if config is not None and not fields:
+        return config
+    given = {} if config is None else config.model_dump(exclude_unset=True)
+    for name, value in fields.items():
+        field = SHORT.get(name, name)
+        if field != name and field in fields:
+            raise InputError(f"{name} and {field} are the same: give one of them.")
+        given[field] = value
+    return load_config(None, given, OUTPUT)
+
+
+def _given(
+    pair: tuple[Any, ...], config: TrainConfig | None, fields: dict[str, Any]
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model of `(model, tokenizer)` without its adapter, the tokenizer, and the fields with
+    their folder."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .lora import unwrap
+
+    if len(pair) != 2 or not isinstance(pair[0], nn.Module):
+        raise InputError("model is a tuple: give (model, tokenizer), as load returns them.")
+    model, tokenizer = pair
+    if "model_dir" not in fields:
+        folder = Path(str(getattr(tokenizer, "name_or_path", "")))
+        if (folder / "config.json").is_file():
+            fields = {**fields, "model_dir": folder}
+        elif config is None:
+            raise InputError(
+                "model_dir is missing: the tokenizer does not say which folder it was loaded from, "
+                "so give model_dir too."
+            )
+    unwrap(model)
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)  # as load does
+    model.train()
+    return model, tokenizer, fields
+
+
+def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
+    from .adapters import WEIGHTS, read_adapter
+    from .models import chain_of
+    from .models.adapting import attach
+
+    if (result.adapter_path / WEIGHTS).exists():  # not where no step was finished
+        chain = chain_of(model)
+        attach(model, chain, read_adapter(result.adapter_path, chain))
+    model.eval()
+    return model
+
+
+@contextmanager
+def _shown(
+    on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
+) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
+    """What is told of events and of steps: a bar too, where people see it."""
+    from rich.console import Console
+
+    from .commands.notebook import Notebook, in_notebook
+    from .commands.terminal import Terminal
+    from .training.ranks import launched
+
+    console = Console(highlight=False)
+    seen = (in_notebook() or console.is_terminal) and not launched()  # rank 0 shows the run
+    if progress is False or (progress is None and (on_event is not None or not seen)):
+        yield on_event, on_step
+        return
+    with Notebook() if in_notebook() else Terminal(console) as show:
+
+        def tell(event: events.Event) -> None:
+            show(event)
+            if on_event is not None:
+                on_event(event)
+
+        def step(event: events.Event) -> Any:
+            show.step(event)
+            return on_step and on_step(event)
+
+        yield tell, step
+
+
+@contextmanager
+def _python_words() -> Iterator[None]:
+    """Errors that name keywords where they name flags."""
+    try:
+        yield
+    except (InputError, RunError) as error:
+        said = str(error)
+        for name, facets in FACETS.items():
+            short = next((own for own, field in SHORT.items() if field == name), name)
+            said = said.replace(f"set it in the YAML file or with {flag(name)}", f"give {short}=…")
+            for own in (flag(name), *facets.aliases):
+                switch = TrainConfig.model_fields[name].default is False
+                word = f"{name}=True" if switch else name
+                said = re.sub(rf"(?<!\w){own}(?![\w-])", word, said)
+        if said == str(error):
+            raise
+        error.args = (said,)
+        raise

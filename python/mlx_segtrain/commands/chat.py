@@ -1,0 +1,246 @@
+"""The command chat: a conversation in the terminal, with adapters that are switched or compared."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_segtrain.commands.flags import Parser, add_flags
+from mlx_segtrain.commands.generate import add_sampling, prompting_for
+from mlx_segtrain.commands.runs import UNUSED, config_of
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.fields import place
+
+#: What is written for the model without an adapter.
+BASE = "base"
+HELP = """\
+/adapter NAME   answer with this adapter (a number or a name; base is the model without one)
+/compare        answer with the model alone and with every adapter, one after the other; again: stop
+/retry          answer the last message once more
+/system TEXT    another system message, and a new conversation; without TEXT none
+/clear          a new conversation
+/help           this list
+/exit           leave (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+def add_command(command: Callable[..., Parser]) -> None:
+    """Adds it to a parser; `command(name, run, text)` makes one."""
+    added = command("chat", _chat, "chat in the terminal, and compare adapters")
+    add_flags(added, ("model_dir",), required=True)
+    added.add_argument(
+        "--adapter",
+        "--adapter-path",
+        dest="adapters",
+        type=place,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="adapters to chat with, folders or names on the hub; the first one answers at first",
+    )
+    add_flags(added, ("prompt_format", "chat_template_kwargs"))
+    add_sampling(added)
+
+
+@dataclass
+class Voice:
+    """The model with one adapter, or without; `ids` are the tokens that `cache` has seen."""
+
+    name: str
+    adapter: Any
+    prompting: Any
+    ids: list[int] = field(default_factory=list)
+    cache: Any = None
+
+
+class Chat:
+    """One model, the voices that it can have, and a conversation."""
+
+    def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
+        from mlx_segtrain.models import chain_of
+
+        self.model, self.tokenizer, self.chain = model, tokenizer, chain_of(model)
+        self.voices, self.voice = voices, voices[min(1, len(voices) - 1)]
+        self.system, self.max_tokens, self.temp = args.system, args.max_tokens, args.temp
+        self.turns: list[dict[str, str]] = []
+        self.compares = False
+        self._modules: list[Any] = []
+        self._inside: Voice | None = None
+
+    def answers(self, say: Callable[[str], None]) -> None:
+        """Answers the last turn by the present voice, or by all of them."""
+        for voice in self.voices if self.compares else [self.voice]:
+            if self.compares:
+                say(f"\n[{voice.name}] ")
+            text, begin, n = "", time.perf_counter(), 0
+            try:
+                for part in self.stream(voice):
+                    text, n = text + part, n + 1
+                    say(part)
+            except KeyboardInterrupt:
+                say(" …")
+            seconds = time.perf_counter() - begin
+            say("\n")
+            if sys.stdout.isatty():
+                say(f"\x1b[2m({n} tokens, {n / seconds:.1f} tokens/s)\x1b[0m\n")
+            if voice is self.voice:
+                kept = text
+        self.turns.append({"role": "assistant", "content": kept})
+
+    def stream(self, voice: Voice) -> Iterator[str]:
+        """The parts of an answer; what the conversation has in common with that before is not
+        computed again."""
+        from mlx_lm.generate import stream_generate
+        from mlx_lm.models.cache import (
+            can_trim_prompt_cache,
+            make_prompt_cache,
+            trim_prompt_cache,
+        )
+        from mlx_lm.sample_utils import make_sampler
+
+        self._mount(voice)
+        ids = self._ids(voice)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(voice.ids, ids, strict=False)) if a != b),
+            min(len(voice.ids), len(ids)),
+        )
+        same = min(same, len(ids) - 1)  # a token has to be left, whose logits begin the answer
+        surplus = len(voice.ids) - same
+        if voice.cache is None or (surplus and not can_trim_prompt_cache(voice.cache)):
+            voice.cache, same = make_prompt_cache(self.model), 0
+        elif surplus:
+            trim_prompt_cache(voice.cache, surplus)
+        cache, voice.cache, seen = voice.cache, None, list(ids)  # none if the answer is stopped
+        how = {"max_tokens": self.max_tokens, "sampler": make_sampler(temp=self.temp)}
+        for part in stream_generate(
+            self.model, self.tokenizer, ids[same:], prompt_cache=cache, **how
+        ):
+            seen.append(part.token)
+            yield part.text
+        held = getattr(cache[0], "offset", None)  # tokens that the cache has
+        if held is not None and held <= len(seen):
+            voice.cache, voice.ids = cache, seen[:held]
+
+    def _ids(self, voice: Voice) -> list[int]:
+        """The conversation as the voice reads it; without a chat template its last message."""
+        prompting = voice.prompting
+        if prompting.is_raw(self.tokenizer):
+            return prompting.ids(self.tokenizer, self.turns[-1]["content"], self.system)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return prompting.chat_ids(self.tokenizer, [*system, *self.turns])
+
+    def _mount(self, voice: Voice) -> None:
+        from mlx_segtrain.models.adapting import attach
+
+        if self._inside is voice:
+            return
+        for module in self._modules:
+            module.clear()
+        self._modules = attach(self.model, self.chain, voice.adapter)
+        self.model.eval()
+        self._inside = voice
+
+    def command(self, line: str) -> str | None:
+        """Obeys a line that begins with a slash, and returns what to show; None: leave."""
+        name, _, rest = line[1:].partition(" ")
+        rest = rest.strip()
+        if name in ("exit", "quit", "q"):
+            return None
+        if name == "adapter":
+            return self._switch(rest)
+        if name == "compare":
+            if len(self.voices) == 1:
+                return "there is no adapter to compare with: start chat with --adapter DIR"
+            self.compares = not self.compares
+            names = ", ".join(voice.name for voice in self.voices)
+            return f"answering with {names if self.compares else self.voice.name}"
+        if name in ("clear", "system"):
+            self.turns = []
+            if name == "system":
+                self.system = rest or None
+            return "a new conversation"
+        if name == "help":
+            return HELP
+        return f"/{name} is not known: /help lists the commands"
+
+    def _switch(self, name: str) -> str:
+        names = [voice.name for voice in self.voices]
+        if name.isdecimal() and int(name) < len(names):
+            self.voice = self.voices[int(name)]
+        elif name in names:
+            self.voice = self.voices[names.index(name)]
+        else:
+            listed = ", ".join(f"{i} {own}" for i, own in enumerate(names))
+            return f"now {self.voice.name}; give one of: {listed}"
+        return f"answering with {self.voice.name}"
+
+
+def _chat(args: argparse.Namespace) -> int:
+    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
+    if args.system is not None and config.prompt_format == "raw":
+        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+    from mlx_segtrain import hub
+    from mlx_segtrain.adapters import read_adapter
+    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.models import chain_of, load_base
+
+    with downloads() as show:
+        paths = [hub.adapter(path, show) for path in args.adapters]
+        model, _, tokenizer = load_base(hub.model(config.model_dir, show))
+    chain = chain_of(model)
+    voices = [Voice(BASE, None, prompting_for(None, args))]
+    for name, path in zip(_names(paths), paths, strict=True):
+        voices.append(Voice(name, read_adapter(path, chain), prompting_for(path, args)))
+    chat = Chat(model, tokenizer, voices, args)
+    if args.system is not None and chat.voice.prompting.is_raw(tokenizer):
+        chat.voice.prompting.ids(tokenizer, "", args.system)  # which refuses it
+    print(f"{hub.title(config.model_dir)}, answering with {chat.voice.name}; /help lists commands")
+    return converse(chat)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths by which they can be told apart."""
+    ends = [path.name or str(path) for path in paths]
+    return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
+
+
+def converse(chat: Chat) -> int:
+    """Reads messages and commands to the end of the input."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (input() then edits lines and keeps a history)
+
+    def say(text: str) -> None:
+        print(text, end="", flush=True)
+
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("\n" if terminal else "")
+            return 0
+        if line == "/retry":
+            last = [i for i, turn in enumerate(chat.turns) if turn["role"] == "user"][-1:]
+            if not last:
+                say("there is no message to answer yet\n")
+                continue
+            chat.turns = chat.turns[: last[0] + 1]
+        elif line.startswith("/"):
+            answer = chat.command(line)
+            if answer is None:
+                return 0
+            say(f"{answer}\n")
+            continue
+        elif line:
+            chat.turns.append({"role": "user", "content": line})
+        else:
+            continue
+        chat.answers(say)

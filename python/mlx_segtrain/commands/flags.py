@@ -1,0 +1,219 @@
+"""The parsers: flags from TrainConfig, help in groups, and what an unknown flag may mean."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from mlx_segtrain.commands.words import wrapped
+from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, meant, nearest
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.fields import Group, choices, is_list, kind
+
+#: Columns of a help text at most: longer lines are hard to read.
+WIDEST = 100
+#: Groups of `--help`; all others are in `--help-all`.
+DATA, FIRST = "model and data", "training"
+OUTPUT = "output"
+WORD = "WORD"  # one of so many that the help lists them
+
+
+#: What other tools call a command of ours.
+COMMANDS_ELSEWHERE = {
+    **dict.fromkeys(("finetune", "fine-tune", "lora", "sft"), "train"),
+    **{"fuse": "merge", "quantize": "convert", "run": "generate", "ui": "serve", "web": "serve"},
+    **{"evaluate": "eval", "test": "eval", "list": "adapters"},
+}
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal up to WIDEST; all names of a flag stand before its value, once."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns - 2, WIDEST)
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(" ".join(text.split()), width).splitlines()
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(action.option_strings)
+        if action.nargs == 0:
+            return names
+        return f"{names} {self._format_args(action, str(action.dest).upper())}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors and that takes no abbreviated flags.
+
+    `rare` are the titles of the groups that `--help` leaves out, and `--help-all` shows.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=Formatter)
+        self.rare: set[str] = set()
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        if wrong:
+            given, commands = wrong[1], re.findall(r"[\w-]+", wrong[2])
+            own = COMMANDS_ELSEWHERE.get(given.lower())
+            hint = f" Did you mean {own}?" if own else nearest(given, commands)
+            message = f"there is no command {given}.{hint}"
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def format_help(self, *, all: bool = False) -> str:
+        every = self._action_groups
+        if not all:
+            self._action_groups = [own for own in every if own.title not in self.rare]
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups = every
+
+    def group(self, title: str) -> Any:
+        """The group of this title, which is made if there is none."""
+        found = next((own for own in self._action_groups if own.title == title), None)
+        return found or self.add_argument_group(title)
+
+    def names(self) -> list[str]:
+        """All flags."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def meant(self, name: str) -> str:
+        """The question whether another flag was meant, or an empty string."""
+        return meant(name.split("=")[0], self.names(), flag)
+
+
+class HelpAll(argparse.Action):
+    """Prints all options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_help(all=True), end="")
+        parser.exit()
+
+
+def group_of(name: str) -> str:
+    """The title of a field's group in the help of train."""
+    group = FACETS[name].group
+    if name in ("model_dir", "data_dir", "adapter_path"):
+        return DATA
+    return FIRST if not group else group.lower()
+
+
+def in_groups() -> list[str]:
+    """All fields, those that `--help` shows first."""
+    titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
+    return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
+
+
+def add_run_flags(parser: Parser) -> None:
+    """All fields of TrainConfig in groups, of which `--help` shows the first."""
+    for name in in_groups():
+        title = group_of(name)
+        if title not in (DATA, FIRST):
+            parser.rare.add(title)
+        add_flags(parser.group(title), [name])
+    parser.add_argument("--help-all", action=HelpAll, help="show all options and exit")
+
+
+def examples(*commands: tuple[str, str]) -> str:
+    """The end of a help text: what commands do, and how they are written."""
+    text = "\n".join(f"  # {what}\n  {command}" for what, command in commands)
+    return f"examples:\n{text}"
+
+
+def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> None:
+    """Add the flags of fields of TrainConfig; a flag that is not given leaves no attribute."""
+    for name in names:
+        field = TrainConfig.model_fields[name]
+        text = field.description or ""
+        if is_list(field):
+            text += f" {allowed(name).capitalize()}."
+        elif _metavar(name) == WORD:
+            text += f" One of {allowed(name)}."
+        if not field.is_required():
+            text += f" Default: {default(name)}."
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif bool in get_args(field.annotation):
+            options |= {"nargs": "?", "const": True, "metavar": _metavar(name)}
+        else:
+            options["metavar"] = _metavar(name)
+            options["nargs"] = "+" if is_list(field) else None
+        flags = (flag(name), *FACETS[name].aliases)
+        parser.add_argument(*flags, dest=name, help=text.replace("%", "%%"), **options)
+
+
+def _metavar(name: str) -> str:
+    field = TrainConfig.model_fields[name]
+    if is_list(field):
+        return "TEXT" if FACETS[name].texts else "NAME"
+    if bool in get_args(field.annotation):  # or a word
+        return get_args(get_args(field.annotation)[1])[0]
+    if words := choices(field):
+        text = "{" + ",".join(words) + "}"
+        return text if len(text) <= 50 else WORD
+    if FACETS[name].flag:
+        return FACETS[name].flag.strip("-").upper()
+    return {Path: "PATH", float: "X", str: "TEXT", dict: "JSON"}.get(kind(field), "N")
+
+
+def add_output_flags(parser: Parser) -> None:
+    """How much a command says, and where."""
+    group = parser.group(OUTPUT)
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")
+    how.add_argument(
+        "--verbose", "-v", action="store_true", help="show every step and event on its own line"
+    )
+    group.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="also append what is shown, with times"
+    )
+
+
+def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type of arguments."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return read
+
+
+def count(least: int) -> Callable[[str], int]:
+    """A type of arguments."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        return int(text)
+
+    return read
+
+
+part = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)
+temperature = number("a finite number >= 0", lambda x: 0 <= x < math.inf)
+finite = number("a finite number", math.isfinite)
+seconds = number("a number > 0", lambda x: 0 < x < math.inf)
+
+
+def share(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else part(text)

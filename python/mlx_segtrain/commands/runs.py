@@ -1,0 +1,300 @@
+"""Commands of runs: train, probe, verify, plan."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_segtrain.commands.flags import (
+    Parser,
+    add_flags,
+    add_output_flags,
+    add_run_flags,
+    count,
+    examples,
+    part,
+    seconds,
+    share,
+)
+from mlx_segtrain.config import ROWS, TrainConfig, affecting, flag, load_config
+from mlx_segtrain.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from mlx_segtrain.commands.terminal import Terminal
+    from mlx_segtrain.training import TrainResult
+
+#: Where an adapter goes that is told nothing else, as with mlx-lm.
+OUTPUT = {"adapter_path": "adapters"}
+UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
+#: Characters of a system message that is part of a command to paste.
+MOST_SYSTEM = 300
+
+
+def add_commands(command: Callable[..., Parser]) -> None:
+    """Adds them to a parser; `command(name, run, text)` makes one."""
+    for name, run, text in (
+        ("train", _train, "train an adapter"),
+        ("probe", _probe, "run a few steps without saving and report time and memory"),
+    ):
+        added = command(name, run, text)
+        added.usage = f"mlx-segtrain {name} [--config FILE] [--model MODEL --data DATA] [FLAG ...]"
+        add_run_flags(added)
+        added.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="YAML file with any of these options (init writes one); flags replace its values",
+        )
+        if name == "train":
+            add_output_flags(added)
+            added.epilog = examples(
+                (
+                    "three passes over a CSV file",
+                    "mlx-segtrain train --model MODEL --data rows.csv --epochs 3",
+                ),
+                (
+                    "options from a file, one of them replaced",
+                    "mlx-segtrain train --config run.yaml --lr 1e-4",
+                ),
+                ("continue an interrupted run", "mlx-segtrain train --config run.yaml --resume"),
+            )
+
+    added = command("verify", _verify, "check that a run's model, data and adapter are unchanged")
+    added.add_argument("folder", type=Path, metavar="RUN", help="the adapter_path of a run")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("plan", _plan, "estimate the memory of a run without loading the model")
+    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for train")
+    add_flags(added, ("model_dir", *affecting("memory")))
+    added.add_argument(
+        "--loss-rows",
+        type=part,
+        default=1.0,
+        metavar="X",
+        help="part of a row, at its end, that is in the loss. Default: 1.",
+    )
+    added.add_argument(
+        "--shared",
+        type=share,
+        default=0.0,
+        metavar="X",
+        help="part of a row that both sequences of a pair begin with. Default: 0.",
+    )
+    added.add_argument(
+        "--ranks",
+        type=count(2),
+        metavar="N",
+        help="say what N processes would give, and 2 to 256 of them (docs/distributed.md)",
+    )
+    added.add_argument(
+        "--link",
+        type=seconds,
+        metavar="X",
+        help="speed of the network between them, in 10⁹ bytes a second. Default: 1.25.",
+    )
+    added.add_argument(
+        "--step-seconds",
+        type=seconds,
+        metavar="X",
+        help="what a step takes one of them, as probe measures it. Default: an estimate.",
+    )
+    added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw predicted and measured memory over a step; loads the model and takes two steps",
+    )
+
+
+def config_of(args: argparse.Namespace, **fill: Any) -> TrainConfig:
+    """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
+    given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
+    return load_config(getattr(args, "config", None), given | fill, OUTPUT)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    from mlx_segtrain.commands.terminal import Terminal, complain, errors
+    from mlx_segtrain.training import checkpoint, train
+    from mlx_segtrain.training.curves import draw_run
+    from mlx_segtrain.training.ranks import launched
+
+    if launched():  # rank 0 shows the run, and this one what is wrong here
+        with Terminal(errors()) as show:
+            return 130 if train(config, show).interrupted else 0
+    how = {"quiet": args.quiet, "verbose": args.verbose, "log_file": args.log_file}
+    with Terminal(**how) as show:
+        try:
+            result = train(config, show, on_step=show.step)
+        except RunError as error:
+            complain(f"mlx-segtrain: error: {error}")
+            if checkpoint.found(config.adapter_path):
+                complain(f"continue with: {shlex.join(resume_command(args.argv))}")
+            return 1
+        if not result.interrupted:  # who interrupts a run waits for it to end
+            draw_run(config, lambda message: print(message, file=sys.stderr))
+        show.stop_bar()
+        show_result(show, config, result, args.argv)
+    return 130 if result.interrupted else 0
+
+
+def show_result(
+    show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
+) -> None:
+    """What a run came to, and what is next."""
+    from mlx_segtrain.commands.words import duration
+    from mlx_segtrain.events import speed
+
+    state = "interrupted after" if result.interrupted else "trained"
+    if result.stopped_early:
+        state = "no lower validation loss any more: stopped after"
+    show.say(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
+    if result.interrupted and not result.steps:
+        show.say("nothing was saved: no step was finished")
+        return
+    show.fact("adapter", str(result.adapter_path))
+    rewarded = ROWS[config.method] == "prompt"
+    if rewarded and result.final_val_loss is not None:
+        assert result.first_val_loss is not None and result.best_val_loss is not None
+        show.fact(
+            "held-out reward",
+            f"{-result.first_val_loss:.3f} -> {-result.final_val_loss:.3f} "
+            f"(best {-result.best_val_loss:.3f} at step {result.best_step})",
+        )
+    elif result.final_train_loss is not None:
+        most = min(config.steps_per_report, result.steps)
+        over = f" (mean of the last {most} steps)" if most > 1 else ""
+        show.fact("training loss", f"{result.final_train_loss:.4f}{over}")
+    if result.final_val_loss is not None and not rewarded:
+        show.fact(
+            "validation loss",
+            f"{result.first_val_loss:.4f} -> {result.final_val_loss:.4f} "
+            f"(best {result.best_val_loss:.4f} at step {result.best_step})",
+        )
+    if result.final_val_accuracy is not None:
+        show.fact(
+            "accuracy",
+            f"{result.first_val_accuracy:.1%} -> {result.final_val_accuracy:.1%} of validation "
+            "pairs",
+        )
+    show.fact("speed", speed(asdict(result)))
+    show.fact("peak memory", f"{_peak(result)}, of the process {result.process_gb:.2f} GB")
+    if result.interrupted:
+        show.command("continue with", resume_command(argv))
+        return
+    for what, command in uses(config, result.adapter_path):
+        show.command(what, command)
+
+
+def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
+    """Commands that ask the adapter of a run, with the system message that its data has."""
+    from mlx_segtrain.adapters import prompting_of
+    from mlx_segtrain.ops.selfcheck import on_gpu
+
+    prompting = prompting_of(adapter)
+    own = ["--model", str(config.model_dir), "--adapter", str(adapter)]
+    system = _system(config) if prompting.format != "raw" else None
+    more, note = [], ""
+    if system is not None and len(system) <= MOST_SYSTEM:
+        more = ["--system", system]
+    elif system is not None:
+        more = ["--system", "…"]
+        note = f", with the system message of the data ({len(system):,} characters)"
+    found = [
+        (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
+        ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
+    ]
+    if on_gpu():  # on a CPU stock mlx-lm computes in bfloat16, which takes seconds a token
+        theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]
+        mlx_lm = ["python", "-m", "mlx_lm", "generate", *theirs]
+        if more:
+            mlx_lm[mlx_lm.index("--system")] = "--system-prompt"
+        found.append(("or with mlx-lm", [*mlx_lm, *prompting.flags, "--prompt", "…"]))
+    return found
+
+
+def _system(config: TrainConfig) -> str | None:
+    """The system message of the data, if all its rows have the same."""
+    from mlx_segtrain.data import Options
+    from mlx_segtrain.data.sources import sources_of
+    from mlx_segtrain.data.system import system_message
+
+    with suppress(InputError):  # the data may have gone since
+        return system_message(sources_of(config.data_dir, ask=False)[0], Options.of(config))
+    return None
+
+
+def resume_command(argv: Sequence[str]) -> list[str]:
+    """The command that continues a run which `argv` began."""
+    kept, skip = [], False
+    for i, word in enumerate(argv):
+        if skip:
+            skip = False
+        elif word == "--resume":
+            skip = argv[i + 1 : i + 2] in (["auto"], ["true"], ["false"])
+        elif word not in (flag("overwrite"), "--no-overwrite") and not word.startswith("--resume="):
+            kept.append(word)
+    return ["mlx-segtrain", *kept, "--resume"]
+
+
+def _probe(args: argparse.Namespace) -> int:
+    config = config_of(args, adapter_path=UNUSED)
+    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.training import probe
+
+    with downloads() as show:
+        result = probe(config, show)
+    print(f"resting memory   {result.resting_gb:.2f} GB")
+    print(f"peak memory      {_peak(result)}")
+    print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
+    print(f"speed            {result.tokens / result.step_s:,.0f} tokens/s")
+    print(f"loss             {result.loss:.4f}")
+    print(f"gradient norm    {result.grad_norm:.4f}")
+    print(f"finite           {'yes' if result.finite else 'no'}")
+    return 0 if result.finite else 1
+
+
+def _peak(result: Any) -> str:
+    planned = "" if result.planned_gb is None else f" (planned {result.planned_gb:.2f} GB)"
+    return f"{result.peak_gb:.2f} GB{planned}"
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.views import show_verified
+    from mlx_segtrain.training import verify
+
+    found = verify(args.folder)
+    return answer(found, show_verified, args.json, found.ok)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    if args.ranks is None and (args.link or args.step_seconds):
+        raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
+    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
+    from mlx_segtrain.commands.terminal import answer, downloads
+    from mlx_segtrain.commands.views import show_plan
+    from mlx_segtrain.hub import located, model, outline
+    from mlx_segtrain.planning import report
+    from mlx_segtrain.planning.run import full_batch, plan_run
+    from mlx_segtrain.planning.scaling import LINK, scaled
+
+    with downloads() as show:
+        # A picture is drawn of a model that runs.
+        config = located(config, show, bring=outline if args.plot is None else model)
+    run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
+    found = report.of(run)
+    if args.ranks is not None:
+        found = replace(found, ranks=scaled(run, args.ranks, args.link or LINK, args.step_seconds))
+    if args.plot is not None:
+        from mlx_segtrain.commands.picture import draw
+
+        draw(args.plot, run, config)
+    return answer(found, show_plan, args.json)

@@ -1,0 +1,313 @@
+"""What commands found, shown to people: as text, in colour on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mlx_segtrain.commands.terminal import as_it_is
+from mlx_segtrain.commands.words import duration, hanging
+from mlx_segtrain.data.notes import FINDINGS
+
+if TYPE_CHECKING:
+    from mlx_segtrain.adapters import conversion, discovery, folding
+    from mlx_segtrain.data import Preview, Report
+    from mlx_segtrain.models.conversion import Made
+    from mlx_segtrain.ops import selfcheck as doctor
+    from mlx_segtrain.planning.report import PlanReport
+    from mlx_segtrain.training import EvalResult, ScoreResult, Verified
+
+TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
+CONTEXT = ("default", "dim")
+#: Layers that the report of a merge shows.
+WORST = 8
+
+
+def show_report(report: Report, console: Console | None = None) -> None:
+    """Print what a data set trains; its first rows token by token where a tokenizer was given."""
+    console = console or Console(highlight=False)
+    line = as_it_is(console, indent=9)
+    line(f"format   {formats(report)}")
+    line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
+    if report.samples is not None:
+        line(f"samples  {report.samples:,}, with {report.trained_turns:,} trained turns")
+    if report.prompt_format == "chat":
+        line("prompts  go through the chat template")
+    elif report.prompt_format == "raw":
+        line("prompts  are raw, without the chat template")
+    if report.length_max is None:
+        line("give --model to count tokens and to see which of them are trained")
+        return
+    line(
+        f"length   {report.length_min} to {report.length_max} tokens, "
+        f"median {report.length_median}, 95 % have at most {report.length_p95}"
+    )
+    line(f"tokens   {report.tokens:,} to run, {report.supervised_tokens:,} of them in the loss")
+    for row in bars(report):
+        line(f"         {row}")
+    if report.longest:
+        line(f"longest  {', '.join(f'{place} ({n:,} tokens)' for place, n in report.longest)}")
+    for name, text in epochs(report).items():
+        line(f"{name:8} {text}")
+    if report.duplicates:
+        line(f"equal    {report.duplicates:,} rows are equal to an earlier one (see --dedup)")
+    line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
+    for sentence in report.remarks:
+        line(f"warning: {sentence}")
+    for name, rows in report.findings.items():
+        if len(rows) > 1:
+            line(f"{FINDINGS[name]}: {', '.join(rows)}")
+    if report.previews:
+        line("")
+        line(
+            Text.assemble(("trained", TRAINED[0]), " and ", ("context", CONTEXT[1]), " tokens:")
+            if console.is_terminal
+            else "trained tokens stand in ⟦ ⟧, all others are context:"
+        )
+    for preview in report.previews:
+        line("")
+        line(preview.source)
+        for sentence in preview.findings:
+            line(f"warning: {sentence}")
+        line(_coloured(preview) if console.is_terminal else _marked(preview))
+
+
+def formats(report: Report) -> str:
+    """The format of a data set's rows, or several with their counts."""
+    if len(report.formats) < 2:
+        return str(report.format)
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
+
+
+def bars(report: Report, width: int = 40) -> list[str]:
+    """A line for each range of lengths: from, to, a bar, and how many samples have them."""
+    if not report.histogram:
+        return []
+    most = max(own.count for own in report.histogram)
+    ends = len(f"{report.histogram[-1].last:,}")
+    return [
+        f"{x.first:>{ends},} to {x.last:>{ends},} {_bar(x.count / most * width)} {x.count:,}"
+        for x in report.histogram
+    ]
+
+
+def _bar(length: float) -> str:
+    """As long as that, in eighths of a character."""
+    whole, rest = divmod(round(length * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
+
+
+def epochs(report: Report) -> dict[str, str]:
+    """What an epoch takes, as the rows are and packed, in words."""
+    said = {}
+    if (own := report.epoch) is not None:
+        said["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
+        if own.seconds is not None:
+            said["epoch"] += f", about {duration(own.seconds)}"
+    if (own := report.packed) is not None:
+        said["packed"] = (
+            f"{own.steps:,.6g} steps, {own.rows:,} rows that are {1 - own.unused:.1%} full (see "
+            "--packing)"
+        )
+    return said
+
+
+def show_checks(report: doctor.Report, console: Console | None = None) -> None:
+    """Print whether a device's kernels are right, and below the table why one is not."""
+    console = console or Console(highlight=False)
+    line = as_it_is(console)
+    line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
+    line(f"MLX            {report.mlx}")
+    line(f"mlx-segtrain   {report.version}")
+    bad = Text("off" if report.gpu else "wrong", "bold red")
+    table = Table("kernel", "case", "result", box=box.SIMPLE_HEAD)
+    for name in ("error", "ms", "plain ms"):
+        table.add_column(name, justify="right")
+    for x in report.checks:
+        times = ("–" if ms is None else f"{ms:.2f}" for ms in (x.ms, x.plain_ms))
+        error = "–" if x.error is None else f"{x.error:.1e}"
+        table.add_row(x.op, x.case, bad if x.reason else Text("ok", "green"), error, *times)
+    console.print(table)
+    for x in report.checks:
+        if x.reason:
+            line(f"{x.op}{x.case and f' ({x.case})'}: {x.reason}")
+    if report.ok:
+        line("every kernel agrees with the plain code")
+    elif report.gpu:
+        line("a kernel that is off is not used on this device: the next implementation serves")
+
+
+def _coloured(preview: Preview) -> Text:
+    text = Text()
+    for j, (token, trained, _) in enumerate(preview.tokens):
+        text.append(token, (TRAINED if trained else CONTEXT)[j % 2])
+    return text
+
+
+def _marked(preview: Preview) -> str:
+    parts = []
+    for trained, run in groupby(preview.tokens, key=lambda token: token[1]):
+        text = "".join(token for token, _, _ in run)
+        parts.append(f"⟦{text}⟧" if trained else text)
+    return "".join(parts)
+
+
+def show_plan(report: PlanReport) -> None:
+    """Print what a run would take."""
+
+    def gb(n: int) -> str:
+        return f"{n / 1e9:.2f} GB"
+
+    console = Console(highlight=False)
+    width = console.width if console.is_terminal else 10**6
+
+    def line(name: str, text: str) -> None:
+        print(hanging(name, text, 14, width))
+
+    rows = f"{report.rows} row{'s' * (report.rows != 1)}"
+    line("batch", f"{rows} of {report.tokens:,} tokens, {report.trained_tokens:,} in the loss")
+    line("budget", gb(report.budget))
+    if not report.predicted:
+        line("weights", gb(report.weights))
+        line("plan", report.plan)
+        return
+    line("plan", report.plan)
+    line("peak", f"{gb(report.peak)}, predicted")
+    for name, n in report.parts.items():
+        line("", f"{gb(n)}  {name}")
+    line("recomputed", f"{report.recomputed:.0%} of the work that must be done")
+    line("longest", _longest(report.longest, report.max_length))
+    for other in report.alternatives:
+        if other.fits:
+            pace = "as fast" if abs(other.slower) < 0.005 else f"{other.slower:+.0%} work"
+            text = f"{other.plan}; {gb(other.peak)}, {pace}"
+        else:
+            text = f"does not fit: {gb(other.peak)} at least"
+        line(f"in {gb(other.budget)}", f"{text}; {_longest(other.longest, report.max_length)}")
+    if report.ranks:
+        line("ranks", "  each sends      computes       adds up   as fast as one")
+    for own in report.ranks:
+        times = f"{own.compute_s:>12.3g} s{own.add_s:>12.3g} s"
+        speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
+        line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
+
+
+def _longest(tokens: int, most: int | None) -> str:
+    if not tokens:
+        return "no length fits"
+    if tokens == most:
+        return f"rows of {tokens:,} tokens fit, the model's context length"
+    known = f" (the model's context length is {most:,})" if most else ""
+    return f"rows of up to {tokens:,} tokens fit{known}"
+
+
+def show_verified(found: Verified) -> None:
+    """Print which parts of a run have changed since."""
+    ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
+    print(f"{'run':12s}  {found.run}: {ended}")
+    for part, faults in found.parts.items():
+        print(f"{part:12s}  {'; '.join(faults) or 'the same'}")
+
+
+def show_evaluation(result: EvalResult, unit: str) -> None:
+    """Print a loss with its unit, and how many tokens it was measured on."""
+    print(f"loss        {result.loss:.4f} {unit}")
+    width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
+    for name, x in result.metrics.items():
+        print(f"{name.replace('_', ' '):{width}s}{x:.4f}")
+    if result.perplexity is not None:
+        print(f"perplexity  {result.perplexity:.3f}")
+    print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
+    print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
+
+
+def show_score(result: ScoreResult) -> None:
+    """Print rewards, and how often completions pass."""
+    print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
+    for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
+        print(f"  {name:10s}{x:.4f}")
+    for k, x in result.pass_at.items():
+        print(f"{f'pass@{k}':12s}{x:.1%}")
+    print(f"length      {result.length:.1f} tokens, {result.truncated:.1%} truncated")
+    print(f"measured    {result.completions} completions of each of {result.rows:,} prompts")
+
+
+def show_converted(done: conversion.Converted) -> None:
+    """Print what an adapter that was written holds, and how far it is from what was read."""
+    ranks = ", ".join(map(str, done.ranks))
+    print(f"adapter     {done.path}")
+    print(f"linears     {done.linears}, of rank {ranks}")
+    print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
+
+
+def show_made(made: Made) -> None:
+    """Print a model that was converted."""
+    print(f"model    {made.path}, {made.size / 1e9:.2f} GB (it was {made.before / 1e9:.2f} GB)")
+
+
+def wide() -> Console:
+    """A console that breaks no name where there is no terminal to fit into."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def show_fold(report: folding.Report) -> None:
+    """Print what a merge came to, and the linear layers of which it lost the most."""
+    table = Table("layer", box=box.SIMPLE_HEAD)
+    for name in ("bits", "update", "lost", "rounding"):
+        table.add_column(name, justify="right")
+    swallowed, say = report.swallowed, as_it_is(wide())
+    for own in sorted(report.linears, key=lambda own: -own.lost)[:WORST]:
+        bits = "dense" if own.bits is None else str(own.bits)
+        share = f"{own.update / own.weight:.2e}" if own.weight else "–"
+        style = "bold red" if own in swallowed else ""
+        row = (bits, share, f"{own.lost:.1%}", f"{own.error:.2f}")
+        table.add_row(escape(own.path), *row, style=style)
+    print(f"model    {report.path}, {report.size / 1e9:.2f} GB")
+    print(f"merged   {len(report.linears):,} linear layers")
+    print(f"copied   {report.untouched:,} tensors as they were")
+    print(f"lost     {report.lost:.1%} of the update")
+    if table.rows:
+        left = len(report.linears) - len(table.rows)
+        more = f" ({left:,} more: see --json)" if left else ""
+        say(
+            f"\nlayers that lost the most{more}; update is relative to the weight, rounding to the "
+            "update:"
+        )
+        wide().print(table)
+    if swallowed:
+        quantized = any(own.bits is not None for own in swallowed)
+        way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
+        say(
+            f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
+            f"tenth of the update to rounding. Merge with {way}, or serve base and adapter apart."
+        )
+
+
+def show_adapters(found: Sequence[discovery.Found]) -> None:
+    """Print adapters, and below the table why one cannot be used."""
+    asked = any(own.fits is not None for own in found)
+    columns = ("adapter", "base", "kind", "rank", "linears", "step", "best loss", "MB")
+    table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)
+    for own in (own for own in found if own.fault is None):
+        ranks = ", ".join(map(str, own.ranks))
+        best = "–" if own.best_loss is None else f"{own.best_loss:.4f}"
+        step = "–" if own.step is None else str(own.step)
+        base = own.base.rstrip("/").rsplit("/", 1)[-1] or "–"
+        row = [escape(str(own.path)), escape(base), own.kind, ranks, str(own.linears), step, best]
+        row.append(f"{own.size / 1e6:.1f}")
+        table.add_row(*row, *(("yes" if own.fits else "no",) if asked else ()))
+    if table.rows:
+        wide().print(table)
+    else:
+        print("no adapters here")
+    for own in found:
+        if own.fault is not None:
+            print(f"left out: {own.fault}")

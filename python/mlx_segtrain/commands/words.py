@@ -1,0 +1,51 @@
+"""Text in lines that fit, and commands that can be pasted."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+
+def wrapped(text: str, width: int, indent: int = 0) -> str:
+    """A sentence in lines of up to so many columns, the further ones indented; no word is cut."""
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    how |= {"drop_whitespace": True, "subsequent_indent": " " * indent}
+    return textwrap.fill(text, max(width, indent + 20), **how)
+
+
+def hanging(name: str, text: str, column: int, width: int) -> str:
+    """A name and its text from that column on, in lines of `width`; no word is cut."""
+    lines = wrapped(text, width - column).splitlines() or [""]
+    return "\n".join(
+        f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)
+    ).rstrip()
+
+
+def command_line(argv: Sequence[str], width: int) -> str:
+    """A command as it is pasted into a shell, over several lines if it is longer than `width`."""
+    words = [shlex.quote(word) if word != "…" else word for word in argv]
+    text = " ".join(words)
+    if len(text) <= width:
+        return text
+    lines, line = [], words[0]
+    for i, word in enumerate(words[1:], 1):
+        # A flag stands on a line with its value.
+        held = [word, *words[i + 1 : i + 2]] if word.startswith("-") else [word]
+        if len(" ".join([line, *held])) > width - 2 and word.startswith("-"):
+            lines.append(line)
+            line = f"    {word}"
+        else:
+            line += f" {word}"
+    return " \\\n".join([*lines, line])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 7s, 3m20s or 2h05m."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total // 60 % 60:02d}m"

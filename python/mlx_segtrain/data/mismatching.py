@@ -1,0 +1,66 @@
+"""Each row beside its prompt with the response of another row, as KTO's KL divergence needs it."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import InputError
+from .columns import Lazy
+from .dataset import Dataset
+from .encoding import Pair, Row
+
+
+def mismatched(data: Dataset, tokens: int) -> Dataset:
+    """Pairs of each row and its prompt with a response of another prompt's row, of at most so many
+    tokens; InputError if all rows have one prompt.
+
+    Which row that is follows from the data alone, so what the model without an adapter gives for it
+    is computed once, and a batch may be one row. Responses go round by length: each has about the
+    length of the row's own. In the columns no token of the second sequence is trained.
+    """
+    columns, rows = data.columns, data.rows
+    first, length, trained, top = (
+        getattr(columns, name)[:, 0] for name in ("first", "length", "trained", "top")
+    )
+    other = _others(data)
+
+    def pair(i: int) -> Pair:
+        own, of = rows[i], rows[int(other[i])]
+        at, start = int(first[i]), int(first[other[i]])
+        ids = np.concatenate([own.ids[:at], of.ids[start:]])[:tokens]
+        weights = np.concatenate([np.zeros(at, np.float32), abs(of.weights[start:])])[:tokens]
+        wrong = Row(ids, weights, f"{own.source} with a response of {of.source}")
+        return Pair.of(own, wrong, own.source)
+
+    lengths = np.minimum(first + (length - first)[other], tokens)
+    columns = replace(
+        columns,
+        length=np.stack([length, lengths], 1),
+        first=np.stack([first, first], 1),
+        trained=np.stack([trained, np.zeros_like(trained)], 1),
+        top=np.stack([top, np.maximum(top, top[other])], 1),
+    )
+    return replace(data, rows=Lazy(len(rows), pair), columns=columns)
+
+
+def _others(data: Dataset) -> np.ndarray:
+    """The row whose response each row gets, int64 [n]: the one before it by the response's length,
+    the last one before the first; or the one before that, until the prompt is another one."""
+    first = data.columns.first[:, 0]
+    prompts = [row.ids[:at].tobytes() for row, at in zip(data.rows, first, strict=True)]
+    _, prompt = np.unique(np.array([hash(own) for own in prompts]), return_inverse=True)
+    n = len(prompts)
+    order = np.argsort(data.columns.length[:, 0] - first, kind="stable")
+    place = np.empty(n, np.int64)
+    place[order] = np.arange(n)
+    other, left = np.arange(n), np.arange(n)
+    for step in range(1, n):
+        other[left] = order[(place[left] - step) % n]
+        left = left[prompt[other[left]] == prompt[left]]
+        if not left.size:
+            return other
+    raise InputError(
+        f"{data.name}: all rows have the same prompt, and method kto compares with responses to "
+        "other prompts: add rows, or give kto_loss apo_zero_unpaired.",
+        field="kto_loss",
+    )

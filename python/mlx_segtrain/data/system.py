@@ -1,0 +1,36 @@
+"""The system message that the rows of a data set have in common."""
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from .encoding import Options
+from .formats import checked
+from .sources import Source, rows_of
+
+#: Rows that are looked at.
+LOOKED_AT = 64
+
+
+def system_message(source: Source, options: Options) -> str | None:
+    """The system message that the first rows all begin with; None if they differ or have none.
+
+    InputError if the rows cannot be read.
+    """
+    found: set[str | None] = set()
+    for name, row in islice(rows_of(source), LOOKED_AT):
+        record = checked(dict(row), name, options.data_format, options.columns)
+        found.add(_system_of(record.row))
+        if len(found) > 1:
+            return None
+    return found.pop() if found else None
+
+
+def _system_of(row: Mapping[str, Any]) -> str | None:
+    if isinstance(own := row.get("system"), str) and own:
+        return own
+    for turns in (row.get("messages"), row.get("prompt")):
+        if isinstance(turns, list) and turns and turns[0].get("role") == "system":
+            content = turns[0].get("content")
+            return content if isinstance(content, str) else None
+    return None

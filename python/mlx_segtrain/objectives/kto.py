@@ -1,0 +1,212 @@
+"""KTO: responses that are wanted or not, each compared with how far the model has moved in general.
+
+How far it has moved is a KL divergence, estimated over all rows of a step: the model and the one
+without its adapter are asked for the response of another row (data/mismatching.py). That takes a
+forward pass before the step's first backward pass, and no gradient goes through it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .. import ops
+from ..data import AnyBatch, Batch, Dataset, PairBatch
+from ..data.mismatching import mismatched
+from ..models import Chain
+from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
+from .objective import Objective, stream_values
+from .preference import Reference
+
+#: What the paper advises for the weighted number of desirable rows over that of the others (eq. 8).
+ADVISED = (1.0, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Total:
+    """Rows, and those of them that are wanted; `baseline` is the estimate of the KL divergence,
+    which may be below 0."""
+
+    rows: int
+    wanted: int
+    baseline: float = 0.0
+
+
+class Responses(Objective):
+    """Log-probabilities of one response a row; what becomes of them is `_outputs`."""
+
+    unit = "per row"
+    reads = ("targets", "members", "labels", "reference", "kl", "parts")
+
+    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
+        # A response of another row may make a longer sequence than any that is trained.
+        columns = data.columns
+        length = padded(int(columns.length.max()), rows) - 1
+        first, most = int(columns.first.min()) - 1, int(columns.trained.max())
+        return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
+
+    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
+        trimmed = length - trim_start(length - trained)
+        return BatchShape.single(rows, length, trimmed, rows * trained)
+
+    def total(self, batches: Sequence[AnyBatch]) -> Total:
+        labels = np.concatenate([_labels(_own(batch)) for batch in batches])
+        return Total(len(labels), int((labels > 0).sum()))
+
+    def streams(self, chain: Chain, batch: AnyBatch) -> tuple[Stream, ...]:
+        return SINGLE
+
+    def values(self, chain: Chain, batch: AnyBatch, total: Total) -> dict[str, mx.array]:
+        """M rows that predict a token of a response, and which: `members` [B, M].
+
+        `labels` [B] are 1 or −1; `reference` [B] what the model without its adapter gives; `kl` the
+        estimate of the divergence; `parts` [3] 1 over the rows of the step, over the wanted ones
+        and over the others, NaN if there are none.
+        """
+        own, reference = self._sides(batch)
+        b, t = np.nonzero(own.weights[:, 1:])
+        unwanted = total.rows - total.wanted
+        parts = [1 / n if n else nan for n in (total.rows, total.wanted, unwanted)]
+        # The last token of a sequence is only predicted.
+        return {
+            **stream_values(chain, SINGLE[0], own.tokens[:, :-1], b, t),
+            "targets": ops.upload(own.tokens[b, t + 1]),
+            "members": ops.upload((np.arange(len(own.rows))[:, None] == b).astype(np.float32)),
+            "labels": ops.upload(_labels(_own(batch))),
+            "reference": ops.upload(reference),
+            "kl": mx.array(max(total.baseline, 0.0), mx.float32),
+            "parts": mx.array(parts, mx.float32),
+        }
+
+    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
+        def outputs(
+            params: Mapping[str, mx.array],
+            h: mx.array,
+            rows: mx.array,
+            targets: mx.array,
+            members: mx.array,
+            *own: mx.array,
+        ) -> tuple[mx.array, ...]:
+            h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
+            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
+            # Sums of products, not a product of matrices: GPUs round its operands.
+            return self._outputs((members * log_p).sum(1), *own)
+
+        return outputs
+
+    def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
+        """The sequences that run, and their reference."""
+        own = _own(batch)
+        return own, _reference(batch)[: len(own.rows)]
+
+    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        """Of the log-probabilities [B] of the responses, and what else the head reads."""
+        raise NotImplementedError
+
+
+def _own(batch: AnyBatch) -> Batch:
+    """The rows' own sequences."""
+    return batch.chosen if isinstance(batch, PairBatch) else batch
+
+
+def _labels(own: Batch) -> np.ndarray:
+    """1 of rows that are wanted, −1 of the others, float32 [B]: the sign of their weights."""
+    return np.sign(own.weights.sum(1)).astype(np.float32)
+
+
+def _reference(batch: AnyBatch) -> np.ndarray:
+    """What is known of all sequences of a batch, float32; 0 before it is."""
+    sides = 2 if isinstance(batch, PairBatch) else 1
+    none = np.zeros(sides * len(batch.rows), np.float32)
+    return none if batch.reference is None else batch.reference
+
+
+@dataclass(frozen=True)
+class Alone(Responses):
+    """No loss: outputs the log-probabilities of the responses, [B]."""
+
+    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        return (sums,)
+
+
+@dataclass(frozen=True)
+class Divergence(Responses):
+    """No loss: how much likelier than without its adapter the model finds responses of other rows,
+    as a part of the mean over the rows."""
+
+    def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
+        assert isinstance(batch, PairBatch)
+        return batch.rejected, _reference(batch)[len(batch.rows) :]
+
+    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        _, reference, _, parts = reads
+        return ((sums - reference).sum() * parts[0],)
+
+
+@dataclass(frozen=True)
+class Kto(Responses):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+    With r = log π − log ref, sums over the response, and the KL divergence z ≥ 0 as a constant:
+    λ_D·(1 − σ(β(r − z))) of a row that is wanted, λ_U·(1 − σ(β(z − r))) of another. With z = 0 that
+    is apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). A reward is βr; a row is
+    right if that is above βz, or below where it is not wanted.
+    """
+
+    beta: float = 0.1
+    kind: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable: float = 1.0
+    undesirable: float = 1.0
+
+    options = ("kto_beta", "kto_loss", "desirable_weight", "undesirable_weight")
+    metrics = ("accuracy", "margin", "desirable_reward", "undesirable_reward", "kl")
+
+    @property
+    def reference(self) -> Objective:
+        return Reference() if self.baseline else Alone()
+
+    @property
+    def baseline(self) -> Divergence | None:
+        return Divergence() if self.kind == "kto" else None
+
+    def prepared(self, data: Dataset, tokens: int) -> Dataset:
+        return mismatched(data, tokens) if self.baseline else data
+
+    def remarks(self, data: Dataset) -> list[str]:
+        wanted = int((data.columns.sign > 0).sum())
+        rows = wanted, len(data) - wanted
+        if 0 in rows:
+            return [f"{data.name}: the label of every row is {str(wanted > 0).lower()}"]
+        weighted = self.desirable * rows[0], self.undesirable * rows[1]
+        low, high = ADVISED
+        if 0 in weighted or low <= weighted[0] / weighted[1] <= high:
+            return []
+        # As if rounded to the range: both ends with two digits.
+        ends = [self.undesirable * rows[1] * end / rows[0] for end in ADVISED]
+        return [
+            f"{data.name}: {rows[0]:,} rows are wanted and {rows[1]:,} are not; with these weights "
+            f"that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to 1.33: "
+            f"give a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
+        ]
+
+    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        labels, reference, kl, parts = reads
+        wanted = labels > 0
+        rewards = self.beta * (sums - reference)
+        apart = labels * (rewards - self.beta * kl)
+        losses = mx.where(wanted, self.desirable, self.undesirable) * mx.sigmoid(-apart)
+        right = (apart > 0) + 0.5 * (apart == 0)  # a tie counts as one half
+        means = [mx.where(own, rewards, 0).sum() for own in (wanted, ~wanted)]
+        high, low = means[0] * parts[1], means[1] * parts[2]
+        share = labels.size * parts[0]
+        found = (
+            right.sum() * parts[0],
+            high - low,
+            high,
+            low,
+            kl * share if self.baseline else nan,
+        )
+        return losses.sum() * parts[0], *(mx.stop_gradient(mx.array(x)) for x in found)

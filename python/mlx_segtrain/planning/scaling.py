@@ -1,0 +1,65 @@
+"""What several ranks give, by arithmetic: time to compute against time to add gradients up.
+
+A ring of N ranks adds B bytes up in 2(N − 1) rounds, in each of which every rank sends B/N bytes
+(Patarasuk & Yuan 2009): 2(N − 1)/N·B bytes a rank, and as many latencies as rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import InputError
+from .packing import SPEEDS
+from .run import RunPlan
+
+#: Numbers of ranks that a table has, besides the one that was asked for.
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
+#: Seconds from one rank to the next, as between processes over Ethernet.
+LATENCY = 50e-6
+#: Bytes a second of a network of which nothing is said, in 10⁹: Ethernet of 10 Gbit/s.
+LINK = 1.25
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A step on so many ranks, a batch on each: bytes that each rank sends, seconds that it
+    computes and adds up, and the speed over that of one rank."""
+
+    ranks: int
+    sent: int
+    compute_s: float
+    add_s: float
+    speedup: float
+
+
+def numbers_of(run: RunPlan) -> int:
+    """Numbers of the adapter, each of which has a gradient."""
+    widths, dora = run.shape.widths, run.batch.dora
+    pairs = ((rank, *widths[path]) for path, rank in run.ranks.items())
+    return sum(rank * (inputs + outputs) + dora * outputs for rank, inputs, outputs in pairs)
+
+
+def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) -> list[Scaled]:
+    """Steps on 2 to 256 ranks and on `ranks`, over links of so many 10⁹ bytes a second.
+
+    `batch_s` is what a batch takes one rank; by default by the planner's figures of the device.
+    InputError for models whose work is not predicted, unless it is given.
+    """
+    if run.planned is None:
+        raise InputError(
+            f"--ranks is not for {run.shape.family}, whose adapter and work are not known before a "
+            "run: leave it out."
+        )
+    if batch_s is None:
+        speed = SPEEDS[run.device.name]
+        batch_s = run.planned.work / speed.work_per_s + speed.layer_s * len(run.shape.layers)
+    return [
+        _scaled(n, 4 * numbers_of(run), link_gb_s * 1e9, batch_s)
+        for n in sorted({ranks, *SIZES} - {1})
+    ]
+
+
+def _scaled(n: int, size: int, link: float, batch_s: float) -> Scaled:
+    sent = 2 * (n - 1) * size / n
+    add_s = sent / link + 2 * (n - 1) * LATENCY
+    return Scaled(n, round(sent), batch_s, add_s, n * batch_s / (batch_s + add_s))

@@ -1,0 +1,253 @@
+"""Data sets and adapters that clients send, file by file, and take, as one archive.
+
+What comes goes to a folder of its own in the store, in parts that are written as they come: aside,
+and renamed when all of it is there and is what its name says.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi import Path as InPath
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from ... import files
+from ...data.sources import SPLITS, format_of, split_in
+from ...errors import InputError
+from ...hub import MARGIN
+from ...lora.folder import CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
+from ..jobs import pushing
+from ..jobs.queue import Conflict
+from ..service import Service
+from . import forms
+from .dependencies import Used
+from .guard import PATIENCE_S
+from .routes import problems
+
+Kind = Literal["datasets", "adapters"]
+#: Files of an adapter that are taken.
+OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
+#: Bytes that are read at once.
+BLOCK = 1 << 20
+Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/octet-stream": BINARY}}
+}
+ARCHIVE: dict[int | str, dict[str, Any]] = {200: {"content": {"application/zip": BINARY}}}
+
+router = APIRouter(responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 503))
+
+
+@router.put(
+    "/api/datasets/{name}/{file}",
+    tags=["models and data"],
+    responses=problems(409),
+    openapi_extra=BODY,
+)
+async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
+    """A file of a data set: `train` or `valid`, with the ending of its format (docs/data.md)."""
+    known = format_of(Path(file)) is not None
+    if not known or file.partition(".")[0] not in SPLITS or not file.isascii():
+        raise InputError(
+            "a data set's file is called train or valid, with the ending of its format: "
+            "train.jsonl, train.csv, valid.parquet, …",
+            status=422,
+        )
+    return await _receive(service, "datasets", name, file, request)
+
+
+@router.put(
+    "/api/adapters/{name}/{file}",
+    tags=["models and data"],
+    responses=problems(409),
+    openapi_extra=BODY,
+)
+async def put_adapter(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
+    """A file of an adapter: its configuration, or its weights as mlx-lm or PEFT names them."""
+    if file not in OF_ADAPTER:
+        raise InputError(f"an adapter's file is one of {', '.join(OF_ADAPTER)}.", status=422)
+    return await _receive(service, "adapters", name, file, request)
+
+
+@router.delete("/api/datasets/{name}", tags=["models and data"], responses=problems(404, 409))
+async def remove_data(name: Name, service: Used) -> forms.Answer:
+    """Deletes a data set that a client has sent."""
+    return await _remove(service, "datasets", name)
+
+
+@router.delete("/api/adapters/{name}", tags=["models and data"], responses=problems(404, 409))
+async def remove_adapter(name: Name, service: Used) -> forms.Answer:
+    """Deletes an adapter that a client has sent."""
+    return await _remove(service, "adapters", name)
+
+
+@router.get(
+    "/api/datasets/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
+)
+async def data_archive(path: str, service: Used) -> StreamingResponse:
+    """The rows of a data set's folder below the roots: its training and validation files."""
+    place = service.roots.resolve(path)
+    found = [split_in(place, place, split) for split in SPLITS]
+    if not found[0]:
+        raise InputError(f"{path} has no training rows: give the folder of a data set.")
+    named = {name: own for split in found for name, own in split.items()}
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
+        return _sent(service, place.name, opened, stack.pop_all())
+
+
+@router.get(
+    "/api/adapters/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
+)
+async def adapter_archive(path: str, service: Used) -> StreamingResponse:
+    """An adapter's folder below the roots: what a push to the hub would send."""
+    place = service.roots.resolve(path)
+    with ExitStack() as stack:
+        opened = stack.enter_context(pushing.opened(place))
+        return _sent(service, place.name, opened, stack.pop_all())
+
+
+# What comes
+
+
+def _folder(service: Service, kind: Kind, name: str) -> Path:
+    return service.uploads / kind / name
+
+
+async def _remove(service: Service, kind: Kind, name: str) -> forms.Answer:
+    place = _folder(service, kind, name)
+    if not place.is_dir():
+        raise InputError(f"no client has sent {name}: only what was sent is deleted.", status=404)
+    for id in service.jobs.live:
+        row = service.jobs.find(id)
+        if row and str(place) in row.inputs:
+            raise Conflict(f"{id}, which has not ended, uses {name}: cancel it first.")
+    await run_in_threadpool(files.remove_folder, place)
+    return forms.Answer()
+
+
+async def _receive(
+    service: Service, kind: Kind, name: str, file: str, request: Request
+) -> forms.Uploaded:
+    place = _folder(service, kind, name)
+    path = place / file
+    with service.transfers.place(path):
+        if path.exists():
+            raise Conflict(f"{name} has a file {file} already: give it another name.")
+        length = request.headers.get("content-length", "")
+        _check_room(place, int(length) if length.isdecimal() else 0)
+        await run_in_threadpool(files.make_folder, place)
+        try:
+            size = await _write(path, kind, request.stream())
+        except ClientDisconnect:
+            raise InputError(f"{file} broke off before its end: send it again.") from None
+        finally:
+            await run_in_threadpool(_remove_if_empty, place)
+    return forms.Uploaded(path=str(place), size_bytes=size)
+
+
+async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
+    """Writes a file; its bytes. InputError for one that is not what its name says."""
+    with files.atomic(path) as aside:
+        with open(aside, "xb", opener=files.private) as file:
+            async for part in parts:
+                await run_in_threadpool(file.write, part)
+                _check_room(path, 0)
+            size = file.tell()
+            await run_in_threadpool(file.flush)
+            await run_in_threadpool(files.sync_open, file.fileno())
+        if size == 0:
+            raise InputError(f"{path.name} is empty.", status=422)
+        if kind == "adapters":
+            with open(aside, "rb") as written:
+                await run_in_threadpool(pushing.check_content, path, written)
+    return size
+
+
+def _check_room(place: Path, wanted: int) -> None:
+    if files.free(place) < wanted + MARGIN:
+        raise InputError("the disk has no room for that: free some.", status=413)
+
+
+def _remove_if_empty(place: Path) -> None:
+    if place.is_dir() and not any(place.iterdir()):
+        os.rmdir(place)
+
+
+# What goes
+
+
+class Sent(StreamingResponse):
+    """A stream of a client that takes it: one that takes nothing for a while is let go."""
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Any) -> None:
+            await asyncio.wait_for(send(message), PATIENCE_S)
+
+        await super().stream_response(send_in_time)
+
+
+def _sent(
+    service: Service, name: str, opened: Mapping[str, IO[bytes]], stack: ExitStack
+) -> StreamingResponse:
+    """An archive of open files; the stack closes them."""
+
+    async def blocks() -> AsyncIterator[bytes]:
+        with stack, service.transfers.place():
+            async for block in iterate_in_threadpool(_archive(opened)):
+                yield block
+
+    shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
+    how = {"content-disposition": f'attachment; filename="{shown}.zip"'}
+    return Sent(blocks(), media_type="application/zip", headers=how)
+
+
+class _Sink:
+    """Keeps what is written until it is taken."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def write(self, part: bytes) -> int:
+        self.parts.append(bytes(part))
+        return len(part)
+
+    def flush(self) -> None:
+        pass
+
+    def take(self) -> bytes:
+        taken, self.parts = b"".join(self.parts), []
+        return taken
+
+
+def _archive(opened: Mapping[str, IO[bytes]]) -> Iterator[bytes]:
+    """A ZIP of the files, a block at a time: weights do not get smaller, so nothing is packed."""
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
+        for name, file in opened.items():
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as out:
+                while block := file.read(BLOCK):
+                    out.write(block)
+                    yield sink.take()
+    yield sink.take()
+
+
+def clean(uploads: Path) -> None:
+    """Removes what a server that was killed had not finished."""
+    for folder in uploads.glob("*/*"):
+        if folder.is_dir():
+            files.clean(folder)
+            _remove_if_empty(folder)
+    for leftover in uploads.glob("*/.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)

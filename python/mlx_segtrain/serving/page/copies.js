@@ -1,0 +1,32 @@
+// A run as a command, a YAML file or a program, in the clipboard.
+
+import { api } from "./api.js";
+import { announce, button, h, notice, show } from "./dom.js";
+
+const FORMS = { command: "Command", yaml: "YAML", python: "Python" };
+
+// Buttons that copy; `values` gives the configuration as it is now.
+export function copies(values) {
+  const problem = h("div", { role: "alert" });
+  const shown = h("div");
+  async function copy(name) {
+    show(problem);
+    show(shown);
+    try {
+      const given = Object.entries(values()).filter(([, value]) => value !== null);
+      const text = (await api("/api/finetune/copy", Object.fromEntries(given)))[name];
+      const own = h("textarea.mono", { readonly: true, rows: 6, "aria-label": FORMS[name] });
+      own.value = text;
+      show(shown, own);
+      await navigator.clipboard?.writeText(text).catch(() => own.select());
+      announce(`${FORMS[name]} copied.`);
+    } catch (error) {
+      show(problem, notice(error.message, "bad"));
+    }
+  }
+  return h("div.stack.copies",
+    h("div.actions", { role: "group", "aria-label": "Copy the run as" },
+      h("span.small.muted", "Copy as"),
+      Object.entries(FORMS).map(([name, title]) => button(title, () => copy(name), "small"))),
+    problem, shown);
+}

@@ -1,0 +1,89 @@
+// What comes to this machine: from the hub by its name, and from the browser's as a file.
+
+import { api, follow, upload } from "./api.js";
+import { announce, button, empty, h, meter, notice, show } from "./dom.js";
+import { percent, sentence, size } from "./text.js";
+
+// A name of the hub, with or without a revision; of a data set with a configuration and a split.
+export const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
+export const DATA_NAME =
+  /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(\/[\w.+-]+)?(:[\w.-]+)?$/;
+// Endings of files with rows, as the server reads them.
+export const ROWS = ".jsonl,.ndjson,.json,.csv,.tsv,.parquet,.arrow,.feather,.gz,.zst";
+
+// Puts the hub's thing on this machine by a job, and shows in a place how far that is; returns the
+// job that has ended, or throws.
+export async function download(place, name, kind) {
+  let failure = null;
+  const tell = (event) => {
+    if (event.type === "failed" || event.type === "cancelled") failure = event;
+    if (event.share === undefined) return;
+    show(place, bar(event.share), h("p.small.muted", event.message));
+  };
+  show(place, empty(`Asking the hub for ${name}.`));
+  announce(`Downloading ${name}.`);
+  const { job_id } = await api("/api/hub/download", { name, kind });
+  await new Promise((end) => follow(job_id, 0, tell, end));
+  if (failure) throw new Error(failure.error ?? failure.message);
+  const { job } = await api(`/api/jobs/${job_id}`);
+  show(place, h("p.small.muted", `${name} is on this machine.`));
+  announce(`${name} is downloaded.`);
+  return job;
+}
+
+// A button that brings what is named on the hub; `ended` gets its job.
+export function offer(name, kind, ended) {
+  const place = h("div.stack");
+  function ask(...said) {
+    const more = h("span.muted.small", "If it is not on this machine yet.");
+    show(place, said, h("div.actions", button("Download", bring), more));
+  }
+  async function bring() {
+    try {
+      const job = await download(place, name, kind);
+      if (place.isConnected) await ended(job);
+    } catch (error) {
+      ask(notice(sentence(error.message), "bad", { role: "alert" }));
+    }
+  }
+  ask();
+  return place;
+}
+
+const bar = (share) => meter(share, { role: "img", "aria-label": percent(share) });
+
+// Sends files into one folder of the server's store, whose path is returned: [file, its name there]
+// each. Another name is found if a folder of this one has such files.
+export async function sendAll(place, kind, wanted, files) {
+  const clean = wanted.replace(/[^\w.-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 56) || kind;
+  for (let n = 1; ; n++) {
+    const name = n > 1 ? `${clean}-${n}` : clean;
+    try {
+      return await send(place, kind, name, files);
+    } catch (error) {
+      if (error.status !== 409 || n > 50) throw error;
+    }
+  }
+}
+
+export async function send(place, kind, name, files) {
+  let path = null;
+  for (const [file, as] of files) {
+    const tell = (share) => show(place, bar(share),
+      h("p.small.muted", `Sending ${file.name}: ${percent(share)} of ${size(file.size)}`));
+    tell(0);
+    announce(`Sending ${file.name}.`);
+    ({ path } = await upload(`/api/${kind}/${name}/${as}`, file, tell));
+  }
+  show(place);
+  announce("All of it has been sent.");
+  return path;
+}
+
+// What a file of rows is called on the server: its split, with its own endings.
+export function namedAs(split, file) {
+  const endings = file.name.toLowerCase().match(/\.[a-z]+(\.(gz|zst))?$/)?.[0] ?? "";
+  return split + endings;
+}
+
+export const stem = (file) => file.name.replace(/\.[A-Za-z]+(\.(gz|zst))?$/, "");

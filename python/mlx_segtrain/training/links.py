@@ -1,0 +1,172 @@
+"""Connections between the ranks of a run, beside MLX's own: they tell who is lost (watch.py).
+
+Each rank listens on one address until all others have connected, and never again. Nobody is let in
+without the secret that the ranks exchange through MLX.
+"""
+
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from . import watch
+from .watch import Lost, Watch
+
+#: Seconds that all have to connect, and bytes of a message at most.
+TO_CONNECT, MOST = 60.0, 1 << 16
+#: Seconds between two looks at the clock.
+LOOK = 0.1
+
+
+class Links:
+    """A thread that keeps a Watch, from the moment when all are connected.
+
+    `gather` gives what each rank says to all, by rank; `on_lost` is called by the thread, once.
+    OSError if not all ranks can be reached.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        address: str,
+        gather: Callable[[Any], list[Any]],
+        on_lost: Callable[[], None],
+    ):
+        self.on_lost = on_lost
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as server:
+            server.bind((address, 0))
+            server.listen(size)
+            own = {"at": server.getsockname()[:2], "secret": secrets.token_hex(16)}
+            every = gather(own)
+            self._secret = every[0]["secret"].encode()
+            self._sockets = {r: self._connect(r, rank, every[r]["at"]) for r in range(rank)}
+            self._accept(server, set(range(rank + 1, size)))
+        self._buffers = {r: bytearray() for r in self._sockets}
+        self._unsent = {r: bytearray() for r in self._sockets}
+        how = {"patience": watch.PATIENCE, "settle": watch.SETTLE, "beat": watch.BEAT}
+        self.watch = Watch(rank, size, time.monotonic(), **how)
+        self._lock = threading.Lock()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
+        self._thread.start()
+
+    def _connect(self, r: int, rank: int, at: list[Any]) -> socket.socket:
+        made = socket.create_connection((at[0], at[1]), TO_CONNECT)
+        made.sendall(b"%d %s\n" % (rank, self._secret))
+        made.setblocking(False)
+        return made
+
+    def _accept(self, server: socket.socket, missing: set[int]) -> None:
+        """Lets in who knows the secret; others are hung up on."""
+        deadline = time.monotonic() + TO_CONNECT
+        while missing:
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            try:
+                made, _ = server.accept()
+            except TimeoutError:
+                raise OSError(f"no connection from rank {min(missing)}") from None
+            with suppress(OSError, ValueError):
+                made.settimeout(5)
+                hello = bytearray()
+                while not hello.endswith(b"\n") and len(hello) < 100:
+                    if not (byte := made.recv(1)):
+                        break
+                    hello += byte
+                number, secret = bytes(hello).split()
+                if hmac.compare_digest(secret, self._secret) and int(number) in missing:
+                    made.setblocking(False)
+                    missing.discard(int(number))
+                    self._sockets[int(number)] = made
+                    continue
+            made.close()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for r, own in self._sockets.items():
+                selector.register(own, selectors.EVENT_READ, r)
+            while not self._ends.is_set():
+                ready = [key.data for key, _ in selector.select(LOOK)]
+                with self._lock:
+                    for r in ready:
+                        if not self._read(r):
+                            selector.unregister(self._sockets[r])
+                            self.watch.closed(r, time.monotonic())
+                    before = self.watch.decided
+                    self.watch.tick(time.monotonic())
+                    self._flush()
+                    decided = before is None and self.watch.decided is not None
+                if decided:
+                    self.on_lost()
+
+    def _read(self, r: int) -> bool:
+        """Takes what has arrived; False at the end of the connection."""
+        try:
+            found = self._sockets[r].recv(MOST)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        *lines, rest = (self._buffers[r] + found).split(b"\n")
+        self._buffers[r] = bytearray(rest)
+        for line in lines:
+            self.watch.receive(r, json.loads(line), time.monotonic())
+        return bool(found) and len(rest) <= MOST
+
+    def _flush(self) -> None:
+        """Sends what the watch wants sent; to a rank that does not read it waits here."""
+        for to, message in self.watch.out:
+            line = json.dumps(message).encode() + b"\n"
+            for r in to:
+                if len(self._unsent[r]) < MOST:
+                    self._unsent[r] += line
+        self.watch.out.clear()
+        for r, unsent in self._unsent.items():
+            try:
+                while unsent:
+                    del unsent[: self._sockets[r].send(unsent)]
+            except BlockingIOError:
+                continue
+            except OSError:
+                unsent.clear()
+
+    def waits(self, yes: bool) -> None:
+        """This rank begins, or ceases, to wait for all others."""
+        with self._lock:
+            self.watch.waits = yes
+            self.watch.at[self.watch.rank] += yes
+
+    def behind(self) -> list[int]:
+        """Ranks that this one waits for."""
+        at = self.watch.at
+        return [r for r in self.watch.others if at[r] < at[self.watch.rank]]
+
+    @property
+    def lost(self) -> Lost | None:
+        return self.watch.decided
+
+    def fail(self, why: str) -> None:
+        """Tells all others that this rank cannot go on, unless they know who is lost."""
+        with self._lock:
+            if self.watch.decided is None:
+                self.watch.fail(why, time.monotonic())
+                self._flush()
+
+    def close(self) -> None:
+        """Leaves. A rank that has failed, or has found one, stays until all have been told."""
+        deadline = time.monotonic() + 2 * self.watch.settle
+        while self.watch.lost and self.watch.decided is None and time.monotonic() < deadline:
+            time.sleep(LOOK)
+        self._ends.set()
+        self._thread.join()
+        self.watch.leave()
+        self._flush()
+        for own in self._sockets.values():
+            own.close()

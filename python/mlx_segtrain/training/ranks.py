@@ -1,0 +1,308 @@
+"""The processes of one run: `mlx.launch` starts them, MLX's collectives connect them.
+
+A step's micro-batches are shared out by rank, and their gradients added up. Whatever is decided
+follows from numbers that are the same on all ranks, bit for bit; so all take the same steps, save
+for that rank 0 alone writes. A run on one device has a group of one, which does nothing.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from .. import events
+from ..errors import RunError
+from . import watch
+from .links import Links
+
+T = TypeVar("T")
+
+#: What mlx.launch and MLX's back ends set for a rank: no part of what a run is.
+LAUNCH = (
+    *("MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_RING_VERBOSE"),
+    *("MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "MLX_NCCL_TIMEOUT"),
+)
+#: Seconds between two looks at who is lost, and after which a rank that others wait for is named.
+LOOK, SLOW = 0.05, 60.0
+#: Seconds that a rank has to save and to end after it has been told of a loss.
+TO_END = 25.0
+
+
+class LostRank(RunError):
+    """Another rank has failed, has ended or does not answer."""
+
+
+class Diverged(RunError):
+    """The factors are not the same on all ranks."""
+
+
+def launched() -> int | None:
+    """The rank that mlx.launch has given this process; None if it has not started it."""
+    rank = os.environ.get("MLX_RANK", "")
+    return int(rank) if rank.isdecimal() and _backend() else None
+
+
+def _backend() -> str | None:
+    """MLX's back end, by what mlx.launch sets for it; None for one process alone."""
+    if os.environ.get("NCCL_HOST_IP") and os.environ.get("MLX_WORLD_SIZE", "1") != "1":
+        return "nccl"
+    if os.environ.get("MLX_IBV_DEVICES") and os.environ.get("MLX_JACCL_COORDINATOR"):
+        return "jaccl"
+    return "ring" if len(_hosts()) > 1 else None
+
+
+def _hosts() -> list[list[str]]:
+    """The addresses of each rank of a ring."""
+    try:
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
+    except (KeyError, OSError, ValueError):  # one host alone has an empty file
+        return []
+    return [own if isinstance(own, list) else [own] for own in hosts]
+
+
+def _address(backend: str, rank: int) -> str:
+    """This rank's address in the network that MLX uses."""
+    if backend == "ring":
+        return _hosts()[rank][0].rpartition(":")[0].strip("[]")
+    first = os.environ["NCCL_HOST_IP"] if backend == "nccl" else ""
+    first = first or os.environ["MLX_JACCL_COORDINATOR"].rpartition(":")[0]
+    if rank == 0:
+        return first
+    family, kind, _, _, at = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as route:  # nothing is sent
+        route.connect(at)
+        return route.getsockname()[0]
+
+
+@dataclass(eq=False)
+class Ranks:
+    """A group of processes; of one by default. `warn` is told who is slow."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    stream: Any = None
+    links: Links | None = None
+    names: list[str] = field(default_factory=list)
+    warn: Callable[[str], None] = lambda message: None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every so manieth item, beginning with that of the rank's number."""
+        return items[self.rank :: self.size]
+
+    def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
+        """The sums over all ranks, the same on each, bit for bit."""
+        n = gradient.size
+        parts = [gradient, mx.array([float(x) for x in outputs], mx.float32)]
+        total = self._sum(mx.concatenate(parts))
+        return [float(x) for x in np.array(total[n:])], total[:n]
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank says, as JSON holds it, by rank."""
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        return [json.loads(own) for own in self._gather(text)]
+
+    def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
+        """All that the ranks have found, by name."""
+        return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
+
+    def given(self, content: bytes) -> bytes:
+        """What rank 0 has."""
+        return content if self.size == 1 else self._gather(content if self.first else b"")[0]
+
+    def _gather(self, content: bytes) -> list[bytes]:
+        lengths = np.zeros(self.size, np.int32)
+        lengths[self.rank] = len(content)
+        ends = np.cumsum(np.array(self._sum(mx.array(lengths)), np.int64))
+        every = np.zeros(ends[-1], np.uint8)
+        end = int(ends[self.rank])
+        every[end - len(content) : end] = np.frombuffer(content, np.uint8)
+        padded = np.zeros(-(-every.size // 4) * 4, np.uint8)
+        padded[: every.size] = every
+        total = np.array(self._sum(mx.array(padded.view(np.int32)))).view(np.uint8).tobytes()
+        return [total[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _sum(self, x: mx.array) -> mx.array:
+        """Adds an array up over all ranks; LostRank if one of them cannot take part any more.
+
+        Another thread waits for MLX, on a stream that nothing else uses: this one looks after the
+        others meanwhile, and can go on without the sum.
+        """
+        mx.eval(x)
+        total = mx.distributed.all_sum(x, group=self.group, stream=self.stream)
+        done, failures = threading.Event(), list[BaseException]()
+
+        def wait() -> None:
+            try:
+                mx.eval(total)
+            except BaseException as error:
+                failures.append(error)
+            done.set()
+
+        if self.links:
+            self.links.waits(True)
+        try:
+            mx.async_eval(total)
+            threading.Thread(target=wait, daemon=True).start()
+            self._watch(done)
+        except RuntimeError as error:
+            failures.append(error)
+        except LostRank:
+            _hang_up()
+            done.wait(watch.SETTLE)
+            raise
+        finally:
+            if self.links:
+                self.links.waits(False)
+        if failures:
+            self._blame(failures[0])
+        return total
+
+    def _watch(self, done: threading.Event) -> None:
+        started, warned = time.monotonic(), False
+        while not done.wait(LOOK):
+            if (lost := self.lost()) is not None:
+                raise lost
+            slow = self.links.behind() if self.links else []
+            if not warned and slow and time.monotonic() - started > SLOW:
+                warned = True
+                # Of those that wait one is to say it.
+                if self.rank == min(r for r in range(self.size) if r not in slow):
+                    those = ", ".join(map(self.name, slow))
+                    self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
+
+    def _blame(self, error: BaseException) -> None:
+        """Raises who is lost: MLX says no more than that a connection is."""
+        deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
+        while self.links and time.monotonic() < deadline:
+            if (lost := self.lost()) is not None:
+                raise lost from None
+            time.sleep(LOOK)
+        raise RunError(f"the ranks cannot add up their gradients: {error}") from error
+
+    def lost(self) -> LostRank | None:
+        """The rank without which the run cannot go on, if there is one."""
+        if self.links is None or (lost := self.links.lost) is None:
+            return None
+        if lost.rank == self.rank:
+            return LostRank(f"{self.name(lost.rank)}, which is this one, {lost.why}")
+        return LostRank(f"{self.name(lost.rank)} {lost.why}")
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """RunError, with rank and field, if these are not the same as rank 0's on every rank."""
+        every = self.gather(dict(values))
+        for r, own in enumerate(every):
+            for name in [*every[0], *(n for n in own if n not in every[0])]:
+                if own.get(name) != every[0].get(name):
+                    those = [f"{own.get(name)!s:.80}", f"{every[0].get(name)!s:.80}"]
+                    raise RunError(
+                        f"{name} is {those[0]} on {self.name(r)}, and {those[1]} on "
+                        f"{self.name(0)}: all ranks need the same model, data, options and "
+                        "version."
+                    )
+
+    def check_factors(self, step: int, digest: str) -> None:
+        """Diverged if the factors of a rank are others than those of most."""
+        every = self.gather(digest)
+        most = max(every, key=every.count)  # the first of these
+        odd = [self.name(r) for r, own in enumerate(every) if own != most]
+        if odd:
+            raise Diverged(
+                f"step {step}: {', '.join(odd)} and the others have come to different factors, "
+                "which a fault of a device or of a connection can do: nothing is saved; resume "
+                "from the last checkpoint, on other hardware if it comes again."
+            )
+
+
+#: A run of one process.
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(tell: events.OnEvent) -> Iterator[Ranks]:
+    """The ranks that this process was launched with, until its run ends; ALONE without others.
+
+    An exception ends the run on all of them, with the name of this one. RunError if they do not
+    find each other.
+    """
+    rank, backend = launched(), _backend()
+    if rank is None or backend is None:
+        yield ALONE
+        return
+    try:
+        group = mx.distributed.init(strict=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"rank {rank} cannot reach the others by {backend}: {error}") from error
+    device = mx.gpu if backend == "nccl" else mx.cpu
+    ranks = Ranks(rank, group.size(), group, mx.new_stream(mx.Device(device)))
+    ranks.warn = lambda message: tell(events.warning(message))
+    place = f"process {os.getpid()} on {socket.gethostname()}"
+    try:
+        ranks.names = ranks.gather(place)
+        address = _address(backend, rank)
+        ranks.links = Links(rank, ranks.size, address, ranks.gather, _wake)
+    except OSError as error:
+        raise RunError(f"rank {rank} ({place}) cannot reach all others: {error}") from error
+    links = ranks.links
+    given_up = threading.Event()
+    threading.Thread(target=_end_in_time, args=(ranks, given_up), daemon=True).start()
+    try:
+        yield ranks
+        ranks.gather(None)  # nobody leaves before rank 0 has saved
+    except LostRank:
+        raise
+    except BaseException as error:
+        links.fail(f"failed: {str(error) or type(error).__name__}")
+        raise
+    finally:
+        given_up.set()
+        links.close()
+
+
+def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
+    """Ends this process if it cannot end by itself once a rank is lost: a back end may wait for
+    that one where nothing can be done about it."""
+    while not over.wait(1):
+        if (lost := ranks.lost()) is not None and not over.wait(TO_END):
+            print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _hang_up() -> None:
+    """Closes the connections of MLX's ring, so that its threads do not wait for a lost rank for
+    ever: MLX waits for all streams where it frees memory. They are known by their ports."""
+    ports = {int(at.rpartition(":")[2]) for own in _hosts() for at in own}
+    for fd in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as own:
+            if {own.getsockname()[1], own.getpeername()[1]} & ports:
+                own.shutdown(socket.SHUT_RDWR)
+
+
+def _wake() -> None:
+    """Has the main thread look who is lost, if its signals are those of a run (interrupts.py)."""
+    handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if hasattr(handler, "allowed"):
+        interrupt_main(signal.SIGTERM)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# KTO on rows with a label, or on pairs, each of which is two rows; without DATA the demo's model, on dpo.sh's pairs.
+#   MODEL=/path/to/model DATA=/path/to/rows ITERS=40 RANK=16 recipes/kto.sh [FLAG ...]
+# Flags of `mlx-segtrain train` come last and win: --overwrite takes an adapter's place.
+set -euo pipefail
+recipe=$(cd "$(dirname "$0")" && pwd)/kto
+source "${recipe%/*}/knobs.sh"
+if [ -z "${DATA:-}" ]; then
+  DATA=$HOME/.cache/mlx-segtrain/data/preferences
+  demo_model=$(python3 -m mlx_segtrain.commands.demo "$DATA")
+  MODEL=${MODEL:-$demo_model}
+fi
+knobs "$recipe" SmolLM2-135M-Instruct-4bit smollm2-kto
+exec mlx-segtrain train "${flags[@]}" "$@"
