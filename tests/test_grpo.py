@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from lib import tiny_models
+from lib import chats, tiny_models
 from lib.checks import random_adapter
 from lib.oracle import assert_close, vjp
 from mlx_segtrain.data import Dataset, Row, eval_batches
+from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
 from mlx_segtrain.objectives.grpo import advantages, with_log_probs
@@ -195,3 +196,27 @@ def test_collapse():
 def test_seeds_differ_by_each_number():
     seeds = {seed_of(*x) for x in np.ndindex(3, 4, 5, 4)}
     assert len(seeds) == 3 * 4 * 5 * 4 and seed_of(1, 23) != seed_of(12, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "how", "says"),
+    [
+        (
+            {"messages": chats.chat("a", "b")},
+            {"data_format": "messages"},
+            'needs the keys "prompt"',
+        ),
+        ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "give method grpo"),
+        ({"prompt": "a"}, {"method": "sft"}, 'needs the keys "messages"'),
+        ({"prompt": ""}, {"prompt_format": "raw"}, "jsonl:1: the prompt has no tokens"),
+    ],
+)
+def test_rows_that_are_no_prompts(row, how, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        chats.load(tmp_path, chats.byte_level(bos=False), row, **{"method": "grpo", **how})
+
+
+def test_an_empty_prompt_may_begin_with_a_token(tmp_path):
+    how = {"method": "grpo", "data_format": "prompt", "prompt_format": "raw"}
+    (row,) = chats.load(tmp_path, chats.byte_level(), {"prompt": ""}, **how).rows
+    assert len(row) == 1
