@@ -12,7 +12,7 @@ from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
 from mlx_segtrain.objectives.grpo import advantages, with_log_probs
-from mlx_segtrain.training.collapse import collapsed, mean_of
+from mlx_segtrain.training.collapse import collapsed
 from mlx_segtrain.training.cycle import seed_of
 
 LOSSES = {
@@ -179,23 +179,40 @@ def test_without_old_ones_the_ratio_is_one(model):
 
 
 def test_collapse():
-    def steps(*means):
-        return [(x, 1e-4) for x in means]
-
-    rising = steps(0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
-    assert collapsed(rising, 2) is None
-    fallen = [*rising, *steps(0.3, 0.2)]
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert collapsed(rising, 4) is None
+    fallen = [*rising, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     assert collapsed(fallen, 0) is None
-    assert "fell from 0.750 to 0.250" in collapsed(fallen, 2)
-    assert collapsed([*rising, *steps(0.6, 0.6)], 2) is None  # less than half of the gain
-    noisy = [(x, 0.04) for x, _ in fallen]
-    assert collapsed(noisy, 2) is None  # chance explains it
-    assert mean_of([0, 1]) == (0.5, 0.125)
+    assert "fell from 0.700 to 0.225" in collapsed(fallen, 4)
+    assert collapsed([*rising, 0.7, 0.6, 0.6, 0.6], 4) is None  # less than half of the gain
+    noisy = [x + 0.2 * (-1) ** i for i, x in enumerate(fallen)]
+    assert collapsed(noisy, 4) is None  # chance explains it
+
+
+CURVES = {
+    "flat": np.full(100, 0.5),
+    "learning": np.linspace(0.1, 0.9, 100),
+    "falling": np.repeat([0.2, 0.7, 0.05], [20, 40, 40]),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_chance_is_no_collapse(name):
+    """Of runs with prompts of all degrees of difficulty, 4 in a step with 8 completions of each."""
+    rng, stopped = np.random.default_rng(8), 0
+    for _ in range(20):
+        chances = np.clip(CURVES[name][:, None] + rng.normal(0, 0.3, (100, 4)), 0, 1)
+        means = (rng.binomial(8, chances) / 8).mean(1).tolist()
+        stopped += any(collapsed(means[:n], 10) for n in range(11, 101))
+    assert stopped == (20 if name == "falling" else 0)
 
 
 def test_seeds_differ_by_each_number():
     seeds = {seed_of(*x) for x in np.ndindex(3, 4, 5, 4)}
     assert len(seeds) == 3 * 4 * 5 * 4 and seed_of(1, 23) != seed_of(12, 3)
+
+
+CHAT = chats.chat("a", "b")
 
 
 @pytest.mark.parametrize(

@@ -163,18 +163,18 @@ def test_a_run_whose_rewards_collapse_ends(llama4, prompts, tmp_path):
     def reward(completions):
         nonlocal calls
         calls += 1
-        level = (0, 1, 2, 3, 3, 0, 0, 0)[min(calls, 7)]
+        level = (0, 1, 2, 3, 4, 5, 5, 5, 4, 3, 2, 1, 0)[min(calls, 12)]
         return [level + 0.01 * (i % 2) for i in range(len(completions))]
 
     told = []
-    how = {"iters": 12, "steps_per_eval": 100, "collapse_patience": 2, "val_split": 0}
+    how = {"iters": 12, "steps_per_eval": 100, "collapse_patience": 3, "val_split": 0}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes((prompts / "train.jsonl").read_bytes())
     result = train(
         config(llama4, tmp_path / "data", tmp_path / "a", **how), told.append, rewards=[reward]
     )
-    assert result.stopped_early and result.steps == 5
-    assert any("fell from 3.005 to 1.505" in event.get("message", "") for event in told)
+    assert result.stopped_early and result.steps == 11
+    assert any("fell from 5.005 to 2.005" in event.get("message", "") for event in told)
 
 
 def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
