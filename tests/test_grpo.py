@@ -1,5 +1,7 @@
 """GRPO's losses: TRL's formulas in float64 with complex steps, weights, packing, and cuts."""
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from mlx_segtrain.data import Dataset, Row, eval_batches
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
-from mlx_segtrain.objectives.grpo import advantages, with_log_probs
+from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
 from mlx_segtrain.training.collapse import collapsed
 from mlx_segtrain.training.cycle import seed_of
 
@@ -99,6 +101,28 @@ def test_advantages():
     spread = np.std([1, 0, 0, 1], ddof=1)
     assert np.allclose(advantages(rewards, "group"), centred / (spread + 1e-4))
     assert np.allclose(advantages(rewards, "batch"), centred / (np.std(rewards, ddof=1) + 1e-4))
+    assert not advantages(np.full((1, 3), 0.1), "none").any(), "0.1 is not their mean exactly"
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_a_token_that_was_certain_counts(kind):
+    """Its log-probability was 0, which is a number like any other."""
+    own, zero = Grpo(kind=kind, beta=0.1), mx.zeros(1)
+    reads = [mx.array(x, mx.float32) for x in ([1], [[1]], 1, [-1])]
+    loss, kl, clipped, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero, zero)
+    ratio = math.exp(-0.7)  # below the clip, where a token that should be less likely stops
+    assert math.isclose(float(loss), 1 - own.low + 0.1 * float(kl), rel_tol=1e-6)
+    assert math.isclose(float(kl), 1 / ratio - 0.7 - 1, rel_tol=1e-6) and float(clipped) == 1
+    *_, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero - 0.5, zero)
+    assert float(mismatch) == 0.5
+
+
+def test_a_token_that_only_marks_its_row_has_no_gradient():
+    """Or an optimizer that looks at signs would take a full step."""
+    own = Grpo(beta=0.1)
+    reads = [mx.array([x], mx.float32) for x in (NOTHING, 1, 1, 2, -1, -1, -1)]
+    loss, slope = mx.value_and_grad(lambda x: own._outputs(x, *reads)[0])(mx.array([-0.9]))
+    assert float(loss) == 0 and float(slope[0]) == 0
 
 
 def completions():
@@ -169,7 +193,7 @@ def test_without_old_ones_the_ratio_is_one(model):
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
     known = with_log_probs(batch, "old", np.array(log_p))
-    batch.numbers["old"][:] = 0
+    del batch.numbers["old"]
     (loss, *_), grads = run(model, own, [batch], 1)
     (same, *_), others = run(model, own, [known], 1)
     gains = batch.numbers["advantage"]

@@ -23,15 +23,12 @@ from ..lora import Adapter
 from ..models import Chain
 from ..models.adapting import attached
 from ..objectives import Grpo, value
-from ..objectives.grpo import advantages, with_log_probs
+from ..objectives.grpo import NOTHING, advantages, with_log_probs
 from ..rewards import Function, Rewards, Scores
 from ..schedule import Grads
 from .setup import with_params
 from .state import Iterate, Outcome
 from .step import Stepper
-
-#: A weight that marks a token as one in the loss, and adds nothing to it.
-NOTHING = 1e-30
 
 
 def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards | None:
