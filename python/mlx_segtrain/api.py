@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from matplotlib.figure import Figure
 
+    from .rewards import Function
     from .training.judging import Score
 
 #: Where an adapter goes that is told nothing else, as from the command line.
@@ -119,6 +120,7 @@ def train(
     score: Score | None = None,
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
+    rewards: Sequence[str | Function] = (),
     progress: bool | None = None,
     **fields: Any,
 ) -> TrainResult:
@@ -137,7 +139,8 @@ def train(
     given, which receives the run's events (mlx_segtrain.events). `on_step` and `on_eval` receive
     the metrics of every step and every evaluation as a dict; one that returns True ends the run
     after saving. `score(model, tokenizer)` is asked at every evaluation for a number or a dict of
-    numbers.
+    numbers. `rewards` score the completions of method grpo: functions, and checks as the field of
+    this name has them (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. InputError, before anything is written, for input that cannot be used; RunError if the run
@@ -155,6 +158,8 @@ def train(
             if train_data is not None:
                 raise InputError("data and train_data are both given: leave one of them out.")
             train_data = data
+        if checks := [own for own in rewards if not callable(own)]:
+            fields["rewards"] = checks
         config = _config(config, fields)
         with _shown(on_event, on_step, progress) as (tell, step):
             found = training.train(
@@ -166,6 +171,7 @@ def train(
                 on_step=step,
                 on_eval=on_eval,
                 model=loaded,
+                rewards=[own for own in rewards if callable(own)],
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
     result = TrainResult(**own, config=config)
