@@ -9,8 +9,10 @@ import pytest
 from lib import chats, tiny_models
 from lib.checks import random_adapter
 from lib.oracle import assert_close, vjp
+from mlx_segtrain import train, training
 from mlx_segtrain.data import Dataset, Row, eval_batches
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.generation.decoding import Telling
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
 from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
@@ -231,6 +233,36 @@ def test_chance_is_no_collapse(name):
     assert stopped == (20 if name == "falling" else 0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "stablelm"])
+def test_log_probs_at_a_temperature(family):
+    """Of the ops' head, one with a cap, and one of mlx-lm's own; their gradients, too."""
+    model, rng = tiny_models.build(family), np.random.default_rng(4)
+    chain = chain_of(model)
+    h = mx.array(rng.normal(size=(5, model.args.hidden_size)).astype(np.float32))
+    targets, dlog_p = mx.arange(5) + 2, mx.array(rng.normal(size=5).astype(np.float32))
+
+    def wanted(h):
+        z = chain.head.logits(h).astype(mx.float32) / 0.6
+        own = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
+        return own - mx.logsumexp(z, axis=-1)
+
+    def found(h):
+        return chain.head.log_probs({}, h, targets, temperature=0.6)
+
+    for own, true in zip(mx.vjp(found, [h], [dlog_p]), mx.vjp(wanted, [h], [dlog_p]), strict=True):
+        assert_close(family, own[0], np.array(true[0]), 1e-4)
+    assert np.abs(found(h) - chain.head.log_probs({}, h, targets)).max() > 0.05
+
+
+def test_what_is_told_of_a_token_that_was_drawn_at_a_temperature():
+    z = np.random.default_rng(4).normal(size=(3, 9)).astype(np.float32)
+    told = Telling({0: 0, 2: 0}, mx.array(z), mx.array([1, 1, 4], mx.uint32), {2: 0.5}).read()
+    own = 2 * z[2].astype(np.float64)
+    assert math.isclose(told[2][0], own[4] - np.log(np.exp(own).sum()), rel_tol=1e-5)
+    own = z[0].astype(np.float64)
+    assert math.isclose(told[0][0], own[1] - np.log(np.exp(own).sum()), rel_tol=1e-5)
+
+
 def test_seeds_differ_by_each_number():
     seeds = {seed_of(*x) for x in np.ndindex(3, 4, 5, 4)}
     assert len(seeds) == 3 * 4 * 5 * 4 and seed_of(1, 23) != seed_of(12, 3)
@@ -261,3 +293,16 @@ def test_an_empty_prompt_may_begin_with_a_token(tmp_path):
     how = {"method": "grpo", "data_format": "prompt", "prompt_format": "raw"}
     (row,) = chats.load(tmp_path, chats.byte_level(), {"prompt": ""}, **how).rows
     assert len(row) == 1
+
+
+def test_rewards_of_python_are_checks_and_functions(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def run(config, *_, rewards, **__):
+        assert (config.rewards, rewards) == (["length:9"], [len])
+        raise Reached
+
+    monkeypatch.setattr(training, "train", run)
+    with pytest.raises(Reached):
+        train(method="grpo", model="m", adapter="a", progress=False, rewards=["length:9", len])

@@ -77,6 +77,11 @@ class Answer:
         return len(self.prompt) + len(self.made)
 
     @property
+    def told_at(self) -> float:
+        """The temperature by which logits are divided before log p is told of them."""
+        return 1.0
+
+    @property
     def most(self) -> int:
         """Tokens that the answer may have, within the positions that the model knows."""
         limit = self.base.max_length
@@ -266,7 +271,8 @@ class Batch:
             if answer.options.logprobs is not None
         }
         if wanted:
-            self._telling = [*self.answers], Telling(wanted, logits, self._next)
+            told_at = {i: self.answers[i].told_at for i in wanted}
+            self._telling = [*self.answers], Telling(wanted, logits, self._next, told_at)
         mx.async_eval(self._next, *(self._telling[1].arrays if self._telling else ()))
         ended = []
         for answer, token in zip(self.answers, inputs.tolist(), strict=True):

@@ -27,8 +27,9 @@ class Policy:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated: tokens with the one that ended it, log-probabilities of each by the
-    model's own logits, float32 [n], and the text. `finish` is stop, or length if it was cut off."""
+    """What was generated: tokens with the one that ended it, log-probabilities of each at the
+    temperature at which it was drawn, float32 [n], and the text. `finish` is stop, or length if it
+    was cut off."""
 
     tokens: list[int]
     log_p: np.ndarray
@@ -49,6 +50,10 @@ class _Rollout(Answer):
         if self.told is not None and not self.read:
             self.log_p.append(self.told[0])
         return super().take(token)
+
+    @property
+    def told_at(self) -> float:
+        return self.options.temperature or 1.0  # 0 is the likeliest token
 
     @property
     def completion(self) -> Completion:

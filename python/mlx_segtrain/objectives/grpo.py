@@ -7,7 +7,7 @@ first update (`old`) and without the adapter (`reference`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -45,9 +45,10 @@ class Grpo(Objective):
     most: int = 256  #: tokens of a completion
     length: int = 512  #: tokens of a pass
     packs: bool | Literal["auto"] = True
+    temperature: float = 1.0  #: that completions are drawn at, by which all logits are divided
 
     options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
-    options += ("max_completion_tokens", "max_seq_length", "packing")
+    options += ("max_completion_tokens", "max_seq_length", "packing", "temperature")
     unit = "per completion"
     metrics = ("kl", "clipped", "mismatch")
     reads = ("targets", "weights", "members", "part", *NUMBERS)
@@ -122,7 +123,8 @@ class Grpo(Objective):
             *reads: mx.array,
         ) -> tuple[mx.array, ...]:
             h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
-            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
+            how: Any = {"temperature": self.temperature, "needs_grad": needs_grad}
+            log_p = chain.head.log_probs(params, h, targets, **how)
             return self._outputs(log_p, *reads)
 
         return outputs
