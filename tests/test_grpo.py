@@ -1,6 +1,8 @@
 """GRPO's losses: TRL's formulas in float64 with complex steps, weights, packing, and cuts."""
 
+import json
 import math
+import resource
 
 import mlx.core as mx
 import numpy as np
@@ -9,15 +11,18 @@ import pytest
 from lib import chats, tiny_models
 from lib.checks import random_adapter
 from lib.oracle import assert_close, vjp
-from mlx_segtrain import train, training
+from mlx_segtrain import TrainConfig, train, training
 from mlx_segtrain.data import Dataset, Row, eval_batches
+from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.generation.decoding import Telling
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
 from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
 from mlx_segtrain.training.collapse import collapsed
+from mlx_segtrain.training.completions import CompletionLog
 from mlx_segtrain.training.cycle import seed_of
+from mlx_segtrain.training.record import Record, check_same
 
 LOSSES = {
     "grpo": Grpo(beta=0.1, most=12),
@@ -306,3 +311,42 @@ def test_rewards_of_python_are_checks_and_functions(monkeypatch):
     monkeypatch.setattr(training, "train", run)
     with pytest.raises(Reached):
         train(method="grpo", model="m", adapter="a", progress=False, rewards=["length:9", len])
+
+
+def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
+    """Here beyond the size that a file may have, as on a disk that is full."""
+    said = []
+    log = CompletionLog(tmp_path, said.append)
+    log.write([{"step": 1, "text": "a"}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))
+    try:
+        log.write([{"step": 2, "text": "b" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write([{"step": 3, "text": "c"}])
+    assert len(said) == 1 and "cannot be written" in said[0]
+    log.begin(3)
+    kept = [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
+    assert kept == [1, 3]
+
+
+def test_files_of_rewards_are_in_the_record(tmp_path):
+    """Of each folder one of the same name; who changed one is told of it, and may go on."""
+    paths = [tmp_path / name / "own.py" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("def f(completions): return [0 for _ in completions]\n")
+    functions = [f"{path}:{name}" for path in paths for name in ("f", "g")]
+    how = {"model_dir": tmp_path / "m", "adapter_path": tmp_path / "run"}
+    config = TrainConfig(method="grpo", reward_functions=[*functions, "json:loads"], **how)
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    sources = sources_of(data, None)
+    before = Record(config, sources, None)
+    assert {"rewards/own.py", "rewards 2/own.py"} <= before.inputs.keys()
+    paths[1].write_text("def f(completions): return [1 for _ in completions]\n")
+    said = []
+    assert not check_same(Record(config, sources, None), before.values, said.append)
+    (sentence,) = said
+    assert sentence.startswith("rewards 2/own.py has changed since")

@@ -30,10 +30,16 @@ def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
     return name, with_what_it_takes(found)
 
 
+def file_of(spec: str) -> Path | None:
+    """The file of `file.py:function`; None for a function of a module."""
+    place = spec.rpartition(":")[0]
+    return Path(place).expanduser() if place.endswith(".py") else None
+
+
 def _module(place: str) -> Any:
-    if not place.endswith(".py"):
+    path = file_of(f"{place}:")
+    if path is None:
         return importlib.import_module(place)
-    path = Path(place).expanduser()
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

@@ -1,7 +1,9 @@
 """completions.jsonl: what each step generated and how it was scored, a completion a line."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,14 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """All of them or none, or `begin` would find their first part and remove what follows."""
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
                 file.write(b"".join(to_json(line).encode() + b"\n" for line in lines))
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)
             if not self._failed:
                 self._failed = True
                 self._warn(f"{self.path} cannot be written ({error.strerror or error})")
