@@ -223,5 +223,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(InputError, match=r'train.jsonl:1: the row needs the keys "prompt"'):
         train(config(llama4, tmp_path, tmp_path / "a"), rewards=[vowels])
+    with pytest.raises(InputError, match=r'train.jsonl:1: the row has no column "sum"'):
+        train(config(llama4, prompts, tmp_path / "a", rewards=["number:sum"]))
     with pytest.raises(InputError, match=r"takes .* more than the budget"):
         train(config(llama4, prompts, tmp_path / "a", memory_budget_gb=1e-4), rewards=[vowels])

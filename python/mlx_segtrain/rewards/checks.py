@@ -34,6 +34,12 @@ def check_of(spec: str) -> Check:
     return CHECKS[name](argument)
 
 
+def column_of(spec: str) -> str | None:
+    """The column of the data that a check reads; None if it reads none."""
+    name, _, argument = spec.partition(":")
+    return argument if CHECKS.get(name) in (_exact, _number) else None
+
+
 def _exact(column: str) -> Check:
     """The whole completion is what the column has."""
 
