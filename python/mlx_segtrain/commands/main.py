@@ -352,10 +352,12 @@ def _train(args: argparse.Namespace) -> int:
         state = "no lower validation loss any more: stopped after"
     print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     print(f"adapter          {result.adapter_path}")
-    if ROWS[config.method] == "prompt" and result.final_val_loss is not None:
+    losses = (result.first_val_loss, result.final_val_loss, result.best_val_loss)
+    if ROWS[config.method] == "prompt" and None not in losses:
+        first, last, best = (-x for x in losses if x is not None)
         print(
-            f"held-out reward  {-result.first_val_loss:.3f} -> {-result.final_val_loss:.3f} "
-            f"(best {-result.best_val_loss:.3f} at step {result.best_step})"
+            f"held-out reward  {first:.3f} -> {last:.3f} (best {best:.3f} at step "
+            f"{result.best_step})"
         )
     elif result.final_train_loss is not None:
         print(f"training loss    {result.final_train_loss:.4f}")
