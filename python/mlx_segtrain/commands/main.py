@@ -349,7 +349,8 @@ def _train(args: argparse.Namespace) -> int:
     flags = shlex.join(prompting_of(result.adapter_path).flags)
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
-        state = "no lower validation loss any more: stopped after"
+        better = "higher reward" if ROWS[config.method] == "prompt" else "lower validation loss"
+        state = f"no {better} any more: stopped after"
     print(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     print(f"adapter          {result.adapter_path}")
     losses = (result.first_val_loss, result.final_val_loss, result.best_val_loss)
