@@ -452,7 +452,7 @@ class Engine:
                 ended, failed = batch.step()
             else:
                 keys = [request.selected.key for request in requests]
-                self._linears.take_out(batch.base, self._rows.known)
+                self._linears.take_out(requests[0].selected.base, self._rows.known)
                 if not self._rows.holds(keys):
                     self._rows.put_in(keys, self._updates())
                 with self._rows.running():
