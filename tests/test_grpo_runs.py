@@ -217,6 +217,15 @@ def test_pass_at():
     assert math.isclose(pass_at(2, 4, [1]), 0.5)
 
 
+def test_a_file_of_others_is_left_alone(llama4, prompts, tmp_path):
+    file = tmp_path / "a" / "completions.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"mine": 1}\n')
+    with pytest.raises(InputError, match=r"completions.jsonl was written by no run"):
+        train(config(llama4, prompts, tmp_path / "a", iters=1), rewards=[vowels])
+    assert file.read_text() == '{"mine": 1}\n'
+
+
 def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path):
     with pytest.raises(InputError, match="method grpo needs a reward"):
         train(config(llama4, prompts, tmp_path / "a"))

@@ -181,7 +181,9 @@ class Encoder:
         except Exception as error:  # a template may fail in any way
             raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
         kept = {key: x for key, x in given.items() if x is not None}
-        return Row(np.array(ids, np.int32), np.zeros(len(ids), np.float32), source, given=kept)
+        return Row(
+            np.array(ids, np.int32), np.zeros(len(ids), np.float32), source, turns=0, given=kept
+        )
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without what is put before one."""

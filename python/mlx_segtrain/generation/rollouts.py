@@ -74,7 +74,7 @@ def complete(
         for prompt, of_prompt in zip(prompts, options, strict=True)
     ]
     waiting = deque(rollout for own in rollouts for rollout in own)
-    batch, read = Batch(base), _Reader(base)
+    batch, read = Batch[_Rollout](base), _Reader(base)
     if not read.merges:
         at_once = 1
     while waiting or batch.answers:

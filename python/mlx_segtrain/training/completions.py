@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
@@ -19,9 +20,14 @@ class CompletionLog:
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Keeps lines up to this step; OSError. No file if there are none."""
+        """Keeps lines up to this step, or removes the file of a run that begins. InputError for a
+        file that no run has written; OSError."""
         if not self.path.exists():
             return
+        with open(self.path, "rb") as file:
+            first = file.readline()
+        if first.endswith(b"\n") and not first.startswith(b'{"step":'):
+            raise InputError(f"{self.path} was written by no run: move it away.")
         if not step:
             self.path.unlink()
             return

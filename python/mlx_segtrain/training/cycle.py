@@ -133,7 +133,7 @@ class Cycle(Stepper):
         data = self._trained(found, gains)
         self.setup = replace(prompts, train=data)
         try:
-            batches = self._with_references(params, self._batches(data))
+            batches: list[AnyBatch] = [*self._with_references(params, self._batches(data))]
             start, new, outcome = at, at, None
             for _ in range(config.updates_per_step):  # all at the rate of this step
                 new, outcome = super().__call__(replace(new, step=start.step), batches, losses)
