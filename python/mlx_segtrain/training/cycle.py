@@ -200,7 +200,7 @@ class Cycle(Stepper):
         if self.setup.config.packing:
             found: Any = eval_batches(data.in_rows_of(most), 1)
         else:
-            found = eval_batches(data, max(1, most // int(data.columns.length.max())))
+            found = eval_batches(data, self.objective.rows_in(int(data.columns.length.max())))
         return list(found)
 
     def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:
