@@ -15,7 +15,7 @@ from lib.oracle import assert_close, vjp
 from mlx_segtrain import TrainConfig, train, training
 from mlx_segtrain.data import Dataset, Row, eval_batches
 from mlx_segtrain.data.sources import sources_of
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, NoMemory
 from mlx_segtrain.generation.decoding import Telling
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, objective_of, value, value_and_grad
@@ -23,10 +23,13 @@ from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
 from mlx_segtrain.objectives.objective import predictions
 from mlx_segtrain.planning.run import full_batch
 from mlx_segtrain.streams import trim_start
+from mlx_segtrain.training import cycle, setup
 from mlx_segtrain.training.collapse import collapsed
 from mlx_segtrain.training.completions import CompletionLog
 from mlx_segtrain.training.cycle import Cycle, seed_of
-from mlx_segtrain.training.record import Record, check_same
+from mlx_segtrain.training.loop import Run
+from mlx_segtrain.training.memory import Memory
+from mlx_segtrain.training.record import PARTS, Record, check_same
 
 
 def config_of(**changes):
@@ -379,8 +382,8 @@ def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
     for top in (1, 5, 20, 40, 62, 80):
         sizes = [(rng.integers(shortest, longest + 1), rng.integers(1, top + 1)) for _ in range(30)]
         sizes = [(shortest, top)] * 30 + (sizes if top % 20 == 0 else [])
-        cycle = SimpleNamespace(setup=SimpleNamespace(config=config), objective=own)
-        for batch in Cycle._batches(cycle, Dataset.of([row(*size) for size in sizes])):
+        made = SimpleNamespace(setup=SimpleNamespace(config=config), objective=own)
+        for batch in Cycle._batches(made, Dataset.of([row(*size) for size in sizes])):
             tokens, _, t, _ = predictions(batch)
             assert tokens.size <= shape.rows * stream.length and len(t) <= shape.loss
             rows, width = tokens.shape
@@ -402,3 +405,54 @@ def test_a_full_pass_is_of_max_seq_length(packing):
 def test_dropout_is_refused():
     with pytest.raises(InputError, match="lora_dropout has no effect with method grpo"):
         config_of(lora_dropout=0.1)
+
+
+def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
+    """Killed before its first checkpoint; what is free by then is something else."""
+    monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
+    how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
+    data = Dataset.of([Row(np.zeros(3, np.int32), np.zeros(3, np.float32), "f:1")])
+
+    def found(**more):
+        return setup.with_rollouts(TrainConfig(**how, **more), data, None).rollout_batch
+
+    assert found(resume="auto") == 5  # there is no run
+    record = {"id": "a", **{part: {} for part in PARTS}, "config": {"rollout_batch": 3}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert found(resume="auto") == 3
+    assert found() == 5 and found(resume="auto", rollout_batch=7) == 7
+    (tmp_path / "run.json").write_text(json.dumps(record | {"config": {"rollout_batch": "auto"}}))
+    assert found(resume="auto") == 5
+
+
+def rolling(monkeypatch, roll_out):
+    """A cycle that generates by this function."""
+    monkeypatch.setattr(cycle, "roll_out", roll_out)
+    monkeypatch.setattr(cycle, "with_params", lambda *_: None)
+    names = ("model", "tokenizer", "chain", "scales")
+    of = dict.fromkeys(names, SimpleNamespace(max_length=None))
+    plan, config = SimpleNamespace(planned=None), config_of(rollout_batch=9)
+    own = SimpleNamespace(**of, plan=plan, config=config)
+    return SimpleNamespace(setup=own, rewards=None, rollout_peak=0)
+
+
+def test_memory_for_generating_is_not_the_updates(monkeypatch):
+    def takes(*_):
+        mx.eval(mx.zeros(1 << 20))
+        return "found"
+
+    own, size = rolling(monkeypatch, takes), 4 << 20
+    before = mx.get_active_memory()
+    assert Cycle._roll_out(own, 1, {}, [], []) == "found"
+    assert own.rollout_peak >= before + size > mx.get_peak_memory()
+    run = SimpleNamespace(step=own, state=SimpleNamespace(memory=Memory()))
+    assert Run._measure(run) < before + size <= run.state.memory.peak
+
+
+def test_no_memory_for_generating(monkeypatch):
+    def fails(*_):
+        raise MemoryError("[malloc] Unable to allocate 7 bytes.")
+
+    said = "step 3: the device has no memory for generating 9 completions .* a lower rollout_batch"
+    with pytest.raises(NoMemory, match=said):
+        Cycle._roll_out(rolling(monkeypatch, fails), 3, {}, [], [])

@@ -282,7 +282,9 @@ class TrainConfig(BaseModel):
     importance_cap: Float = option(2.0, GRPO, ge=0)
     """Upper bound of the importance weights that correct for differences between the probabilities
     of generation and training; 0 is no correction."""
-    rollout_batch: RolloutBatch = option("auto", GRPO | SIZE, values="auto or an integer >= 1")
+    rollout_batch: RolloutBatch = option(
+        "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
+    )
     """Completions that are generated at once; auto: as many as memory_budget_gb has room for."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
     """End the run when the mean reward of so many steps has lost half of its gain, beyond what
