@@ -270,6 +270,7 @@ def _python_words() -> Iterator[None]:
             said = said.replace(f"set it in the YAML file or with {flag(name)}", f"give {short}=…")
             for own in (flag(name), *facets.aliases):
                 switch = TrainConfig.model_fields[name].default is False
+                said = said.replace(f"{own} auto,", f'{name}="auto",')
                 word = f"{name}=True" if switch else name
                 said = re.sub(rf"(?<!\w){own}(?![\w-])", word, said)
         if said == str(error):
