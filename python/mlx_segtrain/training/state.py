@@ -71,11 +71,10 @@ class Progress:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What else the objective measures, as the same means."""
-        return {
-            name: sum(own.metrics[name] for own in self.recent) / len(self.recent)
-            for name in (self.last.metrics if self.last else ())
-        }
+        """What else the objective measures, as means over the same steps, as many as have it."""
+        names = dict.fromkeys(name for own in self.recent for name in own.metrics)
+        seen = {name: [x.metrics[name] for x in self.recent if name in x.metrics] for name in names}
+        return {name: sum(values) / len(values) for name, values in seen.items()}
 
     @property
     def best(self) -> dict[str, float] | None:
