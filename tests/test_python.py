@@ -134,6 +134,7 @@ def test_what_a_callback_returns_besides_true_changes_nothing(llama4, tmp_path):
         ({"num_epochs": 3}, "unknown field num_epochs. Did you mean epochs?"),
         ({"learning_rate": 1}, "lr and learning_rate are the same: give one of them."),
         ({"train_data": []}, "data and train_data are both given: leave one of them out."),
+        ({"resume": True}, 'leave resume=True out, or give resume="auto", which then begins.'),
         ({"model": (1, 2)}, "give (model, tokenizer), as load returns them."),
         ({"data": [{"prompt": "x"}]}, "train_data:1: the row needs the keys"),
     ],

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import events, training
 from .config import FACETS, TrainConfig, flag, load_config
@@ -35,11 +35,11 @@ SHORT = {
 class TrainResult(training.TrainResult):
     """What a run came to; losses in nats per token, of preference methods per pair.
 
-    `model` and `tokenizer` are those that the run was given, or are loaded when they are first
-    asked for; the model has the adapter.
+    `config` is that of the run. `model` and `tokenizer` are those that the run was given, or are
+    loaded when they are first asked for; the model has the adapter.
     """
 
-    config: TrainConfig = dataclasses.field(kw_only=True, compare=False)
+    config: ClassVar[TrainConfig]  # no field of the dataclass, which is written as JSON
 
     @cached_property
     def history(self) -> list[events.Event]:
@@ -168,7 +168,8 @@ def train(
                 model=loaded,
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
-    result = TrainResult(**own, config=config)
+    result = TrainResult(**own)
+    vars(result)["config"] = config
     if loaded is not None:
         vars(result)["_loaded"] = _with_adapter(loaded, result), tokenizer
     return result
@@ -270,6 +271,7 @@ def _python_words() -> Iterator[None]:
             said = said.replace(f"set it in the YAML file or with {flag(name)}", f"give {short}=…")
             for own in (flag(name), *facets.aliases):
                 switch = TrainConfig.model_fields[name].default is False
+                said = said.replace(f"{own} auto,", f'{name}="auto",')
                 word = f"{name}=True" if switch else name
                 said = re.sub(rf"(?<!\w){own}(?![\w-])", word, said)
         if said == str(error):
