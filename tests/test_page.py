@@ -35,7 +35,7 @@ pytestmark = [
 #: The first row of the data set; which docstring would come first depends on the Python.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
 #: Milliseconds for what a model computes; other things take the default.
-LONG = 90_000
+LONG = 240_000
 
 
 @pytest.fixture(scope="module")
