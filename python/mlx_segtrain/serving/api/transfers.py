@@ -159,11 +159,14 @@ async def _receive(
 
 async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
     """Writes a file; its bytes. InputError for one that is not what its name says."""
+    most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
     with files.atomic(path) as aside:
         with open(aside, "xb", opener=files.private) as file:
             async for part in parts:
                 await run_in_threadpool(file.write, part)
                 _check_room(path, 0)
+                if most is not None and file.tell() > most:
+                    raise InputError(f"{path.name} has more than {most >> 20} MiB.", status=413)
             size = file.tell()
             await run_in_threadpool(file.flush)
             await run_in_threadpool(files.sync_open, file.fileno())

@@ -4,7 +4,6 @@ Each is opened once, below a folder that is open, and no link is followed: what 
 is sent, whatever is renamed meanwhile.
 """
 
-import json
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from ...adapters.gguf import NAME as GGUF
 from ...errors import InputError
+from ...files import read_json
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
@@ -32,8 +32,9 @@ OF_MODEL = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
-#: Bytes of a configuration, and of a file that tells about the rest.
-MOST = 64 << 20
+#: Bytes of a file of a model that tells about the rest; and of an adapter's, whose readers take no
+#: more (files.read_json).
+MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
 
 def check(folder: Path) -> list[str]:
@@ -105,19 +106,24 @@ def _opened_file(path: Path, place: int) -> Iterator[BufferedReader]:
 def check_content(path: Path, file: BufferedReader) -> None:
     """InputError if the file is not of the kind that its name says."""
     if path.suffix == ".safetensors":
-        opened = Path(f"/dev/fd/{file.fileno()}")
-        try:
+        with _named(path, file) as opened:
             read_header(opened)
-        except InputError as error:
-            raise InputError(str(error).replace(str(opened), str(path))) from None
     elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
         raise InputError(f"{path} is no GGUF file: nothing was pushed.")
     elif path.suffix == ".json":
-        try:
-            json.load(file)
-        except (ValueError, RecursionError):
-            raise InputError(f"{path} is not JSON: nothing was pushed.") from None
+        with _named(path, file) as opened:
+            read_json(opened, MOST if path.name in OF_MODEL else MOST_OF_ADAPTER)
     file.seek(0)
+
+
+@contextmanager
+def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
+    """A path of an open file; what is said of it within is said of its own."""
+    opened = Path(f"/dev/fd/{file.fileno()}")
+    try:
+        yield opened
+    except InputError as error:
+        raise InputError(str(error).replace(str(opened), str(path))) from None
 
 
 def _refused(path: Path, error: OSError) -> InputError:

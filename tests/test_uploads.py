@@ -1,0 +1,73 @@
+"""What clients send and take as files, asked of the application itself: no server, no waiting."""
+
+import asyncio
+import json
+from contextlib import contextmanager
+
+import httpx
+import mlx.core as mx
+import pytest
+
+from mlx_segtrain.serving.app import create
+from mlx_segtrain.serving.jobs.queue import Live
+from mlx_segtrain.serving.service import Service
+from mlx_segtrain.serving.settings import Settings
+
+ROWS = b'{"prompt": "a", "completion": "b"}\n' * 3
+CONFIG = b'{"fine_tune_type": "lora"}'
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    place = tmp_path_factory.mktemp("uploads")
+    own = Service(Settings(store=place / "store", roots=(place,)))
+    yield own
+    asyncio.run(own.close())
+
+
+async def asked(service, method, path, content=None, **query):
+    """Status and body of an answer."""
+    transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        answer = await http.request(method, f"/api/{path}", content=content, params=query)
+        return answer.status_code, answer.text
+
+
+@pytest.fixture
+def ask(service):
+    def ask(*args, **query):
+        return asyncio.run(asked(service, *args, **query))
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "adapters.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.zeros((2, 2))})
+    return path.read_bytes()
+
+
+@contextmanager
+def waiting(service, **values):
+    """A job that has not ended, within it; it is never started."""
+    row = service.jobs.store.add("finetune", json.dumps(values), None)
+    service.jobs.live[row.id] = Live()
+    try:
+        yield row.id
+    finally:
+        del service.jobs.live[row.id]
+        service.jobs.store.remove(row.id)
+
+
+def left(service, pattern):
+    return sorted(str(own.relative_to(service.uploads)) for own in service.uploads.glob(pattern))
+
+
+def test_a_configuration_ends_where_nobody_would_read_on(service, ask):
+    status, said = ask("PUT", "adapters/big/adapter_config.json", b" " * (4 << 20) + b"{}")
+    assert status == 413 and "more than 4 MiB" in said
+    status, said = ask("PUT", "adapters/big/adapter_config.json", b"[1]")
+    assert status == 400 and "expected a JSON object" in said and ".tmp" not in said
+    assert left(service, "*/big*") == []
+    assert ask("PUT", "adapters/small/adapter_config.json", CONFIG)[0] == 200
