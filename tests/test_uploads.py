@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_segtrain.serving.app import create
+from mlx_segtrain.serving.jobs import pushing
 from mlx_segtrain.serving.jobs.queue import Live
 from mlx_segtrain.serving.service import Service
 from mlx_segtrain.serving.settings import Settings
@@ -25,7 +26,7 @@ def service(tmp_path_factory):
     asyncio.run(own.close())
 
 
-async def asked(service, method, path, content=None, **query):
+async def asked(service, method, path, content=None, /, **query):
     """Status and body of an answer."""
     transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
@@ -71,3 +72,13 @@ def test_a_configuration_ends_where_nobody_would_read_on(service, ask):
     assert status == 400 and "expected a JSON object" in said and ".tmp" not in said
     assert left(service, "*/big*") == []
     assert ask("PUT", "adapters/small/adapter_config.json", CONFIG)[0] == 200
+
+
+def test_a_model_is_no_adapter_to_take(service, ask):
+    model = service.uploads.parent.parent / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    mx.save_safetensors(str(model / "model.safetensors"), {"a": mx.zeros((2, 2))})
+    assert pushing.check(model) == ["config.json", "model.safetensors"]
+    status, said = ask("GET", "adapters/archive", path=model)
+    assert status == 400 and "holds no adapter" in said

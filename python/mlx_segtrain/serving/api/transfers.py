@@ -114,7 +114,7 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
     """An adapter's folder below the roots: what a push to the hub would send."""
     place = service.roots.resolve(path)
     with ExitStack() as stack:
-        opened = stack.enter_context(pushing.opened(place))
+        opened = stack.enter_context(pushing.opened(place, models=False))
         return _sent(service, place.name, opened, stack.pop_all())
 
 

@@ -44,22 +44,25 @@ def check(folder: Path) -> list[str]:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[dict[str, BufferedReader]]:
-    """The files to send, by name, open and checked; InputError if one is not what its name says."""
+def opened(folder: Path, *, models: bool = True) -> Iterator[dict[str, BufferedReader]]:
+    """The files to send, by name, open and checked; InputError if one is not what its name says, or
+    for a model where none is to be sent."""
     with ExitStack() as stack:
         place = stack.enter_context(_opened_folder(folder))
         files = {}
-        for name in _names(folder, os.listdir(place)):
+        for name in _names(folder, os.listdir(place), models):
             files[name] = stack.enter_context(_opened_file(folder / name, place))
             check_content(folder / name, files[name])
         yield files
 
 
-def _names(folder: Path, there: Sequence[str]) -> list[str]:
+def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]:
     weights = [name for name in there if MODEL_WEIGHTS.fullmatch(name)]
     adapter = CONFIG in there and (WEIGHTS in there or PEFT_WEIGHTS in there)
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
+    elif not models:
+        raise InputError(f"{folder} holds no adapter: give the folder of one.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
