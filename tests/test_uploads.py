@@ -8,6 +8,7 @@ import httpx
 import mlx.core as mx
 import pytest
 
+from mlx_segtrain.serving.api import transfers
 from mlx_segtrain.serving.app import create
 from mlx_segtrain.serving.jobs import pushing
 from mlx_segtrain.serving.jobs.queue import Live
@@ -82,3 +83,43 @@ def test_a_model_is_no_adapter_to_take(service, ask):
     assert pushing.check(model) == ["config.json", "model.safetensors"]
     status, said = ask("GET", "adapters/archive", path=model)
     assert status == 400 and "holds no adapter" in said
+
+
+def test_as_many_archives_are_taken_at_once_as_the_limit_says(service, ask):
+    assert ask("PUT", "datasets/many/train.jsonl", ROWS)[0] == 200
+    path = service.uploads / "datasets" / "many"
+    with service.transfers.place(), service.transfers.place(), service.transfers.place():
+        assert ask("GET", "datasets/archive", path=path)[0] == 200
+        with service.transfers.place():
+            status, said = ask("GET", "datasets/archive", path=path)
+            assert status == 429 and "4 transfers are under way" in said
+
+
+def test_a_client_that_is_let_go_gives_its_place_back(service, ask, monkeypatch):
+    """At once, whoever still holds what was sent to it."""
+    assert ask("PUT", "datasets/slow/train.jsonl", ROWS)[0] == 200
+    monkeypatch.setattr(transfers, "PATIENCE_S", 0.001)
+
+    async def take():
+        scope = {"type": "http", "method": "GET", "path": "/api/datasets/archive"}
+        scope |= {"headers": [(b"host", b"localhost")], "asgi": {"spec_version": "2.4"}}
+        path = service.uploads / "datasets" / "slow"
+        scope["query_string"] = f"path={path}".encode()
+        begun = []
+
+        async def send(message):
+            begun.append(message)
+            if message.get("body"):
+                await asyncio.Event().wait()
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        try:
+            await create(service)(scope, receive, send)
+        except Exception as error:  # its frames are held here
+            return error, begun[0]["status"], list(service.transfers.places)
+        raise AssertionError("it took all")
+
+    _, status, places = asyncio.run(take())
+    assert (status, places) == (200, [])

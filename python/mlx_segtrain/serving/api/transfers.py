@@ -10,16 +10,16 @@ import re
 import shutil
 import zipfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from ... import files
 from ...data.sources import SPLITS, format_of, split_in
@@ -103,8 +103,9 @@ async def data_archive(path: str, service: Used) -> StreamingResponse:
         raise InputError(f"{path} has no training rows: give the folder of a data set.")
     named = {name: own for split in found for name, own in split.items()}
     with ExitStack() as stack:
+        stack.enter_context(service.transfers.place())
         opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
-        return _sent(service, place.name, opened, stack.pop_all())
+        return Archive(place.name, opened, stack.pop_all())
 
 
 @router.get(
@@ -114,8 +115,9 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
     """An adapter's folder below the roots: what a push to the hub would send."""
     place = service.roots.resolve(path)
     with ExitStack() as stack:
+        stack.enter_context(service.transfers.place())
         opened = stack.enter_context(pushing.opened(place, models=False))
-        return _sent(service, place.name, opened, stack.pop_all())
+        return Archive(place.name, opened, stack.pop_all())
 
 
 # What comes
@@ -191,29 +193,27 @@ def _remove_if_empty(place: Path) -> None:
 # What goes
 
 
-class Sent(StreamingResponse):
-    """A stream of a client that takes it: one that takes nothing for a while is let go."""
+class Archive(StreamingResponse):
+    """An archive of open files. `held` ends with it: the files, and a place among the transfers.
+
+    A client that takes nothing for a while is let go.
+    """
+
+    def __init__(self, name: str, opened: Mapping[str, IO[bytes]], held: ExitStack) -> None:
+        shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
+        how = {"content-disposition": f'attachment; filename="{shown}.zip"'}
+        super().__init__(_archive(opened), media_type="application/zip", headers=how)
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with closing(self.held):
+            await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         async def send_in_time(message: Any) -> None:
             await asyncio.wait_for(send(message), PATIENCE_S)
 
         await super().stream_response(send_in_time)
-
-
-def _sent(
-    service: Service, name: str, opened: Mapping[str, IO[bytes]], stack: ExitStack
-) -> StreamingResponse:
-    """An archive of open files; the stack closes them."""
-
-    async def blocks() -> AsyncIterator[bytes]:
-        with stack, service.transfers.place():
-            async for block in iterate_in_threadpool(_archive(opened)):
-                yield block
-
-    shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
-    how = {"content-disposition": f'attachment; filename="{shown}.zip"'}
-    return Sent(blocks(), media_type="application/zip", headers=how)
 
 
 class _Sink:
