@@ -123,3 +123,27 @@ def test_a_client_that_is_let_go_gives_its_place_back(service, ask, monkeypatch)
 
     _, status, places = asyncio.run(take())
     assert (status, places) == (200, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("datasets", "train.jsonl", "train.csv"),
+        ("datasets", "valid.jsonl", "valid.jsonl.gz"),
+        ("adapters", "adapters.safetensors", "adapter_model.safetensors"),
+        ("adapters", "adapter_model.safetensors", "adapters_unpadded.safetensors"),
+        ("adapters", "adapter_config.json", "adapter_config.json"),
+    ],
+)
+def test_what_is_there_gets_nothing_of_another_upload(service, ask, weights, kind, first, second):
+    content = CONFIG if first.endswith("json") else weights if kind == "adapters" else ROWS
+    name = first.replace(".", "-")
+    assert ask("PUT", f"{kind}/{name}/{first}", content)[0] == 200
+    status, said = ask("PUT", f"{kind}/{name}/{second}", content)
+    assert status == 409 and f"has a file {first} already" in said
+    assert left(service, f"{kind}/{name}/*") == [f"{kind}/{name}/{first}"]
+
+
+def test_both_weights_of_one_adapter_are_taken(ask, weights):
+    for file in ("adapters.safetensors", "adapters_unpadded.safetensors"):
+        assert ask("PUT", f"adapters/both/{file}", weights)[0] == 200

@@ -35,7 +35,7 @@ class Transfers:
         if len(self.places) >= self.most:
             raise Busy(f"{self.most} transfers are under way: try again when one has ended.")
         if name in self.places:
-            raise Busy("this file is being sent already: wait until that has ended.")
+            raise Busy("the same is being sent already: wait until that has ended.")
         self.places[name] = None
         try:
             yield

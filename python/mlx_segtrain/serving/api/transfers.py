@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -131,12 +131,33 @@ async def _remove(service: Service, kind: Kind, name: str) -> forms.Answer:
     place = _folder(service, kind, name)
     if not place.is_dir():
         raise InputError(f"no client has sent {name}: only what was sent is deleted.", status=404)
+    _check_unused(service, place, "cancel it first")
+    await run_in_threadpool(files.remove_folder, place)
+    return forms.Answer()
+
+
+def _check_unused(service: Service, place: Path, advice: str) -> None:
+    """Conflict if a job that has not ended reads this folder."""
     for id in service.jobs.live:
         row = service.jobs.find(id)
         if row and str(place) in row.inputs:
-            raise Conflict(f"{id}, which has not ended, uses {name}: cancel it first.")
-    await run_in_threadpool(files.remove_folder, place)
-    return forms.Answer()
+            raise Conflict(f"{id}, which has not ended, uses {place.name}: {advice}.")
+
+
+def _role(kind: Kind, file: str) -> str:
+    """What of its folder a file is: of each there is one, or the folder cannot be read."""
+    if kind == "datasets":
+        return file.partition(".")[0]
+    return CONFIG if file == CONFIG else "weights"
+
+
+def _in_the_way(place: Path, kind: Kind, file: str) -> Iterable[str]:
+    """Files of a folder that this one cannot come beside."""
+    if kind == "datasets":
+        return split_in(place, place, _role(kind, file))
+    others = (WEIGHTS, UNPADDED) if file == PEFT_WEIGHTS else (PEFT_WEIGHTS,)
+    names = (file,) if file == CONFIG else (file, *others)
+    return [name for name in names if (place / name).exists()]
 
 
 async def _receive(
@@ -144,9 +165,10 @@ async def _receive(
 ) -> forms.Uploaded:
     place = _folder(service, kind, name)
     path = place / file
-    with service.transfers.place(path):
-        if path.exists():
-            raise Conflict(f"{name} has a file {file} already: give it another name.")
+    with service.transfers.place(place / _role(kind, file)):
+        for other in _in_the_way(place, kind, file):
+            raise Conflict(f"{name} has a file {other} already: give it another name.")
+        _check_unused(service, place, "give it another name")
         length = request.headers.get("content-length", "")
         _check_room(place, int(length) if length.isdecimal() else 0)
         await run_in_threadpool(files.make_folder, place)

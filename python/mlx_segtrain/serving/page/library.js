@@ -126,7 +126,7 @@ export default async function library(main) {
       }
       const rest = files.filter((file) => file !== config);
       const { base_model_name_or_path: base } = JSON.parse(await config.text());
-      const all = [...rest, config].map((file) => [file, file.name]);
+      const all = [config, ...rest].map((file) => [file, file.name]);
       await sendAll(own.moved, "adapters", `adapter-of-${tail(base) || "upload"}`, all);
     }
   }
