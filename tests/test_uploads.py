@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import os
 from contextlib import contextmanager
 
 import httpx
 import mlx.core as mx
 import pytest
 
+from mlx_segtrain import files
 from mlx_segtrain.serving.api import transfers
 from mlx_segtrain.serving.app import create
 from mlx_segtrain.serving.jobs import pushing
@@ -147,3 +149,41 @@ def test_what_is_there_gets_nothing_of_another_upload(service, ask, weights, kin
 def test_both_weights_of_one_adapter_are_taken(ask, weights):
     for file in ("adapters.safetensors", "adapters_unpadded.safetensors"):
         assert ask("PUT", f"adapters/both/{file}", weights)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("datasets/x/train.%00.jsonl", "datasets/x/train.backup.jsonl", "datasets/x/TRAIN.jsonl"),
+        *("datasets/x/train.jsonl%20", "datasets/x/validation.jsonl"),
+        *(f"datasets/x/train.{'a' * 300}.jsonl", f"datasets/{'a' * 65}/train.jsonl"),
+        *("datasets/x%C3%A9/train.jsonl", "adapters/x%C3%A9/adapter_config.json"),
+    ],
+)
+def test_names_are_those_that_are_known(service, ask, path):
+    status, said = ask("PUT", path, ROWS)
+    assert status == 422 and ("called train or valid" in said or "name" in said), said
+    assert left(service, "*/x*") == []
+
+
+@pytest.mark.parametrize(
+    "name", ["train.jsonl.gz", "valid.parquet", "train.JSONL", "train.ndjson.zst"]
+)
+def test_a_split_may_have_any_ending_of_rows(ask, name):
+    assert ask("PUT", f"datasets/{name.replace('.', '-')}/{name}", ROWS)[0] == 200
+
+
+def test_what_the_disk_refuses_is_one_sentence(service, ask, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", full)
+        status, said = ask("PUT", "datasets/full/train.jsonl", ROWS)
+    assert status == 400 and "train.jsonl cannot be written: No space left on device." in said
+    assert left(service, "*/full*") == []
+    rows = service.uploads.parent.parent / "rows"
+    rows.mkdir()
+    os.mkfifo(rows / "train.jsonl")
+    status, said = ask("GET", "datasets/archive", path=rows)
+    assert status == 400 and "cannot be read: it is no regular file" in said

@@ -22,7 +22,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ... import files
-from ...data.sources import SPLITS, format_of, split_in
+from ...data.limits import told
+from ...data.sources import SPLITS, format_of, split_in, stem_of
 from ...errors import InputError
 from ...hub import MARGIN
 from ...lora.folder import CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
@@ -39,7 +40,7 @@ Kind = Literal["datasets", "adapters"]
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
 #: Bytes that are read at once.
 BLOCK = 1 << 20
-Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
+Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/octet-stream": BINARY}}
@@ -57,8 +58,7 @@ router = APIRouter(responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 50
 )
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
     """A file of a data set: `train` or `valid`, with the ending of its format (docs/data.md)."""
-    known = format_of(Path(file)) is not None
-    if not known or file.partition(".")[0] not in SPLITS or not file.isascii():
+    if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
             "a data set's file is called train or valid, with the ending of its format: "
             "train.jsonl, train.csv, valid.parquet, …",
@@ -104,7 +104,8 @@ async def data_archive(path: str, service: Used) -> StreamingResponse:
     named = {name: own for split in found for name, own in split.items()}
     with ExitStack() as stack:
         stack.enter_context(service.transfers.place())
-        opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
+        with told(path):
+            opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
         return Archive(place.name, opened, stack.pop_all())
 
 
@@ -147,7 +148,7 @@ def _check_unused(service: Service, place: Path, advice: str) -> None:
 def _role(kind: Kind, file: str) -> str:
     """What of its folder a file is: of each there is one, or the folder cannot be read."""
     if kind == "datasets":
-        return file.partition(".")[0]
+        return stem_of(Path(file))
     return CONFIG if file == CONFIG else "weights"
 
 
@@ -171,11 +172,14 @@ async def _receive(
         _check_unused(service, place, "give it another name")
         length = request.headers.get("content-length", "")
         _check_room(place, int(length) if length.isdecimal() else 0)
-        await run_in_threadpool(files.make_folder, place)
         try:
+            await run_in_threadpool(files.make_folder, place)
             size = await _write(path, kind, request.stream())
         except ClientDisconnect:
             raise InputError(f"{file} broke off before its end: send it again.") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{file} cannot be written: {reason}.") from None
         finally:
             await run_in_threadpool(_remove_if_empty, place)
     return forms.Uploaded(path=str(place), size_bytes=size)
