@@ -151,6 +151,34 @@ def test_both_weights_of_one_adapter_are_taken(ask, weights):
         assert ask("PUT", f"adapters/both/{file}", weights)[0] == 200
 
 
+@pytest.mark.parametrize("named", ["", "train.jsonl"])
+def test_what_a_job_uses_stays_as_it_is(service, ask, named):
+    name = f"used-{len(named)}"
+    assert ask("PUT", f"datasets/{name}/train.jsonl", ROWS)[0] == 200
+    folder = service.uploads / "datasets" / name
+    with waiting(service, model_dir="org/name", data_dir=str(folder / named)) as id:
+        for method, path in (("PUT", f"{name}/valid.jsonl"), ("DELETE", name)):
+            status, said = ask(method, f"datasets/{path}", ROWS if method == "PUT" else None)
+            assert status == 409 and id in said, said
+        assert ask("PUT", f"datasets/{name}-2/train.jsonl", ROWS)[0] == 200
+    assert left(service, f"datasets/{name}/*") == [f"datasets/{name}/train.jsonl"]
+    assert ask("PUT", f"datasets/{name}/valid.jsonl", ROWS)[0] == 200
+
+
+def test_a_folder_that_files_come_into_is_not_deleted(service, ask):
+    said = []
+
+    async def parts():
+        yield ROWS
+        said.append(await asked(service, "DELETE", "datasets/coming"))
+        said.append(await asked(service, "PUT", "datasets/coming/train.csv", ROWS))
+        yield ROWS
+
+    assert ask("PUT", "datasets/coming/train.jsonl", parts())[0] == 200
+    assert [(status, "sent" in own) for status, own in said] == [(429, True)] * 2, said
+    assert left(service, "datasets/coming/*") == ["datasets/coming/train.jsonl"]
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..errors import RunError
@@ -41,6 +42,11 @@ class Transfers:
             yield
         finally:
             del self.places[name]
+
+    def check_none(self, folder: Path) -> None:
+        """Busy if one of the places has a path below this folder as its name."""
+        if any(isinstance(own, Path) and own.is_relative_to(folder) for own in self.places):
+            raise Busy(f"files of {folder.name} are being sent: wait until that has ended.")
 
 
 class Pool:

@@ -133,15 +133,16 @@ async def _remove(service: Service, kind: Kind, name: str) -> forms.Answer:
     if not place.is_dir():
         raise InputError(f"no client has sent {name}: only what was sent is deleted.", status=404)
     _check_unused(service, place, "cancel it first")
+    service.transfers.check_none(place)
     await run_in_threadpool(files.remove_folder, place)
     return forms.Answer()
 
 
 def _check_unused(service: Service, place: Path, advice: str) -> None:
-    """Conflict if a job that has not ended reads this folder."""
+    """Conflict if a job that has not ended reads this folder, or a file in it."""
     for id in service.jobs.live:
         row = service.jobs.find(id)
-        if row and str(place) in row.inputs:
+        if row and any(Path(own).is_relative_to(place) for own in row.inputs):
             raise Conflict(f"{id}, which has not ended, uses {place.name}: {advice}.")
 
 
