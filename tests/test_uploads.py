@@ -179,6 +179,31 @@ def test_a_folder_that_files_come_into_is_not_deleted(service, ask):
     assert left(service, "datasets/coming/*") == ["datasets/coming/train.jsonl"]
 
 
+def test_the_disk_and_the_checks_are_waited_for_elsewhere(service, ask, weights, monkeypatch):
+    """Other requests are answered meanwhile."""
+    loops, seen = set(), set()
+
+    def noted(name, own):
+        def call(*args, **kwargs):
+            seen.add(name)
+            loops.add(asyncio._get_running_loop())
+            return own(*args, **kwargs)
+
+        return call
+
+    for name in ("sync", "make_folder"):
+        monkeypatch.setattr(files, name, noted(name, getattr(files, name)))
+    for module, name in ((pushing, "check_content"), (files, "open_regular")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    assert ask("PUT", "adapters/apart/adapter_config.json", CONFIG)[0] == 200
+    assert ask("PUT", "adapters/apart/adapters.safetensors", weights)[0] == 200
+    assert ask("GET", "adapters/archive", path=service.uploads / "adapters" / "apart")[0] == 200
+    assert ask("PUT", "datasets/apart/train.jsonl", ROWS)[0] == 200
+    assert ask("GET", "datasets/archive", path=service.uploads / "datasets" / "apart")[0] == 200
+    assert seen == {"sync", "make_folder", "check_content", "open_regular"}
+    assert loops == {None}
+
+
 @pytest.mark.parametrize(
     "path",
     [

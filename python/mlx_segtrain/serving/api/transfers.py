@@ -9,10 +9,11 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
@@ -35,6 +36,8 @@ from .dependencies import Used
 from .guard import PATIENCE_S
 from .routes import problems
 
+#: Files by their names in an archive.
+Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
 #: Files of an adapter that are taken.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
@@ -97,16 +100,7 @@ async def remove_adapter(name: Name, service: Used) -> forms.Answer:
 )
 async def data_archive(path: str, service: Used) -> StreamingResponse:
     """The rows of a data set's folder below the roots: its training and validation files."""
-    place = service.roots.resolve(path)
-    found = [split_in(place, place, split) for split in SPLITS]
-    if not found[0]:
-        raise InputError(f"{path} has no training rows: give the folder of a data set.")
-    named = {name: own for split in found for name, own in split.items()}
-    with ExitStack() as stack:
-        stack.enter_context(service.transfers.place())
-        with told(path):
-            opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
-        return Archive(place.name, opened, stack.pop_all())
+    return await _archive_of(service, path, _opened_rows)
 
 
 @router.get(
@@ -114,11 +108,7 @@ async def data_archive(path: str, service: Used) -> StreamingResponse:
 )
 async def adapter_archive(path: str, service: Used) -> StreamingResponse:
     """An adapter's folder below the roots: what a push to the hub would send."""
-    place = service.roots.resolve(path)
-    with ExitStack() as stack:
-        stack.enter_context(service.transfers.place())
-        opened = stack.enter_context(pushing.opened(place, models=False))
-        return Archive(place.name, opened, stack.pop_all())
+    return await _archive_of(service, path, _opened_adapter)
 
 
 # What comes
@@ -189,7 +179,8 @@ async def _receive(
 async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
     """Writes a file; its bytes. InputError for one that is not what its name says."""
     most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
-    with files.atomic(path) as aside:
+    with ExitStack() as written:
+        aside = written.enter_context(files.atomic(path))
         with open(aside, "xb", opener=files.private) as file:
             async for part in parts:
                 await run_in_threadpool(file.write, part)
@@ -197,13 +188,12 @@ async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
                 if most is not None and file.tell() > most:
                     raise InputError(f"{path.name} has more than {most >> 20} MiB.", status=413)
             size = file.tell()
-            await run_in_threadpool(file.flush)
-            await run_in_threadpool(files.sync_open, file.fileno())
         if size == 0:
             raise InputError(f"{path.name} is empty.", status=422)
         if kind == "adapters":
-            with open(aside, "rb") as written:
-                await run_in_threadpool(pushing.check_content, path, written)
+            with open(aside, "rb") as content:
+                await run_in_threadpool(pushing.check_content, path, content)
+        await run_in_threadpool(written.close)  # the disk may take long
     return size
 
 
@@ -220,13 +210,44 @@ def _remove_if_empty(place: Path) -> None:
 # What goes
 
 
+@contextmanager
+def _opened_rows(place: Path) -> Iterator[dict[str, BinaryIO]]:
+    found = [split_in(place, place, split) for split in SPLITS]
+    if not found[0]:
+        raise InputError(f"{place} has no training rows: give the folder of a data set.")
+    named = {name: own for split in found for name, own in split.items()}
+    with ExitStack() as stack:
+        with told(place):
+            opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
+        yield opened
+
+
+_opened_adapter = partial(pushing.opened, models=False)
+
+
+async def _archive_of(
+    service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
+) -> StreamingResponse:
+    """The files of a folder below the roots: opened and checked in a thread, which may take long,
+    and in one of the places for transfers before the answer begins."""
+    with ExitStack() as held:
+        held.enter_context(service.transfers.place())
+
+        def look() -> tuple[str, Opened]:
+            place = service.roots.resolve(path)
+            return place.name, held.enter_context(opened(place))
+
+        name, found = await service.looks.run(look)
+        return Archive(name, found, held.pop_all())
+
+
 class Archive(StreamingResponse):
     """An archive of open files. `held` ends with it: the files, and a place among the transfers.
 
     A client that takes nothing for a while is let go.
     """
 
-    def __init__(self, name: str, opened: Mapping[str, IO[bytes]], held: ExitStack) -> None:
+    def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
         how = {"content-disposition": f'attachment; filename="{shown}.zip"'}
         super().__init__(_archive(opened), media_type="application/zip", headers=how)
@@ -261,7 +282,7 @@ class _Sink:
         return taken
 
 
-def _archive(opened: Mapping[str, IO[bytes]]) -> Iterator[bytes]:
+def _archive(opened: Opened) -> Iterator[bytes]:
     """A ZIP of the files, a block at a time: weights do not get smaller, so nothing is packed."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
