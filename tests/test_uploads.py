@@ -240,3 +240,16 @@ def test_what_the_disk_refuses_is_one_sentence(service, ask, monkeypatch):
     os.mkfifo(rows / "train.jsonl")
     status, said = ask("GET", "datasets/archive", path=rows)
     assert status == 400 and "cannot be read: it is no regular file" in said
+
+
+def test_a_refusal_says_what_was_not_done(ask, service, weights):
+    for file, content in (("adapter_config.json", CONFIG), ("adapters.safetensors", weights)):
+        assert ask("PUT", f"adapters/said/{file}", content)[0] == 200
+    folder = service.uploads / "adapters" / "said"
+    (folder / "README.md").symlink_to(folder / "adapter_config.json")
+    status, said = ask("GET", "adapters/archive", path=folder)
+    assert status == 400 and "README.md" in said and "downloaded" in said and "pushed" not in said
+    (folder / "README.md").unlink()
+    os.link(folder / "adapter_config.json", folder / "LICENSE")
+    status, said = ask("GET", "adapters/archive", path=folder)
+    assert status == 400 and "nothing was downloaded" in said

@@ -192,7 +192,7 @@ async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
             raise InputError(f"{path.name} is empty.", status=422)
         if kind == "adapters":
             with open(aside, "rb") as content:
-                await run_in_threadpool(pushing.check_content, path, content)
+                await run_in_threadpool(pushing.check_content, path, content, "kept")
         await run_in_threadpool(written.close)  # the disk may take long
     return size
 
@@ -222,7 +222,7 @@ def _opened_rows(place: Path) -> Iterator[dict[str, BinaryIO]]:
         yield opened
 
 
-_opened_adapter = partial(pushing.opened, models=False)
+_opened_adapter = partial(pushing.opened, done="downloaded", models=False)
 
 
 async def _archive_of(

@@ -39,20 +39,22 @@ MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
 def check(folder: Path) -> list[str]:
     """The names of what would be sent; InputError for what is neither an adapter nor a model."""
-    with _opened_folder(folder) as place:
+    with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
 
 
 @contextmanager
-def opened(folder: Path, *, models: bool = True) -> Iterator[dict[str, BufferedReader]]:
+def opened(
+    folder: Path, done: str = "pushed", *, models: bool = True
+) -> Iterator[dict[str, BufferedReader]]:
     """The files to send, by name, open and checked; InputError if one is not what its name says, or
-    for a model where none is to be sent."""
+    for a model where none is to be sent. `done` is what happens to them, in a sentence."""
     with ExitStack() as stack:
-        place = stack.enter_context(_opened_folder(folder))
+        place = stack.enter_context(_opened_folder(folder, done))
         files = {}
         for name in _names(folder, os.listdir(place), models):
-            files[name] = stack.enter_context(_opened_file(folder / name, place))
-            check_content(folder / name, files[name])
+            files[name] = stack.enter_context(_opened_file(folder / name, place, done))
+            check_content(folder / name, files[name], done)
         yield files
 
 
@@ -74,7 +76,7 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
 
 
 @contextmanager
-def _opened_folder(folder: Path) -> Iterator[int]:
+def _opened_folder(folder: Path, done: str) -> Iterator[int]:
     """The number of a folder that is open, no part of whose path is a link."""
     how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     place = os.open("/", how)
@@ -84,35 +86,35 @@ def _opened_folder(folder: Path) -> Iterator[int]:
             os.close(above)
         yield place
     except OSError as error:
-        raise _refused(folder, error) from None
+        raise _refused(folder, error, done) from None
     finally:
         os.close(place)
 
 
 @contextmanager
-def _opened_file(path: Path, place: int) -> Iterator[BufferedReader]:
+def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
     """A regular file that has no other name: another one may be somebody's secret."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
     except OSError as error:
-        raise _refused(path, error) from None
+        raise _refused(path, error, done) from None
     with os.fdopen(number, "rb") as file:
         own = os.fstat(number)
         if not stat.S_ISREG(own.st_mode) or own.st_nlink != 1:
-            raise InputError(f"{path} is a link, or no file: nothing was pushed.")
+            raise InputError(f"{path} is a link, or no file: nothing was {done}.")
         if not path.name.endswith((".safetensors", ".gguf")) and own.st_size > MOST:
-            raise InputError(f"{path} has more than {MOST >> 20} MiB: nothing was pushed.")
+            raise InputError(f"{path} has more than {MOST >> 20} MiB: nothing was {done}.")
         yield file
 
 
-def check_content(path: Path, file: BufferedReader) -> None:
+def check_content(path: Path, file: BufferedReader, done: str) -> None:
     """InputError if the file is not of the kind that its name says."""
     if path.suffix == ".safetensors":
         with _named(path, file) as opened:
             read_header(opened)
     elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
-        raise InputError(f"{path} is no GGUF file: nothing was pushed.")
+        raise InputError(f"{path} is no GGUF file: nothing was {done}.")
     elif path.suffix == ".json":
         with _named(path, file) as opened:
             read_json(opened, MOST if path.name in OF_MODEL else MOST_OF_ADAPTER)
@@ -129,7 +131,7 @@ def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
         raise InputError(str(error).replace(str(opened), str(path))) from None
 
 
-def _refused(path: Path, error: OSError) -> InputError:
+def _refused(path: Path, error: OSError, done: str) -> InputError:
     return InputError(
-        f"{path} cannot be pushed: it is not there any more, or a link ({error.strerror})."
+        f"{path} cannot be {done}: it is not there any more, or a link ({error.strerror})."
     )
