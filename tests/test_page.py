@@ -25,6 +25,7 @@ from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.config import load_config
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.planning.run import full_batch, plan_run
+from mlx_segtrain.serving.api.pages import FILES
 from mlx_segtrain.serving.jobs.store import Store
 from mlx_segtrain.training.setup import plan_event
 
@@ -573,6 +574,47 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
     expect(page.get_by_text("Ask something")).to_be_visible()
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["dev.jsonl", "train.jsonl"], ["train.jsonl as train.jsonl", "dev.jsonl as valid.jsonl"]),
+        (["a-val.csv", "b.csv.gz"], ["b.csv.gz as train.csv.gz", "a-val.csv as valid.csv"]),
+        (["rows.csv", "my_train.csv"], ["my_train.csv as train.csv", "rows.csv as valid.csv"]),
+        (["devices.csv", "test.csv"], ["devices.csv as train.csv", "test.csv as valid.csv"]),
+        (["valid.jsonl"], ["valid.jsonl as train.jsonl"]),
+        (["a.csv", "b.csv"], "a.csv and b.csv do not say which of them is for validation"),
+        (["train.csv", "train.json"], "train.csv and train.json do not say"),
+        (["train.csv", "dev.csv", "test.csv"], "Choose one file, or one for training and one"),
+    ],
+)
+def test_files_of_rows_are_told_apart_by_their_names(browser, names, expected):
+    page = browser.new_page()
+
+    def give(route: Any) -> None:  # the modules alone: no server is asked
+        name = route.request.url.rpartition("/")[2]
+        if name:
+            route.fulfill(path=FILES / name, content_type="text/javascript")
+        else:
+            route.fulfill(body="", content_type="text/html")
+
+    page.route("**/*", give)
+    page.goto("http://localhost/")
+    found = page.evaluate(
+        """async (names) => {
+          const { splits } = await import("/hub.js");
+          try {
+            const own = splits(names.map((name) => new File(["a"], name)));
+            return own.map(([file, as]) => `${file.name} as ${as}`);
+          } catch (error) {
+            return error.message;
+          }
+        }""",
+        names,
+    )
+    page.close()
+    assert found[: len(expected)] == expected
+
+
 def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     rows = tmp_path / "my sums.csv"
     rows.write_text("prompt,completion\n" + "".join(f"{i}+1,{i + 1}\n" for i in range(9)))
@@ -587,6 +629,8 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     expect(page.locator(".wrong", has_text="called train or valid")).to_be_in_viewport()
 
     user.open("/finetune/library", page=page)
+    sent: list[str] = []
+    page.on("request", lambda own: sent.append(own.url) if own.method == "PUT" else None)
     row = page.get_by_role("row").filter(has_text="my-sums")
     with page.expect_download() as found:
         row.get_by_role("link", name="Download my-sums").click()
@@ -602,14 +646,16 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
         own.get_by_role("link", name=f"Download {folder.name}").click()
     with zipfile.ZipFile(found.value.path()) as archive:
         archive.extractall(tmp_path / "taken")
-    names = ("adapter_config.json", "adapters.safetensors")
+    names = ("adapters.safetensors", "adapter_config.json")
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "taken" / x) for x in names])
-    sent = page.get_by_role("row").filter(has_text="adapter-of-tiny")
-    expect(sent).to_be_visible()
+    row = page.get_by_role("row").filter(has_text="adapter-of-tiny")
+    expect(row).to_be_visible()
+    # What is taken already is known before the weights have come.
+    assert [url.rpartition("/")[2] for url in sent] == [*reversed(names)]
     user.shot(page, "library")
-    sent.get_by_role("button", name="Delete adapter-of-tiny").click()
+    row.get_by_role("button", name="Delete adapter-of-tiny").click()
     page.get_by_role("button", name="Delete it").click()
-    expect(sent).to_have_count(0)
+    expect(row).to_have_count(0)
 
 
 def test_a_job_that_ends_is_told_on_other_pages(user, site):

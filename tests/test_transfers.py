@@ -70,7 +70,7 @@ def test_a_data_set_comes_is_used_and_goes(server, uploads):
         ("datasets/%2e%2e/train.jsonl", ROWS, 422, "name"),
         ("adapters/x/README.md", b"#", 422, "an adapter's file is one of"),
         ("adapters/x/adapters.safetensors", b"no weights", 400, "adapters.safetensors"),
-        ("adapters/x/adapter_config.json", b"{", 400, "is not JSON"),
+        ("adapters/x/adapter_config.json", b"{", 400, "cannot be read as JSON"),
     ],
 )
 def test_what_is_sent_must_be_what_it_is_called(server, uploads, path, content, status, words):

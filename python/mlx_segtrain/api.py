@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from matplotlib.figure import Figure
 
+    from .rewards import Function
     from .training.judging import Score
 
 #: Where an adapter goes that is told nothing else, as from the command line.
@@ -119,6 +120,7 @@ def train(
     score: Score | None = None,
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
+    rewards: Sequence[str | Function] | None = None,
     progress: bool | None = None,
     **fields: Any,
 ) -> TrainResult:
@@ -137,7 +139,8 @@ def train(
     given, which receives the run's events (mlx_segtrain.events). `on_step` and `on_eval` receive
     the metrics of every step and every evaluation as a dict; one that returns True ends the run
     after saving. `score(model, tokenizer)` is asked at every evaluation for a number or a dict of
-    numbers.
+    numbers. `rewards` of method grpo are names of checks, which is the field, and functions that
+    score completions (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. InputError, before anything is written, for input that cannot be used; RunError if the run
@@ -155,6 +158,7 @@ def train(
             if train_data is not None:
                 raise InputError("data and train_data are both given: leave one of them out.")
             train_data = data
+        functions, fields = _functions(rewards, fields)
         config = _config(config, fields)
         with _shown(on_event, on_step, progress) as (tell, step):
             found = training.train(
@@ -166,6 +170,7 @@ def train(
                 on_step=step,
                 on_eval=on_eval,
                 model=loaded,
+                rewards=functions,
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
     result = TrainResult(**own)
@@ -173,6 +178,19 @@ def train(
     if loaded is not None:
         vars(result)["_loaded"] = _with_adapter(loaded, result), tokenizer
     return result
+
+
+def _functions(
+    rewards: Sequence[str | Function] | None, fields: dict[str, Any]
+) -> tuple[list[Function], dict[str, Any]]:
+    """The functions among rewards, and the fields with the others."""
+    if rewards is None:
+        return [], fields
+    if not isinstance(rewards, list | tuple):  # the configuration says what it has to be
+        return [], {**fields, "rewards": rewards}
+    functions = [own for own in rewards if callable(own)]
+    checks = [own for own in rewards if not callable(own)]
+    return functions, fields if functions and not checks else {**fields, "rewards": checks}
 
 
 def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
