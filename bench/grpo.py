@@ -63,8 +63,8 @@ def cycle_of(args):
     model, vocabulary = steps.load(args.model)
     shape = steps.shape_of(args.model, model)
     config = TrainConfig(
-        model_dir="unused",
-        adapter_path="unused",
+        model_dir=Path("unused"),
+        adapter_path=Path("unused"),
         method="grpo",
         batch_size=args.prompts,
         group_size=args.group,

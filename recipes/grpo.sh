@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO on prompts with rewards; without DATA the demo's model, on records of JSON with a sum to be finished.
-#   MODEL=/path/to/model DATA=/path/to/prompts ITERS=24 RANK=16 recipes/grpo.sh [FLAG ...]
+#   MODEL=/path/to/model DATA=/path/to/prompts ITERS=12 RANK=16 recipes/grpo.sh [FLAG ...]
 # Flags of `mlx-segtrain train` come last and win: --reward number:answer takes other rewards.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/grpo

@@ -1,18 +1,28 @@
 """GRPO's losses: TRL's formulas in float64 with complex steps, weights, packing, and cuts."""
 
+import json
+import math
+import resource
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from lib import tiny_models
+from lib import chats, tiny_models
 from lib.checks import random_adapter
 from lib.oracle import assert_close, vjp
+from mlx_segtrain import TrainConfig, train, training
 from mlx_segtrain.data import Dataset, Row, eval_batches
+from mlx_segtrain.data.sources import sources_of
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.generation.decoding import Telling
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
-from mlx_segtrain.objectives.grpo import advantages, with_log_probs
-from mlx_segtrain.training.collapse import collapsed, mean_of
+from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
+from mlx_segtrain.training.collapse import collapsed
+from mlx_segtrain.training.completions import CompletionLog
 from mlx_segtrain.training.cycle import seed_of
+from mlx_segtrain.training.record import Record, check_same
 
 LOSSES = {
     "grpo": Grpo(beta=0.1, most=12),
@@ -98,6 +108,28 @@ def test_advantages():
     spread = np.std([1, 0, 0, 1], ddof=1)
     assert np.allclose(advantages(rewards, "group"), centred / (spread + 1e-4))
     assert np.allclose(advantages(rewards, "batch"), centred / (np.std(rewards, ddof=1) + 1e-4))
+    assert not advantages(np.full((1, 3), 0.1), "none").any(), "0.1 is not their mean exactly"
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_a_token_that_was_certain_counts(kind):
+    """Its log-probability was 0, which is a number like any other."""
+    own, zero = Grpo(kind=kind, beta=0.1), mx.zeros(1)
+    reads = [mx.array(x, mx.float32) for x in ([1], [[1]], 1, [-1])]
+    loss, kl, clipped, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero, zero)
+    ratio = math.exp(-0.7)  # below the clip, where a token that should be less likely stops
+    assert math.isclose(float(loss), 1 - own.low + 0.1 * float(kl), rel_tol=1e-6)
+    assert math.isclose(float(kl), 1 / ratio - 0.7 - 1, rel_tol=1e-6) and float(clipped) == 1
+    *_, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero - 0.5, zero)
+    assert float(mismatch) == 0.5
+
+
+def test_a_token_that_only_marks_its_row_has_no_gradient():
+    """Or an optimizer that looks at signs would take a full step."""
+    own = Grpo(beta=0.1)
+    reads = [mx.array([x], mx.float32) for x in (NOTHING, 1, 1, 2, -1, -1, -1)]
+    loss, slope = mx.value_and_grad(lambda x: own._outputs(x, *reads)[0])(mx.array([-0.9]))
+    assert float(loss) == 0 and float(slope[0]) == 0
 
 
 def completions():
@@ -168,7 +200,7 @@ def test_without_old_ones_the_ratio_is_one(model):
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
     known = with_log_probs(batch, "old", np.array(log_p))
-    batch.numbers["old"][:] = 0
+    del batch.numbers["old"]
     (loss, *_), grads = run(model, own, [batch], 1)
     (same, *_), others = run(model, own, [known], 1)
     gains = batch.numbers["advantage"]
@@ -178,20 +210,143 @@ def test_without_old_ones_the_ratio_is_one(model):
 
 
 def test_collapse():
-    def steps(*means):
-        return [(x, 1e-4) for x in means]
-
-    rising = steps(0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
-    assert collapsed(rising, 2) is None
-    fallen = [*rising, *steps(0.3, 0.2)]
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert collapsed(rising, 4) is None
+    fallen = [*rising, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     assert collapsed(fallen, 0) is None
-    assert "fell from 0.750 to 0.250" in collapsed(fallen, 2)
-    assert collapsed([*rising, *steps(0.6, 0.6)], 2) is None  # less than half of the gain
-    noisy = [(x, 0.04) for x, _ in fallen]
-    assert collapsed(noisy, 2) is None  # chance explains it
-    assert mean_of([0, 1]) == (0.5, 0.125)
+    assert "fell from 0.700 to 0.225" in collapsed(fallen, 4)
+    assert collapsed([*rising, 0.7, 0.6, 0.6, 0.6], 4) is None  # less than half of the gain
+    noisy = [x + 0.2 * (-1) ** i for i, x in enumerate(fallen)]
+    assert collapsed(noisy, 4) is None  # chance explains it
+
+
+CURVES = {
+    "flat": np.full(100, 0.5),
+    "learning": np.linspace(0.1, 0.9, 100),
+    "falling": np.repeat([0.2, 0.7, 0.05], [20, 40, 40]),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_chance_is_no_collapse(name):
+    """Of runs with prompts of all degrees of difficulty, 4 in a step with 8 completions of each."""
+    rng, stopped = np.random.default_rng(8), 0
+    for _ in range(20):
+        chances = np.clip(CURVES[name][:, None] + rng.normal(0, 0.3, (100, 4)), 0, 1)
+        means = (rng.binomial(8, chances) / 8).mean(1).tolist()
+        stopped += any(collapsed(means[:n], 10) for n in range(11, 101))
+    assert stopped == (20 if name == "falling" else 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "stablelm"])
+def test_log_probs_at_a_temperature(family):
+    """Of the ops' head, one with a cap, and one of mlx-lm's own; their gradients, too."""
+    model, rng = tiny_models.build(family), np.random.default_rng(4)
+    chain = chain_of(model)
+    h = mx.array(rng.normal(size=(5, model.args.hidden_size)).astype(np.float32))
+    targets, dlog_p = mx.arange(5) + 2, mx.array(rng.normal(size=5).astype(np.float32))
+
+    def wanted(h):
+        z = chain.head.logits(h).astype(mx.float32) / 0.6
+        own = mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0]
+        return own - mx.logsumexp(z, axis=-1)
+
+    def found(h):
+        return chain.head.log_probs({}, h, targets, temperature=0.6)
+
+    for own, true in zip(mx.vjp(found, [h], [dlog_p]), mx.vjp(wanted, [h], [dlog_p]), strict=True):
+        assert_close(family, own[0], np.array(true[0]), 1e-4)
+    assert np.abs(found(h) - chain.head.log_probs({}, h, targets)).max() > 0.05
+
+
+def test_what_is_told_of_a_token_that_was_drawn_at_a_temperature():
+    z = np.random.default_rng(4).normal(size=(3, 9)).astype(np.float32)
+    told = Telling({0: 0, 2: 0}, mx.array(z), mx.array([1, 1, 4], mx.uint32), {2: 0.5}).read()
+    own = 2 * z[2].astype(np.float64)
+    assert math.isclose(told[2][0], own[4] - np.log(np.exp(own).sum()), rel_tol=1e-5)
+    own = z[0].astype(np.float64)
+    assert math.isclose(told[0][0], own[1] - np.log(np.exp(own).sum()), rel_tol=1e-5)
 
 
 def test_seeds_differ_by_each_number():
     seeds = {seed_of(*x) for x in np.ndindex(3, 4, 5, 4)}
     assert len(seeds) == 3 * 4 * 5 * 4 and seed_of(1, 23) != seed_of(12, 3)
+
+
+CHAT = chats.chat("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "how", "says"),
+    [
+        (
+            {"messages": chats.chat("a", "b")},
+            {"data_format": "messages"},
+            'needs the keys "prompt"',
+        ),
+        ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "give method grpo"),
+        ({"prompt": "a"}, {"method": "sft"}, 'needs the keys "messages"'),
+        ({"prompt": ""}, {"prompt_format": "raw"}, "jsonl:1: the prompt has no tokens"),
+    ],
+)
+def test_rows_that_are_no_prompts(row, how, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        chats.load(tmp_path, chats.byte_level(bos=False), row, **{"method": "grpo", **how})
+
+
+def test_an_empty_prompt_may_begin_with_a_token(tmp_path):
+    how = {"method": "grpo", "data_format": "prompt", "prompt_format": "raw"}
+    (row,) = chats.load(tmp_path, chats.byte_level(), {"prompt": ""}, **how).rows
+    assert len(row) == 1
+
+
+def test_rewards_of_python_are_checks_and_functions(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def run(config, *_, rewards, **__):
+        assert (config.rewards, rewards) == (["length:9"], [len])
+        raise Reached
+
+    monkeypatch.setattr(training, "train", run)
+    with pytest.raises(Reached):
+        train(method="grpo", model="m", adapter="a", progress=False, rewards=["length:9", len])
+
+
+def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
+    """Here beyond the size that a file may have, as on a disk that is full."""
+    said = []
+    log = CompletionLog(tmp_path, said.append)
+    log.write([{"step": 1, "text": "a"}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))
+    try:
+        log.write([{"step": 2, "text": "b" * 100}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write([{"step": 3, "text": "c"}])
+    assert len(said) == 1 and "cannot be written" in said[0]
+    log.begin(3)
+    kept = [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
+    assert kept == [1, 3]
+
+
+def test_files_of_rewards_are_in_the_record(tmp_path):
+    """Of each folder one of the same name; who changed one is told of it, and may go on."""
+    paths = [tmp_path / name / "own.py" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("def f(completions): return [0 for _ in completions]\n")
+    functions = [f"{path}:{name}" for path in paths for name in ("f", "g")]
+    how = {"model_dir": tmp_path / "m", "adapter_path": tmp_path / "run"}
+    config = TrainConfig(method="grpo", reward_functions=[*functions, "json:loads"], **how)
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    sources = sources_of(data, None)
+    before = Record(config, sources, None)
+    assert {"rewards/own.py", "rewards 2/own.py"} <= before.inputs.keys()
+    paths[1].write_text("def f(completions): return [1 for _ in completions]\n")
+    said = []
+    assert not check_same(Record(config, sources, None), before.values, said.append)
+    (sentence,) = said
+    assert sentence.startswith("rewards 2/own.py has changed since")

@@ -256,7 +256,9 @@ def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
 
 
 def test_other_methods_and_families_refuse_packing(llama4, pairs, data, tmp_path):
-    with pytest.raises(ValueError, match="packing has no effect outside of method sft: leave it"):
+    with pytest.raises(
+        ValueError, match="packing has no effect outside of method sft or grpo: leave"
+    ):
         config_of(llama4, pairs, tmp_path / "a", method="dpo", packing=True)
     generic = write_tiny(tmp_path / "generic", "stablelm")
     with pytest.raises(InputError, match="packing is not for stablelm, whose layers are mlx-lm"):

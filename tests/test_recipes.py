@@ -12,6 +12,7 @@ import pytest
 
 from lib.folders import write_tiny
 from mlx_segtrain.commands.demo import snapshot
+from mlx_segtrain.commands.demo.sums import write_sums
 from mlx_segtrain.files import cache_dir
 
 pytestmark = pytest.mark.acceptance
@@ -61,6 +62,21 @@ def test_chunk_finetune_of_smollm2(tmp_path, data):
     assert len(list((tmp_path / "a" / "checkpoints").iterdir())) == 2
     again = run("chunk.sh", **knobs)
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_grpo_of_smollm2(tmp_path):
+    data = tmp_path / "data"
+    write_sums(data)
+    for name in ("train", "valid"):  # a few of them
+        file = data / f"{name}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(True)[:2]))
+    knobs = {"MODEL": snapshot.smollm2_snapshot(cache_dir()), "DATA": data}
+    few = ("--batch-size", "1", "--group-size", "2", "--warmup-iters", "0")
+    done = run("grpo.sh", *few, ITERS=1, ADAPTER=tmp_path / "a", **knobs)
+    assert done.returncode == 0, done.stderr
+    assert "held-out reward" in done.stdout
+    assert len((tmp_path / "a" / "completions.jsonl").read_text().splitlines()) == 2
+    assert all(json.loads(line)["answer"] > 1 for line in (data / "train.jsonl").open())
 
 
 def test_e4b_probe_then_train(e4b, tmp_path, data):

@@ -2,11 +2,16 @@
 
 import shlex
 import sys
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from threading import Thread
 
+import numpy as np
 import pytest
 
 from mlx_segtrain import InputError, RunError, TrainConfig
-from mlx_segtrain.rewards import Rewards
+from mlx_segtrain.data import Row
+from mlx_segtrain.rewards import Rewards, check_rows
 from mlx_segtrain.rewards.checks import check_of, last_number
 
 
@@ -98,12 +103,36 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
         ({"reward_functions": ["nowhere.py:f"]}, "nowhere.py:f cannot be used .there is no file"),
         ({"reward_functions": ["json:nothing"]}, "json:nothing cannot be used"),
         ({"reward_functions": ["json"]}, "write module:function"),
+        ({"reward_command": "python 'x"}, r"is no command line \(No closing quotation\)"),
+        ({"reward_command": " "}, "reward_command is empty"),
         ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
     ],
 )
 def test_rewards_that_cannot_be_used(changes, says):
     with pytest.raises(InputError, match=says):
         Rewards.of(config_of(**changes))
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_a_schema_fetches_nothing(scheme, tmp_path):
+    """Or clients of the server could read its files and reach its network."""
+    (tmp_path / "own.json").write_text('{"type": "integer"}')
+    how = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with HTTPServer(("127.0.0.1", 0), how) as server:
+        places = {
+            "file": (tmp_path / "own.json").as_uri(),
+            "http": f"http://127.0.0.1:{server.server_port}/own.json",
+        }
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            with pytest.raises(InputError, match=r"is no JSON schema .*Retrieval is disabled"):
+                check_of(f'json_schema:{{"$ref": "{places[scheme]}"}}')
+        finally:
+            server.shutdown()
+            thread.join()
+    check = check_of('json_schema:{"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer"}}}')
+    assert check(completions=["3", "x"]) == [1, 0]
 
 
 def fails(completions):
@@ -116,6 +145,7 @@ def fails(completions):
         (fails, r"reward fails failed \(KeyError: 'gone'\): mend it and resume"),
         (lambda completions: [1.0], "gave 1 scores for 2 completions"),
         (lambda completions: [1.0, float("nan")], "gave nan for the completion 'b'"),
+        (lambda completions: [1.0, 10**5000], "gave inf for the completion 'b'"),
         (lambda completions: [None, 1.0], "gave None for the completion 'a'"),
     ],
 )
@@ -127,6 +157,37 @@ def test_a_reward_that_fails_is_one_sentence(function, says):
 def test_a_column_that_is_missing():
     with pytest.raises(RunError, match='rows have no column "answer"'):
         scores(Rewards.of(config_of(rewards=["exact:answer"])), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "says"),
+    [
+        ({"rewards": ["exact:answer"]}, {"other": 1}, 'f:2: the row has no column "answer"'),
+        ({"rewards": ["length:1", "number:n"]}, {}, 'no column "n", which the reward number:n'),
+        ({}, {"completions": 1}, 'f:2: the row has a column "completions", and rewards get'),
+        ({}, {"prompts": 1}, 'a column "prompts"'),
+        ({}, {"completion_tokens": 1}, 'a column "completion_tokens"'),
+        ({"reward_command": "true"}, {"completion": 1}, 'a column "completion"'),
+    ],
+)
+def test_rows_that_rewards_cannot_read(changes, given, says):
+    rows = [
+        Row(np.zeros(1, np.int32), np.zeros(1, np.float32), f"f:{i}", given={"prompt": "a", **own})
+        for i, own in enumerate(({"answer": 1, "n": 2}, given), 1)
+    ]
+    check_rows(config_of(**changes), rows[:1])
+    with pytest.raises(InputError, match=says):
+        check_rows(config_of(**changes), rows)
+
+
+def test_a_completion_of_the_data_is_a_column_for_functions():
+    own = Row(np.zeros(1, np.int32), np.zeros(1, np.float32), "f:1", given={"completion": "a"})
+    check_rows(config_of(), [own])
+
+
+def test_a_loss_that_is_none():
+    with pytest.raises(ValueError, match="grpo_loss"):
+        config_of(grpo_loss=["grpo"])
 
 
 def test_a_command_that_fails():

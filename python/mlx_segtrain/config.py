@@ -424,7 +424,8 @@ class TrainConfig(BaseModel):
             return values
         values = dict(values)
         if values.get("method") == "grpo":
-            own = OF_LOSS.get(values.get("grpo_loss", "grpo"), {})
+            loss = values.get("grpo_loss")
+            own = OF_LOSS.get(loss, {}) if isinstance(loss, str) else {}
             values = {"packing": "auto", **own, **values}
         for name in ("lr_schedule", "warmup_iters"):
             if f"dpo_{name}" not in values:

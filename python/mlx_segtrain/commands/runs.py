@@ -154,7 +154,8 @@ def show_result(
 
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
-        state = "no lower validation loss any more: stopped after"
+        better = "higher reward" if ROWS[config.method] == "prompt" else "lower validation loss"
+        state = f"no {better} any more: stopped after"
     show.say(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     if result.interrupted and not result.steps:
         show.say("nothing was saved: no step was finished")

@@ -176,10 +176,14 @@ class Encoder:
                 ids = prompt_ids(self._wrapper, prompt, variables)
             else:
                 raise InputError("the tokenizer has no chat template: give the prompt as a text.")
+            if not len(ids):  # what comes first would be drawn after nothing
+                raise InputError("the prompt has no tokens; give it a text.")
         except Exception as error:  # a template may fail in any way
             raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
         kept = {key: x for key, x in given.items() if x is not None}
-        return Row(np.array(ids, np.int32), np.zeros(len(ids), np.float32), source, given=kept)
+        return Row(
+            np.array(ids, np.int32), np.zeros(len(ids), np.float32), source, turns=0, given=kept
+        )
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without what is put before one."""

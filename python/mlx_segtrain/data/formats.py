@@ -106,7 +106,7 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 def _format_of(keys: Set[str]) -> str | None:
     """The first format whose marks are among the keys; a prompt alone is what a method asks for."""
-    known = ((name, own) for name, own in FORMATS.items() if own.rows != "prompt")
+    known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
 
 
@@ -529,6 +529,6 @@ FORMATS: dict[str, Format] = {
     "input-output": _plain("input", "output"),
     "text": Format(_check_text, ("text",), samples=_text_samples),
     "prompt": Format(
-        _check_prompt, ("prompt",), PROMPT_KEYS, rows="prompt", encode=_prompts, reads_all=True
+        _check_prompt, ("prompt",), PROMPT_KEYS, rows=("prompt",), encode=_prompts, reads_all=True
     ),
 }

@@ -7,7 +7,7 @@ last one, so that the device computes while their text is made.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import ref
 
 import mlx.core as mx
@@ -58,7 +58,7 @@ class Answer:
     first: float | None = None  #: when its first token came
     finish: str | None = None
     alone: bool = False  #: in a batch of its own, by the update that is in the linears
-    batch: "Batch | None" = None
+    batch: "Batch[Any] | None" = None
 
     # Of the decoding, once it has begun:
     next: mx.array | None = None  #: the last token, uint32 [1], which no cache has yet
@@ -76,6 +76,11 @@ class Answer:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.made)
+
+    @property
+    def told_at(self) -> float:
+        """The temperature by which logits are divided before log p is told of them."""
+        return 1.0
 
     @property
     def most(self) -> int:
@@ -134,30 +139,34 @@ class Answer:
         return finish is not None
 
 
+#: The kind of answers of a batch.
+A = TypeVar("A", bound=Answer)
+
+
 def can_merge(cache: Sequence[Any]) -> bool:
     """Whether caches of this kind can be of several sequences."""
     return all(hasattr(layer, "merge") for layer in cache)
 
 
-class Batch:
+class Batch(Generic[A]):
     """Answers that are decoded together; their caches are one while there are several."""
 
     def __init__(self, base: Base):
         self.base = base
-        self.answers: list[Answer] = []
+        self.answers: list[A] = []
         self._cache: list[Any] = []
         self._merged = False
         self._twin: Any = None
         self._next: Any = None
         self._choice: Any = None
-        self._telling: tuple[list[Answer], Telling] | None = None
+        self._telling: tuple[list[A], Telling] | None = None
 
     @property
     def alone(self) -> bool:
         """Whether it is a batch of one, and remains it."""
         return any(answer.alone for answer in self.answers)
 
-    def takes(self, answer: Answer, others: Sequence[Answer] = ()) -> bool:
+    def takes(self, answer: A, others: Sequence[A] = ()) -> bool:
         """Whether the answer may join, besides others, without much padding."""
         together = (answer, *self.answers, *others)
         if any(own.alone for own in together):
@@ -165,7 +174,7 @@ class Batch:
         lengths = [own.length for own in together]
         return max(lengths) <= MOST_PADDING * min(lengths) + LEAST_PADDING
 
-    def join(self, new: Sequence[Answer]) -> None:
+    def join(self, new: Sequence[A]) -> None:
         """Adds answers whose prompts are done but for the last token."""
         for answer in new:
             answer.begin()
@@ -189,7 +198,7 @@ class Batch:
         self.answers.extend(new)
         self._take_in()
 
-    def leave(self, gone: Sequence[Answer], *, keep: bool = True) -> None:
+    def leave(self, gone: Sequence[A], *, keep: bool = True) -> None:
         """Takes answers out, each with its cache if that is to be kept."""
         if not gone:
             return
@@ -243,7 +252,7 @@ class Batch:
             if even:
                 layer.make_mask = _no_mask(ref(layer))
 
-    def step(self) -> tuple[list[Answer], list[tuple[Answer, BaseException]]]:
+    def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
         """A token of each answer; those that ended, and those that failed. Any other error is of
         the step, and of no answer alone."""
         inputs, failed = self._next, []
@@ -271,7 +280,8 @@ class Batch:
             if answer.options.logprobs is not None
         }
         if wanted:
-            self._telling = [*self.answers], Telling(wanted, logits, self._next)
+            told_at = {i: self.answers[i].told_at for i in wanted}
+            self._telling = [*self.answers], Telling(wanted, logits, self._next, told_at)
         mx.async_eval(self._next, *(self._telling[1].arrays if self._telling else ()))
         ended = []
         for answer, token in zip(self.answers, inputs.tolist(), strict=True):
@@ -290,7 +300,7 @@ class Batch:
             for i, told in telling.read().items():
                 answers[i].told = told
 
-    def _changed(self, answer: Answer, token: mx.array, row: mx.array, known: Any) -> mx.array:
+    def _changed(self, answer: A, token: mx.array, row: mx.array, known: Any) -> mx.array:
         """Logits [1, V] by what the answer says of them."""
         if answer.process is not None:
             row = answer.process(token, row)

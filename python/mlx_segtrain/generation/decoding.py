@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
@@ -254,14 +255,24 @@ def processor(
 class Telling:
     """log p of the tokens that rows of a batch take, for those who want it.
 
-    Of the model's own logits: what options and grammars make of them is not in it.
+    Of the model's own logits: what options and grammars make of them is not in it, but for the
+    temperature of rows that want that.
     """
 
-    def __init__(self, wanted: Mapping[int, int], logits: mx.array, taken: mx.array):
-        """`wanted` are rows, and of how many tokens they want to know it besides."""
+    def __init__(
+        self,
+        wanted: Mapping[int, int],
+        logits: mx.array,
+        taken: mx.array,
+        temperatures: Mapping[int, float] = MappingProxyType({}),
+    ):
+        """`wanted` are rows, and of how many tokens they want to know it besides. `temperatures`
+        divide the logits of rows, where they are not 1."""
         self._wanted = wanted
         rows = mx.array(list(wanted), mx.uint32)
         own = logits[rows].astype(mx.float32)
+        if any(x != 1 for x in temperatures.values()):
+            own = own / mx.array([temperatures.get(row, 1.0) for row in wanted])[:, None]
         own = own - mx.logsumexp(own, axis=-1, keepdims=True)
         most = min(max(wanted.values()), own.shape[-1])
         order = (

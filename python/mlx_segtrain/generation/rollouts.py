@@ -27,8 +27,9 @@ class Policy:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated: tokens with the one that ended it, log-probabilities of each by the
-    model's own logits, float32 [n], and the text. `finish` is stop, or length if it was cut off."""
+    """What was generated: tokens with the one that ended it, log-probabilities of each at the
+    temperature at which it was drawn, float32 [n], and the text. `finish` is stop, or length if it
+    was cut off."""
 
     tokens: list[int]
     log_p: np.ndarray
@@ -51,6 +52,10 @@ class _Rollout(Answer):
         return super().take(token)
 
     @property
+    def told_at(self) -> float:
+        return self.options.temperature or 1.0  # 0 is the likeliest token
+
+    @property
     def completion(self) -> Completion:
         log_p = np.array(self.log_p, np.float32)
         return Completion(self.made, log_p, "".join(self.pieces), self.finish or "length")
@@ -69,7 +74,7 @@ def complete(
         for prompt, of_prompt in zip(prompts, options, strict=True)
     ]
     waiting = deque(rollout for own in rollouts for rollout in own)
-    batch, read = Batch(base), _Reader(base)
+    batch, read = Batch[_Rollout](base), _Reader(base)
     if not read.merges:
         at_once = 1
     while waiting or batch.answers:

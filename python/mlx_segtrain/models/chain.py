@@ -85,9 +85,11 @@ class Head:
         h: mx.array,
         targets: mx.array,
         *,
+        temperature: float = 1.0,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Log-probabilities of targets [M], each a token, after h [M, H], float32 [M].
+        """Log-probabilities of targets [M], each a token, after h [M, H], float32 [M]; of logits
+        that are divided by the temperature.
 
         HEAD_ROWS at a time, in either direction: a graph without order would have the logits of
         all. The backward pass runs them again.
@@ -97,7 +99,7 @@ class Head:
         def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
             z = self.logits_of(dict(zip(names, factors, strict=True)), h, begin)
             own = targets[begin : begin + HEAD_ROWS]
-            return -nn.losses.cross_entropy(z.astype(mx.float32), own)
+            return -nn.losses.cross_entropy(z.astype(mx.float32) / temperature, own)
 
         @mx.custom_function
         def run(h: mx.array, factors: list[mx.array]) -> mx.array:

@@ -418,12 +418,18 @@ class LinearHead(Head):
         h: mx.array,
         targets: mx.array,
         *,
+        temperature: float = 1.0,
         needs_grad: bool = True,
     ) -> mx.array:
-        if params:
-            return super().log_probs(params, h, targets)
-        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad, "padded": False}
-        return ops.linear_log_probs(self.norm(h), self.projection.base, targets, **how)
+        base, softcap = self.projection.base, self.softcap
+        if params or (temperature != 1 and base.bias is not None):
+            return super().log_probs(params, h, targets, temperature=temperature)
+        x = self.norm(h)
+        if temperature != 1:  # c·tanh(z/c)/T is (c/T)·tanh((z/T)/(c/T)), and z is linear in x
+            x = (x.astype(mx.float32) / temperature).astype(x.dtype)
+            softcap = softcap and softcap / temperature
+        how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+        return ops.linear_log_probs(x, base, targets, **how)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         updates = replace(self.updates, stream=Stream(f"rows {begin}"))

@@ -7,7 +7,7 @@ first update (`old`) and without the adapter (`reference`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,8 @@ from .objective import Objective, predictions, rows_of, stream_values
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 #: Numbers of a token that counts.
 NUMBERS = ("advantage", "rollout", "old", "reference")
+#: A weight that marks a token as one in the loss, and adds nothing to it.
+NOTHING = 1e-30
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Grpo(Objective):
     arXiv:2402.03300); of gspo that of the whole completion, by the geometric mean over its tokens
     (Zheng et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1 of log-probabilities.
     The weights of N completions of n tokens each: grpo and gspo 1/(N·n), dr_grpo 1/(N·most) (Liu et
-    al. 2025, arXiv:2503.20783), dapo 1/Σn (Yu et al. 2025, arXiv:2503.14476). Without `old` the old
-    probability is the new one, of which no gradient is formed.
+    al. 2025, arXiv:2503.20783), dapo 1/Σn (Yu et al. 2025, arXiv:2503.14476). Where `old` was
+    not computed (NaN), the old probability is the new one, of which no gradient is formed.
     """
 
     kind: Loss = "grpo"
@@ -43,9 +45,10 @@ class Grpo(Objective):
     most: int = 256  #: tokens of a completion
     length: int = 512  #: tokens of a pass
     packs: bool | Literal["auto"] = True
+    temperature: float = 1.0  #: that completions are drawn at, by which all logits are divided
 
     options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
-    options += ("max_completion_tokens", "max_seq_length", "packing")
+    options += ("max_completion_tokens", "max_seq_length", "packing", "temperature")
     unit = "per completion"
     metrics = ("kl", "clipped", "mismatch")
     reads = ("targets", "weights", "members", "part", *NUMBERS)
@@ -101,7 +104,7 @@ class Grpo(Objective):
             owner = b
         members = (np.arange(len(batch.lengths))[:, None] == owner).astype(np.float32)
         members /= np.maximum(members.sum(1, keepdims=True), 1)
-        nothing = np.zeros_like(batch.weights)
+        nothing = np.full_like(batch.weights, np.nan)  # of what was not computed
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
             "targets": ops.upload(batch.tokens[places]),
@@ -120,7 +123,8 @@ class Grpo(Objective):
             *reads: mx.array,
         ) -> tuple[mx.array, ...]:
             h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
-            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
+            how: Any = {"temperature": self.temperature, "needs_grad": needs_grad}
+            log_p = chain.head.log_probs(params, h, targets, **how)
             return self._outputs(log_p, *reads)
 
         return outputs
@@ -128,8 +132,7 @@ class Grpo(Objective):
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         weights, members, part, advantage, rollout, old, reference = reads
         now = mx.stop_gradient(log_p)
-        # A token that was drawn has a log-probability below 0: 0 is where none was computed.
-        old = mx.where(old == 0, now, old)
+        old = mx.where(mx.isnan(old), now, old)
         moved = log_p - old
         if self.kind == "gspo":
             means = (members * moved).sum(1, keepdims=True)
@@ -137,7 +140,7 @@ class Grpo(Objective):
         ratio = mx.exp(moved)
         bounded = mx.clip(ratio, 1 - self.low, 1 + self.high)
         losses = -mx.minimum(ratio * advantage, bounded * advantage)
-        apart = mx.where(rollout == 0, 0, old - rollout)
+        apart = mx.where(mx.isnan(rollout), 0, old - rollout)
         if self.cap:
             losses = losses * mx.minimum(mx.exp(apart), self.cap)
         kl = mx.zeros_like(log_p)
@@ -148,6 +151,7 @@ class Grpo(Objective):
         up = (ratio > 1 + self.high) & (advantage > 0)
         clipped = ((ratio < 1 - self.low) & (advantage < 0)) | up
         means = (kl, clipped, mx.abs(apart))
+        weights = mx.where(weights <= NOTHING, 0, weights)
         return (
             (weights * losses).sum(),
             *(mx.stop_gradient(x.astype(mx.float32).sum() * part) for x in means),
@@ -176,7 +180,8 @@ def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) 
     """Rewards [P, G] of P prompts less the mean of their group, float64; divided by the standard
     deviation of each group or of all rewards plus 1e-4, or not."""
     rewards = rewards.astype(np.float64)
-    centred = rewards - rewards.mean(1, keepdims=True)
+    equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
+    centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))
     if scaling == "none":
         return centred
     spread = rewards.std(1, ddof=1, keepdims=True) if scaling == "group" else rewards.std(ddof=1)

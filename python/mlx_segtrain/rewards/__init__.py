@@ -6,16 +6,22 @@ A reward scores completions in one call, a number for each; a run adds them up b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
 from ..errors import InputError, RunError, shown
 from .calling import by_command, function_of, with_what_it_takes
-from .checks import check_of
+from .checks import check_of, column_of
 
-__all__ = ["Function", "Rewards", "Scores"]
+if TYPE_CHECKING:
+    from ..data import Row
+
+__all__ = ["Function", "Rewards", "Scores", "check_rows"]
+
+#: What a reward is given besides the columns of the data.
+TAKEN = ("prompts", "completions", "completion_tokens")
 
 #: (prompts, completions, **columns) → a number for each completion; columns are lists too.
 Function = Callable[..., Sequence[float]]
@@ -108,9 +114,33 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
             numbers.append(float(score))
         except (TypeError, ValueError):
             numbers.append(math.nan)
+        except OverflowError:  # an integer with hundreds of digits
+            score = math.inf
+            numbers.append(score)
         if not math.isfinite(numbers[-1]):
             raise RunError(
                 f"reward {name} gave {shown(score, 60)} for the completion {shown(completion, 80)}:"
                 " it must give a finite number; mend it and resume."
             )
     return numbers
+
+
+def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
+    """InputError for a row without a column that a check reads, or with one that has the name of
+    something else: before anything is generated."""
+    taken = (*TAKEN, "completion") if config.reward_command is not None else TAKEN
+    read = {column: spec for spec in config.rewards if (column := column_of(spec))}
+    for row in rows:
+        given = row.given or {}
+        for column, spec in read.items():
+            if column not in given:
+                raise InputError(
+                    f'{row.source}: the row has no column "{column}", which the reward {spec} '
+                    "reads.",
+                    field="rewards",
+                )
+        if found := [name for name in taken if name in given]:
+            raise InputError(
+                f'{row.source}: the row has a column "{found[0]}", and rewards get something else '
+                "by this name: rename the column, or leave it out."
+            )

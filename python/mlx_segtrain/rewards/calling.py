@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, shown
 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
@@ -30,10 +30,16 @@ def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
     return name, with_what_it_takes(found)
 
 
+def file_of(spec: str) -> Path | None:
+    """The file of `file.py:function`; None for a function of a module."""
+    place = spec.rpartition(":")[0]
+    return Path(place).expanduser() if place.endswith(".py") else None
+
+
 def _module(place: str) -> Any:
-    if not place.endswith(".py"):
+    path = file_of(f"{place}:")
+    if path is None:
         return importlib.import_module(place)
-    path = Path(place).expanduser()
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -56,7 +62,15 @@ def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def by_command(command: str) -> Callable[..., list[float]]:
     """Scores that a command prints, a line for each completion; it reads them as lines of JSON."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(
+            f"reward_command: {shown(command, 80)} is no command line ({error}).",
+            field="reward_command",
+        ) from None
+    if not words:
+        raise InputError("reward_command is empty: give a command line.", field="reward_command")
 
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         lines = []

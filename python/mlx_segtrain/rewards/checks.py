@@ -34,6 +34,12 @@ def check_of(spec: str) -> Check:
     return CHECKS[name](argument)
 
 
+def column_of(spec: str) -> str | None:
+    """The column of the data that a check reads; None if it reads none."""
+    name, _, argument = spec.partition(":")
+    return argument if CHECKS.get(name) in (_exact, _number) else None
+
+
 def _exact(column: str) -> Check:
     """The whole completion is what the column has."""
 
@@ -98,7 +104,8 @@ def _json_schema(text: str) -> Check:
             field="rewards",
         ) from None
     try:
-        validator = validator_for(json.loads(text))
+        # References are not followed: schemas come from clients of the server too.
+        validator = validator_for(json.loads(text), offline=True)
     except Exception as error:  # the library has errors of several kinds
         said = " ".join(str(error).split())[:200]
         raise InputError(

@@ -1,10 +1,13 @@
 """completions.jsonl: what each step generated and how it was scored, a completion a line."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
@@ -17,9 +20,14 @@ class CompletionLog:
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Keeps lines up to this step; OSError. No file if there are none."""
+        """Keeps lines up to this step, or removes the file of a run that begins. InputError for a
+        file that no run has written; OSError."""
         if not self.path.exists():
             return
+        with open(self.path, "rb") as file:
+            first = file.readline()
+        if first.endswith(b"\n") and not first.startswith(b'{"step":'):
+            raise InputError(f"{self.path} was written by no run: move it away.")
         if not step:
             self.path.unlink()
             return
@@ -35,10 +43,14 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """All of them or none, or `begin` would find their first part and remove what follows."""
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
                 file.write(b"".join(to_json(line).encode() + b"\n" for line in lines))
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)
             if not self._failed:
                 self._failed = True
                 self._warn(f"{self.path} cannot be written ({error.strerror or error})")

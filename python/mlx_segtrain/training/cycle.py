@@ -24,15 +24,12 @@ from ..lora import Adapter
 from ..models import Chain
 from ..models.adapting import attached
 from ..objectives import Grpo, value
-from ..objectives.grpo import advantages, with_log_probs
+from ..objectives.grpo import NOTHING, advantages, with_log_probs
 from ..rewards import Function, Rewards, Scores
 from ..schedule import Grads
 from .setup import with_params
 from .state import Iterate, Outcome
 from .step import Stepper
-
-#: A weight that marks a token as one in the loss, and adds nothing to it.
-NOTHING = 1e-30
 
 
 def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards | None:
@@ -143,7 +140,7 @@ class Cycle(Stepper):
         data = self._trained(found, gains)
         self.setup = replace(prompts, train=data)
         try:
-            batches = self._with_references(params, self._batches(data))
+            batches: list[AnyBatch] = [*self._with_references(params, self._batches(data))]
             start, new, outcome = at, at, None
             for _ in range(config.updates_per_step):  # all at the rate of this step
                 new, outcome = super().__call__(replace(new, step=start.step), batches, losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from ..planning.run import RunPlan, short_buffers
 from ..rewards import Function
 from .checkpoint import shared
 from .clock import Clock
-from .collapse import collapsed, mean_of
+from .collapse import collapsed
 from .contents import evaluated_name
 from .cycle import Cycle, rewards_of
 from .interrupts import Interrupts
@@ -266,7 +267,7 @@ class Run:
         if self.step.completions:
             self.keeper.completions.write(self.step.completions)
             own = [line["reward"] for line in self.step.completions]
-            progress.rewards = [*progress.rewards, mean_of(own)]
+            progress.rewards = [*progress.rewards, math.fsum(own) / len(own)]
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
         self.pace.add("step", progress.last.seconds)

@@ -20,6 +20,7 @@ from ..errors import InputError, RunError
 from ..files import hashes, known_sha256, sha256, write_json
 from ..hub import OF_MODEL, origin
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
+from ..rewards.calling import file_of
 from .checkpoint import found, torn
 from .ranks import ALONE, LAUNCH, Ranks
 
@@ -48,6 +49,11 @@ def files_of(
     if config.warm_start is not None:
         folders["warm_start"] = config.warm_start
         files |= _files_in("warm_start", config.warm_start, OF_ADAPTER)
+    own = dict.fromkeys(filter(None, map(file_of, config.reward_functions)))
+    for i, path in enumerate(own, 1):  # each has a part, since they may be in several folders
+        part = "rewards" if i == 1 else f"rewards {i}"
+        folders[part] = path.parent
+        files[f"{part}/{path.name}"] = path
     return files, folders
 
 
@@ -206,6 +212,10 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         warn(f"{change}: from here on it is another run than it would have been")
         same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
+        if what.startswith("rewards"):  # one that failed was mended
+            warn(f"{what} {differs} since the run in {run} began: from here on it is another run")
+            same = False
+            continue
         # mlx-lm reads weights of any name like these, and of the rest only what it knows.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
@@ -237,8 +247,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Verified:
-    """What has changed since a run, in sentences, by part: model, data, warm_start, versions,
-    device, settings, adapter, checkpoints; [] for a part that is as it was."""
+    """What has changed since a run, in sentences, by part: model, data, warm_start, rewards,
+    versions, device, settings, adapter, checkpoints; [] for a part that is as it was."""
 
     run: Path
     step: int | None  #: of the adapter; None for a run that has not ended

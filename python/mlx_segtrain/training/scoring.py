@@ -19,7 +19,7 @@ from ..generation.rollouts import Policy
 from ..lora import Adapter
 from ..models import load_tokenizer
 from ..planning.rollouts import rollouts_at_once
-from ..rewards import Function, Rewards
+from ..rewards import Function, Rewards, check_rows
 from .cycle import options_of, roll_out, seed_of
 from .policy import run_policy
 from .setup import load_chain
@@ -72,6 +72,7 @@ def score(
                 "val_split, or evaluate train."
             )
         rows = list(data.rows)
+        check_rows(config, rows)
         if config.rollout_batch == "auto":
             tokens = int(data.columns.length.max()) + config.max_completion_tokens
             most = rollouts_at_once(config, tokens, len(rows) * config.group_size)

@@ -31,6 +31,7 @@ from ..objectives import Objective, objective_of
 from ..planning.packing import pays
 from ..planning.rollouts import rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits
+from ..rewards import check_rows
 from ..schedule import Grads
 from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
@@ -176,6 +177,8 @@ def read_inputs(
         packs = resumed.record["config"].get("packing") if resumed else pays(config, train)
         config = config.model_copy(update={"packing": packs})
     if ROWS[config.method] == "prompt":
+        for data in filter(None, (train, valid)):
+            check_rows(config, data.rows)
         if config.rollout_batch == "auto":
             tokens = _longest(train, config)
             known = resumed.record["config"].get("rollout_batch") if resumed else None

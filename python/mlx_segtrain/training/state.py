@@ -65,7 +65,7 @@ class Progress:
     train_s: float = 0.0
     wall_s: float = 0.0
     peak: int = 0
-    rewards: list[tuple[float, float]] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float | None:

@@ -115,7 +115,7 @@ class Engine:
         self._linears = Linears()
         self._rows: Any = None  # updates by rows of a batch (lora/rows.py)
         self._merges = False  # whether caches of the base can be of several requests
-        self._batches: list[Batch] = []
+        self._batches: list[Batch[Request]] = []
         self._rate = 0.0  # tokens of prompts a second
         self._device = mx.default_device()
         self._prefill = PREFILL_GPU if self._device.type == mx.DeviceType.gpu else PREFILL
@@ -426,12 +426,12 @@ class Engine:
 
     def _join(self, ready: Sequence[Request]) -> None:
         """Each joins a batch of answers of like length, or begins one."""
-        joining: dict[Batch, list[Request]] = {batch: [] for batch in self._batches}
+        joining: dict[Batch[Request], list[Request]] = {batch: [] for batch in self._batches}
         for request in ready:
             fits = (batch for batch, own in joining.items() if batch.takes(request, own))
             batch = next(fits, None)
             if batch is None:
-                batch = Batch(request.selected.base)
+                batch = Batch[Request](request.selected.base)
                 joining[batch] = []
             joining[batch].append(request)
         for batch, own in joining.items():
@@ -444,7 +444,7 @@ class Engine:
             except BaseException as error:
                 self._break_up(batch, error, own)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch[Request]) -> None:
         requests = batch.answers
         try:
             if batch.alone:
@@ -452,7 +452,7 @@ class Engine:
                 ended, failed = batch.step()
             else:
                 keys = [request.selected.key for request in requests]
-                self._linears.take_out(batch.base, self._rows.known)
+                self._linears.take_out(requests[0].selected.base, self._rows.known)
                 if not self._rows.holds(keys):
                     self._rows.put_in(keys, self._updates())
                 with self._rows.running():
@@ -470,7 +470,7 @@ class Engine:
         return {key: self._linears.sum_of(x.adapters) for key, x in chosen.items() if key}
 
     def _break_up(
-        self, batch: Batch, error: BaseException, joining: Sequence[Request] = ()
+        self, batch: Batch[Request], error: BaseException, joining: Sequence[Request] = ()
     ) -> None:
         """After an error that may be of any of its requests: they start anew from their tokens.
 
