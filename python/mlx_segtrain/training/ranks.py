@@ -274,7 +274,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     except LostRank:
         raise
     except BaseException as error:
-        links.fail(f"failed: {str(error) or type(error).__name__}")
+        links.fail(f"failed: {str(error).rstrip('.') or type(error).__name__}")
         raise
     finally:
         given_up.set()
