@@ -345,15 +345,20 @@ def _train(args: argparse.Namespace) -> int:
     from mlx_segtrain.events import speed
     from mlx_segtrain.training import train
     from mlx_segtrain.training.curves import draw_run
-    from mlx_segtrain.training.ranks import launched
+    from mlx_segtrain.training.ranks import LostRank, launched
 
-    if launched():  # rank 0 shows the run, and this one what is wrong here
-        with Terminal(errors()) as show:
-            return 130 if train(config, show).interrupted else 0
-    with Terminal() as show:
-        result = train(config, show)
-        if not result.interrupted:  # who interrupts a run waits for it to end
-            draw_run(config, lambda message: print(message, file=sys.stderr))
+    try:
+        if launched():  # rank 0 shows the run, and this one what is wrong here
+            with Terminal(errors()) as show:
+                return 130 if train(config, show).interrupted else 0
+        with Terminal() as show:
+            result = train(config, show)
+            if not result.interrupted:  # who interrupts a run waits for it to end
+                draw_run(config, lambda message: print(message, file=sys.stderr))
+    except LostRank as error:
+        print(f"mlx-segtrain: error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # a device may still wait for that rank, and the end of the process for it
     from mlx_segtrain.adapters import prompting_of
 
     model, adapter = (shlex.quote(str(path)) for path in (config.model_dir, result.adapter_path))
