@@ -107,7 +107,7 @@ class Ranks:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every so manieth item, beginning with that of the rank's number."""
+        """This rank's part of the items: the one of its number, and every `size`-th after it."""
         return items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
