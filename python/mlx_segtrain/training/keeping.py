@@ -195,13 +195,17 @@ class Keeper:
         return True
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
+NOTHING: Any = _nothing
+
+
 class Bystander(Keeper):
     """Of a rank that writes nothing: the folder is that of rank 0, maybe on another machine."""
 
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)
 
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    open = last = best = evaluated = fault = result = _nothing
+    open = last = best = evaluated = fault = result = NOTHING

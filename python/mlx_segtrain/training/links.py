@@ -149,6 +149,11 @@ class Links:
         return [r for r in self.watch.others if at[r] < at[self.watch.rank]]
 
     @property
+    def suspects(self) -> bool:
+        """Whether a rank is lost, though it is not yet decided which one is named."""
+        return bool(self.watch.lost)
+
+    @property
     def lost(self) -> Lost | None:
         return self.watch.decided
 

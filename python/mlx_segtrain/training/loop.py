@@ -478,7 +478,7 @@ class Run:
     def _check_factors(self) -> None:
         """Diverged if the ranks have come to different ones."""
         if self.ranks.size > 1:
-            factors = memoryview(np.array(self.state.at.vector)).cast("B")
+            factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _kept(self, error: LostRank) -> RunError:

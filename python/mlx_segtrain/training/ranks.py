@@ -107,7 +107,7 @@ class Ranks:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every so manieth item, beginning with that of the rank's number."""
+        """This rank's part of the items: the one of its number, and every `size`-th after it."""
         return items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
@@ -150,6 +150,8 @@ class Ranks:
         Another thread waits for MLX, on a stream that nothing else uses: this one looks after the
         others meanwhile, and can go on without the sum.
         """
+        if self.links and self.links.suspects:
+            self._blame(None)
         mx.eval(x)
         total = mx.distributed.all_sum(x, group=self.group, stream=self.stream)
         done, failures = threading.Event(), list[BaseException]()
@@ -193,8 +195,8 @@ class Ranks:
                     those = ", ".join(map(self.name, slow))
                     self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
 
-    def _blame(self, error: BaseException) -> None:
-        """Raises who is lost: MLX says no more than that a connection is."""
+    def _blame(self, error: BaseException | None) -> None:
+        """Raises who is lost, once that is decided: MLX says no more than that a connection is."""
         deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
         while self.links and time.monotonic() < deadline:
             if (lost := self.lost()) is not None:
@@ -274,7 +276,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     except LostRank:
         raise
     except BaseException as error:
-        links.fail(f"failed: {str(error) or type(error).__name__}")
+        links.fail(f"failed: {str(error).rstrip('.') or type(error).__name__}")
         raise
     finally:
         given_up.set()
