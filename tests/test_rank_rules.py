@@ -1,12 +1,19 @@
 """What ranks agree on, without processes: shares, micro-batches, differences and their names."""
 
+import os
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from lib.runs import config_of
 from mlx_segtrain.errors import InputError, RunError
-from mlx_segtrain.training import ranks
+from mlx_segtrain.training import links, ranks, setup
 from mlx_segtrain.training.checkpoint import Checkpoint
 from mlx_segtrain.training.diagnosis import together
+from mlx_segtrain.training.links import Links
 from mlx_segtrain.training.ranks import ALONE, LAUNCH, Diverged, Ranks
 from mlx_segtrain.training.setup import accumulating
 from mlx_segtrain.training.state import Progress
@@ -110,3 +117,83 @@ def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monke
     if found is None:
         with ranks.joined(print) as own:
             assert own is ALONE
+
+
+def test_the_ring_is_hung_up_and_nothing_else(monkeypatch):
+    """A socket without a name (such as a tracker's) is in nobody's way, nor is one left over."""
+    server = socket.create_server(("127.0.0.1", 0))
+    ring = socket.create_connection(server.getsockname())
+    peer, _ = server.accept()
+    pair = socket.socketpair()
+    before = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(ranks, "_hosts", lambda: [[f"127.0.0.1:{server.getsockname()[1]}"]])
+    ranks._hang_up()
+    assert peer.recv(1) == b""
+    pair[0].send(b"x")
+    assert pair[1].recv(1) == b"x"
+    assert len(os.listdir("/dev/fd")) == before
+    for own in (server, ring, peer, *pair):
+        own.close()
+
+
+def test_a_state_that_is_written_is_not_broken_off(monkeypatch):
+    monkeypatch.setattr(ranks, "SECOND", 0.01)
+    monkeypatch.setattr(ranks, "TO_END", 0.05)
+    ended, over = threading.Event(), threading.Event()
+    monkeypatch.setattr(ranks.os, "_exit", lambda code: (ended.set(), over.set()))
+    own = Ranks(0, 2, saving=True, links=SimpleNamespace(lost=SimpleNamespace(rank=1, why="died")))
+    thread = threading.Thread(target=ranks._end_in_time, args=(own, over))
+    thread.start()
+    assert not ended.wait(0.3)
+    own.saving = False
+    assert ended.wait(10)
+    thread.join()
+
+
+def test_who_greets_slowly_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(links, "TO_GREET", 0.2)
+    server = socket.create_server(("127.0.0.1", 0))
+    at = server.getsockname()
+    own = SimpleNamespace(_secret=b"secret", _sockets={})
+    stranger = socket.create_connection(at)
+    stop = threading.Event()
+
+    def drip():
+        while not stop.wait(0.05):
+            try:
+                stranger.send(b"x")
+            except OSError:
+                return
+
+    threads = [threading.Thread(target=drip)]
+    threads[0].start()
+    rank = socket.create_connection(at)
+    rank.sendall(b"1 secret\n")
+    begin = time.monotonic()
+    Links._accept(own, server, {1})
+    assert time.monotonic() - begin < 3 and 1 in own._sockets
+    stop.set()
+    threads[0].join()
+    for made in (server, stranger, rank, own._sockets[1]):
+        made.close()
+
+
+def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_path):
+    """The order of rows follows from it."""
+    choices, asked = ["shared", "apart"], []
+
+    def first(config, found, shapes, **how):
+        asked.append(found)
+        raise_at = len(asked) == 2
+        if raise_at:
+            raise RunError("planned again")
+        return found[0], "plan"
+
+    monkeypatch.setattr(setup, "first_that_fits", first)
+    objective = SimpleNamespace(choices=lambda data: iter(choices), batch_shapes=None)
+    objective.batch_shapes = lambda data, rows: []
+    monkeypatch.setattr(setup, "objective_of", lambda config: objective)
+    inputs = SimpleNamespace(config=config_of("m", "d", tmp_path), train="rows")
+    with pytest.raises(RunError, match="planned again"):
+        setup.prepare(inputs, lambda event: None, ranks=group(2, others=[1]))
+    assert asked == [choices, ["apart"]]

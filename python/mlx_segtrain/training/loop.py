@@ -472,7 +472,11 @@ class Run:
         if self.state.step == 0:
             return
         self._count()
-        self.keeper.last(self.state)
+        self.ranks.saving = True
+        try:
+            self.keeper.last(self.state)
+        finally:
+            self.ranks.saving = False
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _check_factors(self) -> None:
