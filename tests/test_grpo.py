@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,15 +15,26 @@ from lib.oracle import assert_close, vjp
 from mlx_segtrain import TrainConfig, train, training
 from mlx_segtrain.data import Dataset, Row, eval_batches
 from mlx_segtrain.data.sources import sources_of
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.errors import InputError, NoMemory
 from mlx_segtrain.generation.decoding import Telling
 from mlx_segtrain.models import adapting, chain_of
-from mlx_segtrain.objectives import Functions, Grpo, value, value_and_grad
+from mlx_segtrain.objectives import Functions, Grpo, objective_of, value, value_and_grad
 from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
+from mlx_segtrain.objectives.objective import predictions
+from mlx_segtrain.planning.run import full_batch
+from mlx_segtrain.streams import trim_start
+from mlx_segtrain.training import cycle, setup
 from mlx_segtrain.training.collapse import collapsed
 from mlx_segtrain.training.completions import CompletionLog
-from mlx_segtrain.training.cycle import seed_of
-from mlx_segtrain.training.record import Record, check_same
+from mlx_segtrain.training.cycle import Cycle, seed_of
+from mlx_segtrain.training.loop import Run
+from mlx_segtrain.training.memory import Memory
+from mlx_segtrain.training.record import PARTS, Record, check_same
+
+
+def config_of(**changes):
+    return TrainConfig(model_dir="m", adapter_path="a", method="grpo", **changes)
+
 
 LOSSES = {
     "grpo": Grpo(beta=0.1, most=12),
@@ -350,3 +362,97 @@ def test_files_of_rewards_are_in_the_record(tmp_path):
     assert not check_same(Record(config, sources, None), before.values, said.append)
     (sentence,) = said
     assert sentence.startswith("rewards 2/own.py has changed since")
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 60), (3, 4), (40, 90), (70, 110)])
+def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
+    """Of prompts and completions of all lengths, up to the longest."""
+    config = config_of(packing=packs, max_completion_tokens=80, max_seq_length=200)
+    own, rng = objective_of(config), np.random.default_rng(2)
+
+    def row(prompt, made):
+        weights = np.repeat(np.float32([0, 1]), [prompt, made])
+        return Row(np.zeros(prompt + made, np.int32), weights, "made:1")
+
+    prompts = Dataset.of([row(n, 0) for n in (shortest, longest)])
+    (shape,) = own.batch_shapes(prompts, 1)
+    (stream,) = shape.streams
+    most = []
+    for top in (1, 5, 20, 40, 62, 80):
+        sizes = [(rng.integers(shortest, longest + 1), rng.integers(1, top + 1)) for _ in range(30)]
+        sizes = [(shortest, top)] * 30 + (sizes if top % 20 == 0 else [])
+        made = SimpleNamespace(setup=SimpleNamespace(config=config), objective=own)
+        for batch in Cycle._batches(made, Dataset.of([row(*size) for size in sizes])):
+            tokens, _, t, _ = predictions(batch)
+            assert tokens.size <= shape.rows * stream.length and len(t) <= shape.loss
+            rows, width = tokens.shape
+            run = rows * (width - trim_start(t.min()))
+            assert packs or run <= shape.rows * stream.trimmed
+            most.append((tokens.size, len(t)))
+    assert max(n for n, _ in most) > 0.8 * shape.rows * stream.length
+    assert max(n for _, n in most) > 0.7 * shape.loss, "planned for much more than there is"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_full_pass_is_of_max_seq_length(packing):
+    """However many prompts a step has."""
+    how = {"max_completion_tokens": 80, "max_seq_length": 200, "packing": packing}
+    one, many = (full_batch(config_of(batch_size=n, **how)) for n in (1, 9))
+    assert one == many and 150 < one.rows * one.streams[0].length < 200
+
+
+def test_dropout_is_refused():
+    with pytest.raises(InputError, match="lora_dropout has no effect with method grpo"):
+        config_of(lora_dropout=0.1)
+
+
+def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
+    """Killed before its first checkpoint; what is free by then is something else."""
+    monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
+    how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
+    data = Dataset.of([Row(np.zeros(3, np.int32), np.zeros(3, np.float32), "f:1")])
+
+    def found(**more):
+        return setup.with_rollouts(TrainConfig(**how, **more), data, None).rollout_batch
+
+    assert found(resume="auto") == 5  # there is no run
+    record = {"id": "a", **{part: {} for part in PARTS}, "config": {"rollout_batch": 3}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert found(resume="auto") == 3
+    assert found() == 5 and found(resume="auto", rollout_batch=7) == 7
+    (tmp_path / "run.json").write_text(json.dumps(record | {"config": {"rollout_batch": "auto"}}))
+    assert found(resume="auto") == 5
+
+
+def rolling(monkeypatch, roll_out):
+    """A cycle that generates by this function."""
+    monkeypatch.setattr(cycle, "roll_out", roll_out)
+    monkeypatch.setattr(cycle, "with_params", lambda *_: None)
+    names = ("model", "tokenizer", "chain", "scales")
+    of = dict.fromkeys(names, SimpleNamespace(max_length=None))
+    plan, config = SimpleNamespace(planned=None), config_of(rollout_batch=9)
+    own = SimpleNamespace(**of, plan=plan, config=config)
+    return SimpleNamespace(setup=own, rewards=None, rollout_peak=0)
+
+
+def test_memory_for_generating_is_not_the_updates(monkeypatch):
+    def takes(*_):
+        mx.eval(mx.zeros(1 << 20))
+        return "found"
+
+    own, size = rolling(monkeypatch, takes), 4 << 20
+    before = mx.get_active_memory()
+    assert Cycle._roll_out(own, 1, {}, [], []) == "found"
+    assert own.rollout_peak >= before + size > mx.get_peak_memory()
+    run = SimpleNamespace(step=own, state=SimpleNamespace(memory=Memory()))
+    assert Run._measure(run) < before + size <= run.state.memory.peak
+
+
+def test_no_memory_for_generating(monkeypatch):
+    def fails(*_):
+        raise MemoryError("[malloc] Unable to allocate 7 bytes.")
+
+    said = "step 3: the device has no memory for generating 9 completions .* a lower rollout_batch"
+    with pytest.raises(NoMemory, match=said):
+        Cycle._roll_out(rolling(monkeypatch, fails), 3, {}, [], [])

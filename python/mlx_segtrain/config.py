@@ -179,7 +179,15 @@ class TrainConfig(BaseModel):
     """Divide scale by the root of the rank (rsLoRA), linear by linear."""
     use_dora: bool = option(False, ADAPTER | FRESH | SIZE, title="DoRA")
     """Train the lengths of the adapted weights' rows apart (DoRA)."""
-    lora_dropout: Float = option(0.0, ADAPTER | SIZE | CARD, title="Dropout", ge=0, lt=1)
+    lora_dropout: Float = option(
+        0.0,
+        ADAPTER | SIZE | CARD,
+        title="Dropout",
+        holds=lambda config: config.method != "grpo",
+        otherwise="with method grpo, which compares probabilities of the whole adapter",
+        ge=0,
+        lt=1,
+    )
     """Part of a LoRA branch's inputs that each step leaves out."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
     """Strength with which dpo stays near the model without adapter."""
@@ -274,7 +282,9 @@ class TrainConfig(BaseModel):
     importance_cap: Float = option(2.0, GRPO, ge=0)
     """Upper bound of the importance weights that correct for differences between the probabilities
     of generation and training; 0 is no correction."""
-    rollout_batch: RolloutBatch = option("auto", GRPO | SIZE, values="auto or an integer >= 1")
+    rollout_batch: RolloutBatch = option(
+        "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
+    )
     """Completions that are generated at once; auto: as many as memory_budget_gb has room for."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
     """End the run when the mean reward of so many steps has lost half of its gain, beyond what

@@ -15,7 +15,7 @@ import numpy as np
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
+from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, Stream, padded, trim_start
 from .objective import Objective, predictions, rows_of, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
@@ -72,21 +72,35 @@ class Grpo(Objective):
         return part * kept
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        longest = min(int(data.columns.length.max()) + self.most, self.length)
-        return [self._shape(longest, self.most)]
+        lengths = data.columns.length
+        longest = min(int(lengths.max()) + self.most, self.length)
+        return [self._shape(longest, int(lengths.min()))]
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        return self._shape(length, min(trained, self.most))
+        return self._shape(min(length + 1, self.length), max(1, length + 1 - trained))
 
-    def _shape(self, longest: int, trained: int) -> BatchShape:
-        """A pass that is full of the longest completions."""
-        count = max(1, self.length // longest)
+    def _shape(self, longest: int, shortest: int) -> BatchShape:
+        """The largest pass of completions that have up to `longest` tokens with their prompts,
+        which have `shortest` or more."""
         if self.packs:
-            most = min(self.length, count * trained)
-            return BatchShape.packed(1, self.length - 1, longest - 1, most)
-        width = padded(longest, count) - 1
-        trimmed = width - trim_start(max(longest - trained - 1, 0))
-        return BatchShape.single(count, width, trimmed, count * trained)
+            whole, rest = divmod(self.length, shortest + self.most)
+            loss = whole * self.most + max(rest - shortest, 0)
+            return BatchShape.packed(1, self.length - 1, longest - 1, max(loss, 1))
+        passes = [(1, longest)]
+        for rows in range(2, self.length // PAD_MULTIPLE + 1):
+            width = min(padded(longest, rows), self.length // rows // PAD_MULTIPLE * PAD_MULTIPLE)
+            if width > shortest:
+                passes.append((rows, width))
+        rows, width = max(passes, key=lambda own: own[0] * own[1])
+        # Few long rows may have more to run where those with a loss begin late.
+        start = trim_start(max(shortest - 1, 0))
+        trimmed = max(n * (own - 1 - start) for n, own in passes)
+        loss = max(n * max(1, min(self.most, own - shortest)) for n, own in passes)
+        return BatchShape.single(rows, width - 1, min(width - 1, -(-trimmed // rows)), loss)
+
+    def rows_in(self, longest: int) -> int:
+        """Rows of a pass that is not packed, the longest of which has so many tokens."""
+        return max(1, self.length // padded(longest, 2))
 
     def total(self, batches: Sequence[Batch]) -> float:
         """Tokens that count: of the metrics, since weights are parts of the loss as they are."""

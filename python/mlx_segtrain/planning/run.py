@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import mlx.core as mx
 
 from .. import _core
-from ..config import TrainConfig
+from ..config import ROWS, TrainConfig
 from ..errors import InputError, NoRoom
 from ..hub import title
 from ..lora.paths import bare
@@ -181,6 +181,8 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
     """
     # The last token is only predicted. Packed rows are not padded, and nothing of them is trimmed.
     packs, rows = config.packing is True, config.batch_size
+    if ROWS[config.method] == "prompt":  # batch_size counts prompts, and not what a pass has
+        packs, rows = False, 1
     length = (config.max_seq_length if packs else padded(config.max_seq_length, rows)) - 1
     trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
     if packs:

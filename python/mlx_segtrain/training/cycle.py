@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import ROWS, TrainConfig
 from ..data import AnyBatch, Batch, Dataset, Row, eval_batches
-from ..errors import InputError
+from ..errors import InputError, NoMemory, is_out_of_memory
 from ..generation.decoding import Options
 from ..generation.rollouts import Completion, Policy, complete
 from ..lora import Adapter
@@ -135,7 +135,7 @@ class Cycle(Stepper):
         ]
         rows = [prompts.train.rows[i] for i in indices]
         params = prompts.layout.split(at.vector)
-        found = self._roll_out(params, rows, options)
+        found = self._roll_out(at.step + 1, params, rows, options)
         gains = advantages(found.rewards, config.advantage_scaling)
         data = self._trained(found, gains)
         self.setup = replace(prompts, train=data)
@@ -157,24 +157,40 @@ class Cycle(Stepper):
         assert setup.valid is not None
         rows = list(setup.valid.rows)
         options = [[replace(options_of(setup.config, 0), temperature=0.0)] for _ in rows]
-        means = self._roll_out(setup.layout.split(at.vector), rows, options).means()
+        params = setup.layout.split(at.vector)
+        means = self._roll_out(at.step, params, rows, options).means()
         return -means["reward"], means
 
-    def _roll_out(self, params: Grads, rows: list[Row], options: list[list[Options]]) -> Rollouts:
-        """With these factors of the adapter. MLX may take the whole budget, and not only what the
-        plan of the updates does; caches of the completions are freed after it."""
+    def _roll_out(
+        self, step: int, params: Grads, rows: list[Row], options: list[list[Options]]
+    ) -> Rollouts:
+        """With these factors of the adapter; NoMemory. MLX may take the whole budget, and not only
+        what the plan of the updates does; caches of the completions are freed after it."""
         setup, plan = self.setup, self.setup.plan
         policy = Policy(setup.model, setup.tokenizer, setup.chain.max_length)
         adapter = with_params(setup.chain, setup.scales, params)
         what = (setup.config, policy, setup.chain, adapter, self.rewards, rows, options)
-        if plan.planned is None:
-            return roll_out(*what)
-        before = mx.set_memory_limit(plan.budget)
+        before = None if plan.planned is None else mx.set_memory_limit(plan.budget)
         try:
             return roll_out(*what)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
         finally:
-            mx.set_memory_limit(before)
+            if before is not None:
+                mx.set_memory_limit(before)
             mx.clear_cache()
+            # What the updates take is measured apart, by which their plan is judged.
+            self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
+            mx.reset_peak_memory()
+        # Outside of the handler: the exception's frames hold arrays.
+        at_once = setup.config.rollout_batch
+        raise NoMemory(
+            f"step {step}: the device has no memory for generating {at_once} completions at once "
+            f"({reason}): free memory and go on, or with a lower rollout_batch, or begin with a "
+            "lower max_completion_tokens."
+        )
 
     def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
         """The completions that the loss depends on, as rows."""
@@ -207,7 +223,7 @@ class Cycle(Stepper):
         if self.setup.config.packing:
             found: Any = eval_batches(data.in_rows_of(most), 1)
         else:
-            found = eval_batches(data, max(1, most // int(data.columns.length.max())))
+            found = eval_batches(data, self.objective.rows_in(int(data.columns.length.max())))
         return list(found)
 
     def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:

@@ -282,11 +282,17 @@ class Run:
             done = "left out" if left_out else "taken"
             spike = f"loss {outcome.loss:.4f} is a spike, above {outcome.bound:.4f}"
             self._warn(f"step {state.step}: {spike}: the step was {done}")
-        cheaper = self.step.plan.tightened(state.memory.measure(state.step))
+        cheaper = self.step.plan.tightened(self._measure(state.step))
         if cheaper is not None:
             self._change_plan(cheaper, "over the budget")
         if self.calls.on_step:
             self._ask(self.calls.on_step, self._metric())
+
+    def _measure(self, step: int | None = None) -> int:
+        """The peak since the last call, but for that of generating completions."""
+        memory = self.state.memory
+        memory.peak = max(memory.peak, self.step.rollout_peak)
+        return memory.measure(step)
 
     def _ask(self, callback: Callback, event: events.Event) -> None:
         self.wants_to_stop |= callback(event) is True
@@ -404,7 +410,7 @@ class Run:
         val = None
         with self.interrupts.allowed(), self.pace.timed("evaluation"):
             if setup.valid is not None:
-                state.memory.measure()
+                self._measure()
                 loss, metrics = self.step.validate(state.at)
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
@@ -412,7 +418,7 @@ class Run:
             judges = config.sample_prompts or config.eval_command or self.calls.score
             if judges and self.ranks.first:
                 found += self._judged()
-        state.memory.measure()  # an evaluation's memory is not the next step's
+        self._measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:

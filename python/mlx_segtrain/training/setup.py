@@ -39,6 +39,7 @@ from .contents import check_own
 from .layout import Layout
 from .log import check_free
 from .ranks import ALONE, Ranks
+from .record import read
 from .references import with_references
 
 
@@ -180,16 +181,28 @@ def read_inputs(
     if ROWS[config.method] == "prompt":
         for data in filter(None, (train, valid)):
             check_rows(config, data.rows)
-        if config.rollout_batch == "auto":
-            tokens = _longest(train, config)
-            known = resumed.record["config"].get("rollout_batch") if resumed else None
-            every = config.batch_size * config.group_size
-            most = known or rollouts_at_once(config, tokens, every)
-            config = config.model_copy(update={"rollout_batch": most})
+        config = with_rollouts(config, train, resumed)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
         assert train is not None
     return Inputs(with_iters(config, train), tokenizer, train, valid, said)
+
+
+def with_rollouts(config: TrainConfig, train: Dataset, resumed: Checkpoint | None) -> TrainConfig:
+    """With the completions that are generated at once: as many as fit. A run that is resumed keeps
+    its number, since sums over other batches round differently; one that ended before its first
+    checkpoint, too."""
+    if config.rollout_batch != "auto":
+        return config
+    earlier = resumed.record if resumed else {}
+    if not resumed and config.resume:
+        with suppress(InputError):
+            earlier = read(config.adapter_path)
+    known = earlier.get("config", {}).get("rollout_batch")
+    if not isinstance(known, int):
+        every = config.batch_size * config.group_size
+        known = rollouts_at_once(config, _longest(train, config), every)
+    return config.model_copy(update={"rollout_batch": known})
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,7 @@ class Stepper:
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
+    rollout_peak: int = field(default=0, init=False)  #: bytes that generating has taken, if it does
 
     def __post_init__(self) -> None:
         setup = self.setup
