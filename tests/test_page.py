@@ -246,7 +246,8 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     said = "neither a path here nor in this machine's cache of the hub"
     expect(page.locator(".wrong", has_text=said)).to_be_visible()
     page.get_by_role("button", name="Download").click()
-    expect(page.get_by_text(re.compile(r"downloading org/small-4bit: 0\.\d MB of"))).to_be_visible()
+    comes = page.get_by_text(re.compile(r"downloading org/small-4bit: 0\.\d MB of"))
+    expect(comes).to_be_visible(timeout=LONG)
     user.shot(page, "download")
     hub.pause_s = 0
     expect(page.get_by_text("Backend")).to_be_visible()
@@ -276,7 +277,8 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.open("/finetune/library", page=page)
     page.get_by_label("Name on the Hugging Face hub").first.fill("org/none")
     page.get_by_role("button", name="Download", exact=True).first.click()
-    expect(page.get_by_role("alert").filter(has_text="nor a model of the hub")).to_be_visible()
+    failed = page.get_by_role("alert").filter(has_text="nor a model of the hub")
+    expect(failed).to_be_visible(timeout=LONG)
     page.close()  # before its server ends
 
 
