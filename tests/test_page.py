@@ -623,6 +623,7 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     page.locator("[type=file]").set_input_files(str(rows))
     expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
     expect(page.get_by_label("Data set", exact=True)).to_have_value(re.compile("uploaded: my-sums"))
+    expect(page.get_by_text("my sums.csv is for training.")).to_be_visible()
     wrong = tmp_path / "notes.txt"
     wrong.write_text("no rows")
     page.locator("[type=file]").first.set_input_files(str(wrong))

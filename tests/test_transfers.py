@@ -240,7 +240,7 @@ def test_a_run_as_a_command_a_file_and_a_program_is_the_same_run(tmp_path, monke
     fake.chmod(0o755)
     os.system(f"sh {script}")
     words = seen.read_text().split("\0")[:-1]
-    monkeypatch.setattr("mlx_segtrain.commands.main._train", lambda args: taken.append(args) or 0)
+    monkeypatch.setattr("mlx_segtrain.commands.runs._train", lambda args: taken.append(args) or 0)
     main(words)
     given = {key: value for key, value in vars(taken[1]).items() if key in VALUES}
     assert load_config(None, given) == config

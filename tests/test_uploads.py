@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import mlx.core as mx
@@ -163,6 +163,21 @@ def test_what_a_job_uses_stays_as_it_is(service, ask, named):
         assert ask("PUT", f"datasets/{name}-2/train.jsonl", ROWS)[0] == 200
     assert left(service, f"datasets/{name}/*") == [f"datasets/{name}/train.jsonl"]
     assert ask("PUT", f"datasets/{name}/valid.jsonl", ROWS)[0] == 200
+
+
+def test_what_a_job_comes_to_use_meanwhile_stays_as_it_is(service, ask):
+    assert ask("PUT", "datasets/late/train.jsonl", ROWS)[0] == 200
+    with ExitStack() as jobs:
+
+        async def parts():
+            yield ROWS
+            folder = service.uploads / "datasets" / "late"
+            jobs.enter_context(waiting(service, data_dir=str(folder)))
+            yield ROWS
+
+        status, said = ask("PUT", "datasets/late/valid.jsonl", parts())
+    assert status == 409 and "which has not ended, uses late" in said, said
+    assert left(service, "datasets/late/*") == ["datasets/late/train.jsonl"]
 
 
 def test_a_folder_that_files_come_into_is_not_deleted(service, ask):

@@ -41,6 +41,8 @@ Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
 #: Files of an adapter that are taken.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
+#: What is advised if a name is taken.
+ADVICE = "give it another name"
 #: Bytes that are read at once.
 BLOCK = 1 << 20
 Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -159,13 +161,13 @@ async def _receive(
     path = place / file
     with service.transfers.place(place / _role(kind, file)):
         for other in _in_the_way(place, kind, file):
-            raise Conflict(f"{name} has a file {other} already: give it another name.")
-        _check_unused(service, place, "give it another name")
+            raise Conflict(f"{name} has a file {other} already: {ADVICE}.")
+        _check_unused(service, place, ADVICE)
         length = request.headers.get("content-length", "")
         _check_room(place, int(length) if length.isdecimal() else 0)
         try:
             await run_in_threadpool(files.make_folder, place)
-            size = await _write(path, kind, request.stream())
+            size = await _write(service, path, kind, request.stream())
         except ClientDisconnect:
             raise InputError(f"{file} broke off before its end: send it again.") from None
         except OSError as error:
@@ -176,7 +178,7 @@ async def _receive(
     return forms.Uploaded(path=str(place), size_bytes=size)
 
 
-async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
+async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
     """Writes a file; its bytes. InputError for one that is not what its name says."""
     most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
     with ExitStack() as written:
@@ -193,6 +195,7 @@ async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
         if kind == "adapters":
             with open(aside, "rb") as content:
                 await run_in_threadpool(pushing.check_content, path, content, "kept")
+        _check_unused(service, path.parent, ADVICE)  # it may have taken an hour to come
         await run_in_threadpool(written.close)  # the disk may take long
     return size
 
