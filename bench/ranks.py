@@ -32,7 +32,7 @@ WORKER = "import sys, ranks; ranks.work(*sys.argv[1:])"
 def write_inputs(folder, shape, length, rows=64):
     """A model folder of the shape and a data file, if they are not there."""
     import step
-    from lib.folders import write_model
+    from lib.folders import write_model  # pyright: ignore[reportMissingImports]
 
     model = folder / shape
     if not (model / "model.safetensors").exists():
@@ -114,7 +114,7 @@ def run(n, folder, model, data, args, cuda, sent=None):
         started[-1].kill()
         kept = sorted(own.name for own in (out / "state").glob("step-*"))
         print(f"steps that had ended: {metrics(out)[-1]['step']}, kept: {kept}")
-        return None
+        return []
     codes = [own.wait() for own in started]
     if any(codes):
         sys.exit("\n".join(own.read_text()[-2000:] for own in errors))

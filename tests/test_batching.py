@@ -5,6 +5,7 @@ import gc
 import random
 import time
 import weakref
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -55,6 +56,37 @@ def shared(model, adapters):
     engine = mounted(model, adapters)
     yield engine
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["rows", "in place", "DoRA in place"])
+def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
+    """With updates that were put in before and after it was made; as on a GPU."""
+    monkeypatch.setattr(lora.modules, "few", lambda rows: True)
+    base = read_base(model, Confined(model))
+    try:
+        tokens = mx.array([[65], [66], [67]])
+        bare = base.model(tokens)
+        twin = lora.twin_of(base.model)
+        assert mx.array_equal(twin(tokens), bare)
+        ranks = dict.fromkeys(base.chain.linears, 4)
+        adapters = {i: random_adapter(base.chain, ranks, 2.0, 0.1 * i) for i in (1, 2)}
+        if kind == "DoRA in place":
+            fresh = adapting.init(base.chain, ranks, 2.0, 0, dora=True)
+            longer = {path: 1.1 * m for path, m in fresh.magnitudes.items()}
+            adapters[1] = replace(adapters[1], magnitudes=longer)
+        if kind == "rows":
+            rows = Rows(base.modules, base.model)
+            rows.put_in([1, 2, None], adapters)
+            with rows.running():
+                found, wanted = twin(tokens), base.model(tokens)
+            assert mx.array_equal(wanted[2], bare[2])
+        else:
+            for path, module in base.modules.items():
+                module.put_in(adapters[1].arrays(path), adapters[1].scales[path])
+            found, wanted = twin(tokens), base.model(tokens)
+        assert mx.array_equal(found, wanted) and not mx.allclose(wanted[:2], bare[:2])
+    finally:
+        base.confined.close()
 
 
 async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):

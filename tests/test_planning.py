@@ -545,10 +545,22 @@ def test_plan_as_json(llama4, tmp_path, capsys):
     argv = ["plan", "--model", str(folder), "--json", "--max-seq-length", "300"]
     assert cli.main([*argv, "--loss-rows", "0.25", "--memory-budget-gb", "1"]) == 0
     got = json.loads(capsys.readouterr().out)
-    assert (got["rows"], got["tokens"], got["trained_tokens"], got["budget"]) == (1, 299, 75, 10**9)
+    assert (got["rows"], got["tokens"], got["trained_tokens"], got["budget"]) == (1, 300, 75, 10**9)
     assert got["peak"] == max(peak for _, peak in got["moves"]) == sum(got["parts"].values())
     assert [a["budget"] for a in got["alternatives"]] == [5 * 10**8, 2 * 10**9]
     assert got["longest"] > 300
+
+
+def test_plan_goes_no_further_than_the_context_length(llama4, tmp_path, capsys):
+    folder = header_only(tmp_path / "m", llama4, max_position_embeddings=1024)
+    argv = ["plan", "--model", str(folder), "--max-seq-length", "512", "--memory-budget-gb", "9"]
+    assert cli.main([*argv, "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert [got["longest"], *(a["longest"] for a in got["alternatives"])] == [1024] * 3
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "1 row of 512 tokens, 511 in the loss" in text
+    assert "rows of 1,024 tokens fit, the model's context length" in text
 
 
 def test_plan_of_a_family_that_is_not_predicted(llama4, tmp_path, capsys):

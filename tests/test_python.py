@@ -134,6 +134,7 @@ def test_what_a_callback_returns_besides_true_changes_nothing(llama4, tmp_path):
         ({"num_epochs": 3}, "unknown field num_epochs. Did you mean epochs?"),
         ({"learning_rate": 1}, "lr and learning_rate are the same: give one of them."),
         ({"train_data": []}, "data and train_data are both given: leave one of them out."),
+        ({"resume": True}, 'leave resume=True out, or give resume="auto", which then begins.'),
         ({"model": (1, 2)}, "give (model, tokenizer), as load returns them."),
         ({"data": [{"prompt": "x"}]}, "train_data:1: the row needs the keys"),
     ],
@@ -226,3 +227,20 @@ def test_the_notebook_runs(llama4, tmp_path, monkeypatch):
                 space |= {"MODEL": str(llama4), "STEPS": 2}
     assert space["result"].steps == 2 and set(space["answers"]) == {"before", "after"}
     assert (tmp_path / "notebook-adapter-again" / "adapters.safetensors").exists()
+
+
+def test_rewards_are_functions_and_names_of_checks(llama4, tmp_path):
+    def vowels(completions):
+        return [sum(char in "aeiou" for char in text) / 8 for text in completions]
+
+    how = {"method": "grpo", "iters": 1, "batch_size": 2, "group_size": 2}
+    how |= {"max_completion_tokens": 4, "max_seq_length": 64, "prompt_format": "raw"}
+    how |= {"model": llama4, "data": [{"prompt": row["prompt"]} for row in ROWS[:4]]}
+    result = train(adapter=tmp_path / "a", rewards=[vowels, "length:3"], **how)
+    assert result.config.rewards == ["length:3"]
+    (line, *_) = (result.adapter_path / "completions.jsonl").read_text().splitlines()
+    assert set(json.loads(line)["rewards"]) == {"length", "vowels"}
+    with pytest.raises(InputError, match="rewards has no effect outside of method grpo"):
+        train(model=llama4, data=ROWS, adapter=tmp_path / "b", rewards=[vowels], **HOW)
+    with pytest.raises(InputError, match="rewards must be"):
+        train(adapter=tmp_path / "b", rewards=vowels, **how)

@@ -345,7 +345,7 @@ def test_nothing_to_resume(llama4, data, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint to resume"):
         train(config_of(llama4, data, tmp_path / "a", resume=True))
     assert train(config_of(llama4, data, tmp_path / "a", resume="auto")).resumed_from is None
-    with pytest.raises(InputError, match="give --resume to go on with it, or --overwrite"):
+    with pytest.raises(InputError, match="give resume=True to go on with it, or overwrite="):
         train(config_of(llama4, data, tmp_path / "a"))
     for folder in checkpoint.found(tmp_path / "a").values():
         truncated(folder)

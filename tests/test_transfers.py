@@ -70,7 +70,7 @@ def test_a_data_set_comes_is_used_and_goes(server, uploads):
         ("datasets/%2e%2e/train.jsonl", ROWS, 422, "name"),
         ("adapters/x/README.md", b"#", 422, "an adapter's file is one of"),
         ("adapters/x/adapters.safetensors", b"no weights", 400, "adapters.safetensors"),
-        ("adapters/x/adapter_config.json", b"{", 400, "is not JSON"),
+        ("adapters/x/adapter_config.json", b"{", 400, "cannot be read as JSON"),
     ],
 )
 def test_what_is_sent_must_be_what_it_is_called(server, uploads, path, content, status, words):
@@ -240,7 +240,7 @@ def test_a_run_as_a_command_a_file_and_a_program_is_the_same_run(tmp_path, monke
     fake.chmod(0o755)
     os.system(f"sh {script}")
     words = seen.read_text().split("\0")[:-1]
-    monkeypatch.setattr("mlx_segtrain.commands.main._train", lambda args: taken.append(args) or 0)
+    monkeypatch.setattr("mlx_segtrain.commands.runs._train", lambda args: taken.append(args) or 0)
     main(words)
     given = {key: value for key, value in vars(taken[1]).items() if key in VALUES}
     assert load_config(None, given) == config

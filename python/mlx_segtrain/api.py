@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import events, training
 from .config import FACETS, TrainConfig, flag, load_config
@@ -36,11 +36,11 @@ SHORT = {
 class TrainResult(training.TrainResult):
     """What a run came to; losses in nats per token, of preference methods per pair.
 
-    `model` and `tokenizer` are those that the run was given, or are loaded when they are first
-    asked for; the model has the adapter.
+    `config` is that of the run. `model` and `tokenizer` are those that the run was given, or are
+    loaded when they are first asked for; the model has the adapter.
     """
 
-    config: TrainConfig = dataclasses.field(kw_only=True, compare=False)
+    config: ClassVar[TrainConfig]  # no field of the dataclass, which is written as JSON
 
     @cached_property
     def history(self) -> list[events.Event]:
@@ -120,7 +120,7 @@ def train(
     score: Score | None = None,
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
-    rewards: Sequence[str | Function] = (),
+    rewards: Sequence[str | Function] | None = None,
     progress: bool | None = None,
     **fields: Any,
 ) -> TrainResult:
@@ -139,8 +139,8 @@ def train(
     given, which receives the run's events (mlx_segtrain.events). `on_step` and `on_eval` receive
     the metrics of every step and every evaluation as a dict; one that returns True ends the run
     after saving. `score(model, tokenizer)` is asked at every evaluation for a number or a dict of
-    numbers. `rewards` score the completions of method grpo: functions, and checks as the field of
-    this name has them (docs/grpo.md).
+    numbers. `rewards` of method grpo are names of checks, which is the field, and functions that
+    score completions (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. InputError, before anything is written, for input that cannot be used; RunError if the run
@@ -158,8 +158,7 @@ def train(
             if train_data is not None:
                 raise InputError("data and train_data are both given: leave one of them out.")
             train_data = data
-        if checks := [own for own in rewards if not callable(own)]:
-            fields["rewards"] = checks
+        functions, fields = _functions(rewards, fields)
         config = _config(config, fields)
         with _shown(on_event, on_step, progress) as (tell, step):
             found = training.train(
@@ -171,13 +170,27 @@ def train(
                 on_step=step,
                 on_eval=on_eval,
                 model=loaded,
-                rewards=[own for own in rewards if callable(own)],
+                rewards=functions,
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
-    result = TrainResult(**own, config=config)
+    result = TrainResult(**own)
+    vars(result)["config"] = config
     if loaded is not None:
         vars(result)["_loaded"] = _with_adapter(loaded, result), tokenizer
     return result
+
+
+def _functions(
+    rewards: Sequence[str | Function] | None, fields: dict[str, Any]
+) -> tuple[list[Function], dict[str, Any]]:
+    """The functions among rewards, and the fields with the others."""
+    if rewards is None:
+        return [], fields
+    if not isinstance(rewards, list | tuple):  # the configuration says what it has to be
+        return [], {**fields, "rewards": rewards}
+    functions = [own for own in rewards if callable(own)]
+    checks = [own for own in rewards if not callable(own)]
+    return functions, fields if functions and not checks else {**fields, "rewards": checks}
 
 
 def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
@@ -276,6 +289,7 @@ def _python_words() -> Iterator[None]:
             said = said.replace(f"set it in the YAML file or with {flag(name)}", f"give {short}=…")
             for own in (flag(name), *facets.aliases):
                 switch = TrainConfig.model_fields[name].default is False
+                said = said.replace(f"{own} auto,", f'{name}="auto",')
                 word = f"{name}=True" if switch else name
                 said = re.sub(rf"(?<!\w){own}(?![\w-])", word, said)
         if said == str(error):

@@ -19,6 +19,8 @@ from playwright.sync_api import expect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+#: Milliseconds: on a machine that does other things, too, 5000 are few.
+expect.set_options(timeout=15_000)
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
 

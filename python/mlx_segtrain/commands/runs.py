@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -120,9 +121,27 @@ def config_of(args: argparse.Namespace, **fill: Any) -> TrainConfig:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands.terminal import complain
+    from mlx_segtrain.training import checkpoint
+    from mlx_segtrain.training.ranks import LostRank, launched
+
     config = config_of(args)
-    from mlx_segtrain.commands.terminal import Terminal, complain, errors
-    from mlx_segtrain.training import checkpoint, train
+    try:
+        return _trained(args, config)
+    except RunError as error:
+        complain(f"mlx-segtrain: error: {error}")
+        if not launched() and checkpoint.found(config.adapter_path):
+            complain(f"continue with: {shlex.join(resume_command(args.argv))}")
+        if isinstance(error, LostRank):
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(1)  # a device may still wait for that rank, and the end of the process for it
+        return 1
+
+
+def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
+    from mlx_segtrain.commands.terminal import Terminal, errors
+    from mlx_segtrain.training import train
     from mlx_segtrain.training.curves import draw_run
     from mlx_segtrain.training.ranks import launched
 
@@ -131,13 +150,7 @@ def _train(args: argparse.Namespace) -> int:
             return 130 if train(config, show).interrupted else 0
     how = {"quiet": args.quiet, "verbose": args.verbose, "log_file": args.log_file}
     with Terminal(**how) as show:
-        try:
-            result = train(config, show, on_step=show.step)
-        except RunError as error:
-            complain(f"mlx-segtrain: error: {error}")
-            if checkpoint.found(config.adapter_path):
-                complain(f"continue with: {shlex.join(resume_command(args.argv))}")
-            return 1
+        result = train(config, show, on_step=show.step)
         if not result.interrupted:  # who interrupts a run waits for it to end
             draw_run(config, lambda message: print(message, file=sys.stderr))
         show.stop_bar()

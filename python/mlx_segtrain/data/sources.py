@@ -217,7 +217,7 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
         if train := split_in(place, folder, "train"):
             valid = split_in(place, folder, "valid")
             return Files(train), Files(valid) if valid else None
-    others = [path for path in rows_in(place) if _stem(path) not in SPLITS["valid"]]
+    others = [path for path in rows_in(place) if stem_of(path) not in SPLITS["valid"]]
     if len(others) == 1:
         valid = split_in(place, place, "valid")
         return Files({others[0].name: others[0]}), Files(valid) if valid else None
@@ -233,8 +233,8 @@ def rows_in(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if format_of(path) and path.is_file())
 
 
-def _stem(path: Path) -> str:
-    """The name of a file without what tells its format."""
+def stem_of(path: Path) -> str:
+    """The name of a file of rows without what tells its format."""
     return path.name[: path.name.lower().rindex(str(format_of(path)))]
 
 
@@ -248,7 +248,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
         if (path / "state.json").is_file() and path.name in SPLITS[split]:
             found[path.name] = [path]
         elif format_of(path):
-            stem = _stem(path)
+            stem = stem_of(path)
             shard = SHARD.fullmatch(stem)
             if (shard["split"] if shard else stem) in SPLITS[split]:
                 kind = path.name[len(stem) :]
@@ -259,7 +259,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
             f"{folder} has {' and '.join(sorted(found))}: keep one of them, or name the file."
         )
     for form, paths in found.items():
-        shard = SHARD.fullmatch(_stem(paths[0])) if format_of(paths[0]) else None
+        shard = SHARD.fullmatch(stem_of(paths[0])) if format_of(paths[0]) else None
         if shard and len(paths) != int(shard["count"]):
             raise InputError(
                 f"{folder} has {len(paths)} of the files {form}: put all of them there."

@@ -12,6 +12,7 @@ from weakref import ref
 
 import mlx.core as mx
 
+from ..lora import few, twin_of
 from .decoding import (
     CONTEXT,
     Choice,
@@ -155,6 +156,7 @@ class Batch(Generic[A]):
         self.answers: list[A] = []
         self._cache: list[Any] = []
         self._merged = False
+        self._twin: Any = None
         self._next: Any = None
         self._choice: Any = None
         self._telling: tuple[list[A], Telling] | None = None
@@ -254,7 +256,10 @@ class Batch(Generic[A]):
         """A token of each answer; those that ended, and those that failed. Any other error is of
         the step, and of no answer alone."""
         inputs, failed = self._next, []
-        logits = self.base.model(inputs[:, None], cache=self._cache)[:, -1]
+        model = self.base.model
+        if few(len(self.answers)):
+            model = self._twin = self._twin or twin_of(model)
+        logits = model(inputs[:, None], cache=self._cache)[:, -1]
         chosen, known = logits, None
         if any(answer.constraint for answer in self.answers):
             mx.async_eval(logits)

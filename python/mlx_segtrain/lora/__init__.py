@@ -4,12 +4,14 @@ from .adapter import ARRAYS, KINDS, LORA, Adapter, Kind
 from .modules import (
     EMBEDDINGS,
     LoRALinear,
+    few,
     fresh_a,
     has_experts,
     shapes,
     unwrap,
     wrap,
 )
+from .twin import twin_of
 
 __all__ = [
     "ARRAYS",
@@ -19,9 +21,11 @@ __all__ = [
     "Adapter",
     "Kind",
     "LoRALinear",
+    "few",
     "fresh_a",
     "has_experts",
     "shapes",
+    "twin_of",
     "unwrap",
     "wrap",
 ]

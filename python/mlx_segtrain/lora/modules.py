@@ -22,7 +22,11 @@ MOST_CASTS = 8
 
 def are_few(x: mx.array) -> bool:
     """Whether these are rows of a generation on a GPU, and not of a batch."""
-    return x.size <= FEW * x.shape[-1] and mx.default_device().type == mx.DeviceType.gpu
+    return few(x.size // x.shape[-1])
+
+
+def few(rows: int) -> bool:
+    return rows <= FEW and mx.default_device().type == mx.DeviceType.gpu
 
 
 def has_experts(module: Any) -> bool:
@@ -87,11 +91,9 @@ class LoRALinear(nn.Module):
         """Frees what is kept of updates that may come again."""
         self._casts.clear()
 
-    def _of_few(self, x: mx.array) -> mx.array:
-        """Without a gradient that is ours, and with factors in x's dtype."""
-        y = self.linear(x)
-        if "lora_a" not in self:
-            return y
+    def updated(self, x: mx.array, y: mx.array) -> mx.array:
+        """y of the frozen linear with the update: without a gradient that is ours, and with factors
+        in x's dtype."""
         a, b = self["lora_a"], self["lora_b"]
         key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
         if key not in self._casts:
@@ -115,7 +117,8 @@ class LoRALinear(nn.Module):
             return self.rows(x, self._frozen(x))
         kind = next((kind for kind in KINDS if kind.array in self), None)
         if kind is None and not self.training and are_few(x):
-            return self._of_few(x)
+            y = self.linear(x)
+            return self.updated(x, y) if "lora_a" in self else y
         more = kind and self.applies(kind)
         base = more.base if more else ops.base_of(self.linear)
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)

@@ -27,12 +27,10 @@ SMALL_RANK = 16
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear: b [E, R, out] with the multiplier in it, which reads columns
-    `begin` to `end` of what the group's a gives; gains [E, out] float32 if one is DoRA's."""
+    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros but where it
+    takes its own part of what the group's a gives; gains [E, out] float32 if one is DoRA's."""
 
     b: mx.array
-    begin: int
-    end: int
     gains: mx.array | None
 
 
@@ -161,8 +159,8 @@ class Rows:
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
         """Updates of the readers by all adapters, and zeros after the last; None without any."""
-        dtype, begin = readers.dtype, 0
-        parts, factors = [], {}
+        dtype = readers.dtype
+        parts, found = [], {}
         for path in readers.paths:
             pairs = [adapter.tensors.get(path) for adapter in adapters]
             some = next((pair for pair in pairs if pair is not None), None)
@@ -188,9 +186,16 @@ class Rows:
             if any(x is not None for x in gains):
                 gain = mx.stack([*(ones if x is None else x for x in gains), ones])
             parts.append(mx.stack(a))
-            factors[path] = _Factors(mx.stack(b), begin, begin + rank, gain)
-            begin += rank
-        return _Group(mx.concatenate(parts, axis=-1), factors) if parts else None
+            found[path] = mx.stack(b), gain
+        if not parts:
+            return None
+        # Each b is as high as all: to take its part of x a would be one more launch a linear.
+        whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
+        for path, (b, gain) in found.items():
+            end = begin + b.shape[1]
+            b = mx.pad(b, [(0, 0), (begin, whole.shape[-1] - end), (0, 0)])
+            factors[path], begin = _Factors(b, gain), end
+        return _Group(whole, factors)
 
     def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
         """By what DoRA multiplies the outputs of a linear."""
@@ -210,7 +215,6 @@ class Rows:
             if group is None or z is None or path not in group.factors:
                 continue
             own, picks = group.factors[path], use.picks
-            z = z[..., own.begin : own.end]
             part = y if use.rows is None else y[use.rows]
             if picks is None:
                 part = mx.addmm(part, z, own.b)

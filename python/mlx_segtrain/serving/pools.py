@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..errors import RunError
@@ -35,12 +36,17 @@ class Transfers:
         if len(self.places) >= self.most:
             raise Busy(f"{self.most} transfers are under way: try again when one has ended.")
         if name in self.places:
-            raise Busy("this file is being sent already: wait until that has ended.")
+            raise Busy("the same is being sent already: wait until that has ended.")
         self.places[name] = None
         try:
             yield
         finally:
             del self.places[name]
+
+    def check_none(self, folder: Path) -> None:
+        """Busy if one of the places has a path below this folder as its name."""
+        if any(isinstance(own, Path) and own.is_relative_to(folder) for own in self.places):
+            raise Busy(f"files of {folder.name} are being sent: wait until that has ended.")
 
 
 class Pool:

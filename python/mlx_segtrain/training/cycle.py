@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import ROWS, TrainConfig
 from ..data import AnyBatch, Batch, Dataset, Row, eval_batches
-from ..errors import NoMemory, is_out_of_memory
+from ..errors import InputError, NoMemory, is_out_of_memory
 from ..generation.decoding import Options
 from ..generation.rollouts import Completion, Policy, complete
 from ..lora import Adapter
@@ -34,7 +34,13 @@ from .step import Stepper
 
 def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards | None:
     """The rewards of a run whose rows are prompts; None for others. InputError."""
-    return Rewards.of(config, functions) if ROWS[config.method] == "prompt" else None
+    if ROWS[config.method] == "prompt":
+        return Rewards.of(config, functions)
+    if functions:
+        raise InputError(
+            "rewards has no effect outside of method grpo: leave it out.", field="rewards"
+        )
+    return None
 
 
 def seed_of(*what: int) -> int:

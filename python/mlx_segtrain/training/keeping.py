@@ -62,7 +62,7 @@ class Keeper:
                 for old in path.glob("fault-step-*.json"):
                     old.unlink()
             elif not same:
-                self._forget(state.step)
+                self._forget(state)
             (path / "metrics.json").unlink(missing_ok=True)
             self.completions.begin(state.step)
             self.log.begin(resumed.log_bytes if resumed else 0)
@@ -75,11 +75,18 @@ class Keeper:
         made_of = self.made_of.values
         self.log.write(events.meta(made_of["config"], made_of["id"], state.step))
 
-    def _forget(self, step: int) -> None:
-        """Removes adapters of later steps: the run will not come to them as it was."""
+    def _forget(self, state: State) -> None:
+        """Removes adapters of later steps: the run will not come to them as it was.
+
+        If this step's was the best before them, it is again.
+        """
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
-            if (step_of(folder) or 0) > step:
+            if (step_of(folder) or 0) > state.step:
                 remove_folder(folder)
+        best = state.progress.best
+        is_best = best is not None and best["step"] == state.step
+        if is_best and self.setup.config.keep_best and not (self.path / "best").exists():
+            self.unwritten = self.adapter(state), self._about(state)
 
     def adapter(self, state: State) -> Adapter:
         """The adapter after the last finished step."""
@@ -188,13 +195,17 @@ class Keeper:
         return True
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
+NOTHING: Any = _nothing
+
+
 class Bystander(Keeper):
     """Of a rank that writes nothing: the folder is that of rank 0, maybe on another machine."""
 
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)
 
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    open = last = best = evaluated = fault = result = _nothing
+    open = last = best = evaluated = fault = result = NOTHING

@@ -20,6 +20,8 @@ from .watch import Lost, Watch
 
 #: Seconds that all have to connect, and bytes of a message at most.
 TO_CONNECT, MOST = 60.0, 1 << 16
+#: Seconds that one who connects has to say who it is.
+TO_GREET = 5.0
 #: Seconds between two looks at the clock.
 LOOK = 0.1
 
@@ -74,9 +76,10 @@ class Links:
             except TimeoutError:
                 raise OSError(f"no connection from rank {min(missing)}") from None
             with suppress(OSError, ValueError):
-                made.settimeout(5)
+                end = min(deadline, time.monotonic() + TO_GREET)
                 hello = bytearray()
                 while not hello.endswith(b"\n") and len(hello) < 100:
+                    made.settimeout(max(0.01, end - time.monotonic()))
                     if not (byte := made.recv(1)):
                         break
                     hello += byte
@@ -147,6 +150,11 @@ class Links:
         """Ranks that this one waits for."""
         at = self.watch.at
         return [r for r in self.watch.others if at[r] < at[self.watch.rank]]
+
+    @property
+    def suspects(self) -> bool:
+        """Whether a rank is lost, though it is not yet decided which one is named."""
+        return bool(self.watch.lost)
 
     @property
     def lost(self) -> Lost | None:

@@ -478,13 +478,17 @@ class Run:
         if self.state.step == 0:
             return
         self._count()
-        self.keeper.last(self.state)
+        self.ranks.saving = True
+        try:
+            self.keeper.last(self.state)
+        finally:
+            self.ranks.saving = False
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _check_factors(self) -> None:
         """Diverged if the ranks have come to different ones."""
         if self.ranks.size > 1:
-            factors = memoryview(np.array(self.state.at.vector)).cast("B")
+            factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _kept(self, error: LostRank) -> RunError:

@@ -37,7 +37,7 @@ LAUNCH = (
 #: Seconds between two looks at who is lost, and after which a rank that others wait for is named.
 LOOK, SLOW = 0.05, 60.0
 #: Seconds that a rank has to save and to end after it has been told of a loss.
-TO_END = 25.0
+TO_END, SECOND = 25.0, 1.0
 
 
 class LostRank(RunError):
@@ -97,6 +97,7 @@ class Ranks:
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
+    saving: bool = False  #: a state is being written, which must not be broken off
 
     @property
     def first(self) -> bool:
@@ -107,7 +108,7 @@ class Ranks:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every so manieth item, beginning with that of the rank's number."""
+        """This rank's part of the items: the one of its number, and every `size`-th after it."""
         return items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
@@ -150,6 +151,8 @@ class Ranks:
         Another thread waits for MLX, on a stream that nothing else uses: this one looks after the
         others meanwhile, and can go on without the sum.
         """
+        if self.links and self.links.suspects:
+            self._blame(None)
         mx.eval(x)
         total = mx.distributed.all_sum(x, group=self.group, stream=self.stream)
         done, failures = threading.Event(), list[BaseException]()
@@ -193,8 +196,8 @@ class Ranks:
                     those = ", ".join(map(self.name, slow))
                     self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
 
-    def _blame(self, error: BaseException) -> None:
-        """Raises who is lost: MLX says no more than that a connection is."""
+    def _blame(self, error: BaseException | None) -> None:
+        """Raises who is lost, once that is decided: MLX says no more than that a connection is."""
         deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
         while self.links and time.monotonic() < deadline:
             if (lost := self.lost()) is not None:
@@ -274,7 +277,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     except LostRank:
         raise
     except BaseException as error:
-        links.fail(f"failed: {str(error) or type(error).__name__}")
+        links.fail(f"failed: {str(error).rstrip('.') or type(error).__name__}")
         raise
     finally:
         given_up.set()
@@ -283,9 +286,14 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     """Ends this process if it cannot end by itself once a rank is lost: a back end may wait for
-    that one where nothing can be done about it."""
-    while not over.wait(1):
-        if (lost := ranks.lost()) is not None and not over.wait(TO_END):
+    that one where nothing can be done about it. A state that is being written is waited for."""
+    waited = 0.0
+    while not over.wait(SECOND):
+        lost = ranks.lost()
+        if lost is None or ranks.saving:
+            continue
+        waited += SECOND
+        if waited >= TO_END:
             print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
@@ -296,7 +304,18 @@ def _hang_up() -> None:
     ever: MLX waits for all streams where it frees memory. They are known by their ports."""
     ports = {int(at.rpartition(":")[2]) for own in _hosts() for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as own:
+        try:
+            copy = os.dup(fd)
+        except OSError:  # that of the listing
+            continue
+        try:
+            own = socket.socket(fileno=copy)
+        except OSError:  # no socket
+            os.close(copy)
+            continue
+        with own, suppress(OSError):
+            if own.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
             if {own.getsockname()[1], own.getpeername()[1]} & ports:
                 own.shutdown(socket.SHUT_RDWR)
 

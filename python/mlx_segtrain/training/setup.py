@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -219,15 +220,19 @@ def prepare(
     """
     config = inputs.config
     objective = objective_of(config)
-    choices = objective.choices(inputs.train)
+    choices = list(objective.choices(inputs.train))
     if resumed is not None:
-        choices = [list(choices)[-1 if resumed.apart else 0]]
-    train, plan = first_that_fits(
-        config,
-        choices,
-        lambda data: objective.batch_shapes(data, config.batch_size),
-        measures=True,
-    )
+        choices = [choices[-1 if resumed.apart else 0]]
+
+    def fitting(choices: list[Dataset]) -> tuple[Dataset, RunPlan]:
+        batches = partial(objective.batch_shapes, rows=config.batch_size)
+        return first_that_fits(config, choices, batches, measures=True)
+
+    train, plan = fitting(choices)
+    # The order of rows follows from the choice: all ranks run what the one with least memory can.
+    own = next(i for i, choice in enumerate(choices) if choice is train)
+    if (agreed := max(ranks.gather(own))) != own:
+        train, plan = fitting(choices[agreed:])
     on_event(plan_event(plan, 0.02, str(plan)))
     setup, vector = load_setup(replace(inputs, train=train), plan, loaded)
     setup = replace(setup, apart=train is not inputs.train)

@@ -5,8 +5,9 @@ it wants sent stands in `out`. Every rank has one. Each sends all others a beat 
 Whoever finds that another one has ended or is silent says so to the judges, which are the JUDGES
 lowest ranks that are not lost; a rank that fails says so to all. The first judge decides `settle`
 seconds later, and each of the others as much later again, if it has heard of no decision by then. A
-decision goes to all, and each judge passes it on: one that reaches a judge reaches everybody,
-though the rank that took it is lost while it tells.
+decision goes to all; who hears of it tells the judges, and a judge tells all: one that reaches
+anybody reaches everybody, though the rank that took it is lost while it tells, as long as a judge
+is left.
 """
 
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Watch:
         self.decided: Lost | None = None
         #: Messages to send: to whom, what.
         self.out: list[tuple[list[int], dict[str, Any]]] = []
-        self._first = now  # when the first loss was heard of
+        self._since = now  # when a loss was heard of that a decision is to wait for
         self._ticked, self._due = now, now + beat
 
     def receive(self, source: int, message: dict[str, Any], now: float) -> None:
@@ -70,7 +71,10 @@ class Watch:
         elif "lost" in message:
             self._note(Lost(*message["lost"]), now)
         elif "decided" in message and self.decided is None:
-            self._decide(Lost(*message["decided"]), tell=self.rank in self.judges)
+            lost = Lost(*message["decided"])
+            tell = self.others if self.rank in self.judges else self.judges
+            # Who was given up may have slept for long: the others have come further.
+            self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
             self.left.setdefault(source, now)
 
@@ -100,9 +104,10 @@ class Watch:
             self._listen(now)
         if self.lost:
             turn = min([*self.judges, self.rank].index(self.rank), JUDGES)
-            if now - self._first > self.settle * (1 + turn):
+            if now - self._since > self.settle * (1 + turn):
                 # Of several the surest one: others are lost by that, or by a cable.
-                self._decide(min(self.lost.values(), key=lambda x: (SUREST.index(x.how), x.rank)))
+                surest = min(self.lost.values(), key=lambda x: (SUREST.index(x.how), x.rank))
+                self._decide(surest, self.others)
 
     def _listen(self, now: float) -> None:
         for r, heard in self.heard.items():
@@ -119,20 +124,19 @@ class Watch:
             return
         if known is not None and SUREST.index(known.how) <= SUREST.index(lost.how):
             return
-        if not self.lost:
-            self._first = now
-        before = self.judges
+        before, first = self.judges, not self.lost
         self.lost[lost.rank] = lost
         self.judges = [r for r in range(len(self.at)) if r not in self.lost][:JUDGES]
+        if first or self.judges != before:  # what a judge has decided before it was lost may come
+            self._since = now
         told = self.others if lost.rank == self.rank else self.judges
         self._send(lost, told)
         for other in self.lost.values():  # the judges who are new know nothing
             self._send(other, [r for r in self.judges if r not in before])
 
-    def _decide(self, lost: Lost, tell: bool = True) -> None:
+    def _decide(self, lost: Lost, tell: list[int]) -> None:
         self.decided = lost
-        if tell:
-            self.out.append((self.others, {"decided": [lost.rank, lost.how, lost.why]}))
+        self.out.append((tell, {"decided": [lost.rank, lost.how, lost.why]}))
 
     def _send(self, lost: Lost, to: list[int]) -> None:
         """Tells of a loss."""

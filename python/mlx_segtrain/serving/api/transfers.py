@@ -9,20 +9,22 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from ... import files
-from ...data.sources import SPLITS, format_of, split_in
+from ...data.limits import told
+from ...data.sources import SPLITS, format_of, split_in, stem_of
 from ...errors import InputError
 from ...hub import MARGIN
 from ...lora.folder import CONFIG, PEFT_WEIGHTS, UNPADDED, WEIGHTS
@@ -34,12 +36,16 @@ from .dependencies import Used
 from .guard import PATIENCE_S
 from .routes import problems
 
+#: Files by their names in an archive.
+Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
 #: Files of an adapter that are taken.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
+#: What is advised if a name is taken.
+ADVICE = "give it another name"
 #: Bytes that are read at once.
 BLOCK = 1 << 20
-Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
+Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/octet-stream": BINARY}}
@@ -57,8 +63,7 @@ router = APIRouter(responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 50
 )
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
     """A file of a data set: `train` or `valid`, with the ending of its format (docs/data.md)."""
-    known = format_of(Path(file)) is not None
-    if not known or file.partition(".")[0] not in SPLITS or not file.isascii():
+    if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
             "a data set's file is called train or valid, with the ending of its format: "
             "train.jsonl, train.csv, valid.parquet, …",
@@ -97,14 +102,7 @@ async def remove_adapter(name: Name, service: Used) -> forms.Answer:
 )
 async def data_archive(path: str, service: Used) -> StreamingResponse:
     """The rows of a data set's folder below the roots: its training and validation files."""
-    place = service.roots.resolve(path)
-    found = [split_in(place, place, split) for split in SPLITS]
-    if not found[0]:
-        raise InputError(f"{path} has no training rows: give the folder of a data set.")
-    named = {name: own for split in found for name, own in split.items()}
-    with ExitStack() as stack:
-        opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
-        return _sent(service, place.name, opened, stack.pop_all())
+    return await _archive_of(service, path, _opened_rows)
 
 
 @router.get(
@@ -112,10 +110,7 @@ async def data_archive(path: str, service: Used) -> StreamingResponse:
 )
 async def adapter_archive(path: str, service: Used) -> StreamingResponse:
     """An adapter's folder below the roots: what a push to the hub would send."""
-    place = service.roots.resolve(path)
-    with ExitStack() as stack:
-        opened = stack.enter_context(pushing.opened(place))
-        return _sent(service, place.name, opened, stack.pop_all())
+    return await _archive_of(service, path, _opened_adapter)
 
 
 # What comes
@@ -129,12 +124,34 @@ async def _remove(service: Service, kind: Kind, name: str) -> forms.Answer:
     place = _folder(service, kind, name)
     if not place.is_dir():
         raise InputError(f"no client has sent {name}: only what was sent is deleted.", status=404)
-    for id in service.jobs.live:
-        row = service.jobs.find(id)
-        if row and str(place) in row.inputs:
-            raise Conflict(f"{id}, which has not ended, uses {name}: cancel it first.")
+    _check_unused(service, place, "cancel it first")
+    service.transfers.check_none(place)
     await run_in_threadpool(files.remove_folder, place)
     return forms.Answer()
+
+
+def _check_unused(service: Service, place: Path, advice: str) -> None:
+    """Conflict if a job that has not ended reads this folder, or a file in it."""
+    for id in service.jobs.live:
+        row = service.jobs.find(id)
+        if row and any(Path(own).is_relative_to(place) for own in row.inputs):
+            raise Conflict(f"{id}, which has not ended, uses {place.name}: {advice}.")
+
+
+def _role(kind: Kind, file: str) -> str:
+    """What of its folder a file is: of each there is one, or the folder cannot be read."""
+    if kind == "datasets":
+        return stem_of(Path(file))
+    return CONFIG if file == CONFIG else "weights"
+
+
+def _in_the_way(place: Path, kind: Kind, file: str) -> Iterable[str]:
+    """Files of a folder that this one cannot come beside."""
+    if kind == "datasets":
+        return split_in(place, place, _role(kind, file))
+    others = (WEIGHTS, UNPADDED) if file == PEFT_WEIGHTS else (PEFT_WEIGHTS,)
+    names = (file,) if file == CONFIG else (file, *others)
+    return [name for name in names if (place / name).exists()]
 
 
 async def _receive(
@@ -142,36 +159,44 @@ async def _receive(
 ) -> forms.Uploaded:
     place = _folder(service, kind, name)
     path = place / file
-    with service.transfers.place(path):
-        if path.exists():
-            raise Conflict(f"{name} has a file {file} already: give it another name.")
+    with service.transfers.place(place / _role(kind, file)):
+        for other in _in_the_way(place, kind, file):
+            raise Conflict(f"{name} has a file {other} already: {ADVICE}.")
+        _check_unused(service, place, ADVICE)
         length = request.headers.get("content-length", "")
         _check_room(place, int(length) if length.isdecimal() else 0)
-        await run_in_threadpool(files.make_folder, place)
         try:
-            size = await _write(path, kind, request.stream())
+            await run_in_threadpool(files.make_folder, place)
+            size = await _write(service, path, kind, request.stream())
         except ClientDisconnect:
             raise InputError(f"{file} broke off before its end: send it again.") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{file} cannot be written: {reason}.") from None
         finally:
             await run_in_threadpool(_remove_if_empty, place)
     return forms.Uploaded(path=str(place), size_bytes=size)
 
 
-async def _write(path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
+async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
     """Writes a file; its bytes. InputError for one that is not what its name says."""
-    with files.atomic(path) as aside:
+    most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
+    with ExitStack() as written:
+        aside = written.enter_context(files.atomic(path))
         with open(aside, "xb", opener=files.private) as file:
             async for part in parts:
                 await run_in_threadpool(file.write, part)
                 _check_room(path, 0)
+                if most is not None and file.tell() > most:
+                    raise InputError(f"{path.name} has more than {most >> 20} MiB.", status=413)
             size = file.tell()
-            await run_in_threadpool(file.flush)
-            await run_in_threadpool(files.sync_open, file.fileno())
         if size == 0:
             raise InputError(f"{path.name} is empty.", status=422)
         if kind == "adapters":
-            with open(aside, "rb") as written:
-                await run_in_threadpool(pushing.check_content, path, written)
+            with open(aside, "rb") as content:
+                await run_in_threadpool(pushing.check_content, path, content, "kept")
+        _check_unused(service, path.parent, ADVICE)  # it may have taken an hour to come
+        await run_in_threadpool(written.close)  # the disk may take long
     return size
 
 
@@ -188,29 +213,58 @@ def _remove_if_empty(place: Path) -> None:
 # What goes
 
 
-class Sent(StreamingResponse):
-    """A stream of a client that takes it: one that takes nothing for a while is let go."""
+@contextmanager
+def _opened_rows(place: Path) -> Iterator[dict[str, BinaryIO]]:
+    found = [split_in(place, place, split) for split in SPLITS]
+    if not found[0]:
+        raise InputError(f"{place} has no training rows: give the folder of a data set.")
+    named = {name: own for split in found for name, own in split.items()}
+    with ExitStack() as stack:
+        with told(place):
+            opened = {name: stack.enter_context(files.open_regular(x)) for name, x in named.items()}
+        yield opened
+
+
+_opened_adapter = partial(pushing.opened, done="downloaded", models=False)
+
+
+async def _archive_of(
+    service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
+) -> StreamingResponse:
+    """The files of a folder below the roots: opened and checked in a thread, which may take long,
+    and in one of the places for transfers before the answer begins."""
+    with ExitStack() as held:
+        held.enter_context(service.transfers.place())
+
+        def look() -> tuple[str, Opened]:
+            place = service.roots.resolve(path)
+            return place.name, held.enter_context(opened(place))
+
+        name, found = await service.looks.run(look)
+        return Archive(name, found, held.pop_all())
+
+
+class Archive(StreamingResponse):
+    """An archive of open files. `held` ends with it: the files, and a place among the transfers.
+
+    A client that takes nothing for a while is let go.
+    """
+
+    def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
+        shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
+        how = {"content-disposition": f'attachment; filename="{shown}.zip"'}
+        super().__init__(_archive(opened), media_type="application/zip", headers=how)
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with closing(self.held):
+            await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         async def send_in_time(message: Any) -> None:
             await asyncio.wait_for(send(message), PATIENCE_S)
 
         await super().stream_response(send_in_time)
-
-
-def _sent(
-    service: Service, name: str, opened: Mapping[str, IO[bytes]], stack: ExitStack
-) -> StreamingResponse:
-    """An archive of open files; the stack closes them."""
-
-    async def blocks() -> AsyncIterator[bytes]:
-        with stack, service.transfers.place():
-            async for block in iterate_in_threadpool(_archive(opened)):
-                yield block
-
-    shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
-    how = {"content-disposition": f'attachment; filename="{shown}.zip"'}
-    return Sent(blocks(), media_type="application/zip", headers=how)
 
 
 class _Sink:
@@ -231,7 +285,7 @@ class _Sink:
         return taken
 
 
-def _archive(opened: Mapping[str, IO[bytes]]) -> Iterator[bytes]:
+def _archive(opened: Opened) -> Iterator[bytes]:
     """A ZIP of the files, a block at a time: weights do not get smaller, so nothing is packed."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ Each is opened once, below a folder that is open, and no link is followed: what 
 is sent, whatever is renamed meanwhile.
 """
 
-import json
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from ...adapters.gguf import NAME as GGUF
 from ...errors import InputError
+from ...files import read_json
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
@@ -32,33 +32,39 @@ OF_MODEL = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
-#: Bytes of a configuration, and of a file that tells about the rest.
-MOST = 64 << 20
+#: Bytes of a file of a model that tells about the rest; and of an adapter's, whose readers take no
+#: more (files.read_json).
+MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
 
 def check(folder: Path) -> list[str]:
     """The names of what would be sent; InputError for what is neither an adapter nor a model."""
-    with _opened_folder(folder) as place:
+    with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[dict[str, BufferedReader]]:
-    """The files to send, by name, open and checked; InputError if one is not what its name says."""
+def opened(
+    folder: Path, done: str = "pushed", *, models: bool = True
+) -> Iterator[dict[str, BufferedReader]]:
+    """The files to send, by name, open and checked; InputError if one is not what its name says, or
+    for a model where none is to be sent. `done` is what happens to them, in a sentence."""
     with ExitStack() as stack:
-        place = stack.enter_context(_opened_folder(folder))
+        place = stack.enter_context(_opened_folder(folder, done))
         files = {}
-        for name in _names(folder, os.listdir(place)):
-            files[name] = stack.enter_context(_opened_file(folder / name, place))
-            check_content(folder / name, files[name])
+        for name in _names(folder, os.listdir(place), models):
+            files[name] = stack.enter_context(_opened_file(folder / name, place, done))
+            check_content(folder / name, files[name], done)
         yield files
 
 
-def _names(folder: Path, there: Sequence[str]) -> list[str]:
+def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]:
     weights = [name for name in there if MODEL_WEIGHTS.fullmatch(name)]
     adapter = CONFIG in there and (WEIGHTS in there or PEFT_WEIGHTS in there)
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
+    elif not models:
+        raise InputError(f"{folder} holds no adapter: give the folder of one.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
@@ -70,7 +76,7 @@ def _names(folder: Path, there: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _opened_folder(folder: Path) -> Iterator[int]:
+def _opened_folder(folder: Path, done: str) -> Iterator[int]:
     """The number of a folder that is open, no part of whose path is a link."""
     how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     place = os.open("/", how)
@@ -80,47 +86,52 @@ def _opened_folder(folder: Path) -> Iterator[int]:
             os.close(above)
         yield place
     except OSError as error:
-        raise _refused(folder, error) from None
+        raise _refused(folder, error, done) from None
     finally:
         os.close(place)
 
 
 @contextmanager
-def _opened_file(path: Path, place: int) -> Iterator[BufferedReader]:
+def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
     """A regular file that has no other name: another one may be somebody's secret."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
     except OSError as error:
-        raise _refused(path, error) from None
+        raise _refused(path, error, done) from None
     with os.fdopen(number, "rb") as file:
         own = os.fstat(number)
         if not stat.S_ISREG(own.st_mode) or own.st_nlink != 1:
-            raise InputError(f"{path} is a link, or no file: nothing was pushed.")
+            raise InputError(f"{path} is a link, or no file: nothing was {done}.")
         if not path.name.endswith((".safetensors", ".gguf")) and own.st_size > MOST:
-            raise InputError(f"{path} has more than {MOST >> 20} MiB: nothing was pushed.")
+            raise InputError(f"{path} has more than {MOST >> 20} MiB: nothing was {done}.")
         yield file
 
 
-def check_content(path: Path, file: BufferedReader) -> None:
+def check_content(path: Path, file: BufferedReader, done: str) -> None:
     """InputError if the file is not of the kind that its name says."""
     if path.suffix == ".safetensors":
-        opened = Path(f"/dev/fd/{file.fileno()}")
-        try:
+        with _named(path, file) as opened:
             read_header(opened)
-        except InputError as error:
-            raise InputError(str(error).replace(str(opened), str(path))) from None
     elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
-        raise InputError(f"{path} is no GGUF file: nothing was pushed.")
+        raise InputError(f"{path} is no GGUF file: nothing was {done}.")
     elif path.suffix == ".json":
-        try:
-            json.load(file)
-        except (ValueError, RecursionError):
-            raise InputError(f"{path} is not JSON: nothing was pushed.") from None
+        with _named(path, file) as opened:
+            read_json(opened, MOST if path.name in OF_MODEL else MOST_OF_ADAPTER)
     file.seek(0)
 
 
-def _refused(path: Path, error: OSError) -> InputError:
+@contextmanager
+def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
+    """A path of an open file; what is said of it within is said of its own."""
+    opened = Path(f"/dev/fd/{file.fileno()}")
+    try:
+        yield opened
+    except InputError as error:
+        raise InputError(str(error).replace(str(opened), str(path))) from None
+
+
+def _refused(path: Path, error: OSError, done: str) -> InputError:
     return InputError(
-        f"{path} cannot be pushed: it is not there any more, or a link ({error.strerror})."
+        f"{path} cannot be {done}: it is not there any more, or a link ({error.strerror})."
     )

@@ -80,6 +80,36 @@ export async function send(place, kind, name, files) {
   return path;
 }
 
+// Sends files of rows as one data set, and tells which of them is for what; returns its path.
+export async function sendRows(place, files) {
+  const own = splits(files);
+  const path = await sendAll(place, "datasets", stem(own[0][0]), own);
+  const [train, valid] = own.map(([file]) => file.name);
+  const said = valid ? `${train} is for training, ${valid} for validation.` : `${train} is for training.`;
+  show(place, h("p.small.muted", said));
+  announce(said);
+  return path;
+}
+
+const FOR = {
+  train: /(^|[^a-z])train(ing)?([^a-z]|$)/i,
+  valid: /(^|[^a-z])(val|valid|validation|dev|eval|evaluation|test)([^a-z]|$)/i,
+};
+
+// Which of the files that were chosen is for training, and which for validation, by their names:
+// the order in which a browser lists them says nothing. [file, its name on the server] each.
+export function splits(files) {
+  if (files.length > 2) throw new Error("Choose one file, or one for training and one for validation.");
+  const late = ({ name }) => FOR.valid.test(name) - FOR.train.test(name);
+  const [train, valid] = files.toSorted((a, b) => late(a) - late(b));
+  if (!valid) return [[train, namedAs("train", train)]];
+  if (late(train) === late(valid)) {
+    throw new Error(`${train.name} and ${valid.name} do not say which of them is for validation: ` +
+      "call them train and valid.");
+  }
+  return [[train, namedAs("train", train)], [valid, namedAs("valid", valid)]];
+}
+
 // What a file of rows is called on the server: its split, with its own endings.
 export function namedAs(split, file) {
   const endings = file.name.toLowerCase().match(/\.[a-z]+(\.(gz|zst))?$/)?.[0] ?? "";

@@ -3,7 +3,7 @@
 import { api } from "./api.js";
 import { announce, button, card, confirm, empty, field, h, input } from "./dom.js";
 import { link, notice, picker, select, show, table } from "./dom.js";
-import { DATA_NAME, NAME, ROWS, download, namedAs, sendAll, stem } from "./hub.js";
+import { DATA_NAME, NAME, ROWS, download, sendAll, sendRows } from "./hub.js";
 import { fixed, many, sentence, size, tail } from "./text.js";
 
 // Where a browser gets a folder as one file.
@@ -89,6 +89,7 @@ export default async function library(main) {
   function section(own) {
     const fails = (act) => async (...args) => {
       show(own.problem);
+      show(own.moved);
       try {
         await act(...args);
         await refresh(own);
@@ -108,12 +109,11 @@ export default async function library(main) {
     } }, field("Name on the Hugging Face hub", name), button("Download", null));
     const refused = "The server was started without --allow-downloads, so it brings nothing from the hub.";
     const send = own.kind === "datasets"
-      ? picker("Upload rows", fails((files) => sendAll(own.moved, "datasets", stem(files[0]),
-        files.slice(0, 2).map((file, i) => [file, namedAs(["train", "valid"][i], file)]))),
-      { accept: ROWS, several: true })
+      ? picker("Upload rows", fails((files) => sendRows(own.moved, files)),
+        { accept: ROWS, several: true })
       : own.kind === "adapters" && picker("Upload an adapter", fails(sendAdapter),
         { accept: ".json,.safetensors", several: true });
-    const about = { datasets: "One file with rows to train on; a second one is for validation.",
+    const about = { datasets: "One file with rows to train on, or two whose names say which is for validation.",
       adapters: "adapter_config.json and its .safetensors file, both at once." }[own.kind];
     return card(own.title, own.list,
       send && h("div.row-line", send, h("span.small.muted", about)),
@@ -126,7 +126,7 @@ export default async function library(main) {
       }
       const rest = files.filter((file) => file !== config);
       const { base_model_name_or_path: base } = JSON.parse(await config.text());
-      const all = [...rest, config].map((file) => [file, file.name]);
+      const all = [config, ...rest].map((file) => [file, file.name]);
       await sendAll(own.moved, "adapters", `adapter-of-${tail(base) || "upload"}`, all);
     }
   }

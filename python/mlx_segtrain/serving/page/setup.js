@@ -6,7 +6,7 @@ import { shownReport } from "./data.js";
 import { announce, button, card, combobox, empty, expansion, facts } from "./dom.js";
 import { h, input, labelled, meter, notice, picker, reveal, show } from "./dom.js";
 import { Form } from "./fields.js";
-import { DATA_NAME, NAME, ROWS, namedAs, offer, send, sendAll, stem } from "./hub.js";
+import { DATA_NAME, NAME, ROWS, namedAs, offer, send, sendRows } from "./hub.js";
 import { count, described, percent, sentence, size, tail } from "./text.js";
 
 // Milliseconds without a change after which the planner is asked, and the data looked at.
@@ -96,13 +96,10 @@ export default async function setup(main) {
     changed();
   }
 
-  // Sends the first file as training rows, and a second one, if there is one, for validation.
   async function sent(files) {
     dataField.complain();
     try {
-      const splits = ["train", "valid"];
-      const own = files.slice(0, 2).map((file, i) => [file, namedAs(splits[i], file)]);
-      await hasData(await sendAll(moved, "datasets", stem(files[0]), own));
+      await hasData(await sendRows(moved, files));
     } catch (error) {
       show(moved);
       dataField.complain(sentence(error.message));

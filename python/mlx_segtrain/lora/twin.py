@@ -1,0 +1,73 @@
+"""A model's twin for steps of a few tokens on a GPU, which take as long as the host needs to launch
+them: same weights, same updates, less Python for each linear layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .adapter import KINDS
+from .modules import LoRALinear
+
+
+def twin_of(model: nn.Module) -> Any:
+    """The twin: gives the same bits as the model does for up to FEW tokens on a GPU.
+
+    It is called as the model is. Updates are put into the model's own modules, at any time; modules
+    that are put into the model later are not in its twin.
+    """
+    return _twin(model, {})
+
+
+def _twin(x: Any, known: dict[int, Any]) -> Any:
+    if id(x) in known:
+        return known[id(x)]
+    if type(x) is LoRALinear:
+        new = _Linear(x)
+    elif isinstance(x, LoRALinear):
+        new = x
+    elif isinstance(x, nn.Module):
+        new = nn.Module.__new__(type(x))
+        vars(new).update(vars(x))
+        known[id(x)] = new  # what it holds may refer to it
+        for name, own in x.items():
+            dict.__setitem__(new, name, _twin(own, known))
+    elif isinstance(x, list | tuple):
+        new = type(x)(_twin(own, known) for own in x)
+    else:
+        return x
+    known[id(x)] = new
+    return new
+
+
+class _Linear:
+    """In the place of a LoRALinear."""
+
+    __slots__ = ("_module", "_product")
+
+    def __init__(self, module: LoRALinear):
+        self._module, self._product = module, _product(module.linear)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        module = self._module
+        rows = module.rows
+        if rows is not None and rows.on:
+            return rows(x, self._product(x))
+        for kind in KINDS:
+            if kind.array in module:
+                return module(x)
+        y = self._product(x)
+        return module.updated(x, y) if "lora_a" in module else y
+
+
+def _product(linear: Any) -> Callable[[mx.array], mx.array]:
+    """What the linear computes, without looking up its arrays at each call."""
+    if type(linear) is not nn.QuantizedLinear:
+        return linear
+    multiply, weight, scales = mx.quantized_matmul, linear["weight"], linear["scales"]
+    biases, bias = linear.get("biases"), linear.get("bias")
+    how = True, linear.group_size, linear.bits, linear.mode
+    if bias is None:
+        return lambda x: multiply(x, weight, scales, biases, *how)
+    return lambda x: multiply(x, weight, scales, biases, *how) + bias

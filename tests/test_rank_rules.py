@@ -1,0 +1,199 @@
+"""What ranks agree on, without processes: shares, micro-batches, differences and their names."""
+
+import os
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from lib.runs import config_of
+from mlx_segtrain.errors import InputError, RunError
+from mlx_segtrain.training import links, ranks, setup
+from mlx_segtrain.training.checkpoint import Checkpoint
+from mlx_segtrain.training.diagnosis import together
+from mlx_segtrain.training.links import Links
+from mlx_segtrain.training.ranks import ALONE, LAUNCH, Diverged, Ranks
+from mlx_segtrain.training.setup import accumulating
+from mlx_segtrain.training.state import Progress
+
+
+def group(n, rank=0, others=()):
+    """A rank of n, of which the others say these things."""
+    own = Ranks(rank, n, names=[f"process {i} on box{i}" for i in range(n)])
+    own.gather = lambda value: [value, *others]
+    return own
+
+
+def resumed(tmp_path, count, n):
+    record = {"config": {"grad_accumulation_steps": count}, "ranks": n}
+    return Checkpoint(tmp_path, {}, 5, Progress(), record, 0, False)
+
+
+def test_a_step_has_a_batch_for_every_rank(tmp_path):
+    plain, told = config_of("m", "d", tmp_path), []
+
+    def count(config, n, checkpoint=None):
+        own = accumulating(config, Ranks(size=n), checkpoint, told.append)
+        return own.grad_accumulation_steps
+
+    assert count(plain, 1) == 1 and not told
+    assert count(plain, 3) == 3
+    assert told.pop()["message"].startswith("grad_accumulation_steps is 3")
+    given = config_of("m", "d", tmp_path, grad_accumulation_steps=4)
+    assert count(given, 4) == 4 and count(given, 1) == 4
+    # What was recorded counts, on whatever number it goes on.
+    assert count(plain, 3, resumed(tmp_path, 4, 2)) == 4
+    assert count(plain, 1, resumed(tmp_path, 4, 2)) == 4
+    assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # and is refused, as ever
+    assert not told
+    with pytest.raises(InputError, match=r"is 4, and there are 5 ranks.*4 or fewer, or raise it"):
+        count(given, 5)
+    with pytest.raises(InputError, match=r"is 2, and there are 3 ranks.*begin another run"):
+        count(plain, 3, resumed(tmp_path, 2, 2))
+
+
+def test_every_batch_is_some_ranks():
+    for n in (1, 2, 3, 4):
+        shares = [Ranks(rank, n).share(list(range(7))) for rank in range(n)]
+        assert sorted(x for own in shares for x in own) == list(range(7))
+        assert all(own[0] == rank for rank, own in enumerate(shares))
+
+
+def test_other_inputs_are_named_with_rank_and_field():
+    same = {"rank": 8, "data/train.jsonl": "ab"}
+    group(2, others=[same]).check_same(same)
+    for other, said in (
+        ({**same, "rank": 4}, "rank is 4 on rank 1 (process 1 on box1), and 8 on rank 0"),
+        ({"rank": 8}, "data/train.jsonl is None on rank 1"),
+        ({**same, "data/valid.jsonl": "cd"}, "data/valid.jsonl is cd on rank 1"),
+    ):
+        with pytest.raises(RunError) as found:
+            group(2, others=[other]).check_same(same)
+        assert str(found.value).startswith(said)
+
+
+def test_a_rank_with_other_factors_is_named():
+    group(3, others=["a", "a"]).check_factors(5, "a")
+    for others, named in ((["a", "b"], 2), (["b", "b"], 0), (["b"], 1)):
+        with pytest.raises(Diverged, match=rf"step 5: rank {named} \(process {named} on box"):
+            group(len(others) + 1, others=others).check_factors(5, "a")
+
+
+def test_what_one_rank_saw_going_through_a_row_is_told():
+    everywhere = (["a:1"], "the gradient of x"), (["a:2"], "the gradient of x")
+    assert together(everywhere) == (["a:1", "a:2"], "the gradient of x")
+    assert together([(["a:1"], None), (["a:2"], "h behind layer 1")]) == (
+        ["a:2"],
+        "h behind layer 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("set_by_the_launcher", "found"),
+    [
+        ({}, None),
+        ({"MLX_RANK": "1"}, None),
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": ""}, None),  # of one host alone
+        ({"MLX_RANK": "1", "MLX_HOSTFILE": '[["10.0.0.1:5"], ["10.0.0.2:5"]]'}, "ring"),
+        ({"MLX_RANK": "1", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}, "nccl"),
+        ({"MLX_RANK": "0", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "1"}, None),
+        ({"MLX_RANK": "1", "MLX_IBV_DEVICES": "f", "MLX_JACCL_COORDINATOR": "10.0.0.1:5"}, "jaccl"),
+    ],
+)
+def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monkeypatch, tmp_path):
+    for name in (*LAUNCH, "NCCL_HOST_IP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_the_launcher.items():
+        if name == "MLX_HOSTFILE":
+            (tmp_path / "hosts").write_text(value)
+            value = str(tmp_path / "hosts")
+        monkeypatch.setenv(name, value)
+    assert ranks._backend() == found
+    assert ranks.launched() == (found and int(set_by_the_launcher["MLX_RANK"]))
+    if found == "ring":
+        assert ranks._address("ring", 1) == "10.0.0.2"
+    if found is None:
+        with ranks.joined(print) as own:
+            assert own is ALONE
+
+
+def test_the_ring_is_hung_up_and_nothing_else(monkeypatch):
+    """A socket without a name (such as a tracker's) is in nobody's way, nor is one left over."""
+    server = socket.create_server(("127.0.0.1", 0))
+    ring = socket.create_connection(server.getsockname())
+    peer, _ = server.accept()
+    pair = socket.socketpair()
+    before = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(ranks, "_hosts", lambda: [[f"127.0.0.1:{server.getsockname()[1]}"]])
+    ranks._hang_up()
+    assert peer.recv(1) == b""
+    pair[0].send(b"x")
+    assert pair[1].recv(1) == b"x"
+    assert len(os.listdir("/dev/fd")) == before
+    for own in (server, ring, peer, *pair):
+        own.close()
+
+
+def test_a_state_that_is_written_is_not_broken_off(monkeypatch):
+    monkeypatch.setattr(ranks, "SECOND", 0.01)
+    monkeypatch.setattr(ranks, "TO_END", 0.05)
+    ended, over = threading.Event(), threading.Event()
+    monkeypatch.setattr(ranks.os, "_exit", lambda code: (ended.set(), over.set()))
+    own = Ranks(0, 2, saving=True, links=SimpleNamespace(lost=SimpleNamespace(rank=1, why="died")))
+    thread = threading.Thread(target=ranks._end_in_time, args=(own, over))
+    thread.start()
+    assert not ended.wait(0.3)
+    own.saving = False
+    assert ended.wait(10)
+    thread.join()
+
+
+def test_who_greets_slowly_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(links, "TO_GREET", 0.2)
+    server = socket.create_server(("127.0.0.1", 0))
+    at = server.getsockname()
+    own = SimpleNamespace(_secret=b"secret", _sockets={})
+    stranger = socket.create_connection(at)
+    stop = threading.Event()
+
+    def drip():
+        while not stop.wait(0.05):
+            try:
+                stranger.send(b"x")
+            except OSError:
+                return
+
+    threads = [threading.Thread(target=drip)]
+    threads[0].start()
+    rank = socket.create_connection(at)
+    rank.sendall(b"1 secret\n")
+    begin = time.monotonic()
+    Links._accept(own, server, {1})
+    assert time.monotonic() - begin < 3 and 1 in own._sockets
+    stop.set()
+    threads[0].join()
+    for made in (server, stranger, rank, own._sockets[1]):
+        made.close()
+
+
+def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_path):
+    """The order of rows follows from it."""
+    choices, asked = ["shared", "apart"], []
+
+    def first(config, found, shapes, **how):
+        asked.append(found)
+        raise_at = len(asked) == 2
+        if raise_at:
+            raise RunError("planned again")
+        return found[0], "plan"
+
+    monkeypatch.setattr(setup, "first_that_fits", first)
+    objective = SimpleNamespace(choices=lambda data: iter(choices), batch_shapes=None)
+    objective.batch_shapes = lambda data, rows: []
+    monkeypatch.setattr(setup, "objective_of", lambda config: objective)
+    inputs = SimpleNamespace(config=config_of("m", "d", tmp_path), train="rows")
+    with pytest.raises(RunError, match="planned again"):
+        setup.prepare(inputs, lambda event: None, ranks=group(2, others=[1]))
+    assert asked == [choices, ["apart"]]
