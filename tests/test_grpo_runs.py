@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib.runs import Crash, assert_twins, checkpoint_of, config_of
-from mlx_segtrain import InputError, RunError, train
+from mlx_segtrain import InputError, RunError, TrainConfig, train
 from mlx_segtrain.commands.main import main
 from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.generation.decoding import Options
@@ -272,3 +272,12 @@ def test_the_longest_prompt_may_be_one_of_validation(llama4, prompts, tmp_path):
         inputs = setup.read_inputs(made, sources_of(tmp_path, None), lambda event: None)
     longest = inputs.valid.columns.length.max()
     assert inputs.config.rollout_batch == longest + 8 > inputs.train.columns.length.max() + 8
+
+
+def test_plan_says_what_generating_takes(llama4, capsys):
+    argv = ["plan", "--model", str(llama4), "--method", "grpo", "--max-seq-length", "100"]
+    assert main([*argv, "--max-completion-tokens", "40", "--rollout-batch", "6"]) == 0
+    how = {"model_dir": llama4, "adapter_path": "a", "max_completion_tokens": 40}
+    wanted = rollout_bytes(TrainConfig(**how, method="grpo"), 100, 6)
+    line = f"rollouts {wanted / 1e9:.2f} GB, 6 completions at once"
+    assert line in " ".join(capsys.readouterr().out.split())

@@ -69,6 +69,15 @@ def check_rollouts(config: TrainConfig, tokens: int) -> None:
         )
 
 
+def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
+    """How many completions are generated at once where they reach max_seq_length with their
+    prompts, and their peak in bytes, if it is predicted; NoRoom."""
+    tokens, at_once = config.max_seq_length, config.rollout_batch
+    if at_once == "auto":
+        at_once = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
+    return at_once, rollout_bytes(config, tokens, at_once)
+
+
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
     """Bytes besides the completions, and of each; while a cache of one layer grows, its old and
     its new arrays exist. A prompt is computed beside the completions that there are."""
