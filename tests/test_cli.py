@@ -109,7 +109,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-GIVEN = ("grad_accumulation_steps", "append_eos")
+GIVEN = ("grad_accumulation_steps", "append_eos", "lora_dropout")
 
 
 def changed(method: str) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def changed(method: str) -> dict[str, Any]:
             **{"packing": True, "lr_schedule": "linear"},
         },
     }[method]
-    if method == "grpo":  # its completions are generated
+    if method == "grpo":  # its completions are generated, and their probabilities compared
         common = {k: x for k, x in common.items() if k not in GIVEN}
     return {**common, **own, **({} if method == "sft" else {"method": method})}
 
