@@ -410,11 +410,11 @@ def test_dropout_is_refused():
 def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
     """Killed before its first checkpoint; what is free by then is something else."""
     monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
+    monkeypatch.setattr(setup, "check_rollouts", lambda *_: None)
     how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
-    data = Dataset.of([Row(np.zeros(3, np.int32), np.zeros(3, np.float32), "f:1")])
 
     def found(**more):
-        return setup.with_rollouts(TrainConfig(**how, **more), data, None).rollout_batch
+        return setup.with_rollouts(TrainConfig(**how, **more), 9, None).rollout_batch
 
     assert found(resume="auto") == 5  # there is no run
     record = {"id": "a", **{part: {} for part in PARTS}, "config": {"rollout_batch": 3}}

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from lib.runs import Crash, assert_twins, checkpoint_of, config_of
-from mlx_segtrain import InputError, RunError, train
+from mlx_segtrain import InputError, RunError, TrainConfig, train
 from mlx_segtrain.commands.main import main
-from mlx_segtrain.training import checkpoint, cycle, evaluate, score
+from mlx_segtrain.data.sources import sources_of
+from mlx_segtrain.generation.decoding import Options
+from mlx_segtrain.generation.rollouts import Policy, complete
+from mlx_segtrain.models import load_model, load_tokenizer
+from mlx_segtrain.models.headers import read_shape
+from mlx_segtrain.planning.rollouts import SLACK, check_rollouts, rollout_bytes
+from mlx_segtrain.training import checkpoint, cycle, evaluate, score, setup
 from mlx_segtrain.training.scoring import pass_at
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
@@ -236,3 +242,42 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
         train(config(llama4, prompts, tmp_path / "a", rewards=["number:sum"]))
     with pytest.raises(InputError, match=r"takes .* more than the budget"):
         train(config(llama4, prompts, tmp_path / "a", memory_budget_gb=1e-4), rewards=[vowels])
+
+
+@pytest.mark.parametrize("prompt", [30, 5000])
+def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, tmp_path):
+    """Where the prompts take most of it, and where the completions do."""
+    made = config(llama4, prompts, tmp_path / "a", max_completion_tokens=40, max_seq_length=6000)
+    model, tokenizer = load_model(llama4)[0], load_tokenizer(llama4)
+    how = [Options(max_tokens=40, temperature=1.0, seed=i, logprobs=0) for i in range(12)]
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory() - read_shape(llama4).weight_bytes(True)
+    complete(Policy(model, tokenizer, None), [[1] * prompt], [how], 12)
+    peak = mx.get_peak_memory() - before
+    planned = rollout_bytes(made, prompt + 40, 12)
+    assert peak <= planned < 2 * peak + SLACK
+    tight = made.model_copy(update={"memory_budget_gb": planned / 1e9, "rollout_batch": 12})
+    check_rollouts(tight, prompt + 40)
+    with pytest.raises(InputError, match="rollout_batch is 13, and 12 completions of"):
+        check_rollouts(tight.model_copy(update={"rollout_batch": 13}), prompt + 40)
+
+
+def test_the_longest_prompt_may_be_one_of_validation(llama4, prompts, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes((prompts / "train.jsonl").read_bytes())
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"prompt": "x" * 80}) + "\n")
+    made = config(llama4, tmp_path, tmp_path / "a", max_seq_length=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "rollouts_at_once", lambda config, tokens, every: tokens)
+        inputs = setup.read_inputs(made, sources_of(tmp_path, None), lambda event: None)
+    longest = inputs.valid.columns.length.max()
+    assert inputs.config.rollout_batch == longest + 8 > inputs.train.columns.length.max() + 8
+
+
+def test_plan_says_what_generating_takes(llama4, capsys):
+    argv = ["plan", "--model", str(llama4), "--method", "grpo", "--max-seq-length", "100"]
+    assert main([*argv, "--max-completion-tokens", "40", "--rollout-batch", "6"]) == 0
+    how = {"model_dir": llama4, "adapter_path": "a", "max_completion_tokens": 40}
+    wanted = rollout_bytes(TrainConfig(**how, method="grpo"), 100, 6)
+    line = f"rollouts {wanted / 1e9:.2f} GB, 6 completions at once"
+    assert line in " ".join(capsys.readouterr().out.split())

@@ -297,6 +297,7 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.views import show_plan
     from mlx_segtrain.hub import located, model, outline
     from mlx_segtrain.planning import report
+    from mlx_segtrain.planning.rollouts import full_rollouts
     from mlx_segtrain.planning.run import full_batch, plan_run
     from mlx_segtrain.planning.scaling import LINK, scaled
 
@@ -305,6 +306,9 @@ def _plan(args: argparse.Namespace) -> int:
         config = located(config, show, bring=outline if args.plot is None else model)
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
     found = report.of(run)
+    if ROWS[config.method] == "prompt":
+        at_once, peak = full_rollouts(config)
+        found = replace(found, rollout_batch=at_once, rollout_peak=peak)
     if args.ranks is not None:
         found = replace(found, ranks=scaled(run, args.ranks, args.link or LINK, args.step_seconds))
     if args.plot is not None:

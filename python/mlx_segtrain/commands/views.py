@@ -182,6 +182,8 @@ def show_plan(report: PlanReport) -> None:
     line("peak", f"{gb(report.peak)}, predicted")
     for name, n in report.parts.items():
         line("", f"{gb(n)}  {name}")
+    if report.rollout_peak is not None:
+        line("rollouts", f"{gb(report.rollout_peak)}, {report.rollout_batch} completions at once")
     line("recomputed", f"{report.recomputed:.0%} of the work that must be done")
     line("longest", _longest(report.longest, report.max_length))
     for other in report.alternatives:

@@ -9,11 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..planning.rollouts import PREFILL
 from .batching import Answer, Base, Batch, can_merge
 from .decoding import Options, Piece
-
-#: Tokens of a prompt that are computed at once.
-PREFILL = 2048
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class PlanReport:
     `tokens` are those of a row of the data, of which the last is only predicted; `longest` is what
     fits, no more than `max_length`, the model's context length; `recomputed` is what runs
     again over what must run. `predicted` is False for families whose memory the planner does not
-    know: of these only weights and budget are said.
+    know: of these only weights and budget are said. Of a method that generates completions,
+    `rollout_batch` are generated at once, which takes `rollout_peak`.
     """
 
     family: str
@@ -46,6 +47,8 @@ class PlanReport:
     alternatives: list[Alternative] = field(default_factory=list)
     moves: list[tuple[str, int]] = field(default_factory=list)
     ranks: list[Scaled] = field(default_factory=list)
+    rollout_batch: int | None = None
+    rollout_peak: int | None = None
 
 
 def of(run: RunPlan) -> PlanReport:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from ..config import TrainConfig
 from ..errors import NoRoom
 from ..hub import title
+from ..models.form import LayerForm
 from ..models.headers import ModelShape, read_shape
 from .budget import budget_bytes, device
 from .costs import Device
 from .run import adapter_numbers
 
+#: Tokens of a prompt that are computed at once.
+PREFILL = 2048
 #: mlx-lm's caches grow by so many tokens.
 CACHE_STEP = 256
 #: Arrays of a row's logits in float32 that exist at once: drawing a token makes most of them.
@@ -19,8 +22,9 @@ SLACK = 64 << 20
 
 
 def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Bytes of a sequence's keys and values; of layers with a window as if they had none."""
-    length = -(-tokens // CACHE_STEP) * CACHE_STEP
+    """Bytes of a sequence's keys and values; of layers with a window as if they had none. A batch
+    begins with the length of its longest prompt, and grows from there."""
+    length = tokens + CACHE_STEP
     own = sum(layer.key_value for layer in shape.layers if layer.donor is None)
     return 2 * length * own * device.size
 
@@ -53,12 +57,48 @@ def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
     return min(every, most)
 
 
+def check_rollouts(config: TrainConfig, tokens: int) -> None:
+    """NoRoom if as many as the configuration says do not fit into the budget of the run."""
+    assert isinstance(config.rollout_batch, int)
+    most = rollouts_at_once(config, tokens, config.rollout_batch)
+    if most < config.rollout_batch:
+        raise NoRoom(
+            f"rollout_batch is {config.rollout_batch}, and {most} completions of {tokens} tokens "
+            "with their prompts fit into the budget: lower it, or raise memory_budget_gb.",
+            field="rollout_batch",
+        )
+
+
+def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
+    """How many completions are generated at once where they reach max_seq_length with their
+    prompts, and their peak in bytes, if it is predicted; NoRoom."""
+    tokens, at_once = config.max_seq_length, config.rollout_batch
+    if at_once == "auto":
+        at_once = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
+    return at_once, rollout_bytes(config, tokens, at_once)
+
+
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
     """Bytes besides the completions, and of each; while a cache of one layer grows, its old and
-    its new arrays exist."""
+    its new arrays exist. A prompt is computed beside the completions that there are."""
     on = device(config.deterministic, shape.float_size)
     # Factors and what the optimizer remembers of them; and factors in the dtype of the model.
     fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * adapter_numbers(config, shape)
     cache = cache_bytes(shape, tokens, on)
+    prompt = max(tokens - config.max_completion_tokens, 1)
+    fixed += cache_bytes(shape, prompt, on) + _prefill_bytes(shape, prompt, on)
     layers = sum(layer.donor is None for layer in shape.layers)
     return fixed, cache + cache // max(layers, 1) + LOGITS * 4 * shape.vocabulary
+
+
+def _prefill_bytes(shape: ModelShape, prompt: int, device: Device) -> int:
+    """The most that a layer holds of a part of a prompt; without fused attention (CPU) the scores
+    of all heads."""
+    part = min(prompt, PREFILL)
+
+    def numbers(layer: LayerForm) -> int:
+        scores = 0 if device.gpu else layer.query // layer.head * prompt
+        attention = 3 * layer.query + 2 * layer.key_value + scores
+        return 3 * shape.width + max(attention, 3 * (layer.hidden + layer.experts))
+
+    return part * device.size * max(map(numbers, shape.layers))

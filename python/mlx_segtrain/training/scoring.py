@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..generation.rollouts import Policy
 from ..lora import Adapter
 from ..models import load_tokenizer
-from ..planning.rollouts import rollouts_at_once
+from ..planning.rollouts import check_rollouts, rollouts_at_once
 from ..rewards import Function, Rewards, check_rows
 from .cycle import options_of, roll_out, seed_of
 from .policy import run_policy
@@ -73,10 +73,12 @@ def score(
             )
         rows = list(data.rows)
         check_rows(config, rows)
+        tokens = int(data.columns.length.max()) + config.max_completion_tokens
         if config.rollout_batch == "auto":
-            tokens = int(data.columns.length.max()) + config.max_completion_tokens
             most = rollouts_at_once(config, tokens, len(rows) * config.group_size)
             config = config.model_copy(update={"rollout_batch": most})
+        else:
+            check_rollouts(config, tokens)
         model, chain = load_chain(config, data)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         options = [

@@ -30,7 +30,7 @@ from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
 from ..objectives import Objective, objective_of
 from ..planning.packing import pays
-from ..planning.rollouts import rollout_bytes, rollouts_at_once
+from ..planning.rollouts import check_rollouts, rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits
 from ..rewards import check_rows
 from ..schedule import Grads
@@ -181,18 +181,20 @@ def read_inputs(
     if ROWS[config.method] == "prompt":
         for data in filter(None, (train, valid)):
             check_rows(config, data.rows)
-        config = with_rollouts(config, train, resumed)
+        config = with_rollouts(config, _longest(config, train, valid), resumed)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
         assert train is not None
     return Inputs(with_iters(config, train), tokenizer, train, valid, said)
 
 
-def with_rollouts(config: TrainConfig, train: Dataset, resumed: Checkpoint | None) -> TrainConfig:
-    """With the completions that are generated at once: as many as fit. A run that is resumed keeps
-    its number, since sums over other batches round differently; one that ended before its first
-    checkpoint, too."""
+def with_rollouts(config: TrainConfig, tokens: int, resumed: Checkpoint | None) -> TrainConfig:
+    """With the completions that are generated at once, of up to so many tokens with their prompts:
+    as many as fit. A run that is resumed keeps its number, since sums over other batches round
+    differently; one that ended before its first checkpoint, too. NoRoom if it was given, and
+    so many do not fit."""
     if config.rollout_batch != "auto":
+        check_rollouts(config, tokens)
         return config
     earlier = resumed.record if resumed else {}
     if not resumed and config.resume:
@@ -200,8 +202,7 @@ def with_rollouts(config: TrainConfig, train: Dataset, resumed: Checkpoint | Non
             earlier = read(config.adapter_path)
     known = earlier.get("config", {}).get("rollout_batch")
     if not isinstance(known, int):
-        every = config.batch_size * config.group_size
-        known = rollouts_at_once(config, _longest(train, config), every)
+        known = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
     return config.model_copy(update={"rollout_batch": known})
 
 
@@ -237,7 +238,7 @@ def prepare(
     setup = replace(setup, apart=train is not inputs.train)
     if ROWS[config.method] == "prompt":
         assert isinstance(config.rollout_batch, int)
-        peak = rollout_bytes(config, _longest(train, config), config.rollout_batch)
+        peak = rollout_bytes(config, _longest(config, train, inputs.valid), config.rollout_batch)
         setup = replace(setup, rollout_peak=peak)
         gb = "" if peak is None else f"; {peak / 1e9:.2f} GB at most"
         said = f"rollouts: {config.rollout_batch} completions at once{gb}"
@@ -264,9 +265,10 @@ def _coarse(setup: Setup) -> str | None:
     return next(odd, None)
 
 
-def _longest(prompts: Dataset, config: TrainConfig) -> int:
+def _longest(config: TrainConfig, *prompts: Dataset | None) -> int:
     """Tokens of the longest prompt with the longest completion."""
-    return int(prompts.columns.length.max()) + config.max_completion_tokens
+    longest = max(int(own.columns.length.max()) for own in prompts if own)
+    return longest + config.max_completion_tokens
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
