@@ -52,10 +52,8 @@ class Timed(Cycle):
 
     def _roll_out(self, *what):
         begin = time.perf_counter()
-        mx.reset_peak_memory()
         found = super()._roll_out(*what)
-        self.rollouts.append((time.perf_counter() - begin, mx.get_peak_memory()))
-        mx.reset_peak_memory()
+        self.rollouts.append((time.perf_counter() - begin, self.rollout_peak))
         return found
 
 

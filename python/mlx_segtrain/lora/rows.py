@@ -132,6 +132,11 @@ class Rows:
             self._uses.append(_use(stack, keys, len(wanted) == 1))
         self._key = tuple(keys)
 
+    @property
+    def any(self) -> bool:
+        """Whether a row of the batch has an update."""
+        return bool(self._uses)
+
     def holds(self, keys: Sequence[Any]) -> bool:
         """Whether it is these that were put in."""
         return self._key == tuple(keys)
@@ -265,7 +270,8 @@ class _Linear:
         return self._rows.on
 
     def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        return self._rows.update(self._index, self._path, self._bias, x, y)
+        rows = self._rows
+        return rows.update(self._index, self._path, self._bias, x, y) if rows.any else y
 
 
 class _Recorder:
