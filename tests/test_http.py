@@ -153,7 +153,8 @@ def test_plan(server):
 
 def test_the_schema_is_the_command_line_s(server):
     rows = server.http.get("/api/finetune/defaults").json()["fields"]
-    assert {row["name"] for row in rows} == set(TrainConfig.model_fields) - {"eval_command"}
+    refused = {"eval_command", "reward_command", "reward_functions"}  # they run code
+    assert {row["name"] for row in rows} == set(TrainConfig.model_fields) - refused
     rank = next(row for row in rows if row["name"] == "rank")
     assert (rank["default"], rank["allowed"]) == ("8", "an integer >= 2")
     spec = server.http.get("/openapi.json").json()
@@ -173,6 +174,8 @@ def test_the_schema_is_the_command_line_s(server):
         ({"method": "magic"}, 422, ("method", "sft, dpo")),
         ({"dpo_beta": 0.5}, 422, ("dpo_beta has no effect",)),
         ({"eval_command": "touch /tmp/x"}, 422, ("eval_command",)),
+        ({"reward_command": "touch /tmp/x", "method": "grpo"}, 422, ("reward_command",)),
+        ({"reward_functions": ["os:system"], "method": "grpo"}, 422, ("reward_functions",)),
         ({"model_dir": None}, 422, ("model_dir",)),
         ({"model_dir": "/etc"}, 403, ("/etc", "--root")),
         ({"adapter_path": "/root/x"}, 403, ("--root",)),
