@@ -764,5 +764,5 @@ def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, mo
     linear.clear()
     assert not linear._casts
     linear.train()
-    monkeypatch.setattr(linear, "_of_few", None)
+    monkeypatch.setattr(linear, "updated", None)
     linear(x)  # in training it is ours, whose gradient is
