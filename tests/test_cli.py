@@ -172,7 +172,7 @@ def changed(method: str) -> dict[str, Any]:
         "simpo": {**fresh, "simpo_beta": 1.5, "simpo_gamma": 0.5, "lr_schedule": "linear"},
         "grpo": {
             **{**fresh, "rewards": ["number:answer", "length:9"], "reward_weights": [1.0, 0.5]},
-            **{"reward_functions": ["m:f", "a.py:g"], "reward_command": "python score.py"},
+            **{"reward_functions": ["m:f", "a.py:g"], "reward_command": "./score"},
             **{"group_size": 5, "max_completion_tokens": 20, "temperature": 0.8},
             **{"grpo_loss": "gspo", "advantage_scaling": "batch", "grpo_beta": 0.04},
             **{"clip_low": 0.1, "clip_high": 0.3, "mask_truncated": True, "updates_per_step": 2},
@@ -597,7 +597,7 @@ def test_hints_have_the_system_message_of_the_data_and_what_is_usable_here(
     assert ("mlx_lm generate" in out) is gpu
     if gpu:
         theirs = "--model m --adapter-path 'a b' --system-prompt 'Be brief.' --prompt …"
-        assert f"python -m mlx_lm generate {theirs}" in out
+        assert f" -m mlx_lm generate {theirs}" in out
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_segtrain import _core
+from mlx_segtrain.errors import RunError
 from mlx_segtrain.training.loop import Run
-from mlx_segtrain.training.step import Halted
 
 METAL = "[METAL] Command buffer execution failed: "
 SAID = {
@@ -44,8 +44,8 @@ def test_a_run_ends_with_the_sentence(reason):
 
     step.plan = SimpleNamespace(cheaper=lambda: asked.append(reason))
     run = SimpleNamespace(step=step, state=SimpleNamespace(step=4))
-    with pytest.raises(Halted, match="step 5: ") as error:
-        Run._in_memory(run)
+    with pytest.raises(RunError, match="step 5: ") as error:
+        Run._in_memory(run, step)
     assert ("kept the display waiting" in str(error.value)) == (not asked)
     assert len(asked) == ("Memory" in reason)
 

@@ -290,7 +290,7 @@ def begun_once(llama4, data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"rank": 8}, "rank is 8, but the run in .* began with 4: give --rank 4, or begin"),
+        ({"rank": 8}, "rank is 8, but the run in .* began with 4: give rank 4, or begin"),
         ({"seed": 1}, "seed is 1, but the run in .* began with 0"),
         ({"batch_size": 2}, "batch_size is 2"),
         ({"optimizer": "sgd"}, "optimizer is sgd"),

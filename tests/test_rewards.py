@@ -75,17 +75,17 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
         reward_weights=[1, 10, 0.5, 100, 2],
     )
 
-    def python(prompts, completions, **columns):
+    def numbers(prompts, completions, **columns):
         assert columns["answer"] == ["p0", "x"] and columns["completion_tokens"] == [2, 1]
         return [prompts[0] == "p0", 0]
 
     columns = {"answer": ["p0", "x"], "other": ["no", "y"], "bonus": [3, 4]}
-    found = scores(Rewards.of(config, [python]), ["p0", "y"], **columns)
+    found = scores(Rewards.of(config, [numbers]), ["p0", "y"], **columns)
     assert found.by_name == {
         "exact": [1, 0],
         "exact 2": [0, 1],
         "longer": [2, 1],
-        "python": [1, 0],
+        "numbers": [1, 0],
         "command": [4, 4],
     }
     assert found.total == [1 + 1 + 100 + 8, 10 + 0.5 + 8]
@@ -103,7 +103,7 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
         ({"reward_functions": ["nowhere.py:f"]}, "nowhere.py:f cannot be used .there is no file"),
         ({"reward_functions": ["json:nothing"]}, "json:nothing cannot be used"),
         ({"reward_functions": ["json"]}, "write module:function"),
-        ({"reward_command": "python 'x"}, r"is no command line \(No closing quotation\)"),
+        ({"reward_command": "score 'x"}, r"is no command line \(No closing quotation\)"),
         ({"reward_command": " "}, "reward_command is empty"),
         ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
     ],
