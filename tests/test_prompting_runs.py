@@ -80,9 +80,11 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, 
             max_seq_length=128,
             target_modules=["all-linear", "lm_head"],
             steps_per_save=0,
+            steps_per_report=1,
             chat_template_kwargs=variables,
             prompt_format="raw" if kind == "raw" else "auto",
-        )
+        ),
+        on_step=lambda event: event["loss"] < 0.005,  # that is enough
     )
     assert result.final_train_loss is not None and result.final_train_loss < 0.02
 
