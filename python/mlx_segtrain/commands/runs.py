@@ -121,11 +121,11 @@ def config_of(args: argparse.Namespace, **fill: Any) -> TrainConfig:
 
 
 def _train(args: argparse.Namespace) -> int:
+    config = config_of(args)
     from mlx_segtrain.commands.terminal import complain
     from mlx_segtrain.training import checkpoint
     from mlx_segtrain.training.ranks import LostRank, launched
 
-    config = config_of(args)
     try:
         return _trained(args, config)
     except RunError as error:
