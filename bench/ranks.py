@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,9 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+from lib.launched import free_ports  # noqa: E402  # pyright: ignore[reportMissingImports]
+
 WARM_UP = 4
 WORKER = "import sys, ranks; ranks.work(*sys.argv[1:])"
 
@@ -68,14 +70,6 @@ def environment(n, rank, folder, cuda):
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in PORTS[:n]]))
     return {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-
-
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [own.getsockname()[1] for own in sockets]
-    for own in sockets:
-        own.close()
-    return ports
 
 
 def metrics(out):

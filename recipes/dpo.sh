@@ -5,10 +5,6 @@
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/dpo
 source "${recipe%/*}/knobs.sh"
-if [ -z "${DATA:-}" ]; then
-  DATA=$HOME/.cache/mlx-segtrain/data/preferences
-  demo_model=$(python3 -m mlx_segtrain.commands.demo "$DATA")
-  MODEL=${MODEL:-$demo_model}
-fi
+demo_without_data preferences
 knobs "$recipe" SmolLM2-135M-Instruct-4bit smollm2-dpo
 exec mlx-segtrain train "${flags[@]}" "$@"

@@ -22,6 +22,16 @@ cached() {
   ls -dt "$hub"/models--*--"$1"/snapshots/*/ 2> /dev/null | head -1 || true
 }
 
+# Where DATA is not set: rows that are made here, and the demo's model unless MODEL is set. Arguments: the folder of the rows,
+# and what the demo is asked for.
+demo_without_data() {
+  [ -z "${DATA:-}" ] || return 0
+  DATA=$HOME/.cache/mlx-segtrain/data/$1
+  local demo_model
+  demo_model=$(python3 -m mlx_segtrain.commands.demo "$DATA" "${@:2}")
+  MODEL=${MODEL:-$demo_model}
+}
+
 # Fills `flags`. Arguments: the recipe, the model that it is for, and the name of its adapter without the length.
 knobs() {
   local name=$1 model=$2 adapter=$3

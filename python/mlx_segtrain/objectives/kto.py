@@ -17,7 +17,7 @@ from .. import ops
 from ..data import AnyBatch, Batch, Dataset, PairBatch
 from ..data.mismatching import mismatched
 from ..models import Chain
-from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
+from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
@@ -40,17 +40,6 @@ class Responses(Objective):
 
     unit = "per row"
     reads = ("targets", "members", "labels", "reference", "kl", "parts")
-
-    def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        # A response of another row may make a longer sequence than any that is trained.
-        columns = data.columns
-        length = padded(int(columns.length.max()), rows) - 1
-        first, most = int(columns.first.min()) - 1, int(columns.trained.max())
-        return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
-
-    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        trimmed = length - trim_start(length - trained)
-        return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def total(self, batches: Sequence[AnyBatch]) -> Total:
         labels = np.concatenate([_labels(_own(batch)) for batch in batches])

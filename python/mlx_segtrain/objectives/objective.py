@@ -10,7 +10,7 @@ from .. import ops
 from ..config import TrainConfig
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import SINGLE, BatchShape, Stream, trim_start
+from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
 
 
 class Objective:
@@ -60,13 +60,17 @@ class Objective:
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         """As large as any batch of so many rows is in every respect, one for each number of
-        streams that `streams` gives."""
-        raise NotImplementedError
+        streams that `streams` gives. Unless that is said otherwise: of padded rows, one stream."""
+        columns = data.columns  # whose lengths are of the longest sequence that a row runs as
+        length = padded(int(columns.length.max()), rows) - 1  # the last token is only predicted
+        first, most = int(columns.first.min()) - 1, int(columns.trained.max())
+        return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
         """A batch of rows that run `length` tokens, the last `trained` of which are in the loss;
         of pairs the first `same` tokens are shared."""
-        raise NotImplementedError
+        trimmed = length - trim_start(length - trained)
+        return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
         """The sequences a batch runs as."""

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
+from ..streams import SINGLE, BatchShape, Stream
 from .objective import Objective, predictions, rows_of, stream_values
 
 
@@ -21,20 +21,13 @@ class Sft(Objective):
     reads = ("targets", "weights")
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        # The last token is only predicted.
         columns = data.columns
         if data.packed:
             lengths, trained = columns.length[:, 0], columns.trained[:, 0]
             length, part = data.packed - 1, float((lengths**2).sum() / lengths.sum())
             most = min(length, math.ceil(data.packed * float((trained / lengths).max())))
             return [BatchShape.packed(rows, length, part, rows * most)]
-        length = padded(int(columns.length.max()), rows) - 1
-        first, most = int(columns.first.min()) - 1, int(columns.trained.max())
-        return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
-
-    def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        trimmed = length - trim_start(length - trained)
-        return BatchShape.single(rows, length, trimmed, rows * trained)
+        return super().batch_shapes(data, rows)
 
     def total(self, batches: Sequence[Batch]) -> float:
         return float(sum(batch.weights.sum() for batch in batches))

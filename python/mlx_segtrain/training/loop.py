@@ -396,7 +396,7 @@ class Run:
     def _left_s(self) -> float:
         config, step, last = self.config, self.state.step, self.config.iters
         evaluations = 0
-        if self.setup.valid or config.sample_prompts or config.eval_command or self.calls.score:
+        if self.setup.valid or self._judges:
             evaluations = due(self.state.progress.evaluated, last, config.steps_per_eval)
         checkpoints = due(self.saved, last, config.steps_per_save)
         return self.pace.left(last - step, evaluations, checkpoints)
@@ -415,8 +415,7 @@ class Run:
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            judges = config.sample_prompts or config.eval_command or self.calls.score
-            if judges and self.ranks.first:
+            if self._judges and self.ranks.first:
                 found += self._judged()
         self._measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
@@ -435,6 +434,12 @@ class Run:
             name = evaluated_name(state.step, val["loss"] if val else None)
             self.tell(events.stage("checkpoint", self._share, name))
             self.keeper.evaluated(state, name)
+
+    @property
+    def _judges(self) -> bool:
+        """Whether an evaluation asks or scores the adapter, besides its loss."""
+        config = self.config
+        return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
     def _judged(self) -> Iterator[events.Event]:
         """Answers of the adapter, and its scores by the callable and the command."""
