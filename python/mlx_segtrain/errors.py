@@ -61,6 +61,11 @@ class NoMemory(RunError):
     """A run for whose next step the device has no memory left, by any plan."""
 
 
+def reason(error: BaseException, most: int = 200) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def either(words: Sequence[str]) -> str:
     """Words in a sentence, one of which is to be chosen."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -3,11 +3,10 @@
 import os
 import pickle
 import signal
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +107,8 @@ class _Worker:
     """A process, and the number of blocks that it has."""
 
     def __init__(self, setup: bytes):
-        self.wire, theirs = Pipe()
         self.has = 0
-        with theirs:
-            self.process = subprocess.Popen(
-                processes.command(f"{__package__}.worker", str(theirs.fileno())),
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                start_new_session=True,  # a terminal's Ctrl-C is for the parent
-                pass_fds=[theirs.fileno()],
-                env={**processes.environment((), {}), **SETTINGS},
-            )
+        self.wire, self.process = processes.start_connected(f"{__package__}.worker", SETTINGS)
         self._send(lambda: self.wire.send_bytes(setup))
 
     def give(self, job: tuple[int, Block, Path | None]) -> None:

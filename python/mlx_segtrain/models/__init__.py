@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora.paths import WRAPPER
 from . import gemma, llama
 from .chain import Chain
@@ -138,5 +138,4 @@ def _reading(folder: Path) -> Iterator[None]:
     # What a stranger's files make the libraries raise may be anything: a panic of Rust is no
     # Exception of Python.
     except BaseException as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
+        raise InputError(f"model_dir {folder} cannot be loaded: {reason(error, 500)}") from error

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .. import lora
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora import EMBEDDINGS
 from ..schedule import Stage
 from ..streams import Stream
@@ -220,7 +220,7 @@ def _try(body: _Body) -> int:
         body.model.train()  # layers with a state then leave kernels aside that have no gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
-        raise InputError(f"{refused} it does not run: {_reason(error)}") from error
+        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
     h: mx.array | None = None
     for i, layer in enumerate(body.layers):
         where = f"{refused} {body.path}.{i} ({type(layer).__name__})"
@@ -233,7 +233,7 @@ def _try(body: _Body) -> int:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{where} has no gradient here: {_reason(error)}") from error
+            raise InputError(f"{where} has no gradient here: {reason(error, 2000)}") from error
         h = y
     assert h is not None
     got = body.logits(tokens, h).astype(mx.float32)
@@ -244,7 +244,3 @@ def _try(body: _Body) -> int:
             "layers share more than h."
         )
     return expected.shape[-1]
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -230,7 +230,7 @@ async def list_jobs(
 ) -> forms.JobsAnswer:
     """The last jobs of the queue first, or those before one; without their configurations."""
     place = None if before is None else service.jobs.get(before).place
-    rows = service.jobs.newest(limit, kind, place)
+    rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
     return forms.JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
 

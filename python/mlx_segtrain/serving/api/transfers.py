@@ -133,7 +133,7 @@ async def _remove(service: Service, kind: Kind, name: str) -> forms.Answer:
 def _check_unused(service: Service, place: Path, advice: str) -> None:
     """Conflict if a job that has not ended reads this folder, or a file in it."""
     for id in service.jobs.live:
-        row = service.jobs.find(id)
+        row = service.jobs.store.get(id)
         if row and any(Path(own).is_relative_to(place) for own in row.inputs):
             raise Conflict(f"{id}, which has not ended, uses {place.name}: {advice}.")
 
