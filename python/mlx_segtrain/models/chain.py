@@ -67,6 +67,13 @@ class Head:
         """The same with an update; h are rows from the `begin`-th on, which dropout depends on."""
         raise NotImplementedError
 
+    def as_product(
+        self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
+    ) -> tuple[mx.array, ops.Base, float | None] | None:
+        """What an op of ours makes the same of, with logits that are divided by the temperature:
+        x, the weight that it meets, and the cap; None if none serves."""
+        return None
+
     def cross_entropy(
         self,
         params: Mapping[str, mx.array],
@@ -77,6 +84,10 @@ class Head:
         needs_grad: bool = True,
     ) -> mx.array:
         """Σ weights·CE of h [M, H] against targets [M], each a token: a scalar in float32."""
+        if (own := self.as_product(params, h)) is not None:
+            x, base, softcap = own
+            how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+            return ops.linear_cross_entropy(x, base, targets, weights, **how)
         return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
 
     def log_probs(
@@ -91,9 +102,13 @@ class Head:
         """Log-probabilities of targets [M], each a token, after h [M, H], float32 [M]; of logits
         that are divided by the temperature.
 
-        HEAD_ROWS at a time, in either direction: a graph without order would have the logits of
-        all. The backward pass runs them again.
+        Without an op of ours HEAD_ROWS at a time, in either direction: a graph without order would
+        have the logits of all. The backward pass runs them again.
         """
+        if (product := self.as_product(params, h, temperature)) is not None:
+            x, base, softcap = product
+            how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+            return ops.linear_log_probs(x, base, targets, **how)
         names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
 
         def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
