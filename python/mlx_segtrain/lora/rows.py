@@ -1,13 +1,13 @@
-"""Rows of one batch with updates of several adapters: each row gets its own, in the same products.
+"""Applies several adapters in one batch: each row gets its own adapter, in shared products.
 
-An adapter is to a linear what an expert is to a layer with experts. The factors of all adapters of
-a batch are stacked, and each row gathers its own:
+An adapter is to a linear layer what an expert is to a layer of experts. The factors of all adapters
+of a batch are stacked, and each row gathers its own:
 
-    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply what comes out
+    y_i = W x_i + (x_i a_e) b_e        e is the adapter of row i; DoRA's gains multiply the result
 
-Linears that read the same x (q, k and v; gate and up) have their a's side by side, so that one
-product serves them all. Adapters of similar ranks are padded to the largest of them and stacked;
-those of other ranks are another stack, over rows of its own.
+Linear layers that read the same x (q, k and v; gate and up) have their a's side by side, so that
+one product serves them all. Adapters of similar ranks are padded to the largest of them and
+stacked; those of other ranks form further stacks, with other rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,15 @@ from .. import ops
 from .adapter import DORA, Adapter
 from .modules import LoRALinear
 
-#: Ranks up to which adapters are stacked together; those above have stacks by doubling.
+#: Adapters up to this rank are stacked together; higher ranks form one stack per power of two.
 SMALL_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros but where it
-    takes its own part of what the group's a gives; gains [E, out] float32 if one is DoRA's."""
+    """The updates of one linear layer: b [E, ΣR, out], which includes the multiplier and is zero
+    except where it takes its own part of the group's x·a; gains [E, out] float32 if one of them is
+    DoRA."""
 
     b: mx.array
     gains: mx.array | None
@@ -36,7 +37,8 @@ class _Factors:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The updates of linears that read the same x: a [E, in, ΣR], and what follows for each."""
+    """The updates of linear layers that read the same x: a [E, in, ΣR], and the rest for each
+    layer."""
 
     a: mx.array
     factors: dict[str, _Factors]
@@ -44,7 +46,8 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Adapters of similar ranks, each in its place; after the last one are zeros: no update."""
+    """Adapters of similar ranks, each in its slot; the slot after the last one is zero: no
+    update."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
@@ -53,16 +56,16 @@ class _Stack:
 @dataclass(frozen=True, eq=False)
 class _Use:
     """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
-    the groups' arrays are its own, without the axis of adapters."""
+    the groups' arrays are that adapter's, without the axis of adapters."""
 
     groups: list[_Group | None]
-    picks: mx.array | None  #: uint32 [rows], the place of each
+    picks: mx.array | None  #: uint32 [rows], the slot of each row
     rows: mx.array | None  #: uint32
 
 
 @dataclass(eq=False)
 class _Readers:
-    """Linears that read the same x, in the order in which they are called."""
+    """Linear layers that read the same x, in the order in which they are called."""
 
     paths: list[str]
     dtype: mx.Dtype
@@ -71,7 +74,7 @@ class _Readers:
     left: int = 0
 
     def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
-        """x a for each use, computed by the first reader."""
+        """Returns x·a for each use, computed by the first reader."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
             self.zs = [_first(x, use, use.groups[index]) for use in uses]
@@ -91,10 +94,10 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
 
 
 class Rows:
-    """Updates for the rows of batches of one base; they apply while `running()`.
+    """Updates for the rows of batches of one base model; they apply while `running()` is active.
 
-    `run` is a forward of the base, [1, 1] tokens to logits, by which it is learned which linears
-    read the same x.
+    `run` is a forward pass of the base model, [1, 1] tokens to logits, which shows which linear
+    layers read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
@@ -110,14 +113,15 @@ class Rows:
         self.known = {path for readers in self._readers for path in readers.paths}
 
     def can(self, adapter: Adapter) -> bool:
-        """Whether rows may have this adapter: it has no update of an embedding or of experts."""
+        """Returns whether rows may have this adapter: it must not update an embedding or
+        experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Row i of a batch gets the adapter of keys[i], or none if there is none of that key.
+        """Gives row i of a batch the adapter of keys[i], or none if there is none with that key.
 
-        `adapters` may be of other batches too, which take turns with this one: what is stacked for
-        one serves all.
+        `adapters` may also hold those of other batches, which alternate with this one: a stack
+        serves all of them.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}
@@ -134,20 +138,20 @@ class Rows:
 
     @property
     def any(self) -> bool:
-        """Whether a row of the batch has an update."""
+        """Whether any row of the batch has an update."""
         return bool(self._uses)
 
     def holds(self, keys: Sequence[Any]) -> bool:
-        """Whether it is these that were put in."""
+        """Returns whether these are the updates that were put in."""
         return self._key == tuple(keys)
 
     def forget(self) -> None:
-        """Frees all stacks; those that are needed are made anew."""
+        """Frees all stacks; they are created again when needed."""
         self._stacks, self._uses, self._key = {}, [], None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Linears compute with these updates, and not with what is in them."""
+        """While it is active, linear layers compute with these updates, and not with their own."""
         self.on = True
         try:
             yield
@@ -163,7 +167,8 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Updates of the readers by all adapters, and zeros after the last; None without any."""
+        """Returns the readers' updates by all adapters, followed by zeros; None if there are
+        none."""
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:
@@ -194,7 +199,7 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b is as high as all: to take its part of x a would be one more launch a linear.
+        # Each b spans all ranks: taking its part of x·a would be one more launch per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
@@ -203,7 +208,7 @@ class Rows:
         return _Group(whole, factors)
 
     def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
-        """By what DoRA multiplies the outputs of a linear."""
+        """Returns DoRA's multiplier of a linear layer's outputs."""
         if path not in adapter.magnitudes:
             return None
         module = self._modules[path]
@@ -213,7 +218,7 @@ class Rows:
         return stretch.gain(dtype, linear, adapter.magnitudes[path])
 
     def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
-        """y [B, T, out] of the frozen linear → that of each row with its own update."""
+        """Maps y [B, T, out] of the frozen linear layer to that of each row with its own update."""
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
             group = use.groups[index]
@@ -227,7 +232,7 @@ class Rows:
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
-            if gain is not None:  # as in dora.py: near 1 a gain is coarse in few bits
+            if gain is not None:  # as in dora.py: few bits are too coarse for a gain near 1
                 bare = part if bias is None else part - bias
                 part = part + bare * (gain - 1).astype(bare.dtype)
             if use.rows is None:
@@ -250,7 +255,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """The updates of the adapter in a place; no array is copied."""
+    """Returns the updates of the adapter in a slot; no array is copied."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
@@ -259,7 +264,7 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 class _Linear:
-    """What a linear of a batch does besides its frozen part."""
+    """What a linear layer of a batch does besides its frozen part."""
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path
@@ -275,7 +280,7 @@ class _Linear:
 
 
 class _Recorder:
-    """In the place of _Linear: which x a linear reads."""
+    """Replaces _Linear while recording which x a linear layer reads."""
 
     on = True
 
@@ -304,7 +309,8 @@ def _readers(modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]) 
 
 
 def _size(adapter: Adapter) -> int:
-    """By which adapters are stacked: the power of two that holds the largest rank."""
+    """Returns the size by which adapters are stacked: the power of two that holds the largest
+    rank."""
     return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
 
 

@@ -1,5 +1,5 @@
-"""A model's twin for steps of a few tokens on a GPU, which take as long as the host needs to launch
-them: same weights, same updates, less Python for each linear layer."""
+"""A twin of a model for steps of a few tokens on a GPU, whose time is what the host needs to launch
+them: the same weights and updates, with less Python for each linear layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from .modules import LoRALinear
 
 
 def twin_of(model: nn.Module) -> Any:
-    """The twin: gives the same bits as the model does for up to FEW tokens on a GPU.
+    """Returns the twin, which gives the same bits as the model for up to FEW tokens on a GPU.
 
-    It is called as the model is. Updates are put into the model's own modules, at any time; modules
-    that are put into the model later are not in its twin.
+    It is called like the model. Updates may be put into the model's own modules at any time;
+    modules that are added to the model later are missing from its twin.
     """
     return _twin(model, {})
 
@@ -30,7 +30,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
     elif isinstance(x, nn.Module):
         new = nn.Module.__new__(type(x))
         vars(new).update(vars(x))
-        known[id(x)] = new  # what it holds may refer to it
+        known[id(x)] = new  # its attributes may refer to the model
         for name, own in x.items():
             dict.__setitem__(new, name, _twin(own, known))
     elif isinstance(x, list | tuple):
@@ -42,7 +42,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
 
 
 class _Linear:
-    """In the place of a LoRALinear."""
+    """Replaces a LoRALinear in the twin."""
 
     __slots__ = ("_module", "_product")
 
@@ -62,7 +62,7 @@ class _Linear:
 
 
 def _product(linear: Any) -> Callable[[mx.array], mx.array]:
-    """What the linear computes, without looking up its arrays at each call."""
+    """Returns the product that the linear layer computes, with its arrays looked up only once."""
     if type(linear) is not nn.QuantizedLinear:
         return linear
     multiply, weight, scales = mx.quantized_matmul, linear["weight"], linear["scales"]

@@ -1,4 +1,5 @@
-"""An adapter's factors as one vector: an optimizer step is some kernels, not some a factor."""
+"""An adapter's factors as one vector, so that an optimizer step takes a few kernels and not a few
+per factor."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from ..schedule import Grads, Params
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each factor stands in the vector: stage, name, shape; every A, then every B."""
+    """The position of each factor in the vector: stage, name, shape; first every A, then every
+    B."""
 
     entries: tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -26,15 +28,15 @@ class Layout:
 
     @property
     def first_b(self) -> int:
-        """Where the first B begins."""
+        """The position of the first B."""
         return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
 
     def join(self, params: Params) -> mx.array:
-        """The factors, or their gradients, as a float32 vector."""
+        """Concatenates the factors, or their gradients, into a float32 vector."""
         return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
     def split(self, vector: mx.array) -> Grads:
-        """Views of the vector by stage and name."""
+        """Returns views of the vector by stage and name."""
         params: Grads = {}
         begin = 0
         for stage, name, shape in self.entries:
@@ -44,7 +46,7 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Names of the factors that have a marked element."""
+        """Returns the names of the factors that have a marked element."""
         return [
             name
             for own in self.split(marked).values()
