@@ -1,6 +1,8 @@
 """Three small tasks with scores from 0 to 100: chunks of a text, a tool's call, a persona.
 
-    python recipes/tasks.py chunk DIR       writes DIR/train.jsonl and valid.jsonl, prints a model's folder
+    python recipes/tasks.py chunk DIR
+
+writes DIR/train.jsonl and DIR/valid.jsonl, and prints the folder of the demo's model.
 
 The functions `chunk`, `tools` and `persona` are rewards (docs/grpo.md): `mlx-segtrain eval
 --reward-functions recipes/tasks.py:chunk` scores a model, with or without an adapter. Each row's
@@ -40,14 +42,7 @@ Answer with one JSON object that has the keys "name" and "arguments".
 
 """
 PLACES = ["Rome", "Oslo", "Lima", "Cairo", "Kyoto", "Quito", "Turin", "Perth", "Dakar", "Leeds"]
-ERRANDS = [
-    "buy milk",
-    "call Anna",
-    "water the plants",
-    "pay the rent",
-    "fix the bike",
-    "book a table",
-]
+ERRANDS = ["buy milk", "call Anna", "pay the rent", "fix the bike", "book a table", "feed the cat"]
 ASKED = {
     "weather": ["How is the weather in {}?", "Will it rain in {} today?", "Is it warm in {}?"],
     "alarm": ["Wake me at {}.", "Set an alarm for {} o'clock.", "I have to get up at {}."],
@@ -87,17 +82,12 @@ def tools_rows(draw: random.Random) -> Iterator[Row]:
     """A request, and the call of the tool that serves it."""
     keys = {"weather": "place", "alarm": "hour", "note": "text"}
     while True:
+        values = {"weather": draw.choice(PLACES), "alarm": draw.randint(1, 12)}
+        values["note"] = draw.choice(ERRANDS)
         name = draw.choice(sorted(ASKED))
-        value = {
-            "weather": draw.choice(PLACES),
-            "alarm": draw.randint(1, 12),
-            "note": draw.choice(ERRANDS),
-        }[name]
-        call = {"name": name, "arguments": {keys[name]: value}}
-        yield {
-            "prompt": TOOLS + draw.choice(ASKED[name]).format(value),
-            "completion": json.dumps(call),
-        }
+        call = {"name": name, "arguments": {keys[name]: values[name]}}
+        request = draw.choice(ASKED[name]).format(values[name])
+        yield {"prompt": TOOLS + request, "completion": json.dumps(call)}
 
 
 def persona_rows(draw: random.Random) -> Iterator[Row]:
