@@ -309,6 +309,11 @@ class TrainConfig(BaseModel):
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
     """Batches whose gradients are summed into an optimizer step."""
+    parallel: Literal["data", "pipeline"] = option(
+        "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
+    )
+    """What several devices share: the data (each has the whole model, and some batches) or in
+    a pipeline the layers of the model."""
     seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
     """Seed of the row order, of the LoRA initialization, and of the rows that val_split takes."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)

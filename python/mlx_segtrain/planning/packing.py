@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,27 +14,10 @@ from ..objectives import objective_of
 from ..streams import BatchShape, padded, trim_start
 from . import named
 from .run import RunPlan, planned
+from .speeds import SPEEDS
 
 #: Batches of an epoch that are looked at, spread over all.
 LOOKED_AT = 64
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a step takes besides its products: seconds of the host for each layer, and of that what
-    is done once a step for each number of the weights, in operations; products a second."""
-
-    layer_s: float
-    unpacking: float
-    work_per_s: float
-
-
-#: By kind of device, as bench/LOG.md has them. Only their proportions matter here.
-SPEEDS = {
-    "cpu": Speed(0.0, 30.0, 1e11),
-    "cuda": Speed(55e-3 / 24, 0.0, 3e14),
-    "metal": Speed(1e-3, 0.0, 1e13),
-}
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .packing import SPEEDS
 from .run import RunPlan
+from .speeds import SPEEDS
 
 #: Numbers of ranks that a table has, besides the one that was asked for.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)

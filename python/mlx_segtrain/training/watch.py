@@ -49,7 +49,7 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: How many times each rank has begun to wait for all others; and whether this one does.
+        #: How many times each rank has begun or ceased to wait for others; whether this one waits.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
         #: Who has left at the end of the run, and when that was heard of.
