@@ -203,6 +203,9 @@ using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 /// the step is to end there.
 using Wait = std::function<void(const Arrays&)>;
 
+/// Gives arrays to the device, with whatever the caller wants around it.
+using Launch = std::function<void(const Arrays&)>;
+
 /// Called when a move is through; may be empty.
 using Watch = std::function<void()>;
 
@@ -212,16 +215,25 @@ struct StepResult {
   Arrays outputs;             ///< of the head, loss first
   std::vector<Arrays> grads;  ///< per owner, in the order of its params
   Arrays head_grads;
+  Arrays incoming;  ///< cotangents of the inputs that have one, in their order
 };
 
-/// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
+/// A plan that is to run, in two calls. `forward` gives what the head reads, `backward` the result. Without a
+/// head, whose place stages on another device take, `backward` is given the cotangents of the differentiable
+/// ones of these values; until then only what the plan keeps is there.
+struct Passes {
+  std::function<Arrays()> forward;
+  std::function<StepResult(const Arrays& cotangents)> backward;
+};
+
+/// Loss and gradients of every parameter, with only the plan's boundary values kept in between.
 /// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
 /// `reads` of a stage arrive in the order of its spec. One move runs at a time (on CUDA up to two), and the
 /// next is prepared meanwhile. With `recordings`, those of the steps before with the same functions, a
 /// function whose calls were alike is not called again: its graph is made from them.
-StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
-                    const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch,
-                    Recordings* recordings = nullptr);
+Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
+                 const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
+                 const Arrays& inputs, const Wait& wait, const Launch& launch, const Watch& watch,
+                 Recordings* recordings = nullptr);
 
 }  // namespace segtrain
