@@ -66,7 +66,7 @@ class DecodeLinears {
  private:
   struct Calls;
   Arrays plain(const mx::array& x, const mx::array& picks, mx::StreamOrDevice s) const;
-  const Calls& calls(mx::Dtype dtype, int rows);
+  std::shared_ptr<const Calls> calls(mx::Dtype dtype, int rows);
 
   std::vector<Base> bases_;
   std::optional<mx::array> a_;

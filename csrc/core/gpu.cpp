@@ -253,7 +253,7 @@ Arrays PreparedLaunch::operator()(const Arrays& open, std::vector<mx::Shape> sha
   Arrays inputs = inputs_;
   for (size_t i = 0; i < open_.size(); ++i) inputs[open_[i]] = open[i];
   std::vector<mx::Dtype> dtypes(shapes.size(), dtype_);
-  if (dry_run()) return dry_launch(name_, inputs, std::move(shapes), std::move(dtypes), s);
+  if (dry_run() || !binary_) return dry_launch(name_, inputs, std::move(shapes), std::move(dtypes), s);
   return cuda_launch(*binary_, inputs, std::move(shapes), std::move(dtypes), grid_, s, true);
 }
 

@@ -65,7 +65,7 @@ class PreparedLaunch {
   std::vector<size_t> open_;
   mx::Dtype dtype_;
   Grid grid_;
-  const struct CudaBinary* binary_;
+  const struct CudaBinary* binary_;  ///< nullptr while kernels are collected
 };
 
 /// From now on calls of this thread only say which kernels they need, and give zeros that nobody is to

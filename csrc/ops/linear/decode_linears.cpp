@@ -69,6 +69,7 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
                         base.biases->dtype() != first.scales->dtype() || base.scales->dtype() == mx::float64))
       return "scales and biases must be of one type";
     if (!base.scales && base.weight.dtype() != dtype) return "a dense weight must be of x's type";
+    if (base.out() % 8) return "its outputs are no multiple of 8, which others read in pieces";
     if (base.bias && base.bias->dtype() != dtype) return "the bias must be of x's type";
   }
   if (a_ && a_->dtype() != dtype) return "factors must be of x's type";
@@ -77,9 +78,9 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
   return "";
 }
 
-const DecodeLinears::Calls& DecodeLinears::calls(mx::Dtype dtype, int rows) {
-  auto& own = calls_[{static_cast<int>(dtype.val()), rows}];
-  if (own) return *own;
+std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype, int rows) {
+  const std::pair key(static_cast<int>(dtype.val()), rows);
+  if (auto found = calls_.find(key); found != calls_.end()) return found->second;
   const auto& first = bases_[0];
   const bool dense = !first.scales;
   const auto none = mx::zeros({1}, dtype), zero = device_floats({0}), picks = mx::zeros({1}, mx::uint32);
@@ -110,14 +111,15 @@ const DecodeLinears::Calls& DecodeLinears::calls(mx::Dtype dtype, int rows) {
   values.insert({"at", device_ints(at)});
   const Template kind{
       {"BITS", dense ? 0 : first.bits}, {"GROUP", dense ? 32 : first.group_size}, {"ROWS", rows}};
-  own = std::make_shared<Calls>(
+  auto own = std::make_shared<Calls>(
       Calls{PreparedLaunch("decode_linears", values, {"x", "z", "picks", "rows"}, {none, zero, picks, some},
                            dtype, kind, {{blocks, 1, 1}, WARPS * 32}),
             std::nullopt});
   if (high && a_)
     own->factors = PreparedLaunch("decode_factors", values, {"x", "picks", "rows"}, {none, picks, some},
                                   mx::float32, {}, {{tiles(rows * ranks, WARPS), 1, 1}, WARPS * 32});
-  return *own;
+  if (!collects_kernels()) calls_[key] = own;  // else its kernels are not there yet
+  return own;
 }
 
 Arrays DecodeLinears::plain(const mx::array& x, const mx::array& picks, mx::StreamOrDevice s) const {
@@ -157,16 +159,16 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
   const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it is for CUDA"}
                                           : gpu_kernel("decode_linears", unfit(x.dtype(), m));
   if (choose("DecodeLinears", impl, {way, {"stock", true, ""}}) == "stock") return plain(x, picks, s);
-  const auto& own = calls(x.dtype(), *std::lower_bound(ROWS.begin(), ROWS.end(), m));
+  const auto own = calls(x.dtype(), *std::lower_bound(ROWS.begin(), ROWS.end(), m));
   const auto rows = device_ints({m});
   auto z = device_floats({0});
-  if (own.factors) z = (*own.factors)({x, picks, rows}, {{m, a_->shape(1)}}, s)[0];
+  if (own->factors) z = (*own->factors)({x, picks, rows}, {{m, a_->shape(1)}}, s)[0];
   std::vector<mx::Shape> shapes;
   for (const auto& base : bases_) {
     shapes.push_back(x.shape());
     shapes.back().back() = base.out();
   }
-  return own.linears({x, z, picks, rows}, std::move(shapes), s);
+  return own->linears({x, z, picks, rows}, std::move(shapes), s);
 }
 
 const Binding binding([](nb::module_& m) {
