@@ -1,5 +1,7 @@
 """Linear layers of a step of generation, computed together, with updates by rows."""
 
+import inspect
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from lib.checks import f64, rand
 from lib.linears import base_of
 from mlx_segtrain import ops
 from mlx_segtrain.ops import on_gpu, reference
+from mlx_segtrain.ops.cases import decode_linears
 
 WIDTH, ADAPTERS = 64, 3
 KINDS = [None, ("affine", 4, 64), ("affine", 8, 32), ("affine", 3, 64), ("mxfp4", 4, 32)]
@@ -63,11 +66,21 @@ def test_each_row_has_its_adapter(kind, ranks, rows):
             assert error < (1e-2 if on_gpu() else 1e-5), error
 
 
+def test_a_device_s_cases_fit_its_kernel():
+    """What the self-check gives the kernel, the kernel takes: else it would be switched off."""
+    for call in decode_linears.checks("cuda", 64):
+        values = inspect.signature(call.kernel).parameters
+        x, op, picks = (values[name].default for name in ("x", "kernel", "picks"))
+        assert call.plain(*call.args).shape == mx.concatenate(op(x, picks), -1).shape
+        widths = [y.shape[-1] for y in op(x, picks)]
+        assert x.shape[-1] % 16 == 0 and all(width % 8 == 0 for width in widths), widths
+
+
 def test_what_a_kernel_takes():
     arguments, _ = layers(("affine", 4, 64), (8,))
     op = ops.decode_linears(*arguments)
     if not on_gpu():
-        assert op.unfit(mx.float32, 1) == "it is for CUDA"
+        assert op.unfit(mx.float32, 1) == "there is no GPU"
     x = mx.zeros((2, 3, WIDTH))
     (y,) = op(x, mx.zeros(6, mx.uint32))
     assert y.shape == (2, 3, 40)

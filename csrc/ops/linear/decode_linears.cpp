@@ -183,8 +183,12 @@ const Binding binding([](nb::module_& m) {
            "float32.")
       .def("__call__", &DecodeLinears::operator(), "x"_a, "picks"_a, nb::kw_only(), "impl"_a = "auto",
            "stream"_a = nb::none(), "x [..., in], picks [rows] uint32 → [..., out] of each linear layer.")
-      .def("unfit", &DecodeLinears::unfit, "dtype"_a, "rows"_a,
-           "Why no kernel serves rows of this type; empty if one does.");
+      .def(
+          "unfit",
+          [](const DecodeLinears& op, mx::Dtype dtype, int rows) {
+            return gpu_kernel("decode_linears", op.unfit(dtype, rows)).reason;
+          },
+          "dtype"_a, "rows"_a, "Why no kernel serves rows of this type; empty if one does.");
 });
 
 }  // namespace segtrain

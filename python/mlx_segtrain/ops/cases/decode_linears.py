@@ -25,7 +25,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     for bits, group, m, ranks in CASES:
         bases, b, gains = [], [], []
         for i, rank in enumerate(ranks):
-            out = 272 >> i
+            out = 256 >> i
             weight, bias = selfcheck.normal((out, width), (1, out), dtype=mx.bfloat16, seed=i)
             how = {"group_size": group, "bits": bits}
             own = mx.quantize(weight / 16, **how) if bits else (weight / 16, None, None)
