@@ -189,7 +189,7 @@ def test_columns_of_the_configuration(tmp_path):
     assert (config.columns, config.data_format) == ({"prompt": "q"}, "alpaca")
     assert Options.of(config).columns == {"prompt": "q"}
     for bad in ("q", '{"prompt": 1}', '{"prompt": ""}', '{"prompt": "q", "system": "q"}', "[]"):
-        with pytest.raises(InputError, match="columns must be a JSON object of names"):
+        with pytest.raises(InputError, match="columns must be a JSON object of distinct names"):
             load_config(None, {**common, "columns": bad})
     assert TrainConfig(model_dir="m", adapter_path="a").data_dir is None
 

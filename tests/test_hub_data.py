@@ -128,7 +128,7 @@ def test_the_hubs_own_copies_where_a_program_makes_the_rows(hub, home):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("org/none", "neither a path here nor a dataset of the hub"),
+        ("org/none", "neither a path nor a dataset on the hub"),
         ("org/chat/huge", "has no configuration 'huge': it has default or small"),
         ("org/chat:dev", "has no split dev: it has train_sft, test_sft or train_gen"),
         ("org/chat@v9", "has no revision v9"),
@@ -162,9 +162,9 @@ def test_a_download_that_is_broken_off_is_continued_and_then_needs_no_hub(hub, h
     first = sources_of("org/rows")[0].fingerprint()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert sources_of("org/rows")[0].fingerprint() == first and not hub.requests
-    with pytest.raises(InputError, match="is not whole"):
+    with pytest.raises(InputError, match="is not complete"):
         sources_of("org/other")
-    with pytest.raises(InputError, match="nothing is downloaded here"):
+    with pytest.raises(InputError, match="this command downloads nothing"):
         sources_of("org/other", ask=False)
 
 

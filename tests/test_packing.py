@@ -251,17 +251,19 @@ def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "pays", lambda *_: False)
     train(config_of(llama4, data, out, iters=3, resume=True, **how))
     assert json.loads((out / "run.json").read_text())["config"]["packing"] is True
-    with pytest.raises(InputError, match=r"packing is False, but the run in .* began with True"):
+    with pytest.raises(InputError, match=r"packing = False, but the run in .* began with True"):
         train(config_of(llama4, data, out, iters=4, resume=True, max_seq_length=64))
 
 
 def test_other_methods_and_families_refuse_packing(llama4, pairs, data, tmp_path):
     with pytest.raises(
-        ValueError, match="packing has no effect outside of method sft or grpo: leave"
+        ValueError, match="packing has no effect unless method is sft or grpo: leave"
     ):
         config_of(llama4, pairs, tmp_path / "a", method="dpo", packing=True)
     generic = write_tiny(tmp_path / "generic", "stablelm")
-    with pytest.raises(InputError, match="packing is not for stablelm, whose layers are mlx-lm"):
+    with pytest.raises(
+        InputError, match="packing is not supported for stablelm, whose layers are mlx-lm"
+    ):
         train(config_of(generic, data, tmp_path / "a", packing=True))
     train(config_of(generic, data, out := tmp_path / "b", packing="auto", iters=1))
     assert json.loads((out / "run.json").read_text())["config"]["packing"] is False
