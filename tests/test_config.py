@@ -84,6 +84,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         "batch_size": 1,
         "packing": False,
         "grad_accumulation_steps": 1,
+        "parallel": "data",
         "seed": 0,
         "deterministic": True,
         "steps_per_report": 10,

@@ -317,7 +317,12 @@ class TrainConfig(BaseModel):
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
-    """Number of batches whose gradients are accumulated for one optimizer step."""
+    """Batches whose gradients are summed into an optimizer step."""
+    parallel: Literal["data", "pipeline"] = option(
+        "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
+    )
+    """What several devices share: the data (each has the whole model, and some batches) or in
+    a pipeline the layers of the model."""
     seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
     """Seed of the row order, the LoRA initialization, and the choice of rows by val_split."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)

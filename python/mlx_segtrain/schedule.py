@@ -75,20 +75,25 @@ class Cuts:
         return cls(segments, tuple(range(1, len(segments) + 1)))
 
 
+def specs_of(stages: Sequence[Stage], trainable: Container[str]) -> list[_core.StageSpec]:
+    """The stages as a plan sees them, of which the owners of `trainable` have parameters."""
+    return [
+        _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
+    ]
+
+
 def _plan(
     stages: Sequence[Stage],
     inputs: Iterable[str],
     head_reads: Iterable[str],
     cuts: Cuts,
     trainable: Container[str] = (),
+    incoming: Iterable[str] = (),
 ) -> _core.Plan:
-    """Returns the plan of a chain in which the owners in `trainable` have parameters."""
-    specs = [
-        _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
-    ]
-    return _core.make_plan(
-        specs, list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves
-    )
+    """The plan of a chain in which the owners of `trainable` have parameters."""
+    specs = specs_of(stages, trainable)
+    given = (list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves, list(incoming))
+    return _core.make_plan(specs, *given)
 
 
 def _tuple(value: Any) -> tuple[mx.array, ...]:
@@ -119,12 +124,66 @@ def segmented_value_and_grad(
 
     Raises ValueError if a stage reads a value that nothing wrote, or if cuts do not fit the stages.
     """
+    chosen = cuts or Cuts.every(len(stages), segment_size)
+    begin = passes_of(
+        stages, head, inputs=inputs, head_reads=head_reads, cuts=chosen, watch=watch,
+        recordings=recordings,
+    )  # fmt: skip
+
+    def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
+        passes = begin(params, values)
+        passes.forward()
+        outputs, grads, _ = passes.backward()
+        return outputs, grads
+
+    return step
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A batch on its way through stages: `forward`, and `backward` after it."""
+
+    _run: _core.Passes
+    _keys: Mapping[str, list[str]]  #: of parameters, by owner
+    _reads: tuple[str, ...]
+    _incoming: tuple[str, ...]
+
+    def forward(self) -> dict[str, mx.array]:
+        """What the head reads, by name."""
+        return dict(zip(self._reads, self._run.forward(), strict=True))
+
+    def backward(
+        self, cotangents: Sequence[mx.array] = ()
+    ) -> tuple[tuple[mx.array, ...], Grads, dict[str, mx.array]]:
+        """Outputs of the head, gradients of parameters, and cotangents of the incoming values.
+
+        Without a head it is given those of the differentiable values that `forward` gave.
+        """
+        result = self._run.backward(list(cotangents))
+        named = zip(self._keys.items(), [*result.grads, result.head_grads], strict=True)
+        grads = {name: dict(zip(keys, grad, strict=True)) for (name, keys), grad in named if keys}
+        return tuple(result.outputs), grads, dict(zip(self._incoming, result.incoming, strict=True))
+
+
+def passes_of(
+    stages: Sequence[Stage],
+    head: Callable[..., Any] | None,
+    *,
+    inputs: Sequence[str],
+    head_reads: Sequence[str],
+    cuts: Cuts,
+    incoming: Sequence[str] = (),
+    watch: Callable[[], None] | None = None,
+    recordings: "_core.Recordings | None" = None,
+) -> Callable[[Params, Mapping[str, mx.array]], Passes]:
+    """As segmented_value_and_grad, in two calls. Stages may be a part of a chain: `incoming` are
+    the inputs that depend on parameters of stages before them, and without a head the stages after
+    them give the cotangents of what they read."""
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
 
     owners = list(dict.fromkeys(stage.owner for stage in stages))
-    chosen = cuts or Cuts.every(len(stages), segment_size)
 
     def native(
         fn: Callable[..., Any], keys: list[str], saves: bool = False
@@ -135,19 +194,20 @@ def segmented_value_and_grad(
 
         return run
 
-    def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
+    def begin(params: Params, values: Mapping[str, mx.array]) -> Passes:
         if unknown := set(params) - {*owners, "head"}:
             raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
         keys = {name: sorted(params.get(name, {})) for name in [*owners, "head"]}
-        plan = _plan(stages, inputs, head_reads, chosen, {s.owner for s in stages if keys[s.owner]})
+        trainable = {s.owner for s in stages if keys[s.owner]}
+        plan = _plan(stages, inputs, head_reads, cuts, trainable, incoming)
 
         def arrays(name: str) -> list[mx.array]:
             return [params[name][key] for key in keys[name]]
 
-        result = _core.run_plan(
+        run = _core.passes_of(
             plan,
             [native(s.fn, keys[s.owner], s.saves) for s in stages],
-            native(head, keys["head"]),
+            head and native(head, keys["head"]),
             [arrays(name) for name in owners],
             [owners.index(s.owner) for s in stages],
             arrays("head"),
@@ -155,16 +215,47 @@ def segmented_value_and_grad(
             watch,
             recordings,
         )
-        grads = {
-            name: dict(zip(keys[name], grad, strict=True))
-            for name, grad in zip(
-                [*owners, "head"], [*result.grads, result.head_grads], strict=True
-            )
-            if keys[name]
-        }
-        return tuple(result.outputs), grads
+        return Passes(run, keys, tuple(head_reads), tuple(n for n in inputs if n in incoming))
 
-    return step
+    return begin
+
+
+@dataclass(frozen=True)
+class Border:
+    """What goes from one device to the next: boundary values, and back the cotangents of those that
+    depend on parameters. Cotangents of the `summed` ones are float32: several stages add to them.
+    """
+
+    values: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    summed: frozenset[str]
+
+
+def border(
+    stages: Sequence[_core.StageSpec], head_reads: Sequence[str], before: Sequence[bool]
+) -> Border:
+    """Where a chain is cut: `before` says of each stage whether it is on this side."""
+    depends: dict[str, bool] = {}
+    for stage, here in zip(stages, before, strict=True):
+        if here:
+            own = stage.trainable or any(depends.get(name, False) for name in stage.reads)
+            depends |= dict.fromkeys(stage.writes, own)
+    readers = dict.fromkeys(depends, 0)
+    rewritten: set[str] = set()
+
+    def read(names: Sequence[str]) -> None:
+        for name in names:
+            if name in readers and name not in rewritten:
+                readers[name] += 1
+
+    for stage, here in zip(stages, before, strict=True):
+        if not here:
+            read(stage.reads)
+            rewritten.update(stage.writes)
+    read(head_reads)
+    values = tuple(name for name, n in readers.items() if n)
+    differentiable = tuple(name for name in values if depends[name])
+    return Border(values, differentiable, frozenset(n for n in values if readers[n] > 1))
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""Modules that replace those of an mlx-lm model and add an update of their weight."""
+"""Modules that take the place of an mlx-lm model's, with an update of their weight."""
 
 import math
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from ..errors import InputError
 from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-#: Up to this many rows a GPU is better served by MLX's own products than by our op: computing so
-#: few rows takes less time than launching a kernel (bench/LOG.md, 2026-11-27).
+#: Rows up to which a GPU is better served by MLX's own products than by our op: so few of them
+#: are computed sooner than anything is launched (bench/LOG.md, 2026-11-27).
 FEW = 16
-#: Number of adapters whose factors a linear layer caches in the dtype of such rows.
+#: Adapters whose factors a linear keeps in the dtype of such rows.
 MOST_CASTS = 8
 
 
 def are_few(x: mx.array) -> bool:
-    """Returns whether these are the few rows of generation on a GPU, and not those of a batch."""
+    """Whether these are rows of a generation on a GPU, and not of a batch."""
     return few(x.size // x.shape[-1])
 
 
@@ -34,79 +34,85 @@ def has_experts(module: Any) -> bool:
 
 
 def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of a and b for this linear layer, as in mlx-lm."""
+    """Shapes of a and b for this linear, as mlx-lm has them."""
     if has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
     ends = base.in_dims, base.out_dims
-    if isinstance(module, EMBEDDINGS):  # it maps tokens to vectors
+    if isinstance(module, EMBEDDINGS):  # from a token to its vector
         ends = ends[::-1]
     return (ends[0], rank), (rank, ends[1])
 
 
 def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
-    """Returns x with the share `rate` of its numbers set to 0, and the others scaled up to
-    compensate."""
+    """x with the share `rate` of its numbers set to 0, the others scaled up to make up for it."""
     return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
-    """A ~ U(−1/√in, 1/√in) float32: [in, R] for a linear layer, [E, R, in] for one with experts."""
+    """A ~ U(−1/√in, 1/√in) float32, of a linear [in, R], of one with experts [E, R, in]."""
     bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
     return mx.random.uniform(-bound, bound, shape, key=key)
 
 
 class LoRALinear(nn.Module):
-    """A linear layer of an mlx-lm model that runs through our op, with an update if it has one."""
+    """A linear of an mlx-lm model that runs through our op, with an update if it has one."""
 
     def __init__(self, linear: nn.Module, scale: float):
         super().__init__()
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: not registered as a parameter
+        self._made: dict[Kind, Any] = {}  #: no parameter
         self.rows: Any = None  #: updates by rows of a batch (rows.py)
+        self.together: Any = None  #: the layers that read the same x (together.py)
+        self.place = 0  #: among them
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
     def put_in(self, arrays: Mapping[str, mx.array], scale: float) -> None:
-        """Replaces the current update with this one."""
+        """Puts this update in the place of what there is."""
         self.take_out()
         self.scale = scale
         for name, x in arrays.items():
             setattr(self, name, x)
 
     def take_out(self) -> None:
-        """Takes the update out; it may be put in again."""
+        """Takes the update away, which may come again."""
         self.dropout = 0.0
         for name in (*ARRAYS, "key"):
             self.pop(name, None)
 
     def clear(self) -> None:
-        """Takes the update out for good."""
+        """Takes the update away for good."""
         self.take_out()
         self.forget_casts()
 
     def forget_casts(self) -> None:
-        """Frees what is cached for updates that may be put in again."""
+        """Frees what is kept of updates that may come again."""
         self._casts.clear()
+        if self.together is not None:
+            self.together.forget()
 
-    def updated(self, x: mx.array, y: mx.array) -> mx.array:
-        """Returns y of the frozen linear layer with the update, without our op's gradient, and with
-        factors in x's dtype."""
+    def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """The factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
-        # The factors are kept too, so that no other arrays get their ids.
-        key = id(a), id(b), self.scale
+        key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
-            self._casts[key] = a.astype(x.dtype), (self.scale * b).astype(x.dtype), a, b
-        a, b = self._casts[key][:2]
+            self._casts[key] = a.astype(dtype), (self.scale * b).astype(dtype), a, b
+        return self._casts[key][:2]
+
+    def updated(self, x: mx.array, y: mx.array) -> mx.array:
+        """y of the frozen linear with the update: without a gradient that is ours, and with factors
+        in x's dtype."""
+        a, b = self.factors(x.dtype)
         return mx.addmm(y, x @ a, b)
 
     def applies(self, kind: Kind) -> Any:
-        """Returns what applies the array of this kind of update to the frozen linear layer."""
+        """What applies the array of this kind of updates to the frozen linear."""
         return kind.on(ops.base_of(self.linear), self._made)
 
     def _frozen(self, x: mx.array) -> mx.array:
@@ -130,7 +136,7 @@ class LoRALinear(nn.Module):
 
 
 class LoRASwitchLinear(LoRALinear):
-    """A linear layer with experts; `indices` names the experts of each row."""
+    """A linear with experts, of which `indices` names those of each row."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
@@ -146,11 +152,10 @@ class LoRASwitchLinear(LoRALinear):
 
 
 class LoRAEmbedding(LoRALinear):
-    """An embedding with an update of its rows; called as a linear layer it is the head of tied
-    models."""
+    """An embedding, with an update of its rows; as a linear it is the head of tied models."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Maps tokens [...] to [..., H]."""
+        """Tokens [...] → [..., H]"""
         y = self.linear(x)
         if "lora_a" not in self:
             return y
@@ -160,7 +165,7 @@ class LoRAEmbedding(LoRALinear):
         return y + (self.scale * z).astype(y.dtype)
 
     def as_linear(self, h: mx.array) -> mx.array:
-        """Maps h [..., H] to logits [..., V]."""
+        """h [..., H] → logits [..., V]"""
         factors = (self["lora_b"].T, self["lora_a"].T) if "lora_a" in self else (None, None)
         linear = ops.Linear(ops.base_of(self.linear), *factors, self.scale)
         keys = [self["key"]] if self.dropout else []
@@ -168,8 +173,7 @@ class LoRAEmbedding(LoRALinear):
 
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
-    """Replaces the linear layer at `path` below `parent` with one of our modules, without an update
-    yet."""
+    """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:
@@ -186,9 +190,9 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Restores the model's own linear layers and embeddings where `wrap` replaced them.
+    """Puts the model's own linears and embeddings back in the places that `wrap` took.
 
-    Raises InputError if the model has an adapter that is not ours.
+    InputError if it has an adapter that is not ours.
     """
     from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
     from mlx_lm.tuner.lora import LoRAEmbedding as StockEmbedding
@@ -200,7 +204,7 @@ def unwrap(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, theirs):
             raise InputError(
-                f"the model already has an mlx-lm adapter ({path}): load it without one, and pass "
+                f"the model already has an adapter of mlx-lm ({path}): load it without, and give "
                 "the adapter as warm_start to train it further."
             )
         if isinstance(module, LoRALinear):

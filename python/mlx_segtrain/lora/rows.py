@@ -1,13 +1,13 @@
-"""Applies several adapters in one batch: each row gets its own adapter, in shared products.
+"""Rows of one batch with updates of several adapters: each row gets its own, in the same products.
 
-An adapter is to a linear layer what an expert is to a layer of experts. The factors of all adapters
-of a batch are stacked, and each row gathers its own:
+An adapter is to a linear what an expert is to a layer with experts. The factors of all adapters of
+a batch are stacked, and each row gathers its own:
 
-    y_i = W x_i + (x_i a_e) b_e        e is the adapter of row i; DoRA's gains multiply the result
+    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply what comes out
 
-Linear layers that read the same x (q, k and v; gate and up) have their a's side by side, so that
-one product serves them all. Adapters of similar ranks are padded to the largest of them and
-stacked; those of other ranks form further stacks, with other rows.
+Linears that read the same x (q, k and v; gate and up) have their a's side by side, so that one
+product serves them all. Adapters of similar ranks are padded to the largest of them and stacked;
+those of other ranks are another stack, over rows of its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,25 +20,25 @@ import mlx.core as mx
 from .. import ops
 from .adapter import DORA, Adapter
 from .modules import LoRALinear
+from .together import Together, grouped
 
-#: Adapters up to this rank are stacked together; higher ranks form one stack per power of two.
+#: Ranks up to which adapters are stacked together; those above have stacks by doubling.
 SMALL_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear layer: b [E, ΣR, out], which includes the multiplier and is zero
-    except where it takes its own part of the group's x·a; gains [E, out] float32 if one of them is
-    DoRA."""
+    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros outside of its
+    `own` ranks; gains [E, out] float32 if one is DoRA's."""
 
     b: mx.array
     gains: mx.array | None
+    own: slice
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The updates of linear layers that read the same x: a [E, in, ΣR], and the rest for each
-    layer."""
+    """The updates of linears that read the same x: a [E, in, ΣR], and what follows for each."""
 
     a: mx.array
     factors: dict[str, _Factors]
@@ -46,26 +46,29 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Adapters of similar ranks, each in its slot; the slot after the last one is zero: no
-    update."""
+    """Adapters of similar ranks, each in its place; after the last one are zeros: no update."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
+    #: By group, what computes its linears in a step of generation; made when it is wanted.
+    together: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Use:
     """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
-    the groups' arrays are that adapter's, without the axis of adapters."""
+    the groups' arrays are its own, without the axis of adapters."""
 
+    stack: _Stack
+    places: mx.array  #: uint32 [rows], in the stack
     groups: list[_Group | None]
-    picks: mx.array | None  #: uint32 [rows], the slot of each row
+    picks: mx.array | None  #: uint32 [rows], the place of each
     rows: mx.array | None  #: uint32
 
 
 @dataclass(eq=False)
 class _Readers:
-    """Linear layers that read the same x, in the order in which they are called."""
+    """Linears that read the same x, in the order in which they are called."""
 
     paths: list[str]
     dtype: mx.Dtype
@@ -74,7 +77,7 @@ class _Readers:
     left: int = 0
 
     def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
-        """Returns x·a for each use, computed by the first reader."""
+        """x a for each use, computed by the first reader."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
             self.zs = [_first(x, use, use.groups[index]) for use in uses]
@@ -94,16 +97,18 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
 
 
 class Rows:
-    """Updates for the rows of batches of one base model; they apply while `running()` is active.
+    """Updates for the rows of batches of one base; they apply while `running()`.
 
-    `run` is a forward pass of the base model, [1, 1] tokens to logits, which shows which linear
-    layers read the same x.
+    `run` is a forward of the base, [1, 1] tokens to logits, by which it is learned which linears
+    read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
         self.on = False
         self._modules = {path: x for path, x in modules.items() if type(x) is LoRALinear}
-        self._readers = _readers(self._modules, run)
+        paths = {id(module): path for path, module in self._modules.items()}
+        found = grouped(self._modules.values(), run)
+        self._readers = [_Readers([paths[id(x)] for x in own], dtype) for own, dtype in found]
         self._stacks: dict[int, _Stack] = {}
         self._uses: list[_Use] = []
         self._key: Any = None
@@ -113,15 +118,14 @@ class Rows:
         self.known = {path for readers in self._readers for path in readers.paths}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows may have this adapter: it must not update an embedding or
-        experts."""
+        """Whether rows may have this adapter: it has no update of an embedding or of experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Gives row i of a batch the adapter of keys[i], or none if there is none with that key.
+        """Row i of a batch gets the adapter of keys[i], or none if there is none of that key.
 
-        `adapters` may also hold those of other batches, which alternate with this one: a stack
-        serves all of them.
+        `adapters` may be of other batches too, which take turns with this one: what is stacked for
+        one serves all.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}
@@ -138,20 +142,43 @@ class Rows:
 
     @property
     def any(self) -> bool:
-        """Whether any row of the batch has an update."""
+        """Whether a row of the batch has an update."""
         return bool(self._uses)
 
+    def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
+        """What computes the linears of a group in a step of generation, and the adapter of each
+        row; None where they are computed one by one."""
+        if not self._uses:
+            return together.bare, None
+        use = self._uses[0]
+        if use.rows is not None:
+            return None, None
+        made = use.stack.together
+        if index not in made:
+            made[index] = self._together(index, use.stack.groups[index], together)
+        return made[index], use.places
+
+    def _together(self, index: int, group: _Group | None, together: Together) -> Any:
+        if group is None:
+            return together.bare
+        b, gains = [], []
+        for path in self._readers[index].paths:
+            own = group.factors.get(path)
+            b.append(own and mx.contiguous(own.b[:, own.own].swapaxes(1, 2)))
+            gains.append(own and own.gains)
+        return together.with_updates(mx.contiguous(group.a.swapaxes(1, 2)), b, gains)
+
     def holds(self, keys: Sequence[Any]) -> bool:
-        """Returns whether these are the updates that were put in."""
+        """Whether it is these that were put in."""
         return self._key == tuple(keys)
 
     def forget(self) -> None:
-        """Frees all stacks; they are created again when needed."""
+        """Frees all stacks; those that are needed are made anew."""
         self._stacks, self._uses, self._key = {}, [], None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While it is active, linear layers compute with these updates, and not with their own."""
+        """Linears compute with these updates, and not with what is in them."""
         self.on = True
         try:
             yield
@@ -167,8 +194,7 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Returns the readers' updates by all adapters, followed by zeros; None if there are
-        none."""
+        """Updates of the readers by all adapters, and zeros after the last; None without any."""
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:
@@ -199,16 +225,16 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b spans all ranks: taking its part of x·a would be one more launch per layer.
+        # Each b is as high as all: to take its part of x a would be one more launch a linear.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
             b = mx.pad(b, [(0, 0), (begin, whole.shape[-1] - end), (0, 0)])
-            factors[path], begin = _Factors(b, gain), end
+            factors[path], begin = _Factors(b, gain, slice(begin, end)), end
         return _Group(whole, factors)
 
     def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
-        """Returns DoRA's multiplier of a linear layer's outputs."""
+        """By what DoRA multiplies the outputs of a linear."""
         if path not in adapter.magnitudes:
             return None
         module = self._modules[path]
@@ -218,7 +244,7 @@ class Rows:
         return stretch.gain(dtype, linear, adapter.magnitudes[path])
 
     def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
-        """Maps y [B, T, out] of the frozen linear layer to that of each row with its own update."""
+        """y [B, T, out] of the frozen linear → that of each row with its own update."""
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
             group = use.groups[index]
@@ -232,7 +258,7 @@ class Rows:
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
-            if gain is not None:  # as in dora.py: few bits are too coarse for a gain near 1
+            if gain is not None:  # as in dora.py: near 1 a gain is coarse in few bits
                 bare = part if bias is None else part - bias
                 part = part + bare * (gain - 1).astype(bare.dtype)
             if use.rows is None:
@@ -248,14 +274,16 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
         picked = [i for i, key in enumerate(keys) if key in stack.places]
         rows, keys = mx.array(picked, mx.uint32), [keys[i] for i in picked]
     none = len(stack.places)
-    places = [stack.places.get(key, none) for key in keys]
-    if len(set(places)) > 1:
-        return _Use(stack.groups, mx.array(places, mx.uint32), rows)
-    return _Use([group and _of_one(group, places[0]) for group in stack.groups], None, rows)
+    found = [stack.places.get(key, none) for key in keys]
+    places = mx.array(found, mx.uint32)
+    if len(set(found)) > 1:
+        return _Use(stack, places, stack.groups, places, rows)
+    groups = [group and _of_one(group, found[0]) for group in stack.groups]
+    return _Use(stack, places, groups, None, rows)
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """Returns the updates of the adapter in a slot; no array is copied."""
+    """The updates of the adapter in a place; no array is copied."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
@@ -264,53 +292,26 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 class _Linear:
-    """What a linear layer of a batch does besides its frozen part."""
+    """What a linear of a batch does besides its frozen part."""
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path
-        self._bias = module.linear.get("bias")
+        self._bias, self._module = module.linear.get("bias"), module
 
     @property
     def on(self) -> bool:
         return self._rows.on
+
+    def decoding(self) -> tuple[Any, mx.array | None]:
+        return self._rows.decoding(self._index, self._module.together)
 
     def __call__(self, x: mx.array, y: mx.array) -> mx.array:
         rows = self._rows
         return rows.update(self._index, self._path, self._bias, x, y) if rows.any else y
 
 
-class _Recorder:
-    """Replaces _Linear while recording which x a linear layer reads."""
-
-    on = True
-
-    def __init__(self, path: str, read: list[tuple[str, mx.array]]):
-        self._path, self._read = path, read
-
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        self._read.append((self._path, x))
-        return y
-
-
-def _readers(modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]) -> list[_Readers]:
-    read: list[tuple[str, mx.array]] = []
-    for path, module in modules.items():
-        module.rows = _Recorder(path, read)
-    run(mx.zeros((1, 1), mx.int32))  # nothing is computed
-    for module in modules.values():
-        module.rows = None
-    found: dict[int, _Readers] = {}
-    seen: set[str] = set()
-    for path, x in read:
-        if path not in seen:  # some models call a linear twice
-            seen.add(path)
-            found.setdefault(id(x), _Readers([], x.dtype)).paths.append(path)
-    return list(found.values())
-
-
 def _size(adapter: Adapter) -> int:
-    """Returns the size by which adapters are stacked: the power of two that holds the largest
-    rank."""
+    """By which adapters are stacked: the power of two that holds the largest rank."""
     return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
 
 

@@ -1,5 +1,5 @@
-"""A twin of a model for steps of a few tokens on a GPU, whose time is what the host needs to launch
-them: the same weights and updates, with less Python for each linear layer."""
+"""A model's twin for steps of a few tokens on a GPU, which take as long as the host needs to launch
+them: same weights, same updates, less Python for each linear layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,19 @@ import mlx.nn as nn
 
 from .adapter import KINDS
 from .modules import LoRALinear
+from .together import put_together
 
 
 def twin_of(model: nn.Module) -> Any:
-    """Returns the twin, which gives the same bits as the model for up to FEW tokens on a GPU.
+    """Returns the twin, for up to FEW tokens on a GPU. It gives the same bits as the model, except
+    where linear layers run together (on CUDA).
 
-    It is called like the model. Updates may be put into the model's own modules at any time;
-    modules that are added to the model later are missing from its twin.
+    It is called as the model is. Updates are put into the model's own modules, at any time; modules
+    that are put into the model later are not in its twin.
     """
+    modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
+    if not any(module.together for module in modules):
+        put_together(modules, model)
     return _twin(model, {})
 
 
@@ -30,7 +35,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
     elif isinstance(x, nn.Module):
         new = nn.Module.__new__(type(x))
         vars(new).update(vars(x))
-        known[id(x)] = new  # its attributes may refer to the model
+        known[id(x)] = new  # what it holds may refer to it
         for name, own in x.items():
             dict.__setitem__(new, name, _twin(own, known))
     elif isinstance(x, list | tuple):
@@ -42,7 +47,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
 
 
 class _Linear:
-    """Replaces a LoRALinear in the twin."""
+    """In the place of a LoRALinear."""
 
     __slots__ = ("_module", "_product")
 
@@ -51,6 +56,10 @@ class _Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
+        if module.together is not None:
+            y = module.together.read(module.place, x)
+            if y is not None:
+                return y
         rows = module.rows
         if rows is not None and rows.on:
             return rows(x, self._product(x))
@@ -62,7 +71,7 @@ class _Linear:
 
 
 def _product(linear: Any) -> Callable[[mx.array], mx.array]:
-    """Returns the product that the linear layer computes, with its arrays looked up only once."""
+    """What the linear computes, without looking up its arrays at each call."""
     if type(linear) is not nn.QuantizedLinear:
         return linear
     multiply, weight, scales = mx.quantized_matmul, linear["weight"], linear["scales"]

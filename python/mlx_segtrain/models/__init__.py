@@ -5,13 +5,14 @@ Weights, configuration, tokenizer and generation remain mlx-lm's. A fast family 
 FAMILIES, a `Family`; every other model takes the generic path.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..lora.paths import WRAPPER
@@ -69,8 +70,8 @@ def family_of(model: nn.Module) -> Family | None:
     return of_type(type(model.get("language_model", model)).__module__.rpartition(".")[2])
 
 
-def chain_of(model: nn.Module) -> Chain:
-    """Returns the chain of a loaded mlx-lm model.
+def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
+    """The chain of a loaded mlx-lm model, of which only these layers may have been read.
 
     For a model for text and images it is the text model's, and names keep its prefix. Raises
     InputError if the model cannot be cut into layers or cannot be differentiated.
@@ -79,7 +80,7 @@ def chain_of(model: nn.Module) -> Chain:
 
     family = family_of(model)
     if family is None:
-        return generic.chain_of(model)
+        return generic.chain_of(model, layers)
     inner = model.get("language_model")
     return family.chain_of(inner or model, WRAPPER if inner else "")
 
@@ -108,9 +109,13 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     return tokenizer
 
 
-def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads and evaluates mlx-lm's model; returns it with its configuration. Raises InputError as
-    load_base does."""
+def load_model(
+    model_dir: str | Path, reads: Callable[[str], bool] = lambda name: True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model and configuration; InputError as for load_base.
+
+    Weights whose name `reads` says no to are read when something is computed with them.
+    """
     snapshot = opened(model_dir)
     from mlx_lm.utils import load_model
 
@@ -119,7 +124,7 @@ def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         model, config = load_model(snapshot.folder, lazy=True)
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
+    mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])
     return model, config
 
 

@@ -2,7 +2,7 @@
 attached."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,14 +43,15 @@ def init(
     seed: int,
     *,
     root: bool = False,
+    here: Callable[[str], bool] = lambda path: True,
     **kinds: bool,
 ) -> Adapter:
     """A ~ U(−1/√in, 1/√in) float32, with one key per path in sorted order; B = 0.
 
-    With `root` the multiplier of a linear layer is scale divided by the square root of its rank
-    (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps words of Kind to whether it is
-    used, at most one of them; the array of that kind starts so that nothing changes. Raises
-    InputError if such a layer has experts or is an embedding.
+    With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
+    2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
+    starts so that nothing changes, and is 0 where the weight is not `here`. InputError if one is of
+    experts or an embedding.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))
@@ -68,7 +69,10 @@ def init(
                 f"use_{kind.word}: '{path}' is {what}, which {kind.name} does not support: leave "
                 f"it out of target_modules, or train without use_{kind.word}."
             )
-        arrays[path][kind.array] = kind.runs.of(ops.base_of(modules[path])).start
+        of = kind.runs.of
+        arrays[path][kind.array] = (
+            of(ops.base_of(modules[path])).start if here(path) else mx.zeros(b[-1:])
+        )
     mx.eval(arrays)
     scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
     return Adapter.of(arrays, scales, chain.tied_for(arrays))

@@ -193,7 +193,9 @@ class Chain:
         own = params.get(self.stage_of.get(self.head.path, ""), {})
         return {name: x for name, x in own.items() if name.rpartition(".")[0] == self.head.path}
 
-    def cuts(self, size: int, streams: Sequence[Stream] = SINGLE) -> Cuts:
-        """Returns segments of `size` layers; 0: one segment."""
-        stages = accumulate(len(layer) for _ in streams for layer in self.layers)
+    def cuts(
+        self, size: int, streams: Sequence[Stream] = SINGLE, layers: slice = slice(None)
+    ) -> Cuts:
+        """Segments of `size` layers, of all or of those of a slice; 0: one segment."""
+        stages = accumulate(len(layer) for _ in streams for layer in self.layers[layers])
         return Cuts.by_layer(list(stages), size)

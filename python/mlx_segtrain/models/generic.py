@@ -9,7 +9,7 @@ found before training by comparing the chain with the model on a few tokens.
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,9 +142,11 @@ def _attached(
             module.clear()
 
 
-def chain_of(model: Any) -> Chain:
-    """Returns the chain. Raises InputError, with layer and reason, if the model cannot be cut up or
-    differentiated."""
+def chain_of(model: Any, layers: range | None = None) -> Chain:
+    """InputError, with layer and reason, if the model cannot be cut up or differentiated.
+
+    With `layers` only these are looked at: of others no weight has been read.
+    """
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
     names = [f"{body.path}.{i}" for i in range(len(body.layers))]
@@ -153,8 +155,8 @@ def chain_of(model: Any) -> Chain:
         own = {f"{name}.{p}": m for p, m in layer.named_modules() if isinstance(m, kinds)}
         linears |= own
         stage_of |= dict.fromkeys(own, name)
-    vocabulary = _try(body)
-    # The token embedding and the head's linear layer, if they are modules.
+    vocabulary = _try(body) if layers is None else _try_part(body, layers)
+    # The embedding of the tokens and the head's linear, where they are modules.
     outer: dict[str, nn.Module] = {
         path: module
         for path, module in body.model.named_modules()
@@ -241,14 +243,78 @@ def _try(body: _Body) -> int:
             raise InputError(f"{where} cannot be differentiated: {_reason(error)}") from error
         h = y
     assert h is not None
-    got = body.logits(tokens, h).astype(mx.float32)
-    far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
-    if not far < (FLOAT_BOUND if h.dtype == mx.float32 else HALF_BOUND):
-        raise InputError(
-            f"{refused} run layer by layer it gives different logits (relative L2 {far:.1g}), so "
-            "its layers share more than h."
-        )
+    _check_close(refused, body.logits(tokens, h), expected, "logits", h.dtype)
     return expected.shape[-1]
+
+
+def _check_close(
+    refused: str, got: mx.array, expected: mx.array, what: str, dtype: mx.Dtype | None = None
+) -> None:
+    """InputError if a model gives something else when it runs layer by layer, in this type."""
+    bound = FLOAT_BOUND if (dtype or got.dtype) == mx.float32 else HALF_BOUND
+    got, expected = got.astype(mx.float32), expected.astype(mx.float32)
+    far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
+    if not far < bound:
+        raise InputError(
+            f"{refused} run layer by layer it gives other {what} (relative L2 {far:.1g}), so its "
+            "layers share more than h."
+        )
+
+
+def _try_part(body: _Body, layers: range) -> int:
+    """As _try, with the weights of these layers alone: they are compared with themselves in one run
+    of the model, in which those before them give random numbers, and these must be all that comes
+    from there."""
+    refused = f"{body.kind} cannot be trained:"
+    tokens = mx.arange(TRIED)[None] + 1
+    body.model.freeze()
+    body.model.train()
+    try:  # graphs of which shapes and types alone are known
+        vocabulary = body.model(tokens).shape[-1]
+        like = body.layer(0, tokens, None)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{refused} it does not run: {_reason(error)}") from error
+
+    def given(seed: int) -> mx.array:
+        return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
+
+    def together(seed: int) -> mx.array:
+        """What leaves these layers; of those before them the last one always gives the same."""
+        answers: dict[int, Callable[..., mx.array]] = {}
+        for i in range(layers.start):
+            own = given(0 if i == layers.start - 1 else seed + i)
+            answers[i] = lambda *_, own=own, **__: own
+        seen: list[mx.array] = []
+
+        def last(*args: Any, **kwargs: Any) -> mx.array:
+            seen.append(body.layers[layers.stop - 1](*args, **kwargs))
+            raise _Stop
+
+        real = {i: body.layers[i] for i in layers[:-1]}
+        with suppress(_Stop):
+            body.run(tokens, {**answers, **real, layers.stop - 1: last})
+        return seen[0]
+
+    h = given(0) if layers.start else None
+    for i in layers:
+        where = f"{refused} {body.path}.{i} ({type(body.layers[i]).__name__})"
+        try:
+            y = body.layer(i, tokens, h)
+            if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
+                raise InputError(f"{where} gives something else than one array [B, T, H].")
+            if h is not None:
+                mx.eval(mx.vjp(functools.partial(body.layer, i, tokens), [h], [mx.ones_like(y)]))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{where} has no gradient here: {_reason(error)}") from error
+        h = y
+    assert h is not None
+    for seed in (1, 1001):
+        _check_close(refused, h, together(seed), "h")
+    return vocabulary
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,21 @@ class ModelShape:
             return self.head == self.embedding
         return not any(path.endswith("lm_head") for path in self.widths)
 
-    def weight_bytes(self, float32: bool) -> int:
-        """Returns the bytes of the loaded weights; with `float32`, as on the CPU, those of
-        floating-point weights in float32."""
+    def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
+        """Bytes of the weights once loaded, or of those that a rank `loads`.
+
+        `float32`: floating ones become so, as on the CPU.
+        """
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
-            for dtype, shape in self.tensors.values()
+            for name, (dtype, shape) in self.tensors.items()
+            if loads(name)
         )
+
+    @property
+    def n_layers(self) -> int:
+        """As the names of the weights have them, of any family."""
+        return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 
 def read_shape(model: str | Path | Snapshot) -> ModelShape:
@@ -126,6 +134,13 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
 
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a weight is of."""
+    return int(match[2]) if (match := _LAYER.match(name)) else None
+
+
 _LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projection)")
 
 

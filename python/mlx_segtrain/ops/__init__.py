@@ -17,13 +17,14 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import _core
-from .._core import Base, HeadNorm, Linear, join, merge_heads
+from .._core import Base, DecodeLinears, HeadNorm, Linear, join, merge_heads
 from . import reference, selfcheck
 from .reference import Segments, packing, positions_of, segment_ranges
 from .selfcheck import on_gpu, self_check
 
 __all__ = [
     "Base",
+    "DecodeLinears",
     "HeadNorm",
     "Linear",
     "Segments",
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_forward",
     "base_of",
+    "decode_linears",
     "dequantize",
     "dropout_key",
     "embedded_rows",
@@ -351,6 +353,23 @@ def lora_linears(
     x [..., in] → y [..., out] of each linear; with dropout, a key for each.
     """
     return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
+
+
+def decode_linears(
+    bases: Sequence[Base],
+    a: mx.array | None = None,
+    b: Sequence[mx.array | None] = (),
+    gains: Sequence[mx.array | None] = (),
+) -> DecodeLinears:
+    """Prepares the linear layers that read the same few rows in a step of generation.
+
+    a [E, R, in], the factors of E adapters for all layers one below the other; b [E, out, R_j] of
+    each layer, whose ranks add up to R, and gains [E, out] float32 by which its outputs are
+    multiplied. The result takes x [..., in] and the adapter of each row, uint32 [rows], and gives
+    [..., out] of each layer in x's dtype: (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
+    """
+    _check_device()
+    return DecodeLinears([*bases], a, [*b], [*gains])
 
 
 @_face(reference.lora_qkv)

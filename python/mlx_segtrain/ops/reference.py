@@ -245,6 +245,23 @@ def lora_linears(x, linears, *, dropout=0.0, keys=()):
     ]
 
 
+def decode_linears(x, bases, a, b, gains, picks):
+    """y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ; row i of x [m, in] has the adapter
+    picks[i] of a, b and gains"""
+    ys, begin, x = [], 0, x.astype(mx.float32)
+    for base, own, gain in zip(bases, b, gains, strict=True):
+        y = x @ weight_of(base, mx.float32).T
+        if own is not None:
+            end = begin + own.shape[-1]
+            z = (a[picks, begin:end].astype(mx.float32) @ x[..., None])[..., 0]
+            y += (own[picks].astype(mx.float32) @ z[..., None])[..., 0]
+            begin = end
+        if gain is not None:
+            y *= gain[picks]
+        ys.append(y if base.bias is None else y + base.bias)
+    return ys
+
+
 def lora_qkv(x, linears, heads, groups, dims, *, norms=(), **how):
     """heads of lora_linears, each through its norm; q and k also go through rope"""
     ys = lora_linears(x, linears)

@@ -18,6 +18,7 @@ from ..schedule import Cuts
 from ..streams import BatchShape
 from .budget import budget_bytes, device
 from .costs import Device, costs_of, head_op, head_weight
+from .pipeline import Part, costs_of_part
 
 __all__ = [
     "Device",
@@ -118,9 +119,8 @@ def planned(
     MLX may allocate up to `above` bytes more than its limit; if there is no room for buffers, the
     limit is lower by that much.
     """
-    plan = _core.make_plan(
-        costs.stages, costs.inputs, costs.head_reads, cuts.segments, cuts.groups, cuts.saves
-    )
+    chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
+    plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
     estimate = _core.estimate(plan, costs)
     at = max(range(len(estimate.moves)), key=lambda i: estimate.moves[i].total)
     alive = estimate.moves[at]
@@ -137,6 +137,7 @@ def planned(
     parts["buffers for later"] = buffers or 0
     n = len(costs.stages)
     first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
+    first = 0 if costs.incoming else first
     return Planned(
         text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
@@ -175,13 +176,15 @@ def choose(
     ranks: Mapping[str, int],
     device: Device,
     budget: int,
+    part: Part | None = None,
 ) -> Planned:
     """Returns the plan of least work whose peak is within `budget` bytes, or that of least peak if
     there is none.
 
-    On CUDA it prefers plans with room for the host to launch ahead of the device.
+    Of a model over several ranks it is that of a `part`. On CUDA with room for the host to launch
+    ahead of the device, if there is a plan with it.
     """
-    costs = costs_of(model, batch, ranks, device)
+    costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     above = overshoot(model, batch, ranks, device)
     if device.name == "cuda":
         ahead = int(AHEAD * above)
@@ -206,9 +209,10 @@ def named(
     ranks: Mapping[str, int],
     device: Device,
     size: int,
+    part: Part | None = None,
 ) -> Planned:
-    """Returns the plan of `segment_size: size`."""
-    costs = costs_of(model, batch, ranks, device)
+    """The plan of `segment_size: size`."""
+    costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)
     if device.name == "cuda":

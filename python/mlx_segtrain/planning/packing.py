@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,27 +14,10 @@ from ..objectives import objective_of
 from ..streams import BatchShape, padded, trim_start
 from . import named
 from .run import RunPlan, planned
+from .speeds import SPEEDS
 
 #: Number of sample batches, spread over the epoch.
 LOOKED_AT = 64
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a step costs besides its matrix products: host seconds per layer, and the operations per
-    weight that are done once a step; also the speed of products per second."""
-
-    layer_s: float
-    unpacking: float
-    work_per_s: float
-
-
-#: By kind of device, from bench/LOG.md. Only their proportions matter here.
-SPEEDS = {
-    "cpu": Speed(0.0, 30.0, 1e11),
-    "cuda": Speed(55e-3 / 24, 0.0, 3e14),
-    "metal": Speed(1e-3, 0.0, 1e13),
-}
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:

@@ -24,6 +24,7 @@ from ..streams import BatchShape, Stream, padded
 from . import Planned, choose, least_ahead, longest, named, overshoot, ranks_of
 from .budget import budget_bytes, device
 from .costs import Device, costs_of
+from .pipeline import Part, costs_of_part
 
 if TYPE_CHECKING:
     from ..models import Chain
@@ -47,6 +48,7 @@ class RunPlan:
     budget: int
     size: int | None  #: layers per segment from the configuration; None: the planner chooses
     plans: tuple[Planned, ...]
+    part: Part | None = None  #: of a model over several ranks, the layers of this one
 
     @property
     def planned(self) -> Planned | None:
@@ -65,14 +67,16 @@ class RunPlan:
         for batch, plan in zip(self.batches, self.plans, strict=False):
             if len(batch.streams) == len(streams):
                 return plan.cuts
-        return chain.cuts(1 if self.size is None else self.size, streams)
+        own = slice(self.part.begin, self.part.end) if self.part else slice(None)
+        return chain.cuts(1 if self.size is None else self.size, streams, own)
 
     def __str__(self) -> str:
         if self.planned is None:
             return f"memory is not predicted for {self.shape.family}, whose layers are mlx-lm's"
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
-        return f"memory plan: {text}; peak {peak:.2f} GB, budget {budget:.2f} GB"
+        own = f"{self.part}; " if self.part else ""
+        return f"plan: {own}{text}; {peak:.2f} GB at most of {budget:.2f} GB"
 
     @property
     def fits(self) -> bool:
@@ -104,22 +108,30 @@ class RunPlan:
         def fits(length: int) -> bool:
             what = self._of(batch.stretched(length))
             if self.size is not None:
-                return named(*what, self.size).peak <= most
-            least = least_ahead(self.device, overshoot(*what))
-            return _core.least_peak(costs_of(*what)) + least <= most
+                return named(*what, self.size, self.part).peak <= most
+            model, of, _, device = what
+            costs = costs_of_part(costs_of(*what), model, of, device, self.part)
+            return _core.least_peak(costs) + least_ahead(device, overshoot(*what)) <= most
 
         most_known = self.shape.max_length
         return min(longest(fits), most_known) if most_known else longest(fits)
 
     def within(self, budget: int) -> RunPlan:
-        """Returns this run with the fastest plans within the budget."""
-        plans = tuple(choose(*self._of(batch), budget) for batch in self.batches)
+        """With the fastest plans in this budget."""
+        plans = tuple(choose(*self._of(batch), budget, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_size(self, size: int) -> RunPlan:
-        """Returns this run with this many layers per segment."""
-        plans = tuple(named(*self._of(batch), size) for batch in self.batches)
+        """With so many layers a segment."""
+        plans = tuple(named(*self._of(batch), size, self.part) for batch in self.batches)
         return replace(self, plans=plans)
+
+    def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
+        """That of a rank which has these layers of the model."""
+        own = replace(self, part=part, budget=budget, device=device, plans=())
+        if not self.shape.fast:
+            return own
+        return own.within(budget) if own.size is None else own.of_size(own.size)
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
         """Returns what the plan of a batch depends on."""
@@ -224,9 +236,14 @@ def first_that_fits(
 
 
 def planned(
-    config: TrainConfig, batches: Sequence[BatchShape], *, measures: bool = False
+    config: TrainConfig,
+    batches: Sequence[BatchShape],
+    *,
+    measures: bool = False,
+    whole: bool = True,
 ) -> RunPlan:
-    """Returns the plan even if it does not fit; raises NoRoom if the weights alone do not."""
+    """The plan, which may not fit; NoRoom if the weights alone do not, unless others are to have a
+    part of them."""
     shape = read_shape(config.model_dir)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
@@ -254,7 +271,7 @@ def planned(
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
-    if weights > budget:
+    if whole and weights > budget:
         raise NoRoom(
             f"the weights of {title(config.model_dir)} alone need {_gb(weights)}, more than "
             f"the budget of {_gb(budget)}: use a smaller model, or raise memory_budget_gb."

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .packing import SPEEDS
 from .run import RunPlan
+from .speeds import SPEEDS
 
 #: Numbers of ranks in the table, besides the requested one.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)

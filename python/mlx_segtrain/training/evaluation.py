@@ -12,7 +12,7 @@ from ..data.dataset import Split
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
-from ..objectives import Objective, named, objective_of, total_of, value
+from ..objectives import Objective, Value, baseline_of, named, objective_of, value, with_baseline
 from ..schedule import Params
 from .policy import run_policy
 from .ranks import ALONE, Ranks
@@ -45,13 +45,16 @@ def measure(
     dataset: Dataset,
     batch_size: int,
     ranks: Ranks = ALONE,
+    value: Value = value,
 ) -> tuple[float, dict[str, float]]:
     """Computes the loss and metrics of an objective over all rows, forward only; each rank runs its
     share."""
-    batches = list(eval_batches(dataset, batch_size))
-    total = total_of(objective, chain, scales, params, batches)
+    every = list(eval_batches(dataset, batch_size))
+    batches, total = ranks.share(every), objective.total(every)
+    own = baseline_of(objective, chain, scales, params, batches, total, value)
+    total = with_baseline(objective, total, sum(ranks.gather(own)))
     sums = [0.0] * (1 + len(objective.metrics))
-    for batch in ranks.share(batches):
+    for batch in batches:
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
     sums = [sum(parts) for parts in zip(*ranks.gather(sums), strict=True)]

@@ -94,6 +94,16 @@ class Keeper:
         setup = self.setup
         return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the adapter, by path."""
+        found = self.setup.layout.entries
+        return {
+            name.removesuffix(".lora_a"): shape[1]
+            for _, name, shape in found
+            if name.endswith(".lora_a")
+        }
+
     def _about(self, state: State) -> About:
         """Returns what the model card says of the current adapter."""
         setup, progress = self.setup, state.progress

@@ -2,6 +2,7 @@
 per factor."""
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -27,12 +28,32 @@ class Layout:
         return cls(tuple(sorted(entries, key=lambda entry: entry[1].endswith("lora_b"))))
 
     @property
+    def size(self) -> int:
+        """Numbers in the vector."""
+        return sum(math.prod(shape) for _, _, shape in self.entries)
+
+    def parts(self, count: int) -> list["Layout"]:
+        """The whole, or that up to the first B and that from there on."""
+        if count == 1:
+            return [self]
+        return [
+            Layout(tuple(own for own in self.entries if own[1].endswith("lora_b") is b))
+            for b in (False, True)
+        ]
+
+    def of_owners(self, owners: Container[str]) -> "Layout":
+        """The factors of these stages."""
+        return Layout(tuple(own for own in self.entries if own[0] in owners))
+
+    @property
     def first_b(self) -> int:
         """The position of the first B."""
         return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
 
     def join(self, params: Params) -> mx.array:
-        """Concatenates the factors, or their gradients, into a float32 vector."""
+        """The factors, or their gradients, as a float32 vector."""
+        if not self.entries:  # of a rank in whose layers nothing learns
+            return mx.zeros((0,))
         return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
     def split(self, vector: mx.array) -> Grads:

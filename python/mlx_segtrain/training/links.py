@@ -141,15 +141,14 @@ class Links:
                 unsent.clear()
 
     def waits(self, yes: bool) -> None:
-        """Notes that this rank starts or stops waiting for all others."""
+        """This rank begins, or ceases, to wait for others."""
         with self._lock:
             self.watch.waits = yes
-            self.watch.at[self.watch.rank] += yes
+            self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """The ranks that this one waits for."""
-        at = self.watch.at
-        return [r for r in self.watch.others if at[r] < at[self.watch.rank]]
+        """Ranks that others wait for: those that wait for nobody."""
+        return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property
     def suspects(self) -> bool:

@@ -37,8 +37,9 @@ from .keeping import Bystander, Keeper
 from .log import NoLog, RunLog
 from .memory import Memory, process_peak
 from .pace import Pace, due
+from .pipelined import Pipelined
 from .policy import run_policy
-from .ranks import Diverged, LostRank, Ranks, joined, launched
+from .ranks import LostRank, Ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
@@ -114,8 +115,13 @@ def _train(
     check_installed(trackers)
     scoring = rewards_of(config, calls.rewards)
     if scoring is not None and ranks.size > 1:
+        raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
+    ranks.pipeline = ranks.size > 1 and config.parallel == "pipeline"
+    if ranks.pipeline and (config.sample_prompts or calls.score):
+        what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(
-            "method grpo runs on one device only: start it without mlx.launch.", field="method"
+            f"{what} asks a whole model, and a rank of a pipeline has a part of it: leave it out.",
+            field="sample_prompts" if config.sample_prompts else None,
         )
     start = check_output(config, warn) if ranks.first else Start(None, None)
     resumed, same = shared(start.resumed, ranks), True
@@ -134,10 +140,12 @@ def _train(
                 f"finished step {resumed.step}: set iters to at least that, or start a new run."
             )
     setup, vector = prepare(inputs, tell, resumed, model, ranks)
-    step = Cycle(setup, rewards=scoring) if scoring else Stepper(setup, ranks=ranks)
+    kind = Pipelined if setup.pipe else Stepper
+    step = Cycle(setup, rewards=scoring) if scoring else kind(setup, ranks=ranks)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
-        at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
+        at = step.holding.apart(resumed.iterate(step.holding.fresh()))
+        progress, resumed_from = resumed.progress, resumed.step
         made_of.resume(resumed_from)
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
@@ -245,8 +253,8 @@ class Run:
         except Exception as error:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
-            if not isinstance(error, Diverged):
-                self._save()  # whatever the error was, no step is half taken
+            if self.step.keeps(error):
+                self._save()  # whatever it was, no step was half taken
             if isinstance(error, LostRank):
                 raise self._kept(error) from error
             raise
@@ -310,16 +318,21 @@ class Run:
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
 
-        def own() -> tuple[Any, mx.array]:
-            outputs, gradient = step.gradient(at, accumulated)
+        own = self._in_memory(lambda: step.baseline(at, accumulated))
+        total = step.total(accumulated, self.ranks.gather(own))
+
+        def gradients() -> tuple[Any, mx.array]:
+            outputs, gradient = step.gradient(at, accumulated, total)
             mx.eval(outputs, gradient)
             return outputs, gradient
 
-        outputs, gradient = self._in_memory(own)
+        outputs, gradient = self._in_memory(gradients)
         asked = [float(self.interrupts.asked is not None), float(self.wants_to_stop)]
-        (*outputs, self.ending, stop), gradient = self.ranks.add([*outputs, *asked], gradient)
+        found = step.agree([*outputs, *asked], gradient)
+        *outputs, self.ending, stop = found.outputs
         self.asked_to_stop = stop > 0
-        return self._in_memory(lambda: step(at, accumulated, losses, (outputs, gradient)))
+        found = replace(found, outputs=outputs)
+        return self._in_memory(lambda: step(at, accumulated, losses, found))
 
     def _asked_to_end(self) -> bool:
         """Returns whether a rank got a signal to end; on one device the signal is raised at once
@@ -340,8 +353,10 @@ class Run:
                     if said := _core.explain_failure(str(error)):
                         raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
-                cheaper, reason = self.step.plan.cheaper(), str(error)
-            # Outside of the handler, because the exception's frames hold arrays of the step.
+                # In a pipeline others wait for what was under way: it cannot be done again.
+                alone = not self.ranks.pipeline
+                cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
+            # Outside of the handler: the exception's frames hold arrays of the step.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
@@ -420,9 +435,10 @@ class Run:
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            if self._judges and self.ranks.first:
-                found += self._judged()
-        self._measure()  # the memory of an evaluation does not belong to the next step
+            if self._judges:
+                whole = self._whole()
+                found += self._judged(whole) if self.ranks.first else ()
+        self._measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:
@@ -432,13 +448,13 @@ class Run:
         if state.step == 0:
             return
         if config.keep_best and progress.since_best == 0:
-            self.keeper.best(state)
+            self.keeper.best(self._whole())
             self.owed = True
         if config.save_checkpoints:
             self.owed = True
             name = evaluated_name(state.step, val["loss"] if val else None)
             self.tell(events.stage("checkpoint", self._share, name))
-            self.keeper.evaluated(state, name)
+            self.keeper.evaluated(self._whole(), name)
 
     @property
     def _judges(self) -> bool:
@@ -446,12 +462,12 @@ class Run:
         config = self.config
         return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
-    def _judged(self) -> Iterator[events.Event]:
-        """Emits the adapter's answers, and its scores by the callable and the command."""
+    def _judged(self, state: State) -> Iterator[events.Event]:
+        """Answers of the adapter, and its scores by the callable and the command."""
         from mlx_lm.generate import generate
 
-        config, setup, step = self.config, self.setup, self.state.step
-        adapter = self.keeper.adapter(self.state)
+        config, setup, step = self.config, self.setup, state.step
+        adapter = self.keeper.adapter(state)
         with attached(setup.model, setup.chain, adapter) as model:
             prompting = Prompting(config.prompt_format, config.chat_template_kwargs)
             for prompt in config.sample_prompts:
@@ -481,30 +497,37 @@ class Run:
             self._check_factors()
             self._count()
             with self.pace.timed("checkpoint"):
-                self.keeper.checkpoint(self.state)
+                self.keeper.checkpoint(self._whole())
 
     def _save(self) -> None:
         """Saves the last finished step for good; before the first step there is nothing to save."""
         if self.state.step == 0:
             return
         self._count()
+        whole = self._whole()
         self.ranks.saving = True
         try:
-            self.keeper.last(self.state)
+            self.keeper.last(whole)
         finally:
             self.ranks.saving = False
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _check_factors(self) -> None:
-        """Raises Diverged if the ranks have different factors."""
-        if self.ranks.size > 1:
+        """Diverged if the ranks have come to different ones."""
+        if self.ranks.size > 1 and not self.ranks.pipeline:
             factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
+
+    def _whole(self) -> State:
+        """The state with the factors of all ranks: all of them call this at the same time."""
+        return replace(self.state, at=self.step.holding.together(self.state.at))
 
     def _kept(self, error: LostRank) -> RunError:
         """Returns the error that ends the run when a rank is lost."""
         step, kept = self.state.step, "nothing has been trained yet"
-        if step:
+        if step and self.ranks.pipeline:
+            kept = "its factors are lost, and the last checkpoint counts"
+        elif step:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:
                 kept = "rank 0 saves its last step if it can"
@@ -539,7 +562,7 @@ class Run:
             peak_gb=self.state.memory.peak / 1e9,
             planned_gb=max((n for n in peaks if n), default=0) / 1e9 or None,
             process_gb=process_peak() / 1e9,
-            applied_ranks=self.keeper.adapter(self.state).ranks,
+            applied_ranks=self.keeper.ranks,
             interrupted=interrupted,
             stopped_early=stopped_early,
             resumed_from=resumed_from,

@@ -21,7 +21,7 @@ from ..data import Dataset, Pair, Row, one_row
 from ..data.encoding import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
-from ..objectives import Objective, value
+from ..objectives import Objective, Value, value
 from .ranks import ALONE, Ranks
 
 #: Bytes of a key.
@@ -36,6 +36,7 @@ def with_references(
     on_event: events.OnEvent = lambda event: None,
     wanted: Collection[int] | None = None,
     ranks: Ranks = ALONE,
+    value: Value = value,
 ) -> Dataset:
     """Returns the data, with the outputs of the objective's reference for the wanted rows (default:
     all); unchanged if the objective has no reference.
@@ -56,10 +57,12 @@ def with_references(
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         found = {}
         for i in ranks.share(missing):
-            if keys[i] not in known:
+            if keys[i] not in known or ranks.pipeline:  # there no rank knows it without the others
                 batch = one_row(data, i)
-                (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
-                known[keys[i]] = tuple(map(float, np.array(sums)))
+                sums = value(reference, chain, {}, {}, batch, reference.total([batch]))
+                if not ranks.ends:
+                    continue
+                known[keys[i]] = tuple(map(float, np.array(sums[0])))
             found[keys[i].hex()] = known[keys[i]]
         known |= {bytes.fromhex(key): tuple(x) for key, x in ranks.gathered(found).items()}
         try:

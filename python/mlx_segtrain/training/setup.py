@@ -2,7 +2,7 @@
 written."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,23 +22,27 @@ from ..data.batching import described
 from ..data.dataset import remarks
 from ..data.encoding import sequences
 from ..data.sources import Source
-from ..errors import InputError
+from ..errors import InputError, NoRoom
 from ..files import clean
 from ..hub import title
 from ..lora import ARRAYS, KINDS, Adapter
 from ..lora.ranks import asked
 from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
-from ..objectives import Objective, objective_of
+from ..objectives import Objective, Value, objective_of, value
 from ..planning.packing import pays
+from ..planning.pipeline import Part
 from ..planning.rollouts import check_rollouts, rollout_bytes, rollouts_at_once
-from ..planning.run import RunPlan, first_that_fits
+from ..planning.run import RunPlan, first_that_fits, planned
+from ..planning.splitting import Member, split_run
 from ..rewards import check_rows
 from ..schedule import Grads
+from ..streams import BatchShape
 from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
 from .log import check_free
+from .pipe import Pipe
 from .ranks import ALONE, Ranks
 from .record import read
 from .references import with_references
@@ -58,9 +62,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup(Inputs):
-    """The inputs, a loaded model, its objective, the scales of its adapter, and the layout of the
-    adapter's factors in a vector. `apart`: pairs share nothing. `rollout_peak` is the memory in
-    bytes of generating completions, if the method does that and memory is predicted."""
+    """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
+    stand in a vector, those that this rank has in `own`; of a model over several ranks the `pipe`.
+    `apart`: pairs share nothing. `rollout_peak` are the bytes that generating
+    completions takes, if the method does that and memory is predicted."""
 
     plan: RunPlan
     model: Any
@@ -68,8 +73,15 @@ class Setup(Inputs):
     objective: Objective
     scales: dict[str, float]
     layout: Layout
+    own: Layout
+    pipe: Pipe | None = None
     apart: bool = False
     rollout_peak: int | None = None
+
+    @property
+    def value(self) -> Value:
+        """objectives.value, through all ranks that have a part of the model."""
+        return self.pipe.value if self.pipe else value
 
 
 @dataclass(frozen=True)
@@ -138,11 +150,11 @@ def accumulating(
     if name not in config.model_fields_set:
         if resumed and max(ranks.size, earlier.get("ranks", 1)) > 1:
             count = earlier["config"][name]
-        elif ranks.size > 1:
+        elif ranks.size > 1 and not ranks.pipeline:
             count = ranks.size
             said = f"{name} is {count}: each of the {count} ranks takes one batch per step"
             tell(events.stage("setup", 0.0, said))
-    if count < ranks.size:
+    if count < ranks.size and not ranks.pipeline:
         raise InputError(
             f"{name} = {count}, but there are {ranks.size} ranks, each of which needs a batch in "
             f"every step: start at most {count} ranks, or "
@@ -231,14 +243,18 @@ def prepare(
         batches = partial(objective.batch_shapes, rows=config.batch_size)
         return first_that_fits(config, choices, batches, measures=True)
 
-    train, plan = fitting(choices)
-    # The order of rows depends on the choice, so all ranks use what the one with the least memory
-    # can.
-    own = next(i for i, choice in enumerate(choices) if choice is train)
-    if (agreed := max(ranks.gather(own))) != own:
-        train, plan = fitting(choices[agreed:])
+    if ranks.pipeline:
+        shapes = [tuple(objective.batch_shapes(own, config.batch_size)) for own in choices]
+        i, plan = fitting_part(config, shapes, ranks)
+        train = choices[i]
+    else:
+        train, plan = fitting(choices)
+        # The order of rows follows from the choice: all run what the rank with least memory can.
+        own = next(i for i, choice in enumerate(choices) if choice is train)
+        if (agreed := max(ranks.gather(own))) != own:
+            train, plan = fitting(choices[agreed:])
     on_event(plan_event(plan, 0.02, str(plan)))
-    setup, vector = load_setup(replace(inputs, train=train), plan, loaded)
+    setup, vector = load_setup(replace(inputs, train=train), plan, loaded, ranks)
     setup = replace(setup, apart=train is not inputs.train)
     if ROWS[config.method] == "prompt":
         assert isinstance(config.rollout_batch, int)
@@ -260,6 +276,37 @@ def prepare(
     said = f"{train.name}: {train.summary}; {described(train, config.batch_size)}"
     on_event(events.stage("data", 0.05, said))
     return setup, vector
+
+
+def fitting_part(
+    config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
+) -> tuple[int, RunPlan]:
+    """The first choice of batches for which the ranks have room, and the plan of this one's part of
+    the model: rank 0 shares it out. InputError or NoRoom if it cannot."""
+    here = planned(config, choices[0], whole=False)
+    members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
+
+    def shared_out(i: int) -> list[list[int]]:
+        of = planned(config, choices[i], whole=False)
+        runs = split_run(of, [Member(*own) for own in members], config.grad_accumulation_steps)
+        return [[run.part.begin, run.part.end] for run in runs if run.part]
+
+    found: Any = None
+    failed: InputError | None = None
+    for i in range(len(choices)) if ranks.first else ():
+        try:
+            found = i, shared_out(i)
+            break
+        except InputError as error:
+            failed = failed or error
+    (found, said), *_ = ranks.gather([found, str(failed) if failed else ""])
+    if found is None:
+        raise failed or NoRoom(said)
+    i, ends = found
+    run = planned(config, choices[i], whole=False)
+    (begin, end), batches = ends[ranks.rank], config.grad_accumulation_steps
+    part = Part(ranks.rank, ranks.size, begin, end, run.shape.n_layers, batches)
+    return i, run.of_part(part, run.budget, run.device)
 
 
 def _coarse(setup: Setup) -> str | None:
@@ -296,15 +343,20 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
 
 
 def load_chain(
-    config: TrainConfig, *datasets: Dataset | None, loaded: nn.Module | None = None
+    config: TrainConfig,
+    *datasets: Dataset | None,
+    loaded: nn.Module | None = None,
+    part: Part | None = None,
 ) -> tuple[Any, Chain]:
-    """Returns the model of a configuration, loaded if it is not yet, and its chain.
+    """The model of a configuration, loaded if it is not yet, and its chain; only the layers of a
+    part are read.
 
     Raises InputError if rows could exceed the model's context length, or if a token of the data has
     no row in its tables: MLX would read past their end.
     """
-    model = load_model(config.model_dir)[0] if loaded is None else loaded
-    chain = chain_of(model)
+    reads = part.reads if part else lambda name: True
+    model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
+    chain = chain_of(model, range(part.begin, part.end) if part else None)
     if chain.max_length is not None and config.max_seq_length > chain.max_length:
         raise InputError(
             f"max_seq_length = {config.max_seq_length} exceeds the model's context length of "
@@ -323,22 +375,27 @@ def load_chain(
 
 
 def load_setup(
-    inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None
+    inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None, ranks: Ranks = ALONE
 ) -> tuple[Setup, mx.array]:
-    """Loads the weights; returns the factors of a new adapter, or of the adapter to start from, as
-    a vector."""
-    config = inputs.config
-    model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded)
+    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector.
+
+    Of a model over several ranks, what is of this one's layers.
+    """
+    config, part = inputs.config, plan.part
+    model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)
+    pipe = Pipe.of(ranks, part) if part else None
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
-        ranks = adapting.choose_ranks(chain, **asked(config))
         kinds = {kind.word: getattr(config, f"use_{kind.word}") for kind in KINDS}
-        how = {"root": config.rs_lora, **kinds}
-        adapter = adapting.init(chain, ranks, config.scale, config.seed, **how)
+        here = pipe.owners(chain) if pipe else {*chain.stage_of.values()}
+        how: Any = {"root": config.rs_lora, "here": lambda path: chain.stage_of[path] in here}
+        own_ranks = adapting.choose_ranks(chain, **asked(config))
+        adapter = adapting.init(chain, own_ranks, config.scale, config.seed, **how, **kinds)
     chain = chain.adapting(adapter.scales)
+    layers = chain.layers[part.begin : part.end] if part else chain.layers
     if any(
-        plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
+        plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
         plan = replace(plan, plans=())  # the family turns out to take the generic path
@@ -349,12 +406,26 @@ def load_setup(
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)
-    layout = Layout.of(params)
-    vector = layout.join(params)
+    whole = Layout.of(params)
+    own = whole.of_owners(pipe.owners(chain)) if pipe else whole
+    if pipe and chain.head.path in chain.stage_of and chain.stage_of[chain.head.path] in params:
+        check_head(config, chain)
+    vector = own.join(params)
     mx.eval(vector)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
-    made = (plan, model, chain, objective_of(config), adapter.scales, layout)
+    made = (plan, model, chain, objective_of(config), adapter.scales, whole, own, pipe)
     return Setup(*read, *made), vector
+
+
+def check_head(config: TrainConfig, chain: Chain) -> None:
+    """InputError for an adapted embedding that is the head, too: two ranks would have it."""
+    if chain.tied:
+        raise InputError(
+            f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which "
+            "are on the first and the last rank of a pipeline: leave it out of target_modules, or "
+            "train with parallel data.",
+            field="target_modules",
+        )
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
@@ -366,8 +437,9 @@ def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)
-    train = with_references(*what, train, on_event, seen, ranks)
-    valid = setup.valid and with_references(*what, setup.valid, on_event, ranks=ranks)
+    how: Any = {"ranks": ranks, "value": setup.value}
+    train = with_references(*what, train, on_event, seen, **how)
+    valid = setup.valid and with_references(*what, setup.valid, on_event, **how)
     return replace(setup, train=train, valid=valid)
 
 

@@ -11,13 +11,14 @@ import numpy as np
 from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
-from ..objectives import Functions, named, total_of, value_and_grad
+from ..objectives import Functions, baseline_of, named, value_and_grad, with_baseline
 from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of, together
 from .evaluation import measure
+from .holding import Holding
 from .optimizer import Optimizer, learning_rate
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Diverged, Ranks
 from .setup import Setup
 from .spikes import spike_bound
 from .state import Iterate, Outcome
@@ -29,6 +30,15 @@ class Halted(RunError):
     def __init__(self, message: str, fault: Fault | None = None):
         super().__init__(message)
         self.fault = fault
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outputs and gradient of a step; `length` of the gradient, if a rank has a part of it only."""
+
+    outputs: Sequence[Any]
+    gradient: mx.array
+    length: mx.array | None = None
 
 
 @dataclass
@@ -45,24 +55,26 @@ class Stepper:
         setup = self.setup
         self.plan = setup.plan
         self.functions = Functions(setup.objective, setup.chain, setup.scales)
-        self.optimizer = Optimizer(self.setup.config, self.setup.layout)
+        self.optimizer = Optimizer(setup.config, setup.own)
+        self.holding = Holding(setup.config, setup.layout, setup.own, self.ranks)
 
     def __call__(
         self,
         at: Iterate,
         accumulated: list[AnyBatch],
         losses: Sequence[float] = (),
-        found: tuple[Sequence[Any], mx.array] | None = None,
+        found: "Found | None" = None,
     ) -> tuple[Iterate, Outcome]:
-        """Takes one step; returns the new state and the outcome. The `losses` of recent steps
-        define what a spike is. `found` is the result of `gradient`, summed over all ranks.
+        """Takes one step: the new state, and how the step was; `losses` of the steps before tell
+        what a spike is. `found` is what all ranks together have come to.
 
         Raises Halted if the loss or the gradient is not finite, or at a spike if the configuration
         says so.
         """
         setup, config = self.setup, self.setup.config
-        outputs, gradient = found or self.gradient(at, accumulated)
-        length, limit = mx.sqrt(mx.square(gradient).sum()), config.grad_clip_norm
+        found = found or Found(*self.gradient(at, accumulated))
+        outputs, gradient, limit = found.outputs, found.gradient, config.grad_clip_norm
+        length = mx.sqrt(mx.square(gradient).sum()) if found.length is None else found.length
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
         # The whole step is queued on the device before the first of its numbers is waited for.
         new = self.optimizer(clipped, at)
@@ -81,9 +93,8 @@ class Stepper:
         )
         rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            said = f"the loss is {loss} and the gradient norm {norm}"
-            own = first_nonfinite(setup, at, self.ranks.share(accumulated), gradient)
-            raise _halted(at, outcome, said, *together(self.ranks.gather(own)))
+            said = f"loss is {loss} and gradient norm {norm}"
+            raise _halted(at, outcome, said, *self.fault(at, accumulated, gradient))
         bound = spike_bound(losses)
         if loss > bound:
             outcome = replace(outcome, bound=bound)
@@ -93,10 +104,28 @@ class Stepper:
                 raise _halted(at, outcome, said, rows, losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
-        if not finite:
-            bad = setup.layout.names(~mx.isfinite(new.vector))
-            raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad[0]}")
+        if bad := self.nonfinite(None if finite else new.vector):
+            raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad}")
         return new, outcome
+
+    def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
+        """Of what each rank has come to, what all have."""
+        return Found(*self.ranks.add(outputs, gradient))
+
+    def nonfinite(self, vector: mx.array | None) -> str | None:
+        """The first factor of a vector, if there is one, that is not finite."""
+        return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
+
+    def fault(
+        self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
+    ) -> tuple[list[str], str | None]:
+        """Where the numbers of a step first stop being finite: rows, and the tensor."""
+        own = first_nonfinite(self.setup, at, self.ranks.share(accumulated), gradient)
+        return together(self.ranks.gather(own))
+
+    def keeps(self, error: Exception) -> bool:
+        """Whether the state of the last step can be saved after this one."""
+        return not isinstance(error, Diverged)
 
     @property
     def completions(self) -> list[dict[str, Any]]:
@@ -107,30 +136,44 @@ class Stepper:
         """Returns the loss and metrics over the validation rows."""
         setup = self.setup
         assert setup.valid is not None
-        params = setup.layout.split(at.vector)
+        params = setup.own.split(at.vector)
         what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-        return measure(*what, setup.config.batch_size, self.ranks)
+        return measure(*what, setup.config.batch_size, self.ranks, setup.value)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
         """Compiles the kernels for steps on batches like the first of these (CUDA)."""
 
         def write_down() -> None:
             batch = next(source)
-            params = self.setup.layout.split(at.vector)
+            params = self.setup.own.split(at.vector)
             self._value_and_grad(params, batch, self.setup.objective.total([batch]), 0)
 
         compile_together(write_down)
 
+    def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
+        """Of the baseline of a step, the part of this rank's share of the micro-batches."""
+        setup, params = self.setup, self.setup.own.split(at.vector)
+        own, total = self.ranks.share(accumulated), setup.objective.total(accumulated)
+        what = (setup.objective, setup.chain, setup.scales, params)
+        return baseline_of(*what, own, total, setup.value)
+
+    def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> Any:
+        """What the losses of a step are divided by, from the baselines of all ranks."""
+        objective = self.setup.objective
+        return with_baseline(objective, objective.total(accumulated), sum(baselines))
+
     def gradient(
-        self, at: Iterate, accumulated: list[AnyBatch]
+        self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
     ) -> tuple[list[float] | list[mx.array], mx.array]:
-        """Returns the outputs of the objective and the gradient of its loss over this rank's
-        micro-batches, as parts of those over all ranks.
+        """Outputs of the objective and gradient of its loss over this rank's share of the
+        micro-batches, as parts of those over all. `total` is that of the step; by default of a run
+        on one device.
 
         With a single micro-batch they may not be computed yet when this returns.
         """
-        setup, params = self.setup, self.setup.layout.split(at.vector)
-        total = total_of(setup.objective, setup.chain, setup.scales, params, accumulated)
+        params = self.setup.own.split(at.vector)
+        if total is None:
+            total = self.total(accumulated, [self.baseline(at, accumulated)])
         first = at.step * self.setup.config.grad_accumulation_steps
         (draw, batch), *more = self.ranks.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
@@ -146,24 +189,27 @@ class Stepper:
     ) -> tuple[list[mx.array], mx.array]:
         """Returns the part of one micro-batch; `draw` is its number in the run."""
         outputs, grads = self._value_and_grad(params, batch, total, draw)
-        return list(outputs), self.setup.layout.join(grads)
+        return list(outputs), self.setup.own.join(grads)
 
     def _value_and_grad(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[tuple[mx.array, ...], Grads]:
-        setup, config = self.setup, self.setup.config
-        functions = self.functions
-        if config.lora_dropout:
-            dropout = Dropout(config.lora_dropout, config.seed, draw)
-            functions = Functions(setup.objective, setup.chain, setup.scales, dropout)
         return value_and_grad(
-            functions,
+            self.functions_of(draw),
             params,
             batch,
             total,
-            cuts=lambda streams: self.plan.cuts(setup.chain, streams),
+            cuts=lambda streams: self.plan.cuts(self.setup.chain, streams),
             watch=self.watch,
         )
+
+    def functions_of(self, draw: int) -> Functions:
+        """Those of a micro-batch, which with dropout are its own."""
+        setup, config = self.setup, self.setup.config
+        if not config.lora_dropout:
+            return self.functions
+        dropout = Dropout(config.lora_dropout, config.seed, draw)
+        return Functions(setup.objective, setup.chain, setup.scales, dropout)
 
 
 def _halted(
