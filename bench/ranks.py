@@ -1,13 +1,13 @@
-"""Tokens a second of `train` on one rank and on several of this host: same model, same rows.
+"""Tokens per second of `train` on one rank and on several ranks of this host, with the same rows.
 
     python bench/ranks.py [--shape minicpm5-1b] [--length 8192] [--ranks 1 2] [--steps 12]
                           [--signal KILL|STOP]
 
 A shape of bench/step.py with random 4-bit weights, and rows of random bytes, are written below
 --folder once. LoRA of rank 16 on all projections, batch 1; a step has one row for each rank. NCCL
-connects the ranks where there is CUDA, else MLX's ring over the loopback. The median of the steps
-after the first four is told, and the speed over that of one rank. With --signal the last rank of
-the largest group gets it after its fourth step: what each rank says then, and after how long.
+connects the ranks where there is CUDA, else MLX's ring over the loopback. Prints the median of the
+steps after the first four, and the speedup over one rank. With --signal the last rank of the
+largest group gets it after its fourth step; prints what each rank then says, and after how long.
 """
 
 import argparse
@@ -32,7 +32,7 @@ WORKER = "import sys, ranks; ranks.work(*sys.argv[1:])"
 
 
 def write_inputs(folder, shape, length, rows=64):
-    """A model folder of the shape and a data file, if they are not there."""
+    """Writes a model folder of the shape and a data file, unless they exist."""
     import step
     from lib.folders import write_model  # pyright: ignore[reportMissingImports]
 
@@ -50,7 +50,7 @@ def write_inputs(folder, shape, length, rows=64):
 
 
 def work(model, data, out, length, steps):
-    """What a rank does."""
+    """Runs one rank."""
     from mlx_segtrain import TrainConfig, train
 
     config = TrainConfig(
@@ -81,7 +81,7 @@ def metrics(out):
 
 
 def run(n, folder, model, data, args, cuda, sent=None):
-    """Steps of n ranks: their figures, and what each printed last."""
+    """Runs steps on n ranks: returns their figures, and what each printed last."""
     out = folder / f"run-{n}"
     steps = 10**6 if sent else args.steps
     what = [str(x) for x in (model, data, out, args.length, steps)]
