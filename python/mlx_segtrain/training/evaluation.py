@@ -1,5 +1,6 @@
 """Evaluation: the mean loss of a token, a pair or a row, over a whole set."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from .policy import run_policy
 from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
+
+#: Seconds between two events that say how far an evaluation is.
+TELL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,21 @@ def measure(
     dataset: Dataset,
     batch_size: int,
     ranks: Ranks = ALONE,
+    tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Loss and metrics of an objective over all rows, forward only, of which each rank runs its
-    share."""
+    share. `tell` learns now and then how far this is."""
     batches = list(eval_batches(dataset, batch_size))
     total = total_of(objective, chain, scales, params, batches)
     sums = [0.0] * (1 + len(objective.metrics))
-    for batch in ranks.share(batches):
+    begin = told = time.monotonic()
+    for n, batch in enumerate(ranks.share(batches), 1):
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
+        now = time.monotonic()
+        if tell is not None and now >= told + TELL_S:
+            told = now
+            tell(events.evaluating(n, len(batches), (now - begin) / n * (len(batches) - n)))
     sums = [sum(parts) for parts in zip(*ranks.gather(sums), strict=True)]
     return sums[0], named(objective, sums[1:])
 
@@ -67,7 +77,8 @@ def evaluate(
 ) -> EvalResult:
     """Loss of a model, with an adapter or without, on a split of the configuration's data.
 
-    `on_event` is told of what is downloaded. InputError for what cannot be read or does not fit.
+    `on_event` is told what is downloaded, and how far the evaluation is. InputError for what cannot
+    be read or does not fit.
     """
     if ROWS[config.method] == "prompt":
         raise InputError(f"method {config.method} has no loss of rows: call score for its rewards.")
@@ -90,7 +101,7 @@ def evaluate(
         dataset = with_references(objective, config, chain, dataset)
         params = adapting.stage_params(chain, adapter)
         what = (objective, chain, adapter.scales, params, dataset)
-        loss, metrics = measure(*what, config.batch_size)
+        loss, metrics = measure(*what, config.batch_size, tell=tell)
     return EvalResult(
         loss=loss,
         perplexity=None if metrics else events.perplexity(loss),
