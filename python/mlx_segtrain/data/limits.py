@@ -19,7 +19,7 @@ MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # bytes of rows that go into one block, about
 #: What may become of a byte of a file: compressed text comes to ten, zeros to ten thousand.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: What the process that reads a table may take (tables.py): bytes, or times the file's size if that
+#: Memory of the process that reads a table (tables.py): bytes, or times the file's size if that
 #: is more, since an honest file may have all of its rows in one batch.
 HELD, HELD_TIMES = 256 << 20, 10
 

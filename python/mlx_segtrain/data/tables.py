@@ -1,8 +1,8 @@
-"""Parquet and Arrow files, read by a process that may take only so much memory.
+"""Parquet and Arrow files, which a separate process with a limit of memory reads.
 
-A small file may unpack to a large one, and Arrow believes what a file says of itself: it makes room
-for as much, and ends its process if there is none. So another process reads the file, which is
-mapped, and gives its blocks; what it takes, the system watches.
+A small file may unpack to a large one, and Arrow believes what a file's headers say: it allocates
+as much, and aborts the process if it cannot. So a separate process maps the file and sends its
+blocks, and the operating system limits the memory of that process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from . import arrow, limits
 from .blocks import Block
 from .limits import VALUE, check_columns, check_growth, told
 
-#: Of a reader: it computes on one thread, and what Arrow frees is there for what is read next.
+#: For readers: they compute on one thread, and Arrow returns its memory to the C library.
 SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: Rows of Parquet that are read at once: a long text may stand in a million, and once in the file.
+#: Rows of Parquet that are read at once: a long text may be in a million rows, and once in the file.
 FEW = 16
 
 
 class _Reader:
-    """A process that reads files, one after the other."""
+    """A process that reads one file after another."""
 
     def __init__(self) -> None:
         silent: Any = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
@@ -47,7 +47,7 @@ class _Reader:
         self.process.wait()
 
 
-#: Readers that have nothing to do.
+#: Readers that wait for the next file.
 _idle: list[_Reader] = []
 atexit.register(lambda: [reader.close() for reader in _idle])
 os.register_at_fork(after_in_child=_idle.clear)
@@ -61,7 +61,7 @@ def _ready() -> _Reader:
 
 
 def read(path: Path) -> Iterator[Block]:
-    """The blocks of a file; InputError."""
+    """Yields the blocks of a file. Raises InputError for one that cannot be read."""
     with open_regular(path) as file:
         most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
         reader, ended = _ready(), False
@@ -74,7 +74,7 @@ def read(path: Path) -> Iterator[Block]:
                 first, size = head
                 block = Block(path.name, first, size, reader.wire.recv_bytes(), "arrow")
                 head = json.loads(reader.wire.recv_bytes())
-                ended = not isinstance(head, list)  # which the last block is given after
+                ended = not isinstance(head, list)  # known before the last block is used
                 yield block
             ended = True
         except (EOFError, OSError):
@@ -95,7 +95,7 @@ def read(path: Path) -> Iterator[Block]:
 
 
 def main(number: str) -> None:
-    """Reads what comes through the socket of this number, until that ends."""
+    """Reads the files that arrive through the socket with this number, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire: Any = Connection(int(number))
     while True:
@@ -110,7 +110,7 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file; what is wrong with it, in a sentence."""
+    """Sends the blocks of a file. Returns a sentence if something is wrong with it."""
     import pyarrow as pa
 
     try:
@@ -123,13 +123,13 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
                 wire.send_bytes(block.payload)
     except InputError as error:
         if isinstance(error.__cause__, MemoryError):
-            os._exit(1)  # what it holds is freed so
+            os._exit(1)  # which frees what Arrow still holds
         return str(error)
     return None
 
 
 def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Each batch, with the bytes of the file that have been read with it, about."""
+    """Yields each batch and, roughly, the bytes of the file that have been read with it."""
     import pyarrow.parquet as pq
 
     reader = pq.ParquetFile(file, pre_buffer=False)
@@ -146,7 +146,7 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """The same of a file, which begins with a magic word, or of a stream."""
+    """Like `_parquet`, for an Arrow file, which begins with a magic word, or a stream."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)
