@@ -30,7 +30,7 @@ SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: Rows of Parquet that are read at once: a long text may be in a million rows, and once in the file.
+#: Rows of Parquet that are read at once: a long text may be in all rows, and once in the file.
 FEW = 16
 
 
