@@ -66,6 +66,7 @@ def read(path: Path) -> Iterator[Block]:
         most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
         reader, ended = _ready(), False
         try:
+            # The limits as they are in this process, which may have changed them.
             own = {name: value for name, value in vars(limits).items() if name.isupper()}
             reader.wire.send_bytes(json.dumps([str(path), most, own]).encode())
             send_handle(reader.wire, file.fileno(), reader.process.pid)

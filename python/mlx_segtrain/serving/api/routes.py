@@ -57,7 +57,7 @@ async def state(service: Used) -> forms.State:
     """What runs, and which model is served."""
     running, device = service.jobs.running(), service.device
     return forms.State(
-        served=None if service.base is None else _served(service.base),
+        served=None if (base := service.engine.base) is None else _served(base),
         waits=service.waits,
         training=service.jobs.training,
         needs_token=service.settings.token is not None,
