@@ -78,10 +78,6 @@ IN_COMPLETION: Neutral = {
     "parallel_tool_calls": (True, False),
     "top_logprobs": (0, -1),
 }
-#: Of tools, their functions, and the form of an answer.
-IN_TOOL: Neutral = {}
-IN_FUNCTION: Neutral = {}
-IN_FORMAT: Neutral = {}
 #: Of a chat's message.
 IN_MESSAGE: Neutral = {
     "name": ANYTHING,
@@ -98,7 +94,7 @@ IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage
 class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
     """What clients send; fields that it does not have are kept, to be refused by name."""
 
-    neutral: ClassVar[Neutral]
+    neutral: ClassVar[Neutral] = {}
 
     def refuse_extra(self, where: str = "") -> None:
         """InputError if a field is given that we do not have, and may change an answer."""

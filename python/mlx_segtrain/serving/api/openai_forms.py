@@ -20,7 +20,6 @@ from . import openai_tools as tools_of
 from .openai_fields import (
     IN_CHAT,
     IN_COMPLETION,
-    IN_FORMAT,
     IN_MESSAGE,
     IN_PART,
     IN_STREAM_OPTIONS,
@@ -73,7 +72,6 @@ class JsonSchema(Request):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="of a schema the answer always is")
-    neutral = IN_FORMAT
 
 
 class Format(Request):
@@ -81,7 +79,6 @@ class Format(Request):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    neutral = IN_FORMAT
 
 
 class Structure(Request):
@@ -92,7 +89,6 @@ class Structure(Request):
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
     grammar: str | None = Field(None, description="in Lark's form, or llama.cpp's (::=)")
     json_object: bool | None = None
-    neutral = IN_FORMAT
 
     @property
     def says(self) -> bool:
