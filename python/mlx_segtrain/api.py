@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +121,7 @@ def train(
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
     rewards: Sequence[str | Function] | None = None,
+    environment: str | Callable[[], Any] | None = None,
     progress: bool | None = None,
     **fields: Any,
 ) -> TrainResult:
@@ -140,7 +141,7 @@ def train(
     the metrics of every step and every evaluation as a dict; one that returns True ends the run
     after saving. `score(model, tokenizer)` is asked at every evaluation for a number or a dict of
     numbers. `rewards` of method grpo are names of checks, which is the field, and functions that
-    score completions (docs/grpo.md).
+    score completions; `environment` is a class, or the field (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. InputError, before anything is written, for input that cannot be used; RunError if the run
@@ -159,6 +160,12 @@ def train(
                 raise InputError("data and train_data are both given: leave one of them out.")
             train_data = data
         functions, fields = _functions(rewards, fields)
+        made = environment if callable(environment) else None
+        if made is not None:
+            name = getattr(made, "__name__", "environment")
+            environment = f"{getattr(made, '__module__', 'python')}:{name}"
+        if environment is not None:
+            fields["environment"] = environment
         config = _config(config, fields)
         with _shown(on_event, on_step, progress) as (tell, step):
             found = training.train(
@@ -171,6 +178,7 @@ def train(
                 on_eval=on_eval,
                 model=loaded,
                 rewards=functions,
+                environment=made,
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
     result = TrainResult(**own)

@@ -21,6 +21,8 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
+#: Fields with which eval measures rewards, and no loss.
+SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
 DATA = "a file with rows or its folder, or the name of a data set on the Hugging Face hub"
 
 
@@ -227,7 +229,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     fill = {"adapter_path": getattr(args, "adapter_path", UNUSED)}
-    if any(name in args for name in ("rewards", "reward_functions", "reward_command")):
+    if any(name in args for name in SOURCES):
         fill = {"method": "grpo", **fill}
     config = config_of(args, **fill)
     from mlx_segtrain.commands.terminal import answer, downloads

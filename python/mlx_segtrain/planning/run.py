@@ -217,11 +217,20 @@ def first_that_fits(
     raise plans[0].no_room(title(config.model_dir))
 
 
+def resting_shape(config: TrainConfig) -> ModelShape:
+    """The model's shape, with the weights of a reward model, which rest beside its own."""
+    shape = read_shape(config.model_dir)
+    if config.reward_model is None:
+        return shape
+    more = {f"reward_model/{k}": x for k, x in read_shape(config.reward_model).tensors.items()}
+    return replace(shape, tensors={**shape.tensors, **more})
+
+
 def planned(
     config: TrainConfig, batches: Sequence[BatchShape], *, measures: bool = False
 ) -> RunPlan:
     """The plan, which may not fit; NoRoom if the weights alone do not."""
-    shape = read_shape(config.model_dir)
+    shape = resting_shape(config)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
             f"max_seq_length is {config.max_seq_length}, but the model was made for at most "

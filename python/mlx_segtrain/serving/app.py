@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..errors import InputError
-from .api import openai, openai_responses, routes, transfers
+from .api import completions, openai, openai_responses, routes, transfers
 from .api.brake import Bounded
 from .api.faults import add_handlers
 from .api.guard import Guard
@@ -58,6 +58,7 @@ def create(service: Service) -> Guard:
     app.state.service, app.state.guard = service, guard
     app.include_router(routes.router)
     app.include_router(transfers.router)
+    app.include_router(completions.router)
     app.include_router(openai.router)
     app.include_router(openai_responses.router)
     add_handlers(app)
