@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .run import RunPlan
 from .scaling import Scaled
+from .splitting import Held, held
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class PlanReport:
     fits, no more than `max_length`, the model's context length; `recomputed` is what runs
     again over what must run. `predicted` is False for families whose memory the planner does not
     know: of these only weights and budget are said. Of a method that generates completions,
-    `rollout_batch` are generated at once, which takes `rollout_peak`.
+    `rollout_batch` are generated at once, which takes `rollout_peak`. `ranks` are data parallel; of
+    a `pipeline` the rest of the report is of the rank that takes the most memory.
     """
 
     family: str
@@ -47,8 +50,15 @@ class PlanReport:
     alternatives: list[Alternative] = field(default_factory=list)
     moves: list[tuple[str, int]] = field(default_factory=list)
     ranks: list[Scaled] = field(default_factory=list)
+    pipeline: list[Held] = field(default_factory=list)
     rollout_batch: int | None = None
     rollout_peak: int | None = None
+
+
+def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
+    """Of a model over several ranks."""
+    most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
+    return replace(of(most), pipeline=held(runs))
 
 
 def of(run: RunPlan) -> PlanReport:

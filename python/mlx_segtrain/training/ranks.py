@@ -98,6 +98,7 @@ class Ranks:
     group: Any = None
     stream: Any = None
     pipeline: bool = False  #: every rank has a part of the model, and all micro-batches
+    ring: list[list[str]] = field(default_factory=list)  #: one that we have set up, by rank
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
@@ -198,7 +199,7 @@ class Ranks:
         except RuntimeError as error:
             failures.append(error)
         except LostRank:
-            _hang_up()
+            _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
             raise
         finally:
@@ -322,10 +323,11 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
             os._exit(1)
 
 
-def _hang_up() -> None:
-    """Closes the connections of MLX's ring, so that its threads do not wait for a lost rank for
-    ever: MLX waits for all streams where it frees memory. They are known by their ports."""
-    ports = {int(at.rpartition(":")[2]) for own in _hosts() for at in own}
+def _hang_up(hosts: list[list[str]]) -> None:
+    """Closes the connections of MLX's ring of these addresses, so that its threads do not wait for a
+    lost rank for ever: MLX waits for all streams where it frees memory. They are known by their
+    ports."""
+    ports = {int(at.rpartition(":")[2]) for own in hosts for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)
