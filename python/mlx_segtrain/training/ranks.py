@@ -324,9 +324,11 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
 
 
 def _hang_up(hosts: list[list[str]]) -> None:
-    """Closes the connections of MLX's ring of these addresses, so that its threads do not wait for a
-    lost rank for ever: MLX waits for all streams where it frees memory. They are known by their
-    ports."""
+    """Closes the connections of MLX's ring of these addresses, which are known by their ports.
+
+    Or its threads would wait for a lost rank for ever, and MLX waits for all streams where it frees
+    memory.
+    """
     ports = {int(at.rpartition(":")[2]) for own in hosts for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
         try:

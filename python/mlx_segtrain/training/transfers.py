@@ -121,6 +121,7 @@ def ring_of(ranks: Ranks) -> Any:
         try:
             return mx.distributed.init(strict=True, backend="ring")
         except (RuntimeError, ValueError) as error:
-            raise RunError(
-                f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
-            ) from error
+            said = f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
+            raise RunError(said) from error
+        finally:
+            del os.environ["MLX_HOSTFILE"]
