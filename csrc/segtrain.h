@@ -6,6 +6,8 @@
 #pragma once
 
 #include <functional>
+#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -42,6 +44,34 @@ struct Linear {
   float scale = 1;
 
   Linear with_factors(const mx::array& a, const mx::array& b) const { return {base, a, b, scale}; }
+};
+
+/// Linear layers that read the same few rows in a step of generation, each with the updates of several
+/// adapters, of which each row has one: y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ. Made once for
+/// many calls. Has no gradient.
+class DecodeLinears {
+ public:
+  /// a [E, R, in]: below one another those of all linears, as b [E, out, R_j] has ranks; gains [E, out]
+  /// float32.
+  DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a, std::vector<std::optional<mx::array>> b,
+                std::vector<std::optional<mx::array>> gains);
+
+  /// x [..., in] → [..., out] of each linear. picks [rows] uint32: the adapter of each row.
+  Arrays operator()(const mx::array& x, const mx::array& picks, const std::string& impl,
+                    mx::StreamOrDevice s);
+
+  /// Why no kernel serves rows of this type; empty if one does.
+  std::string unfit(mx::Dtype dtype, int rows) const;
+
+ private:
+  struct Calls;
+  Arrays plain(const mx::array& x, const mx::array& picks, mx::StreamOrDevice s) const;
+  std::shared_ptr<const Calls> calls(mx::Dtype dtype, int rows);
+
+  std::vector<Base> bases_;
+  std::optional<mx::array> a_;
+  std::vector<std::optional<mx::array>> b_, gains_;
+  std::map<std::pair<int, int>, std::shared_ptr<Calls>> calls_;  ///< by dtype and most rows
 };
 
 /// Query t stands at position q_start + t (default S − T). It sees keys up to itself, of the last `window`

@@ -1,9 +1,9 @@
-"""Segmented backward pass: loss and gradients of a chain of stages, with one segment's memory.
+"""Segmented backward pass: loss and gradients of a chain of stages in the memory of one segment.
 
-A model run is a chain of stages over named boundary values. The forward pass keeps boundary values
-only; the head gives the loss and the first cotangents; then the segments run again from last to
-first, each under `vjp` with the cotangents that arrived. What is kept and in which order things
-happen is a plan (`csrc/schedule/plan.h`), the run itself is `csrc/schedule/schedule.cpp`.
+A model is a chain of stages over named boundary values. The forward pass keeps boundary values
+only; the head computes the loss and the first cotangents; then the segments are recomputed from the
+last to the first, each under `vjp` with the cotangents of the segment after it. What is kept, and
+the order of the moves, is a plan (`csrc/schedule/plan.h`); `csrc/schedule/schedule.cpp` runs it.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -23,13 +23,13 @@ class Stage:
     """A step of the chain: `fn(params, *reads) -> write`, or a tuple of writes.
 
     `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
-    may rewrite a value it reads, as layers do with the residual stream `h`.
+    may rewrite a value that it reads, as layers do with the residual stream `h`.
 
-    A stage that `saves` takes two arguments more: `save=True` asks for a list of arrays after its
-    writes, and `saved` is that list when it is run again for its gradient.
+    A stage that `saves` takes two more arguments: `save=True` asks for a list of arrays after its
+    writes, and `saved` is that list when the stage is recomputed for its gradient.
 
-    Stages of the same `owner` share the parameters that are given under this name; it is the
-    stage's own name by default. Their gradients are added.
+    Stages of the same `owner` share the parameters under this name, by default the stage's own.
+    Their gradients are added.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a chain of stages is cut: segments are run again whole, groups of them in two passes.
+    """Where a chain of stages is cut: segments are recomputed whole, groups of them in two passes.
 
     `segments` says after how many stages each segment ends, rising to the number of stages, and
     `groups` after how many segments each group ends. Values between groups are kept from the
     forward pass on; those between the segments of a group are recomputed when the backward pass
-    reaches the group, by running it once more. The last group keeps the values between its
-    segments; the last segment is never run again. `saves` are the stages that keep something
-    (attention its output) in their last run before their gradient, and then recompute less.
+    reaches the group. The last group keeps the values between its segments; the last segment is
+    never recomputed. `saves` are the stages that keep something (attention its output) in their
+    last run before their gradient, so that they recompute less.
     """
 
     segments: tuple[int, ...]
@@ -61,12 +61,13 @@ class Cuts:
 
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
-        """n stages in segments of `size` (0: one segment), each a group."""
+        """Returns cuts of n stages in segments of `size` (0: one segment), each a group."""
         return cls.by_layer(range(1, n + 1), size)
 
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
-        """Layers that end after so many stages in segments of `size` (0: one), each a group."""
+        """Returns cuts of layers that end after these stages in segments of `size` (0: one), each a
+        group."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))
@@ -114,14 +115,14 @@ def segmented_value_and_grad(
 
     `head(params, *head_reads)` returns the loss, or a tuple with the loss first. `params` maps the
     owner of stages, or "head", to a dict of arrays; those without parameters may be absent.
-    `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
-    of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
-    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated,
-    or under way. `watch` is called when a move of the plan is through. `recordings`, of the same
-    stages and head only, hold the graphs of the steps before: a function whose calls with arrays
-    of these shapes gave the same graph twice is not called again.
+    `values` gives the `inputs` by name; no gradient is computed for these. `grads` has the
+    structure of `params`. `segment_size` stages are recomputed together: 0 keeps everything, 1
+    needs little memory; `cuts` gives full control. Every cut gives the same gradients. Results may
+    still be computing. `watch` is called after each move of the plan. `recordings`, of the same
+    stages and head only, hold the graphs of earlier steps: a function whose calls with arrays of
+    these shapes gave the same graph twice is not called again.
 
-    ValueError if a stage reads a value that nobody wrote, or cuts do not fit the stages.
+    Raises ValueError if a stage reads a value that nothing wrote, or if cuts do not fit the stages.
     """
     chosen = cuts or Cuts.every(len(stages), segment_size)
     begin = passes_of(
@@ -263,9 +264,9 @@ def forward(
     values: Mapping[str, mx.array],
     keep: Sequence[str] = ("h",),
 ) -> dict[str, mx.array]:
-    """Runs the chain without gradients, evaluating after every stage; the values to `keep`.
+    """Runs the chain without gradients, evaluating after every stage; returns the values to `keep`.
 
-    Others are gone when no later stage reads them.
+    Other values are freed when no later stage reads them.
     """
     n = len(stages)
     plan = _plan(stages, values, keep, Cuts((n,), (1,)))

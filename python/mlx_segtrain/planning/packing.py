@@ -1,4 +1,4 @@
-"""Whether packed rows pay: the time of an epoch with them and without, by the planner's figures."""
+"""Decides whether packing rows pays, from the predicted time of an epoch with and without it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from . import named
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: Batches of an epoch that are looked at, spread over all.
+#: Number of sample batches, spread over the epoch.
 LOOKED_AT = 64
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:
-    """Whether an epoch of the data takes less time packed; not where the family packs nothing, or
+    """Returns whether an epoch takes less time packed. False where the family cannot pack, or
     packed rows do not fit into memory."""
     if not read_shape(config.model_dir).fast:
         return False
-    if config.method == "grpo":  # which has its own data in each step
+    if config.method == "grpo":  # whose data is generated in each step
         return True
     if config.method != "sft":
         return False
@@ -37,7 +37,7 @@ def pays(config: TrainConfig, data: Dataset) -> bool:
 
 
 def epoch_s(data: Dataset, run: RunPlan) -> float:
-    """Seconds that an epoch of a data set, packed or not, takes with its plan, by these figures."""
+    """Returns the predicted seconds of an epoch with the run's plan."""
     assert run.planned is not None
     shape, speed = run.shape, SPEEDS[run.device.name]
     numbers = sum(inputs * outputs for inputs, outputs in shape.widths.values())
@@ -51,7 +51,7 @@ def epoch_s(data: Dataset, run: RunPlan) -> float:
 
 
 def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
-    """Batches of about the same shape, and how many an epoch has of each."""
+    """Groups an epoch's batches by similar shape; returns each group's size and typical shape."""
     columns = data.columns
     lengths, first, trained = (x[:, 0] for x in (columns.length, columns.first, columns.trained))
     if data.packed:

@@ -1,4 +1,5 @@
-"""An adapter's factors as one vector: an optimizer step is some kernels, not some a factor."""
+"""An adapter's factors as one vector, so that an optimizer step takes a few kernels and not a few
+per factor."""
 
 import math
 from collections.abc import Container
@@ -12,7 +13,8 @@ from ..schedule import Grads, Params
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each factor stands in the vector: stage, name, shape; every A, then every B."""
+    """The position of each factor in the vector: stage, name, shape; first every A, then every
+    B."""
 
     entries: tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -45,7 +47,7 @@ class Layout:
 
     @property
     def first_b(self) -> int:
-        """Where the first B begins."""
+        """The position of the first B."""
         return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
 
     def join(self, params: Params) -> mx.array:
@@ -55,7 +57,7 @@ class Layout:
         return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
     def split(self, vector: mx.array) -> Grads:
-        """Views of the vector by stage and name."""
+        """Returns views of the vector by stage and name."""
         params: Grads = {}
         begin = 0
         for stage, name, shape in self.entries:
@@ -65,7 +67,7 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Names of the factors that have a marked element."""
+        """Returns the names of the factors that have a marked element."""
         return [
             name
             for own in self.split(marked).values()

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its micro-batches, guards, update."""
+"""One optimizer step: the gradients of its micro-batches, the checks, the update."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from .state import Iterate, Outcome
 
 
 class Halted(RunError):
-    """A step that cannot or must not be taken; `fault`, if any, is the report to write of it."""
+    """A step that cannot or must not be taken; `fault`, if any, is the report to write."""
 
     def __init__(self, message: str, fault: Fault | None = None):
         super().__init__(message)
@@ -43,12 +43,13 @@ class Found:
 
 @dataclass
 class Stepper:
-    """Takes steps by a plan. `watch` is called when a move of it is through."""
+    """Takes steps by a plan. `watch` is called after each move of the plan."""
 
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
-    rollout_peak: int = field(default=0, init=False)  #: bytes that generating has taken, if it does
+    #: Bytes that generating has taken, if the method generates.
+    rollout_peak: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         setup = self.setup
@@ -67,14 +68,15 @@ class Stepper:
         """Takes one step: the new state, and how the step was; `losses` of the steps before tell
         what a spike is. `found` is what all ranks together have come to.
 
-        Halted if loss or gradient is not finite, or at a spike if the configuration says so.
+        Raises Halted if the loss or the gradient is not finite, or at a spike if the configuration
+        says so.
         """
         setup, config = self.setup, self.setup.config
         found = found or Found(*self.gradient(at, accumulated))
         outputs, gradient, limit = found.outputs, found.gradient, config.grad_clip_norm
         length = mx.sqrt(mx.square(gradient).sum()) if found.length is None else found.length
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
-        # The device is given the whole step before the first of its numbers is waited for.
+        # The whole step is queued on the device before the first of its numbers is waited for.
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)
@@ -97,8 +99,8 @@ class Stepper:
         if loss > bound:
             outcome = replace(outcome, bound=bound)
             if config.on_spike == "stop":
-                said = f"loss is {loss:.4f}, where {bound:.4f} is the most that the last "
-                said += f"{len(losses)} steps let expect"
+                said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} that the last "
+                said += f"{len(losses)} steps set"
                 raise _halted(at, outcome, said, rows, losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
@@ -127,11 +129,11 @@ class Stepper:
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """What the last step generated, if it did (completions.jsonl)."""
+        """What the last step generated, if the method generates (for completions.jsonl)."""
         return []
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Loss and metrics over the validation rows."""
+        """Returns the loss and metrics over the validation rows."""
         setup = self.setup
         assert setup.valid is not None
         params = setup.own.split(at.vector)
@@ -139,7 +141,7 @@ class Stepper:
         return measure(*what, setup.config.batch_size, self.ranks, setup.value)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Compiles the kernels that a step on batches like the first of these takes (CUDA)."""
+        """Compiles the kernels for steps on batches like the first of these (CUDA)."""
 
         def write_down() -> None:
             batch = next(source)
@@ -167,7 +169,7 @@ class Stepper:
         micro-batches, as parts of those over all. `total` is that of the step; by default of a run
         on one device.
 
-        Those of a single one may still be under way when this returns.
+        With a single micro-batch they may not be computed yet when this returns.
         """
         params = self.setup.own.split(at.vector)
         if total is None:
@@ -176,7 +178,7 @@ class Stepper:
         (draw, batch), *more = self.ranks.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
         for draw, batch in more:
-            mx.eval(gradient)  # or the next one would begin before this one's memory is free
+            mx.eval(gradient)  # otherwise the next one would start before this one's memory is free
             part, own = self._part(params, batch, total, draw)
             outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
@@ -185,7 +187,7 @@ class Stepper:
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[mx.array], mx.array]:
-        """Of one micro-batch; `draw` is which number of the run it is."""
+        """Returns the part of one micro-batch; `draw` is its number in the run."""
         outputs, grads = self._value_and_grad(params, batch, total, draw)
         return list(outputs), self.setup.own.join(grads)
 
@@ -218,7 +220,8 @@ def _halted(
     tensor: str | None = None,
     losses: Sequence[float] = (),
 ) -> Halted:
-    """What ends a run at a step whose numbers are not finite, or are a spike after `losses`."""
+    """Returns the error that ends a run at a step whose numbers are not finite, or that is a spike
+    after `losses`."""
     kind, more = ("spike", " or with on_spike skip") if losses else ("nonfinite", "")
     numbers = (outcome.loss, outcome.norm, outcome.rate)
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))
