@@ -102,6 +102,7 @@ class Ranks:
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
+    waited: float = 0.0  #: seconds, for others
     saving: bool = False  #: a state is being written, which must not be broken off
 
     @property
@@ -183,6 +184,7 @@ class Ranks:
         meanwhile, and can go on without the arrays.
         """
         done, failures = threading.Event(), list[BaseException]()
+        begin = time.perf_counter()
 
         def wait() -> None:
             try:
@@ -203,6 +205,7 @@ class Ranks:
             done.wait(watch.SETTLE)
             raise
         finally:
+            self.waited += time.perf_counter() - begin
             if self.links:
                 self.links.waits(False)
         if failures:
