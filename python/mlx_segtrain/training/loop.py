@@ -398,8 +398,7 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Of the last step, seconds in which this rank computed and in which it waited for others; and
-        its memory."""
+        """Seconds of the last step in which this rank computed, and waited for others; its memory."""
         last, waited = self.state.progress.last, self.ranks.waited
         assert last is not None
         return {
