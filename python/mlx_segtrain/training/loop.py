@@ -398,7 +398,7 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Seconds of the last step in which this rank computed, and waited for others; its memory."""
+        """Seconds of the last step in which this rank computed or waited for others; its memory."""
         last, waited = self.state.progress.last, self.ranks.waited
         assert last is not None
         return {
