@@ -318,8 +318,10 @@ class Run:
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
 
-        own = self._in_memory(lambda: step.baseline(at, accumulated))
-        total = step.total(accumulated, self.ranks.gather(own))
+        total = self.setup.objective.total(accumulated)
+        if self.setup.objective.baseline is not None:
+            own = self._in_memory(lambda: step.baseline(at, accumulated))
+            total = step.total(accumulated, self.ranks.gather(own))
 
         def gradients() -> tuple[Any, mx.array]:
             outputs, gradient = step.gradient(at, accumulated, total)
