@@ -340,7 +340,7 @@ class TrainConfig(BaseModel):
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
-    """Batches whose gradients are summed into an optimizer step."""
+    """Number of batches whose gradients are accumulated for one optimizer step."""
     parallel: Literal["data", "pipeline"] = option(
         "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
     )
