@@ -1,4 +1,4 @@
-"""MkDocs hooks: the README as the first page, references made from the code, linked repository files.
+"""MkDocs hooks: the README as the first page, pages made from the code, files that pages link to.
 
 Pages link to each other and to files of the repository by relative paths, as they are read on a
 code host. On the site a page of docs/ keeps its name, README.md is index.md, and any other file
@@ -23,7 +23,9 @@ NEEDS = {
     "mac": "needs a Mac with Apple silicon",
     "network": "needs the network",
     "hosts": "needs several machines",
-    "server": "needs the server from above",
+    "packages": "needs packages of others",
+    "checkout": "in a checkout; takes minutes",
+    "server": "while the server runs",
 }
 FENCE = re.compile(r"^(```\w+) needs: (\w+)$", re.M)
 

@@ -13,8 +13,8 @@ case "${1:-}" in
   *) echo "usage: recipes/task.sh chunk|tools|persona [FLAG ...]" >&2; exit 2 ;;
 esac
 DATA=${DATA:-$HOME/.cache/mlx-segtrain/data/$task}
-demo_model=$(python3 "$here/tasks.py" "$task" "$DATA")
-MODEL=${MODEL:-$demo_model}
+[ -e "$DATA" ] || python3 "$here/tasks.py" "$task" "$DATA"
+MODEL=${MODEL:-$(demo_model)}
 knobs "$here/task" SmolLM2-135M-Instruct-4bit "smollm2-$task"
 
 # Two completions of each held-out row, at a temperature that is nearly greedy.

@@ -2,7 +2,7 @@
 
     python recipes/tasks.py chunk DIR
 
-writes DIR/train.jsonl and DIR/valid.jsonl, and prints the folder of the demo's model.
+writes DIR/train.jsonl and DIR/valid.jsonl.
 
 The functions `chunk`, `tools` and `persona` are rewards (docs/grpo.md): `mlx-segtrain eval
 --reward-functions recipes/tasks.py:chunk` scores a model, with or without an adapter. Each row's
@@ -155,9 +155,6 @@ TASKS = {"chunk": chunk_rows, "tools": tools_rows, "persona": persona_rows}
 
 
 def main(task: str, folder: Path) -> None:
-    from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
-    from mlx_segtrain.files import cache_dir
-
     folder.mkdir(parents=True, exist_ok=True)
     rows, seen = TASKS[task](random.Random(0)), set()
     for name in ("valid", "train"):  # first what is held out, of which no row is trained on
@@ -170,7 +167,6 @@ def main(task: str, folder: Path) -> None:
             seen = {row["prompt"] for row in own}
         text = "".join(json.dumps(row) + "\n" for row in own)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    print(smollm2_snapshot(cache_dir()))
 
 
 if __name__ == "__main__":

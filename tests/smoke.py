@@ -1,4 +1,4 @@
-"""A wheel that was installed: `python tests/smoke.py` shows the help and trains a tiny model on the CPU."""
+"""An installed wheel: `python tests/smoke.py` shows the help and trains a tiny model on the CPU."""
 
 import subprocess
 import sys
