@@ -61,6 +61,11 @@ class NoMemory(RunError):
     """No plan leaves the device enough memory for the next step of a run."""
 
 
+def reason(error: BaseException, most: int = 200) -> str:
+    """Returns an error's message in one line; the name of its class if it has no message."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def either(words: Sequence[str]) -> str:
     """Joins alternatives for a sentence: "a, b or c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
