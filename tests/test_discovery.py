@@ -75,7 +75,7 @@ def test_the_list(root, llama_mixed):
     assert any(line.startswith("left out: ") and "broken" in line for line in lines)
     listed = json.loads(run("adapters", "--json", root).stdout)
     assert len(listed) == 6 and listed[0]["path"].startswith(str(root))
-    assert "no adapters here" in run("adapters", root / "nothing").stdout
+    assert "no adapters found" in run("adapters", root / "nothing").stdout
 
 
 def test_the_card(root, llama_mixed, data):

@@ -235,7 +235,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
     assert alone.steps == 10 and packed.steps == 4
     assert packed.first_val_loss == pytest.approx(alone.first_val_loss, rel=1e-6)
     said = next(e["message"] for e in told if e.get("stage") == "data")
-    assert "4 batches an epoch, packed: 2.5 rows on average fill" in said
+    assert "4 batches per epoch, packed: 2.5 rows on average fill" in said
     reports = [e for e in told if e.get("kind") == "train"]
     for event in reports:
         assert 0 < event["supervised_tokens_per_sec"] <= event["tokens_per_sec"]

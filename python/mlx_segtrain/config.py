@@ -664,12 +664,20 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Reads a YAML file: its mapping, and the line (from 1) of each key."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML text and the line (from 1) of each key; `path` names it in errors."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except RecursionError:
+        raise InputError(f"{path}: not valid YAML: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{path}{line}: not valid YAML: {error.problem}") from None

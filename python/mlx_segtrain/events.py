@@ -13,7 +13,7 @@ from .errors import fault_of
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
-Stage = Literal["load", "setup", "data", "checkpoint", "train", "fold", "done"]
+Stage = Literal["load", "setup", "data", "checkpoint", "train", "evaluate", "fold", "done"]
 
 
 def now() -> str:
@@ -56,6 +56,13 @@ def tokenizing(
     return stage("data", 0.01 + 0.01 * (share or 0), message, **figures)
 
 
+def evaluating(done: int, batches: int, left_s: float) -> Event:
+    """How far an evaluation outside of a run is: share 0..1, and the seconds that are left."""
+    share = done / batches
+    message = f"evaluating: {share:.0%}, batch {done:,} of {batches:,}"
+    return stage("evaluate", share, message, share=share, left_s=left_s)
+
+
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
     """The memory plan that the run follows from here on. Bytes; no peak if none is predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
@@ -83,6 +90,12 @@ def train_metric(
         "progress": run_progress(step, iters),
         "message": f"step {step}/{iters} loss {loss:.4f} {speed(figures)}",
     }
+
+
+def step(metric: Event) -> Event:
+    """Where a run is between two reports, for who watches it: part of a step's metrics."""
+    kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
+    return {"type": "step", **{name: metric[name] for name in kept}}
 
 
 def speed(figures: Mapping[str, Any]) -> str:

@@ -148,8 +148,6 @@ class Rows:
     def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
         """What computes the linears of a group in a step of generation, and the adapter of each
         row; None where they are computed one by one."""
-        if not self._uses:
-            return together.bare, None
         use = self._uses[0]
         if use.rows is not None:
             return None, None
@@ -160,7 +158,7 @@ class Rows:
 
     def _together(self, index: int, group: _Group | None, together: Together) -> Any:
         if group is None:
-            return together.bare
+            return None
         b, gains = [], []
         for path in self._readers[index].paths:
             own = group.factors.get(path)
@@ -301,6 +299,10 @@ class _Linear:
     @property
     def on(self) -> bool:
         return self._rows.on
+
+    @property
+    def any(self) -> bool:
+        return self._rows.any
 
     def decoding(self) -> tuple[Any, mx.array | None]:
         return self._rows.decoding(self._index, self._module.together)

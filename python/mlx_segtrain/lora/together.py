@@ -26,9 +26,7 @@ class Together:
     def __init__(self, modules: list[LoRALinear], dtype: mx.Dtype):
         self.modules, self.dtype = modules, dtype
         self.bases = [ops.base_of(module.linear) for module in modules]
-        bare = ops.decode_linears(self.bases)
-        #: Without updates; None where no kernel serves these layers.
-        self.bare = bare if serves(bare, dtype) else None
+        self.served = serves(ops.decode_linears(self.bases), dtype)
         self._kept: dict[tuple[Any, ...], tuple[ops.DecodeLinears | None, Any]] = {}
         self._picks: dict[int, mx.array] = {}
         self._x: mx.array | None = None
@@ -36,7 +34,8 @@ class Together:
         self._left = 0
 
     def read(self, index: int, x: mx.array) -> mx.array | None:
-        """The output of one layer, with its update; None where no kernel gives it."""
+        """Returns the output of one layer with its update; None if the group has no update, where
+        MLX's own products are as fast, or no kernel for it."""
         if self._x is not x:
             self._x, self._ys, self._left = x, self._all(x), len(self.modules)
         ys, self._left = self._ys, self._left - 1
@@ -76,7 +75,9 @@ class Together:
         return op(x, picks)
 
     def _in_place(self) -> ops.DecodeLinears | None:
-        """The layers with the updates that are in them now."""
+        """The layers with the updates that are in them now; None without any."""
+        if not any("lora_a" in module for module in self.modules):
+            return None
         arrays = [[module.get(name) for name in ARRAYS] for module in self.modules]
         key = tuple(id(x) for own in arrays for x in own), tuple(x.scale for x in self.modules)
         if key not in self._kept:
@@ -100,7 +101,7 @@ class Together:
                 a.append(factors[0].T)
             b.append(None if factors is None else mx.contiguous(factors[1].T)[None])
             gains.append(gain)
-        return self.with_updates(mx.concatenate(a)[None], b, gains) if a else self.bare
+        return self.with_updates(mx.concatenate(a)[None], b, gains)
 
 
 def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
@@ -151,4 +152,4 @@ def put_together(modules: Sequence[LoRALinear], run: Callable[[mx.array], Any]) 
     for own, dtype in grouped(modules, run):
         together = Together(own, dtype)
         for place, module in enumerate(own):
-            module.together, module.place = (together if together.bare else None), place
+            module.together, module.place = (together if together.served else None), place

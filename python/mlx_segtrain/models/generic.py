@@ -286,13 +286,13 @@ def _try_part(body: _Body, layers: range) -> int:
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)
             answers[i] = lambda *_, own=own, **__: own
+        real: dict[int, Any] = {i: body.layers[i] for i in layers}
         seen: list[mx.array] = []
 
         def last(*args: Any, **kwargs: Any) -> mx.array:
-            seen.append(body.layers[layers.stop - 1](*args, **kwargs))
+            seen.append(real[layers.stop - 1](*args, **kwargs))
             raise _Stop
 
-        real = {i: body.layers[i] for i in layers[:-1]}
         with suppress(_Stop):
             body.run(tokens, {**answers, **real, layers.stop - 1: last})
         return seen[0]

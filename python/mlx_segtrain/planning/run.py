@@ -106,15 +106,25 @@ class RunPlan:
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
-            what = self._of(batch.stretched(length))
-            if self.size is not None:
-                return named(*what, self.size, self.part).peak <= most
-            model, of, _, device = what
-            costs = costs_of_part(costs_of(*what), model, of, device, self.part)
-            return _core.least_peak(costs) + least_ahead(device, overshoot(*what)) <= most
+            return self.least_peak(batch.stretched(length)) <= most
 
         most_known = self.shape.max_length
         return min(longest(fits), most_known) if most_known else longest(fits)
+
+    def least_peak(self, batch: BatchShape) -> int:
+        """Bytes that a batch takes with the plan that was asked for, or with any."""
+        what = self._of(batch)
+        if self.size is not None:
+            return named(*what, self.size, self.part).peak
+        model, _, _, device = what
+        costs = costs_of_part(costs_of(*what), model, batch, device, self.part)
+        return _core.least_peak(costs) + least_ahead(device, overshoot(*what))
+
+    def filled(self) -> RunPlan:
+        """With the plans of its batches, as its budget and the configuration want them."""
+        if not self.shape.fast:
+            return self
+        return self.within(self.budget) if self.size is None else self.of_size(self.size)
 
     def within(self, budget: int) -> RunPlan:
         """With the fastest plans in this budget."""
@@ -128,10 +138,7 @@ class RunPlan:
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
         """That of a rank which has these layers of the model."""
-        own = replace(self, part=part, budget=budget, device=device, plans=())
-        if not self.shape.fast:
-            return own
-        return own.within(budget) if own.size is None else own.of_size(own.size)
+        return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
         """Returns what the plan of a batch depends on."""
@@ -240,10 +247,12 @@ def planned(
     batches: Sequence[BatchShape],
     *,
     measures: bool = False,
-    whole: bool = True,
+    fills: bool = True,
 ) -> RunPlan:
-    """The plan, which may not fit; NoRoom if the weights alone do not, unless others are to have a
-    part of them."""
+    """The plan, which may not fit; NoRoom if the weights alone do not.
+
+    `fills` is False where only a part of the model is to be planned.
+    """
     shape = read_shape(config.model_dir)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
@@ -271,14 +280,12 @@ def planned(
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
-    if whole and weights > budget:
+    if fills and weights > budget:
         raise NoRoom(
             f"the weights of {title(config.model_dir)} alone need {_gb(weights)}, more than "
             f"the budget of {_gb(budget)}: use a smaller model, or raise memory_budget_gb."
         )
-    if not shape.fast:
-        return run
-    return run.within(budget) if size is None else run.of_size(size)
+    return run.filled() if fills else run
 
 
 #: From this many tokens on, one launch may take a good part of a second on a small GPU.

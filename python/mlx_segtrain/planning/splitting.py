@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ..errors import InputError, NoRoom
@@ -56,20 +56,29 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
         )
 
     @cache
-    def of(part: Part) -> RunPlan:
+    def bare(part: Part) -> RunPlan:
         member, device = members[part.rank], run.device
         if (device.name, device.size) != (member.device, member.size):
             device = Device(member.device, member.size)
-        return run.of_part(part, member.budget, device)
+        return replace(run, part=part, budget=member.budget, device=device, plans=())
 
-    def fits(part: Part) -> bool:
-        own = of(part)
-        if own.planned is None:
-            return weight_bytes(run.shape, part, not own.device.gpu) <= own.budget
-        return own.fits
+    of_parts = split(
+        layers, len(members), batches, lambda p: has_room(bare(p)), quick_seconds(bare)
+    )
+    return [bare(part).filled() for part in of_parts]
 
-    parts = split(layers, len(members), batches, fits, lambda part: seconds(of(part)))
-    return [of(part) for part in parts]
+
+def has_room(run: RunPlan) -> bool:
+    """Whether some plan fits; of a family whose memory is not predicted, whether the weights do."""
+    assert run.part is not None
+    if not run.shape.fast:
+        return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget
+    return all(run.least_peak(batch) <= run.budget for batch in run.batches)
+
+
+def quick_seconds(bare: Callable[[Part], RunPlan]) -> Callable[[Part], float]:
+    """Seconds without what is recomputed: to find that takes many times longer."""
+    return lambda part: seconds(bare(part).of_size(0) if bare(part).shape.fast else bare(part))
 
 
 def seconds(run: RunPlan) -> float:

@@ -1,5 +1,6 @@
 """Evaluation: the mean loss per token, pair or row over a whole data set."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from .policy import run_policy
 from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
+
+#: Seconds between two events that say how far an evaluation is.
+TELL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,23 @@ def measure(
     batch_size: int,
     ranks: Ranks = ALONE,
     value: Value = value,
+    tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Computes the loss and metrics of an objective over all rows, forward only; each rank runs its
-    share."""
+    share. `tell` receives the progress from time to time."""
     every = list(eval_batches(dataset, batch_size))
     batches, total = ranks.share(every), objective.total(every)
     own = baseline_of(objective, chain, scales, params, batches, total, value)
     total = with_baseline(objective, total, sum(ranks.gather(own)))
     sums = [0.0] * (1 + len(objective.metrics))
-    for batch in batches:
+    begin = told = time.monotonic()
+    for n, batch in enumerate(batches, 1):
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
+        now = time.monotonic()
+        if tell is not None and now >= told + TELL_S:
+            told = now
+            tell(events.evaluating(n, len(batches), (now - begin) / n * (len(batches) - n)))
     sums = [sum(parts) for parts in zip(*ranks.gather(sums), strict=True)]
     return sums[0], named(objective, sums[1:])
 
@@ -71,8 +81,8 @@ def evaluate(
     """Computes the loss of a model, with or without an adapter, on a split of the configuration's
     data.
 
-    `on_event` receives the progress of downloads. Raises InputError for what cannot be read or does
-    not fit.
+    `on_event` receives the progress of downloads and of the evaluation. Raises InputError for what
+    cannot be read or does not fit.
     """
     if ROWS[config.method] == "prompt":
         raise InputError(f"method {config.method} has no loss per row: call score for its rewards.")
@@ -95,7 +105,7 @@ def evaluate(
         dataset = with_references(objective, config, chain, dataset)
         params = adapting.stage_params(chain, adapter)
         what = (objective, chain, adapter.scales, params, dataset)
-        loss, metrics = measure(*what, config.batch_size)
+        loss, metrics = measure(*what, config.batch_size, tell=tell)
     return EvalResult(
         loss=loss,
         perplexity=None if metrics else events.perplexity(loss),

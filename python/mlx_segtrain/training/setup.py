@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ class Inputs:
 @dataclass(frozen=True)
 class Setup(Inputs):
     """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
-    stand in a vector, those that this rank has in `own`; of a model over several ranks the `pipe`.
-    `apart`: pairs share nothing. `rollout_peak` are the bytes that generating
-    completions takes, if the method does that and memory is predicted."""
+    stand in a vector; of a model over several ranks the `pipe`. `apart`: pairs share nothing.
+    `rollout_peak` are the bytes that generating completions takes, if the method does that and
+    memory is predicted."""
 
     plan: RunPlan
     model: Any
@@ -73,10 +73,14 @@ class Setup(Inputs):
     objective: Objective
     scales: dict[str, float]
     layout: Layout
-    own: Layout
     pipe: Pipe | None = None
     apart: bool = False
     rollout_peak: int | None = None
+
+    @cached_property
+    def own(self) -> Layout:
+        """Where those factors stand that this rank has."""
+        return self.layout.of_owners(self.pipe.owners(self.chain)) if self.pipe else self.layout
 
     @property
     def value(self) -> Value:
@@ -283,11 +287,11 @@ def fitting_part(
 ) -> tuple[int, RunPlan]:
     """The first choice of batches for which the ranks have room, and the plan of this one's part of
     the model: rank 0 shares it out. InputError or NoRoom if it cannot."""
-    here = planned(config, choices[0], whole=False)
+    here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
 
     def shared_out(i: int) -> list[list[int]]:
-        of = planned(config, choices[i], whole=False)
+        of = planned(config, choices[i], fills=False)
         runs = split_run(of, [Member(*own) for own in members], config.grad_accumulation_steps)
         return [[run.part.begin, run.part.end] for run in runs if run.part]
 
@@ -303,7 +307,7 @@ def fitting_part(
     if found is None:
         raise failed or NoRoom(said)
     i, ends = found
-    run = planned(config, choices[i], whole=False)
+    run = planned(config, choices[i], fills=False)
     (begin, end), batches = ends[ranks.rank], config.grad_accumulation_steps
     part = Part(ranks.rank, ranks.size, begin, end, run.shape.n_layers, batches)
     return i, run.of_part(part, run.budget, run.device)
@@ -406,15 +410,14 @@ def load_setup(
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)
-    whole = Layout.of(params)
-    own = whole.of_owners(pipe.owners(chain)) if pipe else whole
     if pipe and chain.head.path in chain.stage_of and chain.stage_of[chain.head.path] in params:
         check_head(config, chain)
-    vector = own.join(params)
-    mx.eval(vector)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
-    made = (plan, model, chain, objective_of(config), adapter.scales, whole, own, pipe)
-    return Setup(*read, *made), vector
+    made = (plan, model, chain, objective_of(config), adapter.scales, Layout.of(params), pipe)
+    setup = Setup(*read, *made)
+    vector = setup.own.join(params)
+    mx.eval(vector)
+    return setup, vector
 
 
 def check_head(config: TrainConfig, chain: Chain) -> None:
