@@ -20,9 +20,9 @@ SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit w
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer, as
 shown). `peak` is MLX's active memory; `rss` the process's own high-water mark. Steps of this
 package are those of `train`, which repeat bit for bit unless `--any-order` is given. On CUDA, if
-torch is installed to trace them: `busy` is the fraction of a step in which the device runs a kernel,
-`of_peak` the fraction that a step's products, without recomputation, would need at the rate of a
-product of 8192³.
+torch is installed to trace them: `busy` is the fraction of a step in which the device runs a
+kernel, `of_peak` the fraction that a step's products, without recomputation, would need at the rate
+of a product of 8192³.
 """
 
 import argparse
