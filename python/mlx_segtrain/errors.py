@@ -74,7 +74,10 @@ def either(words: Sequence[str]) -> str:
 def shown(value: Any, most: int = 60) -> str:
     """Returns an untrusted value in a form that is safe in a message: on one line, cut to `most`
     characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits in decimal
+        text = hex(value) if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -208,6 +208,8 @@ def located(
     places = {"model_dir": bring(at(config.model_dir, "model"), tell)}
     if config.warm_start is not None:
         places["warm_start"] = adapter(at(config.warm_start, "warm_start"), tell)
+    if config.reward_model is not None:
+        places["reward_model"] = bring(at(config.reward_model, "reward_model"), tell)
     return config.model_copy(update=places)
 
 

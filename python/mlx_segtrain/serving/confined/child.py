@@ -111,15 +111,9 @@ class Child:
 
     def do_calls(self, texts: list[str], tools: list[Any] | None) -> list[list[Any] | None]:
         """The calls of tools in each text, as its model writes them; None where it has none."""
-        found: list[list[Any] | None] = []
-        for text in texts:
-            try:
-                calls = self.tokenizer.tool_parser(text, tools)
-                calls = calls if isinstance(calls, list) else [calls]
-                found.append(calls if all(map(_is_call, calls)) else None)
-            except Exception:  # a parser may fail in any way: what a model writes may be anything
-                found.append(None)
-        return found
+        from ...generation.parts import read_calls
+
+        return [read_calls(self.tokenizer, text, tools) for text in texts]
 
     def do_inspect(self, path: str, n_preview: int, how: Values, roots: list[str]) -> Values:
         """What a data set trains; its report as it is answered."""
@@ -163,10 +157,6 @@ def _check_decoder(folder: Path) -> None:
                     "served"
                 )
         parts += part.values()
-
-
-def _is_call(call: Any) -> bool:
-    return isinstance(call, dict) and isinstance(call.get("name"), str) and bool(call["name"])
 
 
 def _few(tokens: Any, most: int) -> list[int] | int:
