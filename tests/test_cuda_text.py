@@ -85,7 +85,7 @@ def layer_ops(dtype):
     name = str(dtype).split(".")[-1]
     bases = [*BASES, ("affine", 2, 64), ("affine", 3, 128), ("affine", 5, 32), ("affine", 8, 32)]
     shapes = [([264], [16]), ([64], [6]), ([128, 32, 32], [40, 8, 3])]
-    # A kernel's type changes the same words of it whatever its widths are: they take turns.
+    # The type changes the same words of a kernel whatever the widths: float16 needs no pairs.
     every = product(bases, shapes) if dtype == mx.bfloat16 else zip(bases, cycle(shapes))
     for base, (widths, ranks) in every:
         linears, _ = linears_of(rng, 128, widths, ranks, base, name)
