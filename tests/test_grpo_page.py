@@ -21,7 +21,7 @@ def write(path, steps, size):
 def test_a_step_is_found_in_a_long_file(tmp_path, size):
     path = tmp_path / "completions.jsonl"
     write(path, range(1, 30), size)
-    for step in (1, 2, 17, 29):
+    for step in range(1, 30):
         last, found = read_step(path, step, 9)
         assert last == 29 and [(x["step"], x["completion"]) for x in found] == [
             (step, i) for i in range(3)
