@@ -1,8 +1,8 @@
 """The strongest peers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that is made here. Packages are
-those of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
-unsloth_zoo and trl. Nothing here is imported by the package or by its tests.
+They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. They need
+packages of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
+unsloth_zoo and trl. Neither the package nor its tests import this module.
 """
 
 # pyright: reportMissingImports=false
@@ -18,9 +18,10 @@ import numpy as np
 
 
 def snapshot(shape, peer):
-    """A folder with random weights of a shape and a tokenizer of words, as Hugging Face's are."""
+    """Writes a folder with random weights of a shape and a word tokenizer, in Hugging Face's
+    format."""
     if peer == "unsloth":
-        import unsloth  # noqa: F401 - it changes what is imported after it
+        import unsloth  # noqa: F401 - it patches what is imported after it
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -52,7 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """transformers and PEFT with Liger's kernels; nf4 or bf16, and ckpt with either: nf4-ckpt."""
+    """transformers and PEFT with Liger's kernels; nf4 or bf16, each also with checkpointing:
+    nf4-ckpt."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -77,7 +79,8 @@ def liger(place, variant, lora, longest):
 
 
 def unsloth(place, variant, lora, longest):
-    """Unsloth, nf4: `keep` nothing is recomputed, `ckpt` all of it, `offload` its own way."""
+    """Unsloth, nf4: `keep` recomputes nothing, `ckpt` recomputes everything, `offload` is its own
+    way."""
     import torch
     import unsloth
 
@@ -100,7 +103,7 @@ PEERS = {"liger": liger, "unsloth": unsloth}
 class Packed:
     """A run of TRL's SFTTrainer on packed rows: seconds and tokens of its steps.
 
-    `rows` are (ids, weights) pairs; `model` one of PEERS' (None: of transformers, bfloat16, with
+    `rows` are (ids, weights) pairs; `model` is one of PEERS (None: transformers in bfloat16 with
     TRL's own PEFT), `longest` the tokens of a packed row.
     """
 
@@ -131,7 +134,7 @@ class Packed:
             packing=True,
             max_length=longest,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,  # Unsloth's own is 2
+            gradient_accumulation_steps=1,  # Unsloth's default is 2
             max_steps=steps,
             learning_rate=1e-4,
             gradient_checkpointing=False,

@@ -12,12 +12,17 @@ from lib.folders import write_rows
 from lib.runs import config_of
 from mlx_segtrain import load
 from mlx_segtrain.commands import chat as chats
+from mlx_segtrain.commands import generate
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.data import Prompting
+from mlx_segtrain.generation.decoding import Options
+from mlx_segtrain.generation.rollouts import Policy, complete
 from mlx_segtrain.models import load_base
 from mlx_segtrain.training import train
 
 TOKENS = 8
+#: What `chat` is given of sampling if no flag is.
+NOTHING = {f"draw_{name}": None for name in generate.DRAWING}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,7 @@ def test_what_is_cached_is_not_computed_again(llama4, adapters, monkeypatch):
         return stream(model, tokenizer, prompt, **how)
 
     monkeypatch.setattr(sys.modules["mlx_lm.generate"], "stream_generate", watched)
-    args = SimpleNamespace(system=None, max_tokens=TOKENS, temp=0.0)
+    args = SimpleNamespace(system=None, max_tokens=TOKENS, temp=0.0, **NOTHING)
     model, _, tokenizer = load_base(llama4)
     chat = chats.Chat(model, tokenizer, [chats.Voice("base", None, Prompting())], args)
     for text in ("Count to 3.", "And to 5."):
@@ -113,7 +118,7 @@ def test_what_is_cached_is_not_computed_again(llama4, adapters, monkeypatch):
 
 
 def test_an_answer_that_is_stopped_is_kept(llama4, monkeypatch):
-    args = SimpleNamespace(system=None, max_tokens=TOKENS, temp=0.0)
+    args = SimpleNamespace(system=None, max_tokens=TOKENS, temp=0.0, **NOTHING)
     model, _, tokenizer = load_base(llama4)
     chat = chats.Chat(model, tokenizer, [chats.Voice("base", None, Prompting())], args)
 
@@ -146,3 +151,45 @@ def test_an_adapter_of_another_model_is_refused(llama4, adapters, tmp_path, caps
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"rank": 2}))
     assert cli.main(["chat", "--model", str(llama4), "--adapter", str(tmp_path / "a")]) == 2
     assert str(tmp_path / "a") in capsys.readouterr().err
+
+
+DRAWN = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "seed": 7}
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1}
+
+
+@pytest.mark.parametrize("how", [DRAWN, PENALTIES, DRAWN | PENALTIES])
+def test_tokens_are_chosen_as_the_server_chooses_them(llama4, monkeypatch, capsys, how):
+    """By options of the same names, in `chat` and in `generate`."""
+    taken, own = [], generate.stream
+
+    def stream(*args, **more):
+        for part in own(*args, **more):
+            taken.append(part.token)
+            yield part
+
+    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(chats, "stream", stream)
+    flags = [x for name, own in how.items() for x in (f"--{name.replace('_', '-')}", str(own))]
+    asked = ["--model", str(llama4), "--max-tokens", str(TOKENS), *flags]
+    assert cli.main(["generate", *asked, "--prompt", "Count to 3."]) == 0
+    said, generated = capsys.readouterr().out, taken[:]
+    taken.clear()
+    assert told(monkeypatch, capsys, llama4, ["Count to 3."], *flags, "--quiet") == said
+    model, tokenizer = load(llama4)
+    prompt = Prompting().chat_ids(tokenizer, [user("Count to 3.")])
+
+    def tokens(**how):
+        options = Options(max_tokens=TOKENS, logprobs=0, **({"seed": 0} | how))
+        ((found,),) = complete(Policy(model, tokenizer, None), [prompt], [[options]], 1)
+        return found.tokens
+
+    assert generated == taken == tokens(**how) != tokens()
+
+
+def test_what_greedy_decoding_does_not_use_is_refused(capsys):
+    for name in ("--top-p", "--top-k", "--min-p", "--seed"):
+        assert cli.main(["generate", "--model", "m", "--prompt", "p", name, "1"]) == 2
+        assert f"{name} has no effect at temperature 0" in capsys.readouterr().err
+    for name, wrong in (("--top-p", "1.1"), ("--min-p", "-1"), ("--repetition-penalty", "0")):
+        assert cli.main(["chat", "--model", "m", name, wrong]) == 2
+        assert f"argument {name}: expected a number" in capsys.readouterr().err

@@ -126,6 +126,7 @@ def changed(method: str) -> dict[str, Any]:
         "max_seq_length": 77,
         "batch_size": 3,
         "grad_accumulation_steps": 4,
+        "parallel": "pipeline",
         "seed": 11,
         "steps_per_report": 5,
         "steps_per_eval": 6,

@@ -75,7 +75,7 @@ def test_the_list(root, llama_mixed):
     assert any(line.startswith("left out: ") and "broken" in line for line in lines)
     listed = json.loads(run("adapters", "--json", root).stdout)
     assert len(listed) == 6 and listed[0]["path"].startswith(str(root))
-    assert "no adapters here" in run("adapters", root / "nothing").stdout
+    assert "no adapters found" in run("adapters", root / "nothing").stdout
 
 
 def test_the_card(root, llama_mixed, data):
@@ -121,7 +121,7 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
     done = run("eval", "--model", tmp_path / "m", "--data", data, "--max-seq-length", "100")
     assert done.returncode == 0
     done = run("export", root / "one", "--to", "peft", "--out", tmp_path / "peft")
-    assert done.returncode == 2 and "is there already" in done.stderr
+    assert done.returncode == 2 and "already exists" in done.stderr
     done = run("merge", root / "one", "--bits", "4", "--out", tmp_path / "x")
     assert done.returncode == 2 and "are for --into MODEL" in done.stderr
     done = run("merge", root / "broken", "--out", tmp_path / "x")

@@ -298,7 +298,7 @@ CHAT = chats.chat("a", "b")
             {"data_format": "messages"},
             'needs the keys "prompt"',
         ),
-        ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "give method grpo"),
+        ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "use method grpo"),
         ({"prompt": "a"}, {"method": "sft"}, 'needs the keys "messages"'),
         ({"prompt": ""}, {"prompt_format": "raw"}, "jsonl:1: the prompt has no tokens"),
     ],

@@ -227,7 +227,7 @@ def test_a_file_of_others_is_left_alone(llama4, prompts, tmp_path):
     file = tmp_path / "a" / "completions.jsonl"
     file.parent.mkdir()
     file.write_text('{"mine": 1}\n')
-    with pytest.raises(InputError, match=r"completions.jsonl was written by no run"):
+    with pytest.raises(InputError, match=r"completions.jsonl was not written by a run"):
         train(config(llama4, prompts, tmp_path / "a", iters=1), rewards=[vowels])
     assert file.read_text() == '{"mine": 1}\n'
 
@@ -240,7 +240,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
         train(config(llama4, tmp_path, tmp_path / "a"), rewards=[vowels])
     with pytest.raises(InputError, match=r'train.jsonl:1: the row has no column "sum"'):
         train(config(llama4, prompts, tmp_path / "a", rewards=["number:sum"]))
-    with pytest.raises(InputError, match=r"takes .* more than the budget"):
+    with pytest.raises(InputError, match=r"needs .* more than the budget"):
         train(config(llama4, prompts, tmp_path / "a", memory_budget_gb=1e-4), rewards=[vowels])
 
 

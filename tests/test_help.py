@@ -1,8 +1,14 @@
 """Help in groups, other names of flags, what an unknown one may mean, and completion of shells."""
 
 import os
+import pty
+import re
+import select
+import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -95,21 +101,76 @@ def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
     assert str(error.value).endswith("line 3: unknown field lr. Did you mean learning_rate?")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_of_a_shell(shell: str, capsys, tmp_path: Path) -> None:
+@pytest.fixture(params=["bash", "zsh", "fish"])
+def completed(request, capsys, tmp_path: Path):
+    """What a shell offers after some words, by our script for it, in a folder with a file."""
+    shell = request.param
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
     for word in ("train", "chat", "batch-size", "rank-scaling"):
         assert word in script
-    if shell == "bash" and shutil.which("bash"):
-        (tmp_path / "script").write_text(script)
-        (tmp_path / "data.csv").touch()
-        ask = (
-            f"source {tmp_path}/script; COMP_WORDS=(mlx-segtrain train --method ''); COMP_CWORD=3; "
-            "$(complete -p mlx-segtrain | sed 's/.*-F //; s/ .*//') mlx-segtrain; "
-            'echo "${COMPREPLY[@]}"'
-        )
-        done = subprocess.run(
-            ["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ)
-        )
-        assert {"sft", "dpo"} <= set(done.stdout.split())
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    (tmp_path / "_mlx-segtrain").write_text(script)
+    (tmp_path / "data.csv").touch()
+    ask = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}[shell]
+    return lambda words, wanted: ask(words, tmp_path, wanted)
+
+
+def in_bash(words: str, place: Path, _: str) -> str:
+    given = [*words.split(" ")]
+    listed = " ".join(shlex.quote(word) for word in given)
+    ask = (
+        f"source ./_mlx-segtrain; COMP_WORDS=({listed}); COMP_CWORD={len(given) - 1}; "
+        "$(complete -p mlx-segtrain | sed 's/.*-F //; s/ .*//') mlx-segtrain; "
+        'echo "${COMPREPLY[@]}"'
+    )
+    return subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=place).stdout
+
+
+def in_fish(words: str, place: Path, _: str) -> str:
+    ask = f"source ./_mlx-segtrain; complete -C {shlex.quote(words)}"
+    how = {"capture_output": True, "text": True, "cwd": place}
+    return subprocess.run(
+        ["fish", "--no-config", "-c", ask], **how, env={**os.environ, "HOME": str(place)}
+    ).stdout
+
+
+def in_zsh(words: str, place: Path, wanted: str) -> str:
+    """zsh completes only what is typed on a terminal: what it shows until that is there."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(place)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "COLUMNS": "200"})
+    said = b""
+
+    def until(text: bytes) -> None:
+        nonlocal said
+        end = time.monotonic() + 60
+        while text not in said and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                said += os.read(terminal, 1 << 16)
+
+    begin = "fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; echo rea''dy"
+    os.write(terminal, f"{begin}\n".encode())
+    until(b"ready")
+    said = b""
+    os.write(terminal, f"{words}\t\t".encode())
+    until(wanted.encode())
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    os.close(terminal)
+    return said.decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("mlx-segtrain exp", "export"),
+        ("mlx-segtrain train --lr-s", "--lr-schedule"),
+        ("mlx-segtrain train --method d", "dpo"),
+        ("mlx-segtrain train --data da", "data.csv"),
+    ],
+)
+def test_a_shell_completes_commands_options_values_and_files(completed, words, wanted) -> None:
+    assert wanted in re.findall(r"[\w.-]+", completed(words, wanted))

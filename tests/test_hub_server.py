@@ -70,7 +70,7 @@ def test_a_download_is_a_job(place, hub):
         assert shares[-1] == 1
         assert server.ended(server.submit(model_dir="org/tiny", iters=1))["status"] == "done"
         id = post("/api/hub/download", json={"name": "org/none"}).json()["job_id"]
-        assert "neither a path here nor a model of the hub" in server.ended(id)["error"]
+        assert "neither a path nor a model on the hub" in server.ended(id)["error"]
     with Server(place, "--allow-downloads", "--root", place) as server:
         refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
         assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
@@ -113,7 +113,7 @@ def test_data_sets_by_name(place, hub):
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}
         asked = post("/api/finetune/inspect-dataset", json=inspect)
-        assert asked.status_code == 400 and "do that first" in asked.json()["error"]
+        assert asked.status_code == 400 and "download it first" in asked.json()["error"]
         body = {"name": "org/notes", "kind": "dataset"}
         job = server.ended(post("/api/hub/download", json=body).json()["job_id"])
         assert job["status"] == "done" and job["result"]["path"].endswith(own.commit)
@@ -126,3 +126,31 @@ def test_data_sets_by_name(place, hub):
         body = {"model_dir": "org/tiny", "data_dir": "org/notes", "max_seq_length": 64}
         job = server.ended(post("/api/finetune/evaluate", json=body).json()["job_id"])
         assert job["result"]["rows"] == 4, job
+
+
+def test_a_search_asks_the_hub_once_and_says_what_is_wrong(place, hub):
+    hub.add("org/notes", {}, "datasets")
+    with Server(place) as server:
+        refused = server.http.get("/api/hub/search", params={"words": "tiny"})
+        assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
+    with Server(place, "--allow-downloads") as server:
+
+        def ask(words, **more):
+            return server.http.get("/api/hub/search", params={"words": words, **more})
+
+        hub.requests.clear()
+        for words in ("tiny", " TINY  ", "org tiny"):
+            assert ask(words).json()["found"] == [{"name": "org/tiny", "downloads": 1000}]
+        assert [path for _, path, _ in hub.requests] == 2 * ["/api/models"]
+        assert ask("notes", kind="dataset").json()["found"][0]["name"] == "org/notes"
+        assert ask("t").status_code == 422
+        hub.searches_fail = True
+        answer = ask("other")
+        assert answer.status_code == 400 and "the hub answers 503" in answer.json()["error"]
+        hub.searches_fail = False
+        said = [ask(f"words {n}").status_code for n in range(60)]
+        assert said[0] == 200 and said[-1] == 429
+        assert ask("tiny").json()["found"]  # which is known
+    with Server(place, "--allow-downloads", HF_ENDPOINT="http://127.0.0.1:9") as server:
+        answer = server.http.get("/api/hub/search", params={"words": "tiny"})
+        assert answer.status_code == 400 and "the hub does not answer" in answer.json()["error"]

@@ -14,6 +14,7 @@ import pytest
 from lib.folders import write_llama, write_rows
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving.jobs import eventlog
+from mlx_segtrain.serving.jobs import kinds as job_kinds
 from mlx_segtrain.serving.jobs.queue import Conflict, Jobs
 from mlx_segtrain.serving.jobs.row import ENDED
 
@@ -95,6 +96,24 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
     assert json.loads(one.result_json)["steps"] == 6
     assert (tmp_path / "one" / "adapters.safetensors").is_file()
     assert (tmp_path / "one" / "loss.png").is_file()
+
+
+def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
+    """Of many days it says so some thousand times: the page shows memory and steps that move."""
+    monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
+    run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
+    assert job_kinds.finetune(run)["type"] == "done"
+    told = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    reported = [own["step"] for own in told if own.get("kind") == "train"]
+    assert reported == [1, 6]
+    between = {own["step"]: own for own in told if own["type"] == "step"}
+    assert {2, 3, 4, 5} <= {*between}
+    assert all(
+        0 < own["active_gb"] <= own["peak_gb"] and own["left_s"] >= 0 for own in between.values()
+    )
+    assert {*between[3]} == {
+        *("type", "step", "active_gb", "peak_gb", "left_s", "progress", "message")
+    }
 
 
 def test_followers_get_every_event_once_from_any_place(place, tmp_path):

@@ -48,9 +48,11 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
     assert count(plain, 1, resumed(tmp_path, 4, 2)) == 4
     assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # and is refused, as ever
     assert not told
-    with pytest.raises(InputError, match=r"is 4, and there are 5 ranks.*4 or fewer, or raise it"):
+    with pytest.raises(
+        InputError, match=r"= 4, but there are 5 ranks.*at most 4 ranks, or raise it"
+    ):
         count(given, 5)
-    with pytest.raises(InputError, match=r"is 2, and there are 3 ranks.*begin another run"):
+    with pytest.raises(InputError, match=r"= 2, but there are 3 ranks.*start a new run"):
         count(plain, 3, resumed(tmp_path, 2, 2))
 
 

@@ -196,7 +196,7 @@ if rank == 1:
     for rank in range(2):
         first, second = (own for own in said(tmp_path, rank) if isinstance(own, list))
         assert first[:2] == ["failed", "InputError"]
-        assert "grad_accumulation_steps is 1, and there are 2 ranks" in first[2]
+        assert "grad_accumulation_steps = 1, but there are 2 ranks" in first[2]
         assert second[:2] == ["failed", "RunError"]
         assert second[2].startswith("data/train.jsonl is ") and "on rank 1 (process" in second[2]
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ PACKAGE = Path(mlx_segtrain.__file__).parent
 #: From the ground up. The package itself (`_core`, versions) is below all of them.
 FLOORS = (
     *("errors", "files", "processes", "events", "torchless", "fields", "config", "safetensors"),
-    "hub",
+    *("hub", "hub_search"),
     *("streams", "schedule"),
     *("data", "ops", "lora", "models", "objectives", "adapters", "planning", "loading"),
     "generation",
@@ -18,7 +18,7 @@ FLOORS = (
 )
 #: Of the server's own rooms, the same.
 SERVING = (
-    *("settings", "roots", "sessions", "pools", "opening", "confined", "catalog"),
+    *("settings", "roots", "sessions", "pools", "searching", "opening", "confined", "catalog"),
     *("jobs", "generation", "service", "api", "app"),
 )
 

@@ -1,9 +1,10 @@
-"""How processes of ours are started: from where no file is run by chance, knowing little.
+"""Starts our own processes so that no file is imported by accident, and with few environment
+variables.
 
-`python -m` puts the folder in which it starts before all others: a `yaml.py` that lies there is
-run in place of the library. So a process of ours starts elsewhere, in isolated mode (which
-Python 3.10 has, too), and takes the folders of modules that this process has, without the one in
-which it was started. Of the environment it gets what it needs.
+`python -m` puts the folder in which it starts first on the path: a `yaml.py` there would replace
+the library. So our processes start in another folder, in isolated mode (which Python 3.10 has,
+too), and get this process's module path without the folder in which it was started. Of the
+environment they get what they need.
 """
 
 import os
@@ -13,8 +14,8 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-#: Before any module is imported but Python's own: the folders of modules, and this very package,
-#: wherever it is. Then main of one of its modules.
+#: Runs before any module except Python's own is imported: sets the module path, loads this very
+#: package, wherever it is, and then calls main of one of its modules.
 START = """\
 import sys
 sys.path[:] = sys.argv[1].split(chr(0x1f))
@@ -27,7 +28,7 @@ spec.loader.exec_module(package)
 del sys.argv[:4]
 sys.exit(importlib.import_module(sys.argv[0]).main(*sys.argv[1:]))
 """
-#: Variables that all have: where things are, the language, and how libraries compute.
+#: Variables that every process gets: locations, language, and how libraries compute.
 COMMON = (
     *("HOME", "LANG", "LANGUAGE", "LC_*", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"),
     *("CONDA_PREFIX", "VIRTUAL_ENV", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "DYLD_*_PATH"),
@@ -35,24 +36,25 @@ COMMON = (
     *("MKL_*", "OMP_*", "OPENBLAS_*", "VECLIB_*"),
     *("HF_HOME", "HF_HUB_CACHE"),
 )
-#: What talking to other machines takes besides.
+#: Additional variables for connecting to other machines.
 NETWORK = (
     *("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"),
     *("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"),
     *("all_proxy", "https_proxy", "http_proxy", "no_proxy"),
 )
-#: What only the server has to know.
+#: Variables for the server only.
 OWN = ("MLX_SEGTRAIN_TOKEN",)
 
 
-#: Where this process was started.
+#: The folder where this process was started.
 STARTED_IN: str | None = None
-with suppress(OSError):  # it may be gone
+with suppress(OSError):  # it may have been deleted
     STARTED_IN = os.path.realpath(os.getcwd())
 
 
 def command(module: str, *args: str) -> list[str]:
-    """Runs `main(*args)` of a module of ours in another Python; to be started in a safe folder."""
+    """Returns a command that runs `main(*args)` of one of our modules in another Python; start it
+    in a safe folder."""
     package = Path(__file__).parent
     folders = [
         path
@@ -64,8 +66,8 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
-    """Of our variables, and of those that are added, the common ones and those that match `more`
-    (as "HF_*")."""
+    """Returns the common variables among ours and `own`, and those that match `more` (such as
+    "HF_*")."""
     patterns = (*COMMON, *more)
     return {
         name: value

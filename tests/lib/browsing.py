@@ -31,6 +31,7 @@ class Site:
     url: str
     work: Path
     cache: Path
+    pid: int
 
     def api(self, path: str, method: str | None = None, **values: Any) -> dict[str, Any]:
         body = json.dumps(values).encode() if values else None
@@ -76,7 +77,7 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
     try:
         address = process.stdout.readline().strip().removesuffix("/finetune")
         assert address.startswith("http://"), "the server has not started"
-        yield Site(address, work, cache)
+        yield Site(address, work, cache, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)

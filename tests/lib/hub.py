@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 #: Files that are larger than this are kept as LFS keeps them: under their SHA-256.
 SMALL = 10_000
@@ -37,6 +37,7 @@ class Hub:
     breaks_after: int | None = None  #: bytes of a file, after which the connection ends, each time
     pause_s: float = 0.0  #: between pieces of a file
     sent: int = 0  #: bytes of files
+    searches_fail: bool = False
     says_more: int = 0  #: bytes by which it lies of the size of large files
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
@@ -119,8 +120,23 @@ def serve_hub() -> Iterator[Hub]:
             except (Broken, ConnectionError):
                 self.close_connection = True
 
+        def search(self, kind):
+            """Repositories whose names have the words."""
+            if hub.searches_fail:
+                self.fault(503, "")
+                return
+            asked = parse_qs(urlsplit(self.path).query)
+            words = asked["search"][0].lower().split()
+            names = [own for of, own in hub.repositories if of == kind]
+            found = [own for own in names if all(word in own.lower() for word in words)]
+            found = found[: int(asked["limit"][0])]
+            self.answer([{"id": name, "downloads": 1000} for name in found])
+
         def about(self, place):
             kind, *rest = map(unquote, place.split("/"))
+            if kind in ("models", "datasets") and not rest:
+                self.search(kind)
+                return
             if kind not in ("models", "datasets"):  # what the client asks besides
                 self.fault(404, "")
                 return

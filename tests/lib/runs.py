@@ -113,7 +113,7 @@ def checkpoint_of(run):
 def truncated(folder):
     file = folder / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    return "bytes of"
+    return "bytes instead of"
 
 
 METHODS = ["sft", "dpo", "orpo", "simpo", "kto"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ from mlx_segtrain.fields import place
 
 if TYPE_CHECKING:
     from mlx_segtrain.adapters.conversion import Converted
+    from mlx_segtrain.adapters.folding import Folded
     from mlx_segtrain.lora import Adapter
 
-MODEL = "its folder, or its name on the Hugging Face hub"
-ADAPTERS = "their folders, or their names on the Hugging Face hub"
+MODEL = "directory, or name on the Hugging Face hub"
+ADAPTERS = "directories, or names on the Hugging Face hub"
 KINDS = ("float32", "bfloat16", "float16")
 
 
@@ -23,28 +25,28 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds them to a parser; `command(name, run, text)` makes one."""
     added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF")
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
-    added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True)
+    added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format")
     _out(added, "the new adapter")
-    _model(added, "the base. Default: the one that the adapter names, if it is there.")
+    _model(added, "base model. Default: the one that the adapter names, if it is on this machine.")
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
-        help="of PEFT: modules of the text model alone, or of one for text and images. Default: as "
-        "the base's config.json says.",
+        help="module names for PEFT: those of a text model, or of a model for text and images. "
+        "Default: as the base's config.json says.",
     )
-    added.add_argument("--dtype", choices=KINDS, default="float32", help="of the factors")
+    added.add_argument("--dtype", choices=KINDS, default="float32", help="dtype. Default: float32.")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("import", _import, "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun")
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     _out(added, "the new adapter")
-    _model(added, "a model whose names the linears get. Default: as the adapter has them.")
+    _model(added, "model whose layer names the adapter gets. Default: its own names.")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("merge", _merge, "merge adapters into one, or into their base model")
     added.add_argument("adapters", type=place, nargs="+", metavar="ADAPTER", help=ADAPTERS)
     added.add_argument(
-        "--weights", type=float, nargs="+", metavar="X", help="one for each. Default: 1."
+        "--weights", type=float, nargs="+", metavar="X", help="weight of each adapter. Default: 1."
     )
     added.add_argument("--into", type=place, metavar="MODEL", help="base model to merge into")
     added.add_argument(
@@ -65,19 +67,27 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("adapters", _adapters, "list adapters, and whether a model can take them")
-    added.add_argument("roots", type=Path, nargs="*", metavar="ROOT", help="default: this folder")
-    _model(added, "the model in question")
+    added.add_argument(
+        "roots", type=Path, nargs="*", metavar="ROOT", help="directory to search. Default: ."
+    )
+    _model(added, "check which adapters fit this model")
     added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("convert", _convert, "quantize a model of the hub, or of a folder, for MLX")
+    added = command("convert", _convert, "quantize a model for MLX")
     added.add_argument("model_dir", type=place, metavar="MODEL", help=MODEL)
-    added.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), default=4, help="default: 4")
+    added.add_argument(
+        "--bits",
+        type=int,
+        choices=(2, 3, 4, 5, 6, 8),
+        default=4,
+        help="bits per weight. Default: 4.",
+    )
     added.add_argument(
         "--group-size",
         type=int,
         choices=(32, 64, 128),
         default=64,
-        help="weights that share a scale. Default: 64.",
+        help="weights per scale. Default: 64.",
     )
     _out(added, "the new model")
     added.add_argument("--json", action="store_true", help="print JSON")
@@ -90,18 +100,18 @@ def _model(parser: argparse.ArgumentParser, what: str) -> None:
 def _found(model: Path) -> Path:
     """The folder of a model that is named."""
     from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
 
-    with downloads() as show:
+    with waiting() as show:
         return hub.model(model, show)
 
 
 def _adapter(adapter: Path) -> Path:
     """The folder of an adapter that is named."""
     from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
 
-    with downloads() as show:
+    with waiting() as show:
         return hub.adapter(adapter, show)
 
 
@@ -153,18 +163,27 @@ def _merge(args: argparse.Namespace) -> int:
         from mlx_segtrain.adapters.merging import merge
 
         return _answer(merge(adapters, args.out, args.weights), args)
+    from mlx_segtrain import events
     from mlx_segtrain.adapters.conversion import DTYPES
     from mlx_segtrain.adapters.folding import fold
     from mlx_segtrain.adapters.merging import weighted
-    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_fold
 
     base = _found(args.into)
     adapter = weighted(adapters, args.weights, base)
-    if not args.json:
+    if not args.json and not args.quiet:
         _announce(adapter, adapters, args, base)
     how = {"dequantize": args.dequantize, "bits": args.bits, "dtype": DTYPES.get(args.dtype or "")}
-    return answer(fold(adapter, base, args.out, **how), show_fold, args.json)
+    done = count(1)
+    with waiting() as show:
+
+        def tell(own: Folded) -> None:
+            share = next(done) / len(adapter.tensors)
+            show(events.stage("fold", share, f"merging: {share:.0%}, {own.path}", share=share))
+
+        report = fold(adapter, base, args.out, **how, on_linear=tell)
+    return answer(report, show_fold, args.json)
 
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:

@@ -15,20 +15,24 @@ if TYPE_CHECKING:
 
 def add_commands(command: Callable[..., Any]) -> None:
     """Adds it to a parser; `command(name, run, text)` makes one."""
-    added = command("cache", _list, "list the tokens of data that are kept, or remove them")
+    added = command("cache", _list, "list cached tokens of data sets, or remove them")
     added.add_argument("--json", action="store_true", help="print JSON")
-    parts = added.add_subparsers(metavar="", title="what to do; list by default")
+    parts = added.add_subparsers(metavar="", title="actions; the default is list")
     for name, run, text in (
-        ("list", _list, "what they are of, how large they are, and when they were last used"),
-        ("size", _size, "how large all of them are"),
-        ("prune", _prune, "remove some; a run that reads them goes on"),
+        ("list", _list, "list data sets, sizes, and when each was last used"),
+        ("size", _size, "total size"),
+        ("prune", _prune, "remove some of them; running jobs are not affected"),
     ):
         own = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         own.set_defaults(run=run)
         if run is _prune:
             which = own.add_mutually_exclusive_group(required=True)
-            which.add_argument("keys", nargs="*", default=[], metavar="KEY", help="as list has it")
-            which.add_argument("--older", type=float, metavar="DAYS", help="not used for so long")
+            which.add_argument(
+                "keys", nargs="*", default=[], metavar="KEY", help="key, as list shows it"
+            )
+            which.add_argument(
+                "--older", type=float, metavar="DAYS", help="those not used for so many days"
+            )
             which.add_argument("--all", action="store_true", help="all of them")
         else:
             own.add_argument("--json", action="store_true", help="print JSON")

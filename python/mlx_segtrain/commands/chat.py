@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_segtrain.commands.flags import Parser, add_flags
-from mlx_segtrain.commands.generate import add_sampling, prompting_for
+from mlx_segtrain.commands.generate import add_sampling, options_of, prompting_for, stream
 from mlx_segtrain.commands.runs import UNUSED, config_of
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import place
@@ -21,13 +21,13 @@ from mlx_segtrain.fields import place
 #: What is written for the model without an adapter.
 BASE = "base"
 HELP = """\
-/adapter NAME   answer with this adapter (a number or a name; base is the model without one)
-/compare        answer with the model alone and with every adapter, one after the other; again: stop
-/retry          answer the last message once more
-/system TEXT    another system message, and a new conversation; without TEXT none
-/clear          a new conversation
-/help           this list
-/exit           leave (Ctrl-D too); Ctrl-C stops an answer"""
+/adapter NAME   answer with this adapter (its number or name; base: without an adapter)
+/compare        answer without an adapter and with each one; /compare again stops that
+/retry          answer the last message again
+/system TEXT    set the system message (without TEXT: none) and start a new conversation
+/clear          start a new conversation
+/help           show this list
+/exit           leave, like Ctrl-D; Ctrl-C stops an answer"""
 
 
 def add_command(command: Callable[..., Parser]) -> None:
@@ -43,7 +43,8 @@ def add_command(command: Callable[..., Parser]) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="adapters to chat with, folders or names on the hub; the first one answers at first",
+        help="adapters to chat with: directories, or names on the hub. The first one answers "
+        "until you switch.",
     )
     add_flags(added, ("prompt_format", "chat_template_kwargs"))
     add_sampling(added)
@@ -68,7 +69,7 @@ class Chat:
 
         self.model, self.tokenizer, self.chain = model, tokenizer, chain_of(model)
         self.voices, self.voice = voices, voices[min(1, len(voices) - 1)]
-        self.system, self.max_tokens, self.temp = args.system, args.max_tokens, args.temp
+        self.system, self.options = args.system, options_of(args)
         self.turns: list[dict[str, str]] = []
         self.compares = False
         self._modules: list[Any] = []
@@ -97,13 +98,11 @@ class Chat:
     def stream(self, voice: Voice) -> Iterator[str]:
         """The parts of an answer; what the conversation has in common with that before is not
         computed again."""
-        from mlx_lm.generate import stream_generate
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
             trim_prompt_cache,
         )
-        from mlx_lm.sample_utils import make_sampler
 
         self._mount(voice)
         ids = self._ids(voice)
@@ -118,10 +117,7 @@ class Chat:
         elif surplus:
             trim_prompt_cache(voice.cache, surplus)
         cache, voice.cache, seen = voice.cache, None, list(ids)  # none if the answer is stopped
-        how = {"max_tokens": self.max_tokens, "sampler": make_sampler(temp=self.temp)}
-        for part in stream_generate(
-            self.model, self.tokenizer, ids[same:], prompt_cache=cache, **how
-        ):
+        for part in stream(self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache):
             seen.append(part.token)
             yield part.text
         held = getattr(cache[0], "offset", None)  # tokens that the cache has
@@ -188,10 +184,10 @@ def _chat(args: argparse.Namespace) -> int:
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
     from mlx_segtrain import hub
     from mlx_segtrain.adapters import read_adapter
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
     from mlx_segtrain.models import chain_of, load_base
 
-    with downloads() as show:
+    with waiting() as show:
         paths = [hub.adapter(path, show) for path in args.adapters]
         model, _, tokenizer = load_base(hub.model(config.model_dir, show))
     chain = chain_of(model)
@@ -201,7 +197,10 @@ def _chat(args: argparse.Namespace) -> int:
     chat = Chat(model, tokenizer, voices, args)
     if args.system is not None and chat.voice.prompting.is_raw(tokenizer):
         chat.voice.prompting.ids(tokenizer, "", args.system)  # which refuses it
-    print(f"{hub.title(config.model_dir)}, answering with {chat.voice.name}; /help lists commands")
+    if not args.quiet:
+        print(
+            f"{hub.title(config.model_dir)}, answering with {chat.voice.name}; /help lists commands"
+        )
     return converse(chat)
 
 

@@ -21,9 +21,9 @@ FILES = {"FILE", "PATH", "DIR", "MODEL", "DATA", "ADAPTER", "RUN", "ROOT"}
 
 def add_command(command: Callable[..., Parser]) -> None:
     """Adds it to a parser; `command(name, run, text)` makes one."""
-    added = command("completion", _completion, "print the completion of a shell")
+    added = command("completion", _completion, "print a completion script for a shell")
     added.add_argument("shell", choices=tuple(PLACES))
-    places = "\n".join(f"  {shell}  {place}" for shell, place in PLACES.items())
+    places = "\n".join(f"  {shell:6}{place}" for shell, place in PLACES.items())
     added.epilog = f"Write it where the shell looks for it:\n{places}"
 
 

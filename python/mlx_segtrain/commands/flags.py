@@ -38,6 +38,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
         super().__init__(prog, max_help_position=28, width=width)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if list(self._iter_indented_subactions(action)):  # commands, which are indented once more
+            self._action_max_length += self._indent_increment
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         return wrapped(" ".join(text.split()), width).splitlines()
 
@@ -171,7 +176,7 @@ def _metavar(name: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """How much a command says, and where."""
+    """How much a command says, and where (output.py)."""
     group = parser.group(OUTPUT)
     how = group.add_mutually_exclusive_group()
     how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")
@@ -207,6 +212,14 @@ def count(least: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def whole(text: str) -> int:
+    """A type of arguments."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text}") from None
 
 
 part = number("a number above 0 and up to 1", lambda x: 0 < x <= 1)

@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlx_segtrain.commands.flags import Parser, add_flags, count, temperature
+from mlx_segtrain.commands.flags import (
+    Parser,
+    add_flags,
+    count,
+    finite,
+    number,
+    temperature,
+    whole,
+)
 from mlx_segtrain.commands.runs import UNUSED, config_of
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
+
     from mlx_segtrain.data import Prompting
+    from mlx_segtrain.generation.decoding import Options
+
+probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
+#: How tokens are drawn besides the temperature, by the names of the server's requests.
+DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "top_p": (probability, "X", "draw from the likeliest tokens of this total probability"),
+    "top_k": (count(0), "N", "draw from the N likeliest tokens; 0 is all"),
+    "min_p": (probability, "X", "leave out tokens less likely than X times the likeliest one"),
+    "repetition_penalty": (above_0, "X", "penalty of tokens that prompt or answer have; 1 is off"),
+    "presence_penalty": (finite, "X", "subtracted from the logit of a token that the answer has"),
+    "frequency_penalty": (finite, "X", "subtracted each time that the answer has the token"),
+    "seed": (whole, "N", "the same seed gives the same answer"),
+}
+#: Those that have no effect on greedy decoding.
+ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
 
 
 def add_command(command: Callable[..., Parser]) -> None:
@@ -23,22 +50,67 @@ def add_command(command: Callable[..., Parser]) -> None:
     add_flags(added, ("model_dir",), required=True)
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt, or - to read it from stdin")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt, - is stdin")
+    prompt.add_argument("--prompt", metavar="TEXT", help="prompt; - reads it from stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt; - is stdin")
     add_sampling(added)
 
 
 def add_sampling(parser: Parser) -> None:
     """How an answer is drawn, and what comes before the prompt."""
-    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    group = parser.group("sampling")
     text = "max new tokens. Default: 256."
-    parser.add_argument("--max-tokens", type=count(1), default=256, metavar="N", help=text)
-    parser.add_argument(
+    group.add_argument("--max-tokens", type=count(1), default=256, metavar="N", help=text)
+    group.add_argument(
         "--temp",
+        "--temperature",
+        dest="temp",
         type=temperature,
         default=0.0,
         metavar="X",
         help="temperature; 0 is greedy decoding. Default: 0.",
+    )
+    for name, (kind, metavar, text) in DRAWING.items():
+        option = "--" + name.replace("_", "-")
+        # Not under its own name: a run has a seed, too.
+        group.add_argument(option, dest=f"draw_{name}", type=kind, metavar=metavar, help=text)
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """How the flags want an answer's tokens chosen; InputError for one that has no effect."""
+    from mlx_segtrain.generation.decoding import Options
+
+    given = {
+        name: value for name in DRAWING if (value := getattr(args, f"draw_{name}")) is not None
+    }
+    for name in given:
+        if args.temp == 0 and name in ONLY_DRAWN:
+            own = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{own} has no effect at temperature 0, which is greedy decoding: give --temp, too"
+            )
+    return Options(args.max_tokens, args.temp, **given)
+
+
+def stream(
+    model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
+) -> Iterator[GenerationResponse]:
+    """An answer to a prompt, of which a cache in `more` has the first `known` tokens; tokens are
+    chosen as the server chooses them."""
+    from mlx_lm.generate import stream_generate
+
+    from mlx_segtrain.generation.decoding import Choice, first_key, processor
+
+    change = processor(options, prompt)
+    if change is not None:
+        more["logits_processors"] = [lambda tokens, logits: change(tokens[-1:], logits)]
+    yield from stream_generate(
+        model,
+        tokenizer,
+        prompt[known:],
+        max_tokens=options.max_tokens,
+        sampler=Choice([options], [first_key(options)]),
+        **more,
     )
 
 
@@ -46,22 +118,16 @@ def _generate(args: argparse.Namespace) -> int:
     config = config_of(args, data_dir=UNUSED, adapter_path=getattr(args, "adapter_path", UNUSED))
     if args.system is not None and config.prompt_format == "raw":
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
-    text = _prompt(args)
+    text, options = _prompt(args), options_of(args)
     import mlx_segtrain
     from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
 
-    with downloads() as show:
+    with waiting() as show:
         adapter = hub.adapter(config.adapter_path, show) if "adapter_path" in args else None
         model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
     prompt = prompting_for(adapter, args).ids(tokenizer, text, args.system)
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    sampler = make_sampler(temp=args.temp)
-    for part in stream_generate(
-        model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
-    ):
+    for part in stream(model, tokenizer, prompt, options):
         print(part.text, end="", flush=True)
     print()
     return 0

@@ -38,7 +38,7 @@ def add_command(command: Callable[..., Parser]) -> None:
         help="file to write. Default: run.yaml.",
     )
     add_flags(added, [name for name in SHOWN if name != "resume"])
-    added.add_argument("--force", action="store_true", help="replace a file that is there")
+    added.add_argument("--force", action="store_true", help="overwrite the file")
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,17 +14,28 @@ from pathlib import Path
 
 from mlx_segtrain import __version__
 from mlx_segtrain.commands import adapters, cache, chat, completion, generate, init, runs
+from mlx_segtrain.commands import hub as hub_commands
 from mlx_segtrain.commands.adapters import MODEL
-from mlx_segtrain.commands.flags import Parser, add_flags, count, finite, seconds
+from mlx_segtrain.commands.flags import (
+    Parser,
+    add_flags,
+    add_output_flags,
+    count,
+    finite,
+    seconds,
+)
+from mlx_segtrain.commands.output import output
 from mlx_segtrain.commands.runs import UNUSED, config_of
 from mlx_segtrain.config import ROWS, affecting
 from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
+#: Commands that end before one could ask what they do.
+AT_ONCE = ("cache", "completion")
 #: Fields with which eval measures rewards, and no loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
-DATA = "a file with rows or its folder, or the name of a data set on the Hugging Face hub"
+DATA = "file or directory with rows, or name of a data set on the Hugging Face hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = commands[args.command].meant(rest[0])
             raise InputError(f"{args.command} does not know {rest[0]}.{hint}")
         args.argv = given
-        return args.run(args)
+        with output(args):
+            return args.run(args)
     except (InputError, RunError) as error:
         from mlx_segtrain.commands.terminal import complain
 
@@ -77,12 +90,17 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument("path", type=place, metavar="DATA", help=DATA)
     more = ("batch_size", "grad_accumulation_steps")
     add_flags(added, ("model_dir", *affecting("rows"), *more))
-    added.add_argument("--rows", type=count(0), default=3, metavar="N", help="rows to show")
     added.add_argument(
-        "--step-seconds", type=seconds, metavar="X", help="what a step takes, as probe measures it"
+        "--rows", type=count(0), default=3, metavar="N", help="rows to show. Default: 3."
     )
     added.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page that can be passed on"
+        "--step-seconds",
+        type=seconds,
+        metavar="X",
+        help="seconds per step, as probe measures it, to estimate the time of an epoch",
+    )
+    added.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the report as an HTML file"
     )
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -90,14 +108,17 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     add_flags(added, ("model_dir", "data_dir"), required=True)
     add_flags(added, ("adapter_path", *affecting("loss")))
     added.add_argument(
-        "--split", choices=("valid", "train"), default="valid", help="which rows. Default: valid."
+        "--split",
+        choices=("valid", "train"),
+        default="valid",
+        help="rows to measure on. Default: valid.",
     )
     added.add_argument(
         "--pass-reward",
         type=finite,
         default=1.0,
         metavar="X",
-        help="with --reward: the least reward of a completion that passes. Default: 1.",
+        help="with --reward: smallest reward with which a completion passes. Default: 1.",
     )
     added.add_argument("--json", action="store_true", help="print JSON")
 
@@ -105,21 +126,25 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     chat.add_command(command)
 
     adapters.add_commands(command)
+    hub_commands.add_commands(command)
     cache.add_commands(command)
 
-    added = command("serve", _serve, "serve a model with adapters, jobs and the page /finetune")
+    added = command("serve", _serve, "serve models, adapters, training jobs and a web page")
     added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter of requests that name none"
+        "--adapter", type=Path, metavar="DIR", help="adapter for requests that name none"
     )
     added.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on. Default: 127.0.0.1."
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on. Default: 127.0.0.1.",
     )
     added.add_argument("--port", type=count(0), default=8090, metavar="N", help="default: 8090")
     added.add_argument(
         "--token",
         metavar="TEXT",
-        help="what clients must know; needed on other addresses. Default: $MLX_SEGTRAIN_TOKEN.",
+        help="access token; required with other addresses. Default: $MLX_SEGTRAIN_TOKEN.",
     )
     added.add_argument(
         "--root",
@@ -127,61 +152,70 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         default=[],
         metavar="DIR",
-        help="folder below which clients may name paths; may be repeated. Default: this folder and "
-        "the Hugging Face cache, besides our own.",
+        help="directory below which clients may name paths; repeatable. Default: the current "
+        "directory and the Hugging Face cache. The server's own is always allowed.",
     )
     added.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="another name of this machine that browsers may use; may be repeated",
+        help="additional allowed Host name of this machine; repeatable",
     )
     added.add_argument(
         "--allow-downloads",
         action="store_true",
-        help="let clients download models and data sets of the Hugging Face hub by name",
+        help="let clients search the Hugging Face hub and download from it",
     )
     added.add_argument(
         "--while-training",
         choices=("serve", "refuse"),
         default="serve",
-        help="what to do with requests while a job computes. Default: serve.",
+        help="what happens to requests while a job computes. Default: serve.",
     )
     added.add_argument(
         "--prompt-cache-gb",
         type=float,
         default=1.0,
         metavar="GB",
-        help="10⁹ bytes of prompts that are kept for requests that begin alike; none while a job "
+        help="memory for prompts that later requests begin with, in 10⁹ bytes; free while a job "
         "computes. Default: 1.",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device")
     added.add_argument("--json", action="store_true", help="print JSON")
-    report = "also write one small file, without paths or names, to send with an issue"
+    report = "also write a small file, without paths or names, to attach to an issue"
     added.add_argument("--report", action="store_true", help=report)
 
-    added = command("bench", _bench, "time the ops of a layer on this device beside MLX's own")
+    added = command("bench", _bench, "time our ops and MLX's own on this device")
     added.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="ops or shapes whose name holds one"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="ops and shapes whose name contains one of these",
     )
     added.add_argument(
         "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."
     )
     added.add_argument(
-        "--runs", type=count(1), default=20, metavar="N", help="timed calls of each row"
+        "--runs", type=count(1), default=20, metavar="N", help="timed runs per row. Default: 20."
     )
     added.add_argument("--json", action="store_true", help="print JSON")
-    added.add_argument("--report", action="store_true", help=f"{report}; with times of steps")
+    added.add_argument(
+        "--report", action="store_true", help=f"{report}; it has the times of steps, too"
+    )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
     added.add_argument(
         "--out", type=Path, metavar="DIR", help="output directory. Default: demo-run."
     )
-    added.add_argument("--iters", type=count(1), metavar="N", help="optimizer steps")
+    added.add_argument("--iters", type=count(1), metavar="N", help="number of optimizer steps")
 
     completion.add_command(command)
+    for name, added in commands.choices.items():
+        if name not in AT_ONCE:
+            add_output_flags(added)
     return parser, commands.choices  # type: ignore[return-value]
 
 
@@ -193,12 +227,12 @@ def _inspect(args: argparse.Namespace) -> int:
         adapter_path=UNUSED,
     )
     from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
     options = replace(Options.of(config), method=config.method if "method" in args else None)
-    with downloads() as show:
+    with waiting() as show:
         model = tokenizer = None
         if "model_dir" in args:
             model = hub.model(config.model_dir, show, weights=False)
@@ -232,13 +266,13 @@ def _eval(args: argparse.Namespace) -> int:
     if any(name in args for name in SOURCES):
         fill = {"method": "grpo", **fill}
     config = config_of(args, **fill)
-    from mlx_segtrain.commands.terminal import answer, downloads
+    from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_evaluation, show_score
     from mlx_segtrain.objectives import OBJECTIVES
     from mlx_segtrain.training import evaluate, score
 
     adapter = config.adapter_path if "adapter_path" in args else None
-    with downloads() as show:
+    with waiting() as show:
         if ROWS[config.method] == "prompt":
             how = {"split": args.split, "passes": args.pass_reward}
             return answer(score(config, adapter, **how, on_event=show), show_score, args.json)
@@ -257,9 +291,9 @@ def _serve(args: argparse.Namespace) -> int:
             '"mlx-segtrain[serve]".'
         ) from None
     from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
 
-    with downloads() as show:
+    with waiting() as show:
         model_dir = None if args.model_dir is None else hub.model(args.model_dir, show)
     app.run(
         Settings(
@@ -273,7 +307,8 @@ def _serve(args: argparse.Namespace) -> int:
             downloads=args.allow_downloads,
             while_training=args.while_training,
             prompt_cache_gb=args.prompt_cache_gb,
-        )
+        ),
+        logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO,
     )
     return 0
 

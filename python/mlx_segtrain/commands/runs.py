@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mlx_segtrain.commands.flags import (
     Parser,
     add_flags,
-    add_output_flags,
     add_run_flags,
     count,
     examples,
@@ -50,24 +49,23 @@ def add_commands(command: Callable[..., Parser]) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="YAML file with any of these options (init writes one); flags replace its values",
+            help="YAML file with any of these options (init writes one); flags override it",
         )
         if name == "train":
-            add_output_flags(added)
             added.epilog = examples(
                 (
                     "three passes over a CSV file",
                     "mlx-segtrain train --model MODEL --data rows.csv --epochs 3",
                 ),
                 (
-                    "options from a file, one of them replaced",
+                    "options from a file, one of them overridden",
                     "mlx-segtrain train --config run.yaml --lr 1e-4",
                 ),
                 ("continue an interrupted run", "mlx-segtrain train --config run.yaml --resume"),
             )
 
     added = command("verify", _verify, "check that a run's model, data and adapter are unchanged")
-    added.add_argument("folder", type=Path, metavar="RUN", help="the adapter_path of a run")
+    added.add_argument("folder", type=Path, metavar="RUN", help="adapter directory of the run")
     added.add_argument("--json", action="store_true", help="print JSON")
 
     added = command("plan", _plan, "estimate the memory of a run without loading the model")
@@ -78,32 +76,32 @@ def add_commands(command: Callable[..., Parser]) -> None:
         type=part,
         default=1.0,
         metavar="X",
-        help="part of a row, at its end, that is in the loss. Default: 1.",
+        help="fraction of a row, at its end, that is in the loss. Default: 1.",
     )
     added.add_argument(
         "--shared",
         type=share,
         default=0.0,
         metavar="X",
-        help="part of a row that both sequences of a pair begin with. Default: 0.",
+        help="fraction of a row that both sequences of a pair begin with. Default: 0.",
     )
     added.add_argument(
         "--ranks",
         type=count(2),
         metavar="N",
-        help="say what N processes would give, and 2 to 256 of them (docs/distributed.md)",
+        help="also estimate the speed of N processes, and of 2 to 256 (docs/distributed.md)",
     )
     added.add_argument(
         "--link",
         type=seconds,
         metavar="X",
-        help="speed of the network between them, in 10⁹ bytes a second. Default: 1.25.",
+        help="network speed between them, in 10⁹ bytes per second. Default: 1.25.",
     )
     added.add_argument(
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="what a step takes one of them, as probe measures it. Default: an estimate.",
+        help="seconds per step on one of them, as probe measures it. Default: an estimate.",
     )
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument(
@@ -148,8 +146,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
     if launched():  # rank 0 shows the run, and this one what is wrong here
         with Terminal(errors()) as show:
             return 130 if train(config, show).interrupted else 0
-    how = {"quiet": args.quiet, "verbose": args.verbose, "log_file": args.log_file}
-    with Terminal(**how) as show:
+    with Terminal() as show:
         result = train(config, show, on_step=show.step)
         if not result.interrupted:  # who interrupts a run waits for it to end
             draw_run(config, lambda message: print(message, file=sys.stderr))
@@ -260,10 +257,10 @@ def resume_command(argv: Sequence[str]) -> list[str]:
 
 def _probe(args: argparse.Namespace) -> int:
     config = config_of(args, adapter_path=UNUSED)
-    from mlx_segtrain.commands.terminal import downloads
+    from mlx_segtrain.commands.terminal import waiting
     from mlx_segtrain.training import probe
 
-    with downloads() as show:
+    with waiting() as show:
         result = probe(config, show)
     print(f"resting memory   {result.resting_gb:.2f} GB")
     print(f"peak memory      {_peak(result)}")
@@ -293,7 +290,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
-    from mlx_segtrain.commands.terminal import answer, downloads
+    from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_plan
     from mlx_segtrain.hub import located, model, outline
     from mlx_segtrain.planning import report
@@ -301,7 +298,7 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_segtrain.planning.run import full_batch, plan_run
     from mlx_segtrain.planning.scaling import LINK, scaled
 
-    with downloads() as show:
+    with waiting() as show:
         # A picture is drawn of a model that runs.
         config = located(config, show, bring=outline if args.plot is None else model)
     run = plan_run(config, full_batch(config, args.loss_rows, args.shared))

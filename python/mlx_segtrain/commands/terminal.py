@@ -7,22 +7,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from datetime import datetime
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from mlx_segtrain.commands.output import Output, current, uncopied
 from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
-from mlx_segtrain.errors import InputError
 from mlx_segtrain.events import Event, speed
 
 #: Columns from which on the bar has all figures beside it.
 WIDE = 110
+#: Columns at the end of the bar's line that stay empty.
+ROOM = 3
 
 
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
@@ -54,6 +55,22 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
     return fitted
 
 
+@dataclass
+class Narrowed:
+    """Leaves the last columns free, where a terminal echoes ^C: it would break a line that is full,
+    and the bar would then be drawn a second time below it."""
+
+    inner: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.inner, options.update_width(options.max_width - ROOM))
+
+
+class Bar(Progress):
+    def get_renderable(self) -> RenderableType:
+        return Narrowed(super().get_renderable())
+
+
 class Terminal:
     """Show events (use it as on_event) and steps (`step`, as on_step).
 
@@ -61,33 +78,19 @@ class Terminal:
             train(config, show, on_step=show.step)
 
     The bar is drawn only where the console is a terminal; everything else is one line per event.
-    `quiet` leaves all but warnings and results out, `verbose` shows every step on a line. What is
-    shown is also appended to `log_file`, with times; InputError if that cannot be opened.
+    How much is shown, and what is logged, is the command's `output`.
     """
 
-    def __init__(
-        self,
-        console: Console | None = None,
-        *,
-        quiet: bool = False,
-        verbose: bool = False,
-        log_file: Path | None = None,
-    ) -> None:
+    def __init__(self, console: Console | None = None, output: Output | None = None) -> None:
         self.iters = 0
         self.gone = False
-        self.quiet, self.verbose = quiet, verbose
-        self.console = console or Console(highlight=False)
-        self._log = None
-        if log_file is not None:
-            try:
-                self._log = open(log_file, "a", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                raise InputError(
-                    f"--log-file {log_file} cannot be written: {error.strerror}."
-                ) from None
+        self.output = output or current()
+        self.quiet, self.verbose = self.output.quiet, self.output.verbose
+        self.console = console or Console(highlight=False, file=uncopied(sys.stdout))
+        self._note = self.output.note
         self._print = as_it_is(self.console)
-        self._draws = self.console.is_terminal and not quiet and not verbose
-        self._bar = Progress(
+        self._draws = self.console.is_terminal and not self.quiet and not self.verbose
+        self._bar = Bar(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}", markup=False),
             console=self.console,
@@ -97,6 +100,7 @@ class Terminal:
         self._task: TaskID | None = None
         self._waiting: TaskID | None = None
         self._told = 0.0
+        self._budget: float | None = None  # in 10⁹ bytes, of the plan
         self._loss = ""  # of the last evaluation
         self._last: Event | None = None  # what the bar shows
 
@@ -107,8 +111,6 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):
             self._bar.stop()
-        if self._log is not None:
-            self._log.close()
 
     def __call__(self, event: Event) -> None:
         """Show one event; `failed` is not shown, since its exception follows."""
@@ -159,13 +161,6 @@ class Terminal:
         if not self.quiet:
             self._print(text)
 
-    def _note(self, text: str) -> None:
-        """Into the log file."""
-        if self._log is not None and text:
-            now = datetime.now().astimezone().isoformat(timespec="seconds")
-            self._log.write("".join(f"{now} {line}\n" for line in text.splitlines() if line))
-            self._log.flush()
-
     def _show(self, event: Event) -> None:
         if event["type"] == "stage":
             self._stage(event)
@@ -207,6 +202,7 @@ class Terminal:
         if self._waiting is not None:
             self._bar.remove_task(self._waiting)
             self._waiting = None
+        self._budget = event.get("budget_gb", self._budget)
         if event["stage"] == "train":
             self.iters = event["iters"]
             done = event["step"]
@@ -254,26 +250,33 @@ class Terminal:
         """Loss, speed, memory and what is left, as many as there is room for."""
         loss = f"loss {event['loss']:.4f}"
         left = f"{duration(event['left_s'])} left"
+        of = "" if self._budget is None else f" of {self._budget:.2f}"
         if not wide:
             rate = f"{event['tokens_per_sec']:,.0f} tokens/s"
-            return f"{loss}  {rate}  {event['peak_gb']:.2f} GB  {left}"
+            return f"{loss}  {rate}  {event['peak_gb']:.2f}{of} GB  {left}"
         if "accuracy" in event:
             loss += f"  accuracy {event['accuracy']:.0%}"
         if "reward" in event:
             loss += f"  reward {event['reward']:.3f}  length {event['length']:.1f}"
-        return f"{loss}  {speed(event)}  peak {event['peak_gb']:.2f} GB  {left}"
+        return f"{loss}  {speed(event)}  peak {event['peak_gb']:.2f}{of} GB  {left}"
 
 
 def errors() -> Console:
     """Where what is no result is shown."""
-    return Console(stderr=True, highlight=False)
+    return Console(file=uncopied(sys.stderr), highlight=False)
 
 
 @contextmanager
-def downloads(quiet: bool = False) -> Iterator[Callable[[Event], None]]:
-    """Show what is downloaded and tokenized, and no other event, where results are not."""
-    with Terminal(errors(), quiet=quiet) as show:
-        yield lambda event: show(event) if "share" in event else None
+def waiting() -> Iterator[Callable[[Event], None]]:
+    """Show what a command waits for, such as a download, where results are not; warnings, too, and
+    with --verbose every event."""
+    with Terminal(errors()) as show:
+
+        def tell(event: Event) -> None:
+            if show.verbose or "share" in event or event["type"] == "warning":
+                show(event)
+
+        yield tell
 
 
 def complain(text: str) -> None:

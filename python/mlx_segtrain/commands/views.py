@@ -43,7 +43,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     elif report.prompt_format == "raw":
         line("prompts  are raw, without the chat template")
     if report.length_max is None:
-        line("give --model to count tokens and to see which of them are trained")
+        line("give --model to count tokens and to see which of them are in the loss")
         return
     line(
         f"length   {report.length_min} to {report.length_max} tokens, "
@@ -67,9 +67,9 @@ def show_report(report: Report, console: Console | None = None) -> None:
     if report.previews:
         line("")
         line(
-            Text.assemble(("trained", TRAINED[0]), " and ", ("context", CONTEXT[1]), " tokens:")
+            Text.assemble(("in the loss", TRAINED[0]), ", ", ("context only", CONTEXT[1]), ":")
             if console.is_terminal
-            else "trained tokens stand in ⟦ ⟧, all others are context:"
+            else "tokens in the loss are in ⟦ ⟧, all others are context:"
         )
     for preview in report.previews:
         line("")
@@ -141,7 +141,7 @@ def show_checks(report: doctor.Report, console: Console | None = None) -> None:
     if report.ok:
         line("every kernel agrees with the plain code")
     elif report.gpu:
-        line("a kernel that is off is not used on this device: the next implementation serves")
+        line("a kernel that is off is not used on this device; another implementation replaces it")
 
 
 def _coloured(preview: Preview) -> Text:
@@ -226,7 +226,7 @@ def show_evaluation(result: EvalResult, unit: str) -> None:
         print(f"{name.replace('_', ' '):{width}s}{x:.4f}")
     if result.perplexity is not None:
         print(f"perplexity  {result.perplexity:.3f}")
-    print(f"tokens      {result.tokens:,} trained, in {result.rows:,} rows")
+    print(f"tokens      {result.tokens:,} in the loss, in {result.rows:,} rows")
     print(f"rows cut    {result.truncated:,} truncated, {result.dropped:,} dropped")
 
 
@@ -245,13 +245,13 @@ def show_converted(done: conversion.Converted) -> None:
     """Print what an adapter that was written holds, and how far it is from what was read."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
-    print(f"linears     {done.linears}, of rank {ranks}")
-    print(f"read again  |ΔW·x| up to {done.update:.4g}, off by {done.difference:.2g} at most")
+    print(f"layers      {done.linears} linear layers of rank {ranks}")
+    print(f"verified    |ΔW·x| up to {done.update:.4g} differs by at most {done.difference:.2g}")
 
 
 def show_made(made: Made) -> None:
     """Print a model that was converted."""
-    print(f"model    {made.path}, {made.size / 1e9:.2f} GB (it was {made.before / 1e9:.2f} GB)")
+    print(f"model    {made.path}, {made.size / 1e9:.2f} GB (before: {made.before / 1e9:.2f} GB)")
 
 
 def wide() -> Console:
@@ -274,7 +274,7 @@ def show_fold(report: folding.Report) -> None:
         table.add_row(escape(own.path), *row, style=style)
     print(f"model    {report.path}, {report.size / 1e9:.2f} GB")
     print(f"merged   {len(report.linears):,} linear layers")
-    print(f"copied   {report.untouched:,} tensors as they were")
+    print(f"copied   {report.untouched:,} tensors unchanged")
     print(f"lost     {report.lost:.1%} of the update")
     if table.rows:
         left = len(report.linears) - len(table.rows)
@@ -309,7 +309,7 @@ def show_adapters(found: Sequence[discovery.Found]) -> None:
     if table.rows:
         wide().print(table)
     else:
-        print("no adapters here")
+        print("no adapters found")
     for own in found:
         if own.fault is not None:
             print(f"left out: {own.fault}")

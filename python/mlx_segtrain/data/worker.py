@@ -1,6 +1,7 @@
-"""A process that tokenizes blocks (workers.py): main(NUMBER), of a socket to its parent.
+"""A process that tokenizes blocks (workers.py): main(NUMBER) takes the number of a socket to its
+parent.
 
-It ends at once when its parent does, however that came about, whatever it is doing.
+It ends as soon as its parent does, for whatever reason and whatever it is doing.
 """
 
 import gc
@@ -15,7 +16,8 @@ from ..torchless import hide_torch
 
 
 def main(number: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent says when to end
+    # Ctrl-C in a terminal: the parent decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()
     wire: Any = Connection(int(number))
     asked: queue.SimpleQueue[Any] = queue.SimpleQueue()

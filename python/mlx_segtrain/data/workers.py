@@ -1,4 +1,4 @@
-"""Blocks to batches, in this process or in several, each as a file where one is wanted."""
+"""Turns blocks into batches, in this process or in several, each into a file if wanted."""
 
 import os
 import pickle
@@ -18,21 +18,21 @@ from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
 
-#: Of a worker: threads of its own would only be in the way of the others.
+#: Environment of a worker: its own threads would only get in the way of the other workers.
 SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: Blocks that a worker has at once: the next one waits while it works.
+#: Blocks that a worker has at once: the next one waits while it works on the first.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a block: a file, or an Arrow stream of the same, or why there is none.
+    """The result of a block: a file, or an Arrow stream of the same, or why there is none.
 
-    `first` are the formats that were met, each with its first row; `unwritten` says why there is
-    no file; `fault` is an InputError's sentence, or None.
+    `first` holds the formats that were found, each with its first row; `unwritten` says why there
+    is no file; `fault` is the sentence of an InputError, or None.
     """
 
     index: int
@@ -47,7 +47,8 @@ class Done:
 def tokenized(
     index: int, block: Block, file: Path | None, tokenizer: Any, options: Options
 ) -> Done:
-    """A block's samples, in `file` or, where that is None or cannot be written, in the answer."""
+    """Tokenizes a block: returns its samples in `file` or, if that is None or cannot be written, in
+    the result."""
     import pyarrow as pa
 
     first: dict[str, str] = {}
@@ -70,7 +71,7 @@ def tokenized(
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -79,9 +80,9 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """The same of many blocks, in `count` processes, in the order in which they are done.
+    """Does the same for many blocks in `count` processes; yields them as they finish.
 
-    RunError if one of the processes was ended.
+    Raises RunError if one of the processes was killed.
     """
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
@@ -115,7 +116,7 @@ class _Worker:
                 processes.command(f"{__package__}.worker", str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
                 cwd="/",
-                start_new_session=True,  # a terminal's Ctrl-C is for the parent
+                start_new_session=True,  # Ctrl-C in a terminal is for the parent
                 pass_fds=[theirs.fileno()],
                 env={**processes.environment((), {}), **SETTINGS},
             )
@@ -141,8 +142,12 @@ class _Worker:
 
     def _gone(self) -> RunError:
         code = self.process.wait()
-        how = f"with code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        how = (
+            f"exited with code {code}"
+            if code >= 0
+            else f"was killed by {signal.Signals(-code).name}"
+        )
         return RunError(
-            f"a process that tokenizes was ended {how}: the same command goes on from what is "
-            "done; if memory is short, let it use fewer processors (taskset)."
+            f"a tokenizing process {how}: the same command continues from what is "
+            "done; if memory is short, limit the processors (taskset)."
         )

@@ -1,6 +1,6 @@
-"""The ops as plain MLX, readable as mathematics: what the fast implementations are checked against.
+"""The ops as plain MLX, readable as mathematics; the fast implementations are checked against them.
 
-They take the memory that plain code takes, [T, S] scores and [M, V] logits included. Each `x_vjp`
+They take as much memory as plain code does, including [T, S] scores and [M, V] logits. Each `x_vjp`
 is the derivation that the native op follows.
 """
 
@@ -20,12 +20,12 @@ Segments = Sequence[int] | np.ndarray | mx.array
 
 
 def packing(weight: Any) -> dict[str, Any]:
-    """How a Base or a quantized module is packed: group_size, bits and mode."""
+    """Returns how a Base or a quantized module is packed: group_size, bits and mode."""
     return {key: getattr(weight, key) for key in ("group_size", "bits", "mode")}
 
 
 def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
-    """W [out, in], unpacked."""
+    """Returns W [out, in], dequantized."""
     if base.scales is None:
         return base.weight.astype(dtype)
     return mx.dequantize(base.weight, base.scales, base.biases, **packing(base)).astype(dtype)
@@ -35,11 +35,11 @@ def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
 
 
 def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
-    """The keys [begin, end) of each segment, rising; a key in none of them is padding.
+    """Returns the keys [begin, end) of each segment, in order; a key in none of them is padding.
 
-    What is no array holds offsets: 0, the begin of each next segment, the end of the last one, S or
-    earlier. An array holds ids: one for each key, the same along a segment, below 0 for padding.
-    ValueError says what does not fit.
+    Anything but an array holds offsets: 0, the start of each next segment, the end of the last one,
+    which is at most S. An array holds ids: one for each key, the same within a segment, below 0 for
+    padding. Raises ValueError with what does not fit.
     """
     expected = f"[attention] expected segments as offsets that rise from 0 to at most S = {s}, or"
     if not isinstance(segments, (np.ndarray, mx.array)):
@@ -69,7 +69,7 @@ def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
 def visible(
     t: int, s: int, q_start: int | None, window: int | None, segments: Segments | None
 ) -> mx.array:
-    """[T, S] booleans: may query t see key s."""
+    """Returns [T, S] booleans: whether query t attends to key s."""
     offset = s - t if q_start is None else q_start
     query = mx.arange(t)[:, None] + offset
     key = mx.arange(s)[None]
@@ -86,9 +86,9 @@ def visible(
 
 
 def _probabilities(q, k, scale, seen, softcap):
-    """s (capped) and p [B,H,T,S] in float32, k with one head for each of q's.
+    """Returns s (capped) and p [B,H,T,S] in float32, for k with one head for each of q's.
 
-    p of a row that sees nothing is 0: its scores are finite, so that no gradient is NaN.
+    In a row that sees nothing p is 0: its scores are finite, so that no gradient is NaN.
     """
     s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
     if softcap is not None:
@@ -98,7 +98,7 @@ def _probabilities(q, k, scale, seen, softcap):
 
 
 def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
-    """o = softmax(scale·q·kᵀ)·v over the keys that a query sees."""
+    """o = softmax(scale·q·kᵀ)·v over the keys that a query attends to."""
     share = q.shape[1] // k.shape[1]
     k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
     seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
@@ -147,7 +147,7 @@ def _gelu(x):
     x = x.astype(mx.float32)
     k = math.sqrt(2 / math.pi)
     t = mx.tanh(k * (x + 0.044715 * x**3))
-    du = mx.where(t * t < 1, k * (1 + 3 * 0.044715 * x**2), 0)  # where 1 − t² is 0, no 0·∞
+    du = mx.where(t * t < 1, k * (1 + 3 * 0.044715 * x**2), 0)  # avoids 0·∞ where 1 − t² is 0
     return x / 2 * (1 + t), (1 + t) / 2 + x / 2 * (1 - t * t) * du
 
 
@@ -193,7 +193,7 @@ def add_rms_norm(h, x, weight, eps, factor=None):
 
 
 def positions_of(offset: int, n: int, segments: Segments | None) -> mx.array:
-    """[n] int32: positions from `offset` on, counted from the begin of their segment."""
+    """Returns [n] int32: positions from `offset` on, counted from the start of their segment."""
     places = np.arange(offset, offset + n)
     if segments is not None:
         for begin, end in segment_ranges(segments, offset + n):
@@ -245,8 +245,25 @@ def lora_linears(x, linears, *, dropout=0.0, keys=()):
     ]
 
 
+def decode_linears(x, bases, a, b, gains, picks):
+    """y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ; row i of x [m, in] has the adapter
+    picks[i] of a, b and gains"""
+    ys, begin, x = [], 0, x.astype(mx.float32)
+    for base, own, gain in zip(bases, b, gains, strict=True):
+        y = x @ weight_of(base, mx.float32).T
+        if own is not None:
+            end = begin + own.shape[-1]
+            z = (a[picks, begin:end].astype(mx.float32) @ x[..., None])[..., 0]
+            y += (own[picks].astype(mx.float32) @ z[..., None])[..., 0]
+            begin = end
+        if gain is not None:
+            y *= gain[picks]
+        ys.append(y if base.bias is None else y + base.bias)
+    return ys
+
+
 def lora_qkv(x, linears, heads, groups, dims, *, norms=(), **how):
-    """heads of lora_linears, each through its norm, of which q and k go through rope"""
+    """heads of lora_linears, each through its norm; q and k also go through rope"""
     ys = lora_linears(x, linears)
     ys += ys[1:] if len(ys) == 2 else []
     for i, y in enumerate(ys):
@@ -280,17 +297,18 @@ def _logits(h, head, softcap):
 
 
 def _onehot(index, n):
-    """[M, n] booleans: the column that each of M names"""
+    """Returns [M, n] booleans: the column that each of M names."""
     return mx.arange(n)[None] == index[:, None]
 
 
 def _picked(z, targets):
-    """z[target] of each row. CUDA's take_along_axis and its gradient take 13 s to compile."""
+    """z[target] of each row. On CUDA, take_along_axis and its gradient would take 13 s to
+    compile."""
     return mx.where(_onehot(targets, z.shape[1]), z, 0).sum(axis=-1)
 
 
 def take_rows(x, index):
-    """x[index], by a product with ones where a row is named: its gradient is one, too"""
+    """x[index], as a product with a one-hot matrix, so that the gradient is a product too"""
     rows = _onehot(index.reshape(-1), x.shape[0]).astype(x.dtype) @ x.reshape(x.shape[0], -1)
     return rows.reshape(*index.shape, *x.shape[1:])
 

@@ -1,4 +1,4 @@
-"""What `mlx-segtrain plan` says of a run."""
+"""The report of `mlx-segtrain plan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .scaling import Scaled
 
 @dataclass(frozen=True)
 class Alternative:
-    """What another budget would change. Bytes; `slower`: its work over this plan's, less one."""
+    """The plan under another budget. Bytes; `slower` is its work relative to the chosen plan's,
+    minus 1."""
 
     budget: int
     fits: bool
@@ -22,13 +23,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The plan of a run and its surroundings. Bytes and tokens.
+    """The plan of a run with its context. Bytes and tokens.
 
-    `tokens` are those of a row of the data, of which the last is only predicted; `longest` is what
-    fits, no more than `max_length`, the model's context length; `recomputed` is what runs
-    again over what must run. `predicted` is False for families whose memory the planner does not
-    know: of these only weights and budget are said. Of a method that generates completions,
-    `rollout_batch` are generated at once, which takes `rollout_peak`.
+    `tokens` counts a row of the data, including its last token, which is only predicted; `longest`
+    is what fits, up to `max_length`, the model's context length; `recomputed` is the ratio of
+    recomputed to necessary work. `predicted` is False for families whose memory the planner does
+    not know; for them only weights and budget are given. With a method that generates completions,
+    `rollout_batch` of them are generated at once, which takes `rollout_peak` bytes.
     """
 
     family: str

@@ -13,7 +13,7 @@ From the top down; each imports only what stands below it (tests/test_rooms.py):
     processes.py how processes of ours are started
     roots.py     which folders may be named
     settings.py, sessions.py (what a browser shows in place of the token),
-    pools.py (threads for each kind of work)
+    pools.py (threads for each kind of work), searching.py (searches of the hub)
 
 page/ is /finetune: files for a browser, which are clients of /api and /v1.
 """

@@ -27,6 +27,11 @@ from .settings import LOOPBACK, Settings
 CONNECTIONS = 2000
 #: Files that are open at once, if the system allows it: each follower of a job is a connection.
 OPEN_FILES = 65536
+#: The routes of the API.
+ROUTERS = (
+    *(routes.router, transfers.router, completions.router),
+    *(openai.router, openai_responses.router),
+)
 
 
 def create(service: Service) -> Guard:
@@ -56,11 +61,8 @@ def create(service: Service) -> Guard:
         sessions=service.sessions,
     )
     app.state.service, app.state.guard = service, guard
-    app.include_router(routes.router)
-    app.include_router(transfers.router)
-    app.include_router(completions.router)
-    app.include_router(openai.router)
-    app.include_router(openai_responses.router)
+    for router in ROUTERS:
+        app.include_router(router)
     add_handlers(app)
     add_pages(app)
     return guard
@@ -74,13 +76,16 @@ class Plain(logging.Formatter):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def run(settings: Settings) -> None:
-    """Serves until a signal; jobs go on. InputError, before it listens, for what cannot be used."""
+def run(settings: Settings, level: int = logging.INFO) -> None:
+    """Serves until a signal; jobs go on. InputError, before it listens, for what cannot be used.
+
+    Standard error gets messages of this level and above; with DEBUG, uvicorn's own, too.
+    """
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
     handler.addFilter(Bounded())
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.basicConfig(handlers=[handler], level=max(level, logging.INFO))
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
@@ -94,7 +99,7 @@ def run(settings: Settings) -> None:
         ) from None
     service = Service(settings)
     confine(service.roots)
-    asyncio.run(_serve(service, listener))
+    asyncio.run(_serve(service, listener, level))
 
 
 def allow_open_files(wanted: int) -> None:
@@ -115,14 +120,14 @@ def allow_open_files(wanted: int) -> None:
             refused = asked
 
 
-async def _serve(service: Service, listener: socket.socket) -> None:
+async def _serve(service: Service, listener: socket.socket, level: int) -> None:
     await service.start()  # a model that cannot be loaded is known before anyone asks
     config = uvicorn.Config(
         create(service),
         http=Patient,
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anyone may say to be another
         access_log=False,  # paths may be followed by secrets
-        log_level="warning",
+        log_level=logging.INFO if level < logging.INFO else logging.WARNING,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,

@@ -24,6 +24,7 @@ from ..config import PATHS, REFUSED, TrainConfig, load_config
 from ..data import Report, repository
 from ..data.sources import format_of, sources_of
 from ..errors import InputError, NoRoom, RunError, shown
+from ..hub_search import Hit
 from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.budget import budget_bytes
@@ -39,6 +40,7 @@ from .jobs.queue import Jobs
 from .jobs.row import Row
 from .pools import Pool, Transfers
 from .roots import Roots
+from .searching import Searches
 from .sessions import Sessions
 from .settings import Settings
 
@@ -110,6 +112,7 @@ class Service:
         #: Looks at what is on disk, and plans, have threads of their own.
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
         self.sessions = Sessions()  #: of browsers
+        self.searches = Searches()
         #: Where data sets and adapters go that clients send.
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()
@@ -241,6 +244,11 @@ class Service:
             raise InputError(f"{shown(name)} is not a name of the hub: give org/name.", status=422)
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
+
+    async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
+        """What clients could download; InputError if they may not, or the hub cannot be asked."""
+        self._check_downloads(words)
+        return await self.searches.run(words, kind)
 
     @cached_property
     def device(self) -> Device:

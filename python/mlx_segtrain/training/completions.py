@@ -1,4 +1,4 @@
-"""completions.jsonl: what each step generated and how it was scored, a completion a line."""
+"""completions.jsonl: what each step generated and how it was scored, one completion per line."""
 
 import json
 import os
@@ -16,20 +16,20 @@ MOST_LINE = 16 << 20
 
 
 class CompletionLog:
-    """The file of a run; what cannot be written is a warning, once."""
+    """The file of a run; a failed write gives one warning."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Keeps lines up to this step, or removes the file of a run that begins. InputError for a
-        file that no run has written; OSError."""
+        """Keeps lines up to this step, or removes the file if a run is new. Raises InputError for a
+        file that no run has written, and OSError."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
             first = file.readline()
         if first.endswith(b"\n") and not first.startswith(b'{"step":'):
-            raise InputError(f"{self.path} was written by no run: move it away.")
+            raise InputError(f"{self.path} was not written by a run: move it away.")
         if not step:
             self.path.unlink()
             return
@@ -45,7 +45,8 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """All of them or none, or `begin` would find their first part and remove what follows."""
+        """Writes all of the lines or none: `begin` would take part of a step as its end and remove
+        what follows."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
@@ -58,7 +59,7 @@ class CompletionLog:
                 self._warn(f"{self.path} cannot be written ({error.strerror or error})")
 
     def sync(self) -> None:
-        """Waits until the disk has all lines."""
+        """Waits until all lines are on disk."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 sync_open(file.fileno())

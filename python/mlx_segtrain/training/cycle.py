@@ -1,7 +1,7 @@
-"""A step of grpo: completions by the adapter as it is, their rewards, and updates on them.
+"""A step of grpo: generates completions with the current adapter, scores them, and updates on them.
 
-The base stays where it is: its linears get the adapter for the completions, and the chain of the
-updates is over the same weights. All random numbers follow from the seed of the run, the step, the
+The base model is not moved: its linear layers get the adapter for the completions, and the chain of
+the updates uses the same weights. All random numbers follow from the seed of the run, the step, the
 prompt and the number of the completion.
 """
 
@@ -37,20 +37,21 @@ def rewards_of(
     functions: Sequence[Function] = (),
     environment: Callable[[], Any] | None = None,
 ) -> Rewards | None:
-    """The rewards of a run whose rows are prompts; None for others. InputError."""
+    """Returns the rewards of a run whose rows are prompts; None for other methods. Raises
+    InputError."""
     if ROWS[config.method] == "prompt":
         return Rewards.of(config, functions, environment)
     if functions:
         raise InputError(
-            "rewards has no effect outside of method grpo: leave it out.", field="rewards"
+            "rewards has no effect unless method is grpo: leave it out.", field="rewards"
         )
     return None
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions of each prompt, and how they were scored, in the same order; and the
-    conversations, where there is an environment."""
+    """The completions of each prompt and their scores, in the same order; and the conversations,
+    where there is an environment."""
 
     rows: list[Row]
     completions: list[list[Completion]]
@@ -63,7 +64,7 @@ class Rollouts:
 
     @property
     def rewards(self) -> np.ndarray:
-        """[P, G]"""
+        """The rewards [P, G]."""
         return np.array(self.scores.total).reshape(len(self.rows), -1)
 
     @property
@@ -72,8 +73,8 @@ class Rollouts:
         return float(np.mean([own.finish != "stop" for own in self.flat]))
 
     def means(self) -> dict[str, float]:
-        """The mean reward, that of each, and the mean length; of conversations how many turns they
-        have, and what part of their calls of tools failed."""
+        """Returns the mean reward, the mean of each reward, and the mean length; for conversations
+        also the mean number of turns, and the part of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.scores.by_name) > 1:
             found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
@@ -94,7 +95,8 @@ def roll_out(
     rows: list[Row],
     options: list[list[Options]],
 ) -> Rollouts:
-    """Completions of prompts by a base with an adapter, and their scores; RunError."""
+    """Generates completions of prompts with a base model and an adapter, and scores them. Raises
+    RunError."""
     assert isinstance(config.rollout_batch, int)
     talks: list[list[Talk]] = []
     for row, own in zip(rows, options, strict=True):
@@ -107,7 +109,7 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU our op takes a fourth of the time of MLX's own for the head of many rows.
+    # On a CPU, for the head over many rows, our op takes a fourth of the time of MLX's own.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -134,14 +136,14 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
 
 
 def options_of(config: TrainConfig, seed: int) -> Options:
-    """How a completion is drawn."""
+    """Returns how a completion is sampled."""
     how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
     return Options(max_tokens=config.max_completion_tokens, **how)
 
 
 @dataclass
 class Cycle(Stepper):
-    """Takes steps whose data are made in them; a batch gives the prompts."""
+    """Takes steps whose data is generated within them; a batch provides the prompts."""
 
     rewards: Rewards = field(kw_only=True)
 
@@ -156,7 +158,7 @@ class Cycle(Stepper):
         return self._made
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Nothing: which kernels a step takes is known once it has completions."""
+        """Does nothing: the kernels that a step needs are unknown until it has completions."""
 
     def __call__(
         self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
@@ -179,7 +181,7 @@ class Cycle(Stepper):
         try:
             batches: list[AnyBatch] = [*self._with_references(params, self._batches(data))]
             start, new, outcome = at, at, None
-            for _ in range(config.updates_per_step):  # all at the rate of this step
+            for _ in range(config.updates_per_step):  # all at this step's learning rate
                 new, outcome = super().__call__(replace(new, step=start.step), batches, losses)
         finally:
             self.setup = prompts
@@ -189,7 +191,8 @@ class Cycle(Stepper):
         return new, replace(outcome, metrics=metrics)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Minus the mean reward of one greedy completion of each prompt, as a loss; and rewards."""
+        """Returns minus the mean reward of one greedy completion per prompt, as a loss, and the
+        rewards."""
         setup = self.setup
         assert setup.valid is not None
         rows = list(setup.valid.rows)
@@ -202,8 +205,9 @@ class Cycle(Stepper):
     def _roll_out(
         self, step: int, params: Grads, rows: list[Row], options: list[list[Options]]
     ) -> Rollouts:
-        """With these factors of the adapter; NoMemory. MLX may take the whole budget, and not only
-        what the plan of the updates does; caches of the completions are freed after it."""
+        """Generates with these factors of the adapter. Raises NoMemory. MLX may use the whole
+        budget, not only what the plan of the updates takes; the caches of the completions are freed
+        at the end."""
         setup, plan = self.setup, self.setup.plan
         policy = Policy(setup.model, setup.tokenizer, setup.chain.max_length)
         adapter = with_params(setup.chain, setup.scales, params)
@@ -219,25 +223,25 @@ class Cycle(Stepper):
             if before is not None:
                 mx.set_memory_limit(before)
             mx.clear_cache()
-            # What the updates take is measured apart, by which their plan is judged.
+            # The memory of the updates is measured separately, because their plan is judged by it.
             self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
             mx.reset_peak_memory()
-        # Outside of the handler: the exception's frames hold arrays.
+        # Outside of the handler, because the exception's frames hold arrays.
         at_once = setup.config.rollout_batch
         raise NoMemory(
             f"step {step}: the device has no memory for generating {at_once} completions at once "
-            f"({reason}): free memory and go on, or with a lower rollout_batch, or begin with a "
-            "lower max_completion_tokens."
+            f"({reason}): free memory and resume, perhaps with a lower rollout_batch, or start "
+            "with a lower max_completion_tokens."
         )
 
     def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
-        """The completions that the loss depends on, as rows."""
+        """Returns the completions that the loss depends on, as rows."""
         config, flat = self.setup.config, found.flat
         kept = np.array([own.finish == "stop" or not config.mask_truncated for own in flat])
         lengths = np.array([own.length for own in flat])
         weights = self.objective.weights(lengths, kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
-        if not counted.any():  # the optimizer takes a step without a gradient
+        if not counted.any():  # the optimizer still needs one row, for a zero gradient
             shortest = int(np.argmin([len(own.tokens) for own in flat]))
             weights[shortest], counted[shortest] = NOTHING, True
         rows = []
@@ -256,7 +260,7 @@ class Cycle(Stepper):
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
-        """Packed into passes of max_seq_length tokens, or padded."""
+        """Returns the batches: packed into passes of max_seq_length tokens, or padded."""
         most = self.setup.config.max_seq_length
         if self.setup.config.packing:
             found: Any = eval_batches(data.in_rows_of(most), 1)
@@ -265,7 +269,7 @@ class Cycle(Stepper):
         return list(found)
 
     def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:
-        """With the log-probabilities that the loss compares with, where it does."""
+        """Adds the log-probabilities that the loss compares with, if it does."""
         setup, config = self.setup, self.setup.config
         wanted: list[tuple[str, Any, Any]] = []
         if config.updates_per_step > 1:
@@ -291,7 +295,7 @@ class Cycle(Stepper):
 
 
 def _lines(step: int, found: Rollouts, gains: np.ndarray) -> Iterator[dict[str, Any]]:
-    """What completions.jsonl has of a step."""
+    """Yields the lines of a step for completions.jsonl."""
     scores = found.scores
     for i, own in enumerate(found.flat):
         p, j = divmod(i, gains.shape[1])

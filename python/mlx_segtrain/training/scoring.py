@@ -1,4 +1,4 @@
-"""Rewards of a model's completions over a whole set: their mean, and pass@k."""
+"""Rewards of a model's completions over a whole data set: their mean, and pass@k."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from .cycle import options_of, roll_out
 from .policy import run_policy
 from .setup import load_chain
 
-#: Rewards are sums of products: one that should be 1 may be a little less.
+#: Rewards are sums of products: one that should be 1 may be slightly smaller.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class ScoreResult:
     """Means over `rows` prompts of `completions` completions each. `pass_at` has, for each k, the
-    probability that one of k completions passes; `truncated` is the part that was cut off."""
+    probability that one of k completions passes; `truncated` is the fraction that reached the
+    maximum length."""
 
     reward: float
     reward_std: float
@@ -58,7 +59,7 @@ def score(
     the configuration and `rewards`; `environment` is the class that the configuration names, where
     Python has it. A completion passes if its reward is at least `passes`.
 
-    InputError for what cannot be read or does not fit, RunError if a reward fails.
+    Raises InputError for what cannot be read or does not fit, RunError if a reward fails.
     """
     tell = on_event or (lambda event: None)
     scoring = Rewards.of(config, rewards, environment)
@@ -72,7 +73,7 @@ def score(
         if data is None:
             raise InputError(
                 f"data_dir {config.data_dir} has no validation rows: add a file valid.jsonl, set "
-                "val_split, or evaluate train."
+                "val_split, or evaluate with --split train."
             )
         rows = list(data.rows)
         scoring.check(config, tokenizer, rows)
@@ -105,6 +106,6 @@ def score(
 
 
 def pass_at(k: int, n: int, right: Sequence[int]) -> float:
-    """The mean probability that one of k completions passes, if of n so many were right (Chen et
-    al. 2021, arXiv:2107.03374)."""
+    """Returns the mean probability that one of k completions passes, given how many of n did (Chen
+    et al. 2021, arXiv:2107.03374)."""
     return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in right]))

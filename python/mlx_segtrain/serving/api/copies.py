@@ -1,4 +1,5 @@
-"""A run's configuration as people keep it: as a command, a YAML file and a program of Python."""
+"""A run's configuration as people keep it: as a command, a YAML file and a program of Python; and
+a YAML file as a configuration."""
 
 import json
 import shlex
@@ -7,7 +8,11 @@ from typing import Any
 
 import yaml
 
-from ...config import TrainConfig, flag
+from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
+from ...errors import InputError
+
+#: Settings that a file may leave to the form.
+REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
 
 def command(values: Mapping[str, Any]) -> str:
@@ -34,3 +39,26 @@ def as_python(values: Mapping[str, Any]) -> str:
     given = "".join(f"    {name}={value!r},\n" for name, value in values.items())
     imports = "from mlx_segtrain import TrainConfig, train"
     return f"{imports}\n\nconfig = TrainConfig(\n{given})\nresult = train(config)\n"
+
+
+def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
+    """The known settings in a file for `train --config`, and what is wrong with any of its lines.
+    InputError for what is no such file."""
+    given, _ = parse_yaml(text, "the file")
+    if any(isinstance(own, yaml.AliasToken) for own in yaml.scan(text)):
+        # An answer would write out what they stand for, which may be gigabytes.
+        raise InputError("the file has aliases (*name): write their values out.")
+    known = {name: value for name, value in given.items() if name in TrainConfig.model_fields}
+    why = {name: f"{name} is not taken: {REFUSED[name]}." for name in known if name in REFUSED}
+    faults = [InputError(said, field=name) for name, said in why.items()]
+    known = {name: value for name, value in known.items() if name not in why}
+    left = {name: value for name, value in given.items() if name not in why}
+    while True:  # each fault hides the ones after it
+        try:
+            load_config(None, left, REQUIRED)
+            return known, faults
+        except InputError as error:
+            faults.append(error)
+            if error.field not in left:
+                return known, faults
+            del left[error.field]

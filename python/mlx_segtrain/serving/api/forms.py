@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, create_model, model_validator
 from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default
 from ...data import Report
 from ...fields import Group, choices, is_list, kind
+from ...hub_search import Hit
 from ...objectives import OBJECTIVES
 from ..catalog import DataFolder, Model, Unreadable
 from ..jobs.row import Row
@@ -79,6 +80,8 @@ class JobRow(_answer(Row, but=INTERNAL)):
     trains: bool = Field(description="A run, which goes on from its checkpoint.")
     computes: bool = Field(description="It waits for the accelerator.")
     cancelling: bool = Field(description="It has been told to end.")
+    loss_unit: str | None = Field(description="Of the losses in its events and its result.")
+    rewarded: bool = Field(description="It is judged by the reward of completions, not by a loss.")
     config_json: str | None = Field(description="Left out, null, in lists.")
     inputs: list[str] = Field(description="Folders that it reads.")
     tags: list[str]
@@ -165,6 +168,24 @@ class Copies(Answer):
     python: str
 
 
+class Settings(Closed):
+    """A YAML file with settings of a run, as `train --config` takes it."""
+
+    yaml: Annotated[str, Field(max_length=1 << 16)]
+
+
+class Fault(BaseModel):
+    field: str | None = Field(description="Which setting is wrong, or is unknown.")
+    message: str
+
+
+class ReadSettings(Answer):
+    """The settings of a file that this version knows, and what is wrong with it."""
+
+    values: dict[str, Any]
+    faults: list[Fault]
+
+
 class Uploaded(Answer):
     path: str = Field(description="The folder: a data_dir, or an adapter_path.")
     size_bytes: int = Field(description="Of the file.")
@@ -202,6 +223,10 @@ class Download(Closed):
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"
+
+
+class HubAnswer(Answer):
+    found: list[Hit]
 
 
 class HfToken(Closed, str_strip_whitespace=True):

@@ -3,9 +3,11 @@
 The page is files alone (../page): its scripts ask /api and /v1, as any client does.
 """
 
+import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Form, Request
 from fastapi.staticfiles import StaticFiles
@@ -16,16 +18,50 @@ from .guard import COOKIE, Guard, Refused
 
 FILES = Path(__file__).parents[1] / "page"
 LOGIN = (FILES / "login.html").read_text(encoding="utf-8")
-#: The addresses of the page: which of them it is, its scripts see.
-PAGES = (
-    *("/finetune", "/finetune/", "/finetune/jobs", "/finetune/job/{id}"),
-    *("/finetune/library", "/finetune/chat"),
-)
-#: Files of these addresses.
-ONES = {
-    **dict.fromkeys(PAGES, "index.html"),
-    **{"/docs": "docs.html", "/login.css": "login.css", "/favicon.ico": "icon.svg"},
+#: The addresses of the page, and the module of each (main.js).
+PAGES = {
+    **{"/finetune": "setup", "/finetune/": "setup", "/finetune/jobs": "jobs"},
+    **{"/finetune/job/{id}": "job", "/finetune/library": "library", "/finetune/chat": "chat"},
 }
+#: Files of these addresses.
+ONES = {"/login.css": "login.css", "/favicon.ico": "icon.svg"}
+IMPORT = re.compile(r"""(?:from|import\()\s*["'`]\./([\w/]+\.js)["'`]""")
+
+
+def _version() -> str:
+    """A name of all files of the page: they are at addresses that have it, so that a browser may
+    keep them for good, and never mixes files of two versions."""
+    found = hashlib.sha256()
+    for path in sorted(FILES.rglob("*")):
+        if path.is_file():
+            found.update(f"{path.relative_to(FILES)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+VERSION = _version()
+
+
+def modules(*names: str) -> list[str]:
+    """These modules of the page and all that they import, each once: a browser that is told of them
+    at first need not read one to learn of the next."""
+    found = dict.fromkeys(names)
+    for name in found:
+        text = (FILES / name).read_text(encoding="utf-8")
+        more = [own for own in IMPORT.findall(text) if own not in found]
+        if more:
+            return modules(*found, *more)
+    return list(found)
+
+
+def page(name: str) -> str:
+    """The HTML of a page, by its module."""
+    needed = modules("main.js", f"{name}.js")
+    lines = [f'<link rel="modulepreload" href="FILES/{own}" />' for own in needed]
+    if "charts.js" in needed:
+        lines.append('<link rel="stylesheet" href="FILES/vendor/uPlot.css" />')
+        lines.append('<script src="FILES/vendor/uPlot.min.js" defer></script>')
+    html = (FILES / "index.html").read_text(encoding="utf-8")
+    return html.replace("<!-- PRELOADED -->", "\n    ".join(lines))
 
 
 async def guard_of(request: Request) -> Guard:
@@ -74,6 +110,15 @@ async def root() -> Response:
     return RedirectResponse("/finetune")
 
 
+class Kept(StaticFiles):
+    """Files whose address changes with them: a browser need not ask again."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        answer = super().file_response(*args, **kwargs)
+        answer.headers["cache-control"] = "private, max-age=31536000, immutable"
+        return answer
+
+
 def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
     async def send(request: Request) -> Response:
         return FileResponse(FILES / name)
@@ -81,10 +126,24 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
     return send
 
 
+def _html(text: str) -> Callable[[Request], Awaitable[Response]]:
+    """Sends HTML in which FILES stands for where the page's files are."""
+    text = text.replace("FILES/", f"/finetune/files/{VERSION}/")
+
+    async def send(request: Request) -> Response:
+        return HTMLResponse(text)
+
+    return send
+
+
 def add_pages(app: FastAPI) -> None:
     app.include_router(router)
+    for path, name in PAGES.items():
+        app.add_route(path, _html(page(name)), include_in_schema=False)
+    docs = (FILES / "docs.html").read_text(encoding="utf-8")
+    app.add_route("/docs", _html(docs), include_in_schema=False)
     for path, name in ONES.items():
         app.add_route(path, _file(name), include_in_schema=False)
-    app.mount("/finetune/files", StaticFiles(directory=FILES))
+    app.mount(f"/finetune/files/{VERSION}", Kept(directory=FILES))
     # Swagger's files, from a package and not from elsewhere.
     app.mount("/docs-files", StaticFiles(packages=[("fastapi_offline", "static")]))

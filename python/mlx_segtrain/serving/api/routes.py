@@ -9,9 +9,11 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from ... import __version__
+from ... import __version__, hub
+from ...config import ROWS
 from ...errors import InputError
 from ...events import now
+from ...objectives import OBJECTIVES
 from .. import catalog
 from ..generation.mounting import Base
 from ..jobs.row import Row
@@ -89,6 +91,17 @@ async def download(body: forms.Download, service: Used) -> forms.Submitted:
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
 
+@router.get("/api/hub/search", tags=["models and data"])
+async def search(
+    service: Used,
+    words: Annotated[str, Query(min_length=2, max_length=100)],
+    kind: hub.Kind = "model",
+) -> forms.HubAnswer:
+    """Models or data sets of the hub whose names have these words, the most downloaded first, if
+    the operator allows downloads."""
+    return forms.HubAnswer(found=await service.search(words, kind))
+
+
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
     """Folders with train.jsonl below the roots."""
@@ -141,6 +154,14 @@ async def copy(body: forms.PlanRequest) -> forms.Copies:
         yaml=copies.as_yaml(values),
         python=copies.as_python(values),
     )
+
+
+@router.post("/api/finetune/read", tags=["training"])
+async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
+    """The settings in a YAML file, and every fault of them: to fill a form in."""
+    values, faults = await service.looks.run(copies.read_yaml, body.yaml)
+    said = [forms.Fault(field=own.field, message=str(own)) for own in faults]
+    return forms.ReadSettings(values=values, faults=said)
 
 
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
@@ -287,12 +308,14 @@ async def stream(
 
 
 def _shown(service: Service, row: Row) -> forms.JobRow:
-    name, inputs = service.jobs.about(row.id)
+    name, inputs, method = service.jobs.about(row.id)
     kind, log = row.job_kind, str(service.jobs.log(row.id))
     values = {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
     values |= {**vars(row), "config_json": row.config_json or None}
     values |= {"cancelling": bool(row.cancelling)}  # it counts
     values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
+    unit = OBJECTIVES[method].unit if method in OBJECTIVES else None
+    values |= {"loss_unit": unit, "rewarded": ROWS.get(method or "") == "prompt"}
     return forms.JobRow(**values, tags=row.tags, log_path=log)
 
 

@@ -97,6 +97,22 @@ async def remove_adapter(name: Name, service: Used) -> forms.Answer:
     return await _remove(service, "adapters", name)
 
 
+@router.delete(
+    "/api/datasets/{name}/{file}", tags=["models and data"], responses=problems(404, 409)
+)
+async def remove_data_file(name: Name, file: Name, service: Used) -> forms.Answer:
+    """Deletes a file of a data set that a client has sent."""
+    return await _remove(service, "datasets", name, file)
+
+
+@router.delete(
+    "/api/adapters/{name}/{file}", tags=["models and data"], responses=problems(404, 409)
+)
+async def remove_adapter_file(name: Name, file: Name, service: Used) -> forms.Answer:
+    """Deletes a file of an adapter that a client has sent."""
+    return await _remove(service, "adapters", name, file)
+
+
 @router.get(
     "/api/datasets/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
 )
@@ -120,13 +136,20 @@ def _folder(service: Service, kind: Kind, name: str) -> Path:
     return service.uploads / kind / name
 
 
-async def _remove(service: Service, kind: Kind, name: str) -> forms.Answer:
+async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
+    """Deletes a folder, or one file in it; a folder without files is none."""
     place = _folder(service, kind, name)
-    if not place.is_dir():
-        raise InputError(f"no client has sent {name}: only what was sent is deleted.", status=404)
+    known = place.is_dir() if file is None else (place / file).is_file()
+    if not known:
+        what = name if file is None else f"{name}/{file}"
+        raise InputError(f"no client has sent {what}: only what was sent is deleted.", status=404)
     _check_unused(service, place, "cancel it first")
     service.transfers.check_none(place)
-    await run_in_threadpool(files.remove_folder, place)
+    if file is None:
+        await run_in_threadpool(files.remove_folder, place)
+    else:
+        await run_in_threadpool((place / file).unlink)
+        await run_in_threadpool(_remove_if_empty, place)
     return forms.Answer()
 
 

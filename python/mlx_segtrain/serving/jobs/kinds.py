@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
 Values = dict[str, Any]
+#: Seconds between two events that say which step a run is at.
+STEP_S = 2.0
 #: Of a name of the hub.
 COMMIT = re.compile("@[0-9a-f]{40}")
 #: Of the environment, for what talks to the hub.
@@ -39,6 +42,7 @@ class JobKind:
     named: Callable[[Values], str]  #: what a job works on, in short
     computes: bool = False  #: it needs the accelerator, which one job has at a time
     variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
+    measures: bool = False  #: the loss of a method, or its reward
     trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
     folders: tuple[str, ...] = ()  #: its values that are folders, or lists of them: they must exist
     makes: str | None = None  #: the kind of folder that it writes, output_dir (outputs.py)
@@ -66,7 +70,17 @@ def finetune(values: Values) -> events.Event:
         if event["type"] not in ("started", "done", "failed"):  # these are the job's own
             tell(event)
 
-    result = train(config, pass_on)
+    begin = told = time.monotonic()
+
+    def step(metric: events.Event) -> None:
+        nonlocal told
+        now = time.monotonic()
+        # A log of many days has some thousands of them.
+        if now - told >= max(STEP_S, (now - begin) / 500):
+            told = now
+            tell(events.step(metric))
+
+    result = train(config, pass_on, on_step=step)
     draw_run(config, lambda message: tell(events.warning(message)))
     if result.interrupted:
         kept = f"step {result.steps} is kept in {result.adapter_path}" if result.steps else ""
@@ -85,12 +99,19 @@ def evaluate(values: Values) -> events.Event:
     config = load_config(None, {"adapter_path": "unused", **values})
     measure = score if ROWS[config.method] == "prompt" else evaluate
     tell(events.stage("load", 0.05, f"{split} rows of {config.data_dir}"))
-    base = {}
+    base, begin = {}, 0.05
+
+    def pass_on(event: events.Event) -> None:
+        share = event.get("share") if event.get("stage") == "evaluate" else None
+        end = 0.5 if with_base and not base else 1.0
+        tell(event if share is None else event | {"progress": begin + (end - begin) * share})
+
     if adapter and with_base:
-        base = {"base": asdict(measure(config, split=split, on_event=tell))}
-        tell(events.stage("load", 0.5, f"{split} rows with the adapter"))
+        base = {"base": asdict(measure(config, split=split, on_event=pass_on))}
+        begin = 0.5
+        tell(events.stage("load", begin, f"{split} rows with the adapter"))
     adapter_path = config.adapter_path if adapter else None
-    result = measure(config, adapter_path, split=split, on_event=tell)
+    result = measure(config, adapter_path, split=split, on_event=pass_on)
     return done(None, **asdict(result), split=split, **base)
 
 
@@ -169,21 +190,12 @@ def download(values: Values) -> events.Event:
 
 
 def push(values: Values) -> events.Event:
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     from . import pushing
 
-    hub, repo = HfApi(), values["repo_id"]  # the token is in the environment
-    tell(events.stage("load", 0.05, f"{values['source']} to {hub.endpoint}/{repo}"))
-    with pushing.opened(Path(values["source"])) as files:
-        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
-        made = hub.create_repo(repo, private=values["private"], exist_ok=True)
-        commit = hub.create_commit(
-            repo_id=repo,
-            operations=[CommitOperationAdd(name, file) for name, file in files.items()],
-            commit_message="Adapter of mlx_segtrain",
-        )
-    return done(None, url=str(made), commit=commit.oid)
+    # The token is in the environment.
+    how = {"private": values["private"], "tell": tell}
+    pushed = pushing.push(Path(values["source"]), values["repo_id"], **how)
+    return done(None, url=pushed.url, commit=pushed.commit)
 
 
 def _can_be_sent(values: Values) -> None:
@@ -216,10 +228,11 @@ KINDS = {
             finetune,
             lambda values: f"{_end(values, 'model_dir')} on {_end(values, 'data_dir')}",
             computes=True,
+            measures=True,
             variables=("WANDB_*", *NETWORK),
             trains=True,
         ),
-        JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True),
+        JobKind("evaluate", "Evaluation", evaluate, _evaluated, computes=True, measures=True),
         JobKind(
             "fold",
             "Merge into base",

@@ -9,12 +9,15 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+from ... import events
 from ...adapters.gguf import NAME as GGUF
 from ...errors import InputError
 from ...files import read_json
+from ...hub import endpoint
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
@@ -36,11 +39,54 @@ MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
 #: more (files.read_json).
 MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
+#: What to do about statuses of the hub's answers.
+REFUSALS = {
+    401: "it does not know the token: log in again with `hf auth login`, or set another HF_TOKEN",
+    403: "the token may not write there: use one with write access, or another repository",
+    404: "there is no such user or organization, or the token may not see it",
+    429: "it has had too many requests: wait a while",
+}
+
 
 def check(folder: Path) -> list[str]:
     """The names of what would be sent; InputError for what is neither an adapter nor a model."""
     with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
+
+
+@dataclass(frozen=True)
+class Pushed:
+    url: str
+    commit: str
+
+
+def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pushed:
+    """Uploads the files of an adapter or a model to a repository, which is created if need be.
+
+    InputError for a folder that is neither, and for what the hub refuses. The token is that of the
+    environment, or of `hf auth login`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi(endpoint=endpoint())
+    tell(events.stage("load", 0.05, f"{folder} to {endpoint()}/{repo}"))
+    with opened(folder) as files:
+        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
+        try:
+            made = hub.create_repo(repo, private=private, exist_ok=True)
+            commit = hub.create_commit(
+                repo_id=repo,
+                operations=[CommitOperationAdd(name, file) for name, file in files.items()],
+                commit_message="Adapter of mlx_segtrain",
+            )
+        except HFValidationError:
+            raise InputError(f"{repo} is not a name of the hub: give org/name.") from None
+        except HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", None)
+            why = REFUSALS.get(status or 0, "try again later")
+            raise InputError(f"the hub answers {status} to a push to {repo}: {why}.") from None
+    return Pushed(str(made), str(commit.oid))
 
 
 @contextmanager

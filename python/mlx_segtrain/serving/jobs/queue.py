@@ -95,7 +95,9 @@ class Jobs:
         #: Set when a job has begun, for who waits for it.
         self.begun = asyncio.Event()
         #: Name and inputs of a job, which lists show, and which need its configuration.
-        self.about = lru_cache(4096)(lambda id: ((row := self.get(id)).name, row.inputs))
+        self.about = lru_cache(4096)(
+            lambda id: ((row := self.get(id)).name, row.inputs, row.method)
+        )
         self.monitors: set[asyncio.Task[None]] = set()
 
     # What a server does with its jobs
@@ -350,7 +352,7 @@ class Jobs:
                 news["progress"] = float(progress)
             if event.get("stage") == "train":
                 news["opened"] = 1
-            if event["type"] == "stage" or event.get("kind") == "train":
+            if event["type"] in ("stage", "step") or event.get("kind") == "train":
                 news["message"] = _text(event.get("message"))
         row = self.get(id)
         if row.cancelling:

@@ -63,6 +63,11 @@ class Row:
         return json.loads(self.tags_json)
 
     @property
+    def method(self) -> str | None:
+        """By which its loss or reward is measured, of a job that measures one."""
+        return self.values.get("method", "sft") if self.job_kind.measures else None
+
+    @property
     def name(self) -> str:
         """What the job works on, in short."""
         return self.job_kind.named(self.values)

@@ -45,7 +45,7 @@ function rounded(low, high, before) {
   return [Math.floor(least / step + 1e-9) * step, Math.ceil(most / step - 1e-9) * step];
 }
 
-// A chart with `draw(lines, { end, legend })`. A line has a name, points, a colour, maybe a dash;
+// A chart with `draw(lines, { end, legend, axis })`. A line has a name, points, a colour, maybe a dash;
 // `marked` shows its points, if they are few, `pale` is behind the others. `axis` is the title of
 // the vertical axis. A tall one can be smoothed, zoomed and saved. The label is for who cannot see
 // it.
@@ -108,7 +108,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     const data = uPlot.join(lines.map(({ points }) =>
       [points.map(([x]) => x), points.map(([, y]) => y)]));
     const most = Math.max(how.end ?? 0, 1, data[0].at(-1));
-    const wanted = JSON.stringify([positive, lines.map(({ name, color, dash, pale, points, marked }) =>
+    const wanted = JSON.stringify([positive, how.axis, lines.map(({ name, color, dash, pale, points, marked }) =>
       [name, color, dash, pale, marked && points.length <= FEW, points.length === 1])]);
     const zoomed = drawn && isZoomed() && [drawn.scales.x.min, drawn.scales.x.max];
     full = [0, most];
@@ -149,7 +149,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
           values: (self, values) => values.map((x) => inWords(x)), ...of("step") },
         { stroke: ink, font: FONT, grid: rule, ticks: { show: false }, gap: 4, space: 30,
           size: (self, values) => 12 + 6.2 * Math.max(3, ...(values ?? []).map((x) => x?.length ?? 0)),
-          values: (self, values) => values.map((x) => (x === null ? null : inWords(x))), ...of(axis) },
+          values: (self, values) => values.map((x) => (x === null ? null : inWords(x))), ...of(how.axis ?? axis) },
       ],
       series: [{}, ...lines.map((line) => ({
         label: line.name, spanGaps: true, width: line.pale ? 1 : 1.8,

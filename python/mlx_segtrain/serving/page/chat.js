@@ -6,7 +6,7 @@ import { field, h, input, labelled, link, notice, select, show } from "./dom.js"
 import { counted, described, fixed, sentence, tail } from "./text.js";
 
 const ASK = "Ask something: both sides answer.";
-const WAITS = "A job computes now: the chat waits until it has ended.";
+const WAITS = "A job is running: the chat waits until it ends.";
 const BASE = "none"; // the id of no adapter
 const NOBODY = ""; // a side that does not answer
 // Where a browser keeps the chat, and turns of it at most.
@@ -15,12 +15,12 @@ const KEPT = 50;
 // What may be set of an answer: name, title, what it is if left out, and help.
 const SAMPLING = [
   ["temperature", "Temperature", "0", "0 is greedy decoding."],
-  ["max_tokens", "Max tokens", "256", "Of an answer."],
-  ["top_p", "Top p", "1", "Tokens of this probability together."],
-  ["top_k", "Top k", "0", "So many likeliest tokens; 0 is all."],
-  ["min_p", "Min p", "0", "Least probability, as a share of the likeliest's."],
-  ["repetition_penalty", "Repetition penalty", "1", "Above 1 it repeats less."],
-  ["seed", "Seed", "", "The same one gives the same answer."],
+  ["max_tokens", "Max tokens", "256", "Maximum length of an answer."],
+  ["top_p", "Top p", "1", "Draws from the likeliest tokens of this total probability."],
+  ["top_k", "Top k", "0", "Draws from so many of the likeliest tokens; 0: all."],
+  ["min_p", "Min p", "0", "Leaves out tokens less likely than this share of the likeliest one."],
+  ["repetition_penalty", "Repetition penalty", "1", "Above 1, tokens are repeated less."],
+  ["seed", "Seed", "", "The same seed gives the same answer."],
 ];
 
 // The id of the adapter in a folder, which is mounted if it is not.
@@ -83,7 +83,7 @@ export default async function chatPage(main) {
         field("Right", sides[1])),
       load, told,
       expansion("System prompt and sampling", "temperature, max tokens, top p, …", h("div.stack",
-        field("System prompt", system, { about: "Empty: the chat template's own, if it has one." }),
+        field("System prompt", system, { about: "If empty: the chat template's own, if it has one." }),
         h("div.fields", sampling.map((own) => own.element))))),
     card("Conversation", list,
       h("form.stack", { novalidate: true, onsubmit: ask },
@@ -129,7 +129,7 @@ export default async function chatPage(main) {
     const all = [[BASE, "Base, without an adapter"], ...paths.map((path) => [path, tail(path, 2)])];
     sides.forEach((own, i) => {
       const before = own.value;
-      const none = i ? [[NOBODY, "Nobody: one answer"]] : [];
+      const none = i ? [[NOBODY, "None: one answer"]] : [];
       own.replaceChildren(...select([...all, ...none]).children);
       choose(own, before);
     });

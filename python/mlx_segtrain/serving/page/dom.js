@@ -1,5 +1,10 @@
 // Elements, and the parts of pages. What a server or a model says becomes text here, never HTML.
 
+import { sentence } from "./text.js";
+
+// Milliseconds after the last key before a search begins.
+const TYPED = 400;
+
 // An element: h("div.card", { id: "x", onclick: f }, "text", other, …). What is null or false is
 // left out, and so may the properties be.
 export function h(name, ...content) {
@@ -198,8 +203,9 @@ export const select = (pairs, onchange = () => {}) =>
 
 // Things that lie on disk, of which there may be many: by typing those remain that have the words.
 // `value` is null if none is chosen. What is typed and matches `takes` may be chosen, too, with what
-// `called` says of it.
-export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "") {
+// `called` says of it. `seek` gives more pairs for the words that are typed, a while after the last
+// key; what it throws is said below.
+export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "", seek = null) {
   const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,
     onmousedown: (event) => event.preventDefault() }); // the focus stays
   const input = h("input", { type: "search", role: "combobox", autocomplete: "off",
@@ -208,8 +214,10 @@ export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "")
     oninput: () => open(input.value),
     onblur: left,
     onkeydown: press });
-  const self = { input, element: h("div.combobox", input, list), value: null, options: new Map() };
+  const told = h("div.small.muted", { role: "status" });
+  const self = { input, element: h("div.combobox", input, list, told), value: null, options: new Map() };
   let [found, active] = [[], 0];
+  let [timer, sought] = [null, ["", []]]; // words, and what was found for them
 
   self.set = (value) => {
     self.value = self.options.has(value) || takes.test(value ?? "") ? value : null;
@@ -220,6 +228,8 @@ export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "")
     self.set(self.value);
   };
   function close() {
+    clearTimeout(timer);
+    told.textContent = "";
     list.hidden = true;
     input.setAttribute("aria-expanded", "false");
     input.removeAttribute("aria-activedescendant");
@@ -240,12 +250,31 @@ export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "")
     found = [...self.options].filter((own) => words === null || has(own));
     const typed = (words ?? "").trim();
     if (takes.test(typed)) found.push([typed, `${typed} · ${called(typed)}`]);
+    if (typed && typed === sought[0]) {
+      const known = new Set(found.map(([value]) => value));
+      found.push(...sought[1].filter(([value]) => !known.has(value)));
+    } else later(typed);
     show(list, found.map(([value, text], i) =>
       h("li", { role: "option", id: `${list.id}-${i}`, onclick: () => choose(value) }, text)));
     list.hidden = found.length === 0;
     input.setAttribute("aria-expanded", !list.hidden);
     if (words === null) input.select();
     mark(Math.max(0, found.findIndex(([value]) => value === self.value)));
+  }
+  // Asks once the typing has paused, and shows the answer unless something else is typed by then.
+  function later(words) {
+    clearTimeout(timer);
+    told.textContent = "";
+    if (!seek || words.length < 2) return;
+    timer = setTimeout(async () => {
+      const current = () => document.activeElement === input && input.value.trim() === words;
+      try {
+        sought = [words, await seek(words)];
+        if (current()) open(input.value);
+      } catch (error) {
+        if (current()) told.textContent = sentence(error.message);
+      }
+    }, TYPED);
   }
   function mark(place) {
     if (!found.length) return;

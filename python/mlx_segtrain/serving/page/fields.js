@@ -10,9 +10,9 @@ const BASIC = ["max_seq_length", "iters", "learning_rate", "method"];
 export const PRESETS = [
   ["Quick try", "20 steps, to see that everything works",
     { iters: 20, steps_per_report: 1, steps_per_eval: 10 }],
-  ["Standard", "300 steps with a warmup and a falling rate",
+  ["Standard", "300 steps with warmup and a falling learning rate",
     { iters: 300, lr_schedule: "cosine", warmup_iters: 10 }],
-  ["Thorough", "3 epochs, twice the rank, a lower rate",
+  ["Thorough", "3 epochs, twice the rank, a lower learning rate",
     { epochs: 3, rank: 16, learning_rate: 1e-4, lr_schedule: "cosine", warmup_iters: 20 }],
 ];
 const PRESET = [...new Set(PRESETS.flatMap(([, , values]) => Object.keys(values)))];
@@ -53,7 +53,7 @@ class Field {
       this.put(before);
     } else {
       const made = row.name === "adapter_path" && "a new folder in the server's store";
-      control.placeholder = row.texts ? "none: one prompt a line" : made || standard;
+      control.placeholder = row.texts ? "one prompt per line" : made || standard;
     }
     this.mark();
   }
@@ -70,6 +70,12 @@ class Field {
     if (row.is_list) return text.split(row.texts ? /\s*\n\s*/ : /[\s,]+/).filter(Boolean);
     if (row.type === "bool") return text === "true";
     return NUMBER.test(text) ? Number(text) : text;
+  }
+
+  // What was wrong with the value when it was loaded, if it is still the same.
+  get fault() {
+    const [value, message] = this.wrong ?? [];
+    return value === this.control.value ? message ?? "" : "";
   }
 
   // Shows a value, as of an earlier run.
@@ -107,7 +113,7 @@ export class Form {
       const block = h("div.fields", own.map((row) => this.fields[row.name].element));
       const what = own.slice(0, 4).map((row) => row.title.split(",")[0]);
       if (own.length > 4) what.push("…");
-      const part = expansion(group || "Size and place", what.join(" · "), block);
+      const part = expansion(group || "Rank, batch size and folder", what.join(" · "), block);
       part.querySelector("summary").append(h("span.small.some"));
       this.parts.set(part, own.map((row) => this.fields[row.name]));
     }
@@ -158,11 +164,22 @@ export class Form {
     this.#suit();
   }
 
+  // Shows these values and no others, with what is wrong with them until they are changed.
+  fill(values, faults) {
+    for (const own of Object.values(this.fields)) own.control.value = "";
+    this.put(Object.fromEntries(Object.entries(values).filter(([, value]) => value !== null)));
+    for (const own of Object.values(this.fields)) {
+      const fault = faults.find(({ field }) => field === own.row.name);
+      own.wrong = fault && [own.control.value, fault.message];
+    }
+    this.complain(null);
+  }
+
   // Shows what is wrong at the field that it is about, which is returned if there is one; null is
   // nothing.
   complain(problem) {
     const own = this.fields[problem?.field];
-    Object.values(this.fields).forEach((x) => x.complain(x === own ? problem.message : ""));
+    Object.values(this.fields).forEach((x) => x.complain(x === own ? problem.message : x.fault));
     own?.element.closest("details")?.setAttribute("open", "");
     return own;
   }

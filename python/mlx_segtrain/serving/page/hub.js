@@ -2,7 +2,7 @@
 
 import { api, follow, upload } from "./api.js";
 import { announce, button, empty, h, meter, notice, show } from "./dom.js";
-import { percent, sentence, size } from "./text.js";
+import { many, percent, sentence, size } from "./text.js";
 
 // A name of the hub, with or without a revision; of a data set with a configuration and a split.
 export const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
@@ -10,6 +10,13 @@ export const DATA_NAME =
   /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(\/[\w.+-]+)?(:[\w.-]+)?$/;
 // Endings of files with rows, as the server reads them.
 export const ROWS = ".jsonl,.ndjson,.json,.csv,.tsv,.parquet,.arrow,.feather,.gz,.zst";
+
+// Models or data sets of the hub with these words in their names, as a combobox offers them.
+export async function seek(kind, words) {
+  if (/^[~/]/.test(words)) return []; // a path
+  const { found } = await api(`/api/hub/search?${new URLSearchParams({ kind, words })}`);
+  return found.map(({ name, downloads }) => [name, `${name} · on the Hugging Face hub, ${many(downloads)} downloads`]);
+}
 
 // Puts the hub's thing on this machine by a job, and shows in a place how far that is; returns the
 // job that has ended, or throws.
@@ -20,7 +27,7 @@ export async function download(place, name, kind) {
     if (event.share === undefined) return;
     show(place, bar(event.share), h("p.small.muted", event.message));
   };
-  show(place, empty(`Asking the hub for ${name}.`));
+  show(place, empty(`Asking the hub for ${name} …`));
   announce(`Downloading ${name}.`);
   const { job_id } = await api("/api/hub/download", { name, kind });
   await new Promise((end) => follow(job_id, 0, tell, end));
@@ -35,7 +42,7 @@ export async function download(place, name, kind) {
 export function offer(name, kind, ended) {
   const place = h("div.stack");
   function ask(...said) {
-    const more = h("span.muted.small", "If it is not on this machine yet.");
+    const more = h("span.muted.small", "Needed only if it is not on this machine yet.");
     show(place, said, h("div.actions", button("Download", bring), more));
   }
   async function bring() {
@@ -66,17 +73,26 @@ export async function sendAll(place, kind, wanted, files) {
   }
 }
 
+// What was sent before a file that is refused is of no use: it is deleted.
 export async function send(place, kind, name, files) {
   let path = null;
-  for (const [file, as] of files) {
-    const tell = (share) => show(place, bar(share),
-      h("p.small.muted", `Sending ${file.name}: ${percent(share)} of ${size(file.size)}`));
-    tell(0);
-    announce(`Sending ${file.name}.`);
-    ({ path } = await upload(`/api/${kind}/${name}/${as}`, file, tell));
+  const sent = [];
+  try {
+    for (const [file, as] of files) {
+      const tell = (share) => show(place, bar(share),
+        h("p.small.muted", `Sending ${file.name}: ${percent(share)} of ${size(file.size)}`));
+      tell(0);
+      announce(`Sending ${file.name}.`);
+      const address = `/api/${kind}/${name}/${as}`;
+      ({ path } = await upload(address, file, tell));
+      sent.push(address);
+    }
+  } catch (error) {
+    for (const own of sent) await api(own, undefined, { method: "DELETE" }).catch(() => {});
+    throw error;
   }
   show(place);
-  announce("All of it has been sent.");
+  announce("All files have been sent.");
   return path;
 }
 

@@ -8,7 +8,7 @@ import { copies } from "./copies.js";
 import { announce, badge, button, card, confirm, dialog, empty } from "./dom.js";
 import { facts, field, h, input, link, meter, notice, show } from "./dom.js";
 import { logView } from "./log.js";
-import { shownResult } from "./results.js";
+import { judged, shownResult } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, duration, fixed, gb, percent, rate, sentence, titled, took } from "./text.js";
 
@@ -37,7 +37,8 @@ export default async function jobPage(main, id) {
   const values = JSON.parse(row.config_json);
   const [schema, { device }] = await Promise.all([
     trains && api("/api/finetune/defaults"), api("/api/state")]);
-  const run = new Run(row.id);
+  const measure = judged(row);
+  const run = new Run(row.id, measure);
   let [shown, described, drawn, told] = ["", "", "", ""]; // states that are shown
   let [acted, training] = [false, false];
   const ended = () => ["done", "failed", "cancelled"].includes(row.status);
@@ -59,10 +60,10 @@ export default async function jobPage(main, id) {
   const tiles = h("div");
   const outcome = h("div.stack");
   const use = h("div.stack");
-  const loss = chart("Training and validation loss", { tall: true,
-    axis: trains ? `loss, ${schema.loss_units[values.method ?? "sft"]}` : "" });
+  const loss = chart(`Training and validation ${measure}`, { tall: true,
+    axis: row.rewarded ? measure : `loss, ${row.loss_unit}` });
   const noLoss = h("p.empty");
-  const losses = card("Loss", tiles, loss, noLoss);
+  const losses = card(titled(measure), tiles, loss, noLoss);
   const small = {};
   const charts = h("div.charts");
   const over = card("Metrics", charts);
@@ -126,11 +127,11 @@ export default async function jobPage(main, id) {
 
   function describe() {
     const label = input("", { maxlength: 120 });
-    const tags = input("as: long, second try", { maxlength: 400 });
+    const tags = input("for example: long, second try", { maxlength: 400 });
     const note = h("textarea", { rows: 4, maxlength: 4000 });
     [label.value, tags.value, note.value] = [row.label, row.tags.join(", "), row.note];
-    dialog("Name, tags and note", [field("Name", label, { about: "Empty: its model and data." }),
-      field("Tags", tags, { about: "Words to find it by, with commas between them." }),
+    dialog("Name, tags and note", [field("Name", label, { about: "If empty: its model and data." }),
+      field("Tags", tags, { about: "Words to find it by, separated by commas." }),
       field("Note", note)], "Save", async () => {
       const words = tags.value.split(",").map((x) => x.trim()).filter(Boolean);
       const said = { label: label.value, tags: words, note: note.value };
@@ -170,7 +171,7 @@ export default async function jobPage(main, id) {
 
   async function remove() {
     const kept = row.output_path ? ` What it wrote stays in ${row.output_path}.` : "";
-    const said = `The job and its log are forgotten.${kept}`;
+    const said = `The job and its log are deleted.${kept}`;
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
@@ -182,10 +183,10 @@ export default async function jobPage(main, id) {
     const { fault } = row;
     const said = {
       input: trains && "The settings or the data have to be changed; to resume would fail again.",
-      memory: "The device has not enough memory for this run: lower the context length or the batch.",
-      killed: "Its process was ended from outside: by a person, or by the system if memory ran out.",
+      memory: "The device does not have enough memory for this run: lower the context length or the batch.",
+      killed: "The process was killed from outside: by a person, or by the system when memory ran out.",
       run: "The sentence above says what happened.",
-      bug: "This is not your fault: the log below has the traceback, which a report should have.",
+      bug: "This is a bug, not your fault. The log below has the traceback: please include it in a report.",
     }[fault];
     const logged = button("Show the log", () => log.element.scrollIntoView());
     const own = { input: trains ? [change] : [again()], memory: trains ? [less, again()] : [again()],
@@ -212,8 +213,8 @@ export default async function jobPage(main, id) {
 
   function draw() {
     showProgress();
-    if (drawn === `${run.lines.length} ${row.status}`) return;
-    drawn = `${run.lines.length} ${row.status}`;
+    if (drawn === `${run.place} ${row.status}`) return;
+    drawn = `${run.place} ${row.status}`;
     if (trains) {
       showTiles();
       showMemory();
@@ -236,7 +237,7 @@ export default async function jobPage(main, id) {
     else parts.push("Starts in a moment");
     if (row.status === "running") {
       if (row.cancelling) parts.push("stopping after the current step");
-      else if (run.stage !== "train" && !run.train.step) parts.push(run.message);
+      else if (run.stage !== "train" && !run.live.step) parts.push(run.message);
       else if (run.left !== null) parts.push(`about ${duration(run.left)} left`);
     }
     bar.hidden = broken() && !run.iters;
@@ -249,29 +250,30 @@ export default async function jobPage(main, id) {
 
   // The loss, and validation beside it; what else is measured has its own chart.
   function showTiles() {
-    const { train, val, first } = run;
-    const best = run.curve("val").lowest;
-    const [change] = [val.loss - first];
+    const { train, val, first, best } = run;
+    const change = val[measure] - first;
     const sign = change <= 0 ? "−" : "+";
     const since = `${fixed(first)} at first, ${sign}${fixed(Math.abs(change))}`;
-    const better = best < val.loss ? `, best ${fixed(best)}` : "";
+    const better = best === val[measure] ? "" : `, best ${fixed(best)}`;
     const none = ended() ? "no validation data" : "no evaluation yet";
+    const over = row.rewarded ? "" : ` ${row.loss_unit}`;
     const pairs = [
-      ["Training loss", fixed(train.loss), train.step && `mean up to step ${count(train.step)}`],
-      ["Validation loss", fixed(val.loss), best === null ? none : since + better],
+      [`Training ${measure}`, fixed(train[measure]),
+        train.step && `mean of the last steps, up to step ${count(train.step)}${over && `,${over}`}`],
+      [`Validation ${measure}`, fixed(val[measure]), best === null ? none : since + better],
     ];
     show(tiles, facts("tiles", pairs.map(([name, value, more]) =>
       [name, [value, h("div.more", more || "")]])));
   }
 
   function showMemory() {
-    const { train, planned } = run;
-    const now = row.status === "running" ? train.active_gb : null;
-    const used = now ?? train.peak_gb;
+    const { live, planned } = run;
+    const now = row.status === "running" ? live.active_gb : null;
+    const used = now ?? live.peak_gb;
     if (!planned) return show(memory);
     const [plan, budget] = planned;
     const words = [Number.isFinite(now) && `${gb(now)} in use`,
-      Number.isFinite(train.peak_gb) && `peak ${gb(train.peak_gb)}`,
+      Number.isFinite(live.peak_gb) && `peak ${gb(live.peak_gb)}`,
       `planned ${gb(plan)} of ${gb(budget)}`].filter(Boolean).join(", ");
     show(memory, meter((used ?? plan) / budget, { role: "img", "aria-label": `Memory: ${words}` }),
       h("p.small.muted", `Memory on ${device.name}: ${words}`));

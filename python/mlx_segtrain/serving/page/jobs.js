@@ -4,7 +4,7 @@ import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, swatch } from "./charts.js";
 import { badge, button, card, empty, field, h, input, link, meter, show, table } from "./dom.js";
 import { standardOf } from "./fields.js";
-import { inShort } from "./results.js";
+import { inShort, judged } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
 
@@ -14,12 +14,17 @@ const COMPARED = 6;
 const COLUMNS = ["Compare", "Job", "Status", "Progress", "Outcome", "Created", "Ran"];
 // Of a configuration, what every run has of its own.
 const OWN = ["adapter_path", "resume", "overwrite"];
-// What runs came to: title, value, how it is said, whether less is better.
+// What runs came to: title, value, how it is said, and of a loss or a reward which of them it is.
 const FIGURES = [
   ["Steps", ({ run }) => run.step, count],
-  ["Training loss", ({ run }) => run.train.loss, fixed, true],
-  ["Validation loss", ({ run }) => run.val.loss, fixed, true],
-  ["Best validation", ({ run }) => run.curves.val?.lowest, fixed, true],
+  ...["loss", "reward"].flatMap((name) => {
+    const own = ({ run }, value) => (run.measure === name ? value() : undefined);
+    return [
+      [`Training ${name}`, (one) => own(one, () => one.run.train[name]), fixed, name],
+      [`Validation ${name}`, (one) => own(one, () => one.run.val[name]), fixed, name],
+      [`Best validation ${name}`, (one) => own(one, () => one.run.best), fixed, name],
+    ];
+  }),
   ["Tokens/s", ({ run }) => run.train.tokens_per_sec, (n) => (Number.isFinite(n) ? count(n) : "–")],
   ["Peak memory", ({ run }) => run.train.peak_gb, gb],
 ];
@@ -35,14 +40,14 @@ export default async function jobsPage(main) {
   let [drawn, listed] = [null, null]; // what is shown
 
   const how = h("p.muted");
-  const losses = chart("Losses of the chosen runs", { tall: true, axis: "loss" });
+  const losses = chart("Losses of the chosen runs", { tall: true });
   const numbers = h("div.scroll.nowrap", { tabindex: 0, role: "region",
     "aria-label": "The runs in numbers" });
   const saved = button("Save as CSV", () => save("runs.csv", asTable()), "small");
   const comparison = card("Compare runs", how, losses, numbers, h("div.actions", saved));
   const find = input("name, tag, status or id", { type: "search", oninput: filter });
   const list = h("div.scroll", { tabindex: 0, role: "region", "aria-label": "List of jobs" });
-  const none = h("p.empty", { hidden: true }, "No job of these has all of these words.");
+  const none = h("p.empty", { hidden: true }, "No job has all of these words.");
   const more = button("Older jobs", showOlder);
   find.value = given.get("find") ?? "";
   main.append(h("h1", "Jobs"), comparison,
@@ -140,7 +145,7 @@ export default async function jobsPage(main) {
       if (!runs.has(id)) {
         const { job } = await api(`/api/jobs/${encodeURIComponent(id)}`).catch(() => ({}));
         if (!job?.trains) continue; // it has been deleted
-        runs.set(id, { row: job, values: JSON.parse(job.config_json), run: new Run(id) });
+        runs.set(id, { row: job, values: JSON.parse(job.config_json), run: new Run(id, judged(job)) });
       }
       const { row, run } = runs.get(id);
       const { status } = rows.find((own) => own.id === id) ?? row;
@@ -156,11 +161,11 @@ export default async function jobsPage(main) {
 
   function draw() {
     const own = compared();
-    const state = own.map(({ run }) => `${run.id} ${run.lines.length}`).join();
+    const state = own.map(({ run }) => `${run.id} ${run.place}`).join();
     if (state === drawn) return;
     drawn = state;
     how.textContent = own.length
-      ? "Solid: training loss; dashed: validation loss."
+      ? "Solid: training; dashed: validation."
       : `Tick up to ${COMPARED} runs below to see their losses in one chart.`;
     losses.hidden = saved.hidden = !own.length;
     losses.draw(own.flatMap((one, i) => {
@@ -170,8 +175,14 @@ export default async function jobsPage(main) {
         { name, points: one.run.curve("train").points, color },
         { name: `${name}, validation`, points: one.run.curve("val").points, ...marks },
       ];
-    }), { legend: true });
+    }), { legend: true, axis: axisOf(own) });
     show(numbers, own.length && inNumbers(own));
+  }
+
+  // What the axis of their chart measures: runs of different methods are drawn all the same.
+  function axisOf(own) {
+    const all = own.map(({ row, run }) => (row.rewarded ? run.measure : `loss, ${row.loss_unit}`));
+    return [...new Set(all)].join(" · ");
   }
 
   // In which settings runs differ; what was not given is its default.
@@ -193,28 +204,34 @@ export default async function jobsPage(main) {
   // What the runs came to, and by how much that differs from the first one's.
   function inNumbers(own) {
     const [differ, valueOf] = differences(own);
+    const figures = figuresOf(own);
     const rows = own.map((one, i) => h("tr",
       h("td", swatch({ color: COLORS[i] }), link(titleOf(one, i), `/finetune/job/${one.row.id}`)),
       differ.map((name) => h("td", valueOf(one, name))),
-      FIGURES.map(([, valueOf, said, less]) => {
+      figures.map(([, valueOf, said, measure]) => {
         const [first, value] = [valueOf(own[0]), valueOf(one)];
-        return h("td.num", said(value), i > 0 && delta(value - first, said, less));
+        return h("td.num", said(value), i > 0 && delta(value - first, said, measure));
       })));
-    return table("", "The runs that are compared", ["Run", ...differ, ...FIGURES.map(([x]) => x)], rows);
+    return table("", "The runs that are compared", ["Run", ...differ, ...figures.map(([x]) => x)], rows);
   }
 
-  function delta(change, said, less) {
+  // Of what they are judged by, only what some of them are.
+  const figuresOf = (own) => FIGURES.filter(([, , , measure]) =>
+    !measure || own.some(({ run }) => run.measure === measure));
+
+  function delta(change, said, measure) {
     if (!Number.isFinite(change) || change === 0) return null;
-    const kind = less ? (change < 0 ? "better" : "worse") : "muted";
+    const kind = measure ? ((change < 0) === (measure === "loss") ? "better" : "worse") : "muted";
     return h(`div.small.${kind}`, `${change < 0 ? "−" : "+"}${said(Math.abs(change))}`);
   }
 
   function asTable() {
     const own = compared();
     const [differ, valueOf] = differences(own);
-    return [["job", "run", ...differ, ...FIGURES.map(([title]) => title.toLowerCase())],
+    const figures = figuresOf(own);
+    return [["job", "run", ...differ, ...figures.map(([title]) => title.toLowerCase())],
       ...own.map((one, i) => [one.row.id, titleOf(one, i).replace(/^\d+: /, ""),
-        ...differ.map((name) => valueOf(one, name)), ...FIGURES.map(([, valueOf]) => valueOf(one))])];
+        ...differ.map((name) => valueOf(one, name)), ...figures.map(([, valueOf]) => valueOf(one))])];
   }
 
   const lookAgain = every(1, look);

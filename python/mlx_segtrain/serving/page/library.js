@@ -17,7 +17,7 @@ export async function pushing(path, pushed = () => {}) {
   const token = input("hf_…", { type: "password", autocomplete: "off" });
   const repo = input("me/my-adapter");
   const [open] = [select([["yes", "private"], ["no", "public"]])];
-  const about = "Kept in the server's memory until it ends, and in no file.";
+  const about = "Kept in the server's memory until it stops; never written to a file.";
   const tokenField = field("Token of the hub", token, { about });
   const push = button("Push", null, "primary");
   tokenField.hidden = hasToken;
@@ -45,8 +45,8 @@ export async function pushing(path, pushed = () => {}) {
     }
   }
   return h("form.stack", { novalidate: true, onsubmit: submit },
-    h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; made if it is not there." }),
-      field("Who may see it", open)),
+    h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; created if it does not exist." }),
+      field("Visibility", open)),
     h("div.actions", push), problem, result);
 }
 
@@ -68,13 +68,13 @@ export default async function library(main) {
   const kinds = [
     { kind: "models", title: "Models", rows: models, name: NAME, hub: "model",
       columns: ["Model", "Family", "Parameters", "Size", "Actions"],
-      none: "No model below the server's folders. Bring one from the hub, or put its folder there." },
+      none: "No model below the server's folders. Download one from the hub, or put its folder there." },
     { kind: "datasets", title: "Data sets", rows: datasets, name: DATA_NAME, hub: "dataset",
       columns: ["Data set", "Validation", "Size", "Actions"],
-      none: "No data set below the server's folders. Upload a file of rows, or bring one from the hub." },
+      none: "No data set below the server's folders. Upload a file of rows, or download one from the hub." },
     { kind: "adapters", title: "Adapters", rows: adapters,
       columns: ["Adapter", "Base", "Rank", "Best loss", "Size", "Actions"],
-      none: "No adapter yet. Train one, or upload one of PEFT or mlx-lm." },
+      none: "No adapter yet. Train one, or upload one from PEFT or mlx-lm." },
   ];
   const parts = kinds.map((own) => {
     const list = h("div.scroll", { tabindex: 0, role: "region", "aria-label": `List of ${own.kind}` });
@@ -103,11 +103,11 @@ export default async function library(main) {
     const bring = h("form.row-line", { novalidate: true, onsubmit: (event) => {
       event.preventDefault();
       fails(async () => {
-        if (!own.name.test(name.value.trim())) throw new Error("Give a name of the hub, as org/name.");
+        if (!own.name.test(name.value.trim())) throw new Error("Give a name on the hub, as org/name.");
         await download(own.moved, name.value.trim(), own.hub);
       })();
     } }, field("Name on the Hugging Face hub", name), button("Download", null));
-    const refused = "The server was started without --allow-downloads, so it brings nothing from the hub.";
+    const refused = "The server was started without --allow-downloads, so nothing can be downloaded from the hub.";
     const send = own.kind === "datasets"
       ? picker("Upload rows", fails((files) => sendRows(own.moved, files)),
         { accept: ROWS, several: true })
@@ -171,7 +171,7 @@ export default async function library(main) {
   function adapters(own, part) {
     const place = h("div");
     const open = async () => show(place, place.childElementCount ? null : await pushing(own.path));
-    const base = own.base_model ?? "not said";
+    const base = own.base_model ?? "unknown";
     const model = known.find((one) => [one.path, one.id].includes(base));
     return h("tr", h("td.main", tail(own.path), h("div.muted.small.wrap", own.path), place),
       cell("Base", tail(base)), cell("Rank", own.rank || "–"),

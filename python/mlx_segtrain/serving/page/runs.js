@@ -11,7 +11,7 @@ const DRAWN = [
   "learning_rate", "tokens_per_sec", "supervised_tokens_per_sec", "grad_norm", "peak_gb", "active_gb",
 ];
 const METRIC = /^[a-z][\w ]{0,79}$/;
-const OTHER = ["type", "kind", "step", "loss", "step_s", "progress", "message", "ts", ...DRAWN];
+const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "message", "ts", ...DRAWN];
 
 // A curve of any length; a long one is drawn in buckets of as many points each.
 export class Curve {
@@ -49,6 +49,10 @@ export class Curve {
   get lowest() {
     return this.all.reduce((low, [, y]) => (low === null || y < low ? y : low), null);
   }
+
+  get highest() {
+    return this.all.reduce((high, [, y]) => (high === null || y > high ? y : high), null);
+  }
 }
 
 // What the events of a job came to so far.
@@ -63,13 +67,15 @@ export class Run {
   planned = null; // the gigabytes that the plan takes, of the budget
   train = {}; // the last training metrics
   val = {}; // the last evaluation
-  first = null; // the first validation loss
+  live = {}; // where it is since then: step, memory, the seconds that are left
+  first = null; // what the first evaluation came to
   curves = {};
   warnings = [];
   samples = [];
 
-  constructor(id) {
-    this.id = id;
+  // `measure` is what the run is judged by: its loss, or its reward.
+  constructor(id, measure = "loss") {
+    Object.assign(this, { id, measure });
   }
 
   // Reads what is new until the job has ended; then calls `ended`.
@@ -89,6 +95,7 @@ export class Run {
 
   take(event, place) {
     this.place = place;
+    if (event.type === "step") return this.#step(event);
     const kind = event.kind === "val" ? "val" : event.type === "log" ? "log-line" : event.type;
     this.lines.push([line(event), kind]);
     if (event.type === "stage") this.#begin(event);
@@ -108,29 +115,41 @@ export class Run {
     }
   }
 
+  // Between two reports.
+  #step(event) {
+    this.live = event;
+    this.step = Math.max(this.step, event.step || 0);
+  }
+
   #measure(event) {
     const step = event.step || 0;
     this.step = Math.max(this.step, step);
+    const value = event[this.measure];
     if (event.kind === "train") {
-      this.train = event;
-      this.curve("train").add(step, event.loss);
+      this.train = this.live = event;
+      this.curve("train").add(step, value);
       for (const name of [...DRAWN, ...this.extra]) this.curve(name).add(step, event[name]);
     } else if (event.kind === "val") {
       this.val = event;
-      this.first ??= event.loss;
-      this.curve("val").add(step, event.loss);
+      this.first ??= value;
+      this.curve("val").add(step, value);
     }
   }
 
-  // Metrics of preference methods.
-  get extra() {
-    return Object.keys(this.train).filter((name) => !OTHER.includes(name) && METRIC.test(name));
+  get best() {
+    const curve = this.curve("val");
+    return this.measure === "reward" ? curve.highest : curve.lowest;
   }
 
-  // Seconds of training that are left, by the last step's.
+  // Metrics of a method besides what it is judged by.
+  get extra() {
+    const other = [...OTHER, this.measure];
+    return Object.keys(this.train).filter((name) => !other.includes(name) && METRIC.test(name));
+  }
+
+  // Seconds that are left, with the evaluations and checkpoints to come.
   get left() {
-    const { step_s } = this.train;
-    return this.iters && step_s >= 0 ? Math.max(0, this.iters - this.step) * step_s : null;
+    return this.live.left_s >= 0 ? this.live.left_s : null;
   }
 }
 

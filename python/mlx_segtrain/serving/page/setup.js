@@ -6,13 +6,15 @@ import { shownReport } from "./data.js";
 import { announce, button, card, combobox, empty, expansion, facts } from "./dom.js";
 import { h, input, labelled, meter, notice, picker, reveal, show } from "./dom.js";
 import { Form } from "./fields.js";
-import { DATA_NAME, NAME, ROWS, namedAs, offer, send, sendRows } from "./hub.js";
+import { DATA_NAME, NAME, ROWS, namedAs, offer, seek, send, sendRows } from "./hub.js";
 import { count, described, percent, sentence, size, tail } from "./text.js";
 
 // Milliseconds without a change after which the planner is asked, and the data looked at.
 const PAUSE = 350;
 // Bytes of data that are looked at without being asked to.
 const AT_ONCE = 64e6;
+// Bytes of a file of settings.
+const MOST_YAML = 1 << 16;
 // What a run has of its own: another like it does not.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
 const PATH = /^[~/]./;
@@ -47,10 +49,11 @@ export default async function setup(main) {
 
   // Model
 
-  const model = combobox(changedModel, either(NAME), where);
+  const searched = (kind) => (downloads ? (words) => seek(kind, words) : null);
+  const model = combobox(changedModel, either(NAME), where, searched("model"));
   model.offer(models.map((own) => [own.path, described(own)]));
   const modelField = labelled("Model", model, { key: "model_dir", kind: "across",
-    about: "A model on this server, or a name of the Hugging Face hub: org/name." });
+    about: "A model on this server, or a name on the Hugging Face hub: org/name." });
   const aboutModel = h("div.stack");
 
   function changedModel() {
@@ -58,7 +61,7 @@ export default async function setup(main) {
     const named = !own && NAME.test(model.value ?? "") && downloads;
     modelField.complain();
     show(aboutModel, named && offer(model.value, "model", hasModel), own && facts("", [
-      ["Context length", own.max_length ? `${count(own.max_length)} tokens` : "not said"],
+      ["Context length", own.max_length ? `${count(own.max_length)} tokens` : "unknown"],
       ["Backend", own.fast ? "optimised" : "mlx-lm's layers"],
     ]));
     changed();
@@ -74,7 +77,7 @@ export default async function setup(main) {
 
   // Data
 
-  const data = combobox(() => changedData(), either(DATA_NAME), where);
+  const data = combobox(() => changedData(), either(DATA_NAME), where, searched("dataset"));
   const shortPath = (path) => (path.startsWith(`${uploads}/`) ? `uploaded: ${tail(path)}` : tail(path, 2));
   const offerData = () => data.offer(datasets.map((own) => {
     const more = own.has_valid ? "" : " · no validation file";
@@ -82,7 +85,7 @@ export default async function setup(main) {
   }));
   offerData();
   const dataField = labelled("Data set", data, { key: "data_dir", kind: "across",
-    about: "Rows on this server (a folder or a file by its path), or a name of the hub: org/name." });
+    about: "Rows on this server (a folder or a file by its path), or a name on the hub: org/name." });
   const aboutData = h("div.stack");
   const check = button("Check the data", () => inspect());
   const report = h("div.stack", { "aria-busy": "false" });
@@ -198,6 +201,7 @@ export default async function setup(main) {
   // Plan and start
 
   const form = new Form(schema, changed);
+  const loaded = h("div.stack", { role: "status" });
   const verdict = h("div.stack");
   const problem = h("div", { role: "alert" });
   const name = input("optional", { maxlength: 120 });
@@ -216,6 +220,35 @@ export default async function setup(main) {
     modelField.complain(own === modelField && sentence(fault.message));
     if (own === dataField) dataField.complain(sentence(fault.message));
     return form.complain(fault) ?? own;
+  }
+
+  // Fills the form in from a file for `train --config`; what is wrong with it is said at its fields.
+  async function loadSettings([file]) {
+    show(loaded);
+    try {
+      if (file.size > MOST_YAML) throw new Error("it is too large for a file of settings");
+      const { values: own, faults } = await api("/api/finetune/read", { yaml: await file.text() });
+      const rest = Object.fromEntries(Object.entries(own).filter(([name]) => !OWN.includes(name)));
+      form.fill(rest, faults);
+      if (own.model_dir != null) model.set(own.model_dir);
+      if (own.data_dir != null) data.set(own.data_dir);
+      const lost = ["model_dir", "data_dir"].filter((name, i) =>
+        own[name] != null && [model, data][i].value === null);
+      const left = OWN.filter((name) => own[name] != null && !name.endsWith("_dir"));
+      const others = faults.filter(({ field }) => !form.fields[field]);
+      const said = [
+        ...others.map(({ message }) => message),
+        ...lost.map((name) => `${name} is ${own[name]}, which is not a path on this server from its root: choose it above`),
+      ];
+      show(loaded, notice(`${file.name} is loaded${left.length ? `, without ${left.join(" and ")}, which each run has of its own` : ""}.`, "good"),
+        said.map((text) => notice(sentence(text), "warn")));
+      changedModel();
+      changedData();
+      const wrong = faults.map(({ field }) => form.fields[field]).find(Boolean);
+      if (wrong) wrong.reveal();
+    } catch (error) {
+      show(loaded, notice(sentence(`${file.name}: ${error.message}`), "bad"));
+    }
   }
 
   const values = () => ({ ...form.values, model_dir: model.value, data_dir: data.value });
@@ -269,11 +302,11 @@ export default async function setup(main) {
 
   const below = roots.join(" or ");
   const noModel = `No model found below ${below}. Put the folder of an MLX model there, start the ` +
-    `server with its path, or ${downloads ? "give a name of the Hugging Face hub"
-      : "start it with --allow-downloads to bring one from the Hugging Face hub"}.`;
+    `server with its path, or ${downloads ? "give a name on the Hugging Face hub"
+      : "start it with --allow-downloads to download one from the Hugging Face hub"}.`;
   const small = "mlx-community/SmolLM2-135M-Instruct";
-  const noData = "No data set found. Upload a file of rows (JSON lines, CSV, Parquet, …), or begin " +
-    "with a few rows that are made up.";
+  const noData = "No data set found. Upload a file of rows (JSON lines, CSV, Parquet, …), or start " +
+    "with a few example rows.";
   const tiny = () => {
     model.set(small);
     changedModel();
@@ -283,7 +316,7 @@ export default async function setup(main) {
       h("div.stack",
         card("Model and data",
           modelField.element,
-          !models.length && empty(noModel, downloads && button("Use a small one of the hub", tiny)),
+          !models.length && empty(noModel, downloads && button("Use a small model from the hub", tiny)),
           aboutModel,
           dataField.element,
           !datasets.length && h("p.empty", noData),
@@ -291,7 +324,8 @@ export default async function setup(main) {
             picker("Upload rows", sent, { accept: ROWS, several: true }),
             !datasets.length && button("Make example rows", example), check),
           moved, aboutData, report),
-        card("Settings", form.element)),
+        card("Settings", form.element,
+          h("div.actions", picker("Load YAML", loadSettings, { accept: ".yaml,.yml" })), loaded)),
       h("div.stack.stick", card("Plan", verdict,
         h("p.small.muted", `${device.name}: ${size(device.free_bytes)} of `,
           `${size(device.memory_bytes)} free for a run`)),

@@ -1,0 +1,60 @@
+"""Commands of the Hugging Face hub: search, push."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_segtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_segtrain.hub_search import Hit
+
+
+def add_commands(command: Callable[..., Any]) -> None:
+    """Adds them to a parser; `command(name, run, text)` makes one."""
+    added = command("search", _search, "search the Hugging Face hub for models or data sets")
+    added.add_argument("words", nargs="+", metavar="WORD", help="words of the name")
+    added.add_argument("--datasets", action="store_true", help="search data sets, not models")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command("push", _push, "upload an adapter or a model to the Hugging Face hub")
+    added.add_argument("folder", type=Path, metavar="DIR", help="directory of the adapter or model")
+    added.add_argument("repo", metavar="ORG/NAME", help="repository; created if it does not exist")
+    added.add_argument("--public", action="store_true", help="create a public repository")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _search(args: argparse.Namespace) -> int:
+    from mlx_segtrain.commands.terminal import answer
+    from mlx_segtrain.hub_search import search
+
+    found = search(" ".join(args.words), "dataset" if args.datasets else "model", limit=20)
+    return answer(found, _show, args.json)
+
+
+def _show(found: list[Hit]) -> None:
+    if not found:
+        print("nothing on the hub has all of these words in its name")
+        return
+    width = max(len(hit.name) for hit in found)
+    for hit in found:
+        print(f"{hit.name:{width}}  {hit.downloads:>12,} downloads")
+
+
+def _push(args: argparse.Namespace) -> int:
+    from huggingface_hub import get_token
+
+    from mlx_segtrain.commands.terminal import answer, waiting
+    from mlx_segtrain.serving.jobs import pushing
+
+    folder = args.folder.expanduser().resolve()
+    if not folder.is_dir():
+        raise InputError(f"{args.folder} is not a directory: give that of an adapter or a model.")
+    if get_token() is None:
+        raise InputError("no token of the hub: log in with `hf auth login`, or set HF_TOKEN.")
+    with waiting() as show:
+        pushed = pushing.push(folder, args.repo, private=not args.public, tell=show)
+    return answer(pushed, lambda own: print(f"pushed to {own.url}"), args.json)

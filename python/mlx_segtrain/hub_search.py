@@ -1,0 +1,50 @@
+"""Models and data sets of the Hugging Face hub by words, the most downloaded first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+from .hub import PATIENCE_S, Kind, endpoint, offline
+
+#: What a model must have to be found: weights in the format that MLX reads, and text to generate.
+OF_MODELS = ("safetensors", "text-generation")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A repository that a search has found."""
+
+    name: str
+    downloads: int
+
+
+def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
+    """Repositories whose names have these words. InputError if the hub cannot be asked."""
+    if offline():
+        raise InputError("the hub is not searched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set.")
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    # HfApi.list_models sends the same request, and waits for ever.
+    how: dict[str, Any] = {"search": words, "sort": "downloads", "limit": limit}
+    if kind == "model":
+        how["filter"] = list(OF_MODELS)
+    url = f"{endpoint()}/api/{kind}s"
+    try:
+        answer = get_session().get(url, params=how, headers=build_hf_headers(), timeout=PATIENCE_S)
+        hf_raise_for_status(answer)
+        return [
+            Hit(str(own["id"]), int(own.get("downloads") or 0)) for own in answer.json()[:limit]
+        ]
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        wait = "wait a while" if status == 429 else "try again later"
+        raise InputError(f"the hub answers {status} to a search: {wait}.") from None
+    except Exception as error:  # of the client's library, of which several are in use
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"the hub does not answer ({reason}): look at the network, or give a full name, as "
+            "org/name."
+        ) from None
