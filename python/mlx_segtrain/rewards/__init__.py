@@ -55,8 +55,8 @@ class Rewards:
         functions: Sequence[Function] = (),
         environment: Callable[[], Any] | None = None,
     ) -> Rewards:
-        """Returns the rewards of a configuration; functions and the environment's class may come from
-        Python. Raises InputError if one cannot be used, or if there is none."""
+        """Returns the rewards of a configuration; Python may give functions and the environment's
+        class. Raises InputError if one cannot be used, or if there is none."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [

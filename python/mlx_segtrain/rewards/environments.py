@@ -37,7 +37,7 @@ class Environments:
 
     @classmethod
     def of(cls, config: TrainConfig, make: Callable[[], Any] | None = None) -> Environments | None:
-        """Returns the environments of a configuration; `make` is the class itself, if Python gives it.
+        """Returns the environments of a configuration; `make` is the class, if Python has it.
         Raises InputError if the class cannot be used."""
         if config.environment is None:
             return None
