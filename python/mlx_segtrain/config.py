@@ -281,7 +281,7 @@ class TrainConfig(BaseModel):
         otherwise="without environment",
         ge=1,
     )
-    """Maximum turns of the model in a conversation with the environment."""
+    """Maximum number of the model's turns in a conversation with the environment."""
     group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
     """Number of completions per prompt."""
     max_completion_tokens: Int = option(
@@ -340,7 +340,7 @@ class TrainConfig(BaseModel):
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
-    """Batches whose gradients are summed into an optimizer step."""
+    """Number of batches whose gradients are accumulated for one optimizer step."""
     parallel: Literal["data", "pipeline"] = option(
         "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
     )

@@ -33,7 +33,7 @@ from mlx_segtrain.torchless import hide_torch
 
 #: Commands that end before one could ask what they do.
 AT_ONCE = ("cache", "completion")
-#: Fields with which eval measures rewards, and no loss.
+#: Fields with which eval measures rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
 DATA = "file or directory with rows, or name of a data set on the Hugging Face hub"
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora.paths import WRAPPER
 from . import gemma, llama
 from .chain import Chain
@@ -189,5 +189,4 @@ def _reading(folder: Path) -> Iterator[None]:
     # Untrusted files can make the libraries raise anything: a panic in Rust is not a Python
     # Exception.
     except BaseException as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
+        raise InputError(f"model_dir {folder} cannot be loaded: {reason(error, 500)}") from error

@@ -29,8 +29,11 @@ CONNECTIONS = 2000
 OPEN_FILES = 65536
 #: The routes of the API.
 ROUTERS = (
-    *(routes.router, transfers.router, completions.router),
-    *(openai.router, openai_responses.router),
+    routes.router,
+    transfers.router,
+    completions.router,
+    openai.router,
+    openai_responses.router,
 )
 
 

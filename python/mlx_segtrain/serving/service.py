@@ -255,11 +255,6 @@ class Service:
         """What this machine computes on."""
         return Device.here()
 
-    @property
-    def base(self) -> Base | None:
-        """The model that is served."""
-        return self.engine.base
-
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:

@@ -74,13 +74,13 @@ def train(
     metrics.jsonl gets the same. `score(model, tokenizer)` is called at every evaluation with
     mlx-lm's model, the adapter attached, and returns a number or a dict of numbers. `rewards` are
     functions that score completions of method grpo (docs/grpo.md), in addition to those of the
-    configuration, and `environment` is the class that the configuration names, if the caller has
-    it. `on_step` receives the training metrics of every step and `on_eval` those of
-    every evaluation; one that returns True ends the run after saving (`stopped_early`). `model` is
-    the model loaded from `config.model_dir`, without an adapter, if the caller has it. Ctrl-C,
-    SIGTERM and SIGHUP end the run after saving the last finished step (`interrupted`). Raises
-    InputError, before anything is written, for input that cannot be used, and RunError if the run
-    cannot continue, after saving the last good step.
+    configuration, and `environment` is the class that the configuration names, given by Python.
+    `on_step` receives the training metrics of every step and `on_eval` those of every evaluation;
+    one that returns True ends the run after saving (`stopped_early`). `model` is the model loaded
+    from `config.model_dir`, without an adapter, if the caller has it. Ctrl-C, SIGTERM and SIGHUP
+    end the run after saving the last finished step (`interrupted`). Raises InputError, before
+    anything is written, for input that cannot be used, and RunError if the run cannot continue,
+    after saving the last good step.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -272,7 +272,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        started = time.perf_counter()
+        started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
@@ -321,8 +321,10 @@ class Run:
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
 
-        own = self._in_memory(lambda: step.baseline(at, accumulated))
-        total = step.total(accumulated, self.ranks.gather(own))
+        total = self.setup.objective.total(accumulated)
+        if self.setup.objective.baseline is not None:
+            own = self._in_memory(lambda: step.baseline(at, accumulated))
+            total = step.total(accumulated, self.ranks.gather(own))
 
         def gradients() -> tuple[Any, mx.array]:
             outputs, gradient = step.gradient(at, accumulated, total)
@@ -390,12 +392,26 @@ class Run:
         if step == progress.reported or not self._is_due(self.config.steps_per_report, 1):
             return
         progress.reported = step
-        self.tell(self._metric())
+        metric = self._metric()
+        if self.ranks.size > 1:
+            metric["ranks"] = self.ranks.gather(self._own_figures())
+        self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
                 f"step {step}: the clock jumped by {jumped:+.0f} s against elapsed time (or the "
                 "machine slept): times in the log jump, and the run does not depend on them"
             )
+
+    def _own_figures(self) -> dict[str, float]:
+        """Seconds of the last step in which this rank computed or waited for others; its memory."""
+        last, waited = self.state.progress.last, self.ranks.waited
+        assert last is not None
+        return {
+            "busy_s": last.seconds - waited,
+            "waited_s": waited,
+            "peak_gb": self.state.memory.peak / 1e9,
+            "active_gb": mx.get_active_memory() / 1e9,
+        }
 
     def _metric(self) -> events.Event:
         """Returns the training metrics after the last step."""

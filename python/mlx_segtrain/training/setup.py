@@ -413,8 +413,8 @@ def load_setup(
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)
-    if pipe and chain.head.path in chain.stage_of and chain.stage_of[chain.head.path] in params:
-        check_head(config, chain)
+    if pipe and chain.tied and chain.head.path in adapter.tensors:
+        raise tied_head(config, chain)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
     made = (plan, model, chain, objective_of(config), adapter.scales, Layout.of(params), pipe)
     setup = Setup(*read, *made)
@@ -423,15 +423,14 @@ def load_setup(
     return setup, vector
 
 
-def check_head(config: TrainConfig, chain: Chain) -> None:
-    """InputError for an adapted embedding that is the head, too: two ranks would have it."""
-    if chain.tied:
-        raise InputError(
-            f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which "
-            "are on the first and the last rank of a pipeline: leave it out of target_modules, or "
-            "train with parallel data.",
-            field="target_modules",
-        )
+def tied_head(config: TrainConfig, chain: Chain) -> InputError:
+    """What to raise for an adapted embedding that is the head, too: two ranks would have it."""
+    return InputError(
+        f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
+        "on the first and the last rank of a pipeline: leave it out of target_modules, or train "
+        "with parallel data.",
+        field="target_modules",
+    )
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
