@@ -929,6 +929,8 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No data set found. Upload a file of rows")).to_be_visible()
         page.get_by_role("button", name="Make example rows").click()
         expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
+        expect(page.get_by_text("No data set found")).to_be_hidden()
+        expect(page.get_by_text("Put the folder of an MLX model there")).to_be_visible()
         user.open("/finetune/jobs", page=page)
         expect(page.locator(".page").get_by_role("link", name="New run")).to_be_visible()
         user.open("/finetune/library", page=page)
