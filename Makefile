@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what is imported when it first is: all 18,000 files of the packages would take a core for a minute.
+INSTALL := $(PIP) install --quiet --no-compile
 COMMA := ,
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -19,15 +21,16 @@ test check: export OMP_NUM_THREADS := 1
 # What `pip install` gets of the wheel that was built, with these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 MLX_AND_NANOBIND = $(shell sed -nE 's/^ *"((mlx|mlx-cpu|nanobind)==[0-9.]+).*/\1/p' pyproject.toml | sort -u)
+RELEASE_TOOLS = $(shell sed -nE '/^release = /,/^\]/ s/^ *"([a-z-]+>=[0-9.]+).*/\1/p' pyproject.toml)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
   $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyi' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint mac bench models dev wheel clean
+.PHONY: help demo check test lint mac docs bench models dev wheel release-check clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
@@ -49,6 +52,9 @@ lint: $(TOOLS) ## Check format, style and types
 mac: $(VENV)/for_mac ## Compile everything for macOS on Linux, and plant faults that must be found
 	cd tests && ../$(BIN)/python -m mac
 
+docs: $(TOOLS) ## Build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(TOOLS) ## Time attention, and training steps beside peers that are installed
 	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/step.py
@@ -57,11 +63,18 @@ models: $(TOOLS) ## Write the table of docs/models.md anew
 	$(BIN)/python tests/model_table.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
-	$(PIP) install --quiet --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
+	$(INSTALL) --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
 	@touch $(VENV)/editable $(VENV)/built $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+# What is in dist/ already is checked as it is.
+release-check: $(VENV)/release $(if $(wildcard dist/*),,wheel) ## Check the wheels and the sdist in dist/
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(if $(filter Linux,$(shell uname -s)),for wheel in dist/*linux*.whl; do $(BIN)/auditwheel show $$wheel; done)
+	$(BIN)/python tests/release_check.py dist/*
 
 clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
@@ -78,23 +91,28 @@ $(VENV)/built: $(VENV)/made $(SOURCES)
 	@echo "Building the package (a few minutes the first time)"
 	@rm -rf $(VENV)/wheel $(VENV)/editable
 	$(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
-	$(PIP) install --quiet --no-deps --force-reinstall $(call package)
+	$(INSTALL) --no-deps --force-reinstall $(call package)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/built
 	@echo "Installing what it needs into $(VENV)"
-	$(PIP) install --quiet $(call package,$(CPU))
+	$(INSTALL) $(call package,$(CPU))
 	@touch $@
 
 $(TOOLS): $(VENV)/built
 	@echo "Installing what it needs into $(VENV), with tools$(if $(PEER_EXTRA), and peers)"
-	$(PIP) install --quiet $(call package,$(CPU) dev $(PEER_EXTRA))
+	$(INSTALL) $(call package,$(CPU) dev $(PEER_EXTRA))
 	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 # A compiler for macOS and for the text of Metal, and what the text is made with: of the package nothing is built.
 $(VENV)/for_mac: $(VENV)/made tests/mac/requirements.txt pyproject.toml
 	@echo "Installing compilers for macOS into $(VENV)"
-	$(PIP) install --quiet -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
+	$(INSTALL) -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
+	@touch $@
+
+$(VENV)/release: $(VENV)/made pyproject.toml
+	@echo "Installing what checks a release into $(VENV)"
+	$(PIP) install --quiet $(foreach tool,$(RELEASE_TOOLS),'$(tool)')
 	@touch $@
 
 # The tests of the page look at it with a browser: one that is there, else Debian's.

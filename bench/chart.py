@@ -1,9 +1,9 @@
-"""Draws time and memory of a step over its length, from the data in bench/LOG.md.
+"""Draws time and memory of a step against context length, from the data in bench/LOG.md.
 
-    python bench/chart.py [--out docs/performance.svg]
+python bench/chart.py [--out docs/performance.svg]
 
-The data are the rows of the newest block that begins with ```csv there: model, tokens, trainer,
-ms, GB (empty: not known). A line of the chart is a trainer.
+The data are the rows of the newest block that begins with ```csv: model, tokens, trainer, ms, GB
+(empty: unknown). Each trainer is a line of the chart.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COLUMNS = ["model", "tokens", "trainer", "ms", "gb"]
 
 
 def rows_of(log: str) -> list[dict[str, str]]:
-    """The rows of the first block of data in the log, which is the newest."""
+    """Returns the rows of the first block of data in the log, which is the newest."""
     _, found, rest = log.partition("```csv\n")
     if not found:
         raise SystemExit("bench/LOG.md has no block that begins with ```csv.")

@@ -1,11 +1,11 @@
-"""A million rows: how long the first start takes and the second, what memory, and how it ends.
+"""Measures a million rows: time of the first and the second start, memory, and how runs end.
 
     python bench/data.py make --out DIR --rows 1000000     # train.jsonl, about 1 GB
-    python bench/data.py run --data DIR --model MODEL       # first start, second, Ctrl-C, resume
+    python bench/data.py run --data DIR --model MODEL      # two starts, Ctrl-C, resume
 
-Rows are messages of about 1 KB: a question from the documentation that Python carries, and a piece
-of its library as the answer. Each figure is of a process of its own, `mlx-segtrain train` as a user
-starts it; memory is the sum of the proportional sizes of all its processes, looked at ten times a
+Rows are messages of about 1 KB: a question from Python's own documentation, and a piece of its
+library as the answer. Each figure comes from a separate process, `mlx-segtrain train` as a user
+starts it; memory is the sum of the proportional sizes of all its processes, sampled ten times a
 second.
 """
 
@@ -34,7 +34,7 @@ import psutil
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Always the same ones, all different."""
+    """Yields rows that are always the same, and all different."""
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
     code = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-t]*.py"))]
@@ -62,7 +62,7 @@ def make(out: Path, count: int) -> None:
 
 
 class Watched:
-    """`mlx-segtrain train`, its lines by the time they came, and its memory."""
+    """Runs `mlx-segtrain train`; records its lines with the time when they came, and its memory."""
 
     def __init__(self, *args: str, cache: Path):
         self.lines: list[tuple[float, str]] = []
@@ -96,7 +96,7 @@ class Watched:
             time.sleep(0.1)
 
     def until(self, text: str, seconds: float = 3600) -> float:
-        """Seconds after the start at which a line with this text came."""
+        """Returns the seconds from the start until a line with this text came."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for at, line in list(self.lines):
@@ -110,7 +110,7 @@ class Watched:
         )
 
     def interrupt(self) -> float:
-        """Seconds from Ctrl-C to its end."""
+        """Sends Ctrl-C; returns the seconds until the process ended."""
         begun = time.monotonic()
         self.process.send_signal(signal.SIGINT)
         self.process.wait()
@@ -169,7 +169,8 @@ def run(data: Path, model: str, iters: int) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of nohup, and a run would have it, too
+    # Set by nohup, and a run would inherit it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("make", "run"))

@@ -1,12 +1,13 @@
-"""Predicted against measured peak of training steps.
+"""Compares the predicted with the measured peak of training steps.
 
     python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
                            [--loss-rows 1 0.1] [--pairs 0 0.9] [--adapter dora] [--moves]
 
-Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, optimizer included
-(two at least: it has no state in the first), after what the one before left is gone. `--moves`
-prints every move of the plan, predicted and measured. `--pairs` are of DPO, by the part both share.
-`--adapter` is lora, dora, dropout (0.1), or embeddings: those and the head besides the layers.
+Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, including the
+optimizer (at least two: it has no state in the first), after the memory of the previous cell is
+freed. `--moves` prints every move of the plan, predicted and measured. `--pairs` are DPO pairs, by
+the part that both share. `--adapter` is lora, dora, dropout (0.1), or embeddings: the embedding and
+the head besides the layers.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import step as steps
 
 
 def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter):
-    """(plan, best s, measured peak, measured peak of each move of the last step)."""
+    """Returns (plan, best s, measured peak, measured peak of each move of the last step)."""
     import mlx.core as mx
 
     from mlx_segtrain import ops

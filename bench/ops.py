@@ -1,6 +1,6 @@
-"""Times the ops of a layer on this device beside MLX's own, as `mlx-segtrain bench` does.
+"""Times the ops of a layer on this device next to MLX's own, like `mlx-segtrain bench`.
 
-    python bench/ops.py [--only NAME …] [--impls NAME …] [--runs N] [--peers]
+python bench/ops.py [--only NAME …] [--impls NAME …] [--runs N] [--peers]
 
 `--peers` adds torch's attention on a GPU. The columns are those of `mlx_segtrain.ops.bench.Row`.
 """

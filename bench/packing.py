@@ -1,16 +1,16 @@
-"""Packed rows beside batches: tokens and supervised tokens a second, steps of all cells in turns.
+"""Compares packed rows with batches: tokens and supervised tokens per second, alternating cells.
 
     python bench/packing.py [--model DIR|SHAPE] [--batches 1 2 4 8 16 32] [--packed 2048 4096 8192]
                             [--turns 40] [--seconds 150] [--rows 4000] [--peft]
                             [--peer trl|unsloth]
 
-Made rows of instruction-like lengths: lognormal, median 138, 95 % below 360, at most 2048 (or what
-the shortest packed row holds), the last 55 % of each supervised. LoRA of rank 16 on all seven
-projections. `batch N` pads N rows of similar length; `packed N` is one row of N tokens. Every cell
-takes the next of its own batches in each turn, after two warm-up turns. Tokens a second are all
-tokens (without padding) over all the time. `--peft`: the same cells of transformers and PEFT, whose
-packed rows are told apart by position_ids, as TRL does it. `--peer`: afterwards the packed rows of
-TRL's trainer (trl, bfloat16), or of Unsloth through it (unsloth, nf4), in a run of their own.
+Synthetic rows with lengths as in instruction data: lognormal, median 138, 95 % below 360, at most
+2048 (or what the shortest packed row holds), with the last 55 % of each in the loss. LoRA of rank
+16 on all seven projections. `batch N` pads N rows of similar length; `packed N` is one row of N
+tokens. In each turn every cell takes its next batch, after two warm-up turns. Tokens per second are
+all tokens (without padding) divided by the total time. `--peft`: the same cells with transformers
+and PEFT, which separates packed rows by position_ids, as TRL does. `--peer`: then the packed rows
+of TRL's trainer (trl, bfloat16), or of Unsloth through it (unsloth, nf4), in a separate run.
 """
 
 import argparse
@@ -53,8 +53,7 @@ def dataset(n, longest, vocabulary):
 
 
 class Cell:
-    """Data that are packed or not, the batches that they have, and the function that takes a step
-    on one."""
+    """Packed or unpacked data, its batches, and the function that takes a step on one of them."""
 
     def __init__(self, name, data, rows, step, plan=None):
         from mlx_segtrain.data import batches, padding
@@ -82,7 +81,7 @@ def line(name, times, tokens, supervised):
 
 
 def peer_lines(peer, name, data, packed, steps):
-    """The lines of TRL's trainer on these rows; the first steps are not counted."""
+    """Returns the lines of TRL's trainer on these rows; the first steps are not counted."""
     import peers
 
     lora = (RANK, SCALE, SUFFIXES)
@@ -96,7 +95,7 @@ def peer_lines(peer, name, data, packed, steps):
 
 
 def peft_step(name):
-    """A function that takes a step of PEFT on a batch, packed or padded."""
+    """Returns a function that takes a PEFT step on a batch, packed or padded."""
     import torch  # pyright: ignore[reportMissingImports]
 
     model, device, _ = peft_model(name)
@@ -164,7 +163,7 @@ def main():
     for run, (own, data_of, rows) in zip(runs, ways, strict=True):
         cells.append(Cell(own, data_of, rows, functools.partial(step, run), run.planned))
     if args.peft:
-        mx.set_cache_limit(24 << 30)  # torch takes what it needs beside it
+        mx.set_cache_limit(24 << 30)  # torch allocates what it needs separately
         theirs = peft_step(name)
         cells += [Cell(f"peft {own}", data_of, rows, theirs) for own, data_of, rows in ways]
 
@@ -203,5 +202,5 @@ def main():
 if __name__ == "__main__":
     from mlx_segtrain import ops
 
-    with ops.repeatable(True):  # as `train` does
+    with ops.repeatable(True):  # like `train`
         main()

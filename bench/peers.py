@@ -1,13 +1,14 @@
-"""The strongest peers on a GPU, for bench/step.py and bench/packing.py: a model with an adapter.
+"""The strongest peers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that is made here. Packages are
-those of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
-unsloth_zoo and trl. Nothing here is imported by the package or by its tests.
+They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. They need
+packages of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
+unsloth_zoo and trl. Neither the package nor its tests import this module.
 """
 
 # pyright: reportMissingImports=false
 
 import atexit
+import os
 import shutil
 import tempfile
 import time
@@ -17,9 +18,10 @@ import numpy as np
 
 
 def snapshot(shape, peer):
-    """A folder with random weights of a shape and a tokenizer of words, as Hugging Face's are."""
+    """Writes a folder with random weights of a shape and a word tokenizer, in Hugging Face's
+    format."""
     if peer == "unsloth":
-        import unsloth  # noqa: F401 - it changes what is imported after it
+        import unsloth  # noqa: F401 - it patches what is imported after it
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -51,7 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """transformers and PEFT with Liger's kernels; nf4 or bf16, and ckpt with either: nf4-ckpt."""
+    """transformers and PEFT with Liger's kernels; nf4 or bf16, each also with checkpointing:
+    nf4-ckpt."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -76,7 +79,8 @@ def liger(place, variant, lora, longest):
 
 
 def unsloth(place, variant, lora, longest):
-    """Unsloth, nf4: `keep` nothing is recomputed, `ckpt` all of it, `offload` its own way."""
+    """Unsloth, nf4: `keep` recomputes nothing, `ckpt` recomputes everything, `offload` is its own
+    way."""
     import torch
     import unsloth
 
@@ -99,7 +103,7 @@ PEERS = {"liger": liger, "unsloth": unsloth}
 class Packed:
     """A run of TRL's SFTTrainer on packed rows: seconds and tokens of its steps.
 
-    `rows` are (ids, weights) pairs; `model` one of PEERS' (None: of transformers, bfloat16, with
+    `rows` are (ids, weights) pairs; `model` is one of PEERS (None: transformers in bfloat16 with
     TRL's own PEFT), `longest` the tokens of a packed row.
     """
 
@@ -130,7 +134,7 @@ class Packed:
             packing=True,
             max_length=longest,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,  # Unsloth's own is 2
+            gradient_accumulation_steps=1,  # Unsloth's default is 2
             max_steps=steps,
             learning_rate=1e-4,
             gradient_checkpointing=False,
@@ -167,3 +171,89 @@ class Packed:
         self.trainer.train()
         n = len(self.times)  # its loader reads ahead
         self.tokens, self.supervised = self.tokens[:n], self.supervised[:n]
+
+
+class Groups:
+    """A run of TRL's GRPOTrainer with transformers' own generation: of each of its cycles the
+    seconds of the rollouts and of the update, and the peak of each in bytes.
+
+    `prompts` are texts, each of which gets `group` completions of `tokens` tokens: no token ends
+    one. The update runs `at_once` sequences in a forward and backward pass.
+    """
+
+    def __init__(self, place, prompts, group, tokens, at_once, cycles, lora, beta):
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        import torch
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+
+        gpu = torch.cuda.is_available()
+        found = self.found = []
+
+        def peak():
+            if not gpu:
+                return 0
+            torch.cuda.synchronize()
+            most = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return most
+
+        class Timed(GRPOTrainer):
+            def _generate_and_score_completions(self, inputs):
+                peak()
+                begun = time.perf_counter()
+                made = super()._generate_and_score_completions(inputs)
+                most = peak()
+                self.rollout = time.perf_counter() - begun, most, made["completion_mask"].sum()
+                return made
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                self.begun = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                most = peak()
+                whole = time.perf_counter() - self.begun
+                rollout, highest, made = trainer.rollout
+                found.append((rollout, whole - rollout, highest, most, int(made)))
+
+        out = tempfile.mkdtemp(prefix="bench-trl-")
+        atexit.register(shutil.rmtree, out, ignore_errors=True)
+        count = len(prompts) * group
+        config = GRPOConfig(
+            output_dir=out,
+            num_generations=group,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=count // at_once,
+            max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens},
+            temperature=1.0,
+            beta=beta,
+            loss_type="grpo",
+            max_steps=cycles,
+            learning_rate=1e-5,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            bf16=gpu,
+            use_cpu=not gpu,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        self.trainer = trainer = Timed(
+            model=AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa"
+            ),
+            reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts) * cycles}),
+            processing_class=AutoTokenizer.from_pretrained(place),
+            peft_config=_lora(*lora),
+            callbacks=[Clock()],
+        )
+
+    def run(self):
+        self.trainer.train()
+        return self.found

@@ -1,13 +1,16 @@
 """Tokens a second of `train` on one rank and on several of this host: same model, same rows.
 
     python bench/ranks.py [--shape minicpm5-1b] [--length 8192] [--ranks 1 2] [--steps 12]
-                          [--signal KILL|STOP]
+                          [--parallel data|pipeline] [--batches N] [--budget GB]
+                          [--signal KILL|STOP] [--transfer MB ...]
 
 A shape of bench/step.py with random 4-bit weights, and rows of random bytes, are written below
 --folder once. LoRA of rank 16 on all projections, batch 1; a step has one row for each rank. NCCL
 connects the ranks where there is CUDA, else MLX's ring over the loopback. The median of the steps
-after the first four is told, and the speed over that of one rank. With --signal the last rank of
-the largest group gets it after its fourth step: what each rank says then, and after how long.
+after the first four is told, and the speed over that of one rank; a group that has no room says so.
+With --signal the last rank of the largest group gets it after its fourth step: what each rank says
+then, and after how long. With --transfer nothing is trained: arrays of so many 10⁶ bytes go from
+rank 0 to rank 1 and back, in each way that there is for it.
 """
 
 import argparse
@@ -28,7 +31,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 from lib.launched import free_ports  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 WARM_UP = 4
-WORKER = "import sys, ranks; ranks.work(*sys.argv[1:])"
+WORKER = "import sys, ranks; getattr(ranks, sys.argv[1])(*sys.argv[2:])"
 
 
 def write_inputs(folder, shape, length, rows=64):
@@ -49,16 +52,55 @@ def write_inputs(folder, shape, length, rows=64):
     return model, data
 
 
-def work(model, data, out, length, steps):
+def work(model, data, out, length, steps, more):
     """What a rank does."""
     from mlx_segtrain import TrainConfig, train
 
     config = TrainConfig(
         model_dir=model, data_dir=data, adapter_path=out, max_seq_length=int(length), rank=16,
         rank_scaling="constant", iters=int(steps), steps_per_report=1, steps_per_save=0,
-        val_split=0, overwrite=True,
+        val_split=0, overwrite=True, **json.loads(more),
     )  # fmt: skip
-    train(config)
+    train(config, tell)
+
+
+def tell(event):
+    """The plan of a rank, on its standard error."""
+    if event["type"] == "plan":
+        print(event["message"], file=sys.stderr, flush=True)
+
+
+def transfer(*sizes):
+    """What a rank of two does: arrays to the other one and back."""
+    import mlx.core as mx
+
+    from mlx_segtrain.training import transfers
+    from mlx_segtrain.training.ranks import joined
+
+    with joined(print) as ranks:
+        nccl = ranks.backend == "nccl"
+        ways = {"MLX's ring": transfers.Transfers(ranks, transfers.ring_of(ranks))} if nccl else {}
+        ways["two ranks add up" if nccl else "MLX's ring"] = transfers.transfers_of(ranks)
+        for name, way in ways.items():
+            for size in map(float, sizes):
+                x = mx.random.normal((int(size * 1e6 / 2),)).astype(mx.bfloat16)
+                mx.eval(x)
+                times = []
+                for _ in range(WARM_UP + 10):
+                    begin = time.perf_counter()
+                    if ranks.first:
+                        way.send([x], 1)
+                    back = way.post([(x.shape, x.dtype)], 1 - ranks.rank)
+                    ranks.wait_for(back)
+                    if not ranks.first:
+                        way.send(back, 0)
+                    way.settle()
+                    times.append(time.perf_counter() - begin)
+                if ranks.first:
+                    assert mx.array_equal(back[0], x)
+                    one = statistics.median(times[WARM_UP:]) / 2
+                    speed = f"{size / 1e3 / one:.2f} GB/s"
+                    print(f"{name}: {size:g} MB in {one * 1e3:.2f} ms, {speed}", flush=True)
 
 
 def environment(n, rank, folder, cuda):
@@ -80,18 +122,27 @@ def metrics(out):
     return [own for own in lines if own.get("kind") == "train"]
 
 
+def start(n, folder, cuda, *what):
+    """Processes of n ranks that do this, and files of what each says."""
+    started, errors = [], [folder / f"err-{rank}" for rank in range(n)]
+    for rank in range(n):
+        own = os.environ | environment(n, rank, folder, cuda) | {"PYTHONPATH": path()}
+        with open(errors[rank], "w") as file:
+            command = [sys.executable, "-c", WORKER, *map(str, what)]
+            started.append(subprocess.Popen(command, env=own, stdout=file, stderr=file))
+    return started, errors
+
+
 def run(n, folder, model, data, args, cuda, sent=None):
     """Steps of n ranks: their figures, and what each printed last."""
     out = folder / f"run-{n}"
     steps = 10**6 if sent else args.steps
-    what = [str(x) for x in (model, data, out, args.length, steps)]
-    started, errors = [], [folder / f"err-{rank}" for rank in range(n)]
+    more = {"memory_budget_gb": args.budget} if args.budget else {}
+    more |= {"grad_accumulation_steps": args.batches} if args.batches else {}
+    more |= {"parallel": args.parallel}
     (out / "metrics.jsonl").unlink(missing_ok=True)
-    for rank in range(n):
-        own = os.environ | environment(n, rank, folder, cuda) | {"PYTHONPATH": path()}
-        with open(errors[rank], "w") as file:
-            command = [sys.executable, "-c", WORKER, *what]
-            started.append(subprocess.Popen(command, env=own, stdout=file, stderr=file))
+    what = (model, data, out, args.length, steps, json.dumps(more))
+    started, errors = start(n, folder, cuda, "work", *what)
     if sent:
         while len(metrics(out)) < WARM_UP and started[0].poll() is None:
             time.sleep(0.1)
@@ -110,8 +161,15 @@ def run(n, folder, model, data, args, cuda, sent=None):
         print(f"steps that had ended: {metrics(out)[-1]['step']}, kept: {kept}")
         return []
     codes = [own.wait() for own in started]
+    texts = [own.read_text() for own in errors]
     if any(codes):
-        sys.exit("\n".join(own.read_text()[-2000:] for own in errors))
+        last = texts[0].strip().splitlines()[-1]
+        if "NoRoom" not in last:
+            sys.exit("\n".join(text[-2000:] for text in texts))
+        print(f"{n} ranks: {last}", flush=True)
+        return []
+    for rank, text in enumerate(texts):
+        print(f"rank {rank}: {' '.join(x for x in text.splitlines() if x.startswith('plan:'))}")
     return metrics(out)[WARM_UP:]
 
 
@@ -126,7 +184,11 @@ def main():
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--parallel", choices=("data", "pipeline"), default="data")
+    parser.add_argument("--batches", type=int)
+    parser.add_argument("--budget", type=float)
     parser.add_argument("--signal", choices=("KILL", "STOP"))
+    parser.add_argument("--transfer", type=float, nargs="+")
     parser.add_argument("--folder", type=Path, default=Path("ranks-bench"))
     args = parser.parse_args()
     import mlx.core as mx
@@ -134,6 +196,12 @@ def main():
     cuda = mx.cuda.is_available()
     args.folder.mkdir(exist_ok=True)
     folder = args.folder.resolve()
+    if args.transfer:
+        started, files = start(2, folder, cuda, "transfer", *args.transfer)
+        if any([own.wait() for own in started]):
+            sys.exit("\n".join(own.read_text()[-2000:] for own in files))
+        print(files[0].read_text().strip())
+        return
     model, data = write_inputs(folder, args.shape, args.length)
     mx.clear_cache()
     if args.signal:
@@ -142,13 +210,17 @@ def main():
     one = None
     for n in args.ranks:
         found = run(n, folder, model, data, args, cuda)
+        if not found:
+            continue
+        peak = max(own["peak_gb"] for own in found)
         seconds = sorted(own["step_s"] for own in found)
         speed = statistics.median(own["tokens_per_sec"] for own in found)
-        one = one or speed / n
+        one = speed if n == 1 else one
+        beside = f", {speed / one:.2f} times as fast as one" if one else ""
         print(
             f"{n} ranks: {statistics.median(seconds) * 1e3:,.0f} ms a step "
-            f"({seconds[0] * 1e3:,.0f} to {seconds[-1] * 1e3:,.0f}), {speed:,.0f} tokens/s, "
-            f"{speed / one:.2f} times as fast as one",
+            f"({seconds[0] * 1e3:,.0f} to {seconds[-1] * 1e3:,.0f}), {speed:,.0f} tokens/s"
+            f"{beside}; {peak:.2f} GB on rank 0",
             flush=True,
         )
 

@@ -1,20 +1,21 @@
-"""Generation with many adapters, beside stock mlx-lm: tokens/s, stalls, and what a swap takes.
+"""Compares generation with many adapters with stock mlx-lm: tokens/s, stalls, time of a swap.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
                           [--at-once 8 16 64] [--rounds 2]
 
-SHAPE is one of bench/step.py's, with random 4-bit weights. All in one process, greedy, each cell
-after a warm-up of its own; the prompts are in no cache, and each is of its own tokens. Every round
-runs all cells, so that what else the machine does meets all of them; the best of each is told.
+SHAPE is one of bench/step.py's, with random 4-bit weights. Everything runs in one process, with
+greedy decoding, each cell after its own warm-up; the prompts are all different, and none is cached.
+Every round runs all cells, so that other load on the machine affects all of them; prints the best
+of each.
 Cells:
     mlx-lm            generate_step, the model as mlx-lm loads it
     mlx-lm, adapter   the same with mlx-lm's own LoRA layers
-    mlx-lm, N         its BatchGenerator with so many prompts; all of one adapter if it has one
+    mlx-lm, N         its BatchGenerator with N prompts; all with one adapter if it has one
     alone             one request to our engine, without and with an adapter
-    deterministic     the same in the lane whose answers are bit for bit those alone
-    N at once         so many requests to it, without adapters, and of three adapters in turn
-Columns: seconds to the first token of the median request; tokens/s of all after the first one came,
-and those of the whole run with its prompts; the longest wait between two tokens of one answer.
+    deterministic     the same in the lane whose answers are bit-identical to a single request's
+    N at once         N requests to our engine, without adapters, and with three adapters in turn
+Columns: seconds to the first token of the median request; tokens/s of all requests after the first
+token, and over the whole run with its prompts; the longest wait between two tokens of one answer.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from step import SHAPES, load
 
 
 def model_folder(name: str, scratch: Path) -> Path:
-    """The model as a folder, which mlx-lm loads."""
+    """Returns the model as a folder that mlx-lm loads."""
     if name not in SHAPES:
         return Path(name)
     from mlx.utils import tree_flatten
@@ -64,7 +65,7 @@ def model_folder(name: str, scratch: Path) -> Path:
 
 
 def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
-    """Three adapters of all projections, whose B is not zero."""
+    """Returns three adapters of all projections, whose B is not zero."""
     chain = chain_of(load_base(model)[0])
     folders = []
     for seed in range(3):
@@ -81,7 +82,7 @@ def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
     return folders
 
 
-Times = list[list[float]]  #: of each request, when its tokens came
+Times = list[list[float]]  #: for each request, when its tokens came
 
 
 class Table:
@@ -108,7 +109,7 @@ class Table:
 
 
 def stock(base: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Times]:
-    """mlx-lm's own: one request by generate_step, several by its BatchGenerator."""
+    """mlx-lm's own generation: one request with generate_step, several with its BatchGenerator."""
     from mlx_lm.generate import BatchGenerator, generate_step
 
     begun = time.perf_counter()

@@ -1,27 +1,28 @@
-"""One training step of this package beside its peers: same model, same tokens, one process a cell.
+"""Times a training step of this package and its peers: same model and tokens, one process per cell.
 
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA of rank 16 on all seven projections, batch 1, of each row the last --loss-rows in the loss.
+LoRA of rank 16 on all seven projections, batch 1, the last --loss-rows of each row in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
-    segtrain:N    this package, N layers a segment (0: off)
-    segtrain:XGB  the fastest plan in so much memory; segtrain:min the least memory, segtrain:auto
-                  what the device has free
-    dpo:…         the same plans, of a DPO step of one pair: --length tokens in each sequence, both
-                  begin with the part --shared; what follows is the response; references are there
+    segtrain:N    this package, N layers per segment (0: off)
+    segtrain:XGB  the fastest plan within this much memory; segtrain:min the least memory,
+                  segtrain:auto what the device has free
+    dpo:…         the same plans for a DPO step of one pair: --length tokens in each sequence, the
+                  part --shared is common; the rest is the response; references are given
     mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
     peft          HF transformers + PEFT, torch, no checkpointing; peft:ckpt with it. float32 on the
-                  CPU; of a SHAPE bfloat16 on a GPU, without quantization
-    liger:nf4     of a SHAPE on a GPU (bench/peers.py): the same with Liger's kernels and a base of
-                  4 bits, liger:bf16 without; liger:nf4-ckpt, liger:bf16-ckpt with checkpointing
-    unsloth:keep  of a SHAPE on a GPU: Unsloth, 4 bits; unsloth:ckpt with checkpointing,
+                  CPU; for a SHAPE bfloat16 on a GPU, without quantization
+    liger:nf4     for a SHAPE on a GPU (bench/peers.py): the same with Liger's kernels and a 4-bit
+                  base, liger:bf16 without; liger:nf4-ckpt, liger:bf16-ckpt with checkpointing
+    unsloth:keep  for a SHAPE on a GPU: Unsloth, 4 bits; unsloth:ckpt with checkpointing,
                   unsloth:offload with its own
-Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer,
-and said). `peak` is active memory of MLX; `rss` the process' own high-water mark. Steps of this
-package are those of `train`, which give the same bits again unless `--any-order` is given. On CUDA,
-where torch is there to trace them: `busy` is the part of a step in which the device runs a kernel,
-`of_peak` that of the work of a step's products, nothing recomputed, at the rate of one of 8192³.
+Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer, as
+shown). `peak` is MLX's active memory; `rss` the process's own high-water mark. Steps of this
+package are those of `train`, which repeat bit for bit unless `--any-order` is given. On CUDA, if
+torch is installed to trace them: `busy` is the fraction of a step in which the device runs a
+kernel, `of_peak` the fraction that a step's products, without recomputation, would need at the rate
+of a product of 8192³.
 """
 
 import argparse
@@ -96,7 +97,8 @@ def tokens(length, vocab):
 
 
 def load(name):
-    """(model, vocabulary) of a folder, or of a shape: random weights, 4 bits in groups of 64."""
+    """Returns (model, vocabulary) of a folder, or of a shape: random weights, 4 bits in groups of
+    64."""
     import importlib
 
     import mlx.core as mx
@@ -113,14 +115,15 @@ def load(name):
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
-    for _, weight in tree_flatten(model.parameters()):  # one at a time: float32 passes by
+    # One at a time, so that few float32 arrays exist at once.
+    for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)
         mx.clear_cache()
     return model, config["vocab_size"]
 
 
 def shape_of(name, model):
-    """The model as the planner sees it."""
+    """Returns the model as the planner sees it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -144,7 +147,7 @@ def ranks_of(shape, adapter="lora"):
 
 
 def batch_of(vocabulary, length, rows, shared=None):
-    """(objective, batch, its shape): a row with its last `rows` in the loss, or a pair."""
+    """Returns (objective, batch, its shape): a row with its last `rows` in the loss, or a pair."""
     import numpy as np
 
     from mlx_segtrain.data import Batch, PairBatch
@@ -175,7 +178,8 @@ def batch_of(vocabulary, length, rows, shared=None):
 
 
 def plan_of(shape, kind, batch, adapter="lora", repeats=True):
-    """By a cell's name: a number of layers, min, auto, or a budget as 1.8GB."""
+    """Returns the plan for a cell's name: a number of layers, min, auto, or a budget such as
+    1.8GB."""
     from mlx_segtrain import planning
 
     what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats))
@@ -186,12 +190,13 @@ def plan_of(shape, kind, batch, adapter="lora", repeats=True):
 
 
 def prompt(args):
-    """Tokens before the rows of the loss."""
+    """Returns the number of tokens before the rows in the loss."""
     return args.length - round(args.length * args.loss_rows)
 
 
 def timed(step, steps, slow_s=15.0):
-    """Times of single steps: first apart, then up to `steps` after three warm-ups (one if slow)."""
+    """Times single steps: the first separately, then up to `steps` after three warm-ups (one if
+    slow)."""
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
@@ -215,7 +220,7 @@ def reset_peak():
 
 
 def run_plan(shape, batch, plan, repeats=True):
-    """A plan as a run has it."""
+    """Applies a plan as a run does."""
     from mlx_segtrain import planning
     from mlx_segtrain.planning.run import RunPlan
 
@@ -224,7 +229,8 @@ def run_plan(shape, batch, plan, repeats=True):
 
 
 def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
-    """What takes the steps of `train` on batches of a data set by a plan, and where it begins."""
+    """Returns what takes the steps of `train` on batches of a data set by a plan, and its initial
+    state."""
     import mlx.core as mx
 
     from mlx_segtrain.config import TrainConfig
@@ -247,7 +253,7 @@ def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
 
 
 def training_step(model, shape, plan, objective, batch, watch=None, kind="lora", of=None):
-    """A function that takes the step of `train` on one batch by a plan."""
+    """Returns a function that takes the step of `train` on one batch by a plan."""
     import mlx.core as mx
 
     from mlx_segtrain.data import Dataset, PairBatch, Row
@@ -295,8 +301,8 @@ def segtrain(args, variant, shared=None):
 
 
 def traced(step, work, seconds):
-    """The part of a step in which the device runs a kernel, and of its products' rate, if torch is
-    there."""
+    """Returns the fraction of a step in which the device runs a kernel, and the rate of its
+    products, if torch is installed."""
     import mlx.core as mx
 
     try:
@@ -311,7 +317,7 @@ def traced(step, work, seconds):
     events = [e for e in trace.events() or [] if e.device_type == DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy = end = 0
-    for first, last in spans:  # kernels of a graph run side by side, too
+    for first, last in spans:  # kernels of a graph also run side by side
         busy += max(0, last - max(first, end))
         end = max(end, last)
     n, times = 8192, []
@@ -336,7 +342,8 @@ def mlx_lm(args, variant):
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # On the CPU in float32: half precision is ten times slower still, and stock gets its best.
+    # On the CPU in float32: half precision is ten times slower, and the peer should run at its
+    # best.
     model, vocabulary = load(args.model)
     model.freeze()
     linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS})
@@ -359,7 +366,7 @@ def mlx_lm(args, variant):
 
 
 def peft_model(name, variant=None):
-    """(model with an adapter, its device, vocabulary) of transformers and PEFT."""
+    """Returns (model with an adapter, its device, vocabulary) of transformers and PEFT."""
     import mlx.core as mx
     import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
@@ -416,7 +423,7 @@ def peft(args, variant):
 
 
 def peer(name, args, variant):
-    """A cell of one of bench/peers.py, with the loss that its own forward pass forms."""
+    """A cell of one of bench/peers.py, with the loss that its own forward pass computes."""
     import torch  # pyright: ignore[reportMissingImports]
 
     import peers

@@ -61,11 +61,14 @@ NB_MODULE(_core, m) {
       "make_plan",
       [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
          const std::vector<std::string>& head_reads, const std::vector<int>& segments,
-         const std::vector<int>& groups, const std::vector<int>& saves) {
-        return make_plan(stages, inputs, head_reads, {segments, groups, saves});
+         const std::vector<int>& groups, const std::vector<int>& saves,
+         const std::vector<std::string>& incoming) {
+        return make_plan(stages, inputs, head_reads, {segments, groups, saves}, incoming);
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
-      "The plan for cuts behind these stages, groups that end behind these segments, and saving stages.");
+      "incoming"_a = std::vector<std::string>{},
+      "The plan for cuts after these stages, groups that end after these segments, and saving stages; "
+      "`incoming` inputs depend on parameters of other stages.");
 
   nb::class_<Cuts>(m, "Cuts", "Where a chain is cut: ends of segments and groups, stages that save.")
       .def(nb::init<std::vector<int>, std::vector<int>, std::vector<int>>(), "segments"_a, "groups"_a,
@@ -86,15 +89,22 @@ NB_MODULE(_core, m) {
   nb::class_<Costs>(m, "Costs",
                     "A chain of stages with all that a plan for it depends on; csrc/schedule/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
-                    std::vector<int64_t>, std::vector<int>, std::vector<StageCost>, int64_t, int64_t, double,
-                    int64_t, int64_t, double>(),
-           nb::kw_only(), "stages"_a, "inputs"_a, "head_reads"_a, "input_bytes"_a, "layers"_a, "costs"_a,
-           "head"_a, "ahead"_a, "head_work"_a, "fixed"_a, "update"_a, "widened"_a)
+                    std::vector<int64_t>, std::vector<std::string>, std::vector<int>, std::vector<StageCost>,
+                    int64_t, int64_t, double, int64_t, int64_t, double, int>(),
+           nb::kw_only(), "stages"_a, "inputs"_a, "head_reads"_a, "input_bytes"_a,
+           "incoming"_a = std::vector<std::string>{}, "layers"_a, "costs"_a, "head"_a, "ahead"_a,
+           "head_work"_a, "fixed"_a, "update"_a, "widened"_a, "under_way"_a = 1)
       .def_ro("stages", &Costs::stages)
       .def_ro("inputs", &Costs::inputs)
       .def_ro("head_reads", &Costs::head_reads)
+      .def_ro("input_bytes", &Costs::input_bytes)
+      .def_ro("incoming", &Costs::incoming)
       .def_ro("layers", &Costs::layers)
       .def_ro("costs", &Costs::costs)
+      .def_ro("head", &Costs::head)
+      .def_ro("ahead", &Costs::ahead)
+      .def_ro("head_work", &Costs::head_work)
+      .def_ro("widened", &Costs::widened)
       .def_ro("fixed", &Costs::fixed)
       .def_ro("update", &Costs::update);
   nb::class_<Alive>(m, "Alive", "Bytes alive at the peak of a move, beyond what is there all the time.")
@@ -129,30 +139,43 @@ NB_MODULE(_core, m) {
       // would hold every gradient.
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
-      .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy);
+      .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy)
+      .def_ro("incoming", &StepResult::incoming, nb::rv_policy::copy);
+  nb::class_<Passes>(m, "Passes", "A plan that is to run, in two calls; csrc/segtrain.h.")
+      .def(
+          "forward", [](const Passes& passes) { return passes.forward(); }, "What the head reads.")
+      .def(
+          "backward",
+          [](const Passes& passes, const Arrays& cotangents) { return passes.backward(cotangents); },
+          "cotangents"_a = Arrays{}, "The result; `cotangents` of what leaves, if there is no head.");
   nb::class_<Recordings>(m, "Recordings",
                          "Graphs of the functions of a plan, for steps that call the same functions.")
       .def(nb::init<>());
   m.def(
-      "run_plan",
-      [](const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
+      "passes_of",
+      [](const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
          const Arrays& inputs, const std::optional<Watch>& watch, Recordings* recordings) {
+        // Others run while MLX computes, or waits before it takes more, which may take long. Not around all
+        // of it: what MLX calls back while it differentiates (mx.checkpoint, mx.custom_function) takes the
+        // lock for granted.
         auto wait = [](const Arrays& made) {
           {
-            // Not around all of it: what MLX calls back while it differentiates (mx.checkpoint,
-            // mx.custom_function) takes it for granted.
             nb::gil_scoped_release others;
             // mx::eval would also wait for what the device was given after them.
             for (auto x : made) x.wait();
           }
           if (PyErr_CheckSignals()) throw nb::python_error();
         };
-        return run_plan(plan, fns, head, params, owners, head_params, inputs, wait, watch.value_or(nullptr),
-                        recordings);
+        auto launch = [](const Arrays& made) {
+          nb::gil_scoped_release others;
+          mx::async_eval(made);
+        };
+        return passes_of(plan, fns, head, params, owners, head_params, inputs, wait, launch,
+                         watch.value_or(nullptr), recordings);
       },
-      "plan"_a, "fns"_a, "head"_a, "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
-      "watch"_a = nb::none(), "recordings"_a.none() = nb::none(),
-      "Runs a plan over callables (params, reads) → writes; a stage has the params of its owner. `watch` is "
+      "plan"_a, "fns"_a, "head"_a.none(), "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
+      "watch"_a = nb::none(), "recordings"_a.none() = nb::none(), nb::keep_alive<0, 9>(),
+      "A plan over callables (params, reads) → writes; a stage has the params of its owner. `watch` is "
       "called when a move is through.");
 }

@@ -6,6 +6,8 @@
 #pragma once
 
 #include <functional>
+#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -42,6 +44,34 @@ struct Linear {
   float scale = 1;
 
   Linear with_factors(const mx::array& a, const mx::array& b) const { return {base, a, b, scale}; }
+};
+
+/// Linear layers that read the same few rows in a step of generation, each with the updates of several
+/// adapters, of which each row has one: y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ. Made once for
+/// many calls. Has no gradient.
+class DecodeLinears {
+ public:
+  /// a [E, R, in]: below one another those of all linears, as b [E, out, R_j] has ranks; gains [E, out]
+  /// float32.
+  DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a, std::vector<std::optional<mx::array>> b,
+                std::vector<std::optional<mx::array>> gains);
+
+  /// x [..., in] → [..., out] of each linear. picks [rows] uint32: the adapter of each row.
+  Arrays operator()(const mx::array& x, const mx::array& picks, const std::string& impl,
+                    mx::StreamOrDevice s);
+
+  /// Why no kernel serves rows of this type; empty if one does.
+  std::string unfit(mx::Dtype dtype, int rows) const;
+
+ private:
+  struct Calls;
+  Arrays plain(const mx::array& x, const mx::array& picks, mx::StreamOrDevice s) const;
+  std::shared_ptr<const Calls> calls(mx::Dtype dtype, int rows);
+
+  std::vector<Base> bases_;
+  std::optional<mx::array> a_;
+  std::vector<std::optional<mx::array>> b_, gains_;
+  std::map<std::pair<int, int>, std::shared_ptr<Calls>> calls_;  ///< by dtype and most rows
 };
 
 /// Query t stands at position q_start + t (default S − T). It sees keys up to itself, of the last `window`
@@ -203,6 +233,9 @@ using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 /// the step is to end there.
 using Wait = std::function<void(const Arrays&)>;
 
+/// Gives arrays to the device, with whatever the caller wants around it.
+using Launch = std::function<void(const Arrays&)>;
+
 /// Called when a move is through; may be empty.
 using Watch = std::function<void()>;
 
@@ -212,16 +245,25 @@ struct StepResult {
   Arrays outputs;             ///< of the head, loss first
   std::vector<Arrays> grads;  ///< per owner, in the order of its params
   Arrays head_grads;
+  Arrays incoming;  ///< cotangents of the inputs that have one, in their order
 };
 
-/// Runs a plan: loss and gradients of every parameter, with only the plan's boundary values kept in between.
+/// A plan that is to run, in two calls. `forward` gives what the head reads, `backward` the result. Without a
+/// head, whose place stages on another device take, `backward` is given the cotangents of the differentiable
+/// ones of these values; until then only what the plan keeps is there.
+struct Passes {
+  std::function<Arrays()> forward;
+  std::function<StepResult(const Arrays& cotangents)> backward;
+};
+
+/// Loss and gradients of every parameter, with only the plan's boundary values kept in between.
 /// Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are added.
 /// `reads` of a stage arrive in the order of its spec. One move runs at a time (on CUDA up to two), and the
 /// next is prepared meanwhile. With `recordings`, those of the steps before with the same functions, a
 /// function whose calls were alike is not called again: its graph is made from them.
-StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
-                    const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch,
-                    Recordings* recordings = nullptr);
+Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
+                 const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
+                 const Arrays& inputs, const Wait& wait, const Launch& launch, const Watch& watch,
+                 Recordings* recordings = nullptr);
 
 }  // namespace segtrain

@@ -22,6 +22,13 @@ cached() {
   ls -dt "$hub"/models--*--"$1"/snapshots/*/ 2> /dev/null | head -1 || true
 }
 
+# The folder of SmolLM2-135M-Instruct in 4 bits, which is downloaded the first time.
+demo_model() {
+  python3 -c 'from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
+from mlx_segtrain.files import cache_dir
+print(smollm2_snapshot(cache_dir()))'
+}
+
 # Where DATA is not set: rows that are made here, and the demo's model unless MODEL is set. Arguments: the folder of the rows,
 # and what the demo is asked for.
 demo_without_data() {

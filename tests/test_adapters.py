@@ -243,10 +243,10 @@ def test_starts_that_leave_the_base_as_it_is(start, chain, tmp_path):
     "name,message",
     [
         (f"{Q0}.lora_magnitude_vector", "has magnitudes, but adapter_config.json does not say"),
-        (f"{Q0}.lora_magnitude", "lora_magnitude' is no factor"),
+        (f"{Q0}.lora_magnitude", "lora_magnitude' is not a LoRA factor"),
         ("model.embed_tokens.lora_embedding_A", "has lora_a but no lora_b"),
-        ("lm_head.weight", "tensor 'base_model.model.lm_head.weight' is no factor"),
-        (f"{Q0}.lora_B.bias", "lora_B.bias' is no factor"),
+        ("lm_head.weight", "tensor 'base_model.model.lm_head.weight' is not a LoRA factor"),
+        (f"{Q0}.lora_B.bias", "lora_B.bias' is not a LoRA factor"),
     ],
 )
 def test_tensors_that_are_no_factors(name, message, chain, tmp_path):
@@ -267,14 +267,14 @@ def test_what_mlx_lm_has_and_we_have_not(kind, message, chain, tmp_path):
 
 
 def test_folders_that_are_no_adapter(chain, tmp_path):
-    says(tmp_path / "none", chain, "is not a folder: give the path of an adapter")
+    says(tmp_path / "none", chain, "is not a folder: name the folder of an adapter")
     says(tmp_path, chain, "neither adapters.safetensors nor adapter_model.safetensors")
     folder = write_mlx(tmp_path / "a", factors_of(chain, {Q0: RANK}))
     config = folder / "adapter_config.json"
     config.write_text("{")
     says(folder, chain, "cannot be read as JSON")
     config.write_text("[]")
-    says(folder, chain, "expected a JSON object")
+    says(folder, chain, "JSON object")
     config.unlink()
     says(folder, chain, "holds no adapter_config.json")
     says(write(tmp_path / "b", {}, MLX_LM), chain, "holds no lora_a")
@@ -286,10 +286,10 @@ def test_folders_that_are_no_adapter(chain, tmp_path):
         (without_scale(), r"no lora_parameters\.scale, no scale, and no lora_alpha with an r"),
         (without_scale(lora_alpha=8), "no lora_alpha with an r"),
         (without_scale(lora_alpha=8, r=0), "no lora_alpha with an r"),
-        (without_scale(scale="2"), "scale is '2', expected a finite number"),
-        (without_scale(scale=True), "scale is True, expected"),
-        (without_scale(scale=math.nan), "scale is nan, expected"),
-        (without_scale(lora_parameters=[20]), r"lora_parameters is \[20\], expected a JSON object"),
+        (without_scale(scale="2"), "scale must be a finite number; got '2'"),
+        (without_scale(scale=True), "scale must be a finite number; got True"),
+        (without_scale(scale=math.nan), "scale must be a finite number; got nan"),
+        (without_scale(lora_parameters=[20]), r"lora_parameters must be a JSON object"),
     ],
 )
 def test_scales_that_are_none(config, message, chain, tmp_path):
@@ -303,9 +303,9 @@ def test_scales_that_are_none(config, message, chain, tmp_path):
         ({"r": None}, "has no r: add it"),
         ({"lora_alpha": None}, "has no lora_alpha: add it"),
         ({"r": 8}, "has rank 4, but r and rank_pattern in adapter_config.json say 8"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern has no regular expression"),
-        ({"alpha_pattern": {"q_proj": "a"}}, "q_proj is 'a', expected a finite number"),
-        ({"alpha_pattern": 8}, "alpha_pattern is 8, expected a JSON object"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern has a pattern that RE2 does not"),
+        ({"alpha_pattern": {"q_proj": "a"}}, "q_proj must be a finite number; got 'a'"),
+        ({"alpha_pattern": 8}, "alpha_pattern must be a JSON object; got 8"),
     ],
 )
 def test_configurations_of_peft_that_make_no_sense(changes, message, chain, tmp_path):
@@ -324,10 +324,13 @@ def test_factors_that_make_no_sense(chain, tmp_path):
     says(write_peft(tmp_path / "half", factors, half), chain, f"{DOWN1}' has lora_b but no lora_a")
     other = {f"{Q0}x": factors[Q0]}
     says(
-        write_peft(tmp_path / "other", other), chain, "is no linear of this model", ranks_too=False
+        write_peft(tmp_path / "other", other),
+        chain,
+        "is not a layer of this model",
+        ranks_too=False,
     )
     wide = {Q0: (mx.ones((65, RANK)), b)}
-    message = r"lora_a \(65, 4\) and lora_b \(4, 64\), but the model wants \(64, 4\)"
+    message = r"lora_a \(65, 4\) and lora_b \(4, 64\), but the model needs \(64, 4\)"
     says(write_peft(tmp_path / "wide", wide), chain, message, ranks_too=False)
 
 

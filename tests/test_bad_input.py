@@ -83,7 +83,7 @@ CASES = {
     "a model that brings a program": (
         lambda w: (w / "model/config.json").write_text('{"model_file": "mine.py"}'),
         {},
-        "a program of its own",
+        "contains a program",
     ),
     "data folder missing": (lambda w: shutil.rmtree(w / "data"), {}, "data"),
     "data folder empty": (lambda w: empty(w / "data"), {}, "train.jsonl"),

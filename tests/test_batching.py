@@ -89,6 +89,56 @@ def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
         base.confined.close()
 
 
+@pytest.mark.parametrize("kind", ["rows", "one of rows", "in place", "DoRA in place", "none"])
+def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind):
+    """As where a kernel serves them: q, k and v are one call, and give what the model gives."""
+    monkeypatch.setattr(lora.modules, "few", lambda rows: True)
+    monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
+    calls = []
+    monkeypatch.setattr(lora.together.Together, "_all", counted(lora.together.Together._all, calls))
+    base = read_base(model, Confined(model))
+    try:
+        tokens = mx.array([[65], [66], [67]])
+        twin = lora.twin_of(base.model)
+        ranks = dict.fromkeys([path for path in base.chain.linears if "up_proj" not in path], 4)
+        adapters = {i: random_adapter(base.chain, ranks, 2.0, 0.1 * i) for i in (1, 2)}
+        if kind == "DoRA in place":
+            fresh = adapting.init(base.chain, ranks, 2.0, 0, dora=True)
+            longer = {path: 1.1 * m for path, m in fresh.magnitudes.items()}
+            adapters[1] = replace(adapters[1], magnitudes=longer)
+        if "rows" in kind:
+            rows = Rows(base.modules, base.model)
+            rows.put_in([1, 2, None] if kind == "rows" else [2, 2, 2], adapters)
+            with rows.running():
+                found, wanted = twin(tokens), base.model(tokens)
+        else:
+            for own in (1, 2) if kind == "in place" else (1,) if kind != "none" else ():
+                for path, module in base.modules.items():
+                    if path in ranks:
+                        module.put_in(adapters[own].arrays(path), adapters[own].scales[path])
+                found, wanted = twin(tokens), base.model(tokens)
+                assert mx.allclose(found, wanted, atol=1e-5)
+            found, wanted = twin(tokens), base.model(tokens)
+        assert mx.allclose(found, wanted, atol=1e-5)
+        layers = len(base.model.layers)
+        assert len(calls) % (4 * layers) == 0
+        together = [own for own in calls if own]
+        assert (max(map(len, together)) == 3) if kind != "none" else not together
+    finally:
+        base.confined.close()
+
+
+def counted(run, calls):
+    """`run`, whose calls note how many layers they compute."""
+
+    def call(self, x):
+        ys = run(self, x)
+        calls.append([] if ys is None else ys)
+        return ys
+
+    return call
+
+
 async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
     """The text and the pieces."""
     chosen, pieces = engine.select(adapter), []

@@ -147,6 +147,22 @@ def layer_ops(dtype):
             )
 
 
+def decoding(dtype):
+    """Steps of generation, by one row and by several, with updates and without."""
+    from lib.linears import base_of
+    from mlx_segtrain import ops
+
+    rng = np.random.default_rng(0)
+    for kind, ranks in ((None, (8,)), (("affine", 4, 64), (8, 0, 8)), (("affine", 8, 32), (96, 8))):
+        bases = [base_of(rng, 64, 128, kind)[0] for _ in ranks]
+        if kind is None:
+            bases = [ops.Base(bases[0].weight.astype(dtype))]
+        b = [mx.zeros((2, 64, rank), dtype) if rank else None for rank in ranks]
+        op = ops.decode_linears(bases, mx.zeros((2, sum(ranks), 128), dtype), b)
+        for rows in (1, 3, 16):
+            mx.eval(op(mx.zeros((rows, 128), dtype), mx.zeros(rows, mx.uint32), impl="kernel"))
+
+
 def compile_all():
     load_compiler()
     mx.set_default_device(mx.Device(mx.cpu))
@@ -159,6 +175,7 @@ def compile_all():
     the_plan_counts_sums()
     layer_ops(mx.bfloat16)
     layer_ops(mx.float16)
+    decoding(mx.bfloat16)
     print("compiled")
 
 

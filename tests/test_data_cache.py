@@ -291,10 +291,10 @@ def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
 
     def kill(event):
         for child in psutil.Process().children(recursive=True):
-            if "mlx_segtrain.data.worker" in " ".join(child.cmdline()):
+            if "mlx_segtrain.data.workers" in " ".join(child.cmdline()):
                 child.kill()
 
-    with pytest.raises(RunError, match=r"a process that tokenizes was ended by SIGKILL: the same "):
+    with pytest.raises(RunError, match=r"a tokenizing process was killed by SIGKILL: the same "):
         load_dataset(data, tokenizer, of("messages"), model, kill)
     load_dataset(data, tokenizer, of("messages"), model)
 
@@ -314,7 +314,7 @@ def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, processes):
     write(data, rows)
     with pytest.raises(InputError, match=r"train\.jsonl:100: the row has .* method sft does not"):
         load_dataset(data, tokenizer, of("messages"), model)
-    with pytest.raises(InputError, match=r"train\.jsonl:100: pairs and other rows do not go"):
+    with pytest.raises(InputError, match=r"train\.jsonl:100: pairs and other rows cannot be"):
         load_dataset(data, tokenizer, replace(of("messages"), method=None), model)
     rows[99] = ROWS["messages"](1)
     (data / "train.jsonl").write_bytes(

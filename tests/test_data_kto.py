@@ -137,11 +137,11 @@ def test_a_prompt_is_cut_before_its_response(tmp_path, bos):
         ({"messages": [USER, says("no")]}, 'method kto needs the keys "prompt", "completion"'),
         (
             {"messages": [USER, says("no")], "label": "maybe"},
-            '"label" must be true or false.*give data_format messages',
+            '"label" must be true or false.*set data_format messages',
         ),
         (
             {"prompt": "a", "completion": "b", "label": 2},
-            '"label" must be true or false.*give data_format prompt-completion',
+            '"label" must be true or false.*set data_format prompt-completion',
         ),
         (
             {"messages": [USER, says("no"), MORE], "label": True},
@@ -176,7 +176,7 @@ def test_pairs_and_other_rows_do_not_mix(tmp_path, tokenizer):
             "label": True,
         },
     )
-    with pytest.raises(InputError, match=r"train\.jsonl:2: pairs and other rows do not go"):
+    with pytest.raises(InputError, match=r"train\.jsonl:2: pairs and other rows cannot be"):
         load(tmp_path, tokenizer, *rows)
 
 

@@ -299,7 +299,7 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
             {"chosen": [USER, says("a")], "rejected": [USER]},
             '"rejected" has no assistant message of its own',
         ),
-        ({"chosen": [USER, says("a")], "rejected": [USER, says("a")]}, "of its own; let a"),
+        ({"chosen": [USER, says("a")], "rejected": [USER, says("a")]}, "of its own; add a"),
         (text_pair([USER], [USER], "b"), '"chosen" has no assistant message of its own'),
         (text_pair([{**USER, "train": False}], "a", "b"), "have no effect on responses"),
         (
@@ -331,12 +331,12 @@ def test_pairs_come_before_other_formats(tmp_path, tokenizer):
 
 def test_methods_and_rows_must_fit(tmp_path, tokenizer):
     pair = {"prompt": "x", "chosen": "a", "rejected": "b"}
-    with pytest.raises(InputError, match="which method sft does not train: give method dpo"):
+    with pytest.raises(InputError, match="which method sft does not take: use method dpo"):
         load(tmp_path, tokenizer, pair, method="sft")
     with pytest.raises(InputError, match=r"train\.jsonl:2: method orpo needs the keys"):
         load(tmp_path, tokenizer, pair, {"text": "x"}, method="orpo")
     report = inspect(tmp_path / "train.jsonl")
-    assert not report.ok and "pairs and other rows do not go together" in report.error
+    assert not report.ok and "pairs and other rows cannot be mixed" in report.error
 
 
 def test_inspection_shows_both_sequences(tmp_path, tokenizer):
@@ -358,7 +358,7 @@ def test_inspection_counts_what_is_cut(tmp_path):
     assert (report.length_min, report.length_max) == (6, 10)  # <s> and prompt run once
     assert (report.truncated, report.prompts_cut, report.dropped) == (0, 1, 0)
     assert "".join(text for text, *_ in report.previews[0].tokens) == "<s>QWW</s>"
-    assert "give method dpo, orpo, simpo or kto" in (
+    assert "use method dpo, orpo, simpo or kto" in (
         inspect(tmp_path, tokenizer, Options(method="sft")).error or ""
     )
 

@@ -189,7 +189,7 @@ def test_columns_of_the_configuration(tmp_path):
     assert (config.columns, config.data_format) == ({"prompt": "q"}, "alpaca")
     assert Options.of(config).columns == {"prompt": "q"}
     for bad in ("q", '{"prompt": 1}', '{"prompt": ""}', '{"prompt": "q", "system": "q"}', "[]"):
-        with pytest.raises(InputError, match="columns must be a JSON object of names"):
+        with pytest.raises(InputError, match="columns must be a JSON object of distinct names"):
             load_config(None, {**common, "columns": bad})
     assert TrainConfig(model_dir="m", adapter_path="a").data_dir is None
 
@@ -204,7 +204,7 @@ def test_rows_with_a_label(tmp_path):
     assert [trained(own, TOKENIZER) for own in data.rows] == [
         [f"A{i}<|im_end|>"] for i in (0, 2, 4, 6)
     ]
-    said = "train.jsonl: 4 rows with a label of false are left out"
+    said = "train.jsonl: 4 rows with the label false are dropped"
     assert said in remarks(tmp_path, data, None) and data.n_rows == 8
     assert data.as_json()["rows_labelled_false"] == 4
     with pytest.raises(InputError, match=r"train.jsonl:1: method dpo needs the keys"):

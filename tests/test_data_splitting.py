@@ -85,9 +85,9 @@ def test_equal_rows_are_on_one_side(tmp_path):
     assert valid.n_rows == 5
     # Rows that are all the same, or more often there than what is asked for: none, which is said.
     assert load(tmp_path, [row(1)] * 200)[1] is None
-    with pytest.raises(InputError, match=r"val_split 3 is less than a row of train\.jsonl"):
+    with pytest.raises(InputError, match=r"val_split = 3 is less than one row of train\.jsonl"):
         load(tmp_path, [row(1)] * 200, val_split=3)
-    with pytest.raises(InputError, match=r"val_split 200 holds out all rows of train\.jsonl"):
+    with pytest.raises(InputError, match=r"val_split = 200 holds out all rows of train\.jsonl"):
         load(tmp_path, rows, val_split=200)
 
 
@@ -105,7 +105,7 @@ def test_it_is_said_and_a_file_goes_before_it(tmp_path):
     train, valid = load(tmp_path, rows, [row(1000)])
     assert (train.n_rows, valid.n_rows) == (200, 1) and not train.said
     assert texts(load_split(tmp_path, TOKENIZER, Options(), "valid")) == texts(valid)
-    with pytest.raises(InputError, match=r"val_split has no effect, since .* from valid\.jsonl"):
+    with pytest.raises(InputError, match=r"val_split has no effect, because .* from valid\.jsonl"):
         load(tmp_path, rows, val_split=0.1)
     assert load(tmp_path, rows, val_split=0)[1].n_rows == 1
 
@@ -119,7 +119,7 @@ def test_equal_rows_are_counted_and_left_out_if_asked(tmp_path, make):
     assert inspect(tmp_path, TOKENIZER, Options(method=None)).duplicates == 3
     train, _ = load(tmp_path, rows, method=method, dedup=True)
     assert [own.source for own in train.rows] == [f"train.jsonl:{n}" for n in (1, 2, 4)]
-    assert train.said == ("3 rows that are equal to an earlier one are left out (dedup)",)
+    assert train.said == ("3 rows that repeat an earlier one are dropped (dedup)",)
     assert train.n_rows == train.notes.rows == 3
 
 
@@ -152,7 +152,7 @@ def test_a_row_of_several_samples_is_one_row(tmp_path):
 def test_rows_of_both_sets_are_reported(tmp_path):
     rows = [row(n) for n in range(10)]
     _, valid = load(tmp_path, rows, [row(3, id=1), row(4), row(11)])
-    assert valid.said == ("2 of 3 rows also stand in train.jsonl",)
+    assert valid.said == ("2 of 3 rows are also in train.jsonl",)
     _, valid = load(tmp_path, rows, [row(11)])
     assert not valid.said
 

@@ -193,7 +193,7 @@ def test_what_a_template_drops_is_reported_by_row(tmp_path):
     said = remarks(None, data, None)
     assert any("in 1 of 2 samples a tool result of the row is missing" in x for x in said)
     report = inspect(tmp_path / "train.jsonl", byte_level(blind), Options(strict=True))
-    assert not report.ok and "leave out strict" in (report.error or "")
+    assert not report.ok and "leave strict out" in (report.error or "")
     assert report.findings["tools"] == ["train.jsonl:2"]
     assert [bool(preview.findings) for preview in report.previews] == [False, True]
 
@@ -360,9 +360,7 @@ def test_a_prompt_that_both_sides_repeat_stands_once(tmp_path):
         assert text(pair.chosen, tokenizer) == PROMPT + "yes<|im_end|>\n"
         assert trained(pair.rejected, tokenizer) == ["no<|im_end|>"]
     assert data.notes.repeated == 2 and data.notes.rows == 3
-    assert any(
-        "in 2 pairs both sides began with the prompt" in x for x in remarks(None, data, None)
-    )
+    assert any("in 2 pairs both sides repeat the prompt" in x for x in remarks(None, data, None))
     half = rows[2] | {"rejected": [says("no")]}
     with pytest.raises(InputError, match=r'train\.jsonl:1: "chosen" repeats the prompt'):
         load(tmp_path, tokenizer, half, method="dpo")
@@ -393,7 +391,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path):
     said = remarks(tmp_path, train, valid, *sources_of(tmp_path))
     assert said[:4] == [
         "train.jsonl: 1 rows are truncated to max_seq_length",
-        "train.jsonl: 1 samples are dropped: nothing of them is trained",
+        "train.jsonl: 1 samples are dropped: they have no token in the loss",
         'train.jsonl: the column "id" of 2 rows is ignored',
         'train.jsonl: the column "source" of 1 rows is ignored',
     ]

@@ -121,7 +121,7 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
     done = run("eval", "--model", tmp_path / "m", "--data", data, "--max-seq-length", "100")
     assert done.returncode == 0
     done = run("export", root / "one", "--to", "peft", "--out", tmp_path / "peft")
-    assert done.returncode == 2 and "is there already" in done.stderr
+    assert done.returncode == 2 and "already exists" in done.stderr
     done = run("merge", root / "one", "--bits", "4", "--out", tmp_path / "x")
     assert done.returncode == 2 and "are for --into MODEL" in done.stderr
     done = run("merge", root / "broken", "--out", tmp_path / "x")

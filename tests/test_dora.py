@@ -164,7 +164,7 @@ def test_a_fresh_adapter_changes_nothing(llama4):
 def test_experts_have_none():
     needs_router_gradient()
     chain = chain_of(tiny_models.build("qwen3_moe"))
-    with pytest.raises(InputError, match=r"use_dora: '.*' is a linear of experts"):
+    with pytest.raises(InputError, match=r"use_dora: '.*' is a linear layer of experts"):
         adapting.init(chain, dict.fromkeys(chain.linears, RANK), SCALE, 0, dora=True)
 
 

@@ -227,7 +227,7 @@ def test_inputs_of_every_layer_are_of_the_table_too():
     chain = chain_of(tiny_models.build("gemma4_text"))
     assert chain.outer == {}
     how = {"rank": 4, "rank_scaling": "constant", "num_layers": -1, "model_dir": None}
-    with pytest.raises(InputError, match="'embed_tokens' matches no linear of the model"):
+    with pytest.raises(InputError, match="'embed_tokens' matches no linear layer of the"):
         adapting.choose_ranks(chain, target_modules=["embed_tokens"], **how)
 
 

@@ -21,7 +21,8 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 #: Extras that a target installs, besides `cpu` where the system has it; None: it installs nothing.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None, "mac": []},
-    **{name: ["dev"] for name in ("check", "test", "lint", "bench", "models")},
+    **{name: ["dev"] for name in ("check", "test", "lint", "docs", "bench", "models")},
+    "release-check": [],
 }
 
 
@@ -65,6 +66,10 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
     if target == "mac":  # compilers, and MLX for its headers and symbols: of the package nothing
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
+        return
+    if target == "release-check":  # tools alone, which look at files that were built before
+        names = {word.partition(">=")[0] for word in got}
+        assert names == {"auditwheel", "build", "check-wheel-contents", "twine"}
         return
     cpu = ["cpu"] if system == "Linux" else []  # on macOS MLX has no such extra
     extras = [*cpu, *extras, *(["peers"] if peers and extras else [])]

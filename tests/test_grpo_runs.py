@@ -12,7 +12,7 @@ from mlx_segtrain import InputError, RunError, TrainConfig, train
 from mlx_segtrain.commands.main import main
 from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.generation.decoding import Options
-from mlx_segtrain.generation.rollouts import Policy, complete
+from mlx_segtrain.generation.rollouts import Monologue, Policy, complete
 from mlx_segtrain.models import load_model, load_tokenizer
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.planning.rollouts import SLACK, check_rollouts, rollout_bytes
@@ -227,7 +227,7 @@ def test_a_file_of_others_is_left_alone(llama4, prompts, tmp_path):
     file = tmp_path / "a" / "completions.jsonl"
     file.parent.mkdir()
     file.write_text('{"mine": 1}\n')
-    with pytest.raises(InputError, match=r"completions.jsonl was written by no run"):
+    with pytest.raises(InputError, match=r"completions.jsonl was not written by a run"):
         train(config(llama4, prompts, tmp_path / "a", iters=1), rewards=[vowels])
     assert file.read_text() == '{"mine": 1}\n'
 
@@ -240,7 +240,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
         train(config(llama4, tmp_path, tmp_path / "a"), rewards=[vowels])
     with pytest.raises(InputError, match=r'train.jsonl:1: the row has no column "sum"'):
         train(config(llama4, prompts, tmp_path / "a", rewards=["number:sum"]))
-    with pytest.raises(InputError, match=r"takes .* more than the budget"):
+    with pytest.raises(InputError, match=r"needs .* more than the budget"):
         train(config(llama4, prompts, tmp_path / "a", memory_budget_gb=1e-4), rewards=[vowels])
 
 
@@ -253,7 +253,7 @@ def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, t
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory() - read_shape(llama4).weight_bytes(True)
-    complete(Policy(model, tokenizer, None), [[1] * prompt], [how], 12)
+    complete(Policy(model, tokenizer, None), [[Monologue([1] * prompt)] * 12], [how], 12)
     peak = mx.get_peak_memory() - before
     planned = rollout_bytes(made, prompt + 40, 12)
     assert peak <= planned < 2 * peak + SLACK

@@ -132,7 +132,7 @@ def test_a_spike_is_told(llama4, data, tmp_path, monkeypatch):
     told = []
     train(config_of(llama4, data, tmp_path / "a", **SPIKE), told.append)
     (text,) = warnings_of(told)
-    assert text.startswith("step 20: loss ") and text.endswith("the step was taken")
+    assert text.startswith("step 20: the loss ") and text.endswith("the step was taken")
     monkeypatch.undo()
     train(config_of(llama4, data, tmp_path / "b", **SPIKE))
     assert same(tmp_path / "a", tmp_path / "b")
@@ -144,7 +144,7 @@ def test_a_spike_is_left_out(llama4, data, tmp_path, monkeypatch):
     options = {**SPIKE, "on_spike": "skip"}
     train(config_of(llama4, data, tmp_path / "a", **{**options, "iters": 20}), told.append)
     (text,) = warnings_of(told)
-    assert text.endswith("the step was left out")
+    assert text.endswith("the step was skipped")
     train(config_of(llama4, data, tmp_path / "b", **{**options, "iters": 19}))
     assert same(tmp_path / "a", tmp_path / "b")
     # The step counts: its batch does not come again, and the next one is another.
@@ -188,7 +188,7 @@ def test_a_step_without_memory_is_taken_by_a_cheaper_plan(llama4, data, tmp_path
     told = []
     train(config_of(llama4, data, tmp_path / "a"), told.append)
     stages = [e["message"] for e in told if e.get("stage") == "setup"]
-    assert len(stages) == 2 and stages[1].startswith("no memory for a step, from now on plan:")
+    assert len(stages) == 2 and stages[1].startswith("out of memory in a step; new memory plan:")
     monkeypatch.undo()
     train(config_of(llama4, data, tmp_path / "b"))
     assert same(tmp_path / "a", tmp_path / "b")
@@ -197,7 +197,7 @@ def test_a_step_without_memory_is_taken_by_a_cheaper_plan(llama4, data, tmp_path
 @pytest.mark.parametrize("options", [{}, {"segment_size": 1}])
 def test_no_plan_takes_less(options, llama4, data, tmp_path, monkeypatch):
     no_memory(monkeypatch, 1000)
-    with pytest.raises(RunError, match=r"step 3: the device has no memory .*no plan takes less"):
+    with pytest.raises(RunError, match=r"step 3: the device is out of memory .*no plan needs less"):
         train(config_of(llama4, data, tmp_path / "a", **options))
     monkeypatch.undo()
     assert train(config_of(llama4, data, tmp_path / "a", resume=True)).resumed_from == 2
@@ -255,7 +255,9 @@ def test_a_folder_that_vanishes_is_made_anew(llama4, data, tmp_path):
     plain = train(config_of(llama4, data, tmp_path / "b", **options))
     on_event, told = at_step(3, lambda: shutil.rmtree(tmp_path / "a"))
     result = train(config_of(llama4, data, tmp_path / "a", **options), on_event)
-    assert warnings_of(told) == [f"{tmp_path / 'a'} had vanished: it is made anew"]
+    assert warnings_of(told) == [
+        f"{tmp_path / 'a'} was deleted during the run and has been recreated"
+    ]
     assert_twins(None, (tmp_path / "a", result), (tmp_path / "b", plain))
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {path.name for path in (tmp_path / "b").iterdir()}
@@ -269,7 +271,7 @@ def test_a_folder_that_another_run_took(llama4, data, tmp_path):
         held.append(log.RunLog(tmp_path / "a", print))
 
     on_event, _ = at_step(3, take)
-    with pytest.raises(RunError, match=r"was taken away, and another run has been there"):
+    with pytest.raises(RunError, match=r"was removed, and another run has used it"):
         train(config_of(llama4, data, tmp_path / "a", steps_per_save=1), on_event)
     held[0].close()
 
@@ -294,7 +296,7 @@ def test_a_clock_that_jumps_is_told_once(llama4, data, tmp_path, monkeypatch):
     on_event, told = at_step(2, lambda: ahead.__setitem__(0, 3600.0))
     result = train(config_of(llama4, data, tmp_path / "a"), on_event)
     (text,) = warnings_of(told)
-    assert text.startswith("step 2: the clock went +3600 s") and result.wall_s < 60
+    assert text.startswith("step 2: the clock jumped by +3600 s") and result.wall_s < 60
 
 
 def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch):
@@ -455,14 +457,14 @@ def test_a_folder_that_another_run_took_and_left(llama4, data, tmp_path):
 
     on_event, _ = at_step(2, take)
     config = config_of(llama4, data, tmp_path / "a", steps_per_eval=3, keep_best=True)
-    with pytest.raises(RunError, match="was taken away, and another run has been there"):
+    with pytest.raises(RunError, match="was removed, and another run has used it"):
         train(config, on_event)
     train(config_of(llama4, data, tmp_path / "b", seed=5))
     assert same(tmp_path / "a", tmp_path / "b") and not (tmp_path / "a" / "best").exists()
 
 
 def test_inputs_that_cannot_be_read(llama4, data, tmp_path):
-    with pytest.raises(InputError, match="is not a folder: give the path of an adapter"):
+    with pytest.raises(InputError, match="is not a folder: name the folder of an adapter"):
         train(config_of(llama4, data, tmp_path / "a", warm_start=tmp_path / "nope"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").mkdir()

@@ -108,19 +108,19 @@ def test_their_names_say_which_files(hub, home, files, training, validation):
     told = []
     train, valid = found("org/rows", tell=told.append)
     assert "".join(train) == training and valid == (validation and [validation])
-    assert told[-1]["message"].startswith("org/rows: training rows are those of its split train")
+    assert told[-1]["message"].startswith("org/rows: training rows come from its split train")
 
 
 def test_the_hubs_own_copies_where_a_program_makes_the_rows(hub, home):
     hub.add("org/old", {"old.py": b"raise SystemExit", "README.md": b"x"}, "datasets")
-    with pytest.raises(InputError, match="no files of rows in a format that is read"):
+    with pytest.raises(InputError, match="no files in a supported format"):
         sources_of("org/old")
     copies = {"en/train/0000.parquet": parquet("a"), "en/test/0000.parquet": parquet("b")}
     copies["de/partial-train/0000.parquet"] = parquet("c")
     hub.add("org/old", copies, "datasets", branch="refs/convert/parquet")
     assert found("org/old/en") == (["a"], ["b"]) and found("org/old/de") == (["c"], None)
     with pytest.raises(
-        InputError, match=r"several configurations: give one of de or en, as org/old/"
+        InputError, match=r"several configurations: name one of de or en, as in org/old/"
     ):
         sources_of("org/old")
 
@@ -128,11 +128,11 @@ def test_the_hubs_own_copies_where_a_program_makes_the_rows(hub, home):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("org/none", "neither a path here nor a dataset of the hub"),
+        ("org/none", "neither a path nor a dataset on the hub"),
         ("org/chat/huge", "has no configuration 'huge': it has default or small"),
         ("org/chat:dev", "has no split dev: it has train_sft, test_sft or train_gen"),
         ("org/chat@v9", "has no revision v9"),
-        ("org/odd", "no split that is called train: give one of one or two, as org/odd:one"),
+        ("org/odd", "no split called train: name one of one or two, as in org/odd:one"),
     ],
 )
 def test_what_cannot_be_had(chat, hub, name, reason):
@@ -162,9 +162,9 @@ def test_a_download_that_is_broken_off_is_continued_and_then_needs_no_hub(hub, h
     first = sources_of("org/rows")[0].fingerprint()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert sources_of("org/rows")[0].fingerprint() == first and not hub.requests
-    with pytest.raises(InputError, match="is not whole"):
+    with pytest.raises(InputError, match="is not complete"):
         sources_of("org/other")
-    with pytest.raises(InputError, match="nothing is downloaded here"):
+    with pytest.raises(InputError, match="this command downloads nothing"):
         sources_of("org/other", ask=False)
 
 
@@ -188,5 +188,5 @@ def test_a_run_stays_with_its_revision(chat, hub, home, llama4, tmp_path, capsys
 def test_patterns_of_strangers_take_no_time(hub, home):
     bad = b"---\nconfigs:\n- data_files: '" + b"*a" * 400 + b"b'\n---\n"
     hub.add("org/bad", {"README.md": bad, "a" * 200 + ".jsonl": lines("a")}, "datasets")
-    with pytest.raises(InputError, match="no files of rows"):
+    with pytest.raises(InputError, match="no files in a supported format"):
         sources_of("org/bad")

@@ -70,7 +70,7 @@ def test_a_download_is_a_job(place, hub):
         assert shares[-1] == 1
         assert server.ended(server.submit(model_dir="org/tiny", iters=1))["status"] == "done"
         id = post("/api/hub/download", json={"name": "org/none"}).json()["job_id"]
-        assert "neither a path here nor a model of the hub" in server.ended(id)["error"]
+        assert "neither a path nor a model on the hub" in server.ended(id)["error"]
     with Server(place, "--allow-downloads", "--root", place) as server:
         refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
         assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
@@ -113,7 +113,7 @@ def test_data_sets_by_name(place, hub):
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}
         asked = post("/api/finetune/inspect-dataset", json=inspect)
-        assert asked.status_code == 400 and "do that first" in asked.json()["error"]
+        assert asked.status_code == 400 and "download it first" in asked.json()["error"]
         body = {"name": "org/notes", "kind": "dataset"}
         job = server.ended(post("/api/hub/download", json=body).json()["job_id"])
         assert job["status"] == "done" and job["result"]["path"].endswith(own.commit)

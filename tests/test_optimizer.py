@@ -43,7 +43,7 @@ def test_schedules(schedule, warmup, expected):
 
 
 def test_a_warmup_as_long_as_the_run_is_an_error():
-    with pytest.raises(ValueError, match="warmup_iters = 20 leaves nothing of iters = 20"):
+    with pytest.raises(ValueError, match="warmup_iters = 20 must be smaller than iters = 20"):
         config(iters=20, warmup_iters=20)
 
 

@@ -235,7 +235,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
     assert alone.steps == 10 and packed.steps == 4
     assert packed.first_val_loss == pytest.approx(alone.first_val_loss, rel=1e-6)
     said = next(e["message"] for e in told if e.get("stage") == "data")
-    assert "4 batches an epoch, packed: 2.5 rows on average fill" in said
+    assert "4 batches per epoch, packed: 2.5 rows on average fill" in said
     reports = [e for e in told if e.get("kind") == "train"]
     for event in reports:
         assert 0 < event["supervised_tokens_per_sec"] <= event["tokens_per_sec"]
@@ -251,17 +251,19 @@ def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "pays", lambda *_: False)
     train(config_of(llama4, data, out, iters=3, resume=True, **how))
     assert json.loads((out / "run.json").read_text())["config"]["packing"] is True
-    with pytest.raises(InputError, match=r"packing is False, but the run in .* began with True"):
+    with pytest.raises(InputError, match=r"packing = False, but the run in .* began with True"):
         train(config_of(llama4, data, out, iters=4, resume=True, max_seq_length=64))
 
 
 def test_other_methods_and_families_refuse_packing(llama4, pairs, data, tmp_path):
     with pytest.raises(
-        ValueError, match="packing has no effect outside of method sft or grpo: leave"
+        ValueError, match="packing has no effect unless method is sft or grpo: leave"
     ):
         config_of(llama4, pairs, tmp_path / "a", method="dpo", packing=True)
     generic = write_tiny(tmp_path / "generic", "stablelm")
-    with pytest.raises(InputError, match="packing is not for stablelm, whose layers are mlx-lm"):
+    with pytest.raises(
+        InputError, match="packing is not supported for stablelm, whose layers are mlx-lm"
+    ):
         train(config_of(generic, data, tmp_path / "a", packing=True))
     train(config_of(generic, data, out := tmp_path / "b", packing="auto", iters=1))
     assert json.loads((out / "run.json").read_text())["config"]["packing"] is False

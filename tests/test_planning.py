@@ -197,7 +197,7 @@ def test_stages_below_the_first_parameter_take_their_forward_pass_only():
     assert (whole.work, whole.again) == (4 * 10 + 20, 0)
     best = _core.choose_cuts(costs, 10**6)
     assert best.estimate.again == 0 and best.cuts.segments[-2:] == [2, 4]
-    assert "everything kept" in planning.describe(best.cuts, 3, [2, 4])
+    assert "no recomputation" in planning.describe(best.cuts, 3, [2, 4])
 
 
 def test_a_value_with_several_readers_has_a_wider_cotangent():
@@ -386,13 +386,13 @@ def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_before_anything_loads(llama4, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "load_model", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("weights were loaded"))
     config = config_of(llama4, data, tmp_path / "a", memory_budget_gb=1e-6)
-    with pytest.raises(InputError, match=r"the weights of .* alone take"):
+    with pytest.raises(InputError, match=r"the weights of .* alone need"):
         train(config)
     weights = read_shape(llama4).weight_bytes(True) / 1e9
     config = config_of(llama4, data, tmp_path / "a", memory_budget_gb=weights * 1.001)
-    with pytest.raises(InputError, match=r"takes at least .* tokens, more than the budget"):
+    with pytest.raises(InputError, match=r"needs at least .* tokens, more than the budget"):
         train(config)
     assert not (tmp_path / "a").exists()
 
@@ -408,7 +408,7 @@ def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4, tmp_path):
     least = free.within(0).planned.peak
     tight = config(segment_size=0, memory_budget_gb=least * 1.02 / 1e9)
     assert free.planned is not None and free.planned.peak > least * 1.02
-    with pytest.raises(InputError, match="segment_size auto fits"):
+    with pytest.raises(InputError, match="segment_size auto would fit"):
         plan_run(tight, full_batch(tight))
     most = free.longest(int(least * 1.02))
     assert 0 < most < free.longest(int(least * 2))
@@ -432,13 +432,15 @@ def test_a_run_over_its_budget_takes_the_next_cheaper_plan(llama4, data, tmp_pat
     seen = []
     result = train(config_of(llama4, data, tmp_path / "a", iters=4), seen.append)
     said = [e["message"] for e in seen if e["type"] == "stage" and e["stage"] == "setup"]
-    assert len(said) == 1 and said[0].startswith("plan: everything kept")  # 100 × little still fits
+    assert len(said) == 1 and said[0].startswith(
+        "memory plan: no recomputation"
+    )  # 100 × little still fits
     peak = result.peak_gb
     budget = {"memory_budget_gb": 2 * peak}
     seen.clear()
     train(config_of(llama4, data, tmp_path / "b", iters=4, **budget), seen.append)
     said = [e["message"] for e in seen if e["type"] == "stage" and e["stage"] == "setup"]
-    assert len(said) == 2 and said[1].startswith("over the budget, from now on plan: ")
+    assert len(said) == 2 and said[1].startswith("over the budget; new memory plan: ")
     first, second = ((tmp_path / x / "adapters.safetensors").read_bytes() for x in "ab")
     assert first == second
 
@@ -586,7 +588,7 @@ def test_a_configuration_that_is_none_is_named(content, llama4, tmp_path, capsys
     [
         (["--num-layers", "100"], "but the model has 3"),
         (["--target-modules", "foo"], "'foo' matches no linear"),
-        (["--max-seq-length", "400"], "made for at most"),
+        (["--max-seq-length", "400"], "exceeds the model's context length"),
         (["--memory-budget-gb", "1e-6"], "more than the budget of 0.001 MB"),
         (["--loss-rows", "0"], "above 0"),
         (["--plot", "nowhere/x.png"], "a folder that exists"),

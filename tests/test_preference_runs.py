@@ -164,7 +164,7 @@ def test_epochs_are_steps(llama4, pairs, tmp_path):
     assert train(config, seen.append).steps == math.ceil(1.5 * 12 / 4)
     start = next(event for event in seen if event.get("stage") == "train")
     assert start["iters"] == 5
-    with pytest.raises(InputError, match=r"leaves nothing of the 1 steps that epochs = 0\.1 are"):
+    with pytest.raises(InputError, match=r"must be smaller than the 1 steps of epochs = 0\.1"):
         how = {"epochs": 0.1, "warmup_iters": 1, "batch_size": 2}
         config = setup_of("orpo", llama4, None, pairs, tmp_path / "b", **how)
         train(config)
@@ -232,9 +232,9 @@ def test_answers_and_scores_at_every_evaluation(llama4, data, tmp_path):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("false", "eval_command ended with 1"),
-        ("echo nothing", "eval_command printed no number at the end, but ['nothing']"),
-        ("echo NaN", "eval_command printed no number at the end"),
+        ("false", "eval_command failed with exit code 1"),
+        ("echo nothing", "the last line that eval_command printed is not a number: ['nothing']"),
+        ("echo NaN", "the last line that eval_command printed is not a number"),
     ],
 )
 def test_a_score_that_fails_is_told_and_ends_nothing(command, says, llama4, data, tmp_path):

@@ -105,7 +105,7 @@ def test_a_model_of_mlx_lm_can_be_given_but_not_with_an_adapter(trained, llama4,
     result = train(model=pair, data=ROWS, adapter=tmp_path / "a", **HOW)
     assert result.model is pair[0]
     adapted = mlx_lm.load(str(llama4), adapter_path=str(trained[0].adapter_path))
-    with pytest.raises(InputError, match=r"already has an adapter of mlx-lm .*warm_start"):
+    with pytest.raises(InputError, match=r"already has an mlx-lm adapter .*warm_start"):
         train(model=adapted, data=ROWS, adapter=tmp_path / "b", **HOW)
     assert not (tmp_path / "b").exists()
 
@@ -132,10 +132,13 @@ def test_what_a_callback_returns_besides_true_changes_nothing(llama4, tmp_path):
         ({"model": None}, "model_dir is missing: give model=…"),
         ({"data": None}, "data_dir is missing: give data=…"),
         ({"num_epochs": 3}, "unknown field num_epochs. Did you mean epochs?"),
-        ({"learning_rate": 1}, "lr and learning_rate are the same: give one of them."),
+        ({"learning_rate": 1}, "lr and learning_rate are the same: set only one of them."),
         ({"train_data": []}, "data and train_data are both given: leave one of them out."),
-        ({"resume": True}, 'leave resume=True out, or give resume="auto", which then begins.'),
-        ({"model": (1, 2)}, "give (model, tokenizer), as load returns them."),
+        (
+            {"resume": True},
+            'leave resume=True out, or use resume="auto", which then starts a new run.',
+        ),
+        ({"model": (1, 2)}, "pass (model, tokenizer), as load returns them."),
         ({"data": [{"prompt": "x"}]}, "train_data:1: the row needs the keys"),
     ],
 )
@@ -152,7 +155,7 @@ def test_errors_are_those_of_the_command_line_in_words_of_python(
 def test_an_adapter_that_is_there_is_kept_and_the_sentence_names_keywords(trained, llama4):
     with pytest.raises(InputError) as error:
         train(model=llama4, data=ROWS, adapter=trained[0].adapter_path, **HOW)
-    assert "give resume=True to " in str(error.value) and "overwrite=True" in str(error.value)
+    assert "use resume=True to " in str(error.value) and "overwrite=True" in str(error.value)
 
 
 def test_a_configuration_says_in_one_sentence_what_is_wrong():
@@ -240,7 +243,7 @@ def test_rewards_are_functions_and_names_of_checks(llama4, tmp_path):
     assert result.config.rewards == ["length:3"]
     (line, *_) = (result.adapter_path / "completions.jsonl").read_text().splitlines()
     assert set(json.loads(line)["rewards"]) == {"length", "vowels"}
-    with pytest.raises(InputError, match="rewards has no effect outside of method grpo"):
+    with pytest.raises(InputError, match="rewards has no effect unless method is grpo"):
         train(model=llama4, data=ROWS, adapter=tmp_path / "b", rewards=[vowels], **HOW)
     with pytest.raises(InputError, match="rewards must be"):
         train(adapter=tmp_path / "b", rewards=vowels, **how)

@@ -48,9 +48,11 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
     assert count(plain, 1, resumed(tmp_path, 4, 2)) == 4
     assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # and is refused, as ever
     assert not told
-    with pytest.raises(InputError, match=r"is 4, and there are 5 ranks.*4 or fewer, or raise it"):
+    with pytest.raises(
+        InputError, match=r"= 4, but there are 5 ranks.*at most 4 ranks, or raise it"
+    ):
         count(given, 5)
-    with pytest.raises(InputError, match=r"is 2, and there are 3 ranks.*begin another run"):
+    with pytest.raises(InputError, match=r"= 2, but there are 3 ranks.*start a new run"):
         count(plain, 3, resumed(tmp_path, 2, 2))
 
 
@@ -113,21 +115,20 @@ def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monke
     assert ranks._backend() == found
     assert ranks.launched() == (found and int(set_by_the_launcher["MLX_RANK"]))
     if found == "ring":
-        assert ranks._address("ring", 1) == "10.0.0.2"
+        assert ranks.address_of(Ranks(1, 2, "ring")) == "10.0.0.2"
     if found is None:
         with ranks.joined(print) as own:
             assert own is ALONE
 
 
-def test_the_ring_is_hung_up_and_nothing_else(monkeypatch):
+def test_the_ring_is_hung_up_and_nothing_else():
     """A socket without a name (such as a tracker's) is in nobody's way, nor is one left over."""
     server = socket.create_server(("127.0.0.1", 0))
     ring = socket.create_connection(server.getsockname())
     peer, _ = server.accept()
     pair = socket.socketpair()
     before = len(os.listdir("/dev/fd"))
-    monkeypatch.setattr(ranks, "_hosts", lambda: [[f"127.0.0.1:{server.getsockname()[1]}"]])
-    ranks._hang_up()
+    ranks._hang_up([[f"127.0.0.1:{server.getsockname()[1]}"]])
     assert peer.recv(1) == b""
     pair[0].send(b"x")
     assert pair[1].recv(1) == b"x"

@@ -182,7 +182,7 @@ def test_a_finished_run_has_nothing_left_to_do_and_can_be_lengthened(llama4, dat
     config = config_of(llama4, data, tmp_path / "a", iters=9, resume=True, **options)
     assert train(config, told.append).steps == 9
     warnings = [event["message"] for event in told if event["type"] == "warning"]
-    assert len(warnings) == 1 and "iters is 9, but the run in" in warnings[0]
+    assert len(warnings) == 1 and "iters = 9, but the run in" in warnings[0]
     train(config_of(llama4, data, tmp_path / "b", iters=9, **options))
     assert weights_of(tmp_path / "a").keys() == weights_of(tmp_path / "b").keys()
     for key, value in weights_of(tmp_path / "b").items():
@@ -200,7 +200,7 @@ def flipped(folder):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    return "another SHA-256"
+    return "the SHA-256 of state.safetensors has changed"
 
 
 def without_manifest(folder):
@@ -215,7 +215,7 @@ def without_tensors(folder):
 
 def bad_manifest(folder):
     (folder / "manifest.json").write_text('{"files": {"state.saf')
-    return "manifest.json is not what was written"
+    return "manifest.json has changed since it was written"
 
 
 TWO_A_SAVE = {"iters": 8, "steps_per_save": 2, "steps_per_eval": 4}
@@ -250,7 +250,7 @@ def test_a_torn_checkpoint_is_left_out_with_a_warning(
     result = train(config, told.append)
     assert result.resumed_from == 4
     (warning,) = [event["message"] for event in told if event["type"] == "warning"]
-    assert "state/step-00006 is torn (" in warning and reason in warning
+    assert "state/step-00006 is damaged (" in warning and reason in warning
     assert_twins(config, (tmp_path / "a", result), plain)
 
 
@@ -290,11 +290,11 @@ def begun_once(llama4, data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"rank": 8}, "rank is 8, but the run in .* began with 4: give rank 4, or begin"),
-        ({"seed": 1}, "seed is 1, but the run in .* began with 0"),
+        ({"rank": 8}, "rank = 8, but the run in .* began with 4: use rank 4, or start"),
+        ({"seed": 1}, "seed = 1, but the run in .* began with 0"),
         ({"batch_size": 2}, "batch_size is 2"),
         ({"optimizer": "sgd"}, "optimizer is sgd"),
-        ({"max_seq_length": 64}, "max_seq_length is 64"),
+        ({"max_seq_length": 64}, "max_seq_length = 64"),
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1"),
     ],
 )
@@ -314,7 +314,7 @@ def test_a_steering_change_is_told(llama4, data, tmp_path):
     (line,) = [e["learning_rate"] for e in told if e.get("kind") == "train"]
     assert line == 1e-3
     warnings = [event["message"] for event in told if event["type"] == "warning"]
-    assert any("learning_rate is 0.001, but the run in" in text for text in warnings)
+    assert any("learning_rate = 0.001, but the run in" in text for text in warnings)
 
 
 @pytest.mark.parametrize("what", ["data", "model"])
@@ -345,7 +345,7 @@ def test_nothing_to_resume(llama4, data, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint to resume"):
         train(config_of(llama4, data, tmp_path / "a", resume=True))
     assert train(config_of(llama4, data, tmp_path / "a", resume="auto")).resumed_from is None
-    with pytest.raises(InputError, match="give resume=True to go on with it, or overwrite="):
+    with pytest.raises(InputError, match="use resume=True to continue it, or overwrite="):
         train(config_of(llama4, data, tmp_path / "a"))
     for folder in checkpoint.found(tmp_path / "a").values():
         truncated(folder)
@@ -369,7 +369,7 @@ def test_a_run_does_not_replace_what_it_starts_from(inside, llama4, data, tmp_pa
     own = tmp_path / "a" / inside
     begun(llama4, data, own)
     changes = {"warm_start": own, "overwrite": True}
-    with pytest.raises(InputError, match="lies in adapter_path"):
+    with pytest.raises(InputError, match="is inside adapter_path"):
         train(config_of(llama4, data, tmp_path / "a", **changes))
     assert (own / "adapters.safetensors").exists()
 
@@ -393,21 +393,23 @@ def test_two_resumers_do_not_meet(llama4, data, tmp_path):
     begun(llama4, data, tmp_path / "a")
     with open(tmp_path / "a" / training_log.NAME, "rb") as file:
         training_log._claim(file, tmp_path / "a")
-        with pytest.raises(InputError, match=f"in use by a run .* .process {os.getpid()}"):
+        with pytest.raises(InputError, match=f"in use by another run .process {os.getpid()}"):
             train(config_of(llama4, data, tmp_path / "a", iters=4, resume="auto"))
 
 
 def test_a_checkpoint_of_another_structure_is_refused(llama4, data, tmp_path, monkeypatch):
     begun(llama4, data, tmp_path / "a")
     monkeypatch.setattr(step.Optimizer, "start", lambda self, vector: step.Iterate(vector[1:], []))
-    with pytest.raises(InputError, match="is not of this run: factors is missing or differs"):
+    with pytest.raises(InputError, match="does not belong to this run: factors is missing"):
         train(config_of(llama4, data, tmp_path / "a", iters=4, resume=True))
 
 
 def test_fewer_steps_than_there_were(llama4, data, tmp_path):
     train(config_of(llama4, data, tmp_path / "a", iters=6))
     before = files_of(tmp_path / "a")
-    with pytest.raises(InputError, match=r"iters is 4, but the run in .* has come to step 6"):
+    with pytest.raises(
+        InputError, match=r"iters = 4, but the run in .* has already finished step 6"
+    ):
         train(config_of(llama4, data, tmp_path / "a", iters=4, resume=True))
     assert files_of(tmp_path / "a") == before
 

@@ -362,11 +362,11 @@ FAULTS = {
         _tensors(lambda t: {k: x for k, x in t.items() if k != f"{Q}.lora_b"}),
         "has lora_a but no lora_b",
     ),
-    "shape": (_tensors(lambda t: t | {f"{Q}.lora_a": mx.ones((63, 2))}), "the model wants"),
+    "shape": (_tensors(lambda t: t | {f"{Q}.lora_a": mx.ones((63, 2))}), "the model needs"),
     "nothing": (_tensors(lambda t: {}), "holds no lora_a"),
     "another": (
         _tensors(lambda t: {k.replace("layers", "blocks"): x for k, x in t.items()}),
-        "is no linear of this model",
+        "is not a layer of this model",
     ),
 }
 

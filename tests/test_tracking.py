@@ -139,7 +139,7 @@ def change_model(run):
 
 def add_to_model(run):
     (run.parent / "model" / "model-2.safetensors").write_bytes(b"x")
-    return "model", "model/model-2.safetensors has come"
+    return "model", "model/model-2.safetensors was added"
 
 
 def change_adapter(run):
@@ -152,7 +152,7 @@ def change_adapter(run):
 
 def tear_checkpoint(run):
     truncated(run / "state" / "step-00002")
-    return "checkpoints", "step-00002 is torn: state.safetensors has"
+    return "checkpoints", "step-00002 is damaged: state.safetensors has"
 
 
 def other_version(run):

@@ -77,8 +77,8 @@ def test_a_folder_is_of_one_run_at_a_time(llama4, data, tmp_path):
 
     assert train(config, second).steps == 4
     assert refused == [
-        f"adapter_path {tmp_path / 'a'} is in use by a run that goes on (process {os.getpid()}): "
-        "choose another folder, or wait for its end."
+        f"adapter_path {tmp_path / 'a'} is in use by another run (process {os.getpid()}): "
+        "choose another folder, or wait until it ends."
     ]
     assert train(config).steps == 4
 
@@ -95,7 +95,7 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
             while not (tmp_path / "a" / "metrics.jsonl").exists():
                 assert run.poll() is None and time.monotonic() < begin + 60
                 time.sleep(0.1)
-            with pytest.raises(InputError, match="in use by a run that goes on"):
+            with pytest.raises(InputError, match="in use by another run"):
                 train(config)
         finally:
             run.kill()
@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(llama4, data, tmp_
 
     monkeypatch.setattr(step.Stepper, "gradient", broken)
     seen = []
-    with pytest.raises(RunError, match=r"step 3: loss is nan .*, on .*train.jsonl:\d+"):
+    with pytest.raises(RunError, match=r"step 3: the loss is nan .*, on .*train.jsonl:\d+"):
         train(config_of(llama4, data, tmp_path / "a"), seen.append)
     assert seen[-1]["type"] == "failed"
     monkeypatch.undo()

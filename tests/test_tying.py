@@ -125,9 +125,9 @@ READERS = list(readers(Path(), Path(), Path()))
 @pytest.mark.parametrize(
     ("kind", "tie", "says"),
     [
-        ("embedding", False, "leaves the head as it is, but this model has one weight for both"),
-        ("head", False, "leaves the embedding as it is, but this model has one weight for both"),
-        ("head", True, "leaves the embedding as it is, but this model has one weight for both"),
+        ("embedding", False, "leaves the head unchanged, but this model has one weight for both"),
+        ("head", False, "leaves the embedding unchanged, but this model has one weight for both"),
+        ("head", True, "leaves the embedding unchanged, but this model has one weight for both"),
         ("apart", False, "differ, but this model has one weight for both"),
         ("apart", True, "differ, but this model has one weight for both"),
     ],
@@ -172,7 +172,7 @@ def test_the_base_that_an_adapter_names_is_looked_at(bases, tmp_path):
     folder = peft_folder(tmp_path / "a", "embedding", bases["tied"])
     for run in (lambda: import_(folder, tmp_path / "out"), lambda: read_stored(folder),
                 lambda: merge([folder, folder], tmp_path / "out")):  # fmt: skip
-        with pytest.raises(InputError, match="leaves the head as it is"):
+        with pytest.raises(InputError, match="leaves the head unchanged"):
             run()
     folder = peft_folder(tmp_path / "b", "embedding", bases["untied"])
     assert read_stored(folder).tied is False
@@ -183,7 +183,7 @@ def test_the_base_that_an_adapter_names_is_looked_at(bases, tmp_path):
 def test_without_a_base_it_cannot_be_told(tmp_path):
     for kind in ("embedding", "apart", "twins"):
         folder = peft_folder(tmp_path / kind, kind, Path("nobody/knows"))
-        with pytest.raises(InputError, match="cannot be told without the base"):
+        with pytest.raises(InputError, match="is unknown without the base"):
             import_(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # Its configuration and both updates say that they are one.
@@ -225,7 +225,7 @@ def test_our_files_say_for_which_kind_they_are(kind, runs, bases, data, tmp_path
 
 
 def test_adapters_for_both_kinds_have_no_sum(runs, tmp_path):
-    with pytest.raises(InputError, match="of different models: one is of an embedding that is"):
+    with pytest.raises(InputError, match="to different models: one updates an embedding that is"):
         weighted([runs / "tied", runs / "untied"])
     merge([runs / "tied", runs / "tied"], tmp_path / "sum")
     assert read_stored(tmp_path / "sum").tied is True
@@ -257,7 +257,7 @@ def test_mlx_lm_s_files_mean_the_weight(bases, tmp_path):
 def test_a_head_of_another_model_is_refused_with_the_reason(reader, bases, data, tmp_path):
     pair = mx.ones((64, 4)), mx.ones((4, 300))
     write_adapter(tmp_path / "a", lora.Adapter({HEAD: pair}, {HEAD: 1.0}), About("m"))
-    with pytest.raises(InputError, match=r"is a head, and .* has none of its own"):
+    with pytest.raises(InputError, match=r"is a head, but .* has none of its own"):
         readers(bases["tied"], data, tmp_path)[reader](tmp_path / "a")
 
 

@@ -254,7 +254,7 @@ def test_what_the_disk_refuses_is_one_sentence(service, ask, monkeypatch):
     rows.mkdir()
     os.mkfifo(rows / "train.jsonl")
     status, said = ask("GET", "datasets/archive", path=rows)
-    assert status == 400 and "cannot be read: it is no regular file" in said
+    assert status == 400 and "cannot be read: it is not a regular file" in said
 
 
 def test_a_refusal_says_what_was_not_done(ask, service, weights):

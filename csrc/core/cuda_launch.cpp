@@ -3,6 +3,7 @@
 #ifdef __linux__
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "mlx/primitives.h"
@@ -94,15 +95,30 @@ mx::Primitive& allocation(mx::Stream s) {
 
 class CudaKernel : public mx::Primitive {
  public:
-  CudaKernel(mx::Stream s, const CudaBinary& binary, const Grid& grid)
-      : Primitive(s), binary_(binary), grid_(grid) {}
+  CudaKernel(mx::Stream s, const CudaBinary& binary, const Grid& grid, bool joined)
+      : Primitive(s), binary_(binary), grid_(grid), joined_(joined) {}
 
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::logic_error("[" + binary_.name + "] is for CUDA.");
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    auto* function = loaded(binary_, stream().device.index, grid_.shared_memory);
+    if (!joined_) return run(inputs, outputs);
+    int64_t size = 0;
+    for (const auto& y : outputs) size += y.size();
+    Arrays whole{mx::array({static_cast<int>(size)}, outputs[0].dtype(), nullptr, {})};
+    run(inputs, whole);
+    int64_t begin = 0;
+    for (auto& y : outputs) {
+      const bool line = y.size() <= 1 || std::ranges::count(y.shape(), 1) + 1 >= std::ssize(y.shape());
+      const mx::array::Flags rows{true, true, line};
+      y.copy_shared_buffer(whole[0], y.strides(), rows, y.size(), begin);
+      begin += y.size();
+    }
+  }
+
+  void run(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+    auto* function = driver().found() ? loaded(binary_, stream().device.index, grid_.shared_memory) : nullptr;
     bool rows = function;
     for (const auto& x : inputs) rows = rows && x.flags().row_contiguous;
     if (!rows) return by_mlx(inputs, outputs);
@@ -152,16 +168,17 @@ class CudaKernel : public mx::Primitive {
 
   const CudaBinary& binary_;
   Grid grid_;
+  bool joined_;
 };
 
 }  // namespace
 
 Arrays cuda_launch(const CudaBinary& binary, const Arrays& inputs, std::vector<mx::Shape> shapes,
-                   std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s) {
-  if (!driver().found())
+                   std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s, bool joined) {
+  if (!driver().found() && !joined)
     return CudaKernel::mlx_kernel(binary, inputs, std::move(shapes), std::move(dtypes), grid, s);
-  return mx::array::make_arrays(std::move(shapes), dtypes,
-                                std::make_shared<CudaKernel>(mx::to_stream(s), binary, grid), inputs);
+  auto kernel = std::make_shared<CudaKernel>(mx::to_stream(s), binary, grid, joined);
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::move(kernel), inputs);
 }
 
 }  // namespace segtrain
@@ -171,7 +188,7 @@ Arrays cuda_launch(const CudaBinary& binary, const Arrays& inputs, std::vector<m
 namespace segtrain {
 
 Arrays cuda_launch(const CudaBinary& binary, const Arrays&, std::vector<mx::Shape>, std::vector<mx::Dtype>,
-                   const Grid&, mx::StreamOrDevice) {
+                   const Grid&, mx::StreamOrDevice, bool) {
   throw std::logic_error("[" + binary.name + "] is for CUDA.");
 }
 

@@ -235,6 +235,28 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   return kernel(inputs, shapes, dtypes, threads, group, told, std::nullopt, false, s);
 }
 
+PreparedLaunch::PreparedLaunch(const std::string& name, std::map<std::string, mx::array> values,
+                               const std::vector<std::string>& open, const Arrays& like, mx::Dtype dtype,
+                               const Template& arguments, const Grid& grid)
+    : name_(name), dtype_(dtype), grid_(grid) {
+  const auto& text = text_of(name);
+  for (size_t i = 0; i < open.size(); ++i) values.insert_or_assign(open[i], like[i]);
+  for (const auto& input : text.inputs) inputs_.push_back(values.at(input));
+  for (const auto& input : open)
+    open_.push_back(std::find(text.inputs.begin(), text.inputs.end(), input) - text.inputs.begin());
+  binary_ = cuda_binary(name, text, inputs_, {dtype}, arguments, grid);
+  for (size_t i : open_) inputs_[i] = device_ints({0});  // holds no array of the first call
+}
+
+Arrays PreparedLaunch::operator()(const Arrays& open, std::vector<mx::Shape> shapes,
+                                  mx::StreamOrDevice s) const {
+  Arrays inputs = inputs_;
+  for (size_t i = 0; i < open_.size(); ++i) inputs[open_[i]] = open[i];
+  std::vector<mx::Dtype> dtypes(shapes.size(), dtype_);
+  if (dry_run() || !binary_) return dry_launch(name_, inputs, std::move(shapes), std::move(dtypes), s);
+  return cuda_launch(*binary_, inputs, std::move(shapes), std::move(dtypes), grid_, s, true);
+}
+
 bool collects_kernels() {
   return collects;
 }

@@ -46,6 +46,28 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
 
+/// A launch on CUDA whose kernel and fixed inputs are looked up once, for calls of which a step of generation
+/// makes so many that the host's part is what they cost.
+class PreparedLaunch {
+ public:
+  /// `values` as those of launch(); each call gives the `open` ones, which have the types of `like`. Output
+  /// in `dtype`.
+  PreparedLaunch(const std::string& name, std::map<std::string, mx::array> values,
+                 const std::vector<std::string>& open, const Arrays& like, mx::Dtype dtype,
+                 const Template& arguments, const Grid& grid);
+
+  /// Arrays of these shapes, which lie one after the other in the kernel's one output.
+  Arrays operator()(const Arrays& open, std::vector<mx::Shape> shapes, mx::StreamOrDevice s) const;
+
+ private:
+  std::string name_;
+  Arrays inputs_;
+  std::vector<size_t> open_;
+  mx::Dtype dtype_;
+  Grid grid_;
+  const struct CudaBinary* binary_;  ///< nullptr while kernels are collected
+};
+
 /// From now on calls of this thread only say which kernels they need, and give zeros that nobody is to
 /// evaluate; until compile_kernels, which compiles those that are not there yet all at once and returns how
 /// many. CUDA only.

@@ -34,7 +34,7 @@ void add_unique(std::vector<int>& list, int value) {
 
 /// The chain of a plan without moves.
 Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
-             const std::vector<std::string>& head_reads) {
+             const std::vector<std::string>& head_reads, const std::vector<std::string>& incoming) {
   Plan plan;
   std::map<std::string, int> version;
   auto define = [&](const std::string& name, const std::string& producer, int stage, bool differentiable) {
@@ -49,7 +49,8 @@ Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string
     plan.values[found->second].readers.push_back(stage);
     return found->second;
   };
-  for (const auto& name : inputs) define(name, "input", -1, false);
+  for (const auto& name : inputs)
+    define(name, "input", -1, std::find(incoming.begin(), incoming.end(), name) != incoming.end());
   for (int i = 0; const auto& spec : stages) {
     Stage stage{spec.name, {}, {}};
     bool differentiable = spec.trainable;
@@ -124,9 +125,10 @@ int end_of(const Move& move) {
 }
 
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
-               const std::vector<std::string>& head_reads, const Cuts& cuts) {
+               const std::vector<std::string>& head_reads, const Cuts& cuts,
+               const std::vector<std::string>& incoming) {
   if (stages.empty()) throw std::invalid_argument("[plan] expected at least one stage; got none.");
-  Plan plan = resolve(stages, inputs, head_reads);
+  Plan plan = resolve(stages, inputs, head_reads, incoming);
   const auto segments = cut("segments", cuts.segments, static_cast<int>(stages.size()));
   const auto groups = cut("groups", cuts.groups, static_cast<int>(segments.size()));
   const auto head = move_over(plan, Move::Kind::head, segments.back());

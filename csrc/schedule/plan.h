@@ -75,10 +75,12 @@ struct Cuts {
 /// The last segment is joined to the head and never recomputed; it may have no stage. A group of several
 /// segments is run forward once more to rebuild the values between them (but the last group, which keeps
 /// them). Segments on which no parameter depends run forward only. The last move that needs a value drops it.
+/// Inputs that are `incoming` depend on parameters of stages before these, so a cotangent of each comes out.
 /// Throws std::invalid_argument if cuts do not rise to the end, or a stage reads a name that is neither an
 /// input nor written before it.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
-               const std::vector<std::string>& head_reads, const Cuts& cuts);
+               const std::vector<std::string>& head_reads, const Cuts& cuts,
+               const std::vector<std::string>& incoming = {});
 
 /// One line per move, for people and tests: "backward 2:4 reads h@b; takes h@d; gives h@b; drops h@b".
 std::vector<std::string> describe(const Plan& plan);

@@ -40,11 +40,12 @@ class Walk {
     for (const auto& move : plan_.moves) {
       Alive alive = now();
       alive.working = move.kind == Move::Kind::forward ? forward(move) : backward(move);
+      if (move.kind == Move::Kind::head) waiting_ = alive.values + alive.saved + kept_by_head_;
       result.moves.push_back(alive);
       result.peak = std::max(result.peak, alive.total());
       finish(move);
     }
-    result.peak = costs_.fixed + std::max(result.peak, costs_.update);
+    result.peak = costs_.fixed + std::max(result.peak + (costs_.under_way - 1) * waiting_, costs_.update);
     result.work = work_ + again_;
     result.again = again_;
     return result;
@@ -122,6 +123,7 @@ class Walk {
     if (head) {
       most = std::max(most, kept + costs_.head + (move.begin < move.end ? costs_.ahead : 0));
       work_ += costs_.head_work;
+      kept_by_head_ = kept;
     }
     return most;
   }
@@ -154,7 +156,8 @@ class Walk {
   std::vector<int64_t> cotangents_;  ///< by value
   std::vector<bool> goes_back_;      ///< by stage
   std::set<int> ran_;
-  int64_t gradients_ = 0;
+  int64_t gradients_ = 0, kept_by_head_ = 0;
+  int64_t waiting_ = 0;  ///< of a batch between its two passes
   double work_ = 0, again_ = 0;
 };
 
@@ -175,7 +178,7 @@ class Search {
  public:
   Search(const Costs& costs, int64_t budget) : costs_(costs), budget_(budget) {
     const int n = static_cast<int>(costs.stages.size());
-    const auto whole = make_plan(costs.stages, costs.inputs, costs.head_reads, {{n}, {1}});
+    const auto whole = make_plan(costs.stages, costs.inputs, costs.head_reads, {{n}, {1}}, costs.incoming);
     const auto back = stages_that_go_back(whole);
     for (int i = 0; i < n; ++i)
       if (back[i] && costs.costs[i].saved > 0) savers_.push_back(i);
@@ -280,8 +283,9 @@ class Search {
 
   bool fits(const Form& form) {
     Choice choice{cuts(form), {}};
-    choice.estimate =
-        estimate(make_plan(costs_.stages, costs_.inputs, costs_.head_reads, choice.cuts), costs_);
+    const auto plan =
+        make_plan(costs_.stages, costs_.inputs, costs_.head_reads, choice.cuts, costs_.incoming);
+    choice.estimate = estimate(plan, costs_);
     const auto& now = choice.estimate;
     auto less = [](auto a, auto b, auto c, auto d) { return a < b || (a == b && c < d); };
     if (least_.estimate.moves.empty() || less(now.peak, least_.estimate.peak, now.work, least_.estimate.work))

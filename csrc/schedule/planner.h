@@ -27,15 +27,17 @@ struct StageCost {
 struct Costs {
   std::vector<StageSpec> stages;
   std::vector<std::string> inputs, head_reads;
-  std::vector<int64_t> input_bytes;  ///< of each input
-  std::vector<int> layers;           ///< the stage behind each layer
-  std::vector<StageCost> costs;      ///< of each stage
-  int64_t head = 0;                  ///< most while the head runs
-  int64_t ahead = 0;                 ///< allocated meanwhile for what goes back behind it in the same move
+  std::vector<int64_t> input_bytes;        ///< of each input
+  std::vector<std::string> incoming = {};  ///< inputs that depend on parameters of other stages
+  std::vector<int> layers;                 ///< the stage behind each layer
+  std::vector<StageCost> costs;            ///< of each stage
+  int64_t head = 0;                        ///< most while the head runs
+  int64_t ahead = 0;  ///< allocated meanwhile for what goes back behind it in the same move
   double head_work = 0;
   int64_t fixed = 0;   ///< weights, factors, optimizer: there all the time
   int64_t update = 0;  ///< most beyond `fixed` while the optimizer works, gradients included
   double widened = 1;  ///< a cotangent that several segments add to, over the value's own bytes
+  int under_way = 1;   ///< batches that have run forward and wait for their cotangents, the present one too
 };
 
 /// What is alive at the peak of a move, by part.

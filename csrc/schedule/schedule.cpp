@@ -1,4 +1,4 @@
-// Runs a plan over callables. The whole training step passes through run_plan, top to bottom.
+// Runs a plan over callables. The whole training step passes through a Runner, top to bottom.
 #include <deque>
 #include <set>
 
@@ -41,9 +41,10 @@ bool contains(const std::vector<int>& values, int value) {
 
 class Runner {
  public:
-  Runner(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
+  Runner(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
-         const Arrays& inputs, const Wait& wait, const Watch& watch, Recordings* recordings)
+         const Arrays& inputs, const Wait& wait, const Launch& launch, const Watch& watch,
+         Recordings* recordings)
       : plan_(plan),
         fns_(fns),
         head_(head),
@@ -51,6 +52,7 @@ class Runner {
         owners_(owners),
         head_params_(head_params),
         wait_(wait),
+        launch_(launch),
         watch_(watch),
         recordings_(collects_kernels() ? nullptr : recordings),
         at_a_time_(gpu() == Gpu::cuda && !on_cpu({}) && !watch ? CUDA_MOVES : 1),
@@ -61,32 +63,31 @@ class Runner {
     result_.grads.resize(params.size());
   }
 
-  StepResult run() {
-    for (const auto& move : plan_.moves) {
-      Arrays made;
-      switch (move.kind) {
-        case Move::Kind::forward:
-          made = forward(move);
-          break;
-        case Move::Kind::head:
-          made = with_head(move);
-          break;
-        case Move::Kind::backward:
-          made = backward(move);
-          break;
-      }
-      for (int value : move.drops) values_[value].reset();
-      settle(at_a_time_ - 1);
-      begin(made);
-      // Cotangents are not held: what the next move uses up would stay until it has run.
-      const bool has_grads =
-          at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
-      running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
+  /// The moves before the head, and the stages that run with it.
+  Arrays forward() {
+    for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_)
+      finish(plan_.moves[at_], forward(plan_.moves[at_]));
+    const auto& move = plan_.moves[at_];
+    for (int i = move.begin; i < move.end; ++i) {
+      kept_.push_back(run_stage(move, i));
+      if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
     }
+    const Arrays made = found(plan_.head_reads, values_);
+    if (!head_)  // others read them now; of what is kept, the graph of `kept_` holds what it needs
+      for (int value : move.drops) values_[value].reset();
+    return made;
+  }
+
+  StepResult backward(const Arrays& cotangents) {
+    const auto& move = plan_.moves[at_++];
+    finish(move, head_ ? with_head(move) : with_cotangents(move, cotangents));
+    for (; at_ < plan_.moves.size(); ++at_) finish(plan_.moves[at_], backward(plan_.moves[at_]));
     settle(at_a_time_ == 1 ? 0 : at_a_time_);
     for (size_t i = 0; i < params_.size(); ++i)
       if (result_.grads[i].empty())  // nothing that the loss depends on
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
+    for (size_t i = 0; i < plan_.values.size() && plan_.values[i].producer < 0; ++i)
+      if (plan_.values[i].differentiable && cotangents_[i]) result_.incoming.push_back(*cotangents_[i]);
     return std::move(result_);
   }
 
@@ -98,6 +99,17 @@ class Runner {
     Arrays cotangents = {};        ///< of these: what they are is said when it is known
     Arrays grads = {};             ///< of its parameters, then of its differentiable reads
   };
+
+  /// Gives the device what a move has made.
+  void finish(const Move& move, const Arrays& made) {
+    for (int value : move.drops) values_[value].reset();
+    settle(at_a_time_ - 1);
+    begin(made);
+    // Cotangents are not held: what the next move uses up would stay until it has run.
+    const bool has_grads =
+        at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
+    running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
+  }
 
   /// Waits until at most `left` earlier moves are still running; the inner arrays of the others are then
   /// gone.
@@ -114,11 +126,11 @@ class Runner {
   /// Nothing runs of a graph that is only written down.
   void begin(const Arrays& made) {
     for (auto& part : parts_) {
-      if (!collects_kernels() && !part.empty()) mx::async_eval(part);
+      if (!collects_kernels() && !part.empty()) launch_(part);
       part.clear();  // or it would stay until all of the move is launched
     }
     parts_.clear();
-    if (!collects_kernels()) mx::async_eval(made);
+    if (!collects_kernels()) launch_(made);
   }
 
   /// What there is of values.
@@ -141,17 +153,13 @@ class Runner {
   }
 
   Arrays with_head(const Move& move) {
-    std::vector<Kept> kept;
-    for (int i = move.begin; i < move.end; ++i) {
-      kept.push_back(run_stage(move, i));
-      if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
-    }
     const size_t n_params = head_params_.size();
     Arrays primals = head_params_;
     append_differentiable(plan_.head_reads, primals);
     Arrays made_by_head = recorded("head", head_params_, plan_.head_reads, {}, [&] {
       auto fn = [&](const Arrays& in) {
-        return head_(Arrays(in.begin(), in.begin() + n_params), merge_reads(plan_.head_reads, in, n_params));
+        return (*head_)(Arrays(in.begin(), in.begin() + n_params),
+                        merge_reads(plan_.head_reads, in, n_params));
       };
       if (primals.empty()) return fn(primals);
       std::vector<int> every(primals.size());
@@ -168,9 +176,23 @@ class Runner {
     Arrays made = result_.outputs;
     made.insert(made.end(), result_.head_grads.begin(), result_.head_grads.end());
     start(made, plan_.head_reads, cotangents_);
-    Arrays more = go_back(move, kept);
+    Arrays more = go_back(move, kept_);
     made.insert(made.end(), more.begin(), more.end());
     return made;
+  }
+
+  /// In the place of the head: its cotangents, which others have formed.
+  Arrays with_cotangents(const Move& move, const Arrays& cotangents) {
+    auto given = cotangents.begin();
+    for (int value : plan_.head_reads) {
+      if (!plan_.values[value].differentiable) continue;
+      check(given != cotangents.end(),
+            "[schedule] expected a cotangent for each differentiable value that leaves.");
+      cotangents_[value] = *given++;
+    }
+    check(given == cotangents.end(),
+          "[schedule] expected a cotangent for each differentiable value that leaves.");
+    return go_back(move, kept_);
   }
 
   /// Lets the device begin with arrays and what there is of values, before their move is written down whole.
@@ -347,15 +369,18 @@ class Runner {
     }
   }
 
-  const Plan& plan_;
-  const std::vector<StageFn>& fns_;
-  const HeadFn& head_;
-  const std::vector<Arrays>& params_;  ///< by owner
-  const std::vector<int>& owners_;     ///< by stage
-  const Arrays& head_params_;
-  const Wait& wait_;
-  const Watch& watch_;
+  const Plan plan_;
+  const std::vector<StageFn> fns_;
+  const std::optional<HeadFn> head_;
+  const std::vector<Arrays> params_;  ///< by owner
+  const std::vector<int> owners_;     ///< by stage
+  const Arrays head_params_;
+  const Wait wait_;
+  const Launch launch_;
+  const Watch watch_;
   Recordings* recordings_;
+  size_t at_ = 0;              ///< the move that is next
+  std::vector<Kept> kept_;     ///< stages that have run with everything kept, and have not gone back
   size_t at_a_time_;           ///< moves
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
@@ -368,17 +393,20 @@ class Runner {
 
 }  // namespace
 
-StepResult run_plan(const Plan& plan, const std::vector<StageFn>& fns, const HeadFn& head,
-                    const std::vector<Arrays>& params, const std::vector<int>& owners,
-                    const Arrays& head_params, const Arrays& inputs, const Wait& wait, const Watch& watch,
-                    Recordings* recordings) {
+Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
+                 const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
+                 const Arrays& inputs, const Wait& wait, const Launch& launch, const Watch& watch,
+                 Recordings* recordings) {
   const size_t n = plan.stages.size();
   check(fns.size() == n && owners.size() == n, "[schedule] expected ", n,
         " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
         ".");
   for (int owner : owners)
     check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters ", owner, ".");
-  return Runner(plan, fns, head, params, owners, head_params, inputs, wait, watch, recordings).run();
+  auto runner = std::make_shared<Runner>(plan, fns, head, params, owners, head_params, inputs, wait, launch,
+                                         watch, recordings);
+  return {[runner] { return runner->forward(); },
+          [runner](const Arrays& cotangents) { return runner->backward(cotangents); }};
 }
 
 }  // namespace segtrain

@@ -45,7 +45,7 @@ MLX_VERSION = "0.32.4"
 
 
 def _require_mlx() -> None:
-    """ImportError, in one sentence with the command that mends it, unless MLX can be used."""
+    """Raises ImportError, with the command that fixes it, unless the right MLX can be used."""
     mend = (
         f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
     )
@@ -82,5 +82,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public API."""
+    """Returns the public API."""
     return sorted(__all__)

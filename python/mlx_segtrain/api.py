@@ -1,10 +1,11 @@
-"""Training from Python, in a script or a notebook: keywords, rows, a loaded model, a bar."""
+"""Training from Python, in a script or a notebook: keyword arguments, rows, a loaded model, a
+progress bar."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from .rewards import Function
     from .training.judging import Score
 
-#: Where an adapter goes that is told nothing else, as from the command line.
+#: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: Fields by their short names, which are those of flags.
+#: Short names of fields, which are those of flags.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()
@@ -34,17 +35,17 @@ SHORT = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult(training.TrainResult):
-    """What a run came to; losses in nats per token, of preference methods per pair.
+    """The result of a run; losses in nats per token, with preference methods per pair.
 
-    `config` is that of the run. `model` and `tokenizer` are those that the run was given, or are
-    loaded when they are first asked for; the model has the adapter.
+    `config` is the run's. `model` and `tokenizer` are those that the run was given, or are loaded
+    on first use; the model has the adapter.
     """
 
-    config: ClassVar[TrainConfig]  # no field of the dataclass, which is written as JSON
+    config: ClassVar[TrainConfig]  # not a field of the dataclass, which is written as JSON
 
     @cached_property
     def history(self) -> list[events.Event]:
-        """The metrics of the run, as it reported them: `kind` is train, val or score."""
+        """The metrics of the run as it reported them: `kind` is train, val or score."""
         from .training.curves import metrics
 
         return metrics(self.adapter_path / "metrics.jsonl")
@@ -64,7 +65,7 @@ class TrainResult(training.TrainResult):
         return self._loaded[1]
 
     def plot(self) -> Figure:
-        """Training and validation loss by step, as a figure of matplotlib."""
+        """Returns a matplotlib figure of the training and validation loss by step."""
         from .objectives import OBJECTIVES
         from .training.curves import figure_of, points
 
@@ -121,30 +122,32 @@ def train(
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
     rewards: Sequence[str | Function] | None = None,
+    environment: str | Callable[[], Any] | None = None,
     progress: bool | None = None,
     **fields: Any,
 ) -> TrainResult:
-    """Trains an adapter, writes it to `adapter_path`, and returns what the run came to.
+    """Trains an adapter, writes it to `adapter_path`, and returns the result of the run.
 
         train(model="org/name", data="rows.csv", adapter="out", lr=1e-4, epochs=3)
 
-    Fields of TrainConfig are keywords, in the place of `config` or on top of it, under their names
-    or those of the flags (`lr`, `adapter`). `model` is a folder, a name of the hub, or `(model,
-    tokenizer)` as `load` and mlx_lm.load return them; the result then has the same model with the
-    adapter applied. `data` (or `train_data`) is a path or a name of the hub, or rows: a list or an
-    iterator of dicts, a `datasets.Dataset` or `DatasetDict`, a table of Arrow, pandas or polars;
-    `valid_data` those to validate.
+    Fields of TrainConfig are keyword arguments, instead of `config` or on top of it, under their
+    names or those of the flags (`lr`, `adapter`). `model` is a folder, a name on the hub, or
+    `(model, tokenizer)` as `load` and mlx_lm.load return them; the result then has the same model
+    with the adapter attached. `data` (or `train_data`) is a path, a name on the hub, or rows: a
+    list or an iterator of dicts, a `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or
+    polars table; `valid_data` are the validation rows.
 
-    A bar is shown in a terminal and in a notebook, unless `progress` is False or `on_event` is
-    given, which receives the run's events (mlx_segtrain.events). `on_step` and `on_eval` receive
-    the metrics of every step and every evaluation as a dict; one that returns True ends the run
-    after saving. `score(model, tokenizer)` is asked at every evaluation for a number or a dict of
-    numbers. `rewards` of method grpo are names of checks, which is the field, and functions that
-    score completions (docs/grpo.md).
+    A progress bar is shown in a terminal and in a notebook, unless `progress` is False or
+    `on_event` is given, which receives the run's events (mlx_segtrain.events). `on_step` and
+    `on_eval` receive the metrics of every step and every evaluation as a dict; one that returns
+    True ends the run after saving. `score(model, tokenizer)` is called at every evaluation and
+    returns a number or a dict of numbers. `rewards` of method grpo are names of checks, as in the
+    field, and functions that score completions; `environment` is a class, or the field
+    (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
-    it. InputError, before anything is written, for input that cannot be used; RunError if the run
-    cannot go on, after saving the last good step.
+    it. Raises InputError, before anything is written, for input that cannot be used, and RunError
+    if the run cannot continue, after saving the last good step.
     """
     with _python_words():
         loaded = tokenizer = None
@@ -159,6 +162,12 @@ def train(
                 raise InputError("data and train_data are both given: leave one of them out.")
             train_data = data
         functions, fields = _functions(rewards, fields)
+        made = environment if callable(environment) else None
+        if made is not None:
+            name = getattr(made, "__name__", "environment")
+            environment = f"{getattr(made, '__module__', 'python')}:{name}"
+        if environment is not None:
+            fields["environment"] = environment
         config = _config(config, fields)
         with _shown(on_event, on_step, progress) as (tell, step):
             found = training.train(
@@ -171,6 +180,7 @@ def train(
                 on_eval=on_eval,
                 model=loaded,
                 rewards=functions,
+                environment=made,
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
     result = TrainResult(**own)
@@ -183,10 +193,10 @@ def train(
 def _functions(
     rewards: Sequence[str | Function] | None, fields: dict[str, Any]
 ) -> tuple[list[Function], dict[str, Any]]:
-    """The functions among rewards, and the fields with the others."""
+    """Returns the functions among rewards, and the fields with the other rewards."""
     if rewards is None:
         return [], fields
-    if not isinstance(rewards, list | tuple):  # the configuration says what it has to be
+    if not isinstance(rewards, list | tuple):  # the configuration reports what is wrong
         return [], {**fields, "rewards": rewards}
     functions = [own for own in rewards if callable(own)]
     checks = [own for own in rewards if not callable(own)]
@@ -194,14 +204,15 @@ def _functions(
 
 
 def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with these fields on top; InputError as of the command line."""
+    """Returns the configuration with these fields on top. Raises InputError as on the command
+    line."""
     if config is not None and not fields:
         return config
     given = {} if config is None else config.model_dump(exclude_unset=True)
     for name, value in fields.items():
         field = SHORT.get(name, name)
         if field != name and field in fields:
-            raise InputError(f"{name} and {field} are the same: give one of them.")
+            raise InputError(f"{name} and {field} are the same: set only one of them.")
         given[field] = value
     return load_config(None, given, OUTPUT)
 
@@ -209,15 +220,17 @@ def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfi
 def _given(
     pair: tuple[Any, ...], config: TrainConfig | None, fields: dict[str, Any]
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The model of `(model, tokenizer)` without its adapter, the tokenizer, and the fields with
-    their folder."""
+    """Returns the model of `(model, tokenizer)` without its adapter, the tokenizer, and the fields
+    with the model's folder."""
     import mlx.core as mx
     import mlx.nn as nn
 
     from .lora import unwrap
 
     if len(pair) != 2 or not isinstance(pair[0], nn.Module):
-        raise InputError("model is a tuple: give (model, tokenizer), as load returns them.")
+        raise InputError(
+            "model is a tuple of the wrong form: pass (model, tokenizer), as load returns them."
+        )
     model, tokenizer = pair
     if "model_dir" not in fields:
         folder = Path(str(getattr(tokenizer, "name_or_path", "")))
@@ -226,7 +239,7 @@ def _given(
         elif config is None:
             raise InputError(
                 "model_dir is missing: the tokenizer does not say which folder it was loaded from, "
-                "so give model_dir too."
+                "so pass model_dir too."
             )
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):
@@ -240,7 +253,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
     from .models import chain_of
     from .models.adapting import attach
 
-    if (result.adapter_path / WEIGHTS).exists():  # not where no step was finished
+    if (result.adapter_path / WEIGHTS).exists():  # missing if no step was finished
         chain = chain_of(model)
         attach(model, chain, read_adapter(result.adapter_path, chain))
     model.eval()
@@ -251,7 +264,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """What is told of events and of steps: a bar too, where people see it."""
+    """Returns the receivers of events and of steps, with a progress bar where people see it."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook
@@ -279,7 +292,7 @@ def _shown(
 
 @contextmanager
 def _python_words() -> Iterator[None]:
-    """Errors that name keywords where they name flags."""
+    """Rewrites errors to name keyword arguments instead of flags."""
     try:
         yield
     except (InputError, RunError) as error:

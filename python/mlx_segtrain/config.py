@@ -1,8 +1,9 @@
 """The configuration of a training run, declared once.
 
-From `TrainConfig` come the flags of the command line, the keys of a YAML file, every error message,
-the page's form, what a resumed run may change, and the table in docs/configuration.md (`python -m
-mlx_segtrain.config` prints it): fields.Facets has all that is known of a field besides its type.
+The flags of the command line, the keys of a YAML file, every error message, the page's form, the
+rules for resuming and the table in docs/configuration.md (printed by `python -m
+mlx_segtrain.config`) all follow from `TrainConfig`. What is known of a field besides its type is in
+fields.Facets.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ from mlx_segtrain.fields import (
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
-#: What a row is: a sequence, a pair of them, a sequence that is wanted or not, or a prompt alone;
-#: and for each method what it trains.
+#: What a row is (one sequence, a pair of sequences, a sequence labelled good or bad, or a prompt
+#: alone), and which of these each method trains on.
 Rows = Literal["single", "pair", "labelled", "prompt"]
 ROWS: dict[str, Rows] = {
     "sft": "single",
@@ -55,7 +56,7 @@ ROWS: dict[str, Rows] = {
     "kto": "labelled",
     "grpo": "prompt",
 }
-#: The forms that rows come in (data/formats.py), which are told apart by their keys.
+#: Formats of rows (data/formats.py). A row's keys tell which one it has.
 DataFormat = Literal[
     "auto",
     "preference",
@@ -76,7 +77,7 @@ DataFormat = Literal[
 
 PLACES = "a path, or org/name or org/name@revision on the hub"
 DATA_PLACES = "a path, or org/name, org/name/configuration or org/name:split on the hub"
-#: Facets that several fields have in common.
+#: Facets that several fields share.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
 SIZE, ALL = Facets(affects=("memory",)), Facets(affects=("memory", "loss", "rows"))
 FIRST, ELSEWHERE, ADAPTER = Facets(group=""), Facets(group=None), Facets(group="Adapter")
@@ -88,19 +89,19 @@ DPO, ORPO, SIMPO, KTO = (
     for method in ("dpo", "orpo", "simpo", "kto")
 )
 GRPO = Facets(group="GRPO", methods=("grpo",))
-#: Of responses that rows have, and not of those that a run generates.
+#: Applies to responses that come with the data, not to those that a run generates.
 GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
 )
-CODE = "it runs code, which the command line and Python alone may"
+CODE = "it runs code, which only the command line and Python may do"
 FRESH = Facets(
     holds=lambda config: config.warm_start is None,
     otherwise="with warm_start, whose adapter has its own",
 )
 
 
-#: Defaults of grpo's losses, as their papers have them.
+#: Defaults of grpo's losses, from their papers.
 OF_LOSS: dict[Any, dict[str, Any]] = {
     "dr_grpo": {"advantage_scaling": "none"},
     "dapo": {"clip_high": 0.28, "mask_truncated": True},
@@ -109,7 +110,7 @@ OF_LOSS: dict[Any, dict[str, Any]] = {
 
 
 class TrainConfig(BaseModel):
-    """One training run; InputError, which is a ValueError, for a bad value."""
+    """The configuration of one training run. Raises InputError, a ValueError, for a bad value."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -130,31 +131,32 @@ class TrainConfig(BaseModel):
     """Training objective: sft takes texts and chats, dpo, orpo and simpo take chosen and rejected
     responses, kto responses with a label or pairs, grpo prompts."""
     rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
-    """LoRA rank, before rank_scaling."""
+    """LoRA rank, before rank_scaling is applied."""
     scale: Float = option(1.0, ADAPTER | FRESH, gt=0)
-    """Factor of the LoRA update, y = W x + scale * B A x."""
+    """Scale of the LoRA update: y = W x + scale * B A x."""
     rank_scaling: Literal["constant", "by_bits", "by_kl"] = option(
         "by_bits", ADAPTER | FRESH | SIZE
     )
-    """Rank per layer: the same everywhere, rank * bits / 4, or by KL importance."""
+    """How ranks vary by layer: rank everywhere (constant), rank * bits / 4 (by_bits), or by KL
+    importance (by_kl)."""
     target_modules: Annotated[list[Name], Distinct] = option(
-        PROJECTIONS, ADAPTER | FRESH | SIZE, title="Linears", min_length=1
+        PROJECTIONS, ADAPTER | FRESH | SIZE, title="Target modules", min_length=1
     )
-    """Linears that get an adapter, by the end of their path; or all-linear. embed_tokens and
-    lm_head too, if they are named."""
+    """Linear layers that get an adapter, by the end of their module path; all-linear means all of
+    them. embed_tokens and lm_head have to be named."""
     num_layers: LayerCount = option(
         -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
-    """Layers that get adapters, counted from the last one; -1 is all."""
+    """Number of layers that get adapters, counted from the last one; -1 means all."""
     warm_start: Place | None = option(None, ADAPTER | SIZE | FREE, values=PLACES)
-    """An adapter to go on from, ours, mlx-lm's or PEFT's: its directory, or its name on the hub.
-    Its linears, ranks and scale are taken."""
+    """Adapter to start from, written by this package, mlx-lm or PEFT: its directory, or its name on
+    the hub. The run uses its layers, ranks and scale."""
     iters: Int = option(
         100,
         FIRST | WARN | CARD,
         title="Steps",
         holds=lambda config: config.epochs is None,
-        otherwise="beside epochs",
+        otherwise="when epochs is set",
         ge=1,
     )
     """Number of optimizer steps."""
@@ -169,16 +171,16 @@ class TrainConfig(BaseModel):
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
         "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
     )
-    """Learning rate behind the warmup; all but constant end at a tenth of it. Of all but sft cosine
-    by default."""
-    warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup, steps", ge=0)
-    """First steps, with a rising learning rate."""
+    """Schedule of the learning rate after the warmup; all but constant decay to a tenth of the
+    peak. The default of all methods but sft is cosine."""
+    warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup steps", ge=0)
+    """Number of warmup steps, in which the learning rate rises from 0 to its peak."""
     lora_plus_ratio: Float = option(1.0, OPTIMIZER, title="LoRA+ ratio", gt=0)
-    """Learning rate of B over that of the others (LoRA+)."""
+    """LoRA+: ratio of B's learning rate to that of the other parameters."""
     rs_lora: bool = option(False, ADAPTER | FRESH, title="rsLoRA")
-    """Divide scale by the root of the rank (rsLoRA), linear by linear."""
+    """rsLoRA: divide scale by the square root of each linear layer's rank."""
     use_dora: bool = option(False, ADAPTER | FRESH | SIZE, title="DoRA")
-    """Train the lengths of the adapted weights' rows apart (DoRA)."""
+    """DoRA: train the magnitude of each row of an adapted weight separately from its direction."""
     lora_dropout: Float = option(
         0.0,
         ADAPTER | SIZE | CARD,
@@ -188,9 +190,9 @@ class TrainConfig(BaseModel):
         ge=0,
         lt=1,
     )
-    """Part of a LoRA branch's inputs that each step leaves out."""
+    """Dropout probability of the inputs of a LoRA branch."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
-    """Strength with which dpo stays near the model without adapter."""
+    """How strongly dpo penalizes divergence from the model without the adapter."""
     dpo_loss: Literal[
         "sigmoid",
         "hinge",
@@ -210,29 +212,30 @@ class TrainConfig(BaseModel):
         0.0,
         DPO,
         holds=lambda config: config.dpo_loss in ("sigmoid", "robust", "exo_pair"),
-        otherwise="outside of method dpo with dpo_loss sigmoid, robust or exo_pair",
+        otherwise="unless method is dpo and dpo_loss is sigmoid, robust or exo_pair",
         ge=0,
         lt=0.5,
     )
-    """Part of pairs taken to be mislabelled (sigmoid, robust, exo_pair)."""
+    """Assumed fraction of mislabelled pairs (dpo_loss sigmoid, robust or exo_pair)."""
     reference_free: bool = option(False, DPO)
-    """Leave the model without adapter out of dpo's loss."""
+    """Compute dpo's loss without a reference model."""
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
-    """Strength with which kto stays near the model without adapter."""
+    """How strongly kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
-    """Loss of kto; apo_zero_unpaired compares with 0 in the place of a KL divergence."""
+    """Loss of kto; apo_zero_unpaired uses 0 instead of an estimated KL divergence."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight of kto's loss of rows whose label is true."""
+    """Weight in kto's loss of rows whose label is true."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight of kto's loss of rows whose label is false."""
+    """Weight in kto's loss of rows whose label is false."""
     orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
     """Weight of orpo's odds-ratio term."""
     sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
-    """Tokens of the chosen sequence that orpo's cross-entropy counts."""
+    """Tokens of the chosen sequence that count in orpo's cross-entropy: all, or only the
+    response."""
     simpo_beta: Float = option(2.0, SIMPO, title="SimPO beta", gt=0)
-    """Factor of simpo's rewards."""
+    """Scale of simpo's rewards."""
     simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
-    """Margin that simpo wants between the rewards of a pair."""
+    """Target margin between the rewards of a pair in simpo."""
     rewards: Annotated[list[Name], Distinct] = option(
         [],
         GRPO,
@@ -251,47 +254,75 @@ class TrainConfig(BaseModel):
         None, GRPO, affects=("loss",), refused=CODE, values="a command line"
     )
     """Command that reads completions as JSON lines and prints a score for each."""
+    reward_model: Place | None = option(
+        None, GRPO | SIZE, affects=("loss", "memory"), values=PLACES
+    )
+    """A model that scores completions: its directory, or its name on the hub, with one score as
+    Hugging Face's models for sequence classification have it (docs/grpo.md)."""
     reward_weights: list[Float] = option(
         [], GRPO, affects=("loss",), values="numbers, one for each reward"
     )
-    """Weights of the rewards, in the order rewards, reward_functions, functions given in Python,
-    reward_command. All 1 by default."""
+    """Weights of the rewards, in this order: rewards, reward_functions, functions given in Python,
+    reward_command, reward_model, get_reward of the environment. The default of each is 1."""
+    environment: Name | None = option(
+        None,
+        GRPO,
+        affects=("loss",),
+        refused=CODE,
+        values="module:Class or file.py:Class",
+    )
+    """Python class that answers the model's turns with `step`, or whose methods are its tools
+    (docs/grpo.md)."""
+    max_turns: Int = option(
+        8,
+        GRPO,
+        affects=("loss",),
+        holds=lambda config: config.environment is not None,
+        otherwise="without environment",
+        ge=1,
+    )
+    """Maximum number of the model's turns in a conversation with the environment."""
     group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
-    """Completions that each prompt gets."""
-    max_completion_tokens: Int = option(256, GRPO | ALL, title="Longest completion, tokens", ge=1)
-    """Tokens that a completion may have. Prompts that leave no room for it within max_seq_length
-    are left out."""
+    """Number of completions per prompt."""
+    max_completion_tokens: Int = option(
+        256, GRPO | ALL, title="Maximum completion length, tokens", ge=1
+    )
+    """Maximum tokens of a completion, including those of an environment. Prompts that leave no room
+    for it within max_seq_length are dropped."""
     temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
-    """Temperature at which completions are sampled."""
+    """Sampling temperature of completions."""
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
-    """Loss of grpo: how ratios are clipped and how tokens are averaged."""
+    """Variant of grpo's loss: how ratios are clipped and how tokens are averaged."""
     advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
-    """Divide advantages by the standard deviation of rewards within each group or over the whole
-    step, or leave them. dr_grpo: none by default."""
+    """What advantages are divided by: the standard deviation of the rewards within each group, over
+    the whole step (batch), or nothing (none). The default of dr_grpo is none."""
     clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
-    """How far the ratio of new to old probability may fall below 1. gspo: 3e-4 by default."""
+    """How far the ratio of new to old probability may fall below 1. The default of gspo is 3e-4."""
     clip_high: Float = option(0.2, GRPO, gt=0)
-    """How far it may rise above 1. dapo: 0.28 by default; gspo: 4e-4."""
+    """How far that ratio may rise above 1. The default of dapo is 0.28, that of gspo 4e-4."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
-    """Weight of the KL divergence from the model without adapter; 0 saves its forward pass."""
+    """Weight of the KL divergence from the model without the adapter; 0 skips its forward pass."""
     mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
-    """Leave completions that reached max_completion_tokens out of the loss. dapo: true by
-    default."""
+    """Leave completions that reach max_completion_tokens out of the loss. The default of dapo is
+    true."""
     updates_per_step: Int = option(1, GRPO, ge=1)
-    """Optimizer updates on the completions of each step."""
+    """Optimizer updates per step, all on the same completions."""
     importance_cap: Float = option(2.0, GRPO, ge=0)
-    """Upper bound of the importance weights that correct for differences between the probabilities
-    of generation and training; 0 is no correction."""
+    """Upper bound of the importance weights, which correct for differences between the
+    probabilities of generation and training; 0 turns the correction off."""
     rollout_batch: RolloutBatch = option(
         "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
     )
-    """Completions that are generated at once; auto: as many as memory_budget_gb has room for."""
+    """Number of completions that are generated at once; auto: as many as fit into
+    memory_budget_gb."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
-    """End the run when the mean reward of so many steps has lost half of its gain, beyond what
-    chance explains; 0 is never."""
-    max_seq_length: Int = option(512, FIRST | ALL | CARD, title="Longest row, tokens", ge=2)
-    """Maximum tokens of a row; longer rows are truncated. With grpo, tokens of a forward and
-    backward pass, into which as many completions with their prompts are packed as fit."""
+    """Stop the run when the mean reward over this many steps has lost half of its gain, beyond what
+    chance explains; 0 turns this off."""
+    max_seq_length: Int = option(
+        512, FIRST | ALL | CARD, title="Maximum sequence length, tokens", ge=2
+    )
+    """Maximum tokens of a row; longer rows are truncated. With grpo, the tokens of one forward and
+    backward pass, into which as many prompts with their completions are packed as fit."""
     batch_size: Int = option(
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
@@ -303,62 +334,71 @@ class TrainConfig(BaseModel):
         methods=("sft", "grpo"),
         values="true, false or auto",
     )
-    """Fill each row with as many rows of the data as max_seq_length has room for; none sees the
-    others. batch_size then counts filled rows. auto does so where it is faster; default of grpo."""
+    """Pack several rows of the data into one row of up to max_seq_length tokens; they cannot attend
+    to each other. batch_size then counts packed rows. auto packs where that is faster; it is the
+    default of grpo."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
-    """Batches whose gradients are summed into an optimizer step."""
-    seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
-    """Seed of the row order, of the LoRA initialization, and of the rows that val_split takes."""
-    deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
-    """Same seed, same device: same bytes. false lets attention on CUDA be cuDNN's, which is faster
-    and adds up in any order."""
-    steps_per_report: Int = option(10, EVALUATION, title="Report every, steps", ge=1)
-    """Steps between training metrics."""
-    steps_per_eval: Int = option(50, EVALUATION | WARN, title="Evaluate every, steps", ge=1)
-    """Steps between evaluations on valid.jsonl."""
-    weight_decay: Float = option(0.01, OPTIMIZER | WARN, ge=0)
-    """Weight decay, apart from the gradient."""
-    grad_clip_norm: Float = option(1.0, OPTIMIZER | WARN, title="Gradient clipping, norm", ge=0)
-    """Largest global L2 norm of the gradient; 0 is no clipping."""
-    grad_checkpoint: bool = option(False, MEMORY, title="Checkpoint every layer")
-    """Recompute each layer in the backward pass: less memory, more time."""
-    segment_size: SegmentSize = option(
-        "auto", MEMORY, title="Segment, layers", values="auto or an integer >= 0"
+    """Number of batches whose gradients are accumulated for one optimizer step."""
+    parallel: Literal["data", "pipeline"] = option(
+        "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
     )
-    """Layers per segment of the backward pass; 0 is off, auto chooses what fits."""
+    """What several devices share: the data (each has the whole model, and some batches) or in
+    a pipeline the layers of the model."""
+    seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
+    """Seed of the row order, the LoRA initialization, and the choice of rows by val_split."""
+    deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
+    """Give bit-identical results for the same seed on the same device. false allows cuDNN's
+    attention on CUDA, which is faster but not deterministic."""
+    steps_per_report: Int = option(10, EVALUATION, title="Report interval, steps", ge=1)
+    """Steps between reports of the training metrics."""
+    steps_per_eval: Int = option(50, EVALUATION | WARN, title="Evaluation interval, steps", ge=1)
+    """Steps between evaluations on the validation rows."""
+    weight_decay: Float = option(0.01, OPTIMIZER | WARN, ge=0)
+    """Decoupled weight decay: it is not part of the gradient."""
+    grad_clip_norm: Float = option(1.0, OPTIMIZER | WARN, title="Gradient clipping norm", ge=0)
+    """Maximum global L2 norm of the gradient; 0 turns clipping off."""
+    grad_checkpoint: bool = option(False, MEMORY, title="Gradient checkpointing")
+    """Recompute each layer in the backward pass: less memory, more time. The same as segment_size
+    1."""
+    segment_size: SegmentSize = option(
+        "auto", MEMORY, title="Layers per segment", values="auto or an integer >= 0"
+    )
+    """Layers per segment of the backward pass; 0 turns segments off, auto chooses what fits."""
     memory_budget_gb: Budget = option(
         "auto", MEMORY, title="Memory budget, GB", values="auto or a finite number > 0"
     )
-    """Memory that a run may take, in 10⁹ bytes; auto is what the device has free."""
-    steps_per_save: Int = option(50, EVALUATION, title="Checkpoint every, steps", ge=0)
-    """Steps between checkpoints, from which a run can be resumed; 0 is none but at its end. The
-    adapter is written with each."""
+    """Memory that the run may use, in 10⁹ bytes; auto is what the device has free."""
+    steps_per_save: Int = option(50, EVALUATION, title="Checkpoint interval, steps", ge=0)
+    """Steps between checkpoints, from which a run can be resumed; 0 writes one at the end only. The
+    adapter is saved at the same time."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
-    """Newest of these checkpoints to keep."""
+    """Number of most recent checkpoints to keep."""
     resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
-    """Continue from the newest checkpoint in adapter_path; auto starts anew if there is none."""
+    """Continue from the newest checkpoint in adapter_path; auto starts a new run if there is
+    none."""
     on_spike: Literal["warn", "skip", "stop"] = option(
-        "warn", OPTIMIZER | WARN, title="At a loss spike"
+        "warn", OPTIMIZER | WARN, title="On a loss spike"
     )
-    """What to do at a loss far above those of the steps before."""
+    """What to do when a step's loss is far above recent ones: warn, skip the step, or stop the
+    run."""
     report_to: Annotated[list[Literal["tensorboard", "wandb"]], Distinct] = option(
         [], EVALUATION, title="Trackers", values="tensorboard or wandb, each once"
     )
-    """Trackers that get the metrics, besides metrics.jsonl."""
+    """Trackers that get the metrics, in addition to metrics.jsonl."""
     save_checkpoints: bool = option(False, EVALUATION, title="Keep every evaluation's adapter")
-    """Keep a complete adapter directory of every evaluation."""
+    """Save a complete adapter directory at every evaluation."""
     early_stopping_patience: Int = option(
-        0, EVALUATION | WARN, title="Stop early after, evaluations", ge=0
+        0, EVALUATION | WARN, title="Early stopping patience, evaluations", ge=0
     )
-    """Evaluations without a lower loss that end the run; 0 is never."""
+    """Stop after this many evaluations without a lower validation loss; 0 turns this off."""
     keep_best: bool = option(False, EVALUATION, title="Keep the best adapter")
-    """Keep the adapter of the lowest validation loss in adapter_path/best."""
+    """Keep the adapter with the lowest validation loss in adapter_path/best."""
     sample_prompts: Annotated[list[Name], Distinct] = option(
         [], EVALUATION, values="texts, each once", texts=True
     )
-    """Prompts that every evaluation answers, for the log."""
+    """Prompts that are answered at every evaluation, for the log."""
     sample_tokens: Int = option(
         64,
         EVALUATION,
@@ -366,59 +406,59 @@ class TrainConfig(BaseModel):
         otherwise="without sample_prompts",
         ge=1,
     )
-    """Most tokens of such an answer."""
+    """Maximum tokens of such an answer."""
     eval_command: Name | None = option(
         None,
         FREE,
-        refused="it runs a command, which the command line alone may",
+        refused="it runs a command, which only the command line may do",
         values="a command line",
     )
-    """Command that scores every evaluation's adapter: {adapter} in it is a copy's directory, and
-    the last line it prints a number or a JSON object of numbers."""
-    data_format: DataFormat = option("auto", DATA, title="Format of the rows")
-    """Form of the rows; auto tells it for each row by its columns (docs/data.md)."""
-    columns: Columns = option(
-        {}, DATA, title="Columns", values="a JSON object of names, none of which is given twice"
-    )
-    """Columns of the data by what they are here, such as {"prompt": "query", "completion":
-    "reply"}."""
+    """Command that scores the adapter at every evaluation: {adapter} stands for the directory of a
+    copy, and the last line of its output must be a number or a JSON object of numbers."""
+    data_format: DataFormat = option("auto", DATA, title="Row format")
+    """Format of the rows; auto detects it for each row from its columns (docs/data.md)."""
+    columns: Columns = option({}, DATA, title="Columns", values="a JSON object of distinct names")
+    """Names of the columns of the data, such as {"prompt": "query", "completion": "reply"}."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
         DATA,
-        title="Trained turns",
+        title="Turns in the loss",
         methods=("sft",),
-        otherwise="with preference rows, whose responses are trained",
+        otherwise="with preference rows, whose responses are always in the loss",
     )
-    """Turns of a chat that are trained: every assistant turn or the last one."""
+    """Assistant turns of a chat that are in the loss: all of them or the last one."""
     append_eos: bool = option(True, DATA | GIVEN, title="End responses with EOS")
-    """End every trained response with a token that stops generation, where the chat template or the
-    row does not."""
-    prompt_format: Literal["auto", "chat", "raw"] = option("auto", DATA, title="Plain prompts")
-    """Whether plain prompts (prompt with completion, chosen or rejected as strings) go through the
-    chat template; auto: if the tokenizer has one."""
+    """End every response in the loss with a token that stops generation, unless the chat template
+    or the row already does."""
+    prompt_format: Literal["auto", "chat", "raw"] = option(
+        "auto", DATA, title="Format of plain prompts"
+    )
+    """Whether plain prompts (strings, not lists of messages) go through the chat template; auto: if
+    the tokenizer has one."""
     chat_template_kwargs: Variables = option(
         {},
         DATA,
         title="Template variables",
         values="a JSON object whose keys are variables of the template",
     )
-    """Variables of the chat template, such as {"enable_thinking": false}; a row may have its own.
+    """Variables of the chat template, such as {"enable_thinking": false}; a row may set its own.
     Generation with the adapter uses them too."""
     val_split: Share = option(
         "auto",
         DATA,
-        title="Held out for validation",
+        title="Validation split",
         values="auto, a share below 1, or a number of rows",
     )
-    """Training rows that are held out for validation where there is no file for it, by their
-    content; 0 is none, auto a twentieth of more than 100 rows, at most 500."""
-    dedup: bool = option(False, DATA, title="Leave out repeated rows")
-    """Leave out training rows that are equal to an earlier one."""
+    """Training rows to hold out for validation, chosen by their content, if there is no validation
+    file: a share, a number, or 0 for none; auto takes a twentieth of more than 100 rows, at most
+    500."""
+    dedup: bool = option(False, DATA, title="Drop repeated rows")
+    """Drop training rows that repeat an earlier one."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
-    """Refuse data of which the chat template loses a part, or leaves a trained turn without a token
-    that stops generation; otherwise such rows are counted and reported."""
-    overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter folder")
-    """Replace an adapter that adapter_path holds."""
+    """Refuse data that the chat template renders only in part, or whose responses in the loss do
+    not end with a token that stops generation; otherwise such rows are counted and reported."""
+    overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter")
+    """Replace the adapter that is already in adapter_path."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -429,7 +469,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        """What depends on the method: some defaults, and DPO's names of two fields."""
+        """Fills in defaults that depend on the method, and accepts DPO's names of two fields."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -441,9 +481,9 @@ class TrainConfig(BaseModel):
             if f"dpo_{name}" not in values:
                 continue
             if values.get("method") != "dpo":
-                raise ValueError(f"dpo_{name} is for method dpo: give {name}")
+                raise ValueError(f"dpo_{name} is for method dpo: use {name}")
             if name in values:
-                raise ValueError(f"dpo_{name} and {name} are the same: give one of them")
+                raise ValueError(f"dpo_{name} and {name} are the same: set only one of them")
             values[name] = values.pop(f"dpo_{name}")
         if values.get("method", "sft") != "sft":
             values = {"learning_rate": 5e-5, "lr_schedule": "cosine", **values}
@@ -454,7 +494,7 @@ class TrainConfig(BaseModel):
         for name, own in FACETS.items():
             if getattr(self, name) == type(self).model_fields[name].default or own.effective(self):
                 continue
-            when = own.otherwise or f"outside of method {' or '.join(own.methods)}"
+            when = own.otherwise or f"unless method is {' or '.join(own.methods)}"
             raise InputError(f"{name} has no effect {when}: leave it out", field=name)
         return self
 
@@ -462,8 +502,8 @@ class TrainConfig(BaseModel):
     def _no_contradictions(self) -> TrainConfig:
         if self.epochs is None and self.warmup_iters >= self.iters:
             raise InputError(
-                f"warmup_iters = {self.warmup_iters} leaves nothing of iters = {self.iters}: "
-                "the learning rate would never be reached, so lower it",
+                f"warmup_iters = {self.warmup_iters} must be smaller than iters = {self.iters}: "
+                "the learning rate would never reach its peak, so lower it",
                 field="warmup_iters",
             )
         if self.dpo_loss == "exo_pair" and self.label_smoothing == 0:
@@ -492,7 +532,7 @@ class TrainConfig(BaseModel):
         return self
 
 
-for _field in TrainConfig.model_fields.values():  # a docstring may go over two lines
+for _field in TrainConfig.model_fields.values():  # a docstring may take several lines
     _field.description = " ".join((_field.description or "").split())
 TrainConfig.model_rebuild(force=True)  # for its JSON schema
 
@@ -501,21 +541,23 @@ FACETS: dict[str, Facets] = {
     name: own if isinstance(own := field.json_schema_extra, Facets) else PLAIN
     for name, field in TrainConfig.model_fields.items()
 }
-#: Fields that are paths.
+#: Fields whose values are paths.
 PATHS = tuple(name for name, field in TrainConfig.model_fields.items() if kind(field) is Path)
-#: Fields that clients of the server may not set, and why.
+#: Fields that clients of the server may not set, with the reason.
 REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
 
 
 def affecting(what: Effect) -> tuple[str, ...]:
-    """Fields that memory, an adapter's loss or the rows that are read depend on."""
+    """Returns the fields that change the memory, the loss of an adapter, or the rows that are
+    read."""
     return tuple(name for name, own in FACETS.items() if what in own.affects)
 
 
 def allowed(name: str, value: Any = None) -> str:
-    """The values of a field in words, e.g. "an integer >= 2"; for errors, --help and the table.
+    """Returns the values of a field in words, e.g. "an integer >= 2", for errors, --help and the
+    table.
 
-    For a `value` that only the bound of all integers forbids, that bound.
+    If `value` breaks only the bound that all integers have, returns that bound.
     """
     if isinstance(value, int) and value > MOST:
         return f"an integer <= {MOST}"
@@ -537,7 +579,7 @@ def allowed(name: str, value: Any = None) -> str:
     return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
 
 
-#: What other trainers call a field, for those who write it here.
+#: What other trainers call a field, to recognize their names here.
 ELSEWHERE_CALLED: dict[str, str] = {
     "adapter_path": "adapter output output_dir out out_dir save_path",
     "batch_size": "bs micro_batch_size per_device_train_batch_size train_batch_size",
@@ -583,14 +625,14 @@ CALLED = {word: name for name, words in ELSEWHERE_CALLED.items() for word in wor
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """The question whether the closest of names was meant, or an empty string."""
+    """Returns the question whether the most similar of `names` was meant, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def meant(name: str, names: Sequence[str], spelt: Callable[[str], str] = str) -> str:
-    """The same, but for words of other trainers, which are asked for by meaning; `spelt` is how a
-    field is written among the names."""
+    """Like `nearest`, but also understands names of other trainers, by their meaning; `spelt` says
+    how a field is written among `names`."""
     field = CALLED.get(name.lstrip("-").replace("-", "_").lower())
     if field is None:
         return nearest(name, names)
@@ -602,8 +644,8 @@ def load_config(
     overrides: dict[str, Any],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
-    """Read a YAML file (or none), replace the fields in overrides, and add those in defaults that
-    are not set; InputError on any bad value."""
+    """Reads a YAML file (or none), replaces the fields in `overrides`, and adds those in `defaults`
+    that are not set. Raises InputError for any bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
     where = {
         key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides
@@ -616,11 +658,12 @@ def load_config(
 
 
 def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
-    """The first fault of a ValidationError, with the value and what is allowed."""
-    order = {"extra_forbidden": 0, "missing": 2}  # a misspelt field is also a missing one
+    """Returns the first fault of a ValidationError, with the value and what is allowed."""
+    # A required field that is misspelt is also missing, so that comes last.
+    order = {"extra_forbidden": 0, "missing": 2}
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
-        raised = fault.get("ctx", {}).get("error", fault["msg"])  # by a validator of ours
+        raised = fault.get("ctx", {}).get("error", fault["msg"])  # by one of our validators
         return raised if isinstance(raised, InputError) else InputError(str(raised))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
@@ -636,12 +679,12 @@ def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field."""
+    """Returns the command-line flag of a field."""
     return FACETS[name].flag or "--" + name.replace("_", "-")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in a YAML file and the line (from 1) of each key."""
+    """Reads a YAML file: its mapping, and the line (from 1) of each key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -669,7 +712,7 @@ def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, i
         raise InputError(f"{path}: expected lines of the form `field: value`")
     lines: dict[str, int] = {}
     for key, _ in node.value:
-        if key.value in lines:  # PyYAML would keep the last one without a word
+        if key.value in lines:  # PyYAML would silently keep the last one
             raise InputError(
                 f"{path}, line {key.start_mark.line + 1}: {key.value} is set a second time "
                 f"(first on line {lines[key.value]})"
@@ -679,7 +722,7 @@ def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, i
 
 
 def table() -> str:
-    """The Markdown table of every field: flag, values, default, meaning."""
+    """Returns a Markdown table of all fields: values, default, meaning."""
     rows = ["| Field | Values | Default | Meaning |", "|---|---|---|---|"]
     for name, field in TrainConfig.model_fields.items():
         rows.append(f"| `{name}` | {allowed(name)} | {default(name)} | {field.description} |")
@@ -687,7 +730,7 @@ def table() -> str:
 
 
 def default(name: str) -> str:
-    """The default of a field as YAML and the table show it."""
+    """Returns the default of a field as YAML and the table show it."""
     field = TrainConfig.model_fields[name]
     if field.is_required():
         return "required"

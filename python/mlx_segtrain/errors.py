@@ -1,19 +1,19 @@
-"""What ends a run in one sentence: input that the user can mend, and what happens on the way."""
+"""Exceptions that end a run with one sentence: bad input, and failures during a run."""
 
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-#: Why something ended, as far as that decides what helps: input that has to be changed, a lack of
-#: memory, what happened on the way, a process that was killed, a bug of ours.
+#: Why something ended, as far as it decides what helps: input that must be changed, too little
+#: memory, a failure during the run, a killed process, or a bug in this package.
 Fault = Literal["input", "memory", "run", "killed", "bug"]
 
 
 class InputError(ValueError):
     """Bad input. The message is one sentence: what is wrong, where, and what to do about it.
 
-    The command line prints it without a traceback and exits with code 2; the server answers it with
-    `status`. `field` is the field that has to be changed, where that is one.
+    The command line prints it without a traceback and exits with code 2; the server answers with
+    `status`. `field` names the configuration field that has to be changed, if there is one.
     """
 
     status = 400
@@ -23,18 +23,18 @@ class InputError(ValueError):
         self.status, self.field = status or self.status, field
 
 
-#: What MLX and its back ends say when an allocation fails: they have no class for it.
+#: What MLX and its back ends say when an allocation fails; they have no exception class for it.
 NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left."""
+    """Returns whether the device or the machine ran out of memory."""
     said = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
     return said or isinstance(error, MemoryError)
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Why this exception ended a run."""
+    """Returns why this exception ended a run."""
     if isinstance(error, NoRoom | NoMemory) or is_out_of_memory(error):
         return "memory"
     if isinstance(error, InputError):
@@ -43,14 +43,14 @@ def fault_of(error: BaseException) -> Fault:
 
 
 class NoRoom(InputError):
-    """A run whose plan takes more memory than there is."""
+    """The memory plan of a run needs more memory than there is."""
 
 
 class RunError(Exception):
-    """A run that cannot go on. The message is one sentence: what happened, at which step, what is
+    """A run cannot continue. The message is one sentence: what happened, at which step, what is
     kept, and what to do.
 
-    The command line prints it without a traceback and exits with code 1; the server answers it with
+    The command line prints it without a traceback and exits with code 1; the server answers with
     `status`.
     """
 
@@ -58,16 +58,22 @@ class RunError(Exception):
 
 
 class NoMemory(RunError):
-    """A run for whose next step the device has no memory left, by any plan."""
+    """No plan leaves the device enough memory for the next step of a run."""
+
+
+def reason(error: BaseException, most: int = 200) -> str:
+    """Returns an error's message in one line; the name of its class if it has no message."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def either(words: Sequence[str]) -> str:
-    """Words in a sentence, one of which is to be chosen."""
+    """Joins alternatives for a sentence: "a, b or c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A stranger's value as it may stand in a sentence: in one line, and of `most` characters."""
+    """Returns an untrusted value in a form that is safe in a message: on one line, cut to `most`
+    characters."""
     try:
         text = repr(value)
     except ValueError:  # Python writes no integer of more than 4300 digits in decimal
@@ -76,6 +82,6 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def word(value: Any) -> str:
-    """The same, of one that should be a word."""
+    """Like `shown`, for a value that should be a word."""
     short = isinstance(value, str) and value.isidentifier() and len(value) <= 60
     return value if short else shown(value)

@@ -17,7 +17,7 @@ Stage = Literal["load", "setup", "data", "checkpoint", "train", "evaluate", "fol
 
 
 def now() -> str:
-    """The time in UTC, ISO-8601."""
+    """Returns the current time in UTC, in ISO 8601."""
     return datetime.now(timezone.utc).isoformat()
 
 
@@ -27,7 +27,8 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """The first line of a log, or of its part after the step from which a run was resumed."""
+    """The first line of a log; after a resume, the first line of the part that begins at this
+    step."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -35,20 +36,20 @@ def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
 
 
 def warning(message: str) -> Event:
-    """Something that the user should know, and that the run goes on with."""
+    """Something that the user should know and that does not stop the run."""
     return {"type": "warning", "message": message}
 
 
 def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
-    """A part of the run begins; progress 0..1. `done` carries adapter_path and applied_ranks."""
+    """A stage of the run begins; progress 0..1. `done` carries adapter_path and applied_ranks."""
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
 def tokenizing(
     name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
 ) -> Event:
-    """How far the rows of a source have been tokenized: share 0..1 and seconds left, None if that
-    cannot be told."""
+    """How far the rows of a source have been tokenized: the share 0..1 and the seconds left, each
+    None if unknown."""
     figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
     part = "" if share is None else f" {share:.0%},"
     message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
@@ -63,8 +64,7 @@ def evaluating(done: int, batches: int, left_s: float) -> Event:
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """The plan of memory that the run follows from here on; bytes, no peak where none is
-    predicted."""
+    """The memory plan that the run follows from here on. Bytes; no peak if none is predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -74,11 +74,11 @@ def train_metric(
 ) -> Event:
     """The training loss: the mean over the last `steps_per_report` steps, in nats per token.
 
-    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
-    rewards and, of kto, kl; without those of which the steps had no row.
-    `figures` are grad_norm, learning_rate, tokens_per_sec and, of those in the loss,
-    supervised_tokens_per_sec, step_s, peak_gb and active_gb, and left_s, the seconds that the rest
-    of the run takes with its evaluations and checkpoints.
+    With preference methods the loss is per pair or row, and `metrics` are accuracy, margin, rewards
+    and, for kto, kl; a metric for which these steps had no row is missing. `figures` are grad_norm,
+    learning_rate, tokens_per_sec and, of the tokens in the loss, supervised_tokens_per_sec, step_s,
+    peak_gb and active_gb, and left_s, the seconds that the rest of the run takes including its
+    evaluations and checkpoints.
     """
     return {
         "type": "metric",
@@ -99,7 +99,7 @@ def step(metric: Event) -> Event:
 
 
 def speed(figures: Mapping[str, Any]) -> str:
-    """Tokens a second in words, supervised and all."""
+    """Returns the tokens per second in words: those in the loss, and all."""
     supervised, every = (figures[f"{x}tokens_per_sec"] for x in ("supervised_", ""))
     return f"{supervised:,.0f} supervised of {every:,.0f} tokens/s"
 
@@ -107,7 +107,8 @@ def speed(figures: Mapping[str, Any]) -> str:
 def val_metric(
     step: int, iters: int, *, loss: float, tokens: int, metrics: dict[str, float]
 ) -> Event:
-    """An evaluation: loss in nats per token over `tokens` supervised tokens; or as train_metric."""
+    """An evaluation: the loss in nats per token over `tokens` tokens in the loss; with preference
+    methods as in train_metric."""
     return {
         "type": "metric",
         "kind": "val",
@@ -121,23 +122,25 @@ def val_metric(
 
 
 def sample(step: int, prompt: str, text: str) -> Event:
-    """An answer of the adapter as of this step."""
+    """An answer of the adapter at this step."""
     return {"type": "sample", "step": step, "prompt": prompt, "text": text}
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """Numbers that the user's command or function gives the adapter; a str says why none."""
+    """The numbers that the user's command or function gives the adapter; a str says why there are
+    none."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 
 
 def done(output_dir: Path) -> Event:
-    """The run ended well; output_dir holds the adapter."""
+    """The run ended successfully; output_dir holds the adapter."""
     return {"type": "done", "ts": now(), "output_dir": str(output_dir)}
 
 
 def failed(error: BaseException) -> Event:
-    """The run ended with an exception; `fault` is errors.Fault, `field` what has to be changed."""
+    """The run ended with an exception. `fault` is errors.Fault, `field` names what has to be
+    changed."""
     field = getattr(error, "field", None)
     return {
         **{"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()},
@@ -146,10 +149,10 @@ def failed(error: BaseException) -> Event:
 
 
 def run_progress(step: int, iters: int) -> float:
-    """Progress 0..1 of the whole run: its first twentieth is loading and preparing."""
+    """Returns the progress 0..1 of the whole run; loading and preparing are the first twentieth."""
     return 0.05 + 0.95 * step / iters
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss), or None where that is no finite float (JSON has no infinity)."""
+    """Returns exp(loss), or None where that is not a finite float (JSON has no infinity)."""
     return math.exp(loss) if loss < 700 else None

@@ -1,4 +1,5 @@
-"""Types and facets of the configuration's fields: what all others want to know of a field."""
+"""Types and facets of the configuration's fields: everything that other modules need to know of a
+field."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-#: Blocks of the page's form, in its order; the first has no title.
+#: Sections of the page's form, in order; the first has no title.
 Group = Literal[
     "",
     "Adapter",
@@ -23,50 +24,52 @@ Group = Literal[
     "Evaluation and checkpoints",
     "More",
 ]
-#: What a field may change besides the run: the memory that is planned, the loss of an adapter, the
-#: rows that are read.
+#: What a field can change apart from the run itself: the planned memory, the loss of an adapter, or
+#: the rows that are read.
 Effect = Literal["memory", "loss", "rows"]
 
 
 @dataclass(frozen=True)
 class Facets:
-    """What is known of a field besides its type; a field that says nothing of it works everywhere.
+    """What is known of a field besides its type. The defaults describe a field that always has an
+    effect.
 
-    `affects` gives it a flag of `plan`, `eval` or `inspect`. `on_resume` says what becomes of a run
-    that is resumed with another value: it is refused, goes on with a warning, or is the same run.
-    The field does something with `methods` only (all if there are none), and where `holds`;
-    `otherwise` is when it does not, in words.
+    `affects` also makes the field a flag of `plan`, `eval` or `inspect`. `on_resume` says what
+    happens when a run is resumed with another value: the command refuses, warns and continues, or
+    treats it as the same run. The field has an effect only with `methods` (empty: with all) and
+    where `holds` is true; `otherwise` says in words when it has none.
     """
 
-    title: str = ""  #: on the page, where that is not the name
+    title: str = ""  #: on the page; default: the field's name
     _: KW_ONLY
     affects: tuple[Effect, ...] = ()
     on_resume: Literal["refuse", "warn", "free"] = "refuse"
     methods: tuple[str, ...] = ()
     holds: Callable[[Any], bool] = lambda config: True
     otherwise: str = ""
-    flag: str = ""  #: of the command line, where that is not the name
-    aliases: tuple[str, ...] = ()  #: other flags of the same meaning
-    refused: str = ""  #: why clients of the server may not set it, if they may not
-    on_card: bool = False  #: the card of a run's adapter names it
-    values: str = ""  #: what is allowed, where the type does not say it
-    texts: bool = False  #: a list of texts, not of names: the page takes one a line
-    group: Group | None = "More"  #: on the page; None: its form does not have it
+    flag: str = ""  #: on the command line; default: the field's name
+    aliases: tuple[str, ...] = ()  #: other flags with the same meaning
+    refused: str = ""  #: why clients of the server may not set it; empty: they may
+    on_card: bool = False  #: whether an adapter's model card shows it
+    values: str = ""  #: the allowed values, where the type does not give them
+    texts: bool = False  #: whether it is a list of texts, not of names: the page takes one per line
+    group: Group | None = "More"  #: on the page; None: the form does not have the field
 
     def __or__(self, other: Facets) -> Facets:
-        """These facets, replaced by those of the other that are not the default."""
+        """Returns these facets, replaced by those of `other` that differ from the defaults."""
         said = {own.name: getattr(other, own.name) for own in fields(self)}
         return replace(self, **{name: x for name, x in said.items() if x != getattr(PLAIN, name)})
 
     def __call__(self, schema: dict[str, Any]) -> None:
-        """Adds nothing to the field's JSON schema, of which pydantic lets it change all."""
+        """Leaves the field's JSON schema unchanged; pydantic calls this to let a field modify
+        it."""
 
     def effective(self, config: Any) -> bool:
-        """Whether the field does something in this configuration."""
+        """Returns whether the field has an effect in this configuration."""
         return (not self.methods or config.method in self.methods) and self.holds(config)
 
 
-#: All defaults.
+#: The default of every facet.
 PLAIN = Facets()
 
 
@@ -80,7 +83,8 @@ def option(
     min_length: int | None = None,
     **more: Any,
 ) -> Any:
-    """A field with its default (... is none), pydantic's bounds, and `facets` with `more` of them.
+    """Declares a field: its default (... for none), pydantic's bounds, and `facets` updated by
+    `more`.
 
     The docstring below the field is its description.
     """
@@ -95,7 +99,8 @@ def _expand(value: Any) -> Any:
 
 
 def place(value: Any) -> Any:
-    """A path as people write it; ./org/name stays one, where org/name may be a name of the hub."""
+    """Reads a path as people write it. ./org/name is always a path, while org/name may be a name on
+    the hub."""
     path = _expand(value)
     return path.absolute() if isinstance(value, str) and value.startswith("./") else path
 
@@ -120,12 +125,12 @@ def _share(value: float) -> float:
 
 def _distinct(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name is given twice")
     return value
 
 
 def _decoded(value: Any) -> Any:
-    """JSON text, as a flag or a form field gives it, as what it says."""
+    """Decodes JSON text, which is how a flag or a form field gives a value."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -141,7 +146,7 @@ NO_VARIABLES = (
 
 
 def fault_of_variables(values: dict[str, Any]) -> str | None:
-    """Why these cannot be variables of a chat template, in words; None if they can."""
+    """Returns in words why these cannot be variables of a chat template; None if they can."""
     for name in values:
         if not isinstance(name, str) or not name.isidentifier():
             return f"{name!r} is not the name of a variable"
@@ -158,15 +163,15 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 
 def _mapping(values: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(name, str) and name for name in (*values, *values.values())):
-        raise ValueError("a name is not a text")
+        raise ValueError("a name is not a string")
     _distinct([*values.values()])
     return values
 
 
 Directory = Annotated[Path, BeforeValidator(_expand)]
-#: Or a name of the Hugging Face hub (hub.named).
+#: A path, or a name on the Hugging Face hub (hub.named).
 Place = Annotated[Path, BeforeValidator(place)]
-#: Of MLX's sizes, which are C++'s int.
+#: The largest size in MLX, whose sizes are C++ ints.
 MOST = 2**31 - 1
 Int = Annotated[int, BeforeValidator(_not_bool), Field(le=MOST)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
@@ -183,7 +188,7 @@ Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:
-    """The type of the field's value, where it has one."""
+    """Returns the type of the field's value, leaving out None."""
     some = [x for x in get_args(field.annotation) if x is not type(None)]
     if get_origin(field.annotation) is dict:
         return dict
@@ -192,10 +197,10 @@ def kind(field: FieldInfo) -> Any:
 
 
 def is_list(field: FieldInfo) -> bool:
-    """Whether the field takes several values."""
+    """Returns whether the field takes several values."""
     return get_origin(field.annotation) is list
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words that the field accepts; () for any value."""
+    """Returns the words that the field accepts; () if it accepts any value."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()

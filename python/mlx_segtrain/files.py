@@ -1,7 +1,8 @@
-"""Files are written aside and renamed, so that a reader never sees half of one; and locked.
+"""Writes files under temporary names and renames them, so that a reader never sees half a file;
+also locks.
 
-What is written reaches the disk in order: content before the name that it gets, and a name before
-whatever counts on it. A power cut leaves the old file or the new one.
+Writes reach the disk in order: content before its name, and a name before whatever depends on it. A
+power cut leaves the old file or the new one.
 """
 
 import errno
@@ -21,26 +22,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from .errors import InputError
+from .errors import InputError, reason
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 
-#: Bytes of a file from which on its hash is remembered by known_sha256.
+#: From this size on known_sha256 remembers a file's hash.
 REMEMBERED = 64 << 20
 
 
 def cache_dir() -> Path:
-    """Where downloads and results of checks are kept: $MLX_SEGTRAIN_CACHE, else ~/.cache."""
+    """Returns where downloads and results of checks are kept: $MLX_SEGTRAIN_CACHE, else
+    ~/.cache."""
     return Path(os.environ.get("MLX_SEGTRAIN_CACHE") or Path.home() / ".cache" / "mlx-segtrain")
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is fsynced and takes `path`'s name.
+    """Yields a temporary path next to `path`; on success the file is fsynced and renamed to `path`.
 
-    After an exception the temporary is removed and whatever stood at `path` is untouched.
+    After an exception the temporary file is removed and whatever is at `path` is untouched.
     """
     path = Path(path)
     aside = _aside(path)
@@ -55,7 +57,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic`, for a folder with files; a folder that is at `path` is replaced."""
+    """Like `atomic`, for a folder with files; replaces a folder that is at `path`."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
@@ -77,9 +79,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-#: The end of the name that a folder has while another takes its place.
+#: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Names of what is written aside, which has a process' number, and of nobody else's files.
+#: Names of temporary files, which contain a process id, so that nobody else's files match.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -88,8 +90,8 @@ def _aside(path: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a process that was killed had written aside in this folder; a folder whose
-    place nothing has taken yet goes back to it."""
+    """Removes what a killed process left in this folder under temporary names; moves a folder back
+    whose replacement never came."""
     asides = [path for path in folder.glob(".*.tmp*") if ASIDE.fullmatch(path.name)]
     for path in asides:
         place = path.with_name(path.name.removeprefix(".").rsplit(".", 3)[0])
@@ -103,7 +105,7 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and what is in it, if it is there; of its name at once."""
+    """Removes a folder with its content, if it exists. Its name is free at once."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)
@@ -111,7 +113,7 @@ def remove_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it, if they are not there, and waits for the disk."""
+    """Creates the folder and its parents if needed, and waits for the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -119,13 +121,13 @@ def make_folder(path: Path) -> None:
 
 
 def may_follow(path: Path) -> bool:
-    """Whether a folder may be looked at because a file names it; a server replaces this with
-    whether it lies below its roots."""
+    """Returns whether a folder named in a file may be read; a server replaces this by whether it is
+    below its roots."""
     return True
 
 
 def free(place: Path) -> int:
-    """Bytes that are free on the disk of a path, which need not be there yet."""
+    """Returns the free bytes on the disk of a path, which need not exist yet."""
     place = place.absolute()
     while not place.exists():
         place = place.parent
@@ -133,49 +135,53 @@ def free(place: Path) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Makes a folder for this user alone, or one that is there. InputError if others can write to
-    it all the same: the owner of what lies in it could be anyone."""
+    """Creates a folder for this user only, unless it exists. Raises InputError if others can write
+    to it, since they could own what is in it."""
     make_folder(path)
-    with suppress(OSError):  # of a file system that does not know whose a file is
+    with suppress(OSError):  # the file system does not know owners
         path.chmod(0o700)
     if path.stat().st_mode & 0o022:
-        raise InputError(f"others may write to {path}: give a folder that is yours alone.")
+        raise InputError(
+            f"other users may write to {path}: choose a folder that only you can write to."
+        )
 
 
 def private(path: str, flags: int) -> int:
-    """As an opener of `open`: what it makes is for this user alone."""
+    """An opener for `open` that creates files for this user only."""
     return os.open(path, flags, 0o600)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read; OSError if it has no end: a pipe is waited for for ever."""
+    """Opens a file to read. Raises OSError if it is not a regular file: reading a pipe could wait
+    forever."""
 
-    def at_once(name: str, flags: int) -> int:  # of a pipe it is the opening that waits
+    def at_once(name: str, flags: int) -> int:  # opening a pipe would wait
         return os.open(name, flags | os.O_NONBLOCK)
 
     file = open(path, "rb", opener=at_once)  # noqa: SIM115 - the caller closes it
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return file
 
 
 def read_at_most(path: Path, most: int) -> str:
-    """The text of a file in UTF-8; OSError, or ValueError if it is none, or has more bytes."""
+    """Returns the text of a UTF-8 file. Raises OSError, or ValueError if it is not text or has more
+    bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"it has more than {most >> 20} MiB")
+        raise ValueError(f"it is larger than {most >> 20} MiB")
     return content.decode("utf-8")
 
 
 def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
-    """The object that a JSON file of at most so many bytes holds; InputError if it holds none."""
+    """Returns the object in a JSON file of at most this many bytes. Raises InputError if there is
+    none."""
     try:
         values = json.loads(read_at_most(file, most))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
+        raise InputError(f"{file} cannot be read as JSON: {reason(error)}.") from None
     if not isinstance(values, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object.")
     return values
@@ -187,7 +193,7 @@ def sync(path: Path) -> None:
     try:
         sync_open(file)
     except OSError as error:
-        # Some network and FUSE file systems know no fsync of folders.
+        # Some network and FUSE file systems cannot fsync folders.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -195,19 +201,20 @@ def sync(path: Path) -> None:
 
 
 def sync_open(file: int) -> None:
-    """As `sync`, of an open file's number. On macOS fsync alone leaves it in the disk's cache."""
+    """Like `sync`, for an open file's number. On macOS fsync alone leaves the data in the disk's
+    cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with suppress(OSError):  # of a file system that does not know it
+        with suppress(OSError):  # the file system does not support it
             fcntl.fcntl(file, full)
             return
     os.fsync(file)
 
 
 def lock(file: IO[Any] | int) -> bool:
-    """Whether nobody else has locked `file`, which then is ours until it is closed.
+    """Returns whether nobody else has locked `file`, which is then ours until it is closed.
 
-    The system gives up what a process held that was killed: a lock is never stale.
+    The system releases the locks of a killed process, so a lock is never stale.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,7 +235,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """As JSON, which has no infinity and no NaN: these are null."""
+    """Converts to JSON, which has no infinity and no NaN: these become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -243,9 +250,10 @@ def _finite(value: Any) -> Any:
 def write_tensors(
     path: Path, tensors: "Mapping[str, mx.array]", metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, not atomically; OSError with its reason, which MLX's own has not.
+    """Writes a safetensors file, not atomically. Raises OSError with its reason, which MLX's own
+    error lacks.
 
-    mlx.core is imported here: reading a configuration needs no MLX.
+    mlx.core is imported here, because reading a configuration must not need MLX.
     """
     import mlx.core as mx
 
@@ -254,27 +262,28 @@ def write_tensors(
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal; read once in a process, as long as nobody changes it."""
+    """Returns the SHA-256 of a file's content in hexadecimal; read once per process unless the file
+    changes."""
     return _sha256(path, *_identity(path))
 
 
 def known_sha256(path: Path) -> str:
-    """The same of an input; one of REMEMBERED bytes or more is not read again by later processes,
-    as long as nobody changes it.
+    """The same for an input; later processes do not read one of REMEMBERED bytes or more again
+    unless it changes.
 
-    What is to show that a file is still sound must read it: sha256.
+    To verify that a file is intact it has to be read: use sha256.
     """
     own = _identity(path)
     if own[2] < REMEMBERED:
         return _sha256(path, *own)
-    # One entry a path: what was known of an earlier content is replaced.
+    # One entry per path, so that the one of an earlier content is replaced.
     note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with suppress(OSError, InputError, KeyError, TypeError):
         known = read_json(note)
         if known["file"] == list(own) and re.fullmatch("[0-9a-f]{64}", known["sha256"]):
             return known["sha256"]
     found = _sha256(path, *own)
-    # A change within a tick of the file system's clock leaves the times as they are.
+    # A change within one tick of the file system's clock leaves the times unchanged.
     if _identity(path) == own and time.time_ns() - own[4] > 2 * 10**9:
         with suppress(OSError):
             make_folder(note.parent)
@@ -283,14 +292,15 @@ def known_sha256(path: Path) -> str:
 
 
 def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) -> dict[str, str]:
-    """SHA-256 of each file by its name, in hexadecimal; OSError if one cannot be read."""
+    """Returns the SHA-256 of each file by name, in hexadecimal. Raises OSError if one cannot be
+    read."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(files, pool.map(digest, files.values()), strict=True))
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Differs once a file has been changed: a program can set the first of the times, and nobody
-    the second."""
+    """Returns what differs once a file has changed: programs can set the modification time, but not
+    the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
 
@@ -306,12 +316,12 @@ def _sha256(path: Path, *_: int) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that takes `out`'s name once all is in it; InputError if that is not free, or it
-    cannot be written."""
+    """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out`
+    exists or cannot be written."""
     place = out.resolve()
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise InputError(f"{out} is there already: give a new folder.")
+            raise InputError(f"{out} already exists: choose another folder.")
         with atomic_folder(place) as aside:
             yield aside
     except OSError as error:

@@ -1,9 +1,10 @@
-"""The Hugging Face hub: models, adapters and data sets by name, in the cache its tools share.
+"""The Hugging Face hub: models, adapters and data sets by name, in the cache that the hub's tools
+share.
 
 `org/name` or `org/name@revision` becomes a folder of that cache, once, where a name comes in; the
-folder says what it is (`origin`). What is in the cache is taken without a request. Of what is not,
-only the files that are read are downloaded; what was broken off goes on where it ended, which the
-hub's own client does not do from one process to the next.
+folder's path tells its `origin`. What is in the cache is used without a request. Of the rest only
+the files that are read are downloaded. An interrupted download continues where it ended, which the
+hub's own client does not do across processes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from . import events, files
-from .errors import InputError
+from .errors import InputError, reason
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -29,32 +30,32 @@ Kind = Literal["model", "dataset"]
 PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w-])?"
 NAME = re.compile(rf"(?P<id>{PART}/{PART})(?:@(?P<revision>[\w.][\w./-]{{0,200}}))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-#: Of a repository in the cache, and one of its snapshots.
+#: A repository's folder in the cache, or that of one of its snapshots.
 FOLDER = re.compile(
     r"(?P<kind>models|datasets)--(?P<org>[^/]+?)--(?P<name>[^/]+)(/snapshots/(?P<revision>[^/]+))?"
 )
-#: What the cache calls a file's content: a hash.
+#: The cache's name for a file's content: a hash.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: What a model's folder holds that says what the model is, by the end of its name.
+#: Endings of the files in a model's folder that are used.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
-#: Folders of a repository whose files are read too.
+#: Subfolders of a repository whose files are read too.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
 WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
-#: Of a file that a hub hands out in one piece; Xet's own client brings larger ones.
+#: Largest file that the hub serves in one piece; Xet's own client downloads larger ones.
 MOST_AT_ONCE = 50_000_000_000
-#: Bytes that are left free; seconds of waiting for a first answer, and between two events.
+#: Bytes to leave free on the disk; seconds to wait for a first answer; seconds between two events.
 MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
-#: Bytes of a file of weights that are asked for first to see its header, and at most.
+#: Bytes of a weight file that are requested first to read its header, and the maximum.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20
-#: Times that a connection is taken up again which brought nothing.
+#: How often a connection is retried that brought nothing.
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A name of the hub. Without a revision it is the newest one, or that in the cache."""
+    """A name on the hub. Without a revision it means the newest commit, or the one in the cache."""
 
     id: str
     revision: str | None = None
@@ -65,7 +66,7 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        """Its place in the cache."""
+        """Its folder in the cache."""
         return cache() / f"{self.kind}s--{self.id.replace('/', '--')}"
 
     @property
@@ -74,7 +75,7 @@ class Repository:
 
 
 def cache() -> Path:
-    """Where the hub's downloads are. Above it is the token of this user."""
+    """Returns the folder of the hub's downloads. The user's token is above it."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
@@ -84,7 +85,7 @@ def endpoint() -> str:
 
 
 def offline() -> bool:
-    """Whether this user wants no request."""
+    """Returns whether the user forbids requests."""
     return any(
         os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -92,7 +93,8 @@ def offline() -> bool:
 
 
 def named(text: str | Path, kind: Kind = "model") -> Repository | None:
-    """The repository that a text names: org/name or org/name@revision, where no such path is."""
+    """Returns the repository that a text names: org/name or org/name@revision, if no such path
+    exists."""
     found = NAME.fullmatch(str(text))
     if found is None or ".." in found[0] or "--" in found["id"] or Path(text).exists():
         return None
@@ -100,7 +102,7 @@ def named(text: str | Path, kind: Kind = "model") -> Repository | None:
 
 
 def origin(path: str | Path) -> Repository | None:
-    """The repository that a folder of the cache holds, and which commit of it."""
+    """Returns the repository and commit that a folder of the cache holds."""
     found = FOLDER.search(str(path))
     if found is None:
         return None
@@ -109,13 +111,13 @@ def origin(path: str | Path) -> Repository | None:
 
 
 def title(path: str | Path) -> str:
-    """What people call it: org/name of what comes from the hub, else the end of the path."""
+    """Returns a name for people: org/name for what comes from the hub, else the end of the path."""
     own = origin(path)
     return Path(path).name if own is None else own.id
 
 
 def name_of(path: str | Path) -> str:
-    """How others find it: org/name of what comes from the hub, else the path."""
+    """Returns a name that works elsewhere: org/name for what comes from the hub, else the path."""
     own = origin(path)
     return str(path) if own is None else own.id
 
@@ -125,10 +127,10 @@ def _nobody(event: events.Event) -> None:
 
 
 def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = True) -> Path:
-    """The folder of a model that a path or a name says; downloads what is not there.
+    """Returns the folder of the model at a path or name; downloads what is missing.
 
-    Without `weights` its configuration and tokenizer alone. InputError, in a sentence, for what
-    cannot be had.
+    Without `weights`, only configuration and tokenizer. Raises InputError for what is not
+    available.
     """
     repository = named(text)
     if repository is None:
@@ -146,17 +148,17 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
         others = sorted({Path(file).suffix for file in there} & {".gguf", ".bin", ".onnx", ".pt"})
         has = f"only {' and '.join(others)} files" if others else "no weights"
         raise InputError(
-            f"{repository} has {has}, and MLX reads model*.safetensors: name the repository of the "
-            "original weights, of which `mlx-segtrain convert NAME --bits 4 --out DIR` makes a "
-            "quantized model, or one that is in MLX's form already (mlx-community has many)."
+            f"{repository} has {has}, but MLX reads model*.safetensors: use the repository of the "
+            "original weights, which `mlx-segtrain convert NAME --bits 4 --out DIR` turns into a "
+            "quantized model, or one in MLX's format (mlx-community has many)."
         )
 
     return fetch(repository, wanted, tell, check)
 
 
 def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
-    """As `model`, to plan by: where the weights are not in the cache, a folder whose files of
-    weights have the headers alone, and the sizes."""
+    """Like `model`, for planning: if the weights are not in the cache, returns a folder whose
+    weight files have only their headers and their sizes."""
     repository = named(text)
     if repository is None or cached(text) is not None:
         return model(text, tell)
@@ -169,24 +171,20 @@ def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
             (place / path.name).symlink_to(path)
     for name, size in files_of(folder).items():
         if WEIGHTS.fullmatch(name) and not (place / name).exists():
-            tell(events.stage("load", 0.0, f"looking at {repository.id}, {name}"))
+            tell(events.stage("load", 0.0, f"reading the header of {repository.id}, {name}"))
             header = _header(exact, name)
             with files.atomic(place / name) as aside, open(aside, "wb") as file:
                 file.write(header)
-                file.truncate(max(size, len(header)))  # a hole, which takes no room
+                file.truncate(max(size, len(header)))  # sparse: it takes no room
     return place
 
 
 def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
-    """As `model`, of an adapter."""
+    """Like `model`, for an adapter."""
     repository = named(text)
     if repository is None:
         return Path(text).expanduser()
-
-    def wanted(file: str) -> bool:
-        return OF_ADAPTER.fullmatch(file) is not None
-
-    return fetch(repository, wanted, tell)
+    return fetch(repository, lambda file: OF_ADAPTER.fullmatch(file) is not None, tell)
 
 
 def located(
@@ -195,10 +193,11 @@ def located(
     earlier: Mapping[str, str] | None = None,
     bring: Callable[[Path, events.OnEvent], Path] = model,
 ) -> TrainConfig:
-    """A configuration whose names of the hub are folders, of the model that which `bring` gives.
+    """Returns a configuration whose names on the hub are replaced by folders; `bring` gives the
+    model's.
 
-    `earlier` are the folders of the run that it goes on with: a name without a revision stays at
-    that run's commit.
+    `earlier` are the folders of the run to resume: a name without a revision stays at that run's
+    commit.
     """
 
     def at(path: Path, part: str) -> Path:
@@ -209,6 +208,8 @@ def located(
     places = {"model_dir": bring(at(config.model_dir, "model"), tell)}
     if config.warm_start is not None:
         places["warm_start"] = adapter(at(config.warm_start, "warm_start"), tell)
+    if config.reward_model is not None:
+        places["reward_model"] = bring(at(config.reward_model, "reward_model"), tell)
     return config.model_copy(update=places)
 
 
@@ -220,11 +221,11 @@ def fetch(
     *,
     ask: bool = True,
 ) -> Path:
-    """The snapshot in the cache that has the files of a repository which are wanted.
+    """Returns the cache's snapshot of a repository, complete for the wanted files.
 
-    `tell` gets events of the stage load, with `share` of what is to be downloaded, at most four a
-    second. `check` raises InputError for a repository whose files (bytes by name) are of no use.
-    Without `ask` there is no request.
+    `tell` gets events of the stage load, with the `share` of the download, at most four a second.
+    `check` raises InputError for a repository whose files (bytes by name) are of no use. Without
+    `ask` there is no request.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
@@ -234,21 +235,21 @@ def fetch(
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         if ask:
-            why = "HF_HUB_OFFLINE forbids to ask the hub: unset it, or copy the repository there"
+            why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository there"
         else:
-            why = "nothing is downloaded here: do that first"
-        raise InputError(f"{repository} is not whole in {cache()}, and {why}.")
+            why = "this command downloads nothing: download it first"
+        raise InputError(f"{repository} is not complete in {cache()}, and {why}.")
     try:
         commit, listed = _listed(repository)
     except _Unreachable as error:
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         raise InputError(
-            f"{repository} is no folder here, and the hub cannot be reached ({error}): look at the "
+            f"{repository} is not a folder, and the hub cannot be reached ({error}): check the "
             f"network, or download it elsewhere and copy it to {cache()}."
         ) from None
     check(listed)
-    # Configuration and tokenizer first, the largest last: what has its weights is whole.
+    # Configuration and tokenizer first, the largest last: if the weights are there, so is the rest.
     names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
     _download(repository, commit, {name: listed[name] for name in names}, tell)
     files.make_folder(repository.folder / "snapshots" / commit)
@@ -257,16 +258,16 @@ def fetch(
     return repository.folder / "snapshots" / commit
 
 
-# What the cache has
+# The cache
 
 
 def _listing(repository: Repository, commit: str) -> Path:
-    """Where we keep the names and sizes of a commit's files, which never change."""
+    """Returns where the names and sizes of a commit's files are kept, which never change."""
     return files.cache_dir() / "hub" / repository.folder.name / f"{commit}.json"
 
 
 def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]:
-    """The snapshot that is there, and which files its commit has, if we know."""
+    """Returns the snapshot in the cache, and the files of its commit if they are known."""
     commit = repository.revision or "main"
     if not COMMIT.fullmatch(commit):
         try:
@@ -284,7 +285,7 @@ def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]
 
 
 def cached(text: str | Path, kind: Kind = "model") -> Path | None:
-    """The folder of a name, if the cache has it whole; asks nobody."""
+    """Returns the folder of a name if it is complete in the cache; sends no request."""
     repository = named(text, kind)
     folder, listed = (None, None) if repository is None else _cached(repository)
     if folder is None:
@@ -299,8 +300,8 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Names and bytes of the files of a snapshot's commit; of one that another tool has brought,
-    those that are there."""
+    """Returns names and bytes of a snapshot's files; if another tool downloaded it, of those that
+    are there."""
     own = origin(folder)
     with suppress(InputError):
         if own is not None:
@@ -310,7 +311,7 @@ def files_of(folder: Path) -> dict[str, int]:
 
 
 def _seems_whole(folder: Path, kind: Kind) -> bool:
-    """Of a snapshot whose files we were never told: it has some, and no weights are missing."""
+    """Returns whether a snapshot without a known list of files has some, and lacks no weights."""
     if kind == "dataset":
         return any(path.is_file() for path in folder.rglob("*"))
     own = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
@@ -324,16 +325,16 @@ def _seems_whole(folder: Path, kind: Kind) -> bool:
     return wanted <= set(own)
 
 
-# What the hub says
+# Answers of the hub
 
 
 class _Unreachable(Exception):
-    """No answer of the hub."""
+    """The hub did not answer."""
 
 
 @contextmanager
 def _answers(repository: Repository) -> Iterator[None]:
-    """What the hub's client raises, in a sentence."""
+    """Turns what the hub's client raises into a sentence."""
     from huggingface_hub import errors
 
     refused = errors.HfHubHTTPError
@@ -351,50 +352,49 @@ def _answers(repository: Repository) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"{repository.id} is neither a path here nor a {repository.kind} of the hub that you "
-            "may read: look at its spelling; for a private one log in with `hf auth login`, or set "
+            f"{repository.id} is neither a path nor a {repository.kind} on the hub that you "
+            "may read: check the spelling; for a private one log in with `hf auth login`, or set "
             "HF_TOKEN."
         ) from None
     except refused as error:
         status = getattr(error.response, "status_code", None)
         if status == 401:
-            said = "does not know your token: log in again with `hf auth login`, or mend HF_TOKEN"
+            said = (
+                "does not accept your token: log in again with `hf auth login`, or correct HF_TOKEN"
+            )
         elif status == 403:
-            said = "does not let you read it: your token may lack the right to"
+            said = "does not let you read it: your token may lack the permission"
         elif status == 429:
-            said = "has had too many requests of you: wait a while, or log in"
+            said = "got too many requests from you: wait a while, or log in"
         else:
-            said = f"answers {status}: try again later"
-        raise InputError(f"{repository.id} cannot be had, the hub {said}.") from None
+            said = f"answered {status}: try again later"
+        raise InputError(f"{repository.id} is not available: the hub {said}.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"{repository.id}: the disk of {cache()} is full: free some of it and start again, "
-                "which goes on where it ended, or set HF_HOME to a folder on another disk."
+                f"{repository.id}: the disk of {cache()} is full: free some space and start again, "
+                "which continues the download, or set HF_HOME to a folder on another disk."
             ) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
             raise InputError(
                 f"{repository.id} cannot be written to {cache()} ({error.strerror}): set HF_HOME "
-                "to a folder of yours."
+                "to a folder that you own."
             ) from None
-        raise _Unreachable(_reason(error)) from None
+        raise _Unreachable(reason(error)) from None
     except _http_error() as error:
-        raise _Unreachable(_reason(error)) from None
+        raise _Unreachable(reason(error)) from None
 
 
 def _http_error() -> type[Exception]:
-    """What the client's library raises: httpx, or a later one that has taken its place."""
+    """Returns the HTTP exception of the library that the client uses: httpx, or a later
+    replacement."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__mro__[1]  # type: ignore[return-value]
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
-    """The newest commit of a revision, and its files with their sizes."""
+    """Returns the newest commit of a revision, and its files with their sizes."""
     from huggingface_hub import HfApi
 
     with _answers(repository):
@@ -410,7 +410,7 @@ def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
 
 
 def _is_below(name: str) -> bool:
-    """Whether a file of a repository stays within its folder."""
+    """Returns whether a file of a repository stays within its folder."""
     return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
@@ -418,7 +418,7 @@ def _is_below(name: str) -> bool:
 
 
 class Meter:
-    """Bytes that have come, told at most so often."""
+    """Counts received bytes, and reports them at most so often."""
 
     def __init__(self, what: str, there: int, total: int, tell: events.OnEvent):
         self.what, self.there, self.total, self.tell = what, there, total, tell
@@ -437,14 +437,14 @@ class Meter:
 
 
 def amount(n: float) -> str:
-    """Bytes in words."""
+    """Formats bytes in words."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def _download(
     repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
 ) -> None:
-    """Files of a commit into the cache. InputError."""
+    """Downloads files of a commit into the cache. Raises InputError."""
     snapshot = repository.folder / "snapshots" / commit
     missing = [name for name in sizes if not (snapshot / name).is_file()]
     total = sum(sizes[name] for name in missing)
@@ -453,8 +453,8 @@ def _download(
     free = files.free(repository.folder)
     if total - there + MARGIN > free:
         raise InputError(
-            f"{repository} needs {amount(total)} more, and {amount(free)} are free where {cache()} "
-            "is: free some, or set HF_HOME to a folder on another disk."
+            f"{repository} needs {amount(total)} more, but {amount(free)} are free on the disk of "
+            f"{cache()}: free some, or set HF_HOME to a folder on another disk."
         )
     meter = Meter(str(repository), 0, total, tell)
     exact = replace(repository, revision=commit)
@@ -469,14 +469,14 @@ def _download(
             files.write_text(ref, commit)
     except _Unreachable as error:
         raise InputError(
-            f"{repository} was broken off after {amount(meter.there)} of {amount(total)} "
-            f"({error}): start again, which goes on from there."
+            f"the download of {repository} stopped after {amount(meter.there)} of {amount(total)} "
+            f"({error}): start again, which continues it."
         ) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The client's own bars and lines are left out: the run tells, and says in the end why not."""
+    """Hides the client's own bars and log lines: the run reports progress and errors itself."""
     from huggingface_hub import utils
 
     bars, level = utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
@@ -490,12 +490,12 @@ def _quiet() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-#: The end of the name of a file that is not whole yet; the hub's client gives each try another.
+#: The suffix of an incomplete file; the hub's client gives each attempt another one.
 BEGUN = ".segtrain.incomplete"
 
 
 def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
-    """A file into the cache, after what is there of it already."""
+    """Downloads a file into the cache, continuing what is there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where: Any = {"repo_type": repository.kind, "revision": repository.revision}
@@ -506,7 +506,7 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
     url = hf_hub_url(repository.id, name, endpoint=endpoint(), **where)
     facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
     if facts.etag is None or not ETAG.fullmatch(facts.etag):
-        raise InputError(f"{repository.id}: the hub does not say which content {name} has.")
+        raise InputError(f"{repository.id}: the hub gives no checksum of {name}.")
     blob = repository.folder / "blobs" / facts.etag
     files.make_folder(blob.parent)
     _fill(repository, name, url, blob, facts.size, meter)
@@ -516,31 +516,31 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
         link.symlink_to(os.path.relpath(blob, link.parent))
     except FileExistsError:
         pass
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no links
         os.replace(blob, link)
 
 
 def _fill(
     repository: Repository, name: str, url: str, blob: Path, size: int | None, meter: Meter
 ) -> None:
-    """The content of a file to where the cache has it, once it is whole and what it should be."""
+    """Puts a file's content into the cache once it is complete and verified."""
     begun = blob.with_name(blob.name + BEGUN)
     with open(os.open(begun, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        while not files.lock(file):  # another process downloads it
+        while not files.lock(file):  # another process is downloading it
             time.sleep(0.1)
         if blob.exists():
             meter(blob.stat().st_size)
             begun.unlink(missing_ok=True)
             return
         there = file.seek(0, os.SEEK_END)
-        if size is not None and there > size:  # of another time
+        if size is not None and there > size:  # left from another attempt
             there = file.truncate(0)
         meter(there)
         _receive(url, file, size, meter)
         if not _is(file, blob.name):
             file.truncate(0)
             raise InputError(
-                f"{repository.id}: {name} is not the file that the hub describes, and was removed: "
+                f"{repository.id}: {name} did not match the hub's checksum and was removed: "
                 "start again."
             )
         files.sync_open(file.fileno())
@@ -548,8 +548,8 @@ def _fill(
 
 
 def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
-    """What a file lacks of its `size`, if that is known, after what it has. A connection that ends
-    is taken up again, TRIES times without a byte."""
+    """Appends the missing bytes of a file, up to its `size` if that is known. Reconnects when a
+    connection ends, up to TRIES times without receiving a byte."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -558,7 +558,7 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
         part = {"range": f"bytes={there}-"} if there else {}
         before, ended = there, None
         try:
-            # At an address of another host, to which the hub leads, it knows nobody: no token.
+            # The hub may redirect to another host, which must not see the token.
             how: Any = {"headers": headers | part, "timeout": PATIENCE_S, "follow_redirects": True}
             with get_session().stream("GET", url, **how) as answer:
                 hf_raise_for_status(answer)
@@ -579,16 +579,17 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
                 raise
         if size is not None and there > size:
             file.truncate(0)
-            raise OSError(f"more than {size:,} bytes came of a file")
+            raise OSError(f"more than {size:,} bytes of a file arrived")
         tries = 0 if there > before else tries + 1
         if tries == TRIES:
-            raise ended or OSError("nothing came any more")
+            raise ended or OSError("no more data arrived")
         if ended is not None:
             time.sleep(1)
 
 
 def _header(repository: Repository, name: str) -> bytes:
-    """The beginning of a safetensors file, as far as its header goes; InputError."""
+    """Returns the beginning of a safetensors file up to the end of its header. Raises
+    InputError."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -617,8 +618,8 @@ def _header(repository: Repository, name: str) -> bytes:
 
 
 def _is(file: BinaryIO, etag: str) -> bool:
-    """Whether a file has the content whose hash is the etag: git's, or SHA-256. Others are not
-    known."""
+    """Returns whether a file has the content whose hash is the etag: git's, or SHA-256. True for
+    other kinds of etags."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if len(etag) == 64:

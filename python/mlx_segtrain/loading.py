@@ -1,4 +1,4 @@
-"""A model with its adapter, ready for generation."""
+"""Loads a model with its adapter, ready for generation."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ def load(
     adapter_path: str | Path | None = None,
     on_event: events.OnEvent | None = None,
 ) -> tuple[nn.Module, Any]:
-    """An mlx-lm model with an adapter attached, and its tokenizer, ready for `mlx_lm.generate`.
+    """Loads an mlx-lm model with an adapter attached, and its tokenizer, ready for
+    `mlx_lm.generate`.
 
-    Both are folders or names of the Hugging Face hub; `on_event` is told of what is downloaded.
-    Adapted linears run through our `lora_linear`; the model's float weights are float32 on the CPU.
-    InputError if the model or the adapter cannot be read or do not fit each other.
+    Both are folders or names on the Hugging Face hub; `on_event` receives the progress of
+    downloads. Adapted layers run through our `lora_linear`; on the CPU the model's floating-point
+    weights are float32. Raises InputError if the model or the adapter cannot be read or do not fit
+    each other.
     """
     tell = on_event or (lambda event: None)
     adapter = hub.adapter(adapter_path, tell) if adapter_path else None

@@ -1,20 +1,28 @@
-"""How processes of ours are started: from where no file is run by chance, knowing little.
+"""Starts our own processes so that no file is imported by accident, and with few environment
+variables.
 
-`python -m` puts the folder in which it starts before all others: a `yaml.py` that lies there is
-run in place of the library. So a process of ours starts elsewhere, in isolated mode (which
-Python 3.10 has, too), and takes the folders of modules that this process has, without the one in
-which it was started. Of the environment it gets what it needs.
+`python -m` puts the folder in which it starts first on the path: a `yaml.py` there would replace
+the library. So our processes start in another folder, in isolated mode (which Python 3.10 has,
+too), and get this process's module path without the folder in which it was started. Of the
+environment they get what they need.
 """
 
 import os
+import resource
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import Any
 
-#: Before any module is imported but Python's own: the folders of modules, and this very package,
-#: wherever it is. Then main of one of its modules.
+#: Runs before any module except Python's own is imported: sets the module path, loads this very
+#: package, wherever it is, and then calls main of one of its modules.
 START = """\
 import sys
 sys.path[:] = sys.argv[1].split(chr(0x1f))
@@ -27,7 +35,7 @@ spec.loader.exec_module(package)
 del sys.argv[:4]
 sys.exit(importlib.import_module(sys.argv[0]).main(*sys.argv[1:]))
 """
-#: Variables that all have: where things are, the language, and how libraries compute.
+#: Variables that every process gets: locations, language, and how libraries compute.
 COMMON = (
     *("HOME", "LANG", "LANGUAGE", "LC_*", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"),
     *("CONDA_PREFIX", "VIRTUAL_ENV", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "DYLD_*_PATH"),
@@ -35,24 +43,25 @@ COMMON = (
     *("MKL_*", "OMP_*", "OPENBLAS_*", "VECLIB_*"),
     *("HF_HOME", "HF_HUB_CACHE"),
 )
-#: What talking to other machines takes besides.
+#: Additional variables for connecting to other machines.
 NETWORK = (
     *("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"),
     *("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"),
     *("all_proxy", "https_proxy", "http_proxy", "no_proxy"),
 )
-#: What only the server has to know.
+#: Variables for the server only.
 OWN = ("MLX_SEGTRAIN_TOKEN",)
 
 
-#: Where this process was started.
+#: The folder where this process was started.
 STARTED_IN: str | None = None
-with suppress(OSError):  # it may be gone
+with suppress(OSError):  # it may have been deleted
     STARTED_IN = os.path.realpath(os.getcwd())
 
 
 def command(module: str, *args: str) -> list[str]:
-    """Runs `main(*args)` of a module of ours in another Python; to be started in a safe folder."""
+    """Returns a command that runs `main(*args)` of one of our modules in another Python; start it
+    in a safe folder."""
     package = Path(__file__).parent
     folders = [
         path
@@ -64,11 +73,76 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
-    """Of our variables, and of those that are added, the common ones and those that match `more`
-    (as "HF_*")."""
+    """Returns the common variables among ours and `own`, and those that match `more` (such as
+    "HF_*")."""
     patterns = (*COMMON, *more)
     return {
         name: value
         for name, value in {**os.environ, **added}.items()
         if name not in OWN and any(fnmatchcase(name, pattern) for pattern in patterns)
     }
+
+
+def start(
+    module: str, *args: str, files: Iterable[int], env: Mapping[str, str], **how: Any
+) -> subprocess.Popen[Any]:
+    """Runs `main(*args)` of a module of ours in a process that inherits these open files.
+
+    It has a session of its own: Ctrl-C in a terminal is for this process, which ends the others.
+    """
+    how = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True} | how
+    return subprocess.Popen(command(module, *args), pass_fds=tuple(files), env=env, **how)
+
+
+def start_connected(
+    module: str, settings: Mapping[str, str], **how: Any
+) -> tuple[Connection, subprocess.Popen[Any]]:
+    """Like `start`, with a connection whose number `main` gets; `settings` are variables."""
+    wire, theirs = Pipe()
+    with theirs:
+        number, env = theirs.fileno(), {**environment((), {}), **settings}
+        return wire, start(module, str(number), files=[number], env=env, **how)
+
+
+def set_limit(kind: int, value: int | None = None) -> None:
+    """Sets the soft limit of this process, to at most the hard limit; None sets it to that."""
+    hard = resource.getrlimit(kind)[1]
+    if value is None or (hard != resource.RLIM_INFINITY and value > hard):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
+
+
+class _Memory:
+    """Limits memory: by the system on Linux, elsewhere by a thread that looks at regular times."""
+
+    def __init__(self) -> None:
+        self.pid, self.most = 0, 0
+
+    def allow(self, more: int) -> None:
+        """Allows this process so many bytes more than it has now; more ends it."""
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+        except OSError:
+            return self._watch(more)
+        set_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + more)
+
+    def _watch(self, more: int) -> None:
+        self.most = _resident() + more
+        if self.pid != os.getpid():  # a fork has no threads
+            self.pid = os.getpid()
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            if _resident() > self.most:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+
+
+MEMORY = _Memory()
+
+
+def _resident() -> int:
+    """Returns the most bytes of memory that this process has had."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,9 +1,9 @@
-"""Segmented backward pass: loss and gradients of a chain of stages, with one segment's memory.
+"""Segmented backward pass: loss and gradients of a chain of stages in the memory of one segment.
 
-A model run is a chain of stages over named boundary values. The forward pass keeps boundary values
-only; the head gives the loss and the first cotangents; then the segments run again from last to
-first, each under `vjp` with the cotangents that arrived. What is kept and in which order things
-happen is a plan (`csrc/schedule/plan.h`), the run itself is `csrc/schedule/schedule.cpp`.
+A model is a chain of stages over named boundary values. The forward pass keeps boundary values
+only; the head computes the loss and the first cotangents; then the segments are recomputed from the
+last to the first, each under `vjp` with the cotangents of the segment after it. What is kept, and
+the order of the moves, is a plan (`csrc/schedule/plan.h`); `csrc/schedule/schedule.cpp` runs it.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -23,13 +23,13 @@ class Stage:
     """A step of the chain: `fn(params, *reads) -> write`, or a tuple of writes.
 
     `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
-    may rewrite a value it reads, as layers do with the residual stream `h`.
+    may rewrite a value that it reads, as layers do with the residual stream `h`.
 
-    A stage that `saves` takes two arguments more: `save=True` asks for a list of arrays after its
-    writes, and `saved` is that list when it is run again for its gradient.
+    A stage that `saves` takes two more arguments: `save=True` asks for a list of arrays after its
+    writes, and `saved` is that list when the stage is recomputed for its gradient.
 
-    Stages of the same `owner` share the parameters that are given under this name; it is the
-    stage's own name by default. Their gradients are added.
+    Stages of the same `owner` share the parameters under this name, by default the stage's own.
+    Their gradients are added.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a chain of stages is cut: segments are run again whole, groups of them in two passes.
+    """Where a chain of stages is cut: segments are recomputed whole, groups of them in two passes.
 
     `segments` says after how many stages each segment ends, rising to the number of stages, and
     `groups` after how many segments each group ends. Values between groups are kept from the
     forward pass on; those between the segments of a group are recomputed when the backward pass
-    reaches the group, by running it once more. The last group keeps the values between its
-    segments; the last segment is never run again. `saves` are the stages that keep something
-    (attention its output) in their last run before their gradient, and then recompute less.
+    reaches the group. The last group keeps the values between its segments; the last segment is
+    never recomputed. `saves` are the stages that keep something (attention its output) in their
+    last run before their gradient, so that they recompute less.
     """
 
     segments: tuple[int, ...]
@@ -61,17 +61,25 @@ class Cuts:
 
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
-        """n stages in segments of `size` (0: one segment), each a group."""
+        """Returns cuts of n stages in segments of `size` (0: one segment), each a group."""
         return cls.by_layer(range(1, n + 1), size)
 
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
-        """Layers that end after so many stages in segments of `size` (0: one), each a group."""
+        """Returns cuts of layers that end after these stages in segments of `size` (0: one), each a
+        group."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))
         segments = (*ends[step - 1 : len(ends) - 1 : step], *ends[-1:])
         return cls(segments, tuple(range(1, len(segments) + 1)))
+
+
+def specs_of(stages: Sequence[Stage], trainable: Container[str]) -> list[_core.StageSpec]:
+    """The stages as a plan sees them, of which the owners of `trainable` have parameters."""
+    return [
+        _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
+    ]
 
 
 def _plan(
@@ -80,14 +88,12 @@ def _plan(
     head_reads: Iterable[str],
     cuts: Cuts,
     trainable: Container[str] = (),
+    incoming: Iterable[str] = (),
 ) -> _core.Plan:
     """The plan of a chain in which the owners of `trainable` have parameters."""
-    specs = [
-        _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
-    ]
-    return _core.make_plan(
-        specs, list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves
-    )
+    specs = specs_of(stages, trainable)
+    given = (list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves, list(incoming))
+    return _core.make_plan(specs, *given)
 
 
 def _tuple(value: Any) -> tuple[mx.array, ...]:
@@ -109,21 +115,75 @@ def segmented_value_and_grad(
 
     `head(params, *head_reads)` returns the loss, or a tuple with the loss first. `params` maps the
     owner of stages, or "head", to a dict of arrays; those without parameters may be absent.
-    `values` gives the `inputs` by name; no gradient is formed for these. `grads` has the structure
-    of `params`. `segment_size` stages are replayed together: 0 keeps everything, 1 needs little
-    memory; `cuts` say it in full. Every cut gives the same gradients. Results are evaluated,
-    or under way. `watch` is called when a move of the plan is through. `recordings`, of the same
-    stages and head only, hold the graphs of the steps before: a function whose calls with arrays
-    of these shapes gave the same graph twice is not called again.
+    `values` gives the `inputs` by name; no gradient is computed for these. `grads` has the
+    structure of `params`. `segment_size` stages are recomputed together: 0 keeps everything, 1
+    needs little memory; `cuts` gives full control. Every cut gives the same gradients. Results may
+    still be computing. `watch` is called after each move of the plan. `recordings`, of the same
+    stages and head only, hold the graphs of earlier steps: a function whose calls with arrays of
+    these shapes gave the same graph twice is not called again.
 
-    ValueError if a stage reads a value that nobody wrote, or cuts do not fit the stages.
+    Raises ValueError if a stage reads a value that nothing wrote, or if cuts do not fit the stages.
     """
+    chosen = cuts or Cuts.every(len(stages), segment_size)
+    begin = passes_of(
+        stages, head, inputs=inputs, head_reads=head_reads, cuts=chosen, watch=watch,
+        recordings=recordings,
+    )  # fmt: skip
+
+    def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
+        passes = begin(params, values)
+        passes.forward()
+        outputs, grads, _ = passes.backward()
+        return outputs, grads
+
+    return step
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A batch on its way through stages: `forward`, and `backward` after it."""
+
+    _run: _core.Passes
+    _keys: Mapping[str, list[str]]  #: of parameters, by owner
+    _reads: tuple[str, ...]
+    _incoming: tuple[str, ...]
+
+    def forward(self) -> dict[str, mx.array]:
+        """What the head reads, by name."""
+        return dict(zip(self._reads, self._run.forward(), strict=True))
+
+    def backward(
+        self, cotangents: Sequence[mx.array] = ()
+    ) -> tuple[tuple[mx.array, ...], Grads, dict[str, mx.array]]:
+        """Outputs of the head, gradients of parameters, and cotangents of the incoming values.
+
+        Without a head it is given those of the differentiable values that `forward` gave.
+        """
+        result = self._run.backward(list(cotangents))
+        named = zip(self._keys.items(), [*result.grads, result.head_grads], strict=True)
+        grads = {name: dict(zip(keys, grad, strict=True)) for (name, keys), grad in named if keys}
+        return tuple(result.outputs), grads, dict(zip(self._incoming, result.incoming, strict=True))
+
+
+def passes_of(
+    stages: Sequence[Stage],
+    head: Callable[..., Any] | None,
+    *,
+    inputs: Sequence[str],
+    head_reads: Sequence[str],
+    cuts: Cuts,
+    incoming: Sequence[str] = (),
+    watch: Callable[[], None] | None = None,
+    recordings: "_core.Recordings | None" = None,
+) -> Callable[[Params, Mapping[str, mx.array]], Passes]:
+    """As segmented_value_and_grad, in two calls. Stages may be a part of a chain: `incoming` are
+    the inputs that depend on parameters of stages before them, and without a head the stages after
+    them give the cotangents of what they read."""
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
 
     owners = list(dict.fromkeys(stage.owner for stage in stages))
-    chosen = cuts or Cuts.every(len(stages), segment_size)
 
     def native(
         fn: Callable[..., Any], keys: list[str], saves: bool = False
@@ -134,19 +194,20 @@ def segmented_value_and_grad(
 
         return run
 
-    def step(params: Params, values: Mapping[str, mx.array]) -> tuple[tuple[mx.array, ...], Grads]:
+    def begin(params: Params, values: Mapping[str, mx.array]) -> Passes:
         if unknown := set(params) - {*owners, "head"}:
             raise ValueError(f"[schedule] parameters for unknown stages: {sorted(unknown)}")
         keys = {name: sorted(params.get(name, {})) for name in [*owners, "head"]}
-        plan = _plan(stages, inputs, head_reads, chosen, {s.owner for s in stages if keys[s.owner]})
+        trainable = {s.owner for s in stages if keys[s.owner]}
+        plan = _plan(stages, inputs, head_reads, cuts, trainable, incoming)
 
         def arrays(name: str) -> list[mx.array]:
             return [params[name][key] for key in keys[name]]
 
-        result = _core.run_plan(
+        run = _core.passes_of(
             plan,
             [native(s.fn, keys[s.owner], s.saves) for s in stages],
-            native(head, keys["head"]),
+            head and native(head, keys["head"]),
             [arrays(name) for name in owners],
             [owners.index(s.owner) for s in stages],
             arrays("head"),
@@ -154,16 +215,47 @@ def segmented_value_and_grad(
             watch,
             recordings,
         )
-        grads = {
-            name: dict(zip(keys[name], grad, strict=True))
-            for name, grad in zip(
-                [*owners, "head"], [*result.grads, result.head_grads], strict=True
-            )
-            if keys[name]
-        }
-        return tuple(result.outputs), grads
+        return Passes(run, keys, tuple(head_reads), tuple(n for n in inputs if n in incoming))
 
-    return step
+    return begin
+
+
+@dataclass(frozen=True)
+class Border:
+    """What goes from one device to the next: boundary values, and back the cotangents of those that
+    depend on parameters. Cotangents of the `summed` ones are float32: several stages add to them.
+    """
+
+    values: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    summed: frozenset[str]
+
+
+def border(
+    stages: Sequence[_core.StageSpec], head_reads: Sequence[str], before: Sequence[bool]
+) -> Border:
+    """Where a chain is cut: `before` says of each stage whether it is on this side."""
+    depends: dict[str, bool] = {}
+    for stage, here in zip(stages, before, strict=True):
+        if here:
+            own = stage.trainable or any(depends.get(name, False) for name in stage.reads)
+            depends |= dict.fromkeys(stage.writes, own)
+    readers = dict.fromkeys(depends, 0)
+    rewritten: set[str] = set()
+
+    def read(names: Sequence[str]) -> None:
+        for name in names:
+            if name in readers and name not in rewritten:
+                readers[name] += 1
+
+    for stage, here in zip(stages, before, strict=True):
+        if not here:
+            read(stage.reads)
+            rewritten.update(stage.writes)
+    read(head_reads)
+    values = tuple(name for name, n in readers.items() if n)
+    differentiable = tuple(name for name in values if depends[name])
+    return Border(values, differentiable, frozenset(n for n in values if readers[n] > 1))
 
 
 def forward(
@@ -172,9 +264,9 @@ def forward(
     values: Mapping[str, mx.array],
     keep: Sequence[str] = ("h",),
 ) -> dict[str, mx.array]:
-    """Runs the chain without gradients, evaluating after every stage; the values to `keep`.
+    """Runs the chain without gradients, evaluating after every stage; returns the values to `keep`.
 
-    Others are gone when no later stage reads them.
+    Other values are freed when no later stage reads them.
     """
     n = len(stages)
     plan = _plan(stages, values, keep, Cuts((n,), (1,)))

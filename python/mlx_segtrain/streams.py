@@ -1,4 +1,4 @@
-"""Streams of tokens: their names, how they are cut, and how many tokens a batch has of each."""
+"""Streams of tokens: their names, how they are cut, and how many tokens of each a batch has."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 Count = TypeVar("Count", int, np.ndarray)
 
-#: A chain that trims begins at a multiple of it: few distinct shapes, and whole tiles.
+#: A chain that trims starts at a multiple of this: few distinct shapes, and whole tiles.
 TRIM_MULTIPLE = 64
-#: Widths of batches of several rows are multiples of it, so that few kernels are compiled.
+#: The width of a batch of several rows is a multiple of this, so that few kernels are compiled.
 PAD_MULTIPLE = 32
 
 
@@ -20,9 +20,9 @@ PAD_MULTIPLE = 32
 class Stream:
     """A sequence that runs through the layers; if there are others, boundary values have its name.
 
-    With `branch`, its last rows are a second sequence, which continues after the first `shared`
-    rows as if those between were not there. With `parts`, it is several sequences of so many rows
-    each, packed one after the other: each begins at position 0, and sees none of the others.
+    With `branch`, its last rows are a second sequence that continues after the first `shared` rows,
+    as if the rows between were absent. With `parts`, it is several packed sequences of that many
+    rows each: each starts at position 0 and attends to none of the others.
     """
 
     name: str = ""
@@ -31,38 +31,42 @@ class Stream:
     parts: tuple[int, ...] = ()
 
     def of(self, value: str) -> str:
-        """The name of this stream's own boundary value."""
+        """Returns the name of this stream's own boundary value."""
         return f"{value} of {self.name}" if self.name else value
 
     @property
     def segments(self) -> tuple[int, ...] | None:
-        """Where its parts begin, and where the last one ends, as the ops take them."""
+        """Returns where its parts start, and where the last one ends, as the ops take them."""
         return tuple(accumulate(self.parts, initial=0)) if self.parts else None
 
 
-#: A row, or rows, alone.
+#: A row, or several rows, without a second stream.
 SINGLE = (Stream(),)
 #: The two sequences of pairs.
 PAIR = (Stream("chosen"), Stream("rejected"))
 
 
 def joined(shared: int = 0, branch: int = 0) -> Stream:
-    """Both sequences of pairs in one: the chosen one, and what differs of the other."""
+    """Both sequences of pairs in one stream: the chosen one, and the part of the rejected one that
+    differs."""
     return Stream("pair", shared, branch)
 
 
 def head_reads(streams: tuple[Stream, ...]) -> tuple[str, ...]:
-    """Boundary values that every head reads: of each stream h and the rows of it that count."""
+    """The boundary values that every head reads: of each stream h, and which rows of it are in the
+    loss."""
     return tuple(stream.of(value) for stream in streams for value in ("h", "rows"))
 
 
 def padded(width: Count, batch_size: int) -> Count:
-    """The width of a batch whose longest row has `width` tokens: one, or an array of them."""
+    """Returns the width of a batch whose longest row has `width` tokens; takes one, or an array of
+    them."""
     return width if batch_size == 1 else -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def trim_start(first: Count) -> Count:
-    """The position from which a chain that trims runs, if the first one with a loss is `first`."""
+    """Returns the position at which a chain that trims starts, if `first` is the first one with a
+    loss."""
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 
 
@@ -70,8 +74,8 @@ def trim_start(first: Count) -> Count:
 class StreamShape:
     """Streams of `length` tokens, of which the last `trimmed` may be in the loss.
 
-    The last `branch` continue after the first `shared`. Of packed ones `part` is the length of the
-    sequence that a token is in, on average; else 0.
+    The last `branch` tokens continue after the first `shared`. For packed streams `part` is the
+    mean length, over tokens, of the sequence that a token is in; else 0.
     """
 
     stream: Stream
@@ -89,23 +93,24 @@ class StreamShape:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """So many rows of each stream; `loss` tokens count, in all."""
+    """This many rows of each stream; in total `loss` tokens are in the loss."""
 
     rows: int
     streams: tuple[StreamShape, ...]
     loss: int
-    accumulates: bool = False  #: onto the gradient of batches before
+    accumulates: bool = False  #: onto the gradient of earlier batches
     dropout: bool = False
     dora: bool = False
 
     @classmethod
     def single(cls, rows: int, length: int, trimmed: int, loss: int, **more: bool) -> BatchShape:
-        """Rows of one sequence each."""
+        """Returns the shape of rows with one sequence each."""
         return cls(rows, (StreamShape(Stream(), length, trimmed),), loss, **more)
 
     @classmethod
     def packed(cls, rows: int, length: int, part: float, loss: int) -> BatchShape:
-        """Rows of up to `length` tokens, of sequences of `part` tokens."""
+        """Returns the shape of rows of up to `length` tokens, packed from sequences of `part`
+        tokens."""
         return cls(rows, (StreamShape(Stream(), length, length, part=min(part, length)),), loss)
 
     @property
@@ -114,7 +119,7 @@ class BatchShape:
         return max(stream.longest for stream in self.streams)
 
     def stretched(self, length: int) -> BatchShape:
-        """The same in proportion, with so many tokens in the longest sequence."""
+        """Returns the shape scaled in proportion, with this many tokens in the longest sequence."""
 
         def longer(n: int) -> int:
             return -(-length * n // self.length)

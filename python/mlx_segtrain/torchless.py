@@ -1,14 +1,14 @@
-"""What keeps torch out of our own processes, where it is installed."""
+"""Keeps torch out of our own processes even if it is installed."""
 
 import sys
 from typing import Any
 
 
 def hide_torch() -> None:
-    """To this process torch is not installed any more.
+    """Makes this process behave as if torch were not installed.
 
-    transformers would import it, which takes seconds and memory, and nothing of ours needs it. To
-    be called before transformers is imported, and only where the process is ours.
+    transformers would import it, which takes seconds and memory, and nothing here needs it. To be
+    called before transformers is imported, and only in our own processes.
     """
     modules: dict[str, Any] = sys.modules
-    modules["torch"] = None  # Python's own way to say that a module is not there
+    modules["torch"] = None  # Python's way to say that a module does not exist

@@ -215,7 +215,7 @@ def names_of_the_store(store):
 def test_outputs_are_never_the_store_s_own(service, tmp_path):
     adapter = write_adapter(tmp_path / "root" / "adapter")
     for path in names_of_the_store(tmp_path / "store"):
-        with pytest.raises(InputError, match=r"store's own|server's|is there already"):
+        with pytest.raises(InputError, match=r"store's own|server's|already exists"):
             service.enqueue(
                 "export", adapter_path=str(adapter), base_model=None, output_dir=str(path)
             )
@@ -247,10 +247,10 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
     (out / "checkpoints" / "thesis.txt").write_text(CANARY)
     for record in ("{}", "[]", "null", '{"id": "1"}', "not JSON"):
         (out / "run.json").write_text(record)
-        with pytest.raises(InputError, match="holds no run of ours"):
+        with pytest.raises(InputError, match="holds something else than a run"):
             service.submit(values)
     (out / "run.json").write_text(json.dumps(RECORD))
-    with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run has written"):
+    with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run wrote"):
         service.submit(values)
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt"):
         check_own(out)  # as the run itself does
@@ -268,7 +268,7 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
 def test_what_no_run_writes_is_not_removed(tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match="no run has written"):
+    with pytest.raises(InputError, match="no run wrote"):
         check_own(tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_what_a_run_writes_is(tmp_path):
     check_own(tmp_path)
     (tmp_path / "best" / "README.md").unlink()
     (tmp_path / "best" / "README.md").symlink_to(tmp_path / "notes")
-    with pytest.raises(InputError, match="no run has written"):
+    with pytest.raises(InputError, match="no run wrote"):
         check_own(tmp_path)
 
 

@@ -62,7 +62,7 @@ def test_a_line_of_400_mb_and_one_without_an_end(tmp_path, model):
     os.unlink(data / "train.jsonl")
     os.mkfifo(data / "train.jsonl")
     begun = time.monotonic()
-    with pytest.raises(InputError, match="it is no regular file"):
+    with pytest.raises(InputError, match="it is not a regular file"):
         next(rows_of(source_of(data / "train.jsonl")))
     assert time.monotonic() - begun < 1
 
@@ -86,7 +86,7 @@ def test_600_000_names_of_tensors(tmp_path):
     with pytest.raises(InputError, match=r"names more than 100,000 tensors|too long"):
         read_header(tmp_path / "x.safetensors")
     header(tmp_path / "x.safetensors", b'{"a":[' + b"0," * 4_000_000 + b"0]}")
-    with pytest.raises(InputError, match="holds more than tensors need"):
+    with pytest.raises(InputError, match="is larger than its tensors need"):
         read_header(tmp_path / "x.safetensors")
     assert time.monotonic() - begun < 3
 
@@ -121,7 +121,7 @@ def test_a_pipe_in_a_model_s_folder(name, model):
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     begun = time.monotonic()
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         load_tokenizer(model)
     assert time.monotonic() - begun < 1
 
@@ -174,7 +174,7 @@ def test_a_tokenizer_of_files_that_lie_elsewhere(settings, name, tmp_path):
     (model / "tokenizer.json").unlink()
     text = json.dumps(settings).replace("SECRET", str(secret))
     (model / name).write_text(text)
-    with pytest.raises(InputError, match=r"names a file that lies elsewhere|init_inputs"):
+    with pytest.raises(InputError, match=r"names a file outside of|init_inputs"):
         load_tokenizer(model)
 
 

@@ -42,7 +42,7 @@ def losses_of(monkeypatch, losses):
 
 
 TIMES = (
-    *("ts", "pid", "id", "message", "at"),
+    *("ts", "pid", "id", "message", "at", "ranks"),
     *("tokens_per_sec", "supervised_tokens_per_sec", "step_s", "left_s", "peak_gb", "active_gb"),
 )
 
@@ -113,7 +113,7 @@ def checkpoint_of(run):
 def truncated(folder):
     file = folder / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    return "bytes of"
+    return "bytes instead of"
 
 
 METHODS = ["sft", "dpo", "orpo", "simpo", "kto"]

@@ -1,7 +1,7 @@
-"""Adapter directories: what a run writes, what others write, conversions between them.
+"""Adapter directories: what a run writes, what other tools write, and conversions between them.
 
-writing.py says what ours are, reading.py what is read; conversion.py, merging.py and folding.py
-make others of them.
+writing.py describes our format, reading.py the formats that can be read; conversion.py, merging.py
+and folding.py turn adapters into other things.
 """
 
 from pathlib import Path
@@ -31,5 +31,5 @@ RUN_FILES = (
 
 
 def holds_run(path: Path) -> bool:
-    """Whether the folder has anything that a run writes."""
+    """Returns whether the folder has anything that a run writes."""
     return any((path / name).exists() for name in RUN_FILES)

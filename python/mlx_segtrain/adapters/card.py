@@ -1,4 +1,4 @@
-"""README.md of an adapter's folder: what it is, of what it was made, how it is loaded."""
+"""README.md of an adapter's folder: what the adapter is, what it was made from, how to load it."""
 
 import shlex
 from collections import Counter
@@ -20,7 +20,7 @@ class About:
     """What an adapter's folder says besides the factors.
 
     `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
-    card by name.
+    model card by name.
     """
 
     model: str
@@ -36,20 +36,19 @@ class About:
         step: int | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> "About":
-        """An adapter of a run."""
+        """Returns what is known of an adapter that a run wrote."""
         run = config.model_dump(mode="json")
         return cls(name_of(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
 
 
 def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
-    """README.md, unless there is one that somebody else wrote; `form` is ours, mlx-lm, peft or
-    gguf."""
+    """Writes README.md, unless somebody else wrote one; `form` is ours, mlx-lm, peft or gguf."""
     if is_ours(folder / README):
         write_text(folder / README, card(adapter, about, form))
 
 
 def card(adapter: Adapter, about: About, form: str) -> str:
-    """The text, with the metadata that model hubs read at its head."""
+    """Returns the text, with metadata at its head that model hubs read."""
     model, run = about.model, about.run
     kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())
@@ -87,12 +86,12 @@ tags: [mlx, {kind.lower()}, adapter]
 """
 
 
-#: Our own cards are written anew; somebody else's README.md is left.
+#: Our own cards are rewritten; other README.md files are kept.
 MARK = "<!-- written by mlx-segtrain -->"
 
 
 def is_ours(file: Path) -> bool:
-    """Whether there is no README.md but a card of ours."""
+    """Returns whether there is no README.md, or one of our cards."""
     try:
         return MARK in file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -120,11 +119,11 @@ model = PeftModel.from_pretrained(base, "{"." if form == "peft" else "peft"}")
     return f"""    mlx-segtrain generate --model {model} --adapter-path . --prompt "…"
     {mlx}
 
-With Hugging Face PEFT, behind `mlx-segtrain export . --to peft --out peft`:
+With Hugging Face PEFT, after `mlx-segtrain export . --to peft --out peft`:
 
 {peft}
 
-`mlx-segtrain merge . --into {model} --out merged` folds it into the base."""
+`mlx-segtrain merge . --into {model} --out merged` merges it into the base model."""
 
 
 def _cell(text: str) -> str:

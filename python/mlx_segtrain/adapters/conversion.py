@@ -1,4 +1,4 @@
-"""From one format to another; what was written is read again and compared."""
+"""Converts adapters between formats; what was written is read back and compared."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .writing import common_scale, mlx_lm_config, padded, write_adapter
 
 Format = Literal["peft", "mlx-lm", "gguf"]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-#: Random inputs that two adapters are compared with.
+#: Number of random inputs by which two adapters are compared.
 PROBES = 8
 
 
@@ -31,8 +31,8 @@ PROBES = 8
 class Converted:
     """What was written, and how far it is from what was read.
 
-    `difference` is the largest |ΔW·x − ΔW'·x| over all linears, x of normal numbers, `update` the
-    largest |ΔW·x|.
+    `difference` is the largest |ΔW·x − ΔW'·x| over all layers for normally distributed x, `update`
+    the largest |ΔW·x|.
     """
 
     path: Path
@@ -51,17 +51,17 @@ def export(
     names: Names | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> Converted:
-    """Writes an adapter folder as others read it: HF PEFT, stock mlx-lm, or llama.cpp's GGUF.
+    """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the base, by default the one that the adapter names, if it is there; from it
-    follow the `names` that transformers has. GGUF needs it. InputError for what a format has not.
+    `model_dir` is the base, by default the one that the adapter names, if it exists; it gives the
+    `names` in transformers. GGUF needs it. Raises InputError for what a format does not support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
     base_dir = folder.base_folder if model_dir is None else model_dir
     base = None if base_dir is None else Snapshot(base_dir)
     if to == "gguf" and base is None:
-        raise InputError("--to gguf needs the base: give --model, a folder with config.json.")
+        raise InputError("--to gguf needs the base model: add --model with its folder.")
     numbers = DTYPES[dtype]
     with new_folder(out) as aside:
         if to == "gguf" and base:
@@ -70,8 +70,8 @@ def export(
         if to == "peft":
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
-                    "the adapter is of a model for text and images, which transformers names in "
-                    "two ways: give its folder with --model, or --names."
+                    "the adapter belongs to a model for text and images, which transformers names "
+                    "in two ways: add --model with its folder, or --names."
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
@@ -88,9 +88,9 @@ def export(
 
 
 def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
-    """Writes an adapter folder of mlx-lm's, PEFT's, OptiQ's or mlx-bun's as one of ours.
+    """Writes an adapter of mlx-lm, PEFT, OptiQ or mlx-bun in our format.
 
-    With `model_dir` linears get the names that this model's files have.
+    With `model_dir` the layers get the names that this model's files have.
     """
     folder = open_folder(adapter_path)
     adapter = read_stored(folder, model_dir=model_dir)
@@ -108,21 +108,21 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
 
 
 def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
-    """The adapter, of which is known whether its embedding is the head too if it has one;
-    InputError if that is not."""
+    """Returns the adapter with the knowledge whether its embedding, if it has one, is also the
+    head. Raises InputError if that is unknown."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
         return adapter
     tied = None if base is None else read_shape(base).tied
     if tied is None:
         raise InputError(
-            "whether the embedding is the head too cannot be told without the base: give its "
+            "whether the embedding is also the head is unknown without the base model: add its "
             "folder with --model."
         )
     return replace(adapter, tied=tied)
 
 
 def about_of(adapter_path: Path | Folder) -> About:
-    """What an adapter's folder says of itself; empty where it says nothing."""
+    """Returns what an adapter's folder says about it; empty where it says nothing."""
     folder = open_folder(adapter_path)
     config = folder.config
     run = dict(ours(config))
@@ -140,26 +140,27 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32") -> Converted:
-    """Of an adapter that was written, and what was read of it; InputError if they differ by more
-    than rounding does."""
+    """Compares an adapter with what was written of it. Raises InputError if they differ by more
+    than rounding."""
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
-            f"what was written as {dtype} is off by {difference:.2g} where the update is "
-            f"{update:.2g}: nothing was kept of it."
+            f"as {dtype} the adapter would be off by {difference:.2g}, while the largest update is "
+            f"{update:.2g}: nothing was written."
         )
     ranks = sorted(set(adapter.ranks.values()))
     return Converted(out, len(adapter.tensors), ranks, update, difference)
 
 
 def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
-    """The largest |ΔW·x| of the first, and the largest difference between both.
+    """Returns the largest |ΔW·x| of the first adapter, and the largest difference between both.
 
-    x is normal, the same for both. InputError if they adapt other linears, or lengths differ.
+    x is normally distributed, and the same for both. Raises InputError if they adapt different
+    layers, or if lengths differ.
     """
     names = {bare(path): path for path in other.tensors}
     if not {bare(path) for path in one.tensors} == set(names) or len(names) != len(one.tensors):
-        raise InputError("what was written adapts other linears than what was read.")
+        raise InputError("what was written does not adapt the same layers as what was read.")
     update = difference = 0.0
     for i, path in enumerate(sorted(one.tensors)):
         twin = names[bare(path)]
@@ -172,7 +173,7 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         m, n = one.more.get(path), other.more.get(twin)
         if (m is None) != (n is None):
             kind = one.kind if n is None else other.kind
-            raise InputError(f"'{path}' has {kind.called} in one of the two only.")
+            raise InputError(f"'{path}' has {kind.called} in only one of the two.")
         if m is not None and n is not None:
             difference = max(difference, float(mx.abs(m - n).max()))
     return update, difference

@@ -1,4 +1,4 @@
-"""Which adapters there are below some folders, and which of them a model can take."""
+"""Finds the adapters below some folders, and which of them a model can use."""
 
 import json
 import math
@@ -16,16 +16,16 @@ from .conversion import about_of
 from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 
-#: Folders below a root that are looked into.
+#: Most folders below a root that are searched.
 DEPTH = 6
-#: Bytes of a run's log that is read for its best loss.
+#: Most bytes of a run's log that are read for its best loss.
 MOST_LOG = 64 << 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter on disk. `fits` says whether the model in question can take it, None: no model was
-    given; `fault` why it cannot be used."""
+    """An adapter on disk. `fits` says whether the given model can use it (None without a model),
+    `fault` why it cannot be used."""
 
     path: Path
     kind: str = ""
@@ -41,17 +41,17 @@ class Found:
 
 
 def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found]:
-    """All adapters below the roots, by path; what is no adapter at all is passed over."""
+    """Returns all adapters below the roots, by path; skips folders that are no adapter."""
     shape = read_shape(model_dir) if model_dir is not None else None
     return [look(folder, shape) for root in roots for folder in sorted(_folders(root))]
 
 
 def _folders(root: Path) -> Iterator[Path]:
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: give one to look into.")
+        raise InputError(f"{root} is not a folder: name the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # Checkpoints of the state are no adapters; those of evaluations are.
+        # Checkpoints of the state are not adapters; those of evaluations are.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
@@ -60,7 +60,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def look(folder: Path, shape: ModelShape | None = None) -> Found:
-    """What an adapter's folder tells; a fault is told, not raised."""
+    """Returns what an adapter's folder says; a fault is reported, not raised."""
     try:
         opened = open_folder(folder)
         ranks, about = ranks_in(opened), about_of(opened)
@@ -83,13 +83,13 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
 
 
 def _fits(folder: Folder, shape: ModelShape) -> bool:
-    """Whether every linear is one of the model's, as wide."""
+    """Returns whether every adapted layer exists in the model with the same widths."""
     widths = {bare(path): ends for path, ends in shape.widths.items()}
     known = {bare(name) for name in shape.tensors}
 
     def fits(path: str, width: int, out: int) -> bool:
         ends = (out, width) if path.endswith("embed_tokens") else (width, out)
-        # Widths of experts are not in the header's two dimensions.
+        # The header does not give the widths of experts in two dimensions.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
     try:
@@ -100,11 +100,11 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
 
 
 def best_loss(run: Path) -> float | None:
-    """The lowest validation loss in a run's log, if it has one."""
+    """Returns the lowest validation loss in a run's log; None if it has none."""
     best = math.inf
     try:
         with open_regular(run / "metrics.jsonl") as log:
-            # The beginning, line by line, of a log as it may be.
+            # Reads the beginning of the log line by line; it may hold anything.
             lines = log.readlines(MOST_LOG) if os.fstat(log.fileno()).st_size < MOST_LOG else ()
             for line in lines:
                 if b'"val"' not in line:
@@ -113,5 +113,5 @@ def best_loss(run: Path) -> float | None:
                 if event.get("kind") == "val" and isinstance(event.get("loss"), float):
                     best = min(best, event["loss"])
     except (OSError, ValueError, AttributeError, RecursionError):
-        pass  # what was found so far counts
+        pass  # keeps what was found so far
     return best if math.isfinite(best) else None

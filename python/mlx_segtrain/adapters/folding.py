@@ -1,4 +1,4 @@
-"""An adapter folded into its base: weights that need no adapter any more, one shard at a time."""
+"""Merges an adapter into its base model, one weight file at a time."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,29 +14,30 @@ from ..lora import Adapter
 from ..models.snapshot import Quantization, Snapshot
 from .tying import check_base
 
-#: Bytes of a file of weights, at most, unless one tensor is larger.
+#: Most bytes of a weight file, unless a single tensor is larger.
 SHARD = 4 << 30
-#: Share of an update that may be missing before the report warns.
+#: Share of an update that may be lost before the report warns.
 LOST = 0.1
 #: What a module that is changed may hold.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: What of a model's folder is copied: no weights of other formats.
+#: What is copied from a model's folder: no weights in other formats.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
-#: Keys of a quantization in config.json that are no module's.
+#: Keys of a quantization in config.json that are not modules.
 COMMON = ("group_size", "bits", "mode")
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What became of a linear's update. Norms are roots of sums of squares.
+    """How much of a layer's update is in the merged weight. Norms are roots of sums of squares.
 
     W is the base's weight, ΔW the update, W' what was written. `lost` is the share of ΔW that W'
-    has not, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: 0 if all of it is there, 1 if nothing. `error` is what
-    rounding did besides, ‖W' − (W + ΔW)‖ / ‖ΔW‖: noise, which a model bears better than a loss.
+    lacks, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: 0 if all of it is there, 1 if nothing is. `error` is the
+    rounding error relative to the update, ‖W' − (W + ΔW)‖ / ‖ΔW‖: noise, which a model tolerates
+    better than a loss.
     """
 
     path: str
-    bits: int | None  #: of the folded weight; None: not quantized
+    bits: int | None  #: of the merged weight; None: not quantized
     update: float
     weight: float
     lost: float
@@ -45,21 +46,21 @@ class Folded:
 
 @dataclass(frozen=True)
 class Report:
-    """A snapshot that was written, and what it has of the adapter."""
+    """A model folder that was written, and how much of the adapter it has."""
 
     path: Path
     linears: list[Folded]
-    untouched: int  #: tensors that are bit for bit those of the base
+    untouched: int  #: tensors that are bit-identical to the base's
     size: int  #: bytes of all weights
 
     @property
     def swallowed(self) -> list[Folded]:
-        """Linears of which the folded weight misses more than a tenth of the update."""
+        """Layers whose merged weight lost more than a tenth of the update."""
         return [own for own in self.linears if not own.lost < LOST]
 
     @property
     def lost(self) -> float:
-        """The share of the whole update that is missing."""
+        """The share of the whole update that is lost."""
         total = sum(own.update**2 for own in self.linears)
         return sum(own.lost * own.update**2 for own in self.linears) / total if total else 0.0
 
@@ -74,24 +75,27 @@ def fold(
     dtype: mx.Dtype | None = None,
     on_linear: Callable[[Folded], None] = lambda own: None,
 ) -> Report:
-    """Writes the base with the adapter in its weights, a model folder that mlx-lm loads.
+    """Writes the base model with the adapter in its weights, as a folder that mlx-lm loads.
 
-    Quantized linears are quantized again as they were, or with so many `bits`; with `dequantize`
-    the whole model is dense afterwards, in `dtype` or that in which the base computes. What the
-    adapter does not touch is copied bit for bit. One file of weights is in memory at a time.
-    InputError if the two do not fit each other.
+    Quantized layers are quantized again as they were, or with this many `bits`; with `dequantize`
+    the whole model is dense, in `dtype` or the dtype in which the base computes. What the adapter
+    does not change is copied bit for bit. One weight file is in memory at a time. Raises InputError
+    if the two do not fit each other.
     """
     if dequantize and bits is not None:
-        raise InputError("--dequantize and --bits contradict each other: give one of them.")
+        raise InputError("--dequantize and --bits contradict each other: use only one of them.")
     if dtype is not None and not dequantize:
-        raise InputError("--dtype is of weights that --dequantize makes: give both.")
+        raise InputError("--dtype sets the dtype of dequantized weights: add --dequantize.")
     if bits not in (None, 2, 3, 4, 5, 6, 8):
-        raise InputError(f"--bits is {bits}: MLX quantizes to 2, 3, 4, 5, 6 or 8.")
+        raise InputError(f"--bits must be 2, 3, 4, 5, 6 or 8; got {bits}.")
     base = Snapshot(model_dir, whole=True)
     check_base(adapter, base)
     linears = linears_of(adapter, base)
     if bits is not None and not any(map(base.quantization, linears)):
-        raise InputError(f"{model_dir} is not quantized where the adapter is: leave --bits out.")
+        raise InputError(
+            f"the layers that the adapter changes in {model_dir} are not quantized: leave "
+            "--bits out."
+        )
     found: list[Folded] = []
     untouched = 0
     with new_folder(out) as aside:
@@ -128,14 +132,15 @@ def fold(
 
 
 def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
-    """The adapter's name of each linear, by the base's; InputError if one is not there."""
+    """Returns the adapter's name of each layer by the base's. Raises InputError if a layer does not
+    exist."""
     found: dict[str, str] = {}
     for name in adapter.tensors:
         path = base.spelled(name)
         if path is None:
             raise InputError(
-                f"'{name}' is no linear of {base.folder} as its files name them: it is of another "
-                "model, or this one is not in mlx-lm's form (mlx_lm.convert)."
+                f"'{name}' is not a layer in the files of {base.folder}: the adapter belongs to "
+                "another model, or this model is not in mlx-lm's format (mlx_lm.convert)."
             )
         if path in found:
             raise InputError(f"the adapter holds two updates of '{path}': remove one.")
@@ -144,13 +149,14 @@ def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
 
 
 def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
-    """Path and tensors of each module, in the order of the files; read when they are used."""
+    """Yields path and tensors of each module, in the order of the files; read when they are
+    used."""
     files: dict[str, dict[str, Path]] = {}
     for file, header in base.headers.items():
         for name in header:
             path, _, leaf = name.rpartition(".")
             files.setdefault(path, {})[leaf] = file
-    opened: dict[Path, Any] = {}  # one at a time, or two where a module lies in both
+    opened: dict[Path, Any] = {}  # one at a time, or two where a module spans both
 
     def take(path: str) -> dict[str, mx.array]:
         found: dict[str, mx.array] = {}
@@ -162,47 +168,50 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
                 del opened[file]
         return found
 
-    # Each file is read once: a module goes with its first tensor.
+    # Each file is read once: a module is handled with its first tensor.
     for path in sorted(files, key=lambda path: (next(iter(files[path].values())), path)):
         yield path, take(path)
 
 
 def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized: bool) -> None:
-    """InputError if a module that is changed is more than a weight, quantized by MLX or not."""
+    """Raises InputError if a module that is changed is more than a weight, quantized by MLX or
+    not."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
         what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
         raise InputError(
-            f"'{path}' of {base.folder} {what}, which is not folded: convert the model first "
+            f"'{path}' of {base.folder} {what} and cannot be merged into: convert the model first "
             "(mlx_lm.convert)."
         )
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """A quantization with so many bits; MLX has a choice of them in the affine mode alone."""
+    """Returns the quantization with this many bits; MLX has a choice of bits in affine mode
+    only."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")
 
 
 def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """What a module has beside its weight: a bias that is added."""
+    """Returns what a module has besides its weight: a bias that is added."""
     return {"bias": module["bias"]} if "bias" in module else {}
 
 
 def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.Dtype) -> mx.array:
-    """The weight of a module that is quantized so, or not, in this dtype."""
+    """Returns the weight of a module, quantized in this way or not, as a dense array of this
+    dtype."""
     weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
     if how is None or scales is None:
         return weight.astype(dtype)
-    if biases is not None:  # MLX computes in their dtype, whichever is asked for
+    if biases is not None:  # MLX computes in their dtype, whichever is requested
         scales, biases = scales.astype(dtype), biases.astype(dtype)
     options: Any = asdict(how)
     return mx.dequantize(weight, scales, biases, **options, dtype=dtype)
 
 
 def _dtype(base: Snapshot, module: Mapping[str, mx.array]) -> mx.Dtype:
-    """In which the base computes with a quantized module."""
+    """Returns the dtype in which the base computes with a quantized module."""
     scales = module["scales"].dtype
     if mx.issubdtype(scales, mx.floating):
         return scales
@@ -220,8 +229,8 @@ def _folded(
     kept: Quantization | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """The module, which is quantized so, with the update in its weight and quantized as is to be
-    `kept`; and how much of the update is there."""
+    """Returns the module with the update in its weight, quantized as `kept` says; and how much of
+    the update is there."""
     bits = None if kept is None else kept.bits
     before = _dense(module, how, mx.float32)
     wanted = _updated(adapter, name, before, path)
@@ -248,7 +257,7 @@ def _norm(x: mx.array) -> float:
 
 
 def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.array:
-    """W + ΔW in float32: [out, in], of an embedding [V, H], of experts [E, out, in]."""
+    """Returns W + ΔW in float32: [out, in]; for an embedding [V, H]; for experts [E, out, in]."""
     a, b = adapter.tensors[name]
     if a.ndim == 3:
         delta = b @ a
@@ -267,7 +276,7 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
 
 
 def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
-    """Says in config.json how a module is quantized, unless that follows from the rest."""
+    """Notes in config.json how a module is quantized, unless that follows from the rest."""
     for key in ("quantization", "quantization_config"):
         whole = config.get(key)
         if isinstance(whole, dict):
@@ -277,7 +286,7 @@ def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
 
 
 class _Writer:
-    """Files of weights of at most SHARD bytes, and their index."""
+    """Writes weight files of at most SHARD bytes, and their index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -301,7 +310,8 @@ class _Writer:
         mx.clear_cache()
 
     def close(self) -> int:
-        """Gives the files their names, of which each tells the number of all; bytes of all."""
+        """Renames the files, since each name contains the number of files; returns the bytes of
+        all."""
         self._write()
         n = len(self.files)
         where = {}

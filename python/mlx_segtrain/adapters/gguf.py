@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, written and read by the gguf package (the extra gguf)."""
+"""Adapters for llama.cpp, written and read with the gguf package (the extra gguf)."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from ..lora.paths import bare
 from .card import About, write_card
 
 NAME = "adapter.gguf"
-#: By model_type: the architecture in llama.cpp, and whether rotary pairs are neighbours there.
+#: By model_type: llama.cpp's architecture, and whether its rotary pairs are neighbours.
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -29,23 +29,25 @@ ARCHITECTURES = {
 def write_gguf(
     folder: Path, adapter: Adapter, about: About, base: dict[str, Any], dtype: mx.Dtype
 ) -> Adapter:
-    """Writes adapter.gguf and README.md; what is in the file, read again.
+    """Writes adapter.gguf and README.md; returns the content of the file, read back.
 
-    B has the multiplier in it, and alpha 0 says that there is none besides. InputError for what
-    llama.cpp has not, or if the package is missing.
+    B includes the multiplier; alpha 0 says that there is no other. Raises InputError for what
+    llama.cpp does not support, or if the package is missing.
     """
     if find_spec("gguf") is None:
         raise InputError('--to gguf needs the package gguf: pip install "mlx-segtrain[gguf]".')
     if dtype == mx.bfloat16:
-        raise InputError("--dtype of GGUF is float32 or float16.")
+        raise InputError("--dtype for GGUF must be float32 or float16.")
     gguf: Any = import_module("gguf")
     if (kind := adapter.kind) is not LORA:
-        raise InputError(f"llama.cpp has no {kind.name}: merge the adapter into its base instead.")
+        raise InputError(
+            f"llama.cpp does not support {kind.name}: merge the adapter into its base instead."
+        )
     text = base.get("text_config") or base
     family = str(base.get("model_type"))
     if family not in ARCHITECTURES:
         raise InputError(
-            f"models of type {family} cannot be exported to GGUF: known are "
+            f"models of type {family} cannot be exported to GGUF, only "
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
     name, neighbours = ARCHITECTURES[family]
@@ -85,13 +87,16 @@ def write_gguf(
 def _place(names: Any, path: str) -> str:
     found = names.get_name(bare(path))
     if found is None or "switch_mlp" in path or "embed_tokens" in path:
-        raise InputError(f"'{path}' cannot be exported to GGUF: llama.cpp adapts linears only.")
+        raise InputError(
+            f"'{path}' cannot be exported to GGUF: llama.cpp adapts plain linear layers only."
+        )
     return str(found)
 
 
 def turn(b: mx.array, heads: int | None, *, back: bool = False) -> mx.array:
-    """B [out, R] with rows in the order in which rotary pairs are neighbours: of each head one of
-    the first half, then its partner of the second. `back`: the other way; None: as it is."""
+    """Returns B [out, R] with its rows in the order in which rotary pairs are neighbours: for each
+    head one of the first half, then its partner of the second. `back`: the reverse; None:
+    unchanged."""
     if heads is None:
         return b
     half = b.shape[0] // heads // 2

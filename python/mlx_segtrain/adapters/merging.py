@@ -1,4 +1,4 @@
-"""Several adapters as one, exactly: their factors side by side."""
+"""Merges several adapters into one, exactly: their factors side by side."""
 
 import math
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ from .writing import write_adapter
 
 
 def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """ΔW = Σ weight·ΔW: A next to A, B below B with its multiplier and weight in it.
+    """ΔW = Σ weight·ΔW: the A's side by side, and the B's below each other, multiplied by
+    multiplier and weight.
 
-    The rank of a linear is the sum of those it has. InputError for DoRA, whose lengths do not add,
-    and for adapters of different models.
+    The rank of a layer is the sum of the adapters' ranks. Raises InputError for DoRA, whose lengths
+    cannot be added, and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
-    names: dict[str, str] = {}  # by path without the wrapper, which one may have and one not
+    names: dict[str, str] = {}  # by path without the prefix, which only some of them may have
     for adapter, weight in zip(adapters, weights, strict=True):
         if (kind := adapter.kind) is not LORA:
             raise InputError(f"{kind.name} adapters cannot be merged: {kind.apart}.")
@@ -35,10 +36,12 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             tensors.setdefault(path_here, []).append(own)
     joined = {}
     for path, parts in tensors.items():
-        # All sizes but the rank; of experts A is [E, R, in] and B [E, out, R].
+        # All sizes but the rank; with experts A is [E, R, in] and B [E, out, R].
         ends = {(a.shape[::2], b.shape[1:] if b.ndim == 2 else b.shape[:2]) for a, b in parts}
         if len(ends) > 1:
-            raise InputError(f"the adapters are of different models: '{path}' has other widths.")
+            raise InputError(
+                f"the adapters belong to different models: the widths of '{path}' differ."
+            )
         axis = 2 if parts[0][1].ndim == 3 else 0
         a = mx.concatenate([a for a, _ in parts], axis=1)
         joined[path] = a, mx.concatenate([b for _, b in parts], axis=axis)
@@ -48,33 +51,36 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 def weighted(
     paths: Sequence[Path], weights: Sequence[float] | None = None, model_dir: Path | None = None
 ) -> Adapter:
-    """The sum of the adapters in these folders; a single one as it is, DoRA too.
+    """Returns the sum of the adapters in these folders; a single one is returned as it is, also
+    DoRA.
 
     `model_dir` is the base, by default the one that an adapter names.
     """
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
-        raise InputError(f"{len(chosen)} weights for {len(paths)} adapters: give one for each.")
+        raise InputError(
+            f"{len(chosen)} weights for {len(paths)} adapters: give one weight for each."
+        )
     if not all(map(math.isfinite, chosen)):
-        raise InputError("a weight is no finite number.")
+        raise InputError("a weight is not a finite number.")
     if len(paths) == 1 and chosen == [1.0]:
         return read_stored(paths[0], model_dir=model_dir)
     return merged([read_stored(path, model_dir=model_dir) for path in paths], chosen)
 
 
 def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Converted:
-    """Writes the sum of several adapters, weighted (by default with 1), as one of ours."""
+    """Writes the weighted sum of several adapters (default weights: 1) as one of our adapters."""
     adapter = weighted(paths, weights)
     chosen = [1.0] * len(paths) if weights is None else weights
     abouts = [about_of(path) for path in paths]
     if len({Path(about.model).name for about in abouts if about.model}) > 1:
         bases = ", ".join(sorted({about.model for about in abouts}))
-        raise InputError(f"the adapters are of different bases ({bases}): their sum is of none.")
+        raise InputError(f"the adapters have different base models ({bases}) and cannot be merged.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    # How prompts are rendered is kept where all were trained alike; else generation decides.
+    # How prompts are rendered is kept if all were trained the same way; else generation decides.
     first, *others = (Prompting.of(about.run) for about in abouts)
     run = first.as_run() if all(other == first for other in others) else {}
-    about = About(abouts[0].model, run=run, facts={"merged of": sources})
+    about = About(abouts[0].model, run=run, facts={"merged from": sources})
     with new_folder(out) as aside:
         write_adapter(aside, adapter, about)
         return compared(out, adapter, read_stored(aside, tied=adapter.tied))

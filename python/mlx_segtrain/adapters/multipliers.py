@@ -1,4 +1,4 @@
-"""What the product of a linear's factors is multiplied by, as each format says it."""
+"""Finds the multiplier of a layer's product of factors, which each format gives in its own way."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from ..errors import InputError
 from ..files import read_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
-#: Patterns of a configuration, characters of each, bytes for its automata, and how many of them are
-#: tried for all linears together: seconds.
+#: Limits: patterns of a configuration, characters of each, bytes for its automata, and pattern
+#: matches over all layers, which bound the seconds.
 PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 
 def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
-    """The multiplier of a linear's update, by its stored path and rank."""
+    """Returns the multiplier of a layer's update, by its stored path and rank."""
     if not folder.peft:
         scale, over_root = _scale(folder), _is_over_root(folder)
         return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
@@ -24,10 +24,10 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
 
     def multiplier(stored: str, rank: int) -> float:
-        if (expected := ranks(stored)) != rank:  # then alpha is not for this rank either
+        if (expected := ranks(stored)) != rank:  # then alpha does not belong to this rank either
             raise InputError(
                 f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
-                f"say {expected:g}: the two files are not of the same adapter."
+                f"say {expected:g}: the two files belong to different adapters."
             )
         return alphas(stored) / (math.sqrt(rank) if folder.config.get("use_rslora") else rank)
 
@@ -35,7 +35,8 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
 
 
 def common_multiplier(folder: Folder, rank: int) -> float | None:
-    """The multiplier of linears of this rank that match no pattern of PEFT; None if unknown."""
+    """Returns the multiplier of layers of this rank that match no PEFT pattern; None if the
+    configuration does not give one."""
     if not folder.peft:
         return multiplier_of(folder)("", rank)
     alpha = number(folder.config_file, folder.config, "lora_alpha")
@@ -46,7 +47,8 @@ def common_multiplier(folder: Folder, rank: int) -> float | None:
 
 
 def _scale(folder: Folder) -> float:
-    """Where mlx-lm has it, else at the top as OptiQ may have it, else alpha over the rank."""
+    """Returns mlx-lm's scale, else the one at the top level, where OptiQ may have it, else alpha
+    divided by the rank."""
     file, config = folder.config_file, folder.config
     for values in (section(file, config, "lora_parameters"), config):
         scale = number(file, values, "scale")
@@ -62,7 +64,8 @@ def _scale(folder: Folder) -> float:
 
 
 def _is_over_root(folder: Folder) -> bool:
-    """Whether the multiplier is the scale over the root of the rank; ours holds the root already.
+    """Returns whether the multiplier is scale divided by the square root of the rank; ours is
+    already divided.
 
     mlx-bun writes the flag into OptiQ's file only.
     """
@@ -80,11 +83,12 @@ def _is_over_root(folder: Folder) -> bool:
 
 
 def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
-    """Values by patterns of the path, as PEFT has them: the first that matches an end of the path,
-    from a dot on; else the general one.
+    """Returns values by patterns of the path, as in PEFT: of the first pattern that matches an end
+    of the path starting at a dot; else the general value.
 
-    Patterns are a stranger's: RE2 needs time in proportion to the text, whatever the pattern, and
-    bounded memory. InputError for what it does not take, and for more than can be tried.
+    Patterns are untrusted: RE2 needs time proportional to the text, whatever the pattern, and
+    bounded memory. Raises InputError for patterns that RE2 does not support, and for more than can
+    be tried.
     """
     file, config = folder.config_file, folder.config
     own, tried = section(file, config, name), 0
@@ -101,10 +105,9 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
             return re2.compile(rf"(.*\.)?({pattern})$", options=options)
         except (re2.error, UnicodeError) as error:
             told = error.args[0]
-            reason = told.decode("utf-8", "replace") if isinstance(told, bytes) else "it is no text"
+            reason = told.decode("utf-8", "replace") if isinstance(told, bytes) else "not text"
             raise refused(
-                f"no regular expression, or one that RE2 does not take: {pattern[:60]!r} "
-                f"({reason[:100]})"
+                f"a pattern that RE2 does not support: {pattern[:60]!r} ({reason[:100]})"
             ) from None
 
     if len(own) > PATTERNS:
@@ -115,7 +118,7 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
         nonlocal tried
         tried += len(patterns)
         if tried > TRIED:
-            raise refused("too many patterns for so many linears")
+            raise refused("too many patterns for this many layers")
         key = next((key for key, pattern in patterns.items() if pattern.match(stored)), None)
         found = number(file, config, general) if key is None else number(file, own, key)
         if found is None:

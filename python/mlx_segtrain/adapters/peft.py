@@ -1,4 +1,5 @@
-"""HF PEFT's folders: names as transformers has them, factors transposed, alpha over the rank."""
+"""Folders of Hugging Face PEFT: names as in transformers, transposed factors, alpha divided by the
+rank."""
 
 import re
 from collections import Counter
@@ -17,7 +18,7 @@ from .writing import peft_config
 
 Names = Literal["text", "multimodal"]
 
-#: Modules that mlx-lm and transformers have under the same names, but for the wrapper's.
+#: Modules that have the same names in mlx-lm and transformers, apart from the prefix.
 _KNOWN = re.compile(
     r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.layers\.\d+\.per_layer_\w+"
     r"|model\.embed_tokens|lm_head"
@@ -26,20 +27,22 @@ _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
 
 def hf_path(path: str, names: Names) -> str:
-    """A module of mlx-lm's as transformers names it; InputError if it has no counterpart there."""
+    """Converts the path of an mlx-lm module to that of transformers. Raises InputError if there is
+    none."""
     inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
-            "experts are one tensor there, which PEFT's LoRA does not take apart"
+            "transformers has the experts in one tensor, which PEFT's LoRA does not split"
             if "switch_mlp" in inner or "experts" in inner
-            else "it is not known under which name transformers has it"
+            else "its name in transformers is unknown"
         )
         raise InputError(f"'{path}' cannot be exported to PEFT: {why}.")
     return in_transformers(inner) if names == "multimodal" else inner
 
 
 def names_of(base: dict[str, Any]) -> Names:
-    """How transformers names modules of the model with this config.json, loaded as it says."""
+    """Returns how transformers names the modules of the model with this config.json, when loaded as
+    it says."""
     architectures = " ".join(base.get("architectures") or [])
     wrapped = "ForConditionalGeneration" in architectures
     return "multimodal" if wrapped or (not architectures and "text_config" in base) else "text"
@@ -48,13 +51,13 @@ def names_of(base: dict[str, Any]) -> Names:
 def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: mx.Dtype) -> None:
     """Writes adapter_model.safetensors, adapter_config.json and README.md into an empty folder.
 
-    The update of an embedding that is the head too is written for both, as PEFT does with
-    ensure_weight_tying; releases that do not know it read two updates that are the same. InputError
-    for what PEFT does not have.
+    The update of an embedding that is also the head is written for both, as PEFT does with
+    ensure_weight_tying; releases without that option read two equal updates. Raises InputError for
+    what PEFT does not support.
     """
     tensors: dict[str, mx.array] = {}
     targets: dict[str, str] = {}
-    twin: str | None = None  # the embedding whose update the head has too
+    twin: str | None = None  # the embedding whose update the head shares
     for module, (a, b) in adapter.tensors.items():
         target = hf_path(module, names)
         kind = "embedding_{}" if module.endswith(_EMBEDDING) else "{}.weight"
@@ -82,7 +85,7 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
             "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
             "ensure_weight_tying": twin is not None,
-            "use_rslora": False,  # the multipliers have it
+            "use_rslora": False,  # the multipliers include it
             "modules_to_save": None,
         },
     )

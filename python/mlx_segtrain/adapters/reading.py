@@ -1,12 +1,12 @@
-"""Adapter folders as they stand on disk: ours, those of mlx-lm and its relatives, HF PEFT's.
+"""Reads adapter folders: ours, and those of mlx-lm, its relatives and Hugging Face PEFT.
 
     adapters.safetensors       <path>.lora_a [in, R], <path>.lora_b [R, out]; one multiplier
     adapter_model.safetensors  base_model.model.<path>.lora_A.weight [R, in], ….lora_B.weight
-                               [out, R], of an embedding ….lora_embedding_A and B; alpha over the
-                               rank, by linear
-    DoRA                       besides <path>.m [out], ….lora_magnitude_vector [out]
+                               [out, R], for an embedding ….lora_embedding_A and B; alpha
+                               divided by the rank, layer by layer
+    DoRA                       also <path>.m [out], ….lora_magnitude_vector [out]
 
-adapter_config.json is beside either. What is more than an update of low rank is refused by name.
+Each has an adapter_config.json. Anything more than a low-rank update is refused by name.
 """
 
 import math
@@ -27,7 +27,7 @@ from ..safetensors import FLOATS, read_header
 from .multipliers import multiplier_of
 from .tying import check_twins, joined, tied_by_files
 
-#: Arrays of an update by their names in mlx-lm's files and in PEFT's.
+#: Names of an update's arrays in mlx-lm's files and in PEFT's.
 _OURS = dict(zip(ARRAYS, ARRAYS, strict=True))
 _PEFTS = {
     **{"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"},
@@ -41,20 +41,20 @@ _OUR_ENDS, _PEFT_ENDS = (
 
 
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
-    """Reads an adapter folder of ours, mlx-lm's, OptiQ's, mlx-bun's or PEFT's, for this model.
+    """Reads an adapter folder of ours, mlx-lm, OptiQ, mlx-bun or PEFT, for this model.
 
-    InputError if files are missing or unreadable, names or shapes do not fit the model, or the
-    adapter is more than a LoRA of linears.
+    Raises InputError if files are missing or unreadable, names or shapes do not fit the model, or
+    the adapter is more than a LoRA of linear layers.
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
     arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        # A text model may stand alone in the one, and in a model for text and images in the other.
+        # One of the two may be a bare text model, and the other a model for text and images.
         linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
-                f"{weights}: '{name}' is no linear of this model that can be adapted: it was "
+                f"{weights}: '{name}' is not a layer of this model that can be adapted: it was "
                 "trained on another model, or on more."
             )
         if linear in arrays:
@@ -63,11 +63,13 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
         if (a.shape, b.shape) != wanted:
             raise InputError(
                 f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
-                f"model wants {wanted[0]} and {wanted[1]}: it was trained on another model."
+                f"model needs {wanted[0]} and {wanted[1]}: it was trained on another model."
             )
         kind = stored.kind
         if kind is not LORA and isinstance(adaptable[linear], EMBEDDINGS):
-            raise InputError(f"{weights}: '{linear}' is an embedding, of which is no {kind.name}.")
+            raise InputError(
+                f"{weights}: '{linear}' is an embedding, which {kind.name} does not support."
+            )
         arrays[linear], scales[linear] = stored.arrays(name), stored.scales[name]
     return Adapter.of(arrays, scales, chain.tied_for(arrays))
 
@@ -75,11 +77,11 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
 def read_stored(
     path: str | Path | Folder, *, model_dir: Path | None = None, tied: bool | None = None
 ) -> Adapter:
-    """Reads an adapter folder without its model: linears under the names that mlx-lm gives them.
+    """Reads an adapter folder without its model; layers get the names that mlx-lm gives them.
 
-    `tied`: the base has no head of its own; by default that is looked up where it matters, in
-    `model_dir` or the base that the adapter names. InputError as from read_adapter, as far as it
-    takes no model, and if that cannot be told.
+    `tied`: the base has no separate head; by default that is looked up where it matters, in
+    `model_dir` or the base that the adapter names. Raises InputError like read_adapter, as far as
+    that needs no model, and if `tied` cannot be found out.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -89,7 +91,9 @@ def read_stored(
     found, twins = joined(folder, everything, tied)
     for name, (dtype, _) in header.items():
         if dtype not in FLOATS:
-            raise InputError(f"{folder.weights}: '{name}' is {dtype}, and factors are not.")
+            raise InputError(
+                f"{folder.weights}: '{name}' is {dtype}, but factors must be floating-point."
+            )
     try:
         loaded: Any = mx.load(str(folder.weights))
     except (RuntimeError, ValueError, OSError) as error:
@@ -106,7 +110,7 @@ def read_stored(
         if not _fit(a.shape, b.shape):
             raise InputError(
                 f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, which do "
-                "not go together."
+                "not fit together."
             )
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
@@ -125,22 +129,25 @@ def read_stored(
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether factors of these shapes can be multiplied: of a linear, or of one with experts."""
+    """Returns whether factors of these shapes can be multiplied: for a linear layer, or one with
+    experts."""
     if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return False
     return a[1] == b[0] if len(a) == 2 else (a[0], a[1]) == (b[0], b[2])
 
 
 def is_dora(path: str | Path) -> bool:
-    """Whether the adapter in this folder has magnitudes; InputError as from read_adapter."""
+    """Returns whether the adapter in this folder has magnitudes. Raises InputError like
+    read_adapter."""
     return open_folder(path).kind is DORA
 
 
 def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, int]:
-    """Rank of each adapted linear by its stored path, in mlx-lm's terms; reads the header alone.
+    """Returns the rank of each adapted layer by its stored path, in mlx-lm's terms; reads only the
+    header.
 
-    `tied`: the base has no head of its own; None: it is not known. InputError as from read_adapter,
-    as far as it takes no model.
+    `tied`: the base has no separate head; None: unknown. Raises InputError like read_adapter, as
+    far as that needs no model.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 
@@ -148,7 +155,8 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
 def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
-    """In, rank and out of each adapted linear (of one with experts, of each), as ranks_in."""
+    """Returns in, rank and out of each adapted layer (of each expert, if it has them); otherwise
+    like ranks_in."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}
@@ -163,27 +171,27 @@ def stored_shapes(
 
 
 def stored_bytes(path: str | Path | Folder) -> int:
-    """Bytes that the factors will take as float32; reads the header alone. InputError."""
+    """Returns the bytes of the factors as float32; reads only the header. Raises InputError."""
     header = read_header(open_folder(path).weights)
     return 4 * sum(math.prod(shape) for _, shape in header.values())
 
 
 def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of the tensors of each linear by its stored path, in the order of folder.arrays.
+    """Returns the names of each layer's tensors by its stored path, in the order of folder.arrays.
 
-    InputError if one is missing, or is too much.
+    Raises InputError if a tensor is missing or unexpected.
     """
     known, ends = (_PEFTS, _PEFT_ENDS) if folder.peft else (_OURS, _OUR_ENDS)
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
         if folder.peft and name.endswith(".base_layer.weight"):
-            continue  # of an adapted embedding PEFT saves the base too, which is as it was
+            continue  # PEFT also saves the base of an adapted embedding, which is unchanged
         match = ends.fullmatch(name)
         if match is None:
-            raise InputError(f"{folder.weights}: tensor '{name}' is no factor of a linear's LoRA.")
+            raise InputError(f"{folder.weights}: tensor '{name}' is not a LoRA factor.")
         found.setdefault(match[1], {})[known[match[2]]] = name
     if not found:
-        raise InputError(f"{folder.weights} holds no lora_a for any linear.")
+        raise InputError(f"{folder.weights} holds no lora_a for any layer.")
     called = {name: name for name in FACTORS} | {kind.array: kind.called for kind in KINDS}
     for stored, own in found.items():
         for key in folder.arrays:
@@ -194,13 +202,13 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
             if kind.array in own and kind is not folder.kind:
                 raise InputError(
                     f"{folder.weights}: '{stored}' has {kind.called}, but {CONFIG} does not say "
-                    f"that it is a {kind.name} adapter: the two files are not of the same adapter."
+                    f"that it is a {kind.name} adapter: the two files belong to different adapters."
                 )
     return {stored: [own[key] for key in folder.arrays] for stored, own in found.items()}
 
 
 def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
-    """From the shape of a as it is stored."""
+    """Returns the rank, from the shape of the stored a."""
     rank = shape[0 if folder.peft else 1] if len(shape) > 1 else 0
     if rank == 0:
         raise InputError(f"{folder.weights}: '{stored}' has lora_a {shape}, which has no rank.")

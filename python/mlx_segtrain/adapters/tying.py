@@ -1,11 +1,11 @@
-"""Updates of an embedding that is the head too: what they mean to mlx-lm, to PEFT, and to us.
+"""Updates of an embedding that is also the head: what they mean in mlx-lm, in PEFT and here.
 
-To mlx-lm, and so in our files, an update of the embedding is one of its weight: a head that has no
-weight of its own computes with it, too. To PEFT it is one of the module: the head goes on with the
-base's weight unless it has an update as well. With `ensure_weight_tying` PEFT gives it the
-embedding's, and writes those factors a second time, transposed, under the head's name. So of PEFT's
-adapters for such a base only those are ours in which both have the same update. In our files
-`segtrain.tied` says which kind of base the update of an embedding is for.
+In mlx-lm, and so in our files, an update of the embedding changes its weight: a head without its
+own weight also computes with it. In PEFT it changes the module: the head keeps the base's weight
+unless it has an update as well. With `ensure_weight_tying` PEFT gives the head the embedding's
+update, and writes its factors a second time, transposed, under the head's name. So PEFT's adapters
+for such a base can be read only if both have the same update. In our files `segtrain.tied` says for
+which kind of base the update of an embedding is.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from ..lora.folder import Folder
 from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 
-#: Names of the tensors of each linear, by its stored path.
+#: Names of each layer's tensors, by its stored path.
 Found = dict[str, list[str]]
-#: What transformers calls a head.
+#: The name of a head in transformers.
 HEADS = ("lm_head", "embed_out")
 MENDED = (
     "but this model has one weight for both: train it again with ensure_weight_tying, or merge it "
@@ -34,10 +34,10 @@ def is_head(path: str) -> bool:
 
 
 def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool | None:
-    """Whether the adapter's base has no head of its own, if that matters; None if it is not known.
+    """Returns whether the adapter's base has no separate head, if that matters; None if unknown.
 
-    The base is `model_dir`, or what the adapter names, where that is a folder. InputError if it
-    matters and cannot be told, or the base cannot be read.
+    The base is `model_dir`, or the folder that the adapter names. Raises InputError if it matters
+    and cannot be found out, or if the base cannot be read.
     """
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if not (embeds or heads or folder.tied is not None):
@@ -49,41 +49,43 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if heads and folder.config.get("ensure_weight_tying"):
         return True
     raise InputError(
-        f"{folder.weights}: whether the embedding is the head too cannot be told without "
-        "the base: give its folder with --model."
+        f"{folder.weights}: whether the embedding is also the head is unknown without "
+        "the base model: add its folder with --model."
     )
 
 
 def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
-    """What is left if embedding and head of the base are one weight, and the head's part by path.
+    """Returns what remains if embedding and head of the base are one weight, and the removed part
+    of the head by path.
 
-    By names alone: whether what is left out of it is the embedding's update, `check_twins` tells.
-    InputError if the adapter is of one of the two, or of another kind of base.
+    Decides by names only: `check_twins` tests whether the removed part equals the embedding's
+    update. Raises InputError if the adapter updates only one of the two, or belongs to another kind
+    of base.
     """
     if tied is None:
         return found, {}
     if folder.tied is not None and folder.tied != tied:
         own, other = ("no head", "one") if tied else ("a head", "none")
         raise InputError(
-            f"{folder.weights}: this model has {own} of its own, and that for which the update of "
-            f"the embedding was made has {other}: it was trained on another model."
+            f"{folder.weights}: this model has {own} of its own, but the model for which the "
+            f"update of the embedding was made has {other}: it was trained on another model."
         )
     if not tied:
         return found, {}
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if heads and not folder.peft:
         raise InputError(
-            f"{folder.weights}: '{heads[0]}' is a head, and this model has none of its own: its "
+            f"{folder.weights}: '{heads[0]}' is a head, but this model has none of its own: its "
             "embedding is its head."
         )
     if heads and not embeds:
         raise InputError(
-            f"{folder.weights}: PEFT's update of '{heads[0]}' leaves the embedding as it is, "
+            f"{folder.weights}: PEFT's update of '{heads[0]}' leaves the embedding unchanged, "
             f"{MENDED}"
         )
     if embeds and not heads and not folder.config.get("ensure_weight_tying"):
         raise InputError(
-            f"{folder.weights}: PEFT's update of '{embeds[0]}' leaves the head as it is, {MENDED}"
+            f"{folder.weights}: PEFT's update of '{embeds[0]}' leaves the head unchanged, {MENDED}"
         )
     rest = {path: names for path, names in found.items() if path not in heads}
     return rest, dict(zip(embeds, heads, strict=False))
@@ -94,9 +96,10 @@ def check_twins(
     twins: Mapping[str, str],
     update: Mapping[str, tuple[mx.array, mx.array, float]],
 ) -> None:
-    """InputError unless each head has its embedding's update: its a is b of that, transposed.
+    """Raises InputError unless each head has its embedding's update: its a is the other's b,
+    transposed.
 
-    `update` has a [in, R], b [R, out] and the multiplier by stored path.
+    `update` returns a [in, R], b [R, out] and the multiplier by stored path.
     """
     for embedding, head in twins.items():
         (a, b, scale), (head_a, head_b, head_scale) = update[embedding], update[head]
@@ -110,37 +113,39 @@ def check_twins(
 
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
-    """InputError if the adapter changes embedding or head in a way that the base cannot have."""
+    """Raises InputError if the adapter changes embedding or head in a way that the base cannot
+    have."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return
     tied = read_shape(base).tied
     if tied and heads:
         raise InputError(
-            f"'{heads[0]}' is a head, and {base.folder} has none of its own: its embedding is its "
+            f"'{heads[0]}' is a head, but {base.folder} has none of its own: its embedding is its "
             "head."
         )
     if None not in (tied, adapter.tied) and adapter.tied != tied:
         has = "no head" if tied else "a head"
         raise InputError(
-            f"{base.folder} has {has} of its own, other than the model for which the update of the "
+            f"{base.folder} has {has} of its own, unlike the model for which the update of the "
             "embedding was made."
         )
 
 
 def common(adapters: list[Adapter]) -> bool | None:
-    """For which kind of base the sum of adapters is; InputError if they are for both."""
+    """Returns for which kind of base the sum of adapters is. Raises InputError if they are for both
+    kinds."""
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(
-            "the adapters are of different models: one is of an embedding that is the head too, "
-            "another of one beside a head."
+            "the adapters belong to different models: one updates an embedding that is also the "
+            "head, another an embedding beside a separate head."
         )
     return kinds.pop() if kinds else None
 
 
 def _embeddings(folder: Folder, found: Found) -> list[str]:
-    """Those that PEFT says are embeddings."""
+    """Returns the layers that PEFT's configuration says are embeddings."""
 
     def embeds(names: list[str]) -> bool:
         return folder.peft and any(".lora_embedding_" in name for name in names)

@@ -1,15 +1,14 @@
-"""Our adapter folder, which stock mlx-lm and OptiQ load as it is.
+"""Writes our adapter folders, which stock mlx-lm and OptiQ load directly.
 
     adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm);
-                                   of DoRA m [out] as well
+                                   for DoRA also m [out]
     adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
     adapter_config.json            mlx-lm's keys and PEFT's keys together
     optiq_lora_config.json         ranks by layer
-    README.md                      what it is, and how it is loaded
+    README.md                      what it is, and how to load it
 
-mlx-lm gives all linears one rank, so differing ranks are padded to the largest: B with zeros, which
-is exact, and A with the numbers that a fresh adapter has, so that what is trained on from there
-uses every column.
+mlx-lm gives all layers one rank, so differing ranks are padded to the largest: B with zeros, which
+is exact, and A as in a new adapter, so that further training can use every column.
 """
 
 import zlib
@@ -26,21 +25,22 @@ from ..lora import LORA, Adapter, fresh_a
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS, ours
 from .card import About, write_card
 
-#: What of adapter_config.json says how the weights are to be read.
+#: Keys of adapter_config.json that say how the weights are read.
 MEANING = ("fine_tune_type", "lora_parameters", *LORA.flags)
 
 
 def common_scale(adapter: Adapter) -> float:
-    """The multiplier that most linears have, of those that are not 0."""
+    """Returns the multiplier that most layers have, not counting 0."""
     some = [scale for scale in adapter.scales.values() if scale]
     return Counter(some).most_common(1)[0][0] if some else 0.0
 
 
 def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.array]:
-    """Factors by mlx-lm's names for one multiplier, at one rank or at their own."""
+    """Returns the factors by mlx-lm's names for one multiplier, padded to one rank or at their own
+    ranks."""
     tensors = {}
     for module, (a, b) in adapter.tensors.items():
-        ratio = adapter.scales[module] / scale if scale else 1.0  # then all are 0
+        ratio = adapter.scales[module] / scale if scale else 1.0  # then all multipliers are 0
         b = b if ratio == 1 else b * ratio
         extra = rank - a.shape[1] if rank else 0
         if extra:
@@ -55,7 +55,7 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
 
 
 def mlx_lm_config(adapter: Adapter, scale: float, dropout: float) -> dict[str, Any]:
-    """The keys of adapter_config.json that mlx-lm reads."""
+    """Returns the keys of adapter_config.json that mlx-lm reads."""
     return {
         "fine_tune_type": adapter.kind.word,
         "num_layers": -1,
@@ -69,7 +69,8 @@ def mlx_lm_config(adapter: Adapter, scale: float, dropout: float) -> dict[str, A
 def peft_config(
     adapter: Adapter, about: About, rank: int, alpha: float, targets: list[str]
 ) -> dict[str, Any]:
-    """The keys of adapter_config.json that PEFT reads, of linears with this rank and alpha."""
+    """Returns the keys of adapter_config.json that PEFT reads, for layers with this rank and
+    alpha."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -89,13 +90,13 @@ def peft_config(
 def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     """Writes a complete adapter directory, every file atomically, the weights last.
 
-    Weights that another configuration is for go before it does, and when the new ones are on the
-    disk: at no time do two lie together that do not belong to each other.
+    Weights that belong to another configuration are removed before it is replaced, and the new ones
+    come last: the two files never contradict each other.
     """
     make_folder(path)
     ranks, run = adapter.ranks, about.run
     largest = max(ranks.values())
-    # One multiplier for all is what mlx-lm knows: differences go into B.
+    # mlx-lm has one multiplier for all layers, so differences go into B.
     scale = common_scale(adapter)
     suffixes = sorted({module.rsplit(".", 1)[-1] for module in ranks})
     shared = {"rank_scaling": run.get("rank_scaling", "constant"), "applied_ranks": ranks}
@@ -119,7 +120,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     differ = len(set(ranks.values())) > 1
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
-        if differ:  # by which the unpadded factors are known to be these
+        if differ:  # shows that the unpadded factors belong to these
             config["segtrain"]["padded"] = sha256(aside)
         before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
@@ -136,17 +137,18 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that an adapter of ours is of, if its folder says so."""
+    """Returns the step at which one of our adapters was saved, if its folder says so."""
     return ours(_config_in(path)).get("step")
 
 
 def prompting_of(path: Path | None) -> Prompting:
-    """How prompts for the adapter of a folder are rendered; the default if it does not say."""
+    """Returns how prompts for the adapter in a folder are rendered; the default if it does not
+    say."""
     return Prompting.of(ours(_config_in(path)) if path else {})
 
 
 def _config_in(path: Path) -> dict[str, Any]:
-    """What the folder's configuration holds; nothing if there is none."""
+    """Returns the folder's configuration; empty if there is none."""
     try:
         return read_json(path / CONFIG)
     except InputError:

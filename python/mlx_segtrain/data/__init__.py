@@ -1,4 +1,5 @@
-"""Training data: JSONL rows to token ids with a loss weight for each token, and batches of them."""
+"""Training data: turns rows into token ids with a loss weight for each token, and these into
+batches."""
 
 from .batching import (
     AnyBatch,

@@ -18,9 +18,9 @@ from .encoding import Pair, Row
 class Batch:
     """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
 
-    `rows` are indices into the data, `lengths` tokens that are no padding, both int64 [B];
-    `reference` float32 [B], or None where the rows have none; `numbers` float32 [B, T] by name, 0
-    on padding, as the rows have them. If it is `packed`, tokens, weights and numbers are [1, T] and
+    `rows` are indices into the data, `lengths` count tokens without padding, both int64 [B];
+    `reference` float32 [B], or None if the rows have none; `numbers` float32 [B, T] by name, 0 on
+    padding, as the rows have them. If it is `packed`, tokens, weights and numbers are [1, T] and
     hold the B sequences one after the other, without padding.
     """
 
@@ -34,13 +34,14 @@ class Batch:
 
     @property
     def padding(self) -> int:
-        """Tokens that are only there because others are longer."""
+        """Tokens that only pad rows to the longest one."""
         return self.tokens.size - int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both sequences of each pair, whole; the first `shared` tokens of all pairs are the same.
+    """Both sequences of each pair, whole; the first `shared` tokens are the same in both sequences
+    of all pairs.
 
     `reference` float32 [2B], chosen ones first, or None.
     """
@@ -56,18 +57,18 @@ AnyBatch = Batch | PairBatch
 
 
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[AnyBatch]:
-    """Endless training batches from batch number `start` on, the same for the same seed.
+    """Yields endless training batches from batch number `start` on, the same for the same seed.
 
-    Every epoch has a new order. Rows of similar length share a batch, and of those that are wanted
-    and those that are not each batch has as large a part as the data. Rows that do not fill a last
-    batch sit out one epoch, others the next. If the data set is packed, a batch has `batch_size`
-    packed rows, the last one of an epoch those that are left. Raises InputError for fewer rows than
-    `batch_size` that are not packed.
+    Every epoch has a new order. Rows of similar length share a batch, and every batch has the same
+    proportion of labels as the data. Rows that do not fill a last batch are left out of one epoch,
+    others of the next. If the data set is packed, a batch has `batch_size` packed rows, and the
+    last one of an epoch those that remain. Raises InputError if there are fewer rows than
+    `batch_size`, unless they are packed.
     """
     n = len(dataset)
     if n < batch_size and not dataset.packed:
         raise InputError(
-            f"The training data has {n} rows with something to train, fewer than batch_size "
+            f"the training data has {n} rows with tokens in the loss, fewer than batch_size = "
             f"{batch_size}; lower batch_size or add rows."
         )
     first, skip = divmod(start, int(batches_in_epoch(dataset, batch_size)))
@@ -77,18 +78,18 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
 
 
 def batches_in_epoch(dataset: Dataset, batch_size: int) -> float:
-    """How often an epoch comes to a batch; no whole number where rows sit out."""
+    """Returns the number of batches in an epoch, a fraction if some rows are left out."""
     if dataset.packed:
         return math.ceil(len(dataset.packing) / batch_size)
     return len(dataset) / batch_size
 
 
 def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterable[np.ndarray]:
-    """Row indices of each batch of one epoch, a function of seed and epoch alone."""
+    """Returns the row indices of each batch of one epoch, which depend on seed and epoch only."""
     if dataset.packed:
         return _joined(dataset.packing.epoch(seed, epoch), batch_size)
     n = len(dataset)
-    # Who sits out goes round a fixed circle: nobody twice in a row, everybody equally often.
+    # Rows are left out in a fixed rotation: none twice in a row, and all equally often.
     circle = np.random.default_rng([seed, 0]).permutation(n)
     out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
     taken = np.ones(n, bool)
@@ -100,10 +101,10 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
 
 
 def _alike(columns: Columns) -> np.ndarray:
-    """The order in which rows of similar length are neighbours.
+    """Returns an order in which rows of similar length are neighbours.
 
-    Rows that are wanted and others are each ordered by themselves and mixed evenly: if the ones are
-    longer, batches would otherwise be of one kind only.
+    Rows of each label are sorted separately and mixed evenly: if one kind were longer, batches
+    would otherwise have one kind only.
     """
     place = np.empty(len(columns.sign))
     for sign in (1, -1):
@@ -114,13 +115,13 @@ def _alike(columns: Columns) -> np.ndarray:
 
 
 def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """So many packed rows at a time."""
+    """Joins this many packed rows at a time."""
     while some := list(islice(rows, batch_size)):
         yield np.concatenate(some)
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
-    """Every row once, in the order of the file or packed; the last batch may have fewer rows."""
+    """Yields every row once, in file order or packed; the last batch may have fewer rows."""
     if dataset.packed:
         windows: Iterable[np.ndarray] = epoch_rows(dataset, batch_size, 0, 0)
     else:
@@ -132,9 +133,10 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 
 def padding(dataset: Dataset, batch_size: int) -> float:
-    """The part of an epoch's tokens that is padding; of a packed data set what is left of its rows.
+    """Returns the fraction of an epoch's tokens that is padding; if packed, the empty fraction of
+    its rows.
 
-    In pairs that of both sequences.
+    For pairs this covers both sequences.
     """
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
@@ -146,10 +148,10 @@ def padding(dataset: Dataset, batch_size: int) -> float:
 
 
 def described(dataset: Dataset, batch_size: int) -> str:
-    """How many batches an epoch has and what of them is padding, in words."""
+    """Returns in words how many batches an epoch has, and how much of them is padding."""
     if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
         return "not one batch"
-    said = f"{count:,} batch{'es' if count > 1 else ''} an epoch"
+    said = f"{count:,} batch{'es' if count > 1 else ''} per epoch"
     if batch_size == 1 and not dataset.packed:
         return said
     share = padding(dataset, batch_size)
@@ -162,7 +164,7 @@ def described(dataset: Dataset, batch_size: int) -> str:
 
 
 def one_row(dataset: Dataset, i: int) -> AnyBatch:
-    """The row of this index alone."""
+    """Returns a batch with only the row of this index."""
     return _batch(dataset, np.array([i]), 1)
 
 

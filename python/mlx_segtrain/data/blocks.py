@@ -1,4 +1,4 @@
-"""Blocks of rows, as one process hands them to another, and the rows of a block."""
+"""Blocks of rows, as one process passes them to another, and the rows of a block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Block:
     """Rows that one process handles at a time: a few MB, which can be pickled.
 
     `first` is the number of the first row, or line, in the file `name`; `size` the bytes of the
-    file that were read for it. `payload` are lines of JSON, or an Arrow stream (arrow.py).
+    file that were read for it. `payload` holds lines of JSON, or an Arrow stream (arrow.py).
     """
 
     name: str
@@ -30,15 +30,16 @@ class Block:
     kind: Literal["lines", "arrow"] = "lines"
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Each row after its name, such as "train.jsonl:17"; InputError for one that is none."""
+        """Yields each row after its name, such as "train.jsonl:17". Raises InputError for one that
+        is not a row."""
         return _parse_lines(self) if self.kind == "lines" else _parse_arrow(self)
 
 
 def grouped(
     lines: Iterable[bytes], name: str, read: Callable[[], int] | None = None
 ) -> Iterator[Block]:
-    """Blocks of lines, each of which is a row; their sizes are those of the lines, or what was
-    read."""
+    """Groups lines, each of which is a row, into blocks; their sizes are those of the lines, or
+    what was read."""
     first, size, own = 1, 0, []
 
     def block() -> Block:
@@ -66,7 +67,7 @@ def _parse_lines(block: Block) -> Iterator[tuple[str, Row]]:
 def _parse(line: bytes, source: str) -> Row:
     try:
         row = json.loads(line.decode())
-        # JSON may spell half of a surrogate pair, which no tokenizer takes.
+        # JSON may contain half of a surrogate pair, which no tokenizer accepts.
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(
@@ -88,8 +89,8 @@ def _parse(line: bytes, source: str) -> Row:
     return row
 
 
-#: Metadata of a column that has no values of JSON: the type that it had. Its values are booleans,
-#: whether there is a value.
+#: Metadata of a column whose values JSON does not have: its original type. Its values become
+#: booleans: whether there is a value.
 OTHER = b"other"
 
 
@@ -111,7 +112,7 @@ def _parse_arrow(block: Block) -> Iterator[tuple[str, Row]]:
 
 
 def _readable(column: Any, other: bytes | None) -> Callable[[int], Any]:
-    """The values of a column by row."""
+    """Returns the values of a column by row."""
     if other is None:
         return lambda i: column[i].as_py()
     value = Other(other.decode())

@@ -1,8 +1,8 @@
-"""Tokens of data that has been read before: kept in files, made by processes, and mapped.
+"""Tokens of data that was read before: cached in files, written by processes, and memory-mapped.
 
-A source is a folder below cache_dir()/tokens, whose name is a hash of all that its tokens depend
-on; each of its blocks is a file there, and about.json comes last. So whatever is interrupted goes
-on with the blocks that are missing, and nothing is ever changed that another run may have mapped.
+A source is a folder below cache_dir()/tokens, named by a hash of everything that its tokens depend
+on; each of its blocks is a file there, and about.json comes last. So an interrupted read continues
+with the missing blocks, and no file that another run may have mapped is ever changed.
 """
 
 import hashlib
@@ -41,11 +41,11 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Bytes of rows that are tokenized faster than looked up, and that one process has soon done.
+#: Bytes of rows that are tokenized faster than looked up, and bytes that one process finishes soon.
 SMALL, LARGE = 1 << 20, 8 << 20
-#: Files of a model's folder on which its tokenizer depends, by the end of their names.
+#: Endings of the files in a model's folder on which its tokenizer depends.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-#: What of the options changes tokens.
+#: Options that change tokens.
 OF_TOKENS = (
     "data_format",
     "columns",
@@ -53,6 +53,7 @@ OF_TOKENS = (
     "append_eos",
     "prompt_format",
     "chat_template_kwargs",
+    "tools",
 )
 PACKAGES = ("mlx-lm", "transformers", "tokenizers", "jinja2")
 ABOUT, LOCK = "about.json", "lock"
@@ -61,7 +62,7 @@ PACE_S = 0.3
 
 
 def folder() -> Path:
-    """Where the tokens are."""
+    """Returns the folder of the tokens."""
     return cache_dir() / "tokens"
 
 
@@ -72,9 +73,9 @@ def read_samples(
     model_dir: Path | None,
     tell: events.OnEvent,
 ) -> Samples:
-    """All samples of a source; InputError for rows that cannot be used, the first of them.
+    """Returns all samples of a source. Raises InputError for the first row that cannot be used.
 
-    With the folder of the tokenizer's model they are kept for the next time, if that pays.
+    With the folder of the tokenizer's model they are cached for the next time, if that pays.
     """
     blocks = source.blocks()
     first = list(islice(blocks, 2))
@@ -92,7 +93,8 @@ def read_samples(
 
 
 def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Path) -> str:
-    """A hash of all that the tokens of a source depend on; InputError if a file cannot be read."""
+    """Returns a hash of everything that the tokens of a source depend on. Raises InputError if a
+    file cannot be read."""
     own = {name: getattr(options, name) for name in OF_TOKENS}
     if options.labelled:
         own["labelled"] = True
@@ -117,7 +119,7 @@ def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Pa
 
 @lru_cache(1)
 def _code() -> list[str]:
-    """What makes tokens of rows: this very code, and libraries."""
+    """Returns a hash of what turns rows into tokens: this code, and libraries."""
     own = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         own.update(path.read_bytes())
@@ -136,7 +138,7 @@ def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
 
 
 def _in_order(made: Iterator[Done]) -> Iterator[Done]:
-    """Of blocks that one process tokenizes; InputError at the first fault."""
+    """Yields blocks that one process tokenizes. Raises InputError at the first fault."""
     first: dict[str, str] = {}
     for done in made:
         _check(done, first)
@@ -145,14 +147,15 @@ def _in_order(made: Iterator[Done]) -> Iterator[Done]:
 
 
 def _check(done: Done, before: dict[str, str]) -> None:
-    """InputError for a block with a fault, before which these formats had come."""
+    """Raises InputError for a block with a fault, given the formats before it."""
     check_mixed({**before, **done.first})
     if done.fault is not None:
         raise InputError(done.fault)
 
 
 def _mapped(content: "bytes | None" = None, file: Path | None = None) -> "pa.RecordBatch":
-    """The batch of a file, which is mapped, or of its content; OSError or ValueError if torn."""
+    """Returns the batch in a mapped file, or in its content. Raises OSError or ValueError if it is
+    damaged."""
     import pyarrow as pa
 
     source = pa.py_buffer(content) if file is None else pa.memory_map(str(file))
@@ -164,7 +167,8 @@ def _file(place: Path, index: int) -> Path:
 
 
 def _kept(place: Path) -> list["pa.RecordBatch"]:
-    """The batches of a folder that is complete; [] if it is not, or one of them is torn."""
+    """Returns the batches of a complete folder; [] if it is incomplete or one of them is
+    damaged."""
     try:
         about = read_json(place / ABOUT, 64 << 20)
         files = [_file(place, index) for index in range(len(about["sizes"]))]
@@ -174,13 +178,13 @@ def _kept(place: Path) -> list["pa.RecordBatch"]:
     except (OSError, ValueError, KeyError, TypeError):  # pyarrow's ArrowInvalid is a ValueError
         return []
     with suppress(OSError):
-        os.utime(place / ABOUT)  # when it was last used
+        os.utime(place / ABOUT)  # marks the last use
     return batches
 
 
 @dataclass(frozen=True)
 class About:
-    """What about.json says: the sizes of the files in bytes, and what they are of."""
+    """The content of about.json: the sizes of the files in bytes, and what they belong to."""
 
     sizes: list[int]
     data: str
@@ -197,13 +201,13 @@ def _made(
     model_dir: Path,
     tell: events.OnEvent,
 ) -> list["pa.RecordBatch"]:
-    """The batches of a source, of which those that are not there are made; InputError.
+    """Returns the batches of a source, and creates those that are missing. Raises InputError.
 
-    One process does it at a time; where nothing can be written, all is kept in memory.
+    One process does it at a time; if nothing can be written, everything is kept in memory.
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
-        if batches := _kept(place):  # another process has made them meanwhile
+        if batches := _kept(place):  # another process has finished meanwhile
             return batches
         store = None if fault else place
         if fault:
@@ -222,7 +226,7 @@ def _made(
                     found[done.index] = _mapped(done.content)
                 progress.add(done)
         except InputError:
-            with suppress(OSError):  # the same rows never become right
+            with suppress(OSError):  # the same rows fail again, so their tokens are of no use
                 remove_folder(place)
             raise
         batches = [found[index] for index in sorted(found)]
@@ -232,7 +236,7 @@ def _made(
 
 
 def _sound(place: Path) -> Iterator[tuple[int, "pa.RecordBatch"]]:
-    """The batches in a folder, by index, but for those that are torn."""
+    """Yields the undamaged batches in a folder, by index."""
     for file in place.glob("*.arrow"):
         with suppress(OSError, ValueError):
             yield int(file.stem), _mapped(file=file)
@@ -245,9 +249,9 @@ def _all_done(
     store: Path | None,
     found: Mapping[int, "pa.RecordBatch"],
 ) -> Iterator[Done]:
-    """Blocks of a source that have not been found, as they are done.
+    """Yields the missing blocks of a source as they are done.
 
-    InputError for the first row with a fault: what comes before it is done first.
+    Raises InputError for the first faulty row, after what precedes it is done.
     """
     waiting = {
         index: Done(index, own.size, own.n_rows, own.formats)
@@ -255,7 +259,7 @@ def _all_done(
     }
     have = set(waiting)
     start = next(index for index in count() if index not in have)
-    last, why = None, None  # the block after which none is needed; a fault of the file
+    last, why = None, None  # the last block that is needed; a fault of the file
 
     def jobs() -> Iterator[tuple[int, Block, Path | None]]:
         nonlocal why
@@ -265,7 +269,7 @@ def _all_done(
                     return
                 if index not in have:
                     yield index, block, store and _file(store, index)
-        except InputError as error:  # of the file; an earlier row may have one, too
+        except InputError as error:  # a fault of the file; an earlier row may have one, too
             why = str(error)
 
     small = source.size is not None and source.size < LARGE
@@ -290,7 +294,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """Within it no other process makes this folder; gives why it cannot be written, or None."""
+    """While it is active, no other process writes this folder; yields why it cannot be written, or
+    None."""
     file = None
     try:
         try:
@@ -335,7 +340,7 @@ def _finish(
 
 
 class _Progress:
-    """Tells how far a source is, a few times a second."""
+    """Reports a few times a second how far a source is."""
 
     def __init__(self, source: Source, tell: events.OnEvent):
         self.source, self.tell = source, tell
@@ -347,15 +352,17 @@ class _Progress:
     def warn(self, reason: str) -> None:
         self.tell(
             events.warning(
-                f"the tokens of {self.source.name} cannot be kept in {folder()} ({reason}): they "
-                "stay in memory, and are made again the next time"
+                f"the tokens of {self.source.name} cannot be cached in {folder()} ({reason}): they "
+                "stay in memory and are computed again next time"
             )
         )
 
     def wait(self) -> None:
         if not self.waits:
             self.tell(
-                events.stage("data", 0.01, f"another process tokenizes {self.source.name}: waiting")
+                events.stage(
+                    "data", 0.01, f"waiting for another process that tokenizes {self.source.name}"
+                )
             )
         self.waits = True
 
@@ -385,7 +392,7 @@ class _Progress:
 @dataclass(frozen=True)
 class Entry:
     """A folder of tokens: its name, bytes, and the time of its last use (seconds since 1970);
-    `about` is None of one that is not complete."""
+    `about` is None if it is incomplete."""
 
     key: str
     size: int
@@ -394,7 +401,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All that is kept, the last used first."""
+    """Returns everything in the cache, the most recently used first."""
     found = []
     for place in folder().glob("*/") if folder().is_dir() else ():
         with suppress(OSError):
@@ -409,7 +416,7 @@ def entries() -> list[Entry]:
 
 
 def prune(keys: Sequence[str]) -> list[str]:
-    """Removes folders of tokens; returns those that stay, since a run is about to make them."""
+    """Removes folders of tokens; returns those that stay because a run is about to write them."""
     stay = []
     for key in keys:
         place = folder() / key

@@ -1,9 +1,10 @@
-"""What a conversation trains: every assistant turn after exactly the text that generation meets.
+"""Cuts a conversation into what is trained: every assistant turn, after exactly the text that
+generation starts from.
 
-A trained turn is a context, which is the rendering of the messages before it with the generation
+A trained turn is a context, which is the rendering of the earlier messages with the generation
 prompt, and a response, which ends with the first token that stops generation. Rows are rendered in
-the spelling (spelling.py) in which the template loses nothing of them; what is lost in every
-spelling, or cannot be ended, is a finding (notes.py).
+the spelling (spelling.py) with which the template loses nothing of them; what every spelling loses,
+or what cannot be ended, is a finding (notes.py).
 """
 
 import re
@@ -18,19 +19,20 @@ from .messages import Message
 from .spelling import Spelling, reasoning, spell, spellings, traits
 from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, wants_parts
 
-# Consecutive pieces of one text, each with its loss weight; 0 is context.
+# Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: Characters of a generation prompt by which it is found in another rendering, most first.
+#: Numbers of characters of a generation prompt by which it is searched in another rendering,
+#: longest first.
 ANCHORS = range(40, 3, -1)
-#: Rows of one kind for which every spelling is tried, if none loses nothing.
+#: Rows of one kind for which every spelling is tried if none is lossless.
 MOST_SEARCHES = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of the row `source`: its pieces, the number of its trained turns, its findings
-    (keys of notes.FINDINGS), and whether a chat template rendered it."""
+    """One sequence of the row `source`: its pieces, the number of its turns in the loss, its
+    findings (keys of notes.FINDINGS), and whether a chat template rendered it."""
 
     source: str
     pieces: Pieces
@@ -53,21 +55,21 @@ class _Turn:
 
 
 class Conversations:
-    """Cuts messages rows of one data set into samples; remembers which spelling works."""
+    """Cuts the messages rows of one data set into samples; remembers which spelling works."""
 
     def __init__(
         self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
-        # What was found out about rows with the same traits: spelling, findings, searches.
+        # What was found for rows with the same traits: spelling, findings, number of searches.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
-        """The sequences that a row with "messages" trains; `source` is "file:line".
+        """Returns the sequences that a row with "messages" trains; `source` is "file:line".
 
-        One, or several where the context of a later turn does not begin with an earlier turn as
-        it was generated, as with templates that drop earlier reasoning. Raises InputError.
+        There are several if the context of a later turn does not begin with an earlier turn as it
+        was generated, for example with templates that drop earlier reasoning. Raises InputError.
         """
         messages = given["messages"]
         weights = _weights(messages, self._train_on)
@@ -97,7 +99,8 @@ class Conversations:
         return Spelling(content="parts" if parts else "text")
 
     def _turns(self, source: str, row: "_Row") -> list[_Turn]:
-        """In the first spelling that loses nothing, or the one that loses least."""
+        """Returns the turns in the first spelling that loses nothing, or else in the one that loses
+        least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
@@ -132,7 +135,8 @@ def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
 
 
 def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
-    """Turns that stand in the context of the last one share its sequence; so on for the others."""
+    """Joins turns that are in the context of the last one into its sequence, and repeats that for
+    the rest."""
     samples = []
     while turns:
         last = turns[-1]
@@ -153,14 +157,14 @@ def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
 
 def _unplaced(i: int) -> TemplateError:
     return TemplateError(
-        f"where messages[{i}] starts in the rendering of the chat template cannot be told, so that "
+        f"the start of messages[{i}] in the rendering of the chat template is unclear, so this "
         'turn cannot be trained; set "train": false on it or leave the row out.'
     )
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A conversation, its messages' weights, and what it is rendered with."""
+    """A conversation, the weights of its messages, and what it is rendered with."""
 
     messages: list[dict[str, Any]]
     weights: list[float]
@@ -170,7 +174,7 @@ class _Row:
 
     @cached_property
     def special(self) -> list[re.Match[str] | None]:
-        """Of each message where it holds the text of a special token."""
+        """For each message, where it contains the text of a special token."""
         texts = [str(message.get("content") or "") for message in self.messages]
         return [self.stops.control.search(text) for text in texts]
 
@@ -202,8 +206,8 @@ class _Row:
     def _thought(
         self, before: list[dict[str, Any]], context: str, response: str, thoughts: str
     ) -> tuple[str, list[str]]:
-        """A response that ends the thinking block which the generation prompt opens, if it does;
-        and findings."""
+        """Returns a response with the end of the thinking block that the generation prompt opens,
+        if it does, and findings."""
         closing = self.render.closing(before, context)
         if closing is None:
             return response, []
@@ -217,19 +221,19 @@ class _Row:
     def _aligned(
         self, i: int, messages: list[dict[str, Any]], full: str, context: str
     ) -> tuple[str, str]:
-        """Context and response of a turn whose rendering does not begin with its context.
+        """Returns context and response of a turn whose rendering does not begin with its context.
 
-        Either the generation prompt opens a block that the finished turn has not, or the template
+        Either the generation prompt opens a block that the finished turn lacks, or the template
         renders earlier messages differently once an answer follows them (Mistral's puts the system
-        message before the last user message, as long as it is the last message of all).
+        message before the last user message while that is the last message of all).
         """
         header = self.render.header(messages[: i + 1])
         if header is None or not full.startswith(header):
             if not i:
                 raise _unplaced(i)
-            header = full  # an empty turn, or one of calls alone, may have another form
+            header = full  # an empty turn, or one with only calls, may have another form
         answer = full[len(header) :]
-        if not i:  # nothing comes before it
+        if not i:  # nothing precedes it
             return header, answer
         shared = _common(context, header)
         said = [reasoning(message)[1].strip() for message in self.messages[:i]]
@@ -244,10 +248,10 @@ class _Row:
     def _ended(
         self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
     ) -> tuple[str, str, bool]:
-        """A response up to its first stop token, the rest, and whether it has one."""
+        """Returns a response up to its first stop token, the rest, and whether there was one."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
-        # Some templates end a turn by the header of the next one, which is a stop token then.
+        # Some templates end a turn with the header of the next one, which then is the stop token.
         following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
         if stop := self.stops.stop.match(self.render.transition(messages[:i], following).lstrip()):
             return response.rstrip("\n") + stop[0], "", True
@@ -260,7 +264,7 @@ class _Row:
 
 
 def _common(a: str, b: str) -> int:
-    """The length of what both begin with, up to a tag that only begins alike."""
+    """Returns the length of the common beginning, without a tag that is only partly the same."""
     n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     if n in (len(a), len(b)):
         return n
@@ -272,8 +276,8 @@ def _common(a: str, b: str) -> int:
 
 
 class _Stops:
-    """Patterns of the tokens that stop generation (`stop`) and of all that control it, and the text
-    that is appended to a response without a stop (None: none is)."""
+    """Patterns of the tokens that stop generation (`stop`) and of all control tokens, and the text
+    that is appended to a response without a stop (None: no text)."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
@@ -284,9 +288,9 @@ class _Stops:
         self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
-        """The first stop after a message's own texts."""
+        """Returns the first stop after a message's own texts."""
         start = 0
-        if any(map(self.stop.search, texts)):  # their stops are not the turn's
+        if any(map(self.stop.search, texts)):  # stops inside them do not end the turn
             tail = self.tail.search(response)
             start = tail.start() if tail else len(response)
         return self.stop.search(response, start)

@@ -1,4 +1,4 @@
-"""What a run asks of all samples at once, as arrays: nobody makes a million rows to find it out."""
+"""What a run needs to know of all samples at once, as arrays, without creating a million rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .encoding import Row, sequences
 
 
 class Lazy(Sequence[Any]):
-    """n items that are made when they are asked for, by `make(index)`."""
+    """n items that are created on access by `make(index)`."""
 
     def __init__(self, n: int, make: Callable[[int], Any]):
         self._n, self._make = n, make
@@ -31,12 +31,13 @@ class Lazy(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Columns:
-    """Arrays over n samples of s sequences each: 1, or the 2 of pairs.
+    """Arrays over n samples of s sequences each: 1, or 2 for pairs.
 
-    int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the
-    loss (the length if there is none), `trained` the number of tokens in the loss, `top` the
-    largest token id, perhaps of what is cut off. `shared` int64 [n] is that of pairs, 0 otherwise.
-    `sign` int64 [n] is −1 of rows that are not wanted, whose weights are below 0, and 1 of others.
+    int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the loss
+    (the length if there is none), `trained` the number of tokens in the loss, `top` the largest
+    token id, possibly of a truncated part. `shared` int64 [n] is that of pairs, 0 otherwise. `sign`
+    int64 [n] is −1 for rows with an undesirable response, whose weights are below 0, and 1 for
+    others.
     """
 
     length: np.ndarray
@@ -48,7 +49,7 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Columns:
-        """The arrays of rows, Row or Pair, that are in memory."""
+        """Returns the arrays of rows in memory, Row or Pair."""
         parts = [list(map(_numbers, sequences(row))) for row in rows]
         table = np.array(parts or np.zeros((0, 1, 4)), np.int64)
         shared = np.array([getattr(row, "shared", 0) for row in rows], np.int64)
@@ -58,16 +59,16 @@ class Columns:
 
     @property
     def run(self) -> np.ndarray:
-        """Tokens of each sample that are run, int64 [n]."""
+        """The tokens of each sample that are run, int64 [n]."""
         return self.length.sum(1) - self.shared
 
     def take(self, chosen: np.ndarray) -> Columns:
-        """Those of some samples, by index or mask."""
+        """Returns the columns of some samples, by index or mask."""
         return replace(self, **{own.name: getattr(self, own.name)[chosen] for own in fields(self)})
 
 
 def _numbers(row: Row) -> tuple[int, int, int, int]:
-    """Length, first, trained and top of a sequence."""
+    """Returns length, first, trained and top of a sequence."""
     trained = np.flatnonzero(row.weights)
     n = len(row)
     return n, int(trained[0]) if trained.size else n, trained.size, int(row.ids.max(initial=0))

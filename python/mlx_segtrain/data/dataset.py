@@ -25,16 +25,16 @@ Split = Literal["train", "valid"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """The samples of one split that have something to train.
+    """The samples of one split that have something in the loss.
 
-    `rows` are Row, or Pair in the format preference, and may be made when they are asked for: what
-    looks at all of them uses `columns`. `format` is messages | prompt-completion | text |
-    preference, or mixed; `n_rows` counts the rows read, `truncated` the rows here that were cut, of
-    pairs those that lost part of a response, `dropped` those left out since no trained token
-    remained; `pad_id` fills short rows; `prompts_cut` counts rows that lost the beginning of their
-    prompt; `notes` says what was found in the rows, and `said` what was done to them. `name` is
-    that of the source. `packed` is the number of tokens of the rows into which the samples are
-    packed for training, 0 if each stands alone.
+    `rows` are Row, or Pair in the format preference, and may be created on access: code that needs
+    all of them uses `columns`. `format` is messages | prompt-completion | text | preference, or
+    mixed; `n_rows` counts the rows read, `truncated` the rows here that were truncated (pairs that
+    lost part of a response), `dropped` those without any token left in the loss; `pad_id` fills
+    short rows; `prompts_cut` counts rows that lost the beginning of their prompt; `notes` says what
+    was found in the rows, and `said` what was done to them. `name` is that of the source. `packed`
+    is the number of tokens of the rows into which the samples are packed for training; 0 if they
+    are not packed.
     """
 
     rows: Sequence[Any]
@@ -52,11 +52,11 @@ class Dataset:
 
     @classmethod
     def of(cls, rows: Sequence[Any], pad_id: int = 0, format: str = "text") -> "Dataset":
-        """Rows that are in memory, as they are."""
+        """Creates a data set from rows in memory."""
         return cls(rows, Columns.of(rows), format, len(rows), pad_id)
 
     def __len__(self) -> int:
-        """The number of samples."""
+        """Returns the number of samples."""
         return len(self.rows)
 
     @property
@@ -66,37 +66,37 @@ class Dataset:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens in the loss of an epoch."""
+        """Tokens of an epoch that are in the loss."""
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """With `change(index, row)` in the place of each row; the columns stay."""
+        """Returns the data set with each row replaced by `change(index, row)`; the columns stay."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
     def take(self, chosen: np.ndarray) -> "Dataset":
-        """Some samples, by index."""
+        """Returns some samples, by index."""
         rows = self.rows
         picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
         return replace(self, rows=picked, columns=self.columns.take(chosen))
 
     def in_rows_of(self, tokens: int) -> "Dataset":
-        """The samples, none longer, packed into rows of so many tokens; 0: each alone."""
+        """Returns the samples, none longer, packed into rows of this many tokens; 0: each alone."""
         return replace(self, packed=tokens)
 
     @cached_property
     def packing(self) -> Packing:
-        """How they are packed, if they are."""
+        """How the samples are packed; None if they are not."""
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
-        """Pairs that share nothing."""
+        """The pairs, with nothing shared."""
         columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
         return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 
     @property
     def summary(self) -> str:
-        """Rows, samples and tokens, and how plain prompts are read, in a sentence."""
+        """A sentence with the rows, samples and tokens, and how plain prompts are read."""
         said = f"{self.n_rows:,} rows"
         if len(self) != self.n_rows:
             said += f" give {len(self):,} samples"
@@ -119,7 +119,7 @@ class Dataset:
         return {name: getattr(self, name) for name in names}
 
     def as_json(self) -> dict[str, Any]:
-        """What metrics.json says of it."""
+        """Returns the values for metrics.json."""
         return {**self.notes.as_json(), **self.counts}
 
 
@@ -130,10 +130,10 @@ def load_dataset(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training rows and, if there are some, validation rows; raises InputError.
+    """Reads training rows and, if there are any, validation rows. Raises InputError.
 
-    `data` is what sources_of takes, or gives. With the folder of the tokenizer's model the tokens
-    are kept (cache.py). `on_event` is told how far that is.
+    `data` is what sources_of takes or returns. With the folder of the tokenizer's model the tokens
+    are cached (cache.py). `on_event` receives the progress.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
@@ -147,7 +147,7 @@ def load_split(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Dataset | None:
-    """One part of what load_dataset gives; None if there are no validation rows."""
+    """Reads one part of what load_dataset returns; None if there are no validation rows."""
     read = Reading(tokenizer, options, model_dir, on_event)
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
@@ -171,65 +171,66 @@ class Reading:
         self._read: dict[int, Samples] = {}
 
     def samples(self, source: Source) -> Samples:
-        """All of a source; InputError."""
+        """Returns all samples of a source. Raises InputError."""
         if id(source) not in self._read:
             samples = read_samples(source, *self._how)
             if not samples.n_rows:
-                raise InputError(f"{source.name} has no rows; put some there.")
+                raise InputError(f"{source.name} has no rows; add some.")
             self._read[id(source)] = samples
         return self._read[id(source)]
 
     def check(self, source: Source) -> None:
-        """InputError if strict and rows of a source are not trained as they are."""
+        """Raises InputError if `strict` is set and rows of a source cannot be trained as they
+        are."""
         if self.options.strict and (faults := self.samples(source).notes().faults()):
-            raise InputError(f"{source.name}: {faults[0]}; mend the rows, or leave out strict.")
+            raise InputError(f"{source.name}: {faults[0]}; fix the rows, or leave strict out.")
 
     def whole(self, source: Source) -> Dataset:
-        """All of a source as it is trained; InputError."""
+        """Returns all of a source as it is trained. Raises InputError."""
         samples = self.samples(source)
         self.check(source)
         return fit(source.name, samples, np.arange(len(samples)), self.encoder)
 
 
 def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Training rows and validation rows of sources; InputError."""
+    """Returns training rows and validation rows of sources. Raises InputError."""
     own, held = _parts(train, valid, read)
     if valid is None:
         return own, held
     held = read.whole(valid)
     if count := in_both(read.samples(valid), read.samples(train)):
-        said = f"{count:,} of {held.n_rows:,} rows also stand in {own.name}"
+        said = f"{count:,} of {held.n_rows:,} rows are also in {own.name}"
         held = replace(held, said=(*held.said, said))
     return own, held
 
 
 def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Training rows, without equal ones if that is asked for; and what of them is held out for
-    validation, if there is no other source for it."""
+    """Returns the training rows, without repeated ones if `dedup` is set, and the validation rows
+    held out of them, if there is no other source for these."""
     options, samples, said = read.options, read.samples(train), ()
     read.check(train)
     chosen = np.arange(len(samples))
     if options.dedup and (count := duplicates(samples)):
         chosen = chosen[~repeated(samples)]
-        said = (f"{count:,} rows that are equal to an earlier one are left out (dedup)",)
+        said = (f"{count:,} rows that repeat an earlier one are dropped (dedup)",)
     asked = options.val_split
     if valid is not None and asked not in ("auto", 0):
         raise InputError(
-            f"val_split has no effect, since validation rows are read from {valid.name}: leave one "
-            "of the two out.",
+            f"val_split has no effect, because validation rows are read from {valid.name}: leave "
+            "one of the two out.",
             field="val_split",
         )
     held = held_out(samples, chosen, 0 if valid else asked, options.seed)
     if held.all():
         raise InputError(
-            f"val_split {asked} holds out all rows of {train.name}: lower it.", field="val_split"
+            f"val_split = {asked} holds out all rows of {train.name}: lower it.", field="val_split"
         )
     own = fit(train.name, samples, chosen[~held], read.encoder)
     if not held.any():
         if valid is None and asked not in ("auto", 0):
             raise InputError(
-                f"val_split {asked} is less than a row of {train.name}, or than the rows that are "
-                "equal to it: raise it.",
+                f"val_split = {asked} is less than one row of {train.name}, counting equal rows "
+                "together: raise it.",
                 field="val_split",
             )
         return replace(own, said=(*own.said, *said)), None
@@ -240,13 +241,13 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
 
 
 def unread(folder: Path, *sources: Source | None) -> list[str]:
-    """Names of files of a folder that look as if they held rows, and are not of the sources."""
+    """Returns names of files in a folder that look like data and are not read."""
     read = {name for source in sources if source for name in source.files}
     return [path.name for path in rows_in(folder) if path.name not in read]
 
 
 def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
-    """What is left out of the data or wrong with it, in sentences."""
+    """Yields sentences about what is left out of the data or wrong with it."""
     said = []
     for own in (train, valid):
         if own is None:
@@ -254,7 +255,7 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
         counts = (
             (own.truncated, "rows are truncated to max_seq_length"),
             (own.prompts_cut, "rows lost the beginning of their prompt to max_seq_length"),
-            (own.dropped, "samples are dropped: nothing of them is trained"),
+            (own.dropped, "samples are dropped: they have no token in the loss"),
         )
         found = [*own.said, *(f"{count:,} {what}" for count, what in counts if count)]
         found += [*own.notes.left_out(), *own.notes.faults()]
@@ -272,14 +273,15 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
 
 
 def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Samples, by index, cut to max_seq_length tokens; InputError if nothing is trained."""
+    """Returns samples, by index, truncated to max_seq_length tokens. Raises InputError if nothing
+    is left in the loss."""
     if samples.format == "prompt":
         return _prompts(name, samples, chosen, encoder)
     most = encoder.options.max_seq_length
     columns = samples.columns(most).take(chosen)
     over = samples.lengths[chosen].max(1, initial=0) > most
     truncated, cut = over.copy(), np.zeros(len(chosen), bool)
-    # Responses that are compared stay whole: their prompts are cut before they are.
+    # Responses that are compared stay whole: their prompts are truncated first.
     if (columns.length.shape[1] == 2 or encoder.options.labelled) and over.any():
         at = np.flatnonzero(over)
         short = [shorten(samples.row(int(chosen[i])), encoder) for i in at]
@@ -293,12 +295,12 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
         every = samples.columns(WHOLE).take(chosen)
         longest = int(every.length[(every.trained > 0).all(1)].max(initial=0))
         reason = (
-            f"all trained tokens lie beyond max_seq_length {most}; raise it (the longest row has "
-            f"{longest} tokens)"
+            f"all tokens in the loss are beyond max_seq_length = {most}; raise it (the longest row "
+            f"has {longest} tokens)"
             if longest
-            else "no row has an assistant turn or text that is trained"
+            else "no row has an assistant turn or text in the loss"
         )
-        raise InputError(f"{name} has nothing to train in {notes.rows} rows: {reason}.")
+        raise InputError(f"{name} has nothing to train on in {notes.rows} rows: {reason}.")
     rows = chosen[kept]
     return Dataset(
         rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),
@@ -315,7 +317,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Prompts that leave room for an answer, by index; InputError if there are none."""
+    """Returns the prompts that leave room for an answer, by index. Raises InputError if there are
+    none."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -328,7 +331,7 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
             f"{int(columns.length.min())}): raise max_seq_length."
         )
     rows, long = chosen[kept], int((~kept).sum())
-    said = (f"{long:,} prompts of more than {room} are left out",) if long else ()
+    said = (f"{long:,} prompts of more than {room} are dropped",) if long else ()
     return Dataset(
         rows=Lazy(len(rows), lambda i: samples.row(int(rows[i]))),
         columns=columns.take(np.flatnonzero(kept)),
@@ -341,16 +344,17 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
     )
 
 
-#: More tokens than a row has.
+#: More tokens than any row has.
 WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """A row of at most max_seq_length tokens; whether it lost its end, and whether its beginning.
+    """Returns a row of at most max_seq_length tokens, whether it lost its end, and whether its
+    beginning.
 
-    It is cut on the right; of a pair, and of a row with a label, first the prompt on the left, as
-    far as its last token. Both prompts lose as much, and what the tokenizer puts before a text
-    (BOS) stays.
+    It is truncated on the right. A pair, and a row with a label, first lose their prompt from the
+    left, up to its last token. Both prompts of a pair lose the same number of tokens, and what the
+    tokenizer puts before a text (BOS) stays.
     """
     sides, n = sequences(row), encoder.options.max_seq_length
     over = max(map(len, sides)) - n

@@ -1,4 +1,4 @@
-"""Text pieces to token ids, with the loss weight of every token."""
+"""Turns pieces of text into token ids, with the loss weight of every token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,9 +20,10 @@ from .words import Words
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read: the fields of a configuration that decide it (docs/configuration.md).
+    """How rows are read: the fields of a configuration that decide it (docs/configuration.md), and
+    the `tools` of every prompt, as chat templates take them.
 
-    Without a method, rows of any.
+    Without a method, rows for any method.
     """
 
     max_seq_length: int = 512
@@ -38,15 +39,16 @@ class Options:
     val_split: float | Literal["auto"] = "auto"
     dedup: bool = False
     seed: int = 0
+    tools: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Options":
-        return cls(**{own.name: getattr(config, own.name) for own in fields(cls)})
+    def of(cls, config: TrainConfig, tools: Sequence[Mapping[str, Any]] = ()) -> "Options":
+        names = [own.name for own in fields(cls) if own.name != "tools"]
+        return cls(**{name: getattr(config, name) for name in names}, tools=tools)
 
     @property
     def labelled(self) -> bool:
-        """Whether the method learns from responses that are not wanted, too: their weights are
-        below 0."""
+        """Whether the method also learns from undesirable responses: their weights are below 0."""
         return self.method is not None and ROWS[self.method] == "labelled"
 
 
@@ -55,13 +57,12 @@ class Row:
     """One tokenized sequence.
 
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
-    token j (0 = context, and always 0 for j = 0; below 0 in a response that is not wanted);
-    `source` is "file:line", of a pair's sequences "file:line chosen" and "file:line rejected";
-    `findings` are keys of notes.FINDINGS. `reference`
-    is what the model gives for it without an adapter, once that is known; `turns` counts its
-    trained turns. A prompt that is answered in a run has `given`, its row as the file has it, for
-    rewards; and what is trained of an answer has `numbers`, float32 [n] by name, which the loss
-    reads beside the weights.
+    token j (0 = context, and always 0 for j = 0; below 0 in an undesirable response); `source` is
+    "file:line", for a pair's sequences "file:line chosen" and "file:line rejected"; `findings` are
+    keys of notes.FINDINGS. `reference` is what the model without the adapter gives for it, once
+    known; `turns` counts its turns in the loss. A prompt that is answered in a run has `given`, its
+    row as in the file, for rewards; a trained answer has `numbers`, float32 [n] by name, which the
+    loss reads besides the weights.
     """
 
     ids: np.ndarray
@@ -81,9 +82,9 @@ class Row:
 class Pair:
     """A prompt with two responses, as two whole sequences; weights are 1 on response tokens.
 
-    `shared` tokens at the beginning are the same, of each at most all but the last two: what
-    follows has a row to run. `source` is "file:line". `reference` are the responses'
-    log-probabilities (chosen, rejected) under the model without an adapter, once they are known.
+    The first `shared` tokens are the same, at most all but the last two of each: what follows has a
+    row to run. `source` is "file:line". `reference` are the responses' log-probabilities (chosen,
+    rejected) under the model without the adapter, once known.
     """
 
     chosen: Row
@@ -94,27 +95,27 @@ class Pair:
 
     @classmethod
     def of(cls, chosen: Row, rejected: Row, source: str) -> "Pair":
-        """With `shared` as it follows from the two."""
+        """Creates a pair, with `shared` computed from the two."""
         n = min(len(chosen), len(rejected))
         differ = np.flatnonzero(chosen.ids[:n] != rejected.ids[:n])
         shared = min(int(differ[0]) if differ.size else n, n - 2)
         return cls(chosen, rejected, max(shared, 0), source)
 
     def __len__(self) -> int:
-        """Tokens that are run."""
+        """Returns the number of tokens that are run."""
         return len(self.chosen) + len(self.rejected) - self.shared
 
 
 def sequences(row: Row | Pair) -> tuple[Row, ...]:
-    """The sequences of tokens that a row is."""
+    """Returns the token sequences of a row."""
     return (row.chosen, row.rejected) if isinstance(row, Pair) else (row,)
 
 
 class Encoder:
-    """Tokenizes samples; what it needs to know of the tokenizer is asked once.
+    """Tokenizes samples; asks the tokenizer once for what it needs to know.
 
-    `raw` tells whether plain prompts go without the chat template. `chats` cuts conversations, of
-    which the options say what is trained; `responses` those whose assistant turns all count.
+    `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations whose
+    turns in the loss follow from the options; `responses` those whose assistant turns all count.
     `notes` counts what was read; `bos` is what the tokenizer puts before a text, if anything: BOS.
     """
 
@@ -138,12 +139,12 @@ class Encoder:
         self.pad_id: int = next(pad_id for pad_id in pad_ids if pad_id is not None)
 
     def begins(self, ids: np.ndarray) -> bool:
-        """Whether ids start with what the tokenizer puts before a text."""
+        """Returns whether ids start with what the tokenizer puts before a text."""
         return ids[: len(self.bos)].tolist() == self.bos
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
-        """Token ids and weights of each sample, not truncated; raises InputError."""
-        # One call for all pieces, and for the whole texts of which the pieces do not tell.
+        """Returns token ids and weights of each sample, not truncated. Raises InputError."""
+        # One call for all pieces, and for the whole texts that do not follow from their pieces.
         texts = [text for sample in samples for text, _ in sample.pieces]
         n, wholes = len(texts), {}
         for i, sample in enumerate(samples):
@@ -162,8 +163,10 @@ class Encoder:
         ]
 
     def prompt(self, source: str, given: Mapping[str, Any]) -> Row:
-        """A prompt, with what comes before the answer, none of which is in the loss; InputError."""
-        own = {"tools": given["tools"]} if given.get("tools") else {}
+        """Returns a prompt, with what precedes the answer, without any token in the loss. Raises
+        InputError."""
+        tools = given.get("tools") or self.options.tools
+        own = {"tools": list(tools)} if tools else {}
         more = given.get("chat_template_kwargs") or {}
         variables = {**self.options.chat_template_kwargs, **more, **own}
         prompt = given["prompt"]
@@ -175,9 +178,11 @@ class Encoder:
             elif self._wrapper.has_chat_template:
                 ids = prompt_ids(self._wrapper, prompt, variables)
             else:
-                raise InputError("the tokenizer has no chat template: give the prompt as a text.")
-            if not len(ids):  # what comes first would be drawn after nothing
-                raise InputError("the prompt has no tokens; give it a text.")
+                raise InputError(
+                    "the tokenizer has no chat template: use a prompt that is a string."
+                )
+            if not len(ids):  # the first token would be sampled after nothing
+                raise InputError("the prompt has no tokens: add some text.")
         except Exception as error:  # a template may fail in any way
             raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
         kept = {key: x for key, x in given.items() if x is not None}
@@ -186,7 +191,7 @@ class Encoder:
         )
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without what is put before one."""
+        """Returns the token ids of each text, without what is put before one."""
         words = self._words
         if words is None:
             return self._by_library(texts)
@@ -196,7 +201,7 @@ class Encoder:
         return [found[i] if i in found else next(rest) for i in range(len(texts))]
 
     def _by_library(self, texts: list[str]) -> list[list[int]]:
-        if self._lossless:  # its core itself, with the settings that __init__ has left there
+        if self._lossless:  # the core tokenizer itself, with the settings from __init__
             own = self._tokenizer.backend_tokenizer
             return [one.ids for one in own.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(
@@ -212,7 +217,7 @@ class Encoder:
         weights = np.zeros(len(ids), np.float32)
         for (_, weight), (start, end) in zip(sample.pieces, pairwise(bounds), strict=True):
             weights[start:end] = weight
-        if not sample.rendered:  # a chat template writes BOS itself, and its turns are ended
+        if not sample.rendered:  # a chat template writes BOS itself, and ends its turns
             end, stopped = self._end(ids, bounds[-2])
             ids, weights = ids[:end], weights[:end]
             if self.options.append_eos and not stopped:
@@ -227,7 +232,7 @@ class Encoder:
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
-        weights[:1] = 0  # nothing comes before the first token to predict it from
+        weights[:1] = 0  # nothing precedes the first token to predict it from
         return Row(
             np.array(ids, np.int32),
             weights,
@@ -239,19 +244,19 @@ class Encoder:
     def _join(
         self, sample: Sample, whole: list[int] | None, parts: list[list[int]]
     ) -> tuple[list[int], list[int]]:
-        """Token ids of a sample, and the token index at which each piece starts and ends; `whole`
-        is None if the pieces give the same text."""
+        """Returns the token ids of a sample, and the token index at which each piece starts and
+        ends; `whole` is None if the pieces give the same text."""
         joined = [token for part in parts for token in part]
-        # When the pieces give the tokens of the whole, their ends are exact. When they give other
-        # tokens for the same text, one token lies across a cut; generation starts from the prompt's
-        # own tokens, so the pieces' tokens are the ones to train.
+        # If the pieces give the tokens of the whole, their ends are exact. If they give other
+        # tokens for the same text, one token spans a cut; generation starts from the prompt's own
+        # tokens, so the pieces' tokens are the ones to train on.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
         # Some tokenizers put a space before every text, so that pieces have more text than the
-        # whole. Offsets tell then: a token with any character of a piece belongs to that piece.
+        # whole. Then offsets decide: a token with any character of a piece belongs to that piece.
         if not self._tokenizer.is_fast:
             raise InputError(
-                f"{sample.source}: where the trained text starts cannot be told, since this "
+                f"{sample.source}: the start of the text in the loss is unknown, because this "
                 "tokenizer gives no character offsets; use its fast version (tokenizer.json)."
             )
         output = self._tokenizer(
@@ -263,9 +268,10 @@ class Encoder:
         return output["input_ids"], [0, *map(int, starts[1:]), len(ends)]
 
     def _end(self, ids: list[int], start: int) -> tuple[int, bool]:
-        """Where a completion from `start` on ends, and whether by a token that stops generation.
+        """Returns where a completion from `start` on ends, and whether with a token that stops
+        generation.
 
-        Blanks after such a token would never be generated.
+        Whitespace after such a token would never be generated.
         """
         last = len(ids)
         while last > start and self._is_blank(ids[last - 1]):

@@ -1,6 +1,6 @@
-"""The forms that rows come in: their keys, their check, and what is trained of them.
+"""The formats of rows: their keys, their check, and what is trained on.
 
-A form is an entry of FORMATS, and nothing else knows what its rows hold.
+A format is an entry of FORMATS; nothing else knows what its rows hold.
 """
 
 import json
@@ -18,12 +18,12 @@ from .chat import Sample
 from .encoding import Encoder, Pair, Row
 from .messages import checked_messages, expect, kind_of
 
-#: What a format reads besides its own keys.
+#: Keys that every format reads besides its own.
 ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
-#: The keys of which a row that is of no format is told.
+#: The keys that are named to the user if a row has no format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
     "format in docs/data.md (or give columns)"
@@ -34,9 +34,9 @@ MAIN = (
 class Record:
     """One checked row of a format; `source` is "file:line".
 
-    `row` is as the format's check gives it: prompt and responses are all strings, beside which
-    there may be a `system` string, or all lists of messages. `ignored` are the keys of the file's
-    row that nothing reads.
+    `row` is the result of the format's check: prompt and responses are either all strings, with an
+    optional `system` string, or all lists of messages. `ignored` are keys of the file's row that
+    nothing reads.
     """
 
     source: str
@@ -51,11 +51,11 @@ def checked(
     format: str = "auto",
     columns: Mapping[str, str] = NOTHING,
 ) -> Record:
-    """A row as a record; raises InputError.
+    """Returns a row as a record. Raises InputError.
 
-    `format` is that of the row, auto the first whose marks it has (config.data_format); `columns`
-    has names of the file by ours (config.columns). Null is what is not there: tables have every
-    column in every row.
+    `format` is that of the row; auto is the first whose marks it has (config.data_format);
+    `columns` maps our names to those of the file (config.columns). Null means absent, because
+    tables have every column in every row.
     """
     row = _renamed(row, source, columns)
     there = {key for key, value in row.items() if value is not None}
@@ -68,7 +68,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check speaks of the keys that its own row has.
+    # A check names the keys that its row really has.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:
@@ -83,7 +83,7 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """How a row of two texts, whatever they are called, can be trained."""
+    """Suggests how a row of two texts can be trained, whatever they are called."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -92,11 +92,12 @@ def _columns_for(row: Mapping[str, Any]) -> str:
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """With our names for the columns of a file; InputError if one is not there."""
+    """Returns the row with the columns of a file renamed to ours. Raises InputError if one is
+    missing."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
-                f'{source}: the row has no column "{theirs}", which columns gives for "{ours}".'
+                f'{source}: the row has no column "{theirs}", which columns names for "{ours}".'
             )
     if not columns:
         return row
@@ -105,25 +106,26 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 
 def _format_of(keys: Set[str]) -> str | None:
-    """The first format whose marks are among the keys; a prompt alone is what a method asks for."""
+    """Returns the first format whose marks are among the keys; methods ask for prompts
+    explicitly."""
     known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
 
 
 def format_for(method: str | None) -> str:
-    """The format of rows of which a method reads the prompt alone, whatever else they have; of
-    other methods auto."""
+    """Returns the format for a method that reads only the prompt, whatever else rows have; auto for
+    other methods."""
     return "prompt" if method and ROWS[method] == "prompt" else "auto"
 
 
 def quoted(keys: Sequence[str]) -> str:
-    """Keys in a sentence."""
+    """Quotes keys for a sentence."""
     *others, last = (f'"{key}"' for key in keys)
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Tools and template variables of a row, decoded where they are JSON text."""
+    """Returns tools and template variables of a row, decoded if they are JSON text."""
     found = {}
     for key, kind in (("tools", list), ("functions", list), ("chat_template_kwargs", dict)):
         value = _listed(row.get(key))
@@ -140,11 +142,11 @@ def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """A list or an object that is there as JSON text, as what it says."""
+    """Returns a list or an object, decoded if it is JSON text."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
-            json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair
+            json.dumps(found, ensure_ascii=False).encode()  # rejects half of a surrogate pair
             return found
     return value
 
@@ -155,7 +157,7 @@ def _check_text(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Of messages, or of a conversation with "from" and "value"."""
+    """Checks messages, or a conversation with "from" and "value"."""
     given = _listed(row["messages"])
     if isinstance(given, list):
         given = [_openai(own) if isinstance(own, dict) else own for own in given]
@@ -164,7 +166,7 @@ def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _openai(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with the keys "role" and "content", in the place of "from" and "value"."""
+    """Converts a message from "from" and "value" to "role" and "content"."""
     if not {"from", "value"} <= message.keys() or {"role", "content"} & message.keys():
         return message
     rest = {key: x for key, x in message.items() if key not in ("from", "value")}
@@ -172,17 +174,17 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """An instruction, after which comes what it is about, if that is given."""
+    """Checks an instruction, which its input follows, if there is one."""
     for key in ("prompt", "completion"):
         expect(f'{source}: "{key}"', row[key], str)
     about = [row[key] for key in ("input", "context") if row.get(key) is not None]
     for own in about:
-        expect(f"{source}: what the instruction is about", own, str)
+        expect(f"{source}: the input of the instruction", own, str)
     prompt = "\n\n".join([row["prompt"], *filter(None, about)])
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels that tables have in the place of JSON's.
+#: Labels in tables instead of JSON's true and false.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 
@@ -192,33 +194,33 @@ def _check_labelled(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """A chat whose last turn has the label; prompt and completion besides."""
+    """Checks a chat whose last turn has the label; splits it into prompt and completion."""
     label = _label(row, source, "messages")
     row = _check_chat(row, source)
     *prompt, last = row["messages"]
     if last["role"] != "assistant" or all(own["role"] == "system" for own in prompt):
         raise InputError(
             f'{source}: "messages" must end with a message of the user and one of the assistant, '
-            'which the "label" is of.'
+            'to which the "label" belongs.'
         )
     return {**row, "prompt": prompt, "completion": [last], "label": label}
 
 
 def _label(row: dict[str, Any], source: str, plain: str) -> bool:
-    """The label of a row; `plain` is the format of rows without one."""
+    """Returns the label of a row; `plain` is the format of rows without one."""
     label = row["label"]
     if isinstance(label, str):
         label = label.strip().lower()
     if not isinstance(label, str | bool | int) or label not in LABELS:
         raise InputError(
-            f'{source}: "label" must be true or false, for a response that is wanted or not; if it '
-            f"is something else, give data_format {plain}."
+            f'{source}: "label" must be true or false, for a desirable or undesirable response; '
+            f"if it is something else, set data_format {plain}."
         )
     return LABELS[label]
 
 
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """What a completion is generated for; the rest of the row is for rewards."""
+    """Checks a prompt for which completions are generated; the rest of the row is for rewards."""
     if not isinstance(row["prompt"], str):
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
@@ -234,7 +236,7 @@ def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
         row = {**row, **{key: _turns(row, key, source) for key in ("prompt", "completion")}}
         if not _answers(row["completion"]):
             raise InputError(
-                f'{source}: "completion" has no assistant message, so nothing to train.'
+                f'{source}: "completion" has no assistant message, so nothing to train on.'
             )
     return _with_system(row, source)
 
@@ -254,23 +256,23 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
-    """Prompt and sides of a pair as messages."""
+    """Returns the prompt and the sides of a pair as messages."""
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
-    else:  # what both begin with
+    else:  # the common beginning
         n = _alike(*sides.values())
         prompt = sides["chosen"][:n]
         sides = {key: messages[n:] for key, messages in sides.items()}
     if not prompt:
         raise InputError(
-            f'{source}: the pair has no prompt; give "prompt", or begin "chosen" and "rejected" '
+            f'{source}: the pair has no prompt; add "prompt", or begin "chosen" and "rejected" '
             "with the same messages."
         )
     for key, messages in sides.items():
         if not _answers(messages):
             raise InputError(
-                f'{source}: "{key}" has no assistant message of its own; let a response follow '
+                f'{source}: "{key}" has no assistant message of its own; add a response after '
                 "the prompt."
             )
     _check_whole([*prompt, *sides["chosen"], *sides["rejected"]], source)
@@ -278,7 +280,7 @@ def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any
 
 
 def _check_whole(messages: Sequence[dict[str, Any]], source: str) -> None:
-    """InputError if it is said of messages how much they count."""
+    """Raises InputError if messages have weights of their own."""
     if any("train" in message or "weight" in message for message in messages):
         raise InputError(
             f'{source}: "train" and "weight" have no effect on responses, which are compared as a '
@@ -287,21 +289,21 @@ def _check_whole(messages: Sequence[dict[str, Any]], source: str) -> None:
 
 
 def _alike(a: list[Any], b: list[Any]) -> int:
-    """How many items both begin with."""
+    """Counts the items that both begin with."""
     return [*(x == y for x, y in zip(a, b, strict=False)), False].index(False)
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """A pair whose prompt stands once; `repeated` tells whether both sides began with it again.
+    """Returns a pair with its prompt only once; `repeated` tells whether both sides repeated it.
 
-    InputError if only one side does, or both sides are the same.
+    Raises InputError if only one side does, or if both sides are the same.
     """
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)
     if messages and any(repeats) and not all(repeats):
         raise InputError(
-            f'{source}: "{"chosen" if repeats[0] else "rejected"}" repeats the prompt, and the '
+            f'{source}: "{"chosen" if repeats[0] else "rejected"}" repeats the prompt, but the '
             "other side does not; remove the prompt from it."
         )
     if all(repeats):
@@ -315,7 +317,8 @@ def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
-    """A prompt or a response as messages: a string is what the user or the assistant says."""
+    """Returns a prompt or a response as messages: a string is what the user or the assistant
+    says."""
     given, what = row[key], f'{source}: "{key}"'
     expect(what, given, str, list)
     if isinstance(given, str):
@@ -324,12 +327,12 @@ def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
 
 
 def _answers(messages: list[dict[str, Any]]) -> bool:
-    """Whether an assistant speaks in them."""
+    """Returns whether an assistant speaks in them."""
     return any(message["role"] == "assistant" for message in messages)
 
 
 def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """A row with the text of "system" as the first message of a prompt that is a list of them."""
+    """Puts the text of "system" as the first message into a prompt that is a list of messages."""
     if isinstance(row["prompt"], str):
         if row.get("system") is not None:
             expect(f'{source}: "system"', row["system"], str)
@@ -340,7 +343,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Messages after the text of "system"."""
+    """Puts the text of "system" before messages."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)
@@ -355,7 +358,8 @@ def _begun(
 
 
 def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Tokens and weights of records, which are all pairs or none; not cut. InputError."""
+    """Returns tokens and weights of records, which are all pairs or none; not truncated. Raises
+    InputError."""
     encoder.notes.rows += len(records)
     encoder.notes.formats.update(record.format for record in records)
     for record in records:
@@ -370,7 +374,7 @@ def _rows(encoder: Encoder, records: list[Record]) -> list[Row]:
 
 
 def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Of a method that learns from labels both responses, each alone."""
+    """Encodes pairs; for a method that learns from labels, both responses separately."""
     rows = _rows(encoder, [_side(record, key) for record in records for key in SIDES])
     for row, after in pairwise(rows):
         if row.source == after.source:
@@ -385,10 +389,10 @@ def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
 
 
 def _several(source: str) -> InputError:
-    """What to raise if a response gives several sequences."""
+    """Returns the error if a response gives several sequences."""
     return InputError(
         f"{source}: the chat template renders a turn of the response differently once others "
-        "follow; give a response of one assistant message."
+        "follow; use responses of one assistant message."
     )
 
 
@@ -397,7 +401,7 @@ def _prompts(encoder: Encoder, records: list[Record]) -> list[Row]:
 
 
 def _side(record: Record, key: str) -> Record:
-    """One sequence of a pair as a record whose response is trained."""
+    """Returns one sequence of a pair as a record whose response is in the loss."""
     row = {**record.row, "completion": record.row[key]}
     return replace(record, source=f"{record.source} {key}", format="prompt-completion", row=row)
 
@@ -411,7 +415,8 @@ def _chat_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
-    """Of a prompt, raw or as a conversation, only what completes it is trained."""
+    """Returns samples of a prompt, raw or as a conversation, with only the completion in the
+    loss."""
     row, notes = record.row, encoder.notes
     prompt, completion, system = row["prompt"], row["completion"], row.get("system")
     if isinstance(prompt, str):
@@ -428,8 +433,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """The samples of a row with a label, which are `plain` if nobody learns from the label: then
-    only a response that is wanted is trained. Else the weights of one that is not are below 0."""
+    """Returns the samples of a row with a label. For methods that do not learn from labels they are
+    `plain`, and only desirable responses are kept; otherwise the weights of an undesirable one are
+    below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -449,14 +455,14 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 
 @dataclass(frozen=True)
 class Format:
-    """A form of rows, by its keys; those that have the keys `marks` (default: all) are of it.
+    """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` are what the check calls the keys, where that is something else. `more` are the other
-    keys that are read. `check` gives the row as `encode` takes it, or raises
-    InputError. `encode` gives the rows of a data set for records, all of which are of this format
-    or of others with the same `encode`; that of single sequences asks each record's format for the
-    `samples` of it. `rows` is what a method calls such a row (config.ROWS), first the one that
-    needs all of it. With `reads_all`, all other keys are kept with the row.
+    `means` is what the check calls the keys, if that differs. `more` are the other keys that are
+    read. `check` returns the row as `encode` takes it, or raises InputError. `encode` returns the
+    rows of a data set for records, all of which have this format or another with the same `encode`;
+    for single sequences it asks each record's format for its `samples`. `rows` is what a method
+    calls such a row (config.ROWS), first the one that needs all of it. With `reads_all`, all other
+    keys are kept with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]
@@ -474,7 +480,7 @@ class Format:
 
 
 def _plain(prompt: str, completion: str) -> Format:
-    """Prompt and completion by other names."""
+    """Prompt and completion under other names."""
     return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
 
 
@@ -491,7 +497,7 @@ def _labelled_chat(key: str) -> Format:
 
 
 PLAIN = ("prompt", "completion")
-#: Every form, by name; a row is of the first whose marks it has.
+#: Every format, by name; a row has the first whose marks it has.
 FORMATS: dict[str, Format] = {
     "preference": Format(
         _check_pair,

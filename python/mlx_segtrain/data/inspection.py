@@ -1,4 +1,4 @@
-"""What a data set trains, for people to look at before a run."""
+"""Reports what a data set trains on, for people to check before a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,13 @@ from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
 
-#: Rows that are named as the longest ones.
+#: Number of longest rows that are named.
 LONGEST = 5
 
 
 @dataclass(frozen=True)
 class Preview:
-    """One sequence as trained: for each token its text, whether it is trained, and its weight;
+    """One sequence as trained: for each token its text, whether it is in the loss, and its weight;
     `findings` are sentences about it."""
 
     source: str
@@ -34,7 +34,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Bin:
-    """How many samples have from `first` to `last` tokens."""
+    """The number of samples that have from `first` to `last` tokens."""
 
     first: int
     last: int
@@ -43,9 +43,9 @@ class Bin:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a pass over the training rows takes: optimizer steps, and the part of its tokens that is
-    padding, or of packed rows left empty; `rows` are packed ones, or samples. `seconds` is None if
-    nobody said what a step takes."""
+    """A pass over the training rows: optimizer steps, and the fraction of its tokens that is
+    padding, or of packed rows that is empty; `rows` counts packed rows, or samples. `seconds` is
+    None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -55,15 +55,14 @@ class Epoch:
 
 @dataclass
 class Report:
-    """What `inspect` found.
+    """The result of `inspect`.
 
-    `n_train` and `n_valid` count rows, `formats` those of the training file by their form; lengths
-    are in tokens before truncation, all of the training file like the counts after them (None
-    without a tokenizer), `histogram` and `longest` (places and tokens) too. `duplicates` counts
-    rows that are equal to an earlier one. `epoch` is one as the rows are, `packed` one of packed
-    rows, where they can be. `remarks` say what is left out of both files or wrong with them,
-    `findings` name rows of the training file by what is wrong with them (notes.FINDINGS). `error`
-    is one sentence.
+    `n_train` and `n_valid` count rows, `formats` the rows of the training file by format; lengths
+    are in tokens before truncation and, like the counts after them (None without a tokenizer),
+    cover the training file, as do `histogram` and `longest` (places and tokens). `duplicates`
+    counts rows that repeat an earlier one. `epoch` describes unpacked rows, `packed` packed ones,
+    if possible. `remarks` say what is left out of both files or wrong with them, `findings` name
+    rows of the training file by what is wrong with them (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True
@@ -97,7 +96,7 @@ class Report:
 def inspect(
     data: Any,
     tokenizer: Tokenizer | None = None,
-    options: Options = Options(method=None),  # noqa: B008 - it cannot be changed
+    options: Options = Options(method=None),  # noqa: B008 - it is immutable
     *,
     n_preview: int = 3,
     batch_size: int = 1,
@@ -106,10 +105,10 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks data (sources.sources_of); what is wrong is in the report, not raised.
+    """Checks data (sources.sources_of); faults are in the report, not raised.
 
-    Steps of an epoch are of `accumulation` batches of `batch_size` rows, and take `step_s` seconds
-    if that is known. With the folder of the tokenizer's model, its tokens are kept (cache.py).
+    Steps of an epoch have `accumulation` batches of `batch_size` rows, and take `step_s` seconds if
+    known. With the folder of the tokenizer's model, its tokens are cached (cache.py).
     """
     report = Report()
     try:
@@ -155,7 +154,7 @@ def inspect(
 
 
 def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
-    """Samples by their length, in powers of two; what is longer than `most` apart."""
+    """Counts samples by length, in powers of two; those longer than `most` separately."""
     top = int(lengths.max())
     ends = {min(2**k, top) for k in range(top.bit_length() + 1)} | {min(most, top)}
     last = np.array(sorted(end for end in ends if end >= lengths.min()))
@@ -167,7 +166,7 @@ def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
 def _epoch(
     data: dataset.Dataset, batch_size: int, count: int, step_s: float | None = None
 ) -> Epoch | None:
-    """What a pass over the data takes; None if it is not one batch."""
+    """Returns what a pass over the data takes; None if it is less than one batch."""
     if not data.packed and len(data) < batch_size:
         return None
     steps = batches_in_epoch(data, batch_size) / count
@@ -177,7 +176,7 @@ def _epoch(
 
 
 def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
-    """Each row after truncation: one sequence, or both of a pair."""
+    """Yields each row after truncation: one sequence, or both of a pair."""
     shown = []
     for row in rows:
         short, _, _ = dataset.shorten(row, encoder)
@@ -190,8 +189,9 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
 
 
 def _texts(ids: list[int], encoder: Encoder) -> list[str]:
-    """The text of every token; a character spread over several tokens is shown at the last."""
-    texts, before, shown = [], 0, 0  # ids[before:shown] give the context in which a token decodes
+    """Returns the text of every token; a character that spans several tokens is shown at the
+    last."""
+    texts, before, shown = [], 0, 0  # ids[before:shown] are the context in which a token decodes
     for j in range(len(ids)):
         known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])
         whole = not text.endswith("\ufffd") or j + 1 == len(ids)

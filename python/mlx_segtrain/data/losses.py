@@ -1,4 +1,4 @@
-"""What of a row is missing from its rendering."""
+"""Finds what of a row is missing from its rendering."""
 
 import json
 from collections.abc import Iterator
@@ -9,10 +9,9 @@ from .spelling import arguments, reasoning
 
 
 def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[str]:
-    """Findings (notes.FINDINGS) about a message in the text that holds its rendering.
+    """Returns findings (notes.FINDINGS) about a message in the text that holds its rendering.
 
-    The reasoning of an `earlier` turn than the trained one does not count: templates drop it on
-    purpose.
+    The reasoning of an `earlier` turn does not count: templates drop it on purpose.
     """
     thoughts, answer = reasoning(message)
     if not earlier and not _holds(rendered, thoughts):
@@ -25,19 +24,19 @@ def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[
 
 
 def missing_tools(rendered: str, tools: Any) -> Iterator[str]:
-    """Findings about the definitions of tools."""
+    """Returns findings about the definitions of tools."""
     for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
         if name and name not in rendered:
             yield "tools"
 
 
-#: A list of parts as Python or JSON writes it, where a template took it for text.
+#: How Python or JSON writes a list of parts, if a template took it for text.
 PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Whether a text is there, as it is or within a JSON string."""
+    """Returns whether a text is present, directly or within a JSON string."""
     text = text.strip()
     if text and any(part in rendered and part not in text for part in PARTS):
         return False
@@ -53,7 +52,7 @@ def _holds(rendered: str, text: str) -> bool:
 
 
 def _holds_call(rendered: str, call: Message) -> bool:
-    """Whether a call is there with its arguments as JSON, or each by itself; not as Python
+    """Returns whether a call is present with its arguments as JSON or one by one; not as Python
     writes a mapping, and not as JSON within JSON."""
     name, given = call.get("function", call)["name"], arguments(call)
     if name and name not in rendered:
@@ -69,7 +68,7 @@ def _holds_call(rendered: str, call: Message) -> bool:
 
 
 def _holds_value(rendered: str, value: Any) -> bool:
-    """Whether every key and every leaf of a JSON value is there."""
+    """Returns whether every key and every leaf of a JSON value is present."""
     if isinstance(value, dict):
         return all(
             _holds(rendered, str(key)) and _holds_value(rendered, own) for key, own in value.items()

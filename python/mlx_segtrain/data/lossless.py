@@ -1,7 +1,8 @@
-"""Whether a tokenizer gives back every text, also one that is cut into pieces, by construction.
+"""Decides from a tokenizer's structure whether it reproduces every text, also one that is cut into
+pieces.
 
-It is read off the parts of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE over ▁
-with bytes for what it does not know, without a space put before a text (Gemma).
+Reads the parts of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE over ▁ with bytes
+for unknown characters, if no space is put before a text (Gemma).
 """
 
 import json
@@ -12,13 +13,13 @@ from typing import Any
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-#: What normalizes each piece as it normalizes the whole, if this holds for the whole.
+#: Normalizers that treat each piece like the whole, given that the condition holds for the whole.
 Holds = Callable[[str], bool]
 
 
 def lossless(tokenizer: Any) -> Holds | None:
-    """For a tokenizer of transformers: whether the tokens of a text's pieces, one after the other,
-    decode to what the tokens of the text decode to. None: that cannot be told of any text."""
+    """Returns, for a transformers tokenizer, a test whether the tokens of a text's pieces, one
+    after the other, decode to the same as the tokens of the text. None: unknown for every text."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):
@@ -27,11 +28,11 @@ def lossless(tokenizer: Any) -> Holds | None:
         return None
     added = tokenizer.added_tokens_decoder.values()
     if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return None  # these take blanks, or depend on what stands beside them
+        return None  # these remove whitespace, or depend on neighbouring text
     cuts, steps = parts_of(backend.pre_tokenizer), parts_of(backend.normalizer)
     whole = all(_keeps(cut) for cut in cuts)
     if any(cut["type"] == "ByteLevel" for cut in cuts):
-        # Without a token for what it does not know BPE leaves it out, wherever that stands.
+        # Without a token for unknown characters BPE drops them wherever they are.
         known = ByteLevel.alphabet() if model.unk_token is not None else []
         plain = [own["type"] for own in parts_of(backend.decoder)] == ["ByteLevel"]
         normal = {"NFC"} >= {step["type"] for step in steps}
@@ -55,7 +56,7 @@ def _composed(text: str) -> bool:
 
 
 def parts_of(component: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer, a pre-tokenizer or a decoder, as tokenizer.json has them."""
+    """Returns the steps of a normalizer, a pre-tokenizer or a decoder in tokenizer.json."""
     if component is None:
         return []
     own = json.loads(component.__getstate__())
@@ -65,7 +66,7 @@ def parts_of(component: Any) -> list[dict[str, Any]]:
 
 
 def _keeps(cut: dict[str, Any]) -> bool:
-    """Whether a pre-tokenizer cuts a text, and neither adds to it nor removes of it."""
+    """Returns whether a pre-tokenizer only cuts a text, without adding or removing anything."""
     kind = cut["type"]
     if kind == "ByteLevel":
         return not cut["add_prefix_space"]

@@ -1,4 +1,4 @@
-"""The messages of a row, checked and brought into one form."""
+"""Checks the messages of a row and converts them to one form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from ..errors import InputError, shown
 
 Message = Mapping[str, Any]
 
-#: The keys by which messages carry reasoning.
+#: The keys under which messages have reasoning.
 ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
 REASONING: tuple[str, ...] = get_args(ReasoningKey)
-MAX_WEIGHT = 1e6  # far above any use, and sums of losses stay finite in float32
-#: The roles that messages have, and names for them in other data sets.
+MAX_WEIGHT = 1e6  # far above any use; sums of losses stay finite in float32
+#: The roles of messages, and their names in other data sets.
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {
     "human": "user",
@@ -23,12 +23,12 @@ OTHER_ROLES = {
 
 @dataclass(frozen=True)
 class Other:
-    """A value that is none of JSON's, such as a time or an image; `kind` is Arrow's type."""
+    """A value that JSON does not have, such as a time or an image; `kind` is Arrow's type."""
 
     kind: str
 
 
-#: What JSON's values are, in words.
+#: Names of JSON's types for messages.
 KINDS: dict[type, str] = {
     **{dict: "an object", list: "a list", str: "a string", bool: "true or false"},
     **{int: "a number", float: "a number", type(None): "null or missing"},
@@ -36,19 +36,20 @@ KINDS: dict[type, str] = {
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a row is, in words."""
+    """Returns in words what a value of a row is."""
     return f"a {value.kind}" if isinstance(value, Other) else KINDS[type(value)]
 
 
 def expect(what: str, value: Any, *kinds: type) -> None:
-    """InputError if `value`, of which `what` is the name in a sentence, is of none of the kinds."""
+    """Raises InputError if `value` is of none of the kinds; `what` is its name in the sentence."""
     if type(value) not in kinds:
         wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
         raise InputError(f"{what} must be {wanted}, not {kind_of(value)}.")
 
 
 def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of a list, in one form; InputError for what is no list of messages."""
+    """Returns the messages of a list in one form. Raises InputError if it is not a list of
+    messages."""
     expect(where, messages, list)
     return [_checked(message, f"{where}[{i}]") for i, message in enumerate(messages)]
 
@@ -62,7 +63,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     known = OTHER_ROLES.get(known, known)
     if known not in ROLES:
         raise InputError(f"{where}: the role {shown(role)} is not one of {', '.join(ROLES)}.")
-    # Tables have every column in every row: null is what is not there.
+    # Tables have every column in every row; null means absent.
     empty = [key for key, value in message.items() if value is None and key != "content"]
     message = {key: value for key, value in message.items() if key not in empty} | {"role": known}
     message = _with_calls(message, where)
@@ -74,19 +75,20 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:
         raise InputError(
-            f'{where} asks to be trained, but its role is "{known}" and only "assistant" messages '
-            'are trained; remove "train" and "weight".'
+            f'{where} asks to be in the loss, but its role is "{known}" but only "assistant" '
+            'messages can be; remove "train" and "weight".'
         )
     content = message.get("content")
     if isinstance(content, list):
         return {**message, "content": "".join(_part(part, where) for part in content)}
-    if content is not None or not message.get("tool_calls"):  # calls may stand without content
+    if content is not None or not message.get("tool_calls"):  # messages with calls may lack content
         expect(f'{where}: "content"', content, str)
     return message
 
 
 def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """With tool calls that are well formed; OpenAI's earlier "function_call" as one of them."""
+    """Returns a message with well-formed tool calls, including one in OpenAI's earlier
+    "function_call"."""
     if "function_call" in message and "tool_calls" not in message:
         call = message.pop("function_call")
         message["tool_calls"] = [{"type": "function", "function": call}]

@@ -1,4 +1,4 @@
-"""Each row beside its prompt with the response of another row, as KTO's KL divergence needs it."""
+"""Combines each prompt with the response of another row, which KTO's KL divergence needs."""
 
 from dataclasses import replace
 
@@ -11,12 +11,12 @@ from .encoding import Pair, Row
 
 
 def mismatched(data: Dataset, tokens: int) -> Dataset:
-    """Pairs of each row and its prompt with a response of another prompt's row, of at most so many
-    tokens; InputError if all rows have one prompt.
+    """Returns pairs of each row, and of its prompt with a response to another prompt, of at most
+    this many tokens. Raises InputError if all rows have one prompt.
 
-    Which row that is follows from the data alone, so what the model without an adapter gives for it
-    is computed once, and a batch may be one row. Responses go round by length: each has about the
-    length of the row's own. In the columns no token of the second sequence is trained.
+    The choice depends on the data only, so what the model without the adapter gives for it is
+    computed once, and a batch may be one row. Responses are assigned by length: each is about as
+    long as the row's own. In the columns no token of the second sequence is in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (
@@ -44,8 +44,8 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
 
 
 def _others(data: Dataset) -> np.ndarray:
-    """The row whose response each row gets, int64 [n]: the one before it by the response's length,
-    the last one before the first; or the one before that, until the prompt is another one."""
+    """Returns the row whose response each row gets, int64 [n]: the previous one by the response's
+    length, the last one for the first; or an earlier one if the prompt is the same."""
     first = data.columns.first[:, 0]
     prompts = [row.ids[:at].tobytes() for row, at in zip(data.rows, first, strict=True)]
     _, prompt = np.unique(np.array([hash(own) for own in prompts]), return_inverse=True)
@@ -60,7 +60,7 @@ def _others(data: Dataset) -> np.ndarray:
         if not left.size:
             return other
     raise InputError(
-        f"{data.name}: all rows have the same prompt, and method kto compares with responses to "
-        "other prompts: add rows, or give kto_loss apo_zero_unpaired.",
+        f"{data.name}: all rows have the same prompt, but method kto compares with responses to "
+        "other prompts: add rows, or use kto_loss apo_zero_unpaired.",
         field="kto_loss",
     )

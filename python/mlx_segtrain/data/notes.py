@@ -1,10 +1,10 @@
-"""What a run says about its data: what was left out, and what the chat template does to rows."""
+"""What a run reports about its data: what was left out, and what the chat template does to rows."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Findings about a trained turn, as the end of a sentence that begins with their count.
+#: Findings about a turn in the loss, as the end of a sentence that begins with their count.
 FINDINGS = {
     "text": "text of the row is missing from what the chat template renders",
     "reasoning": "reasoning of the row is missing from what the chat template renders",
@@ -22,10 +22,10 @@ MOST_NAMED = 20
 class Notes:
     """Counts over the rows of one source.
 
-    `rows` were read and gave `samples`, which have `turns` trained turns. `findings` counts samples
-    by finding and `where` names the first of their rows; `ignored` counts rows by a key that
-    nothing reads; `repeated` counts pairs whose sides began with the prompt again, `unwanted` rows
-    whose label is false, `formats` rows by their form. `prompt_format` is chat or raw if there are
+    `rows` were read and gave `samples`, which have `turns` turns in the loss. `findings` counts
+    samples by finding and `where` names the first of their rows; `ignored` counts rows by a key
+    that nothing reads; `repeated` counts pairs whose sides repeated the prompt, `unwanted` rows
+    whose label is false, `formats` rows by format. `prompt_format` is chat or raw if there are
     plain prompts.
     """
 
@@ -41,7 +41,7 @@ class Notes:
     prompt_format: str | None = None
 
     def add(self, other: "Notes") -> None:
-        """Counts what another one counts of rows; samples have been counted in neither."""
+        """Adds the counts of other rows; no sample may be counted in both."""
         self.rows += other.rows
         self.ignored += other.ignored
         self.repeated += other.repeated
@@ -50,7 +50,7 @@ class Notes:
         self.prompt_format = other.prompt_format or self.prompt_format
 
     def of_rows(self) -> dict[str, Any]:
-        """What `add` adds, for a file; `Notes.read` reads it."""
+        """Returns what `add` adds, for a file; `Notes.read` reads it."""
         names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
         return {name: getattr(self, name) for name in names}
 
@@ -60,7 +60,7 @@ class Notes:
         return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
-        """A sentence for each finding, with its count and first row."""
+        """Returns a sentence for each finding, with its count and first row."""
         return [
             f"in {count:,} of {self.samples:,} samples {FINDINGS[name]} (first: "
             f"{self.where[name][0]})"
@@ -68,22 +68,19 @@ class Notes:
         ]
 
     def left_out(self) -> list[str]:
-        """A sentence for whatever of the rows is not used."""
+        """Returns a sentence for everything of the rows that is not used."""
         said = [
             f'the column "{name}" of {count:,} rows is ignored'
             for name, count in self.ignored.most_common(10)
         ]
         if self.repeated:
-            said.append(
-                f"in {self.repeated:,} pairs both sides began with the prompt again: it is used "
-                "once"
-            )
+            said.append(f"in {self.repeated:,} pairs both sides repeat the prompt: it is used once")
         if self.unwanted:
-            said.append(f"{self.unwanted:,} rows with a label of false are left out")
+            said.append(f"{self.unwanted:,} rows with the label false are dropped")
         return said
 
     def as_json(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """Returns the values for metrics.json."""
         return {
             "rows": self.rows,
             "samples": self.samples,

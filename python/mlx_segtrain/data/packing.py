@@ -1,4 +1,4 @@
-"""Which samples share a packed row: best fit decreasing, on arrays."""
+"""Decides which samples share a packed row: best fit decreasing, on arrays."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: A row is filled in at least as many units: of lengths, few differ then, and many can be swapped.
+#: A row has at least this many units of length: with few distinct sizes, many samples can be
+#: swapped.
 UNITS = 1024
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A way to put n samples into rows: which places each row has, and how large these are.
+    """A way to put n samples into rows: which places each row has, and their sizes.
 
-    It is the same in every epoch, so that all have as many rows; which sample stands in which of
-    the places of its size changes. Every sample is in one row, whole.
+    It is the same in every epoch, so that all epochs have the same number of rows; which sample
+    takes which place of its size changes. Every sample is in one row, whole.
 
-    `sizes` int16 [n] are those of the samples, in units; `places` int64 [n] lists the places, which
-    are numbered by size, the largest first, row by row; row i has `ends[i]` … `ends[i + 1]` of
-    them.
+    `sizes` int16 [n] are those of the samples, in units; `places` int64 [n] lists the places,
+    numbered by size, the largest first, row by row; row i has `ends[i]` … `ends[i + 1]` of them.
     """
 
     sizes: np.ndarray
@@ -29,7 +29,8 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: np.ndarray, capacity: int) -> Packing:
-        """Of samples of these lengths [n], each at most `capacity` tokens, which a row has."""
+        """Packs samples of these lengths [n], each at most `capacity` tokens, into rows of that
+        size."""
         unit = max(1, capacity // UNITS)
         room = capacity // unit
         sizes = np.minimum(-(-lengths // unit), room).astype(np.int16)
@@ -39,11 +40,11 @@ class Packing:
         return cls(sizes, np.argsort(row_of, kind="stable"), ends)
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Returns the number of rows."""
         return len(self.ends) - 1
 
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """The samples of each row, by index; a function of seed and epoch alone."""
+        """Returns the samples of each row, by index, which depend on seed and epoch only."""
         random = np.random.default_rng([seed, 1, epoch])
         samples = random.permutation(len(self.sizes))
         samples = samples[np.argsort(-self.sizes[samples], kind="stable")][self.places]
@@ -51,11 +52,12 @@ class Packing:
 
 
 def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
-    """The row of each item, the largest first, where `counts[s]` have size s and a row `room`.
+    """Returns the row of each item, the largest first, where `counts[s]` items have size s and a
+    row has `room`.
 
-    Each goes where it leaves the least room; those of one size together, as many as fit.
+    Each goes where it leaves the least room; items of one size go together, as many as fit.
     """
-    open_rows: dict[int, list[np.ndarray]] = {}  # by the room that is left
+    open_rows: dict[int, list[np.ndarray]] = {}  # by the remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]
     n_rows = 0
 

@@ -1,4 +1,4 @@
-"""How a prompt becomes tokens: what a run trained with is what its adapter is asked with."""
+"""Turns a prompt into tokens, for generation in the same way as in the adapter's training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ class Prompting:
 
     @classmethod
     def of(cls, run: Mapping[str, Any]) -> "Prompting":
-        """From the configuration of a run, as its adapter's folder has it; unusable values, which a
-        stranger's folder may hold, count as not given."""
+        """Reads it from the configuration of a run, as in its adapter's folder; unusable values,
+        which an untrusted folder may hold, are ignored."""
         format, variables = run.get("prompt_format"), run.get("chat_template_kwargs")
         return cls(
             format if format in ("chat", "raw") else "auto",
@@ -29,22 +29,22 @@ class Prompting:
         )
 
     def as_run(self) -> dict[str, Any]:
-        """The fields of a configuration that `of` reads."""
+        """Returns the fields of a configuration that `of` reads."""
         return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
 
     def is_raw(self, tokenizer: Tokenizer) -> bool:
-        """Whether plain prompts are given to the model as they are; InputError for a chat without
-        a template."""
+        """Returns whether plain prompts go to the model as they are. Raises InputError for
+        prompt_format chat without a template."""
         if self.format == "chat" and not tokenizer.has_chat_template:
             raise InputError(
-                "prompt_format is chat, but the tokenizer has no chat template; give prompt_format "
+                "prompt_format is chat, but the tokenizer has no chat template; use prompt_format "
                 "raw."
             )
         return self.format == "raw" or not tokenizer.has_chat_template
 
     def ids(self, tokenizer: Tokenizer, prompt: str, system: str | None = None) -> list[int]:
-        """Token ids of a prompt, with what comes before the answer; InputError for a system message
-        without a chat template to put it into."""
+        """Returns the token ids of a prompt, with what precedes the answer. Raises InputError for a
+        system message without a chat template."""
         if self.is_raw(tokenizer):
             if system is not None:
                 raise InputError(
@@ -58,12 +58,13 @@ class Prompting:
         return self.chat_ids(tokenizer, turns)
 
     def chat_ids(self, tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation that the model is to answer; it needs a chat template."""
+        """Returns the token ids of a conversation for the model to answer; needs a chat
+        template."""
         return prompt_ids(tokenizer, turns, self.variables)
 
     @property
     def flags(self) -> list[str]:
-        """The options of `mlx_lm.generate` that ask in the same way."""
+        """Returns the options of `mlx_lm.generate` that render prompts in the same way."""
         if self.format == "raw":
             return ["--ignore-chat-template"]
         if self.variables:

@@ -1,10 +1,9 @@
-"""Data sets of the Hugging Face hub: which files of a repository have the rows of a split.
+"""Data sets on the Hugging Face hub: which files of a repository have the rows of a split.
 
 A name is org/name, org/name@revision, either with /configuration, any of them with :split. The
-repository's card says which files these are, or their own names do. They are downloaded as they
-are, which is resumed and works offline, and read like other files; a program that a repository
-brings is never run. Where its files are of no format that we read, the hub's own copies in Parquet
-are taken.
+repository's card says which files these are, or else their names do. They are downloaded unchanged,
+which can be resumed and works offline, and read like other files; programs in a repository are
+never run. If no file has a supported format, the hub's own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ NAME = re.compile(
     re.ASCII,
 )
 CARD = "README.md"
-#: Files in Parquet that the hub has made of a repository, in a folder for each split.
+#: Parquet files that the hub has made from a repository, in one folder per split.
 CONVERTED = "refs/convert/parquet"
-#: What begins the names of splits; validation rows are taken of the first that is there.
+#: How the names of splits begin; validation rows come from the first that exists.
 TRAIN, VALID = ("train", "training"), ("validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d])")
-#: Of a repository, not of its rows.
+#: Files about the repository, without rows.
 NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")
 
-#: Cards may be long.
+#: Most bytes of a card, since cards may be long.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-#: The files of each split, in its order.
+#: The files of each split, in order.
 Splits = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Named:
-    """A data set of the hub, of which a configuration and a split may be asked for."""
+    """A data set on the hub, with an optional configuration and split."""
 
     repository: hub.Repository
     config: str | None = None
@@ -58,7 +57,7 @@ class Named:
 
 
 def named(text: str | Path) -> Named | None:
-    """What a text names, where no such path is."""
+    """Returns the data set that a text names, if no such path exists."""
     found = NAME.fullmatch(str(text))
     if found is None or Path(text).exists():
         return None
@@ -70,8 +69,8 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """A name of the data set that a folder of the hub's cache has, at its commit; what names
-    another one, or has a revision, stays."""
+    """Returns a data set's name with the commit that a folder of the hub's cache has; a name of
+    another data set, or with a revision, is unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):
@@ -86,10 +85,10 @@ def fetch(
     *,
     ask: bool = True,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The files of the training rows and of the validation rows, if it has some, by their names.
+    """Returns the files of the training rows and of the validation rows, if there are any, by name.
 
-    `readable` says the format of a file by its name, or None. Without `ask` the cache alone is
-    looked at. InputError for what there is not.
+    `readable` returns the format of a file by its name, or None. Without `ask` only the cache is
+    used. Raises InputError for what does not exist.
     """
     tell = tell or (lambda event: None)
     configs: dict[str, Splits] = {}
@@ -112,19 +111,19 @@ def fetch(
             break
     if not any(configs.values()):
         raise InputError(
-            f"{name.repository.id} has no files of rows in a format that is read, and the hub no "
-            "copy of them in Parquet: take another one, or make JSON lines of it."
+            f"{name.repository.id} has no files in a supported format, and the hub has no "
+            "Parquet copy of it: use another data set, or convert it to JSON lines."
         )
     splits = configs[_chosen(name, configs, standard)]
     train = name.split or _training(name, splits)
     if train not in splits:
-        raise InputError(f"{name.repository.id} has no split {train}: it has {_list(splits)}.")
+        raise InputError(f"{name.repository.id} has no split {train}, only {_list(splits)}.")
     valid = None if name.split else _validation(train, splits)
     wanted = {*splits[train], *(splits[valid] if valid else ())}
     exact = replace(name.repository, revision=folder.name)
     folder = hub.fetch(exact, wanted.__contains__, tell, ask=ask)
-    said = f"{name}: training rows are those of its split {train}"
-    said += f", validation rows those of {valid}" if valid else ""
+    said = f"{name}: training rows come from its split {train}"
+    said += f", validation rows from {valid}" if valid else ""
     tell(events.stage("load", 0.01, said))
     train_files = {file: folder / file for file in splits[train]}
     return train_files, {file: folder / file for file in splits[valid]} if valid else {}
@@ -137,7 +136,7 @@ def _has_rows(file: str, readable: Callable[[str], str | None]) -> bool:
 
 
 def _card(folder: Path) -> Any:
-    """What the head of the card says; nothing if it says nothing that can be read."""
+    """Returns the metadata at the head of the card; empty if there is none that can be read."""
     try:
         text = read_at_most(folder / CARD, 4 << 20)
         head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
@@ -149,7 +148,7 @@ def _card(folder: Path) -> Any:
 def _configurations(
     card: Any, rows: list[str], readable: Callable[[str], str | None]
 ) -> tuple[dict[str, Splits], str | None]:
-    """The splits of each configuration, and which one is meant where none is named."""
+    """Returns the splits of each configuration, and the default configuration."""
     listed = card.get("configs") if isinstance(card, dict) else None
     configs: dict[str, Splits] = {}
     standard = None
@@ -171,7 +170,7 @@ def _configurations(
 
 
 def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
-    """`data_files` of a card: patterns, alone or by split."""
+    """Resolves `data_files` of a card: patterns, alone or by split."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, dict):
         pairs = [(str(split), own) for split, own in given.items()]
@@ -189,7 +188,8 @@ def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
 
 
 def _pattern(text: str, below: str) -> Any:
-    """As a shell reads it: * within a name, ** over folders, ? and [] for a character."""
+    """Converts a pattern as a shell reads it: * within a name, ** across folders, ? and [] for a
+    character."""
     text = "/".join(filter(None, [below, text[:1000].removeprefix("./")]))
     made = ""
     for part in re.findall(r"\*\*/?|\*|\?|\[[^]/]+\]|.", text, re.DOTALL):
@@ -211,8 +211,8 @@ def _pattern(text: str, below: str) -> Any:
 
 
 def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
-    """By what the files and their folders are called; of files of several formats those of the
-    one that most have."""
+    """Groups files by words in their names and folders; with several formats, uses the most
+    frequent one."""
     formats = Counter(readable(PurePosixPath(file).name) for file in rows)
     splits: Splits = {}
     for file in rows:
@@ -227,7 +227,7 @@ def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
 
 
 def _by_folder(rows: list[str]) -> dict[str, Splits]:
-    """Of the hub's own copies: configuration/split/0000.parquet."""
+    """Groups the hub's own copies: configuration/split/0000.parquet."""
     configs: dict[str, Splits] = {}
     for file in rows:
         config, *rest = file.split("/")
@@ -243,12 +243,12 @@ def _chosen(name: Named, configs: Mapping[str, Splits], standard: str | None) ->
         config = next(iter(configs))
     if config is None:
         raise InputError(
-            f"{name.repository.id} has several configurations: give one of {_list(configs)}, as "
+            f"{name.repository.id} has several configurations: name one of {_list(configs)}, as in "
             f"{name.repository}/{next(iter(configs))}."
         )
     if config not in configs:
         raise InputError(
-            f"{name.repository.id} has no configuration {shown(config)}: it has {_list(configs)}."
+            f"{name.repository.id} has no configuration {shown(config)}, only {_list(configs)}."
         )
     return config
 
@@ -259,14 +259,14 @@ def _list(words: Iterable[str]) -> str:
 
 
 def _training(name: Named, splits: Splits) -> str:
-    """The split called train, else the first that begins so, else the only one."""
+    """Returns the split called train, else the first that begins so, else the only one."""
     found = [own for own in splits if own in TRAIN] or [own for own in splits if _is(own, TRAIN)]
     if found:
         return found[0]
     if len(splits) == 1:
         return next(iter(splits))
     raise InputError(
-        f"{name.repository.id} has no split that is called train: give one of {_list(splits)}, as "
+        f"{name.repository.id} has no split called train: name one of {_list(splits)}, as in "
         f"{name.repository}:{next(iter(splits))}."
     )
 
@@ -276,6 +276,6 @@ def _is(split: str, words: Iterable[str]) -> bool:
 
 
 def _validation(train: str, splits: Splits) -> str | None:
-    """The split of validation rows beside one of training rows: of train_sft it is test_sft."""
+    """Returns the validation split that belongs to a training split: test_sft to train_sft."""
     rest = re.sub(rf"^(?:{'|'.join(reversed(TRAIN))})", "", train)
     return next((f"{word}{rest}" for word in VALID if f"{word}{rest}" in splits), None)

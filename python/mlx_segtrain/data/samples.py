@@ -1,7 +1,7 @@
 """The samples of a source as Arrow record batches, one for each block of its rows.
 
-A batch has what was read, whole: tokens, and weights by runs of the same weight. What depends on
-max_seq_length is worked out when it is looked at, for all samples at once.
+A batch holds all that was read: tokens, and weights as runs of equal weights. What depends on
+max_seq_length is computed on access, for all samples at once.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-ROWS_PER_CALL = 512  # given to the tokenizer at once: enough for its threads, small in memory
-#: Findings by their bit.
+# How many texts the tokenizer gets at once: enough for its threads, small in memory.
+ROWS_PER_CALL = 512
+#: The bit of each finding.
 BITS = tuple(FINDINGS)
 ABOUT = b"about"
 
 
 def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
-    """The records of a block; `first` gets the place of the first one of each format.
+    """Yields the records of a block; puts the first row of each format into `first`.
 
-    InputError for a row that cannot be read or is not for the method (None: any), or for pairs
-    beside other rows.
+    Raises InputError for a row that cannot be read or does not suit the method (None: any), or for
+    pairs mixed with other rows.
     """
     format = options.data_format
     if format == "auto":
@@ -56,7 +57,7 @@ def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterato
 
 
 def count(source: Source, options: Options) -> Counter[str]:
-    """The number of a source's rows by their format, without tokens; InputError."""
+    """Counts a source's rows by format, without tokenizing. Raises InputError."""
     first: dict[str, str] = {}
     records = (own for block in source.blocks() for own in records_of(block, options, first))
     found = Counter(record.format for record in records)
@@ -66,12 +67,12 @@ def count(source: Source, options: Options) -> Counter[str]:
 
 
 def format_of(formats: Collection[str]) -> str:
-    """The format of rows that are of these, or mixed."""
+    """Returns the format of rows that have these, or mixed."""
     return next(iter(formats)) if len(formats) == 1 else "mixed"
 
 
 def check_method(first: dict[str, str], method: str | None) -> None:
-    """InputError if one of these formats is not for the method."""
+    """Raises InputError if one of these formats does not suit the method."""
     for name, source in first.items():
         own = FORMATS[name]
         if method is None or ROWS[method] in own.rows:
@@ -82,32 +83,32 @@ def check_method(first: dict[str, str], method: str | None) -> None:
             raise InputError(f"{source}: method {method} needs the keys {keys}.")
         methods = either([name for name, rows in ROWS.items() if rows in own.rows])
         raise InputError(
-            f"{source}: the row has {quoted(own.marks)}, which method {method} does not train: "
-            f"give method {methods}, or data_format."
+            f"{source}: the row has {quoted(own.marks)}, which method {method} does not take: "
+            f"use method {methods}, or set data_format."
         )
 
 
 def check_mixed(first: dict[str, str]) -> None:
-    """InputError if pairs stand beside other rows; the formats in the order in which they came."""
+    """Returns the formats in order of appearance. Raises InputError if pairs are mixed with other
+    rows."""
     kinds = {FORMATS[name].rows[0] == "pair" for name in first}
     if len(kinds) > 1:
         *_, last = first.values()
-        raise InputError(
-            f"{last}: pairs and other rows do not go together; put them into two files."
-        )
+        raise InputError(f"{last}: pairs and other rows cannot be mixed; put them into two files.")
 
 
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """The samples of a block, as a batch whose metadata says what was found; InputError.
+    """Returns the samples of a block as a batch whose metadata says what was found. Raises
+    InputError.
 
-    What is learned of rows is of this block alone: no other block changes what it gives.
+    The result depends on this block only.
     """
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []
-    owner, contents = [], []  # of each sample the record; of each record its hash
+    owner, contents = [], []  # the record of each sample; the hash of each record
     while chunk := list(islice(records, ROWS_PER_CALL)):
         encoded = encode(encoder, chunk)
         at = -1
@@ -122,7 +123,7 @@ def batch_of(
 
 
 def _content(record: Record) -> int:
-    """A hash of what is read of a row: equal rows have equal ones."""
+    """Returns a hash of what is read of a row: equal rows have equal hashes."""
     own = FORMATS[record.format]
     keys = record.row if own.reads_all else (*own.keys, *own.means, *own.more)
     named = {key: record.row.get(key) for key in keys}
@@ -158,7 +159,8 @@ def _batch(
 
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
-    """The columns of sequences, with weights by runs: each ends at `ends`, from 0 of the row on."""
+    """Returns the columns of sequences, with weights as runs: each ends at `ends`, counted from the
+    start of the row."""
     import pyarrow as pa
 
     lengths = np.array([len(row) for row in rows], np.int64)
@@ -194,17 +196,18 @@ def _lists(bounds: np.ndarray, values: Any) -> Any:
 
 
 def _numbers(array: Any) -> np.ndarray:
-    """The memory of a column without nulls. Arrow's to_numpy would import pandas: half a second."""
+    """Returns the memory of a column without nulls. Arrow's to_numpy would import pandas, which
+    takes half a second."""
     return np.from_dlpack(array)
 
 
 def beginnings(ascending: np.ndarray) -> np.ndarray:
-    """Where each new number begins among ascending ones that are not negative, int64."""
+    """Returns where each new number begins among ascending non-negative ones, int64."""
     return np.flatnonzero(np.diff(ascending, prepend=-1))
 
 
 class _Side:
-    """The columns of one sequence of each sample of a batch, as they lie in memory or in a file."""
+    """The columns of one sequence of each sample of a batch, in memory or in a mapped file."""
 
     def __init__(self, batch: pa.RecordBatch, side: int):
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -232,12 +235,13 @@ class _Side:
 
     @property
     def sign(self) -> np.ndarray:
-        """−1 of sequences with weights below 0, 1 of others; int64."""
+        """−1 for sequences with weights below 0, 1 for others; int64."""
         below = np.concatenate([[0], np.cumsum(self.weights < 0)])
         return np.where(below[self.runs[1:]] > below[self.runs[:-1]], -1, 1)
 
     def numbers(self, most: int) -> tuple[np.ndarray, ...]:
-        """Length, first, trained and top of each sequence, of which the first `most` tokens are."""
+        """Returns length, first, trained and top of each sequence when truncated to `most`
+        tokens."""
         whole = np.diff(self.bounds)
         length = np.minimum(whole, most)
         starts = np.zeros_like(self.ends)
@@ -246,13 +250,13 @@ class _Side:
         own = np.minimum(self.ends, most) - np.minimum(starts, most)
         counted = np.concatenate([[0], np.cumsum(np.where(self.weights != 0, own, 0))])
         trained = counted[self.runs[1:]] - counted[self.runs[:-1]]
-        at = np.flatnonzero(self.weights)  # the runs that are trained
+        at = np.flatnonzero(self.weights)  # the runs in the loss
         first = np.append(starts[at], 0)[np.searchsorted(at, self.runs[:-1])]
         return length, np.where(trained > 0, first, length), trained, self.top
 
 
 class _Shard:
-    """A batch, and what its metadata say."""
+    """A batch and the content of its metadata."""
 
     def __init__(self, batch: pa.RecordBatch):
         about = json.loads(batch.schema.metadata[ABOUT])
@@ -277,7 +281,7 @@ class _Shard:
 
 
 class Samples:
-    """All samples of a source, by index; whole."""
+    """All samples of a source, by index, not truncated."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]):
         self._shards = [_Shard(batch) for batch in batches]
@@ -299,12 +303,12 @@ class Samples:
 
     @cached_property
     def content(self) -> np.ndarray:
-        """A hash of what is read of each sample's row, uint64 [n]."""
+        """Hashes of what is read of each sample's row, uint64 [n]."""
         return self._column("content")
 
     @cached_property
     def record(self) -> np.ndarray:
-        """The number of each sample's row among those that were read, from 0, ascending: int64."""
+        """The index of each sample's row among those that were read, from 0, ascending: int64."""
         before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
         return np.concatenate(
             [
@@ -317,18 +321,18 @@ class Samples:
 
     @property
     def n_rows(self) -> int:
-        """Rows that were read."""
+        """The number of rows that were read."""
         return sum(own.notes.rows for own in self._shards)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample's sequences, int64 [n, s]."""
+        """The tokens of each sample's sequences, int64 [n, s]."""
         own = [np.stack([np.diff(side.bounds) for side in x.sides], 1) for x in self._shards if x.n]
         return np.concatenate(own or [np.zeros((0, 1))]).astype(np.int64)
 
     @cached_property
     def shared(self) -> np.ndarray:
-        """Tokens that both sequences of a pair begin with, 0 of others; int64 [n]."""
+        """How many tokens both sequences of a pair start with, 0 for other samples; int64 [n]."""
         if any(len(own.sides) == 2 for own in self._shards):
             return self._column("shared").astype(np.int64)
         return np.zeros(len(self), np.int64)
@@ -344,11 +348,11 @@ class Samples:
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
-        """The columns of all samples, of which the first `most` tokens are; `top` is of all their
-        tokens, which are not read for it.
+        """Returns the columns of all samples when truncated to `most` tokens; `top` covers all
+        tokens, so that they need not be read.
 
-        `shared` is as if nothing had been cut, and for pairs, which are cut on the left, too, all
-        of it holds only where both have at most `most`.
+        `shared` ignores truncation. For pairs, which are also truncated on the left, everything
+        holds only if both sequences have at most `most` tokens.
         """
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
@@ -359,9 +363,9 @@ class Samples:
         return Columns(length, first, trained, top, self.shared.copy(), signs)
 
     def notes(self, chosen: np.ndarray | None = None) -> Notes:
-        """What was found in samples, by ascending index; None: in all.
+        """Returns what was found in samples, by ascending index; None: in all.
 
-        What is ignored is so in all rows.
+        Ignored columns count in all rows.
         """
         notes = Notes()
         for own in self._shards:

@@ -1,9 +1,9 @@
-"""The ways to spell a conversation's messages, of which a chat template takes some.
+"""The ways to spell a conversation's messages, of which a chat template understands some.
 
-OpenAI's form, in which rows come, leaves open what templates read: arguments of tool calls as JSON
-text or as a mapping, no content as no key or as "", reasoning by one of three keys or in the
-content between tags, content as text or as a list of parts, ids of calls of any form or of nine
-letters, and the role of a developer's message.
+Rows come in OpenAI's form, which leaves open what templates read: arguments of tool calls as JSON
+text or as a mapping, missing content as no key or as "", reasoning under one of three keys or in
+the content between tags, content as text or as a list of parts, ids of calls in any form or with
+nine letters, and the role of a developer's message.
 """
 
 import json
@@ -19,13 +19,13 @@ Messages = Sequence[Message]
 
 @dataclass(frozen=True)
 class Spelling:
-    """One of the ways; the defaults are what most templates take. A field is what templates differ
-    in, by the part of a message that it is about."""
+    """One of the ways; the defaults are what most templates understand. Each field is a difference
+    between templates, named after the part of a message."""
 
-    ids: Literal["given", "short"] = "given"  #: short, as Mistral's templates want them
+    ids: Literal["given", "short"] = "given"  #: short ids, as Mistral's templates need
     arguments: Literal["mapping", "text"] = "mapping"
-    null: Literal[None, ""] = None  #: the content of a message that has none; None: no key
-    developer: Literal["developer", "system"] = "developer"  #: the role of such messages
+    null: Literal[None, ""] = None  #: the content of a message without any; None: no key
+    developer: Literal["developer", "system"] = "developer"  #: the role of developer messages
     reasoning: Literal["given", ReasoningKey, "tags"] = "given"
     content: Literal["text", "parts"] = "text"
 
@@ -35,7 +35,7 @@ CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Spelling).items
 
 
 def traits(messages: Messages) -> frozenset[str]:
-    """Which choices make a difference to these messages."""
+    """Returns which choices make a difference to these messages."""
     found = {"content"}
     for message in messages:
         if message.get("tool_calls"):
@@ -50,14 +50,14 @@ def traits(messages: Messages) -> frozenset[str]:
 
 
 def spellings(of: frozenset[str]) -> Iterator[Spelling]:
-    """Every spelling of messages with these traits, the usual one first."""
+    """Yields every spelling of messages with these traits, the usual one first."""
     names = [name for name in reversed(CHOICES) if name in of]
     for values in product(*(CHOICES[name] for name in names)):
         yield Spelling(**dict(zip(names, values, strict=True)))
 
 
 def spell(messages: Messages, spelling: Spelling) -> list[dict[str, Any]]:
-    """The messages in a spelling."""
+    """Returns the messages in a spelling."""
     return [_spelled(message, spelling) for message in messages]
 
 
@@ -77,7 +77,7 @@ def _spelled(message: Message, spelling: Spelling) -> dict[str, Any]:
         else:
             own |= {"content": answer or (own.get("content") and ""), spelling.reasoning: thoughts}
     if own.get("content") is None:
-        # Not as None: transformers before 5.21 hands that to the template, which writes "None".
+        # Not as None: transformers before 5.21 passes that to the template, which writes "None".
         own.pop("content", None)
         if spelling.null is not None:
             own["content"] = spelling.null
@@ -100,13 +100,13 @@ def _call(call: Message, spelling: Spelling) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """Nine letters and digits for an id: Mistral's templates refuse others."""
+    """Returns nine letters and digits for an id: Mistral's templates refuse others."""
     plain = "".join(char for char in id if char.isascii() and char.isalnum())
     return plain[-9:].rjust(9, "0")
 
 
 def arguments(call: Message) -> Any:
-    """The arguments of a call, decoded if they are the text of a JSON object."""
+    """Returns the arguments of a call, decoded if they are the text of a JSON object."""
     given = call.get("function", call).get("arguments")
     if isinstance(given, str):
         try:
@@ -118,9 +118,9 @@ def arguments(call: Message) -> Any:
 
 
 def reasoning(message: Message) -> tuple[str, str]:
-    """The reasoning and the answer of a message, each without blanks around a tag.
+    """Returns the reasoning and the answer of a message, without whitespace around tags.
 
-    Reasoning stands by a key of its own, or at the start of the content between tags.
+    Reasoning is under its own key, or at the start of the content between tags.
     """
     content = message.get("content")
     text = content if isinstance(content, str) else ""
@@ -135,5 +135,5 @@ def reasoning(message: Message) -> tuple[str, str]:
     return "", text
 
 
-#: Tags between which rows write reasoning into the content.
+#: Tags between which rows have reasoning in the content.
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))

@@ -1,4 +1,5 @@
-"""A tokenizer's chat template: rendering, and what the template itself says about turns."""
+"""A tokenizer's chat template: renders with it, and finds out what the template itself says about
+turns."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,10 @@ OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
 def prompt_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Ids of the messages with the generation prompt; `kwargs` are variables of the template.
+    """Returns the ids of the messages with the generation prompt; `kwargs` are variables of the
+    template.
 
-    The messages' content is text. Raises what the template raises.
+    The messages' content must be text. Raises whatever the template raises.
     """
     if wants_parts(tokenizer, kwargs):
         messages = [{**message, **content(message["content"], True)} for message in messages]
@@ -33,14 +35,15 @@ def prompt_ids(
 
 
 def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text that is no chat, after what the tokenizer puts before a text, BOS once."""
+    """Returns the ids of a text outside a chat, after what the tokenizer puts before a text, with
+    BOS once."""
     bos = tokenizer.bos_token
     bare = bos is not None and text.startswith(bos)
     return list(tokenizer.encode(text, add_special_tokens=not bare))
 
 
 def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the template renders content as a list of parts, and none as text."""
+    """Returns whether the template renders content only as a list of parts, not as text."""
 
     def renders(parts: bool) -> bool:
         asked = [{"role": "user", **content(MARK, parts)}]
@@ -53,13 +56,13 @@ def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
 
 
 def content(text: str, parts: bool) -> dict[str, Any]:
-    """Content of a message, as text or as one part."""
+    """Returns the content of a message, as text or as one part."""
     return {"content": [{"type": "text", "text": text}] if parts else text}
 
 
-#: Renders messages all of whose values are strings, with the generation prompt or without.
+#: Renders messages whose values are all strings, with or without the generation prompt.
 Direct = Callable[[Sequence[Message], bool], str]
-#: A conversation as most are, by which two ways to render are compared.
+#: A typical conversation, by which two ways to render are compared.
 PROBE = [
     {"role": "system", "content": "Be\ue000"},
     *[{"role": role, "content": f"{role} <{i}>"} for i in "ab" for role in ("user", "assistant")],
@@ -67,8 +70,8 @@ PROBE = [
 
 
 def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
-    """The template as the library has compiled it, without what the library does for messages that
-    are other objects, which takes as long as the rendering. None if that is not the same."""
+    """Returns the template as compiled by the library, without the library's preparation of message
+    objects, which takes as long as the rendering. None if the results differ."""
     own = tokenizer._tokenizer
     variables = dict(kwargs)
     try:
@@ -81,7 +84,7 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
 
         render = _compile_jinja_template(own.get_chat_template()).render
         variables = {"tools": None, "documents": None, **own.special_tokens_map, **variables}
-    except Exception:  # of other versions of the libraries
+    except Exception:  # with other versions of the libraries
         return None
 
     def rendered(messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -92,7 +95,7 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
     for n in range(1, len(PROBE) + 1):
         for messages in (PROBE[:n], PROBE[1:n]):
             for prompt in (False, True) if messages else ():
-                with suppress(TemplateError):  # some take no system message
+                with suppress(TemplateError):  # some accept no system message
                     if slow(messages, prompt) != rendered(messages, prompt):
                         return None
                     same += 1
@@ -100,13 +103,13 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
 
 
 class TemplateError(Exception):
-    """Why the template, which is a program, cannot be used for a row: a sentence that goes on after
-    the row's place."""
+    """Why the template, which is a program, cannot be used for a row: a sentence that continues
+    after the row's place."""
 
 
 class ChatTemplate:
-    """Renders one conversation; `kwargs` are the template's variables, tools among them. `direct`
-    renders as these do."""
+    """Renders one conversation; `kwargs` are the template's variables, including tools. `direct`
+    renders with the same variables."""
 
     def __init__(
         self, tokenizer: Tokenizer, kwargs: Mapping[str, Any], direct: Direct | None = None
@@ -118,7 +121,7 @@ class ChatTemplate:
 
     def __call__(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         if self._direct is not None and messages and _plain(messages):
-            with suppress(Exception):  # a template may fail in any way, and it is told below
+            with suppress(Exception):  # a template may fail in any way; reported below
                 return self._direct(messages, generation_prompt)
         how: Any = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
@@ -127,18 +130,20 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise TemplateError(
                 f"the chat template cannot render the row ({reason}); change the row to what the "
-                "template takes."
+                "template accepts."
             ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:
-        """The text before the content of the last message; None if content is not rendered."""
+        """Returns the text before the content of the last message; None if content is not
+        rendered."""
         *before, last = messages
         plain = {key: value for key, value in last.items() if key not in (*REASONING, "tool_calls")}
         before_mark, found, _ = self([*before, plain | _like(last)]).partition(MARK)
         return before_mark if found else None
 
     def transition(self, messages: Sequence[Message], following: Message) -> str:
-        """The text between an answer to `messages` and the content of the message after it."""
+        """Returns the text between an answer to `messages` and the content of the message after
+        it."""
         answer = {"role": "assistant", **_like(following)}
         after = {**following, **_like(following)}
         try:
@@ -148,10 +153,10 @@ class ChatTemplate:
         return parts[1] if len(parts) == 3 else ""
 
     def closing(self, messages: Sequence[Message], context: str) -> str | None:
-        """What ends the thinking block that `context`, the rendering of `messages` for generation,
-        opens; None if it opens none.
+        """Returns what ends the thinking block that `context`, the rendering of `messages` for
+        generation, opens; None if it opens none.
 
-        A template that renders reasoning shows it; else it follows from the opening tag.
+        A template that renders reasoning shows it; otherwise it follows from the opening tag.
         """
         reasoned = {"role": "assistant", "content": MARK * 2, **dict.fromkeys(REASONING, MARK)}
         pattern = f"([^{MARK}]*){MARK}([^{MARK}]+){MARK}{MARK}"
@@ -162,7 +167,7 @@ class ChatTemplate:
         opening = context.rstrip()
         if found:
             shown = found[1].rstrip()
-            # The block is open where reasoning would follow the generation prompt immediately.
+            # The block is open if reasoning would directly follow the generation prompt.
             return found[2] if shown.endswith(opening[-len(shown) :]) and shown else None
         if (tag := self._closing_tag(opening)) is None:
             return None
@@ -181,7 +186,7 @@ class ChatTemplate:
 
 
 def _plain(messages: Sequence[Message]) -> bool:
-    """Whether all values are strings, and none stands by a name that the library reads, too."""
+    """Returns whether all values are strings, and none has a name that the library also reads."""
     return all(
         type(value) is str and key not in REASONING
         for message in messages
@@ -190,5 +195,5 @@ def _plain(messages: Sequence[Message]) -> bool:
 
 
 def _like(message: Message) -> dict[str, Any]:
-    """The mark as content, in the form that a message's content has."""
+    """Returns the mark as content, in the form that a message's content has."""
     return content(MARK, isinstance(message.get("content"), list))

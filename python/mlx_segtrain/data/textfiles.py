@@ -1,4 +1,4 @@
-"""The rows of text files, as blocks of lines: JSON lines, lists of JSON, CSV and TSV."""
+"""Reads the rows of text files as blocks of lines: JSON lines, JSON lists, CSV and TSV."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """What a compressed file becomes, as long as it is no bomb."""
+    """The unpacked content of a compressed file, up to the limit that rules out bombs."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
@@ -31,7 +31,8 @@ class _Unpacked(io.RawIOBase):
         self._unpacked, self._size, self._name = 0, size, name
 
     def close(self) -> None:
-        self._stream = None  # its buffers are large, and an error may keep us for a while
+        # Its buffers are large, and an exception may keep this object alive for a while.
+        self._stream = None
         super().close()
 
     def readable(self) -> bool:
@@ -46,7 +47,8 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The content of a file, unpacked, and how many of its bytes have been read since one asked."""
+    """Opens a file, unpacked; also returns a function for the bytes of the file read since its last
+    call."""
     with open_regular(path) as raw:
         told = 0
 
@@ -65,7 +67,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
 
 def read_lines(path: Path) -> Iterator[Block]:
-    """Blocks of a file whose rows are lines."""
+    """Yields blocks of a file whose rows are lines."""
     with _opened(path) as (file, read):
         yield from _whole_lines(file, read, path.name)
 
@@ -85,7 +87,7 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """A list of objects; or lines, which often have this name too."""
+    """Reads a list of objects, or lines, which often have the ending .json too."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():
@@ -101,7 +103,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """The items of a JSON list, each in one line; no more than an item is kept in memory."""
+    """Yields the items of a JSON list, each on one line; holds one item in memory at a time."""
     decoder, parser = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
     text, at, ended, number = "", 0, False, 0
 
@@ -118,7 +120,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
             ) from None
 
     def next_one() -> str:
-        """The next character that is no space; "" at the end."""
+        """Returns the next character that is not whitespace; "" at the end."""
         nonlocal at
         while True:
             at = SPACE.match(text, at).end()  # type: ignore[union-attr]
@@ -127,7 +129,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
             more()
 
     next_one()
-    at += 1  # the bracket
+    at += 1  # skips the opening bracket
     while next_one() != "]" or number:
         number += 1
         source = f"{name}:{number}"
@@ -142,12 +144,12 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                     reason = getattr(error, "msg", "")
                     most = limits.MOST_BYTES
                     raise InputError(
-                        f"{source}: the row has more than {most >> 20} MiB, or is not JSON."
+                        f"{source}: the row is larger than {most >> 20} MiB, or is not JSON."
                         if len(text) - at > most
                         else f"{source}: the row is not JSON ({reason or error}); the file must "
                         "hold a list of objects."
                     ) from None
-                # What there is belongs to the row, and is parsed again with more.
+                # The rest of the text belongs to this row, which is parsed again with more text.
                 check_values(text[at:].encode("utf-8", "surrogatepass"), source)
             more()
         line = text[at:end].replace("\n", " ").replace("\r", " ")
@@ -155,18 +157,22 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
         yield within(line.encode("utf-8", "surrogatepass"), source)
         after = next_one()
         if after not in (",", "]"):
-            raise InputError(f"{source}: a comma or the end of the list must follow the row.")
+            raise InputError(
+                f"{source}: the row must be followed by a comma or the end of the list."
+            )
         if after == "]":
             break
         at += 1
         next_one()
     at += 1
     if next_one():
-        raise InputError(f"{name} goes on after the end of its list; remove what stands there.")
+        raise InputError(
+            f"{name} continues after the end of its list; remove what follows the list."
+        )
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Block]:
-    """CSV: the first line has the names of the columns, and every cell is text."""
+    """Reads CSV: the first line names the columns, and every cell is text."""
     with _opened(path) as (file, read):
         yield from grouped(_cells(file, path.name, delimiter), path.name, read)
 
@@ -186,7 +192,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
             size += len(line)
             if size > most:
                 raise InputError(
-                    f"{name}:{number}: the row has more than {most >> 20} MiB; split it into "
+                    f"{name}:{number}: the row is larger than {most >> 20} MiB; split it into "
                     "several, or close its quotes."
                 )
             try:
@@ -200,7 +206,8 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
     csv.field_size_limit(limits.MOST_BYTES)
     source = lines()
     first = next(source, "")
-    if delimiter == "," and "," not in first and ";" in first:  # where a comma is a decimal point
+    # Where the comma is a decimal separator.
+    if delimiter == "," and "," not in first and ";" in first:
         delimiter = ";"
     rows = csv.reader(_chained(first, source), delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -212,7 +219,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
             raise InputError(f"{name}:{number}: the row is not CSV ({error}).") from None
         if cells is None:
             return
-        if not cells:  # a blank line
+        if not cells:  # skips a blank line
             continue
         if not names:
             check_columns(name, len(cells))
@@ -222,8 +229,8 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
             continue
         if len(cells) != len(names):
             raise InputError(
-                f"{name}:{number}: the row has {len(cells)} cells, and the header {len(names)}; "
-                "put quotes around a cell that holds the delimiter or a line end."
+                f"{name}:{number}: the row has {len(cells)} cells, but the header has "
+                f"{len(names)}; put quotes around a cell that holds the delimiter or a line end."
             )
         yield json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False).encode()
         number += 1

@@ -1,9 +1,9 @@
-"""Byte-level BPE by words: each is looked up that has been seen before, as nearly all have.
+"""Byte-level BPE by words: a word that was seen before, as nearly all were, is looked up.
 
 The library's tokenizer cuts a text into words by a pattern, and merges within each. Most of its
-time goes into the cutting. In ASCII text Python cuts in the same way several times as fast, and the
-library is asked for the tokens of new words only. Other texts, and tokenizers with another pattern,
-are the library's as a whole.
+time goes into cutting. For ASCII text Python cuts in the same way several times as fast, and the
+library only gets new words. Other texts, and tokenizers with other patterns, go to the library
+whole.
 """
 
 import re
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Patterns of tokenizer.json, and what they are in ASCII (where \p{L} and \p{N} are few).
+#: Patterns of tokenizer.json, and their equivalents in ASCII (where \p{L} and \p{N} are few).
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -32,21 +32,22 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The first one after every digit has been cut off: what stands before a digit is at an end.
+#: The first pattern after every digit has been split off: text before a digit then counts as an
+#: end.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
-#: Words that are kept, and characters of one.
+#: Words that are cached, and the most characters of one.
 MOST, LONGEST = 1 << 18, 64
 
 
 class Words(dict[str, list[int]]):
-    """Token ids by word; `of` gives them for a tokenizer of transformers that can be read so."""
+    """Token ids by word; `of` returns them for a transformers tokenizer with a known pattern."""
 
     def __init__(self, tokenizer: Any, pattern: str):
         backend = tokenizer.backend_tokenizer
         self._words, self._model = re.compile(pattern, re.ASCII).findall, backend.model
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
         self._added = {text: [i] for text, i in added.items() if text}
-        # The longest of those that begin at a place, as the library takes them.
+        # The longest of the special tokens that start at a position, as in the library.
         texts = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(texts)})" if texts else "((?!))").split
         cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
@@ -54,12 +55,13 @@ class Words(dict[str, list[int]]):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Words | None":
-        """For a tokenizer that is lossless (lossless.py); shared by all who ask."""
+        """Returns the words for a lossless tokenizer (lossless.py), shared by all callers; None for
+        others."""
         return _words_of(tokenizer, len(tokenizer))
 
     @classmethod
     def made_for(cls, tokenizer: Any) -> "Words | None":
-        """Without any word."""
+        """Returns an empty instance for the tokenizer; None if its pattern is unknown."""
         backend = tokenizer.backend_tokenizer
         steps = parts_of(backend.pre_tokenizer)
         added = tokenizer.added_tokens_decoder.values()
@@ -84,7 +86,7 @@ class Words(dict[str, list[int]]):
         return found
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of an ASCII text."""
+        """Returns the token ids of an ASCII text."""
         cut = self._cut(text)
         parts: list[Any] = []
         for i in range(0, len(cut), 2):

@@ -1,38 +1,41 @@
-"""Blocks to batches, in this process or in several, each as a file where one is wanted."""
+"""Turns blocks into batches, in this process or in several, each into a file if wanted."""
 
+import gc
 import os
 import pickle
+import queue
 import signal
-import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from .. import processes
 from ..errors import InputError, RunError
 from ..files import atomic
+from ..torchless import hide_torch
 from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
 
-#: Of a worker: threads of its own would only be in the way of the others.
+#: Environment of a worker: its own threads would only get in the way of the other workers.
 SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: Blocks that a worker has at once: the next one waits while it works.
+#: Blocks that a worker has at once: the next one waits while it works on the first.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a block: a file, or an Arrow stream of the same, or why there is none.
+    """The result of a block: a file, or an Arrow stream of the same, or why there is none.
 
-    `first` are the formats that were met, each with its first row; `unwritten` says why there is
-    no file; `fault` is an InputError's sentence, or None.
+    `first` holds the formats that were found, each with its first row; `unwritten` says why there
+    is no file; `fault` is the sentence of an InputError, or None.
     """
 
     index: int
@@ -47,7 +50,8 @@ class Done:
 def tokenized(
     index: int, block: Block, file: Path | None, tokenizer: Any, options: Options
 ) -> Done:
-    """A block's samples, in `file` or, where that is None or cannot be written, in the answer."""
+    """Tokenizes a block: returns its samples in `file` or, if that is None or cannot be written, in
+    the result."""
     import pyarrow as pa
 
     first: dict[str, str] = {}
@@ -70,7 +74,7 @@ def tokenized(
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -79,9 +83,9 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """The same of many blocks, in `count` processes, in the order in which they are done.
+    """Does the same for many blocks in `count` processes; yields them as they finish.
 
-    RunError if one of the processes was ended.
+    Raises RunError if one of the processes was killed.
     """
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
@@ -108,17 +112,8 @@ class _Worker:
     """A process, and the number of blocks that it has."""
 
     def __init__(self, setup: bytes):
-        self.wire, theirs = Pipe()
         self.has = 0
-        with theirs:
-            self.process = subprocess.Popen(
-                processes.command(f"{__package__}.worker", str(theirs.fileno())),
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                start_new_session=True,  # a terminal's Ctrl-C is for the parent
-                pass_fds=[theirs.fileno()],
-                env={**processes.environment((), {}), **SETTINGS},
-            )
+        self.wire, self.process = processes.start_connected(__name__, SETTINGS)
         self._send(lambda: self.wire.send_bytes(setup))
 
     def give(self, job: tuple[int, Block, Path | None]) -> None:
@@ -141,8 +136,38 @@ class _Worker:
 
     def _gone(self) -> RunError:
         code = self.process.wait()
-        how = f"with code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-        return RunError(
-            f"a process that tokenizes was ended {how}: the same command goes on from what is "
-            "done; if memory is short, let it use fewer processors (taskset)."
+        how = (
+            f"exited with code {code}"
+            if code >= 0
+            else f"was killed by {signal.Signals(-code).name}"
         )
+        return RunError(
+            f"a tokenizing process {how}: the same command continues from what is "
+            "done; if memory is short, limit the processors (taskset)."
+        )
+
+
+def main(number: str) -> None:
+    """Tokenizes blocks; `number` is that of a socket to the parent.
+
+    The process ends as soon as its parent does, for whatever reason and whatever it is doing.
+    """
+    # Ctrl-C in a terminal: the parent decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hide_torch()
+    wire: Any = Connection(int(number))
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                asked.put(wire.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    tokenizer, options = wire.recv()
+    threading.Thread(target=listen, daemon=True).start()
+    gc.freeze()
+    while True:
+        index, block, file = asked.get()
+        wire.send(tokenized(index, block, file, tokenizer, options))

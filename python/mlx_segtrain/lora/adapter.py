@@ -1,4 +1,4 @@
-"""An adapter: updates of a model's linears by path, and which kinds of them there are."""
+"""Adapters: updates of a model's linear layers by path, and the kinds of updates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,29 +13,32 @@ Tensors = dict[str, tuple[mx.array, mx.array]]
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of updates: two factors, and unless it is LoRA one array more for each linear."""
+    """A kind of update: two factors and, unless it is LoRA, one more array for each linear
+    layer."""
 
     name: str
-    array: str = ""  #: of mlx-lm's files, of modules, of a stage's parameters
-    peft: str = ""  #: the same in PEFT's files
-    called: str = ""  #: the same in sentences
-    apart: str = ""  #: why several such updates have no sum
+    array: str = ""  #: the array's name in mlx-lm's files, in modules, and in a stage's parameters
+    peft: str = ""  #: its name in PEFT's files
+    called: str = ""  #: its name in sentences
+    apart: str = ""  #: why several such updates cannot be added
     runs: Any = None  #: the class that applies the array, with the methods of Stretch
 
     @property
     def word(self) -> str:
-        """As mlx-lm has it in fine_tune_type, and PEFT and our configuration after `use_`."""
+        """The name of the kind: mlx-lm's fine_tune_type, and what follows `use_` in PEFT and our
+        configuration."""
         return self.name.lower()
 
     def on(self, base: Any, made: "dict[Kind, Any]") -> Any:
-        """What applies the array to the frozen linear `base`; made once, and kept in `made`."""
+        """Returns what applies the array to the frozen linear layer `base`; creates it once and
+        keeps it in `made`."""
         if self not in made:
             made[self] = self.runs.of(base)
         return made[self]
 
     @property
     def flags(self) -> dict[str, bool]:
-        """The keys of adapter_config.json by which PEFT tells the kinds apart."""
+        """Returns the keys of adapter_config.json by which PEFT distinguishes the kinds."""
         return {f"use_{kind.word}": kind is self for kind in KINDS}
 
 
@@ -45,10 +48,10 @@ DORA = Kind(
     array="m",
     peft="lora_magnitude_vector",
     called="magnitudes",
-    apart="the lengths of their rows do not add",
+    apart="the lengths of their rows cannot be added",
     runs=Stretch,
 )
-#: Those that have an array more than LoRA.
+#: Kinds that have one array more than LoRA.
 KINDS = (DORA,)
 #: Names of the arrays that an update may have.
 FACTORS = ("lora_a", "lora_b")
@@ -57,12 +60,12 @@ ARRAYS = (*FACTORS, *(kind.array for kind in KINDS))
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors by full path of the linear, float32, and multipliers.
+    """LoRA factors by full path of the linear layer, float32, and multipliers.
 
-    a [in, R] and b [R, out]; of a linear with E experts a [E, R, in] and b [E, out, R]; of an
-    embedding a [V, R] and b [R, H]. Of DoRA `magnitudes` are the lengths of the adapted weight's
-    rows, float32 [out]. Where an embedding is adapted, `tied` says whether it is the head of the
-    model too, which then computes with the same update; None if that is not known.
+    a [in, R] and b [R, out]; for a layer with E experts a [E, R, in] and b [E, out, R]; for an
+    embedding a [V, R] and b [R, H]. For DoRA, `magnitudes` are the lengths of the adapted weight's
+    rows, float32 [out]. If an embedding is adapted, `tied` says whether it is also the model's
+    head, which then computes with the same update; None if unknown.
     """
 
     tensors: Tensors
@@ -77,7 +80,7 @@ class Adapter:
         scales: Mapping[str, float],
         tied: bool | None = None,
     ) -> "Adapter":
-        """From the arrays of each linear by name."""
+        """Creates an adapter from the arrays of each linear layer by name."""
         tensors = {path: (own["lora_a"], own["lora_b"]) for path, own in arrays.items()}
         magnitudes = {path: own[DORA.array] for path, own in arrays.items() if DORA.array in own}
         return cls(tensors, dict(scales), magnitudes, tied)
@@ -88,11 +91,11 @@ class Adapter:
 
     @property
     def more(self) -> dict[str, mx.array]:
-        """What the kind has besides the factors, by path."""
+        """Returns what the kind has besides the factors, by path."""
         return self.magnitudes
 
     def arrays(self, path: str) -> dict[str, mx.array]:
-        """The update of a linear by the names that mlx-lm gives its arrays."""
+        """Returns the update of a linear layer, with the names that mlx-lm gives its arrays."""
         own: dict[str, mx.array] = dict(zip(FACTORS, self.tensors[path], strict=True))
         if path in self.more:
             own[self.kind.array] = self.more[path]

@@ -1,10 +1,11 @@
-"""DoRA: the rows of an adapted weight keep their directions, and their lengths are parameters.
+"""DoRA: the lengths of an adapted weight's rows are parameters of their own, apart from directions.
 
     y = m / ‖W + s·(ab)ᵀ‖ ⊙ (W + s·(ab)ᵀ)x        row by row; then the bias
 
-The norm is a constant to the gradient. It is had without the sum, which would be an unpacked
-weight: of a row ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖². The first is known, the second takes R rows through
-the frozen linear, the third the products of a's columns. Liu et al. 2024, arXiv:2402.09353.
+The gradient treats the norm as a constant. The norm is computed without the sum, which would be a
+dequantized weight: for a row, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖². The first term is known, the second
+needs R rows through the frozen layer, the third the products of a's columns. Liu et al. 2024,
+arXiv:2402.09353.
 """
 
 import math
@@ -15,13 +16,14 @@ import mlx.core as mx
 
 from .. import ops
 
-#: Rows of a weight that are unpacked at a time.
+#: Rows of a weight that are dequantized at a time.
 ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """What DoRA needs of a frozen linear: its weight and bias apart, and ‖w‖, float32 [out]."""
+    """What DoRA needs of a frozen linear layer: its weight and bias separately, and ‖w‖, float32
+    [out]."""
 
     base: ops.Base
     bias: mx.array | None
@@ -29,7 +31,7 @@ class Stretch:
 
     @classmethod
     def of(cls, base: ops.Base) -> "Stretch":
-        """Unpacks the weight once, some rows at a time."""
+        """Dequantizes the weight once, some rows at a time."""
         norms = []
         for begin in range(0, base.out_dims, ROWS):
             rows = ops.rows_of(base, begin, min(begin + ROWS, base.out_dims))
@@ -40,29 +42,29 @@ class Stretch:
         return cls(bare, base.bias, mx.concatenate(norms))
 
     def __call__(self, z: mx.array, linear: ops.Linear, m: mx.array) -> mx.array:
-        """z [..., out], what weight and update give without the bias → y; m [out].
+        """z [..., out], the output of weight and update without the bias → y; m [out].
 
-        Gradients of z and m.
+        Has gradients of z and m.
         """
         y: Any = _times(z, self.gain(z.dtype, linear, m))
         return y if self.bias is None else y + self.bias
 
     def gain(self, dtype: mx.Dtype, linear: ops.Linear, m: mx.array) -> mx.array:
-        """m / ‖w + u‖, float32 [out]; the base is multiplied in `dtype`."""
+        """Returns m / ‖w + u‖, float32 [out]; the base is multiplied in `dtype`."""
         return m / mx.stop_gradient(self._lengths(dtype, linear))
 
     @property
     def start(self) -> mx.array:
-        """The array with which nothing changes: lengths as they are."""
+        """Returns the initial array, with which nothing changes: the lengths of the base's rows."""
         return self.norms
 
     @staticmethod
     def dense(weight: mx.array, m: mx.array) -> mx.array:
-        """A weight and its update [out, in], whose rows get the lengths m."""
+        """Returns a weight plus its update [out, in], with rows scaled to the lengths m."""
         return weight * (m / mx.linalg.norm(weight, axis=1))[:, None]
 
     def _lengths(self, dtype: mx.Dtype, linear: ops.Linear) -> mx.array:
-        """‖w + u‖, float32 [out]"""
+        """Returns ‖w + u‖, float32 [out]."""
         assert linear.a is not None and linear.b is not None
         a, b = mx.stop_gradient(linear.a), linear.scale * mx.stop_gradient(linear.b)
         across = ops.lora_linear(a.T.astype(dtype), self.base).astype(mx.float32)  # [R, out]
@@ -72,7 +74,8 @@ class Stretch:
 
 @mx.custom_function
 def _times(z: mx.array, gain: mx.array) -> mx.array:
-    """gain ⊙ z, in z's dtype. Near 1 bfloat16 is coarse for a gain, not for its distance from 1."""
+    """Returns gain ⊙ z in z's dtype. bfloat16 is too coarse for a gain near 1, but not for its
+    distance from 1."""
     return z + z * (gain - 1).astype(z.dtype)
 
 
@@ -81,7 +84,7 @@ def _times_vjp(
     primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     z, gain = primals
-    # A product with ones, and not a sum: it adds in float32 whatever the dtype.
+    # A product with ones instead of a sum, because it accumulates in float32 whatever the dtype.
     ones = mx.ones((1, math.prod(z.shape[:-1])), z.dtype)
     d_gain = (ones @ (dy * z).reshape(-1, z.shape[-1]))[0].astype(mx.float32)
     return mx.depends([dy + dy * (gain - 1).astype(dy.dtype)], [d_gain])[0], d_gain

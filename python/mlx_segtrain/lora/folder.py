@@ -1,4 +1,4 @@
-"""An adapter folder: which file holds the weights, its configuration, and what is refused."""
+"""Adapter folders: which file holds the weights, the configuration, and what is refused."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,14 +16,14 @@ WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
-#: Values of PEFT's init_lora_weights that leave the base as it is; others may move a part of it
+#: Values of PEFT's init_lora_weights that leave the base unchanged; others may move a part of it
 #: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of an adapter of a kind that we have, as far as its configuration tells."""
+    """The folder of an adapter of a supported kind, as far as its configuration tells."""
 
     weights: Path
     config_file: Path
@@ -31,7 +31,7 @@ class Folder:
 
     @property
     def peft(self) -> bool:
-        """Factors are named as PEFT does, and transposed."""
+        """Whether the factors are named as in PEFT, and transposed."""
         return self.weights.name == PEFT_WEIGHTS
 
     @property
@@ -41,26 +41,27 @@ class Folder:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that every linear has."""
+        """Names of the arrays that every linear layer has."""
         return (*FACTORS, *filter(None, [self.kind.array]))
 
     @property
     def tied(self) -> bool | None:
-        """Whether an update of the embedding is for a base whose head it is; None if not said."""
+        """Whether an update of the embedding is for a base whose head is the embedding; None if
+        unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 
     @property
     def base(self) -> str:
-        """What the adapter names as its base; empty if nothing."""
+        """The base model that the adapter names; empty if none."""
         return str(self.config.get("base_model_name_or_path") or self.config.get("model") or "")
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder that the adapter names as its base, or the hub's name of which is in its
-        cache, if it is there and may be looked at."""
+        """Returns the folder of the base model that the adapter names, or of its snapshot in the
+        hub's cache; None if it does not exist or must not be read."""
         name = self.base.replace("\0", "")
-        with suppress(OSError):  # of a name that is too long for one
+        with suppress(OSError):  # the name is too long for a path
             path = hub.cached(name) or Path(name)
             if name and files.may_follow(path) and (path / "config.json").is_file():
                 return path
@@ -68,20 +69,22 @@ class Folder:
 
 
 def open_folder(path: "str | Path | Folder") -> Folder:
-    """Of ours the weights are the file in which every rank is its own. One that is open stays.
+    """Opens an adapter folder. For our own adapters the weights are the file in which every layer
+    has its own rank. Returns a Folder unchanged.
 
-    InputError if a file is missing, the configuration is unreadable, or the kind is refused.
+    Raises InputError if a file is missing, the configuration is unreadable, or the kind is not
+    supported.
     """
     if isinstance(path, Folder):
         return path
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"the adapter {path} is not a folder: give the path of an adapter.")
+        raise InputError(f"the adapter {path} is not a folder: name the folder of an adapter.")
     weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
     if not weights:
         raise InputError(f"{path} holds neither {WEIGHTS} nor {PEFT_WEIGHTS}: not an adapter.")
     if not (path / CONFIG).is_file():
-        raise InputError(f"{path} holds no {CONFIG}, which tells the scale: not an adapter.")
+        raise InputError(f"{path} holds no {CONFIG}, which gives the scale: not an adapter.")
     config = read_json(path / CONFIG)
     if _is_unpadded(path, config):
         weights.insert(0, path / UNPADDED)
@@ -91,15 +94,15 @@ def open_folder(path: "str | Path | Folder") -> Folder:
 
 
 def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the unpadded factors are those of the padded ones that lie there: others may have
-    trained on with the latter, and know nothing of the former."""
+    """Returns whether the unpadded factors are still those of the padded file: another tool may
+    have continued training the latter, without knowing of the former."""
     own, file = ours(config), path / WEIGHTS
     if not (own and (path / UNPADDED).is_file() and file.is_file()):
         return False
     try:
         facts = file.stat()
         if facts.st_size > (1 << 20) and 512 * facts.st_blocks < facts.st_size // 2:
-            return False  # holes alone: no adapter that was trained, and it would take hours
+            return False  # a file of holes: no trained adapter, and reading it would take hours
         return own.get("padded") == _digest(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     except OSError:
         return False
@@ -107,37 +110,38 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=1000)
 def _digest(file: Path, *state: int) -> str:
-    """Of a file as it is: folders are looked at often."""
+    """Returns the digest of a file; cached, because folders are looked at often."""
     return sha256(file)
 
 
 def ours(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run of ours says of itself in an adapter's configuration; empty in one of others."""
+    """Returns what our own runs note in an adapter's configuration; empty for other adapters."""
     own = config.get("segtrain")
     return own if isinstance(own, dict) else {}
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The object at `key`; empty if there is none."""
+    """Returns the object at `key`; empty if there is none."""
     found = values.get(key) or {}
     if not isinstance(found, dict):
-        raise InputError(f"{file}: {key} is {shown(found)}, expected a JSON object.")
+        raise InputError(f"{file}: {key} must be a JSON object; got {shown(found)}.")
     return found
 
 
 def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
-    """The number at `key`; None if there is none."""
+    """Returns the number at `key`; None if there is none."""
     value = values.get(key)
     if value is None:
         return None
     usable = isinstance(value, int | float) and not isinstance(value, bool)
     if not usable or not abs(value) < 1e30:
-        raise InputError(f"{file}: {key} is {shown(value)}, expected a finite number.")
+        raise InputError(f"{file}: {key} must be a finite number; got {shown(value)}.")
     return float(value)
 
 
 def _check_kind(folder: Folder) -> None:
-    """InputError if the configuration says that the adapter is more than a LoRA of linears."""
+    """Raises InputError if the configuration says that the adapter is more than a LoRA of linear
+    layers."""
     config = folder.config
     kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
@@ -146,13 +150,13 @@ def _check_kind(folder: Folder) -> None:
         f"adapters of peft_type {word(peft_type)}": peft_type != "LORA",
         f"adapters with biases (bias {word(bias)})": bias != "none",
         "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
-        "adapters of parameters (target_parameters)": config.get("target_parameters"),
-        "adapters of a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
-        "adapters whose linears have scales of their own (Unsloth)": config.get(
+        "adapters of bare parameters (target_parameters)": config.get("target_parameters"),
+        "adapters that apply to a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
+        "adapters with a different scale for each layer (Unsloth)": config.get(
             "unsloth_mlx_requires_unsloth_loader"
         ),
         "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
-        f"adapters that may count on a changed base (init_lora_weights {word(start)})": start
+        f"adapters that may need a changed base (init_lora_weights {word(start)})": start
         not in PLAIN_STARTS,
     }
     for what, holds in refused.items():
@@ -161,9 +165,9 @@ def _check_kind(folder: Folder) -> None:
 
 
 def refuse(folder: Folder, what: str) -> NoReturn:
-    """InputError: what the folder holds is of a kind that we do not have."""
+    """Returns the error for an adapter of an unsupported kind."""
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
-        f"{what} cannot be read, only {kinds}: merge {folder.weights.parent} into its model "
+        f"{what} are not supported, only {kinds}: merge {folder.weights.parent} into its model "
         "with the tool that made it."
     )

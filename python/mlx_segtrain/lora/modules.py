@@ -66,6 +66,8 @@ class LoRALinear(nn.Module):
         self.dropout = 0.0
         self._made: dict[Kind, Any] = {}  #: no parameter
         self.rows: Any = None  #: updates by rows of a batch (rows.py)
+        self.together: Any = None  #: the layers that read the same x (together.py)
+        self.place = 0  #: among them
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
@@ -90,17 +92,23 @@ class LoRALinear(nn.Module):
     def forget_casts(self) -> None:
         """Frees what is kept of updates that may come again."""
         self._casts.clear()
+        if self.together is not None:
+            self.together.forget()
 
-    def updated(self, x: mx.array, y: mx.array) -> mx.array:
-        """y of the frozen linear with the update: without a gradient that is ours, and with factors
-        in x's dtype."""
+    def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """The factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
         key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
-            self._casts[key] = a.astype(x.dtype), (self.scale * b).astype(x.dtype), a, b
-        a, b = self._casts[key][:2]
+            self._casts[key] = a.astype(dtype), (self.scale * b).astype(dtype), a, b
+        return self._casts[key][:2]
+
+    def updated(self, x: mx.array, y: mx.array) -> mx.array:
+        """y of the frozen linear with the update: without a gradient that is ours, and with factors
+        in x's dtype."""
+        a, b = self.factors(x.dtype)
         return mx.addmm(y, x @ a, b)
 
     def applies(self, kind: Kind) -> Any:

@@ -1,21 +1,22 @@
-"""Paths of modules: mlx-lm, transformers and files spell the path of the same module differently.
+"""Paths of modules, which mlx-lm, transformers and adapter files spell differently.
 
-Of a model for text and images mlx-lm has the text model around `model`, transformers within it.
+In a model for text and images, mlx-lm wraps the text model around `model`; transformers puts it
+inside `model`.
 """
 
-#: mlx-lm's wrapper of a text model within a model for text and images.
+#: mlx-lm's prefix for the text model of a model for text and images.
 WRAPPER = "language_model."
-#: The same in transformers.
+#: The prefix in transformers.
 _WITHIN = "model.language_model."
 
 
 def bare(path: str) -> str:
-    """A module's path without the wrapper."""
+    """Returns a module's path without the prefix."""
     return path.removeprefix(WRAPPER)
 
 
 def spellings(path: str) -> tuple[str, str, str]:
-    """A module's path as it is, without the wrapper, and with it."""
+    """Returns a module's path as it is, without the prefix, and with it."""
     return path, bare(path), WRAPPER + bare(path)
 
 
@@ -24,13 +25,14 @@ def is_wrapped(path: str) -> bool:
 
 
 def in_transformers(path: str) -> str:
-    """mlx-lm's path of a module as transformers spells it in a model for text and images."""
+    """Converts mlx-lm's path of a module to the one of transformers in a model for text and
+    images."""
     inner = bare(path)
     return _WITHIN + inner.removeprefix("model.") if inner.startswith("model.") else inner
 
 
 def in_mlx_lm(stored: str) -> str:
-    """A path of transformers or mlx-lm as mlx-lm spells it."""
+    """Converts a path of transformers or mlx-lm to mlx-lm's."""
     if stored.startswith(_WITHIN):
         return f"{WRAPPER}model.{stored.removeprefix(_WITHIN)}"
     return stored

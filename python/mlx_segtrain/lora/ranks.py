@@ -1,4 +1,5 @@
-"""The rank of every adapted linear, from names and bits alone. Imports neither MLX nor models."""
+"""Chooses the rank of every adapted linear layer from names and bits alone, without importing MLX
+or models."""
 
 import json
 import math
@@ -11,7 +12,7 @@ from ..errors import InputError
 from ..files import read_at_most
 from .paths import bare
 
-#: The target that means every linear of a layer.
+#: The target that means every linear layer of the chosen layers.
 ALL = "all-linear"
 
 
@@ -26,20 +27,21 @@ def choose_ranks(
     model_dir: Path,
     outer: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Rank of every linear to adapt, by path: those that end with a target, in the last layers.
+    """Returns the rank of every linear layer to adapt, by path: those that end with a target, in
+    the last layers.
 
-    A target may be a whole path, or "all-linear", which is all of every layer.
+    A target may be a whole path, or "all-linear", which means every linear layer.
 
-    `layers` are the paths of each layer's linears, `outer` those of embedding and head, `bits`
-    those of the quantized ones.
-    `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits / 4⌉) with the bits of the linear's own
-    quantization; a dense one gets `rank`. `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl
-    clipped to [0.5, 2], from OptiQ's sensitivity file; without one, or for a linear that it does
-    not name, `by_bits`. InputError if a target matches nothing, or there are fewer layers.
+    `layers` are the paths of each layer's linear layers, `outer` those of embedding and head,
+    `bits` the bits of the quantized ones. `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits /
+    4⌉) with the bits of the layer's own quantization; one that is not quantized gets `rank`.
+    `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl clipped to [0.5, 2], from OptiQ's
+    sensitivity file; without one, or for a layer that it does not list, `by_bits`. Raises
+    InputError if a target matches nothing, or if there are fewer layers than num_layers.
     """
     if num_layers > len(layers):
         raise InputError(
-            f"num_layers is {num_layers}, but the model has {len(layers)}: give -1 for all.",
+            f"num_layers = {num_layers}, but the model has {len(layers)} layers: use -1 for all.",
             field="num_layers",
         )
     paths = [path for layer in layers for path in layer]
@@ -64,7 +66,7 @@ def choose_ranks(
         if not found:
             names = sorted({path.rsplit(".", 1)[-1] for path in known})
             raise InputError(
-                f"target_modules: '{target}' matches no linear of the model; it has "
+                f"target_modules: '{target}' matches no linear layer of the model; it has "
                 f"{', '.join(names)}.",
                 field="target_modules",
             )
@@ -73,13 +75,14 @@ def choose_ranks(
 
 
 def asked(config: TrainConfig) -> dict[str, Any]:
-    """What a configuration says of ranks, as choose_ranks takes it."""
+    """Returns what a configuration says of ranks, as arguments of choose_ranks."""
     names = ("rank", "rank_scaling", "target_modules", "num_layers", "model_dir")
     return {name: getattr(config, name) for name in names}
 
 
 def _sensitivities(model_dir: Path) -> dict[str, float]:
-    """KL divergence by path in the text model, from OptiQ's file beside the weights, or nothing."""
+    """Returns the KL divergence by path in the text model, from OptiQ's file beside the weights;
+    empty without one."""
     for name in ("optiq/metadata.json", "optiq_metadata.json"):
         file = model_dir / name
         if not file.is_file():
@@ -91,5 +94,5 @@ def _sensitivities(model_dir: Path) -> dict[str, float]:
                 bare(path): float(x["kl"]) for path, x in layers.items() if x.get("kl") is not None
             }
         except (ValueError, AttributeError, TypeError) as error:
-            raise InputError(f"{file} is not OptiQ's sensitivity file: {error}") from error
+            raise InputError(f"{file} is not an OptiQ sensitivity file: {error}") from error
     return {}

@@ -20,6 +20,7 @@ import mlx.core as mx
 from .. import ops
 from .adapter import DORA, Adapter
 from .modules import LoRALinear
+from .together import Together, grouped
 
 #: Ranks up to which adapters are stacked together; those above have stacks by doubling.
 SMALL_RANK = 16
@@ -27,11 +28,12 @@ SMALL_RANK = 16
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros but where it
-    takes its own part of what the group's a gives; gains [E, out] float32 if one is DoRA's."""
+    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros outside of its
+    `own` ranks; gains [E, out] float32 if one is DoRA's."""
 
     b: mx.array
     gains: mx.array | None
+    own: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,8 @@ class _Stack:
 
     places: dict[Any, int]
     groups: list[_Group | None]
+    #: By group, what computes its linears in a step of generation; made when it is wanted.
+    together: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,8 @@ class _Use:
     """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
     the groups' arrays are its own, without the axis of adapters."""
 
+    stack: _Stack
+    places: mx.array  #: uint32 [rows], in the stack
     groups: list[_Group | None]
     picks: mx.array | None  #: uint32 [rows], the place of each
     rows: mx.array | None  #: uint32
@@ -100,7 +106,9 @@ class Rows:
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
         self.on = False
         self._modules = {path: x for path, x in modules.items() if type(x) is LoRALinear}
-        self._readers = _readers(self._modules, run)
+        paths = {id(module): path for path, module in self._modules.items()}
+        found = grouped(self._modules.values(), run)
+        self._readers = [_Readers([paths[id(x)] for x in own], dtype) for own, dtype in found]
         self._stacks: dict[int, _Stack] = {}
         self._uses: list[_Use] = []
         self._key: Any = None
@@ -136,6 +144,27 @@ class Rows:
     def any(self) -> bool:
         """Whether a row of the batch has an update."""
         return bool(self._uses)
+
+    def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
+        """What computes the linears of a group in a step of generation, and the adapter of each
+        row; None where they are computed one by one."""
+        use = self._uses[0]
+        if use.rows is not None:
+            return None, None
+        made = use.stack.together
+        if index not in made:
+            made[index] = self._together(index, use.stack.groups[index], together)
+        return made[index], use.places
+
+    def _together(self, index: int, group: _Group | None, together: Together) -> Any:
+        if group is None:
+            return None
+        b, gains = [], []
+        for path in self._readers[index].paths:
+            own = group.factors.get(path)
+            b.append(own and mx.contiguous(own.b[:, own.own].swapaxes(1, 2)))
+            gains.append(own and own.gains)
+        return together.with_updates(mx.contiguous(group.a.swapaxes(1, 2)), b, gains)
 
     def holds(self, keys: Sequence[Any]) -> bool:
         """Whether it is these that were put in."""
@@ -199,7 +228,7 @@ class Rows:
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
             b = mx.pad(b, [(0, 0), (begin, whole.shape[-1] - end), (0, 0)])
-            factors[path], begin = _Factors(b, gain), end
+            factors[path], begin = _Factors(b, gain, slice(begin, end)), end
         return _Group(whole, factors)
 
     def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
@@ -243,10 +272,12 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
         picked = [i for i, key in enumerate(keys) if key in stack.places]
         rows, keys = mx.array(picked, mx.uint32), [keys[i] for i in picked]
     none = len(stack.places)
-    places = [stack.places.get(key, none) for key in keys]
-    if len(set(places)) > 1:
-        return _Use(stack.groups, mx.array(places, mx.uint32), rows)
-    return _Use([group and _of_one(group, places[0]) for group in stack.groups], None, rows)
+    found = [stack.places.get(key, none) for key in keys]
+    places = mx.array(found, mx.uint32)
+    if len(set(found)) > 1:
+        return _Use(stack, places, stack.groups, places, rows)
+    groups = [group and _of_one(group, found[0]) for group in stack.groups]
+    return _Use(stack, places, groups, None, rows)
 
 
 def _of_one(group: _Group, place: int) -> _Group:
@@ -263,44 +294,22 @@ class _Linear:
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path
-        self._bias = module.linear.get("bias")
+        self._bias, self._module = module.linear.get("bias"), module
 
     @property
     def on(self) -> bool:
         return self._rows.on
 
+    @property
+    def any(self) -> bool:
+        return self._rows.any
+
+    def decoding(self) -> tuple[Any, mx.array | None]:
+        return self._rows.decoding(self._index, self._module.together)
+
     def __call__(self, x: mx.array, y: mx.array) -> mx.array:
         rows = self._rows
         return rows.update(self._index, self._path, self._bias, x, y) if rows.any else y
-
-
-class _Recorder:
-    """In the place of _Linear: which x a linear reads."""
-
-    on = True
-
-    def __init__(self, path: str, read: list[tuple[str, mx.array]]):
-        self._path, self._read = path, read
-
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        self._read.append((self._path, x))
-        return y
-
-
-def _readers(modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]) -> list[_Readers]:
-    read: list[tuple[str, mx.array]] = []
-    for path, module in modules.items():
-        module.rows = _Recorder(path, read)
-    run(mx.zeros((1, 1), mx.int32))  # nothing is computed
-    for module in modules.values():
-        module.rows = None
-    found: dict[int, _Readers] = {}
-    seen: set[str] = set()
-    for path, x in read:
-        if path not in seen:  # some models call a linear twice
-            seen.add(path)
-            found.setdefault(id(x), _Readers([], x.dtype)).paths.append(path)
-    return list(found.values())
 
 
 def _size(adapter: Adapter) -> int:

@@ -9,14 +9,19 @@ import mlx.nn as nn
 
 from .adapter import KINDS
 from .modules import LoRALinear
+from .together import put_together
 
 
 def twin_of(model: nn.Module) -> Any:
-    """The twin: gives the same bits as the model does for up to FEW tokens on a GPU.
+    """Returns the twin, for up to FEW tokens on a GPU. It gives the same bits as the model, except
+    where linear layers run together (on CUDA).
 
     It is called as the model is. Updates are put into the model's own modules, at any time; modules
     that are put into the model later are not in its twin.
     """
+    modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
+    if not any(module.together for module in modules):
+        put_together(modules, model)
     return _twin(model, {})
 
 
@@ -52,7 +57,14 @@ class _Linear:
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
         rows = module.rows
-        if rows is not None and rows.on:
+        by_rows = rows is not None and rows.on
+        if by_rows and not rows.any:
+            return self._product(x)
+        if module.together is not None:
+            y = module.together.read(module.place, x)
+            if y is not None:
+                return y
+        if by_rows:
             return rows(x, self._product(x))
         for kind in KINDS:
             if kind.array in module:

@@ -1,18 +1,20 @@
-"""Model families: an mlx-lm model as a chain of stages over our ops. Only this package knows them.
+"""Model families: turns an mlx-lm model into a chain of stages over our ops. Only this package
+knows them.
 
-Weights, configuration, tokenizer and generation stay mlx-lm's. A fast family is a module of
+Weights, configuration, tokenizer and generation remain mlx-lm's. A fast family is a module of
 FAMILIES, a `Family`; every other model takes the generic path.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora.paths import WRAPPER
 from . import gemma, llama
 from .chain import Chain
@@ -25,33 +27,34 @@ __all__ = [
     "chain_of",
     "family_of",
     "load_base",
+    "load_headless",
     "load_model",
     "load_tokenizer",
 ]
 
 
 class Family(Protocol):
-    """A fast family: the same layers, read off mlx-lm's modules and off the files of a model.
+    """A fast family: the same layers, read from mlx-lm's modules and from the files of a model.
 
-    `text` is config.json with its text_config, if it has one, on top of the rest.
+    `text` is config.json with the keys of its text_config, if it has one, put on top.
     """
 
     @property
     def TYPES(self) -> Collection[str]:
-        """`model_type`s of its models, and of models for text and images around them; among them
-        the names of mlx-lm's modules that have its text models."""
+        """The `model_type`s of its models and of models for text and images that contain one,
+        including the names of mlx-lm's modules for the text models."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
-        """The chain of such a model, whose modules have this prefix."""
+        """Returns the chain of such a model, whose modules have this prefix."""
         ...
 
     def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
-        """The forms that the layers of its chain will have."""
+        """Returns the forms that the layers of its chain will have."""
         ...
 
     def tied(self, text: Mapping[str, Any]) -> bool:
-        """Whether its head is the embedding, even if the weights hold a head."""
+        """Returns whether the head is the embedding, even if the weights hold a head."""
         ...
 
 
@@ -59,69 +62,117 @@ FAMILIES: tuple[Family, ...] = (llama, gemma)
 
 
 def of_type(model_type: str) -> Family | None:
-    """The fast family of a config.json's `model_type`."""
+    """Returns the fast family of a config.json's `model_type`; None if there is none."""
     return next((family for family in FAMILIES if model_type in family.TYPES), None)
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The model's fast family; None if it takes the generic path."""
-    return of_type(type(model.get("language_model", model)).__module__.rpartition(".")[2])
+    """Returns the model's fast family; None if it takes the generic path."""
+    return of_type(type(text_model(model)).__module__.rpartition(".")[2])
 
 
-def chain_of(model: nn.Module) -> Chain:
-    """The chain of a loaded mlx-lm model.
+def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
+    """The chain of a loaded mlx-lm model, of which only these layers may have been read.
 
-    Of a model for text and images it is the text model's, and names keep its prefix. InputError if
-    the model cannot be cut into layers or not be differentiated.
+    For a model for text and images it is the text model's, and names keep its prefix. Raises
+    InputError if the model cannot be cut into layers or cannot be differentiated.
     """
     from . import generic
 
     family = family_of(model)
     if family is None:
-        return generic.chain_of(model)
+        return generic.chain_of(model, layers)
     inner = model.get("language_model")
     return family.chain_of(inner or model, WRAPPER if inner else "")
 
 
 def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
-    """mlx-lm's model, configuration and tokenizer from a local folder.
+    """Loads mlx-lm's model, configuration and tokenizer from a local folder.
 
-    On the CPU floating weights become float32, the dtype its kernels compute in. InputError if the
-    folder is missing, is no model, or cannot be read.
+    On the CPU floating-point weights become float32, the dtype in which its kernels compute. Raises
+    InputError if the folder is missing, is not a model, or cannot be read.
     """
     tokenizer = load_tokenizer(model_dir)
     return *load_model(model_dir), tokenizer
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:
-    """mlx-lm's tokenizer of a model folder, without the weights; InputError as for load_base."""
+    """Loads mlx-lm's tokenizer of a model folder, without the weights. Raises InputError as
+    load_base does."""
     folder = opened(model_dir).folder
     from mlx_lm.utils import load_config, load_tokenizer
 
     check_tokenizer(folder)
     with _reading(folder):
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    # mlx-lm before 0.32 (Python 3.10) lets those of config.json replace the tokenizer's own.
+    # Before mlx-lm 0.32 (Python 3.10), those in config.json may replace the tokenizer's own.
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, tokenizer.eos_token_id} - {None}
     return tokenizer
 
 
-def load_model(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's model and configuration, evaluated; InputError as for load_base."""
+def load_model(
+    model_dir: str | Path, reads: Callable[[str], bool] = lambda name: True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model and configuration; InputError as for load_base.
+
+    Weights whose name `reads` says no to are read when something is computed with them.
+    """
     snapshot = opened(model_dir)
     from mlx_lm.utils import load_model
 
     with _reading(snapshot.folder):
         check_model(snapshot)
         model, config = load_model(snapshot.folder, lazy=True)
+    return _evaluated(model, reads), config
+
+
+def load_headless(
+    model_dir: str | Path, instead: str
+) -> tuple[nn.Module, dict[str, Any], mx.array]:
+    """mlx-lm's model without its head, evaluated; its configuration; and the tensor `instead` that
+    the files have in the head's place. InputError as for load_base."""
+    snapshot = opened(model_dir)
+    from mlx_lm.utils import _get_classes, load_model
+
+    found: dict[str, mx.array] = {}
+
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        whole, args = _get_classes(config)
+
+        class Headless(whole):
+            def __init__(self, args: Any):
+                super().__init__(args)
+                text_model(self).pop("lm_head", None)
+
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                found[instead] = weights.pop(instead)
+                known = getattr(super(), "sanitize", None)
+                return known(weights) if known else weights
+
+        return Headless, args
+
+    with _reading(snapshot.folder):
+        check_model(snapshot)
+        model, config = load_model(snapshot.folder, lazy=True, get_model_classes=classes)
+    return _evaluated(model), config, found[instead]
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The model of texts in one that reads images, too."""
+    return model.get("language_model", model)
+
+
+def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
+    """With its weights in memory, on a CPU in float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
-    return model, config
+    mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])
+    return model
 
 
 def opened(model_dir: str | Path) -> Snapshot:
-    """A folder that mlx-lm may read: it asks the network for what is missing."""
+    """Checks a folder before mlx-lm reads it, since mlx-lm would ask the network for what is
+    missing."""
     snapshot = Snapshot(model_dir, whole=True)
     snapshot.file("config.json", "configuration")
     snapshot.file("tokenizer_config.json", "tokenizer")
@@ -135,8 +186,7 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, InputError):
         raise
-    # What a stranger's files make the libraries raise may be anything: a panic of Rust is no
-    # Exception of Python.
+    # Untrusted files can make the libraries raise anything: a panic in Rust is not a Python
+    # Exception.
     except BaseException as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
+        raise InputError(f"model_dir {folder} cannot be loaded: {reason(error, 500)}") from error

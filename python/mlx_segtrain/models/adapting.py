@@ -1,7 +1,8 @@
-"""A model and an adapter: which modules get an update, how it starts, and how it is attached."""
+"""Connects a model and an adapter: which modules get an update, how it starts, and how it is
+attached."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +27,8 @@ from .chain import Chain
 
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
-    """Rank of every linear to adapt, by path: ranks.choose_ranks of the chain's linears."""
+    """Returns the rank of every linear layer to adapt, by path: ranks.choose_ranks for the chain's
+    layers."""
     layers = [
         [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
     ]
@@ -41,13 +43,15 @@ def init(
     seed: int,
     *,
     root: bool = False,
+    here: Callable[[str], bool] = lambda path: True,
     **kinds: bool,
 ) -> Adapter:
-    """A ~ U(−1/√in, 1/√in) float32, one key a path in sorted order; B = 0.
+    """A ~ U(−1/√in, 1/√in) float32, with one key per path in sorted order; B = 0.
 
     With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
     2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
-    starts so that nothing changes. InputError if one is of experts or an embedding.
+    starts so that nothing changes, and is 0 where the weight is not `here`. InputError if one is of
+    experts or an embedding.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))
@@ -60,19 +64,23 @@ def init(
             continue
         embeds = isinstance(modules[path], EMBEDDINGS)
         if embeds or has_experts(modules[path]):
-            what = "an embedding" if embeds else "a linear of experts"
+            what = "an embedding" if embeds else "a linear layer of experts"
             raise InputError(
-                f"use_{kind.word}: '{path}' is {what}, of which there is no {kind.name}: leave it "
-                f"out of target_modules, or train without use_{kind.word}."
+                f"use_{kind.word}: '{path}' is {what}, which {kind.name} does not support: leave "
+                f"it out of target_modules, or train without use_{kind.word}."
             )
-        arrays[path][kind.array] = kind.runs.of(ops.base_of(modules[path])).start
+        of = kind.runs.of
+        arrays[path][kind.array] = (
+            of(ops.base_of(modules[path])).start if here(path) else mx.zeros(b[-1:])
+        )
     mx.eval(arrays)
     scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
     return Adapter.of(arrays, scales, chain.tied_for(arrays))
 
 
 def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:
-    """The factors by stage: `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a": …}}`."""
+    """Returns the factors by stage: `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a":
+    …}}`."""
     params: dict[str, dict[str, mx.array]] = {}
     for path in adapter.tensors:
         own = params.setdefault(chain.stage_of[path], {})
@@ -83,8 +91,8 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Puts ours in the place of all that can be adapted in the layers, and of what is adapted
-    besides; if `whole`, of all that is besides."""
+    """Replaces every module of the layers that can be adapted by ours, and outside of the layers
+    those that are adapted; with `whole`, all that can be."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):
@@ -99,7 +107,7 @@ def attach(
 def attached(
     model: nn.Module, chain: Chain, adapter: Adapter, *, whole: bool = False
 ) -> Iterator[nn.Module]:
-    """The model with the adapter, for as long as the context lasts; `whole` as for attach."""
+    """Provides the model with the adapter while the context is active; `whole` as for attach."""
     modules = attach(model, chain, adapter, whole=whole)
     try:
         model.eval()

@@ -1,4 +1,4 @@
-"""A model as the trainer sees it."""
+"""A model as the trainer sees it: a chain of stages."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +15,13 @@ from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-#: Rows of logits that exist at a time where no op of ours serves the head.
+#: Rows of logits that exist at a time if none of our ops serves the head.
 HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What LoRA branches drop of their inputs; masks follow from seed, draw and a module's path."""
+    """LoRA dropout; the masks follow from seed, draw and a module's path."""
 
     rate: float
     seed: int
@@ -33,14 +33,15 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Updates:
-    """How the updates of a model's linears run in a stream: their multipliers by full path."""
+    """How the updates of a model's linear layers run in a stream: their multipliers by full
+    path."""
 
     scales: Mapping[str, float]
     dropout: Dropout | None = None
     stream: Stream = SINGLE[0]
 
     def key(self, path: str) -> mx.array | None:
-        """What decides which numbers the update of this module drops; None if it drops none."""
+        """Returns what decides which numbers this module's update drops; None if it drops none."""
         return self.dropout and self.dropout.key(self.stream.of(path))
 
 
@@ -48,24 +49,32 @@ NO_UPDATES = Updates({})
 
 
 class Head:
-    """What turns rows of the last h into logits, and these into losses.
+    """Maps rows of the last h to logits, and these to losses.
 
-    `params` are the factors of its own update, by full path; none without one.
+    `params` are the factors of the head's own update, by full path; none without one.
     """
 
-    path: str  #: the module that can be adapted: the head's own, or the embedding it shares
+    path: str  #: the module that can be adapted: the head's own, or the embedding that it shares
 
     def adapting(self, updates: Updates) -> "Head":
-        """For an adapter whose updates run like this."""
+        """Returns the head for an adapter with these updates."""
         raise NotImplementedError
 
     def logits(self, h: mx.array) -> mx.array:
-        """h [..., H] → logits [..., V], without an update."""
+        """Maps h [..., H] to logits [..., V], without an update."""
         return self.logits_of({}, h, 0)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        """The same with an update; h are rows from the `begin`-th on, which dropout depends on."""
+        """Like `logits`, with an update; h are the rows from the `begin`-th on, which dropout
+        depends on."""
         raise NotImplementedError
+
+    def as_product(
+        self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
+    ) -> tuple[mx.array, ops.Base, float | None] | None:
+        """Returns the arguments of our ops for this head, with logits divided by the temperature:
+        x, the weight and the cap; None if no op of ours serves it."""
+        return None
 
     def cross_entropy(
         self,
@@ -76,7 +85,12 @@ class Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Σ weights·CE of h [M, H] against targets [M], each a token: a scalar in float32."""
+        """Returns Σ weights·CE of h [M, H] against targets [M], each a token: a scalar in
+        float32."""
+        if (own := self.as_product(params, h)) is not None:
+            x, base, softcap = own
+            how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+            return ops.linear_cross_entropy(x, base, targets, weights, **how)
         return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
 
     def log_probs(
@@ -88,12 +102,16 @@ class Head:
         temperature: float = 1.0,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Log-probabilities of targets [M], each a token, after h [M, H], float32 [M]; of logits
-        that are divided by the temperature.
+        """Returns the log-probabilities of targets [M], each a token, given h [M, H]: float32 [M],
+        from logits divided by the temperature.
 
-        HEAD_ROWS at a time, in either direction: a graph without order would have the logits of
-        all. The backward pass runs them again.
+        Without an op of ours, HEAD_ROWS at a time in both directions: a graph without an order
+        could hold the logits of all rows. The backward pass recomputes them.
         """
+        if (product := self.as_product(params, h, temperature)) is not None:
+            x, base, softcap = product
+            how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+            return ops.linear_log_probs(x, base, targets, **how)
         names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
 
         def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:
@@ -129,11 +147,11 @@ class Head:
 class Chain:
     """A model as stages over boundary values.
 
-    `start(tokens [B, T])` gives those that the stages read first. A layer is one stage
+    `start(tokens [B, T])` returns the values that the first stages read. A layer is one stage
     (`model.layers.3`) or two (`….self_attn`, `….mlp`); parameters have the full path of their
-    linear (`model.layers.3.self_attn.q_proj.lora_a`), as have the multipliers `scales`. The last
-    stage of a stream writes its `h`. If the chain `trims`, a stage reads the input `positions` [N],
-    the last N of T, and h has these rows from there on.
+    linear layer (`model.layers.3.self_attn.q_proj.lora_a`), and so do the multipliers `scales`. The
+    last stage of a stream writes its `h`. If the chain `trims`, a stage reads the input `positions`
+    [N], the last N of T, and h has these rows from there on.
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
@@ -142,12 +160,13 @@ class Chain:
     linears: dict[str, nn.Module]  #: what can be adapted, by full path
     stage_of: dict[str, str]  #: the owner of a path of `linears`
     layers: list[list[str]]  #: the owners of each layer
-    max_length: int | None  #: positions the model was made for
+    max_length: int | None  #: the model's context length
     trims: bool = False
-    branches: bool = False  #: streams may have a branch, or parts
-    outer: dict[str, nn.Module] = field(default_factory=dict)  #: embedding and head, if adaptable
-    embedded: Callable[[], "Chain"] | None = None  #: the same with the embedding as a stage
-    forms: tuple[LayerForm, ...] = ()  #: of the layers of a fast family
+    branches: bool = False  #: whether streams may have a branch, or parts
+    #: Embedding and head, if they can be adapted.
+    outer: dict[str, nn.Module] = field(default_factory=dict)
+    embedded: Callable[[], "Chain"] | None = None  #: the same chain with the embedding as a stage
+    forms: tuple[LayerForm, ...] = ()  #: the forms of the layers of a fast family
 
     def stages(
         self,
@@ -155,38 +174,43 @@ class Chain:
         streams: Sequence[Stream] = SINGLE,
         dropout: Dropout | None = None,
     ) -> list[Stage]:
-        """The stages of a batch, one stream after the other."""
+        """Returns the stages of a batch, one stream after the other."""
         of_streams = (Updates(scales, dropout, stream) for stream in streams)
         return [stage for updates in of_streams for stage in self.stages_of(updates)]
 
     @property
     def adaptable(self) -> dict[str, Any]:
-        """All that an adapter may name."""
+        """Everything that an adapter may update."""
         return {**self.linears, **self.outer}
 
     @property
     def tied(self) -> bool:
-        """Whether there is no head of its own that could be adapted."""
+        """Whether the model has no separate head that could be adapted."""
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
-        """`tied` if one of these paths is an embedding; else None, since it does not matter."""
+        """Returns `tied` if one of these paths is an embedding; else None, since it does not
+        matter."""
         embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
         return self.tied if embeds else None
 
     def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "Chain":
-        """For an adapter with these multipliers, which may be one of embedding or head too."""
+        """Returns the chain for an adapter with these multipliers, which may include embedding and
+        head."""
         chain = self
         if chain.embedded and any(isinstance(self.outer.get(p), EMBEDDINGS) for p in scales):
             chain = chain.embedded()
         return replace(chain, head=chain.head.adapting(Updates(scales, dropout)))
 
     def of_head(self, params: Params) -> dict[str, mx.array]:
-        """The factors that the head's update has; those of an embedding may be another's too."""
+        """Returns the factors of the head's update; those of an embedding may belong to another
+        stage too."""
         own = params.get(self.stage_of.get(self.head.path, ""), {})
         return {name: x for name, x in own.items() if name.rpartition(".")[0] == self.head.path}
 
-    def cuts(self, size: int, streams: Sequence[Stream] = SINGLE) -> Cuts:
-        """Segments of `size` layers; 0: one segment."""
-        stages = accumulate(len(layer) for _ in streams for layer in self.layers)
+    def cuts(
+        self, size: int, streams: Sequence[Stream] = SINGLE, layers: slice = slice(None)
+    ) -> Cuts:
+        """Segments of `size` layers, of all or of those of a slice; 0: one segment."""
+        stages = accumulate(len(layer) for _ in streams for layer in self.layers[layers])
         return Cuts.by_layer(list(stages), size)

@@ -1,4 +1,4 @@
-"""A model in MLX's form, quantized, of one that is not: through mlx-lm's converter."""
+"""Converts an unquantized model to a quantized one in MLX's format, with mlx-lm's converter."""
 
 import io
 import math
@@ -6,19 +6,19 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, is_out_of_memory, reason
 from ..files import free, new_folder
 from ..hub import MARGIN, amount, title
 from . import opened
 from .limits import check_model, check_tokenizer
 from .snapshot import Snapshot
 
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model folder, and the bytes of its weights before and after."""
+    """A model folder that was written, and the bytes of its weights before and after."""
 
     path: Path
     before: int
@@ -26,27 +26,28 @@ class Made:
 
 
 def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) -> Made:
-    """Writes the model with its linears and tables quantized, as mlx-lm does it, to a new folder.
+    """Writes the model to a new folder with its linear layers and tables quantized, as mlx-lm does
+    it.
 
-    InputError for a model that cannot be read, is quantized already, or has a family that mlx-lm
-    does not know; and where there is no room. Nothing is at `out` before all of it is.
+    Raises InputError for a model that cannot be read, is already quantized, or has a family that
+    mlx-lm does not support, and if the disk is too full. `out` does not exist until it is complete.
     """
     base = opened(model_dir)
     name = title(base.folder)
     check_tokenizer(base.folder)
     check_model(base)
     if any(path.endswith(".scales") for path in base.tensors):
-        raise InputError(f"{name} is quantized already: use it as it is.")
+        raise InputError(f"{name} is already quantized: use it as it is.")
     need, room = _size(base, bits, group_size), free(out)
     if need + MARGIN > room:
         raise InputError(
-            f"{out} takes {amount(need)}, and {amount(room)} are free on its disk: free some, or "
-            "give another --out."
+            f"{out} needs {amount(need)}, but {amount(room)} are free on its disk: free some, or "
+            "choose another --out."
         )
     from mlx_lm.convert import convert
 
     with new_folder(out) as aside:
-        aside.rmdir()  # the converter makes it
+        aside.rmdir()  # the converter creates it
         try:
             with redirect_stdout(io.StringIO()):
                 convert(
@@ -58,19 +59,19 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
                 )
         except (KeyboardInterrupt, SystemExit, OSError, InputError):
             raise
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a panic in Rust is not an Exception
             if is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise InputError(f"{name} cannot be converted: {reason}") from error
-        for program in aside.glob("*.py"):  # we run none
+            raise InputError(f"{name} cannot be converted: {reason(error, 500)}") from error
+        for program in aside.glob("*.py"):  # the model's own code is not run
             program.unlink()
         size = Snapshot(aside).size_bytes
     return Made(out, base.size_bytes, size)
 
 
 def _size(base: Snapshot, bits: int, group_size: int) -> int:
-    """Bytes of the quantized weights, at most: with scale and bias of each group, in 16 bits."""
+    """Returns an upper bound of the bytes of the quantized weights, with 16-bit scale and bias for
+    each group."""
     each = (bits + 32 / group_size) / 8
     return sum(
         math.ceil(math.prod(shape) * (each if len(shape) > 1 else 4))

@@ -1,6 +1,6 @@
 """The form of a layer: what the planner and the schedule know of it before it runs.
 
-A loaded layer says its form (`Layer.form`), and so do the headers of its weights (`LayerHeaders`).
+A loaded layer has one (`Layer.form`), and so do the headers of its weights (`LayerHeaders`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """A stage of one stream without its function: names of boundary values and of parameters."""
+    """A stage of one stream without its function: the names of boundary values and of
+    parameters."""
 
     name: str
     reads: tuple[str, ...]
@@ -28,37 +29,38 @@ class StageForm:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerForm:
-    """Widths are numbers a token: of q all heads together, of k (or v) all heads of its own."""
+    """The form of one layer. Widths are numbers per token: of q all heads together, of k (or v) all
+    of the layer's own heads."""
 
     name: str  #: its path in the model
     query: int
-    key_value: int  #: 0: it reads another layer's
+    key_value: int  #: 0: it reads the keys of another layer
     hidden: int
-    head: int  #: of one head
+    head: int  #: width of one head
     window: int | None = None
     softcap: bool = False
-    separate_values: bool = True  #: False: values are the keys
+    separate_values: bool = True  #: False: the values are the keys
     q_norm: bool = False
-    wide_norms: bool = False  #: those of q and k span all heads
+    wide_norms: bool = False  #: the norms of q and k span all heads
     v_norm: bool = False
     after_norms: bool = False
-    own_input: int = 0  #: made from the tokens, for this layer only
-    experts: int = 0  #: numbers that the experts of a token hold
+    own_input: int = 0  #: an input that is made from the tokens for this layer only
+    experts: int = 0  #: numbers that a token's experts hold
     donor: str | None = None  #: the layer whose keys and values it reads
     gives: bool = False  #: others read its keys and values (`linked`)
     trims: bool = False  #: it drops the rows before the first one with a loss (`linked`)
 
     @property
     def owners(self) -> tuple[str, str]:
-        """Names of its stages, attention and MLP, under which their parameters are."""
+        """The names of its stages, attention and MLP, under which their parameters are."""
         return f"{self.name}.self_attn", f"{self.name}.mlp"
 
     def owner_of(self, path: str) -> str:
-        """The stage that runs a linear of this layer."""
+        """Returns the stage that runs a linear layer of this decoder layer."""
         return self.owners[".self_attn." not in path]
 
     def stages(self, stream: Stream) -> tuple[StageForm, StageForm]:
-        """Attention and MLP."""
+        """Returns the stages of attention and MLP."""
         of, h = stream.of, (stream.of("h"),)
         attention, mlp = self.owners
         positions = (of("positions"),) if self.trims else ()
@@ -77,7 +79,7 @@ def _keys_values(layer: str, stream: Stream) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class LayerHeaders:
-    """A layer as the headers of the weights have it."""
+    """A layer as the headers of the weights describe it."""
 
     name: str
     widths: Mapping[str, tuple[int, int]]  #: (in, out) of the model's matrices, by path
@@ -87,7 +89,7 @@ class LayerHeaders:
         return self.widths.get(f"{self.name}.{path}", (0, 0))
 
     def form(self, text: Mapping[str, Any], **more: Any) -> LayerForm:
-        """With what its family adds to it; `text` is the configuration."""
+        """Returns the form, with what the family adds to it; `text` is the configuration."""
         query, hidden = self.linear("self_attn.o_proj")[0], self.linear("mlp.down_proj")[0]
         fused = self.linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
@@ -115,9 +117,10 @@ class LayerHeaders:
 
 
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
-    """The forms of all layers, each with what it does for the others."""
+    """Returns the forms of all layers, each with what it does for the others."""
     donors = {form.donor for form in forms}
-    # After the last layer with keys of its own, nobody reads rows that come before all losses.
+    # After the last layer with its own keys, nothing reads the rows before the first one with a
+    # loss.
     last = max(i for i, form in enumerate(forms) if form.key_value)
     return tuple(
         replace(form, gives=form.name in donors, trims=i == last) for i, form in enumerate(forms)

@@ -1,8 +1,8 @@
-"""Gemma 2, 3 and 4: four norms a layer, GeGLU, sliding and global attention.
+"""Gemma 2, 3 and 4: four norms per layer, GeGLU, sliding-window and global attention.
 
-Gemma 4 adds, each where the configuration has it: layers that read the keys and values of an
-earlier one, an input of each layer's own made from the tokens, values that are the keys, experts
-beside the dense MLP, and a scalar a layer.
+Gemma 4 adds, each if the configuration has it: layers that read the keys and values of an earlier
+one, an input for each layer that is made from the tokens, values that are the keys, experts besides
+the dense MLP, and a scalar for each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from .layer import (
 )
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
-#: What mlx-lm assumes where config.json is silent, by the beginning of `model_type`.
+#: mlx-lm's defaults where config.json has no value, by the beginning of `model_type`.
 ASSUMED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
     "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
@@ -38,7 +38,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         **{"sliding_window": 512, "sliding_window_pattern": 5},
     },
 }
-#: Linears of a layer that has an input of its own.
+#: Linear layers of a layer that has its own input.
 OWN_INPUT = ("per_layer_input_gate", "per_layer_projection")
 
 
@@ -46,7 +46,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
     body, args = model.model, model.args
     kind = type(model).__module__.rpartition(".")[2]
     fourth = kind == "gemma4_text"
-    # Up to Gemma 3 a norm's weight is its distance from 1.
+    # Up to Gemma 3 a norm's weight is stored as its distance from 1.
     norm = Norm.of if fourth else _norm_around_1
     names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
     donors = getattr(body, "previous_kvs", range(len(names)))
@@ -100,7 +100,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
 
 def tied(text: Mapping[str, Any]) -> bool:
-    """Of Gemma 2 always, of Gemma 3 unless the weights have a head."""
+    """Always for Gemma 2; for Gemma 3 unless the weights have a head."""
     kind = _kind(text)
     return kind == "gemma2" or (kind == "gemma4" and text.get("tie_word_embeddings", True))
 
@@ -110,7 +110,7 @@ def forms(text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[Layer
     text = {**ASSUMED[kind], **text}
     shared = text.get("num_kv_shared_layers") or 0
     if not 0 <= shared < n:
-        raise InputError(f"num_kv_shared_layers is {shared}, and the weights have {n} layers.")
+        raise InputError(f"num_kv_shared_layers is {shared}, but the weights have {n} layers.")
     types = _types(kind, text, n)
     experts = text.get("enable_moe_block") and text.get("top_k_experts")
     found = []
@@ -140,7 +140,8 @@ def _kind(text: Mapping[str, Any]) -> str:
 
 
 def _types(kind: str, text: Mapping[str, Any], n: int) -> list[str]:
-    """full_attention or sliding_attention, by layer, as mlx-lm reads the configuration."""
+    """Returns full_attention or sliding_attention for each layer, as mlx-lm reads the
+    configuration."""
     if kind == "gemma2":
         return ["full_attention"] * n
     if kind == "gemma4" and text.get("layer_types"):
@@ -158,7 +159,7 @@ class _Experts(Mlp):
     """The dense MLP and the experts side by side; router and experts are frozen.
 
     Gradients flow through the experts and the weights of the router, not through its choice, which
-    mlx-lm's own router would differentiate too in some versions.
+    some versions of mlx-lm's own router would differentiate too.
     """
 
     layer: Any = None
@@ -173,7 +174,7 @@ class _Experts(Mlp):
 
     @staticmethod
     def _route(router: Any, h: mx.array) -> tuple[mx.array, mx.array]:
-        """The experts of each row [..., K], and their weights."""
+        """Returns the experts of each row [..., K], and their weights."""
         k = router.config.top_k_experts
         x = ops.rms_norm(h, router.scale * router.config.hidden_size**-0.5, router.eps)
         scores = router.proj(x)
@@ -199,7 +200,8 @@ def _finish(
     ]
 
     def own_input(tokens: mx.array) -> mx.array:
-        """Layer i's part of the token's second embedding and of a projection of the first."""
+        """Returns layer i's part of the token's second embedding and of a projection of the
+        first."""
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         return ops.own_input(x, norm.weight, norm.eps, table, tokens, begin, factors)
 

@@ -1,14 +1,15 @@
-"""Any other mlx-lm model with a list of layers: its own modules as stages, LoRA put into them.
+"""Any other mlx-lm model with a list of layers: its own modules are the stages, with LoRA put into
+them.
 
-A stage runs the model's own `__call__` up to its layer, with stand-ins for the layers before that
-hand on what the stage was given. So masks, embeddings and whatever the model does between two
-layers are its own code; that nothing passes by, such as another layer's keys, is found out by
-comparing the chain with the model on a few tokens, before training.
+A stage runs the model's own `__call__` up to its layer, with stand-ins for the earlier layers that
+pass on the stage's input. So masks, embeddings and whatever the model does between two layers are
+its own code. Whether anything else passes between layers, such as the keys of another layer, is
+found before training by comparing the chain with the model on a few tokens.
 """
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,22 +18,24 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .. import lora
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora import EMBEDDINGS
 from ..schedule import Stage
 from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 
-#: Tokens of the comparison, and how far the chain may be from the model in float32 and below.
+#: Number of tokens in the comparison, and how far the chain may be from the model in float32 and
+#: below.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
 
 
 class _Stop(Exception):
-    """Ends a run of the model where a stage has what it wants: arguments, by place and name."""
+    """Ends a run of the model at the layer that a stage wants, with its arguments, positional and
+    by name."""
 
 
 class _StandIn:
-    """In the place of a layer, whose class and attributes it shows; calls go to `answer`."""
+    """Replaces a layer, whose class and attributes it shows; calls go to `answer`."""
 
     def __init__(self, layer: nn.Module, answer: Callable[..., mx.array]):
         self._layer, self._answer = layer, answer
@@ -61,7 +64,7 @@ class _Body:
     layers: list[nn.Module]
 
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
-        """The model on tokens; layers without an answer hand their first argument on."""
+        """Runs the model on tokens; layers without an answer pass their first argument on."""
 
         def first(*args: Any, **kwargs: Any) -> Any:
             return [*args, *kwargs.values()][0]
@@ -75,7 +78,7 @@ class _Body:
             self.layers[:] = whole
 
     def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
-        """Layer i after h, the output of the layer before; the first layer without h."""
+        """Runs layer i on h, the output of the previous layer; the first layer gets no h."""
 
         def stop(*args: Any, **kwargs: Any) -> mx.array:
             raise _Stop(args, kwargs)
@@ -90,7 +93,7 @@ class _Body:
         raise InputError(f"{self.kind} cannot be trained: {self.path}.{i} is never called.")
 
     def logits(self, tokens: mx.array, h: mx.array) -> mx.array:
-        """Logits that the model makes of h [B, T, H], the output of the last layer."""
+        """Returns the logits that the model makes of h [B, T, H], the output of the last layer."""
         return self.run(tokens, dict.fromkeys(range(len(self.layers)), lambda *_, **__: h))
 
 
@@ -100,7 +103,7 @@ class _Head(Head):
 
     body: _Body
     path: str
-    module: lora.LoRALinear | None = None  #: in the place of what stands at `path`
+    module: lora.LoRALinear | None = None  #: replaces the module at `path`
     updates: Updates = NO_UPDATES
 
     def adapting(self, updates: Updates) -> "_Head":
@@ -124,7 +127,7 @@ def _attached(
     params: Mapping[str, mx.array],
     updates: Updates,
 ) -> Iterator[None]:
-    """With the factors of `params` in the modules, for as long as the context lasts."""
+    """Puts the factors of `params` into the modules while the context is active."""
     for path, module in modules.items():
         for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
@@ -134,13 +137,16 @@ def _attached(
             module.key = updates.key(path)
     try:
         yield
-    finally:  # the modules outlive this trace, and must not keep it
+    finally:  # the modules outlive this trace and must not keep it
         for module in modules.values():
             module.clear()
 
 
-def chain_of(model: Any) -> Chain:
-    """InputError, with layer and reason, if the model cannot be cut up or differentiated."""
+def chain_of(model: Any, layers: range | None = None) -> Chain:
+    """InputError, with layer and reason, if the model cannot be cut up or differentiated.
+
+    With `layers` only these are looked at: of others no weight has been read.
+    """
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
     names = [f"{body.path}.{i}" for i in range(len(body.layers))]
@@ -149,7 +155,7 @@ def chain_of(model: Any) -> Chain:
         own = {f"{name}.{p}": m for p, m in layer.named_modules() if isinstance(m, kinds)}
         linears |= own
         stage_of |= dict.fromkeys(own, name)
-    vocabulary = _try(body)
+    vocabulary = _try(body) if layers is None else _try_part(body, layers)
     # The embedding of the tokens and the head's linear, where they are modules.
     outer: dict[str, nn.Module] = {
         path: module
@@ -182,7 +188,7 @@ def _body(model: Any) -> _Body:
     kind = f"Model type '{name}'"
     known = getattr(model, "layers", None)
     if not isinstance(known, list) or not known or not all(isinstance(x, nn.Module) for x in known):
-        raise InputError(f"{kind} cannot be trained: it shows no list of layers.")
+        raise InputError(f"{kind} cannot be trained: it has no list of layers.")
     for path, module in model.named_modules():
         for name, child in module.items():
             if isinstance(child, list) and len(child) == len(known) and child[0] is known[0]:
@@ -191,7 +197,8 @@ def _body(model: Any) -> _Body:
 
 
 def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Stage:
-    """Layer i; of the first also the embedding, which is one of `outer`."""
+    """Returns the stage of layer i; the first one includes the embedding, which is one of
+    `outer`."""
     name = f"{body.path}.{i}"
     adapted = {
         path: lora.wrap(body.model, path, scale)
@@ -209,42 +216,98 @@ def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Sta
 
 
 def _try(body: _Body) -> int:
-    """Runs the chain and its backward pass on a few tokens; the size of the vocabulary.
+    """Runs the chain and its backward pass on a few tokens; returns the size of the vocabulary.
 
-    InputError where that fails.
+    Raises InputError if that fails.
     """
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     try:
         body.model.freeze()
-        body.model.train()  # layers with a state then leave kernels aside that have no gradient
+        body.model.train()  # layers with a state then avoid kernels that have no gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
-        raise InputError(f"{refused} it does not run: {_reason(error)}") from error
-    h: mx.array | None = None
-    for i, layer in enumerate(body.layers):
-        where = f"{refused} {body.path}.{i} ({type(layer).__name__})"
+        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
+    h = _through(body, range(len(body.layers)), tokens, None, refused)
+    _check_close(refused, body.logits(tokens, h), expected, "logits", h.dtype)
+    return expected.shape[-1]
+
+
+def _through(
+    body: _Body, layers: range, tokens: mx.array, h: mx.array | None, refused: str
+) -> mx.array:
+    """Returns the output of the last of these layers, the first of which gets h.
+
+    Raises InputError for a layer that gives something else than h, or cannot be differentiated.
+    """
+    for i in layers:
+        where = f"{refused} {body.path}.{i} ({type(body.layers[i]).__name__})"
         try:
             y = body.layer(i, tokens, h)
             if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
-                raise InputError(f"{where} gives something else than one array [B, T, H].")
+                raise InputError(f"{where} does not return a single array [B, T, H].")
             if h is not None:
                 mx.eval(mx.vjp(functools.partial(body.layer, i, tokens), [h], [mx.ones_like(y)]))
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{where} has no gradient here: {_reason(error)}") from error
+            raise InputError(f"{where} cannot be differentiated: {reason(error, 2000)}") from error
         h = y
     assert h is not None
-    got = body.logits(tokens, h).astype(mx.float32)
+    return h
+
+
+def _check_close(
+    refused: str, got: mx.array, expected: mx.array, what: str, dtype: mx.Dtype | None = None
+) -> None:
+    """InputError if a model gives something else when it runs layer by layer, in this type."""
+    bound = FLOAT_BOUND if (dtype or got.dtype) == mx.float32 else HALF_BOUND
+    got, expected = got.astype(mx.float32), expected.astype(mx.float32)
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
-    if not far < (FLOAT_BOUND if h.dtype == mx.float32 else HALF_BOUND):
+    if not far < bound:
         raise InputError(
-            f"{refused} run layer by layer it gives other logits (relative L2 {far:.1g}), so its "
+            f"{refused} run layer by layer it gives other {what} (relative L2 {far:.1g}), so its "
             "layers share more than h."
         )
-    return expected.shape[-1]
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _try_part(body: _Body, layers: range) -> int:
+    """As _try, with the weights of these layers alone: they are compared with themselves in one run
+    of the model, in which those before them give random numbers, and these must be all that comes
+    from there."""
+    refused = f"{body.kind} cannot be trained:"
+    tokens = mx.arange(TRIED)[None] + 1
+    body.model.freeze()
+    body.model.train()
+    try:  # graphs of which shapes and types alone are known
+        vocabulary = body.model(tokens).shape[-1]
+        like = body.layer(0, tokens, None)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
+
+    def given(seed: int) -> mx.array:
+        return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
+
+    def together(seed: int) -> mx.array:
+        """What leaves these layers; of those before them the last one always gives the same."""
+        answers: dict[int, Callable[..., mx.array]] = {}
+        for i in range(layers.start):
+            own = given(0 if i == layers.start - 1 else seed + i)
+            answers[i] = lambda *_, own=own, **__: own
+        real: dict[int, Any] = {i: body.layers[i] for i in layers}
+        seen: list[mx.array] = []
+
+        def last(*args: Any, **kwargs: Any) -> mx.array:
+            seen.append(real[layers.stop - 1](*args, **kwargs))
+            raise _Stop
+
+        with suppress(_Stop):
+            body.run(tokens, {**answers, **real, layers.stop - 1: last})
+        return seen[0]
+
+    h = _through(body, layers, tokens, given(0) if layers.start else None, refused)
+    for seed in (1, 1001):
+        _check_close(refused, h, together(seed), "h")
+    return vocabulary

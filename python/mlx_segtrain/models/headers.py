@@ -1,8 +1,8 @@
-"""What a model is made of, from config.json and the headers of its weights: no weight is read."""
+"""The structure of a model, from config.json and the headers of its weights; no weight is read."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ FLOATS = ("F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that memory and work depend on; `widths` are in and out of linears by path."""
+    """Everything that memory and work depend on; `widths` are (in, out) of linear layers by
+    path."""
 
     family: str
     fast: bool
@@ -28,38 +29,48 @@ class ModelShape:
     vocabulary: int
     layers: tuple[LayerForm, ...]
     linears: tuple[tuple[str, ...], ...]  #: paths of what can be adapted, by layer
-    embedding: str  #: path of the table of the tokens
-    outer: tuple[str, ...]  #: what else can be adapted: the embedding, a head of its own
+    embedding: str  #: path of the token embedding
+    outer: tuple[str, ...]  #: what else can be adapted: the embedding, a separate head
     widths: dict[str, tuple[int, int]]
-    bits: dict[str, int]  #: of quantized linears, by path
-    float_size: int  #: bytes of its floating numbers
+    bits: dict[str, int]  #: bits of quantized linear layers, by path
+    float_size: int  #: bytes of a floating-point number in the weights
     tensors: Tensors
     max_length: int | None
 
     @property
     def head(self) -> str:
-        """Path of the linear that the head has: its own, or the embedding."""
+        """The path of the head's linear layer: its own, or the embedding."""
         return next((path for path in self.outer if path != self.embedding), self.embedding)
 
     @property
     def tied(self) -> bool | None:
-        """Whether the embedding is the head too; None where neither is found by its name."""
+        """Whether the embedding is also the head; None if neither is found by its name."""
         if not self.embedding:
             return None
         if self.fast:
             return self.head == self.embedding
         return not any(path.endswith("lm_head") for path in self.widths)
 
-    def weight_bytes(self, float32: bool) -> int:
-        """Bytes of the weights once loaded; `float32`: floating ones become so, as on the CPU."""
+    def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
+        """Bytes of the weights once loaded, or of those that a rank `loads`.
+
+        `float32`: floating ones become so, as on the CPU.
+        """
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
-            for dtype, shape in self.tensors.values()
+            for name, (dtype, shape) in self.tensors.items()
+            if loads(name)
         )
+
+    @property
+    def n_layers(self) -> int:
+        """As the names of the weights have them, of any family."""
+        return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 
 def read_shape(model: str | Path | Snapshot) -> ModelShape:
-    """The shape of the model in a folder; InputError without a readable config.json or header."""
+    """Reads the shape of the model in a folder. Raises InputError without a readable config.json or
+    header."""
     snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
     config, tensors = snapshot.config, snapshot.tensors
     with snapshot.consistent():
@@ -67,7 +78,8 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """From a configuration as mlx-lm reads it, and tensors by name; InputError without layers."""
+    """Returns the shape from a configuration as mlx-lm reads it, and tensors by name. Raises
+    InputError if there are no layers."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}
@@ -77,16 +89,18 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     found = [match for name in loaded if (match := _LAYER.match(name))]
     prefixes, numbers = {match[1] for match in found}, {int(match[2]) for match in found}
     if len(numbers) > MOST_LAYERS:
-        raise InputError(f"the weights name {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
+        raise InputError(f"the weights have {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
     embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
     if not numbers or embedding is None:
         if of_type(family):
-            raise InputError(f"the weights of a {family} model name no layers or no embed_tokens.")
+            raise InputError(
+                f"the weights of this {family} model have no layers or no embed_tokens."
+            )
         return ModelShape(family, False, 0, 0, (), (), "", (), widths, bits, 2, loaded, None)
     width, vocabulary = widths[embedding]
     layers: tuple[LayerForm, ...] = ()
     outer: tuple[str, ...] = ()
-    # Of a format that mlx-lm converts when it loads, widths and sizes are not these.
+    # In a format that mlx-lm converts when it loads, these are not the real widths and sizes.
     weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
     if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
         (prefix,) = prefixes
@@ -120,13 +134,20 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
 
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a weight is of."""
+    return int(match[2]) if (match := _LAYER.match(name)) else None
+
+
 _LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projection)")
 
 
 def _linears_of(
     layers: Sequence[LayerForm], widths: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], ...]:
-    """Paths of the linears of each layer that an adapter could change."""
+    """Returns the paths of the linear layers of each layer that an adapter could change."""
     found: dict[str, list[str]] = {layer.name: [] for layer in layers}
     readers = {layer.name for layer in layers if layer.donor is not None}
     for path in widths:
@@ -142,7 +163,7 @@ def _linears_of(
 def _linears(
     config: Mapping[str, Any], tensors: Tensors
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """(in, out) of each matrix, and bits of the quantized ones, by path."""
+    """Returns (in, out) of each matrix, and the bits of the quantized ones, by path."""
     widths, bits = {}, {}
     for name, (_, shape) in tensors.items():
         path = name.removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""The decoder layer of the fast families as a stage: what differs between models is data.
+"""The decoder layer of the fast families as stages; models differ only in data.
 
 Read `Layer.stages` first: from the residual stream h to h + attention(h), and on to h + mlp(h).
 """
@@ -19,32 +19,34 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: Rows that an MLP takes at a time. With more tokens, what is inside one stops growing, and its
-#: first product runs twice even where everything is kept. It is the same for every plan, since the
-#: order of sums over rows depends on it.
+#: Rows that an MLP takes at a time. With more tokens, the memory inside it stops growing, and its
+#: first product runs twice even where everything is kept. It is the same for every plan, because
+#: the order of sums over rows depends on it.
 MLP_ROWS = 16384
 
-#: Where mlx-lm's layers have their linears.
+#: Where mlx-lm's layers have their linear layers.
 PROJECTIONS = (
     *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: x [B, n, T, D] whose first row stands at `offset` in a row with these segments → rotated.
+#: Rotates x [B, n, T, D], whose first row has position `offset` in a row with these segments.
 Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear of a layer. Of a fused one, as qkv_proj, it has the rows of `part`.
+    """A frozen linear layer. One that is part of a fused layer, such as qkv_proj, has the rows of
+    `part`.
 
-    Parts share the whole's A and have their own columns of its B.
+    Parts share the A of the fused layer and have their own columns of its B.
     """
 
     base: ops.Base
-    path: str  #: in the model, as that of its LoRA factors
+    path: str  #: the path in the model, which is also that of its LoRA factors
     part: slice | None = None
-    embedding: bool = False  #: it is one, [V, H], read as a linear: a is [V, R] and b [R, H]
+    #: An embedding [V, H], read as a linear layer: a is [V, R] and b [R, H].
+    embedding: bool = False
     made: dict[Kind, Any] = field(default_factory=dict, init=False, compare=False)
 
 
@@ -56,7 +58,7 @@ class Linears:
     updates: Updates
 
     def __call__(self, x: mx.array, *projections: Projection) -> list[mx.array]:
-        """x [..., in] → y [..., out] of each."""
+        """Maps x [..., in] to y [..., out] of each."""
         linears = [self.of(projection) for projection in projections]
         if (dropout := self.updates.dropout) is None:
             ys = ops.lora_linears(x, linears)
@@ -74,11 +76,12 @@ class Linears:
         return ys
 
     def plain(self, *projections: Projection) -> bool:
-        """Whether their updates are nothing but products: no dropout, and LoRA alone."""
+        """Whether the updates are plain products: LoRA without dropout."""
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """The linear with its factors; of a kind that is more than LoRA what its array is for."""
+        """Returns the linear layer with its factors; for other kinds than LoRA, with what its array
+        needs."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)
@@ -90,7 +93,7 @@ class Linears:
         return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
     def more(self, projection: Projection) -> tuple[Any, mx.array] | None:
-        """If the update has more than factors: what applies its array, and the array [out]."""
+        """Returns what applies the array of the update, and the array [out]; None for LoRA."""
         for kind in KINDS:
             x = self.params.get(f"{projection.path}.{kind.array}")
             if x is not None:
@@ -101,7 +104,7 @@ class Linears:
 
 @dataclass(frozen=True)
 class Norm:
-    """Root mean square norm over the last axis, weight [H] frozen."""
+    """Root mean square norm over the last axis; weight [H] is frozen."""
 
     weight: mx.array
     eps: float
@@ -114,11 +117,11 @@ class Norm:
         return ops.rms_norm(x, self.weight, self.eps)
 
     def beside(self, h: mx.array) -> list[mx.array]:
-        """h and its norm."""
+        """Returns h and its norm."""
         return ops.rms_norm_beside(h, self.weight, self.eps)
 
     def added(self, h: mx.array, x: mx.array, factor: mx.array | None = None) -> mx.array:
-        """(h + norm of x)·factor"""
+        """Returns (h + norm of x)·factor."""
         return ops.add_rms_norm(h, x, self.weight, self.eps, factor)
 
     def of_heads(self) -> ops.HeadNorm:
@@ -130,8 +133,8 @@ class Attention:
     """Causal attention of one layer, from its input to its output projection."""
 
     q: Projection
-    k: Projection | None  #: None: keys and values are another layer's
-    v: Projection | None  #: None beside k: values are the keys before norm and rotation
+    k: Projection | None  #: None: it reads keys and values of another layer
+    v: Projection | None  #: None with k: the values are the keys before norm and rotation
     o: Projection
     heads: int
     kv_heads: int
@@ -142,8 +145,8 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     v_norm: Norm | None = None
-    wide_norms: bool = False  #: norms of q and k span all heads
-    scale_q: Rotate | None = None  #: a further scale by position
+    wide_norms: bool = False  #: the norms of q and k span all heads
+    scale_q: Rotate | None = None  #: a further scale, by position
 
     def __call__(
         self,
@@ -154,10 +157,11 @@ class Attention:
         saved: Sequence[mx.array],
         save: bool,
     ) -> tuple[mx.array, Sequence[mx.array], Sequence[mx.array]]:
-        """x [B, T, H] → output of the last `rows` rows [B, rows, H], keys and values [B, G, T, D].
+        """Maps x [B, T, H] to the output of the last `rows` rows [B, rows, H], and keys and values
+        [B, G, T, D].
 
-        `given` keys and values, those of another layer, stand in the place of x's own. The third
-        result is what to save: it goes in as `saved` when this is run again.
+        `given` keys and values of another layer replace those of x. The third result is what to
+        save: it is passed as `saved` when this is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -190,7 +194,7 @@ class Attention:
             return [self.rotate(k, position, segments), v]
 
         def queries(begin: int, end: int | None, keys: mx.array) -> mx.array:
-            """Those rows, the last of these keys."""
+            """Returns the queries of the last of these rows."""
             own = self._heads(q[:, begin:end], self.heads, self.q_norm, self.wide_norms)
             return self.rotate(own, keys.shape[2] - own.shape[2], segments)
 
@@ -209,7 +213,8 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
-        """Whether between the projections of x and attention heads have norms and rotation only."""
+        """Whether there are only norms and rotation between the projections of x and the attention
+        heads."""
         return (
             linears.plain(self.q, *own) and not self.wide_norms and isinstance(self.rotate, Rotary)
         )
@@ -222,7 +227,8 @@ class Attention:
         save: bool,
         segments: ops.Segments | None = None,
     ) -> tuple[mx.array, Sequence[mx.array]]:
-        """q [B, H, n, D], the last rows of those keys → output [B, n, ·], and what to save."""
+        """Maps q [B, H, n, D], the last rows of those keys, to the output [B, n, ·] and what to
+        save."""
         keys, values = keys_values
         if self.scale_q:
             q = self.scale_q(q, keys.shape[2] - q.shape[2], segments)
@@ -238,7 +244,7 @@ class Attention:
 
     @staticmethod
     def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
-        """[B, T, n·D] → [B, n, T, D]"""
+        """[B, T, n·D] → [B, n, T, D]."""
         if norm and wide:
             x, norm = norm(x), None
         x = x.reshape(*x.shape[:2], n, -1)
@@ -246,7 +252,7 @@ class Attention:
 
 
 def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.array]:
-    """Keys and values [B, G, ·, D] of a branch after others."""
+    """Keys and values [B, G, ·, D] of a branch, after the shared ones."""
     return [mx.concatenate([a, b], 2) for a, b in zip(main, other, strict=True)]
 
 
@@ -258,7 +264,7 @@ class Mlp:
     up: Projection
     down: Projection
     gelu: bool = False
-    experts: int = 0  #: numbers that the experts of a token hold
+    experts: int = 0  #: numbers that a token's experts hold
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """x is h after its norm."""
@@ -272,15 +278,15 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """h + attention(h), then + mlp(h), each between its norms, and times `factor`; or `finish`
-    turns h into the output.
+    """h + attention(h), then + mlp(h), each between its norms, and times `factor`; or `finish` maps
+    h to the output.
 
-    A stage each, so that they can be run again one by one. `donor` names the layer whose keys and
-    values this one reads.
+    Each is a stage, so that they can be recomputed separately. `donor` names the layer whose keys
+    and values this one reads.
     """
 
     name: str
-    modules: dict[str, nn.Module]  #: its linears by path in the model
+    modules: dict[str, nn.Module]  #: its linear layers by path in the model
     attention: Attention
     mlp: Mlp
     before_attention: Norm | None = None
@@ -290,14 +296,14 @@ class Layer:
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: one number
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = (
-        None  #: of tokens [B, T], too
+        None  #: also an input made from the tokens [B, T]
     )
     own_input: int = 0  #: the width of what `finish` makes of the tokens
     donor: str | None = None
 
     @property
     def form(self) -> LayerForm:
-        """Without its links to other layers but the donor."""
+        """The form, without the links to other layers except the donor."""
         attention, wide = self.attention, self.attention.o.base.in_dims
         return LayerForm(
             name=self.name,
@@ -318,7 +324,7 @@ class Layer:
         )
 
     def stages(self, form: LayerForm, updates: Updates) -> list[Stage]:
-        """The stages of one stream. `form` is this layer's, linked to the others."""
+        """Returns the stages of one stream. `form` is this layer's, linked to the others."""
 
         def attention(
             params: Mapping[str, mx.array],
@@ -347,7 +353,7 @@ class Layer:
     def _added(
         self, h: mx.array, r: mx.array, after: Norm | None, factor: mx.array | None = None
     ) -> mx.array:
-        """h and what a branch adds to it, times the factor."""
+        """Returns h plus what a branch adds to it, times the factor."""
         if after and self.branch_scale == 1:
             return after.added(h, r, factor)
         r = after(r) if after else r
@@ -364,7 +370,7 @@ class Embedding:
     factor: float = 1.0
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """tokens [B, T] → h [B, T, H], without an update."""
+        """Maps tokens [B, T] to h [B, T, H], without an update."""
         return ops.embedded_rows(ops.base_of(self.module), tokens, factor=self.factor)
 
     def stage(self, updates: Updates) -> Stage:
@@ -383,7 +389,8 @@ class Embedding:
 
 @dataclass(frozen=True)
 class LinearHead(Head):
-    """Norm, a frozen linear [V, H], a cap: logits of rows, never all at once in training."""
+    """A norm, a frozen linear layer [V, H] and a cap; in training the logits never exist all at
+    once."""
 
     norm: Norm
     projection: Projection
@@ -397,39 +404,17 @@ class LinearHead(Head):
     def adapting(self, updates: Updates) -> "LinearHead":
         return replace(self, updates=updates)
 
-    def cross_entropy(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        if params:
-            return super().cross_entropy(params, h, targets, weights)
-        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad, "padded": False}
-        x, base = self.norm(h), self.projection.base
-        return ops.linear_cross_entropy(x, base, targets, weights, **how)
-
-    def log_probs(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        *,
-        temperature: float = 1.0,
-        needs_grad: bool = True,
-    ) -> mx.array:
+    def as_product(
+        self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
+    ) -> tuple[mx.array, ops.Base, float | None] | None:
         base, softcap = self.projection.base, self.softcap
         if params or (temperature != 1 and base.bias is not None):
-            return super().log_probs(params, h, targets, temperature=temperature)
+            return None
         x = self.norm(h)
         if temperature != 1:  # c·tanh(z/c)/T is (c/T)·tanh((z/T)/(c/T)), and z is linear in x
             x = (x.astype(mx.float32) / temperature).astype(x.dtype)
             softcap = softcap and softcap / temperature
-        how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
-        return ops.linear_log_probs(x, base, targets, **how)
+        return x, base, softcap
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         updates = replace(self.updates, stream=Stream(f"rows {begin}"))
@@ -447,11 +432,11 @@ def chain(
     tied: bool,
     softcap: float | None = None,
 ) -> Chain:
-    """The chain of an mlx-lm model with these layers; norm and cap are those of its head."""
+    """Returns the chain of an mlx-lm model with these layers; norm and cap belong to its head."""
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
-    # The inputs of layers that have their own are made from the embedding, too.
+    # The layers' own inputs are made from the embedding, too.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
         path, module = f"{prefix}lm_head", model.lm_head
@@ -464,7 +449,7 @@ def chain(
         stage_of |= {path: form.owner_of(path) for path in layer.modules}
 
     def of(embeds: bool) -> Chain:
-        """`embeds`: with the embedding as a stage, so that it may learn."""
+        """With `embeds`, the embedding is a stage, so that it can be trained."""
         owners = [list(form.owners) for form in forms]
         if embeds:
             owners[0].insert(0, embedding.path)
@@ -509,12 +494,13 @@ def layer_of(
     attention: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Layer:
-    """The layer that mlx-lm's modules make, by the names that they have in most families.
+    """Returns the layer for mlx-lm's modules, by the names that most families use.
 
-    `paths` are those of its linears; `attention` and `more` are fields of Attention and Layer.
+    `paths` are those of its linear layers; `attention` and `more` are fields of Attention and
+    Layer.
     """
     attn, found = layer.self_attn, dict(layer.named_modules())
-    if donor:  # an adapter has nothing to change in projections that nobody runs
+    if donor:  # projections that nothing runs cannot be adapted
         found = {p: m for p, m in found.items() if p[-6:] not in ("k_proj", "v_proj", "k_norm")}
     modules = {path: found[path] for path in paths if path in found}
     linears: dict[str, Any] = {
@@ -522,7 +508,8 @@ def layer_of(
     }
 
     def parts(fused: str, separate: Sequence[str], first: int) -> list[Any]:
-        """Projections that may be one linear: `first` rows, and below them the others alike."""
+        """Returns projections that may be one linear layer: the `first` rows, and below them equal
+        parts for the others."""
         if fused not in linears:
             return [linears.get(path) for path in separate]
         whole, others = linears[fused], len(separate) - 1
@@ -575,7 +562,7 @@ def layer_of(
 
 @dataclass(frozen=True)
 class Rotary:
-    """Our own op."""
+    """Rotation by our own op."""
 
     dims: int
     options: Mapping[str, Any]
@@ -593,13 +580,14 @@ class Rotary:
         segments: ops.Segments | None,
         norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """q and k, each head through its norm and rotated, and v; or q alone."""
+        """Returns q and k, each head normed and rotated, and v; or q alone."""
         more: Any = {"offset": offset, "segments": segments, "norms": norms}
         return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 
 
 def rotary(rope: Any) -> Rotate:
-    """mlx-lm's rotary module through our op; one that also scales its input stays as it is."""
+    """Returns mlx-lm's rotary module run by our op; a module that also scales its input is used as
+    it is."""
     kind = type(rope).__name__
     if kind == "NoPE":
         return lambda x, offset, segments: x
@@ -614,7 +602,7 @@ def rotary(rope: Any) -> Rotate:
 
 
 def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
-    """x through mlx-lm's module, which knows no segments: one after the other."""
+    """Runs mlx-lm's rotary module, which does not know segments, on one segment after the other."""
     if segments is None:
         return rope(x, offset=offset)
     end = offset + x.shape[2]

@@ -1,6 +1,6 @@
-"""The Llama forms: norm, attention with rotary q and k, norm, SwiGLU, a residual around each.
+"""Llama-style models: norm, attention with rotary q and k, norm, SwiGLU, a residual around each.
 
-What differs is read off mlx-lm's modules: biases, norms of q and k, norms after the branches,
+Differences are read from mlx-lm's modules: biases, norms of q and k, norms after the branches,
 fused projections, layers without rotation, multipliers.
 """
 
@@ -14,9 +14,10 @@ from .chain import Chain
 from .form import LayerForm, LayerHeaders
 from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
-#: mlx-lm's modules of this form, by file, that know full attention only, whatever config.json says.
+#: mlx-lm's modules of this form, by file, that support full attention only, whatever config.json
+#: says.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-#: With what mlx-lm loads as one of these, and the models for text and images that hold one.
+#: Also what mlx-lm loads as one of these, and the models for text and images that contain one.
 TYPES = {
     *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
@@ -29,7 +30,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
     shrink = 1 / getattr(model, "logits_scaling", 1.0)
     grow = getattr(body, "embedding_multiplier", 1.0)
 
-    # A multiplier of the logits is one of the norm's weight, which meets every row.
+    # A multiplier of the logits becomes one of the norm's weight, which scales every row.
     weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
     return chain(
         model,
@@ -69,7 +70,8 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
 
 
 def _scale_by_position(args: Any) -> Rotate | None:
-    """Ministral 3: q grows with the logarithm of how often the first length has passed."""
+    """Ministral 3: q grows with the logarithm of how many times the original context length has
+    passed."""
     rope: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
     beta: float | None = rope.get("llama_4_scaling_beta")
     if beta is None:

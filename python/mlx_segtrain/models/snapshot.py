@@ -1,7 +1,7 @@
-"""A model's folder as it tells of itself: config.json and the headers of its weights.
+"""A model's folder: its config.json and the headers of its weights.
 
-Each is bounded before it is read, and read once. No weight is read, and no library of models is
-imported. InputError for whatever is missing, or is not what its name says.
+Each is bounded before it is read, and read once. No weight is read, and no model library is
+imported. Raises InputError for whatever is missing or is not what its name says.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,22 +16,24 @@ from ..files import read_json
 from ..lora.paths import spellings
 from ..safetensors import FLOATS, Tensors, read_header
 
-#: Tensors and layers of a model, at most.
+#: The most tensors and layers of a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
-#: Modes of MLX whose scales are no floating numbers, by bits and group size.
+#: MLX's modes whose scales are not floating-point numbers, with their bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 class Snapshot:
-    """A folder in mlx-lm's form; `whole`: without files of weights that are still being fetched."""
+    """A folder in mlx-lm's format; without `whole`, weight files may still be downloading."""
 
     def __init__(self, folder: str | Path, *, whole: bool = False):
         self.folder, self.whole = Path(folder).expanduser(), whole
         if not self.folder.is_dir():
-            raise InputError(f"model_dir {self.folder} is not a folder: give the path of a model.")
+            raise InputError(
+                f"model_dir {self.folder} is not a folder: name the folder of a model."
+            )
 
     def file(self, name: str, what: str) -> Path:
-        """The file of this name, without which the folder is no model's."""
+        """Returns the path of a file that every model's folder has."""
         file = self.folder / name
         if not file.is_file():
             raise InputError(
@@ -45,7 +47,7 @@ class Snapshot:
 
     @cached_property
     def headers(self) -> dict[Path, Tensors]:
-        """The files that mlx-lm loads, in the order of their names, with what each holds."""
+        """The files that mlx-lm loads, sorted by name, with what each holds."""
         found: dict[Path, Tensors] = {}
         for file in sorted(self.folder.glob("model*.safetensors")):
             found[file] = read_header(file, whole=self.whole)
@@ -63,34 +65,35 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
-        """What the files of weights have on disk."""
+        """Returns the bytes of the weight files on disk."""
         return sum(file.stat().st_size for file in self.headers)
 
     def spelled(self, path: str) -> str | None:
-        """A module's path as the files spell it; None if they have no weight of that module."""
+        """Returns a module's path as the files spell it; None if they have no weight of that
+        module."""
         return next((p for p in spellings(path) if f"{p}.weight" in self.tensors), None)
 
     def quantization(self, path: str) -> "Quantization | None":
-        """How the module at a path of the files is quantized; None if it is not."""
+        """Returns how the module at a path of the files is quantized; None if it is not."""
         config, tensors = self.config, self.tensors
         with self.consistent():
             return quantization_of(config, tensors, path)
 
     @contextmanager
     def consistent(self) -> Iterator[None]:
-        """InputError where config.json and headers contradict each other."""
+        """Raises InputError where config.json and the headers contradict each other."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
-                f"{self.folder / 'config.json'} and the weights do not go together: "
+                f"{self.folder / 'config.json'} does not fit the weights: "
                 f"{type(error).__name__}: {error}."
             ) from error
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weight of a module is quantized, in the words of `mx.quantize`."""
+    """How the weight of a module is quantized, in the terms of `mx.quantize`."""
 
     group_size: int
     bits: int
@@ -100,10 +103,10 @@ class Quantization:
 def quantization_of(
     config: Mapping[str, Any], tensors: Tensors, path: str
 ) -> "Quantization | None":
-    """How the module at a path of the files is quantized; None if it is not.
+    """Returns how the module at a path of the files is quantized; None if it is not.
 
-    As in mlx-lm, the number of groups tells the width, and that the bits. What the two do not fit
-    raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
+    As in mlx-lm, the number of groups gives the width, and the width gives the bits. Where they do
+    not fit, it raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
     """
     dtype, shape = tensors.get(f"{path}.weight", ("", ()))
     if f"{path}.scales" not in tensors or dtype != "U32":

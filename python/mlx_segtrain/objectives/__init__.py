@@ -23,11 +23,15 @@ __all__ = [
     "OBJECTIVES",
     "Functions",
     "Objective",
+    "Value",
+    "baseline_of",
     "named",
     "objective_of",
     "total_of",
     "value",
     "value_and_grad",
+    "with_baseline",
+    "with_head",
 ]
 
 
@@ -111,10 +115,15 @@ def value_and_grad(
         recordings=recordings,
     )
     outputs, grads = step({**params, "head": chain.of_head(params)}, values)
+    return outputs, with_head(chain, grads)
+
+
+def with_head(chain: Chain, grads: Grads) -> Grads:
+    """With the gradients of the head's update, as the adapter has them; it may be shared."""
     for name, grad in grads.pop("head", {}).items():
         own = grads.setdefault(chain.stage_of[chain.head.path], {})
         own[name] = own[name] + grad if name in own else grad
-    return outputs, grads
+    return grads
 
 
 def value(
@@ -136,6 +145,10 @@ def value(
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
+#: What `value` is, of which several ranks may have a part.
+Value = Callable[..., list[mx.array]]
+
+
 def total_of(
     objective: Objective,
     chain: Chain,
@@ -145,9 +158,27 @@ def total_of(
 ) -> Any:
     """What the losses of these batches are to be divided by, with the objective's baseline."""
     total = objective.total(batches)
+    own = baseline_of(objective, chain, scales, params, batches, total)
+    return with_baseline(objective, total, own)
+
+
+def baseline_of(
+    objective: Objective,
+    chain: Chain,
+    scales: Mapping[str, float],
+    params: Params,
+    batches: Sequence[Any],
+    total: Any,
+    value: Value = value,
+) -> float:
+    """The part of the baseline that is of these batches; 0 if the objective has none."""
     if objective.baseline is None:
-        return total
+        return 0.0
     # One at a time: the next would begin before this one's memory is free.
     what = (objective.baseline, chain, scales, params)
-    parts = [float(value(*what, batch, total)[0]) for batch in batches]
-    return replace(total, baseline=sum(parts))
+    return sum(float(value(*what, batch, total)[0]) for batch in batches)
+
+
+def with_baseline(objective: Objective, total: Any, baseline: float) -> Any:
+    """The total of a step with the baseline of all its batches."""
+    return total if objective.baseline is None else replace(total, baseline=baseline)

@@ -17,13 +17,14 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import _core
-from .._core import Base, HeadNorm, Linear, join, merge_heads
+from .._core import Base, DecodeLinears, HeadNorm, Linear, join, merge_heads
 from . import reference, selfcheck
 from .reference import Segments, packing, positions_of, segment_ranges
 from .selfcheck import on_gpu, self_check
 
 __all__ = [
     "Base",
+    "DecodeLinears",
     "HeadNorm",
     "Linear",
     "Segments",
@@ -31,6 +32,7 @@ __all__ = [
     "attention",
     "attention_forward",
     "base_of",
+    "decode_linears",
     "dequantize",
     "dropout_key",
     "embedded_rows",
@@ -62,7 +64,7 @@ T = TypeVar("T")
 
 
 def base_of(module: nn.Module) -> Base:
-    """The frozen weight of an nn.Linear, nn.Embedding or a quantized one, [out, in]."""
+    """Returns the frozen weight [out, in] of an nn.Linear, an nn.Embedding or a quantized one."""
     bias = module.get("bias")
     if "scales" not in module:
         return Base(module["weight"], bias=bias)
@@ -70,13 +72,13 @@ def base_of(module: nn.Module) -> Base:
 
 
 def rows_of(base: Base, begin: int, end: int) -> Base:
-    """Rows [begin, end) of a weight [out, in], as a weight."""
+    """Returns rows [begin, end) of a weight [out, in], as a weight."""
     arrays = (x if x is None else x[begin:end] for x in (base.scales, base.biases, base.bias))
     return Base(base.weight[begin:end], *arrays, **packing(base))
 
 
 def _check_device() -> None:
-    """Kernels of a GPU are compared with the plain code once a device, before first use."""
+    """Compares a GPU's kernels with the plain code, once per device before their first use."""
     if on_gpu():
         self_check()
 
@@ -101,23 +103,26 @@ def _face(
 
 
 def upload(x: np.ndarray) -> mx.array:
-    """Numbers of the host as an array on the device: int32, or float32 if they are not integers.
+    """Copies numbers to the device as an array: int32, or float32 if they are not integers.
 
-    On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may still be under way.
+    On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may not be finished when
+    this returns.
     """
     dtype = np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32
     return _core.upload(np.ascontiguousarray(x, dtype))
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
-    """As selfcheck.compile_together, after the check, which evaluates."""
+    """Like selfcheck.compile_together, but runs the self-check first, because that evaluates
+    arrays."""
     _check_device()
     selfcheck.compile_together(write_down)
 
 
 @contextmanager
 def repeatable(on: bool) -> Iterator[None]:
-    """Within it `auto` is what gives the same bits again, if `on`; process-wide."""
+    """While it is active and `on`, `auto` takes only implementations that repeat bit for bit;
+    process-wide."""
     before = _core.set_repeatable(on)
     try:
         yield
@@ -128,8 +133,8 @@ def repeatable(on: bool) -> Iterator[None]:
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
-    """The core's own, of `attention` with these options and keys."""
-    # k may have a wrong rank: the core says so.
+    """Returns the core's options of `attention` for these options and keys."""
+    # k may have a wrong rank; the core raises the error.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
 
@@ -171,9 +176,10 @@ def attention(
 def attention_forward(
     q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
 ) -> list[mx.array]:
-    """o of `attention` with these options, and what its backward pass needs besides: its `saved`.
+    """Returns o of `attention` with these options, and what its backward pass also needs, its
+    `saved`.
 
-    No gradient. Empty where the implementation that would serve the call gives no such thing
+    Has no gradient. `saved` is empty if the implementation that serves the call has nothing to save
     (`stock`).
     """
     _check_device()
@@ -214,7 +220,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -
 def rms_norm_beside(
     h: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
 ) -> list[mx.array]:
-    """h and `rms_norm` of it, both [..., H], as a branch of a layer begins.
+    """Returns h and `rms_norm` of it, both [..., H], as at the start of a layer's branch.
 
     On CUDA the backward pass adds the gradients of both in the norm's own pass.
     """
@@ -231,10 +237,11 @@ def add_rms_norm(
     *,
     impl: str = "auto",
 ) -> mx.array:
-    """y = (h + rms_norm(x))·factor, as a branch of a layer ends. h, x, y [..., H], weight [H].
+    """y = (h + rms_norm(x))·factor, as at the end of a layer's branch. h, x, y [..., H], weight
+    [H].
 
-    `factor` is an array of one number; it and the weight are frozen, without gradient. On CUDA a
-    kernel a direction.
+    `factor` is an array of one number; it and the weight are frozen, without gradient. On CUDA
+    there is one kernel per direction.
     """
     return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)
 
@@ -255,7 +262,8 @@ def embedded_rows(
     factor: float = 1.0,
     impl: str = "auto",
 ) -> mx.array:
-    """Rows of a frozen table [V, ·], dense or quantized, times a factor; or their columns.
+    """Returns rows of a frozen table [V, ·], dense or quantized, times a factor; or a range of
+    their columns.
 
     index […] of integers 0 … V − 1 → […, end − begin], in the dtype of the table, or of its scales.
     """
@@ -274,10 +282,10 @@ def own_input(
     *,
     impl: str = "auto",
 ) -> mx.array:
-    """y = (rms_norm(x·f0) + rows·f1)·f2, the input of its own that a layer of Gemma 4 has.
+    """y = (rms_norm(x·f0) + rows·f1)·f2, the per-layer input of Gemma 4.
 
-    x, y [..., D], weight [D]; rows are D columns from `begin` on of those that index [...] names in
-    a table, as in `embedded_rows`. Nothing of it has a gradient.
+    x, y [..., D], weight [D]; rows are the D columns from `begin` on of the table's rows that index
+    [...] names, as in `embedded_rows`. Has no gradients.
     """
     return _core.own_input(x, weight, eps, table, index, begin, list(factors), impl=impl)
 
@@ -347,6 +355,23 @@ def lora_linears(
     return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
 
 
+def decode_linears(
+    bases: Sequence[Base],
+    a: mx.array | None = None,
+    b: Sequence[mx.array | None] = (),
+    gains: Sequence[mx.array | None] = (),
+) -> DecodeLinears:
+    """Prepares the linear layers that read the same few rows in a step of generation.
+
+    a [E, R, in], the factors of E adapters for all layers one below the other; b [E, out, R_j] of
+    each layer, whose ranks add up to R, and gains [E, out] float32 by which its outputs are
+    multiplied. The result takes x [..., in] and the adapter of each row, uint32 [rows], and gives
+    [..., out] of each layer in x's dtype: (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
+    """
+    _check_device()
+    return DecodeLinears([*bases], a, [*b], [*gains])
+
+
 @_face(reference.lora_qkv)
 def lora_qkv(
     x: mx.array,
@@ -364,13 +389,13 @@ def lora_qkv(
     norms: Sequence[HeadNorm | None] = (),
     impl: str = "auto",
 ) -> list[mx.array]:
-    """q and k, rotated as `rope` does, and v, by linears as `lora_linears` has them.
+    """Returns q and k, rotated as by `rope`, and v, from linear layers as in `lora_linears`.
 
-    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. Of two linears the second gives keys and
-    values, which are the keys before norm and rotation; of one there is q alone. `norms` are those
-    of each head of q, k and v, before rotation. `segments` as for `attention`, of offset + T rows.
-    On CUDA the heads are made of one product in one pass, and so is its gradient of theirs; with
-    norms the product is kept for it.
+    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. With two linear layers the second gives
+    keys and values: the values are the keys before norm and rotation; with one there is only q.
+    `norms` apply to each head of q, k and v, before rotation. `segments` as for `attention`, of
+    offset + T rows. On CUDA one pass makes the heads from one product, and one pass makes its
+    gradient from theirs; with norms the product is kept for that.
     """
     ranges = None if segments is None else segment_ranges(segments, offset + x.shape[1])
     how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
@@ -389,21 +414,21 @@ def lora_glu_mlp(
     tile_rows: int | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """y = down(act(gate(x))·up(x)), act GELU's tanh form or SiLU; each a `lora_linear`.
+    """y = down(act(gate(x))·up(x)), act GELU's tanh form or SiLU; each layer a `lora_linear`.
 
-    x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and makes
-    their product again in the backward pass. With `tile_rows` it keeps x only, and computes that
-    many rows at a time, once more in the backward pass: memory of [tile_rows, F] instead of
-    [rows, F], for 1.5 times the products. Tiled MLP: Arctic Long Sequence Training (Bekman et al.
-    2025, arXiv:2506.13996).
+    x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and
+    recomputes their product in the backward pass. With `tile_rows` it keeps x only and computes
+    that many rows at a time, again in the backward pass: memory of [tile_rows, F] instead of [rows,
+    F], for 1.5 times the products. Tiled MLP: Arctic Long Sequence Training (Bekman et al. 2025,
+    arXiv:2506.13996).
     """
     return _core.lora_glu_mlp(x, gate, up, down, gelu=gelu, tile_rows=tile_rows, impl=impl)
 
 
 def dropout_key(seed: int, step: int, module: str) -> mx.array:
-    """A key [2] for `lora_linear` from the run's seed, the step, and the module's path."""
+    """Returns a key [2] for `lora_linear` from the run's seed, the step, and the module's path."""
     text = f"{seed}/{step}/{module}".encode()
-    # Hashed, since neighbouring seeds, steps and modules must not share masks.
+    # Hashed, because neighbouring seeds, steps and modules must not share masks.
     return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
@@ -470,5 +495,6 @@ def linear_log_probs(
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """A quantized weight as an array [out, in] of `dtype`: mx.dequantize, in float32 on the CPU."""
+    """Returns a quantized weight as an array [out, in] of `dtype`: mx.dequantize, in float32 on the
+    CPU."""
     return _core.dequantize(base, dtype)

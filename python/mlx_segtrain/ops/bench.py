@@ -1,4 +1,4 @@
-"""Times ops on this device, beside MLX's own and beside what the device can do.
+"""Times ops on this device, next to MLX's own and to what the device can do.
 
 A row is an op, a shape, an implementation and a direction: forward, `grads` (gradients alone) or
 `both`.
@@ -15,14 +15,16 @@ import mlx.core as mx
 import numpy as np
 
 from .. import ops
+from ..errors import reason
 from .selfcheck import on_gpu
 
 
 @dataclass(frozen=True)
 class Work:
-    """A call to time: f(*args), first as it is, then compiled if it can be, as a step may be.
+    """A call to time: f(*args), first as it is, then compiled if possible, as a step may be.
 
-    The first call shows what an op waits for, not what MLX's own compiler takes to fuse a graph.
+    The first call shows what an op itself waits for, without the time that MLX's compiler takes to
+    fuse a graph.
     """
 
     f: Callable[..., Any]
@@ -38,13 +40,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape: `run(impl)` gives functions to time, by direction.
+    """An op at a shape: `run(impl)` returns the functions to time, by direction.
 
-    "mlx" is MLX's own, "products" the two products of a head with a dense weight and no more.
-    `flops` or `moved` (bytes that must be read or written) name the directions that are timed, and
-    tell the floor of each. Under a limit on memory (MB over what is there) the host waits for the
-    device where it would exceed it; without one it runs ahead, and what a call needs cannot be seen
-    on a GPU.
+    "mlx" is MLX's own, "products" only the two matrix products of a head with a dense weight.
+    `flops` or `moved` (bytes that must be read or written) give the directions to time, and the
+    minimum time of each. Under a memory limit (MB above the current use) the host waits for the
+    device when it would exceed the limit; without one the host runs ahead, so what a call needs
+    cannot be seen on a GPU.
     """
 
     op: str
@@ -58,11 +60,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """`ms` of a call that is waited for (median), `queued_ms` of one among ten in a row.
+    """`ms` is the median of calls that are waited for, `queued_ms` that of a call among ten queued
+    ones.
 
-    `rate` in GF/s if the op is bound by arithmetic, else GB/s; `floor` the share of the queued time
-    that the device's own rate would need; `peak_mb` over inputs and outputs; `first_s` of the first
-    call, compilation included. `reason` says why there are no figures.
+    `rate` is in GF/s if the op is bound by arithmetic, else in GB/s; `floor` is the share of the
+    queued time that the device's own rate would need; `peak_mb` excludes inputs and outputs;
+    `first_s` is the first call, compilation included. `reason` says why there are no figures.
     """
 
     op: str
@@ -80,7 +83,7 @@ class Row:
 
 
 def dtype() -> mx.Dtype:
-    """What a device trains in."""
+    """Returns the dtype that a device trains in."""
     return mx.bfloat16 if on_gpu() else mx.float32
 
 
@@ -99,7 +102,7 @@ def settle(out: Any) -> None:
 def with_gradients(
     f: Callable[..., Any], args: list[mx.array], *cotangents: mx.array
 ) -> dict[str, Work]:
-    """Forward; gradients alone; both. Compiled, as a step is."""
+    """Returns the forward pass, the gradients alone, and both; compiled, as in a step."""
     n = len(args)
 
     def grads(*x: mx.array) -> list[mx.array]:
@@ -116,7 +119,7 @@ def with_gradients(
 
 
 def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
-    """(query, key) pairs that are seen."""
+    """Counts the (query, key) pairs that attend."""
     query = np.arange(t)
     first = np.zeros_like(query) if window is None else np.maximum(0, query - window + 1)
     if segments is not None:
@@ -126,8 +129,9 @@ def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
 
 
 def cases() -> list[Case]:
-    """The shapes that the device is for: one layer of Gemma 4 E4B at 8192 tokens, or of SmolLM2."""
-    from .cases import of_every_op  # whose modules need this one
+    """Returns the shapes for this device: one layer of Gemma 4 E4B at 8192 tokens, or of
+    SmolLM2."""
+    from .cases import of_every_op  # their modules import this one
 
     return [case for cases in of_every_op("cases") for case in cases(on_gpu())]
 
@@ -141,7 +145,8 @@ def timed(
     wait: Callable[[Any], None] = settle,
     first: Callable[[], Any] | None = None,
 ) -> tuple[float, float, float]:
-    """First call s; ms of a call that is waited for, median; ms of a call among ten in a row."""
+    """Returns the seconds of the first call, the median ms of a call that is waited for, and the ms
+    of a call among ten queued ones."""
 
     def call(work: Callable[[], Any] = work) -> float:
         begin = time.perf_counter()
@@ -152,7 +157,7 @@ def timed(
     for _ in range(3):
         call()
     times = [call() for _ in range(runs)]
-    wait([work() for _ in range(10)])  # the allocator now has what ten at once need
+    wait([work() for _ in range(10)])  # now the allocator has what ten queued calls need
     begin = time.perf_counter()
     wait([work() for _ in range(10)])
     return first_s, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100
@@ -160,9 +165,9 @@ def timed(
 
 @dataclass(frozen=True)
 class Device:
-    """What a large product (GF/s) and a large copy reach here: the floor of everything else.
+    """The speed of a large product (GF/s) and a large copy here, which bound everything else.
 
-    `wait_ms` is what waiting for any call takes, measured on one of next to no work.
+    `wait_ms` is the time to wait for any call, measured on one with almost no work.
     """
 
     gf_s: float
@@ -174,7 +179,7 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # MLX's own products and copies on the CPU are not what the CPU can do.
+    # MLX's own products and copies on the CPU do not reach what the CPU can do.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():
@@ -184,7 +189,7 @@ def measure_device() -> Device:
     else:
         halves = np.ones((2, 1 << 24), np.float32)
         size = halves.nbytes
-        with ThreadPoolExecutor(2) as pool:  # into fresh memory, as an op's outputs are
+        with ThreadPoolExecutor(2) as pool:  # into new memory, like an op's outputs
             copy = timed(lambda: list(pool.map(np.copy, halves)), 5, lambda _: None)[1]
     one = mx.ones(16)
     mx.eval(one)
@@ -204,7 +209,7 @@ def peak_mb(work: Callable[[], Any]) -> float:
 
 
 def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
-    """The rows of a case, or one with the reason why there are none."""
+    """Returns the rows of a case, or one row with the reason why there are none."""
     limit = None
     try:
         works = case.run(impl)
@@ -220,7 +225,7 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
             figures = (ms, queued, rate, unit, floor / queued, peak_mb(work), first)
             yield Row(case.op, case.shape, impl, what, *figures)
     except (ValueError, RuntimeError) as error:
-        yield Row(case.op, case.shape, impl, "", reason=" ".join(str(error).split())[:120])
+        yield Row(case.op, case.shape, impl, "", reason=reason(error, 120))
     finally:
         if limit is not None:
             mx.set_memory_limit(limit)

@@ -1,39 +1,37 @@
-"""Which implementation attention takes on a Mac: those that serve are timed once, on the device.
+"""Chooses the attention implementation on a Mac by timing the possible ones once on the device.
 
-Which of them is the fastest there nobody has measured for every Mac and macOS. The first run with
-some heads takes the times, within two seconds; they are kept in the cache folder.
+Nobody has measured which one is fastest on every Mac and macOS. The first run with given heads
+takes the times, within two seconds; they are kept in the cache folder.
 """
 
 import functools
-import json
 import platform
 import statistics
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .. import _core
 from ..errors import is_out_of_memory
-from ..files import cache_dir, write_json
+from . import selfcheck
 from .selfcheck import device_key, normal, self_check, value_and_gradients
 
 #: For all heads of a run together.
 SECONDS = 2.0
-#: Of a timed call, which a launch does not outweigh.
+#: Long enough for a timed call that the launch does not dominate.
 TOKENS = 2048
-#: In the order that is built in (csrc/ops/attention/attention.cpp), which decides between equals.
+#: In the built-in order (csrc/ops/attention/attention.cpp), which decides ties.
 WAYS = ("stock", "kernel", "blocked")
 HALVES = (mx.bfloat16, mx.float16)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Calls of attention that are alike; `causal`: without window, segments or softcap."""
+    """A kind of attention calls; `causal`: without window, segments or softcap."""
 
     heads: int
     groups: int
@@ -50,35 +48,21 @@ class Heads:
 Times = dict[str, float]  #: milliseconds of value and gradients, by implementation
 
 
-def cache_file() -> Path:
-    return cache_dir() / "attention.json"
-
-
 def key() -> str:
-    """What the times hold for."""
+    """Returns what the times are valid for."""
     return f"{device_key()}, macOS {platform.mac_ver()[0]}"
 
 
 def known() -> dict[str, dict[str, Times]]:
-    with suppress(OSError, ValueError):
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
-        if isinstance(found, dict) and all(isinstance(x, dict) for x in found.values()):
-            return found
-    return {}
-
-
-def keep(found: dict[str, Times]) -> None:
-    everything = known()
-    everything[key()] = everything.get(key(), {}) | found
-    with suppress(OSError):  # a cache that cannot be written costs the next run two seconds
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache_file(), everything)
+    """Returns all times that were taken, by what they are valid for, and by heads."""
+    return selfcheck.known("attention")
 
 
 def milliseconds(heads: Heads, way: str, until: float) -> float | None:
-    """The median of up to three calls after a first one, which compiles; None if it fails.
+    """Returns the median of up to three calls after a first one, which compiles; None if it fails.
 
-    After the moment `until` no further call begins. RuntimeError if the device has no memory now.
+    No further call begins after the time `until`. Raises RuntimeError if the device has no memory
+    now.
     """
     shapes = ((1, n, TOKENS, heads.size) for n in (heads.heads, heads.groups, heads.groups))
     args = normal(*shapes, dtype=heads.dtype)
@@ -97,12 +81,12 @@ def milliseconds(heads: Heads, way: str, until: float) -> float | None:
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        return None  # it does not serve these heads, or not on this device
+        return None  # it does not support these heads or this device
     return statistics.median(times[1:] or times) * 1e3
 
 
 def measure(heads: Heads, seconds: float) -> Times:
-    """The times of what serves; a share of the seconds is left to each that is to come."""
+    """Times each implementation that can serve; divides the remaining seconds evenly."""
     found: Times = {}
     end = time.perf_counter() + seconds
     for i, way in enumerate(WAYS):
@@ -114,37 +98,39 @@ def measure(heads: Heads, seconds: float) -> Times:
 
 
 def fastest(times: Times) -> str:
-    """The implementation of the least time; empty if there is none."""
+    """Returns the implementation with the least time; empty if there is none."""
     return min((way for way in WAYS if way in times), key=lambda way: times[way], default="")
 
 
 def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
-    """From now on 'auto' takes the fastest for these heads; their times, now or earlier taken.
+    """Makes 'auto' take the fastest implementation for these heads from now on; returns their
+    times, measured now or earlier.
 
-    What failed the self-check serves no call and is not timed. Without `measures`, as where another
-    process may be computing, nothing is checked or timed: only times that are known count.
+    What failed the self-check is neither used nor timed. Without `measures`, which is for when
+    another process may be computing, nothing is checked or timed, and only known times count.
     """
     heads = list(dict.fromkeys(wanted))
     failed = self_check() if measures else {}
     everything = known().get(key(), {})
     missing = [x for x in heads if str(x) not in everything] if measures else []
     made: dict[str, Times] = {}
-    with suppress(RuntimeError):  # no memory: the next run takes the times that lack
+    with suppress(RuntimeError):  # no memory: the next run measures the missing times
         for x in missing:
             if times := measure(x, SECONDS / len(missing)):
                 made[str(x)] = times
-    if made:
-        keep(made)
     everything = everything | made
+    if made:
+        selfcheck.keep(everything, "attention", key())
     found = {x: everything[str(x)] for x in heads if str(x) in everything}
     for x, times in found.items():
         serving = {way: ms for way, ms in times.items() if not _off(way, failed)}
-        # A plan does not tell one half type from the other.
+        # A plan does not distinguish the two half-precision types.
         for dtype in HALVES if x.dtype in HALVES else (x.dtype,):
             _core.prefer_attention(x.size, dtype, x.causal, fastest(serving))
     return found
 
 
 def _off(way: str, failed: dict[str, str]) -> bool:
-    """A process may have found since then that a kernel is wrong."""
+    """Returns whether this implementation is off now: a process may have found later that a kernel
+    is wrong."""
     return {"kernel": "attention", "stock": "attention_stock"}.get(way) in failed

@@ -1,9 +1,9 @@
-"""Kernels are compared with the plain code on the device that runs them.
+"""Compares kernels with the plain code on the device that runs them.
 
-On a GPU that happens once a device, before first use: a kernel that fails to compile or to agree is
-switched off with a warning, and the next implementation serves. The result is kept in the cache
-folder, by device and by the core that was checked. `mlx-segtrain doctor` does it again, on a CPU
-too, and takes times.
+On a GPU this happens once per device, before first use: a kernel that does not compile or does not
+agree is switched off with a warning, and the next implementation takes its place. The result is
+kept in the cache folder, by device and by the version of the core. `mlx-segtrain doctor` repeats
+the check, on a CPU too, and measures times.
 """
 
 import functools
@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from .. import MLX_VERSION, __version__, _core
-from ..files import cache_dir, write_json
+from ..files import cache_dir, make_folder, write_json
 
-#: How far a kernel may be from the plain code in float32, relative L2.
+#: How far a kernel may be from the plain code in float32, as a relative L2 error.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
-#: Queries of a check; on a GPU times are taken of more, which a launch does not outweigh.
+#: Queries in a check; on a GPU more are timed, so that the launch does not dominate.
 CHECKED, TIMED_ON_GPU = 500, 2000
 
 
@@ -33,8 +34,8 @@ CHECKED, TIMED_ON_GPU = 500, 2000
 class Call:
     """A kernel and the plain code, to be called with the same arrays.
 
-    A `thorough` one is for `examine` only. `bound` is how far the kernel may be from the plain
-    code; None: as the dtype says.
+    A `thorough` call is for `examine` only. `bound` is how far the kernel may be from the plain
+    code; None: it depends on the dtype.
     """
 
     op: str
@@ -48,10 +49,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Check:
-    """What came of a call: `reason` says why it failed, and is empty if it did not.
+    """The result of a call: `reason` says why it failed, and is empty if it passed.
 
-    `error` is the largest relative L2 error of value and gradients; `ms` and `plain_ms` are times
-    of value and gradients.
+    `error` is the largest relative L2 error of the value and the gradients; `ms` and `plain_ms` are
+    times of value and gradients.
     """
 
     op: str
@@ -88,8 +89,8 @@ def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0
 
 
 def calls(rows: int) -> Iterator[Call]:
-    """Every kernel of the default device; on a GPU with this many rows."""
-    from .cases import of_every_op  # whose modules need this one
+    """Returns calls of every kernel of the default device; on a GPU with this many rows."""
+    from .cases import of_every_op  # their modules import this one
 
     device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"
     for checks in of_every_op("checks"):
@@ -101,13 +102,13 @@ def cotangent(call: Call) -> mx.array:
 
 
 def value_and_gradients(f: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
-    """In float32; the last of the arrays is the cotangent."""
+    """Returns value and gradients in float32; the last of the arrays is the cotangent."""
     out, grads = mx.vjp(f, [*arrays[:-1]], [arrays[-1]])
     return [x.astype(mx.float32) for x in (*out, *grads)]
 
 
 def relative_error(call: Call) -> float:
-    """The largest of value and gradients."""
+    """Returns the largest relative error of the value and the gradients."""
     arrays = [*call.args, cotangent(call)]
     got = value_and_gradients(call.kernel, *arrays)
     # A GPU's own products may round float32; a Mac's CPU shares its memory.
@@ -118,7 +119,7 @@ def relative_error(call: Call) -> float:
 
 
 def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array) -> float:
-    """Value and gradients: median of three after a warm-up."""
+    """Times value and gradients: the median of three after a warm-up."""
     times = []
     mx.eval(args, dy)
     for _ in range(4):
@@ -129,7 +130,7 @@ def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array)
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
-    """On CUDA compiles all kernels that the graph of this function needs at once, on all
+    """On CUDA, compiles all kernels that the graph of this function needs, in parallel on all
     processors. Nothing of that graph may be evaluated."""
     if not (on_gpu() and mx.cuda.is_available()):
         return
@@ -160,7 +161,7 @@ def check(thorough: bool = False) -> list[Check]:
 
     def write_down() -> None:
         for call in found:
-            with suppress(RuntimeError, ValueError):  # check_call gives the reason
+            with suppress(RuntimeError, ValueError):  # check_call returns the reason
                 value_and_gradients(call.kernel, *call.args, cotangent(call))
 
     compile_together(write_down)
@@ -168,7 +169,7 @@ def check(thorough: bool = False) -> list[Check]:
 
 
 def timed(checks: list[Check]) -> list[Check]:
-    """The same, with times of those that passed."""
+    """Does the same, and times the kernels that passed."""
     result = []
     for x, call in zip(checks, calls(TIMED_ON_GPU), strict=True):
         if not x.reason:
@@ -181,7 +182,7 @@ def timed(checks: list[Check]) -> list[Check]:
 
 
 def failed(checks: list[Check]) -> dict[str, str]:
-    """The ops with a kernel that failed, and why at first."""
+    """Returns the ops with a kernel that failed, each with the first reason."""
     reasons: dict[str, str] = {}
     for x in checks:
         if x.reason:
@@ -201,26 +202,25 @@ def device_key() -> str:
     return f"{device_name()}, mlx {MLX_VERSION}, core {core}"
 
 
-def cache_file() -> Path:
-    return cache_dir() / "self-check.json"
-
-
-def known() -> dict[str, dict[str, str]]:
-    """What failed, by device."""
+def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
+    """Returns what a file of the cache folder keeps, by what it is valid for."""
     with suppress(OSError, ValueError):
-        return json.loads(cache_file().read_text(encoding="utf-8"))
+        found = json.loads((cache_dir() / f"{name}.json").read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(isinstance(own, dict) for own in found.values()):
+            return found
     return {}
 
 
-def keep(found: dict[str, str]) -> None:
-    with suppress(OSError):  # a cache that cannot be written costs the next process a check
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache_file(), known() | {device_key(): found})
+def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None) -> None:
+    """Replaces what the file keeps for this device, or for the key."""
+    with suppress(OSError):  # failing to write the cache costs the next process a check
+        make_folder(cache_dir())
+        write_json(cache_dir() / f"{name}.json", known(name) | {key or device_key(): found})
 
 
 @functools.cache
 def self_check() -> dict[str, str]:
-    """Switches off what `check` found, now or earlier on this device; returns it."""
+    """Switches off what `check` found wrong, now or earlier on this device; returns it."""
     found = known().get(device_key())
     if found is None:
         found = failed(check())
@@ -233,7 +233,7 @@ def self_check() -> dict[str, str]:
 
 
 def examine() -> Report:
-    """Checks and times every kernel of the default device now, and keeps what was found."""
+    """Checks and times every kernel of the default device now, and keeps the result."""
     checks = check(thorough=True)
     keep(failed(checks))
     return Report(device_name(), on_gpu(), MLX_VERSION, __version__, timed(checks))

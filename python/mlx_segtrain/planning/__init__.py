@@ -1,7 +1,7 @@
-"""Which plan of the segmented backward pass a run takes, from shapes alone, before anything loads.
+"""Chooses a run's plan of the segmented backward pass from shapes alone, before anything is loaded.
 
-`read_shape` reads config.json and the headers of the weights; `costs_of` says what each stage
-takes; csrc/schedule/planner.cpp finds the plan of least work within the budget.
+`read_shape` reads config.json and the headers of the weights; `costs_of` gives the cost of each
+stage; csrc/schedule/planner.cpp finds the plan of least work within the budget.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..schedule import Cuts
 from ..streams import BatchShape
 from .budget import budget_bytes, device
 from .costs import Device, costs_of, head_op, head_weight
+from .pipeline import Part, costs_of_part
 
 __all__ = [
     "Device",
@@ -33,25 +34,25 @@ __all__ = [
     "shape_of",
 ]
 
-#: Lengths are planned in steps of it.
+#: Sequence lengths are planned in multiples of this.
 STEP = 128
-#: What a step on CUDA takes more than its moves, since the host runs ahead of the device: parts of
-#: what MLX may come to have above its limit (`overshoot`), as measured on an H200 (bench/LOG.md).
+#: On CUDA the host runs ahead of the device, so a step takes more than its moves do. These are
+#: parts of what MLX may allocate above its limit (`overshoot`), measured on an H200 (bench/LOG.md):
 #: AHEAD where MLX waits at the plan's own peak, LEAST where it waits so early that most ops wait.
 AHEAD, LEAST = 0.8, 0.5
-#: Bytes of buffers that MLX then keeps for later. Without them it keeps freeing and reallocating,
-#: which costs a tenth of a step where the host is what a step waits for. The first size that costs
-#: no recomputation is taken.
+#: Bytes of freed buffers that MLX then keeps for reuse. Without them it keeps freeing and
+#: reallocating, which costs a tenth of a step when the host is the bottleneck. The first size that
+#: costs no recomputation is taken.
 BUFFERS = (256 << 20, 64 << 20)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """Cuts of a chain and what a step with them takes: bytes, floating-point operations.
+    """The cuts of a chain, and what a step with them takes: bytes and floating-point operations.
 
-    `text` is the plan in words. `parts` are the bytes of the peak by what they are; `moves` those
-    alive at the peak of each move, everything included. `limit` is where MLX should wait for the
-    device: what it allocates ahead of it stays below `peak`.
+    `text` is the plan in words. `parts` divides the bytes of the peak by purpose; `moves` are the
+    bytes alive at the peak of each move, everything included. `limit` is where MLX should wait for
+    the device: what it allocates ahead of the device stays below `peak`.
     """
 
     cuts: Cuts
@@ -66,12 +67,13 @@ class Planned:
 
     @property
     def recomputed(self) -> float:
-        """What runs again over what must run."""
+        """Returns the ratio of recomputed work to necessary work."""
         return self.again / (self.work - self.again)
 
 
 def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
-    """Cuts in words, of a chain whose layers end behind `layers`; none before `first` learns."""
+    """Describes cuts in words. `layers` are the ends of the chain's layers; nothing before `first`
+    is trained."""
 
     def within(start: int, end: int) -> int:
         return sum(start < layer <= end for layer in layers)
@@ -80,17 +82,17 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
         return f"{n} layer{'s' if n > 1 else ''}"
 
     starts = [0, *cuts.segments[:-1]]
-    begin = starts[-1]  # from here on everything is kept
+    begin = starts[-1]  # nothing is recomputed from here on
     if begin <= first:
-        return "everything kept, nothing recomputed"
+        return "no recomputation"
     kept = within(begin, cuts.segments[-1])
     back = [(s, e) for s, e in zip(starts, cuts.segments, strict=True) if e > first][:-1]
     most = max(within(*segment) for segment in back)
     words = "single layers" if most == 1 else named(most)
     if max(end - start for start, end in back) == 1:
         words = "half layers"
-    text = f"{words} run again"
-    # Each group that is run once more; the last one is not.
+    text = f"{words} recomputed"
+    # Groups that are run forward a second time; the last group is not.
     groups = [
         (starts[start], cuts.segments[end - 1])
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
@@ -98,28 +100,27 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     ]
     if whole := [n for n in (within(*group) for group in groups) if n > 1]:
         text += f", {len(whole)} group{'s' if len(whole) > 1 else ''}"
-        text += f" of {max(whole)} layers once more"
+        text += f" of {max(whole)} layers a second time"
     if single := len(groups) - len(whole):
-        text += f", attention of {named(single)} once more"
+        text += f", attention of {named(single)} a second time"
     if cuts.saves:
-        text += f", attention's output kept in {len(cuts.saves)}"
+        text += f", attention output kept in {named(len(cuts.saves))}"
     if kept:
-        text += f", everything kept in the last {named(kept)}"
+        text += f", no recomputation in the last {named(kept)}"
     return text
 
 
 def planned(
     costs: Any, cuts: Any, above: int, ahead: int = 0, buffers: int | None = None
 ) -> Planned:
-    """What these cuts take, with `ahead` bytes for what the host launches before the device has
-    come to it, and `buffers` that MLX keeps.
+    """Returns what these cuts take, with `ahead` bytes for what the host launches before the device
+    gets to it, and `buffers` that MLX keeps for reuse.
 
-    MLX comes to have up to `above` bytes more than the limit; without room for buffers the limit is
-    lower by these.
+    MLX may allocate up to `above` bytes more than its limit; if there is no room for buffers, the
+    limit is lower by that much.
     """
-    plan = _core.make_plan(
-        costs.stages, costs.inputs, costs.head_reads, cuts.segments, cuts.groups, cuts.saves
-    )
+    chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
+    plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
     estimate = _core.estimate(plan, costs)
     at = max(range(len(estimate.moves)), key=lambda i: estimate.moves[i].total)
     alive = estimate.moves[at]
@@ -136,6 +137,7 @@ def planned(
     parts["buffers for later"] = buffers or 0
     n = len(costs.stages)
     first = next((i for i, stage in enumerate(costs.stages) if stage.trainable), n)
+    first = 0 if costs.incoming else first
     return Planned(
         text=describe(cuts, first, costs.layers),
         cuts=Cuts(tuple(cuts.segments), tuple(cuts.groups), tuple(cuts.saves)),
@@ -152,12 +154,12 @@ def planned(
 def overshoot(
     model: ModelShape, batch: BatchShape, ranks: Mapping[str, int], device: Device
 ) -> int:
-    """Bytes that MLX may come to have above the limit at which it waits.
+    """Returns the bytes that MLX may allocate above the limit at which it waits.
 
-    It waits before an op, for what it allocated ahead of the device. The largest array there is are
+    It waits before an op, for what it has allocated ahead of the device. The largest arrays are
     gate and up of all tokens; where the MLP is tiled, attention's backward pass makes several that
-    come to as much. An adapted head's weight, unpacked, may be larger. On the CPU the head
-    allocates when it runs, and not when it is written down.
+    are as large together. An adapted head's dequantized weight may be larger. On the CPU the head
+    allocates when it runs, not when its graph is built.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
     longest = max(shape.length for shape in batch.streams)
@@ -174,12 +176,15 @@ def choose(
     ranks: Mapping[str, int],
     device: Device,
     budget: int,
+    part: Part | None = None,
 ) -> Planned:
-    """The plan of least work whose peak is within `budget` bytes; that of least peak if none is.
+    """Returns the plan of least work whose peak is within `budget` bytes, or that of least peak if
+    there is none.
 
-    On CUDA with room for the host to launch ahead of the device, if there is a plan with it.
+    Of a model over several ranks it is that of a `part`. On CUDA with room for the host to launch
+    ahead of the device, if there is a plan with it.
     """
-    costs = costs_of(model, batch, ranks, device)
+    costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     above = overshoot(model, batch, ranks, device)
     if device.name == "cuda":
         ahead = int(AHEAD * above)
@@ -194,7 +199,7 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Bytes of what the host launches ahead at least."""
+    """Returns the least bytes that the host launches ahead of the device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 
@@ -204,9 +209,10 @@ def named(
     ranks: Mapping[str, int],
     device: Device,
     size: int,
+    part: Part | None = None,
 ) -> Planned:
     """The plan of `segment_size: size`."""
-    costs = costs_of(model, batch, ranks, device)
+    costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)
     if device.name == "cuda":
@@ -215,7 +221,8 @@ def named(
 
 
 def longest(fits: Callable[[int], bool]) -> int:
-    """The most tokens a row that fit, in steps of 128 and to a part in 256; 0 if none do."""
+    """Returns the most tokens per row that fit, in steps of 128 and to within a part in 256; 0 if
+    none do."""
     if not fits(STEP):
         return 0
     low, high = 1, 2
@@ -228,5 +235,6 @@ def longest(fits: Callable[[int], bool]) -> int:
 
 
 def ranks_of(model: ModelShape, *, model_dir: Path = Path(), **how: Any) -> dict[str, int]:
-    """The rank of every linear to adapt: ranks.choose_ranks of what the headers name."""
+    """Returns the rank of every linear layer to adapt, chosen by ranks.choose_ranks from the
+    headers."""
     return choose_ranks(model.linears, model.bits, model_dir=model_dir, outer=model.outer, **how)

@@ -1,4 +1,4 @@
-"""How many bytes a run may take on this machine."""
+"""Finds how many bytes a run may take on this machine."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,15 @@ import mlx.core as mx
 from .. import _core
 from .costs import CPU, WORKSPACE, Device
 
-#: Left to others on the same memory; on a CPU the interpreter and its libraries share it besides.
+#: Left for other users of the same memory; on a CPU that includes the interpreter and its
+#: libraries.
 MARGIN = 0.05
 INTERPRETER = 1 << 29
 
 
 def device(deterministic: bool = False, size: int = 2) -> Device:
-    """What the estimate depends on, of MLX's default device; numbers take `size` bytes on a GPU."""
+    """Returns what the estimate needs to know of MLX's default device; a number takes `size` bytes
+    on a GPU."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
@@ -25,18 +27,19 @@ def device(deterministic: bool = False, size: int = 2) -> Device:
 
 
 def working_set() -> int | None:
-    """Bytes that Metal recommends a process to have at a time, and lets it wire; None elsewhere."""
+    """Returns the working set in bytes that Metal recommends for a process and lets it wire; None
+    on other devices."""
     if mx.default_device() == mx.Device(mx.cpu) or not mx.metal.is_available():
         return None
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
 def budget_bytes(gb: float | None = None) -> int:
-    """`gb` · 10⁹ bytes; by default what this machine has for us now.
+    """Returns `gb` · 10⁹ bytes, or by default what this machine has available now.
 
-    On Metal the recommended working set, all of which a run wires, on CUDA the free memory, on a
-    CPU the memory that is available, within the limits of the process' control groups; less a
-    margin.
+    That is the recommended working set on Metal, all of which a run wires, the free memory on CUDA,
+    and on a CPU the available memory within the limits of the process's control groups; in each
+    case less a margin.
     """
     if gb is not None:
         return int(min(gb, 1e8) * 1e9)
@@ -53,7 +56,8 @@ def budget_bytes(gb: float | None = None) -> int:
 
 
 def available_ram(root: Path = Path("/")) -> int:
-    """Bytes that can be allocated without paging, within the control groups' limits."""
+    """Returns the bytes that can be allocated without paging, within the limits of the control
+    groups."""
     meminfo = root / "proc/meminfo"
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -64,7 +68,7 @@ def available_ram(root: Path = Path("/")) -> int:
 
 
 def _group_limits(root: Path) -> list[int]:
-    """What the process' control groups and those above leave it, versions 1 and 2."""
+    """Yields what the process's control groups and their parents leave it (cgroups v1 and v2)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -94,7 +98,8 @@ def _group_limits(root: Path) -> list[int]:
 
 
 def _file_cache(group: Path) -> int:
-    """Bytes of files that the kernel keeps for a group and drops when memory is asked for."""
+    """Returns the bytes of file cache that the kernel keeps for a group and drops under memory
+    pressure."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
         stat = {name: int(n) for name, n in (line.split() for line in lines)}

@@ -1,8 +1,9 @@
-"""Bytes and work of every stage of a fast family at one batch shape, from the model's shape alone.
+"""Bytes and work of every stage of a fast family at one batch shape, computed from the model's
+shape.
 
-What an op holds inside it says itself, through its own choice of implementation
-(csrc/core/cost.h). Here stands what is alive around the ops, in numbers a token, as measured
-(bench/memory.py). Work is in floating-point operations of the products.
+What an op holds internally is reported by the op, which depends on the implementation it chooses
+(csrc/core/cost.h). This module counts what is alive around the ops, in numbers per token, as
+measured (bench/memory.py). Work counts the floating-point operations of matrix products.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from ..streams import BatchShape, StreamShape, head_reads
 
 Device = _core.Device
 
-#: Bytes that a library's products may take on CUDA.
+#: Bytes of workspace that library matrix products may take on CUDA.
 WORKSPACE = 33 << 20
 
 CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
 
-#: What heads read besides h and its rows: a few numbers a token that counts.
+#: What heads read besides h and its rows: a few numbers per token in the loss.
 COUNTED = ("targets", "weights")
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage of one stream: `parameters` numbers learn in it."""
+    """One stage of one stream, with `parameters` trainable numbers."""
 
     model: ModelShape
     batch: BatchShape
@@ -50,10 +51,10 @@ class _Stage:
         saved: int = 0,
         work: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> _core.StageCost:
-        """In bytes, without the gradients of its parameters: of several streams' stages, those of
-        the last one hold them, and the others' are added to these. `work` is of the forward pass,
-        of running it again, of that what having saved spares, and of the backward pass.
-        """
+        """Returns the cost in bytes, without the gradients of its parameters: among the stages of
+        several streams those of the last stream hold the gradients, and the others are added to
+        them. `work` is that of the forward pass, of recomputing it, of the part that saved values
+        spare, and of the backward pass."""
         gradients = 4 * self.parameters
         return _core.StageCost(
             writes=[int(n) for n in writes],
@@ -75,7 +76,8 @@ def costs_of(
     ranks: Mapping[str, int],
     device: Device,
 ) -> _core.Costs:
-    """All that a plan depends on. `ranks` are those of adapted linears, by path in the model."""
+    """Returns everything that a plan depends on. `ranks` maps each adapted linear layer's module
+    path to its rank."""
     parameters = {
         path: sum(model.widths[path]) * rank + batch.dora * model.widths[path][1]
         for path, rank in ranks.items()
@@ -113,7 +115,7 @@ def costs_of(
         sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
-    # Of pairs, which of the two sequences of each row a token belongs to.
+    # For pairs, also which of the two sequences of a row a token belongs to.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, heads, device)
     return _core.Costs(
@@ -126,7 +128,7 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # Factors and AdamW's two moments; on a GPU what was measured beside them.
+        # Factors and AdamW's two moments; on a GPU, plus a measured constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -136,7 +138,8 @@ def costs_of(
 
 
 def pairs(rows: int, keys: int, window: int | None) -> float:
-    """(query, key) pairs of the last `rows` of `keys` positions, causal and in the window."""
+    """Counts the (query, key) pairs of the last `rows` of `keys` positions, causal and in the
+    window."""
     seen = window or keys
     full = max(0, min(rows, keys - seen))  # queries that see a whole window
     ramp = rows - full
@@ -145,19 +148,20 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Those of a sequence by itself."""
+    """Counts the pairs of a whole sequence that attends to itself."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 
 
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """`after` queries a row over all keys. Numbers a token: H, q of all heads, k of its own."""
+    """Cost of attention for `after` queries per row over all keys. Numbers per token: H, q of all
+    heads, k of the layer's own."""
     batch, shape, device = stage.batch, stage.stream, stage.device
     h, q, k, size = stage.model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
     tokens = rows * shape.length if k else out
-    # Keys that the branch sees stand in an array of their own; so does o of both parts.
+    # Keys that the branch attends to have an array to themselves; so does o of both parts.
     behind = rows * (shape.shared + shape.branch) if shape.branch else 0
     both = out * (shape.branch > 0)
     op = _core.attention_cost(
@@ -175,9 +179,9 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         packed=shape.part > 0,
     )
     dora = batch.dora and stage.parameters > 0
-    # On CUDA heads are made of the common product in one pass (`lora_qkv`), and then it is free
-    # unless norms read it again; values have an array of their own. Elsewhere rotation reads its
-    # columns and, without a norm between, copies them first.
+    # On CUDA one pass splits the joint product into heads (`lora_qkv`), which frees it unless norms
+    # read it again; values have their own array. On other devices RoPE reads the product's columns
+    # and, without a norm in between, copies them first.
     plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
     one_pass = device.name == "cuda" and plain and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
@@ -190,13 +194,13 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         backward = out * (2 * h + 6 * q) + tokens * (h + 4 * k)
     else:
         backward = out * (h + 4 * q) + tokens * (h + 5 * k) + 4 * k * behind
-    if layer.donor is not None:  # dk and dv of the donor's
+    if layer.donor is not None:  # dk and dv of the donor layer
         donor = next(other for other in stage.model.layers if other.name == layer.donor)
         backward += rows * length * 2 * donor.key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
-    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # what it writes counts apart
+    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # what it writes is counted apart
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
-    if dora:  # what each linear gives is kept beside that stretched
+    if dora:  # each linear layer's output is kept besides its rescaled copy
         given = out * (q + h) + 2 * tokens * k
         kept, forward, backward = kept + given, forward + given, backward + given + out * q
     dropped = _core.dropout_bytes(device, max(tokens * h, out * q)) if batch.dropout else 0
@@ -224,7 +228,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Numbers a token: H, F."""
+    """Cost of the MLP. Numbers per token: H, F."""
     batch, device = stage.batch, stage.device
     tokens = batch.rows * after
     h, f, size = stage.model.width, layer.hidden, device.size
@@ -238,7 +242,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     kept = tokens * (h + h * layer.after_norms + own + experts)
     forward = 2 * tokens * h * size + op.forward
     more = tokens * (own + 2 * experts)
-    if device.gpu:  # and a sixth of the unpacked weights beside a norm, as measured
+    if device.gpu:  # plus a sixth of the dequantized weights for a norm, as measured
         more += 0.8 * f * h * layer.after_norms
     around = (2 if device.gpu else 1) * tokens * h
     backward = max(forward, (around + more) * size + op.backward)
@@ -248,7 +252,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     if batch.dropout:
         masks = _core.dropout_bytes(device, f * tokens) + f * tokens * size
         forward, backward = forward + masks, backward + masks
-    if dora:  # what each linear gives is kept beside that stretched
+    if dora:  # each linear layer's output is kept besides its rescaled copy
         kept += tokens * (2 * f + h) * size
         forward += tokens * 2 * f * size
         backward += tokens * (4 * f + h) * size
@@ -265,12 +269,13 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _factors(stage: _Stage) -> float:
-    """Bytes of factors in half precision that CUDA's products keep, those of one x padded."""
+    """Returns the bytes of half-precision factors that CUDA's products keep; those of one input are
+    padded."""
     return 1.5 * stage.device.size * stage.parameters * (stage.device.name == "cuda")
 
 
 def _embedding(stage: _Stage) -> _core.StageCost:
-    """An adapted one: rows of the table, and of the update in float32."""
+    """Cost of an adapted embedding: rows of the table, and of the update in float32."""
     size = stage.device.size
     numbers = stage.batch.rows * stage.stream.length * stage.model.width
     inside = numbers * (size + 4)
@@ -280,9 +285,9 @@ def _embedding(stage: _Stage) -> _core.StageCost:
 def _head(
     model: ModelShape, batch: BatchShape, parameters: int, device: Device
 ) -> tuple[int, float]:
-    """Most bytes and the work: what is inside the op, h, dh.
+    """Returns the peak bytes (inside the op, h, dh) and the work of the head.
 
-    One with an update makes its logits a second time.
+    A head with an update computes its logits twice.
     """
     h, m = model.width, batch.loss
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
@@ -290,7 +295,7 @@ def _head(
     if parameters:
         logits = min(m, HEAD_ROWS) * model.vocabulary
         inside = int(logits * (8 + 2 * device.size)) + 8 * parameters
-        if device.gpu:  # the weight dequantized, and logits in float32 once more
+        if device.gpu:  # the dequantized weight, and one more copy of the logits in float32
             inside += head_weight(model, device) + 4 * logits
         return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
     inside = head_op(model, batch, device)
@@ -300,11 +305,11 @@ def _head(
 
 
 def head_weight(model: ModelShape, device: Device) -> int:
-    """Bytes of the head's weight, unpacked."""
+    """Returns the bytes of the head's dequantized weight."""
     return device.size * model.width * model.vocabulary
 
 
 def head_op(model: ModelShape, batch: BatchShape, device: Device) -> int:
-    """Most bytes inside the op of a head without an update."""
+    """Returns the peak bytes inside the op of a head without an update."""
     shape = {"rows": batch.loss, "inputs": model.width, "vocabulary": model.vocabulary}
     return _core.head_cost(device, **shape).backward

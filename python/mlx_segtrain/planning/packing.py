@@ -1,8 +1,8 @@
-"""Whether packed rows pay: the time of an epoch with them and without, by the planner's figures."""
+"""Decides whether packing rows pays, from the predicted time of an epoch with and without it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,35 +14,18 @@ from ..objectives import objective_of
 from ..streams import BatchShape, padded, trim_start
 from . import named
 from .run import RunPlan, planned
+from .speeds import SPEEDS
 
-#: Batches of an epoch that are looked at, spread over all.
+#: Number of sample batches, spread over the epoch.
 LOOKED_AT = 64
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a step takes besides its products: seconds of the host for each layer, and of that what
-    is done once a step for each number of the weights, in operations; products a second."""
-
-    layer_s: float
-    unpacking: float
-    work_per_s: float
-
-
-#: By kind of device, as bench/LOG.md has them. Only their proportions matter here.
-SPEEDS = {
-    "cpu": Speed(0.0, 30.0, 1e11),
-    "cuda": Speed(55e-3 / 24, 0.0, 3e14),
-    "metal": Speed(1e-3, 0.0, 1e13),
-}
-
-
 def pays(config: TrainConfig, data: Dataset) -> bool:
-    """Whether an epoch of the data takes less time packed; not where the family packs nothing, or
+    """Returns whether an epoch takes less time packed. False where the family cannot pack, or
     packed rows do not fit into memory."""
     if not read_shape(config.model_dir).fast:
         return False
-    if config.method == "grpo":  # which has its own data in each step
+    if config.method == "grpo":  # whose data is generated in each step
         return True
     if config.method != "sft":
         return False
@@ -54,7 +37,7 @@ def pays(config: TrainConfig, data: Dataset) -> bool:
 
 
 def epoch_s(data: Dataset, run: RunPlan) -> float:
-    """Seconds that an epoch of a data set, packed or not, takes with its plan, by these figures."""
+    """Returns the predicted seconds of an epoch with the run's plan."""
     assert run.planned is not None
     shape, speed = run.shape, SPEEDS[run.device.name]
     numbers = sum(inputs * outputs for inputs, outputs in shape.widths.values())
@@ -68,7 +51,7 @@ def epoch_s(data: Dataset, run: RunPlan) -> float:
 
 
 def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
-    """Batches of about the same shape, and how many an epoch has of each."""
+    """Groups an epoch's batches by similar shape; returns each group's size and typical shape."""
     columns = data.columns
     lengths, first, trained = (x[:, 0] for x in (columns.length, columns.first, columns.trained))
     if data.packed:

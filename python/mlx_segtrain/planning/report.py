@@ -1,16 +1,19 @@
-"""What `mlx-segtrain plan` says of a run."""
+"""The report of `mlx-segtrain plan`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .run import RunPlan
 from .scaling import Scaled
+from .splitting import Held, held
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """What another budget would change. Bytes; `slower`: its work over this plan's, less one."""
+    """The plan under another budget. Bytes; `slower` is its work relative to the chosen plan's,
+    minus 1."""
 
     budget: int
     fits: bool
@@ -22,13 +25,14 @@ class Alternative:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The plan of a run and its surroundings. Bytes and tokens.
+    """The plan of a run with its context. Bytes and tokens.
 
-    `tokens` are those of a row of the data, of which the last is only predicted; `longest` is what
-    fits, no more than `max_length`, the model's context length; `recomputed` is what runs
-    again over what must run. `predicted` is False for families whose memory the planner does not
-    know: of these only weights and budget are said. Of a method that generates completions,
-    `rollout_batch` are generated at once, which takes `rollout_peak`.
+    `tokens` counts a row of the data, including its last token, which is only predicted; `longest`
+    is what fits, up to `max_length`, the model's context length; `recomputed` is the ratio of
+    recomputed to necessary work. `predicted` is False for families whose memory the planner does
+    not know; for them only weights and budget are given. With a method that generates completions,
+    `rollout_batch` of them are generated at once, which takes `rollout_peak` bytes. `ranks` are
+    of parallel data; with a `pipeline` the rest is about the rank that is nearest to its budget.
     """
 
     family: str
@@ -47,8 +51,15 @@ class PlanReport:
     alternatives: list[Alternative] = field(default_factory=list)
     moves: list[tuple[str, int]] = field(default_factory=list)
     ranks: list[Scaled] = field(default_factory=list)
+    pipeline: list[Held] = field(default_factory=list)
     rollout_batch: int | None = None
     rollout_peak: int | None = None
+
+
+def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
+    """Of a model over several ranks."""
+    most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
+    return replace(of(most), pipeline=held(runs))
 
 
 def of(run: RunPlan) -> PlanReport:

@@ -1,4 +1,4 @@
-"""How many completions are generated at once: what their caches and logits take of the budget."""
+"""Decides how many completions are generated at once, from what their caches and logits take."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from ..models.form import LayerForm
 from ..models.headers import ModelShape, read_shape
 from .budget import budget_bytes, device
 from .costs import Device
-from .run import adapter_numbers
+from .run import adapter_numbers, resting_shape
 
 #: Tokens of a prompt that are computed at once.
 PREFILL = 2048
-#: mlx-lm's caches grow by so many tokens.
+#: mlx-lm's caches grow in steps of this many tokens.
 CACHE_STEP = 256
-#: Arrays of a row's logits in float32 that exist at once: drawing a token makes most of them.
+#: Arrays of a row's logits in float32 that exist at the same time, most of them while a token is
+#: sampled.
 LOGITS = 6
-#: Bytes of what the layers hold for one token of each row, and of compiled kernels.
+#: Bytes that the layers hold for one token of each row, and bytes of compiled kernels.
 SLACK = 64 << 20
 
 
 def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Bytes of a sequence's keys and values; of layers with a window as if they had none. A batch
-    begins with the length of its longest prompt, and grows from there."""
+    """Returns the bytes of a sequence's keys and values, counting layers with a window as if they
+    had none. A batch starts at the length of its longest prompt and grows from there."""
     length = tokens + CACHE_STEP
     own = sum(layer.key_value for layer in shape.layers if layer.donor is None)
     return 2 * length * own * device.size
 
 
 def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
-    """The peak of generating `at_once` completions that end up with so many tokens, prompts
+    """Returns the peak of generating `at_once` completions that end with this many tokens, prompts
     included; None where memory is not predicted."""
-    shape = read_shape(config.model_dir)
+    shape = resting_shape(config)
     if not shape.fast:
         return None
     fixed, row = _parts(config, shape, tokens)
@@ -40,8 +41,8 @@ def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
 
 
 def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
-    """The most of `every` that fit into the budget of the run; NoRoom for none."""
-    shape = read_shape(config.model_dir)
+    """Returns how many of `every` fit into the run's budget; raises NoRoom if not even one does."""
+    shape = resting_shape(config)
     if not shape.fast:
         return every
     given = config.memory_budget_gb
@@ -50,7 +51,7 @@ def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
     most = (budget - fixed) // row
     if most < 1:
         raise NoRoom(
-            f"generating one completion of {tokens} tokens with its prompt takes "
+            f"generating one completion of {tokens} tokens with its prompt needs "
             f"{(fixed + row) / 1e9:.2f} GB with {title(config.model_dir)}, more than the budget of "
             f"{budget / 1e9:.2f} GB: lower max_completion_tokens, or raise memory_budget_gb."
         )
@@ -58,20 +59,20 @@ def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
 
 
 def check_rollouts(config: TrainConfig, tokens: int) -> None:
-    """NoRoom if as many as the configuration says do not fit into the budget of the run."""
+    """Raises NoRoom if the configured rollout_batch does not fit into the run's budget."""
     assert isinstance(config.rollout_batch, int)
     most = rollouts_at_once(config, tokens, config.rollout_batch)
     if most < config.rollout_batch:
         raise NoRoom(
-            f"rollout_batch is {config.rollout_batch}, and {most} completions of {tokens} tokens "
-            "with their prompts fit into the budget: lower it, or raise memory_budget_gb.",
+            f"rollout_batch is {config.rollout_batch}, but only {most} completions of {tokens} "
+            "tokens with their prompts fit into the budget: lower it, or raise memory_budget_gb.",
             field="rollout_batch",
         )
 
 
 def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
-    """How many completions are generated at once where they reach max_seq_length with their
-    prompts, and their peak in bytes, if it is predicted; NoRoom."""
+    """Returns how many completions are generated at once if they reach max_seq_length with their
+    prompts, and their peak in bytes if it is predicted. Raises NoRoom if not even one fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
         at_once = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
@@ -79,21 +80,32 @@ def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
 
 
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
-    """Bytes besides the completions, and of each; while a cache of one layer grows, its old and
-    its new arrays exist. A prompt is computed beside the completions that there are."""
+    """Returns the fixed bytes, and the bytes per completion. While one layer's cache grows, its old
+    and its new array exist. A prompt is computed while the current completions are in memory."""
     on = device(config.deterministic, shape.float_size)
-    # Factors and what the optimizer remembers of them; and factors in the dtype of the model.
+    # The factors with the optimizer's state, and the factors in the model's dtype.
     fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * adapter_numbers(config, shape)
     cache = cache_bytes(shape, tokens, on)
-    prompt = max(tokens - config.max_completion_tokens, 1)
-    fixed += cache_bytes(shape, prompt, on) + _prefill_bytes(shape, prompt, on)
+    # A later turn of a conversation begins with all that has been said.
+    prompt = tokens - (config.max_completion_tokens if config.environment is None else 0)
+    reading = _reading_bytes(shape, max(prompt, 1), on)
+    if config.reward_model is not None:  # which reads when the caches of the completions are gone
+        judge = read_shape(config.reward_model)
+        if judge.fast:
+            reading = max(reading, _reading_bytes(judge, tokens, on))
+    fixed += reading
     layers = sum(layer.donor is None for layer in shape.layers)
     return fixed, cache + cache // max(layers, 1) + LOGITS * 4 * shape.vocabulary
 
 
+def _reading_bytes(shape: ModelShape, tokens: int, on: Device) -> int:
+    """The cache of a text and what a layer holds of a part of it."""
+    return cache_bytes(shape, tokens, on) + _prefill_bytes(shape, tokens, on)
+
+
 def _prefill_bytes(shape: ModelShape, prompt: int, device: Device) -> int:
-    """The most that a layer holds of a part of a prompt; without fused attention (CPU) the scores
-    of all heads."""
+    """Returns the most that a layer holds for a part of a prompt; without fused attention (CPU)
+    that includes the scores of all heads."""
     part = min(prompt, PREFILL)
 
     def numbers(layer: LayerForm) -> int:

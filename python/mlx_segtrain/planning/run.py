@@ -1,4 +1,4 @@
-"""The plan of one run: from its configuration and its longest batch."""
+"""The memory plan of one run, from its configuration and its longest batch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..streams import BatchShape, Stream, padded
 from . import Planned, choose, least_ahead, longest, named, overshoot, ranks_of
 from .budget import budget_bytes, device
 from .costs import Device, costs_of
+from .pipeline import Part, costs_of_part
 
 if TYPE_CHECKING:
     from ..models import Chain
@@ -33,11 +34,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes of the machine: its largest batches, one for each number of streams.
+    """What a run takes of the machine, by its largest batches: one for each number of streams.
 
-    `plans` are theirs, none where memory cannot be predicted. That is so for families on the
-    generic path, whose layers are mlx-lm's own: they run one layer a segment unless the
-    configuration says otherwise.
+    `plans` belong to these batches. There are none where memory cannot be predicted, which is so
+    for families on the generic path, whose layers are mlx-lm's: they use one layer per segment
+    unless the configuration sets a size.
     """
 
     shape: ModelShape
@@ -45,8 +46,9 @@ class RunPlan:
     ranks: dict[str, int]
     device: Device
     budget: int
-    size: int | None  #: layers a segment, by the configuration; None: the planner chooses
+    size: int | None  #: layers per segment from the configuration; None: the planner chooses
     plans: tuple[Planned, ...]
+    part: Part | None = None  #: of a model over several ranks, the layers of this one
 
     @property
     def planned(self) -> Planned | None:
@@ -61,18 +63,20 @@ class RunPlan:
         return self.batches[self.plans.index(self.planned)]
 
     def cuts(self, chain: Chain, streams: Sequence[Stream]) -> Cuts:
-        """How a batch of so many streams is cut."""
+        """Returns how a batch with these streams is cut."""
         for batch, plan in zip(self.batches, self.plans, strict=False):
             if len(batch.streams) == len(streams):
                 return plan.cuts
-        return chain.cuts(1 if self.size is None else self.size, streams)
+        own = slice(self.part.begin, self.part.end) if self.part else slice(None)
+        return chain.cuts(1 if self.size is None else self.size, streams, own)
 
     def __str__(self) -> str:
         if self.planned is None:
-            return f"{self.shape.family} takes the generic path: memory is not predicted"
+            return f"memory is not predicted for {self.shape.family}, whose layers are mlx-lm's"
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
-        return f"plan: {text}; {peak:.2f} GB at most of {budget:.2f} GB"
+        own = f"{self.part}; " if self.part else ""
+        return f"plan: {own}{text}; {peak:.2f} GB at most of {budget:.2f} GB"
 
     @property
     def fits(self) -> bool:
@@ -80,59 +84,76 @@ class RunPlan:
         return self.planned is None or self.planned.peak <= self.budget
 
     def no_room(self, name: str) -> NoRoom:
-        """What to raise if the plan of the model of this name does not fit."""
+        """Returns the error to raise if the plan does not fit; `name` is the model's."""
         assert self.planned is not None
         least = "at least " if self.size is None else f"with segment_size {self.size} "
         most = self.longest()
         advice = (
             f"the longest row that fits has {most} tokens (max_seq_length)"
             if most
-            else "no length fits; lower batch_size or rank, or raise memory_budget_gb"
+            else "no length fits, so lower batch_size or rank, or raise memory_budget_gb"
         )
         if self.size is not None and self.within(self.budget).fits:
-            advice = "segment_size auto fits"
+            advice = "segment_size auto would fit"
         return NoRoom(
-            f"{name} takes {least}{_gb(self.planned.peak)} for {self.batch.rows} × "
+            f"{name} needs {least}{_gb(self.planned.peak)} for {self.batch.rows} × "
             f"{self.batch.length} tokens, more than the budget of {_gb(self.budget)}: {advice}."
         )
 
     def longest(self, budget: int | None = None) -> int:
-        """The most tokens a row that fit, up to the model's context length: with the plan that was
-        asked for, or any."""
+        """Returns the most tokens per row that fit, up to the model's context length, with the
+        configured plan or else with any."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
-            what = self._of(batch.stretched(length))
-            if self.size is not None:
-                return named(*what, self.size).peak <= most
-            least = least_ahead(self.device, overshoot(*what))
-            return _core.least_peak(costs_of(*what)) + least <= most
+            return self.least_peak(batch.stretched(length)) <= most
 
         most_known = self.shape.max_length
         return min(longest(fits), most_known) if most_known else longest(fits)
 
+    def least_peak(self, batch: BatchShape) -> int:
+        """Bytes that a batch takes with the plan that was asked for, or with any."""
+        what = self._of(batch)
+        if self.size is not None:
+            return named(*what, self.size, self.part).peak
+        model, _, _, device = what
+        costs = costs_of_part(costs_of(*what), model, batch, device, self.part)
+        return _core.least_peak(costs) + least_ahead(device, overshoot(*what))
+
+    def filled(self) -> RunPlan:
+        """With the plans of its batches, as its budget and the configuration want them."""
+        if not self.shape.fast:
+            return self
+        return self.within(self.budget) if self.size is None else self.of_size(self.size)
+
     def within(self, budget: int) -> RunPlan:
         """With the fastest plans in this budget."""
-        plans = tuple(choose(*self._of(batch), budget) for batch in self.batches)
+        plans = tuple(choose(*self._of(batch), budget, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_size(self, size: int) -> RunPlan:
         """With so many layers a segment."""
-        plans = tuple(named(*self._of(batch), size) for batch in self.batches)
+        plans = tuple(named(*self._of(batch), size, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
+    def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
+        """That of a rank which has these layers of the model."""
+        return replace(self, part=part, budget=budget, device=device, plans=()).filled()
+
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
-        """What the plan of a batch depends on."""
+        """Returns what the plan of a batch depends on."""
         return self.shape, batch, self.ranks, self.device
 
     def tightened(self, measured: int) -> RunPlan | None:
-        """The next cheaper plan if `measured` bytes were over the budget, if there is one."""
+        """Returns the next cheaper plan if `measured` bytes exceed the budget; None if there is
+        none."""
         if self.planned is None or measured <= self.budget:
             return None
         return self._cheaper(int(self.budget * min(self.planned.peak / measured, 0.95)))
 
     def cheaper(self) -> RunPlan | None:
-        """The next plan that takes less, if there is one and none was asked for."""
+        """Returns the next plan that takes less memory; None if there is none or the configuration
+        sets one."""
         return self.planned and self._cheaper(int(0.95 * self.planned.peak))
 
     def _cheaper(self, budget: int) -> RunPlan | None:
@@ -144,7 +165,8 @@ class RunPlan:
 
     @contextmanager
     def limits(self) -> Iterator[None]:
-        """Within it MLX waits for the device at the plan's limit, and keeps little that is free."""
+        """While it is active, MLX waits for the device at the plan's limit and keeps few freed
+        buffers."""
         if self.planned is None:
             yield
             return
@@ -156,7 +178,7 @@ class RunPlan:
             mx.set_cache_limit(cache)
 
     def set_limits(self) -> tuple[int, int]:
-        """Sets MLX's limits of memory and of its cache; returns those that were."""
+        """Sets the memory and cache limits of MLX; returns the previous ones."""
         assert self.planned is not None
         peak = self.planned.peak
         cache = max(peak // 4, self.budget - peak)
@@ -164,7 +186,8 @@ class RunPlan:
 
 
 def _ways(config: TrainConfig) -> dict[str, bool]:
-    """What of a BatchShape follows from the configuration, and from the adapter it goes on from."""
+    """Returns the parts of a BatchShape that follow from the configuration and the adapter to start
+    from."""
     from ..adapters import is_dora
 
     return {
@@ -175,13 +198,13 @@ def _ways(config: TrainConfig) -> dict[str, bool]:
 
 
 def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
-    """Rows of max_seq_length, of each of which the last part `loss` is trained.
+    """Returns a batch of rows of max_seq_length, of which the last part `loss` is in the loss.
 
-    Of pairs, the first part `shared` of both is the same.
+    The first part `shared` of both sequences of a pair is the same.
     """
-    # The last token is only predicted. Packed rows are not padded, and nothing of them is trimmed.
+    # The last token is only predicted. Packed rows are neither padded nor trimmed.
     packs, rows = config.packing is True, config.batch_size
-    if ROWS[config.method] == "prompt":  # batch_size counts prompts, and not what a pass has
+    if ROWS[config.method] == "prompt":  # here batch_size counts prompts, not the rows of a pass
         packs, rows = False, 1
     length = (config.max_seq_length if packs else padded(config.max_seq_length, rows)) - 1
     trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
@@ -191,9 +214,10 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
 
 
 def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
-    """The plan for batches of up to these shapes, each with another number of streams.
+    """Returns the plan for batches of up to these shapes, each with a different number of streams.
 
-    NoRoom if one does not fit, before a load; InputError if the model cannot take them.
+    Raises NoRoom, before anything is loaded, if one does not fit, and InputError if the model
+    cannot take them.
     """
     return first_that_fits(config, [batches], tuple)[1]
 
@@ -205,9 +229,10 @@ def first_that_fits(
     *,
     measures: bool = False,
 ) -> tuple[T, RunPlan]:
-    """The first choice whose shapes fit, and its plan; raises what plan_run raises of the first.
+    """Returns the first choice whose shapes fit, with its plan; raises what plan_run raises for the
+    first choice.
 
-    In a run, which `measures`, a Mac may take times of attention for it first.
+    With `measures`, as in a run, a Mac may first measure its attention kernels.
     """
     plans = []
     for own in choices:
@@ -217,21 +242,37 @@ def first_that_fits(
     raise plans[0].no_room(title(config.model_dir))
 
 
-def planned(
-    config: TrainConfig, batches: Sequence[BatchShape], *, measures: bool = False
-) -> RunPlan:
-    """The plan, which may not fit; NoRoom if the weights alone do not."""
+def resting_shape(config: TrainConfig) -> ModelShape:
+    """The model's shape, with the weights of a reward model, which rest beside its own."""
     shape = read_shape(config.model_dir)
+    if config.reward_model is None:
+        return shape
+    more = {f"reward_model/{k}": x for k, x in read_shape(config.reward_model).tensors.items()}
+    return replace(shape, tensors={**shape.tensors, **more})
+
+
+def planned(
+    config: TrainConfig,
+    batches: Sequence[BatchShape],
+    *,
+    measures: bool = False,
+    fills: bool = True,
+) -> RunPlan:
+    """The plan, which may not fit; NoRoom if the weights alone do not.
+
+    `fills` is False where only a part of the model is to be planned.
+    """
+    shape = resting_shape(config)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
-            f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
+            f"max_seq_length = {config.max_seq_length} exceeds the model's context length of "
             f"{shape.max_length} tokens: lower it.",
             field="max_seq_length",
         )
     if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
         raise InputError(
-            f"packing is not for {shape.family}, whose layers are mlx-lm's own and know no packed "
-            "rows: leave it out, and give a batch_size, whose rows have similar lengths.",
+            f"packing is not supported for {shape.family}, whose layers are mlx-lm's and take no "
+            "packed rows: leave it out and set a batch_size, which groups rows of similar length.",
             field="packing",
         )
     ranks = _ranks(config, shape) if shape.fast else {}
@@ -248,30 +289,29 @@ def planned(
     own = tuple(replace(batch, **how) for batch in batches)
     run = RunPlan(shape, own, ranks, on, budget, size, ())
     weights = shape.weight_bytes(not on.gpu)
-    if weights > budget:
+    if fills and weights > budget:
         raise NoRoom(
-            f"the weights of {title(config.model_dir)} alone take {_gb(weights)}, more than "
-            f"the budget of {_gb(budget)}: take a smaller model, or raise memory_budget_gb."
+            f"the weights of {title(config.model_dir)} alone need {_gb(weights)}, more than "
+            f"the budget of {_gb(budget)}: use a smaller model, or raise memory_budget_gb."
         )
-    if not shape.fast:
-        return run
-    return run.within(budget) if size is None else run.of_size(size)
+    return run.filled() if fills else run
 
 
-#: From so many tokens on a launch may take a good part of a second on a small GPU.
+#: From this many tokens on, one launch may take a good part of a second on a small GPU.
 LONG = 16384
-#: Launches that Metal then gets at a time: macOS ends work that keeps the display waiting.
+#: Launches that Metal then gets at a time: macOS aborts work that blocks the display for too long.
 LAUNCHES = "4"
 
 
 def short_buffers(tokens: int) -> None:
-    """Before MLX first uses the GPU of a Mac: long rows have few launches in a command buffer."""
+    """Puts few launches into each command buffer for long rows. Must run before MLX first uses the
+    GPU of a Mac."""
     if tokens >= LONG:
         os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", LAUNCHES)
 
 
 def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
-    """The kinds of attention calls of a model's layers."""
+    """Returns the kinds of attention calls that a model's layers make."""
     dtype = mx.float32 if shape.float_size == 4 else mx.bfloat16
     by_name = {form.name: form for form in shape.layers}
     kinds = []
@@ -284,7 +324,7 @@ def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
 
 
 def adapter_numbers(config: TrainConfig, shape: ModelShape) -> int:
-    """Numbers that an adapter of the run has, without magnitudes."""
+    """Counts the numbers in the run's adapter, without DoRA's magnitudes."""
     return sum(sum(shape.widths[path]) * rank for path, rank in _ranks(config, shape).items())
 
 
@@ -298,7 +338,7 @@ def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     ranks = {known.get(bare(path), ""): r for path, r in found.items()}
     if "" in ranks:
         raise InputError(
-            f"warm_start {config.warm_start} adapts linears that {title(config.model_dir)} "
+            f"warm_start {config.warm_start} adapts linear layers that {title(config.model_dir)} "
             "does not have: it was trained on another model.",
             field="warm_start",
         )
@@ -306,5 +346,5 @@ def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _gb(n: int) -> str:
-    """Bytes in words, with digits enough to tell two of them apart."""
+    """Formats bytes with enough digits to tell two sizes apart."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"

@@ -1,7 +1,7 @@
-"""What several ranks give, by arithmetic: time to compute against time to add gradients up.
+"""Predicts what several ranks gain: the time to compute against the time to sum gradients.
 
-A ring of N ranks adds B bytes up in 2(N − 1) rounds, in each of which every rank sends B/N bytes
-(Patarasuk & Yuan 2009): 2(N − 1)/N·B bytes a rank, and as many latencies as rounds.
+A ring of N ranks sums B bytes in 2(N − 1) rounds, in each of which every rank sends B/N bytes
+(Patarasuk & Yuan 2009): 2(N − 1)/N·B bytes per rank, and one latency per round.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .packing import SPEEDS
 from .run import RunPlan
+from .speeds import SPEEDS
 
-#: Numbers of ranks that a table has, besides the one that was asked for.
+#: Numbers of ranks in the table, besides the requested one.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-#: Seconds from one rank to the next, as between processes over Ethernet.
+#: Seconds of latency between two ranks, as between processes over Ethernet.
 LATENCY = 50e-6
-#: Bytes a second of a network of which nothing is said, in 10⁹: Ethernet of 10 Gbit/s.
+#: Default bandwidth of the network, in 10⁹ bytes per second: Ethernet of 10 Gbit/s.
 LINK = 1.25
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A step on so many ranks, a batch on each: bytes that each rank sends, seconds that it
-    computes and adds up, and the speed over that of one rank."""
+    """A step on this many ranks with a batch on each: bytes that each rank sends, seconds to
+    compute and to sum gradients, and the speedup over one rank."""
 
     ranks: int
     sent: int
@@ -33,22 +33,23 @@ class Scaled:
 
 
 def numbers_of(run: RunPlan) -> int:
-    """Numbers of the adapter, each of which has a gradient."""
+    """Counts the numbers in the adapter, each of which has a gradient."""
     widths, dora = run.shape.widths, run.batch.dora
     pairs = ((rank, *widths[path]) for path, rank in run.ranks.items())
     return sum(rank * (inputs + outputs) + dora * outputs for rank, inputs, outputs in pairs)
 
 
 def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) -> list[Scaled]:
-    """Steps on 2 to 256 ranks and on `ranks`, over links of so many 10⁹ bytes a second.
+    """Predicts steps on 2 to 256 ranks and on `ranks`, over links of `link_gb_s` · 10⁹ bytes per
+    second.
 
-    `batch_s` is what a batch takes one rank; by default by the planner's figures of the device.
-    InputError for models whose work is not predicted, unless it is given.
+    `batch_s` is the time of a batch on one rank; the default follows from the planner's figures for
+    the device. Raises InputError for models whose work is not predicted, unless batch_s is given.
     """
     if run.planned is None:
         raise InputError(
-            f"--ranks is not for {run.shape.family}, whose adapter and work are not known before a "
-            "run: leave it out."
+            f"--ranks is not supported for {run.shape.family}, whose adapter and work are unknown "
+            "before a run: leave it out."
         )
     if batch_s is None:
         speed = SPEEDS[run.device.name]

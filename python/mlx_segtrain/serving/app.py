@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..errors import InputError
-from .api import openai, openai_responses, routes, transfers
+from .api import completions, openai, openai_responses, routes, transfers
 from .api.brake import Bounded
 from .api.faults import add_handlers
 from .api.guard import Guard
@@ -27,6 +27,14 @@ from .settings import LOOPBACK, Settings
 CONNECTIONS = 2000
 #: Files that are open at once, if the system allows it: each follower of a job is a connection.
 OPEN_FILES = 65536
+#: The routes of the API.
+ROUTERS = (
+    routes.router,
+    transfers.router,
+    completions.router,
+    openai.router,
+    openai_responses.router,
+)
 
 
 def create(service: Service) -> Guard:
@@ -56,10 +64,8 @@ def create(service: Service) -> Guard:
         sessions=service.sessions,
     )
     app.state.service, app.state.guard = service, guard
-    app.include_router(routes.router)
-    app.include_router(transfers.router)
-    app.include_router(openai.router)
-    app.include_router(openai_responses.router)
+    for router in ROUTERS:
+        app.include_router(router)
     add_handlers(app)
     add_pages(app)
     return guard

@@ -1,11 +1,11 @@
-"""Checkpoints: the complete state of a run between two steps, in folders that are whole or absent.
+"""Checkpoints: the complete state of a run between two steps, in folders written atomically.
 
-    state/step-00050/state.safetensors  factors and what the optimizer remembers; its metadata is
+    state/step-00050/state.safetensors  factors and the optimizer's state; its metadata is
                                         the rest, as JSON
     state/step-00050/manifest.json      size and SHA-256 of that file
 
-The order of rows, masks of dropout and the learning rate follow from the configuration and the
-step: there is no other random state.
+The order of rows, dropout masks and the learning rate follow from the configuration and the step:
+there is no other random state.
 """
 
 import json
@@ -30,10 +30,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read of one.
+    """A checkpoint that was read.
 
-    `record` is what the run was made of, `log_bytes` where metrics.jsonl stood, `apart` whether
-    pairs ran as two sequences.
+    `record` is what the run was made of, `log_bytes` the size of metrics.jsonl at that time,
+    `apart` whether pairs ran as two sequences.
     """
 
     folder: Path
@@ -45,12 +45,15 @@ class Checkpoint:
     apart: bool
 
     def iterate(self, fresh: Iterate) -> Iterate:
-        """Where the run stood. InputError if that differs in structure from `fresh`, its begin."""
+        """Returns the state of the run at this checkpoint. Raises InputError if its structure
+        differs from that of `fresh`, the state of a new run."""
 
         def stored(name: str, like: mx.array) -> mx.array:
             found = self.tensors.get(name)
             if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
-                raise InputError(f"{self.folder} is not of this run: {name} is missing or differs.")
+                raise InputError(
+                    f"{self.folder} does not belong to this run: {name} is missing or differs."
+                )
             return found
 
         moments: Moments = tree_map_with_path(
@@ -63,9 +66,9 @@ def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
     """Writes a checkpoint below the folder of a run. Removes all but the newest `keep`, and those
-    of later steps, which the run will not come to in the same way.
+    of later steps, since the run may reach these steps in a different state.
 
-    OSError if it cannot be written; nothing is lost then.
+    Raises OSError if it cannot be written; nothing is lost then.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
@@ -91,7 +94,7 @@ def save(
 
 
 def found(run: Path) -> dict[int, Path]:
-    """Folders of checkpoints by their step, newest first; they may be torn."""
+    """Returns the folders of checkpoints by step, newest first; they may be damaged."""
     named = {
         int(match[1]): path
         for path in (run / STATE).glob("step-*")
@@ -101,17 +104,18 @@ def found(run: Path) -> dict[int, Path]:
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, if there is one; `warn` is told of each torn one."""
+    """Returns the newest undamaged checkpoint of a run, or None; calls `warn` for each damaged
+    one."""
     for folder in found(run).values():
         fault = torn(folder)
         if fault is None:
             return _read(folder)
-        warn(f"the checkpoint {folder} is torn ({fault}): it is left out")
+        warn(f"the checkpoint {folder} is damaged ({fault}) and is ignored")
     return None
 
 
 def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint of rank 0 on every rank: others need not see its disk."""
+    """Returns rank 0's checkpoint on every rank, so that the others need no access to its disk."""
     (name, *_) = ranks.gather(own and own.folder.name)
     if ranks.size == 1 or name is None:
         return own
@@ -124,19 +128,19 @@ def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
 
 
 def torn(folder: Path) -> str | None:
-    """Why a checkpoint is not what was written; None if it is."""
+    """Returns why a checkpoint is not what was written; None if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         own = files[TENSORS]
         size = (folder / TENSORS).stat().st_size
         if size != own["size"]:
-            return f"{TENSORS} has {size} bytes of {own['size']}"
+            return f"{TENSORS} has {size} bytes instead of {own['size']}"
         if sha256(folder / TENSORS) != own["sha256"]:
-            return f"{TENSORS} has another SHA-256 than when it was written"
+            return f"the SHA-256 of {TENSORS} has changed since it was written"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is not what was written"
+        return f"{MANIFEST} has changed since it was written"
     return None
 
 
@@ -150,6 +154,6 @@ def _read(folder: Path) -> Checkpoint:
             f"{folder} is of another version of mlx-segtrain ({version}, not {VERSION}): resume "
             "with that one."
         )
-    mx.eval(tensors)  # read now: what the hash was of
+    mx.eval(tensors)  # use the bytes that were hashed
     rest["progress"] = Progress.from_json(rest["progress"])
     return Checkpoint(folder, tensors, **rest)

@@ -1,19 +1,21 @@
-"""Whether the clock on the wall agrees with the time that passes."""
+"""Detects when the wall clock disagrees with the time that has passed."""
 
 import time
 
-#: Seconds that they may drift apart between two looks: clocks are set right in small steps.
+#: Seconds by which the two may drift apart between checks: clocks are adjusted in small steps.
 SLACK = 60
 
 
 class Clock:
-    """Remembers how far wall clock and passing time are apart. A machine that slept is a jump."""
+    """Remembers the offset between the wall clock and elapsed time. Sleep of the machine shows as a
+    jump."""
 
     def __init__(self) -> None:
         self.apart = time.time() - time.monotonic()
 
     def jumped(self) -> float:
-        """Seconds by which the wall clock went too far since the last look; 0 if about none."""
+        """Returns the seconds by which the wall clock ran ahead since the last call; 0 if only
+        about none."""
         before, self.apart = self.apart, time.time() - time.monotonic()
         moved = self.apart - before
         return moved if abs(moved) > SLACK else 0.0

@@ -1,20 +1,20 @@
-"""Whether rewards have collapsed."""
+"""Detects a collapse of the rewards."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-#: Standard errors of a difference that chance does not explain, though it is asked at every step.
+#: Standard errors that chance does not explain, given that the test is repeated at every step.
 ERRORS = 5
 
 
 def collapsed(steps: Sequence[float], window: int) -> str | None:
-    """Why rewards have collapsed, as a part of a sentence; None if they have not. `steps` are the
-    mean rewards of all steps.
+    """Returns how the rewards collapsed, as part of a sentence; None if they did not. `steps` are
+    the mean rewards of all steps.
 
-    The mean of the last `window` steps (0: never) has lost more than half of what the best such
-    mean had gained over the first one, and more than chance explains.
+    They collapsed if the mean of the last `window` steps (0: never) has lost more than half of what
+    the best such mean had gained over the first, and more than chance explains.
     """
     if not window or len(steps) <= window:
         return None
@@ -32,7 +32,7 @@ def collapsed(steps: Sequence[float], window: int) -> str | None:
 
 
 def _variance(*parts: np.ndarray) -> float:
-    """Of a step's mean reward, other prompts included: half the mean square of what it differs by
-    from the step before, of which a trend makes little."""
+    """Returns the variance of a step's mean reward, including the choice of prompts: half the mean
+    square of the differences between consecutive steps, which a trend changes little."""
     moves = np.concatenate([np.diff(own) for own in parts])
     return float(np.square(moves).mean()) / 2 if moves.size else 0.0

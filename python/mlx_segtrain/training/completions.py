@@ -1,33 +1,35 @@
-"""completions.jsonl: what each step generated and how it was scored, a completion a line."""
+"""completions.jsonl: what each step generated and how it was scored, one completion per line."""
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
+#: Bytes of a line, at most, that is read back.
+MOST_LINE = 16 << 20
 
 
 class CompletionLog:
-    """The file of a run; what cannot be written is a warning, once."""
+    """The file of a run; a failed write gives one warning."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Keeps lines up to this step, or removes the file of a run that begins. InputError for a
-        file that no run has written; OSError."""
+        """Keeps lines up to this step, or removes the file if a run is new. Raises InputError for a
+        file that no run has written, and OSError."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
             first = file.readline()
         if first.endswith(b"\n") and not first.startswith(b'{"step":'):
-            raise InputError(f"{self.path} was written by no run: move it away.")
+            raise InputError(f"{self.path} was not written by a run: move it away.")
         if not step:
             self.path.unlink()
             return
@@ -43,7 +45,8 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """All of them or none, or `begin` would find their first part and remove what follows."""
+        """Writes all of the lines or none: `begin` would take part of a step as its end and remove
+        what follows."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
@@ -56,7 +59,51 @@ class CompletionLog:
                 self._warn(f"{self.path} cannot be written ({error.strerror or error})")
 
     def sync(self) -> None:
-        """Waits until the disk has all lines."""
+        """Waits until all lines are on disk."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 sync_open(file.fileno())
+
+
+def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[str, Any]]]:
+    """The last step of a file, and up to so many lines of a step, by default that one; (0, []) for
+    one with no whole line. Steps only rise, so that of a long file little is read; OSError."""
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        last = 0
+        back = 1 << 16
+        while not last and end:  # the last line may be long
+            start = max(0, end - back)
+            last = max((own["step"] for own in _lines(file, start)), default=0)
+            if not start or back >= MOST_LINE:
+                break
+            back *= 4
+        wanted = last if step is None else step
+        found: list[dict[str, Any]] = []
+        low, high = 0, end
+        while high - low > 1 << 16:  # the step begins behind low, and not behind high
+            middle = (low + high) // 2
+            first = next(_lines(file, middle), None)
+            if first is None or first["step"] >= wanted:
+                high = middle
+            else:
+                low = middle
+        for own in _lines(file, low):
+            if own["step"] > wanted or len(found) == most:
+                break
+            if own["step"] == wanted:
+                found.append(own)
+    return last, found
+
+
+def _lines(file: IO[bytes], start: int) -> Iterator[dict[str, Any]]:
+    """The whole lines from the first that begins at a place or after it."""
+    file.seek(max(0, start - 1))
+    if start:
+        while (part := file.readline(MOST_LINE)) and not part.endswith(b"\n"):
+            pass
+    while (line := file.readline(MOST_LINE)).endswith(b"\n"):
+        with suppress(ValueError, KeyError, TypeError):
+            own = json.loads(line)
+            if isinstance(own["step"], int):
+                yield own

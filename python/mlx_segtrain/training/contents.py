@@ -1,5 +1,5 @@
-"""Whether what a run would remove from its folder was written by a run: the content of folders
-decides, not their names."""
+"""Checks that what a run would remove from its folder was written by a run, by the contents of
+folders and not by their names."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from ..files import ASIDE
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
 
-#: Folders of a run that another run in its place removes.
+#: Folders of a run that a run replacing it removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
-#: What a run writes below them; `evaluated_name` names the folders of checkpoints.
+#: What a run writes below them; `evaluated_name` gives the names of the folders below checkpoints/.
 OWN = re.compile(
     rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
     rf"|checkpoints/step-\d+(-val-?[\w.]+)?(/({ADAPTER}))?|best/({ADAPTER})"
@@ -21,12 +21,13 @@ OWN = re.compile(
 
 
 def evaluated_name(step: int, loss: float | None) -> str:
-    """Of the folder in which the adapter of an evaluation is kept."""
+    """Returns the name of the folder in which the adapter of an evaluation is kept."""
     return f"step-{step:05d}" + ("" if loss is None else f"-val{loss:.4f}")
 
 
 def check_own(run: Path) -> None:
-    """InputError if a folder that would be removed holds what no run has written there."""
+    """Raises InputError if a folder that would be removed holds something that no run has
+    written."""
     waiting = [run / name for name in REMOVED]
     for place in waiting:
         if place.is_symlink() or (place.exists() and not place.is_dir()):
@@ -35,7 +36,7 @@ def check_own(run: Path) -> None:
         place = waiting.pop()
         for path in place.iterdir() if place.is_dir() else ():
             if ASIDE.fullmatch(path.name):
-                continue  # of a run that was killed
+                continue  # left by a run that was killed
             if not OWN.fullmatch(path.relative_to(run).as_posix()) or path.is_symlink():
                 raise _foreign(run, path)
             waiting.append(path)
@@ -43,6 +44,6 @@ def check_own(run: Path) -> None:
 
 def _foreign(run: Path, path: Path) -> InputError:
     return InputError(
-        f"adapter_path {run} holds {path.relative_to(run)}, which no run has written and this one "
-        "would remove: give another folder, or move it away."
+        f"adapter_path {run} holds {path.relative_to(run)}, which no run wrote and this run "
+        "would remove: choose another folder, or move it away."
     )

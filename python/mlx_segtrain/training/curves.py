@@ -1,4 +1,4 @@
-"""Loss curves of a run, as files beside its log."""
+"""Draws the loss curves of a run into files beside its log."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 
 
-#: Step and loss of every training report (`train`) and evaluation (`val`).
+#: Step and loss of every training report (`train`) and every evaluation (`val`).
 Points = dict[str, list[tuple[int, float]]]
 
 
 def metrics(log: Path) -> list[events.Event]:
-    """The metrics in a metrics.jsonl; none if no step was finished."""
+    """Returns the metrics in a metrics.jsonl; empty if no step was finished."""
     if not log.exists():
         return []
     lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
@@ -41,7 +41,7 @@ def points(found: Iterable[events.Event]) -> Points:
 
 
 def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    from matplotlib.figure import Figure  # pyplot needs a display and has global state
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -57,7 +57,8 @@ def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
 
 
 def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
-    """Draws loss.png and loss.svg beside a metrics.jsonl; OSError if they are not written."""
+    """Draws loss.png and loss.svg beside a metrics.jsonl. Raises OSError if they cannot be
+    written."""
     figure = figure_of(points(metrics(log)), title, unit)
     files = [log.with_name(f"loss.{form}") for form in FORMATS]
     for file in files:
@@ -67,7 +68,7 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
-    """The curves of a run that is over; it is not lost for want of a picture."""
+    """Draws the curves of a finished run; a failure only gives a warning."""
     heading = title(config.model_dir)
     heading += f" on {config.data_dir.name}" if config.data_dir else ""
     try:

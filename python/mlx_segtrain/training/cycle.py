@@ -1,15 +1,14 @@
-"""A step of grpo: completions by the adapter as it is, their rewards, and updates on them.
+"""A step of grpo: generates completions with the current adapter, scores them, and updates on them.
 
-The base stays where it is: its linears get the adapter for the completions, and the chain of the
-updates is over the same weights. All random numbers follow from the seed of the run, the step, the
+The base model is not moved: its linear layers get the adapter for the completions, and the chain of
+the updates uses the same weights. All random numbers follow from the seed of the run, the step, the
 prompt and the number of the completion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 import mlx.core as mx
@@ -17,45 +16,46 @@ import numpy as np
 
 from ..config import ROWS, TrainConfig
 from ..data import AnyBatch, Batch, Dataset, Row, eval_batches
-from ..errors import InputError, NoMemory, is_out_of_memory
+from ..errors import InputError, NoMemory, RunError, is_out_of_memory
 from ..generation.decoding import Options
-from ..generation.rollouts import Completion, Policy, complete
+from ..generation.rollouts import Completion, Monologue, Policy, Talk, complete, seed_of
 from ..lora import Adapter
 from ..models import Chain
 from ..models.adapting import attached
 from ..objectives import Grpo, value
 from ..objectives.grpo import NOTHING, advantages, with_log_probs
 from ..rewards import Function, Rewards, Scores
+from ..rewards.environments import Conversation
 from ..schedule import Grads
 from .setup import with_params
 from .state import Iterate, Outcome
 from .step import Stepper
 
 
-def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards | None:
+def rewards_of(
+    config: TrainConfig,
+    functions: Sequence[Function] = (),
+    environment: Callable[[], Any] | None = None,
+) -> Rewards | None:
     """The rewards of a run whose rows are prompts; None for others. InputError."""
     if ROWS[config.method] == "prompt":
-        return Rewards.of(config, functions)
+        return Rewards.of(config, functions, environment)
     if functions:
         raise InputError(
-            "rewards has no effect outside of method grpo: leave it out.", field="rewards"
+            "rewards has no effect unless method is grpo: leave it out.", field="rewards"
         )
     return None
 
 
-def seed_of(*what: int) -> int:
-    """A seed that is a function of these numbers."""
-    digest = blake2b(",".join(map(str, what)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions of each prompt, and how they were scored, in the same order."""
+    """Completions of each prompt, and how they were scored, in the same order; and the
+    conversations, where there is an environment."""
 
     rows: list[Row]
     completions: list[list[Completion]]
     scores: Scores
+    talks: list[Conversation]
 
     @property
     def flat(self) -> list[Completion]:
@@ -63,15 +63,26 @@ class Rollouts:
 
     @property
     def rewards(self) -> np.ndarray:
-        """[P, G]"""
+        """The rewards [P, G]."""
         return np.array(self.scores.total).reshape(len(self.rows), -1)
 
+    @property
+    def truncated(self) -> float:
+        """The part of completions that did not end by themselves."""
+        return float(np.mean([own.finish != "stop" for own in self.flat]))
+
     def means(self) -> dict[str, float]:
-        """The mean reward, that of each, and the mean length."""
+        """The mean reward, that of each, and the mean length; of conversations how many turns they
+        have, and what part of their calls of tools failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.scores.by_name) > 1:
             found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
-        return found | {"length": float(np.mean([len(own.tokens) for own in self.flat]))}
+        found["length"] = float(np.mean([own.length for own in self.flat]))
+        if self.talks:
+            found["turns"] = float(np.mean([own.turns for own in self.flat]))
+        if calls := sum(own.calls for own in self.talks):
+            found["failed_calls"] = sum(own.failed for own in self.talks) / calls
+        return found
 
 
 def roll_out(
@@ -83,28 +94,55 @@ def roll_out(
     rows: list[Row],
     options: list[list[Options]],
 ) -> Rollouts:
-    """Completions of prompts by a base with an adapter, and their scores; RunError."""
+    """Generates completions of prompts with a base model and an adapter, and scores them. Raises
+    RunError."""
     assert isinstance(config.rollout_batch, int)
-    prompts = [row.ids.tolist() for row in rows]
+    talks: list[list[Talk]] = []
+    for row, own in zip(rows, options, strict=True):
+        if rewards.environments is None:
+            talks.append([Monologue(row.ids.tolist())] * len(own))
+            continue
+        how = (rewards.environments, policy.tokenizer, config, row)
+        talks.append([Conversation(*how, one.seed or 0) for one in own])
+    options = [
+        [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
+        for row, *own in zip(rows, talks, options, strict=True)
+    ]
     # On a CPU our op takes a fourth of the time of MLX's own for the head of many rows.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
-        made = complete(policy, prompts, options, config.rollout_batch)
+        made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
     given = [row.given or {} for row, own in zip(rows, made, strict=True) for _ in own]
     flat = [own for group in made for own in group]
-    scores = rewards(given, [x.text for x in flat], [len(x.tokens) for x in flat])
-    return Rollouts(rows, made, scores)
+    held = [own for group in talks for own in group if isinstance(own, Conversation)]
+    columns = {}
+    if held:
+        columns["environments"] = [own.environment for own in held]
+        columns["messages"] = [own.messages[own.begun :] for own in held]
+    scores = rewards(given, [x.text for x in flat], [x.length for x in flat], columns)
+    return Rollouts(rows, made, scores, held)
+
+
+def _within(options: Options, talk: Talk, row: Row) -> Options:
+    """With the tokens that a completion may have after what `reset` has added to its prompt."""
+    added = len(talk.prompt) - len(row)
+    if added >= options.max_tokens:
+        raise RunError(
+            f"{row.source}: reset of the environment adds {added} tokens to the prompt, and "
+            "max_completion_tokens leaves no turn after it: raise it."
+        )
+    return replace(options, max_tokens=options.max_tokens - added)
 
 
 def options_of(config: TrainConfig, seed: int) -> Options:
-    """How a completion is drawn."""
+    """Returns how a completion is sampled."""
     how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
     return Options(max_tokens=config.max_completion_tokens, **how)
 
 
 @dataclass
 class Cycle(Stepper):
-    """Takes steps whose data are made in them; a batch gives the prompts."""
+    """Takes steps whose data is generated within them; a batch provides the prompts."""
 
     rewards: Rewards = field(kw_only=True)
 
@@ -119,7 +157,7 @@ class Cycle(Stepper):
         return self._made
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Nothing: which kernels a step takes is known once it has completions."""
+        """Does nothing: the kernels that a step needs are unknown until it has completions."""
 
     def __call__(
         self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
@@ -142,7 +180,7 @@ class Cycle(Stepper):
         try:
             batches: list[AnyBatch] = [*self._with_references(params, self._batches(data))]
             start, new, outcome = at, at, None
-            for _ in range(config.updates_per_step):  # all at the rate of this step
+            for _ in range(config.updates_per_step):  # all at this step's learning rate
                 new, outcome = super().__call__(replace(new, step=start.step), batches, losses)
         finally:
             self.setup = prompts
@@ -152,11 +190,13 @@ class Cycle(Stepper):
         return new, replace(outcome, metrics=metrics)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Minus the mean reward of one greedy completion of each prompt, as a loss; and rewards."""
+        """Returns minus the mean reward of one greedy completion per prompt, as a loss, and the
+        rewards."""
         setup = self.setup
         assert setup.valid is not None
         rows = list(setup.valid.rows)
-        options = [[replace(options_of(setup.config, 0), temperature=0.0)] for _ in rows]
+        seeds = (seed_of(setup.config.seed, i) for i in range(len(rows)))
+        options = [[replace(options_of(setup.config, x), temperature=0.0)] for x in seeds]
         params = setup.layout.split(at.vector)
         means = self._roll_out(at.step, params, rows, options).means()
         return -means["reward"], means
@@ -164,8 +204,9 @@ class Cycle(Stepper):
     def _roll_out(
         self, step: int, params: Grads, rows: list[Row], options: list[list[Options]]
     ) -> Rollouts:
-        """With these factors of the adapter; NoMemory. MLX may take the whole budget, and not only
-        what the plan of the updates does; caches of the completions are freed after it."""
+        """Generates with these factors of the adapter. Raises NoMemory. MLX may use the whole
+        budget, not only what the plan of the updates takes; the caches of the completions are freed
+        at the end."""
         setup, plan = self.setup, self.setup.plan
         policy = Policy(setup.model, setup.tokenizer, setup.chain.max_length)
         adapter = with_params(setup.chain, setup.scales, params)
@@ -181,44 +222,44 @@ class Cycle(Stepper):
             if before is not None:
                 mx.set_memory_limit(before)
             mx.clear_cache()
-            # What the updates take is measured apart, by which their plan is judged.
+            # The memory of the updates is measured separately, because their plan is judged by it.
             self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
             mx.reset_peak_memory()
-        # Outside of the handler: the exception's frames hold arrays.
+        # Outside of the handler, because the exception's frames hold arrays.
         at_once = setup.config.rollout_batch
         raise NoMemory(
             f"step {step}: the device has no memory for generating {at_once} completions at once "
-            f"({reason}): free memory and go on, or with a lower rollout_batch, or begin with a "
-            "lower max_completion_tokens."
+            f"({reason}): free memory and resume, perhaps with a lower rollout_batch, or start "
+            "with a lower max_completion_tokens."
         )
 
     def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
-        """The completions that the loss depends on, as rows."""
+        """Returns the completions that the loss depends on, as rows."""
         config, flat = self.setup.config, found.flat
         kept = np.array([own.finish == "stop" or not config.mask_truncated for own in flat])
-        lengths = np.array([len(own.tokens) for own in flat])
+        lengths = np.array([own.length for own in flat])
         weights = self.objective.weights(lengths, kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
         if not counted.any():  # the optimizer takes a step without a gradient
-            shortest = int(lengths.argmin())
+            shortest = int(np.argmin([len(own.tokens) for own in flat]))
             weights[shortest], counted[shortest] = NOTHING, True
         rows = []
         for i in np.flatnonzero(counted):
             own, (p, j) = flat[i], divmod(int(i), gains.shape[1])
-            prompt = found.rows[p]
-            before = np.zeros(len(prompt), np.float32)
+            before = np.zeros(len(own.prompt), np.float32)
 
             def after(values: Any, own=own, before=before) -> np.ndarray:
-                return np.concatenate([before, np.full(len(own.tokens), values, np.float32)])
+                """0 where a token was not drawn: it is context."""
+                return np.concatenate([before, np.where(own.drawn, values, 0).astype(np.float32)])
 
             numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}
-            ids = np.concatenate([prompt.ids, np.array(own.tokens, np.int32)])
-            source = f"{prompt.source}, completion {j + 1}"
+            ids = np.array([*own.prompt, *own.tokens], np.int32)
+            source = f"{found.rows[p].source}, completion {j + 1}"
             rows.append(Row(ids, after(weights[i]), source, numbers=numbers))
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
-        """Packed into passes of max_seq_length tokens, or padded."""
+        """Returns the batches: packed into passes of max_seq_length tokens, or padded."""
         most = self.setup.config.max_seq_length
         if self.setup.config.packing:
             found: Any = eval_batches(data.in_rows_of(most), 1)
@@ -227,7 +268,7 @@ class Cycle(Stepper):
         return list(found)
 
     def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:
-        """With the log-probabilities that the loss compares with, where it does."""
+        """Adds the log-probabilities that the loss compares with, if it does."""
         setup, config = self.setup, self.setup.config
         wanted: list[tuple[str, Any, Any]] = []
         if config.updates_per_step > 1:
@@ -244,29 +285,32 @@ class Cycle(Stepper):
 
     def _metrics(self, found: Rollouts) -> dict[str, float]:
         spread = found.rewards.std(1)
-        truncated = float(np.mean([own.finish == "length" for own in found.flat]))
         return {
             **found.means(),
             "reward_std": float(spread.mean()),
             "equal_groups": float(np.mean(spread == 0)),
-            "truncated": truncated,
+            "truncated": found.truncated,
         }
 
 
 def _lines(step: int, found: Rollouts, gains: np.ndarray) -> Iterator[dict[str, Any]]:
-    """What completions.jsonl has of a step."""
+    """Yields the lines of a step for completions.jsonl."""
     scores = found.scores
     for i, own in enumerate(found.flat):
         p, j = divmod(i, gains.shape[1])
-        yield {
+        line = {
             "step": step,
             "row": found.rows[p].source,
             "completion": j + 1,
             "prompt": (found.rows[p].given or {}).get("prompt"),
             "text": own.text,
-            "tokens": len(own.tokens),
+            "tokens": own.length,
             "finish": own.finish,
             "reward": scores.total[i],
             "rewards": {name: values[i] for name, values in scores.by_name.items()},
             "advantage": float(gains[p, j]),
         }
+        if found.talks:
+            talk = found.talks[i]
+            line["messages"] = talk.messages[talk.begun :]
+        yield line

@@ -1,4 +1,4 @@
-"""Why a step must not be taken: which row, and where numbers first stopped being finite."""
+"""Finds why a step must not be taken: which row, and where numbers first became non-finite."""
 
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from .state import Iterate
 
 @dataclass(frozen=True)
 class Fault:
-    """What the report of a step that was not taken holds: `step` from 1, rows as "file:line".
+    """The report of a step that was not taken: `step` counts from 1, rows are "file:line".
 
-    `tensor` is the first that is not finite: a factor of the adapter, what a layer gives, or the
+    `tensor` is the first that is not finite: a factor of the adapter, the output of a layer, or the
     gradient of a factor. `losses` are those before a spike.
     """
 
@@ -33,14 +33,14 @@ class Fault:
 
     @property
     def place(self) -> str:
-        """Rows and tensor in words."""
+        """The rows and the tensor in words."""
         more = f" and {len(self.rows) - 3} more" if len(self.rows) > 3 else ""
         where = f" (first in {self.tensor})" if self.tensor else ""
         return f"on {', '.join(self.rows[:3])}{more}{where}"
 
 
 def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
-    """The rows of these batches by their index, as "file:line"."""
+    """Returns the rows of these batches by index, as "file:line"."""
     indices = sorted({int(i) for batch in accumulated for i in batch.rows})
     return {i: setup.train.rows[i].source for i in indices}
 
@@ -48,10 +48,10 @@ def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
 def first_nonfinite(
     setup: Setup, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
 ) -> tuple[list[str], str | None]:
-    """The row, and the tensor, where numbers stop being finite.
+    """Returns the row, and the tensor, where numbers first become non-finite.
 
-    Runs each row alone, forward, until one is not finite. It is all rows if none is, or there is no
-    memory to look.
+    Runs each row alone, forward only, until one is non-finite. Returns all rows if none is, or if
+    there is no memory to check.
     """
     rows, names = rows_of(setup, accumulated), setup.layout.names
     if bad := names(~mx.isfinite(at.vector)):
@@ -68,8 +68,8 @@ def first_nonfinite(
 
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
-    """What several ranks found in their shares of a step: what one of them saw going through a row,
-    or all rows if none did."""
+    """Combines what several ranks found in their shares of a step: the row and tensor that one of
+    them found in a forward pass, or all rows if none did."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor
@@ -77,7 +77,8 @@ def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], 
 
 
 def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
-    """What a layer or the head gives that is not finite, by name."""
+    """Returns the name of the first non-finite output of a layer or the head; None if there is
+    none."""
     found: list[str] = []
 
     def watched(stage: Stage) -> Stage:
@@ -86,7 +87,7 @@ def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
             outs = out if isinstance(out, tuple | list) else (out,)
             for name, x in zip(stage.writes, outs, strict=False):
                 if not mx.isfinite(x).all():
-                    found.append(f"{name} behind {stage.name}")
+                    found.append(f"{name} after {stage.name}")
             return out
 
         return replace(stage, fn=fn)

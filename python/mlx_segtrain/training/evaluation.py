@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss of a token, a pair or a row, over a whole set."""
+"""Evaluation: the mean loss per token, pair or row over a whole data set."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ..data.dataset import Split
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
-from ..objectives import Objective, named, objective_of, total_of, value
+from ..objectives import Objective, Value, baseline_of, named, objective_of, value, with_baseline
 from ..schedule import Params
 from .policy import run_policy
 from .ranks import ALONE, Ranks
@@ -26,10 +26,10 @@ TELL_S = 0.5
 
 @dataclass(frozen=True)
 class EvalResult:
-    """loss in nats per token over `tokens` supervised tokens of `rows` rows.
+    """The loss in nats per token over `tokens` tokens in the loss of `rows` rows.
 
-    Of preference methods the loss is a pair's or a row's, and `metrics` are accuracy, margin,
-    rewards and, of kto, kl.
+    With preference methods the loss is per pair or row, and `metrics` are accuracy, margin, rewards
+    and, for kto, kl.
     """
 
     loss: float
@@ -49,15 +49,18 @@ def measure(
     dataset: Dataset,
     batch_size: int,
     ranks: Ranks = ALONE,
+    value: Value = value,
     tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Loss and metrics of an objective over all rows, forward only, of which each rank runs its
-    share. `tell` learns now and then how far this is."""
-    batches = list(eval_batches(dataset, batch_size))
-    total = total_of(objective, chain, scales, params, batches)
+    """Computes the loss and metrics of an objective over all rows, forward only; each rank runs its
+    share. `tell` receives the progress from time to time."""
+    every = list(eval_batches(dataset, batch_size))
+    batches, total = ranks.share(every), objective.total(every)
+    own = baseline_of(objective, chain, scales, params, batches, total, value)
+    total = with_baseline(objective, total, sum(ranks.gather(own)))
     sums = [0.0] * (1 + len(objective.metrics))
     begin = told = time.monotonic()
-    for n, batch in enumerate(ranks.share(batches), 1):
+    for n, batch in enumerate(batches, 1):
         outputs = value(objective, chain, scales, params, batch, total)
         sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
         now = time.monotonic()
@@ -75,13 +78,14 @@ def evaluate(
     split: Split = "valid",
     on_event: events.OnEvent | None = None,
 ) -> EvalResult:
-    """Loss of a model, with an adapter or without, on a split of the configuration's data.
+    """Computes the loss of a model, with or without an adapter, on a split of the configuration's
+    data.
 
-    `on_event` is told what is downloaded, and how far the evaluation is. InputError for what cannot
-    be read or does not fit.
+    `on_event` receives the progress of downloads and of the evaluation. Raises InputError for what
+    cannot be read or does not fit.
     """
     if ROWS[config.method] == "prompt":
-        raise InputError(f"method {config.method} has no loss of rows: call score for its rewards.")
+        raise InputError(f"method {config.method} has no loss per row: call score for its rewards.")
     tell = on_event or (lambda event: None)
     config = hub.located(config, tell)
     if adapter_path:
@@ -91,7 +95,7 @@ def evaluate(
         dataset = load_split(config.data_dir, *how, on_event)
         if dataset is None:
             raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: measure on the training rows "
+                f"data_dir {config.data_dir} has no validation rows: evaluate on the training rows "
                 "with --split train, add a file valid.jsonl, or set val_split."
             )
         _, chain = load_chain(config, dataset)

@@ -1,6 +1,7 @@
-"""Signals that end a run: taken at once while it computes, held back while it writes.
+"""Signals that end a run: handled at once while it computes, held back while it writes.
 
-On several ranks, which end after the same step, they are held back until all know of them.
+With several ranks, which must end after the same step, signals are held back until all ranks know
+of them.
 """
 
 import signal
@@ -13,27 +14,28 @@ from typing import Any
 
 from .ranks import ALONE, Ranks
 
-#: Ctrl-C, the system's request to end, and a terminal that was closed; and what they do unless
-#: somebody has decided otherwise (as nohup does).
+#: Ctrl-C, the system's request to end, and the closing of the terminal; and their default handlers,
+#: which apply unless somebody has set others (as nohup does).
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
 }
-#: Seconds in which signals are taken for one: a terminal that is closed sends several.
+#: Seconds in which several signals count as one: closing a terminal sends several.
 PATIENCE = 2.0
 
 
 class Interrupts:
-    """Within it a signal raises KeyboardInterrupt in the next, or the present, `allowed`.
+    """While it is active, a signal raises KeyboardInterrupt inside the current or the next
+    `allowed`.
 
-    One that comes PATIENCE seconds after it, or later, ends the process at once, which costs no
-    more than a power cut. Only the main thread gets signals: elsewhere this does nothing.
+    A second signal, PATIENCE seconds later or after that, kills the process, which costs no more
+    than a power cut. Only the main thread receives signals; in other threads this does nothing.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
-        self.asked: float | None = None  # when
+        self.asked: float | None = None  # the time of the first signal
         self.open = False
         self.before: dict[signal.Signals, Any] = {}
 

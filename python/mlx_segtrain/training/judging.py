@@ -1,4 +1,4 @@
-"""Scores of an adapter while it is trained, besides its loss."""
+"""Scores an adapter during training, besides its loss."""
 
 import json
 import math
@@ -21,7 +21,8 @@ Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
 def numbers(found: Any) -> dict[str, float]:
-    """A score as numbers by name; ValueError if it is something else or not finite."""
+    """Returns a score as numbers by name. Raises ValueError if it is something else or not
+    finite."""
     named = found if isinstance(found, Mapping) else {"score": found}
     for name, x in named.items():
         if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
@@ -30,16 +31,17 @@ def numbers(found: Any) -> dict[str, float]:
 
 
 def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
-    """What `eval_command` prints for the adapter, or why there is nothing, in a sentence.
+    """Returns the scores that `eval_command` prints for the adapter, or a sentence that says why
+    there are none.
 
-    A command that fails does not end the run; InputError if it cannot be started at all.
+    A command that fails does not end the run. Raises InputError if it cannot be started at all.
     """
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:
         try:
             write_adapter(Path(folder), adapter, About.of(config))
         except OSError as error:
-            return f"no adapter for eval_command in {folder}: {error.strerror or error}"
+            return f"cannot write the adapter to {folder}: {error.strerror or error}"
         command = [x.replace("{adapter}", folder) for x in shlex.split(config.eval_command)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,9 +50,9 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
             raise InputError(said) from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
-        return f"eval_command ended with {done.returncode}: {' '.join(last)}"
+        return f"eval_command failed with exit code {done.returncode}: {' '.join(last)}"
     lines = done.stdout.strip().splitlines()
     try:
         return numbers(json.loads(lines[-1]))
     except (IndexError, ValueError):
-        return f"eval_command printed no number at the end, but {lines[-1:]}"
+        return f"the last line that eval_command printed is not a number: {lines[-1:]}"

@@ -1,4 +1,4 @@
-"""What a run writes to its folder, besides the log: checkpoints, adapters, reports."""
+"""What a run writes to its folder besides the log: checkpoints, adapters, reports."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,9 +22,9 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. A write that fails is a warning where the run can do without it.
+    """The folder of a run. A failed write is only a warning where the run can do without the file.
 
-    `unwritten` is the best adapter and what its card says, as long as it could not be written.
+    `unwritten` is the best adapter with the data of its card, until it can be written.
     """
 
     setup: Setup
@@ -41,16 +41,16 @@ class Keeper:
         self.completions = CompletionLog(self.path, self.warn)
 
     def open(self, state: State, start: Start, same: bool) -> None:
-        """Puts the folder back to where it was at the checkpoint; or removes what an overwritten
-        run has left, but for its adapter, which stays until there is another.
+        """Restores the folder to its state at the checkpoint; or removes what an overwritten run
+        has left, except its adapter, which stays until there is another.
 
-        `same`: the run goes on exactly as it would have, so adapters of later steps stay.
-        InputError if nothing can be written, or another run has used the folder meanwhile.
+        `same`: the run continues exactly as it would have, so adapters of later steps stay. Raises
+        InputError if nothing can be written, or if another run has used the folder meanwhile.
         """
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
             raise InputError(
-                f"adapter_path {path} was used by another run while this one loaded: begin again."
+                f"adapter_path {path} was used by another run while this one loaded: start again."
             )
         try:
             for folder in (path, path / "best", path / "checkpoints", path / checkpoint.STATE):
@@ -69,16 +69,17 @@ class Keeper:
             self.made_of.write()
         except OSError as error:
             raise InputError(
-                f"adapter_path {path} cannot be written ({error.strerror or error}): make room, "
-                "give access, or choose another folder."
+                f"adapter_path {path} cannot be written ({error.strerror or error}): free disk "
+                "space, change permissions, or choose another folder."
             ) from error
         made_of = self.made_of.values
         self.log.write(events.meta(made_of["config"], made_of["id"], state.step))
 
     def _forget(self, state: State) -> None:
-        """Removes adapters of later steps: the run will not come to them as it was.
+        """Removes adapters of later steps, because the run may now reach these steps in a different
+        state.
 
-        If this step's was the best before them, it is again.
+        If this step's adapter was the best before them, it becomes the best again.
         """
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
             if (step_of(folder) or 0) > state.step:
@@ -89,12 +90,22 @@ class Keeper:
             self.unwritten = self.adapter(state), self._about(state)
 
     def adapter(self, state: State) -> Adapter:
-        """The adapter after the last finished step."""
+        """Returns the adapter after the last finished step."""
         setup = self.setup
         return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the adapter, by path."""
+        found = self.setup.layout.entries
+        return {
+            name.removesuffix(".lora_a"): shape[1]
+            for _, name, shape in found
+            if name.endswith(".lora_a")
+        }
+
     def _about(self, state: State) -> About:
-        """What the card says of the adapter as it is now."""
+        """Returns what the model card says of the current adapter."""
         setup, progress = self.setup, state.progress
         facts = {"data": self.made_of.data, "trained on": setup.train.summary}
         if setup.remarks:
@@ -108,13 +119,13 @@ class Keeper:
         return About.of(setup.config, state.step, facts)
 
     def checkpoint(self, state: State) -> None:
-        """Writes the state; RunError, after that, if the model is no longer what it was."""
+        """Writes the state. Then raises RunError if the model's files have changed."""
         self._write_best()
         if self._attempt(self.path, lambda: self._write(state)):
             self.made_of.check_model(state.step)
 
     def last(self, state: State) -> None:
-        """The last finished step, for good; RunError if the disk does not take it."""
+        """Saves the last finished step for good. Raises RunError if it cannot be written."""
         self._write_best()
         try:
             self.log.ensure()
@@ -123,12 +134,12 @@ class Keeper:
         except OSError as error:
             reason = error.strerror or error
             raise RunError(
-                f"step {state.step}: {self.path} cannot be written ({reason}): make room or give "
-                "access, and resume from the last checkpoint there."
+                f"step {state.step}: {self.path} cannot be written ({reason}): free disk space or "
+                "change permissions, and resume from the last checkpoint there."
             ) from error
 
     def _write(self, state: State) -> None:
-        """Checkpoint and adapter."""
+        """Writes the checkpoint and the adapter."""
         self.completions.sync()
         checkpoint.save(
             self.path,
@@ -139,11 +150,11 @@ class Keeper:
             apart=self.setup.apart,
         )
         write_adapter(self.path, self.adapter(state), self._about(state))
-        if not (self.path / record.NAME).exists():  # the folder had vanished
+        if not (self.path / record.NAME).exists():  # the folder was deleted meanwhile
             self.made_of.write()
 
     def best(self, state: State) -> None:
-        """The adapter as the best there is; one that cannot be written is tried again later."""
+        """Saves the adapter as the best one; a failed write is retried later."""
         self.unwritten = self.adapter(state), self._about(state)
         self._write_best()
 
@@ -155,7 +166,7 @@ class Keeper:
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
-        """The adapter of an evaluation, whole or not there."""
+        """Saves the adapter of an evaluation, completely or not at all."""
         folder = self.path / "checkpoints" / name
 
         def write() -> None:
@@ -169,7 +180,7 @@ class Keeper:
         self._attempt(file, lambda: write_json(file, asdict(fault)))
 
     def result(self, result: TrainResult, vals: list[dict[str, float]]) -> None:
-        """metrics.json."""
+        """Writes metrics.json."""
         train, valid = self.setup.train, self.setup.valid
         values = {
             "config": self.made_of.values["config"],
@@ -190,7 +201,7 @@ class Keeper:
             self.log.ensure()
             write()
         except OSError as error:
-            self.warn(f"{path} cannot be written ({error.strerror or error}): the run goes on")
+            self.warn(f"{path} cannot be written ({error.strerror or error}): the run continues")
             return False
         return True
 
@@ -203,7 +214,8 @@ NOTHING: Any = _nothing
 
 
 class Bystander(Keeper):
-    """Of a rank that writes nothing: the folder is that of rank 0, maybe on another machine."""
+    """The Keeper of a rank that writes nothing: the folder belongs to rank 0, which may be on
+    another machine."""
 
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)

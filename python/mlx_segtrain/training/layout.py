@@ -1,6 +1,8 @@
-"""An adapter's factors as one vector: an optimizer step is some kernels, not some a factor."""
+"""An adapter's factors as one vector, so that an optimizer step takes a few kernels and not a few
+per factor."""
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,7 +13,8 @@ from ..schedule import Grads, Params
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each factor stands in the vector: stage, name, shape; every A, then every B."""
+    """The position of each factor in the vector: stage, name, shape; first every A, then every
+    B."""
 
     entries: tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -25,16 +28,36 @@ class Layout:
         return cls(tuple(sorted(entries, key=lambda entry: entry[1].endswith("lora_b"))))
 
     @property
+    def size(self) -> int:
+        """Numbers in the vector."""
+        return sum(math.prod(shape) for _, _, shape in self.entries)
+
+    def parts(self, count: int) -> list["Layout"]:
+        """The whole, or that up to the first B and that from there on."""
+        if count == 1:
+            return [self]
+        return [
+            Layout(tuple(own for own in self.entries if own[1].endswith("lora_b") is b))
+            for b in (False, True)
+        ]
+
+    def of_owners(self, owners: Container[str]) -> "Layout":
+        """The factors of these stages."""
+        return Layout(tuple(own for own in self.entries if own[0] in owners))
+
+    @property
     def first_b(self) -> int:
-        """Where the first B begins."""
+        """The position of the first B."""
         return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
 
     def join(self, params: Params) -> mx.array:
         """The factors, or their gradients, as a float32 vector."""
+        if not self.entries:  # of a rank in whose layers nothing learns
+            return mx.zeros((0,))
         return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
     def split(self, vector: mx.array) -> Grads:
-        """Views of the vector by stage and name."""
+        """Returns views of the vector by stage and name."""
         params: Grads = {}
         begin = 0
         for stage, name, shape in self.entries:
@@ -44,7 +67,7 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Names of the factors that have a marked element."""
+        """Returns the names of the factors that have a marked element."""
         return [
             name
             for own in self.split(marked).values()

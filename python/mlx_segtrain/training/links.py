@@ -1,7 +1,7 @@
-"""Connections between the ranks of a run, beside MLX's own: they tell who is lost (watch.py).
+"""Connections between the ranks of a run, besides MLX's own, which report lost ranks (watch.py).
 
-Each rank listens on one address until all others have connected, and never again. Nobody is let in
-without the secret that the ranks exchange through MLX.
+Each rank listens on one address until all others have connected, and never again. A connection is
+accepted only with the secret that the ranks exchange through MLX.
 """
 
 import hmac
@@ -18,19 +18,19 @@ from typing import Any
 from . import watch
 from .watch import Lost, Watch
 
-#: Seconds that all have to connect, and bytes of a message at most.
+#: Seconds in which all ranks must connect, and the maximum bytes of a message.
 TO_CONNECT, MOST = 60.0, 1 << 16
-#: Seconds that one who connects has to say who it is.
+#: Seconds in which a peer that connects must identify itself.
 TO_GREET = 5.0
-#: Seconds between two looks at the clock.
+#: Seconds between two checks of the clock.
 LOOK = 0.1
 
 
 class Links:
-    """A thread that keeps a Watch, from the moment when all are connected.
+    """A thread that runs a Watch, from the moment when all ranks are connected.
 
-    `gather` gives what each rank says to all, by rank; `on_lost` is called by the thread, once.
-    OSError if not all ranks can be reached.
+    `gather` sends what each rank says to all, and returns it by rank; the thread calls `on_lost`
+    once. Raises OSError if not all ranks can be reached.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Links:
         return made
 
     def _accept(self, server: socket.socket, missing: set[int]) -> None:
-        """Lets in who knows the secret; others are hung up on."""
+        """Accepts peers that know the secret and hangs up on others."""
         deadline = time.monotonic() + TO_CONNECT
         while missing:
             server.settimeout(max(0.1, deadline - time.monotonic()))
@@ -110,7 +110,7 @@ class Links:
                     self.on_lost()
 
     def _read(self, r: int) -> bool:
-        """Takes what has arrived; False at the end of the connection."""
+        """Reads what has arrived; returns False at the end of the connection."""
         try:
             found = self._sockets[r].recv(MOST)
         except BlockingIOError:
@@ -124,7 +124,7 @@ class Links:
         return bool(found) and len(rest) <= MOST
 
     def _flush(self) -> None:
-        """Sends what the watch wants sent; to a rank that does not read it waits here."""
+        """Sends the watch's messages; those for a rank that does not read wait here."""
         for to, message in self.watch.out:
             line = json.dumps(message).encode() + b"\n"
             for r in to:
@@ -141,19 +141,18 @@ class Links:
                 unsent.clear()
 
     def waits(self, yes: bool) -> None:
-        """This rank begins, or ceases, to wait for all others."""
+        """This rank begins, or ceases, to wait for others."""
         with self._lock:
             self.watch.waits = yes
-            self.watch.at[self.watch.rank] += yes
+            self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Ranks that this one waits for."""
-        at = self.watch.at
-        return [r for r in self.watch.others if at[r] < at[self.watch.rank]]
+        """Ranks that others wait for: those that wait for nobody."""
+        return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property
     def suspects(self) -> bool:
-        """Whether a rank is lost, though it is not yet decided which one is named."""
+        """Whether a rank is lost, even if the ranks have not yet agreed on which one to name."""
         return bool(self.watch.lost)
 
     @property
@@ -161,14 +160,15 @@ class Links:
         return self.watch.decided
 
     def fail(self, why: str) -> None:
-        """Tells all others that this rank cannot go on, unless they know who is lost."""
+        """Tells all others that this rank cannot continue, unless they know which rank is lost."""
         with self._lock:
             if self.watch.decided is None:
                 self.watch.fail(why, time.monotonic())
                 self._flush()
 
     def close(self) -> None:
-        """Leaves. A rank that has failed, or has found one, stays until all have been told."""
+        """Leaves. A rank that failed, or found a lost one, stays until all others have been
+        told."""
         deadline = time.monotonic() + 2 * self.watch.settle
         while self.watch.lost and self.watch.decided is None and time.monotonic() < deadline:
             time.sleep(LOOK)

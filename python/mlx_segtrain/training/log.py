@@ -1,4 +1,4 @@
-"""metrics.jsonl: every event of a run as a line; its lock says whose the folder is."""
+"""metrics.jsonl: every event of a run on one line. Its lock shows which run uses the folder."""
 
 import json
 import os
@@ -15,9 +15,9 @@ NAME = "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
-    """InputError if a live run uses this folder, or that cannot be found out."""
+    """Raises InputError if a running run uses this folder, or if that cannot be determined."""
     try:
-        # To be written: some network file systems lock nothing else.
+        # Opened for writing, because some network file systems lock nothing else.
         with open(folder / NAME, "r+b") as file:
             _claim(file, folder)
     except FileNotFoundError:
@@ -39,8 +39,8 @@ def _claim(file: Any, folder: Path) -> None:
     if metas and metas[-1].endswith(b"\n"):
         owner = f" (process {json.loads(metas[-1])['pid']})"
     raise InputError(
-        f"adapter_path {folder} is in use by a run that goes on{owner}: choose another folder, or "
-        "wait for its end."
+        f"adapter_path {folder} is in use by another run{owner}: choose another folder, or "
+        "wait until it ends."
     )
 
 
@@ -55,9 +55,9 @@ class NoLog:
 
 
 class RunLog:
-    """Open, and locking the folder, from the first line of a run to its end.
+    """The log of a run: open, with the folder locked, from the first line to the end of the run.
 
-    What cannot be written waits in memory for the next event, and `warn` is told once.
+    What cannot be written waits in memory for the next event, and `warn` is called once.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
@@ -71,11 +71,11 @@ class RunLog:
             raise InputError(_cannot(folder, error)) from None
 
     def _open(self, flags: int = 0) -> Any:
-        # Not O_APPEND: some network file systems have none that holds.
+        # Not O_APPEND, which some network file systems do not implement reliably.
         number = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | flags, 0o644)
         file = os.fdopen(number, "r+b", 0)
         try:
-            _claim(file, self.folder)  # once more: another may have begun while this one loaded
+            _claim(file, self.folder)  # again: another run may have started while this one loaded
         except InputError:
             file.close()
             raise
@@ -102,10 +102,11 @@ class RunLog:
     def _failed(self, error: OSError) -> None:
         if not self.warned:
             self.warned = True
-            self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}): its lines wait")
+            self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}); its lines wait")
 
     def sync(self) -> int:
-        """Waits until the disk has all lines; the bytes they are, with those that still wait."""
+        """Waits until all lines are on disk; returns their bytes, including lines that are still
+        waiting."""
         self._flush()
         try:
             sync_open(self.file.fileno())
@@ -114,10 +115,10 @@ class RunLog:
         return self.file.tell() + len(self.waiting)
 
     def ensure(self) -> None:
-        """Checks that the folder is there and this run's, before something is written to it.
+        """Checks that the folder exists and belongs to this run, before something is written to it.
 
-        If it has vanished it is made anew, with what was in the log. OSError if that fails,
-        RunError if somebody else has a folder of this name by now.
+        If it was deleted, it is recreated with the whole log. Raises OSError if that fails,
+        RunError if somebody else now has a folder of this name.
         """
         with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)
@@ -128,10 +129,10 @@ class RunLog:
             new = self._open(os.O_EXCL)
         except (FileExistsError, InputError):
             raise RunError(
-                f"adapter_path {self.folder} was taken away, and another run has been there since: "
+                f"adapter_path {self.folder} was removed, and another run has used it since: "
                 "nothing more is written to it."
             ) from None
-        self.warn(f"{self.folder} had vanished: it is made anew")
+        self.warn(f"{self.folder} was deleted during the run and has been recreated")
         self.file.seek(0)
         self.waiting[:0] = self.file.read()
         self.file.close()

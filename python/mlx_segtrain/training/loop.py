@@ -37,8 +37,9 @@ from .keeping import Bystander, Keeper
 from .log import NoLog, RunLog
 from .memory import Memory, process_peak
 from .pace import Pace, due
+from .pipelined import Pipelined
 from .policy import run_policy
-from .ranks import Diverged, LostRank, Ranks, joined, launched
+from .ranks import LostRank, Ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
@@ -47,7 +48,7 @@ from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
 
-#: Of metrics; True ends the run.
+#: Receives metrics; a return value of True ends the run.
 Callback = Callable[[events.Event], Any]
 T = TypeVar("T")
 
@@ -63,21 +64,23 @@ def train(
     on_eval: Callback | None = None,
     model: nn.Module | None = None,
     rewards: Sequence[Function] = (),
+    environment: Callable[[], Any] | None = None,
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
-    `train_data` are the rows in the place of `config.data_dir`: a list or an iterator of dicts, a
-    `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` those to validate.
-    `on_event` receives the run's events (mlx_segtrain.events) as they happen; metrics.jsonl gets
-    the same. `score(model, tokenizer)` is asked at every evaluation, of mlx-lm's model with the
-    adapter attached, for a number or a dict of numbers. `rewards` are functions that score
-    completions of method grpo (docs/grpo.md), besides those of the configuration. `on_step`
-    receives the training metrics of every step and `on_eval` those of every evaluation; one that
-    returns True ends the run after saving (`stopped_early`). `model` is what was loaded from
-    `config.model_dir`, without adapter, where that is done already. Ctrl-C, SIGTERM and SIGHUP end
-    the run after saving the last finished step (`interrupted`). InputError, before anything is
-    written, for input that cannot be used; RunError if the run cannot go on, after saving the last
-    good step.
+    `train_data` are the rows if they do not come from `config.data_dir`: a list or an iterator of
+    dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` are the
+    validation rows. `on_event` receives the run's events (mlx_segtrain.events) as they happen;
+    metrics.jsonl gets the same. `score(model, tokenizer)` is called at every evaluation with
+    mlx-lm's model, the adapter attached, and returns a number or a dict of numbers. `rewards` are
+    functions that score completions of method grpo (docs/grpo.md), in addition to those of the
+    configuration, and `environment` is the class that the configuration names, given by Python.
+    `on_step` receives the training metrics of every step and `on_eval` those of every evaluation;
+    one that returns True ends the run after saving (`stopped_early`). `model` is the model loaded
+    from `config.model_dir`, without an adapter, if the caller has it. Ctrl-C, SIGTERM and SIGHUP
+    end the run after saving the last finished step (`interrupted`). Raises InputError, before
+    anything is written, for input that cannot be used, and RunError if the run cannot continue,
+    after saving the last good step.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -90,7 +93,7 @@ def train(
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            calls = Calls(tell, score, on_step, on_eval, rewards)
+            calls = Calls(tell, score, on_step, on_eval, rewards, environment)
             return _train(config, data, valid_data, calls, model, ranks)
     except BaseException as error:
         tell(events.failed(error))
@@ -112,30 +115,39 @@ def _train(
 
     trackers = config if ranks.first else config.model_copy(update={"report_to": []})
     check_installed(trackers)
-    scoring = rewards_of(config, calls.rewards)
+    scoring = rewards_of(config, calls.rewards, calls.environment)
     if scoring is not None and ranks.size > 1:
         raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
+    ranks.pipeline = ranks.size > 1 and config.parallel == "pipeline"
+    if ranks.pipeline and (config.sample_prompts or calls.score):
+        what = "sample_prompts" if config.sample_prompts else "score"
+        raise InputError(
+            f"{what} asks a whole model, and a rank of a pipeline has a part of it: leave it out.",
+            field="sample_prompts" if config.sample_prompts else None,
+        )
     start = check_output(config, warn) if ranks.first else Start(None, None)
     resumed, same = shared(start.resumed, ranks), True
     config = accumulating(config, ranks, resumed, tell)
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
-    inputs = read_inputs(config, sources, tell, resumed)
+    inputs = read_inputs(config, sources, tell, resumed, scoring)
     config = inputs.config
     made_of = Record(config, sources, resumed.record if resumed else None, ranks)
     if resumed is not None:
         same = check_same(made_of, resumed.record, warn)
         if resumed.step > config.iters:
             raise InputError(
-                f"iters is {config.iters}, but the run in {config.adapter_path} has come to "
-                f"step {resumed.step}: give as many or more, or begin another run."
+                f"iters = {config.iters}, but the run in {config.adapter_path} has already "
+                f"finished step {resumed.step}: set iters to at least that, or start a new run."
             )
     setup, vector = prepare(inputs, tell, resumed, model, ranks)
-    step = Cycle(setup, rewards=scoring) if scoring else Stepper(setup, ranks=ranks)
+    kind = Pipelined if setup.pipe else Stepper
+    step = Cycle(setup, rewards=scoring) if scoring else kind(setup, ranks=ranks)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
-        at, progress, resumed_from = resumed.iterate(at), resumed.progress, resumed.step
+        at = step.holding.apart(resumed.iterate(step.holding.fresh()))
+        progress, resumed_from = resumed.progress, resumed.step
         made_of.resume(resumed_from)
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
@@ -144,7 +156,7 @@ def _train(
         keeper = (Keeper if ranks.first else Bystander)(setup, log, made_of, warn)
         keeper.open(state, start, same)
         step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
-        # Or what the run began with would stay to its end.
+        # Otherwise the initial values would stay in memory until the end of the run.
         del at, vector, inputs, resumed, start
         tracking = tracked(trackers, made_of.values["id"], warn)
         with tracking as track, Interrupts(ranks) as interrupts:
@@ -167,17 +179,18 @@ def _train(
 
 @dataclass(frozen=True)
 class Calls:
-    """What a run calls as it goes; see `train`."""
+    """The callbacks of a run; see `train`."""
 
     on_event: events.OnEvent
     score: Score | None = None
     on_step: Callback | None = None
     on_eval: Callback | None = None
     rewards: Sequence[Function] = ()
+    environment: Callable[[], Any] | None = None
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
-    """What a rank tells that is not the first: rank 0 tells the rest."""
+    """Passes on only warnings, for ranks other than the first: rank 0 reports everything else."""
 
     def some(event: events.Event) -> None:
         if event["type"] == "warning":
@@ -192,9 +205,9 @@ def _log(config: TrainConfig, warn: Callable[[str], None], ranks: Ranks) -> Any:
 
 @dataclass
 class Run:
-    """A run whose model is loaded and whose folder is its own.
+    """A run whose model is loaded and whose folder is locked.
 
-    Signals may end it where it computes (`interrupts.allowed`), not where it changes its state or
+    Signals may end it while it computes (`interrupts.allowed`), not while it changes its state or
     writes.
     """
 
@@ -210,7 +223,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.pace = Pace()
-        # By a callback of this rank; and by one of any rank, as all know after the next sum.
+        # Requested by a callback of this rank; and by one of any rank, as all ranks know after the
+        # next sum.
         self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
@@ -221,10 +235,10 @@ class Run:
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
         self.looked, self.clock = time.perf_counter(), Clock()
         self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
-        self.ending = 0.0  # ranks that got a signal to end
+        self.ending = 0.0  # number of ranks that got a signal to end
         interrupted = stopped_early = False
         try:
-            # What is due after a step comes before the next one, in a run that is resumed too.
+            # What is due after a step is done before the next step, also in a resumed run.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -242,7 +256,7 @@ class Run:
         except Exception as error:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
-            if not isinstance(error, Diverged):
+            if self.step.keeps(error):
                 self._save()  # whatever it was, no step was half taken
             if isinstance(error, LostRank):
                 raise self._kept(error) from error
@@ -258,7 +272,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        started = time.perf_counter()
+        started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
@@ -279,8 +293,8 @@ class Run:
         progress.supervised += outcome.supervised
         progress.train_s += progress.last.seconds
         if outcome.bound is not None:
-            done = "left out" if left_out else "taken"
-            spike = f"loss {outcome.loss:.4f} is a spike, above {outcome.bound:.4f}"
+            done = "skipped" if left_out else "taken"
+            spike = f"the loss {outcome.loss:.4f} is a spike, above {outcome.bound:.4f}"
             self._warn(f"step {state.step}: {spike}: the step was {done}")
         cheaper = self.step.plan.tightened(self._measure(state.step))
         if cheaper is not None:
@@ -289,7 +303,7 @@ class Run:
             self._ask(self.calls.on_step, self._metric())
 
     def _measure(self, step: int | None = None) -> int:
-        """The peak since the last call, but for that of generating completions."""
+        """Returns the peak since the last call, without the peak of generating completions."""
         memory = self.state.memory
         memory.peak = max(memory.peak, self.step.rollout_peak)
         return memory.measure(step)
@@ -300,32 +314,41 @@ class Run:
             self.asked_to_stop = self.wants_to_stop
 
     def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
-        """The state after the next step. Ranks add up what each has come to, in one sum: a rank
-        that tries a part of it again does so before or after, or they would add up other things."""
+        """Returns the state after the next step. The ranks sum all their results in one operation:
+        a rank that retries a part does so before or after it, otherwise the ranks would sum
+        different things."""
         step, at = self.step, self.state.at
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
 
-        def own() -> tuple[Any, mx.array]:
-            outputs, gradient = step.gradient(at, accumulated)
+        total = self.setup.objective.total(accumulated)
+        if self.setup.objective.baseline is not None:
+            own = self._in_memory(lambda: step.baseline(at, accumulated))
+            total = step.total(accumulated, self.ranks.gather(own))
+
+        def gradients() -> tuple[Any, mx.array]:
+            outputs, gradient = step.gradient(at, accumulated, total)
             mx.eval(outputs, gradient)
             return outputs, gradient
 
-        outputs, gradient = self._in_memory(own)
+        outputs, gradient = self._in_memory(gradients)
         asked = [float(self.interrupts.asked is not None), float(self.wants_to_stop)]
-        (*outputs, self.ending, stop), gradient = self.ranks.add([*outputs, *asked], gradient)
+        found = step.agree([*outputs, *asked], gradient)
+        *outputs, self.ending, stop = found.outputs
         self.asked_to_stop = stop > 0
-        return self._in_memory(lambda: step(at, accumulated, losses, (outputs, gradient)))
+        found = replace(found, outputs=outputs)
+        return self._in_memory(lambda: step(at, accumulated, losses, found))
 
     def _asked_to_end(self) -> bool:
-        """Whether a rank has got a signal to end; of a run on one device it is raised at once."""
+        """Returns whether a rank got a signal to end; on one device the signal is raised at once
+        instead."""
         return self.ending > 0
 
     def _in_memory(self, what: Callable[[], T]) -> T:
-        """A part of the step, by a cheaper plan if the device has no memory for it, as long as
-        there is one.
+        """Runs a part of the step; as long as the device has no memory for it, retries with cheaper
+        plans.
 
-        A step changes nothing before its end. NoMemory if no plan is left.
+        A step changes nothing before its end. Raises NoMemory if no cheaper plan is left.
         """
         while True:
             try:
@@ -335,21 +358,23 @@ class Run:
                     if said := _core.explain_failure(str(error)):
                         raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
-                cheaper, reason = self.step.plan.cheaper(), str(error)
+                # In a pipeline others wait for what was under way: it cannot be done again.
+                alone = not self.ranks.pipeline
+                cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
             # Outside of the handler: the exception's frames hold arrays of the step.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
-                    f"step {self.state.step + 1}: the device has no memory for it ({reason}), and "
-                    "no plan takes less: free memory and go on, or begin with a lower "
+                    f"step {self.state.step + 1}: the device is out of memory ({reason}), and "
+                    "no plan needs less: free memory and resume, or start with a lower "
                     "max_seq_length or batch_size."
                 )
-            self._change_plan(cheaper, "no memory for a step")
+            self._change_plan(cheaper, "out of memory in a step")
 
     def _change_plan(self, plan: RunPlan, reason: str) -> None:
         self.step.plan = plan
         plan.set_limits()
-        self.tell(plan_event(plan, self._share, f"{reason}, from now on {plan}"))
+        self.tell(plan_event(plan, self._share, f"{reason}; new {plan}"))
 
     @property
     def _share(self) -> float:
@@ -367,17 +392,31 @@ class Run:
         if step == progress.reported or not self._is_due(self.config.steps_per_report, 1):
             return
         progress.reported = step
-        self.tell(self._metric())
+        metric = self._metric()
+        if self.ranks.size > 1:
+            metric["ranks"] = self.ranks.gather(self._own_figures())
+        self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
-                f"step {step}: the clock went {jumped:+.0f} s against the time that passed (or the "
-                "machine slept): times in the log jump, and the run does not count on them"
+                f"step {step}: the clock jumped by {jumped:+.0f} s against elapsed time (or the "
+                "machine slept): times in the log jump, and the run does not depend on them"
             )
 
+    def _own_figures(self) -> dict[str, float]:
+        """Seconds of the last step in which this rank computed or waited for others; its memory."""
+        last, waited = self.state.progress.last, self.ranks.waited
+        assert last is not None
+        return {
+            "busy_s": last.seconds - waited,
+            "waited_s": waited,
+            "peak_gb": self.state.memory.peak / 1e9,
+            "active_gb": mx.get_active_memory() / 1e9,
+        }
+
     def _metric(self) -> events.Event:
-        """The training metrics after the last step."""
+        """Returns the training metrics after the last step."""
         progress, last = self.state.progress, self.state.progress.last
-        assert last is not None and progress.loss is not None  # a step was taken
+        assert last is not None and progress.loss is not None  # for at least one step
         return events.train_metric(
             self.state.step,
             self.config.iters,
@@ -402,7 +441,7 @@ class Run:
         return self.pace.left(last - step, evaluations, checkpoints)
 
     def _evaluate_if_due(self) -> None:
-        """Validates the adapter, asks and scores it, and keeps it if that is wanted."""
+        """Evaluates the adapter, has it answer prompts, scores it, and keeps it, as configured."""
         config, setup, state, progress = self.config, self.setup, self.state, self.state.progress
         if state.step == progress.evaluated or not self._is_due(config.steps_per_eval, 0):
             return
@@ -415,8 +454,9 @@ class Run:
                 val = {"step": state.step, "loss": loss, **metrics}
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
-            if self._judges and self.ranks.first:
-                found += self._judged()
+            if self._judges:
+                whole = self._whole()
+                found += self._judged(whole) if self.ranks.first else ()
         self._measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
         progress.vals += [val] if val else []
@@ -427,26 +467,26 @@ class Run:
         if state.step == 0:
             return
         if config.keep_best and progress.since_best == 0:
-            self.keeper.best(state)
+            self.keeper.best(self._whole())
             self.owed = True
         if config.save_checkpoints:
             self.owed = True
             name = evaluated_name(state.step, val["loss"] if val else None)
             self.tell(events.stage("checkpoint", self._share, name))
-            self.keeper.evaluated(state, name)
+            self.keeper.evaluated(self._whole(), name)
 
     @property
     def _judges(self) -> bool:
-        """Whether an evaluation asks or scores the adapter, besides its loss."""
+        """Whether an evaluation samples answers or scores, besides the loss."""
         config = self.config
         return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
-    def _judged(self) -> Iterator[events.Event]:
+    def _judged(self, state: State) -> Iterator[events.Event]:
         """Answers of the adapter, and its scores by the callable and the command."""
         from mlx_lm.generate import generate
 
-        config, setup, step = self.config, self.setup, self.state.step
-        adapter = self.keeper.adapter(self.state)
+        config, setup, step = self.config, self.setup, state.step
+        adapter = self.keeper.adapter(state)
         with attached(setup.model, setup.chain, adapter) as model:
             prompting = Prompting(config.prompt_format, config.chat_template_kwargs)
             for prompt in config.sample_prompts:
@@ -465,48 +505,55 @@ class Run:
     def _has_collapsed(self) -> bool:
         found = collapsed(self.state.progress.rewards, self.config.collapse_patience)
         if found is not None:
-            self._warn(f"step {self.state.step}: {found}: the run ends here")
+            self._warn(f"step {self.state.step}: {found}: the run stops here")
         return found is not None
 
     def _save_if_due(self) -> None:
-        """Every so many steps, and whenever an evaluation keeps its adapter."""
+        """Saves at the configured interval, and whenever an evaluation keeps its adapter."""
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
             self._check_factors()
             self._count()
             with self.pace.timed("checkpoint"):
-                self.keeper.checkpoint(self.state)
+                self.keeper.checkpoint(self._whole())
 
     def _save(self) -> None:
-        """Saves the last finished step for good; before the first there is nothing to save."""
+        """Saves the last finished step for good; before the first step there is nothing to save."""
         if self.state.step == 0:
             return
         self._count()
+        whole = self._whole()
         self.ranks.saving = True
         try:
-            self.keeper.last(self.state)
+            self.keeper.last(whole)
         finally:
             self.ranks.saving = False
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _check_factors(self) -> None:
         """Diverged if the ranks have come to different ones."""
-        if self.ranks.size > 1:
+        if self.ranks.size > 1 and not self.ranks.pipeline:
             factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
+    def _whole(self) -> State:
+        """The state with the factors of all ranks: all of them call this at the same time."""
+        return replace(self.state, at=self.step.holding.together(self.state.at))
+
     def _kept(self, error: LostRank) -> RunError:
-        """The end of a run of which a rank is lost, in a sentence."""
+        """Returns the error that ends the run when a rank is lost."""
         step, kept = self.state.step, "nothing has been trained yet"
-        if step:
+        if step and self.ranks.pipeline:
+            kept = "its factors are lost, and the last checkpoint counts"
+        elif step:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:
-                kept = "rank 0 saves what it has come to, if it can"
-        return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again, with --resume.")
+                kept = "rank 0 saves its last step if it can"
+        return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again with --resume.")
 
     def _count(self) -> None:
-        """Adds time and memory up to now to the progress."""
+        """Adds the time and memory up to now to the progress."""
         self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before
@@ -534,7 +581,7 @@ class Run:
             peak_gb=self.state.memory.peak / 1e9,
             planned_gb=max((n for n in peaks if n), default=0) / 1e9 or None,
             process_gb=process_peak() / 1e9,
-            applied_ranks=self.keeper.adapter(self.state).ranks,
+            applied_ranks=self.keeper.ranks,
             interrupted=interrupted,
             stopped_early=stopped_early,
             resumed_from=resumed_from,

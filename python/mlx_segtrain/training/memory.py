@@ -1,4 +1,4 @@
-"""What memory a run takes, step by step."""
+"""Measures a run's memory, step by step."""
 
 import os
 import resource
@@ -10,7 +10,8 @@ import mlx.core as mx
 
 @dataclass
 class Memory:
-    """The most bytes that MLX's arrays have taken, over all steps; begins with those there are."""
+    """The most bytes that MLX's arrays have taken over all steps, starting with those that
+    exist."""
 
     peak: int = 0
 
@@ -18,7 +19,8 @@ class Memory:
         mx.reset_peak_memory()
 
     def measure(self, step: int | None = None) -> int:
-        """The peak since the last call; with MLX_SEGTRAIN_MEM_LOG=1 a line of a step to stderr."""
+        """Returns the peak since the last call; with MLX_SEGTRAIN_MEM_LOG=1 also prints a line per
+        step to stderr."""
         now = mx.get_peak_memory()
         self.peak = max(self.peak, now)
         mx.reset_peak_memory()
@@ -31,6 +33,6 @@ class Memory:
 
 
 def process_peak() -> int:
-    """The most bytes of main memory that this process has held."""
+    """Returns the most bytes of main memory that this process has held."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""The optimizer of a run: one of MLX's over all factors, its learning rate on a schedule."""
+"""The optimizer of a run: one of MLX's over all factors, with a learning rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ..config import TrainConfig
 from .layout import Layout
 from .state import Iterate
 
-#: By name: how it is made, and whether it decays weights by itself, apart from the gradient.
+#: How each is made, and whether it applies decoupled weight decay by itself.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     "adamw": (
         lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),
@@ -26,11 +26,11 @@ OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     ),
     "muon": (lambda c: optim.Muon(c.learning_rate, weight_decay=0.0), False),
 }
-#: Those that look at a factor as a matrix; to the others all are one vector.
+#: Optimizers that treat a factor as a matrix; for the others all factors are one vector.
 BY_MATRIX = ("adafactor", "muon")
 
 
-#: Learning rate over its peak, by the part p of the steps after the warmup.
+#: The learning rate divided by its peak, as a function of the part p of the steps after the warmup.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1 - 0.9 * p,
@@ -40,7 +40,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of a step, counted from 0: a linear warmup, then the schedule down to a tenth of the peak."""
+    """Returns the learning rate of a step, counted from 0: a linear warmup, then the schedule down
+    to a tenth of the peak."""
     peak, warmup = config.learning_rate, config.warmup_iters
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -49,33 +50,34 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Optimizer:
-    """Updates the vector of all factors. With `lora_plus_ratio` B's learning rate is that over the
-    others'.
+    """Updates the vector of all factors. `lora_plus_ratio` is B's learning rate divided by that of
+    the others.
 
-    Hayou et al. 2024, arXiv:2402.12354, on the ratio.
+    The ratio is from Hayou et al. 2024, arXiv:2402.12354.
     """
 
     def __init__(self, config: TrainConfig, layout: Layout):
         self.config, self.layout = config, layout
         make, self.decays = OPTIMIZERS[config.optimizer]
         ratios = [1.0] if config.lora_plus_ratio == 1 else [1.0, config.lora_plus_ratio]
-        #: An optimizer for all, or for A and for B, and the multiplier of its rate.
+        #: One optimizer for all factors, or one for A and one for B, with the multiplier of its
+        #: rate.
         self.parts = [(make(config), ratio) for ratio in ratios]
 
     def start(self, vector: mx.array) -> Iterate:
-        """Before the first step, with what the optimizer remembers then."""
+        """Returns the state before the first step, with the optimizer's initial state."""
         for (optimizer, _), own in zip(self.parts, self._split(vector), strict=True):
             optimizer.init(own)
         return Iterate(vector, [optimizer.state for optimizer, _ in self.parts])
 
     def __call__(self, gradient: mx.array, at: Iterate) -> Iterate:
-        """After one step, not yet evaluated; `at` is not changed."""
+        """Returns the state after one step, not yet evaluated; `at` is not modified."""
         rate = learning_rate(self.config, at.step)
         pieces, moments = [], []
         for (optimizer, ratio), g, p, state in zip(
             self.parts, self._split(gradient), self._split(at.vector), at.moments, strict=True
         ):
-            optimizer.state = tree_map(lambda x: x, state)  # it writes into the dicts it is given
+            optimizer.state = tree_map(lambda x: x, state)  # it modifies the dicts that it gets
             optimizer.learning_rate = rate * ratio
             if not self.decays:
                 keep = 1 - rate * ratio * self.config.weight_decay
@@ -88,7 +90,7 @@ class Optimizer:
         return Iterate(vector, moments, at.step + 1)
 
     def _split(self, vector: mx.array) -> list[dict[str, Any]]:
-        """The vector by part, each as it is or as matrices by name, in the vector's order."""
+        """Splits the vector by part: as it is, or into matrices by name in the vector's order."""
         border = self.layout.first_b
         if self.config.optimizer not in BY_MATRIX:
             if len(self.parts) == 1:

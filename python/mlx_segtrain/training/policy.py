@@ -1,4 +1,4 @@
-"""What a run sets in MLX for the whole process, for as long as it computes."""
+"""What a run sets in MLX for the whole process while it computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,12 @@ from ..planning.budget import working_set
 
 @contextmanager
 def run_policy(config: TrainConfig) -> Iterator[None]:
-    """Within it a run loads and computes: training, probes, evaluation, references, pictures.
+    """While it is active, a run loads and computes: training, probes, evaluation, references,
+    charts.
 
-    `auto` takes only implementations that give the same bits again if the run is `deterministic`,
-    and on Metal what MLX allocates stays in memory. What a plan limits besides, once there is one,
-    is RunPlan.limits.
+    If the run is `deterministic`, `auto` takes only implementations that repeat bit for bit; on
+    Metal, what MLX allocates stays in memory. RunPlan.limits sets further limits once there is a
+    plan.
     """
     with ops.repeatable(config.deterministic), wired():
         yield
@@ -24,10 +25,10 @@ def run_policy(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """On Metal, arrays are not paged out within it: MLX's wired limit is the working set.
+    """On Metal, keeps arrays from being paged out: sets MLX's wired limit to the working set.
 
-    That is the figure from which the planner takes its budget. The limit that was set before is
-    set again after it. Does nothing on other devices.
+    The planner takes its budget from the same figure. The previous limit is restored at the end.
+    Does nothing on other devices.
     """
     before = wire()
     try:
@@ -38,6 +39,7 @@ def wired() -> Iterator[None]:
 
 
 def wire() -> int | None:
-    """Sets MLX's wired limit on Metal, for good; the one that was set before, None elsewhere."""
+    """Sets MLX's wired limit on Metal permanently; returns the previous one, or None on other
+    devices."""
     most = working_set()
     return None if most is None else int(mx.set_wired_limit(most))

@@ -1,4 +1,4 @@
-"""A few steps, to see what a run would take."""
+"""Takes a few steps to measure what a run would take."""
 
 import math
 import time
@@ -21,25 +21,25 @@ from .step import Halted, Stepper
 
 
 def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeResult:
-    """Two steps on the longest rows of the data: memory, time, and whether numbers stay finite.
+    """Takes two steps on the longest rows of the data: memory, time, and whether all numbers are
+    finite.
 
-    Writes nothing. InputError for input that cannot be used.
+    Writes nothing. Raises InputError for input that cannot be used.
     """
     tell = on_event or (lambda event: None)
     with run_policy(config):
         config = located(config, tell)
-        setup, vector = prepare(
-            read_inputs(config, sources_of(config.data_dir, tell=tell), tell), tell
-        )
+        scoring = rewards_of(config)
+        sources = sources_of(config.data_dir, tell=tell)
+        setup, vector = prepare(read_inputs(config, sources, tell, rewards=scoring), tell)
         config = setup.config
         longest = np.argsort(-setup.train.columns.run, kind="stable")
         count = config.batch_size * config.grad_accumulation_steps
-        if setup.train.packed:  # so many full rows
+        if setup.train.packed:  # that many full rows
             tokens = np.cumsum(setup.train.columns.run[longest])
             count = 1 + int(np.searchsorted(tokens, count * setup.train.packed))
         setup = replace(setup, train=setup.train.take(longest[:count]))
         source = batches(setup.train, config.batch_size, config.seed)
-        scoring = rewards_of(config)
         step = Stepper(setup) if scoring is None else Cycle(setup, rewards=scoring)
         at = step.optimizer.start(vector)
         del vector

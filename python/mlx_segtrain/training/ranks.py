@@ -1,8 +1,9 @@
 """The processes of one run: `mlx.launch` starts them, MLX's collectives connect them.
 
-A step's micro-batches are shared out by rank, and their gradients added up. Whatever is decided
-follows from numbers that are the same on all ranks, bit for bit; so all take the same steps, save
-for that rank 0 alone writes. A run on one device has a group of one, which does nothing.
+A step's micro-batches are shared out by rank, and their gradients added up; or, in a pipeline, all
+of them go through the layers of one rank after the other. Whatever is decided follows from numbers
+that are the same on all ranks, bit for bit; so all take the same steps, save for that rank 0 alone
+writes. A run on one device has a group of one, which does nothing.
 """
 
 import json
@@ -72,8 +73,9 @@ def _hosts() -> list[list[str]]:
     return [own if isinstance(own, list) else [own] for own in hosts]
 
 
-def _address(backend: str, rank: int) -> str:
+def address_of(ranks: "Ranks") -> str:
     """This rank's address in the network that MLX uses."""
+    backend, rank = ranks.backend, ranks.rank
     if backend == "ring":
         return _hosts()[rank][0].rpartition(":")[0].strip("[]")
     first = os.environ["NCCL_HOST_IP"] if backend == "nccl" else ""
@@ -92,11 +94,15 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    backend: str = ""
     group: Any = None
     stream: Any = None
+    pipeline: bool = False  #: every rank has a part of the model, and all micro-batches
+    ring: list[list[str]] = field(default_factory=list)  #: one that we have set up, by rank
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
+    waited: float = 0.0  #: seconds, for others
     saving: bool = False  #: a state is being written, which must not be broken off
 
     @property
@@ -104,12 +110,20 @@ class Ranks:
         """Whether this rank writes and prints."""
         return self.rank == 0
 
+    @property
+    def ends(self) -> bool:
+        """Whether this rank has the outputs of batches: in a pipeline only the last one does."""
+        return not self.pipeline or self.rank == self.size - 1
+
     def name(self, rank: int) -> str:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of the items: the one of its number, and every `size`-th after it."""
-        return items[self.rank :: self.size]
+        """This rank's part of a step's items: that of its number, and every `size`-th after it.
+
+        In a pipeline it is all of them.
+        """
+        return items if self.pipeline else items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
         """The sums over all ranks, the same on each, bit for bit."""
@@ -123,7 +137,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
-        return [json.loads(own) for own in self._gather(text)]
+        return [json.loads(own) for own in self.every(text)]
 
     def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
         """All that the ranks have found, by name."""
@@ -131,9 +145,10 @@ class Ranks:
 
     def given(self, content: bytes) -> bytes:
         """What rank 0 has."""
-        return content if self.size == 1 else self._gather(content if self.first else b"")[0]
+        return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
-    def _gather(self, content: bytes) -> list[bytes]:
+    def every(self, content: bytes) -> list[bytes]:
+        """What each rank has, by rank."""
         lengths = np.zeros(self.size, np.int32)
         lengths[self.rank] = len(content)
         ends = np.cumsum(np.array(self._sum(mx.array(lengths)), np.int64))
@@ -146,20 +161,34 @@ class Ranks:
         return [total[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _sum(self, x: mx.array) -> mx.array:
-        """Adds an array up over all ranks; LostRank if one of them cannot take part any more.
-
-        Another thread waits for MLX, on a stream that nothing else uses: this one looks after the
-        others meanwhile, and can go on without the sum.
-        """
+        """Adds an array up over all ranks; LostRank if one of them cannot take part any more."""
         if self.links and self.links.suspects:
             self._blame(None)
         mx.eval(x)
         total = mx.distributed.all_sum(x, group=self.group, stream=self.stream)
+        self.start([total])
+        self.wait_for([total])
+        return total
+
+    def start(self, arrays: Sequence[mx.array]) -> None:
+        """Has MLX begin to send or receive; LostRank if it cannot."""
+        try:
+            mx.async_eval(arrays)
+        except RuntimeError as error:
+            self._blame(error)
+
+    def wait_for(self, arrays: Sequence[mx.array]) -> None:
+        """Until MLX has what comes from other ranks; LostRank if that cannot be any more.
+
+        Another thread waits, for a stream that nothing else uses: this one looks after the others
+        meanwhile, and can go on without the arrays.
+        """
         done, failures = threading.Event(), list[BaseException]()
+        begin = time.perf_counter()
 
         def wait() -> None:
             try:
-                mx.eval(total)
+                mx.eval(arrays)
             except BaseException as error:
                 failures.append(error)
             done.set()
@@ -167,21 +196,20 @@ class Ranks:
         if self.links:
             self.links.waits(True)
         try:
-            mx.async_eval(total)
             threading.Thread(target=wait, daemon=True).start()
             self._watch(done)
         except RuntimeError as error:
             failures.append(error)
         except LostRank:
-            _hang_up()
+            _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
             raise
         finally:
+            self.waited += time.perf_counter() - begin
             if self.links:
                 self.links.waits(False)
         if failures:
             self._blame(failures[0])
-        return total
 
     def _watch(self, done: threading.Event) -> None:
         started, warned = time.monotonic(), False
@@ -203,7 +231,7 @@ class Ranks:
             if (lost := self.lost()) is not None:
                 raise lost from None
             time.sleep(LOOK)
-        raise RunError(f"the ranks cannot add up their gradients: {error}") from error
+        raise RunError(f"the ranks cannot reach each other any more: {error}") from error
 
     def lost(self) -> LostRank | None:
         """The rank without which the run cannot go on, if there is one."""
@@ -259,13 +287,12 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank} cannot reach the others by {backend}: {error}") from error
     device = mx.gpu if backend == "nccl" else mx.cpu
-    ranks = Ranks(rank, group.size(), group, mx.new_stream(mx.Device(device)))
+    ranks = Ranks(rank, group.size(), backend, group, mx.new_stream(mx.Device(device)))
     ranks.warn = lambda message: tell(events.warning(message))
     place = f"process {os.getpid()} on {socket.gethostname()}"
     try:
         ranks.names = ranks.gather(place)
-        address = _address(backend, rank)
-        ranks.links = Links(rank, ranks.size, address, ranks.gather, _wake)
+        ranks.links = Links(rank, ranks.size, address_of(ranks), ranks.gather, _wake)
     except OSError as error:
         raise RunError(f"rank {rank} ({place}) cannot reach all others: {error}") from error
     links = ranks.links
@@ -299,10 +326,13 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
             os._exit(1)
 
 
-def _hang_up() -> None:
-    """Closes the connections of MLX's ring, so that its threads do not wait for a lost rank for
-    ever: MLX waits for all streams where it frees memory. They are known by their ports."""
-    ports = {int(at.rpartition(":")[2]) for own in _hosts() for at in own}
+def _hang_up(hosts: list[list[str]]) -> None:
+    """Closes the connections of MLX's ring of these addresses, which are known by their ports.
+
+    Or its threads would wait for a lost rank for ever, and MLX waits for all streams where it frees
+    memory.
+    """
+    ports = {int(at.rpartition(":")[2]) for own in hosts for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)

@@ -25,11 +25,11 @@ from .checkpoint import found, torn
 from .ranks import ALONE, LAUNCH, Ranks
 
 NAME = "run.json"
-#: What an adapter's folder holds that says what it is.
+#: The files that make an adapter's folder recognizable.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
 #: Parts of a record that are objects.
 PARTS = ("config", "folders", "inputs", "versions", "device", "settings")
-#: Parts of a record on which the last bits of a run depend.
+#: Parts of a record that can change the last bits of a run.
 OF_MACHINE = ("versions", "device", "settings")
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 
@@ -37,8 +37,8 @@ PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizer
 def files_of(
     config: TrainConfig, sources: tuple[Source, Source | None]
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """What a run reads, by a name that stays when its folder is moved; and the folders, by what the
-    names begin with."""
+    """Returns the files that a run reads, under names that stay the same when their folder is
+    moved; and the folders, by the first part of these names."""
     files, folders = _files_in("model", config.model_dir, OF_MODEL), {"model": config.model_dir}
     for part, source in zip(("data", "valid"), sources, strict=True):
         for name, path in source.files.items() if source else ():
@@ -49,7 +49,11 @@ def files_of(
     if config.warm_start is not None:
         folders["warm_start"] = config.warm_start
         files |= _files_in("warm_start", config.warm_start, OF_ADAPTER)
-    own = dict.fromkeys(filter(None, map(file_of, config.reward_functions)))
+    if config.reward_model is not None:
+        folders["reward_model"] = config.reward_model
+        files |= _files_in("reward_model", config.reward_model, OF_MODEL)
+    specs = [*config.reward_functions, *filter(None, [config.environment])]
+    own = dict.fromkeys(filter(None, map(file_of, specs)))
     for i, path in enumerate(own, 1):  # each has a part, since they may be in several folders
         part = "rewards" if i == 1 else f"rewards {i}"
         folders[part] = path.parent
@@ -58,7 +62,7 @@ def files_of(
 
 
 def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Files whose names end so, by part and name; none if there is no such folder."""
+    """Returns the files with these endings, by part and name; none if the folder does not exist."""
     return {
         f"{part}/{path.name}": path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
@@ -67,12 +71,12 @@ def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]
 
 
 def machine() -> dict[str, Any]:
-    """Versions, device and settings as they are here."""
+    """Returns the versions, device and settings of this machine."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # some are others' dependencies
+        except PackageNotFoundError:  # some are dependencies of others
             continue
     device = mx.default_device()
     info = {
@@ -89,14 +93,14 @@ def machine() -> dict[str, Any]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """InputError if there is none that can be read."""
+    """Reads the record of a run. Raises InputError if there is none that can be read."""
     try:
         record = json.loads((run / NAME).read_text(encoding="utf-8"))
         if "id" not in record or not all(isinstance(record[part], dict) for part in PARTS):
             raise KeyError
     except OSError as error:
         raise InputError(
-            f"{run / NAME} cannot be read ({error.strerror}): give the folder of a run."
+            f"{run / NAME} cannot be read ({error.strerror}): name the folder of a run."
         ) from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{run / NAME} is not the record of a run.") from None
@@ -104,7 +108,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 class Record:
-    """What run.json of a run holds, and the inputs as they were at its start."""
+    """The contents of a run's run.json, and the inputs as they were at its start."""
 
     def __init__(
         self,
@@ -127,7 +131,7 @@ class Record:
                 self.inputs[name] = source.fingerprint()
         first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
         place, digest = folders.get("data", "rows of Python"), self.inputs[first]
-        self.data = f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: for people
+        self.data = f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: for people to read
         earlier = resumed or {}
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
@@ -143,7 +147,7 @@ class Record:
         ranks.check_same(self._in_common())
 
     def _in_common(self) -> dict[str, Any]:
-        """What must be the same on all ranks, by name."""
+        """Returns what must be the same on all ranks, by name."""
         apart = {*PATHS, *(name for name, own in FACETS.items() if own.group == "Memory")}
         config = {k: x for k, x in self.values["config"].items() if k not in apart}
         versions = self.values["versions"]
@@ -153,18 +157,18 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Notes that the run goes on after this step."""
+        """Notes that the run was resumed after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:
-        """Notes what the run has made, for `verify`."""
+        """Notes what the run has produced, for `verify`."""
         files = hashes(_made(self.folder))
         self.values["made"] = {"step": step, "at": events.now(), "files": files}
         self.write()
 
     def check_model(self, step: int) -> None:
-        """RunError if a file of the model is not what it was when the run began; the state
-        of this step has been kept."""
+        """Raises RunError if a file of the model has changed since the run began; the state of this
+        step has already been kept."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
@@ -173,23 +177,23 @@ class Record:
                 if now and sha256(path) == self.inputs[name]:
                     self.stats[name] = now
                     continue
-            except OSError:  # cannot be told: the next checkpoint looks again
+            except OSError:  # unknown: the next checkpoint checks again
                 continue
             what = "was changed" if now else "was removed"
             raise RunError(
-                f"step {step}: {path} {what} under the run, whose adapter would be of no model "
-                f"there is: the state of step {step} is kept; put the file back and resume."
+                f"step {step}: {path} {what} during the run, and the adapter would not match any "
+                f"model: the state of step {step} is kept; restore the file and resume."
             )
 
 
 def _made(run: Path) -> dict[str, Path]:
-    """Files of a run's adapters, by their place in its folder."""
+    """Returns the files of a run's adapters, by their path in its folder."""
     own = {file.name: file for file in _files_in("", run, OF_ADAPTER).values()}
     return own | _files_in("best", run / "best", OF_ADAPTER)
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
-    """Size and time of change; None if there is no such file."""
+    """Returns a file's size and modification time; None if it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -198,41 +202,42 @@ def _stat(path: Path) -> tuple[int, int] | None:
 
 
 def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
-    """Whether a resumed run goes on exactly as it would have; InputError if it cannot go on with
-    this configuration and these files. `warn` is told what makes its further steps differ."""
+    """Returns whether a resumed run continues exactly as it would have. Raises InputError if it
+    cannot continue with this configuration and these files. Calls `warn` with what makes its
+    further steps differ."""
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
     for name, own in FACETS.items():
         then = before.get(name, TrainConfig.model_fields[name].default)
         if own.on_resume == "free" or now[name] == then:
             continue
-        change = f"{name} is {now[name]}, but the run in {run} began with {then}"
+        change = f"{name} = {now[name]}, but the run in {run} began with {then}"
         if own.on_resume == "refuse":
-            raise InputError(f"{change}: give {flag(name)} {then}, or begin another run.")
-        warn(f"{change}: from here on it is another run than it would have been")
+            raise InputError(f"{change}: use {flag(name)} {then}, or start a new run.")
+        warn(f"{change}: the rest of the run differs from what it would have been")
         same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
-        if what.startswith("rewards"):  # one that failed was mended
-            warn(f"{what} {differs} since the run in {run} began: from here on it is another run")
+        if what.startswith("rewards"):  # the user may have fixed a reward that failed
+            warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
             same = False
             continue
-        # mlx-lm reads weights of any name like these, and of the rest only what it knows.
+        # mlx-lm reads weights under any such name, and of the other files only those it knows.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
-                f"{what} {differs} since the run in {run} began: put it back, or begin another run."
+                f"{what} {differs} since the run in {run} began: restore it, or start a new run."
             )
     for part in OF_MACHINE:
         for what, differs in differences(record.values[part], earlier[part]).items():
-            warn(f"{what} {differs} since the run began: its last bits may be others")
+            warn(f"{what} {differs} since the run began: results may differ in the last bits")
     return same
 
 
-#: Of a file that was not there before.
-COME = "has come"
+#: Says that a file was not there before.
+COME = "was added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """What has changed, by name, in words."""
+    """Returns in words what has changed, by name."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -248,10 +253,10 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 @dataclass(frozen=True)
 class Verified:
     """What has changed since a run, in sentences, by part: model, data, warm_start, rewards,
-    versions, device, settings, adapter, checkpoints; [] for a part that is as it was."""
+    versions, device, settings, adapter, checkpoints; [] for a part that is unchanged."""
 
     run: Path
-    step: int | None  #: of the adapter; None for a run that has not ended
+    step: int | None  #: the adapter's step; None for a run that has not ended
     iters: int
     parts: dict[str, list[str]]
 
@@ -261,9 +266,10 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """Compares a run's record with what is there now, reading every file; InputError without one.
+    """Compares a run's record with what is there now, reading every file. Raises InputError if
+    there is no record.
 
-    Model and data are looked for where the run found them.
+    It looks for model and data where the run found them.
     """
     record = read(run)
     parts: dict[str, list[str]] = {}
@@ -281,7 +287,7 @@ def verify(run: Path) -> Verified:
     if made:
         parts["adapter"] = _sentences(hashes(_made(run)), made["files"])
     faults = {folder.name: torn(folder) for folder in found(run).values()}
-    parts["checkpoints"] = [f"{name} is torn: {why}" for name, why in faults.items() if why]
+    parts["checkpoints"] = [f"{name} is damaged: {why}" for name, why in faults.items() if why]
     return Verified(run, made and made["step"], record["config"]["iters"], parts)
 
 

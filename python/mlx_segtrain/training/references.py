@@ -1,8 +1,8 @@
-"""What the model without an adapter gives for rows: computed once, kept by content.
+"""What the model without an adapter gives for rows: computed once, cached by content.
 
-A file for each model in the cache directory; in it, for each row that a run has seen, one sequence
-of tokens or a pair of them, the log-probabilities of its responses. A row that is cut elsewhere,
-rendered by another template or written otherwise is another row.
+The cache directory has a file for each model. For each row that a run has seen, one sequence of
+tokens or a pair of them, it holds the log-probabilities of the responses. A row that is truncated
+elsewhere, rendered by another template or tokenized differently counts as another row.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..data import Dataset, Pair, Row, one_row
 from ..data.encoding import sequences
 from ..files import atomic, cache_dir, make_folder
 from ..models import Chain
-from ..objectives import Objective, value
+from ..objectives import Objective, Value, value
 from .ranks import ALONE, Ranks
 
 #: Bytes of a key.
@@ -36,12 +36,13 @@ def with_references(
     on_event: events.OnEvent = lambda event: None,
     wanted: Collection[int] | None = None,
     ranks: Ranks = ALONE,
+    value: Value = value,
 ) -> Dataset:
-    """The data, in which the wanted rows (default: all) have the outputs of the objective's
-    reference; unchanged if it has none.
+    """Returns the data, with the outputs of the objective's reference for the wanted rows (default:
+    all); unchanged if the objective has no reference.
 
-    Each is computed alone: what it is beside others must not depend on who they are. The ranks
-    share those that one of them does not know, and keep them all.
+    Each row is computed alone, because its numbers must not depend on the rows beside it. The ranks
+    divide the rows that at least one of them lacks, and all keep the results.
     """
     reference = objective.reference
     if reference is None:
@@ -56,10 +57,12 @@ def with_references(
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         found = {}
         for i in ranks.share(missing):
-            if keys[i] not in known:
+            if keys[i] not in known or ranks.pipeline:  # there no rank knows it without the others
                 batch = one_row(data, i)
-                (sums,) = value(reference, chain, {}, {}, batch, reference.total([batch]))
-                known[keys[i]] = tuple(map(float, np.array(sums)))
+                sums = value(reference, chain, {}, {}, batch, reference.total([batch]))
+                if not ranks.ends:
+                    continue
+                known[keys[i]] = tuple(map(float, np.array(sums[0])))
             found[keys[i].hex()] = known[keys[i]]
         known |= {bytes.fromhex(key): tuple(x) for key, x in ranks.gathered(found).items()}
         try:
@@ -72,10 +75,11 @@ def with_references(
 
 
 def model_key(config: TrainConfig) -> str:
-    """Of configuration and weights as they stand there, and of what computes with them now.
+    """Returns a key of the configuration and weights as they are in the folder, and of what
+    computes with them.
 
-    Weights by name, size and time of change: gigabytes are not read for it. Whether the numbers are
-    repeatable is asked of what computes them, not of the configuration.
+    Weights count by name, size and modification time, so gigabytes need not be read. Whether the
+    numbers are repeatable follows from what computes them, not from the configuration.
     """
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
@@ -89,7 +93,7 @@ def model_key(config: TrainConfig) -> str:
 
 
 def row_key(whole: Row | Pair) -> bytes:
-    """Of the tokens of its sequences, and which of them are the response."""
+    """Returns a key of the tokens of a row's sequences, and of which of them are the response."""
     digest = hashlib.blake2b(digest_size=KEY)
     for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))
@@ -98,7 +102,8 @@ def row_key(whole: Row | Pair) -> bytes:
 
 
 def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
-    """What is known; nothing if the file cannot be read, since it can be computed again."""
+    """Returns what is cached; nothing if the file cannot be read, since it can be computed
+    again."""
     try:
         with np.load(file) as stored:
             parts = np.split(stored["values"], np.cumsum(stored["counts"])[:-1])

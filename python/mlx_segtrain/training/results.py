@@ -1,4 +1,4 @@
-"""What train and probe return."""
+"""The results of train and probe."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Losses in nats per token, of preference methods per pair.
+    """The result of a run. Losses are in nats per token, or per pair with preference methods.
 
-    In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb what was predicted for it (None: a
-    family that the planner does not know), process_gb of the process' main memory. Of a run that
-    was resumed after the step `resumed_from`, all but process_gb are of all its parts.
+    In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb the prediction for it (None for a
+    family that the planner does not know), process_gb of the process's main memory. After a resume
+    (`resumed_from` is the step), every figure but process_gb covers the whole run.
     """
 
     adapter_path: Path
@@ -36,7 +36,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Two steps on the longest rows. resting_gb: the loaded model alone."""
+    """The result of two steps on the longest rows. resting_gb: the loaded model alone."""
 
     step_s: float
     first_step_s: float

@@ -1,10 +1,11 @@
-"""From a configuration to all that a run needs, with every check before anything is written."""
+"""Turns a configuration into everything that a run needs, with every check before anything is
+written."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,27 @@ from ..data.batching import described
 from ..data.dataset import remarks
 from ..data.encoding import sequences
 from ..data.sources import Source
-from ..errors import InputError
+from ..errors import InputError, NoRoom
 from ..files import clean
 from ..hub import title
 from ..lora import ARRAYS, KINDS, Adapter
 from ..lora.ranks import asked
 from ..models import Chain, adapting, chain_of, load_model, load_tokenizer
 from ..models.tables import tables_of
-from ..objectives import Objective, objective_of
+from ..objectives import Objective, Value, objective_of, value
 from ..planning.packing import pays
+from ..planning.pipeline import Part
 from ..planning.rollouts import check_rollouts, rollout_bytes, rollouts_at_once
-from ..planning.run import RunPlan, first_that_fits
-from ..rewards import check_rows
+from ..planning.run import RunPlan, first_that_fits, planned
+from ..planning.splitting import Member, split_run
+from ..rewards import Rewards
 from ..schedule import Grads
+from ..streams import BatchShape
 from .checkpoint import STATE, Checkpoint, found, newest
 from .contents import check_own
 from .layout import Layout
 from .log import check_free
+from .pipe import Pipe
 from .ranks import ALONE, Ranks
 from .record import read
 from .references import with_references
@@ -45,8 +50,8 @@ from .references import with_references
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before a model is loaded. `config` has the steps that its epochs come to;
-    `remarks` say in sentences what of the data is left out or wrong."""
+    """What is read before a model is loaded. `config` has its epochs converted to steps; `remarks`
+    say in sentences which parts of the data are left out or wrong."""
 
     config: TrainConfig
     tokenizer: Any
@@ -58,8 +63,9 @@ class Inputs:
 @dataclass(frozen=True)
 class Setup(Inputs):
     """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
-    stand in a vector; `apart`: pairs share nothing. `rollout_peak` are the bytes that generating
-    completions takes, if the method does that and memory is predicted."""
+    stand in a vector; of a model over several ranks the `pipe`. `apart`: pairs share nothing.
+    `rollout_peak` are the bytes that generating completions takes, if the method does that and
+    memory is predicted."""
 
     plan: RunPlan
     model: Any
@@ -67,33 +73,45 @@ class Setup(Inputs):
     objective: Objective
     scales: dict[str, float]
     layout: Layout
+    pipe: Pipe | None = None
     apart: bool = False
     rollout_peak: int | None = None
+
+    @cached_property
+    def own(self) -> Layout:
+        """Where those factors stand that this rank has."""
+        return self.layout.of_owners(self.pipe.owners(self.chain)) if self.pipe else self.layout
+
+    @property
+    def value(self) -> Value:
+        """objectives.value, through all ranks that have a part of the model."""
+        return self.pipe.value if self.pipe else value
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on from, if it does, and what its folder held when that was found."""
+    """The checkpoint that a run continues from, if any, and what its folder held when that was
+    found."""
 
     resumed: Checkpoint | None
     seen: Any
 
     @staticmethod
     def trace(path: Path) -> Any:
-        """What tells whether a run has been in the folder."""
+        """Returns what shows whether another run has used the folder."""
         log = path / "metrics.jsonl"
         return list(found(path)), log.stat().st_size if log.exists() else 0
 
 
 def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
-    """InputError if adapter_path cannot take the run."""
+    """Raises InputError if adapter_path cannot take the run."""
     path = config.adapter_path
     if path.exists() and not path.is_dir():
-        raise InputError(f"adapter_path {path} is a file: give a folder for the adapter.")
+        raise InputError(f"adapter_path {path} is a file: it must be a folder.")
     check_free(path)
     if config.resume:
         with suppress(OSError):
-            clean(path / STATE)  # a checkpoint that was about to be written anew
+            clean(path / STATE)  # a checkpoint that was about to be rewritten
     seen = Start.trace(path)
     if config.resume:
         checkpoint = newest(path, warn)
@@ -101,24 +119,24 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
             return Start(checkpoint, seen)
         if config.resume is True:
             raise InputError(
-                f"adapter_path {path} holds no checkpoint to resume: leave --resume out, or give "
-                "--resume auto, which then begins."
+                f"adapter_path {path} holds no checkpoint to resume: leave --resume out, or use "
+                "--resume auto, which then starts a new run."
             )
     elif holds_run(path) and not config.overwrite:
         raise InputError(
-            f"adapter_path {path} already holds a run: choose another folder, give --resume to go "
-            "on with it, or --overwrite."
+            f"adapter_path {path} already holds a run: choose another folder, use --resume to "
+            "continue it, or --overwrite to replace it."
         )
     if (path / WEIGHTS).exists() and not config.overwrite:
         raise InputError(
             f"adapter_path {path} holds an adapter, but no checkpoint to resume: choose another "
-            "folder, or give --overwrite."
+            "folder, or use --overwrite to replace it."
         )
     if config.warm_start is not None:
         warm, own = config.warm_start.resolve(), path.resolve()
         if warm in (own, own / "best") or warm.parent == own / "checkpoints":
             raise InputError(
-                f"warm_start {warm} lies in adapter_path {path}, which this run replaces: give "
+                f"warm_start {warm} is inside adapter_path {path}, which this run replaces: choose "
                 "another adapter_path."
             )
     check_own(path)
@@ -128,22 +146,23 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
 def accumulating(
     config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
 ) -> TrainConfig:
-    """With micro-batches for every rank: those of a step are shared out. A run that was on several
-    keeps its number, on however many it goes on. InputError for fewer than ranks."""
+    """Returns the configuration with micro-batches for every rank, which divide those of a step. A
+    run that began on several ranks keeps its number, whatever the number of ranks now. Raises
+    InputError if there are fewer micro-batches than ranks."""
     name, count = "grad_accumulation_steps", config.grad_accumulation_steps
     earlier = resumed.record if resumed else {}
     if name not in config.model_fields_set:
         if resumed and max(ranks.size, earlier.get("ranks", 1)) > 1:
             count = earlier["config"][name]
-        elif ranks.size > 1:
+        elif ranks.size > 1 and not ranks.pipeline:
             count = ranks.size
-            said = f"{name} is {count}: a step has one batch for each of the {count} ranks"
+            said = f"{name} is {count}: each of the {count} ranks takes one batch per step"
             tell(events.stage("setup", 0.0, said))
-    if count < ranks.size:
+    if count < ranks.size and not ranks.pipeline:
         raise InputError(
-            f"{name} is {count}, and there are {ranks.size} ranks, each of which needs a batch of "
-            f"every step: start {count} or fewer, or "
-            + ("begin another run." if resumed else "raise it."),
+            f"{name} = {count}, but there are {ranks.size} ranks, each of which needs a batch in "
+            f"every step: start at most {count} ranks, or "
+            + ("start a new run." if resumed else "raise it."),
             field=name,
         )
     return config.model_copy(update={name: count})
@@ -154,14 +173,16 @@ def read_inputs(
     sources: tuple[Source, Source | None],
     on_event: events.OnEvent,
     resumed: Checkpoint | None = None,
+    rewards: Rewards | None = None,
 ) -> Inputs:
-    """InputError for data that cannot be used. What `auto` leaves open is decided, as it was in the
-    run that is resumed."""
+    """Reads the data. Raises InputError if it cannot be used. Decides what `auto` leaves open; a
+    resumed run keeps its decisions. Runs on prompts have rewards."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
-    how = (tokenizer, Options.of(config), config.model_dir, on_event)
+    tools = rewards.tools if rewards else ()
+    how = (tokenizer, Options.of(config, tools), config.model_dir, on_event)
     train, valid = load_dataset(sources, *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
@@ -180,7 +201,8 @@ def read_inputs(
         config = config.model_copy(update={"packing": packs})
     if ROWS[config.method] == "prompt":
         for data in filter(None, (train, valid)):
-            check_rows(config, data.rows)
+            if rewards is not None:
+                rewards.check(config, tokenizer, data.rows)
         config = with_rollouts(config, _longest(config, train, valid), resumed)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
@@ -189,10 +211,10 @@ def read_inputs(
 
 
 def with_rollouts(config: TrainConfig, tokens: int, resumed: Checkpoint | None) -> TrainConfig:
-    """With the completions that are generated at once, of up to so many tokens with their prompts:
-    as many as fit. A run that is resumed keeps its number, since sums over other batches round
-    differently; one that ended before its first checkpoint, too. NoRoom if it was given, and
-    so many do not fit."""
+    """Returns the configuration with the number of completions that are generated at once, each up
+    to `tokens` long with its prompt: as many as fit. A resumed run keeps its number, also one that
+    ended before its first checkpoint, because sums over other batches round differently. Raises
+    NoRoom if the number is configured and does not fit."""
     if config.rollout_batch != "auto":
         check_rollouts(config, tokens)
         return config
@@ -213,10 +235,10 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run, loads its model unless that is done, and makes its adapter's factors, a vector.
+    """Plans a run, loads its model if needed, and creates the factors of its adapter as a vector.
 
-    Pairs run as in the run that is resumed. InputError for whatever does not fit, memory included:
-    before the weights are loaded.
+    Pairs run as in the run that is resumed. Raises InputError, before weights are loaded, for
+    whatever does not fit, including memory.
     """
     config = inputs.config
     objective = objective_of(config)
@@ -228,26 +250,31 @@ def prepare(
         batches = partial(objective.batch_shapes, rows=config.batch_size)
         return first_that_fits(config, choices, batches, measures=True)
 
-    train, plan = fitting(choices)
-    # The order of rows follows from the choice: all ranks run what the one with least memory can.
-    own = next(i for i, choice in enumerate(choices) if choice is train)
-    if (agreed := max(ranks.gather(own))) != own:
-        train, plan = fitting(choices[agreed:])
+    if ranks.pipeline:
+        shapes = [tuple(objective.batch_shapes(own, config.batch_size)) for own in choices]
+        i, plan = fitting_part(config, shapes, ranks)
+        train = choices[i]
+    else:
+        train, plan = fitting(choices)
+        # The order of rows follows from the choice: all run what the rank with least memory can.
+        own = next(i for i, choice in enumerate(choices) if choice is train)
+        if (agreed := max(ranks.gather(own))) != own:
+            train, plan = fitting(choices[agreed:])
     on_event(plan_event(plan, 0.02, str(plan)))
-    setup, vector = load_setup(replace(inputs, train=train), plan, loaded)
+    setup, vector = load_setup(replace(inputs, train=train), plan, loaded, ranks)
     setup = replace(setup, apart=train is not inputs.train)
     if ROWS[config.method] == "prompt":
         assert isinstance(config.rollout_batch, int)
         peak = rollout_bytes(config, _longest(config, train, inputs.valid), config.rollout_batch)
         setup = replace(setup, rollout_peak=peak)
-        gb = "" if peak is None else f"; {peak / 1e9:.2f} GB at most"
+        gb = "" if peak is None else f"; peak {peak / 1e9:.2f} GB"
         said = f"rollouts: {config.rollout_batch} completions at once{gb}"
         on_event(events.stage("setup", 0.03, said))
     if coarse := _coarse(setup):
         on_event(
             events.warning(
-                f"stock mlx-lm 0.32 cannot load DoRA of linears with 3, 5 or 6 bits ({coarse}): "
-                "only we can load this adapter."
+                f"stock mlx-lm 0.32 cannot load DoRA of layers with 3, 5 or 6 bits ({coarse}): "
+                "only mlx_segtrain can load this adapter."
             )
         )
     if objective.reference is not None:
@@ -258,29 +285,61 @@ def prepare(
     return setup, vector
 
 
+def fitting_part(
+    config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
+) -> tuple[int, RunPlan]:
+    """The first choice of batches for which the ranks have room, and the plan of this one's part of
+    the model: rank 0 shares it out. InputError or NoRoom if it cannot."""
+    here = planned(config, choices[0], fills=False)
+    members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
+
+    def shared_out(i: int) -> list[list[int]]:
+        of = planned(config, choices[i], fills=False)
+        runs = split_run(of, [Member(*own) for own in members], config.grad_accumulation_steps)
+        return [[run.part.begin, run.part.end] for run in runs if run.part]
+
+    found: Any = None
+    failed: InputError | None = None
+    for i in range(len(choices)) if ranks.first else ():
+        try:
+            found = i, shared_out(i)
+            break
+        except InputError as error:
+            failed = failed or error
+    (found, said), *_ = ranks.gather([found, str(failed) if failed else ""])
+    if found is None:
+        raise failed or NoRoom(said)
+    i, ends = found
+    run = planned(config, choices[i], fills=False)
+    (begin, end), batches = ends[ranks.rank], config.grad_accumulation_steps
+    part = Part(ranks.rank, ranks.size, begin, end, run.shape.n_layers, batches)
+    return i, run.of_part(part, run.budget, run.device)
+
+
 def _coarse(setup: Setup) -> str | None:
-    """The first linear with DoRA whose width mlx-lm computes wrongly."""
+    """Returns the first linear layer with DoRA whose width mlx-lm computes wrongly."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
 
 
 def _longest(config: TrainConfig, *prompts: Dataset | None) -> int:
-    """Tokens of the longest prompt with the longest completion."""
+    """Returns the tokens of the longest prompt plus the longest completion."""
     longest = max(int(own.columns.length.max()) for own in prompts if own)
     return longest + config.max_completion_tokens
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
-    """With the steps that the epochs come to, rounded up; InputError if the warmup takes them."""
+    """Returns the configuration with its epochs converted to steps, rounded up. Raises InputError
+    if the warmup takes all of them."""
     if config.epochs is None:
         return config
     batches = batches_in_epoch(train, config.batch_size)
     iters = max(1, math.ceil(config.epochs * batches / config.grad_accumulation_steps))
     if config.warmup_iters >= iters:
         raise InputError(
-            f"warmup_iters = {config.warmup_iters} leaves nothing of the {iters} steps that epochs "
-            f"= {config.epochs:g} are: lower it."
+            f"warmup_iters = {config.warmup_iters} must be smaller than the {iters} steps of "
+            f"epochs = {config.epochs:g}: lower it."
         )
     return config.model_copy(update={"iters": iters})
 
@@ -291,18 +350,23 @@ def plan_event(plan: RunPlan, progress: float, message: str) -> events.Event:
 
 
 def load_chain(
-    config: TrainConfig, *datasets: Dataset | None, loaded: nn.Module | None = None
+    config: TrainConfig,
+    *datasets: Dataset | None,
+    loaded: nn.Module | None = None,
+    part: Part | None = None,
 ) -> tuple[Any, Chain]:
-    """The model of a configuration, loaded if it is not yet, and its chain.
+    """The model of a configuration, loaded if it is not yet, and its chain; only the layers of a
+    part are read.
 
-    InputError if sequences could be longer than it was made for, or a token of the data has no row
-    in its tables: MLX would read past their end.
+    Raises InputError if rows could exceed the model's context length, or if a token of the data has
+    no row in its tables: MLX would read past their end.
     """
-    model = load_model(config.model_dir)[0] if loaded is None else loaded
-    chain = chain_of(model)
+    reads = part.reads if part else lambda name: True
+    model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
+    chain = chain_of(model, range(part.begin, part.end) if part else None)
     if chain.max_length is not None and config.max_seq_length > chain.max_length:
         raise InputError(
-            f"max_seq_length is {config.max_seq_length}, but the model was made for at most "
+            f"max_seq_length = {config.max_seq_length} exceeds the model's context length of "
             f"{chain.max_length} tokens: lower it."
         )
     tables = tables_of(model)
@@ -311,62 +375,81 @@ def load_chain(
         for i, side in np.argwhere(data.columns.top >= known)[:1]:
             row, top = sequences(data.rows[i])[side], data.columns.top[i, side]
             raise InputError(
-                f"{row.source}: the tokenizer gives token {top}, and the model has "
-                f"{known}: they do not belong together."
+                f"{row.source}: the tokenizer gives token {top}, but the model has "
+                f"{known} tokens: use the tokenizer that belongs to the model."
             )
     return model, chain
 
 
 def load_setup(
-    inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None
+    inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None, ranks: Ranks = ALONE
 ) -> tuple[Setup, mx.array]:
-    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector."""
-    config = inputs.config
-    model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded)
+    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector.
+
+    Of a model over several ranks, what is of this one's layers.
+    """
+    config, part = inputs.config, plan.part
+    model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)
+    pipe = Pipe.of(ranks, part) if part else None
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
-        ranks = adapting.choose_ranks(chain, **asked(config))
         kinds = {kind.word: getattr(config, f"use_{kind.word}") for kind in KINDS}
-        how = {"root": config.rs_lora, **kinds}
-        adapter = adapting.init(chain, ranks, config.scale, config.seed, **how)
+        here = pipe.owners(chain) if pipe else {*chain.stage_of.values()}
+        how: Any = {"root": config.rs_lora, "here": lambda path: chain.stage_of[path] in here}
+        own_ranks = adapting.choose_ranks(chain, **asked(config))
+        adapter = adapting.init(chain, own_ranks, config.scale, config.seed, **how, **kinds)
     chain = chain.adapting(adapter.scales)
+    layers = chain.layers[part.begin : part.end] if part else chain.layers
     if any(
-        plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, chain.layers))
+        plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        plan = replace(plan, plans=())  # the family takes the generic path after all
+        plan = replace(plan, plans=())  # the family turns out to take the generic path
     if inputs.train.packed and not chain.branches:
         raise InputError(
-            f"packing is not for {config.model_dir.name}, whose layers are mlx-lm's own and know "
-            "no packed rows: leave it out.",
+            f"packing is not supported for {config.model_dir.name}, whose layers are mlx-lm's and "
+            "take no packed rows: leave it out.",
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)
-    layout = Layout.of(params)
-    vector = layout.join(params)
-    mx.eval(vector)
+    if pipe and chain.tied and chain.head.path in adapter.tensors:
+        raise tied_head(config, chain)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
-    made = (plan, model, chain, objective_of(config), adapter.scales, layout)
-    return Setup(*read, *made), vector
+    made = (plan, model, chain, objective_of(config), adapter.scales, Layout.of(params), pipe)
+    setup = Setup(*read, *made)
+    vector = setup.own.join(params)
+    mx.eval(vector)
+    return setup, vector
+
+
+def tied_head(config: TrainConfig, chain: Chain) -> InputError:
+    """What to raise for an adapted embedding that is the head, too: two ranks would have it."""
+    return InputError(
+        f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
+        "on the first and the last rank of a pipeline: leave it out of target_modules, or train "
+        "with parallel data.",
+        field="target_modules",
+    )
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
-    """With what the model without adapter gives for the rows that the run will see."""
+    """Adds what the model without the adapter gives for the rows that the run will see."""
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
-    seen = None  # all, at the latest in the second epoch
+    seen = None  # all rows, at the latest in the second epoch
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)
-    train = with_references(*what, train, on_event, seen, ranks)
-    valid = setup.valid and with_references(*what, setup.valid, on_event, ranks=ranks)
+    how: Any = {"ranks": ranks, "value": setup.value}
+    train = with_references(*what, train, on_event, seen, **how)
+    valid = setup.valid and with_references(*what, setup.valid, on_event, **how)
     return replace(setup, train=train, valid=valid)
 
 
 def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
-    """The adapter with these factors, by stage."""
+    """Returns the adapter with these factors, by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
     arrays = {
         path: {name: flat[f"{path}.{name}"] for name in ARRAYS if f"{path}.{name}" in flat}

@@ -1,23 +1,24 @@
-"""When a step's loss is a spike, by the steps before it."""
+"""Decides from recent steps when a loss is a spike."""
 
 from collections.abc import Sequence
 from statistics import median
 
-#: Steps that are looked back upon, and how many of them there must be.
+#: Number of recent steps that count, and how many of them there must be.
 WINDOW, LEAST = 64, 16
-#: Deviations above the median, as of a normal distribution: 1.4826 times the median deviation.
+#: Deviations above the median, in units of a normal distribution's: 1.4826 times the median
+#: deviation.
 DEVIATIONS = 6
-#: Steps in a row that are left out at most: then it is no spike, but what losses are by now.
+#: Most steps that are skipped in a row: after that it is no spike, but the new level of the loss.
 MOST_SKIPPED = 8
-#: Nats above the median that are never a spike, and the multiple of the window's largest loss.
+#: Nats above the median that never count as a spike, and the multiple of the window's largest loss.
 SLACK, MULTIPLE = 1.0, 1.5
 
 
 def spike_bound(losses: Sequence[float]) -> float:
-    """The loss above which one is a spike, after steps of these losses; infinite at first.
+    """Returns the loss above which a step is a spike, given recent losses; infinite at first.
 
-    Median and median deviation are not moved by spikes that were taken; the largest loss is, so
-    that losses which stay high are told once or twice only.
+    Spikes that were taken do not move the median and the median deviation, but they do move the
+    largest loss, so a loss that stays high is reported only once or twice.
     """
     if len(losses) < LEAST:
         return float("inf")

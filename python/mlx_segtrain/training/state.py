@@ -1,4 +1,4 @@
-"""What changes during a run, and what of it a checkpoint holds."""
+"""What changes during a run, and the part of it that a checkpoint holds."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ Moments = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Iterate:
-    """All factors, what the optimizer remembers, and the steps that led to them: they change at
-    once."""
+    """All factors, the optimizer's state, and the number of steps that led to them: they change
+    together."""
 
     vector: mx.array
     moments: Moments
@@ -25,11 +25,11 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step: loss, gradient norm before clipping, and what else the objective measures.
+    """The outcome of a step: loss, gradient norm before clipping, and what else the objective
+    measures.
 
-    `rate` is the learning rate, `tokens` those that are no padding, and `supervised` those of them
-    that are in the loss. `bound` is the loss above which
-    it was a spike, None if it was none.
+    `rate` is the learning rate, `tokens` counts tokens without padding, and `supervised` those of
+    them in the loss. `bound` is the loss above which the step was a spike; None if it was none.
     """
 
     loss: float
@@ -44,13 +44,14 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """How far a run has come besides its factors; numbers and lists of them, so that JSON holds it.
+    """How far a run has come, apart from its factors: numbers and lists of them, so that JSON can
+    hold it.
 
-    `reported` and `evaluated` are the last steps of which that was done. `recent` are the outcomes
-    of the last `steps_per_report` steps, whose mean is the training loss; `losses` those that tell
-    what a spike is, `skipped` the steps in a row that were left out. `rewards` are the mean reward
-    of each step's completions, and the variance of that mean, for collapse.py. Seconds and the
-    peak, in bytes, are of all parts of a run that was resumed.
+    `reported` and `evaluated` are the last steps at which that was done. `recent` are the outcomes
+    of the last `steps_per_report` steps, whose mean is the training loss; `losses` are those that
+    define what a spike is, `skipped` counts the last steps in a row that were skipped. `rewards`
+    are the mean rewards of the steps' completions, for collapse.py. After a resume, seconds and the
+    peak, in bytes, cover the whole run.
     """
 
     reported: int = 0
@@ -69,19 +70,19 @@ class Progress:
 
     @property
     def loss(self) -> float | None:
-        """The training loss, as it is reported everywhere: the mean of `recent`."""
+        """The training loss as it is reported everywhere: the mean of `recent`."""
         return sum(own.loss for own in self.recent) / len(self.recent) if self.recent else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What else the objective measures: the means over those of these steps that have it."""
+        """What else the objective measures: means over those recent steps that have it."""
         found = [own.metrics for own in self.recent]
         names = dict.fromkeys(name for own in found for name in own)
         return {name: fmean(own[name] for own in found if name in own) for name in names}
 
     @property
     def best(self) -> dict[str, float] | None:
-        """Step and loss of the evaluation with the lowest loss, the first if several have it."""
+        """Step and loss of the evaluation with the lowest loss, the first one in a tie."""
         return min(
             self.vals,
             key=lambda v: math.inf if math.isnan(v["loss"]) else v["loss"],
@@ -90,12 +91,12 @@ class Progress:
 
     @property
     def since_best(self) -> int:
-        """Evaluations after that one."""
+        """The number of evaluations after the best one."""
         best = self.best
         return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
 
     def per_s(self, tokens: int) -> float:
-        """A count of all steps by the seconds that they took."""
+        """Returns a count over all steps divided by the seconds that they took."""
         return tokens / self.train_s if self.train_s else 0.0
 
     @classmethod
@@ -116,5 +117,5 @@ class State:
 
     @property
     def step(self) -> int:
-        """Steps that are finished."""
+        """The number of finished steps."""
         return self.at.step

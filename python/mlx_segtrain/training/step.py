@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its micro-batches, guards, update."""
+"""One optimizer step: the gradients of its micro-batches, the checks, the update."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,58 +11,72 @@ import numpy as np
 from ..data import AnyBatch
 from ..errors import RunError
 from ..models.chain import Dropout
-from ..objectives import Functions, named, total_of, value_and_grad
+from ..objectives import Functions, baseline_of, named, value_and_grad, with_baseline
 from ..ops import compile_together
 from ..schedule import Grads
 from .diagnosis import Fault, first_nonfinite, rows_of, together
 from .evaluation import measure
+from .holding import Holding
 from .optimizer import Optimizer, learning_rate
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Diverged, Ranks
 from .setup import Setup
 from .spikes import spike_bound
 from .state import Iterate, Outcome
 
 
 class Halted(RunError):
-    """A step that cannot or must not be taken; `fault`, if any, is the report to write of it."""
+    """A step that cannot or must not be taken; `fault`, if any, is the report to write."""
 
     def __init__(self, message: str, fault: Fault | None = None):
         super().__init__(message)
         self.fault = fault
 
 
+@dataclass(frozen=True)
+class Found:
+    """Outputs and gradient of a step; `length` of the gradient, if a rank has a part of it only."""
+
+    outputs: Sequence[Any]
+    gradient: mx.array
+    length: mx.array | None = None
+
+
 @dataclass
 class Stepper:
-    """Takes steps by a plan. `watch` is called when a move of it is through."""
+    """Takes steps by a plan. `watch` is called after each move of the plan."""
 
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
-    rollout_peak: int = field(default=0, init=False)  #: bytes that generating has taken, if it does
+    #: Bytes that generating has taken, if the method generates.
+    rollout_peak: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         setup = self.setup
         self.plan = setup.plan
         self.functions = Functions(setup.objective, setup.chain, setup.scales)
-        self.optimizer = Optimizer(self.setup.config, self.setup.layout)
+        self.optimizer = Optimizer(setup.config, setup.own)
+        self.holding = Holding(setup.config, setup.layout, setup.own, self.ranks)
 
     def __call__(
         self,
         at: Iterate,
         accumulated: list[AnyBatch],
         losses: Sequence[float] = (),
-        found: tuple[Sequence[Any], mx.array] | None = None,
+        found: "Found | None" = None,
     ) -> tuple[Iterate, Outcome]:
         """Takes one step: the new state, and how the step was; `losses` of the steps before tell
-        what a spike is. `found` is what `gradient` gives, summed over all ranks.
+        what a spike is. `found` is what all ranks together have come to.
 
-        Halted if loss or gradient is not finite, or at a spike if the configuration says so.
+        Raises Halted if the loss or the gradient is not finite, or at a spike if the configuration
+        says so.
         """
         setup, config = self.setup, self.setup.config
-        outputs, gradient = found or self.gradient(at, accumulated)
-        length, limit = mx.sqrt(mx.square(gradient).sum()), config.grad_clip_norm
+        found = found or Found(*self.gradient(at, accumulated))
+        outputs, gradient, limit = found.outputs, found.gradient, config.grad_clip_norm
+        length = mx.sqrt(mx.square(gradient).sum()) if found.length is None else found.length
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
-        # The device is given the whole step before the first of its numbers is waited for.
+        # The whole step is queued on the device before the first of its numbers is waited for.
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)
@@ -80,60 +94,91 @@ class Stepper:
         rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             said = f"loss is {loss} and gradient norm {norm}"
-            own = first_nonfinite(setup, at, self.ranks.share(accumulated), gradient)
-            raise _halted(at, outcome, said, *together(self.ranks.gather(own)))
+            raise _halted(at, outcome, said, *self.fault(at, accumulated, gradient))
         bound = spike_bound(losses)
         if loss > bound:
             outcome = replace(outcome, bound=bound)
             if config.on_spike == "stop":
-                said = f"loss is {loss:.4f}, where {bound:.4f} is the most that the last "
-                said += f"{len(losses)} steps let expect"
+                said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} that the last "
+                said += f"{len(losses)} steps set"
                 raise _halted(at, outcome, said, rows, losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
-        if not finite:
-            bad = setup.layout.names(~mx.isfinite(new.vector))
-            raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad[0]}")
+        if bad := self.nonfinite(None if finite else new.vector):
+            raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad}")
         return new, outcome
+
+    def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
+        """Of what each rank has come to, what all have."""
+        return Found(*self.ranks.add(outputs, gradient))
+
+    def nonfinite(self, vector: mx.array | None) -> str | None:
+        """The first factor of a vector, if there is one, that is not finite."""
+        return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
+
+    def fault(
+        self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
+    ) -> tuple[list[str], str | None]:
+        """Where the numbers of a step first stop being finite: rows, and the tensor."""
+        own = first_nonfinite(self.setup, at, self.ranks.share(accumulated), gradient)
+        return together(self.ranks.gather(own))
+
+    def keeps(self, error: Exception) -> bool:
+        """Whether the state of the last step can be saved after this one."""
+        return not isinstance(error, Diverged)
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """What the last step generated, if it did (completions.jsonl)."""
+        """What the last step generated, if the method generates (for completions.jsonl)."""
         return []
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Loss and metrics over the validation rows."""
+        """Returns the loss and metrics over the validation rows."""
         setup = self.setup
         assert setup.valid is not None
-        params = setup.layout.split(at.vector)
+        params = setup.own.split(at.vector)
         what = (setup.objective, setup.chain, setup.scales, params, setup.valid)
-        return measure(*what, setup.config.batch_size, self.ranks)
+        return measure(*what, setup.config.batch_size, self.ranks, setup.value)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Compiles the kernels that a step on batches like the first of these takes (CUDA)."""
+        """Compiles the kernels for steps on batches like the first of these (CUDA)."""
 
         def write_down() -> None:
             batch = next(source)
-            params = self.setup.layout.split(at.vector)
+            params = self.setup.own.split(at.vector)
             self._value_and_grad(params, batch, self.setup.objective.total([batch]), 0)
 
         compile_together(write_down)
 
+    def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
+        """Of the baseline of a step, the part of this rank's share of the micro-batches."""
+        setup, params = self.setup, self.setup.own.split(at.vector)
+        own, total = self.ranks.share(accumulated), setup.objective.total(accumulated)
+        what = (setup.objective, setup.chain, setup.scales, params)
+        return baseline_of(*what, own, total, setup.value)
+
+    def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> Any:
+        """What the losses of a step are divided by, from the baselines of all ranks."""
+        objective = self.setup.objective
+        return with_baseline(objective, objective.total(accumulated), sum(baselines))
+
     def gradient(
-        self, at: Iterate, accumulated: list[AnyBatch]
+        self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
     ) -> tuple[list[float] | list[mx.array], mx.array]:
         """Outputs of the objective and gradient of its loss over this rank's share of the
-        micro-batches, as parts of those over all.
+        micro-batches, as parts of those over all. `total` is that of the step; by default of a run
+        on one device.
 
-        Those of a single one may still be under way when this returns.
+        With a single micro-batch they may not be computed yet when this returns.
         """
-        setup, params = self.setup, self.setup.layout.split(at.vector)
-        total = total_of(setup.objective, setup.chain, setup.scales, params, accumulated)
+        params = self.setup.own.split(at.vector)
+        if total is None:
+            total = self.total(accumulated, [self.baseline(at, accumulated)])
         first = at.step * self.setup.config.grad_accumulation_steps
         (draw, batch), *more = self.ranks.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
         for draw, batch in more:
-            mx.eval(gradient)  # or the next one would begin before this one's memory is free
+            mx.eval(gradient)  # otherwise the next one would start before this one's memory is free
             part, own = self._part(params, batch, total, draw)
             outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
@@ -142,26 +187,29 @@ class Stepper:
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[mx.array], mx.array]:
-        """Of one micro-batch; `draw` is which number of the run it is."""
+        """Returns the part of one micro-batch; `draw` is its number in the run."""
         outputs, grads = self._value_and_grad(params, batch, total, draw)
-        return list(outputs), self.setup.layout.join(grads)
+        return list(outputs), self.setup.own.join(grads)
 
     def _value_and_grad(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[tuple[mx.array, ...], Grads]:
-        setup, config = self.setup, self.setup.config
-        functions = self.functions
-        if config.lora_dropout:
-            dropout = Dropout(config.lora_dropout, config.seed, draw)
-            functions = Functions(setup.objective, setup.chain, setup.scales, dropout)
         return value_and_grad(
-            functions,
+            self.functions_of(draw),
             params,
             batch,
             total,
-            cuts=lambda streams: self.plan.cuts(setup.chain, streams),
+            cuts=lambda streams: self.plan.cuts(self.setup.chain, streams),
             watch=self.watch,
         )
+
+    def functions_of(self, draw: int) -> Functions:
+        """Those of a micro-batch, which with dropout are its own."""
+        setup, config = self.setup, self.setup.config
+        if not config.lora_dropout:
+            return self.functions
+        dropout = Dropout(config.lora_dropout, config.seed, draw)
+        return Functions(setup.objective, setup.chain, setup.scales, dropout)
 
 
 def _halted(
@@ -172,7 +220,8 @@ def _halted(
     tensor: str | None = None,
     losses: Sequence[float] = (),
 ) -> Halted:
-    """What ends a run at a step whose numbers are not finite, or are a spike after `losses`."""
+    """Returns the error that ends a run at a step whose numbers are not finite, or that is a spike
+    after `losses`."""
     kind, more = ("spike", " or with on_spike skip") if losses else ("nonfinite", "")
     numbers = (outcome.loss, outcome.norm, outcome.rate)
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))

@@ -1,4 +1,4 @@
-"""Trackers of others that get the metrics too. What goes wrong in one never stops a run."""
+"""Passes the metrics to external trackers. A tracker that fails never stops a run."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ Close = Callable[[], None]
 
 
 def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Scalars in adapter_path/tensorboard, for the command tensorboard --logdir."""
+    """Writes scalars to adapter_path/tensorboard, for the command tensorboard --logdir."""
     writer = import_module("tensorboard.summary").Writer(str(config.adapter_path / "tensorboard"))
 
     def on_event(event: events.Event) -> None:
@@ -27,7 +27,8 @@ def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close
 
 
 def wandb(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """A run of Weights & Biases; a resumed one goes on there. Their WANDB_* variables hold."""
+    """Logs to a Weights & Biases run, which a resumed run continues. Its WANDB_* variables
+    apply."""
     run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", "mlx-segtrain"),
         id=run_id,
@@ -48,7 +49,7 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def scalars(event: events.Event) -> dict[str, float]:
-    """Numbers of a metric by name, as train/loss; none of another event."""
+    """Returns the numbers of a metric by name, such as train/loss; none for other events."""
     if event["type"] != "metric":
         return {}
     values: dict[str, Any] = event.get("scores", event)
@@ -60,7 +61,7 @@ def scalars(event: events.Event) -> dict[str, float]:
 
 
 def check_installed(config: TrainConfig) -> None:
-    """InputError if a tracker's package is not there."""
+    """Raises InputError if a tracker's package is not installed."""
     for name in config.report_to:
         if find_spec(name) is None:
             raise InputError(
@@ -72,7 +73,7 @@ def check_installed(config: TrainConfig) -> None:
 def tracked(
     config: TrainConfig, run_id: str, warn: Callable[[str], None]
 ) -> Iterator[events.OnEvent]:
-    """Tells the configured trackers of an event; one that fails is told no more."""
+    """Passes an event to the configured trackers; one that fails gets no further events."""
     live: dict[str, tuple[events.OnEvent, Close]] = {}
 
     def attempt(name: str, call: Callable[..., Any], *args: Any) -> Any:

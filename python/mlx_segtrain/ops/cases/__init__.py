@@ -1,7 +1,8 @@
-"""One module an op, by the name of its folder in csrc/ops/: how its kernels are checked and timed.
+"""One module for each op, named like its folder in csrc/ops/: how its kernels are checked and
+timed.
 
-`checks(device, rows)` gives calls of its kernels on a "cpu", on "metal" or on "cuda"; those on a
-GPU have this many rows. `cases(gpu)` gives what is timed there. An op has one of them, or both.
+`checks(device, rows)` returns calls of its kernels on "cpu", "metal" or "cuda"; those on a GPU have
+this many rows. `cases(gpu)` returns what is timed there. An op has either or both.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def of_every_op(kind: str) -> Iterator[Callable[..., Any]]:
-    """`checks` or `cases` of the ops that have it."""
+    """Collects `checks` or `cases` of the ops that have them."""
     for module in pkgutil.iter_modules(__path__):
         found = getattr(importlib.import_module(f"{__name__}.{module.name}"), kind, None)
         if found is not None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from ... import _core, ops
 from .. import bench, reference, selfcheck
 
-#: Options of attention for T queries; those after the last segment see nothing.
+#: Options of attention for T queries; queries after the last segment see nothing.
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda t: {},
     "window": lambda t: {"window": t // 4},
@@ -16,7 +16,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-#: Heads of a thorough check on Metal, and those that our kernel has.
+#: Head sizes of a thorough check on Metal, and those of them that our kernel supports.
 METAL_HEADS, METAL_KERNEL = (64, 128, 256, 512), (64, 128, 256)
 
 
@@ -36,7 +36,7 @@ def calls(
         kernel = functools.partial(_core.attention, options=for_core, impl=impl)
         plain = functools.partial(reference.attention, **options)
         name = f"{case}, D = {d}"
-        if "thorough" in more:  # where there are several dtypes
+        if "thorough" in more:  # only where there are several dtypes
             name += f", {str(dtype).split('.')[-1]}"
         yield selfcheck.Call(op, name, kernel, plain, args, **more)
 
@@ -48,11 +48,11 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "metal":
         yield from metal_checks(rows)
         return
-    # The row passes are what the blocked form runs on.
+    # The row passes that the blocked form uses.
     yield from calls("attention_rows", "blocked", mx.bfloat16, rows)
     yield from calls("attention", "kernel", mx.bfloat16, rows)
     impls = _core.attention_impls()
-    if "hopper" in impls:  # of each size of tiles
+    if "hopper" in impls:  # one for each tile size
         for d in (64, 128, 256, 512):
             yield from calls("attention_hopper", "hopper", mx.bfloat16, rows, d)
     if "cudnn" in impls:
@@ -61,12 +61,13 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def metal_checks(rows: int) -> Iterator[selfcheck.Call]:
-    """Each dtype and size of heads: before first use those of the smallest in bfloat16 only."""
+    """Returns checks of each dtype and head size; before first use only of the smallest in
+    bfloat16."""
     nax = _core.has_neural_accelerators()
     for dtype in (mx.bfloat16, mx.float16, mx.float32):
         for d in METAL_HEADS:
             thorough = dtype != mx.bfloat16 or d != METAL_HEADS[0]
-            # Neural accelerators, which MLX's products run on, round float32 to TF32.
+            # Neural accelerators, which MLX's products use, round float32 to TF32.
             rough = nax and dtype == mx.float32
             how: dict[str, Any] = {"thorough": thorough}
             products: dict[str, Any] = how | ({"bound": selfcheck.HALF_BOUND} if rough else {})

@@ -1,8 +1,9 @@
-"""Heads of q, k and v of one product, q and k rotated, as CUDA makes them in one pass."""
+"""Heads of q, k and v from one product, with q and k rotated, as CUDA makes them in one pass."""
 
 import functools
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,7 +13,8 @@ from .linear import with_factors
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Rows of two, packed and not; of q, k and v, of keys that are values, of q alone."""
+    """Two rows, packed or not: with q, k and v, with keys that are also values, and with q
+    alone."""
     if device != "cuda":
         return
     heads, groups, d, width = 4, 2, 64, 256
@@ -29,20 +31,15 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     for traditional in (False, True):
         segments = [(0, 7), (7, rows // 3), (rows // 3, rows)] if traditional else None
 
-        def run(x: mx.array, *ab: mx.array, how: bool = traditional, packed=segments) -> mx.array:
-            own = with_factors(linears, ab)
-            more = {"traditional": how, "base": 1e4, "segments": packed}
-            y = _core.lora_qkv(x, own, heads, groups, 48, **more)
-            return mx.concatenate(y, 1)
+        def run(x: mx.array, *ab: mx.array, of=_core, segments: Any = segments, **how) -> mx.array:
+            own, more = with_factors(linears, ab), {"base": 1e4, "segments": segments, **how}
+            return mx.concatenate(of.lora_qkv(x, own, heads, groups, 48, **more), 1)
 
-        def plain(x: mx.array, *ab: mx.array, how: bool = traditional, packed=segments) -> mx.array:
-            own = with_factors(linears, ab)
-            ids = packed and [0, *(end for _, end in packed)]
-            more = {"traditional": how, "base": 1e4, "segments": ids}
-            return mx.concatenate(reference.lora_qkv(x, own, heads, groups, 48, **more), 1)
-
+        offsets = segments and [0, *(end for _, end in segments)]
+        kernel = functools.partial(run, traditional=traditional)
+        plain = functools.partial(kernel, of=reference, segments=offsets)
         case = "neighbours, packed" if traditional else "halves"
-        yield selfcheck.Call("heads", case, run, plain, [x, *factors])
+        yield selfcheck.Call("heads", case, kernel, plain, [x, *factors])
 
 
 def _with_norms(x: mx.array, linears: list[_core.Linear]) -> Iterator[selfcheck.Call]:

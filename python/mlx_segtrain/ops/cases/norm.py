@@ -14,7 +14,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         plain = functools.partial(reference.rms_norm, weight=w[0], eps=1e-5)
         yield selfcheck.Call("rms_norm", "", kernel, plain, [x])
     if device == "cuda":
-        # More than a thread's eight numbers, and a width that no number of threads divides.
+        # More than the eight numbers of a thread, and a width that no number of threads divides.
         for width in (1000, 4096):
             h, x, w = selfcheck.normal((rows, width), (rows, width), (2, width), dtype=mx.bfloat16)
             factor = mx.array([0.5], mx.bfloat16)

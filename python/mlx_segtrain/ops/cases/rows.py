@@ -11,7 +11,7 @@ from .. import reference, selfcheck
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device != "cuda":
         return
-    index = mx.arange(rows) * 31 % (rows // 2)  # in no order, and most of them twice
+    index = mx.arange(rows) * 31 % (rows // 2)  # unordered, and most of them twice
     kernel = functools.partial(_core.take_rows, index=index, impl="kernel")
     plain = functools.partial(reference.take_rows, index=index)
     yield selfcheck.Call(
@@ -21,7 +21,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def _of_a_table(rows: int, index: mx.array) -> Iterator[selfcheck.Call]:
-    """Ops without a gradient, as factors of what has one."""
+    """Checks ops without a gradient as factors of something that has one."""
     w, x, norm = selfcheck.normal((rows // 2, 512), (rows, 128), (1, 128), dtype=mx.bfloat16)
     table = _core.Base(*mx.quantize(w, bits=4), group_size=64, bits=4)
 

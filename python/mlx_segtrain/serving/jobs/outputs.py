@@ -40,9 +40,9 @@ class Outputs:
             record.read(path)
             check_own(path)
         except InputError as error:
-            reason = f"holds no run of ours: give a new folder. {error}"
+            reason = f"holds something else than a run: choose another folder. {error}"
             raise InputError(
-                f"adapter_path {path} is there, and {reason}", field="adapter_path"
+                f"adapter_path {path} exists and {reason}", field="adapter_path"
             ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
@@ -55,7 +55,7 @@ class Outputs:
         out = self.new(kind) if text is None else self.roots.resolve(text)
         self._check_place(out)
         if out.exists():
-            raise InputError(f"{out} is there already: give a new folder.")
+            raise InputError(f"{out} already exists: choose another folder.")
         return out
 
     def _check_place(self, out: Path) -> None:

@@ -1,0 +1,194 @@
+// Linear layers of a step of generation. There the host is what is waited for: MLX's own ops are a launch for
+// each product, two more for each update. On CUDA one launch for the linear layers that read the same x,
+// cuda/decode.cu; elsewhere MLX's ops.
+#include "core/binding.h"
+#include "core/gpu.h"
+#include "ops/linear/base.h"
+
+namespace segtrain {
+
+namespace {
+
+constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // as cuda/decode.cu has them
+constexpr size_t MOST_PARTS = 3;
+constexpr int BLOCKS = 1024;  ///< of a part at most: what a block computes of z serves several numbers then
+const std::vector<int> ROWS{1, 4, 16};  ///< a kernel each
+
+int rank_of(const std::optional<mx::array>& b) {
+  return b ? b->shape(2) : 0;
+}
+
+}  // namespace
+
+struct DecodeLinears::Calls {
+  PreparedLaunch linears;
+  std::optional<PreparedLaunch> factors;
+};
+
+DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a,
+                             std::vector<std::optional<mx::array>> b,
+                             std::vector<std::optional<mx::array>> gains)
+    : bases_(std::move(bases)), a_(std::move(a)), b_(std::move(b)), gains_(std::move(gains)) {
+  const std::string op = "DecodeLinears";
+  check(!bases_.empty(), "[", op, "] expected at least one base.");
+  b_.resize(bases_.size());
+  gains_.resize(bases_.size());
+  int ranks = 0;
+  for (size_t j = 0; j < bases_.size(); ++j) {
+    const auto& base = bases_[j];
+    check_base(op, base);
+    check(base.in() == bases_[0].in(), "[", op, "] bases must read the same x; got widths ", bases_[0].in(),
+          " and ", base.in(), ".");
+    const auto& own = b_[j];
+    check(!own || (a_ && own->ndim() == 3 && own->shape(0) == a_->shape(0) && own->shape(1) == base.out()),
+          "[", op, "] expected b [E, ", base.out(), ", R] beside a [E, R, in].");
+    const auto& gain = gains_[j];
+    check(!gain || (gain->ndim() == 2 && gain->shape(1) == base.out() && gain->dtype() == mx::float32), "[",
+          op, "] expected gains [E, ", base.out(), "] of float32.");
+    ranks += rank_of(own);
+  }
+  check(!a_ || (a_->ndim() == 3 && a_->shape(1) == ranks && a_->shape(2) == bases_[0].in()), "[", op,
+        "] expected a [E, ", ranks, ", ", bases_[0].in(), "]; got ", a_ ? a_->shape() : mx::Shape{}, ".");
+}
+
+std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
+  if (gpu() != Gpu::cuda) return "it is for CUDA";
+  if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
+    return "it takes float32, float16 or bfloat16";
+  if (rows < 1 || rows > ROWS.back()) return "it takes 1 to " + std::to_string(ROWS.back()) + " rows";
+  if (bases_.size() > MOST_PARTS) return "it takes up to three linear layers";
+  const auto& first = bases_[0];
+  if (first.in() % PIECE) return "the width is no multiple of 16";
+  for (const auto& base : bases_) {
+    if (base.scales.has_value() != first.scales.has_value() || base.bits != first.bits ||
+        base.group_size != first.group_size)
+      return "its weights must be of one kind";
+    if (base.scales && (base.mode != "affine" || (base.bits != 4 && base.bits != 8 && base.bits != 2)))
+      return "a quantized weight must be affine with 2, 4 or 8 bits";
+    if (base.scales && (base.scales->dtype() != first.scales->dtype() ||
+                        base.biases->dtype() != first.scales->dtype() || base.scales->dtype() == mx::float64))
+      return "scales and biases must be of one type";
+    if (!base.scales && base.weight.dtype() != dtype) return "a dense weight must be of x's type";
+    if (base.out() % 8) return "its outputs are no multiple of 8, which others read in pieces";
+    if (base.bias && base.bias->dtype() != dtype) return "the bias must be of x's type";
+  }
+  if (a_ && a_->dtype() != dtype) return "factors must be of x's type";
+  for (const auto& own : b_)
+    if (own && own->dtype() != dtype) return "factors must be of x's type";
+  return "";
+}
+
+std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype, int rows) {
+  const std::pair key(static_cast<int>(dtype.val()), rows);
+  if (auto found = calls_.find(key); found != calls_.end()) return found->second;
+  const auto& first = bases_[0];
+  const bool dense = !first.scales;
+  const auto none = mx::zeros({1}, dtype), zero = device_floats({0}), picks = mx::zeros({1}, mx::uint32);
+  const auto some = device_ints({1});
+  bool high = rows > 1;
+  int ranks = 0, blocks = 0;
+  for (const auto& b : b_) ranks += rank_of(b), high = high || rank_of(b) > MOST_RANK;
+  std::vector<int32_t> at{first.in(), ranks, high && a_};
+  std::map<std::string, mx::array> values{{"a", a_.value_or(none)}};
+  int begin = 0;
+  for (size_t j = 0; j < MOST_PARTS; ++j) {
+    const bool there = j < bases_.size();
+    const auto& base = bases_[there ? j : 0];
+    const auto b = there ? b_[j] : std::nullopt, gain = there ? gains_[j] : std::nullopt;
+    const int needed = there ? std::min(tiles(base.out(), WARPS * OUT), BLOCKS) : 0;
+    const auto number = std::to_string(j);
+    const auto scales = base.scales.value_or(base.weight);
+    values.insert({{"w" + number, base.weight},
+                   {"scales" + number, scales},
+                   {"biases" + number, base.biases.value_or(scales)},
+                   {"b" + number, b.value_or(none)},
+                   {"gain" + number, gain.value_or(zero)},
+                   {"bias" + number, base.bias.value_or(none)}});
+    at.insert(at.end(), {needed, base.out(), rank_of(b), begin, base.bias.has_value(), gain.has_value()});
+    begin += rank_of(b);
+    blocks += needed;
+  }
+  values.insert({"at", device_ints(at)});
+  const Template kind{
+      {"BITS", dense ? 0 : first.bits}, {"GROUP", dense ? 32 : first.group_size}, {"ROWS", rows}};
+  auto own = std::make_shared<Calls>(
+      Calls{PreparedLaunch("decode_linears", values, {"x", "z", "picks", "rows"}, {none, zero, picks, some},
+                           dtype, kind, {{blocks, 1, 1}, WARPS * 32}),
+            std::nullopt});
+  if (high && a_)
+    own->factors = PreparedLaunch("decode_factors", values, {"x", "picks", "rows"}, {none, picks, some},
+                                  mx::float32, {}, {{tiles(rows * ranks, WARPS), 1, 1}, WARPS * 32});
+  if (!collects_kernels()) calls_[key] = own;  // else its kernels are not there yet
+  return own;
+}
+
+Arrays DecodeLinears::plain(const mx::array& x, const mx::array& picks, mx::StreamOrDevice s) const {
+  const int m = static_cast<int>(x.size()) / x.shape(-1);
+  const auto rows = mx::reshape(x, {m, x.shape(-1)}, s), row = mx::expand_dims(rows, 1, s);
+  Arrays ys;
+  int begin = 0;
+  for (size_t j = 0; j < bases_.size(); ++j) {
+    const auto& base = bases_[j];
+    auto y = stock_product(rows, base, true, s);
+    if (b_[j]) {
+      const int end = begin + rank_of(b_[j]);
+      const auto a =
+          mx::take(mx::slice(*a_, {0, begin, 0}, {a_->shape(0), end, x.shape(-1)}, s), picks, 0, s);
+      const auto b = mx::take(*b_[j], picks, 0, s);
+      const auto z = mx::matmul(row, mx::swapaxes(a, 1, 2, s), s);
+      y = mx::add(y, mx::squeeze(mx::matmul(z, mx::swapaxes(b, 1, 2, s), s), 1, s), s);
+      begin = end;
+    }
+    if (gains_[j]) y = mx::multiply(y, mx::take(*gains_[j], picks, 0, s), s);
+    if (base.bias) y = mx::add(y, *base.bias, s);
+    mx::Shape shape(x.shape().begin(), x.shape().end() - 1);
+    shape.push_back(base.out());
+    ys.push_back(mx::astype(mx::reshape(y, shape, s), x.dtype(), s));
+  }
+  return ys;
+}
+
+Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, const std::string& impl,
+                                 mx::StreamOrDevice s) {
+  const int k = bases_[0].in();
+  check(x.ndim() > 0 && x.shape(-1) == k, "[DecodeLinears] expected x [..., ", k, "]; got ", x.shape(), ".");
+  const int m = static_cast<int>(x.size()) / std::max(k, 1);
+  check(picks.dtype() == mx::uint32 && static_cast<int>(picks.size()) == m,
+        "[DecodeLinears] expected picks [", m, "] of uint32; got ", picks.shape(), " of ", picks.dtype(),
+        ".");
+  const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it is for CUDA"}
+                                          : gpu_kernel("decode_linears", unfit(x.dtype(), m));
+  if (choose("DecodeLinears", impl, {way, {"stock", true, ""}}) == "stock") return plain(x, picks, s);
+  const auto own = calls(x.dtype(), *std::lower_bound(ROWS.begin(), ROWS.end(), m));
+  const auto rows = device_ints({m});
+  auto z = device_floats({0});
+  if (own->factors) z = (*own->factors)({x, picks, rows}, {{m, a_->shape(1)}}, s)[0];
+  std::vector<mx::Shape> shapes;
+  for (const auto& base : bases_) {
+    shapes.push_back(x.shape());
+    shapes.back().back() = base.out();
+  }
+  return own->linears({x, z, picks, rows}, std::move(shapes), s);
+}
+
+const Binding binding([](nb::module_& m) {
+  nb::class_<DecodeLinears>(m, "DecodeLinears",
+                            "Linear layers that read the same few rows in a step of generation, each with "
+                            "updates of several adapters, of which each row has one.")
+      .def(nb::init<std::vector<Base>, std::optional<mx::array>, std::vector<std::optional<mx::array>>,
+                    std::vector<std::optional<mx::array>>>(),
+           "bases"_a, "a"_a = nb::none(), "b"_a = std::vector<std::optional<mx::array>>(),
+           "gains"_a = std::vector<std::optional<mx::array>>(),
+           "a [E, R, in], b [E, out, R_j] of each linear layer, whose ranks add up to R; gains [E, out] "
+           "float32.")
+      .def("__call__", &DecodeLinears::operator(), "x"_a, "picks"_a, nb::kw_only(), "impl"_a = "auto",
+           "stream"_a = nb::none(), "x [..., in], picks [rows] uint32 → [..., out] of each linear layer.")
+      .def(
+          "unfit",
+          [](const DecodeLinears& op, mx::Dtype dtype, int rows) {
+            return gpu_kernel("decode_linears", op.unfit(dtype, rows)).reason;
+          },
+          "dtype"_a, "rows"_a, "Why no kernel serves rows of this type; empty if one does.");
+});
+
+}  // namespace segtrain

@@ -1,0 +1,155 @@
+"""Linear layers that read the same x (q, k and v; gate and up). In a step of generation on CUDA
+they run in one launch with their updates.
+
+Such a step takes as long as the host needs to build and launch it, so the number of calls counts.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .. import ops
+from .adapter import ARRAYS, KINDS
+from .modules import FEW, LoRALinear
+
+#: Adapters of which a group keeps its factors as the kernel reads them.
+MOST_KEPT = 8
+
+
+class Together:
+    """Linear layers that read the same x of `dtype`, in the order in which they are called.
+
+    The first one that is called computes the outputs of all.
+    """
+
+    def __init__(self, modules: list[LoRALinear], dtype: mx.Dtype):
+        self.modules, self.dtype = modules, dtype
+        self.bases = [ops.base_of(module.linear) for module in modules]
+        self.served = serves(ops.decode_linears(self.bases), dtype)
+        self._kept: dict[tuple[Any, ...], tuple[ops.DecodeLinears | None, Any]] = {}
+        self._picks: dict[int, mx.array] = {}
+        self._x: mx.array | None = None
+        self._ys: list[mx.array] | None = None
+        self._left = 0
+
+    def read(self, index: int, x: mx.array) -> mx.array | None:
+        """Returns the output of one layer with its update; None if the group has no update, where
+        MLX's own products are as fast, or no kernel for it."""
+        if self._x is not x:
+            self._x, self._ys, self._left = x, self._all(x), len(self.modules)
+        ys, self._left = self._ys, self._left - 1
+        if not self._left:
+            self._x = self._ys = None
+        return None if ys is None else ys[index]
+
+    def with_updates(
+        self,
+        a: mx.array,
+        b: Sequence[mx.array | None],
+        gains: Sequence[mx.array | None],
+    ) -> ops.DecodeLinears | None:
+        """The layers with factors a [E, R, in] and b [E, out, R_j] in x's dtype."""
+        op = ops.decode_linears(self.bases, a, b, gains)
+        return op if serves(op, self.dtype) else None
+
+    def forget(self) -> None:
+        """Frees what is kept of updates."""
+        self._kept.clear()
+
+    def _all(self, x: mx.array) -> list[mx.array] | None:
+        if x.dtype != self.dtype:
+            return None
+        rows = self.modules[0].rows
+        if rows is not None and rows.on:
+            op, picks = rows.decoding()
+        else:
+            op, picks = self._in_place(), None
+        if op is None:
+            return None
+        if picks is None:
+            n = x.size // x.shape[-1]
+            if n not in self._picks:
+                self._picks[n] = mx.zeros(n, mx.uint32)
+            picks = self._picks[n]
+        return op(x, picks)
+
+    def _in_place(self) -> ops.DecodeLinears | None:
+        """The layers with the updates that are in them now; None without any."""
+        if not any("lora_a" in module for module in self.modules):
+            return None
+        arrays = [[module.get(name) for name in ARRAYS] for module in self.modules]
+        key = tuple(id(x) for own in arrays for x in own), tuple(x.scale for x in self.modules)
+        if key not in self._kept:
+            if len(self._kept) == MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            # The arrays are kept with it: no other ones get these ids.
+            self._kept[key] = self._made(), arrays
+        return self._kept[key][0]
+
+    def _made(self) -> ops.DecodeLinears | None:
+        a, b, gains = [], [], []
+        for module in self.modules:
+            factors = module.factors(self.dtype) if "lora_a" in module else None
+            gain = None
+            for kind in KINDS:
+                if kind.array in module:
+                    base, scale = ops.base_of(module.linear), module.scale
+                    linear = ops.Linear(base, module["lora_a"], module["lora_b"], scale)
+                    gain = module.applies(kind).gain(self.dtype, linear, module[kind.array])[None]
+            if factors is not None:
+                a.append(factors[0].T)
+            b.append(None if factors is None else mx.contiguous(factors[1].T)[None])
+            gains.append(gain)
+        return self.with_updates(mx.concatenate(a)[None], b, gains)
+
+
+def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
+    """Whether a kernel computes steps of up to FEW rows."""
+    return not op.unfit(dtype, FEW)
+
+
+class _Recorder:
+    """In the place of updates by rows: notes which x a layer reads."""
+
+    on = True
+
+    def __init__(self, module: LoRALinear, read: list[tuple[LoRALinear, mx.array]]):
+        self._module, self._read = module, read
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        self._read.append((self._module, x))
+        return y
+
+
+def grouped(
+    modules: Iterable[LoRALinear], run: Callable[[mx.array], Any]
+) -> list[tuple[list[LoRALinear], mx.Dtype]]:
+    """Which linear layers read the same x, and of which dtype, in the order of the calls.
+
+    `run` is a forward pass of the model, [1, 1] tokens to logits; nothing is computed.
+    """
+    read: list[tuple[LoRALinear, mx.array]] = []
+    before = [(module, module.rows) for module in modules]
+    for module, _ in before:
+        module.rows = _Recorder(module, read)
+    try:
+        run(mx.zeros((1, 1), mx.int32))
+    finally:
+        for module, rows in before:
+            module.rows = rows
+    found: dict[int, tuple[list[LoRALinear], mx.Dtype]] = {}
+    seen: set[int] = set()
+    for module, x in read:
+        if id(module) not in seen:  # some models call a layer twice
+            seen.add(id(module))
+            found.setdefault(id(x), ([], x.dtype))[0].append(module)
+    return list(found.values())
+
+
+def put_together(modules: Sequence[LoRALinear], run: Callable[[mx.array], Any]) -> None:
+    """Tells modules with which others they are one launch, if a kernel serves them."""
+    for own, dtype in grouped(modules, run):
+        together = Together(own, dtype)
+        for place, module in enumerate(own):
+            module.together, module.place = (together if together.served else None), place

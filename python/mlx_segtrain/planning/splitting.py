@@ -1,0 +1,200 @@
+"""Which layers of a model each of several ranks gets: by the memory and the speed of its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from ..config import TrainConfig
+from ..errors import InputError, NoRoom
+from ..streams import BatchShape
+from .budget import budget_bytes
+from .costs import Device, costs_of
+from .pipeline import Part, sent, weight_bytes
+from .run import RunPlan, planned
+from .speeds import SPEEDS
+
+#: Steps of the search for the time of the slowest rank, and more seconds than any takes.
+HALVINGS, MOST_SECONDS = 24, 1e300
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a rank has: bytes, the kind of its device, and bytes of a floating number there."""
+
+    budget: int
+    device: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank of a pipeline has. Bytes; `sent` is a micro-batch's, to the next rank and to the
+    one before. `seconds` of a micro-batch and `busy`, the part of a step in which the rank
+    computes, are by the planner's figures of devices. `peak` is None where it is not predicted."""
+
+    rank: int
+    layers: str
+    weights: int
+    peak: int | None
+    budget: int
+    sent: tuple[int, int]
+    seconds: float
+    busy: float
+
+
+def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
+    """The plan of a run on each of these ranks, through which so many batches of a step go.
+
+    InputError if there are more ranks than layers, NoRoom if they have not enough memory.
+    """
+    layers = run.shape.n_layers
+    if layers == 0:
+        raise InputError(
+            f"parallel is pipeline, and the weights of {run.shape.family} name no layers by which "
+            "they could be shared out: train it with parallel data.",
+            field="parallel",
+        )
+
+    @cache
+    def bare(part: Part) -> RunPlan:
+        member, device = members[part.rank], run.device
+        if (device.name, device.size) != (member.device, member.size):
+            device = Device(member.device, member.size)
+        return replace(run, part=part, budget=member.budget, device=device, plans=())
+
+    of_parts = split(
+        layers, len(members), batches, lambda p: has_room(bare(p)), quick_seconds(bare)
+    )
+    return [bare(part).filled() for part in of_parts]
+
+
+def pipeline_runs(
+    config: TrainConfig, batch: BatchShape, ranks: int, budgets: Sequence[float]
+) -> list[RunPlan]:
+    """The plan of a run on each of so many devices like this one, as for split_run.
+
+    `budgets` are theirs in 10⁹ bytes; by default all have what this one has.
+    """
+    if budgets and len(budgets) != ranks:
+        raise InputError(
+            f"--rank-budgets has {len(budgets)} numbers, and --ranks is {ranks}: give one for each."
+        )
+    run = planned(config, [batch], fills=False)
+    own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks
+    members = [Member(bytes_, run.device.name, run.device.size) for bytes_ in own]
+    return split_run(run, members, config.grad_accumulation_steps)
+
+
+def has_room(run: RunPlan) -> bool:
+    """Whether some plan fits; of a family whose memory is not predicted, whether the weights do."""
+    assert run.part is not None
+    if not run.shape.fast:
+        return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget
+    return all(run.least_peak(batch) <= run.budget for batch in run.batches)
+
+
+def quick_seconds(bare: Callable[[Part], RunPlan]) -> Callable[[Part], float]:
+    """Seconds without what is recomputed: to find that takes many times longer."""
+    return lambda part: seconds(bare(part).of_size(0) if bare(part).shape.fast else bare(part))
+
+
+def seconds(run: RunPlan) -> float:
+    """Of a batch on this rank, by the planner's figures; in proportion where work is unknown."""
+    assert run.part is not None
+    layers, speed = run.part.end - run.part.begin, SPEEDS[run.device.name]
+    if run.planned is None:
+        return layers / speed.work_per_s
+    return run.planned.work / speed.work_per_s + speed.layer_s * layers
+
+
+def held(runs: Sequence[RunPlan]) -> list[Held]:
+    """What each rank has, for people."""
+    slowest, found = max(map(seconds, runs)), []
+    for run in runs:
+        part, own = run.part, seconds(run)
+        assert part is not None
+        bytes_sent = (0, 0)
+        if run.planned is not None:
+            what = (run.shape, run.batch, run.ranks, run.device)
+            bytes_sent = sent(costs_of(*what), part)
+        found.append(
+            Held(
+                rank=part.rank,
+                layers=f"{part.begin + 1}-{part.end}",
+                weights=weight_bytes(run.shape, part, not run.device.gpu),
+                peak=run.planned and run.planned.peak,
+                budget=run.budget,
+                sent=bytes_sent,
+                seconds=own,
+                busy=part.batches * own / ((part.batches + part.ranks - 1) * slowest),
+            )
+        )
+    return found
+
+
+def split(
+    layers: int,
+    ranks: int,
+    batches: int,
+    fits: Callable[[Part], bool],
+    seconds: Callable[[Part], float],
+) -> list[Part]:
+    """The parts of which the slowest takes the least time for a batch, each within its memory.
+
+    More layers never take less time or memory. InputError for more ranks than layers, NoRoom if no
+    cut fits.
+    """
+    if ranks > layers:
+        raise InputError(
+            f"parallel is pipeline, and there are {ranks} ranks for {layers} layers: start "
+            f"{layers} ranks or fewer.",
+            field="parallel",
+        )
+
+    @cache
+    def takes(part: Part) -> float:
+        """Seconds; none are enough for what has no room."""
+        return seconds(part) if fits(part) else math.inf
+
+    def cut(limit: float) -> list[Part]:
+        """Each takes as many layers as it can; fewer parts than ranks if some are left."""
+        parts, begin = list[Part](), 0
+        for rank in range(ranks):
+
+            def part(end: int, rank: int = rank, begin: int = begin) -> Part:
+                return Part(rank, ranks, begin, end, layers, batches)
+
+            low, high = begin, layers - (ranks - 1 - rank)
+            if rank == ranks - 1:
+                low = high if takes(part(high)) <= limit else begin
+            while low < high and rank < ranks - 1:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if takes(part(middle)) <= limit else (low, middle - 1)
+            if low == begin:
+                return parts
+            parts.append(part(low))
+            begin = low
+        return parts
+
+    found = cut(MOST_SECONDS)
+    if len(found) < ranks:
+        at = found[-1].end if found else 0
+        raise NoRoom(
+            f"{ranks} ranks have no room for the model: after {len(found)} of them layer {at + 1} "
+            f"of {layers} is left: lower max_seq_length or batch_size, raise memory_budget_gb, or "
+            "start more ranks."
+        )
+    low, high = 0.0, max(map(takes, found))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        parts = cut(middle)
+        if len(parts) == ranks:
+            found, high = parts, max(map(takes, parts))
+        else:
+            low = middle
+        if high - low <= 0.01 * high:
+            break
+    return found

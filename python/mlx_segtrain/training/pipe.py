@@ -1,0 +1,177 @@
+"""Batches through a model of which each rank has some layers: forward, and back.
+
+A rank runs its stages on the boundary values that the rank before sends, and sends on what the
+ranks after it read; the cotangents of these come back the same way. All ranks have the batches, so
+that what does not depend on weights need not be sent.
+"""
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from ..models import Chain
+from ..objectives import Functions, Objective
+from ..planning.pipeline import Part
+from ..schedule import Border, Cuts, Params, Passes, Stage, border, forward, passes_of, specs_of
+from ..streams import Stream, head_reads
+from .ranks import Ranks
+from .transfers import Form, Transfers, transfers_of
+
+
+@dataclass(frozen=True)
+class Own:
+    """Of a batch, what one rank has to do: its stages, what it is given, and what it gives."""
+
+    stages: list[Stage]
+    head: Callable[..., Any] | None  #: that of the last rank
+    head_reads: tuple[str, ...]
+    recordings: Any
+    values: dict[str, mx.array]  #: that the batch itself gives
+    given: Border
+    left: Border
+    streams: tuple[Stream, ...]
+    shapes: Any  #: which batches are alike
+
+
+@dataclass
+class Pipe:
+    """The layers of a part, and the way to the ranks beside it."""
+
+    ranks: Ranks
+    part: Part
+    transfers: Transfers
+    #: By border and by the shapes of a batch, what goes over it.
+    known: dict[Any, list[Form]] = field(default_factory=dict)
+    #: What the next batch brings, as far as it was asked for.
+    posted: dict[str, mx.array] | None = None
+
+    @classmethod
+    def of(cls, ranks: Ranks, part: Part) -> "Pipe":
+        return cls(ranks, part, transfers_of(ranks))
+
+    def owners(self, chain: Chain) -> set[str]:
+        """The owners of the parameters that this rank has."""
+        own = {owner for layer in chain.layers[self.part.begin : self.part.end] for owner in layer}
+        return own | ({"head"} if self.part.last else set())
+
+    def own(
+        self, functions: Functions, batch: Any, total: Any, trainable: Container[str] = ()
+    ) -> Own:
+        """`trainable` are the owners, on all ranks, that have parameters."""
+        part, chain, objective = self.part, functions.chain, functions.objective
+        streams = objective.streams(chain, batch)
+        stages, head, recordings = functions(streams)
+        values = objective.values(chain, batch, total)
+        reads = (*head_reads(streams), *objective.reads)
+        number = {owner: i for i, layer in enumerate(chain.layers) for owner in layer}
+        layer_of, specs = [number[s.owner] for s in stages], specs_of(stages, trainable)
+        given, left = (
+            border(specs, reads, [n < at for n in layer_of]) for at in (part.begin, part.end)
+        )
+        mine = [s for s, n in zip(stages, layer_of, strict=True) if part.begin <= n < part.end]
+        kept = reads if part.last else left.values
+        read = {name for stage in mine for name in stage.reads} | set(kept)
+        return Own(
+            stages=mine,
+            head=head if part.last else None,
+            head_reads=kept,
+            recordings=recordings,
+            values={n: x for n, x in values.items() if n in read and n not in given.values},
+            given=given,
+            left=left,
+            streams=streams,
+            shapes=tuple((name, *x.shape) for name, x in values.items()),
+        )
+
+    def value(
+        self, objective: Objective, chain: Chain, scales: Mapping[str, float], params: Params,
+        batch: Any, total: Any,
+    ) -> list[mx.array]:  # fmt: skip
+        """objectives.value; the outputs are zeros on all ranks but the last."""
+        own = self.own(Functions(objective, chain, scales), batch, total)
+        values = own.values | self.receive(own)
+        scope = forward(own.stages, params, values, keep=own.head_reads)
+        if not self.part.last:
+            self.transfers.settle(1)
+            self.send(own, scope)
+            return [mx.array(0.0)] * (1 + len(objective.metrics))
+        chain = chain.adapting(scales)
+        head = objective.head(chain, needs_grad=False)
+        outputs = head(chain.of_head(params), *(scope[name] for name in own.head_reads))
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+    def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
+        """What the rank before sends for a batch; that for the one which follows is asked for."""
+        if self.part.first:
+            return {}
+        found = self.posted or self._post(own)
+        self.ranks.wait_for(list(found.values()))
+        self.posted = following and self._post(following)
+        return found
+
+    def send(self, own: Own, values: Mapping[str, mx.array]) -> None:
+        """Sends to the rank after what it and others read."""
+        arrays, to = [values[name] for name in own.left.values], self.part.rank + 1
+        key = ("left", own.shapes)
+        if key not in self.known:
+            self.known[key] = [(tuple(x.shape), x.dtype) for x in arrays]
+            self.transfers.send_forms(arrays, to)
+        self.transfers.send(arrays, to)
+
+    def receive_back(self, own: Own) -> list[mx.array]:
+        """The cotangents of what this rank has sent."""
+        if self.part.last or not own.left.differentiable:
+            return []
+        forms = dict(zip(own.left.values, self.known["left", own.shapes], strict=True))
+        wanted = [
+            (shape, mx.float32 if name in own.left.summed else dtype)
+            for name in own.left.differentiable
+            for shape, dtype in [forms[name]]
+        ]
+        found = self.transfers.post(wanted, self.part.rank + 1)
+        self.ranks.wait_for(found)
+        return found
+
+    def send_back(self, own: Own, cotangents: Mapping[str, mx.array]) -> None:
+        """Those of what it was given. One that has come to another type is as it will be read."""
+        if own.given.differentiable:
+            forms = dict(zip(own.given.values, self.known["given", own.shapes], strict=True))
+            arrays = [
+                cotangents[name].astype(mx.float32 if name in own.given.summed else forms[name][1])
+                for name in own.given.differentiable
+            ]
+            self.transfers.send(arrays, self.part.rank - 1)
+
+    def _post(self, own: Own) -> dict[str, mx.array]:
+        key, source = ("given", own.shapes), self.part.rank - 1
+        if key not in self.known:
+            self.known[key] = self.transfers.forms(len(own.given.values), source)
+        return dict(
+            zip(own.given.values, self.transfers.post(self.known[key], source), strict=True)
+        )
+
+    def passes(
+        self,
+        functions: Functions,
+        params: Params,
+        own: Own,
+        values: Mapping[str, mx.array],
+        cuts: Cuts,
+        watch: Callable[[], None] | None,
+    ) -> Passes:
+        """A batch's passes through this rank's stages; `params` are those of its owners."""
+        chain = functions.chain
+        of_head = chain.of_head(params) if self.part.last else {}
+        begin = passes_of(
+            own.stages,
+            own.head,
+            inputs=tuple(values),
+            head_reads=own.head_reads,
+            cuts=cuts,
+            incoming=own.given.differentiable,
+            watch=watch,
+            recordings=own.recordings,
+        )
+        return begin({**params, "head": of_head}, values)

@@ -1,0 +1,102 @@
+"""One optimizer step of a model over several ranks: micro-batches fill the pipe."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..data import AnyBatch
+from ..objectives import Functions, with_head
+from ..schedule import Passes
+from .diagnosis import rows_of
+from .pipe import Own, Pipe
+from .state import Iterate
+from .step import Found, Halted, Stepper
+
+
+class Pipelined(Stepper):
+    """Steps of which each rank computes its layers, and holds their factors.
+
+    Rank r of N runs N − r micro-batches forward before the first comes back; from then on one
+    forward, one backward.
+    """
+
+    @property
+    def pipe(self) -> Pipe:
+        assert self.setup.pipe is not None
+        return self.setup.pipe
+
+    def gradient(
+        self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
+    ) -> tuple[list[float] | list[mx.array], mx.array]:
+        setup, pipe = self.setup, self.pipe
+        params = setup.own.split(at.vector)
+        trainable = {stage for stage, _, _ in setup.layout.entries}
+        first = at.step * setup.config.grad_accumulation_steps
+        left = deque(enumerate(accumulated, first))
+
+        def next_one() -> tuple[Own, Functions] | None:
+            if not left:
+                return None
+            draw, batch = left.popleft()
+            functions = self.functions_of(draw)
+            return pipe.own(functions, batch, total, trainable), functions
+
+        under_way = deque[tuple[Own, Passes]]()
+        sums = [0.0] * (1 + len(setup.objective.metrics))
+        gradient: mx.array | None = None
+        following = next_one()
+        while following is not None:
+            (own, functions), following = following, next_one()
+            values = own.values | pipe.receive(own, following[0] if following else None)
+            own.values.clear()  # the passes hold them for as long as they need them
+            cuts = self.plan.cuts(setup.chain, own.streams)
+            passes = pipe.passes(functions, params, own, values, cuts, self.watch)
+            del values
+            found = passes.forward()
+            if not pipe.part.last:
+                pipe.send(own, found)
+            under_way.append((own, passes))
+            del found, passes
+            while under_way and (len(under_way) == pipe.part.under_way or following is None):
+                outputs, part = self._back(*under_way.popleft())
+                if outputs:  # of the last rank
+                    sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
+                gradient = part if gradient is None else gradient + part
+                mx.eval(gradient)  # or the next one would begin before this one's memory is free
+        pipe.transfers.settle()
+        assert gradient is not None
+        return sums, gradient
+
+    def _back(self, own: Own, passes: Passes) -> tuple[tuple[mx.array, ...], mx.array]:
+        """Outputs, of the last rank, and gradient of a micro-batch that has run forward."""
+        pipe = self.pipe
+        outputs, grads, cotangents = passes.backward(pipe.receive_back(own))
+        pipe.send_back(own, cotangents)
+        return outputs, self.setup.own.join(with_head(self.functions.chain, grads))
+
+    def agree(self, outputs: Sequence[Any], gradient: mx.array) -> Found:
+        """The numbers of all, and this rank's part of the gradient with the length of the whole."""
+        square = float(mx.square(gradient).sum())
+        (*sums, square), _ = self.ranks.add([*outputs, square], mx.zeros((0,)))
+        return Found(sums, gradient, mx.sqrt(mx.array(square)))
+
+    def nonfinite(self, vector: mx.array | None) -> str | None:
+        return next(filter(None, self.ranks.gather(super().nonfinite(vector))), None)
+
+    def fault(
+        self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
+    ) -> tuple[list[str], str | None]:
+        names = self.setup.own.names
+        bad = [f"the factor {name}" for name in names(~mx.isfinite(at.vector))[:1]]
+        bad += [f"the gradient of {name}" for name in names(~mx.isfinite(gradient))[:1]]
+        found = [own for every in self.ranks.gather(bad) for own in every]
+        return list(rows_of(self.setup, accumulated).values()), next(iter(found), None)
+
+    def keeps(self, error: Exception) -> bool:
+        """Factors of other ranks are to be had only if all have come to the same end."""
+        return isinstance(error, Halted) and error.fault is not None
+
+    def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
+        """Kernels are compiled as they are met: what a batch brings is not known before."""

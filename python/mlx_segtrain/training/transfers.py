@@ -1,0 +1,127 @@
+"""Arrays from one rank to the one beside it, through MLX, while both compute.
+
+Sender and receiver name their transfers in the same order, so the same code serves messages and
+collectives. A transfer runs on a stream of its own; nobody waits for one that is sent.
+"""
+
+import json
+import os
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import RunError
+from .ranks import Ranks, address_of
+
+#: Shape and type of an array.
+Form = tuple[tuple[int, ...], mx.Dtype]
+TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.int32, mx.uint32, mx.int64, mx.bool_)
+#: Numbers that say a form: its type, how many axes it has, and these.
+AXES = 6
+
+
+@dataclass
+class Transfers:
+    """Of one rank. `streams` are of the direction in which an array goes: one that is waited for
+    must not hold up another."""
+
+    ranks: Ranks
+    group: Any
+    streams: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    sent: deque[list[mx.array]] = field(default_factory=deque)
+
+    def send(self, arrays: Sequence[mx.array], to: int) -> None:
+        """Gives arrays to a rank that receives as many."""
+        stream = self._stream(self.ranks.rank, to)
+        # What is kept to wait for is one number, or it would keep what was sent.
+        ends = [mx.as_strided(self._sent(x, to), (1,), (1,), 0, stream=stream) for x in arrays]
+        ends = [mx.add(x, x, stream=stream) for x in ends]
+        self.ranks.start(ends)
+        self.sent.append(ends)
+
+    def post(self, forms: Sequence[Form], source: int) -> list[mx.array]:
+        """Arrays that a rank sends, which may be on their way yet."""
+        moved = [self._received(shape, dtype, source) for shape, dtype in forms]
+        self.ranks.start(moved)
+        return moved
+
+    def settle(self, left: int = 0) -> None:
+        """Until at most so many transfers are on their way to others."""
+        while len(self.sent) > left:
+            self.ranks.wait_for(self.sent.popleft())
+
+    def send_forms(self, arrays: Sequence[mx.array], to: int) -> None:
+        """Tells what is sent next."""
+        rows = [[TYPES.index(x.dtype), x.ndim, *x.shape, *[0] * (AXES - x.ndim)] for x in arrays]
+        self.send([mx.array(rows, mx.int32)], to)
+
+    def forms(self, count: int, source: int) -> list[Form]:
+        """What so many arrays will be that a rank sends next."""
+        posted = self.post([((count, AXES + 2), mx.int32)], source)
+        self.ranks.wait_for(posted)
+        rows = np.array(posted[0]).tolist()
+        return [(tuple(axes[:n]), TYPES[kind]) for kind, n, *axes in rows]
+
+    def _stream(self, *way: int) -> Any:
+        if way not in self.streams:
+            self.streams[way] = mx.new_stream(mx.Device(mx.cpu))
+        return self.streams[way]
+
+    def _sent(self, x: mx.array, to: int) -> mx.array:
+        stream = self._stream(self.ranks.rank, to)
+        return mx.distributed.send(x, to, group=self.group, stream=stream)
+
+    def _received(self, shape: tuple[int, ...], dtype: mx.Dtype, source: int) -> mx.array:
+        stream = self._stream(source, self.ranks.rank)
+        return mx.distributed.recv(shape, dtype, source, group=self.group, stream=stream)
+
+
+class Sums(Transfers):
+    """Between two GPUs, where MLX has no messages: a sum with zeros, on one stream."""
+
+    def _sent(self, x: mx.array, to: int) -> mx.array:
+        return mx.distributed.all_sum(x, group=self.group, stream=self._stream())
+
+    def _received(self, shape: tuple[int, ...], dtype: mx.Dtype, source: int) -> mx.array:
+        nothing = mx.zeros(shape, dtype)
+        return mx.distributed.all_sum(nothing, group=self.group, stream=self._stream())
+
+    def _stream(self, *way: int) -> Any:
+        if () not in self.streams:
+            self.streams[()] = mx.new_stream(mx.Device(mx.gpu))
+        return self.streams[()]
+
+
+def transfers_of(ranks: Ranks) -> Transfers:
+    """By messages where MLX's back end has them. NCCL has none there: two ranks add up, which is
+    the faster way (docs/distributed.md), and more than two have MLX's ring besides."""
+    if ranks.backend != "nccl":
+        return Transfers(ranks, ranks.group)
+    return Sums(ranks, ranks.group) if ranks.size == 2 else Transfers(ranks, ring_of(ranks))
+
+
+def ring_of(ranks: Ranks) -> Any:
+    """A ring over TCP between ranks that another back end connects. RunError if it fails."""
+    address = address_of(ranks)
+    with socket.create_server((address, 0)) as server:
+        port = server.getsockname()[1]
+    host = f"[{address}]" if ":" in address else address
+    ranks.ring = [[own] for own in ranks.gather(f"{host}:{port}")]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "hosts.json"
+        file.write_text(json.dumps(ranks.ring), encoding="utf-8")
+        os.environ["MLX_HOSTFILE"] = str(file)
+        try:
+            return mx.distributed.init(strict=True, backend="ring")
+        except (RuntimeError, ValueError) as error:
+            said = f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
+            raise RunError(said) from error
+        finally:
+            del os.environ["MLX_HOSTFILE"]

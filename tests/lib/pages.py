@@ -1,0 +1,85 @@
+"""The pages of the documentation, and the blocks of code in them.
+
+A fence may say that a block needs what not every machine has: ```sh needs: cuda. A page may say
+which things a reader has when it begins: <!-- given: out rows.csv -->.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+#: Pages whose blocks run, or say what they need.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"sh", "python", "yaml", "json", "text"}
+#: What a block may need (docs/hooks.py shows it to readers).
+NEEDS = {"cuda", "mac", "network", "hosts", "packages", "server", "checkout"}
+FENCE = re.compile(r"^```(\w*)(?: needs: (\w+))?$")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    needs: str | None
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page; ValueError for a fence that is not closed or not understood."""
+    begun: tuple[int, str, str | None] | None = None
+    lines: list[str] = []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if begun is not None:
+            if line == "```":
+                yield Block(page, *begun, "\n".join(lines) + "\n")
+                begun, lines = None, []
+            else:
+                lines.append(line)
+        elif line.startswith("```"):
+            fence = FENCE.match(line)
+            if not fence or fence[1] not in LANGUAGES or fence[2] not in {None, *NEEDS}:
+                raise ValueError(f"{page.name}:{number}: {line} is no fence that tests understand")
+            begun = (number, fence[1], fence[2])
+    if begun is not None:
+        raise ValueError(f"{page.name}:{begun[0]}: the block is not closed")
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a page outside its blocks, with their numbers."""
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside:
+            yield number, line
+
+
+def given(page: Path) -> list[str]:
+    """The names of the things that a page's blocks begin with."""
+    found = re.search(r"<!-- given: (.*) -->", page.read_text(encoding="utf-8"))
+    return found[1].split() if found else []
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The commands of a shell block, each as it is written and as words without comments."""
+    own = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        own += line
+        try:
+            words = shlex.split(own, comments=True)
+        except ValueError:  # a quotation that goes on
+            own += "\n"
+            continue
+        if words:
+            yield own, words
+        own = ""
+    if own:
+        raise ValueError(f"a quotation is not closed: {own}")
