@@ -266,8 +266,8 @@ def cpu_s(page: Any, site: Site, act: Any) -> float:
 
 @pytest.mark.parametrize("path", ["/finetune", "/finetune/jobs", "job", "/finetune/chat"])
 def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
-    """Of CPU time: a machine that does other things takes longer. From a file that is not known yet
-    the page learns of no other one, and what it knows it does not ask for again."""
+    """The second is of CPU time: a busy machine takes longer. All files are fetched at once, and a
+    second load fetches none."""
     path = f"/finetune/job/{runs[0]}" if path == "job" else path
     page = user.page()
     loads = [cpu_s(page, site, lambda: user.open(path, page=page)) for _ in range(2)]
