@@ -566,7 +566,7 @@ def test_presets_set_what_they_say_and_a_server_takes_them(user, site, titles):
     expect(page.get_by_role("button", pressed=True).and_(page.locator(".preset"))).to_have_count(0)
     expect(page.get_by_text("2 settings changed")).to_be_visible()  # within what is folded
 
-    page.get_by_role("button", name="YAML").click()
+    page.get_by_role("button", name="YAML", exact=True).click()
     copied = page.get_by_label("YAML", exact=True)
     expect(copied).to_be_visible()
     values = yaml.safe_load(copied.input_value())
