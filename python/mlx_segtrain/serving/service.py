@@ -246,7 +246,7 @@ class Service:
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """What clients could download; InputError if they may not, or the hub cannot be asked."""
+        """Searches the hub for clients; InputError if they may not, or it does not answer."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 

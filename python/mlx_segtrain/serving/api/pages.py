@@ -42,8 +42,8 @@ VERSION = _version()
 
 
 def modules(*names: str) -> list[str]:
-    """These modules of the page and all that they import, each once: a browser that is told of them
-    at first need not read one to learn of the next."""
+    """Returns these modules of the page and all that they import, each once, for a browser to fetch
+    at once: it need not read one to learn of the next."""
     found = dict.fromkeys(names)
     for name in found:
         text = (FILES / name).read_text(encoding="utf-8")
