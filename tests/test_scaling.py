@@ -55,7 +55,7 @@ def test_the_table_has_a_line_for_each_number(llama, capsys):
 def test_options_without_ranks_are_refused(llama, capsys):
     assert main(["plan", "--model", str(llama), "--link", "3"]) == 2
     assert "have no effect without --ranks" in capsys.readouterr().err
-    pipeline = ["plan", "--model", str(llama), "--parallel", "pipeline"]
+    pipeline = ["plan", "--model", str(llama), "--max-seq-length", "100", "--parallel", "pipeline"]
     for more, said in {
         ("--rank-budgets", "1"): "--rank-budgets has no effect without --ranks and --parallel",
         ("--ranks", "2", "--rank-budgets", "1"): "--rank-budgets has 1 numbers, and --ranks is 2",
