@@ -181,7 +181,7 @@ def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path)
         row = submit(jobs, place, tmp_path / "out", iters=40)
         waits = submit(jobs, place, tmp_path / "waits")
         assert jobs.cancel(waits.id).status == "cancelled"
-        with pytest.raises(Conflict, match="nothing to cancel"):
+        with pytest.raises(Conflict, match="cannot be cancelled"):
             jobs.cancel(waits.id)
         with pytest.raises(Conflict, match="cancel it first"):
             jobs.remove(row.id)

@@ -381,7 +381,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
         page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub")
     ).to_be_visible()
     model.press("Tab")
-    said = "neither a path here nor in this machine's cache of the hub"
+    said = "neither a path nor in this machine's hub cache"
     expect(page.locator(".wrong", has_text=said)).to_be_visible()
     page.get_by_role("button", name="Download").click()
     comes = page.get_by_text(re.compile(r"downloading org/small-4bit: 0\.\d MB of"))
@@ -547,7 +547,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     page.get_by_label(titles["memory_budget_gb"]).fill("")
     page.get_by_label("Data set", exact=True).fill("/nowhere")
     start.click()
-    expect(wrong("outside of what this server")).to_be_in_viewport()
+    expect(wrong("not below a directory that this server")).to_be_in_viewport()
     assert fits(page)
 
 
