@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles what is imported when it first is: all 18,000 files of the packages would take a core for a minute.
+# Python compiles a file when it is first imported. pip would compile all 18,000, which takes a minute.
 INSTALL := $(PIP) install --quiet --no-compile
 COMMA := ,
 EMPTY :=
