@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what is imported when it first is: all 18,000 files of the packages would take a core for a minute.
+INSTALL := $(PIP) install --quiet --no-compile
 COMMA := ,
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -61,7 +63,7 @@ models: $(TOOLS) ## Write the table of docs/models.md anew
 	$(BIN)/python tests/model_table.py
 
 dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
-	$(PIP) install --quiet --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
+	$(INSTALL) --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
 	@touch $(VENV)/editable $(VENV)/built $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 wheel: $(VENV)/made ## Build a wheel into dist/
@@ -89,23 +91,23 @@ $(VENV)/built: $(VENV)/made $(SOURCES)
 	@echo "Building the package (a few minutes the first time)"
 	@rm -rf $(VENV)/wheel $(VENV)/editable
 	$(PIP) wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
-	$(PIP) install --quiet --no-deps --force-reinstall $(call package)
+	$(INSTALL) --no-deps --force-reinstall $(call package)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/built
 	@echo "Installing what it needs into $(VENV)"
-	$(PIP) install --quiet $(call package,$(CPU))
+	$(INSTALL) $(call package,$(CPU))
 	@touch $@
 
 $(TOOLS): $(VENV)/built
 	@echo "Installing what it needs into $(VENV), with tools$(if $(PEER_EXTRA), and peers)"
-	$(PIP) install --quiet $(call package,$(CPU) dev $(PEER_EXTRA))
+	$(INSTALL) $(call package,$(CPU) dev $(PEER_EXTRA))
 	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 # A compiler for macOS and for the text of Metal, and what the text is made with: of the package nothing is built.
 $(VENV)/for_mac: $(VENV)/made tests/mac/requirements.txt pyproject.toml
 	@echo "Installing compilers for macOS into $(VENV)"
-	$(PIP) install --quiet -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
+	$(INSTALL) -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
 	@touch $@
 
 $(VENV)/release: $(VENV)/made pyproject.toml

@@ -141,7 +141,7 @@ def test_a_search_asks_the_hub_once_and_says_what_is_wrong(place, hub):
         hub.requests.clear()
         for words in ("tiny", " TINY  ", "org tiny"):
             assert ask(words).json()["found"] == [{"name": "org/tiny", "downloads": 1000}]
-        assert [path for _, path, _ in hub.requests] == 2 * ["/api/models"]
+        assert [path for _, path, _ in hub.requests].count("/api/models") == 2
         assert ask("notes", kind="dataset").json()["found"][0]["name"] == "org/notes"
         assert ask("t").status_code == 422
         hub.searches_fail = True

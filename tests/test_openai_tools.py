@@ -13,9 +13,9 @@ import pytest
 from lib.engines import END, Alone, write_adapters, write_lively
 from lib.openai_server import CHAT, HELLO, NEVER_ENDS, chat_tokens, check, serving
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.generation.parts import Parts, Tags
 from mlx_segtrain.serving.api import answers
 from mlx_segtrain.serving.api.openai_forms import ChatRequest
-from mlx_segtrain.serving.api.parts import Parts, Tags
 from mlx_segtrain.serving.generation import grammars
 from mlx_segtrain.serving.generation.words import shown, token_bytes
 from mlx_segtrain.serving.pools import Busy, Pool

@@ -371,7 +371,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
         model.fill(typed)  # faster than anybody would
     found = page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub, 1.0 k")
     expect(found).to_be_visible()
-    assert [path for _, path, _ in hub.requests] == ["/api/models"]
+    assert [path for _, path, _ in hub.requests].count("/api/models") == 1
     user.shot(page, "search")
     hub.searches_fail = True
     model.fill("small-8")

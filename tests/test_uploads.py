@@ -268,3 +268,18 @@ def test_a_refusal_says_what_was_not_done(ask, service, weights):
     os.link(folder / "adapter_config.json", folder / "LICENSE")
     status, said = ask("GET", "adapters/archive", path=folder)
     assert status == 400 and "nothing was downloaded" in said
+
+
+def test_one_file_of_what_was_sent_is_deleted(ask, service, weights):
+    """What came before a file that is refused is of no use: a page takes it back."""
+    for file, content in (("adapter_config.json", CONFIG), ("adapters.safetensors", weights)):
+        assert ask("PUT", f"adapters/part/{file}", content)[0] == 200
+    assert ask("DELETE", "adapters/part/adapters.safetensors")[0] == 200
+    assert left(service, "adapters/part/*") == ["adapters/part/adapter_config.json"]
+    status, said = ask("DELETE", "adapters/part/adapters.safetensors")
+    assert status == 404 and "no client has sent part/adapters.safetensors" in said
+    assert ask("DELETE", "adapters/part/..%2Fadapter_config.json")[0] in (404, 422)
+    with waiting(service, warm_start=str(service.uploads / "adapters" / "part")):
+        assert ask("DELETE", "adapters/part/adapter_config.json")[0] == 409
+    assert ask("DELETE", "adapters/part/adapter_config.json")[0] == 200
+    assert left(service, "adapters/part*") == []  # nor its folder, which another one may have

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from .. import __version__
 from ..errors import InputError
-from .api import openai, openai_responses, routes, transfers
+from .api import completions, openai, openai_responses, routes, transfers
 from .api.brake import Bounded
 from .api.faults import add_handlers
 from .api.guard import Guard
@@ -29,7 +29,13 @@ CONNECTIONS = 2000
 #: connection.
 OPEN_FILES = 65536
 #: The routes of the API.
-ROUTERS = (routes.router, transfers.router, openai.router, openai_responses.router)
+ROUTERS = (
+    routes.router,
+    transfers.router,
+    completions.router,
+    openai.router,
+    openai_responses.router,
+)
 
 
 def create(service: Service) -> Guard:

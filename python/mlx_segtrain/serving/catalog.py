@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..adapters import discovery
 from ..data.sources import split_in
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..hub import FOLDER, title
 from ..lora.paths import bare
 from ..models.headers import read_shape
@@ -58,7 +58,7 @@ class Unreadable:
 
 def _reason(error: Exception) -> str:
     kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-    return f"{kind}{' '.join(str(error).split())}"[:500]
+    return kind + reason(error, 500)
 
 
 def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:

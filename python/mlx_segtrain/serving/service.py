@@ -225,8 +225,10 @@ class Service:
         return Path(repository.pinned(str(text), folder))
 
     def _place_of(self, name: str) -> Callable[[str | Path], Path]:
-        """Returns what checks a field of a run that is a path."""
-        named = {"model_dir": self.place, "warm_start": self.place, "data_dir": self.data_place}
+        """What checks a field of a run that is a path."""
+        named: dict[str, Callable[[str | Path], Path]]
+        named = dict.fromkeys(("model_dir", "warm_start", "reward_model"), self.place)
+        named["data_dir"] = self.data_place
         return named.get(name, self.roots.resolve)
 
     def _check_downloads(self, name: str) -> None:
@@ -253,11 +255,6 @@ class Service:
     def device(self) -> Device:
         """What this machine computes on."""
         return Device.here()
-
-    @property
-    def base(self) -> Base | None:
-        """The served model."""
-        return self.engine.base
 
     # Before a run
 

@@ -15,6 +15,7 @@ from fastapi import Request
 
 from ...errors import InputError
 from ...generation.decoding import Options, Piece, Told
+from ...generation.parts import Kind, Parts, Tags, begins_reasoning
 from ..confined.parent import Limits, prompts
 from ..generation.engine import Engine
 from ..generation.mounting import Base, Selected
@@ -23,7 +24,6 @@ from ..generation.words import shown, token_bytes
 from ..pools import Busy, Pool
 from .openai_forms import ChatRequest, Generate
 from .openai_tools import called, for_template
-from .parts import Kind, Parts, Tags
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
@@ -35,8 +35,6 @@ _GRAMMARS = Pool("grammars", 1, 16)
 MOST_TOLD = 1_000_000
 #: Seconds that the calls of an answer wait for a process that parses them.
 CALLS_S = 10.0
-#: Tokens at a prompt's end in which a template may start the reasoning.
-_END = 32
 
 Finish = Literal["stop", "length", "tool_calls"]
 
@@ -112,24 +110,16 @@ class Answers:
         return len(self._generations)
 
     def _tags_of(self, body: Generate) -> Tags:
-        """Returns the meaning of the texts between tags, where the request leaves it to the
-        model."""
-        tokenizer = self.base.tokenizer
+        """What the texts between tags are, where the request leaves it to the model."""
         if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
-        think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
-        call = None
-        if self._calls == "auto" and tokenizer.has_tool_calling:
-            call = (tokenizer.tool_call_start, tokenizer.tool_call_end)
-        return Tags(think, call)
+        return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
 
     def _opened(self, prompt: list[int]) -> bool:
         """Returns whether a prompt ends inside reasoning, as with some templates."""
         if self._tags.think is None:
             return False
-        tokenizer, end = self.base.tokenizer, prompt[-_END:]
-        begun = tokenizer.rfind_think_start(end)  # if a turn contains the tag, its end follows
-        return begun >= 0 and tokenizer.decode(end[begun:]).strip() == tokenizer.think_start
+        return begins_reasoning(self.base.tokenizer, prompt)
 
     async def close(self) -> None:
         """Ends what still runs, and logs the request; may be called again."""

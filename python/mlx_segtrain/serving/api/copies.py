@@ -2,6 +2,7 @@
 configuration."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -46,12 +47,13 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     lines. Raises InputError if it is not such a file."""
     given, _ = parse_yaml(text, "the file")
     if any(isinstance(own, yaml.AliasToken) for own in yaml.scan(text)):
-        # The answer would expand them, perhaps to gigabytes.
-        raise InputError("the file has aliases (*name): replace them by their values.")
-    known = {name: value for name, value in given.items() if name in TrainConfig.model_fields}
-    why = {
-        name: f"{name} is not allowed here: {REFUSED[name]}." for name in known if name in REFUSED
-    }
+        # An answer would write out what they stand for, which may be gigabytes.
+        raise InputError("the file has aliases (*name): write their values out.")
+    fields = TrainConfig.model_fields
+    if len(given) > 2 * len(fields):  # each fault is looked for anew
+        raise InputError(f"the file has {len(given)} settings, and there are {len(fields)}.")
+    known = {name: _plain(value) for name, value in given.items() if name in fields}
+    why = {name: f"{name} is not taken: {REFUSED[name]}." for name in known if name in REFUSED}
     faults = [InputError(said, field=name) for name, said in why.items()]
     known = {name: value for name, value in known.items() if name not in why}
     left = {name: value for name, value in given.items() if name not in why}
@@ -64,3 +66,20 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
             if error.field not in left:
                 return known, faults
             del left[error.field]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has of a YAML value; of a date, of bytes or of infinity its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_plain(own) for own in value]
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return hex(value)  # of many digits, in decimal, Python makes none
+    if value is None or isinstance(value, str | int) or math.isfinite(_number(value)):
+        return value
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, float) else math.nan

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -152,32 +152,27 @@ async def _answer(service: Service, request: Request, body: Generate) -> Any:
         return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
     found = await answers.whole(request)
     if found is None:
-        return error_answer(request, 499, "the client has disconnected.")
-    own = (_chat_choice if chat else _text_choice)(answers, body)
-    return {**head, "choices": list(map(own, found)), "usage": usage(request, answers)}
+        return error_answer(request, 499, "the client has gone.")
+    choice = _chat_choice if chat else _text_choice
+    choices = [choice(answers, body, whole) for whole in found]
+    return {**head, "choices": choices, "usage": usage(request, answers)}
 
 
-def _chat_choice(answers: Answers, body: Generate) -> Callable[[Delta], dict[str, Any]]:
-    def choice(whole: Delta) -> dict[str, Any]:
-        calls = [{k: x for k, x in call.items() if k != "index"} for call in whole.calls]
-        content = whole.content if whole.content.strip() or not calls else None
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if whole.reasoning:
-            message["reasoning_content"] = whole.reasoning
-        if calls:
-            message["tool_calls"] = calls
-        told = None if body.top is None else answers.chat_logprobs(whole.told)
-        return _choice(whole, {"message": message}, told)
-
-    return choice
+def _chat_choice(answers: Answers, body: Generate, whole: Delta) -> dict[str, Any]:
+    calls = [{k: x for k, x in call.items() if k != "index"} for call in whole.calls]
+    content = whole.content if whole.content.strip() or not calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if whole.reasoning:
+        message["reasoning_content"] = whole.reasoning
+    if calls:
+        message["tool_calls"] = calls
+    told = None if body.top is None else answers.chat_logprobs(whole.told)
+    return _choice(whole, {"message": message}, told)
 
 
-def _text_choice(answers: Answers, body: Generate) -> Callable[[Delta], dict[str, Any]]:
-    def choice(whole: Delta) -> dict[str, Any]:
-        told = None if body.top is None else answers.text_logprobs(whole.index, whole.told)
-        return _choice(whole, {"text": whole.content}, told)
-
-    return choice
+def _text_choice(answers: Answers, body: Generate, whole: Delta) -> dict[str, Any]:
+    told = None if body.top is None else answers.text_logprobs(whole.index, whole.told)
+    return _choice(whole, {"text": whole.content}, told)
 
 
 def _choice(delta: Delta, own: dict[str, Any], told: Any = None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from .dependencies import Used
 from .faults import error_answer
 from .guard import PATIENCE_S
 from .openai import ANSWERS, begin, usage
-from .openai_fields import ANYTHING, IN_FORMAT, Neutral
+from .openai_fields import ANYTHING, Neutral
 from .openai_fields import Request as Fields
-from .openai_forms import TOP, TURNS, ChatRequest
+from .openai_forms import TOP, TURNS, ChatRequest, JsonSchema
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 #: Each event of a stream has its type, which its JSON repeats.
@@ -62,13 +62,8 @@ class Item(Fields):
     neutral = IN_ITEM
 
 
-class TextFormat(Fields):
+class TextFormat(JsonSchema):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-    neutral = IN_FORMAT
 
 
 class TextOptions(Fields):

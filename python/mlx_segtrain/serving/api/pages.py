@@ -54,7 +54,8 @@ def modules(*names: str) -> list[str]:
 
 
 def page(name: str) -> str:
-    """Returns the HTML of a page, by its module."""
+    """The HTML of a page, by its module. Deferred scripts and modules run in their order: what the
+    modules need comes before them."""
     needed = modules("main.js", f"{name}.js")
     lines = [f'<link rel="modulepreload" href="FILES/{own}" />' for own in needed]
     if "charts.js" in needed:

@@ -57,7 +57,7 @@ async def state(service: Used) -> forms.State:
     """What runs, and which model is served."""
     running, device = service.jobs.running(), service.device
     return forms.State(
-        served=None if service.base is None else _served(service.base),
+        served=None if (base := service.engine.base) is None else _served(base),
         waits=service.waits,
         training=service.jobs.training,
         needs_token=service.settings.token is not None,
@@ -252,7 +252,7 @@ async def list_jobs(
 ) -> forms.JobsAnswer:
     """Jobs, last of the queue first, or those before one; without their configurations."""
     place = None if before is None else service.jobs.get(before).place
-    rows = service.jobs.newest(limit, kind, place)
+    rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
     return forms.JobsAnswer(jobs=[_shown(service, row) for row in rows], next=more)
 

@@ -136,13 +136,9 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
 # Uploads
 
 
-def _folder(service: Service, kind: Kind, name: str) -> Path:
-    return service.uploads / kind / name
-
-
 async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
-    """Deletes a folder, or one file in it; a folder without files disappears."""
-    place = _folder(service, kind, name)
+    """Deletes a folder, or one file in it; a folder without files is none."""
+    place = service.uploads / kind / name
     known = place.is_dir() if file is None else (place / file).is_file()
     if not known:
         what = name if file is None else f"{name}/{file}"
@@ -160,7 +156,7 @@ async def _remove(service: Service, kind: Kind, name: str, file: str | None = No
 def _check_unused(service: Service, place: Path, advice: str) -> None:
     """Raises Conflict if a job that has not ended reads this folder, or a file in it."""
     for id in service.jobs.live:
-        row = service.jobs.find(id)
+        row = service.jobs.store.get(id)
         if row and any(Path(own).is_relative_to(place) for own in row.inputs):
             raise Conflict(f"{id} has not ended and uses {place.name}: {advice}.")
 
@@ -185,7 +181,7 @@ def _in_the_way(place: Path, kind: Kind, file: str) -> Iterable[str]:
 async def _receive(
     service: Service, kind: Kind, name: str, file: str, request: Request
 ) -> forms.Uploaded:
-    place = _folder(service, kind, name)
+    place = service.uploads / kind / name
     path = place / file
     with service.transfers.place(place / _role(kind, file)):
         for other in _in_the_way(place, kind, file):

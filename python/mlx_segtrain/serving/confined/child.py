@@ -16,14 +16,13 @@ import signal
 import socket
 import struct
 import sys
-import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, reason
+from ...processes import MEMORY, set_limit
 from ...torchless import hide_torch
 from .. import opening
 from ..roots import Roots
@@ -62,10 +61,9 @@ class Child:
                 answer = {"value": getattr(self, f"do_{op}")(**values)}
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:  # a panic in Rust is not an Exception
-                reason = " ".join(str(error).split())[:LONGEST]
+            except BaseException as error:  # a panic of Rust is no Exception
                 kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
-                answer = {"error": reason or kind, "kind": kind}
+                answer = {"error": reason(error, LONGEST), "kind": kind}
             if limits is not None:
                 set_limit(resource.RLIMIT_CPU)
             send(self.wire, answer)
@@ -112,16 +110,10 @@ class Child:
         return _few(prompt_ids(self.tokenizer, messages, variables), most)
 
     def do_calls(self, texts: list[str], tools: list[Any] | None) -> list[list[Any] | None]:
-        """Returns the tool calls in each text, as its model writes them; None if it has none."""
-        found: list[list[Any] | None] = []
-        for text in texts:
-            try:
-                calls = self.tokenizer.tool_parser(text, tools)
-                calls = calls if isinstance(calls, list) else [calls]
-                found.append(calls if all(map(_is_call, calls)) else None)
-            except Exception:  # a parser may fail in any way, since a model may write anything
-                found.append(None)
-        return found
+        """The calls of tools in each text, as its model writes them; None where it has none."""
+        from ...generation.parts import read_calls
+
+        return [read_calls(self.tokenizer, text, tools) for text in texts]
 
     def do_inspect(self, path: str, n_preview: int, how: Values, roots: list[str]) -> Values:
         """Returns the report of what a data set trains on, in the form of the answer."""
@@ -167,10 +159,6 @@ def _check_decoder(folder: Path) -> None:
         parts += part.values()
 
 
-def _is_call(call: Any) -> bool:
-    return isinstance(call, dict) and isinstance(call.get("name"), str) and bool(call["name"])
-
-
 def _few(tokens: Any, most: int) -> list[int] | int:
     """Returns the tokens, or their number if that is more than any caller needs."""
     return len(tokens) if len(tokens) > most else list(tokens)
@@ -205,51 +193,7 @@ def limit(seconds: float, memory: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)
-    _MEMORY.allow(memory)
-
-
-def set_limit(kind: int, value: int | None = None) -> None:
-    """Sets the soft limit, at most to the account's hard limit; None: to the hard limit."""
-    hard = resource.getrlimit(kind)[1]
-    if value is None or (hard != resource.RLIM_INFINITY and value > hard):
-        value = hard
-    resource.setrlimit(kind, (value, hard))
-
-
-class _Memory:
-    """Limits memory: by the system on Linux, elsewhere by checking from time to time."""
-
-    def __init__(self) -> None:
-        self.pid, self.most = 0, 0
-
-    def allow(self, more: int) -> None:
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-        except OSError:
-            return self._watch(more)
-        most = pages * resource.getpagesize() + more
-        set_limit(resource.RLIMIT_AS, most)
-
-    def _watch(self, more: int) -> None:
-        self.most = _resident() + more
-        if self.pid != os.getpid():  # threads do not survive a fork
-            self.pid = os.getpid()
-            threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while True:
-            if _resident() > self.most:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.05)
-
-
-_MEMORY = _Memory()
-
-
-def _resident() -> int:
-    """Returns the most bytes of memory that this process has had."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    MEMORY.allow(memory)
 
 
 def main(file: str, store: str = "", *folders: str) -> None:

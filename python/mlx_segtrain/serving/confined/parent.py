@@ -157,17 +157,12 @@ class _Root:
         if self.process is None:
             ours, theirs = socket.socketpair()
             with theirs:
-                self.popen = subprocess.Popen(
-                    processes.command(
-                        f"{__package__}.child", str(theirs.fileno()), *opening.confined()
-                    ),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    cwd="/",
-                    start_new_session=True,
-                    pass_fds=[theirs.fileno()],
+                self.popen = processes.start(
+                    f"{__package__}.child",
+                    *(str(theirs.fileno()), *opening.confined()),
+                    files=[theirs.fileno()],
                     env={**processes.environment((), {}), **SETTINGS},
+                    **dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL),
                 )
             self.process = _Process(ours, self.popen.pid)
             self.process.tell("nothing", None)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ... import lora
-from ...errors import InputError, RunError, is_out_of_memory
+from ...errors import InputError, RunError, is_out_of_memory, reason
 from ...generation.batching import Batch, can_merge
 from ...generation.decoding import Options
 from ...lora.rows import Rows
@@ -631,15 +631,14 @@ def _free() -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {reason(error)}"
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:
     """Returns a sentence for a lack of memory; None if the error is another."""
     if not is_out_of_memory(error):
         return None
-    reason = " ".join(str(error).split())[:200]
     return NoMemory(
-        f"the device has too little memory for {what} ({reason or 'allocation failed'}): "
+        f"the device has too little memory for {what} ({reason(error)}): "
         "shorten it, or try again when less runs."
     )

@@ -144,23 +144,15 @@ class Jobs:
         return self.get(row.id)
 
     def get(self, id: str) -> Row:
-        """Returns a job. Raises InputError if there is none."""
-        row = self.find(id)
+        """InputError if there is none."""
+        row = self.store.get(id)
         if row is None:
             raise InputError("job not found", status=404)
         return row
 
-    def find(self, id: str) -> Row | None:
-        return self.store.get(id)
-
     def running(self) -> list[Row]:
         """Returns running jobs, without their configurations."""
         return self.store.with_status("running")
-
-    def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
-        """Returns the last jobs of the queue first, or those before a position; without their
-        configurations."""
-        return self.store.newest(limit, kind, before)
 
     def cancel(self, id: str) -> Row:
         """Cancels a job; a run keeps its last finished step. The job takes a while to end.
@@ -285,15 +277,12 @@ class Jobs:
                     begins=os.fstat(log).st_size,
                 )
                 arguments = (row.kind, str(self._config(row.id)), str(lock))
-                process = subprocess.Popen(
-                    processes.command("mlx_segtrain.serving.jobs.worker", *arguments),
-                    cwd=self.logs,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    pass_fds=[lock],
+                process = processes.start(
+                    f"{__package__}.worker",
+                    *arguments,
+                    files=[lock],
                     env=processes.environment(row.job_kind.variables, self.environment),
+                    **{"cwd": self.logs, "stdout": log, "stderr": log},
                 )
         except (OSError, InputError) as error:
             self._say_end(row.id, failed(error) | {"error": str(error)})
