@@ -38,8 +38,6 @@ def test_what_a_client_may_not_set_is_a_fault() -> None:
     assert values == {"rank": 4}
     assert [own.field for own in faults] == ["eval_command"]
     assert "is not allowed here" in str(faults[0])
-        faults[0]
-    )
 
 
 @pytest.mark.parametrize(
