@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError, shown
+from ..torchless import show_torch
 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
@@ -37,6 +38,7 @@ def file_of(spec: str) -> Path | None:
 
 
 def _module(place: str) -> Any:
+    show_torch()  # the user's functions may need it
     path = file_of(f"{place}:")
     if path is None:
         return importlib.import_module(place)
