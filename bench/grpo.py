@@ -2,19 +2,23 @@
 
     python bench/grpo.py [--model DIR|SHAPE] [--prompts 2] [--group 8] [--tokens 2048]
                          [--prompt 128] [--at-once 16] [--pass-tokens 8192] [--cycles 3]
-                         [--beta 0] [--budget-gb X]
+                         [--beta 0] [--budget-gb X] [--trl 4]
 
 SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA of rank 16 on all projections. No
 token ends a completion, so that each has --tokens; all have different rewards, so that all are in
 the loss. --at-once are generated together; they are packed into passes of --pass-tokens. The first
 cycle, which compiles, is shown separately; then the median of the others. Peaks are MLX's active
-memory. The defaults are 16 × 2048 tokens; for 16K tokens in 24 GB: --tokens 16384 --group 8
---prompts 1 --at-once 8 --pass-tokens 16512 --budget-gb 24.
+memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers' own generation, in a
+process of its own: bfloat16, N sequences in a pass. The defaults are 16 × 2048 tokens; for 16K
+tokens in 24 GB: --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens 16512 --budget-gb
+24 --cycles 0.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +111,39 @@ def cycle_of(args):
     return made, made.optimizer.start(vector), prompts
 
 
+def of_trl(args):
+    """Of each cycle of TRL's trainer what `cycles_of` gives of ours."""
+    import peers
+
+    shape = steps.SHAPES[args.model]
+    rng = np.random.default_rng(0)
+    words = rng.integers(3, 1000, (args.prompts, args.prompt))
+    prompts = [" ".join(f"w{i}" for i in own) for own in words]
+    lora = (steps.RANK, steps.SCALE, steps.SUFFIXES)
+    place = peers.snapshot(shape, "trl")
+    how = (args.group, args.tokens, args.trl, 1 + args.cycles, lora, args.beta)
+    found = peers.Groups(place, prompts, *how).run()
+    made = args.prompts * args.group * args.tokens
+    assert all(own[-1] == made for own in found), "a completion was shorter"
+    return [own[:-1] for own in found]
+
+
+def cycles_of(args):
+    """Of each cycle seconds of its rollouts and of its update, and the peaks of both in bytes."""
+    with ops.repeatable(True):
+        cycle, at, prompts = cycle_of(args)
+        print(f"{Path(args.model).name}: {cycle.plan}")
+        found = []
+        with cycle.plan.limits():
+            for _ in range(1 + args.cycles):
+                begin = time.perf_counter()
+                at, outcome = cycle(at, [prompts])
+                whole, (rollout, peak) = time.perf_counter() - begin, cycle.rollouts[-1]
+                found.append((rollout, whole - rollout, peak, mx.get_peak_memory()))
+        print(f"mismatch {outcome.metrics['mismatch']:.2g}")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description="Times a cycle of grpo.")
     parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
@@ -119,17 +156,10 @@ def main():
     parser.add_argument("--cycles", type=int, default=3, help="after the first")
     parser.add_argument("--beta", type=float, default=0.0, help="with a reference pass if above 0")
     parser.add_argument("--budget-gb", type=float, help="default: what the device has free")
+    parser.add_argument("--trl", type=int, default=0, help="beside TRL, so many sequences a pass")
+    parser.add_argument("--only-trl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with ops.repeatable(True):
-        cycle, at, prompts = cycle_of(args)
-        print(f"{Path(args.model).name}: {cycle.plan}")
-        found = []
-        with cycle.plan.limits():
-            for _ in range(1 + args.cycles):
-                begin = time.perf_counter()
-                at, outcome = cycle(at, [prompts])
-                whole, (rollout, peak) = time.perf_counter() - begin, cycle.rollouts[-1]
-                found.append((rollout, whole - rollout, peak, mx.get_peak_memory()))
+    found = of_trl(args) if args.only_trl else cycles_of(args)
     names = ("rollout_s", "update_s", "rollout_peak_gb", "update_peak_gb")
     scale = np.array([1, 1, 1e-9, 1e-9])
     middle = [statistics.median(x) for x in zip(*found[1:], strict=True)] if args.cycles else []
@@ -138,7 +168,10 @@ def main():
         if own:
             figures = dict(zip(names, (np.array(own) * scale).round(3).tolist(), strict=True))
             figures |= {"rollout_tokens_per_s": round(count / own[0])}
-            print(json.dumps({"cycle": what, **figures, "mismatch": outcome.metrics["mismatch"]}))
+            by = "trl" if args.only_trl else "ours"
+            print(json.dumps({"by": by, "cycle": what, **figures}), flush=True)
+    if args.trl and not args.only_trl:
+        subprocess.run([sys.executable, *sys.argv, "--only-trl"], check=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The strongest peers on a GPU, for bench/step.py and bench/packing.py: a model with an adapter.
+"""The strongest peers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
 They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. They need
 packages of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
@@ -8,6 +8,7 @@ unsloth_zoo and trl. Neither the package nor its tests import this module.
 # pyright: reportMissingImports=false
 
 import atexit
+import os
 import shutil
 import tempfile
 import time
@@ -170,3 +171,89 @@ class Packed:
         self.trainer.train()
         n = len(self.times)  # its loader reads ahead
         self.tokens, self.supervised = self.tokens[:n], self.supervised[:n]
+
+
+class Groups:
+    """A run of TRL's GRPOTrainer with transformers' own generation: of each of its cycles the
+    seconds of the rollouts and of the update, and the peak of each in bytes.
+
+    `prompts` are texts, each of which gets `group` completions of `tokens` tokens: no token ends
+    one. The update runs `at_once` sequences in a forward and backward pass.
+    """
+
+    def __init__(self, place, prompts, group, tokens, at_once, cycles, lora, beta):
+        os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+        import torch
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+
+        gpu = torch.cuda.is_available()
+        found = self.found = []
+
+        def peak():
+            if not gpu:
+                return 0
+            torch.cuda.synchronize()
+            most = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return most
+
+        class Timed(GRPOTrainer):
+            def _generate_and_score_completions(self, inputs):
+                peak()
+                begun = time.perf_counter()
+                made = super()._generate_and_score_completions(inputs)
+                most = peak()
+                self.rollout = time.perf_counter() - begun, most, made["completion_mask"].sum()
+                return made
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                self.begun = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                most = peak()
+                whole = time.perf_counter() - self.begun
+                rollout, highest, made = trainer.rollout
+                found.append((rollout, whole - rollout, highest, most, int(made)))
+
+        out = tempfile.mkdtemp(prefix="bench-trl-")
+        atexit.register(shutil.rmtree, out, ignore_errors=True)
+        count = len(prompts) * group
+        config = GRPOConfig(
+            output_dir=out,
+            num_generations=group,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=count // at_once,
+            max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens},
+            temperature=1.0,
+            beta=beta,
+            loss_type="grpo",
+            max_steps=cycles,
+            learning_rate=1e-5,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            bf16=gpu,
+            use_cpu=not gpu,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        self.trainer = trainer = Timed(
+            model=AutoModelForCausalLM.from_pretrained(
+                place, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa"
+            ),
+            reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": list(prompts) * cycles}),
+            processing_class=AutoTokenizer.from_pretrained(place),
+            peft_config=_lora(*lora),
+            callbacks=[Clock()],
+        )
+
+    def run(self):
+        self.trainer.train()
+        return self.found

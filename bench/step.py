@@ -3,7 +3,7 @@
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA of rank 16 on all seven projections, batch 1, with the last --loss-rows of each row in the loss.
+LoRA of rank 16 on all seven projections, batch 1, the last --loss-rows of each row in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
     segtrain:N    this package, N layers per segment (0: off)
     segtrain:XGB  the fastest plan within this much memory; segtrain:min the least memory,
@@ -18,11 +18,11 @@ SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit w
     unsloth:keep  for a SHAPE on a GPU: Unsloth, 4 bits; unsloth:ckpt with checkpointing,
                   unsloth:offload with its own
 Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer, as
-shown). `peak` is MLX's active memory; `rss` the process's own high-water mark. Steps of this package
-are those of `train`, which repeat bit for bit unless `--any-order` is given. On CUDA, if torch is
-installed to trace them: `busy` is the fraction of a step in which the device runs a kernel,
-`of_peak` the fraction that a step's products, without recomputation, would need at the rate of a
-product of 8192³.
+shown). `peak` is MLX's active memory; `rss` the process's own high-water mark. Steps of this
+package are those of `train`, which repeat bit for bit unless `--any-order` is given. On CUDA, if
+torch is installed to trace them: `busy` is the fraction of a step in which the device runs a
+kernel, `of_peak` the fraction that a step's products, without recomputation, would need at the rate
+of a product of 8192³.
 """
 
 import argparse

@@ -159,7 +159,7 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_pena
 
 @pytest.mark.parametrize("how", [DRAWN, PENALTIES, DRAWN | PENALTIES])
 def test_tokens_are_chosen_as_the_server_chooses_them(llama4, monkeypatch, capsys, how):
-    """By options of the same names, in `chat` and in `generate`."""
+    """Options have the same names in `chat`, in `generate` and in requests."""
     taken, own = [], generate.stream
 
     def stream(*args, **more):

@@ -174,6 +174,7 @@ def changed(method: str) -> dict[str, Any]:
         "grpo": {
             **{**fresh, "rewards": ["number:answer", "length:9"], "reward_weights": [1.0, 0.5]},
             **{"reward_functions": ["m:f", "a.py:g"], "reward_command": "./score"},
+            **{"reward_model": "judge", "environment": "e.py:Game", "max_turns": 3},
             **{"group_size": 5, "max_completion_tokens": 20, "temperature": 0.8},
             **{"grpo_loss": "gspo", "advantage_scaling": "batch", "grpo_beta": 0.04},
             **{"clip_low": 0.1, "clip_high": 0.3, "mask_truncated": True, "updates_per_step": 2},

@@ -291,7 +291,7 @@ def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
 
     def kill(event):
         for child in psutil.Process().children(recursive=True):
-            if "mlx_segtrain.data.worker" in " ".join(child.cmdline()):
+            if "mlx_segtrain.data.workers" in " ".join(child.cmdline()):
                 child.kill()
 
     with pytest.raises(RunError, match=r"a tokenizing process was killed by SIGKILL: the same "):

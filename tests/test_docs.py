@@ -1,6 +1,7 @@
 """The form of the documentation: lines, blocks, and commands that exist, whatever they need."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from lib.pages import PAGES, ROOT, blocks, commands, prose
 from mlx_segtrain.commands.main import parsers
+from mlx_segtrain.config import CALLED, TrainConfig
 
 EVERY = [(block, block.place) for page in PAGES for block in blocks(page)]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
@@ -47,15 +49,16 @@ def test_a_block_is_what_it_says(block) -> None:
     elif block.language == "yaml":
         assert yaml.safe_load(block.text) is not None
     elif block.language == "json":
-        assert all(yaml.safe_load(line) for line in block.text.splitlines())
+        whole = block.text.startswith("[")
+        assert all(map(json.loads, [block.text] if whole else block.text.splitlines()))
     elif block.language == "sh":
-        for words in commands(block):
+        for _, words in commands(block.text):
             check_command(words, block.place)
 
 
 def check_command(words: list[str], place: str) -> None:
     """That a command of ours parses, and what others are given exists."""
-    while words and re.match(r"[A-Z_]+=", words[0]):
+    while words and re.match(r"[A-Z_]+=", words[0]):  # variables of its environment
         words = words[1:]
     own = next((i for i, word in enumerate(words) if word.endswith("mlx-segtrain")), None)
     if "$(which mlx-segtrain)" in words:
@@ -78,3 +81,48 @@ def check_command(words: list[str], place: str) -> None:
     if words[0] == "pip":
         named = re.findall(r"(?:\.|mlx-segtrain)\[([\w,]+)\]", " ".join(words))
         assert {extra for names in named for extra in names.split(",")} <= EXTRAS, place
+
+
+def sentences() -> list[str]:
+    """Every text in the package's Python with … for what is put into it."""
+    found = []
+    for file in (ROOT / "python").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (own.value if isinstance(own, ast.Constant) else "…" for own in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_errors_that_are_explained_exist() -> None:
+    """The headings of docs/troubleshooting.md are sentences of the program."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^### `(.*)`$", text, re.M)
+    assert len(headings) >= 15
+    every = "\n".join(sentences())
+    unknown = [own for own in headings if not _pattern(own).search(every)]
+    assert not unknown
+
+
+def _pattern(heading: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, heading.split("…"))))
+
+
+def test_the_rows_of_mlx_bun_are_our_fields() -> None:
+    """docs/coming_from_mlx_bun.md: each field of its table exists, with the default it says."""
+    text = (ROOT / "docs" / "coming_from_mlx_bun.md").read_text(encoding="utf-8")
+    table = text[text.index("## Configuration") : text.index("## Environment variables")]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", table, re.M)
+    assert len(rows) == 21  # and three that are required
+    for name, theirs, ours in rows:
+        own = CALLED.get(name, name)
+        assert own in TrainConfig.model_fields or name.startswith("dpo_"), name
+        shown = ours.split(";")[0].split(":")[0].strip("`")
+        if name not in ("learning_rate", "target_modules") and not name.startswith("dpo_w"):
+            field = "lr_schedule" if name == "dpo_lr_schedule" else own
+            config = TrainConfig(model_dir="m", data_dir="d", adapter_path="a", method="dpo")
+            value = getattr(config, field)
+            wanted = "sft" if name == "method" else str(value).lower()
+            assert shown == wanted, (name, theirs, ours, value)

@@ -17,6 +17,7 @@ from mlx_segtrain.data import Dataset, Row, eval_batches
 from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.errors import InputError, NoMemory
 from mlx_segtrain.generation.decoding import Telling
+from mlx_segtrain.generation.rollouts import seed_of
 from mlx_segtrain.models import adapting, chain_of
 from mlx_segtrain.objectives import Functions, Grpo, objective_of, value, value_and_grad
 from mlx_segtrain.objectives.grpo import NOTHING, advantages, with_log_probs
@@ -26,7 +27,7 @@ from mlx_segtrain.streams import trim_start
 from mlx_segtrain.training import cycle, setup
 from mlx_segtrain.training.collapse import collapsed
 from mlx_segtrain.training.completions import CompletionLog
-from mlx_segtrain.training.cycle import Cycle, seed_of
+from mlx_segtrain.training.cycle import Cycle
 from mlx_segtrain.training.loop import Run
 from mlx_segtrain.training.memory import Memory
 from mlx_segtrain.training.record import PARTS, Record, check_same
@@ -273,7 +274,8 @@ def test_log_probs_at_a_temperature(family):
 
 def test_what_is_told_of_a_token_that_was_drawn_at_a_temperature():
     z = np.random.default_rng(4).normal(size=(3, 9)).astype(np.float32)
-    told = Telling({0: 0, 2: 0}, mx.array(z), mx.array([1, 1, 4], mx.uint32), {2: 0.5}).read()
+    telling = Telling({0: 0, 2: 0}, 3, {2: 0.5})
+    told = telling.read(telling(mx.array(z), mx.array([1, 1, 4], mx.uint32)))
     own = 2 * z[2].astype(np.float64)
     assert math.isclose(told[2][0], own[4] - np.log(np.exp(own).sum()), rel_tol=1e-5)
     own = z[0].astype(np.float64)

@@ -12,7 +12,7 @@ from mlx_segtrain import InputError, RunError, TrainConfig, train
 from mlx_segtrain.commands.main import main
 from mlx_segtrain.data.sources import sources_of
 from mlx_segtrain.generation.decoding import Options
-from mlx_segtrain.generation.rollouts import Policy, complete
+from mlx_segtrain.generation.rollouts import Monologue, Policy, complete
 from mlx_segtrain.models import load_model, load_tokenizer
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.planning.rollouts import SLACK, check_rollouts, rollout_bytes
@@ -253,7 +253,7 @@ def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, t
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory() - read_shape(llama4).weight_bytes(True)
-    complete(Policy(model, tokenizer, None), [[1] * prompt], [how], 12)
+    complete(Policy(model, tokenizer, None), [[Monologue([1] * prompt)] * 12], [how], 12)
     peak = mx.get_peak_memory() - before
     planned = rollout_bytes(made, prompt + 40, 12)
     assert peak <= planned < 2 * peak + SLACK

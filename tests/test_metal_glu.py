@@ -43,7 +43,7 @@ def check(op, n, dtype, *changes, scale=1):
 
 
 def grads_of(op, arrays):
-    return list(getattr(reference, f"{op}_vjp")(*arrays))
+    return mx.vjp(getattr(reference, op), arrays[:2], arrays[2:])[1]
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)

@@ -1,6 +1,7 @@
 """Models over several ranks of this machine, which MLX's ring connects over the loopback."""
 
 import itertools
+import json
 import signal
 
 import numpy as np
@@ -63,6 +64,11 @@ def models(tmp_path_factory):
     }
 
 
+def metrics_of(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [own for own in lines if own.get("kind") == "train"]
+
+
 @pytest.fixture
 def first_gradient(monkeypatch):
     """Gradients of the first step of the runs of this process, one after the other, by name."""
@@ -111,6 +117,11 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
         one = tmp_path / f"one-{own.adapter_path.name}"
         for a, b in zip(lines_of(one), lines_of(own.adapter_path), strict=True):
             assert a["kind"] == b["kind"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        (*_, last) = metrics_of(own.adapter_path)
+        assert len(last["ranks"]) == n
+        for figures in last["ranks"]:
+            assert figures["busy_s"] > 0 and figures["waited_s"] > 0
+            assert figures["peak_gb"] >= figures["active_gb"] > 0
         mine, theirs = weights_of(one), weights_of(own.adapter_path)
         for name, x in mine.items():
             assert_close(name, theirs[name], x, 1e-4)

@@ -386,7 +386,7 @@ def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
 
 
 def test_what_cannot_fit_is_refused_before_anything_loads(llama4, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "load_model", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("weights were loaded"))
     config = config_of(llama4, data, tmp_path / "a", memory_budget_gb=1e-6)
     with pytest.raises(InputError, match=r"the weights of .* alone need"):
         train(config)

@@ -115,21 +115,20 @@ def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monke
     assert ranks._backend() == found
     assert ranks.launched() == (found and int(set_by_the_launcher["MLX_RANK"]))
     if found == "ring":
-        assert ranks._address("ring", 1) == "10.0.0.2"
+        assert ranks.address_of(Ranks(1, 2, "ring")) == "10.0.0.2"
     if found is None:
         with ranks.joined(print) as own:
             assert own is ALONE
 
 
-def test_the_ring_is_hung_up_and_nothing_else(monkeypatch):
+def test_the_ring_is_hung_up_and_nothing_else():
     """A socket without a name (such as a tracker's) is in nobody's way, nor is one left over."""
     server = socket.create_server(("127.0.0.1", 0))
     ring = socket.create_connection(server.getsockname())
     peer, _ = server.accept()
     pair = socket.socketpair()
     before = len(os.listdir("/dev/fd"))
-    monkeypatch.setattr(ranks, "_hosts", lambda: [[f"127.0.0.1:{server.getsockname()[1]}"]])
-    ranks._hang_up()
+    ranks._hang_up([[f"127.0.0.1:{server.getsockname()[1]}"]])
     assert peer.recv(1) == b""
     pair[0].send(b"x")
     assert pair[1].recv(1) == b"x"

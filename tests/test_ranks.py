@@ -99,7 +99,7 @@ def endless(model, rows, out, **changes):
 def test_a_killed_rank_is_named_by_all_and_the_run_goes_on_with_three(model, rows, tmp_path):
     out = tmp_path / "run"
     config = endless(model, rows, out, grad_accumulation_steps=4)
-    with ranks_of(2, tmp_path, config) as started:
+    with ranks_of(4, tmp_path, config) as started:
         wait_for_step(tmp_path, 3)
         started[1].send_signal(signal.SIGKILL)
         found, seconds = ends(tmp_path, started, but=[1])
@@ -147,12 +147,12 @@ SLOW = """
 from mlx_segtrain.training import step
 ranks.SLOW = 1.0
 own = step.Stepper.gradient
-def gradient(self, at, accumulated):
+def gradient(self, at, accumulated, total):
     if rank == 1 and at.step == 2:
         time.sleep(6)
     if rank == 2 and at.step == 4:
         raise RuntimeError("a cable")
-    return own(self, at, accumulated)
+    return own(self, at, accumulated, total)
 step.Stepper.gradient = gradient
 """
 

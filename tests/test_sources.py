@@ -12,7 +12,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
-from mlx_segtrain.data import limits, parquet
+from mlx_segtrain.data import limits, tables
 from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.messages import Other
 from mlx_segtrain.data.sources import rows_of, source_of, sources_of
@@ -278,32 +278,40 @@ PARQUET = {
 }
 
 
-@pytest.mark.parametrize("room", [128 << 20, 1 << 16])
 @pytest.mark.parametrize("how", PARQUET)
-def test_parquet_of_other_writers(how, room, tmp_path, monkeypatch):
-    """Read as ever, and as what could become large: some columns as dictionaries, a row at a
-    time."""
-    monkeypatch.setattr(limits, "HELD", room)
-    monkeypatch.setattr(parquet, "FOOTER", 0)  # which is large beside so few rows
+def test_parquet_of_other_writers(how, tmp_path):
     rows = [{**row, "messages": row["messages"] * (1 + i % 4)} for i, row in enumerate(ROWS * 10)]
     rows[7]["messages"] = None
     write_parquet(tmp_path / "a.parquet", rows, **{"row_group_size": 300, **PARQUET[how]})
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
 
 
-def test_a_text_of_lists_that_stands_in_many_rows(tmp_path, monkeypatch):
-    """Any row could hold it as often as there are values: it is read as a dictionary."""
-    monkeypatch.setattr(limits, "HELD", 1 << 20)
-    rows = [{"tools": ["x" * 9999, "y"] * (i % 3)} for i in range(200)]
+def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
+    """In the file it stands once, and in a row twice."""
+    rows = [{"tools": ["x" * 99_999, "y"] * (i % 3)} for i in range(200)]
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
-    made = []
-    monkeypatch.setattr(
-        parquet,
-        "_open",
-        lambda path, own=parquet._open, **how: made.append(how) or own(path, **how),
-    )
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
-    assert [how.get("read_dictionary") for how in made] == [None, ["tools.list.element"]]
+
+
+def test_a_reader_that_is_ended(tmp_path, monkeypatch):
+    """Of a file that Arrow or the system ends it at no more is said, and the next file has another
+    reader; one that was not read to its end holds nobody up."""
+    for name in ("a.parquet", "b.parquet"):
+        write_parquet(tmp_path / name, [{"text": "x" * 99_999}] * 100, use_dictionary=False)
+    monkeypatch.setattr(limits, "BLOCK", 1 << 18)
+    monkeypatch.setattr(tables, "_idle", made := [tables._Reader()])
+    (reader,) = made
+    blocks = source_of(tmp_path / "a.parquet").blocks()
+    next(blocks)
+    reader.process.kill()
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read in parts of at most 256 MiB"):
+        list(blocks)
+    blocks = source_of(tmp_path / "a.parquet").blocks()
+    next(blocks)
+    del blocks
+    assert len(list(source_of(tmp_path / "b.parquet").blocks())) > 10
+    assert made == [own for own in made if own is not reader] != []  # it may be used again
+    made.pop().close()
 
 
 @pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +122,7 @@ def train(
     on_step: Callback | None = None,
     on_eval: Callback | None = None,
     rewards: Sequence[str | Function] | None = None,
+    environment: str | Callable[[], Any] | None = None,
     progress: bool | None = None,
     **fields: Any,
 ) -> TrainResult:
@@ -141,7 +142,8 @@ def train(
     `on_eval` receive the metrics of every step and every evaluation as a dict; one that returns
     True ends the run after saving. `score(model, tokenizer)` is called at every evaluation and
     returns a number or a dict of numbers. `rewards` of method grpo are names of checks, as in the
-    field, and functions that score completions (docs/grpo.md).
+    field, and functions that score completions; `environment` is a class, or the field
+    (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. Raises InputError, before anything is written, for input that cannot be used, and RunError
@@ -160,6 +162,12 @@ def train(
                 raise InputError("data and train_data are both given: leave one of them out.")
             train_data = data
         functions, fields = _functions(rewards, fields)
+        made = environment if callable(environment) else None
+        if made is not None:
+            name = getattr(made, "__name__", "environment")
+            environment = f"{getattr(made, '__module__', 'python')}:{name}"
+        if environment is not None:
+            fields["environment"] = environment
         config = _config(config, fields)
         with _shown(on_event, on_step, progress) as (tell, step):
             found = training.train(
@@ -172,6 +180,7 @@ def train(
                 on_eval=on_eval,
                 model=loaded,
                 rewards=functions,
+                environment=made,
             )
     own = {x.name: getattr(found, x.name) for x in dataclasses.fields(found)}
     result = TrainResult(**own)

@@ -254,18 +254,41 @@ class TrainConfig(BaseModel):
         None, GRPO, affects=("loss",), refused=CODE, values="a command line"
     )
     """Command that reads completions as JSON lines and prints a score for each."""
+    reward_model: Place | None = option(
+        None, GRPO | SIZE, affects=("loss", "memory"), values=PLACES
+    )
+    """A model that scores completions: its directory, or its name on the hub, with one score as
+    Hugging Face's models for sequence classification have it (docs/grpo.md)."""
     reward_weights: list[Float] = option(
         [], GRPO, affects=("loss",), values="numbers, one for each reward"
     )
     """Weights of the rewards, in this order: rewards, reward_functions, functions given in Python,
-    reward_command. The default of each is 1."""
+    reward_command, reward_model, get_reward of the environment. The default of each is 1."""
+    environment: Name | None = option(
+        None,
+        GRPO,
+        affects=("loss",),
+        refused=CODE,
+        values="module:Class or file.py:Class",
+    )
+    """Python class that answers the model's turns (`step`), or whose methods are tools
+    (docs/grpo.md)."""
+    max_turns: Int = option(
+        8,
+        GRPO,
+        affects=("loss",),
+        holds=lambda config: config.environment is not None,
+        otherwise="without environment",
+        ge=1,
+    )
+    """Maximum number of the model's turns in a conversation with the environment."""
     group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
     """Number of completions per prompt."""
     max_completion_tokens: Int = option(
         256, GRPO | ALL, title="Maximum completion length, tokens", ge=1
     )
-    """Maximum tokens of a completion. Prompts that leave no room for it within max_seq_length are
-    dropped."""
+    """Maximum tokens of a completion, including those of an environment. Prompts that leave no room
+    for it within max_seq_length are dropped."""
     temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
     """Sampling temperature of completions."""
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
@@ -317,7 +340,7 @@ class TrainConfig(BaseModel):
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
-    """Batches whose gradients are summed into an optimizer step."""
+    """Number of batches whose gradients are accumulated for one optimizer step."""
     parallel: Literal["data", "pipeline"] = option(
         "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
     )

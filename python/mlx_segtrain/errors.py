@@ -61,6 +61,11 @@ class NoMemory(RunError):
     """No plan leaves the device enough memory for the next step of a run."""
 
 
+def reason(error: BaseException, most: int = 200) -> str:
+    """Returns an error's message in one line; the name of its class if it has no message."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def either(words: Sequence[str]) -> str:
     """Joins alternatives for a sentence: "a, b or c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
@@ -69,7 +74,10 @@ def either(words: Sequence[str]) -> str:
 def shown(value: Any, most: int = 60) -> str:
     """Returns an untrusted value in a form that is safe in a message: on one line, cut to `most`
     characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits in decimal
+        text = hex(value) if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from .errors import InputError
+from .errors import InputError, reason
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -181,8 +181,7 @@ def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
     try:
         values = json.loads(read_at_most(file, most))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} cannot be read as JSON: {reason}.") from None
+        raise InputError(f"{file} cannot be read as JSON: {reason(error)}.") from None
     if not isinstance(values, dict):
         raise InputError(f"{file} is not a configuration: expected a JSON object.")
     return values

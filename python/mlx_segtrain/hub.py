@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from . import events, files
-from .errors import InputError
+from .errors import InputError, reason
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -184,11 +184,7 @@ def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
     repository = named(text)
     if repository is None:
         return Path(text).expanduser()
-
-    def wanted(file: str) -> bool:
-        return OF_ADAPTER.fullmatch(file) is not None
-
-    return fetch(repository, wanted, tell)
+    return fetch(repository, lambda file: OF_ADAPTER.fullmatch(file) is not None, tell)
 
 
 def located(
@@ -212,6 +208,8 @@ def located(
     places = {"model_dir": bring(at(config.model_dir, "model"), tell)}
     if config.warm_start is not None:
         places["warm_start"] = adapter(at(config.warm_start, "warm_start"), tell)
+    if config.reward_model is not None:
+        places["reward_model"] = bring(at(config.reward_model, "reward_model"), tell)
     return config.model_copy(update=places)
 
 
@@ -382,9 +380,9 @@ def _answers(repository: Repository) -> Iterator[None]:
                 f"{repository.id} cannot be written to {cache()} ({error.strerror}): set HF_HOME "
                 "to a folder that you own."
             ) from None
-        raise _Unreachable(_reason(error)) from None
+        raise _Unreachable(reason(error)) from None
     except _http_error() as error:
-        raise _Unreachable(_reason(error)) from None
+        raise _Unreachable(reason(error)) from None
 
 
 def _http_error() -> type[Exception]:
@@ -393,10 +391,6 @@ def _http_error() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__mro__[1]  # type: ignore[return-value]
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _listed(repository: Repository) -> tuple[str, dict[str, int]]:

@@ -8,11 +8,18 @@ environment they get what they need.
 """
 
 import os
+import resource
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import Any
 
 #: Runs before any module except Python's own is imported: sets the module path, loads this very
 #: package, wherever it is, and then calls main of one of its modules.
@@ -74,3 +81,68 @@ def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]
         for name, value in {**os.environ, **added}.items()
         if name not in OWN and any(fnmatchcase(name, pattern) for pattern in patterns)
     }
+
+
+def start(
+    module: str, *args: str, files: Iterable[int], env: Mapping[str, str], **how: Any
+) -> subprocess.Popen[Any]:
+    """Runs `main(*args)` of a module of ours in a process that inherits these open files.
+
+    It has a session of its own: Ctrl-C in a terminal is for this process, which ends the others.
+    """
+    how = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True} | how
+    return subprocess.Popen(command(module, *args), pass_fds=tuple(files), env=env, **how)
+
+
+def start_connected(
+    module: str, settings: Mapping[str, str], **how: Any
+) -> tuple[Connection, subprocess.Popen[Any]]:
+    """Like `start`, with a connection whose number `main` gets; `settings` are variables."""
+    wire, theirs = Pipe()
+    with theirs:
+        number, env = theirs.fileno(), {**environment((), {}), **settings}
+        return wire, start(module, str(number), files=[number], env=env, **how)
+
+
+def set_limit(kind: int, value: int | None = None) -> None:
+    """Sets the soft limit of this process, to at most the hard limit; None sets it to that."""
+    hard = resource.getrlimit(kind)[1]
+    if value is None or (hard != resource.RLIM_INFINITY and value > hard):
+        value = hard
+    resource.setrlimit(kind, (value, hard))
+
+
+class _Memory:
+    """Limits memory: by the system on Linux, elsewhere by a thread that looks at regular times."""
+
+    def __init__(self) -> None:
+        self.pid, self.most = 0, 0
+
+    def allow(self, more: int) -> None:
+        """Allows this process so many bytes more than it has now; more ends it."""
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+        except OSError:
+            return self._watch(more)
+        set_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + more)
+
+    def _watch(self, more: int) -> None:
+        self.most = _resident() + more
+        if self.pid != os.getpid():  # a fork has no threads
+            self.pid = os.getpid()
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            if _resident() > self.most:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+
+
+MEMORY = _Memory()
+
+
+def _resident() -> int:
+    """Returns the most bytes of memory that this process has had."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

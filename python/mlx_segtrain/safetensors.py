@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors
 
-from .errors import InputError
+from .errors import InputError, reason
 from .files import open_regular
 
 #: By tensor name: the dtype as safetensors writes it (U32, BF16, …) and the shape.
@@ -62,8 +62,8 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
             raise ValueError(f"its tensors take {end} bytes, but {total - 8 - size} are there")
         return tensors
     except (OSError, ValueError, struct.error, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise InputError(f"{file} is not a readable safetensors file: {reason}.") from None
+        said = getattr(error, "strerror", None) or reason(error)
+        raise InputError(f"{file} is not a readable safetensors file: {said}.") from None
 
 
 def _refusal(text: bytes) -> str:

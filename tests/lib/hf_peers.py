@@ -174,3 +174,28 @@ def hf_loss_and_grads(
     loss.backward()
     grads = {path: (a.grad.T.numpy(), b.grad.T.numpy()) for path, (a, b) in factors.items()}
     return loss.item(), grads
+
+
+def write_scorer(folder: Path, seed: int = 0, labels: int = 1, **changes: Any) -> Any:
+    """A random Llama for sequence classification, written to a folder; and the model."""
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    own = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 160, "vocab_size": 300}
+    own |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_labels": labels,
+    }
+    own |= {"max_position_embeddings": 4096, "pad_token_id": 259, "eos_token_id": 259, **changes}
+    model = LlamaForSequenceClassification(LlamaConfig(**own)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def scores_of(model: Any, rows: list[list[int]]) -> np.ndarray:
+    """Of rows of tokens, each alone."""
+    with torch.no_grad():
+        found = [model(torch.tensor([row])).logits[0, 0].item() for row in rows]
+    return np.array(found)

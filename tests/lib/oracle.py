@@ -57,6 +57,7 @@ def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_sta
 
 
 def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=None, q_start=None):
+    """dv = pᵀ·do, ds = p·(do·vᵀ − delta) with delta = Σ o·do, dq = scale·ds·k, dk = scale·dsᵀ·q."""
     b, g, _, _ = k.shape
     share = q.shape[1] // g
     kh, vh = k.repeat(share, 1), v.repeat(share, 1)
@@ -80,6 +81,7 @@ def swiglu(gate, up):
 
 
 def swiglu_vjp(gate, up, dy):
+    """dgate = dy·up·(σ + gate·σ·(1 − σ)), dup = dy·gate·σ"""
     sigma = 1 / (1 + np.exp(-gate))
     return dy * up * sigma * (1 + gate * (1 - sigma)), dy * gate * sigma
 
@@ -89,6 +91,11 @@ def geglu(gate, up):
 
 
 def geglu_vjp(gate, up, dy):
+    """dup = dy·gelu(gate), dgate = dy·up·gelu'(gate)
+
+    gelu'(x) = (1 + t)/2 + x/2·(1 − t²)·k·(1 + 3·0.044715·x²). The kernels write (1 + t)/2 as σ(u),
+    u = 2k·(x + 0.044715·x³), and (1 − t²)/2 as 2·σ·(1 − σ).
+    """
     t = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
     slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * gate**2)
     return dy * up * ((1 + t) / 2 + gate / 2 * (1 - t**2) * slope), dy * gate / 2 * (1 + t)
@@ -99,6 +106,7 @@ def rms_norm(x, weight, eps):
 
 
 def rms_norm_vjp(x, weight, dy, eps):
+    """dx = r·g − x·r³·mean(g·x) with g = dy·weight"""
     r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
     g = dy * weight
     return r * g - x * r**3 * (g * x).mean(-1, keepdims=True)
@@ -125,6 +133,7 @@ def lora_linear(x, w, bias, a, b, scale, mask=1.0):
 
 
 def lora_linear_vjp(x, w, a, b, scale, dy, mask=1.0):
+    """u = scale·dy·bᵀ:  dx = dy·W + (u·aᵀ)', da = x'ᵀ·u, db = (scale·x'·a)ᵀ·dy"""
     u = scale * dy @ b.T
     return dy @ w + mask * (u @ a.T), (mask * x).T @ u, scale * ((mask * x) @ a).T @ dy
 
@@ -142,6 +151,7 @@ def log_probs(h, w, targets, bias=0.0, softcap=None):
 
 
 def log_probs_vjp(h, w, targets, d, bias=0.0, softcap=None):
+    """dz = d·(onehot − softmax(z))·(1 − (z/c)²), dh = dz·W: cross-entropy's, negated"""
     return -cross_entropy_vjp(h, w, targets, d, softcap, bias)
 
 
@@ -154,6 +164,7 @@ def cross_entropy(h, w, targets, weights, softcap=None, bias=0.0, smoothing=0.0)
 
 
 def cross_entropy_vjp(h, w, targets, weights, softcap=None, bias=0.0, smoothing=0.0):
+    """dz = w·(softmax(z) − (1 − ε)·onehot − ε/V)·(1 − (z/c)²), dh = dz·W"""
     z = logits(h, w, bias, softcap)
     slope = 1.0 if softcap is None else 1 - (z / softcap) ** 2
     p = np.exp(z - z.max(-1, keepdims=True))

@@ -42,7 +42,7 @@ def losses_of(monkeypatch, losses):
 
 
 TIMES = (
-    *("ts", "pid", "id", "message", "at"),
+    *("ts", "pid", "id", "message", "at", "ranks"),
     *("tokens_per_sec", "supervised_tokens_per_sec", "step_s", "left_s", "peak_gb", "active_gb"),
 )
 

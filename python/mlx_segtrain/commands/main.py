@@ -33,6 +33,8 @@ from mlx_segtrain.torchless import hide_torch
 
 #: Commands that end before one could ask what they do.
 AT_ONCE = ("cache", "completion")
+#: Fields with which eval measures rewards instead of a loss.
+SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
 DATA = "file or directory with rows, or name of a data set on the Hugging Face hub"
 
 
@@ -261,7 +263,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     fill = {"adapter_path": getattr(args, "adapter_path", UNUSED)}
-    if any(name in args for name in ("rewards", "reward_functions", "reward_command")):
+    if any(name in args for name in SOURCES):
         fill = {"method": "grpo", **fill}
     config = config_of(args, **fill)
     from mlx_segtrain.commands.terminal import answer, waiting
@@ -284,6 +286,8 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving import app
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
+        if (error.name or "").startswith("mlx_segtrain"):
+            raise  # a fault of ours, which no other package mends
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'

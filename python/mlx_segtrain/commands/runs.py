@@ -98,6 +98,13 @@ def add_commands(command: Callable[..., Parser]) -> None:
         help="network speed between them, in 10⁹ bytes per second. Default: 1.25.",
     )
     added.add_argument(
+        "--rank-budgets",
+        type=seconds,
+        nargs="+",
+        metavar="GB",
+        help="memory of each of them, with parallel pipeline. Default: that of this machine.",
+    )
+    added.add_argument(
         "--step-seconds",
         type=seconds,
         metavar="X",
@@ -297,11 +304,23 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_segtrain.planning.rollouts import full_rollouts
     from mlx_segtrain.planning.run import full_batch, plan_run
     from mlx_segtrain.planning.scaling import LINK, scaled
+    from mlx_segtrain.planning.splitting import pipeline_runs
 
     with waiting() as show:
         # A picture is drawn of a model that runs.
         config = located(config, show, bring=outline if args.plot is None else model)
-    run = plan_run(config, full_batch(config, args.loss_rows, args.shared))
+    batch = full_batch(config, args.loss_rows, args.shared)
+    if config.parallel == "pipeline" and args.ranks is not None:
+        if args.link or args.step_seconds:
+            raise InputError("--link and --step-seconds are for parallel data: leave them out")
+        budgets = args.rank_budgets or []
+        runs = pipeline_runs(config, batch, args.ranks, budgets)
+        return answer(report.of_pipeline(runs), show_plan, args.json)
+    if args.rank_budgets:
+        raise InputError(
+            "--rank-budgets has no effect without --ranks and --parallel pipeline: leave it out"
+        )
+    run = plan_run(config, batch)
     found = report.of(run)
     if ROWS[config.method] == "prompt":
         at_once, peak = full_rollouts(config)

@@ -173,6 +173,15 @@ def show_plan(report: PlanReport) -> None:
 
     rows = f"{report.rows} row{'s' * (report.rows != 1)}"
     line("batch", f"{rows} of {report.tokens:,} tokens, {report.trained_tokens:,} in the loss")
+    for own in report.pipeline:
+        peak = "" if own.peak is None else f"; {gb(own.peak)} at most of {gb(own.budget)}"
+        there, back = (f"{n / 1e6:,.1f} MB" for n in own.sent)
+        sends = [f"{there} on"] * bool(own.sent[0]) + [f"{back} back"] * bool(own.sent[1])
+        text = f"layers {own.layers}, {gb(own.weights)} of weights{peak}; computes {own.busy:.0%}"
+        more = f"; sends {' and '.join(sends)} for each batch" if sends else ""
+        line(f"rank {own.rank}", text + more)
+    if report.pipeline:
+        line("", "what follows is of the rank that is nearest to its budget")
     line("budget", gb(report.budget))
     if not report.predicted:
         line("weights", gb(report.weights))

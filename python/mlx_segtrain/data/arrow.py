@@ -1,17 +1,14 @@
-"""Record batches as blocks of rows, and the batches of Arrow files and streams."""
+"""Record batches as blocks of rows."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import InputError
-from ..files import open_regular
 from . import limits
 from .blocks import OTHER, Block
-from .limits import VALUE, check_columns, check_growth, check_held, check_length
+from .limits import VALUE, check_columns, check_growth, check_length
 
 ROWS = 1024  # of a batch
 
@@ -22,159 +19,6 @@ def table_of(data: Any) -> Any:
 
     table = pa.table(data)
     return table.drop_columns([x for x in table.column_names if x.startswith("__index_level_")])
-
-
-# ---- files and streams
-
-MAGIC = b"ARROW1"
-# The kinds of a message.
-SCHEMA, DICTIONARY, BATCH = 1, 2, 3
-
-
-def read(path: Path) -> Iterator[Block]:
-    """The blocks of an Arrow file or stream, which is mapped."""
-    import pyarrow as pa
-
-    open_regular(path).close()
-    size = path.stat().st_size
-    with pa.memory_map(str(path)) as file:
-        yield from blocks_of(path.name, _batches(file, path.name, size), size)
-
-
-def _batches(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Each batch, with the bytes of the file that have been read with it.
-
-    A file is a stream between two magic words, and is read as one, so that each message that Arrow
-    reads has been looked at: the buffers of one are unpacked together.
-    """
-    import pyarrow as pa
-
-    count = _batches_of_file(file, size) if file.read(len(MAGIC)) == MAGIC else None
-    start = 0 if count is None else 8
-    file.seek(start)
-    if (schema := _next(file)) and schema.kind == SCHEMA:
-        check_columns(name, _fields(schema.header.tables(1), limits.MOST_COLUMNS))
-    file.seek(start)
-    reader = pa.ipc.open_stream(file)
-    total, n, dictionaries = 0, 0, dict[int, int]()
-    while count is None or n < count:
-        at = file.tell()
-        while message := _next(file):
-            unpacked = message.unpacked()
-            total += unpacked
-            check_growth(name, total, size)
-            if message.kind == DICTIONARY:
-                key, more = message.header.integer(0, "<q"), message.header.integer(2, "<b")
-                # A dictionary that grows is copied, even if it is not compressed.
-                unpacked += dictionaries.get(key, 0) + len(message.body) if more else 0
-                dictionaries[key], unpacked = unpacked, 0
-            check_held(name, sum(dictionaries.values()) + unpacked, size)
-            if message.kind == BATCH:
-                break
-        file.seek(at)
-        try:
-            batch = reader.read_next_batch()
-        except StopIteration:
-            break
-        n += 1
-        yield batch, file.tell() if count is None else size * n // count
-    if count is not None and n < count:
-        raise ValueError("batches are missing")
-
-
-def _batches_of_file(file: Any, size: int) -> int:
-    """How many record batches the end of a file tells of."""
-    file.seek(max(size - 10, 0))
-    end = file.read(10)
-    length = struct.unpack("<i", end[:4])[0] if end[4:] == MAGIC else -1
-    if not 0 < length <= size - 18:
-        raise ValueError("its end is missing")
-    file.seek(size - 10 - length)
-    return _Flat.root(file.read(length)).vector(3)[0]
-
-
-class _Flat(NamedTuple):
-    """A table of a flatbuffer, in which Arrow keeps what it tells of its buffers."""
-
-    data: Any
-    at: int
-
-    @classmethod
-    def root(cls, data: Any) -> _Flat:
-        return cls(data, struct.unpack_from("<I", data)[0])
-
-    def field(self, i: int) -> int | None:
-        """Where field i is, if there is one."""
-        vtable = self.at - self._read("<i", self.at)
-        entry = 4 + 2 * i
-        offset = self._read("<H", vtable + entry) if entry < self._read("<H", vtable) else 0
-        return self.at + offset if offset else None
-
-    def integer(self, i: int, form: str) -> int:
-        at = self.field(i)
-        return 0 if at is None else self._read(form, at)
-
-    def table(self, i: int) -> _Flat | None:
-        at = self.field(i)
-        return None if at is None else _Flat(self.data, at + self._read("<I", at))
-
-    def vector(self, i: int) -> tuple[int, int]:
-        """The length of a vector, and where its items begin."""
-        at = self.field(i)
-        if at is None:
-            return 0, 0
-        start = at + self._read("<I", at)
-        return self._read("<I", start), start + 4
-
-    def tables(self, i: int) -> Iterator[_Flat]:
-        count, start = self.vector(i)
-        for at in range(start, start + 4 * count, 4):
-            yield _Flat(self.data, at + self._read("<I", at))
-
-    def _read(self, form: str, at: int) -> int:
-        return struct.unpack_from(form, self.data, at)[0]
-
-
-def _fields(fields: Iterator[_Flat], most: int) -> int:
-    """Columns and those within them, counted to just above `most`: they may be shared, so that a
-    small schema tells of many."""
-    count = 0
-    for field in fields:
-        count += 1 + _fields(field.tables(5), most - count)
-        if count > most:
-            break
-    return count
-
-
-class _Message(NamedTuple):
-    kind: int
-    header: _Flat
-    body: memoryview
-
-    def unpacked(self) -> int:
-        """The bytes of its buffers that are compressed, as each says before it begins."""
-        batch = self.header.table(1) if self.kind == DICTIONARY else self.header
-        if self.kind == SCHEMA or batch is None or batch.field(3) is None:
-            return 0
-        count, start = batch.vector(2)
-        buffers = struct.iter_unpack("<qq", memoryview(batch.data)[start : start + 16 * count])
-        sizes = (struct.unpack_from("<q", self.body, at)[0] for at, length in buffers if length)
-        return sum(max(size, 0) for size in sizes)  # -1: this one is not compressed
-
-
-def _next(file: Any) -> _Message | None:
-    """The next message; None at the end."""
-    import pyarrow as pa
-
-    try:
-        message = pa.ipc.read_message(file)
-    except EOFError:
-        return None
-    own = _Flat.root(message.metadata)
-    header = own.table(2)
-    if header is None:
-        raise ValueError("a message of it has no header")
-    return _Message(own.integer(1, "<B"), header, memoryview(message.body))
 
 
 # ---- batches

@@ -53,6 +53,7 @@ OF_TOKENS = (
     "append_eos",
     "prompt_format",
     "chat_template_kwargs",
+    "tools",
 )
 PACKAGES = ("mlx-lm", "transformers", "tokenizers", "jinja2")
 ABOUT, LOCK = "about.json", "lock"

@@ -20,7 +20,8 @@ from .words import Words
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read: the fields of a configuration that decide it (docs/configuration.md).
+    """How rows are read: the fields of a configuration that decide it (docs/configuration.md), and
+    the `tools` of every prompt, as chat templates take them.
 
     Without a method, rows for any method.
     """
@@ -38,10 +39,12 @@ class Options:
     val_split: float | Literal["auto"] = "auto"
     dedup: bool = False
     seed: int = 0
+    tools: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
-    def of(cls, config: TrainConfig) -> "Options":
-        return cls(**{own.name: getattr(config, own.name) for own in fields(cls)})
+    def of(cls, config: TrainConfig, tools: Sequence[Mapping[str, Any]] = ()) -> "Options":
+        names = [own.name for own in fields(cls) if own.name != "tools"]
+        return cls(**{name: getattr(config, name) for name in names}, tools=tools)
 
     @property
     def labelled(self) -> bool:
@@ -162,7 +165,8 @@ class Encoder:
     def prompt(self, source: str, given: Mapping[str, Any]) -> Row:
         """Returns a prompt, with what precedes the answer, without any token in the loss. Raises
         InputError."""
-        own = {"tools": given["tools"]} if given.get("tools") else {}
+        tools = given.get("tools") or self.options.tools
+        own = {"tools": list(tools)} if tools else {}
         more = given.get("chat_template_kwargs") or {}
         variables = {**self.options.chat_template_kwargs, **more, **own}
         prompt = given["prompt"]

@@ -2,7 +2,6 @@
 
 A file may be a stranger's, and a small one may be made to become a large one. Memory is bounded by
 constants: rows are read in pieces, a row has a limit, and so has what a format unpacks in one go.
-What a piece takes is read off the file's headers before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens
 #: What a value takes besides text, about, as JSON and in Arrow: a row of empty objects has a limit.
@@ -20,9 +19,9 @@ MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # bytes of rows that go into one block, about
 #: What may become of a byte of a file: compressed text comes to ten, zeros to ten thousand.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: What is unpacked in one go, such as a record batch or a page: bytes, or times the file's size if
-#: that is more, since an honest file may have all of its rows in one batch.
-HELD, HELD_TIMES = 128 << 20, 10
+#: Memory of the process that reads a table (tables.py): bytes, or times the file's size if that
+#: is more, since an honest file may have all of its rows in one batch.
+HELD, HELD_TIMES = 256 << 20, 10
 
 
 @contextmanager
@@ -33,11 +32,9 @@ def told(path: Path | str) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read: {reason}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or reason(error)}.") from error
     except Exception as error:  # Arrow's own, MemoryError, and what a broken file makes of them
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise InputError(f"{path} cannot be read: {reason}.") from error
+        raise InputError(f"{path} cannot be read: {reason(error).rstrip('.')}.") from error
 
 
 def within(line: bytes, source: str) -> bytes:
@@ -84,18 +81,4 @@ def check_growth(name: str, unpacked: int, size: int) -> None:
         raise InputError(
             f"{name} unpacks to more than {MOST_UNPACKED} times its size; write it in another "
             "format if that is right."
-        )
-
-
-def held(size: int) -> int:
-    """The bytes that may be unpacked in one go, of a file of this size."""
-    return max(HELD, HELD_TIMES * size)
-
-
-def check_held(name: str, unpacked: int, size: int) -> None:
-    """InputError if so many bytes of a file of this size are unpacked in one go."""
-    if unpacked > held(size):
-        raise InputError(
-            f"{name} cannot be read in parts of at most {held(size) >> 20} MiB; write it with "
-            "fewer rows in a batch, row group or page, or as JSON lines."
         )

@@ -1,7 +1,7 @@
 """Where the rows of a data set come from: files of the usual formats, and Python data.
 
 A source gives its rows in blocks of a few MB (blocks.py), which one process reads after the other
-and any process can parse. Files are read by textfiles.py, arrow.py and parquet.py. They may be a
+and any process can parse. Files are read by textfiles.py and tables.py. They may be a
 stranger's: memory is bounded (limits.py), and whatever is wrong with a file is an InputError.
 """
 
@@ -12,15 +12,16 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import flag
-from ..errors import InputError, shown
+from ..errors import InputError, reason, shown
 from ..events import OnEvent
 from ..files import known_sha256, open_regular, read_json
-from . import arrow, parquet, repository, textfiles
+from . import arrow, repository, tables, textfiles
 from .blocks import Block, Row, grouped
 from .limits import told, within
 from .messages import KINDS
@@ -308,8 +309,7 @@ def _line_of(row: Any, source: str) -> bytes:
     try:
         line = json.dumps(dict(row), ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: the row cannot be written as JSON: {reason}.") from None
+        raise InputError(f"{source}: the row cannot be written as JSON: {reason(error)}.") from None
     return within(line, source)
 
 
@@ -317,17 +317,15 @@ def _kind(value: Any) -> str:
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
+#: Those that compress their content themselves.
+TABLES = (".parquet", ".arrow", ".feather")
 #: How files are read, by their ending.
 READERS: dict[str, Callable[[Path], Iterator[Block]]] = {
     ".jsonl": textfiles.read_lines,
     ".ndjson": textfiles.read_lines,
     ".json": textfiles.read_json,
     ".csv": textfiles.read_csv,
-    ".tsv": textfiles.read_tsv,
-    ".parquet": parquet.read,
-    ".arrow": arrow.read,
-    ".feather": arrow.read,
+    ".tsv": partial(textfiles.read_csv, delimiter="\t"),
+    **dict.fromkeys(TABLES, tables.read),
 }
-#: Those that compress their content themselves.
-TABLES = (".parquet", ".arrow", ".feather")
 ENDINGS = ", ".join(READERS)

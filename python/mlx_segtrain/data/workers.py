@@ -1,19 +1,22 @@
 """Turns blocks into batches, in this process or in several, each into a file if wanted."""
 
+import gc
 import os
 import pickle
+import queue
 import signal
-import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from .. import processes
 from ..errors import InputError, RunError
 from ..files import atomic
+from ..torchless import hide_torch
 from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
@@ -109,17 +112,8 @@ class _Worker:
     """A process, and the number of blocks that it has."""
 
     def __init__(self, setup: bytes):
-        self.wire, theirs = Pipe()
         self.has = 0
-        with theirs:
-            self.process = subprocess.Popen(
-                processes.command(f"{__package__}.worker", str(theirs.fileno())),
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                start_new_session=True,  # Ctrl-C in a terminal is for the parent
-                pass_fds=[theirs.fileno()],
-                env={**processes.environment((), {}), **SETTINGS},
-            )
+        self.wire, self.process = processes.start_connected(__name__, SETTINGS)
         self._send(lambda: self.wire.send_bytes(setup))
 
     def give(self, job: tuple[int, Block, Path | None]) -> None:
@@ -151,3 +145,29 @@ class _Worker:
             f"a tokenizing process {how}: the same command continues from what is "
             "done; if memory is short, limit the processors (taskset)."
         )
+
+
+def main(number: str) -> None:
+    """Tokenizes blocks; `number` is that of a socket to the parent.
+
+    The process ends as soon as its parent does, for whatever reason and whatever it is doing.
+    """
+    # Ctrl-C in a terminal: the parent decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hide_torch()
+    wire: Any = Connection(int(number))
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                asked.put(wire.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    tokenizer, options = wire.recv()
+    threading.Thread(target=listen, daemon=True).start()
+    gc.freeze()
+    while True:
+        index, block, file = asked.get()
+        wire.send(tokenized(index, block, file, tokenizer, options))

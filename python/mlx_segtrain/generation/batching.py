@@ -63,7 +63,7 @@ class Answer:
     # Of the decoding, once it has begun:
     next: mx.array | None = None  #: the last token, uint32 [1], which no cache has yet
     key: mx.array | None = None
-    text: Text | None = None
+    text: Any = None  #: a decoding.Text, or what has its methods
     process: Any = None
     constraint: Constraint | None = None
     read: bool = True  #: that the last token is in prompt or made
@@ -159,7 +159,8 @@ class Batch(Generic[A]):
         self._twin: Any = None
         self._next: Any = None
         self._choice: Any = None
-        self._telling: tuple[list[A], Telling] | None = None
+        self._telling: Telling | None = None
+        self._told: tuple[list[A], list[mx.array]] | None = None
 
     @property
     def alone(self) -> bool:
@@ -233,11 +234,14 @@ class Batch(Generic[A]):
     def _take_in(self) -> None:
         answers: list[Any] = self.answers
         if not answers:
-            self._next = self._choice = None
+            self._next = self._choice = self._telling = None
             return
         self._next = mx.concatenate([answer.next for answer in answers])
         options = [answer.options for answer in answers]
         self._choice = Choice(options, [answer.key for answer in answers])
+        wanted = {i: own.logprobs for i, own in enumerate(options) if own.logprobs is not None}
+        told_at = {i: answers[i].told_at for i in wanted}
+        self._telling = Telling(wanted, len(answers), told_at) if wanted else None
         self._leave_masks_out()
 
     def _leave_masks_out(self) -> None:
@@ -274,15 +278,10 @@ class Batch(Generic[A]):
             chosen = mx.concatenate([row.astype(mx.float32) for row in rows])
         self._next = self._choice(chosen)
         self._read_telling()
-        wanted = {
-            i: answer.options.logprobs
-            for i, answer in enumerate(self.answers)
-            if answer.options.logprobs is not None
-        }
-        if wanted:
-            told_at = {i: self.answers[i].told_at for i in wanted}
-            self._telling = [*self.answers], Telling(wanted, logits, self._next, told_at)
-        mx.async_eval(self._next, *(self._telling[1].arrays if self._telling else ()))
+        told = self._telling(logits, self._next) if self._telling else []
+        if told:
+            self._told = [*self.answers], told
+        mx.async_eval(self._next, *told)
         ended = []
         for answer, token in zip(self.answers, inputs.tolist(), strict=True):
             try:
@@ -294,10 +293,9 @@ class Batch(Generic[A]):
 
     def _read_telling(self) -> None:
         """To each answer what is told of its last token."""
-        if self._telling is not None:
-            answers, telling = self._telling
-            self._telling = None
-            for i, told in telling.read().items():
+        if self._told is not None and self._telling is not None:
+            (answers, arrays), self._told = self._told, None
+            for i, told in self._telling.read(arrays).items():
                 answers[i].told = told
 
     def _changed(self, answer: A, token: mx.array, row: mx.array, known: Any) -> mx.array:

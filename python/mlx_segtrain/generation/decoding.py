@@ -262,28 +262,35 @@ class Telling:
     def __init__(
         self,
         wanted: Mapping[int, int],
-        logits: mx.array,
-        taken: mx.array,
+        rows: int,
         temperatures: Mapping[int, float] = MappingProxyType({}),
     ):
-        """`wanted` are rows, and of how many tokens they want to know it besides. `temperatures`
-        divide the logits of rows, where they are not 1."""
-        self._wanted = wanted
-        rows = mx.array(list(wanted), mx.uint32)
-        own = logits[rows].astype(mx.float32)
+        """`wanted` are those of so many rows, and of how many tokens they want to know it besides.
+        `temperatures` divide the logits of rows, where they are not 1."""
+        self._wanted, self._most = wanted, max(wanted.values())
+        self._rows = None if len(wanted) == rows else mx.array(list(wanted), mx.uint32)
+        self._temperatures = None
         if any(x != 1 for x in temperatures.values()):
-            own = own / mx.array([temperatures.get(row, 1.0) for row in wanted])[:, None]
-        own = own - mx.logsumexp(own, axis=-1, keepdims=True)
-        most = min(max(wanted.values()), own.shape[-1])
-        order = (
-            mx.argsort(-own, axis=-1)[:, :most] if most else mx.zeros((len(wanted), 0), mx.uint32)
-        )
-        taken = mx.take_along_axis(own, taken[rows][:, None], axis=-1)[:, 0]
-        self.arrays = [taken, order, mx.take_along_axis(own, order, axis=-1)]
+            self._temperatures = mx.array([temperatures.get(row, 1.0) for row in wanted])[:, None]
 
-    def read(self) -> dict[int, Told]:
+    def __call__(self, logits: mx.array, taken: mx.array) -> list[mx.array]:
+        """What `read` takes, of logits [B, V] and tokens [B]."""
+        if self._rows is not None:
+            logits, taken = logits[self._rows], taken[self._rows]
+        own = logits.astype(mx.float32)
+        if self._temperatures is not None:
+            own = own / self._temperatures
+        own = own - mx.logsumexp(own, axis=-1, keepdims=True)
+        found = [mx.take_along_axis(own, taken[:, None], axis=-1)[:, 0]]
+        if most := min(self._most, own.shape[-1]):
+            order = mx.argsort(-own, axis=-1)[:, :most]
+            found += [order, mx.take_along_axis(own, order, axis=-1)]
+        return found
+
+    def read(self, arrays: Sequence[mx.array]) -> dict[int, Told]:
         """By row."""
-        taken, order, best = (cast(list[Any], x.tolist()) for x in self.arrays)
+        taken, *others = (cast(list[Any], x.tolist()) for x in arrays)
+        order, best = others or ([[]] * len(taken), [[]] * len(taken))
         return {
             row: (taken[i], dict(zip(order[i][:n], best[i][:n], strict=True)))
             for i, (row, n) in enumerate(self._wanted.items())

@@ -3,8 +3,9 @@
 import copy
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,26 +24,80 @@ class Policy:
     max_length: int | None
 
 
+class Talk(Protocol):
+    """What a completion is part of: a prompt, and whatever answers the model's turns."""
+
+    @property
+    def prompt(self) -> list[int]: ...
+
+    def reply(self, text: str) -> list[int] | None:
+        """Returns the tokens between a turn of the model with this text and its next turn; None if
+        there is no next turn."""
+        ...
+
+
+@dataclass(frozen=True)
+class Monologue:
+    """A prompt whose completion nobody answers."""
+
+    prompt: list[int]
+
+    def reply(self, text: str) -> list[int] | None:
+        return None
+
+
 @dataclass(frozen=True)
 class Completion:
-    """What was generated: tokens with the one that ended it, log-probabilities of each at the
-    temperature at which it was drawn, float32 [n], and the text. `finish` is stop, or length if it
-    was cut off."""
+    """What followed the prompt: tokens, which of them were `drawn` from the model (bool [n]), their
+    log-probabilities at the temperature at which they were drawn, float32 [n], 0 for others; and
+    the text of the last turn. `finish` is stop, length if it was cut off, or turns if the model had
+    no more of them.
+    """
 
+    prompt: list[int]
     tokens: list[int]
+    drawn: np.ndarray
     log_p: np.ndarray
     text: str
-    finish: str
+    finish: Literal["stop", "length", "turns"]
+    turns: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that were drawn."""
+        return int(self.drawn.sum())
 
 
-class _Rollout(Answer):
+class Unread:
+    """Replaces decoding.Text where nobody reads a text before it is complete. Decoding each token
+    takes time of the host, for which rollouts wait more than for the device."""
+
+    stopped = False
+
+    def add(self, token: int) -> str:
+        return ""
+
+    def end(self) -> str:
+        return ""
+
+
+class _Turn(Answer):
+    """A turn of the model in a completion."""
+
     def __init__(self, prompt: list[int], base: Base, options: Options):
-        super().__init__(prompt, base, options)
-        self.pieces: list[str] = []
+        super().__init__(prompt, base, options, text=Unread())
         self.log_p: list[float] = []
 
     def give(self, piece: Piece) -> None:
-        self.pieces.append(piece.text)
+        pass
+
+    @property
+    def said(self) -> str:
+        """Its text, without the token that ended it."""
+        made = self.made
+        if made and made[-1] in self.base.tokenizer.eos_token_ids:
+            made = made[:-1]
+        return self.base.tokenizer.decode(made, clean_up_tokenization_spaces=False)
 
     def take(self, token: int) -> bool:
         if self.told is not None and not self.read:
@@ -53,43 +108,107 @@ class _Rollout(Answer):
     def told_at(self) -> float:
         return self.options.temperature or 1.0  # 0 is the likeliest token
 
+
+class _Rollout:
+    """A completion as it grows, turn by turn."""
+
+    def __init__(self, base: Base, talk: Talk, options: Options, most_turns: int):
+        self.base, self.talk, self.options, self.most_turns = base, talk, options, most_turns
+        self.tokens: list[int] = []
+        self.drawn: list[bool] = []
+        self.log_p: list[float] = []
+        self.text = ""
+        self.finish: Any = None
+        self.turns = 0
+
+    def turn(self) -> _Turn:
+        """Starts the next turn after all tokens so far."""
+        options = self.options
+        if self.turns:
+            left, seed = options.max_tokens - len(self.tokens), seed_of(options.seed, self.turns)
+            options = replace(options, max_tokens=left, seed=seed)
+        return _Turn([*self.talk.prompt, *self.tokens], self.base, options)
+
+    def goes_on(self, turn: _Turn) -> bool:
+        """Adds a completed turn and the reply to it. Returns whether there is another turn."""
+        self._add(turn.made, True, turn.log_p)
+        self.turns += 1
+        self.text, self.finish = turn.said, turn.finish or "length"
+        if self.finish == "length":
+            return False
+        reply = self.talk.reply(self.text)
+        if reply is None:
+            return False
+        if self.turns >= self.most_turns:
+            self.finish = "turns"
+            return False
+        if len(self.tokens) + len(reply) >= self.options.max_tokens:
+            self.finish = "length"
+            return False
+        self._add(reply, False, [0.0] * len(reply))
+        return True
+
+    def _add(self, tokens: list[int], drawn: bool, log_p: list[float]) -> None:
+        self.tokens += tokens
+        self.drawn += [drawn] * len(tokens)
+        self.log_p += log_p
+
     @property
     def completion(self) -> Completion:
-        log_p = np.array(self.log_p, np.float32)
-        return Completion(self.made, log_p, "".join(self.pieces), self.finish or "length")
+        drawn, log_p = np.array(self.drawn, bool), np.array(self.log_p, np.float32)
+        own = (self.talk.prompt, self.tokens, drawn, log_p, self.text, self.finish)
+        return Completion(*own, self.turns)
+
+
+def seed_of(*what: int | None) -> int:
+    """Returns a seed that depends on all of these numbers."""
+    digest = blake2b(",".join(map(str, what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def complete(
-    base: Base, prompts: Sequence[list[int]], options: Sequence[Sequence[Options]], at_once: int
+    base: Base,
+    talks: Sequence[Sequence[Talk]],
+    options: Sequence[Sequence[Options]],
+    at_once: int,
+    most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """A completion of each prompt for each of its options, of which `at_once` are decoded together;
-    waiting ones join when half of them have ended.
+    """Generates a completion of each talk with its options. `at_once` of them are decoded together;
+    waiting ones join when half of these have ended their turn. `most_turns` bounds the turns of the
+    model in one talk.
 
-    Options need a seed, and `logprobs` 0. A prompt is computed once for all its completions.
+    Options need a seed, and `logprobs` 0. Talks one after another with the same prompt compute it
+    once. The tokens before a later turn are computed again: that takes no memory while others are
+    decoded.
     """
     rollouts = [
-        [_Rollout(prompt, base, own) for own in of_prompt]
-        for prompt, of_prompt in zip(prompts, options, strict=True)
+        [_Rollout(base, talk, how, most_turns) for talk, how in zip(*own, strict=True)]
+        for own in zip(talks, options, strict=True)
     ]
     waiting = deque(rollout for own in rollouts for rollout in own)
-    batch, read = Batch[_Rollout](base), _Reader(base)
+    batch, read = Batch[_Turn](base), _Reader(base)
+    of_turn: dict[_Turn, _Rollout] = {}
     if not read.merges:
         at_once = 1
     while waiting or batch.answers:
         if waiting and len(batch.answers) <= at_once // 2:
-            new = [
-                waiting.popleft() for _ in range(min(at_once - len(batch.answers), len(waiting)))
-            ]
+            count = min(at_once - len(batch.answers), len(waiting))
+            began = [waiting.popleft() for _ in range(count)]
+            new = [rollout.turn() for rollout in began]
+            of_turn |= zip(new, began, strict=True)
             alone = len(new) == 1 and not batch.answers
-            for rollout in new:
-                cache = read(rollout.prompt)
+            for turn in new:
+                cache = read(turn.prompt)
                 # Caches that are merged are copied; one alone is written to.
-                rollout.cache = copy.deepcopy(cache) if alone else cache
+                turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()
         for _, error in failed:
             raise error
         batch.leave(ended, keep=False)
+        # Those that go on come before those that have not begun: fewer talks are open at a time.
+        more = [rollout for turn in ended if (rollout := of_turn.pop(turn)).goes_on(turn)]
+        waiting.extendleft(reversed(more))
     return [[rollout.completion for rollout in own] for own in rollouts]
 
 
@@ -105,7 +224,7 @@ class _Reader:
         self._cache: list[Any] = []
 
     def __call__(self, prompt: list[int]) -> list[Any]:
-        if self._of is not prompt:
+        if self._of != prompt:
             self._cache = self._make(self._base.model)
             for begin in range(0, len(prompt) - 1, PREFILL):
                 part = mx.array(prompt[begin : min(begin + PREFILL, len(prompt) - 1)])[None]

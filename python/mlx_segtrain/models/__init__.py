@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora.paths import WRAPPER
 from . import gemma, llama
 from .chain import Chain
@@ -27,6 +27,7 @@ __all__ = [
     "chain_of",
     "family_of",
     "load_base",
+    "load_headless",
     "load_model",
     "load_tokenizer",
 ]
@@ -67,7 +68,7 @@ def of_type(model_type: str) -> Family | None:
 
 def family_of(model: nn.Module) -> Family | None:
     """Returns the model's fast family; None if it takes the generic path."""
-    return of_type(type(model.get("language_model", model)).__module__.rpartition(".")[2])
+    return of_type(type(text_model(model)).__module__.rpartition(".")[2])
 
 
 def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
@@ -122,10 +123,51 @@ def load_model(
     with _reading(snapshot.folder):
         check_model(snapshot)
         model, config = load_model(snapshot.folder, lazy=True)
+    return _evaluated(model, reads), config
+
+
+def load_headless(
+    model_dir: str | Path, instead: str
+) -> tuple[nn.Module, dict[str, Any], mx.array]:
+    """mlx-lm's model without its head, evaluated; its configuration; and the tensor `instead` that
+    the files have in the head's place. InputError as for load_base."""
+    snapshot = opened(model_dir)
+    from mlx_lm.utils import _get_classes, load_model
+
+    found: dict[str, mx.array] = {}
+
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        whole, args = _get_classes(config)
+
+        class Headless(whole):
+            def __init__(self, args: Any):
+                super().__init__(args)
+                text_model(self).pop("lm_head", None)
+
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                found[instead] = weights.pop(instead)
+                known = getattr(super(), "sanitize", None)
+                return known(weights) if known else weights
+
+        return Headless, args
+
+    with _reading(snapshot.folder):
+        check_model(snapshot)
+        model, config = load_model(snapshot.folder, lazy=True, get_model_classes=classes)
+    return _evaluated(model), config, found[instead]
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The model of texts in one that reads images, too."""
+    return model.get("language_model", model)
+
+
+def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
+    """With the weights that `reads` says yes to in memory, on a CPU in float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])
-    return model, config
+    return model
 
 
 def opened(model_dir: str | Path) -> Snapshot:
@@ -147,5 +189,4 @@ def _reading(folder: Path) -> Iterator[None]:
     # Untrusted files can make the libraries raise anything: a panic in Rust is not a Python
     # Exception.
     except BaseException as error:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        raise InputError(f"model_dir {folder} cannot be loaded: {reason}") from error
+        raise InputError(f"model_dir {folder} cannot be loaded: {reason(error, 500)}") from error

@@ -69,6 +69,13 @@ class Head:
         depends on."""
         raise NotImplementedError
 
+    def as_product(
+        self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
+    ) -> tuple[mx.array, ops.Base, float | None] | None:
+        """Returns the arguments of our ops for this head, with logits divided by the temperature:
+        x, the weight and the cap; None if no op of ours serves it."""
+        return None
+
     def cross_entropy(
         self,
         params: Mapping[str, mx.array],
@@ -80,6 +87,10 @@ class Head:
     ) -> mx.array:
         """Returns Σ weights·CE of h [M, H] against targets [M], each a token: a scalar in
         float32."""
+        if (own := self.as_product(params, h)) is not None:
+            x, base, softcap = own
+            how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+            return ops.linear_cross_entropy(x, base, targets, weights, **how)
         return -(weights * self.log_probs(params, h, targets, needs_grad=needs_grad)).sum()
 
     def log_probs(
@@ -94,9 +105,13 @@ class Head:
         """Returns the log-probabilities of targets [M], each a token, given h [M, H]: float32 [M],
         from logits divided by the temperature.
 
-        HEAD_ROWS at a time, in both directions: a graph without an order could hold the logits of
-        all rows. The backward pass recomputes them.
+        Without an op of ours, HEAD_ROWS at a time in both directions: a graph without an order
+        could hold the logits of all rows. The backward pass recomputes them.
         """
+        if (product := self.as_product(params, h, temperature)) is not None:
+            x, base, softcap = product
+            how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
+            return ops.linear_log_probs(x, base, targets, **how)
         names, begins = list(params), range(0, h.shape[0], HEAD_ROWS)
 
         def part(begin: int, h: mx.array, *factors: mx.array) -> mx.array:

@@ -6,14 +6,14 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, is_out_of_memory
+from ..errors import InputError, is_out_of_memory, reason
 from ..files import free, new_folder
 from ..hub import MARGIN, amount, title
 from . import opened
 from .limits import check_model, check_tokenizer
 from .snapshot import Snapshot
 
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
         except BaseException as error:  # a panic in Rust is not an Exception
             if is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise InputError(f"{name} cannot be converted: {reason}") from error
+            raise InputError(f"{name} cannot be converted: {reason(error, 500)}") from error
         for program in aside.glob("*.py"):  # the model's own code is not run
             program.unlink()
         size = Snapshot(aside).size_bytes

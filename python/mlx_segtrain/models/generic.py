@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .. import lora
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..lora import EMBEDDINGS
 from ..schedule import Stage
 from ..streams import Stream
@@ -227,10 +227,21 @@ def _try(body: _Body) -> int:
         body.model.train()  # layers with a state then avoid kernels that have no gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
-        raise InputError(f"{refused} it does not run: {_reason(error)}") from error
-    h: mx.array | None = None
-    for i, layer in enumerate(body.layers):
-        where = f"{refused} {body.path}.{i} ({type(layer).__name__})"
+        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
+    h = _through(body, range(len(body.layers)), tokens, None, refused)
+    _check_close(refused, body.logits(tokens, h), expected, "logits", h.dtype)
+    return expected.shape[-1]
+
+
+def _through(
+    body: _Body, layers: range, tokens: mx.array, h: mx.array | None, refused: str
+) -> mx.array:
+    """Returns the output of the last of these layers, the first of which gets h.
+
+    Raises InputError for a layer that gives something else than h, or cannot be differentiated.
+    """
+    for i in layers:
+        where = f"{refused} {body.path}.{i} ({type(body.layers[i]).__name__})"
         try:
             y = body.layer(i, tokens, h)
             if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
@@ -240,11 +251,10 @@ def _try(body: _Body) -> int:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{where} cannot be differentiated: {_reason(error)}") from error
+            raise InputError(f"{where} cannot be differentiated: {reason(error, 2000)}") from error
         h = y
     assert h is not None
-    _check_close(refused, body.logits(tokens, h), expected, "logits", h.dtype)
-    return expected.shape[-1]
+    return h
 
 
 def _check_close(
@@ -275,7 +285,7 @@ def _try_part(body: _Body, layers: range) -> int:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{refused} it does not run: {_reason(error)}") from error
+        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
 
     def given(seed: int) -> mx.array:
         return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
@@ -297,25 +307,7 @@ def _try_part(body: _Body, layers: range) -> int:
             body.run(tokens, {**answers, **real, layers.stop - 1: last})
         return seen[0]
 
-    h = given(0) if layers.start else None
-    for i in layers:
-        where = f"{refused} {body.path}.{i} ({type(body.layers[i]).__name__})"
-        try:
-            y = body.layer(i, tokens, h)
-            if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
-                raise InputError(f"{where} gives something else than one array [B, T, H].")
-            if h is not None:
-                mx.eval(mx.vjp(functools.partial(body.layer, i, tokens), [h], [mx.ones_like(y)]))
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{where} has no gradient here: {_reason(error)}") from error
-        h = y
-    assert h is not None
+    h = _through(body, layers, tokens, given(0) if layers.start else None, refused)
     for seed in (1, 1001):
         _check_close(refused, h, together(seed), "h")
     return vocabulary
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -404,39 +404,17 @@ class LinearHead(Head):
     def adapting(self, updates: Updates) -> "LinearHead":
         return replace(self, updates=updates)
 
-    def cross_entropy(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        *,
-        needs_grad: bool = True,
-    ) -> mx.array:
-        if params:
-            return super().cross_entropy(params, h, targets, weights)
-        how: Any = {"softcap": self.softcap, "needs_grad": needs_grad, "padded": False}
-        x, base = self.norm(h), self.projection.base
-        return ops.linear_cross_entropy(x, base, targets, weights, **how)
-
-    def log_probs(
-        self,
-        params: Mapping[str, mx.array],
-        h: mx.array,
-        targets: mx.array,
-        *,
-        temperature: float = 1.0,
-        needs_grad: bool = True,
-    ) -> mx.array:
+    def as_product(
+        self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
+    ) -> tuple[mx.array, ops.Base, float | None] | None:
         base, softcap = self.projection.base, self.softcap
         if params or (temperature != 1 and base.bias is not None):
-            return super().log_probs(params, h, targets, temperature=temperature)
+            return None
         x = self.norm(h)
         if temperature != 1:  # c·tanh(z/c)/T is (c/T)·tanh((z/T)/(c/T)), and z is linear in x
             x = (x.astype(mx.float32) / temperature).astype(x.dtype)
             softcap = softcap and softcap / temperature
-        how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
-        return ops.linear_log_probs(x, base, targets, **how)
+        return x, base, softcap
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
         updates = replace(self.updates, stream=Stream(f"rows {begin}"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 #: Tables that are not indexed by the model's tokens: positions, hashes of several tokens, and
 #: tables whose index the model computes from the tokens.
@@ -45,6 +45,6 @@ def tables_of(model: nn.Module) -> Tables:
     try:
         logits = model(mx.array([[0]])).shape[-1]  # a graph of which only the shape is used
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the model cannot run: {type(error).__name__}: {reason}.") from error
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"the model cannot run: {said}.") from error
     return Tables(min(tokens), logits, min(positions, default=None))

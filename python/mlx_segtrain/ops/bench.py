@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import ops
+from ..errors import reason
 from .selfcheck import on_gpu
 
 
@@ -224,7 +225,7 @@ def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
             figures = (ms, queued, rate, unit, floor / queued, peak_mb(work), first)
             yield Row(case.op, case.shape, impl, what, *figures)
     except (ValueError, RuntimeError) as error:
-        yield Row(case.op, case.shape, impl, "", reason=" ".join(str(error).split())[:120])
+        yield Row(case.op, case.shape, impl, "", reason=reason(error, 120))
     finally:
         if limit is not None:
             mx.set_memory_limit(limit)

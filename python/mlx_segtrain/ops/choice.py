@@ -5,21 +5,19 @@ takes the times, within two seconds; they are kept in the cache folder.
 """
 
 import functools
-import json
 import platform
 import statistics
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .. import _core
 from ..errors import is_out_of_memory
-from ..files import cache_dir, write_json
+from . import selfcheck
 from .selfcheck import device_key, normal, self_check, value_and_gradients
 
 #: For all heads of a run together.
@@ -50,29 +48,14 @@ class Heads:
 Times = dict[str, float]  #: milliseconds of value and gradients, by implementation
 
 
-def cache_file() -> Path:
-    return cache_dir() / "attention.json"
-
-
 def key() -> str:
     """Returns what the times are valid for."""
     return f"{device_key()}, macOS {platform.mac_ver()[0]}"
 
 
 def known() -> dict[str, dict[str, Times]]:
-    with suppress(OSError, ValueError):
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
-        if isinstance(found, dict) and all(isinstance(x, dict) for x in found.values()):
-            return found
-    return {}
-
-
-def keep(found: dict[str, Times]) -> None:
-    everything = known()
-    everything[key()] = everything.get(key(), {}) | found
-    with suppress(OSError):  # failing to write the cache costs the next run two seconds
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache_file(), everything)
+    """Returns all times that were taken, by what they are valid for, and by heads."""
+    return selfcheck.known("attention")
 
 
 def milliseconds(heads: Heads, way: str, until: float) -> float | None:
@@ -135,9 +118,9 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
         for x in missing:
             if times := measure(x, SECONDS / len(missing)):
                 made[str(x)] = times
-    if made:
-        keep(made)
     everything = everything | made
+    if made:
+        selfcheck.keep(everything, "attention", key())
     found = {x: everything[str(x)] for x in heads if str(x) in everything}
     for x, times in found.items():
         serving = {way: ms for way, ms in times.items() if not _off(way, failed)}

@@ -1,7 +1,7 @@
 """The ops as plain MLX, readable as mathematics; the fast implementations are checked against them.
 
-They take as much memory as plain code does, including [T, S] scores and [M, V] logits. Each `x_vjp`
-is the derivation that the native op follows.
+They take as much memory as plain code does, including [T, S] scores and [M, V] logits. Their
+gradients are MLX's own; tests/lib/oracle.py derives those of the native ops.
 """
 
 import math
@@ -85,46 +85,18 @@ def visible(
     return seen
 
 
-def _probabilities(q, k, scale, seen, softcap):
-    """Returns s (capped) and p [B,H,T,S] in float32, for k with one head for each of q's.
-
-    In a row that sees nothing p is 0: its scores are finite, so that no gradient is NaN.
-    """
-    s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
-    if softcap is not None:
-        s = softcap * mx.tanh(s / softcap)
-    lowest = mx.finfo(mx.float32).min
-    return s, mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
-
-
 def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
     """o = softmax(scale·q·kᵀ)·v over the keys that a query attends to."""
     share = q.shape[1] // k.shape[1]
     k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
     seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
-    _, p = _probabilities(q, k, scale, seen, softcap)
-    return (p @ v.astype(mx.float32)).astype(q.dtype)
-
-
-def attention_vjp(q, k, v, do, *, scale, window=None, segments=None, softcap=None, q_start=None):
-    """dv = pᵀ·do, ds = p·(do·vᵀ − delta) with delta = Σ o·do, dq = scale·ds·k, dk = scale·dsᵀ·q."""
-    g, share = k.shape[1], q.shape[1] // k.shape[1]
-    kh, vh = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1).astype(mx.float32)
-    seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
-    s, p = _probabilities(q, kh, scale, seen, softcap)
-    do = do.astype(mx.float32)
-    delta = ((p @ vh) * do).sum(axis=-1, keepdims=True)
-    ds = p * (do @ vh.swapaxes(-1, -2) - delta)
+    s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
     if softcap is not None:
-        ds = ds * (1 - (s / softcap) ** 2)
-
-    def per_group(x):
-        return x.reshape(x.shape[0], g, share, *x.shape[2:]).sum(axis=2)
-
-    dq = scale * ds @ kh.astype(mx.float32)
-    dk = per_group(scale * ds.swapaxes(-1, -2) @ q.astype(mx.float32))
-    dv = per_group(p.swapaxes(-1, -2) @ do)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+        s = softcap * mx.tanh(s / softcap)
+    # Where a row sees nothing p is 0; its scores are finite, so that no gradient is NaN.
+    lowest = mx.finfo(mx.float32).min
+    p = mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
+    return (p @ v.astype(mx.float32)).astype(q.dtype)
 
 
 # ---- elementwise and rows
@@ -135,36 +107,11 @@ def swiglu(gate, up):
     return gate * mx.sigmoid(gate) * up
 
 
-def swiglu_vjp(gate, up, dy):
-    """dgate = dy·up·(σ + gate·σ·(1 − σ)), dup = dy·gate·σ"""
-    sigma = mx.sigmoid(gate)
-    silu = gate * sigma
-    return dy * up * (sigma + silu * (1 - sigma)), dy * silu
-
-
-def _gelu(x):
-    """gelu(x) and gelu'(x) in float32, tanh form."""
-    x = x.astype(mx.float32)
-    k = math.sqrt(2 / math.pi)
-    t = mx.tanh(k * (x + 0.044715 * x**3))
-    du = mx.where(t * t < 1, k * (1 + 3 * 0.044715 * x**2), 0)  # avoids 0·∞ where 1 − t² is 0
-    return x / 2 * (1 + t), (1 + t) / 2 + x / 2 * (1 - t * t) * du
-
-
 def geglu(gate, up):
-    """y = gelu(gate)·up, gelu(x) = x/2·(1 + t), t = tanh(k·(x + 0.044715·x³)), k = √(2/π)"""
-    return (_gelu(gate)[0] * up.astype(mx.float32)).astype(gate.dtype)
-
-
-def geglu_vjp(gate, up, dy):
-    """dup = dy·gelu(gate), dgate = dy·up·gelu'(gate)
-
-    gelu'(x) = (1 + t)/2 + x/2·(1 − t²)·k·(1 + 3·0.044715·x²). The kernels write (1 + t)/2 as σ(u),
-    u = 2k·(x + 0.044715·x³), and (1 − t²)/2 as 2·σ·(1 − σ).
-    """
-    gelu, slope = _gelu(gate)
-    up, dy = up.astype(mx.float32), dy.astype(mx.float32)
-    return (dy * up * slope).astype(gate.dtype), (dy * gelu).astype(gate.dtype)
+    """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))"""
+    x = gate.astype(mx.float32)
+    t = mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return (x / 2 * (1 + t) * up.astype(mx.float32)).astype(gate.dtype)
 
 
 def rms_norm(x, weight, eps):
@@ -172,13 +119,6 @@ def rms_norm(x, weight, eps):
     x32 = x.astype(mx.float32)
     r = mx.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + eps)
     return (x32 * r * weight).astype(x.dtype)
-
-
-def rms_norm_vjp(x, weight, dy, eps):
-    """dx = r·g − x·r³·mean(g·x) with g = dy·weight"""
-    x32, g = x.astype(mx.float32), dy.astype(mx.float32) * weight
-    r = mx.rsqrt((x32 * x32).mean(axis=-1, keepdims=True) + eps)
-    return (r * g - x32 * r**3 * (g * x32).mean(axis=-1, keepdims=True)).astype(x.dtype)
 
 
 def rms_norm_beside(h, weight, eps):
@@ -275,13 +215,6 @@ def lora_qkv(x, linears, heads, groups, dims, *, norms=(), **how):
     return ys
 
 
-def lora_linear_vjp(x, base, a, b, scale, dy, *, dropout=0.0, key=None):
-    """u = scale·dy·bᵀ:  dx = dy·W + (u·aᵀ)', da = x'ᵀ·u, db = (scale·x'·a)ᵀ·dy. x, dy 2-D."""
-    u, low = scale * dy @ b.T, dropped(x, dropout, key)
-    dx = dy @ weight_of(base, dy.dtype) + dropped(u @ a.T, dropout, key)
-    return dx, low.T @ u, (scale * low @ a).T @ dy
-
-
 def lora_glu_mlp(x, gate, up, down, *, gelu=False):
     """y = down(act(gate(x))·up(x))"""
     g, u = (lora_linear(x, w.base, w.a, w.b, w.scale) for w in (gate, up))
@@ -336,25 +269,7 @@ def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None, label_
     return (weights * (mx.logsumexp(z, axis=-1) - likely)).sum()
 
 
-def linear_cross_entropy_vjp(
-    h, head, targets, weights, dloss, *, softcap=None, label_smoothing=0.0
-):
-    """dz = dloss·w·(softmax(z) − (1 − ε)·onehot − ε/V)·(1 − (z/c)²), dh = dz·W"""
-    z = _logits(h, head, softcap)
-    onehot = _onehot(targets, z.shape[1])
-    dz = mx.softmax(z, axis=-1) - (1 - label_smoothing) * onehot - label_smoothing / z.shape[1]
-    dz = dloss * mx.where(targets < 0, 0.0, weights)[:, None] * dz
-    if softcap is not None:
-        dz = dz * (1 - (z / softcap) ** 2)
-    return (dz.astype(h.dtype) @ weight_of(head, h.dtype)).astype(h.dtype)
-
-
 def linear_log_probs(h, head, targets, *, softcap=None):
     """log_p = z[target] − lse(z), z = h·Wᵀ + bias; 0 where target < 0"""
     z = _logits(h, head, softcap)
     return mx.where(targets < 0, 0.0, _picked(z, targets) - mx.logsumexp(z, axis=-1))
-
-
-def linear_log_probs_vjp(h, head, targets, dlog_p, *, softcap=None):
-    """dz = dlog_p·(onehot − softmax(z))·(1 − (z/c)²), dh = dz·W: cross-entropy's, negated"""
-    return linear_cross_entropy_vjp(h, head, targets, dlog_p, -1.0, softcap=softcap)

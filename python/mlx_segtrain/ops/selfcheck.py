@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from .. import MLX_VERSION, __version__, _core
-from ..files import cache_dir, write_json
+from ..files import cache_dir, make_folder, write_json
 
 #: How far a kernel may be from the plain code in float32, as a relative L2 error.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
@@ -201,21 +202,20 @@ def device_key() -> str:
     return f"{device_name()}, mlx {MLX_VERSION}, core {core}"
 
 
-def cache_file() -> Path:
-    return cache_dir() / "self-check.json"
-
-
-def known() -> dict[str, dict[str, str]]:
-    """Returns what has failed, by device."""
+def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
+    """Returns what a file of the cache folder keeps, by what it is valid for."""
     with suppress(OSError, ValueError):
-        return json.loads(cache_file().read_text(encoding="utf-8"))
+        found = json.loads((cache_dir() / f"{name}.json").read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(isinstance(own, dict) for own in found.values()):
+            return found
     return {}
 
 
-def keep(found: dict[str, str]) -> None:
+def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None) -> None:
+    """Replaces what the file keeps for this device, or for the key."""
     with suppress(OSError):  # failing to write the cache costs the next process a check
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache_file(), known() | {device_key(): found})
+        make_folder(cache_dir())
+        write_json(cache_dir() / f"{name}.json", known(name) | {key or device_key(): found})
 
 
 @functools.cache

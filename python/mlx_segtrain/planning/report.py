@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .run import RunPlan
 from .scaling import Scaled
+from .splitting import Held, held
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PlanReport:
     is what fits, up to `max_length`, the model's context length; `recomputed` is the ratio of
     recomputed to necessary work. `predicted` is False for families whose memory the planner does
     not know; for them only weights and budget are given. With a method that generates completions,
-    `rollout_batch` of them are generated at once, which takes `rollout_peak` bytes.
+    `rollout_batch` of them are generated at once, which takes `rollout_peak` bytes. `ranks` are
+    of parallel data; with a `pipeline` the rest is about the rank that is nearest to its budget.
     """
 
     family: str
@@ -48,8 +51,15 @@ class PlanReport:
     alternatives: list[Alternative] = field(default_factory=list)
     moves: list[tuple[str, int]] = field(default_factory=list)
     ranks: list[Scaled] = field(default_factory=list)
+    pipeline: list[Held] = field(default_factory=list)
     rollout_batch: int | None = None
     rollout_peak: int | None = None
+
+
+def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
+    """Of a model over several ranks."""
+    most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
+    return replace(of(most), pipeline=held(runs))
 
 
 def of(run: RunPlan) -> PlanReport:

@@ -9,7 +9,7 @@ from ..models.form import LayerForm
 from ..models.headers import ModelShape, read_shape
 from .budget import budget_bytes, device
 from .costs import Device
-from .run import adapter_numbers
+from .run import adapter_numbers, resting_shape
 
 #: Tokens of a prompt that are computed at once.
 PREFILL = 2048
@@ -33,7 +33,7 @@ def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
 def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
     """Returns the peak of generating `at_once` completions that end with this many tokens, prompts
     included; None where memory is not predicted."""
-    shape = read_shape(config.model_dir)
+    shape = resting_shape(config)
     if not shape.fast:
         return None
     fixed, row = _parts(config, shape, tokens)
@@ -42,7 +42,7 @@ def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
 
 def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
     """Returns how many of `every` fit into the run's budget; raises NoRoom if not even one does."""
-    shape = read_shape(config.model_dir)
+    shape = resting_shape(config)
     if not shape.fast:
         return every
     given = config.memory_budget_gb
@@ -86,10 +86,21 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
     # The factors with the optimizer's state, and the factors in the model's dtype.
     fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * adapter_numbers(config, shape)
     cache = cache_bytes(shape, tokens, on)
-    prompt = max(tokens - config.max_completion_tokens, 1)
-    fixed += cache_bytes(shape, prompt, on) + _prefill_bytes(shape, prompt, on)
+    # A later turn of a conversation begins with all that has been said.
+    prompt = tokens - (config.max_completion_tokens if config.environment is None else 0)
+    reading = _reading_bytes(shape, max(prompt, 1), on)
+    if config.reward_model is not None:  # which reads when the caches of the completions are gone
+        judge = read_shape(config.reward_model)
+        if judge.fast:
+            reading = max(reading, _reading_bytes(judge, tokens, on))
+    fixed += reading
     layers = sum(layer.donor is None for layer in shape.layers)
     return fixed, cache + cache // max(layers, 1) + LOGITS * 4 * shape.vocabulary
+
+
+def _reading_bytes(shape: ModelShape, tokens: int, on: Device) -> int:
+    """The cache of a text and what a layer holds of a part of it."""
+    return cache_bytes(shape, tokens, on) + _prefill_bytes(shape, tokens, on)
 
 
 def _prefill_bytes(shape: ModelShape, prompt: int, device: Device) -> int:

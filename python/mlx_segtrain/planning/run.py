@@ -242,6 +242,15 @@ def first_that_fits(
     raise plans[0].no_room(title(config.model_dir))
 
 
+def resting_shape(config: TrainConfig) -> ModelShape:
+    """The model's shape, with the weights of a reward model, which rest beside its own."""
+    shape = read_shape(config.model_dir)
+    if config.reward_model is None:
+        return shape
+    more = {f"reward_model/{k}": x for k, x in read_shape(config.reward_model).tensors.items()}
+    return replace(shape, tensors={**shape.tensors, **more})
+
+
 def planned(
     config: TrainConfig,
     batches: Sequence[BatchShape],
@@ -253,7 +262,7 @@ def planned(
 
     `fills` is False where only a part of the model is to be planned.
     """
-    shape = read_shape(config.model_dir)
+    shape = resting_shape(config)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
             f"max_seq_length = {config.max_seq_length} exceeds the model's context length of "

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from ..config import TrainConfig
 from ..errors import InputError, NoRoom
+from ..streams import BatchShape
+from .budget import budget_bytes
 from .costs import Device, costs_of
 from .pipeline import Part, sent, weight_bytes
-from .run import RunPlan
+from .run import RunPlan, planned
 from .speeds import SPEEDS
 
 #: Steps of the search for the time of the slowest rank, and more seconds than any takes.
@@ -66,6 +69,23 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
         layers, len(members), batches, lambda p: has_room(bare(p)), quick_seconds(bare)
     )
     return [bare(part).filled() for part in of_parts]
+
+
+def pipeline_runs(
+    config: TrainConfig, batch: BatchShape, ranks: int, budgets: Sequence[float]
+) -> list[RunPlan]:
+    """The plan of a run on each of so many devices like this one, as for split_run.
+
+    `budgets` are theirs in 10⁹ bytes; by default all have what this one has.
+    """
+    if budgets and len(budgets) != ranks:
+        raise InputError(
+            f"--rank-budgets has {len(budgets)} numbers, and --ranks is {ranks}: give one for each."
+        )
+    run = planned(config, [batch], fills=False)
+    own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks
+    members = [Member(bytes_, run.device.name, run.device.size) for bytes_ in own]
+    return split_run(run, members, config.grad_accumulation_steps)
 
 
 def has_room(run: RunPlan) -> bool:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
+from ..data.prompting import Prompting
 from ..errors import InputError, RunError, shown
 from .calling import by_command, function_of, with_what_it_takes
 from .checks import check_of, column_of
+from .environments import GIVEN, Environments
+from .model import RewardModel
 
 if TYPE_CHECKING:
     from ..data import Row
@@ -22,6 +25,7 @@ __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 
 #: What a reward is given besides the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
+NOTHING: Mapping[str, Sequence[Any]] = {}
 
 #: (prompts, completions, **columns) → a number for each completion; columns are lists too.
 Function = Callable[..., Sequence[float]]
@@ -37,15 +41,22 @@ class Scores:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a run by name, with the weight of each."""
+    """The rewards of a run by name, the weight of each, and what its conversations are with."""
 
     rewards: Mapping[str, Function]
     weights: Sequence[float]
+    environments: Environments | None = None
+    model: RewardModel | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards:
-        """Those of a configuration and functions of Python besides; InputError if one cannot be
-        used, or there is none."""
+    def of(
+        cls,
+        config: TrainConfig,
+        functions: Sequence[Function] = (),
+        environment: Callable[[], Any] | None = None,
+    ) -> Rewards:
+        """Returns the rewards of a configuration; Python may give functions and the environment's
+        class. Raises InputError if one cannot be used, or if there is none."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [
@@ -53,10 +64,16 @@ class Rewards:
         ]
         if config.reward_command is not None:
             named.append(("command", by_command(config.reward_command)))
+        model = RewardModel(config.reward_model) if config.reward_model is not None else None
+        if model is not None:
+            named.append(("reward_model", model))
+        environments = Environments.of(config, environment)
+        if environments is not None and environments.has_reward:
+            named.append((environments.name, _own_rewards))
         if not named:
             raise InputError(
-                "method grpo needs a reward: give rewards, reward_functions or reward_command "
-                "(docs/grpo.md).",
+                "method grpo needs a reward: give rewards, reward_functions, reward_command or "
+                "reward_model (docs/grpo.md).",
                 field="rewards",
             )
         weights = list(config.reward_weights) or [1.0] * len(named)
@@ -70,18 +87,39 @@ class Rewards:
         for name, reward in named:
             n = 1 + sum(other.partition(" ")[0] == name for other in rewards)
             rewards[name if n == 1 else f"{name} {n}"] = reward
-        return cls(rewards, weights)
+        return cls(rewards, weights, environments, model)
+
+    def check(self, config: TrainConfig, tokenizer: Any, rows: Sequence[Row]) -> None:
+        """Raises InputError for rows and models that the rewards cannot use, before anything is
+        generated. The configuration must have folders instead of names of the hub."""
+        check_rows(config, rows)
+        if self.environments is not None:
+            self.environments.check(config, tokenizer, rows)
+        if self.model is not None:
+            assert config.reward_model is not None
+            raw = Prompting(config.prompt_format).is_raw(tokenizer)
+            self.model.check(config.reward_model, raw)
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """Tools of every prompt."""
+        return self.environments.tools if self.environments else ()
 
     def __call__(
-        self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str], tokens: Sequence[int]
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: Sequence[str],
+        tokens: Sequence[int],
+        talks: Mapping[str, Sequence[Any]] = NOTHING,
     ) -> Scores:
-        """Scores of completions, of each of which its row with the prompt is given, and its tokens.
+        """Scores of completions, of each of which its row with the prompt is given, and how many
+        tokens it has; of conversations their columns besides.
 
         RunError if a reward fails, or gives anything but a finite number for each.
         """
         keys = dict.fromkeys(key for row in rows for key in row if key != "prompt")
         columns = {key: [row.get(key) for row in rows] for key in keys}
-        columns |= {"completion_tokens": list(tokens)}
+        columns |= {"completion_tokens": list(tokens), **talks}
         prompts = [row["prompt"] for row in rows]
         found = {}
         for name, reward in self.rewards.items():
@@ -100,6 +138,11 @@ class Rewards:
             for own in zip(*found.values(), strict=True)
         )
         return Scores(found, list(sums))
+
+
+def _own_rewards(environments: Sequence[Any], **columns: Any) -> list[float]:
+    """What environments give themselves."""
+    return [own.get_reward() for own in environments]
 
 
 def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[float]:
@@ -129,6 +172,8 @@ def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
     """InputError for a row without a column that a check reads, or with one that has the name of
     something else: before anything is generated."""
     taken = (*TAKEN, "completion") if config.reward_command is not None else TAKEN
+    if config.environment is not None:
+        taken = (*taken, *GIVEN)
     read = {column: spec for spec in config.rewards if (column := column_of(spec))}
     for row in rows:
         given = row.given or {}

@@ -14,25 +14,30 @@ from ..errors import InputError, RunError, shown
 from ..torchless import show_torch
 
 
-def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
-    """The name and the function of `module:function` or `file.py:function`; InputError."""
+def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
+    """The name and the object of `module:name` or `file.py:name`, which a field has, and which is a
+    function or a class; `given` is it, where Python has it already. InputError."""
     place, _, name = spec.rpartition(":")
     try:
         if not place or not name:
-            raise ValueError("write module:function or file.py:function")
-        found = getattr(_module(place), name)
+            raise ValueError(f"write module:{kind} or file.py:{kind}")
+        found = getattr(_module(place), name) if given is None else given
         if not callable(found):
-            raise TypeError("it is no function")
+            raise TypeError(f"it is no {kind}")
     except Exception as error:  # a module may fail in any way when it is imported
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(
-            f"reward_functions: {spec} cannot be used ({said}).", field="reward_functions"
-        ) from error
+        raise InputError(f"{field}: {spec} cannot be used ({said}).", field=field) from error
+    return name, found
+
+
+def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
+    """A function of reward_functions by its name, given what it takes; InputError."""
+    name, found = found_at(spec, "reward_functions", "function")
     return name, with_what_it_takes(found)
 
 
 def file_of(spec: str) -> Path | None:
-    """The file of `file.py:function`; None for a function of a module."""
+    """The file of `file.py:name`; None for what a module has."""
     place = spec.rpartition(":")[0]
     return Path(place).expanduser() if place.endswith(".py") else None
 
@@ -77,7 +82,7 @@ def by_command(command: str) -> Callable[..., list[float]]:
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         lines = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            own = {name: values[i] for name, values in columns.items()}
+            own = {name: x[i] for name, x in columns.items() if name != "environments"}
             lines.append(json.dumps({**own, "prompt": prompt, "completion": completion}))
         try:
             done = subprocess.run(

@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
+#: Bytes of a line, at most, that is read back.
+MOST_LINE = 16 << 20
 
 
 class CompletionLog:
@@ -61,3 +63,48 @@ class CompletionLog:
         if self.path.exists():
             with open(self.path, "rb") as file:
                 sync_open(file.fileno())
+
+
+def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[str, Any]]]:
+    """Returns the last step in a file, and up to `most` lines of a step, by default of the last
+    one; (0, []) if there is no complete line. Steps only rise, so little of a long file is read.
+    Raises OSError."""
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        last = 0
+        back = 1 << 16
+        while not last and end:  # the last line may be long
+            start = max(0, end - back)
+            last = max((own["step"] for own in _lines(file, start)), default=0)
+            if not start or back >= MOST_LINE:
+                break
+            back *= 4
+        wanted = last if step is None else step
+        found: list[dict[str, Any]] = []
+        low, high = 0, end
+        while high - low > 1 << 16:  # the step begins behind low, and not behind high
+            middle = (low + high) // 2
+            first = next(_lines(file, middle), None)
+            if first is None or first["step"] >= wanted:
+                high = middle
+            else:
+                low = middle
+        for own in _lines(file, low):
+            if own["step"] > wanted or len(found) == most:
+                break
+            if own["step"] == wanted:
+                found.append(own)
+    return last, found
+
+
+def _lines(file: IO[bytes], start: int) -> Iterator[dict[str, Any]]:
+    """Yields the complete lines that start at this place or after it."""
+    file.seek(max(0, start - 1))
+    if start:
+        while (part := file.readline(MOST_LINE)) and not part.endswith(b"\n"):
+            pass
+    while (line := file.readline(MOST_LINE)).endswith(b"\n"):
+        with suppress(ValueError, KeyError, TypeError):
+            own = json.loads(line)
+            if isinstance(own["step"], int):
+                yield own

@@ -7,9 +7,8 @@ prompt and the number of the completion.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 import mlx.core as mx
@@ -17,26 +16,31 @@ import numpy as np
 
 from ..config import ROWS, TrainConfig
 from ..data import AnyBatch, Batch, Dataset, Row, eval_batches
-from ..errors import InputError, NoMemory, is_out_of_memory
+from ..errors import InputError, NoMemory, RunError, is_out_of_memory
 from ..generation.decoding import Options
-from ..generation.rollouts import Completion, Policy, complete
+from ..generation.rollouts import Completion, Monologue, Policy, Talk, complete, seed_of
 from ..lora import Adapter
 from ..models import Chain
 from ..models.adapting import attached
 from ..objectives import Grpo, value
 from ..objectives.grpo import NOTHING, advantages, with_log_probs
 from ..rewards import Function, Rewards, Scores
+from ..rewards.environments import Conversation
 from ..schedule import Grads
 from .setup import with_params
 from .state import Iterate, Outcome
 from .step import Stepper
 
 
-def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewards | None:
+def rewards_of(
+    config: TrainConfig,
+    functions: Sequence[Function] = (),
+    environment: Callable[[], Any] | None = None,
+) -> Rewards | None:
     """Returns the rewards of a run whose rows are prompts; None for other methods. Raises
     InputError."""
     if ROWS[config.method] == "prompt":
-        return Rewards.of(config, functions)
+        return Rewards.of(config, functions, environment)
     if functions:
         raise InputError(
             "rewards has no effect unless method is grpo: leave it out.", field="rewards"
@@ -44,19 +48,15 @@ def rewards_of(config: TrainConfig, functions: Sequence[Function] = ()) -> Rewar
     return None
 
 
-def seed_of(*what: int) -> int:
-    """Returns a seed that depends on all of these numbers."""
-    digest = blake2b(",".join(map(str, what)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of each prompt and their scores, in the same order."""
+    """The completions of each prompt and their scores, in the same order; and the conversations,
+    where there is an environment."""
 
     rows: list[Row]
     completions: list[list[Completion]]
     scores: Scores
+    talks: list[Conversation]
 
     @property
     def flat(self) -> list[Completion]:
@@ -67,12 +67,23 @@ class Rollouts:
         """The rewards [P, G]."""
         return np.array(self.scores.total).reshape(len(self.rows), -1)
 
+    @property
+    def truncated(self) -> float:
+        """The part of completions that did not end by themselves."""
+        return float(np.mean([own.finish != "stop" for own in self.flat]))
+
     def means(self) -> dict[str, float]:
-        """Returns the mean reward, the mean of each reward, and the mean length."""
+        """Returns the mean reward, the mean of each reward, and the mean length; for conversations
+        also the mean number of turns, and the part of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.scores.by_name) > 1:
             found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
-        return found | {"length": float(np.mean([len(own.tokens) for own in self.flat]))}
+        found["length"] = float(np.mean([own.length for own in self.flat]))
+        if self.talks:
+            found["turns"] = float(np.mean([own.turns for own in self.flat]))
+        if calls := sum(own.calls for own in self.talks):
+            found["failed_calls"] = sum(own.failed for own in self.talks) / calls
+        return found
 
 
 def roll_out(
@@ -87,15 +98,41 @@ def roll_out(
     """Generates completions of prompts with a base model and an adapter, and scores them. Raises
     RunError."""
     assert isinstance(config.rollout_batch, int)
-    prompts = [row.ids.tolist() for row in rows]
+    talks: list[list[Talk]] = []
+    for row, own in zip(rows, options, strict=True):
+        if rewards.environments is None:
+            talks.append([Monologue(row.ids.tolist())] * len(own))
+            continue
+        how = (rewards.environments, policy.tokenizer, config, row)
+        talks.append([Conversation(*how, one.seed or 0) for one in own])
+    options = [
+        [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
+        for row, *own in zip(rows, talks, options, strict=True)
+    ]
     # On a CPU, for the head over many rows, our op takes a fourth of the time of MLX's own.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
-        made = complete(policy, prompts, options, config.rollout_batch)
+        made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
     given = [row.given or {} for row, own in zip(rows, made, strict=True) for _ in own]
     flat = [own for group in made for own in group]
-    scores = rewards(given, [x.text for x in flat], [len(x.tokens) for x in flat])
-    return Rollouts(rows, made, scores)
+    held = [own for group in talks for own in group if isinstance(own, Conversation)]
+    columns = {}
+    if held:
+        columns["environments"] = [own.environment for own in held]
+        columns["messages"] = [own.messages[own.begun :] for own in held]
+    scores = rewards(given, [x.text for x in flat], [x.length for x in flat], columns)
+    return Rollouts(rows, made, scores, held)
+
+
+def _within(options: Options, talk: Talk, row: Row) -> Options:
+    """With the tokens that a completion may have after what `reset` has added to its prompt."""
+    added = len(talk.prompt) - len(row)
+    if added >= options.max_tokens:
+        raise RunError(
+            f"{row.source}: reset of the environment adds {added} tokens to the prompt, and "
+            "max_completion_tokens leaves no turn after it: raise it."
+        )
+    return replace(options, max_tokens=options.max_tokens - added)
 
 
 def options_of(config: TrainConfig, seed: int) -> Options:
@@ -159,7 +196,8 @@ class Cycle(Stepper):
         setup = self.setup
         assert setup.valid is not None
         rows = list(setup.valid.rows)
-        options = [[replace(options_of(setup.config, 0), temperature=0.0)] for _ in rows]
+        seeds = (seed_of(setup.config.seed, i) for i in range(len(rows)))
+        options = [[replace(options_of(setup.config, x), temperature=0.0)] for x in seeds]
         params = setup.layout.split(at.vector)
         means = self._roll_out(at.step, params, rows, options).means()
         return -means["reward"], means
@@ -200,24 +238,24 @@ class Cycle(Stepper):
         """Returns the completions that the loss depends on, as rows."""
         config, flat = self.setup.config, found.flat
         kept = np.array([own.finish == "stop" or not config.mask_truncated for own in flat])
-        lengths = np.array([len(own.tokens) for own in flat])
+        lengths = np.array([own.length for own in flat])
         weights = self.objective.weights(lengths, kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
         if not counted.any():  # the optimizer still needs one row, for a zero gradient
-            shortest = int(lengths.argmin())
+            shortest = int(np.argmin([len(own.tokens) for own in flat]))
             weights[shortest], counted[shortest] = NOTHING, True
         rows = []
         for i in np.flatnonzero(counted):
             own, (p, j) = flat[i], divmod(int(i), gains.shape[1])
-            prompt = found.rows[p]
-            before = np.zeros(len(prompt), np.float32)
+            before = np.zeros(len(own.prompt), np.float32)
 
             def after(values: Any, own=own, before=before) -> np.ndarray:
-                return np.concatenate([before, np.full(len(own.tokens), values, np.float32)])
+                """0 where a token was not drawn: it is context."""
+                return np.concatenate([before, np.where(own.drawn, values, 0).astype(np.float32)])
 
             numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}
-            ids = np.concatenate([prompt.ids, np.array(own.tokens, np.int32)])
-            source = f"{prompt.source}, completion {j + 1}"
+            ids = np.array([*own.prompt, *own.tokens], np.int32)
+            source = f"{found.rows[p].source}, completion {j + 1}"
             rows.append(Row(ids, after(weights[i]), source, numbers=numbers))
         return Dataset.of(rows, self.setup.train.pad_id)
 
@@ -248,12 +286,11 @@ class Cycle(Stepper):
 
     def _metrics(self, found: Rollouts) -> dict[str, float]:
         spread = found.rewards.std(1)
-        truncated = float(np.mean([own.finish == "length" for own in found.flat]))
         return {
             **found.means(),
             "reward_std": float(spread.mean()),
             "equal_groups": float(np.mean(spread == 0)),
-            "truncated": truncated,
+            "truncated": found.truncated,
         }
 
 
@@ -262,15 +299,19 @@ def _lines(step: int, found: Rollouts, gains: np.ndarray) -> Iterator[dict[str, 
     scores = found.scores
     for i, own in enumerate(found.flat):
         p, j = divmod(i, gains.shape[1])
-        yield {
+        line = {
             "step": step,
             "row": found.rows[p].source,
             "completion": j + 1,
             "prompt": (found.rows[p].given or {}).get("prompt"),
             "text": own.text,
-            "tokens": len(own.tokens),
+            "tokens": own.length,
             "finish": own.finish,
             "reward": scores.total[i],
             "rewards": {name: values[i] for name, values in scores.by_name.items()},
             "advantage": float(gains[p, j]),
         }
+        if found.talks:
+            talk = found.talks[i]
+            line["messages"] = talk.messages[talk.begun :]
+        yield line

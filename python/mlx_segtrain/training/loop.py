@@ -64,6 +64,7 @@ def train(
     on_eval: Callback | None = None,
     model: nn.Module | None = None,
     rewards: Sequence[Function] = (),
+    environment: Callable[[], Any] | None = None,
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
@@ -73,12 +74,13 @@ def train(
     metrics.jsonl gets the same. `score(model, tokenizer)` is called at every evaluation with
     mlx-lm's model, the adapter attached, and returns a number or a dict of numbers. `rewards` are
     functions that score completions of method grpo (docs/grpo.md), in addition to those of the
-    configuration. `on_step` receives the training metrics of every step and `on_eval` those of
-    every evaluation; one that returns True ends the run after saving (`stopped_early`). `model` is
-    the model loaded from `config.model_dir`, without an adapter, if the caller has it. Ctrl-C,
-    SIGTERM and SIGHUP end the run after saving the last finished step (`interrupted`). Raises
-    InputError, before anything is written, for input that cannot be used, and RunError if the run
-    cannot continue, after saving the last good step.
+    configuration, and `environment` is the class that the configuration names, given by Python.
+    `on_step` receives the training metrics of every step and `on_eval` those of every evaluation;
+    one that returns True ends the run after saving (`stopped_early`). `model` is the model loaded
+    from `config.model_dir`, without an adapter, if the caller has it. Ctrl-C, SIGTERM and SIGHUP
+    end the run after saving the last finished step (`interrupted`). Raises InputError, before
+    anything is written, for input that cannot be used, and RunError if the run cannot continue,
+    after saving the last good step.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -91,7 +93,7 @@ def train(
             if train_data is not None and config.data_dir is not None:
                 raise InputError("data_dir and train_data are both given: leave one of them out.")
             data = config.data_dir if train_data is None else train_data
-            calls = Calls(tell, score, on_step, on_eval, rewards)
+            calls = Calls(tell, score, on_step, on_eval, rewards, environment)
             return _train(config, data, valid_data, calls, model, ranks)
     except BaseException as error:
         tell(events.failed(error))
@@ -113,7 +115,7 @@ def _train(
 
     trackers = config if ranks.first else config.model_copy(update={"report_to": []})
     check_installed(trackers)
-    scoring = rewards_of(config, calls.rewards)
+    scoring = rewards_of(config, calls.rewards, calls.environment)
     if scoring is not None and ranks.size > 1:
         raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
     ranks.pipeline = ranks.size > 1 and config.parallel == "pipeline"
@@ -129,7 +131,7 @@ def _train(
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
-    inputs = read_inputs(config, sources, tell, resumed)
+    inputs = read_inputs(config, sources, tell, resumed, scoring)
     config = inputs.config
     made_of = Record(config, sources, resumed.record if resumed else None, ranks)
     if resumed is not None:
@@ -184,6 +186,7 @@ class Calls:
     on_step: Callback | None = None
     on_eval: Callback | None = None
     rewards: Sequence[Function] = ()
+    environment: Callable[[], Any] | None = None
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
@@ -269,7 +272,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        started = time.perf_counter()
+        started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
             accumulated = list(islice(source, config.grad_accumulation_steps))
@@ -318,8 +321,10 @@ class Run:
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
 
-        own = self._in_memory(lambda: step.baseline(at, accumulated))
-        total = step.total(accumulated, self.ranks.gather(own))
+        total = self.setup.objective.total(accumulated)
+        if self.setup.objective.baseline is not None:
+            own = self._in_memory(lambda: step.baseline(at, accumulated))
+            total = step.total(accumulated, self.ranks.gather(own))
 
         def gradients() -> tuple[Any, mx.array]:
             outputs, gradient = step.gradient(at, accumulated, total)
@@ -387,12 +392,26 @@ class Run:
         if step == progress.reported or not self._is_due(self.config.steps_per_report, 1):
             return
         progress.reported = step
-        self.tell(self._metric())
+        metric = self._metric()
+        if self.ranks.size > 1:
+            metric["ranks"] = self.ranks.gather(self._own_figures())
+        self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
                 f"step {step}: the clock jumped by {jumped:+.0f} s against elapsed time (or the "
                 "machine slept): times in the log jump, and the run does not depend on them"
             )
+
+    def _own_figures(self) -> dict[str, float]:
+        """Seconds of the last step in which this rank computed or waited for others; its memory."""
+        last, waited = self.state.progress.last, self.ranks.waited
+        assert last is not None
+        return {
+            "busy_s": last.seconds - waited,
+            "waited_s": waited,
+            "peak_gb": self.state.memory.peak / 1e9,
+            "active_gb": mx.get_active_memory() / 1e9,
+        }
 
     def _metric(self) -> events.Event:
         """Returns the training metrics after the last step."""

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..data import AnyBatch
-from ..objectives import with_head
+from ..objectives import Functions, with_head
 from ..schedule import Passes
 from .diagnosis import rows_of
 from .pipe import Own, Pipe
@@ -34,28 +34,32 @@ class Pipelined(Stepper):
         params = setup.own.split(at.vector)
         trainable = {stage for stage, _, _ in setup.layout.entries}
         first = at.step * setup.config.grad_accumulation_steps
-        batches = [
-            (own, functions)
-            for draw, batch in enumerate(accumulated, first)
-            for functions in [self.functions_of(draw)]
-            for own in [pipe.own(functions, batch, total, trainable)]
-        ]
+        left = deque(enumerate(accumulated, first))
+
+        def next_one() -> tuple[Own, Functions] | None:
+            if not left:
+                return None
+            draw, batch = left.popleft()
+            functions = self.functions_of(draw)
+            return pipe.own(functions, batch, total, trainable), functions
+
         under_way = deque[tuple[Own, Passes]]()
         sums = [0.0] * (1 + len(setup.objective.metrics))
         gradient: mx.array | None = None
-        for i, (own, functions) in enumerate(batches):
-            following = batches[i + 1][0] if i + 1 < len(batches) else None
-            values = own.values | pipe.receive(own, following)
+        following = next_one()
+        while following is not None:
+            (own, functions), following = following, next_one()
+            values = own.values | pipe.receive(own, following[0] if following else None)
+            own.values.clear()  # the passes hold them for as long as they need them
             cuts = self.plan.cuts(setup.chain, own.streams)
             passes = pipe.passes(functions, params, own, values, cuts, self.watch)
             del values
             found = passes.forward()
             if not pipe.part.last:
                 pipe.send(own, found)
-            del found
             under_way.append((own, passes))
-            left = len(batches) - 1 - i
-            while under_way and (len(under_way) == pipe.part.under_way or not left):
+            del found, passes
+            while under_way and (len(under_way) == pipe.part.under_way or following is None):
                 outputs, part = self._back(*under_way.popleft())
                 if outputs:  # of the last rank
                     sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]

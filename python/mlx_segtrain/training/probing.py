@@ -29,9 +29,9 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
     tell = on_event or (lambda event: None)
     with run_policy(config):
         config = located(config, tell)
-        setup, vector = prepare(
-            read_inputs(config, sources_of(config.data_dir, tell=tell), tell), tell
-        )
+        scoring = rewards_of(config)
+        sources = sources_of(config.data_dir, tell=tell)
+        setup, vector = prepare(read_inputs(config, sources, tell, rewards=scoring), tell)
         config = setup.config
         longest = np.argsort(-setup.train.columns.run, kind="stable")
         count = config.batch_size * config.grad_accumulation_steps
@@ -40,7 +40,6 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
             count = 1 + int(np.searchsorted(tokens, count * setup.train.packed))
         setup = replace(setup, train=setup.train.take(longest[:count]))
         source = batches(setup.train, config.batch_size, config.seed)
-        scoring = rewards_of(config)
         step = Stepper(setup) if scoring is None else Cycle(setup, rewards=scoring)
         at = step.optimizer.start(vector)
         del vector

@@ -98,9 +98,11 @@ class Ranks:
     group: Any = None
     stream: Any = None
     pipeline: bool = False  #: every rank has a part of the model, and all micro-batches
+    ring: list[list[str]] = field(default_factory=list)  #: one that we have set up, by rank
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
+    waited: float = 0.0  #: seconds, for others
     saving: bool = False  #: a state is being written, which must not be broken off
 
     @property
@@ -182,6 +184,7 @@ class Ranks:
         meanwhile, and can go on without the arrays.
         """
         done, failures = threading.Event(), list[BaseException]()
+        begin = time.perf_counter()
 
         def wait() -> None:
             try:
@@ -198,10 +201,11 @@ class Ranks:
         except RuntimeError as error:
             failures.append(error)
         except LostRank:
-            _hang_up()
+            _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
             raise
         finally:
+            self.waited += time.perf_counter() - begin
             if self.links:
                 self.links.waits(False)
         if failures:
@@ -322,10 +326,13 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
             os._exit(1)
 
 
-def _hang_up() -> None:
-    """Closes the connections of MLX's ring, so that its threads do not wait for a lost rank for
-    ever: MLX waits for all streams where it frees memory. They are known by their ports."""
-    ports = {int(at.rpartition(":")[2]) for own in _hosts() for at in own}
+def _hang_up(hosts: list[list[str]]) -> None:
+    """Closes the connections of MLX's ring of these addresses, which are known by their ports.
+
+    Or its threads would wait for a lost rank for ever, and MLX waits for all streams where it frees
+    memory.
+    """
+    ports = {int(at.rpartition(":")[2]) for own in hosts for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)

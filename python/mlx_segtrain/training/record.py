@@ -49,7 +49,11 @@ def files_of(
     if config.warm_start is not None:
         folders["warm_start"] = config.warm_start
         files |= _files_in("warm_start", config.warm_start, OF_ADAPTER)
-    own = dict.fromkeys(filter(None, map(file_of, config.reward_functions)))
+    if config.reward_model is not None:
+        folders["reward_model"] = config.reward_model
+        files |= _files_in("reward_model", config.reward_model, OF_MODEL)
+    specs = [*config.reward_functions, *filter(None, [config.environment])]
+    own = dict.fromkeys(filter(None, map(file_of, specs)))
     for i, path in enumerate(own, 1):  # each has its own part: folders may differ
         part = "rewards" if i == 1 else f"rewards {i}"
         folders[part] = path.parent

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,12 @@ from ..config import TrainConfig
 from ..data import Options, load_split
 from ..data.dataset import Split
 from ..errors import InputError
-from ..generation.rollouts import Policy
+from ..generation.rollouts import Policy, seed_of
 from ..lora import Adapter
 from ..models import load_tokenizer
 from ..planning.rollouts import check_rollouts, rollouts_at_once
-from ..rewards import Function, Rewards, check_rows
-from .cycle import options_of, roll_out, seed_of
+from ..rewards import Function, Rewards
+from .cycle import options_of, roll_out
 from .policy import run_policy
 from .setup import load_chain
 
@@ -51,21 +52,23 @@ def score(
     split: Split = "valid",
     passes: float = 1.0,
     rewards: Sequence[Function] = (),
+    environment: Callable[[], Any] | None = None,
     on_event: events.OnEvent | None = None,
 ) -> ScoreResult:
     """Samples group_size completions of each prompt of a split and scores them by the rewards of
-    the configuration and `rewards`. A completion passes if its reward is at least `passes`.
+    the configuration and `rewards`; `environment` is the class that the configuration names, where
+    Python has it. A completion passes if its reward is at least `passes`.
 
     Raises InputError for what cannot be read or does not fit, RunError if a reward fails.
     """
     tell = on_event or (lambda event: None)
-    scoring = Rewards.of(config, rewards)
+    scoring = Rewards.of(config, rewards, environment)
     config = hub.located(config, tell)
     if adapter_path:
         adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
         tokenizer = load_tokenizer(config.model_dir)
-        how = (tokenizer, Options.of(config), split, config.model_dir)
+        how = (tokenizer, Options.of(config, scoring.tools), split, config.model_dir)
         data = load_split(config.data_dir, *how, on_event)
         if data is None:
             raise InputError(
@@ -73,7 +76,7 @@ def score(
                 "val_split, or evaluate with --split train."
             )
         rows = list(data.rows)
-        check_rows(config, rows)
+        scoring.check(config, tokenizer, rows)
         tokens = int(data.columns.length.max()) + config.max_completion_tokens
         if config.rollout_batch == "auto":
             most = rollouts_at_once(config, tokens, len(rows) * config.group_size)
@@ -96,7 +99,7 @@ def score(
         rewards={name: float(np.mean(x)) for name, x in found.scores.by_name.items()},
         pass_at={k: pass_at(k, config.group_size, right.tolist()) for k in counts},
         length=found.means()["length"],
-        truncated=float(np.mean([own.finish == "length" for own in found.flat])),
+        truncated=found.truncated,
         rows=len(rows),
         completions=config.group_size,
     )

@@ -35,7 +35,7 @@ from ..planning.pipeline import Part
 from ..planning.rollouts import check_rollouts, rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits, planned
 from ..planning.splitting import Member, split_run
-from ..rewards import check_rows
+from ..rewards import Rewards
 from ..schedule import Grads
 from ..streams import BatchShape
 from .checkpoint import STATE, Checkpoint, found, newest
@@ -173,14 +173,16 @@ def read_inputs(
     sources: tuple[Source, Source | None],
     on_event: events.OnEvent,
     resumed: Checkpoint | None = None,
+    rewards: Rewards | None = None,
 ) -> Inputs:
     """Reads the data. Raises InputError if it cannot be used. Decides what `auto` leaves open; a
-    resumed run keeps its decisions."""
+    resumed run keeps its decisions. A run on prompts has rewards."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
     config = config.model_copy(update={"prompt_format": "raw" if raw else "chat"})
-    how = (tokenizer, Options.of(config), config.model_dir, on_event)
+    tools = rewards.tools if rewards else ()
+    how = (tokenizer, Options.of(config, tools), config.model_dir, on_event)
     train, valid = load_dataset(sources, *how)
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
@@ -199,7 +201,8 @@ def read_inputs(
         config = config.model_copy(update={"packing": packs})
     if ROWS[config.method] == "prompt":
         for data in filter(None, (train, valid)):
-            check_rows(config, data.rows)
+            if rewards is not None:
+                rewards.check(config, tokenizer, data.rows)
         config = with_rollouts(config, _longest(config, train, valid), resumed)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
@@ -410,8 +413,8 @@ def load_setup(
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)
-    if pipe and chain.head.path in chain.stage_of and chain.stage_of[chain.head.path] in params:
-        check_head(config, chain)
+    if pipe and chain.tied and chain.head.path in adapter.tensors:
+        raise tied_head(config, chain)
     read = (config, inputs.tokenizer, inputs.train, inputs.valid, inputs.remarks)
     made = (plan, model, chain, objective_of(config), adapter.scales, Layout.of(params), pipe)
     setup = Setup(*read, *made)
@@ -420,15 +423,14 @@ def load_setup(
     return setup, vector
 
 
-def check_head(config: TrainConfig, chain: Chain) -> None:
-    """InputError for an adapted embedding that is the head, too: two ranks would have it."""
-    if chain.tied:
-        raise InputError(
-            f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which "
-            "are on the first and the last rank of a pipeline: leave it out of target_modules, or "
-            "train with parallel data.",
-            field="target_modules",
-        )
+def tied_head(config: TrainConfig, chain: Chain) -> InputError:
+    """What to raise for an adapted embedding that is the head, too: two ranks would have it."""
+    return InputError(
+        f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
+        "on the first and the last rank of a pipeline: leave it out of target_modules, or train "
+        "with parallel data.",
+        field="target_modules",
+    )
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:

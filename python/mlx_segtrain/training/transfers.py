@@ -113,14 +113,15 @@ def ring_of(ranks: Ranks) -> Any:
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
     host = f"[{address}]" if ":" in address else address
-    hosts = [[own] for own in ranks.gather(f"{host}:{port}")]
+    ranks.ring = [[own] for own in ranks.gather(f"{host}:{port}")]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "hosts.json"
-        file.write_text(json.dumps(hosts), encoding="utf-8")
+        file.write_text(json.dumps(ranks.ring), encoding="utf-8")
         os.environ["MLX_HOSTFILE"] = str(file)
         try:
             return mx.distributed.init(strict=True, backend="ring")
         except (RuntimeError, ValueError) as error:
-            raise RunError(
-                f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
-            ) from error
+            said = f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
+            raise RunError(said) from error
+        finally:
+            del os.environ["MLX_HOSTFILE"]

@@ -68,7 +68,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     questions = [question for question, _ in held_out]
     say(f"the model answers {SHOWN} held-out questions ...")
     before = _answers(model_dir, None, questions)
-    with Terminal(console) as show:
+    with Terminal() as show:
         trained = train(config, show, on_step=show.step)
     if trained.interrupted:
         raise KeyboardInterrupt

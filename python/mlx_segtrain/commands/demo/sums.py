@@ -7,7 +7,7 @@ from pathlib import Path
 from mlx_segtrain.files import make_folder
 
 #: Rows that are trained on and held out.
-ROWS = {"train": 96, "valid": 16}
+ROWS = {"train": 96, "valid": 48}
 
 
 def write_sums(path: Path) -> None:

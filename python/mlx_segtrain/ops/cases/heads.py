@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
@@ -30,20 +31,15 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     for traditional in (False, True):
         segments = [(0, 7), (7, rows // 3), (rows // 3, rows)] if traditional else None
 
-        def run(x: mx.array, *ab: mx.array, how: bool = traditional, packed=segments) -> mx.array:
-            own = with_factors(linears, ab)
-            more = {"traditional": how, "base": 1e4, "segments": packed}
-            y = _core.lora_qkv(x, own, heads, groups, 48, **more)
-            return mx.concatenate(y, 1)
+        def run(x: mx.array, *ab: mx.array, of=_core, segments: Any = segments, **how) -> mx.array:
+            own, more = with_factors(linears, ab), {"base": 1e4, "segments": segments, **how}
+            return mx.concatenate(of.lora_qkv(x, own, heads, groups, 48, **more), 1)
 
-        def plain(x: mx.array, *ab: mx.array, how: bool = traditional, packed=segments) -> mx.array:
-            own = with_factors(linears, ab)
-            ids = packed and [0, *(end for _, end in packed)]
-            more = {"traditional": how, "base": 1e4, "segments": ids}
-            return mx.concatenate(reference.lora_qkv(x, own, heads, groups, 48, **more), 1)
-
+        offsets = segments and [0, *(end for _, end in segments)]
+        kernel = functools.partial(run, traditional=traditional)
+        plain = functools.partial(kernel, of=reference, segments=offsets)
         case = "neighbours, packed" if traditional else "halves"
-        yield selfcheck.Call("heads", case, run, plain, [x, *factors])
+        yield selfcheck.Call("heads", case, kernel, plain, [x, *factors])
 
 
 def _with_norms(x: mx.array, linears: list[_core.Linear]) -> Iterator[selfcheck.Call]:

@@ -3,6 +3,7 @@
 import after from "./after.js";
 import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, linesOf } from "./charts.js";
+import { completionsView } from "./completions.js";
 import { copies } from "./copies.js";
 import { announce, badge, button, card, confirm, dialog, empty } from "./dom.js";
 import { facts, field, h, input, link, meter, notice, show } from "./dom.js";
@@ -68,6 +69,7 @@ export default async function jobPage(main, id) {
   const over = card("Metrics", charts);
   const remarks = h("div.stack");
   const log = logView(run);
+  const made = values.method === "grpo" && completionsView(row.id);
   const inWords = (value) => (Array.isArray(value) ? value.join(", ")
     : typeof value === "object" ? JSON.stringify(value) : String(value));
   const given = Object.entries(values).filter(([, value]) => value !== null);
@@ -81,6 +83,7 @@ export default async function jobPage(main, id) {
     trains ? losses : "",
     use,
     trains ? over : "",
+    made ? made.element : "",
     remarks,
     log.element,
     card("Configuration", facts("wide", given.map(([name, value]) => [name, inWords(value)])),
@@ -217,6 +220,7 @@ export default async function jobPage(main, id) {
       showMemory();
       showCurves();
     }
+    if (made) made.draw(run);
     showRemarks();
     log.draw();
   }

@@ -10,7 +10,7 @@ const KEPT = 200;
 const DRAWN = [
   "learning_rate", "tokens_per_sec", "supervised_tokens_per_sec", "grad_norm", "peak_gb", "active_gb",
 ];
-const METRIC = /^[a-z]\w{0,39}$/;
+const METRIC = /^[a-z][\w ]{0,79}$/;
 const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "message", "ts", ...DRAWN];
 
 // A curve of any length; a long one is drawn in buckets of as many points each.

@@ -1,7 +1,11 @@
 """The text of an answer in its parts: reasoning, what is said, and calls of tools."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+#: Tokens at a prompt's end in which a template may begin the reasoning.
+END = 32
 
 Kind = Literal["content", "reasoning", "call"]
 
@@ -15,6 +19,15 @@ class Tags:
 
     think: tuple[str, str] | None = None
     call: tuple[str, str] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, calls: bool = True) -> "Tags":
+        """Returns the tags of a model's tokenizer (mlx-lm's)."""
+        think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        call = None
+        if calls and tokenizer.has_tool_calling:
+            call = (tokenizer.tool_call_start, tokenizer.tool_call_end)
+        return cls(think, call)
 
 
 class Parts:
@@ -82,3 +95,26 @@ class Parts:
             self._bare = not text
         if text and (self._kind != "call" or (whole and text.strip())):
             found.append((self._kind, text))
+
+
+def begins_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
+    """Returns whether a prompt ends inside reasoning, as with some chat templates."""
+    if not tokenizer.has_thinking:
+        return False
+    end = list(prompt[-END:])
+    begun = tokenizer.rfind_think_start(end)  # a turn that has it is followed by its end
+    return begun >= 0 and tokenizer.decode(end[begun:]).strip() == tokenizer.think_start
+
+
+def read_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] | None:
+    """Returns the tool calls in the text between two tags; None if they cannot be read."""
+    try:
+        calls = tokenizer.tool_parser(text, tools)
+        calls = calls if isinstance(calls, list) else [calls]
+        return calls if all(map(_is_call, calls)) else None
+    except Exception:  # a parser may fail in any way: what a model writes may be anything
+        return None
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("name"), str) and bool(call["name"])

@@ -1,0 +1,163 @@
+"""Parquet and Arrow files, which a separate process with a limit of memory reads.
+
+A small file may unpack to a large one, and Arrow believes what a file's headers say: it allocates
+as much, and aborts the process if it cannot. So a separate process maps the file and sends its
+blocks, and the operating system limits the memory of that process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
+from typing import Any
+
+from .. import processes
+from ..errors import InputError
+from ..files import open_regular
+from . import arrow, limits
+from .blocks import Block
+from .limits import VALUE, check_columns, check_growth, told
+
+#: For readers: they compute on one thread, and Arrow returns its memory to the C library.
+SETTINGS = {
+    **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+}
+#: Rows of Parquet that are read at once: a long text may be in all rows, and once in the file.
+FEW = 16
+
+
+class _Reader:
+    """A process that reads one file after another."""
+
+    def __init__(self) -> None:
+        silent: Any = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        self.wire, self.process = processes.start_connected(__name__, SETTINGS, **silent)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.wire.close()
+        self.process.wait()
+
+
+#: Readers that wait for the next file.
+_idle: list[_Reader] = []
+atexit.register(lambda: [reader.close() for reader in _idle])
+os.register_at_fork(after_in_child=_idle.clear)
+
+
+def _ready() -> _Reader:
+    while _idle:
+        if (reader := _idle.pop()).process.poll() is None:
+            return reader
+    return _Reader()
+
+
+def read(path: Path) -> Iterator[Block]:
+    """Yields the blocks of a file. Raises InputError for one that cannot be read."""
+    with open_regular(path) as file:
+        most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
+        reader, ended = _ready(), False
+        try:
+            # The limits as they are in this process, which may have changed them.
+            own = {name: value for name, value in vars(limits).items() if name.isupper()}
+            reader.wire.send_bytes(json.dumps([str(path), most, own]).encode())
+            send_handle(reader.wire, file.fileno(), reader.process.pid)
+            head = json.loads(reader.wire.recv_bytes())
+            while isinstance(head, list):
+                first, size = head
+                block = Block(path.name, first, size, reader.wire.recv_bytes(), "arrow")
+                head = json.loads(reader.wire.recv_bytes())
+                ended = not isinstance(head, list)  # known before the last block is used
+                yield block
+            ended = True
+        except (EOFError, OSError):
+            raise InputError(
+                f"{path.name} cannot be read in parts of at most {most >> 20} MiB, or is broken; "
+                "write it with fewer rows in a batch, row group or page, or as JSON lines."
+            ) from None
+        finally:
+            if ended:
+                _idle.append(reader)
+            else:
+                reader.close()
+        if head is not None:
+            raise InputError(head)
+
+
+# ---- in the process
+
+
+def main(number: str) -> None:
+    """Reads the files that arrive through the socket with this number, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wire: Any = Connection(int(number))
+    while True:
+        try:
+            path, most, own = json.loads(wire.recv_bytes())
+        except EOFError:
+            return
+        for name, value in own.items():
+            setattr(limits, name, value)
+        with open(recv_handle(wire), "rb") as file:
+            wire.send_bytes(json.dumps(_said(wire, Path(path), file.fileno(), most)).encode())
+
+
+def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
+    """Sends the blocks of a file. Returns a sentence if something is wrong with it."""
+    import pyarrow as pa
+    import pyarrow.parquet  # before memory is limited
+
+    try:
+        with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
+            size = mapped.size()
+            processes.MEMORY.allow(most + size)
+            batches = _parquet if path.suffix.lower() == ".parquet" else _arrow
+            for block in arrow.blocks_of(path.name, batches(mapped, path.name, size), size):
+                wire.send_bytes(json.dumps([block.first, block.size]).encode())
+                wire.send_bytes(block.payload)
+    except InputError as error:
+        if isinstance(error.__cause__, MemoryError):
+            os._exit(1)  # which frees what Arrow still holds
+        return str(error)
+    return None
+
+
+def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
+    """Yields each batch and, roughly, the bytes of the file that have been read with it."""
+    import pyarrow.parquet as pq
+
+    reader = pq.ParquetFile(file, pre_buffer=False)
+    metadata, total = reader.metadata, reader.metadata.num_rows
+    check_columns(name, metadata.num_columns)
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
+        raise ValueError("its numbers of rows are wrong")
+    check_growth(name, VALUE * total, size)
+    rows = 0
+    for batch in reader.iter_batches(FEW, use_threads=False):
+        rows += batch.num_rows
+        yield batch, size * rows // max(total, rows)
+
+
+def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
+    """Like `_parquet`, for an Arrow file, which begins with a magic word, or a stream."""
+    import pyarrow as pa
+
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file, options=options)
+    check_columns(name, len(reader.schema))
+    if is_file:
+        count = reader.num_record_batches
+        yield from ((reader.get_batch(i), size * (i + 1) // count) for i in range(count))
+    else:
+        yield from ((batch, file.tell()) for batch in reader)

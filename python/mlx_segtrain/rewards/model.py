@@ -1,0 +1,132 @@
+"""A reward model: a model for sequence classification with one label, which scores conversations.
+
+It is a folder as Hugging Face's `…ForSequenceClassification` write it, of a family that mlx-lm has
+(`score.weight` beside the layers), quantized or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+from ..models import load_headless, load_tokenizer, text_model
+from ..models.snapshot import Snapshot
+from ..planning.rollouts import PREFILL
+from .environments import messages_of
+
+#: The tensor that takes the place of a head.
+SCORE = "score.weight"
+
+
+def check_scores(folder: Path) -> None:
+    """Raises InputError for a folder that holds no reward model, before any weight is loaded."""
+    snapshot = Snapshot(folder)
+    found = snapshot.tensors.get(SCORE)
+    if found is None or len(found[1]) != 2 or found[1][0] != 1:
+        has = f"{found[1][0]} scores of a text" if found else f"no {SCORE}"
+        raise InputError(
+            f"reward_model {folder} has {has}: give a model for sequence classification with one "
+            "label, in safetensors.",
+            field="reward_model",
+        )
+
+
+@dataclass
+class RewardModel:
+    """Scores by the model in a folder, which is loaded when it is first called.
+
+    A conversation goes through the model's own chat template, if the run's prompts do; else prompt
+    and completion are one text.
+    """
+
+    folder: Path
+    raw: bool = False
+
+    def check(self, folder: Path, raw: bool) -> None:
+        """Sets the folder, and whether the run's prompts are raw. Raises InputError if the model in
+        the folder cannot score them."""
+        self.folder, self.raw = folder, raw
+        check_scores(folder)
+        if not raw and not self._tokenizer.has_chat_template:
+            raise InputError(
+                f"reward_model {folder} has no chat template, and the prompts are chats: take "
+                "another model, or prompt_format raw.",
+                field="reward_model",
+            )
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, mx.array, int | None]:
+        whole, config, weight = load_headless(self.folder, SCORE)
+        weight = weight.astype(mx.float32)
+        mx.eval(weight)
+        text: Mapping[str, Any] = {**config, **(config.get("text_config") or {})}
+        return text_model(whole), weight, text.get("pad_token_id")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.folder)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        messages: Sequence[list[dict[str, Any]]] | None = None,
+        system: Sequence[str | None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        answers = messages or [[{"role": "assistant", "content": x}] for x in completions]
+        texts = []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            texts.append(self._text(prompt, system[i] if system else None, answer))
+        encoded = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        scores = np.zeros(len(texts))
+        for rows in _passes([len(own) for own in encoded]):
+            scores[rows] = self._scores([encoded[i] for i in rows])
+        return scores.tolist()
+
+    def _text(self, prompt: Any, system: str | None, answer: list[dict[str, Any]]) -> str:
+        if self.raw and isinstance(prompt, str):
+            return prompt + "".join(own["content"] for own in answer)
+        given = messages_of({"prompt": prompt, "system": system})
+        return self._tokenizer.apply_chat_template([*given, *answer], tokenize=False)
+
+    def _scores(self, rows: list[list[int]]) -> np.ndarray:
+        """Returns the scores of rows of tokens, float64 [N], each at its last token that is no
+        padding."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        model, weight, pad = self._loaded
+        lengths = [max((j + 1 for j, x in enumerate(row) if x != pad), default=1) for row in rows]
+        width = max(lengths)
+        tokens = np.zeros((len(rows), width), np.int32)
+        for row, own, n in zip(tokens, rows, lengths, strict=True):
+            row[:n] = own[:n]
+        # What follows a row's last token changes nothing before it.
+        cache = make_prompt_cache(model) if width > PREFILL else None
+        ends, h = mx.array(lengths) - 1, mx.array(0)
+        for begin in range(0, width, PREFILL):
+            part = mx.array(tokens[:, begin : begin + PREFILL])
+            h = model.model(part, cache=cache)
+            if cache is not None:
+                mx.eval(h, [layer.state for layer in cache])
+        last = h[mx.arange(len(rows)), ends - (width - 1) // PREFILL * PREFILL]
+        found = last.astype(mx.float32) @ weight.T
+        return np.array(found[:, 0], np.float64)
+
+
+def _passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Returns which rows run together, by index: up to PREFILL tokens with padding, or one row."""
+    passes: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if passes and (len(passes[-1]) + 1) * lengths[i] <= PREFILL:
+            passes[-1].append(i)
+        else:
+            passes.append([i])
+    return passes

@@ -1,0 +1,56 @@
+"""What a run of grpo generated, step by step."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+
+from ...training.completions import NAME, read_step
+from .bodies import JsonRoute
+from .dependencies import Used
+from .forms import Answer
+from .routes import problems
+
+#: Completions of an answer, and characters of each of their texts, at most.
+MOST, LONGEST = 256, 20_000
+
+router = APIRouter(route_class=JsonRoute, responses=problems(400, 401, 403, 404, 429))
+
+
+class CompletionsAnswer(Answer):
+    """Lines of completions.jsonl, as docs/grpo.md has them."""
+
+    last: int = Field(description="The last step that there is; 0 for none.")
+    step: int
+    completions: list[dict[str, Any]]
+
+
+@router.get("/api/jobs/{id}/completions", tags=["jobs"])
+async def completions(
+    id: str,
+    service: Used,
+    step: Annotated[int | None, Query(ge=1, description="Default: the last.")] = None,
+) -> CompletionsAnswer:
+    """The completions of a step of a run with method grpo, with their rewards."""
+    folder = service.jobs.get(id).output_path
+    last, found = 0, []
+    if folder is not None:
+        path = Path(folder) / NAME
+        with suppress(OSError):
+            if not path.is_symlink():
+                last, found = await run_in_threadpool(read_step, path, step, MOST)
+    shown = [{key: _cut(x) for key, x in own.items()} for own in found]
+    return CompletionsAnswer(last=last, step=last if step is None else step, completions=shown)
+
+
+def _cut(value: Any) -> Any:
+    """A value that is no longer than people read."""
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else f"{value[:LONGEST]}…"
+    if isinstance(value, list | dict) and len(text := json.dumps(value)) > 4 * LONGEST:
+        return f"{text[:LONGEST]}…"
+    return value
