@@ -386,17 +386,20 @@ BAD_CHATS = [
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex cannot be used"),
     ({"structured_outputs": {"grammar": "start: b"}}, "structured_outputs.grammar cannot be used"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json is not JSON"),
-    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "say twice"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "both set the answer's format"),
     ({"n": 0}, "n: "),
     ({"n": 17}, "n: "),
     ({"logprobs": 0}, "logprobs: "),
-    ({"top_logprobs": 3}, "top_logprobs: it is for logprobs: true"),
+    ({"top_logprobs": 3}, "top_logprobs requires logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
     ({"messages": IMAGE}, "messages.0.content: the model reads text, not 'image_url'"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content is missing"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
     ({"messages": [HELLO[0] | {"tool_calls": [1]}]}, "messages.0.tool_calls"),
-    ({"messages": [HELLO[0] | {"tool_call_id": "1"}]}, "messages.0.tool_call_id: it is of a tool"),
+    (
+        {"messages": [HELLO[0] | {"tool_call_id": "1"}]},
+        "messages.0.tool_call_id is only for a tool",
+    ),
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
     ({"temperature": -1}, "temperature"),
@@ -409,7 +412,7 @@ BAD_CHATS = [
     ({"logit_bias": {"999": 1}}, "logit_bias: 999 is no token"),
     ({"seed": 2**70}, "seed"),
     ({"stream": "yes"}, "stream"),
-    ({"messages": [{"role": "user", "content": "x" * 20_001}]}, "was made for 20000"),
+    ({"messages": [{"role": "user", "content": "x" * 20_001}]}, "is 20000"),
 ]
 
 
@@ -601,7 +604,7 @@ def test_too_many_at_once(server, monkeypatch):
     monkeypatch.setattr(module, "MOST_ACTIVE", 1)
     monkeypatch.setattr(module, "MOST_WAITING", 0)
     answer = server.http.post("/v1/chat/completions", json=CHAT)
-    assert check(answer, 429, "wait already")["code"] == "busy"
+    assert check(answer, 429, "already waiting")["code"] == "busy"
     assert answer.headers["retry-after"] == "5"
 
 
@@ -633,7 +636,7 @@ def test_no_model_and_a_job_that_trains(folder, said):
         assert ask(server).choices
         server.trains = True
         answer = server.http.post("/v1/chat/completions", json=CHAT)
-        check(answer, 503, "a job trains")
+        check(answer, 503, "waits for a training job")
         assert answer.headers["retry-after"] == "30"
         assert server.http.get("/v1/models").json()["data"]
 

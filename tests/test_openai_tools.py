@@ -160,7 +160,7 @@ def test_plain_requests_do_not_wait_for_grammars(server, monkeypatch):
         {"response_format": {"type": "json_object"}},
         {"tools": [CLOCK], "tool_choice": "required"},
     ):
-        check(server.http.post(CHATS, json=CHAT | more), 429, "for grammars wait already")
+        check(server.http.post(CHATS, json=CHAT | more), 429, "for grammars are waiting")
 
 
 def chained(n, groups=0):
@@ -335,7 +335,7 @@ def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
     tokenizer = server.engine.base.tokenizer
     monkeypatch.setattr(tokenizer._tool_parser, "__module__", "mlx_lm.tool_parsers.mistral")
     answer = server.http.post(CHATS, json=CHAT | tools)
-    check(answer, 400, "tools.function.strict: this model writes no calls as JSON")
+    check(answer, 400, "tools.function.strict: this model does not write calls as JSON")
 
 
 @pytest.mark.parametrize("stays", [False, True])
@@ -348,7 +348,7 @@ def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
     def ask_calls(op, *args, **how):
         asked.extend([op] * (op == "calls"))
         if op == "calls" and (stays or len(asked) < 2):
-            raise Busy("too many requests wait already: try again in a moment.")
+            raise Busy("too many requests are waiting: try again in a moment.")
         return plain(op, *args, **how)
 
     monkeypatch.setattr(confined, "ask", ask_calls)
@@ -460,7 +460,7 @@ def test_parts_of_a_text():
 
 def test_tools_that_cannot_be(server, folder, said, tmp_path):
     for more, says in [
-        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "'x' is none of the"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "'x' is not one of the"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "no other form"),
     ]:
@@ -468,7 +468,7 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
         check(server.http.post("/v1/chat/completions", json=body), 400, says)
     form = {"response_format": {"type": "json_object"}}
     body = CHAT | {"tools": [STRICT]} | form
-    check(server.http.post("/v1/chat/completions", json=body), 400, "no calls that could be strict")
+    check(server.http.post("/v1/chat/completions", json=body), 400, "strict is not possible")
     odd = {"type": "function", "function": {"name": "f"}, "cache": 1}
     check(server.http.post("/v1/chat/completions", json=CHAT | {"tools": [odd]}), 400, "cache")
     turn = {"role": "assistant", "content": None}
@@ -490,7 +490,7 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
     with serving(folder, model) as other:
         body = CHAT | {"tools": [WEATHER]}
         answer = other.http.post("/v1/chat/completions", json=body)
-    check(answer, 400, "tools: the chat template of ORG-Plain takes none")
+    check(answer, 400, "tools: the chat template of ORG-Plain does not support tools")
 
 
 def test_what_was_asked_is_freed_before_the_answer():
@@ -700,12 +700,12 @@ def test_a_response_of_a_form_and_with_tools(server):
     ("change", "says"),
     [
         ({"input": []}, "input"),
-        ({"input": [{"role": "user"}]}, "input.0: a turn has a role and a content"),
+        ({"input": [{"role": "user"}]}, "input.0: a turn needs a role and a content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text"),
         ({"previous_response_id": "x"}, "previous_response_id: this server does not implement it"),
         ({"metadata": "x"}, "metadata"),
         ({"store": True}, "store: this server does not implement it"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type: the model calls functions"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: the model can only call functions"),
         ({"temperature": 11}, "temperature"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "schema is missing"),
         ({"adapter": "nobody"}, "'nobody' is not mounted"),

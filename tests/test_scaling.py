@@ -79,4 +79,4 @@ def test_a_pipeline_has_a_line_for_each_rank(llama, capsys):
 def test_a_family_whose_work_is_not_known_is_refused(tmp_path, capsys):
     folder = write_model(tmp_path / "cohere", config("cohere"), build("cohere"))
     assert main(["plan", "--model", str(folder), "--ranks", "2"]) == 2
-    assert "--ranks is not for cohere" in capsys.readouterr().err
+    assert "--ranks is not supported for cohere" in capsys.readouterr().err

@@ -435,7 +435,7 @@ def test_prompts_that_cannot_be(llama):
     asyncio.run(engine.load(llama))
     for prompt, options, says in [
         ([], {}, "has no tokens"),
-        ([5] * 129, {}, "129 tokens, but llama was made for 128"),
+        ([5] * 129, {}, "129 tokens, but the context length of llama is 128"),
         ([5, 300], {}, "prompt: 300 is no token of llama: 0 to 299 are"),
         ([5, -1], {}, "-1 is no token"),
         ([5], {"logit_bias": {300: 1.0}}, "logit_bias: 300 is no token"),
@@ -638,7 +638,7 @@ def test_how_many_run_and_wait(fresh, monkeypatch):
         for generation in running:
             await anext(generation)
         waiting = [fresh.generate(PROMPT, fresh.select("none"), Options(3)) for _ in range(3)]
-        with pytest.raises(Busy, match="3 requests wait already"):
+        with pytest.raises(Busy, match="3 requests are already waiting"):
             fresh.generate(PROMPT, fresh.select("none"), Options(3))
         assert len(fresh._active) == 2
         await waiting[0].aclose()  # makes room

@@ -68,7 +68,7 @@ def test_a_data_set_comes_is_used_and_goes(server, uploads):
         ("datasets/x/train.jsonl", b"", 422, "is empty"),
         ("datasets/.ssh/train.jsonl", ROWS, 422, "name"),
         ("datasets/%2e%2e/train.jsonl", ROWS, 422, "name"),
-        ("adapters/x/README.md", b"#", 422, "an adapter's file is one of"),
+        ("adapters/x/README.md", b"#", 422, "a file of an adapter must be one of"),
         ("adapters/x/adapters.safetensors", b"no weights", 400, "adapters.safetensors"),
         ("adapters/x/adapter_config.json", b"{", 400, "cannot be read as JSON"),
     ],
@@ -142,7 +142,7 @@ def test_what_a_server_that_was_killed_left_is_removed(tmp_path):
 def test_so_many_transfers_are_taken_at_once():
     transfers = Transfers(2)
     with transfers.place("a"):
-        with pytest.raises(Busy, match="sent already"), transfers.place("a"):
+        with pytest.raises(Busy, match="already being sent"), transfers.place("a"):
             pass
         with transfers.place(), pytest.raises(Busy, match="2 transfers"), transfers.place():
             pass

@@ -94,7 +94,7 @@ def test_as_many_archives_are_taken_at_once_as_the_limit_says(service, ask):
         assert ask("GET", "datasets/archive", path=path)[0] == 200
         with service.transfers.place():
             status, said = ask("GET", "datasets/archive", path=path)
-            assert status == 429 and "4 transfers are under way" in said
+            assert status == 429 and "4 transfers are running" in said
 
 
 def test_a_client_that_is_let_go_gives_its_place_back(service, ask, monkeypatch):
@@ -142,7 +142,7 @@ def test_what_is_there_gets_nothing_of_another_upload(service, ask, weights, kin
     name = first.replace(".", "-")
     assert ask("PUT", f"{kind}/{name}/{first}", content)[0] == 200
     status, said = ask("PUT", f"{kind}/{name}/{second}", content)
-    assert status == 409 and f"has a file {first} already" in said
+    assert status == 409 and f"already has a file {first}" in said
     assert left(service, f"{kind}/{name}/*") == [f"{kind}/{name}/{first}"]
 
 
@@ -176,7 +176,7 @@ def test_what_a_job_comes_to_use_meanwhile_stays_as_it_is(service, ask):
             yield ROWS
 
         status, said = ask("PUT", "datasets/late/valid.jsonl", parts())
-    assert status == 409 and "which has not ended, uses late" in said, said
+    assert status == 409 and "has not ended and uses late" in said, said
     assert left(service, "datasets/late/*") == ["datasets/late/train.jsonl"]
 
 
@@ -271,7 +271,7 @@ def test_a_refusal_says_what_was_not_done(ask, service, weights):
 
 
 def test_one_file_of_what_was_sent_is_deleted(ask, service, weights):
-    """What came before a file that is refused is of no use: a page takes it back."""
+    """If the second file is refused, the first is of no use: the page deletes it."""
     for file, content in (("adapter_config.json", CONFIG), ("adapters.safetensors", weights)):
         assert ask("PUT", f"adapters/part/{file}", content)[0] == 200
     assert ask("DELETE", "adapters/part/adapters.safetensors")[0] == 200

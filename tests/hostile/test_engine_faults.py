@@ -157,7 +157,7 @@ def test_a_head_with_more_rows_than_the_embedding_is_refused(engine, tmp_path, m
 
     monkeypatch.setattr(family.Model, "__init__", odd)
     path = write_llama(tmp_path / "odd", tied=False)
-    with pytest.raises(InputError, match="has 400 rows, and its embedding 300"):
+    with pytest.raises(InputError, match="has 400 rows, but its embedding 300"):
         asyncio.run(engine.load(path))
 
 
@@ -330,7 +330,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     asyncio.run(engine.load(model))
     before, begun = resident_mb(), time.monotonic()
-    with pytest.raises(InputError, match="GB of memory, and mounted adapters may have"):
+    with pytest.raises(InputError, match="GB of memory, but mounted adapters may take"):
         asyncio.run(engine.mount("a", tmp_path))
     assert resident_mb() - before < 100 and time.monotonic() - begun < 5
     # Nor is it read when folders are looked at.

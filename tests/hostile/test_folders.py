@@ -215,7 +215,9 @@ def names_of_the_store(store):
 def test_outputs_are_never_the_store_s_own(service, tmp_path):
     adapter = write_adapter(tmp_path / "root" / "adapter")
     for path in names_of_the_store(tmp_path / "store"):
-        with pytest.raises(InputError, match=r"store's own|server's|already exists"):
+        with pytest.raises(
+            InputError, match=r"reserved by the store|belong to the server|already exists"
+        ):
             service.enqueue(
                 "export", adapter_path=str(adapter), base_model=None, output_dir=str(path)
             )
@@ -314,7 +316,7 @@ def test_very_many_links_are_not_followed(tmp_path, chains, length):
         for i in range(length):
             (tmp_path / "folder" / f"{chain}-{i}").symlink_to(target)
             target = f"{chain}-{i}"
-    with pytest.raises(InputError, match=r"links|leads to a link"):
+    with pytest.raises(InputError, match=r"links|chain of links"):
         Roots([tmp_path]).resolve(tmp_path / "folder")
 
 

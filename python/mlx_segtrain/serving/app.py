@@ -23,9 +23,10 @@ from .opening import confine
 from .service import Service
 from .settings import LOOPBACK, Settings
 
-#: Connections at once; more are answered 503.
+#: Connections at once; further ones get 503.
 CONNECTIONS = 2000
-#: Files that are open at once, if the system allows it: each follower of a job is a connection.
+#: Files that are open at once, if the system allows it: each client that follows a job is a
+#: connection.
 OPEN_FILES = 65536
 #: The routes of the API.
 ROUTERS = (
@@ -38,7 +39,7 @@ ROUTERS = (
 
 
 def create(service: Service) -> Guard:
-    """The application of a server."""
+    """Creates the application of a server."""
     settings = service.settings
 
     @asynccontextmanager
@@ -72,7 +73,8 @@ def create(service: Service) -> Guard:
 
 
 class Plain(logging.Formatter):
-    """Clients' words may be in a line; none of it is a line of its own, or moves a terminal."""
+    """Formats log lines so that clients' text in them can neither start a new line nor control a
+    terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
@@ -80,9 +82,10 @@ class Plain(logging.Formatter):
 
 
 def run(settings: Settings, level: int = logging.INFO) -> None:
-    """Serves until a signal; jobs go on. InputError, before it listens, for what cannot be used.
+    """Serves until a signal; jobs continue. Raises InputError, before it listens, for what cannot
+    be used.
 
-    Standard error gets messages of this level and above; with DEBUG, uvicorn's own, too.
+    Standard error gets messages of this level and above; with DEBUG, also uvicorn's.
     """
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
@@ -92,13 +95,13 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
-        # Connections inherit it. asyncio sets it only where a socket names its protocol; without it
+        # Connections inherit it. asyncio sets it only if a socket names its protocol; without it
         # each answer waits 40 ms for a client that acknowledges late.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(
-            f"the address {settings.host}, port {settings.port} cannot be had ({error.strerror}): "
-            "give another --port."
+            f"address {settings.host}, port {settings.port} is not available ({error.strerror}): "
+            "choose another --port."
         ) from None
     service = Service(settings)
     confine(service.roots)
@@ -106,9 +109,10 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
 
 
 def allow_open_files(wanted: int) -> None:
-    """Lets this process have so many files open, or as many as the system allows.
+    """Lets this process open this many files, or as many as the system allows.
 
-    The hard limit may be more than that: macOS says infinity, and takes kern.maxfilesperproc.
+    The hard limit may be higher than allowed: macOS reports infinity and enforces
+    kern.maxfilesperproc.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
@@ -124,12 +128,13 @@ def allow_open_files(wanted: int) -> None:
 
 
 async def _serve(service: Service, listener: socket.socket, level: int) -> None:
-    await service.start()  # a model that cannot be loaded is known before anyone asks
+    await service.start()  # find out before anyone asks whether the model can be loaded
     config = uvicorn.Config(
         create(service),
         http=Patient,
-        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anyone may say to be another
-        access_log=False,  # paths may be followed by secrets
+        # Otherwise any client may claim to be another.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        access_log=False,  # paths may contain secrets
         log_level=logging.INFO if level < logging.INFO else logging.WARNING,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=30,

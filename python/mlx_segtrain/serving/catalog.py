@@ -1,4 +1,4 @@
-"""What lies below the roots: models, data sets, adapters. Nothing is loaded, little is read."""
+"""Lists what is below the roots: models, data sets, adapters. Loads nothing and reads little."""
 
 import math
 import os
@@ -17,17 +17,17 @@ from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 from .roots import CLOSED
 
-#: Folders below a root that are looked into, and how many at most.
+#: Depth of folders below a root that are searched, and their maximum number.
 DEPTH, MOST = 6, 20_000
-#: Folders that cannot be read, of which so many are told.
+#: The most unreadable folders that are reported.
 MOST_FAULTS = 100
-#: Folders that hold no data of a user's.
+#: Folders that hold no data of a user.
 PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. `bits` of most of its weights; `fast`: over our own ops."""
+    """A model on disk. `bits` of most of its weights; `fast`: it uses our own ops."""
 
     id: str
     path: str
@@ -50,7 +50,7 @@ class DataFolder:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A folder that looks like a model's, and why it cannot be read."""
+    """A folder that looks like a model, and why it cannot be read."""
 
     path: str
     error: str
@@ -62,7 +62,7 @@ def _reason(error: Exception) -> str:
 
 
 def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:
-    """By name; what cannot be read as a model is passed over, and added to `faults`."""
+    """Returns models by name; what cannot be read as a model is skipped and added to `faults`."""
     found = []
     for place, files in _folders(roots):
         if {"config.json", "tokenizer_config.json"} <= files:
@@ -75,7 +75,7 @@ def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> lis
 
 
 def look(path: Path) -> Model:
-    """InputError if the folder is no model's."""
+    """Returns the model in a folder. Raises InputError if there is none."""
     snapshot = Snapshot(path)
     shape = read_shape(snapshot)
     bits = list(shape.bits.values())
@@ -97,11 +97,11 @@ def look(path: Path) -> Model:
 
 
 def datasets(roots: Sequence[Path]) -> list[DataFolder]:
-    """By path."""
+    """Returns data sets by path."""
     found = []
     for place, files in _folders(roots):
         if any(name.startswith("train") for name in files):
-            with suppress(OSError, InputError):  # a link to nowhere
+            with suppress(OSError, InputError):  # a dangling link
                 train, valid = (split_in(place, place, split) for split in ("train", "valid"))
                 facts = [path.stat() for path in train.values()]
                 if facts and all(stat.S_ISREG(own.st_mode) for own in facts):
@@ -111,7 +111,7 @@ def datasets(roots: Sequence[Path]) -> list[DataFolder]:
 
 
 def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
-    """Those that can be read, and that `base`, if there is one, can take: by path."""
+    """Returns adapters by path that can be read and, if `base` is given, that it can use."""
     shape = None if base is None else read_shape(base)
     found = []
     for place, files in _folders(roots):
@@ -124,25 +124,25 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
 
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
-    """Whether an adapter names this base, in any spelling, or none."""
+    """Returns whether an adapter names this base, in any spelling, or none."""
     name = title(Path(adapter.base)).rpartition("/")[2].lower()
     return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
-    """Folders and the names of their files; links to folders are not followed."""
+    """Yields folders and the names of their files; does not follow links to folders."""
     seen: set[Path] = set()
     for root in roots:
         for name, folders, files in os.walk(root):
             place = Path(name)
-            if place in seen or len(seen) >= MOST:  # a root within another
+            if place in seen or len(seen) >= MOST:  # a root inside another
                 folders.clear()
                 continue
             seen.add(place)
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            # Names that are no text cannot be sent as JSON; a link may lead out of the roots.
+            # Undecodable names cannot be sent as JSON; a link may lead out of the roots.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
             if str(place).isprintable():
@@ -150,7 +150,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _is_blob(place: Path, file: str) -> bool:
-    """Whether a link stays within its repository of the Hugging Face cache, as its files are."""
+    """Returns whether a link stays in its repository of the Hugging Face cache, as its files do."""
     found = FOLDER.search(str(place))
     if found is None or found["kind"] != "models":
         return False

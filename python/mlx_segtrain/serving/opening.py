@@ -1,9 +1,9 @@
-"""Files below the roots are checked where they are opened: after it, by the open file itself.
+"""Checks files below the roots after they were opened, by the open file itself.
 
-A path that was looked at and is opened later may be a link by then. So in a process that reads what
-clients name, `open` of Python (for libraries, too: templates, configurations, rows) opens first,
-asks the system which file that is, and refuses one to which a link has led out of the roots. Files
-that compiled code opens by itself (weights, tokenizer.json) are not seen here.
+A path that was checked may be a link by the time it is opened. So in a process that reads what
+clients name, Python's `open` (also for libraries: templates, configurations, rows) opens first,
+asks the system which file that is, and refuses a file outside of the roots that a link led to.
+Files that compiled code opens by itself (weights, tokenizer.json) are not covered here.
 """
 
 import builtins
@@ -20,25 +20,25 @@ from .. import files
 from .roots import Roots
 
 _open, _os_open = builtins.open, os.open
-#: Of macOS: the path of an open file.
+#: On macOS: the command that gives the path of an open file.
 F_GETPATH = 50
 _roots: Roots | None = None
 
 
 def confined() -> list[str]:
-    """The store and the roots of this process; nothing if it is not confined."""
+    """Returns the store and the roots of this process; empty if it is not confined."""
     return [] if _roots is None else [str(_roots.store or ""), *map(str, _roots.folders)]
 
 
 def open_too(folders: Iterable[str]) -> None:
-    """Folders that were opened after this process was confined."""
+    """Adds folders after this process was confined."""
     if _roots is not None:
         for folder in folders:
             _roots.open(Path(folder))
 
 
 def confine(roots: Roots) -> None:
-    """From here on, for the whole process."""
+    """Confines the whole process from here on."""
     global _roots
     _roots = roots
     files.may_follow = roots.allows
@@ -49,13 +49,13 @@ def confine(roots: Roots) -> None:
         if not roots.holds(Path(path)) or path.startswith(modules):
             return
         found = path_of(file, path)
-        if _known(str(found)) != _known(path):  # by a link
+        if _known(str(found)) != _known(path):  # through a link
             roots.check(Path(path), found)
 
     def open_number(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if dir_fd is not None:
             return _os_open(path, flags, mode, dir_fd=dir_fd)
-        # What lies elsewhere must not have been emptied.
+        # A file elsewhere must not be truncated before the check.
         file = _os_open(path, flags & ~os.O_TRUNC, mode)
         try:
             verify(path, file)
@@ -85,12 +85,12 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """By which two paths are compared: on macOS other capitals are the same name."""
+    """Returns the form in which paths are compared: on macOS case does not matter."""
     return path.casefold() if sys.platform == "darwin" else path
 
 
 def path_of(file: int, named: str) -> Path:
-    """Where the file is that is open; OSError if the system does not say."""
+    """Returns the path of an open file. Raises OSError if the system does not give it."""
     if sys.platform == "darwin":
         found = fcntl.fcntl(file, F_GETPATH, bytes(1024))
         return Path(os.fsdecode(found.rstrip(b"\0")))
@@ -98,5 +98,5 @@ def path_of(file: int, named: str) -> Path:
         return Path(os.readlink(f"/proc/self/fd/{file}"))
     path = os.path.realpath(named)
     if not os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file)):
-        raise OSError(f"{named} changes while it is opened")
+        raise OSError(f"{named} changed while it was opened")
     return Path(path)

@@ -1,4 +1,4 @@
-"""Threads by kind of work, so many of each: what fills one kind leaves the others free."""
+"""Threads by kind of work, a fixed number for each: one kind cannot use up another's."""
 
 import asyncio
 import threading
@@ -15,28 +15,30 @@ T = TypeVar("T")
 
 
 class Busy(RunError):
-    """A request that is not taken now. The message is one sentence: why, and what to do.
+    """A request that is refused because of the load. The message is one sentence: why, and what to
+    do.
 
-    `status` and `code` are those with which it is answered.
+    It is answered with `status` and `code`.
     """
 
     status, code = 429, "busy"
 
 
 class Transfers:
-    """Files that are being sent or taken, so many at once."""
+    """Limits the transfers that run at once."""
 
     def __init__(self, most: int = 4):
         self.most, self.places = most, dict[object, None]()
 
     @contextmanager
     def place(self, name: object = None) -> Iterator[None]:
-        """One of the places, within it; Busy if all are taken, or the one of this name is."""
+        """Holds one of the slots while it is active. Raises Busy if all are taken, or if the one of
+        this name is."""
         name = object() if name is None else name
         if len(self.places) >= self.most:
-            raise Busy(f"{self.most} transfers are under way: try again when one has ended.")
+            raise Busy(f"{self.most} transfers are running: try again when one has ended.")
         if name in self.places:
-            raise Busy("the same is being sent already: wait until that has ended.")
+            raise Busy("the same file is already being sent: wait until that has ended.")
         self.places[name] = None
         try:
             yield
@@ -44,22 +46,23 @@ class Transfers:
             del self.places[name]
 
     def check_none(self, folder: Path) -> None:
-        """Busy if one of the places has a path below this folder as its name."""
+        """Raises Busy if a transfer below this folder is running."""
         if any(isinstance(own, Path) and own.is_relative_to(folder) for own in self.places):
             raise Busy(f"files of {folder.name} are being sent: wait until that has ended.")
 
 
 class Pool:
-    """Up to `threads` calls run, and `waiting` more wait; the next is Busy."""
+    """Runs up to `threads` calls, and queues `waiting` more; for the next it raises Busy."""
 
     def __init__(self, name: str, threads: int, waiting: int):
         self.name, self._places = name, threading.Semaphore(threads + waiting)
         self._threads = ThreadPoolExecutor(threads, f"mlx-segtrain {name}")
 
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The call's result. One that nobody waits for any more counts until it has ended."""
+        """Returns the call's result. A call that nobody waits for any more counts until it has
+        ended."""
         if not self._places.acquire(blocking=False):
-            raise Busy(f"too many requests for {self.name} wait already: try again in a moment.")
+            raise Busy(f"too many requests for {self.name} are waiting: try again in a moment.")
         future = self._threads.submit(fn, *args, **kwargs)
         future.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(future)

@@ -1,4 +1,4 @@
-"""Which folders clients may name."""
+"""Decides which folders clients may name."""
 
 import os
 from collections.abc import Iterable
@@ -7,18 +7,18 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import ASIDE
 
-#: Beginnings of names that nobody may name below a root.
+#: Beginnings of names that cannot be used below a root.
 CLOSED = (".", "datasets--", "spaces--")
-#: Bytes of a path, as on Linux.
+#: The most bytes of a path, as on Linux.
 LONGEST_PATH = 4096
-#: Files and folders below one that is named, at most: each may be a link.
+#: The most files and folders below a named one: each may be a link.
 MOST_BELOW = 20_000
-#: Links among these, and links that lead to one another: following takes a while.
+#: The most links among these, and links that lead to one another: following takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
 class Outside(InputError):
-    """A path that does not lie under the roots."""
+    """A path that is not below the roots."""
 
     status = 403
 
@@ -26,8 +26,8 @@ class Outside(InputError):
 class Roots:
     """The folders below which a client may name paths.
 
-    Nothing hidden below them may be named (`.ssh`, `.git`, `.env`), nor a cache's repositories that
-    are no models, nor the jobs of our store, which may lie below a root, too.
+    Hidden files and folders below them are excluded (`.ssh`, `.git`, `.env`), and so are a cache's
+    repositories that are not models, and the jobs of our store, which may also be below a root.
     """
 
     def __init__(self, roots: Iterable[Path], store: Path | None = None):
@@ -35,8 +35,8 @@ class Roots:
         self.store = None if store is None else store.expanduser().resolve()
 
     def resolve(self, text: str | Path) -> Path:
-        """The path without links; Outside if it is elsewhere, or what is below it is a link to
-        elsewhere, at any depth."""
+        """Returns the path with links resolved. Raises Outside if it is elsewhere, or if anything
+        below it, at any depth, is a link to elsewhere."""
         try:
             if "\0" in str(text):
                 raise ValueError("it holds a null character")
@@ -55,29 +55,30 @@ class Roots:
         return path
 
     def open(self, folder: Path) -> None:
-        """From here on a folder below the roots that was closed may be named, too: a data set of
-        the hub that a client may have."""
+        """Opens a closed folder below the roots from here on: a data set of the hub that a client
+        may use."""
         folder = folder.resolve()
         if folder not in self.folders:
             self.folders.append(folder)
 
     def holds(self, path: Path) -> bool:
-        """Whether a path, as it is written, lies below one of the folders."""
+        """Returns whether a path, as written, is below one of the folders."""
         return any(path.is_relative_to(root) for root in self.folders)
 
     def check(self, named: Path, path: Path) -> None:
-        """Outside if a path without links, by whatever name, is elsewhere."""
+        """Raises Outside if a path with links resolved is elsewhere, whatever name it was given
+        by."""
         if self._is_of_jobs(path):
-            raise Outside(f"{named} lies outside of what clients may use: jobs are the server's.")
+            raise Outside(f"{named} is not accessible to clients: jobs belong to the server.")
         if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(
-                f"{named} lies outside of what this server may use ({where}, and nothing hidden "
-                "there): see --root."
+                f"{named} is not below a directory that this server may use ({where}, and nothing "
+                "hidden there): see --root."
             )
 
     def allows(self, path: Path) -> bool:
-        """Whether what a file names may be looked at."""
+        """Returns whether a folder that a file names may be read."""
         try:
             self.check(path, path.resolve())
         except (Outside, OSError, RuntimeError):
@@ -87,21 +88,21 @@ class Roots:
     def _is_of_jobs(self, path: Path) -> bool:
         if self.store is None or not path.is_relative_to(self.store) or path == self.store:
             return False
-        # On macOS other capitals are the same name.
+        # On macOS case does not matter.
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:
-        """Of all that is not hidden below a path, within folders that links lead to, too."""
+        """Checks all links below a path that are not hidden, also in folders that links lead to."""
         waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:
             try:
                 entries = list(os.scandir(waiting.pop()))
             except (NotADirectoryError, FileNotFoundError, PermissionError):
-                continue  # a file, what is to be made, what nobody here can read
+                continue  # a file, an output that does not exist yet, or something unreadable
             count += len(entries)
             if count > MOST_BELOW:
                 raise InputError(
-                    f"{path} holds more than {MOST_BELOW:,} files: name the folder of one thing."
+                    f"{path} holds more than {MOST_BELOW:,} files: name a more specific folder."
                 )
             for entry in entries:
                 if entry.name.startswith("."):
@@ -117,10 +118,11 @@ class Roots:
                     waiting.append(own)
 
     def _follow(self, link: Path, count: int) -> Path:
-        """Where a link leads to; InputError if it is one of very many, or leads to many others."""
+        """Returns where a link leads to. Raises InputError if there are too many, or if it leads to
+        too many others."""
         if count > MOST_LINKS:
             raise InputError(
-                f"more than {MOST_LINKS:,} links lie in the folder of {link}: copy the files."
+                f"the folder of {link} has more than {MOST_LINKS:,} links: copy the files instead."
             )
         step = link
         for _ in range(MOST_STEPS):
@@ -128,14 +130,15 @@ class Roots:
             if not step.is_symlink():
                 break
         else:
-            raise InputError(f"{link} leads to a link, and so on: make it lead to a file.")
+            raise InputError(f"{link} is a long chain of links: link to the file directly.")
         target = link.resolve()
         self.check(link, target)
         return target
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Whether a path is the root, or below it and neither hidden nor what is no model's."""
+    """Returns whether a path is the root, or below it and neither hidden nor in a repository that
+    is not a model's."""
     if not path.is_relative_to(root):
         return False
     parts = path.relative_to(root).parts

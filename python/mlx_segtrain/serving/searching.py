@@ -1,4 +1,4 @@
-"""Searches of the hub that clients ask for as they type: few of them reach it."""
+"""Searches the hub for clients that search while they type: few requests reach it."""
 
 import time
 from collections import OrderedDict, deque
@@ -7,9 +7,9 @@ from ..hub import Kind
 from ..hub_search import Hit, search
 from .pools import Busy, Pool
 
-#: Seconds for which an answer is kept, and how many of them.
+#: Seconds for which an answer is cached, and how many answers.
 KEPT_S, KEPT = 300.0, 200
-#: Requests to the hub in a minute.
+#: Requests to the hub per minute.
 PER_MINUTE = 60
 
 
@@ -20,13 +20,14 @@ class Searches:
         self._asked: deque[float] = deque(maxlen=PER_MINUTE)
 
     async def run(self, words: str, kind: Kind) -> list[Hit]:
-        """InputError if the hub cannot be asked, Busy if it has been asked too often."""
+        """Returns the results. Raises InputError if the hub cannot be asked, Busy if it was asked
+        too often."""
         now, key = time.monotonic(), (" ".join(words.lower().split()), kind)
         when, found = self._known.get(key, (-KEPT_S, []))
         if now - when < KEPT_S:
             return found
         if len(self._asked) == PER_MINUTE and now - self._asked[0] < 60:
-            raise Busy(f"the hub is searched {PER_MINUTE} times a minute: wait a moment.")
+            raise Busy(f"the limit of {PER_MINUTE} searches per minute is reached: wait a moment.")
         self._asked.append(now)
         found = await self._pool.run(search, key[0], kind)
         self._known[key] = (now, found)

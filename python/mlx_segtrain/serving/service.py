@@ -1,4 +1,4 @@
-"""What the API does: paths and configurations checked, then jobs and plans."""
+"""What the API does: checks paths and configurations, then runs jobs and plans."""
 
 import asyncio
 import json
@@ -52,19 +52,19 @@ JOB_PATHS = tuple(
 )
 #: Models whose tokenizers are kept for inspections, besides the served one's.
 MOST_CONFINED = 2
-#: Seconds between two looks at the memory, and by how many bytes it has grown if that matters.
+#: Seconds between two checks of the memory, and the growth in bytes that matters.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
-#: Bytes of a job's configuration.
+#: The most bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
-#: How an operator brings a model.
+#: How an operator provides a model.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
-#: Jobs that a server takes at once, and how many more each minute.
+#: Jobs that a server accepts at once, and how many more each minute.
 BURST, PER_MINUTE = 60, 60
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits: in a sentence, and with all that the planner says if it does."""
+    """Whether a run fits: in a sentence, and with the whole plan if it does."""
 
     fits: bool
     message: str
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """What jobs compute on. `memory_bytes` is all that there is, of a GPU its own."""
+    """What jobs compute on. `memory_bytes` is the total, for a GPU its own."""
 
     name: str
     type: str
@@ -84,7 +84,7 @@ class Device:
         found, info = machine()["device"], dict(mx.device_info())
         memory = info.get("memory_size") or info.get("total_memory")
         name = found["name"]
-        if name == "CPU":  # Linux's name of the machine has no processor
+        if name == "CPU":  # Linux's name of the machine lacks the processor
             with suppress(OSError, StopIteration):
                 lines = Path("/proc/cpuinfo").read_text().splitlines()
                 model = next(line for line in lines if line.startswith("model name"))
@@ -94,7 +94,7 @@ class Device:
 
     @property
     def free_bytes(self) -> int:
-        """What a run that begins now may take."""
+        """Memory that a run starting now may take."""
         return budget_bytes()
 
 
@@ -109,11 +109,11 @@ class Service:
         self.engine = Engine(cache_bytes=int(settings.prompt_cache_gb * 1e9))
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
-        #: Looks at what is on disk, and plans, have threads of their own.
+        #: Looking at the disk and planning have their own threads.
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
         self.sessions = Sessions()  #: of browsers
         self.searches = Searches()
-        #: Where data sets and adapters go that clients send.
+        #: Where uploads go.
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
@@ -135,8 +135,8 @@ class Service:
         await asyncio.to_thread(self.engine.close)
 
     async def _tidy(self) -> None:
-        """The C library keeps what large requests have freed: now and then it is given back. A job
-        that trains gets what prompts of others have that are kept."""
+        """Returns memory to the system that large requests have freed, from time to time. A
+        training job gets the memory of cached prompts."""
         least = resident()
         while True:
             with suppress(asyncio.TimeoutError):
@@ -159,21 +159,21 @@ class Service:
         """Whether answers wait for a job that computes."""
         return self.settings.while_training == "refuse" and self.jobs.training
 
-    # What there is
+    # What is on disk
 
     async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
-        """Those that can be read; the others are added to `faults`."""
+        """Returns models that can be read; the others are added to `faults`."""
         return await self.looks.run(catalog.models, self.roots.folders, faults)
 
     async def datasets(self) -> list[catalog.DataFolder]:
         return await self.looks.run(catalog.datasets, self.roots.folders)
 
     async def adapters(self, base: Path | None) -> list[Found]:
-        """Those that fit the base; without one all that can be read."""
+        """Returns adapters that fit the base; without one, all that can be read."""
         return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
     async def available(self) -> list[dict[str, Any]]:
-        """Adapters that the served model can take, as GET /v1/adapters/available lists them."""
+        """Returns adapters that the served model can use, for GET /v1/adapters/available."""
         base = self.engine.base
         if base is None:
             return []
@@ -192,27 +192,26 @@ class Service:
         ]
 
     async def serve(self, model_dir: str | Path) -> Base:
-        """Loads a model in place of the one that is served."""
+        """Loads a model, replacing the served one."""
         return await self.engine.load(self.place(model_dir))
 
     def place(self, text: str | Path) -> Path:
-        """The folder that a client names: a path below the roots, or a name of the hub whose model
-        is in the cache there. InputError, Outside."""
+        """Returns the folder that a client names: a path below the roots, or a name on the hub
+        whose model is in the cache. Raises InputError, Outside."""
         if hub.named(text) is None:
             return self.roots.resolve(text)
         found = hub.cached(text)
         if found is None:
             how = "download it first (/api/hub/download)" if self.settings.downloads else WAY
-            raise InputError(
-                f"{text} is neither a path here nor in this machine's cache of the hub: {how}."
-            )
+            raise InputError(f"{text} is neither a path nor in this machine's hub cache: {how}.")
         return self.roots.resolve(found)
 
     def data_place(self, text: str | Path) -> Path:
-        """Where a client's data is: a path below the roots; or the name of a data set of the hub
-        that is in the cache there, at the commit that it has. InputError, Outside.
+        """Returns where a client's data is: a path below the roots; or the name of a data set on
+        the hub that is in the cache, with its commit. Raises InputError, Outside.
 
-        The cache has this user's own data sets too: clients that may not download may not name one.
+        The cache also has the user's private data sets, so only clients that may download may name
+        one.
         """
         named = None if format_of(Path(text)) else repository.named(text)
         if named is None:
@@ -220,7 +219,7 @@ class Service:
         self._check_downloads(str(text))
         train, _ = sources_of(str(text), ask=False)
         own = hub.origin(next(iter(train.files.values())))
-        assert own is not None  # it came from there
+        assert own is not None  # where it came from
         self.roots.open(own.folder)
         folder = self.roots.resolve(own.folder / "snapshots" / str(own.revision))
         return Path(repository.pinned(str(text), folder))
@@ -233,20 +232,21 @@ class Service:
         return named.get(name, self.roots.resolve)
 
     def _check_downloads(self, name: str) -> None:
-        """InputError or Outside unless clients may have things of the hub downloaded."""
+        """Raises InputError or Outside unless clients may download from the hub."""
         if not self.settings.downloads:
-            raise InputError(f"this server downloads nothing for its clients: {WAY}.", status=403)
+            raise InputError(f"this server does not download for clients: {WAY}.", status=403)
         self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
-        """A job that brings a model or a data set of the hub; InputError if that is not allowed."""
+        """Starts a job that downloads a model or a data set. Raises InputError if that is not
+        allowed."""
         if (hub.named(name) if kind == "model" else repository.named(name)) is None:
-            raise InputError(f"{shown(name)} is not a name of the hub: give org/name.", status=422)
+            raise InputError(f"{shown(name)} is not a name on the hub: use org/name.", status=422)
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """What clients could download; InputError if they may not, or the hub cannot be asked."""
+        """Searches the hub for clients; InputError if they may not, or it does not answer."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 
@@ -258,10 +258,11 @@ class Service:
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
-        """As the command line checks it; paths lie under the roots. Outside, InputError."""
+        """Returns the configuration, checked as on the command line, with paths below the roots.
+        Raises Outside, InputError."""
         for name, why in REFUSED.items():
             if values.get(name) is not None:
-                raise InputError(f"{name} is not taken: {why}.", status=422, field=name)
+                raise InputError(f"{name} is not allowed here: {why}.", status=422, field=name)
         try:
             config = load_config(None, {**fill, **values})
         except InputError as error:
@@ -274,14 +275,14 @@ class Service:
         return config.model_copy(update=paths)
 
     async def plan(self, values: Mapping[str, Any]) -> Plan:
-        """InputError for what is wrong, apart from a lack of memory."""
+        """Plans a run. Raises InputError for what is wrong, apart from a lack of memory."""
         config = self.config(values, data_dir="unused", adapter_path="unused")
         return await self.plans.run(_plan, config)
 
     async def inspect(
         self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
     ) -> Report:
-        """What a data set trains; what is wrong with it is in the report."""
+        """Reports what a data set trains on; what is wrong with it is in the report."""
         place = self.data_place(path)
         base = None if model_dir is None else self.place(model_dir)
         confined = self._confined(base)
@@ -292,7 +293,8 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """The processes of a model's tokenizer: the served one's, or those of the last few."""
+        """Returns the processes of a model's tokenizer: those of the served model, or of the last
+        few."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined
@@ -308,14 +310,14 @@ class Service:
     # Jobs
 
     def submit(self, values: Mapping[str, Any]) -> Row:
-        """A training run."""
+        """Submits a training run."""
         fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
         config, stated = self._checked({**values, **fill}, "train")
         self.outputs.check_run(config)
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
-        """A job of another kind, which says what has to be true of its values (kinds.py)."""
+        """Queues a job of another kind, which declares the checks of its values (kinds.py)."""
         own, out = KINDS[kind], None
         if own.makes is not None:
             out = self.outputs.given(values.pop("output_dir", None), own.makes)
@@ -330,11 +332,11 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Loss of a model, with an adapter or without; `with_base`: both."""
+        """Submits a job for the loss of a model, with or without an adapter; `with_base`: both."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(
-                "with_base compares an adapter with its base: give adapter_path.",
+                "with_base compares an adapter with its base model: add adapter_path.",
                 **{"status": 422, "field": "with_base"},
             )
         return self._submit("evaluate", {**stated, "split": split, "with_base": with_base}, None)
@@ -342,8 +344,8 @@ class Service:
     def _checked(
         self, values: Mapping[str, Any], split: str, **fill: Any
     ) -> tuple[TrainConfig, dict[str, Any]]:
-        """The configuration of a job, and what of it was given; InputError for what can be said
-        before the job begins."""
+        """Returns the configuration of a job, and which of it was given. Raises InputError for what
+        can be checked before the job starts."""
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
         with about("model_dir"):
@@ -352,13 +354,13 @@ class Service:
             _, valid = sources_of(config.data_dir, ask=False)
         if split == "valid" and valid is None and not config.val_split:
             raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: no data there.",
+                f"data_dir {config.data_dir} has no validation rows: add some.",
                 field="data_dir",
             )
         return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
-        """Queues a job again; InputError if there is none."""
+        """Requeues a job. Raises InputError if there is none."""
         self.jobs.get(id)
         self._take_token()
         return self.jobs.resume(id)
@@ -372,7 +374,7 @@ class Service:
     def _submit(self, kind: str, values: dict[str, Any], output: Path | None) -> Row:
         if len(json.dumps(values)) > MOST_CONFIG:
             raise InputError(
-                f"the configuration has more than {MOST_CONFIG} bytes: shorten it.", status=422
+                f"the configuration is larger than {MOST_CONFIG} bytes: shorten it.", status=422
             )
         self._take_token()
         return self.jobs.submit(kind, values, output)
@@ -383,12 +385,14 @@ class Service:
         self.refilled = now
         if self.tokens < 1:
             raise InputError(
-                f"more than {PER_MINUTE} jobs a minute are not taken: come back later.", status=429
+                f"the limit of {PER_MINUTE} jobs per minute is reached: try again later.",
+                status=429,
             )
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:
-        """Of a job that is about to run: roots may be others than when it was submitted."""
+        """Checks the paths of a job that is about to run: the roots may have changed since it was
+        submitted."""
         for name in JOB_PATHS:
             given = values.get(name)
             for path in given if isinstance(given, list) else [given]:
@@ -398,13 +402,13 @@ class Service:
     def _path(self, text: str) -> str:
         path = self.place(text)
         if not path.is_dir():
-            raise InputError(f"{text} is not a folder: give one that is there.")
+            raise InputError(f"{text} is not a folder: name an existing one.")
         return str(path)
 
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """An InputError within that names no field is about this one."""
+    """Makes an InputError inside it that names no field name this one."""
     try:
         yield
     except InputError as error:
@@ -413,7 +417,7 @@ def about(field: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Bytes of main memory that this process has; None where the system does not say."""
+    """Returns the bytes of main memory that this process has; None if the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What a browser shows in place of the token: a random id, which can be revoked.
+"""Sessions of browsers: a random id instead of the token, which can be revoked.
 
-A cookie goes to every port of a host, so to other programs of this machine, too. It must not be the
-token: that never changes, and opens the API from anywhere.
+A cookie goes to every port of a host, so also to other programs on this machine. It must not be the
+token, which never changes and opens the API from anywhere.
 """
 
 import hashlib
@@ -11,19 +11,19 @@ from collections import OrderedDict
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
-#: Sessions at once: of more the oldest end.
+#: The most sessions at once: a further one ends the oldest.
 MOST = 1000
 
 
 class Sessions:
-    """Those of a server's life; only hashes of the ids are kept, so that looking one up takes as
-    long whatever is given."""
+    """The sessions of a server; only hashes of the ids are kept, so that a look-up takes constant
+    time."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()
 
     def open(self) -> str:
-        """A new one's id."""
+        """Opens a session; returns its id."""
         id = secrets.token_urlsafe(32)
         self._ends[_hash(id)] = time.monotonic() + LASTS_S
         while len(self._ends) > MOST:
@@ -31,7 +31,7 @@ class Sessions:
         return id
 
     def holds(self, id: str) -> bool:
-        """Whether it is open."""
+        """Returns whether the session is open."""
         return self._ends.get(_hash(id), 0.0) > time.monotonic()
 
     def close(self, id: str) -> None:

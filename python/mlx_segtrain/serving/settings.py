@@ -1,4 +1,4 @@
-"""How a server is set up."""
+"""The settings of a server."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """InputError for a server that anyone could use."""
+    """Raises InputError for a server that anyone could use."""
 
     model_dir: Path | None = None
     adapter: Path | None = None
@@ -24,9 +24,9 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     roots: tuple[Path, ...] = ()
     allow_hosts: tuple[str, ...] = ()
-    downloads: bool = False  #: clients may have things of the hub downloaded
+    downloads: bool = False  #: whether clients may download from the hub
     while_training: Literal["serve", "refuse"] = "serve"
-    prompt_cache_gb: float = 1.0  #: 10⁹ bytes of prompts that are kept, at most
+    prompt_cache_gb: float = 1.0  #: the most 10⁹ bytes of cached prompts
     store: Path = field(default_factory=cache_dir)
 
     def __post_init__(self) -> None:
@@ -34,19 +34,19 @@ class Settings:
             raise InputError("the token has fewer than 8 characters: choose a longer one.")
         if self.host not in LOOPBACK and self.token is None:
             raise InputError(
-                f"on the address {self.host} others reach this server: give a --token, or leave "
-                "--host out."
+                f"on the address {self.host} other machines can reach this server: set a --token, "
+                "or leave --host out."
             )
         if not 0 <= self.prompt_cache_gb < 1e6:
             raise InputError(
-                f"--prompt-cache-gb is {self.prompt_cache_gb}: give how many 10⁹ bytes, 0 for none."
+                f"--prompt-cache-gb must be a number >= 0 (10⁹ bytes); got {self.prompt_cache_gb}."
             )
         if self.adapter is not None and self.model_dir is None:
-            raise InputError("--adapter is one of a MODEL: give that too.")
+            raise InputError("--adapter needs a MODEL: add it.")
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Below which clients may name paths: what was given; else here, and the hub's cache. Our
-        store always."""
+        """The folders below which clients may name paths: the given ones; by default the working
+        directory and the hub's cache. Our store is always included."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
         return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

@@ -176,7 +176,7 @@ def read_inputs(
     rewards: Rewards | None = None,
 ) -> Inputs:
     """Reads the data. Raises InputError if it cannot be used. Decides what `auto` leaves open; a
-    resumed run keeps its decisions. Runs on prompts have rewards."""
+    resumed run keeps its decisions. A run on prompts has rewards."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)

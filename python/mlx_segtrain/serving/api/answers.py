@@ -1,4 +1,4 @@
-"""The answers to a request, as they come; each route of OpenAI's has a form for them."""
+"""Answers to a request, as they are generated; each OpenAI route gives them its own form."""
 
 import asyncio
 import codecs
@@ -27,13 +27,13 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between two looks whether a client that waits for a whole answer is still there.
+#: Seconds between two checks whether a client that waits for a whole answer is still connected.
 LOOK_S = 0.25
-#: Grammars that are read at once, and that wait for it.
+#: Grammars that are compiled at once, and that wait for it.
 _GRAMMARS = Pool("grammars", 1, 16)
-#: Tokens of a request of which log p is told at most, the likeliest others among them.
+#: The most tokens of a request whose log p is returned, counting the likeliest alternatives.
 MOST_TOLD = 1_000_000
-#: Seconds for which the calls of an answer wait for a process that reads them.
+#: Seconds that the calls of an answer wait for a process that parses them.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -41,7 +41,7 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 @dataclass
 class Delta:
-    """More of the answer `index`; the last has `finish`."""
+    """More of the answer `index`; the last delta has `finish`."""
 
     index: int
     content: str = ""
@@ -70,21 +70,22 @@ class Answers:
         opened = [self._opened(prompt) for prompt in asked for _ in range(self._n)]
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         self._said = [0] * len(opened)  # calls of each answer
-        self._forced = [""] * len(opened)  # what each has said, if it is calls alone
-        self._made = [0] * len(opened)  # tokens of each
-        # Of each answer's tokens that were told: characters, and the bytes of one that is begun.
+        self._forced = [""] * len(opened)  # what each answer has said, if it consists of calls
+        self._made = [0] * len(opened)  # tokens of each answer
+        # For each answer, of the tokens already sent: characters, and the bytes of an incomplete
+        # one.
         self._characters = [0] * len(opened)
         self._begun_characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in opened]
         self._generations: list[Generation] = []
         self._begun, self._first = time.monotonic(), 0.0
         self._ends: list[str] = []
         self._words: dict[int, tuple[str, list[int]]] = {}
-        self._line = ""  # of the log
+        self._line = ""  # the name in the log
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Begins to generate. InputError for what the request cannot have, Busy. By `id`, the
-        request's, the log tells what came of it."""
+        """Starts to generate. Raises InputError for what the request cannot have, and Busy. `id` is
+        the request's name in the log."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None
@@ -95,7 +96,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # a seed gives different answers, the same ones again
+                for i in range(body.n or 1):  # with a seed the answers differ, but repeat
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)
@@ -115,13 +116,13 @@ class Answers:
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
 
     def _opened(self, prompt: list[int]) -> bool:
-        """Whether a prompt ends within reasoning, as some templates have it."""
+        """Returns whether a prompt ends inside reasoning, as with some templates."""
         if self._tags.think is None:
             return False
         return begins_reasoning(self.base.tokenizer, prompt)
 
     async def close(self) -> None:
-        """Ends what still runs, and logs what there was: it may be called again."""
+        """Ends what still runs, and logs the request; may be called again."""
         for generation in self._generations:
             await generation.aclose()
         if self._line:
@@ -134,7 +135,8 @@ class Answers:
             self._line = ""
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """What comes, of all answers; RunError if one fails. Closed, they end."""
+        """Yields the deltas of all answers. Raises RunError if one fails. Closing it ends the
+        answers."""
         try:
             async with aclosing(_merged(self._generations)) as pieces:
                 async for index, piece in pieces:
@@ -168,14 +170,14 @@ class Answers:
         if piece.finish:
             self._ends.append(piece.finish)
             self.tokens += piece.tokens
-            if index % self._n == 0:  # the other answers are to the same prompt
+            if index % self._n == 0:  # the other answers have the same prompt
                 self.cached += piece.cached
             if self._said[index] and piece.finish == "stop":
                 delta.finish = "tool_calls"
         return delta
 
     def _add(self, index: int, piece: Piece) -> list[tuple[Kind, str]]:
-        """A piece's parts; the tokens of reasoning, and of its tags, are counted."""
+        """Adds the parts of a piece; counts the tokens of reasoning and of its tags."""
         parts = self._parts[index]
         before = parts.reasons
         found = parts.add(piece.text, last=piece.finish is not None)
@@ -185,7 +187,7 @@ class Answers:
         return found
 
     async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
-        """Of texts between a model's tags, by mlx-lm's parser of its calls."""
+        """Adds the calls in texts between a model's tags, parsed by mlx-lm."""
         size = sum(map(len, texts)) + len(json.dumps(self._tools))
         ask = self.base.confined.ask
         limits = Limits.of_prompt(size)
@@ -199,13 +201,13 @@ class Answers:
                 found = await prompts(size).run(read)
             except InputError:  # it took too long
                 found = [None] * len(texts)
-            except Busy:  # the answer is there, and not to be lost for that
+            except Busy:  # the answer exists, and must not be lost for that
                 if time.monotonic() > end:
                     found = [None] * len(texts)
                 else:
                     await asyncio.sleep(LOOK_S)
         for text, calls in zip(texts, found, strict=True):
-            if calls is None:  # it is no call: clients get it as it was said
+            if calls is None:  # not a call: clients get the text as it is
                 start, end = self._tags.call or ("", "")
                 delta.content += f"{start}{text}{end}"
             for call in calls or ():
@@ -214,7 +216,7 @@ class Answers:
     def _add_forced(self, delta: Delta, text: str) -> None:
         try:
             calls = json.loads(text)
-        except (ValueError, RecursionError):  # the most tokens came before its end
+        except (ValueError, RecursionError):  # it reached the maximum before its end
             delta.content += text
             return
         for call in calls:
@@ -227,7 +229,8 @@ class Answers:
             self._said[delta.index] += 1
 
     async def whole(self, request: Request) -> list[Delta] | None:
-        """Each answer in one piece; None if the client has gone, for whom they ended."""
+        """Returns each answer in one piece; None if the client disconnected, which ends the
+        answers."""
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -249,7 +252,7 @@ class Answers:
             await self.close()
         return found if all(own.finish for own in found) else None
 
-    # Log probabilities, in the two forms that OpenAI has
+    # Log probabilities, in OpenAI's two formats
 
     def _word(self, token: int) -> tuple[str, list[int]]:
         if token not in self._words:
@@ -269,8 +272,8 @@ class Answers:
         return {"content": content, "refusal": None}
 
     def text_logprobs(self, index: int, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
-        """Of the next tokens of an answer. Texts hold what is certain of them, and places count
-        what the tokens are: a character of several tokens is where the first of them is."""
+        """Returns those of an answer's next tokens. Texts hold only complete characters, and
+        offsets count tokens: a character of several tokens is at the first of them."""
         tokens = [self._word(token)[0] for token, _ in told]
         places, tops = [], []
         for token, (_, best) in told:
@@ -278,7 +281,8 @@ class Answers:
             text = self._begun_characters[index].decode(bytes(self._word(token)[1]))
             self._characters[index] += len(text)
             top: dict[str, float] = {}
-            for other, value in best.items():  # the likeliest first: of equal texts it stays
+            # The likeliest comes first, and stays among equal texts.
+            for other, value in best.items():
                 top.setdefault(self._word(other)[0], value)
             tops.append(top)
         taken = [max(own, -9999.0) for _, (own, _) in told]
@@ -291,19 +295,19 @@ class Answers:
 
 
 def _check_told(options: Options, answers: int, most: int | None) -> None:
-    """InputError if log p of more tokens is wanted than memory should hold."""
+    """Raises InputError if log p of more tokens is requested than memory should hold."""
     if options.logprobs is None:
         return
     each = options.max_tokens if most is None else min(options.max_tokens, most)
     if answers * each * (options.logprobs + 1) > MOST_TOLD:
         raise InputError(
             f"logprobs: {answers} x {each} tokens with {options.logprobs} others each are more "
-            f"than {MOST_TOLD:,}: give a smaller max_tokens, n or number of others."
+            f"than {MOST_TOLD:,}: use a smaller max_tokens, n or number of alternatives."
         )
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of several, as they come."""
+    """Merges the pieces of several answers as they come."""
     if len(generations) == 1:
         async for piece in generations[0]:
             yield 0, piece

@@ -1,7 +1,7 @@
-"""Bodies of JSON: counted before they are parsed, and parsed beside the event loop if large.
+"""JSON bodies: counted before they are parsed, and parsed outside of the event loop if large.
 
-A body of a few bytes may hold millions of values, and each costs memory, and time in which nobody
-else is served. So what is outside of its strings is counted first.
+A small body may hold millions of values, and each costs memory, and time in which no other request
+is served. So what is outside of its strings is counted first.
 """
 
 import json
@@ -15,41 +15,41 @@ from fastapi.routing import APIRoute
 
 from ..pools import Busy, Pool
 
-#: Bytes up to which a body is parsed at once.
+#: Bytes up to which a body is parsed immediately.
 SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
 class Most:
-    """Objects and lists, names in objects, and values that a large body may hold."""
+    """The most objects and lists, names in objects, and values of a large body."""
 
     containers: int
     names: int
     values: int
 
 
-#: A prompt may be a list of tokens, a chat one of turns; a configuration has a few fields.
+#: A prompt may be a list of tokens, and a chat one of turns; a configuration has few fields.
 OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 5000)
 
 _PARSING = Pool("large bodies", 2, 16)
 
-#: A string, which stays, or a comment to the end of its line. A string without an end is one too:
-#: or each of its quotes would be tried anew.
+#: Matches a string, which stays, or a comment up to the end of its line. A string without an end
+#: also matches: otherwise each of its quotes would be tried again.
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
-#: What a lone surrogate looks like in JSON; most such are half of a pair.
+#: A possible lone surrogate in JSON; most matches are half of a pair.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class NotText(ValueError):
-    """JSON that holds what is no text; why, in a sentence."""
+    """JSON that holds something that is not text; the message says what."""
 
 
 class Json(Request):
     """A request whose JSON is text: UTF-8, without lone surrogates.
 
-    A large body is parsed in a thread; each can be let go before the answer. A small one that is
-    not OpenAI's may have // comments, as people write it in a shell.
+    A large body is parsed in a thread; each can be freed before the answer. A small one outside of
+    OpenAI's routes may have // comments, as people write in a shell.
     """
 
     @property
@@ -69,8 +69,8 @@ class Json(Request):
         return self._json
 
     def parse(self, body: bytes) -> Any:
-        """The value; NotText, HTTPException for too much of it, or JSONDecodeError, with which
-        FastAPI says where."""
+        """Returns the value. Raises NotText, HTTPException if it is too large, or JSONDecodeError,
+        with which FastAPI reports the position."""
         text = _decoded(body)
         if len(body) > SMALL:
             _count(text, OF_PROMPT if self.is_openai else OF_CONFIGURATION)
@@ -86,7 +86,7 @@ class Json(Request):
         return value
 
     def let_go(self) -> None:
-        """Frees the body: what it said is known by now."""
+        """Frees the body once its content is known."""
         self._body, self._json = b"", None
         freed = self.scope.get("mlx_segtrain.body_read")
         if freed is not None:
@@ -94,7 +94,7 @@ class Json(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are read so."""
+    """A route whose bodies are read in this way."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -114,9 +114,9 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """HTTPException, 413, if a text of JSON holds too much; 400 if what would be too much is no
-    JSON, of which the other counts mean nothing."""
-    # Within a string a quote has a backslash before it; outside of strings there is none.
+    """Raises HTTPException: 413 if a JSON text holds too much; 400 if a text that would be too much
+    is not JSON, because then the counts mean nothing."""
+    # Inside a string a quote has a backslash before it; outside of strings there is none.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 4 * most.names:
@@ -125,7 +125,7 @@ def _count(text: str, most: Most) -> None:
     opened = outside.count("{") + outside.count("[")
     closed = outside.count("}") + outside.count("]")
     if opened > most.containers and opened != closed:
-        message = f"it opens {opened} objects and lists, and closes {closed}"
+        message = f"it opens {opened} objects and lists, but closes {closed}"
         raise HTTPException(400, f"the body is not JSON: {message}.")
     for what, found, allowed in (
         ("objects and lists", opened, most.containers),
@@ -141,11 +141,11 @@ def _too_much(what: str, most: int) -> HTTPException:
 
 
 def _check_text(value: Any) -> None:
-    """NotText for a lone surrogate: no tokenizer, template or file name can take one."""
+    """Raises NotText for a lone surrogate: no tokenizer, template or file name accepts one."""
     waiting = [("", value)]
     while waiting:
         where, value = waiting.pop()
-        where = where[:200]  # or a long key would be repeated for each thing below it
+        where = where[:200]  # otherwise a long key would be repeated for each value below it
         if isinstance(value, str):
             if found := _SURROGATE.search(value):
                 raise NotText(
@@ -161,7 +161,8 @@ def _check_text(value: Any) -> None:
 
 
 def _may_lack(value: Any) -> bool:
-    """Whether it is a text with a lone surrogate, or may hold one: the others are not kept."""
+    """Returns whether it is a text with a lone surrogate, or a container that may hold one; other
+    values are not kept."""
     return isinstance(value, dict | list) or (
         isinstance(value, str) and _SURROGATE.search(value) is not None
     )

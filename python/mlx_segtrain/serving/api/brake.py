@@ -1,15 +1,15 @@
-"""What is too fast for the log."""
+"""Limits the rate of log lines."""
 
 import logging
 import time
 
-#: Warnings in the log: so many at once, and more by the second.
+#: Warnings in the log: this many at once, and more per second.
 LINES, LINES_PER_S = 100, 2.0
 
 
 class Bounded(logging.Filter):
-    """Of warnings and errors, which clients can bring about, a few by the second get into the log,
-    and how many did not."""
+    """Lets only a few warnings and errors per second into the log, since clients can cause them,
+    and counts the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,8 +26,6 @@ class Bounded(logging.Filter):
             return False
         self.left -= 1
         if self.dropped:
-            record.msg = (
-                f"{record.getMessage()} ({self.dropped} lines like it were left out before)"
-            )
+            record.msg = f"{record.getMessage()} ({self.dropped} similar lines were dropped before)"
             record.args, self.dropped = (), 0
         return True

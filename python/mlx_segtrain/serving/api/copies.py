@@ -1,5 +1,5 @@
-"""A run's configuration as people keep it: as a command, a YAML file and a program of Python; and
-a YAML file as a configuration."""
+"""A run's configuration as a command, a YAML file and a Python program; and a YAML file as a
+configuration."""
 
 import json
 import math
@@ -12,12 +12,12 @@ import yaml
 from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
 from ...errors import InputError
 
-#: Settings that a file may leave to the form.
+#: Settings that a file may omit, because the form has them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
 
 def command(values: Mapping[str, Any]) -> str:
-    """The command line of a run, an option a line."""
+    """Returns the command line of a run, one option per line."""
     words = [_option(name, value) for name, value in values.items()]
     return " \\\n  ".join(["mlx-segtrain train", *words])
 
@@ -31,29 +31,31 @@ def _option(name: str, value: Any) -> str:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """A file for `mlx-segtrain train --config`."""
+    """Returns a file for `mlx-segtrain train --config`."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def as_python(values: Mapping[str, Any]) -> str:
-    """A program that takes the run."""
+    """Returns a program for the run."""
     given = "".join(f"    {name}={value!r},\n" for name, value in values.items())
     imports = "from mlx_segtrain import TrainConfig, train"
     return f"{imports}\n\nconfig = TrainConfig(\n{given})\nresult = train(config)\n"
 
 
 def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
-    """The known settings in a file for `train --config`, and what is wrong with any of its lines.
-    InputError for what is no such file."""
+    """Returns the known settings in a file for `train --config`, and what is wrong with any of its
+    lines. Raises InputError if it is not such a file."""
     given, _ = parse_yaml(text, "the file")
     if any(isinstance(own, yaml.AliasToken) for own in yaml.scan(text)):
         # An answer would write out what they stand for, which may be gigabytes.
         raise InputError("the file has aliases (*name): write their values out.")
     fields = TrainConfig.model_fields
-    if len(given) > 2 * len(fields):  # each fault is looked for anew
+    if len(given) > 2 * len(fields):  # the loop below takes one round for each fault
         raise InputError(f"the file has {len(given)} settings, and there are {len(fields)}.")
     known = {name: _plain(value) for name, value in given.items() if name in fields}
-    why = {name: f"{name} is not taken: {REFUSED[name]}." for name in known if name in REFUSED}
+    why = {
+        name: f"{name} is not allowed here: {REFUSED[name]}." for name in known if name in REFUSED
+    }
     faults = [InputError(said, field=name) for name, said in why.items()]
     known = {name: value for name, value in known.items() if name not in why}
     left = {name: value for name, value in given.items() if name not in why}
@@ -69,7 +71,7 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has of a YAML value; of a date, of bytes or of infinity its text."""
+    """Returns a YAML value as JSON can have it: dates, bytes and infinity become text."""
     if isinstance(value, dict):
         return {str(key): _plain(own) for key, own in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,5 @@
-"""What is wrong with a request: a sentence, in the form that clients of its path know."""
+"""Says what is wrong with a request: one sentence, in the form that the clients of its path
+expect."""
 
 import json
 import reprlib
@@ -15,17 +16,17 @@ from starlette.routing import Match, Mount
 from ...config import TrainConfig, allowed, meant
 from ...errors import InputError, RunError, word
 
-#: Seconds after which a client may try again, by status: of /v1, and of the rest.
+#: Seconds after which a client may retry, by status: for /v1, and for other paths.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
 #: Fields that no answer repeats.
 SECRET = ("token",)
-#: What pydantic begins many of its messages with.
+#: The beginning of many of pydantic's messages.
 SHOULD_BE = "input should be "
 
 
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
-    """The first fault, with its field, what it was and what is allowed.
+    """Returns a sentence about the first fault, with its field, the value and what is allowed.
 
     Unknown fields go first: one of them is often why another one is missing.
     """
@@ -58,8 +59,8 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
 def _within(
     faults: Sequence[Any], where: tuple[str, ...], body: Any
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """The faults of a field, and their place: of one that may be several things, those within the
-    thing that it nearly is."""
+    """Returns the faults of a field, and their place; for a union, those of the member that matches
+    best."""
     found = [(place(fault, body), fault) for fault in faults]
     found = [pair for pair in found if pair[0][: len(where)] == where]
     deepest = max((at for at, _ in found), key=len)
@@ -67,7 +68,7 @@ def _within(
 
 
 def _either(messages: Sequence[str]) -> str:
-    """What a field may be, by one message of each thing."""
+    """Describes a union's alternatives, by one message of each."""
     said = list(dict.fromkeys(words[0].lower() + words[1:] for words in messages))
     if len(said) > 1 and all(words.startswith(SHOULD_BE) for words in said):
         return SHOULD_BE + " or ".join(words.removeprefix(SHOULD_BE) for words in said)
@@ -75,9 +76,10 @@ def _either(messages: Sequence[str]) -> str:
 
 
 def place(fault: Any, body: Any) -> tuple[str, ...]:
-    """Where in the body a fault is: pydantic's own place names the members of unions, too."""
+    """Returns where in the body a fault is; pydantic's own location also names the members of
+    unions."""
     start, *parts = fault["loc"]
-    if start != "body":  # of a query, a header or a path
+    if start != "body":  # in a query, a header or a path
         return tuple(map(_name, parts))
     found: list[str] = []
     for i, part in enumerate(parts):
@@ -91,12 +93,12 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """A client's name of a field, or a number in a list."""
+    """Returns a client's name of a field, or a number in a list."""
     return str(part) if isinstance(part, int) else word(part)
 
 
 def _plain(value: Any) -> Any:
-    """A value as an answer may repeat it."""
+    """Returns a value in a form that an answer may repeat."""
     if isinstance(value, bool | None) or (isinstance(value, str) and len(value) <= 200):
         return value
     if isinstance(value, int) and abs(value) < 1 << 64:
@@ -109,7 +111,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Every error is answered with a sentence. Those of ours bring their status."""
+    """Answers every error with one sentence. Our own errors carry their status."""
 
     @app.exception_handler(InputError)
     @app.exception_handler(RunError)
@@ -124,18 +126,19 @@ def add_handlers(app: FastAPI) -> None:
         if request.url.path.startswith("/v1/"):
             return error_answer(request, 400, message)
         if request.url.path == "/api/finetune/submit" and more.get("allowed") == "required":
-            return error_answer(request, 400, "model_dir and data_dir required")  # as it ever was
+            # Kept for existing clients.
+            return error_answer(request, 400, "model_dir and data_dir required")
         return error_answer(request, 422, message, **more)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         status, message, path = error.status_code, str(error.detail), request.url.path
         headers = dict(error.headers or {})
-        if message == HTTPStatus(status).phrase:  # by the router itself
+        if message == HTTPStatus(status).phrase:  # raised by the router itself
             if status == 404:
-                message = f"there is nothing at {path}: see /docs."
+                message = f"{path} does not exist: see /docs."
             elif status == 405:
-                message = f"{request.method} is not for {path}."
+                message = f"{path} does not support {request.method}."
                 headers["allow"] = ", ".join(_methods(request))
         found = error_answer(request, status, message)
         found.headers.update(headers)
@@ -144,11 +147,11 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         # Starlette's server logs the traceback; a client has no use for it.
-        return error_answer(request, 500, "the server failed at this request: its log says why.")
+        return error_answer(request, 500, "the server failed to answer this request: see its log.")
 
 
 def _methods(request: Request) -> list[str]:
-    """Those that routes of the request's path take: several routes may share one."""
+    """Returns the methods of the routes with the request's path: several routes may share one."""
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     scopes = [
         {**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
@@ -159,23 +162,23 @@ def _methods(request: Request) -> list[str]:
 def error_answer(
     request: Request, status: int, message: str, code: str | None = None, **more: Any
 ) -> Response:
-    """An error, and after how many seconds a client may try again."""
+    """Returns the answer for an error, and after how many seconds a client may retry."""
     path = request.url.path
     retry = RETRY_OPENAI_S if path.startswith("/v1/") else RETRY_S
     headers = {"retry-after": str(retry[status])} if status in retry else None
-    # In ASCII: what a client sent may be no text at all (a lone surrogate), and is repeated to it.
+    # In ASCII: what a client sent may not be text (a lone surrogate), and is repeated.
     content = json.dumps({**error_body(path, message, status, code), **more})
     return Response(content, status, headers, "application/json")
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """An error as the clients of /v1 (OpenAI's) and those of the rest know it."""
+    """Returns an error as the clients of /v1 (OpenAI's) or of other paths expect it."""
     if path.startswith("/v1/"):
         return openai_error(status, message, code)
     return {"ok": False, "error": message}
 
 
 def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients know it."""
+    """Returns an error as OpenAI's clients expect it."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "code": code}}

@@ -1,4 +1,4 @@
-"""What /api takes and answers."""
+"""Requests and answers of /api."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -15,7 +15,7 @@ from ..catalog import DataFolder, Model, Unreadable
 from ..jobs.row import Row
 from ..service import Device
 
-#: Columns of a job that are the server's own.
+#: Columns of a job that only the server uses.
 INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json")
 
 
@@ -24,7 +24,7 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """What is wrong, in a sentence; of a field its name, what it was and what is allowed."""
+    """What is wrong, in one sentence; for a field its name, the value and what is allowed."""
 
     ok: Literal[False] = False
     error: str
@@ -34,55 +34,61 @@ class Problem(BaseModel):
 
 
 class Closed(BaseModel, extra="forbid"):
-    """A request; fields that it does not have are refused."""
+    """A request that refuses unknown fields."""
 
 
 def _fields(names: Iterable[str]) -> type[BaseModel]:
-    """Fields of a run, as TrainConfig has them."""
+    """Returns fields of a run as declared in TrainConfig."""
     known = TrainConfig.model_fields
     own: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in names}
     return create_model("RunFields", __base__=Closed, **own)
 
 
 def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
-    """A dataclass as it is answered: all its fields are there, but some that are our own."""
+    """Returns a dataclass as an answer: all of its fields, except some internal ones."""
     own: dict[str, Any] = {x.name: (x.type, ...) for x in fields(record) if x.name not in but}
     return create_model(record.__name__, **own)
 
 
 class FinetuneSubmit(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
-    """A training run, as docs/configuration.md has it; adapter_path is made if it lacks.
+    """A training run, see docs/configuration.md; adapter_path is chosen if it is missing.
 
-    Whether values go together is checked as on the command line.
+    Combinations of values are checked as on the command line.
     """
 
     adapter_path: str | None = None
 
 
 class PlanRequest(FinetuneSubmit):
-    """What memory depends on: a training run whose data may be left out."""
+    """What memory depends on: a training run whose data may be omitted."""
 
     data_dir: str | None = None
 
 
 class EvaluateRequest(FinetuneSubmit):
-    """A model, its data, and what a loss depends on; without adapter_path the base."""
+    """A model, its data, and what a loss depends on; without adapter_path, the base model."""
 
     split: Literal["valid", "train"] = "valid"
-    with_base: bool = Field(False, description="The base's loss too, as `base` of the result.")
+    with_base: bool = Field(
+        False, description="Also compute the base model's loss, `base` in the result."
+    )
 
 
 class JobRow(_answer(Row, but=INTERNAL)):
     """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
 
-    title: str = Field(description="The kind, for people.")
-    name: str = Field(description="Its label, or what it works on, in short.")
-    trains: bool = Field(description="A run, which goes on from its checkpoint.")
-    computes: bool = Field(description="It waits for the accelerator.")
-    cancelling: bool = Field(description="It has been told to end.")
-    loss_unit: str | None = Field(description="Of the losses in its events and its result.")
-    rewarded: bool = Field(description="It is judged by the reward of completions, not by a loss.")
-    config_json: str | None = Field(description="Left out, null, in lists.")
+    title: str = Field(description="The kind, in words.")
+    name: str = Field(description="Its label, or a short description of its inputs.")
+    trains: bool = Field(description="Whether it is a run that can be resumed from its checkpoint.")
+    computes: bool = Field(description="Whether it waits for the accelerator.")
+    cancelling: bool = Field(description="Whether it has been cancelled and has not ended yet.")
+    loss_unit: str | None = Field(
+        description="The unit of the losses in its events and its result."
+    )
+    rewarded: bool = Field(
+        description="Whether it is judged by the reward of completions instead of a loss."
+    )
+    config_json: str | None = Field(description="null in lists.")
     inputs: list[str] = Field(description="Folders that it reads.")
     tags: list[str]
     log_path: str
@@ -90,7 +96,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
 
 
 class Description(Closed, str_strip_whitespace=True):
-    """What people say of a job; what is left out stays as it is."""
+    """What people note about a job; omitted fields are unchanged."""
 
     label: Annotated[str, Field(max_length=120)] | None = None
     note: Annotated[str, Field(max_length=4000)] | None = None
@@ -106,7 +112,9 @@ class JobAnswer(Answer):
 
 class JobsAnswer(Answer):
     jobs: list[JobRow]
-    next: str | None = Field(description="`before` of the next page; null at the end.")
+    next: str | None = Field(
+        description="The value of `before` for the next page; null at the end."
+    )
 
 
 class Submitted(Answer):
@@ -122,7 +130,7 @@ class FoldSubmitted(Submitted):
 
 
 class Merge(Closed):
-    """Two adapters to one; or an adapter into its base's weights, which is a job."""
+    """Merges two adapters into one; or an adapter into its base model's weights, which is a job."""
 
     adapter_a: str | None = None
     adapter_b: str | None = None
@@ -140,8 +148,8 @@ class Merge(Closed):
         fold = self.model_dir is not None and self.adapter_path is not None
         if two == fold or (fold and (self.adapter_a or self.adapter_b or self.scales)):
             raise ValueError(
-                "give adapter_a and adapter_b (and scales) to merge two adapters, or model_dir and "
-                "adapter_path to fold one into its base"
+                "set adapter_a and adapter_b (and scales) to merge two adapters, or model_dir and "
+                "adapter_path to merge one into its base model"
             )
         return self
 
@@ -161,7 +169,7 @@ class Merged(Answer):
 
 
 class Copies(Answer):
-    """A run as a command, a YAML file and a program of Python."""
+    """A run as a command, a YAML file and a Python program."""
 
     command: str
     yaml: str
@@ -175,7 +183,7 @@ class Settings(Closed):
 
 
 class Fault(BaseModel):
-    field: str | None = Field(description="Which setting is wrong, or is unknown.")
+    field: str | None = Field(description="The setting that is wrong or unknown.")
     message: str
 
 
@@ -188,11 +196,11 @@ class ReadSettings(Answer):
 
 class Uploaded(Answer):
     path: str = Field(description="The folder: a data_dir, or an adapter_path.")
-    size_bytes: int = Field(description="Of the file.")
+    size_bytes: int = Field(description="Bytes of the file.")
 
 
 class Export(Closed):
-    base_model: str | None = Field(None, description="By default the one the adapter names.")
+    base_model: str | None = Field(None, description="Default: the one that the adapter names.")
     adapter_path: str
     method: Literal["peft", "mlx-lm", "gguf"] = "peft"
     output_dir: str | None = None
@@ -205,7 +213,7 @@ class Exported(Answer):
 
 
 class Push(Closed):
-    """A folder, or what a job wrote, to a repository of the Hugging Face hub."""
+    """Pushes a folder, or what a job wrote, to a repository on the Hugging Face hub."""
 
     repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
     job_id: str | None = None
@@ -219,7 +227,7 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """A model or a data set of the Hugging Face hub, into its cache on this machine."""
+    """Downloads a model or a data set from the Hugging Face hub into its cache on this machine."""
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"
@@ -239,7 +247,7 @@ class HasHfToken(Answer):
 
 class InspectDataset(_fields(affecting("rows"))):
     path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
-    model_dir: str | None = Field(None, description="With it tokens are counted and shown.")
+    model_dir: str | None = Field(None, description="With a model, tokens are counted and shown.")
     n_preview: int = Field(3, ge=0, le=50)
     method: Method | None = None
 
@@ -255,21 +263,21 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run: its defaults are words as people write them.
+    """A field of a run: its defaults as people write them.
 
-    It changes what `affects` names, and has an effect with `methods` only, if there are any.
+    It changes what `affects` names, and has an effect only with `methods`, if there are any.
     """
 
     name: str
     title: str
-    group: str | None = Field(description="Its block of the page's form, if it is there.")
+    group: str | None = Field(description="Its section of the page's form, if any.")
     type: str
     default: str
-    defaults: dict[str, str] = Field(description="With methods for which it is another one.")
+    defaults: dict[str, str] = Field(description="The default for methods that have another one.")
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="A list of texts, not of names.")
+    texts: bool = Field(description="Whether it is a list of texts, not of names.")
     allowed: str
     choices: list[str]
     is_list: bool
@@ -278,16 +286,16 @@ class FieldRow(BaseModel):
 
 class Defaults(Answer):
     fields: list[FieldRow]
-    groups: list[str] = Field(description="Blocks of the page's form, in its order.")
-    loss_units: dict[str, str] = Field(description="Of the loss, by method.")
+    groups: list[str] = Field(description="Sections of the page's form, in order.")
+    loss_units: dict[str, str] = Field(description="Unit of the loss, by method.")
 
 
 class ModelsAnswer(Answer):
-    """Models, and folders that look like one and cannot be read."""
+    """Models, and folders that look like models and cannot be read."""
 
     models: list[Model]
     faults: list[Unreadable]
-    roots: list[str] = Field(description="Folders below which they were looked for.")
+    roots: list[str] = Field(description="Folders that were searched.")
 
 
 class DatasetsAnswer(Answer):
@@ -297,7 +305,7 @@ class DatasetsAnswer(Answer):
 class AdapterFolder(BaseModel):
     path: str
     base_model: str | None
-    rank: int = Field(description="The largest one.")
+    rank: int = Field(description="The largest rank.")
     size_bytes: int
     best_loss: float | None = Field(description="The lowest validation loss of its run.")
 
@@ -319,31 +327,32 @@ class ServeModel(Closed):
 class Served(Answer):
     id: str
     path: str
-    chats: bool = Field(description="It has a chat template.")
+    chats: bool = Field(description="Whether it has a chat template.")
 
 
 class DeviceRow(_answer(Device)):
-    """What jobs compute on."""
+    """The device that jobs compute on."""
 
-    free_bytes: int = Field(description="What a run that begins now may take.")
+    free_bytes: int = Field(description="Memory that a run starting now may take.")
 
 
 class State(Answer):
-    """What a page shows all the time."""
+    """What the page always shows."""
 
     served: Served | None
-    waits: bool = Field(description="Answers wait for a job that computes.")
-    training: bool = Field(description="A job has the accelerator.")
+    waits: bool = Field(description="Whether answers wait for a job that computes.")
+    training: bool = Field(description="Whether a job has the accelerator.")
     needs_token: bool
-    downloads: bool = Field(description="Clients may download from the hub.")
+    downloads: bool = Field(description="Whether clients may download from the hub.")
     device: DeviceRow
-    uploads: str = Field(description="The folder of what clients have sent.")
+    uploads: str = Field(description="The folder of uploads.")
     running: list[JobRow]
     waiting: int = Field(description="Jobs in the queue.")
 
 
 def schema() -> Defaults:
-    """Every field of a run that the server takes, as the page and the command line show it."""
+    """Returns every field of a run that the server accepts, as the page and the command line show
+    it."""
     units = {method: own.unit for method, own in OBJECTIVES.items()}
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
 

@@ -1,6 +1,6 @@
-"""Who may ask what: Host, Origin, token, size and pace of bodies.
+"""Decides who may send requests: Host, Origin, token, size and rate of bodies.
 
-What is refused gets one sentence, and a line in the server's log.
+A refusal is one sentence, and a line in the server's log.
 """
 
 import asyncio
@@ -23,32 +23,32 @@ from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Bytes of a body, at most: a prompt of a million tokens has about 4 MB.
+#: Most bytes of a body: a prompt of a million tokens has about 4 MB.
 MOST_BYTES = 8 << 20
-#: Of this path less: a token.
+#: For this path less: a token.
 SMALL_BODIES = {"/login": 4096}
-#: Bytes of the bodies of all requests together, less what each may have: until each is read.
+#: Most bytes of all requests' bodies in memory, beyond what each may always have.
 MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Seconds in which the next part of a body must come, and a body as a whole.
 PART_S, BODY_S = 10.0, 60.0
-#: Bodies that are written as they come (transfers.py): none of them is in memory.
+#: Bodies that are written to disk as they come (transfers.py), and are never in memory.
 UPLOADS = re.compile(r"/api/(datasets|adapters)/[^/]+/[^/]+")
 UPLOAD_BYTES, UPLOAD_S = 4 << 30, 3600.0
 #: Seconds for the rest of a body that is refused.
 DRAIN_S = 2.0
-#: Seconds that the answer to a wrong token takes, and how many of them are waited for at once. The
-#: others are answered at once, and differently: whoever has the token waits for none of them.
+#: Seconds that the answer to a wrong token takes, and how many of these wait at once. Further ones
+#: are refused at once with another answer: a client with the right token never waits for them.
 WRONG_S, MOST_WRONG = 1.0, 16
-#: Statuses of answers that the log has, too.
+#: Statuses of answers that are also logged.
 REFUSALS = (400, 401, 403, 422, 429)
-#: Seconds after which a client that takes nothing of a stream is let go.
+#: Seconds after which a client that reads nothing of a stream is disconnected.
 PATIENCE_S = 30
 #: The cookie in which a browser keeps the id of its session.
 COOKIE = "mlx-segtrain-session"
 OWN_COOKIE = re.compile(rb'(?:^|;)\s*mlx-segtrain-session="?([\w-]{1,100})"?(?=\s*(?:;|$))')
-#: A name, or an address of version 6 in brackets, and a port.
+#: A name, or an IPv6 address in brackets, and a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
-#: What a browser asks for before it has a session.
+#: What a browser requests before it has a session.
 OPEN = ("/login", "/login.css", "/healthz", "/favicon.ico")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -57,17 +57,17 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (
         b"content-security-policy",
-        # Scripts and styles are files of ours; nothing comes from elsewhere or goes there.
+        # Scripts and styles are our own files; nothing is loaded from or sent to other hosts.
         b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
         b"font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; "
         b"object-src 'none'; frame-ancestors 'none'",
     ),
-    (b"cache-control", b"no-cache"),  # or a browser mixes files of two versions
+    (b"cache-control", b"no-cache"),  # otherwise a browser mixes files of two versions
 )
 
 
 class Refused(Exception):
-    """A request that is not passed on: status, and why in one sentence."""
+    """A refused request: status, and the reason in one sentence."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -75,7 +75,8 @@ class Refused(Exception):
 
 
 class Guard:
-    """The outermost of the app: what it lets through is from here, known, and not too large."""
+    """The outermost layer of the app: what it lets through is from an allowed origin, authorized,
+    and not too large."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            _log({**scope, "method": "WEBSOCKET"}, 403, "nothing here speaks to sockets.")
+            _log({**scope, "method": "WEBSOCKET"}, 403, "this server has no WebSocket routes.")
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
@@ -114,7 +115,7 @@ class Guard:
         async def send_on(message: Message) -> None:
             nonlocal started
             if body.refused is not None and not started:
-                return  # what the app makes of a body that broke off
+                return  # the app's reaction to a body that broke off
             if message["type"] == "http.response.start":
                 started = True
                 if refused is None and message["status"] in REFUSALS:
@@ -127,13 +128,13 @@ class Guard:
 
         try:
             if any(names.count(name) > 1 for name in (b"host", b"origin", b"content-length")):
-                raise Refused(400, "a header stands twice.")
+                raise Refused(400, "a header is repeated.")
             self._check_host(headers)
             self._check_origin(scope, headers)
             try:
                 self._check_token(scope, headers, session.decode())
             except Refused:
-                if b"authorization" in headers:  # ids of sessions are too long to guess
+                if b"authorization" in headers:  # session ids are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:
@@ -161,14 +162,15 @@ class Guard:
         raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """A page elsewhere can make a browser send requests; the browser then says from where."""
+        """Checks the origin: a page elsewhere can make a browser send requests, and the browser
+        then names the page."""
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         host = headers[b"host"].decode("latin-1").lower()
         if origin and origin not in (f"http://{host}", f"https://{host}"):
-            raise Refused(403, f"a page of {origin[:100]!r} may not use this server.")
+            raise Refused(403, f"pages from {origin[:100]!r} may not use this server.")
         site, mode = headers.get(b"sec-fetch-site"), headers.get(b"sec-fetch-mode")
         if site == b"cross-site" and not (mode == b"navigate" and scope.get("method") == "GET"):
-            raise Refused(403, "a page of another site may not use this server.")
+            raise Refused(403, "pages from other sites may not use this server.")
 
     def _check_token(self, scope: Scope, headers: dict[bytes, bytes], session: str) -> None:
         if self.token is None or scope["path"] in OPEN:
@@ -179,29 +181,30 @@ class Guard:
             return
         if session and self.sessions.holds(session):
             return
-        raise Refused(401, "this server wants its token: send Authorization: Bearer TOKEN.")
+        raise Refused(401, "this server requires a token: send Authorization: Bearer TOKEN.")
 
     def is_token(self, given: bytes) -> bool:
-        """Takes as long whatever is given, in UTF-8."""
+        """Compares in constant time, in UTF-8."""
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
-        """After a wrong token; Refused if there are too many of them. The right one is never slowed
-        down, and no guess outlives its connection's request by more than a second."""
+        """Delays the answer to a wrong token; raises Refused if too many wait. The right token is
+        never delayed, and a guess takes a second per connection."""
         if self.guesses.locked():
-            raise Refused(429, "too many wrong tokens come at once: try again later.")
+            raise Refused(429, "too many requests with a wrong token: try again later.")
         async with self.guesses:
             await asyncio.sleep(WRONG_S)
 
 
 class Held:
-    """Bytes of bodies that are in memory."""
+    """Counts bytes of bodies in memory."""
 
     bytes = 0
 
 
 class _Body:
-    """Of a request, counted and timed. Once it is refused, the client is taken to be gone."""
+    """The body of a request, counted and timed. After a refusal the client counts as
+    disconnected."""
 
     def __init__(
         self,
@@ -230,7 +233,7 @@ class _Body:
         try:
             message = await self._next(max(left, 0.01))
         except asyncio.TimeoutError:
-            raise self._refuse(408, "the body did not come in time.") from None
+            raise self._refuse(408, "the body did not arrive in time.") from None
         self.size += len(message.get("body", b""))
         self.ended = not self.comes
         if self.size > self.most:
@@ -238,26 +241,28 @@ class _Body:
         if not self.streamed:
             self._hold(max(0, self.size - FREE))
         if self.held.bytes > MOST_HELD:
-            raise self._refuse(503, "other large requests are worked on: try again in a moment.")
+            raise self._refuse(
+                503, "the server is busy with other large requests: try again in a moment."
+            )
         return message
 
     async def drain(self) -> None:
-        """Takes the rest and keeps nothing: a client that still sends would find its connection
-        reset, and no answer."""
+        """Reads the rest and drops it: otherwise a client that still sends would get a reset
+        connection instead of an answer."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):
                 left -= len((await self._next(seconds)).get("body", b""))
 
     async def _next(self, seconds: float) -> Message:
-        """TimeoutError: nothing more is waited for."""
+        """Returns the next message. Raises TimeoutError."""
         self.comes = False
         message = await asyncio.wait_for(self.inner(), seconds)
         self.comes = message.get("more_body", False)
         return message
 
     def let_go(self) -> None:
-        """It is not in memory any more."""
+        """Counts the body as freed."""
         self._hold(0)
 
     def _hold(self, own: int) -> None:
@@ -278,10 +283,10 @@ def _is_address(name: str) -> bool:
 
 
 def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Our cookie in the headers of a request.
+    """Returns our cookie in the headers of a request.
 
-    Others are of other programs on this machine, and reading a quoted one takes Python minutes
-    (CVE-2024-7592).
+    Other cookies belong to other programs on this machine, and a quoted one can take Python minutes
+    to parse (CVE-2024-7592).
     """
     text = b";".join(value for name, value in headers if name.lower() == b"cookie")
     found = OWN_COOKIE.findall(text)
@@ -289,8 +294,9 @@ def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
-    """As the routes of the path answer; a browser without a token is led to where it gives it."""
-    more = {"connection": "close"}  # whatever of the body is still to come
+    """Answers in the format of the path; redirects a browser without a session to the login
+    page."""
+    more = {"connection": "close"}  # whatever else comes of the body
     if refused.status == 401:
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":
             return RedirectResponse("/login", 303)
@@ -301,7 +307,8 @@ def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Resp
 
 def _log(scope: Scope, status: int, reason: str) -> None:
     client = (scope.get("client") or ("?",))[0]
-    # repr: a path may hold characters that a terminal obeys. No query: it may hold a secret.
+    # repr, because a path may hold control characters for a terminal. No query, because it may hold
+    # a secret.
     logger.warning(
         "refused (%d) %.20s %.200r from %.60s: %.300s",
         *(status, scope["method"], scope["path"], client, reason),

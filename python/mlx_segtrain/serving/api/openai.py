@@ -1,4 +1,4 @@
-"""/v1: chat, completions, models and adapters, in the forms that OpenAI's clients know."""
+"""/v1: chat, completions, models and adapters, in the formats of OpenAI's clients."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
 
 
 class Unserved(InputError):
-    """What is asked for is not there (yet); `code` tells clients what lacks."""
+    """What was requested does not exist (yet); `code` tells clients what is missing."""
 
     def __init__(self, message: str, status: int, code: str):
         super().__init__(message, status=status)
@@ -34,23 +34,23 @@ class Unserved(InputError):
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What the document says of them. With 4XX FastAPI adds no 422, which there is not."""
+    """Returns the errors for the API's schema. With 4XX FastAPI adds no 422, which this API never
+    returns."""
     said = {
         400: "a field that cannot be used, named in the message",
         403: "a path outside of the folders that the server may use",
-        404: "there is no such model or adapter",
+        404: "the model or adapter does not exist",
         413: "the body is too large",
-        429: "too many requests wait: try again in a moment",
+        429: "too many requests are waiting: try again in a moment",
         500: "the generation failed",
-        503: "no model is loaded, a job trains and the server is set to wait for it, or memory is "
-        "short",
-        "4XX": "a request that is refused: not allowed, not found, or not of the schema",
+        503: "no model is loaded, the server is set to wait for a training job, or memory is short",
+        "4XX": "a refused request: not allowed, not found, or not valid",
     }
     return {s: {"model": forms.Error, "description": said[s]} for s in (*statuses, "4XX")}
 
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-#: What a request for text may be answered with.
+#: Formats of an answer to a request for text.
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream, chunks as server-sent events up to [DONE].",
@@ -86,7 +86,7 @@ async def _selected(service: Service, base: Base, body: Generate) -> Selected:
         if id != given[0][1]:
             raise InputError(
                 f"{given[0][0]} names the adapter {given[0][1][:100]!r}, and {field} is "
-                f"{id[:100]!r}: give one of the two."
+                f"{id[:100]!r}: set only one of the two."
             )
     chosen = engine.select(given[0][1] if given else None)
     if chosen.base is not base:
@@ -95,7 +95,7 @@ async def _selected(service: Service, base: Base, body: Generate) -> Selected:
 
 
 async def _by_path(service: Service, field: str, text: str) -> str:
-    """The id of an adapter that is mounted, by its folder."""
+    """Returns the id of a mounted adapter by its folder."""
     path = await asyncio.to_thread(service.roots.resolve, text)
     for mounted in service.engine.adapters.values():
         if mounted.path == path:
@@ -106,16 +106,16 @@ async def _by_path(service: Service, field: str, text: str) -> str:
 
 
 async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
-    """Begins to answer a request; InputError if it cannot be, Busy."""
+    """Starts to answer a request. Raises InputError if it cannot be answered, and Busy."""
     base = _base(service)
     if service.waits:
-        raise Unserved("a job trains, and this server waits for it: try later.", 503, "training")
+        raise Unserved("this server waits for a training job: try again later.", 503, "training")
     id = request.scope.get("mlx_segtrain.request", "-")
     try:
         body.check()
         chosen = await _selected(service, base, body)
         answers = await Answers.begin(service.engine, chosen, body, id)
-    except RecursionError:  # what can be parsed cannot always be written
+    except RecursionError:  # what can be parsed cannot always be serialized
         raise InputError("the request is nested too deeply: send flatter values.") from None
     if isinstance(request, Json):  # it may wait for long, and then the answer takes long
         request.let_go()
@@ -124,7 +124,8 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
 
 
 def usage(request: Request, answers: Answers) -> dict[str, Any]:
-    """Which tokens were cached tells of others' prompts: that is for who has all the token."""
+    """Returns the usage. The number of cached tokens reveals others' prompts, so it needs the
+    token."""
     authority = request.scope.get("mlx_segtrain.authority")
     return {
         "prompt_tokens": answers.prompt_tokens,
@@ -181,7 +182,8 @@ def _choice(delta: Delta, own: dict[str, Any], told: Any = None) -> dict[str, An
 async def _events(
     answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
 ) -> AsyncIterator[dict[str, str]]:
-    """A chunk for each answer's role in a chat, one for each piece, one for the usage if wanted."""
+    """Yields a chunk for each answer's role in a chat, one for each piece, and one for the usage if
+    requested."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
 
@@ -220,7 +222,7 @@ async def _events(
         if with_usage:
             yield event([], usage(request, answers))
         yield {"data": "[DONE]"}
-    except (RunError, InputError) as error:  # the status is sent already
+    except (RunError, InputError) as error:  # the status has already been sent
         yield {"data": json.dumps(openai_error(503, str(error)))}
     finally:
         await answers.close()
@@ -272,13 +274,13 @@ async def list_adapters(service: Used) -> forms.MountedAdapters:
 
 @router.get("/v1/adapters/available", response_model=forms.AvailableAdapters, tags=["adapters"])
 async def list_available(service: Used) -> Any:
-    """Adapters on disk that the served model can take."""
+    """Adapters on disk that the served model can use."""
     return {"adapters": await service.available()}
 
 
 @router.post("/v1/adapters", responses=_errors(400, 403, 413, 429, 503), tags=["adapters"])
 async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
-    """Mounts an adapter; one that is mounted under this id stays as it is."""
+    """Mounts an adapter; an adapter already mounted under this id stays unchanged."""
     _base(service)
     mounted = service.engine.adapters.get(body.id)
     if mounted is None:
@@ -289,5 +291,5 @@ async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
 
 @router.delete("/v1/adapters/{id:path}", responses=_errors(404, 429), tags=["adapters"])
 async def unmount(id: str, service: Used) -> forms.UnmountAnswer:
-    """Unmounts an adapter; requests that run on it end on it."""
+    """Unmounts an adapter; requests that use it finish with it."""
     return forms.UnmountAnswer(id=id, removed_layers=await service.engine.unmount(id))

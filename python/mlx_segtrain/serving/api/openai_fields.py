@@ -1,9 +1,8 @@
-"""Fields of other servers' requests that this one does not implement.
+"""Fields of other servers' requests that this server does not implement.
 
-A field that would have an effect elsewhere and has none here is refused by name, since an answer
-that ignores it is wrong without a word. Null is the same as leaving a field out; so are the values
-in these tables. Sources: OpenAI's API reference, and the request classes of vLLM, SGLang and
-mlx_lm.server.
+A field that would have an effect elsewhere is refused by name, because an answer that silently
+ignores it would be wrong. Null means the same as omitting a field; so do the values in these
+tables. Sources: OpenAI's API reference, and the request classes of vLLM, SGLang and mlx_lm.server.
 """
 
 import json
@@ -16,7 +15,7 @@ from pydantic import BaseModel
 from ...config import nearest
 from ...errors import InputError, word
 
-#: A field's values, besides null, that mean the same as leaving it out. None: all of them.
+#: Values of a field, besides null, that mean the same as omitting it. None: all of them.
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
@@ -31,24 +30,24 @@ OFF = (
 )
 EMPTY = ("functions", "documents", "stop_token_ids", "bad_words", "logits_processors")
 
-#: Of a chat and of a completion. A field that is not here has no such value.
+#: For chats and completions. A field that is not here has no such value.
 IN_BOTH: Neutral = {
     **dict.fromkeys(OFF, (False,)),
     **dict.fromkeys(EMPTY, ([],)),
-    # Labels for the operator's own use, and hints to caches
+    # Labels for the operator's use, and hints to caches
     **dict.fromkeys(("user", "metadata", "safety_identifier", "custom_labels"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    # Functions in the form before tools
+    # Functions in the format before tools
     "function_call": ("none", "auto"),
-    # The form of the answer
+    # The format of the answer
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "include_reasoning": (True,),
     "stream_reasoning": (True,),
     "stream_interval": (1,),
-    # How many answers, and what is told of each
+    # How many answers, and what is returned about each
     "best_of": (1,),
     "length_penalty": (1,),
     "return_mm_kwargs": (True,),
@@ -63,25 +62,21 @@ IN_BOTH: Neutral = {
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    # Which tokens are taken
+    # How tokens are chosen
     "xtc_probability": (0,),
-    "xtc_threshold": ANYTHING,  # of xtc_probability
+    "xtc_threshold": ANYTHING,  # the default of xtc_probability
     "draft_model": ("default_model",),
 }
-IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template has them
+IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template has its own
 IN_COMPLETION: Neutral = {
     **IN_BOTH,
     "add_special_tokens": (True,),
-    # Of chats alone
+    # For chats only
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "top_logprobs": (0, -1),
 }
-#: Of tools, their functions, and the form of an answer.
-IN_TOOL: Neutral = {}
-IN_FUNCTION: Neutral = {}
-IN_FORMAT: Neutral = {}
 #: Of a chat's message.
 IN_MESSAGE: Neutral = {
     "name": ANYTHING,
@@ -89,19 +84,19 @@ IN_MESSAGE: Neutral = {
     "annotations": ([],),
     "reasoning": ("",),
 }
-#: Of a part of a message's content: hints to caches.
+#: For a part of a message's content: hints to caches.
 IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHING}
-#: Of stream_options.
+#: For stream_options.
 IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
 
 class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
-    """What clients send; fields that it does not have are kept, to be refused by name."""
+    """A request; unknown fields are kept, to be refused by name."""
 
-    neutral: ClassVar[Neutral]
+    neutral: ClassVar[Neutral] = {}
 
     def refuse_extra(self, where: str = "") -> None:
-        """InputError if a field is given that we do not have, and may change an answer."""
+        """Raises InputError if an unknown field is set that may change an answer."""
         for name, value in (self.model_extra or {}).items():
             harmless = self.neutral.get(name, ())
             if value is None or harmless is None or any(_same(value, x) for x in harmless):
@@ -116,10 +111,10 @@ class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
 
 
 def _same(value: Any, other: Any) -> bool:
-    """As JSON has it: true is not 1, and 1.0 is 1."""
+    """Compares as JSON: true is not 1, and 1.0 is 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _shown(value: Any) -> str:
-    shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))  # not all of a long one
+    shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))  # not all of a long value
     return shown if len(shown) <= 60 else f"{shown[:60]}…"

@@ -1,6 +1,6 @@
-"""What /v1 takes and gives, and what the fields of a request mean.
+"""Requests and answers of /v1, and the meaning of a request's fields.
 
-What a field means to OpenAI's clients it means here, or the request is refused by name
+A field has the meaning that it has for OpenAI's clients, or the request is refused by name
 (openai_fields.py).
 """
 
@@ -20,7 +20,6 @@ from . import openai_tools as tools_of
 from .openai_fields import (
     IN_CHAT,
     IN_COMPLETION,
-    IN_FORMAT,
     IN_MESSAGE,
     IN_PART,
     IN_STREAM_OPTIONS,
@@ -38,7 +37,7 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Part(Request):
-    """A part of a message's content; parts are put together without anything between them."""
+    """A part of a message's content; parts are joined without a separator."""
 
     type: str = Field(description="text; others are refused")
     text: str | None = None
@@ -46,19 +45,23 @@ class Part(Request):
 
 
 class Message(Request):
-    """A turn. `developer` is `system` to the model; of an assistant the content may be null. A
-    `tool` turn is what a call gave."""
+    """A turn. `developer` means `system` to the model; an assistant's content may be null. A `tool`
+    turn is the result of a call."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    reasoning_content: str | None = Field(None, description="of an assistant, for its template")
-    tool_calls: Calls | None = Field(None, description="what an assistant's turn called")
-    tool_call_id: str | None = Field(None, description="which call a tool's turn answers")
+    reasoning_content: str | None = Field(
+        None, description="of an assistant, for the chat template"
+    )
+    tool_calls: Calls | None = Field(None, description="the calls in an assistant's turn")
+    tool_call_id: str | None = Field(
+        None, description="the id of the call that a tool's turn answers"
+    )
     neutral = IN_MESSAGE
 
     @property
     def size(self) -> int:
-        """Characters."""
+        """The number of characters."""
         n = len(self.reasoning_content or "")
         n += sum(len(call.function.arguments) for call in self.tool_calls or ())
         if isinstance(self.content, list):
@@ -67,36 +70,35 @@ class Message(Request):
 
 
 class JsonSchema(Request):
-    """A schema that the answer has to be of."""
+    """A schema that the answer must match."""
 
     name: str | None = Field(None, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="of a schema the answer always is")
-    neutral = IN_FORMAT
 
 
 class Format(Request):
-    """What the answer has to be."""
+    """The format that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    neutral = IN_FORMAT
 
 
 class Structure(Request):
-    """What the answer has to be, in vLLM's spelling: one of these."""
+    """The format that the answer must have, in vLLM's spelling: one of these."""
 
-    json_: str | dict[str, Any] | None = Field(None, alias="json", description="a schema of it")
+    json_: str | dict[str, Any] | None = Field(
+        None, alias="json", description="a schema for the answer"
+    )
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
-    grammar: str | None = Field(None, description="in Lark's form, or llama.cpp's (::=)")
+    grammar: str | None = Field(None, description="in the format of Lark or llama.cpp (::=)")
     json_object: bool | None = None
-    neutral = IN_FORMAT
 
     @property
     def says(self) -> bool:
-        """Whether it has any of them."""
+        """Whether any of them is set."""
         given = (self.json_, self.regex, self.choice, self.grammar)
         return bool(self.json_object) or any(own is not None for own in given)
 
@@ -108,20 +110,20 @@ class StreamOptions(Request):
     neutral = IN_STREAM_OPTIONS
 
 
-#: Biases, turns of a chat, answers to a prompt, and prompts of a request, at most.
+#: The most biases, turns of a chat, answers to a prompt, and prompts of a request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
-#: Of how many tokens log p is told, at most.
+#: The most tokens whose log p is returned.
 TOP = 20
 
 
 def _few(values: Any) -> Any:
-    """Pydantic would check each before it counts them."""
+    """Limits the number of entries; pydantic would check each before it counts them."""
     if isinstance(values, Mapping) and len(values) > BIASES:
-        raise ValueError(f"{len(values)} are given, and {BIASES} is the most")
+        raise ValueError(f"{len(values)} entries exceed the maximum of {BIASES}")
     return values
 
 
-#: Fields that Options has by the same name, and as they are.
+#: Fields that Options has under the same name, unchanged.
 SAMPLING = {
     *("temperature", "top_p", "top_k", "min_p", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -135,15 +137,15 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Generate(Request):
-    """What chat and completions share."""
+    """The fields that chats and completions share."""
 
     model: str | None = Field(
         None, description="the served model (its id, path, name or 'default'), or a mounted adapter"
     )
     adapter: str | None = Field(
         None,
-        description="a mounted adapter; several as 'a+b', whose updates add; 'none' or '' for the "
-        "model alone; left out, the server's own default",
+        description="a mounted adapter; several as 'a+b', whose updates add up; 'none' or '' for "
+        "the model alone; default: that of the server",
     )
     adapters: str | None = Field(
         None,
@@ -154,23 +156,23 @@ class Generate(Request):
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens of the answer, at most; left out, 512 of a chat, 16 of a completion",
+        description="maximum tokens of the answer; default: 512 for a chat, 16 for a completion",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="max_tokens by another name; it goes first"
+        None, ge=1, description="another name of max_tokens, which takes precedence"
     )
     temperature: float | None = Field(
         None,
         ge=0,
         le=10,
-        description="0 if left out: always the likeliest token, so that answers with and without "
+        description="default 0: greedy decoding, so that answers with and without "
         "an adapter can be compared. OpenAI's own default is 1",
     )
-    top_p: float | None = Field(None, ge=0, le=1, description="1 if left out: all tokens")
-    top_k: int | None = Field(None, ge=-1, description="0 if left out: all tokens; so does -1")
-    min_p: float | None = Field(None, ge=0, le=1, description="0 if left out: all tokens")
+    top_p: float | None = Field(None, ge=0, le=1, description="default 1: all tokens")
+    top_k: int | None = Field(None, ge=-1, description="default 0: all tokens; -1 means the same")
+    min_p: float | None = Field(None, ge=0, le=1, description="default 0: all tokens")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="for tokens of prompt and answer; 1 if left out: none"
+        None, gt=0, le=10, description="for tokens of prompt and answer; default 1: none"
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="for the answer's tokens")
     frequency_penalty: float | None = Field(
@@ -179,47 +181,48 @@ class Generate(Request):
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
         max_length=BIASES,
-        description="what is added to the logits of tokens, by their number",
+        description="numbers to add to the logits of tokens, by token id",
     )
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
-        None, description="where the answer ends; it holds none of these"
+        None, description="texts at which the answer ends; it contains none of them"
     )
     n: int | None = Field(
-        None, ge=1, le=ANSWERS, description="answers to the prompt; 1 if left out"
+        None, ge=1, le=ANSWERS, description="number of answers to the prompt; default 1"
     )
-    response_format: Format | None = Field(None, description="text if left out")
+    response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
         None, description="the same, and more, in vLLM's spelling"
     )
     deterministic: bool | None = Field(
         None,
-        description="bit for bit what the answer is alone, whatever is answered beside it: slower, "
-        "since it is decoded alone and no prompt that was asked before helps",
+        description="bit-identical to the answer of a single request, whatever runs at the same "
+        "time: slower, because it is decoded alone and without cached prompts",
     )
-    stream: bool | None = Field(None, description="server-sent events, a piece of text each")
+    stream: bool | None = Field(None, description="server-sent events with a piece of text each")
     stream_options: StreamOptions | None = None
-    most: ClassVar[int]  #: tokens of the answer, where the request does not say it
-    continues: ClassVar[bool] = False  #: the answer's text goes on from the prompt's
+    most: ClassVar[int]  #: the default of the maximum tokens of an answer
+    continues: ClassVar[bool] = False  #: the answer's text directly follows the prompt's
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """Characters that have to become tokens."""
+        """Characters that have to be tokenized."""
 
     @abstractmethod
     def encode(self, chosen: Selected) -> list[list[int]]:
-        """Tokens of each prompt; InputError for what is none."""
+        """Returns the tokens of each prompt. Raises InputError for one that cannot be tokenized."""
 
     @property
     @abstractmethod
     def top(self) -> int | None:
-        """Of how many tokens log p is wanted besides the taken one's; None: not of that either."""
+        """The number of alternatives whose log p is requested besides the sampled token's; None:
+        not even that."""
 
     def check(self) -> None:
-        """InputError for a field that is given, and would do nothing."""
+        """Raises InputError for a field that is set and would have no effect."""
         self.refuse_extra()
         for name in ("stream_options", "response_format", "structured_outputs"):
             own: Request | None = getattr(self, name)
@@ -228,18 +231,19 @@ class Generate(Request):
 
     @property
     def is_formed(self) -> bool:
-        """Whether the answer has to be of a form."""
+        """Whether the answer must have a format."""
         form = self.response_format
         more = self.structured_outputs
         return (form is not None and form.type != "text") or (more is not None and more.says)
 
     @property
     def is_guided(self) -> bool:
-        """Whether there may be a grammar, which takes long to read."""
+        """Whether there may be a grammar, which takes long to compile."""
         return self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """What the answer has to be; None for any text. It may take long to read."""
+        """Returns the grammar that the answer must match; None for any text. It may take long to
+        compile."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
         form, more = self.response_format, self.structured_outputs
         if form is not None and form.type != "text":
@@ -247,7 +251,7 @@ class Generate(Request):
             if form.type == "json_schema":
                 own = form.json_schema
                 if own is None or own.schema_ is None:
-                    raise InputError("response_format.json_schema.schema is missing: give one.")
+                    raise InputError("response_format.json_schema.schema is missing: add one.")
                 own.refuse_extra("response_format.json_schema.")
                 schema = own.schema_
             found.append(("response_format", lambda: grammars.schema("response_format", schema)))
@@ -266,16 +270,17 @@ class Generate(Request):
                 found.append((where, lambda: grammars.schema(where, {"type": "object"})))
         if len(found) > 1:
             raise InputError(
-                f"{found[0][0]} and {found[1][0]} say twice what the answer has to be: say it once."
+                f"{found[0][0]} and {found[1][0]} both set the answer's format: set only one of "
+                "them."
             )
         return found[0][1]() if found else None
 
     def let_go(self) -> None:
-        """Frees what was asked, whose tokens are known by now."""
+        """Frees the prompt once its tokens are known."""
         self.response_format = self.structured_outputs = None
 
     def options(self, grammar: Grammar | None = None) -> Options:
-        """How the answer's tokens are chosen, and where it ends."""
+        """Returns how the answer's tokens are chosen, and where it ends."""
         given = self.model_dump(include=SAMPLING, exclude_none=True)
         given["top_k"] = max(given.get("top_k", 0), 0)
         return Options(
@@ -298,19 +303,19 @@ class ChatRequest(Generate):
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
         None,
-        description="variables of the chat template; by default those that the adapter was "
+        description="variables of the chat template; default: those that the adapter was "
         "trained with",
     )
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(
-        None, description="auto if left out; with required, or a tool, the answer is calls alone"
+        None, description="default: auto; with required, or a tool, the answer consists of calls"
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="whether one answer may have several calls; true if left out"
+        None, description="whether one answer may have several calls; default: true"
     )
-    logprobs: bool | None = Field(None, description="tells log p of the answer's tokens")
+    logprobs: bool | None = Field(None, description="return log p of the answer's tokens")
     top_logprobs: int | None = Field(
-        None, ge=-1, le=TOP, description="of so many others too; -1 and 0: of none"
+        None, ge=-1, le=TOP, description="also for this many alternatives; -1 and 0: none"
     )
     neutral = IN_CHAT
     most = 512
@@ -325,12 +330,12 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The tools that the model is told of."""
+        """The tools that the model is told about."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property
     def calls(self) -> Literal["none", "auto", "forced"]:
-        """Whether the answer may call tools, or is calls."""
+        """Whether the answer may, or must, call tools."""
         if not self.tools or self.tool_choice == "none":
             return "none"
         return "auto" if self.tool_choice in (None, "auto") else "forced"
@@ -342,15 +347,15 @@ class ChatRequest(Generate):
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and self.top_logprobs > 0 and not self.logprobs:
-            raise InputError("top_logprobs: it is for logprobs: true.")
+            raise InputError("top_logprobs requires logprobs: true.")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise InputError("tool_choice: there are no tools to call: give some.")
+            raise InputError("tool_choice: there are no tools to call: add some.")
         if self._is_strict and self.is_formed:
-            raise InputError("tools: an answer of a form has no calls that could be strict.")
+            raise InputError("tools: strict is not possible with an answer format.")
 
     @property
     def _is_strict(self) -> bool:
-        """Whether calls are of a schema where the model may choose."""
+        """Whether calls must match a schema where the model may choose."""
         return self.calls == "auto" and any(tool.function.strict for tool in self.tools or ())
 
     @property
@@ -364,7 +369,9 @@ class ChatRequest(Generate):
         if self.calls != "forced":
             return super().grammar(grammars)
         if self.is_formed:
-            raise InputError("tool_choice: the answer is calls of tools, and of no other form.")
+            raise InputError(
+                "tool_choice: the answer consists of tool calls and can have no other format."
+            )
         chosen = None if isinstance(self.tool_choice, str) else self.tool_choice
         parallel = self.parallel_tool_calls is not False
         return grammars.schema("tools", tools_of.forced(self.tools or [], chosen, parallel))
@@ -378,7 +385,7 @@ class CompletionRequest(Generate):
     """A text to complete."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
-        description="a text, or its tokens, or several of them"
+        description="a text, its tokens, or several of either"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
         None, ge=0, le=TOP, description="tells log p of the answer's tokens, and of so many others"
@@ -404,7 +411,7 @@ class CompletionRequest(Generate):
     def check(self) -> None:
         super().check()
         if len(self.prompts) * (self.n or 1) > PROMPTS:
-            raise InputError(f"prompt: more than {PROMPTS} answers in one request: send fewer.")
+            raise InputError(f"prompt: more than {PROMPTS} answers in one request: ask for fewer.")
 
     def encode(self, chosen: Selected) -> list[list[int]]:
         return [chosen.base.encode(x) if isinstance(x, str) else x for x in self.prompts]
@@ -415,7 +422,7 @@ class CompletionRequest(Generate):
 
 
 class MountRequest(BaseModel, strict=True, extra="forbid"):
-    """An adapter folder, and the name under which requests may use it."""
+    """The folder of an adapter, and the name under which requests may use it."""
 
     id: str
     path: str
@@ -435,28 +442,28 @@ class Error(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="of the prompt, that needed no computing")
+    cached_tokens: int = Field(description="tokens of the prompt that were cached")
 
 
 class CompletionTokensDetails(BaseModel):
-    reasoning_tokens: int = Field(description="of the answers, with those of its tags")
+    reasoning_tokens: int = Field(description="tokens of reasoning, including its tags")
 
 
 class Usage(BaseModel):
-    """In tokens; the end of the sequence counts."""
+    """Numbers of tokens; the end of the sequence counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no token: clients that do not know each other"
+        description="null if the server has no token: it would reveal prompts of other clients"
     )
     completion_tokens_details: CompletionTokensDetails
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str | None = Field(description="null if the answer is calls alone")
+    content: str | None = Field(description="null if the answer consists of calls")
     reasoning_content: str | None = None
     tool_calls: list[tools_of.Call] | None = None
     refusal: None = None
@@ -473,8 +480,8 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """Of all tokens of the answer, those of reasoning and calls too, by the model itself: what
-    options and a grammar make of it is not in it."""
+    """For all tokens of the answer, including reasoning and calls, as the model itself gives them:
+    the effects of options and of a grammar are not included."""
 
     content: list[TokenLogprob]
     refusal: None = None
@@ -492,7 +499,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    adapter: str | None = Field(description="what was in the model: 'a', 'a+b', or null")
+    adapter: str | None = Field(description="the adapters that were applied: 'a', 'a+b', or null")
     choices: list[ChatChoice]
     usage: Usage
 
@@ -516,7 +523,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    adapter: str | None = Field(description="what was in the model: 'a', 'a+b', or null")
+    adapter: str | None = Field(description="the adapters that were applied: 'a', 'a+b', or null")
     choices: list[TextChoice]
     usage: Usage
 
@@ -526,7 +533,7 @@ class ModelInfo(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["mlx_segtrain"] = "mlx_segtrain"
-    parent: str | None = Field(default=None, description="of an adapter: its model")
+    parent: str | None = Field(default=None, description="for an adapter: its base model")
 
 
 class ModelList(BaseModel):
@@ -537,10 +544,10 @@ class ModelList(BaseModel):
 class MountedAdapter(BaseModel):
     id: str
     path: str
-    rank: int = Field(description="the largest")
+    rank: int = Field(description="the largest rank")
     scale: float
     size_bytes: int
-    mounted_layers: int = Field(description="linears with an update")
+    mounted_layers: int = Field(description="number of linear layers with an update")
 
 
 class MountedAdapters(BaseModel):
@@ -581,23 +588,24 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
     try:
         return json.loads(schema)
     except (ValueError, RecursionError):
-        raise InputError(f"{where} is not JSON: give a schema.") from None
+        raise InputError(f"{where} is not JSON: it must be a schema.") from None
 
 
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As chat templates take them; InputError for what is no text."""
+    """Returns the turns as chat templates take them. Raises InputError for content that is not
+    text."""
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"
         message.refuse_extra(f"{where}.")
         content = message.content
         if content is None and message.role != "assistant":
-            raise InputError(f"{where}.content is missing: give a text.")
+            raise InputError(f"{where}.content is missing: add text.")
         if isinstance(content, list):
             for j, part in enumerate(content):
                 if part.type != "text" or part.text is None:
                     raise InputError(
-                        f"{where}.content: the model reads text, not {part.type[:60]!r}: give "
+                        f"{where}.content: the model reads text, not {part.type[:60]!r}: send "
                         'parts {"type": "text", "text": …}.'
                     )
                 part.refuse_extra(f"{where}.content.{j}.")
@@ -606,21 +614,21 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
         turn: dict[str, Any] = {"role": role, "content": content or ""}
         for name, own in (("tool_calls", "assistant"), ("reasoning_content", "assistant")):
             if getattr(message, name) and role != own:
-                raise InputError(f"{where}.{name}: it is of an assistant's turn.")
+                raise InputError(f"{where}.{name} is only for an assistant's turn.")
         if message.tool_calls:
             turn["tool_calls"] = tools_of.turn_calls(message.tool_calls, f"{where}.tool_calls")
         if message.reasoning_content:
             turn["reasoning_content"] = message.reasoning_content
         if message.tool_call_id is not None:
             if role != "tool":
-                raise InputError(f"{where}.tool_call_id: it is of a tool's turn.")
+                raise InputError(f"{where}.tool_call_id is only for a tool's turn.")
             turn["tool_call_id"] = message.tool_call_id
         turns.append(turn)
     return turns
 
 
 def names_base(base: Base, model: str | None) -> bool:
-    """Whether a request's model is the base."""
+    """Returns whether a request's model is the base model."""
     if model is None or model == str(base.path):
         return True
     return model.lower() in (base.id.lower(), base.id.rsplit("/", 1)[-1].lower(), "default")

@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer form of a chat, for text and tools; nothing is stored."""
+"""/v1/responses: OpenAI's newer format of a chat, for text and tools; nothing is stored."""
 
 import json
 import time
@@ -23,7 +23,7 @@ from .openai_fields import Request as Fields
 from .openai_forms import TOP, TURNS, ChatRequest, JsonSchema
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-#: Of a stream each event has its kind, and JSON that has it too.
+#: Each event of a stream has its type, which its JSON repeats.
 EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     **ANSWERS,
@@ -50,7 +50,7 @@ IN_ITEM: Neutral = {"id": ANYTHING, "status": ANYTHING, "summary": ANYTHING}
 
 
 class Item(Fields):
-    """A turn; a call of a tool; what the call gave; or reasoning, which is left out."""
+    """A turn; a tool call; the result of a call; or reasoning, which is ignored."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -72,12 +72,12 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """What the model is asked. Fields that chats have too mean the same."""
+    """A request for a response. Fields that chats also have mean the same."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
     adapter: str | None = None
-    instructions: str | None = Field(None, description="a system turn before the others")
+    instructions: str | None = Field(None, description="a system message before the others")
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
@@ -89,12 +89,12 @@ class ResponseRequest(Fields):
     chat_template_kwargs: dict[str, Any] | None = None
     deterministic: bool | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = Field(None, description="it comes back with the response")
+    metadata: dict[str, str] | None = Field(None, description="returned with the response")
     neutral = IN_RESPONSE
 
     def as_chat(self) -> ChatRequest:
-        """The same as a chat. InputError for what is given and does nothing; what a chat cannot
-        have fails as it does there."""
+        """Returns the same request as a chat. Raises InputError for fields without an effect; what
+        a chat cannot have fails as there."""
         self.refuse_extra()
         turns: list[dict[str, Any]] = []
         if self.instructions:
@@ -148,20 +148,20 @@ def _add_turn(turns: list[dict[str, Any]], item: Item, where: str) -> None:
         turns.append({"role": "tool", "content": item.output or "", **own})
         return
     if item.role is None or item.content is None:
-        raise InputError(f"{where}: a turn has a role and a content: give both.")
+        raise InputError(f"{where}: a turn needs a role and a content.")
     content: Any = item.content
     if isinstance(content, list):
         texts = ("input_text", "output_text", "text")
         for part in content:
             if part.get("type") not in texts or not isinstance(part.get("text"), str):
-                raise InputError(f"{where}.content: the model reads text: give input_text parts.")
+                raise InputError(f"{where}.content: the model reads text: send input_text parts.")
         content = "".join(part["text"] for part in content)
     turns.append({"role": item.role, "content": content})
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise InputError(f"{where}.type: the model calls functions, and no other tools.")
+        raise InputError(f"{where}.type: the model can only call functions, no other tools.")
     function = {key: value for key, value in tool.items() if key != "type" and value is not None}
     return {"type": "function", "function": function}
 
@@ -199,7 +199,7 @@ def _id(kind: str) -> str:
 
 
 class Made:
-    """A response as it is made: its items, and what a stream says of them."""
+    """A response while it is generated: its items, and the events of a stream."""
 
     def __init__(self, body: ResponseRequest, answers: Answers, model: str, adapter: str | None):
         self.items: list[dict[str, Any]] = []
@@ -231,7 +231,7 @@ class Made:
         return {"event": kind, "data": json.dumps(data)}
 
     def add(self, delta: Delta) -> Iterator[dict[str, str]]:
-        """Takes more of the answer; the events that tell it."""
+        """Adds more of the answer; returns its events."""
         if delta.reasoning:
             yield from self._begin("reasoning")
             self.items[-1]["content"][0]["text"] += delta.reasoning
@@ -322,9 +322,9 @@ class Made:
 
 @router.post("/v1/responses", response_model=Response, responses=RESPONSES)
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
-    """Generates a response: text, and calls of tools."""
+    """Generates a response: text and tool calls."""
     chat = body.as_chat()
-    body.input = ""  # or it would stay as long as the answer takes
+    body.input = ""  # otherwise it would stay as long as the answer takes
     answers, chosen = await begin(service, request, chat)
     made = Made(body, answers, body.model or chosen.base.id, chosen.id)
     if body.stream:
@@ -332,7 +332,7 @@ async def respond(body: ResponseRequest, request: Request, service: Used) -> Any
         return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
     found = await answers.whole(request)
     if found is None:
-        return error_answer(request, 499, "the client has gone.")
+        return error_answer(request, 499, "the client has disconnected.")
     for _ in made.add(found[0]):
         pass
     return made.whole(request, found[0].finish)
@@ -350,7 +350,7 @@ async def _events(made: Made, answers: Answers, request: Request) -> AsyncIterat
                     yield event
         whole = made.whole(request, finish)
         yield made.event(f"response.{whole['status']}", response=whole)
-    except (RunError, InputError) as error:  # the status is sent already
+    except (RunError, InputError) as error:  # the status has already been sent
         failed = {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
         yield made.event("response.failed", response={**made.head, **failed})
     finally:

@@ -1,4 +1,4 @@
-"""Tools: what requests say of them, and what a model calls."""
+"""Tools: how requests describe them, and what a model calls."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from ...errors import InputError
-from .openai_fields import IN_FUNCTION, IN_TOOL, Request
+from .openai_fields import Request
 
-#: Tools of a request, and calls of a message, at most.
+#: The most tools of a request, and calls of a message.
 TOOLS, CALLS = 128, 128
 
 
@@ -21,16 +21,14 @@ class Function(Request):
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
         None,
-        description="arguments are of the schema, as they are wherever a tool has to be called; "
-        "where the model may choose, only if it writes calls as JSON between tags",
+        description="arguments must match the schema, which is always so if a tool has to be "
+        "called; if the model may choose, it must write calls as JSON between tags",
     )
-    neutral = IN_FUNCTION
 
 
 class Tool(Request):
     type: Literal["function"]
     function: Function
-    neutral = IN_TOOL
 
 
 class ChosenName(BaseModel, strict=True, extra="forbid"):
@@ -50,7 +48,7 @@ class CalledFunction(BaseModel, strict=True):
 
 
 class Call(BaseModel, strict=True):
-    """What an assistant's message called."""
+    """A call in an assistant's message."""
 
     id: str
     type: Literal["function"] = "function"
@@ -60,12 +58,12 @@ class Call(BaseModel, strict=True):
 Tools = Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)]
 Calls = Annotated[list[Call], Field(max_length=CALLS, fail_fast=True)]
 Choice = Literal["none", "auto", "required"] | ChosenTool
-#: Keywords whose values are schemas by names.
+#: Keywords whose values are schemas by name.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """As chat templates take them; InputError for fields that do nothing."""
+    """Returns tools as chat templates take them. Raises InputError for fields without an effect."""
     for i, tool in enumerate(tools):
         tool.refuse_extra(f"tools.{i}.")
         tool.function.refuse_extra(f"tools.{i}.function.")
@@ -73,14 +71,14 @@ def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
-    """Calls as chat templates take them: with arguments that are parsed."""
+    """Returns calls as chat templates take them, with parsed arguments."""
     found = []
     for i, call in enumerate(calls):
         try:
             arguments = json.loads(call.function.arguments or "{}")
         except (ValueError, RecursionError):
             raise InputError(
-                f"{where}.{i}.function.arguments is not JSON: give what the call had."
+                f"{where}.{i}.function.arguments is not JSON: send the arguments of the call."
             ) from None
         function = {"name": call.function.name, "arguments": arguments}
         found.append({"id": call.id, "type": "function", "function": function})
@@ -88,11 +86,11 @@ def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
 
 
 def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> dict[str, Any]:
-    """The schema of an answer that calls tools: the chosen one, or one or more of all."""
+    """Returns the schema of an answer that calls tools: the chosen one, or at least one of any."""
     named = {tool.function.name: tool.function.parameters for tool in tools}
     if choice is not None and choice.function.name not in named:
         raise InputError(
-            f"tool_choice: {choice.function.name[:64]!r} is none of the tools: "
+            f"tool_choice: {choice.function.name[:64]!r} is not one of the tools: "
             f"{', '.join(named) or 'there are none'}."
         )
     wanted = named if choice is None else {choice.function.name: named[choice.function.name]}
@@ -102,14 +100,16 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
 
 
 def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The schema of one call, of any tool; of a tool that is not strict with any arguments."""
+    """Returns the schema of one call of any tool; a tool that is not strict accepts any
+    arguments."""
     own = {x.function.name: x.function.parameters if x.function.strict else None for x in tools}
     call, schemas = _call_of(own)
     return {**call, "$defs": schemas}
 
 
 def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schema of a call of one of these tools, and those of arguments, to which it refers."""
+    """Returns the schema of a call of one of these tools, and the schemas of arguments that it
+    refers to."""
     calls = [
         {
             "type": "object",
@@ -125,7 +125,7 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
             for name, schema in wanted.items()
         }
     except RecursionError:
-        raise InputError("tools are nested too deeply: give flatter parameters.") from None
+        raise InputError("tools are nested too deeply: use flatter parameters.") from None
     return {"anyOf": calls}, schemas
 
 
@@ -138,7 +138,7 @@ def _moved(schema: Any, root: str, named: bool = False) -> Any:
         return schema
     found = {}
     for key, value in schema.items():
-        if not named and key in ("const", "enum"):  # values, and no schemas
+        if not named and key in ("const", "enum"):  # values, not schemas
             found[key] = value
         elif not named and key == "$ref" and (value == "#" or str(value).startswith("#/")):
             found[key] = root + value[1:]
@@ -148,7 +148,7 @@ def _moved(schema: Any, root: str, named: bool = False) -> Any:
 
 
 def called(call: Mapping[str, Any], id: str) -> dict[str, Any]:
-    """A call as clients get it; `arguments` is what a parser or a schema gave."""
+    """Returns a call as clients get it; `arguments` comes from a parser or a schema."""
     arguments = call.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"id": id, "type": "function", "function": {"name": call["name"], "arguments": text}}

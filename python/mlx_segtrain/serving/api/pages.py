@@ -1,6 +1,6 @@
-"""What a browser gets: the page's files, Swagger's page, and where it logs in and out.
+"""Files for a browser: the page, Swagger's page, and where it logs in and out.
 
-The page is files alone (../page): its scripts ask /api and /v1, as any client does.
+The page consists of files only (../page): its scripts use /api and /v1 like any client.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ PAGES = {
     **{"/finetune": "setup", "/finetune/": "setup", "/finetune/jobs": "jobs"},
     **{"/finetune/job/{id}": "job", "/finetune/library": "library", "/finetune/chat": "chat"},
 }
-#: Files of these addresses.
+#: Files at these addresses.
 ONES = {"/login.css": "login.css", "/favicon.ico": "icon.svg"}
 IMPORT = re.compile(r"""(?:from|import\()\s*["'`]\./([\w/]+\.js)["'`]""")
 
 
 def _version() -> str:
-    """A name of all files of the page: they are at addresses that have it, so that a browser may
-    keep them for good, and never mixes files of two versions."""
+    """Returns a version of all files of the page, which is part of their addresses, so that a
+    browser may cache them forever and never mixes two versions."""
     found = hashlib.sha256()
     for path in sorted(FILES.rglob("*")):
         if path.is_file():
@@ -42,8 +42,8 @@ VERSION = _version()
 
 
 def modules(*names: str) -> list[str]:
-    """These modules of the page and all that they import, each once: a browser that is told of them
-    at first need not read one to learn of the next."""
+    """Returns these modules of the page and all that they import, each once, for a browser to fetch
+    at once: it need not read one to learn of the next."""
     found = dict.fromkeys(names)
     for name in found:
         text = (FILES / name).read_text(encoding="utf-8")
@@ -84,13 +84,13 @@ async def login() -> HTMLResponse:
 
 @router.post("/login")
 async def check(guard: Used, token: Annotated[str, Form()] = "") -> Response:
-    """For the token a browser gets the cookie that stands for it."""
+    """Checks the token; the browser gets a session cookie instead."""
     if guard.token is not None and not guard.is_token(token.encode("utf-8", "replace")):
         try:
             await guard.slow_down()
         except Refused as error:
             return _login(error.reason, error.status)
-        return _login("That is not the token.", 401)
+        return _login("The token is wrong.", 401)
     answer = RedirectResponse("/finetune", 303)
     if guard.token is not None:
         how = {"httponly": True, "samesite": "strict", "max_age": LASTS_S}
@@ -112,7 +112,7 @@ async def root() -> Response:
 
 
 class Kept(StaticFiles):
-    """Files whose address changes with them: a browser need not ask again."""
+    """Files whose address changes with their content, so that a browser never asks again."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         answer = super().file_response(*args, **kwargs)
@@ -128,7 +128,7 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _html(text: str) -> Callable[[Request], Awaitable[Response]]:
-    """Sends HTML in which FILES stands for where the page's files are."""
+    """Sends HTML in which FILES is replaced by the address of the page's files."""
     text = text.replace("FILES/", f"/finetune/files/{VERSION}/")
 
     async def send(request: Request) -> Response:
@@ -146,5 +146,5 @@ def add_pages(app: FastAPI) -> None:
     for path, name in ONES.items():
         app.add_route(path, _file(name), include_in_schema=False)
     app.mount(f"/finetune/files/{VERSION}", Kept(directory=FILES))
-    # Swagger's files, from a package and not from elsewhere.
+    # Swagger's files come from a package, not from another host.
     app.mount("/docs-files", StaticFiles(packages=[("fastapi_offline", "static")]))

@@ -1,4 +1,4 @@
-"""HTTP from clients that may be slow, or send a head without an end."""
+"""HTTP for clients that may be slow, or send a head without an end."""
 
 import asyncio
 import logging
@@ -8,22 +8,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds in which the head of a request must have come, and bytes that it may have.
+#: Seconds in which the head of a request must arrive, and its most bytes.
 HEAD_S, HEAD_BYTES = 10.0, 64 << 10
 
 
 class Patient(HttpToolsProtocol):
-    """HTTP whose heads must come in time, and end: a client that sends a byte a minute holds
-    nothing, nor does one that sends a head without an end."""
+    """HTTP whose heads must arrive in time, and end: slow clients, or heads without an end, tie up
+    no resources."""
 
     late: asyncio.TimerHandle | None = None
-    head = 0  #: bytes of headers, those after a body too
-    unread = 0  #: bytes of a head that has not ended, as they come
+    head = 0  #: bytes of headers, also of those after a body
+    unread = 0  #: bytes of an incomplete head, as they arrive
 
     def data_received(self, data: bytes) -> None:
         before = self.late
         super().data_received(data)
-        # While the same head is waited for all that comes is of it; the parser keeps it.
+        # While a head is incomplete everything belongs to it, and the parser keeps it.
         self.unread = (
             self.unread + len(data) if self.late is not None and self.late is before else 0
         )
@@ -36,7 +36,7 @@ class Patient(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head += len(name) + len(value) + 4
-        if self.head > HEAD_BYTES:  # which the parser takes for a fault of what it reads
+        if self.head > HEAD_BYTES:  # which the parser reports like an invalid request
             raise ValueError("the head is too large")
         super().on_header(name, value)
 
@@ -65,7 +65,7 @@ class Patient(HttpToolsProtocol):
     def _wait(self) -> None:
         self._stop_waiting()
         self.late = self.loop.call_later(
-            HEAD_S, self._refuse, "408 Request Timeout", "its head did not come in time"
+            HEAD_S, self._refuse, "408 Request Timeout", "its head did not arrive in time"
         )
 
     def _stop_waiting(self) -> None:

@@ -1,4 +1,4 @@
-"""/api: training, data, models and jobs. The contract of docs/http.md, as thin as it can be."""
+"""/api: training, data, models and jobs. The contract of docs/http.md, as thin as possible."""
 
 import json
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ from .guard import PATIENCE_S
 
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """How a route may fail."""
+    """Returns how a route may fail, for the API's schema."""
     return {code: {"model": forms.Problem} for code in codes}
 
 
@@ -37,7 +37,7 @@ router = APIRouter(
 
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
-    """The server is up, and can generate; 503 if it cannot any more."""
+    """Whether the server is up and can generate; 503 if it no longer can."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)
@@ -47,7 +47,7 @@ async def health(service: Used) -> forms.Health:
 
 @router.get("/metrics", tags=["server"], response_class=PlainTextResponse)
 async def metrics(service: Used) -> PlainTextResponse:
-    """Requests, tokens and times by adapter, as Prometheus reads them."""
+    """Requests, tokens and times by adapter, in Prometheus format."""
     text = service.engine.metrics.text()
     return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -79,14 +79,14 @@ async def models(service: Used) -> forms.ModelsAnswer:
 
 @router.post("/api/models/serve", tags=["models and data"])
 async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
-    """Loads a model for /v1, in place of the one that is served."""
+    """Loads a model for /v1, replacing the served one."""
     return _served(await service.serve(body.model_dir))
 
 
 @router.post("/api/hub/download", tags=["models and data"], responses=problems(409))
 async def download(body: forms.Download, service: Used) -> forms.Submitted:
-    """A model or a data set of the hub, as a job, if the operator allows that; then its name is a
-    model_dir, or a data_dir."""
+    """Downloads a model or a data set from the hub, as a job, if the operator allows it; its name
+    is then a model_dir or a data_dir."""
     row = service.download(body.name, body.kind)
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
@@ -97,8 +97,8 @@ async def search(
     words: Annotated[str, Query(min_length=2, max_length=100)],
     kind: hub.Kind = "model",
 ) -> forms.HubAnswer:
-    """Models or data sets of the hub whose names have these words, the most downloaded first, if
-    the operator allows downloads."""
+    """Models or data sets on the hub whose names contain these words, most downloaded first, if the
+    operator allows downloads."""
     return forms.HubAnswer(found=await service.search(words, kind))
 
 
@@ -110,7 +110,7 @@ async def datasets(service: Used) -> forms.DatasetsAnswer:
 
 @router.get("/api/adapters", tags=["models and data"])
 async def adapters(service: Used, model_dir: str | None = None) -> forms.AdaptersAnswer:
-    """Adapters below the roots that a model can take; without one all of them."""
+    """Adapters below the roots that a model can use; without a model, all of them."""
     found = await service.adapters(None if model_dir is None else service.place(model_dir))
     rows = [
         forms.AdapterFolder(
@@ -127,28 +127,28 @@ async def adapters(service: Used, model_dir: str | None = None) -> forms.Adapter
 
 @router.post("/api/finetune/inspect-dataset", tags=["training"])
 async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.Inspected:
-    """What a data set trains, token by token for its first rows; its faults are told here."""
+    """What a data set trains on, token by token for its first rows, and what is wrong with it."""
     report = await service.inspect(**body.model_dump())
     return forms.Inspected(**{**vars(report), "format": report.format or "unknown"})
 
 
 @router.get("/api/finetune/defaults", tags=["training"])
 async def defaults() -> forms.Defaults:
-    """Every field of a run, with what it takes and its default."""
+    """Every field of a run, with its values and its default."""
     return forms.schema()
 
 
 @router.post("/api/finetune/plan", tags=["training"])
 async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
-    """Whether a run fits this machine; loads nothing."""
+    """Whether a run fits on this machine; loads nothing."""
     return forms.Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
 
 @router.post("/api/finetune/copy", tags=["training"])
 async def copy(body: forms.PlanRequest) -> forms.Copies:
-    """A run as people keep it: a command, a YAML file, a program of Python."""
+    """A run as a command, a YAML file and a Python program."""
     values = body.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    values.setdefault("adapter_path", "adapters")  # the server's own is of no use elsewhere
+    values.setdefault("adapter_path", "adapters")  # the server's own folder is of no use elsewhere
     return forms.Copies(
         command=copies.command(values),
         yaml=copies.as_yaml(values),
@@ -158,7 +158,8 @@ async def copy(body: forms.PlanRequest) -> forms.Copies:
 
 @router.post("/api/finetune/read", tags=["training"])
 async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
-    """The settings in a YAML file, and every fault of them: to fill a form in."""
+    """Reads the settings in a YAML file, with everything that is wrong with it, to fill in a
+    form."""
     values, faults = await service.looks.run(copies.read_yaml, body.yaml)
     said = [forms.Fault(field=own.field, message=str(own)) for own in faults]
     return forms.ReadSettings(values=values, faults=said)
@@ -166,14 +167,14 @@ async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
 
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
 async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
-    """A training run, as a job."""
+    """Starts a training run, as a job."""
     row = service.submit(body.model_dump(exclude_unset=True))
     return forms.Submitted(job_id=row.id, jobId=row.id, adapter_path=row.output_path)
 
 
 @router.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
 async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitted:
-    """Loss and perplexity on a split, with an adapter or without, as a job."""
+    """Computes loss and perplexity on a split, with or without an adapter, as a job."""
     values = body.model_dump(exclude_unset=True)
     how = values.pop("split", "valid"), values.pop("with_base", False)
     row = service.evaluate(values, *how)
@@ -182,7 +183,7 @@ async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitte
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
 async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
-    """Two adapters to one, exactly; or one into its base's weights, as a job."""
+    """Merges two adapters into one, exactly; or one into its base model's weights, as a job."""
     if body.model_dir is not None and body.adapter_path is not None:
         of_two = {"adapter_a", "adapter_b", "scales"}
         row = service.enqueue("fold", **body.model_dump(exclude=of_two))
@@ -202,7 +203,7 @@ async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSu
 
 @router.post("/api/finetune/export", tags=["adapters"], responses=problems(409))
 async def export(body: forms.Export, service: Used) -> forms.Exported:
-    """An adapter as HF PEFT, stock mlx-lm or llama.cpp reads it."""
+    """Exports an adapter for HF PEFT, stock mlx-lm or llama.cpp."""
     row = service.enqueue("export", **body.model_dump())
     made = await _result(service, row)
     return forms.Exported(job_id=row.id, export_path=made["path"], manifest=made)
@@ -210,27 +211,27 @@ async def export(body: forms.Export, service: Used) -> forms.Exported:
 
 @router.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
 async def push(body: forms.Push, service: Used) -> forms.Pushed:
-    """An adapter or a model to the Hugging Face hub: its own files, and no others."""
+    """Pushes the files of an adapter or a model to the Hugging Face hub, and no others."""
     source = body.source_path
     if body.job_id is not None:
         source = service.jobs.get(body.job_id).output_path
     if source is None:
-        raise InputError("give source_path, or the job_id of a job that wrote a folder.")
+        raise InputError("set source_path, or the job_id of a job that wrote a folder.")
     if not service.has_hf_token:
-        raise InputError("no token of the hub: POST one to /api/settings/hf-token.")
+        raise InputError("there is no hub token: POST one to /api/settings/hf-token.")
     row = service.enqueue("push", repo_id=body.repo_id, source=source, private=body.private)
     return forms.Pushed(job_id=row.id, url=(await _result(service, row))["url"])
 
 
 @router.get("/api/settings/hf-token", tags=["server"])
 async def has_hf_token(service: Used) -> forms.HasHfToken:
-    """Whether there is a token of the hub; nobody is told which."""
+    """Whether the server has a hub token; never the token itself."""
     return forms.HasHfToken(hasToken=service.has_hf_token)
 
 
 @router.post("/api/settings/hf-token", tags=["server"])
 async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
-    """Sets the token of the hub for as long as the server runs; it is written nowhere."""
+    """Sets the hub token while the server runs; it is not written to disk."""
     service.jobs.environment["HF_TOKEN"] = body.token
     return forms.Answer()
 
@@ -249,7 +250,7 @@ async def list_jobs(
     kind: Annotated[str | None, Query(max_length=100)] = None,
     before: Annotated[str | None, Query(description="The id of a job.")] = None,
 ) -> forms.JobsAnswer:
-    """The last jobs of the queue first, or those before one; without their configurations."""
+    """Jobs, last of the queue first, or those before one; without their configurations."""
     place = None if before is None else service.jobs.get(before).place
     rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
@@ -270,19 +271,19 @@ async def describe(id: str, body: forms.Description, service: Used) -> forms.Job
 
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
 async def cancel(id: str, service: Used) -> forms.JobAnswer:
-    """Ends a job; a run keeps its last finished step."""
+    """Cancels a job; a run keeps its last finished step."""
     return forms.JobAnswer(job=_shown(service, service.jobs.cancel(id)))
 
 
 @router.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
 async def resume(id: str, service: Used) -> forms.JobAnswer:
-    """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+    """Requeues a job that failed or was cancelled; a run resumes from its checkpoint."""
     return forms.JobAnswer(job=_shown(service, service.resume(id)))
 
 
 @router.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
 async def delete(id: str, service: Used) -> forms.Answer:
-    """Forgets a job that has ended, and its log; what it wrote stays."""
+    """Deletes a job that has ended, with its log; its outputs stay."""
     service.jobs.remove(id)
     return forms.Answer()
 
@@ -325,7 +326,7 @@ def _served(base: Base) -> forms.Served:
 
 
 async def _result(service: Service, row: Row) -> dict[str, Any]:
-    """Of a job that is waited for; what it failed of is the request's fault."""
+    """Returns the result of a job; its failure is an error of the request."""
     end = await service.jobs.ended(row.id)
     if end.status != "done":
         raise InputError(end.error or f"{row.id} was {end.status}.")

@@ -1,7 +1,7 @@
-"""Data sets and adapters that clients send, file by file, and take, as one archive.
+"""Uploads of data sets and adapters, file by file, and downloads of them as one archive.
 
-What comes goes to a folder of its own in the store, in parts that are written as they come: aside,
-and renamed when all of it is there and is what its name says.
+An upload goes to a folder of its own in the store. It is written under a temporary name as it
+arrives, and renamed when it is complete and verified.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ from .routes import problems
 #: Files by their names in an archive.
 Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
-#: Files of an adapter that are taken.
+#: Files of an adapter that are accepted.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
-#: What is advised if a name is taken.
+#: The advice if a name is taken.
 ADVICE = "give it another name"
-#: Bytes that are read at once.
+#: Bytes that are read at a time.
 BLOCK = 1 << 20
 Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -62,10 +62,11 @@ router = APIRouter(responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 50
     openapi_extra=BODY,
 )
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """A file of a data set: `train` or `valid`, with the ending of its format (docs/data.md)."""
+    """Uploads a file of a data set: `train` or `valid`, with the ending of its format
+    (docs/data.md)."""
     if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
-            "a data set's file is called train or valid, with the ending of its format: "
+            "a file of a data set must be called train or valid, with the ending of its format: "
             "train.jsonl, train.csv, valid.parquet, …",
             status=422,
         )
@@ -79,21 +80,24 @@ async def put_data(name: Name, file: str, request: Request, service: Used) -> fo
     openapi_extra=BODY,
 )
 async def put_adapter(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """A file of an adapter: its configuration, or its weights as mlx-lm or PEFT names them."""
+    """Uploads a file of an adapter: its configuration, or its weights as mlx-lm or PEFT name
+    them."""
     if file not in OF_ADAPTER:
-        raise InputError(f"an adapter's file is one of {', '.join(OF_ADAPTER)}.", status=422)
+        raise InputError(
+            f"a file of an adapter must be one of {', '.join(OF_ADAPTER)}.", status=422
+        )
     return await _receive(service, "adapters", name, file, request)
 
 
 @router.delete("/api/datasets/{name}", tags=["models and data"], responses=problems(404, 409))
 async def remove_data(name: Name, service: Used) -> forms.Answer:
-    """Deletes a data set that a client has sent."""
+    """Deletes an uploaded data set."""
     return await _remove(service, "datasets", name)
 
 
 @router.delete("/api/adapters/{name}", tags=["models and data"], responses=problems(404, 409))
 async def remove_adapter(name: Name, service: Used) -> forms.Answer:
-    """Deletes an adapter that a client has sent."""
+    """Deletes an uploaded adapter."""
     return await _remove(service, "adapters", name)
 
 
@@ -101,7 +105,7 @@ async def remove_adapter(name: Name, service: Used) -> forms.Answer:
     "/api/datasets/{name}/{file}", tags=["models and data"], responses=problems(404, 409)
 )
 async def remove_data_file(name: Name, file: Name, service: Used) -> forms.Answer:
-    """Deletes a file of a data set that a client has sent."""
+    """Deletes a file of an uploaded data set."""
     return await _remove(service, "datasets", name, file)
 
 
@@ -109,7 +113,7 @@ async def remove_data_file(name: Name, file: Name, service: Used) -> forms.Answe
     "/api/adapters/{name}/{file}", tags=["models and data"], responses=problems(404, 409)
 )
 async def remove_adapter_file(name: Name, file: Name, service: Used) -> forms.Answer:
-    """Deletes a file of an adapter that a client has sent."""
+    """Deletes a file of an uploaded adapter."""
     return await _remove(service, "adapters", name, file)
 
 
@@ -117,7 +121,7 @@ async def remove_adapter_file(name: Name, file: Name, service: Used) -> forms.An
     "/api/datasets/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
 )
 async def data_archive(path: str, service: Used) -> StreamingResponse:
-    """The rows of a data set's folder below the roots: its training and validation files."""
+    """The training and validation files of a data set's folder below the roots."""
     return await _archive_of(service, path, _opened_rows)
 
 
@@ -125,11 +129,11 @@ async def data_archive(path: str, service: Used) -> StreamingResponse:
     "/api/adapters/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
 )
 async def adapter_archive(path: str, service: Used) -> StreamingResponse:
-    """An adapter's folder below the roots: what a push to the hub would send."""
+    """An adapter's folder below the roots: the files that a push to the hub would send."""
     return await _archive_of(service, path, _opened_adapter)
 
 
-# What comes
+# Uploads
 
 
 async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
@@ -138,7 +142,7 @@ async def _remove(service: Service, kind: Kind, name: str, file: str | None = No
     known = place.is_dir() if file is None else (place / file).is_file()
     if not known:
         what = name if file is None else f"{name}/{file}"
-        raise InputError(f"no client has sent {what}: only what was sent is deleted.", status=404)
+        raise InputError(f"{what} was not uploaded: only uploads can be deleted.", status=404)
     _check_unused(service, place, "cancel it first")
     service.transfers.check_none(place)
     if file is None:
@@ -150,22 +154,23 @@ async def _remove(service: Service, kind: Kind, name: str, file: str | None = No
 
 
 def _check_unused(service: Service, place: Path, advice: str) -> None:
-    """Conflict if a job that has not ended reads this folder, or a file in it."""
+    """Raises Conflict if a job that has not ended reads this folder, or a file in it."""
     for id in service.jobs.live:
         row = service.jobs.store.get(id)
         if row and any(Path(own).is_relative_to(place) for own in row.inputs):
-            raise Conflict(f"{id}, which has not ended, uses {place.name}: {advice}.")
+            raise Conflict(f"{id} has not ended and uses {place.name}: {advice}.")
 
 
 def _role(kind: Kind, file: str) -> str:
-    """What of its folder a file is: of each there is one, or the folder cannot be read."""
+    """Returns the role of a file in its folder: there may be one file for each, or the folder
+    cannot be read."""
     if kind == "datasets":
         return stem_of(Path(file))
     return CONFIG if file == CONFIG else "weights"
 
 
 def _in_the_way(place: Path, kind: Kind, file: str) -> Iterable[str]:
-    """Files of a folder that this one cannot come beside."""
+    """Returns files of a folder that exclude this one."""
     if kind == "datasets":
         return split_in(place, place, _role(kind, file))
     others = (WEIGHTS, UNPADDED) if file == PEFT_WEIGHTS else (PEFT_WEIGHTS,)
@@ -180,7 +185,7 @@ async def _receive(
     path = place / file
     with service.transfers.place(place / _role(kind, file)):
         for other in _in_the_way(place, kind, file):
-            raise Conflict(f"{name} has a file {other} already: {ADVICE}.")
+            raise Conflict(f"{name} already has a file {other}: {ADVICE}.")
         _check_unused(service, place, ADVICE)
         length = request.headers.get("content-length", "")
         _check_room(place, int(length) if length.isdecimal() else 0)
@@ -188,7 +193,7 @@ async def _receive(
             await run_in_threadpool(files.make_folder, place)
             size = await _write(service, path, kind, request.stream())
         except ClientDisconnect:
-            raise InputError(f"{file} broke off before its end: send it again.") from None
+            raise InputError(f"{file} is incomplete: send it again.") from None
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"{file} cannot be written: {reason}.") from None
@@ -198,7 +203,7 @@ async def _receive(
 
 
 async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
-    """Writes a file; its bytes. InputError for one that is not what its name says."""
+    """Writes a file; returns its bytes. Raises InputError if it is not what its name says."""
     most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
     with ExitStack() as written:
         aside = written.enter_context(files.atomic(path))
@@ -207,21 +212,21 @@ async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[
                 await run_in_threadpool(file.write, part)
                 _check_room(path, 0)
                 if most is not None and file.tell() > most:
-                    raise InputError(f"{path.name} has more than {most >> 20} MiB.", status=413)
+                    raise InputError(f"{path.name} is larger than {most >> 20} MiB.", status=413)
             size = file.tell()
         if size == 0:
             raise InputError(f"{path.name} is empty.", status=422)
         if kind == "adapters":
             with open(aside, "rb") as content:
                 await run_in_threadpool(pushing.check_content, path, content, "kept")
-        _check_unused(service, path.parent, ADVICE)  # it may have taken an hour to come
+        _check_unused(service, path.parent, ADVICE)  # it may have taken an hour to arrive
         await run_in_threadpool(written.close)  # the disk may take long
     return size
 
 
 def _check_room(place: Path, wanted: int) -> None:
     if files.free(place) < wanted + MARGIN:
-        raise InputError("the disk has no room for that: free some.", status=413)
+        raise InputError("the disk is full: free some space.", status=413)
 
 
 def _remove_if_empty(place: Path) -> None:
@@ -229,14 +234,14 @@ def _remove_if_empty(place: Path) -> None:
         os.rmdir(place)
 
 
-# What goes
+# Downloads
 
 
 @contextmanager
 def _opened_rows(place: Path) -> Iterator[dict[str, BinaryIO]]:
     found = [split_in(place, place, split) for split in SPLITS]
     if not found[0]:
-        raise InputError(f"{place} has no training rows: give the folder of a data set.")
+        raise InputError(f"{place} has no training rows: name the folder of a data set.")
     named = {name: own for split in found for name, own in split.items()}
     with ExitStack() as stack:
         with told(place):
@@ -250,8 +255,8 @@ _opened_adapter = partial(pushing.opened, done="downloaded", models=False)
 async def _archive_of(
     service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
 ) -> StreamingResponse:
-    """The files of a folder below the roots: opened and checked in a thread, which may take long,
-    and in one of the places for transfers before the answer begins."""
+    """Returns the files of a folder below the roots. They are opened and checked in a thread, which
+    may take long, in one of the slots for transfers, before the answer begins."""
     with ExitStack() as held:
         held.enter_context(service.transfers.place())
 
@@ -264,9 +269,9 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """An archive of open files. `held` ends with it: the files, and a place among the transfers.
+    """An archive of open files. `held` ends with it: the files, and a slot for transfers.
 
-    A client that takes nothing for a while is let go.
+    A client that reads nothing for a while is disconnected.
     """
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
@@ -287,7 +292,7 @@ class Archive(StreamingResponse):
 
 
 class _Sink:
-    """Keeps what is written until it is taken."""
+    """Keeps what is written until it is read."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -305,7 +310,8 @@ class _Sink:
 
 
 def _archive(opened: Opened) -> Iterator[bytes]:
-    """A ZIP of the files, a block at a time: weights do not get smaller, so nothing is packed."""
+    """Yields a ZIP of the files, a block at a time, uncompressed, because weights do not get
+    smaller."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         for name, file in opened.items():
@@ -317,7 +323,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes what a server that was killed had not finished."""
+    """Removes what a killed server had not finished."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

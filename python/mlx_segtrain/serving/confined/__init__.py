@@ -1,4 +1,4 @@
-"""What untrusted files make a library do, in processes that can be killed.
+"""Runs what untrusted files make a library do, in processes that can be killed.
 
-parent.py starts them and asks; child.py is what runs in them.
+parent.py starts them and sends requests; child.py runs in them.
 """

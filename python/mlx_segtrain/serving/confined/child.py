@@ -1,10 +1,10 @@
-"""A process for what a stranger's template, tokenizer or data make it do (parent.py).
+"""A process for untrusted templates, tokenizers and data (parent.py).
 
-It obeys one socket, a frame at a time: 4 bytes of length and JSON. It can fork itself, so that a
-child has the libraries, or a tokenizer, without loading them again; it can end a child; the rest is
-in OPS. Before each of these the system is told how much processor time and memory it may take: a
-process that takes more is killed, whoever else still lives. It writes no file, and its environment
-and its open files are few.
+It takes commands from one socket, one frame at a time: 4 bytes of length and JSON. It can fork
+itself, so that a child has the libraries, or a tokenizer, without loading them again, and it can
+kill a child; the other commands are in OPS. Before each of these it sets limits of processor time
+and memory: a process that exceeds them is killed by the system, even if no other process is left.
+It writes no file, and has few environment variables and open files.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ..roots import Roots
 
 Values = dict[str, Any]
 
-#: Tokens of a data set's rows that are shown, at most.
+#: The most tokens of a data set's rows that are shown.
 SHOWN = 100_000
-#: Characters of a token, at most: an answer may be made of the longest alone.
+#: The most characters of a token: an answer could consist of the longest one only.
 LONGEST_TOKEN = 2000
-#: How much longer a decoder may make a text by replacing.
+#: How many times longer a decoder may make a text by replacing.
 MOST_GROWTH = 8
 #: Characters of an error.
 LONGEST = 500
 
 
 class Child:
-    """A forked process is another in all but what was loaded."""
+    """State of a process; a forked process has a new one, except for what was loaded."""
 
     def __init__(self, wire: socket.socket):
         self.wire = wire
@@ -48,7 +48,7 @@ class Child:
         self.children: set[int] = set()
 
     def run(self) -> None:
-        """Obeys its socket until that ends."""
+        """Handles commands until the socket ends."""
         while (frame := receive(self.wire)) is not None:
             values, files = frame
             op, limits = values.pop("op"), values.pop("limits", None)
@@ -116,7 +116,7 @@ class Child:
         return [read_calls(self.tokenizer, text, tools) for text in texts]
 
     def do_inspect(self, path: str, n_preview: int, how: Values, roots: list[str]) -> Values:
-        """What a data set trains; its report as it is answered."""
+        """Returns the report of what a data set trains on, in the form of the answer."""
         opening.open_too(roots)
         from ...data import Options, inspect
 
@@ -128,12 +128,12 @@ class Child:
         return asdict(report)
 
     def do_nothing(self) -> None:
-        """Answers, which tells that it runs."""
+        """Answers, which shows that the process runs."""
 
 
 def _check_decoder(folder: Path) -> None:
-    """InputError for a decoder whose work has no bound: text is decoded where all generate, token
-    by token. Matching may take for ever, and replacing may make a text of any length."""
+    """Raises InputError for a decoder with unbounded work: the engine decodes text token by token
+    for all requests. Matching may take forever, and replacing may make a text of any length."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
@@ -148,7 +148,7 @@ def _check_decoder(folder: Path) -> None:
         found = pattern.get("String") if isinstance(pattern, dict) else pattern
         text = found if isinstance(found, str) else ""
         if "Regex" in part or (replaces and not text):
-            raise InputError("its decoder has a regular expression, which is not served")
+            raise InputError("its decoder has a regular expression, which is not supported")
         if replaces:
             growth *= max(1.0, len(str(part.get("content"))) / len(text))
             if growth > MOST_GROWTH:
@@ -160,12 +160,12 @@ def _check_decoder(folder: Path) -> None:
 
 
 def _few(tokens: Any, most: int) -> list[int] | int:
-    """The tokens, or how many there are if these are more than anyone wants."""
+    """Returns the tokens, or their number if that is more than any caller needs."""
     return len(tokens) if len(tokens) > most else list(tokens)
 
 
 def receive(wire: socket.socket) -> tuple[Values, list[int]] | None:
-    """The next frame, and the files that came with it; None at the end of the socket."""
+    """Returns the next frame, and the files that came with it; None at the end of the socket."""
     head, files, _, _ = socket.recv_fds(wire, 4, 1)
     while head and len(head) < 4:
         head += wire.recv(4 - len(head))
@@ -189,7 +189,7 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Allows so many more seconds of processor time, and bytes more than there are now."""
+    """Allows this many more seconds of processor time, and bytes above the present use."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)
@@ -197,10 +197,11 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def main(file: str, store: str = "", *folders: str) -> None:
-    """`file` is the number of the socket; the rest is what opening.confined() gives."""
+    """`file` is the number of the socket; the rest comes from opening.confined()."""
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the server says when to end
+    # Ctrl-C in the terminal: the server decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setrecursionlimit(1000)
     hide_torch()
     import mlx_lm.utils

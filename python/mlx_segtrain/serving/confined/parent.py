@@ -1,8 +1,9 @@
-"""What a stranger's template, tokenizer or data make a program do, in processes that can be killed.
+"""Runs what untrusted templates, tokenizers and data make a program do, in processes that can be
+killed.
 
-One process has loaded the libraries; from it one is forked for each model, which loads the
-tokenizer; and from that the workers, which render and encode. So a worker costs milliseconds, and
-one that loops, or grows, is killed and no loss. All that is waited for has an end.
+One process has loaded the libraries. One is forked from it for each model, and loads the tokenizer.
+From that one the workers are forked, which render and encode. So a worker costs milliseconds, and
+one that loops or grows is killed without loss. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -26,63 +27,64 @@ from .. import opening
 from ..pools import Busy, Pool
 from .child import receive, send
 
-#: Seconds after which an answer is taken to be slow, and how many of the slow may go on at once.
+#: Seconds after which an answer counts as slow, and how many slow ones may run at once.
 SLICE_S, MOST_SLOW = 0.5, 3
 #: Idle workers that are kept for each model.
 MOST_IDLE = 2
-#: Seconds for the libraries, which a busy machine may take long to load, and for a fork.
+#: Seconds for loading the libraries, which may be slow on a busy machine, and for a fork.
 START_S, FORK_S = 120.0, 30.0
-#: Characters of a prompt of which one at a time is encoded, and bytes of memory for it.
+#: Characters of a prompt above which only one is encoded at a time, and bytes of memory for it.
 LARGE, MOST_MEMORY = 1 << 16, 448 << 20
 
 _PROMPTS = Pool("prompts", MOST_SLOW + 2, 256)
 _LARGE_PROMPTS = Pool("large prompts", 1, 8)
-#: Looks at data sets at once.
+#: Inspections of data sets at once.
 INSPECTIONS = Pool("inspections", 2, 16)
 
 
 def prompts(size: int) -> Pool:
-    """Threads that wait for a prompt of so many bytes."""
+    """Returns the threads for prompts of this many bytes."""
     return _LARGE_PROMPTS if size > LARGE else _PROMPTS
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds, and bytes of memory besides what the process has at the beginning."""
+    """Seconds, and bytes of memory above those at the start."""
 
     seconds: float
     memory: int
 
     @classmethod
     def of_prompt(cls, size: int) -> Limits:
-        """Of so many characters, for each of which a tokenizer takes up to 400 bytes."""
+        """Returns the limits for this many characters, for each of which a tokenizer takes up to
+        400 bytes."""
         return cls(5 + size / 100_000, min((48 << 20) + 512 * size, MOST_MEMORY))
 
 
-#: To load a tokenizer, and to look at a data set.
+#: Limits for loading a tokenizer, and for inspecting a data set.
 LOADING = Limits(60, 1 << 30)
 INSPECTING = Limits(120, 256 << 20)
 
 
 class Failed(InputError):
-    """What was to be done raised an error, or was killed."""
+    """The command raised an error, or its process was killed."""
 
 
 @dataclass(eq=False)
 class _Process:
-    """The other end of a process' socket."""
+    """The other end of a process's socket."""
 
     wire: socket.socket
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    begun: float = 0.0  #: when it got what it works on
-    seconds: float = 1.0  #: how long that may take
-    evicted: bool = False  #: it takes too long beside others
+    begun: float = 0.0  #: when it got its present command
+    seconds: float = 1.0  #: its time limit
+    evicted: bool = False  #: too slow while others are slow too
 
     @property
     def spent(self) -> float:
-        """The part of its time that it has used."""
+        """The fraction of its time that it has used."""
         return (time.monotonic() - self.begun) / self.seconds
 
     def fork(self) -> _Process:
@@ -101,13 +103,14 @@ class _Process:
         send(self.wire, {"op": op, **limited, **values})
 
     def says_something(self, seconds: float) -> bool:
-        """Whether an answer, or the end, comes in time. Nothing of it is taken."""
+        """Returns whether an answer, or the end, arrives in time; does not read it."""
         wait = select.poll()
         wait.register(self.wire, select.POLLIN)
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """What it answers. TimeoutError; OSError if it was killed; _Told if it raised an error."""
+        """Returns its answer. Raises TimeoutError, OSError if it was killed, and _Told if it raised
+        an error."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
         if answer is None:
@@ -126,7 +129,7 @@ class _Process:
 
 
 class _Told(Exception):
-    """An error that the other process raised: why, and the name of its kind."""
+    """An error that the other process raised: its message and the name of its type."""
 
     def __init__(self, reason: str, kind: str):
         super().__init__(reason)
@@ -134,7 +137,7 @@ class _Told(Exception):
 
 
 class _Root:
-    """The process that has loaded the libraries; another once it has ended."""
+    """The process that has loaded the libraries; restarted after it has ended."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -148,7 +151,7 @@ class _Root:
                     return self._running().fork()
                 except OSError:
                     self.close()
-        raise Busy("the processes that read files of strangers cannot be started: try again.")
+        raise Busy("the processes that read untrusted files cannot be started: try again.")
 
     def _running(self) -> _Process:
         if self.process is None:
@@ -167,7 +170,7 @@ class _Root:
         return self.process
 
     def close(self) -> None:
-        """Ends it and all that came of it."""
+        """Ends it and its descendants."""
         if self.popen is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
@@ -179,7 +182,7 @@ class _Root:
 
 _ROOT = _Root()
 atexit.register(_ROOT.close)
-#: No library may start threads, which a fork would lose, or look for a model elsewhere.
+#: Libraries must not start threads, which a fork would lose, or look for models elsewhere.
 SETTINGS = {
     **{"PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"},
     **{"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
@@ -188,19 +191,19 @@ SETTINGS = {
 
 
 class Confined:
-    """The workers of a model's folder, or of none. All calls wait: they are for threads."""
+    """The workers of a model's folder, or of none. All calls block: they are for threads."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.users = 0  #: calls that wait for it, for whoever keeps it
-        self._lock = threading.Lock()  # of what follows
+        self.users = 0  #: number of calls that wait for it; kept by its owner
+        self._lock = threading.Lock()  # guards what follows
         self._keeper: _Process | None = None  # has the tokenizer; workers are its forks
         self._idle: list[_Process] = []
         self._slow: list[_Process] = []
         self._closed = False
 
     def start(self) -> None:
-        """Loads the tokenizer, if that has not been done. InputError if it cannot be."""
+        """Loads the tokenizer unless it is loaded. Raises InputError if that fails."""
         with self._lock:
             if self._keeper is not None:
                 return
@@ -217,10 +220,10 @@ class Confined:
             self._keeper = keeper
 
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
-        """The answer of a worker; Failed, with `what` in its sentence, or Busy."""
+        """Returns a worker's answer. Raises Failed, with `what` in its message, or Busy."""
         self.start()
         begun, worker = time.monotonic(), self._take()
-        # The processor's time is the system's to watch; a machine may have no time for it.
+        # The system limits processor time; a busy machine may give the worker none.
         worker.begun, worker.seconds = begun, 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)
@@ -230,7 +233,9 @@ class Confined:
         except BaseException as error:
             self._give_back(worker, failed=True)
             if worker.evicted and not isinstance(error, _Told):
-                raise Busy(f"{what} takes long, as do others: try again in a moment.") from None
+                raise Busy(
+                    f"{what} takes long, and so do other requests: try again in a moment."
+                ) from None
             raise _as_failure(error, limits, what) from None
         self._give_back(worker, failed=False)
         return answer
@@ -251,14 +256,15 @@ class Confined:
             raise Busy("the tokenizer's process has ended: try again.") from None
 
     def _add_slow(self, worker: _Process) -> None:
-        """It goes on beside a few others; of too many that ends which has used most of its time."""
+        """Lets it run with a few other slow ones; if there are too many, kills the one that has
+        used most of its time."""
         with self._lock:
             self._slow.append(worker)
             running = [x for x in self._slow if not x.evicted]
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            with suppress(OSError):  # whose thread waits for it, and ends it
+            with suppress(OSError):  # its own thread waits for it, and ends it
                 worst.wire.shutdown(socket.SHUT_RDWR)
 
     def _give_back(self, worker: _Process, *, failed: bool) -> None:
@@ -273,7 +279,7 @@ class Confined:
             worker.kill()
 
     def close(self) -> None:
-        """Ends all of it; what still waits fails."""
+        """Ends all workers; calls that still wait fail."""
         with self._lock:
             self._closed = True
             ended = [*self._idle, *self._slow]
@@ -294,7 +300,7 @@ def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseExceptio
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):
         return Failed(
-            f"{what} was ended: it takes more than {limits.seconds:.0f} s of processor time or "
+            f"{what} was stopped: it takes more than {limits.seconds:.0f} s of processor time or "
             f"{limits.memory >> 20} MiB of memory."
         )
     return error

@@ -1,11 +1,11 @@
-"""One base, its adapters, and the thread on which they generate.
+"""One base model, its adapters, and the thread on which they generate.
 
-Streams of MLX belong to a thread, so all that makes arrays runs on that one. It goes round: a part
-of the prompts that wait, by the small arrays of an adapter in the base's linears; then a token of
-every answer, those of all adapters in one forward pass (batching.py), each row by its own update. A
-request has its own cache, random key and counts, so that what it gives does not depend on what runs
-beside it, but for the last bits: products of several rows add in another order. Who wants these too
-asks for it (`deterministic`), and is decoded alone.
+MLX's streams belong to a thread, so everything that creates arrays runs on this one. Each round
+computes a part of the waiting prompts, with the small arrays of an adapter in the base's linear
+layers, and then a token of every answer: those of all adapters in one forward pass (batching.py),
+each row with its own update. A request has its own cache, random key and counts, so its answer does
+not depend on other requests, except for the last bits, because products of several rows sum in
+another order. A request that needs these too asks for it (`deterministic`), and is decoded alone.
 """
 
 import asyncio
@@ -41,22 +41,23 @@ from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Requests that generate at once, and that wait for it.
+#: Requests that generate at once, and that wait for their turn.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: Seconds for which a request generates while others wait; then it waits, with its cache, of which
-#: there are so many more at most. Seconds after which one that has not begun is told to come back.
+#: Seconds for which a request generates while others wait; then it waits with its cache, up to this
+#: many more caches. Seconds after which a request that has not started is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which a model that is to be loaded waits for the answers that are being given, and
-#: for which the next is refused after one that waited in vain: others are not served meanwhile.
+#: Seconds for which a model to be loaded waits for running answers, and for which the next one is
+#: refused after one that waited in vain: no other request is served meanwhile.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: Tokens of a prompt that are computed at once, at most, and at least where others are answered.
+#: The most tokens of a prompt that are computed at once, and the least while other requests are
+#: answered.
 PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
-#: Seconds of such a part, and of all prompts between two tokens, where others are answered; where
-#: nobody is they go on for a while, so that more answers begin together.
+#: Seconds of such a part, and of all prompts between two tokens, while other requests are answered;
+#: otherwise prompts continue for a while, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: Adapters that are mounted at once, and the bytes of all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
-#: Prompts kept.
+#: Prompts that are cached.
 MOST_PROMPTS = 32
 
 #: Tokenizers that are tried before their model is loaded.
@@ -66,13 +67,13 @@ T = TypeVar("T")
 
 
 class NoMemory(RunError):
-    """A request that the device's memory did not do for; others go on."""
+    """The device has too little memory for a request; others continue."""
 
     status, code = 503, "no_memory"
 
 
 class Ended(RunError):
-    """The engine's thread is no more; the process has to be started anew."""
+    """The engine's thread has ended; the process has to be restarted."""
 
     status, code = 503, "ended"
 
@@ -81,19 +82,19 @@ class Ended(RunError):
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: waits until no sequence is left, for a while
+    alone: bool = False  #: waits for a while until no sequence is left
     since: float = field(default_factory=time.monotonic)
 
 
 class Engine:
-    """Generates with one base and its adapters; `cache_bytes` bound the prompts that are kept."""
+    """Generates with one base model and its adapters; `cache_bytes` limits the cached prompts."""
 
     def __init__(self, *, cache_bytes: int = 1 << 30):
         self.base: Base | None = None
-        self.adapters: dict[str, Mounted] = {}  # replaced, never changed: others read it
-        self.default: str | None = None  #: what requests get that name no adapter
+        self.adapters: dict[str, Mounted] = {}  # replaced, never modified: other threads read it
+        self.default: str | None = None  #: for requests that name no adapter
         self._cache_bytes = cache_bytes
-        self._short = False  # others have need of memory: no prompt is kept
+        self._short = False  # others need the memory: no prompt is cached
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[Request] = deque()
@@ -103,31 +104,31 @@ class Engine:
         self.fault: str | None = None  #: why nothing can be generated any more
         self.metrics = Metrics(
             {
-                "requests_running": ("Answers that are made.", lambda: len(self._active)),
-                "requests_waiting": ("Requests that wait.", lambda: len(self._waiting)),
+                "requests_running": ("Answers in progress.", lambda: len(self._active)),
+                "requests_waiting": ("Waiting requests.", lambda: len(self._waiting)),
                 "adapters_mounted": ("Adapters in memory.", lambda: len(self.adapters)),
-                "prompt_cache_bytes": ("Bytes of prompts kept.", self._kept_bytes),
+                "prompt_cache_bytes": ("Bytes of cached prompts.", self._kept_bytes),
             },
             lambda: self.adapters,
         )
-        # Of the engine's thread alone:
+        # Used by the engine's thread only:
         self._prompts: Any = None
         self._linears = Linears()
         self._rows: Any = None  # updates by rows of a batch (lora/rows.py)
-        self._merges = False  # whether caches of the base can be of several requests
+        self._merges = False  # whether the base's caches can hold several requests
         self._batches: list[Batch[Request]] = []
-        self._rate = 0.0  # tokens of prompts a second
+        self._rate = 0.0  # tokens of prompts per second
         self._device = mx.default_device()
         self._prefill = PREFILL_GPU if self._device.type == mx.DeviceType.gpu else PREFILL
         threading.Thread(target=self._work, name="mlx-segtrain engine", daemon=True).start()
 
-    # What an event loop calls
+    # Called from an event loop
 
     async def load(self, model_dir: Path) -> Base:
-        """Replaces the base by another one, once nothing generates.
+        """Replaces the base model by another one, once nothing generates.
 
-        Adapters and prompts go with the old one. InputError if the new one cannot be read: the old
-        one stays.
+        Adapters and cached prompts are dropped. Raises InputError if the new model cannot be read:
+        the old one stays.
         """
         self._check_runs()
         path = Path(model_dir).expanduser().resolve()
@@ -135,28 +136,31 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:  # the tokenizer may still be loading, which the end waits for
+        except BaseException:  # the tokenizer may still be loading; closing waits for that
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
     async def mount(self, id: str, path: Path) -> Mounted:
-        """Reads an adapter folder for this base; one that is mounted under this id stays.
+        """Reads an adapter folder for this base; an adapter already mounted under this id stays.
 
-        InputError if the id or the folder cannot be used: then nothing has changed.
+        Raises InputError if the id or the folder cannot be used; then nothing has changed.
         """
         check_id(id)
         return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
-        """How many linears had an update; InputError if there is no such adapter.
+        """Returns how many linear layers had an update. Raises InputError if there is no such
+        adapter.
 
-        Requests that run on it end on it. If it was the default, the base is.
+        Requests that use it finish with it. If it was the default, the base model becomes the
+        default.
         """
         return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
-        """What a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base alone, None
-        for the default. InputError if one is not mounted, or cannot be in a stack."""
+        """Returns what a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base
+        alone, None for the default. Raises InputError if one is not mounted, or cannot be
+        stacked."""
         if self.base is None:
             raise InputError("no model is loaded: start the server with one.")
         text = ((self.default or "") if adapter is None else adapter).strip()
@@ -173,14 +177,15 @@ class Engine:
             kind = mounted[id].adapter.kind
             if len(ids) > 1 and kind is not lora.LORA:
                 raise InputError(
-                    f"adapter {id!r} is a {kind.name} adapter, which goes into no stack."
+                    f"adapter {id!r} is a {kind.name} adapter, which cannot be stacked."
                 )
         return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
-        """The answer to a prompt, piece by piece; to be called in a running event loop.
+        """Generates the answer to a prompt, piece by piece; call it in a running event loop.
 
-        InputError if the prompt is empty, too long, or of other tokens; Busy if too many wait.
+        Raises InputError if the prompt is empty, too long, or has unknown tokens; Busy if too many
+        requests wait.
         """
         base = selected.base
         base.check(prompt, options.logit_bias)
@@ -191,18 +196,18 @@ class Engine:
             if base is not self.base or any(command.alone for command in self._commands):
                 raise Busy("the model is being replaced: try again in a moment.")
             if len(self._waiting) >= MOST_WAITING:
-                raise Busy(f"{MOST_WAITING} requests wait already: try again in a moment.")
+                raise Busy(f"{MOST_WAITING} requests are already waiting: try again in a moment.")
             self._waiting.append(request)
             self._wake.notify()
         return Generation(request.outbox)
 
     async def tidy(self) -> None:
-        """Gives memory back to the system that requests have left, unless something generates."""
+        """Returns memory to the system that requests have freed, unless something generates."""
         if not self._active and not self._stopped:
             await self.call(_free)
 
     async def spare(self, short: bool) -> None:
-        """Whether others have need of memory: then no prompt is kept."""
+        """Sets whether others need memory: then no prompt is cached."""
         self._short = short
         if short and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
@@ -212,7 +217,7 @@ class Engine:
         return 0 if prompts is None else prompts.nbytes
 
     def close(self) -> None:
-        """Ends what runs and frees the model; the thread rests until the process ends."""
+        """Ends what runs and frees the model; the thread stays until the process ends."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
@@ -220,12 +225,12 @@ class Engine:
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
         """Runs a function on the engine's thread, between two rounds; `alone`: once nothing
-        generates, or Busy."""
+        generates, or raises Busy."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
             if alone and time.monotonic() < self._next_swap:
-                raise Busy("the answers that are being given take long: try again in a minute.")
+                raise Busy("the running answers take long: try again in a minute.")
             self._commands.append(command)
             self._wake.notify()
         return await asyncio.wrap_future(command.future)
@@ -234,9 +239,9 @@ class Engine:
         if self.fault is not None:
             raise Ended(self.fault)
         if self._stopped:
-            raise Busy("the server ends: try again later.")
+            raise Busy("the server is shutting down: try again later.")
 
-    # What runs on the engine's thread
+    # Runs on the engine's thread
 
     def _work(self) -> None:
         try:
@@ -248,24 +253,24 @@ class Engine:
             with suppress(Exception):
                 self._give_up(Ended(self.fault))
         self._ended.set()
-        # What MLX compiled for a thread goes with it, and wants Python for that: a process that
-        # ends at this moment would be aborted (ml-explore/mlx#4110). So it goes with the process.
+        # What MLX compiled for a thread is freed with it and needs Python for that: a process that
+        # ends at this moment would abort (ml-explore/mlx#4110). So it stays until the process ends.
         threading.Event().wait()
 
     def _serve(self) -> None:
         from mlx_lm.generate import generation_stream
 
         mx.set_default_device(self._device)
-        wire()  # else weights may be paged out between two tokens
+        wire()  # otherwise weights may be paged out between two tokens
         with mx.stream(generation_stream):
             while not self._stopped:
                 try:
                     self._turn()
-                # A library in Rust that panics raises what is no Exception; no request may end the
-                # thread that all the others need.
+                # A panic in a Rust library is not an Exception; no request may end the thread that
+                # all others need.
                 except BaseException as error:
                     self._start_over(error)
-            self._give_up(Busy("the server ends: try again later."))
+            self._give_up(Busy("the server is shutting down: try again later."))
         mx.clear_streams()
 
     def _turn(self) -> None:
@@ -278,8 +283,8 @@ class Engine:
             )
 
     def _start_over(self, error: BaseException) -> None:
-        """After an error that belongs to no request: what runs ends, what waits is done next."""
-        logger.error("the engine failed, and starts over without what ran", exc_info=error)
+        """Recovers from an error that belongs to no request: what runs ends, what waits is next."""
+        logger.error("the engine failed and restarts without the running requests", exc_info=error)
         told = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []
         for request in active:
@@ -294,13 +299,14 @@ class Engine:
         mx.clear_cache()
 
     def _free_spare(self) -> None:
-        """Frees what is kept for speed alone."""
+        """Frees what is cached only for speed."""
         self._linears.drop_sums()
         if self._rows is not None:
             self._rows.forget()
 
     def _admit(self) -> None:
-        """Whose turn it is: who waits longest, of whom a few have begun already."""
+        """Starts the request whose turn it is: the one that has waited longest, sometimes one that
+        has already started."""
         now = time.monotonic()
         with self._wake:
             self._drop_closed()
@@ -325,7 +331,7 @@ class Engine:
             request.outbox.put(Busy(told))
 
     def _give_up(self, ended: RunError) -> None:
-        """Tells all that still want something, and frees what there is."""
+        """Ends all requests with an error, and frees memory."""
         for request in (*self._active, *self._waiting):
             request.cache = request.batch = None
             request.outbox.put(ended)
@@ -339,12 +345,12 @@ class Engine:
         self._commands.clear()
         self.adapters = {}
         self._free_spare()
-        # What is still computed may free functions of Python, which must be there for it.
+        # Work in progress may free Python functions, which must exist until then.
         mx.synchronize()
         mx.clear_cache()
 
     def _drop_closed(self) -> None:
-        """Those that have not begun; the others are ended on the engine's thread."""
+        """Drops closed requests that have not started; the engine's thread ends the others."""
         if any(request.outbox.closed for request in self._waiting):
             self._waiting = deque(x for x in self._waiting if x.cache or not x.outbox.closed)
 
@@ -356,17 +362,17 @@ class Engine:
                 if time.monotonic() - command.since < SWAP_S:
                     return
                 self._next_swap = time.monotonic() + SWAP_REST_S
-                error = Busy("the answers that are being given take long: try again in a minute.")
+                error = Busy("the running answers take long: try again in a minute.")
                 command.future.set_running_or_notify_cancel()
             elif command.future.set_running_or_notify_cancel():
                 try:
                     result = command.run()
                 except BaseException as raised:
                     error = _no_memory(raised, "this") or raised
-                    if not isinstance(error, Exception):  # a panic of a library in Rust
+                    if not isinstance(error, Exception):  # a panic in a Rust library
                         error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
-                self._commands.popleft()  # until here generate() sees it
+                self._commands.popleft()  # up to here generate() sees it
             if command.future.cancelled():
                 continue
             if error is None:
@@ -375,7 +381,7 @@ class Engine:
                 command.future.set_exception(error)
 
     def _round(self) -> None:
-        """Parts of prompts, then a token of every answer."""
+        """Computes parts of prompts, then a token of every answer."""
         self._end(*(x for x in self._active if x.outbox.closed))
         self._read_prompts()
         for batch in list(self._batches):
@@ -384,7 +390,7 @@ class Engine:
             self._step(batch)
 
     def _read_prompts(self) -> None:
-        """Those who came first go first; whose prompt is done joins a batch."""
+        """Reads prompts in order of arrival; a request whose prompt is done joins a batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
         ready: list[Request] = []
         for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):
@@ -402,8 +408,8 @@ class Engine:
         self._join(ready)
 
     def _read_part(self, request: Request) -> bool:
-        """Computes a part of the prompt; whether only the last token is left, after which the
-        answer begins."""
+        """Computes a part of the prompt; returns whether only the last token is left, which starts
+        the answer."""
         cache = self._begin(request) if request.cache is None else request.cache
         last = request.length - 1
         if request.next is not None or request.done >= last:
@@ -420,12 +426,12 @@ class Engine:
         mx.eval([layer.state for layer in cache])
         self._rate = (end - request.done) / max(time.monotonic() - begun, 1e-6)
         request.done = end
-        if end == last:  # who asks the same meanwhile has it
+        if end == last:  # a request with the same prompt can use it
             self._keep(request, copy.deepcopy(cache))
         return end == last
 
     def _join(self, ready: Sequence[Request]) -> None:
-        """Each joins a batch of answers of like length, or begins one."""
+        """Adds each request to a batch of answers of similar length, or to a new one."""
         joining: dict[Batch[Request], list[Request]] = {batch: [] for batch in self._batches}
         for request in ready:
             fits = (batch for batch, own in joining.items() if batch.takes(request, own))
@@ -465,17 +471,18 @@ class Engine:
         self._end(*(x for x in ended if x.batch is batch))
 
     def _updates(self) -> dict[Any, lora.Adapter]:
-        """Of all requests that share batches, by their keys."""
+        """Returns the updates of all requests that share batches, by key."""
         chosen = {x.selected.key: x.selected for batch in self._batches for x in batch.answers}
         return {key: self._linears.sum_of(x.adapters) for key, x in chosen.items() if key}
 
     def _break_up(
         self, batch: Batch[Request], error: BaseException, joining: Sequence[Request] = ()
     ) -> None:
-        """After an error that may be of any of its requests: they start anew from their tokens.
+        """Handles an error that any of a batch's requests may have caused: they restart from their
+        tokens.
 
-        If memory lacked that is without the longest, which fails; else each alone, so that who is
-        at fault fails alone.
+        After a lack of memory the longest fails and the others restart; otherwise each runs alone,
+        so that only the faulty one fails.
         """
         self._batches.remove(batch)
         requests = list({id(x): x for x in (*batch.answers, *joining)}.values())
@@ -490,7 +497,7 @@ class Engine:
         mx.clear_cache()
 
     def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
-        """Takes requests out of those that generate, with their caches or without."""
+        """Takes requests out of those that generate, with or without their caches."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
             if not batch.answers:
@@ -498,7 +505,7 @@ class Engine:
         self._active = [x for x in self._active if x not in requests]
 
     def _end(self, *requests: Request) -> None:
-        """Takes requests out; what their caches hold is kept for prompts that begin alike."""
+        """Takes requests out; their caches are kept for prompts with the same beginning."""
         if not requests:
             return
         self._take_out(requests)
@@ -511,24 +518,26 @@ class Engine:
             mx.clear_cache()
 
     def _keep(self, request: Request, cache: list[Any]) -> None:
-        """Keeps a cache for prompts that begin alike, unless who asks has none of others either."""
+        """Keeps a cache for prompts with the same beginning, unless the request may not share
+        caches."""
         if request.done and not request.options.deterministic and not self._short:
-            # The key stands before the tokens, and not for the model, of which names stay for ever.
+            # The key is put before the tokens and not used as the cache's model, whose names are
+            # never freed.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """Takes a request out that cannot go on. The others can."""
+        """Takes out a request that cannot continue. The others can."""
         if request not in self._active:
             return
         self._take_out([request], keep=False)
         told: Exception | None = _no_memory(error, f"a request of {len(request.prompt)} tokens")
-        if isinstance(error, InputError):  # of the request's own grammar
+        if isinstance(error, InputError):  # an error of the request's own grammar
             told = error
         elif told is None:
             logger.error("a generation failed", exc_info=error)
             told = RunError(f"the generation failed: {_reason(error)}")
-        else:  # what is kept for speed alone goes first
+        else:  # what is cached only for speed goes first
             logger.warning("%s", told)
             self._prompts.trim_to(n_sequences=0)
             self._free_spare()
@@ -543,14 +552,14 @@ class Engine:
         base = read_base(path, confined)
         rows, merges = Rows(base.modules, base.model), can_merge(make_prompt_cache(base.model))
         prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
-        # From here on nothing fails: the old one is whole up to here.
+        # From here on nothing can fail: up to here the old model is intact.
         if self.base is not None:
             self.base.confined.close()
         for id in self.adapters:
             self.metrics.forget(id)
         self._rows, self._merges, self._prompts, self._linears = rows, merges, prompts, Linears()
         self.adapters, self.default, self.base = {}, None, base
-        gc.collect()  # modules and what goes round them refer to each other
+        gc.collect()  # modules and what surrounds them refer to each other
         _free()
         return base
 
@@ -558,7 +567,7 @@ class Engine:
         if id in self.adapters:
             return self.adapters[id]
         if self.base is None:
-            raise InputError("no model is loaded that an adapter could be mounted on.")
+            raise InputError("no model is loaded: an adapter needs one to be mounted.")
         if len(self.adapters) >= MOST_MOUNTED:
             raise InputError(f"{MOST_MOUNTED} adapters are mounted: unmount some.")
         held = sum(own.size_bytes for own in self.adapters.values())
@@ -583,8 +592,8 @@ class Engine:
         return layers
 
     def _begin(self, request: Request) -> list[Any]:
-        """A cache of the longest known begin of the prompt, without its last token; an empty one
-        for who wants the same bits whatever others have asked."""
+        """Returns a cache of the longest known beginning of the prompt, without its last token; an
+        empty one for a request that needs the same bits whatever was cached."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base
@@ -603,7 +612,8 @@ class Engine:
         if cache is None or known <= 0:
             return empty
         cut: list[Any] = [x for x in cache if type(x) is KVCache and x.keys is not None]
-        for layer in cut:  # else what was cut off a long entry would be copied at the first write
+        # Otherwise what was cut off a long entry would be copied at the first write.
+        for layer in cut:
             layer.keys = layer.keys[..., : layer.offset, :]
             layer.values = layer.values[..., : layer.offset, :]
         request.cache, request.done = cache, known
@@ -612,11 +622,11 @@ class Engine:
 
 
 def _free() -> None:
-    """Gives memory that nothing holds back to the system. MLX keeps it for the next arrays, and so
-    does the C library, which this package asks to keep much (csrc/core/kernel.cpp)."""
+    """Returns free memory to the system. MLX keeps it for new arrays, and so does the C library,
+    which this package configures to keep much (csrc/core/kernel.cpp)."""
     mx.clear_cache()
     if sys.platform == "linux":
-        with suppress(AttributeError):  # of a C library that has no such function
+        with suppress(AttributeError):  # the C library has no such function
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -625,7 +635,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:
-    """A lack of memory as a sentence; None if the error is another."""
+    """Returns a sentence for a lack of memory; None if the error is another."""
     if not is_out_of_memory(error):
         return None
     return NoMemory(

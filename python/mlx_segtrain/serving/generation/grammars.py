@@ -1,7 +1,7 @@
-"""What an answer has to be: JSON, a schema of it, a pattern, one of some texts, a grammar.
+"""What an answer must match: JSON, a schema, a pattern, one of several texts, a grammar.
 
-llguidance says after each token which may come next. It reads what strangers write, with limits of
-its own on their size and on the work for a token; an error ends the request that has it.
+llguidance says after each token which may come next. It reads untrusted grammars, with its own
+limits on their size and on the work per token; an error ends only the request.
 """
 
 import json
@@ -16,23 +16,23 @@ import numpy as np
 
 from ...errors import InputError
 
-#: Characters of a grammar, and places in it at which a rule, a group or a subschema may begin.
-#: llguidance goes from one to the next by recursion, and a stack that overflows ends the process:
-#: of 8 MB that takes about 2000.
+#: The most characters of a grammar, and places in it where a rule, a group or a subschema may
+#: begin. llguidance recurses from one to the next, and a stack overflow kills the process: a stack
+#: of 8 MB suffices for about 2000.
 MOST_TEXT, MOST_RULES = 1 << 16, 1000
-#: Of one grammar: work for a token, and states, each of which takes up to 2 KB.
+#: For one grammar: work per token, and states, each of which takes up to 2 KB.
 LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000, max_lexer_states=20_000, verbose_errors=False
 )
 _LARK = ":(["
 #: mlx-lm's parser of calls as JSON between tags.
 JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
-#: What may stand between two words of JSON: a space, or a line break and what begins a line.
+#: What may be between two tokens of JSON: a space, or a line break with indentation.
 SPACE: Any = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 
 
 class Grammar:
-    """A grammar, as far as tokens have gone through it; decoding.Constraint."""
+    """A grammar, at the position that the tokens so far lead to; decoding.Constraint."""
 
     def __init__(self, matcher: Any, tokens: int, ends: Sequence[int]):
         self._matcher, self._tokens, self._ends = matcher, tokens, ends
@@ -48,7 +48,7 @@ class Grammar:
             self._check()
 
     def allowed(self, n: int) -> mx.array:
-        """bool [n]; where nothing may follow, the ends of a sequence."""
+        """Returns bool [n]; if nothing may follow, only the ends of a sequence."""
         if self._matcher.is_stopped():
             return mx.zeros(n, mx.bool_).at[mx.array(list(self._ends))].add(True)
         mask = llguidance.numpy.allocate_token_bitmask(1, self._tokens)
@@ -65,7 +65,8 @@ class Grammar:
 
 
 class Grammars:
-    """Those of one tokenizer, whose tokens are read when the first is made. Calls take long."""
+    """The grammars of one tokenizer, whose tokens are read when the first is compiled. Calls take
+    long."""
 
     def __init__(self, tokenizer: Any, tokens: int):
         self._wrapper, self._tokens = tokenizer, tokens
@@ -81,14 +82,17 @@ class Grammars:
                 from transformers import PreTrainedTokenizerFast
 
                 if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
-                    raise InputError("the model's tokenizer cannot be guided: it is no fast one.")
+                    raise InputError(
+                        "the model's tokenizer cannot be guided: it is not a fast tokenizer."
+                    )
                 self._known = from_tokenizer(
                     self._tokenizer, n_vocab=self._tokens, eos_token=self._ends
                 )
             return self._known
 
     def schema(self, field: str, schema: Any) -> Grammar:
-        """JSON of a schema, with little space between its words: models may know no end of it."""
+        """JSON that matches a schema, with limited whitespace: some models would never stop writing
+        it."""
 
         def read(text: str) -> str:
             return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
@@ -96,19 +100,20 @@ class Grammars:
         try:
             text = json.dumps(schema)
         except RecursionError:
-            raise InputError(f"{field} is nested too deeply: give a flatter schema.") from None
+            raise InputError(f"{field} is nested too deeply: use a flatter schema.") from None
         return self._made(field, read, text, "{")
 
     def calls(self, field: str, schema: Any) -> Grammar:
-        """Any text, in which what the model begins as a call is one, of a schema.
+        """Any text in which every call that the model begins matches a schema.
 
-        InputError for a model that writes its calls otherwise than as JSON between tags.
+        Raises InputError for a model that does not write calls as JSON between tags.
         """
         parser = getattr(self._wrapper, "tool_parser", None)
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
-                f"{field}: this model writes no calls as JSON between tags, so calls are of their "
-                "schema only where tool_choice is required or names a tool: leave strict out."
+                f"{field}: this model does not write calls as JSON between tags, so calls match "
+                "their schema only where tool_choice is required or names a tool: leave strict "
+                "out."
             )
         begin, end = self._wrapper.tool_call_start, self._wrapper.tool_call_end
 
@@ -125,12 +130,12 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_regex, pattern)
 
     def choice(self, field: str, texts: Sequence[str]) -> Grammar:
-        """One of some texts."""
+        """One of several texts."""
         rules = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
-        """In Lark's form, or in llama.cpp's, whose rules have ::= ."""
+        """A grammar in Lark's format, or in llama.cpp's, whose rules have ::= ."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 
@@ -138,7 +143,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar, _LARK)
 
     def _made(self, field: str, read: Any, text: str, begins: str = "") -> Grammar:
-        """`begins` are the letters with which its rules, groups and subschemas begin."""
+        """Compiles a grammar; `begins` are the letters with which its rules, groups and subschemas
+        begin."""
         if len(text) > MOST_TEXT:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:
@@ -152,7 +158,7 @@ class Grammars:
             reason = matcher.get_error() if matcher.is_error() else ""
         except (InputError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a panic in Rust is not an Exception
             reason = str(error) or type(error).__name__
         else:
             if not reason:

@@ -1,4 +1,4 @@
-"""What the engine has done, as Prometheus reads it."""
+"""What the engine has done, in Prometheus format."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,14 +8,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .mounting import GONE, NONE, STACK, Mounted
 from .requests import Request
 
-#: Upper ends of what times are counted by, in seconds.
+#: Upper bounds of the histograms of times, in seconds.
 TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counts by adapter, and what there is now; each engine has its own.
+    """Counts by adapter, and gauges; each engine has its own.
 
-    Which prompts were known before is not told: that would be of others' prompts.
+    Whether a prompt was cached is not counted: that would reveal others' prompts.
     """
 
     def __init__(
@@ -23,16 +23,16 @@ class Metrics:
         now: Mapping[str, tuple[str, Callable[[], float]]],
         mounted: Callable[[], Mapping[str, Mounted]],
     ):
-        """`now` are gauges by name: what each says, and how it is read. `mounted` gives the
-        adapters by which answers are counted."""
+        """`now` maps names of gauges to their description and how they are read. `mounted` returns
+        the adapters by which answers are counted."""
         self._mounted = mounted
         self._registry = CollectorRegistry()
         own = {"registry": self._registry, "namespace": "segtrain"}
         self._requests = Counter(
-            "requests", "Answers that have ended, and how.", ["adapter", "finish"], **own
+            "requests", "Finished answers, by reason.", ["adapter", "finish"], **own
         )
-        self._prompts = Counter("prompt_tokens", "Tokens of prompts.", ["adapter"], **own)
-        self._tokens = Counter("generated_tokens", "Tokens of answers.", ["adapter"], **own)
+        self._prompts = Counter("prompt_tokens", "Prompt tokens.", ["adapter"], **own)
+        self._tokens = Counter("generated_tokens", "Answer tokens.", ["adapter"], **own)
         self._first = Histogram(
             "time_to_first_token_seconds",
             "From a request to its first token.",
@@ -47,7 +47,7 @@ class Metrics:
             Gauge(name, says, **own).set_function(read)
 
     def count(self, request: Request, finish: str) -> None:
-        """An answer that has ended: stop, length, gone, or failed."""
+        """Counts an answer that has ended: stop, length, gone, or failed."""
         adapters, now = request.selected.adapters, time.monotonic()
         name = STACK if len(adapters) > 1 else NONE
         if len(adapters) == 1:
@@ -61,7 +61,8 @@ class Metrics:
         self._whole.labels(name).observe(now - request.asked)
 
     def forget(self, adapter: str) -> None:
-        """Of an adapter that is no longer there: names are clients', and may be any number."""
+        """Drops the counts of an adapter that is gone: clients choose names, and there may be any
+        number."""
         self._requests.remove_by_labels({"adapter": adapter})
         for own in (self._prompts, self._tokens, self._first, self._whole):
             own.remove_by_labels({"adapter": adapter})

@@ -1,6 +1,6 @@
-"""A base, adapters in memory, and which of them is in the base's linears.
+"""A base model, adapters in memory, and which of them is in the base's linear layers.
 
-What makes arrays here is called on the engine's thread.
+Whatever creates arrays here is called on the engine's thread.
 """
 
 import json
@@ -29,39 +29,41 @@ from ...models.tables import tables_of
 from ..confined.parent import Confined, Limits
 from .grammars import Grammars
 
-#: Tokens of a prompt to a model that does not say for how many it was made.
+#: The most tokens of a prompt to a model without a known context length.
 MOST_TOKENS = 1 << 20
-#: Bytes of sums of adapters that are kept; of larger ones the last alone.
+#: Bytes of cached sums of adapters; if they are larger, only the last is kept.
 MOST_SUM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A model that is loaded; `created` in seconds since 1970, `max_length` in tokens if known."""
+    """A loaded model; `created` in seconds since 1970, `max_length` in tokens if known."""
 
     id: str
     path: Path
     created: int
     tokenizer: Any
     max_length: int | None
-    vocabulary: int  #: rows of the table of tokens that was loaded
+    vocabulary: int  #: rows of the loaded token embedding
     logits: int  #: tokens that the head knows
     model: Any
     chain: Chain
-    modules: dict[str, lora.LoRALinear]  #: that take updates, by path; outer ones once wanted
+    #: What takes updates, by path; embedding and head only once needed.
+    modules: dict[str, lora.LoRALinear]
     confined: Confined  #: where its tokenizer and its chat template run
-    grammars: Grammars  #: for its tokenizer
+    grammars: Grammars  #: guards its tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text that is not a chat, with what the tokenizer puts before a text."""
+        """Returns the tokens of a text outside of a chat, with what the tokenizer puts before a
+        text."""
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise InputError("prompt: it holds half of a character (a surrogate): send text.")
+            raise InputError("prompt: it contains half of a character (a surrogate): send text.")
         what = f"prompt: the tokenizer of {self.id}"
         return self.tokens("encode", what, len(text), text=text)
 
     def tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
-        """What a process of the tokenizer makes of `size` characters; InputError if it fails, or
-        if these are more tokens than the model knows."""
+        """Returns what a tokenizer process makes of `size` characters. Raises InputError if it
+        fails, or if there are more tokens than the model's context length."""
         most = MOST_TOKENS if self.max_length is None else self.max_length
         found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
         if isinstance(found, int):
@@ -69,21 +71,22 @@ class Base:
         return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        """InputError if the prompt is empty, too long, or one of the two of other tokens."""
+        """Raises InputError if the prompt is empty, too long, or has unknown tokens; also checks
+        the biases."""
         if not prompt:
-            raise InputError("the prompt has no tokens: give some text.")
+            raise InputError("the prompt has no tokens: add some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
             raise _too_long(len(prompt), self.max_length, self.id)
         known = (("prompt", prompt, self.vocabulary), ("logit_bias", logit_bias, self.logits))
         for name, tokens, n in known:
             if tokens and (min(tokens) < 0 or max(tokens) >= n):
                 wrong, last = next(x for x in tokens if not 0 <= x < n), n - 1
-                raise InputError(f"{name}: {wrong} is no token of {self.id}: 0 to {last} are.")
+                raise InputError(f"{name}: {wrong} is not a token of {self.id}: use 0 to {last}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Mounted:
-    """An adapter in memory; `rank` the largest, `scale` the multiplier that most linears have."""
+    """An adapter in memory; `rank` is the largest, `scale` the multiplier of most layers."""
 
     id: str
     path: Path
@@ -92,14 +95,14 @@ class Mounted:
     size_bytes: int
     mounted_layers: int
     adapter: lora.Adapter
-    prompting: Prompting  #: as the adapter was trained to be asked
-    #: No two that were ever mounted have the same.
+    prompting: Prompting  #: how prompts were rendered in training
+    #: A number that no other mounted adapter ever had.
     serial: int = field(default_factory=count().__next__, init=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """What a request runs on, whatever is mounted and unmounted meanwhile."""
+    """What a request uses, whatever is mounted and unmounted meanwhile."""
 
     base: Base
     adapters: tuple[Mounted, ...] = ()
@@ -114,9 +117,10 @@ class Selected:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
-        """Tokens of a chat with the generation prompt. `variables` are the template's; they replace
-        those that the adapters were trained with. InputError without a template, with its own
-        complaint, if it takes no tools, or if the variables of several adapters differ."""
+        """Returns the tokens of a chat with the generation prompt. `variables` are the template's;
+        they replace those that the adapters were trained with. Raises InputError without a
+        template, if the template fails or takes no tools, or if the variables of several adapters
+        differ."""
         base, given = self.base, dict(variables or {})
         found: dict[str, Any] = {}
         for mounted in self.adapters:
@@ -124,14 +128,16 @@ class Selected:
                 if name not in given and found.setdefault(name, value) != value:
                     raise InputError(
                         f"chat_template_kwargs: the adapters {self.id} were trained with different "
-                        f"values of {name}: give one."
+                        f"values of {name}: set one."
                     )
         if not base.tokenizer.has_chat_template:
             raise InputError(
-                f"messages: {base.id} has no chat template: ask /v1/completions with a prompt."
+                f"messages: {base.id} has no chat template: use /v1/completions with a prompt."
             )
         if tools and "tools" not in str(base.tokenizer.chat_template):
-            raise InputError(f"tools: the chat template of {base.id} takes none: leave them out.")
+            raise InputError(
+                f"tools: the chat template of {base.id} does not support tools: leave them out."
+            )
         own = {"tools": list(tools)} if tools else {}
         how = {"messages": list(messages), "variables": {**found, **given, **own}}
         size = sum(len(message["content"]) for message in messages)
@@ -144,34 +150,37 @@ class Selected:
         return tuple(mounted.serial for mounted in self.adapters)
 
 
-#: What /metrics counts others under: requests without an adapter, those of several, of which there
-#: are as many as there are sums, and those of one that is gone.
+#: The labels of /metrics for other requests: those without an adapter, those with several, of which
+#: there are as many as sums, and those of an adapter that is gone.
 RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
 
 
 def check_id(id: str) -> None:
-    """InputError if requests could not name an adapter so."""
+    """Raises InputError if requests could not name an adapter in this way."""
     if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
-        raise InputError(f"id: {id!r} cannot name an adapter: give a word.")
+        raise InputError(f"id: {id!r} cannot name an adapter: use a word.")
     if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
         raise InputError(
             f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
-            "characters, and take 200 characters at most."
+            "characters, and use at most 200 characters."
         )
 
 
 def _too_long(n: int, most: int, id: str) -> InputError:
-    return InputError(f"the prompt has {n} tokens, but {id} was made for {most}: shorten it.")
+    return InputError(
+        f"the prompt has {n} tokens, but the context length of {id} is {most}: shorten it."
+    )
 
 
 def read_base(path: Path, confined: Confined) -> Base:
-    """The model of a folder whose tokenizer has been tried; InputError if it cannot be read."""
+    """Loads the model of a folder whose tokenizer has been tried. Raises InputError if it cannot be
+    read."""
     model, _, tokenizer = load_base(path)
     tables = tables_of(model)
-    if tables.logits > tables.tokens:  # a token that it draws could not be read
+    if tables.logits > tables.tokens:  # a sampled token could not be embedded
         raise InputError(
-            f"the head of {path} has {tables.logits} rows, and its embedding {tables.tokens}: the "
-            "weights do not go together."
+            f"the head of {path} has {tables.logits} rows, but its embedding {tables.tokens}: the "
+            "weights do not fit together."
         )
     chain = chain_of(model)
     modules = {name: lora.wrap(model, name, 1.0) for name in chain.linears}
@@ -194,13 +203,13 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """The adapter of a folder, for this base; InputError if it does not fit, or takes more
-    than `most` bytes of memory."""
+    """Loads the adapter of a folder for this base. Raises InputError if it does not fit, or takes
+    more than `most` bytes of memory."""
     folder = open_folder(path)
-    needed = stored_bytes(folder)  # by its header: a file may be larger than what lies on disk
+    needed = stored_bytes(folder)  # from its header: a sparse file may be larger than on disk
     if most is not None and needed > most:
         raise InputError(
-            f"{path} takes {needed / 1e9:.1f} GB of memory, and mounted adapters may have "
+            f"{path} needs {needed / 1e9:.1f} GB of memory, but mounted adapters may take only "
             f"{most / 1e9:.1f} more: unmount some."
         )
     adapter = read_adapter(folder, base.chain)
@@ -219,19 +228,19 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
 
 
 class Linears:
-    """What is in a base's linears; another for each base."""
+    """What is in a base's linear layers; each base has its own."""
 
     def __init__(self) -> None:
-        self.key: tuple[int, ...] | None = None  #: of what is in
-        self._touched: set[str] = set()  # the linears that have an update
+        self.key: tuple[int, ...] | None = None  #: of the adapter that is in
+        self._touched: set[str] = set()  # the linear layers that have an update
         self._sums: OrderedDict[tuple[int, ...], lora.Adapter] = OrderedDict()
 
     def put_in(self, selected: Selected) -> None:
-        """Swaps the adapter in the base's linears, if another is in; nothing is computed."""
+        """Puts the adapter into the base's linear layers, unless it is in; computes nothing."""
         if selected.key == self.key:
             return
         adapter, base = self.sum_of(selected.adapters), selected.base
-        self.key = None  # until all is done
+        self.key = None  # until everything is done
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
             if path in base.chain.outer:
@@ -248,12 +257,12 @@ class Linears:
         self.key = selected.key
 
     def take_out(self, base: Base, known: Set[str]) -> None:
-        """Takes out what is in linears other than the known ones, which batches go round."""
+        """Takes out updates of layers other than the known ones, which batches would bypass."""
         if not self._touched <= known:
             self.put_in(Selected(base))
 
     def forget(self, mounted: Mounted, base: Base) -> None:
-        """Lets go of an adapter's arrays, which else stay until the next request."""
+        """Drops an adapter's arrays, which would otherwise stay until the next request."""
         for key in [key for key in self._sums if mounted.serial in key]:
             del self._sums[key]
         if self.key and mounted.serial in self.key:
@@ -262,14 +271,15 @@ class Linears:
             module.forget_casts()
 
     def drop_sums(self) -> None:
-        """Frees what is kept for speed alone."""
+        """Frees what is cached only for speed."""
         self._sums.clear()
 
     def sum_of(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
-        """One adapter as it is; of several their sum, made once."""
+        """Returns a single adapter as it is; for several their sum, computed once."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
-        own = sorted(adapters, key=lambda mounted: mounted.id)  # in any order it is the same sum
+        # The sum does not depend on the order.
+        own = sorted(adapters, key=lambda mounted: mounted.id)
         key = tuple(mounted.serial for mounted in own)
         if key not in self._sums:
             total = merged([mounted.adapter for mounted in own], [1.0] * len(own))

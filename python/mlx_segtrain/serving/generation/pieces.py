@@ -1,4 +1,4 @@
-"""The pieces of an answer, from the engine's thread to a reader in an event loop."""
+"""Passes the pieces of an answer from the engine's thread to a reader in an event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,7 +7,7 @@ from ...generation.decoding import Piece
 
 
 class Outbox:
-    """From the engine's thread to a reader in an event loop."""
+    """A queue from the engine's thread to a reader in an event loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -24,7 +24,7 @@ class Outbox:
 
 
 class Generation(AsyncIterator[Piece]):
-    """The pieces of an answer. Closed or forgotten, it ends; RunError if it failed."""
+    """The pieces of an answer. Ends if it is closed or dropped. Raises RunError if it failed."""
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox
@@ -41,7 +41,7 @@ class Generation(AsyncIterator[Piece]):
         return item
 
     async def aclose(self) -> None:
-        """Ends it, also for who waits for a piece in another task."""
+        """Ends it, also for a reader that waits for a piece in another task."""
         if not self._outbox.closed:
             self._outbox.closed = True
             self._outbox.queue.put_nowait(None)

@@ -1,4 +1,4 @@
-"""The bytes of single tokens, as OpenAI's log probabilities show them."""
+"""The bytes of single tokens, for OpenAI's log probabilities."""
 
 import re
 from functools import cache
@@ -9,7 +9,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @cache
 def _bytes_of_letters() -> dict[str, int]:
-    """What byte each letter stands for in byte-level vocabularies (GPT-2's)."""
+    """Returns the byte of each letter in byte-level vocabularies (GPT-2's)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     letters = {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -17,16 +17,16 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether a letter of the vocabulary is a byte, as in GPT-2's; else it is text, as in
-    SentencePiece's."""
+    """Returns whether a letter of the vocabulary is a byte, as in GPT-2's; otherwise it is text, as
+    in SentencePiece's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one in Python
+    if backend is None:  # a tokenizer in Python
         return hasattr(tokenizer, "byte_decoder")
     return "ByteLevel(" in repr(backend.decoder)
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """Of a token, as it stands in a text."""
+    """Returns the bytes of a token as it appears in a text."""
     name = tokenizer.convert_ids_to_tokens(int(token))
     if not isinstance(name, str):
         return b""
@@ -41,7 +41,8 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 def shown(own: bytes) -> str:
-    """As text; where it is only a part of a character, its bytes by number, as OpenAI has it."""
+    """Returns a token as text; if it is only a part of a character, as numbered bytes, like
+    OpenAI."""
     try:
         return own.decode()
     except UnicodeDecodeError:

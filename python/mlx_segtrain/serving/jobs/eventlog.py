@@ -1,7 +1,7 @@
-"""A job's log: a line an event, as its process writes them; whoever follows reads from any place.
+"""A job's log: one event per line, written by its process; readers start at any position.
 
-An event's id is the offset in the file after its line. Beside the log is a lock, which the process
-that writes it holds as long as it lives, whoever started it and whether they live.
+An event's id is the offset in the file after its line. Next to the log is a lock, which the writing
+process holds as long as it lives, whoever started it.
 """
 
 import json
@@ -16,16 +16,16 @@ from ...files import lock, private, to_json
 
 #: Bytes that are read at once.
 BLOCK = 1 << 16
-#: Bytes of a line, at most: the rest of a longer one is not shown.
+#: The most bytes of a line: the rest of a longer one is not shown.
 LONGEST = 1 << 16
-#: Bytes of a line that is kept in memory for the next reader.
+#: The most bytes of a line that is cached for the next reader.
 SHORT = 1 << 11
-#: With these an attempt at a job ends.
+#: Events with which an attempt at a job ends.
 LAST = ("done", "failed", "cancelled")
 
 
 def _frame(line: bytes) -> str:
-    """The JSON of a line, on one line; what is no event is one of type log."""
+    """Returns the JSON of a line on one line; text that is not an event becomes one of type log."""
     return _known(line) if len(line) < SHORT else _parsed(line)
 
 
@@ -39,13 +39,13 @@ def _parsed(line: bytes) -> str:
     return to_json({"type": "log", "line": line[:LONGEST].decode("utf-8", "replace").rstrip("\r")})
 
 
-_known = lru_cache(maxsize=4096)(_parsed)  # many follow one job
+_known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 
 
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
-    """The next events after an offset, as (id, JSON), and the offset up to which it read.
+    """Returns the next events after an offset, as (id, JSON), and the offset up to which it read.
 
-    `ended`: nobody writes any more, so that a last line without an end is one too.
+    `ended`: nobody writes any more, so that an incomplete last line counts too.
     """
     try:
         with open(path, "rb") as file:
@@ -69,7 +69,7 @@ def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]],
 
 
 def _line_start(file: BinaryIO, after: int) -> int:
-    """Moves the file to an offset, or after the line that it is within; where that is."""
+    """Moves the file to an offset, or to the end of the line around it; returns the position."""
     file.seek(max(after - 1, 0))
     if after and file.read(1) != b"\n":
         file.readline()
@@ -77,7 +77,7 @@ def _line_start(file: BinaryIO, after: int) -> int:
 
 
 def events(path: Path, after: int = 0) -> list[Event]:
-    """All events after an offset."""
+    """Yields all events after an offset."""
     found: list[Event] = []
     while True:
         some, end = read(path, after, ended=True)
@@ -88,7 +88,8 @@ def events(path: Path, after: int = 0) -> list[Event]:
 
 
 def last(path: Path, begins: int) -> Event | None:
-    """The event with which the attempt ended whose events begin there; None if it has not.
+    """Returns the event that ended the attempt whose events start at an offset; None if it has not
+    ended.
 
     Little follows it: what a process prints when it exits.
     """
@@ -99,14 +100,15 @@ def last(path: Path, begins: int) -> Event | None:
 
 
 def append(path: Path, event: Event) -> None:
-    """Adds an event, on a line of its own."""
+    """Appends an event on its own line."""
     with open(path, "ab+", opener=private) as file:
         _end_line(file.fileno())
         file.write((to_json(event) + "\n").encode())
 
 
 def claim(path: Path) -> int | None:
-    """The lock of a log, open and held until each process has closed it; None if another has it."""
+    """Locks a log; returns the open lock, which is held until all processes have closed it, or None
+    if another process has it."""
     file = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o600)
     if lock(file):
         return file
@@ -115,21 +117,21 @@ def claim(path: Path) -> int | None:
 
 
 def open_end(path: Path) -> int:
-    """The log, open to write at its end, which is the beginning of a line."""
+    """Opens the log to write at its end, which is the start of a line."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     _end_line(file)
     return file
 
 
 def _end_line(file: int) -> None:
-    """A process that was killed may have left half a line."""
+    """Ends an incomplete line, which a killed process may have left."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")
 
 
 def is_written(path: Path) -> bool:
-    """Whether the process that writes it lives."""
+    """Returns whether the process that writes it lives."""
     try:
         with open(lock_of(path), "rb") as file:
             return not lock(file)

@@ -34,23 +34,23 @@ HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
 
 @dataclass(frozen=True)
 class JobKind:
-    """What a kind of job is."""
+    """A kind of job."""
 
     name: str
     title: str  #: for people
-    run: Callable[[Values], events.Event]  #: the job, in its process; its last event
-    named: Callable[[Values], str]  #: what a job works on, in short
-    computes: bool = False  #: it needs the accelerator, which one job has at a time
-    variables: tuple[str, ...] = ()  #: of the environment, besides those that all jobs get
+    run: Callable[[Values], events.Event]  #: runs the job, in its process; its last event
+    named: Callable[[Values], str]  #: a short description of its inputs
+    computes: bool = False  #: whether it needs the accelerator, which one job has at a time
+    variables: tuple[str, ...] = ()  #: environment variables, besides those that all jobs get
     measures: bool = False  #: the loss of a method, or its reward
-    trains: bool = False  #: a run, which ends in good order at a signal and goes on from there
+    trains: bool = False  #: a run, which saves its state at a signal and can be resumed
     folders: tuple[str, ...] = ()  #: its values that are folders, or lists of them: they must exist
     makes: str | None = None  #: the kind of folder that it writes, output_dir (outputs.py)
-    check: Callable[[Values], None] = lambda values: None  #: InputError before it is queued
+    check: Callable[[Values], None] = lambda values: None  #: raises InputError before it is queued
 
 
 def tell(event: events.Event) -> None:
-    """Writes a line, whole."""
+    """Writes a complete line."""
     os.write(1, (to_json(event) + "\n").encode())
 
 
@@ -181,10 +181,10 @@ def download(values: Values) -> events.Event:
         else:
             train, _ = sources_of(values["name"], tell=pass_on)
             own = hub.origin(next(iter(train.files.values())))
-            assert own is not None  # it came from there
+            assert own is not None  # where it came from
             folder = own.folder / "snapshots" / str(own.revision)
     except KeyboardInterrupt:
-        kept = "what has come is kept: another download goes on from there"
+        kept = "what was downloaded is kept: another download continues from there"
         return {"type": "cancelled", "ts": events.now(), "message": kept}
     return done(None, path=str(folder), name=values["name"])
 
@@ -205,7 +205,7 @@ def _can_be_sent(values: Values) -> None:
 
 
 def _end(values: Values, name: str) -> str:
-    """The end of a path, which tells it from others, or a name of the hub."""
+    """Returns the distinctive end of a path, or a name on the hub."""
     text = str(values.get(name) or "")
     return title(text) if text.startswith("/") else COMMIT.sub("", text)
 
@@ -272,10 +272,12 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """The kind of this name. A store may have jobs of a newer version: of a kind that is not here,
-    which can be shown and not run."""
+    """Returns the kind of this name. For a job of a newer version, whose kind is unknown here,
+    returns one that can be shown and not run."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 
 def _unknown(values: Values) -> events.Event:
-    raise InputError("this version of mlx_segtrain has no such kind of job: install a newer one.")
+    raise InputError(
+        "this version of mlx_segtrain does not know this kind of job: install a newer one."
+    )

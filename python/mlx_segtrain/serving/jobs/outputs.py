@@ -10,18 +10,18 @@ from ...training.contents import check_own
 from ..roots import Roots
 from .queue import Jobs
 
-#: Folders of the store in which outputs are.
+#: Folders of the store for outputs.
 OUTPUTS = ("adapters", "exports", "models")
 
 
 class Outputs:
-    """Folders that jobs make."""
+    """Chooses and checks the folders that jobs write."""
 
     def __init__(self, store: Path, roots: Roots, jobs: Jobs):
         self.store, self.roots, self.jobs = store.resolve(), roots, jobs
 
     def check_run(self, config: TrainConfig) -> None:
-        """A run clears its folder by name: it must be new, or a run's."""
+        """Checks a run's folder, which the run clears: it must be new, or a run's."""
         path = config.adapter_path
         self._check_place(path)
         store = self.store
@@ -31,7 +31,7 @@ class Outputs:
             path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
         ):
             raise InputError(
-                f"adapter_path {path} is in use by others: give a folder of its own.",
+                f"adapter_path {path} is used for other things: choose a separate folder.",
                 field="adapter_path",
             )
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -46,7 +46,7 @@ class Outputs:
             ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
-                f"adapter_path {path} already holds a run: give another folder, resume or "
+                f"adapter_path {path} already holds a run: choose another folder, resume or "
                 "overwrite.",
                 field="adapter_path",
             )
@@ -59,16 +59,19 @@ class Outputs:
         return out
 
     def _check_place(self, out: Path) -> None:
-        """In our store outputs have folders of theirs: all other names there are its own."""
+        """Checks the place: in our store outputs have their own folders; all other names are
+        reserved."""
         store = self.store
         if out.is_relative_to(store):
             parts = out.relative_to(store).parts
             if len(parts) < 2 or parts[0] not in OUTPUTS:
                 names = ", ".join(OUTPUTS)
-                raise InputError(f"{out} is the store's own: give a folder below its {names}.")
+                raise InputError(
+                    f"{out} is reserved by the store: choose a folder below its {names}."
+                )
 
     def new(self, kind: str) -> Path:
-        """A folder in our own store that is not there yet."""
+        """Returns a new folder in our own store."""
         where = {"export": "exports", "model": "models"}.get(kind, "adapters")
         stamp = time.time_ns() // 1_000_000
         taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}

@@ -1,7 +1,7 @@
-"""What goes to a hub: the files of an adapter or a model, by their names, and nothing beside them.
+"""Pushes to a hub: the files of an adapter or a model, by name, and nothing else.
 
-Each is opened once, below a folder that is open, and no link is followed: what was checked is what
-is sent, whatever is renamed meanwhile.
+Each is opened once, below an open folder, without following links: what was checked is what is
+sent, whatever is renamed meanwhile.
 """
 
 import os
@@ -21,11 +21,11 @@ from ...hub import endpoint
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
-#: Beside the weights of either kind.
+#: Sent in addition to the weights of either kind.
 ABOUT = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "metrics.json", "loss.png", "loss.svg")
-#: The adapter of a run, of an import, or of an export; a GGUF file says all by itself.
+#: The adapter of a run, of an import, or of an export; a GGUF file is complete by itself.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG, GGUF)
-#: A model in mlx-lm's form, whose weights are MODEL_WEIGHTS.
+#: A model in mlx-lm's format, whose weights are MODEL_WEIGHTS.
 MODEL_CONFIG = "config.json"
 OF_MODEL = (
     *(MODEL_CONFIG, "generation_config.json", "model.safetensors.index.json"),
@@ -35,21 +35,22 @@ OF_MODEL = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
-#: Bytes of a file of a model that tells about the rest; and of an adapter's, whose readers take no
-#: more (files.read_json).
+#: The most bytes of a descriptive file of a model; and of an adapter, whose readers accept no more
+#: (files.read_json).
 MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
-#: What to do about statuses of the hub's answers.
+#: Advice for status codes of the hub's answers.
 REFUSALS = {
     401: "it does not know the token: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
     404: "there is no such user or organization, or the token may not see it",
-    429: "it has had too many requests: wait a while",
+    429: "it got too many requests: wait a while",
 }
 
 
 def check(folder: Path) -> list[str]:
-    """The names of what would be sent; InputError for what is neither an adapter nor a model."""
+    """Returns the names of what would be sent. Raises InputError for a folder that is neither an
+    adapter nor a model."""
     with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
 
@@ -61,10 +62,10 @@ class Pushed:
 
 
 def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pushed:
-    """Uploads the files of an adapter or a model to a repository, which is created if need be.
+    """Uploads the files of an adapter or a model to a repository, which is created if needed.
 
-    InputError for a folder that is neither, and for what the hub refuses. The token is that of the
-    environment, or of `hf auth login`.
+    Raises InputError for other folders, and for what the hub refuses. The token comes from the
+    environment or from `hf auth login`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -81,11 +82,11 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
                 commit_message="Adapter of mlx_segtrain",
             )
         except HFValidationError:
-            raise InputError(f"{repo} is not a name of the hub: give org/name.") from None
+            raise InputError(f"{repo} is not a name on the hub: use org/name.") from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
             why = REFUSALS.get(status or 0, "try again later")
-            raise InputError(f"the hub answers {status} to a push to {repo}: {why}.") from None
+            raise InputError(f"the hub answered {status} to a push to {repo}: {why}.") from None
     return Pushed(str(made), str(commit.oid))
 
 
@@ -93,8 +94,8 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """The files to send, by name, open and checked; InputError if one is not what its name says, or
-    for a model where none is to be sent. `done` is what happens to them, in a sentence."""
+    """Returns the files to send, by name, open and checked. Raises InputError if one is not what
+    its name says, or for a model where none may be sent. `done` is the verb for messages."""
     with ExitStack() as stack:
         place = stack.enter_context(_opened_folder(folder, done))
         files = {}
@@ -110,7 +111,7 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
     elif not models:
-        raise InputError(f"{folder} holds no adapter: give the folder of one.")
+        raise InputError(f"{folder} holds no adapter: name the folder of one.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
@@ -123,7 +124,7 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
 
 @contextmanager
 def _opened_folder(folder: Path, done: str) -> Iterator[int]:
-    """The number of a folder that is open, no part of whose path is a link."""
+    """Returns the descriptor of an open folder whose path contains no link."""
     how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     place = os.open("/", how)
     try:
@@ -139,7 +140,7 @@ def _opened_folder(folder: Path, done: str) -> Iterator[int]:
 
 @contextmanager
 def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
-    """A regular file that has no other name: another one may be somebody's secret."""
+    """Opens a regular file without a second name, which could be somebody's secret."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
@@ -148,19 +149,19 @@ def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
     with os.fdopen(number, "rb") as file:
         own = os.fstat(number)
         if not stat.S_ISREG(own.st_mode) or own.st_nlink != 1:
-            raise InputError(f"{path} is a link, or no file: nothing was {done}.")
+            raise InputError(f"{path} is a link, or not a file: nothing was {done}.")
         if not path.name.endswith((".safetensors", ".gguf")) and own.st_size > MOST:
-            raise InputError(f"{path} has more than {MOST >> 20} MiB: nothing was {done}.")
+            raise InputError(f"{path} is larger than {MOST >> 20} MiB: nothing was {done}.")
         yield file
 
 
 def check_content(path: Path, file: BufferedReader, done: str) -> None:
-    """InputError if the file is not of the kind that its name says."""
+    """Raises InputError if the file is not of the kind that its name says."""
     if path.suffix == ".safetensors":
         with _named(path, file) as opened:
             read_header(opened)
     elif path.suffix == ".gguf" and file.read(4) != b"GGUF":
-        raise InputError(f"{path} is no GGUF file: nothing was {done}.")
+        raise InputError(f"{path} is not a GGUF file: nothing was {done}.")
     elif path.suffix == ".json":
         with _named(path, file) as opened:
             read_json(opened, MOST if path.name in OF_MODEL else MOST_OF_ADAPTER)
@@ -169,7 +170,7 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """A path of an open file; what is said of it within is said of its own."""
+    """Returns a path of an open file; errors inside the context name its real path."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened
@@ -178,6 +179,4 @@ def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
 
 
 def _refused(path: Path, error: OSError, done: str) -> InputError:
-    return InputError(
-        f"{path} cannot be {done}: it is not there any more, or a link ({error.strerror})."
-    )
+    return InputError(f"{path} cannot be {done}: it is gone, or a link ({error.strerror}).")

@@ -1,9 +1,9 @@
-"""The queue of jobs: who runs, what it says, and how it ends, whoever was killed in between.
+"""The queue of jobs: which one runs, what it says, and how it ends, whatever was killed in between.
 
-Each job is a process of its own (worker.py) in a session of its own; its output is its log, whose
-lock it holds while it lives (eventlog.py). So a server that starts finds out from the logs what
-became of the jobs it knows: one whose log is locked runs, one whose log has an end has ended, and
-of one without either the process was killed. Jobs that compute take turns, first come first.
+Each job is a process (worker.py) in its own session; its output is its log, whose lock it holds
+while it lives (eventlog.py). So a server that starts can tell from the logs what became of its
+jobs: one whose log is locked is running, one whose log has an end has ended, and the process of any
+other was killed. Jobs that compute take turns, first come, first served.
 """
 
 import asyncio
@@ -33,20 +33,20 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Jobs that do not compute, at once.
 OTHERS = 2
-#: Jobs that may wait.
+#: The most waiting jobs.
 LONGEST_QUEUE = 200
-#: Seconds between looks at a job that runs.
+#: Seconds between checks of a running job.
 POLL_S = 0.1
-#: Characters of a message or an error that a row keeps.
+#: The most characters of a message or an error in a row.
 LONGEST_TEXT = 4000
-#: Seconds after which a job that was told to end is killed if it is told again.
+#: Seconds after which a second cancellation kills the job.
 KILLED_AFTER_S = 10.0
-#: Of a job that is to be cancelled: whether its process was told. A second signal ends it at once.
+#: Whether the process of a job to be cancelled was told. A second signal ends it at once.
 ASKED, SIGNALLED = 1, 2
 
 
 class Conflict(InputError):
-    """What is asked for does not go with the state that a job is in."""
+    """The request does not fit the state of a job."""
 
     status = 409
 
@@ -56,8 +56,8 @@ class Live:
     """A job that waits or runs. `changed` is set, and replaced, whenever there is news."""
 
     pid: int | None = None
-    interrupted: float = 0.0  #: when it was told to end first, if it was
-    process: subprocess.Popen[bytes] | None = None  #: None: not this server's child
+    interrupted: float = 0.0  #: when it was first told to end
+    process: subprocess.Popen[bytes] | None = None  #: None: not a child of this server
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def tell(self) -> None:
@@ -66,7 +66,7 @@ class Live:
 
 
 class Jobs:
-    """All jobs of a folder, which has one server at a time."""
+    """All jobs of a folder, which one server at a time may use."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class Jobs:
         check: Callable[[dict[str, Any]], None] = lambda values: None,
         roots: Sequence[Path] = (),
     ):
-        """`check` raises InputError for a configuration that may not be run, or not any more;
-        `roots` are the folders below which jobs open no link to elsewhere."""
+        """`check` raises InputError for a configuration that may not be run (any more); `roots` are
+        the folders below which jobs open no link to elsewhere."""
         self.check, self.roots, self.folder = check, roots, folder
         self.logs = folder / "jobs"
         for place in (folder, self.logs):
             make_private(place)
-        for path in self.logs.iterdir():  # of a version that let others read them
+        for path in self.logs.iterdir():  # an earlier version let others read them
             path.chmod(0o600)
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
@@ -89,10 +89,10 @@ class Jobs:
                 "another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
-        #: Variables, for the kinds of jobs that want them; in no file.
+        #: Variables for the kinds of jobs that need them; never written to a file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
-        #: Set when a job has begun, for who waits for it.
+        #: Set when a job has started, for those who wait for it.
         self.begun = asyncio.Event()
         #: Name and inputs of a job, which lists show, and which need its configuration.
         self.about = lru_cache(4096)(
@@ -100,10 +100,10 @@ class Jobs:
         )
         self.monitors: set[asyncio.Task[None]] = set()
 
-    # What a server does with its jobs
+    # Used by the server
 
     async def start(self) -> None:
-        """Finds the jobs again that there were, and lets the next ones run."""
+        """Finds the jobs of an earlier server, and starts the next ones."""
         for row in self.store.with_status("queued"):
             self.live[row.id] = Live()
         for row in self.running():
@@ -118,7 +118,7 @@ class Jobs:
         self._run_next()
 
     async def close(self) -> None:
-        """Leaves what runs to run on: the next server finds it."""
+        """Leaves running jobs running: the next server finds them."""
         for task in self.monitors:
             task.cancel()
         await asyncio.gather(*self.monitors, return_exceptions=True)
@@ -131,10 +131,11 @@ class Jobs:
         """Whether a job has the accelerator."""
         return any(row.job_kind.computes for row in self.running())
 
-    # What users do
+    # Used by clients
 
     def submit(self, kind: str, values: dict[str, Any], output: Path | None = None) -> Row:
-        """A new job; Conflict if one that has not ended writes to the same place."""
+        """Queues a new job. Raises Conflict if a job that has not ended writes to the same
+        place."""
         self._check_free(output)
         row = self.store.add(kind, json.dumps(values), None if output is None else str(output))
         eventlog.append(self.log(row.id), {"type": "queued", "ts": now()})
@@ -150,20 +151,20 @@ class Jobs:
         return row
 
     def running(self) -> list[Row]:
-        """Without their configurations."""
+        """Returns running jobs, without their configurations."""
         return self.store.with_status("running")
 
     def cancel(self, id: str) -> Row:
-        """Ends a job; of a run the last finished step is kept. It goes on to its end after this.
+        """Cancels a job; a run keeps its last finished step. The job takes a while to end.
 
-        A second one, two seconds later, does not wait for the step; one that comes KILLED_AFTER_S
-        seconds after the first ends the process, whatever it does. Conflict if it has ended.
+        A second call, two seconds later, does not wait for the step; one that comes KILLED_AFTER_S
+        seconds after the first kills the process. Raises Conflict if the job has ended.
         """
         row = self.get(id)
         if row.ended:
-            raise Conflict(f"{id} is {row.status}: there is nothing to cancel.")
+            raise Conflict(f"{id} is {row.status}: it cannot be cancelled.")
         if row.status == "queued":
-            self._say_end(id, {"type": "cancelled", "ts": now(), "message": "it had not begun"})
+            self._say_end(id, {"type": "cancelled", "ts": now(), "message": "it had not started"})
             self._run_next()
         else:
             self.store.update(id, cancelling=ASKED, message="cancelling")
@@ -171,13 +172,13 @@ class Jobs:
         return self.get(id)
 
     def resume(self, id: str) -> Row:
-        """Queues a job again that failed or was cancelled; a run goes on from its checkpoint."""
+        """Requeues a job that failed or was cancelled; a run resumes from its checkpoint."""
         row = self.get(id)
         if row.status not in ("failed", "cancelled"):
-            raise Conflict(f"{id} is {row.status}: only what failed or was cancelled is resumed.")
+            raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = row.values
-        if row.opened:  # else what lies there is not this job's
+        if row.opened:  # otherwise what is there belongs to another job
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
@@ -186,7 +187,7 @@ class Jobs:
         return self.get(id)
 
     def describe(self, id: str, **given: Any) -> Row:
-        """Gives a job a label, a note or tags; InputError if there is no such job."""
+        """Gives a job a label, a note or tags. Raises InputError if there is no such job."""
         self.get(id)
         if "tags" in given:
             given["tags_json"] = json.dumps([*dict.fromkeys(given.pop("tags"))])
@@ -195,7 +196,7 @@ class Jobs:
         return self.get(id)
 
     def remove(self, id: str) -> None:
-        """Forgets a job and its log; what it wrote stays. Conflict if it has not ended."""
+        """Removes a job and its log; its outputs stay. Raises Conflict if it has not ended."""
         row = self.get(id)
         if not row.ended:
             raise Conflict(f"{id} is {row.status}: cancel it first.")
@@ -204,8 +205,8 @@ class Jobs:
             path.unlink(missing_ok=True)
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
-        """Events after one, as (id, JSON), and those that still come, until the job has ended: as
-        many at once as there are."""
+        """Yields events after one, as (id, JSON), and further ones until the job has ended: as many
+        at once as there are."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
@@ -399,5 +400,5 @@ def _killed(row: Row, code: int | None) -> Event:
         how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
     else:
         how = f"its process exited with {code}"
-    advice = "; resume it to go on from its last checkpoint" if row.job_kind.trains else ""
+    advice = "; resume it to continue from its last checkpoint" if row.job_kind.trains else ""
     return {"type": "failed", "ts": now(), "error": how + advice, "fault": "killed"}

@@ -9,7 +9,7 @@ from ...errors import Fault
 from .kinds import JobKind, kind_of
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-#: Of jobs that neither run nor wait.
+#: States of jobs that neither run nor wait.
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -49,27 +49,27 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Its configuration; nothing of a row of a list."""
+        """Its configuration; empty in a row of a list."""
         return json.loads(self.config_json or "{}")
 
     @property
     def result(self) -> Any:
-        """What its last event says of it."""
+        """The result in its last event."""
         return json.loads(self.result_json or "null")
 
     @property
     def tags(self) -> list[str]:
-        """Words that people gave it."""
+        """Tags that people gave it."""
         return json.loads(self.tags_json)
 
     @property
     def method(self) -> str | None:
-        """By which its loss or reward is measured, of a job that measures one."""
+        """The method whose loss or reward the job measures, if it measures one."""
         return self.values.get("method", "sft") if self.job_kind.measures else None
 
     @property
     def name(self) -> str:
-        """What the job works on, in short."""
+        """A short description of its inputs."""
         return self.job_kind.named(self.values)
 
     @property

@@ -1,4 +1,4 @@
-"""Jobs as rows of SQLite. What a job said is in its log; a row has what lists and queues need."""
+"""Jobs as rows of SQLite. A job's output is in its log; a row has what lists and queues need."""
 
 import secrets
 import sqlite3
@@ -39,7 +39,7 @@ ADDED = {
     "note": "TEXT NOT NULL DEFAULT ''",
     "tags_json": "TEXT NOT NULL DEFAULT '[]'",
 }
-#: What lists and queues look for; without them each look reads all jobs that there ever were.
+#: Indexes for lists and queues; without them each query reads all jobs that ever existed.
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS jobs_by_place ON jobs (place)",
     "CREATE INDEX IF NOT EXISTS jobs_by_kind ON jobs (kind, place)",
@@ -52,12 +52,12 @@ def now() -> str:
 
 
 class Store:
-    """The table. A change is on the disk when the call returns."""
+    """The table. A change is on disk when the call returns."""
 
     def __init__(self, file: Path):
         make_folder(file.parent)
         try:
-            with open(file, "ab", opener=private):  # its journals get its mode
+            with open(file, "ab", opener=private):  # its journals get the file's mode
                 file.chmod(0o600)
             self.connection = sqlite3.connect(file, isolation_level=None)
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -79,7 +79,7 @@ class Store:
         self.connection.close()
 
     def add(self, kind: str, config_json: str, output_path: str | None) -> Row:
-        """A new job at the end of the queue."""
+        """Adds a new job at the end of the queue."""
         id = f"job_{secrets.token_hex(8)}"
         self.connection.execute(
             "INSERT INTO jobs (id, place, kind, status, config_json, output_path, created_at)"
@@ -91,7 +91,7 @@ class Store:
         return row
 
     def requeue(self, id: str, config_json: str) -> None:
-        """Again to the end of the queue."""
+        """Moves a job to the end of the queue again."""
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
             " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
@@ -111,7 +111,7 @@ class Store:
         return self.connection.execute(f"SELECT {_ALL} FROM jobs WHERE id = ?", (id,)).fetchone()
 
     def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
-        """The last jobs of the queue first, or those before a place in it; without their
+        """Returns the last jobs of the queue first, or those before a position; without their
         configurations, which may be long."""
         wanted = {"kind = ?": kind, "place < ?": before}
         given = {test: value for test, value in wanted.items() if value is not None}
@@ -122,7 +122,7 @@ class Store:
         ).fetchall()
 
     def with_status(self, status: Status) -> list[Row]:
-        """The next of the queue first; without their configurations."""
+        """Returns the next jobs of the queue first; without their configurations."""
         return self.connection.execute(
             f"SELECT {_BRIEF} FROM jobs WHERE status = ? ORDER BY place", (status,)
         ).fetchall()

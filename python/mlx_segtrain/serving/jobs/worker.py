@@ -1,11 +1,11 @@
 """A job's process, which the server starts (queue.py, processes.py): main(KIND, FILE, LOCK).
 
-FILE has its configuration and the folders in which it may read; LOCK is the number of an open file,
-whose lock lives as long as it does.
+FILE has its configuration and the folders in which it may read; LOCK is the descriptor of an open
+file, which stays locked as long as the process lives.
 
-Its events go to standard output, a line each, the first of them before anything heavy is imported;
-whoever started it may be gone. What the libraries print stands between them, as events of type log:
-a file that they read may hold lines that look like ours.
+Its events go to standard output, one per line, the first of them before anything heavy is imported;
+whoever started it may be gone. What the libraries print becomes events of type log: a file that
+they read could contain lines that look like ours.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: Characters of what libraries print: of a line, and of a job.
+#: The most characters of what libraries print: per line, and per job.
 LONGEST, MOST = 4000, 4 << 20
 
 
 class Printed(io.TextIOBase):
-    """What is printed, as events of type log, a line each."""
+    """Turns printed lines into events of type log."""
 
     def __init__(self) -> None:
         self.rest, self.left = "", MOST
@@ -44,7 +44,8 @@ class Printed(io.TextIOBase):
 
     def _tell(self, line: str) -> None:
         if self.left > 0 and line.strip():
-            line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]  # the last state of a bar
+            # The last state of a progress bar.
+            line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
             tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})
 
@@ -54,14 +55,14 @@ class Printed(io.TextIOBase):
 
 
 def main(kind: str, file: str, lock: str) -> int:
-    """0, 1 (it failed) or 130 (it was cancelled)."""
+    """Returns 0, 1 (it failed) or 130 (it was cancelled)."""
     hide_torch()
     os.set_inheritable(int(lock), False)  # processes of libraries may live longer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory may hold a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     sys.stdout = sys.stderr = printed = Printed()
     own = kind_of(kind)
-    if not own.trains:  # which ends in good order by itself
+    if not own.trains:  # which shuts down by itself
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         given = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -74,8 +75,8 @@ def main(kind: str, file: str, lock: str) -> int:
         end = {**events.failed(error), "error": str(error)}
     except SystemExit:
         raise
-    except BaseException as error:  # a panic of Rust is no Exception
-        # For people to mend: the log has the place, the answer to a client a sentence.
+    except BaseException as error:  # a panic in Rust is not an Exception
+        # For people to fix: the log has the place, the client gets a sentence.
         import traceback
 
         traceback.print_exc()
