@@ -169,7 +169,7 @@ def run(n, folder, model, data, args, cuda, sent=None):
         print(f"{n} ranks: {last}", flush=True)
         return []
     for rank, text in enumerate(texts):
-        print(f"rank {rank}: {' '.join(x for x in text.splitlines() if x.startswith('plan:'))}")
+        print(f"rank {rank}: {' '.join(x for x in text.splitlines() if 'plan: ' in x)}")
     return metrics(out)[WARM_UP:]
 
 
