@@ -197,7 +197,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row has more than"),
         ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
         ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
-        ("a.txt", "", "a.txt is not a file of rows that is known: give .jsonl"),
+        ("a.txt", "", "a.txt is not a supported file of rows: use .jsonl"),
         ("a.parquet.gz", "", "a.parquet.gz is not a file of rows"),
     ],
 )
@@ -530,7 +530,7 @@ def test_splits_of_python(tmp_path):
     ("data", "says"),
     [
         (None, "data_dir is missing: set it in the YAML file or with --data"),
-        (7, "train_data is a number: give a list of dicts"),
+        (7, "train_data is a number: pass a list of dicts"),
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),

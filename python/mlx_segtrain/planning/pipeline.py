@@ -71,7 +71,7 @@ def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
 def costs_of_part(
     costs: _core.Costs, model: ModelShape, batch: BatchShape, device: Device, part: Part | None
 ) -> _core.Costs:
-    """Of the costs of a whole chain, those of a rank; all without a part."""
+    """Returns the costs of one rank's part of the whole chain; all costs without a part."""
     if part is None:
         return costs
     layer_of = _layers_of(costs, part)

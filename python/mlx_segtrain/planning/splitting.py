@@ -80,7 +80,7 @@ def pipeline_runs(
     """
     if budgets and len(budgets) != ranks:
         raise InputError(
-            f"--rank-budgets has {len(budgets)} numbers, and --ranks is {ranks}: give one for each."
+            f"--rank-budgets has {len(budgets)} numbers, but --ranks is {ranks}: give one for each."
         )
     run = planned(config, [batch], fills=False)
     own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks
@@ -102,7 +102,8 @@ def quick_seconds(bare: Callable[[Part], RunPlan]) -> Callable[[Part], float]:
 
 
 def seconds(run: RunPlan) -> float:
-    """Of a batch on this rank, by the planner's figures; in proportion where work is unknown."""
+    """Returns the seconds of a batch on this rank, by the planner's figures; a proportion if the
+    work is unknown."""
     assert run.part is not None
     layers, speed = run.part.end - run.part.begin, SPEEDS[run.device.name]
     if run.planned is None:

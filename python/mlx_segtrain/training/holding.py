@@ -29,13 +29,13 @@ class Holding:
     ranks: Ranks
 
     def apart(self, at: Iterate) -> Iterate:
-        """Of all factors and what the optimizer remembers, this rank's."""
+        """Returns this rank's part of all factors and of the optimizer's state."""
         if self.own == self.whole:
             return at
         return self._joined(dict(self._pieces(at, self.whole)), self.own, at.step)
 
     def together(self, at: Iterate) -> Iterate:
-        """All of them, on every rank."""
+        """Returns all of them, on every rank."""
         if self.own == self.whole:
             return at
         aside = io.BytesIO()
@@ -53,7 +53,7 @@ class Holding:
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
     def _pieces(self, at: Iterate, layout: Layout) -> Iterator[tuple[str, mx.array]]:
-        """By name, so that they can be told apart."""
+        """Returns the pieces by name, which tells them apart."""
         yield from _cut(VECTOR, at.vector, layout)
         parts = layout.parts(len(at.moments))
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):

@@ -22,7 +22,7 @@ from .transfers import Form, Transfers, transfers_of
 
 @dataclass(frozen=True)
 class Own:
-    """Of a batch, what one rank has to do: its stages, what it is given, and what it gives."""
+    """One rank's part of a batch: its stages, their inputs, and their outputs."""
 
     stages: list[Stage]
     head: Callable[..., Any] | None  #: that of the last rank
@@ -42,7 +42,7 @@ class Pipe:
     ranks: Ranks
     part: Part
     transfers: Transfers
-    #: By border and by the shapes of a batch, what goes over it.
+    #: What crosses each border, by border and by the shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
     #: What the next batch brings, as far as it was asked for.
     posted: dict[str, mx.array] | None = None

@@ -109,7 +109,7 @@ class Stepper:
         return new, outcome
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
-        """Of what each rank has come to, what all have."""
+        """Returns the sum over all ranks of what each has found."""
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
@@ -151,7 +151,7 @@ class Stepper:
         compile_together(write_down)
 
     def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
-        """Of the baseline of a step, the part of this rank's share of the micro-batches."""
+        """Returns the part of a step's baseline for this rank's share of the micro-batches."""
         setup, params = self.setup, self.setup.own.split(at.vector)
         own, total = self.ranks.share(accumulated), setup.objective.total(accumulated)
         what = (setup.objective, setup.chain, setup.scales, params)
@@ -204,7 +204,7 @@ class Stepper:
         )
 
     def functions_of(self, draw: int) -> Functions:
-        """Those of a micro-batch, which with dropout are its own."""
+        """Returns the functions of a micro-batch; with dropout each micro-batch has its own."""
         setup, config = self.setup, self.setup.config
         if not config.lora_dropout:
             return self.functions
@@ -227,7 +227,7 @@ def _halted(
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))
     kept = f"the state of step {at.step} is kept" if at.step else "nothing has been trained yet"
     return Halted(
-        f"step {fault.step}: {what}, {fault.place}: {kept}; look at the row, or go on with a lower "
+        f"step {fault.step}: {what}, {fault.place}: {kept}; check the row, or resume with a lower "
         f"learning_rate{more}.",
         fault,
     )

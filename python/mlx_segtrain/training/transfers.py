@@ -100,8 +100,9 @@ class Sums(Transfers):
 
 
 def transfers_of(ranks: Ranks) -> Transfers:
-    """By messages where MLX's back end has them. NCCL has none there: two ranks add up, which is
-    the faster way (docs/distributed.md), and more than two have MLX's ring besides."""
+    """Returns the transfers of a rank: by messages if MLX's back end has them. NCCL has none here:
+    two ranks sum arrays, which is the faster way (docs/distributed.md), and more than two also use
+    MLX's ring."""
     if ranks.backend != "nccl":
         return Transfers(ranks, ranks.group)
     return Sums(ranks, ranks.group) if ranks.size == 2 else Transfers(ranks, ring_of(ranks))
