@@ -5,9 +5,9 @@
                          [--beta 0] [--budget-gb X] [--trl 4]
 
 SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA of rank 16 on all projections. No
-token ends a completion, so that each has --tokens; all are rewarded differently, so that all are
-trained. --at-once are generated together; they are packed into passes of --pass-tokens. The first
-cycle, which compiles, is shown apart; then the median of the others. Peaks are MLX's active
+token ends a completion, so that each has --tokens; all have different rewards, so that all are in
+the loss. --at-once are generated together; they are packed into passes of --pass-tokens. The first
+cycle, which compiles, is shown separately; then the median of the others. Peaks are MLX's active
 memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers' own generation, in a
 process of its own: bfloat16, N sequences in a pass. The defaults are 16 × 2048 tokens; for 16K
 tokens in 24 GB: --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens 16512 --budget-gb

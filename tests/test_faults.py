@@ -8,11 +8,9 @@ imported all. KILLS and FAULTS are how many moments are tried, all of them if FA
 import ctypes
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from lib.forks import processes
 from lib.runs import config_of, files_of
 from mlx_segtrain import InputError, RunError, files, train
 from mlx_segtrain.training import checkpoint
@@ -56,9 +55,7 @@ class Forks:
     """Starts runs in processes of their own."""
 
     def __init__(self, model, data):
-        self.model, self.data = model, data
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lib.warm", "test_faults"])
+        self.model, self.data, self.context = model, data, processes()
 
     def start(self, folder, fault=None, more=None):
         queue = self.context.SimpleQueue()
@@ -76,20 +73,10 @@ class Forks:
 
 
 @pytest.fixture(scope="module")
-def forks(llama4, data, tmp_path_factory):
+def forks(llama4, data):
     if sys.platform != "linux":
         pytest.skip("faults are preloaded as Linux does it")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    tests = Path(__file__).parent
-    source = tests / "lib" / "faults.c"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    found = Forks(llama4, data)
-    with pytest.MonkeyPatch.context() as patched:
-        for name, first, between in (("LD_PRELOAD", library, " "), ("PYTHONPATH", tests, ":")):
-            patched.setenv(name, f"{first}{between}{os.environ.get(name, '')}".rstrip(between))
-        patched.setenv("WARM_MODEL", str(llama4))
-        found.run(tmp_path_factory.mktemp("first") / "run")  # starts the process that is forked
-    return found
+    return Forks(llama4, data)
 
 
 @pytest.fixture(scope="module")

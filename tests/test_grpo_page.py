@@ -21,7 +21,7 @@ def write(path, steps, size):
 def test_a_step_is_found_in_a_long_file(tmp_path, size):
     path = tmp_path / "completions.jsonl"
     write(path, range(1, 30), size)
-    for step in (1, 2, 17, 29):
+    for step in range(1, 30):
         last, found = read_step(path, step, 9)
         assert last == 29 and [(x["step"], x["completion"]) for x in found] == [
             (step, i) for i in range(3)
@@ -71,11 +71,6 @@ def test_the_page_shows_what_was_generated(tmp_path):
             expect(best.get_by_text("advantage", exact=True)).to_be_visible()
             card.get_by_role("button", name="Previous step").click()
             expect(card.get_by_label("Step")).to_have_value("2")
-            curves = page.evaluate(
-                """() => [...document.querySelectorAll(".chart.tall")].at(-1).lines
-                    .map(({ name, points }) => [name, points.length])"""
-            )
-            assert curves == [["reward", 3], ["validation, greedy", 2]]
             names = ("Length", "Clipped", "Kl", "Truncated")
             for name in names:
                 expect(page.get_by_role("heading", name=name, exact=False).first).to_be_visible()

@@ -103,7 +103,7 @@ def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def completed(request, capsys, tmp_path: Path):
-    """What a shell offers after some words, by our script for it, in a folder with a file."""
+    """Completes words in a shell by our script for it, in a folder with a file."""
     shell = request.param
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out

@@ -329,6 +329,49 @@ def test_serve_takes_a_name(hub, tiny, home, monkeypatch):
     from mlx_segtrain.serving import app
 
     seen = []
-    monkeypatch.setattr(app, "run", seen.append)
+    monkeypatch.setattr(app, "run", lambda settings, level: seen.append(settings))
     assert main(["serve", "org/tiny-4bit", "--allow-downloads"]) == 0
     assert seen[0].downloads and seen[0].model_dir == hubs.model("org/tiny-4bit")
+
+
+def test_search_lists_what_the_hub_has(hub, home, capsys, monkeypatch):
+    hub.add("org/tiny-4bit", {})
+    hub.add("org/notes", {}, "datasets")
+    assert main(["search", "TINY", "4bit"]) == 0
+    assert capsys.readouterr().out == "org/tiny-4bit         1,000 downloads\n"
+    assert main(["search", "notes", "--datasets", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"name": "org/notes", "downloads": 1000}]
+    assert main(["search", "notes"]) == 0 and "nothing on the hub" in capsys.readouterr().out
+    hub.searches_fail = True
+    assert main(["search", "tiny"]) == 2
+    assert "the hub answers 503 to a search: try again later." in capsys.readouterr().err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["search", "tiny"]) == 2 and "does not answer" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["search", "tiny"]) == 2 and "HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+def test_push_uploads_an_adapter_and_nothing_beside_it(hub, home, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {"a": mx.zeros((2, 2))})
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "secret.txt").write_text("mine")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert main(["push", str(folder), "me/mine"]) == 2
+    assert "no token of the hub: log in with `hf auth login`" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "hf_known")
+    assert main(["push", str(folder), "me/mine"]) == 0
+    assert capsys.readouterr().out == f"pushed to {hub.url}/me/mine\n"
+    assert {*hub.pushed} == {"adapters.safetensors", "adapter_config.json"}
+    assert hub.told["/api/repos/create"]["visibility"] == "private"
+    assert main(["push", str(folder), "me/mine", "--public", "--quiet"]) == 0
+    assert hub.told["/api/repos/create"]["visibility"] == "public"
+    capsys.readouterr()
+    for place, repo, said in (
+        (folder, "no name at all", "is not a name of the hub"),
+        (tmp_path / "none", "me/mine", "is not a directory"),
+        (tmp_path, "me/mine", "holds neither an adapter nor a model"),
+    ):
+        assert main(["push", str(place), repo]) == 2
+        assert said in capsys.readouterr().err

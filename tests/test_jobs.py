@@ -99,7 +99,7 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
 
 
 def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
-    """Of many days it says so some thousand times: the page shows memory and steps that move."""
+    """The page shows memory and steps that move, and a log of many days stays short."""
     monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
     run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
     assert job_kinds.finetune(run)["type"] == "done"

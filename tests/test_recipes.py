@@ -1,5 +1,6 @@
 """The recipes run as their own text shows them."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from lib.folders import write_tiny
+from lib.folders import write_llama, write_tiny
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.commands.demo.sums import write_sums
 from mlx_segtrain.files import cache_dir
@@ -18,6 +19,9 @@ from mlx_segtrain.files import cache_dir
 pytestmark = pytest.mark.acceptance
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+_spec = importlib.util.spec_from_file_location("tasks", RECIPES / "tasks.py")
+tasks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tasks)
 
 
 def run(script, *args, **knobs):
@@ -46,6 +50,13 @@ def e4b(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def llama_long(tmp_path_factory):
+    """A tiny Llama for up to 8192 tokens."""
+    path = tmp_path_factory.mktemp("long") / "llama"
+    return write_llama(path, layers=2, max_position_embeddings=8192)
+
+
 def test_chunk_finetune_of_smollm2(tmp_path, data):
     knobs = {
         "MODEL": snapshot.smollm2_snapshot(cache_dir()),
@@ -62,6 +73,70 @@ def test_chunk_finetune_of_smollm2(tmp_path, data):
     assert len(list((tmp_path / "a" / "checkpoints").iterdir())) == 2
     again = run("chunk.sh", **knobs)
     assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+@pytest.mark.parametrize("task", ["chunk", "tools", "persona"])
+def test_the_right_answers_have_the_full_score(task, tmp_path):
+    tasks.main(task, tmp_path)
+    prompts = {}
+    for name, count in tasks.ROWS.items():
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+        assert len(rows) == count
+        prompts[name] = {row["prompt"] for row in rows}
+        answers = [row["completion"] for row in rows]
+        given = {} if task == "persona" else {"completion": answers}
+        assert getattr(tasks, task)(answers, **given) == [100.0] * count
+        assert max(getattr(tasks, task)(["[]"] * count, **given)) <= 20
+    assert not prompts["train"] & prompts["valid"]
+
+
+def test_a_task_is_scored_before_and_after(llama_long, tmp_path):
+    tasks.main("persona", tmp_path / "data")
+    for name in tasks.ROWS:  # a few of them
+        file = tmp_path / "data" / f"{name}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(True)[:2]))
+    knobs = {"MODEL": llama_long, "ADAPTER": tmp_path / "a", "DATA": tmp_path / "data"}
+    few = ("--batch-size", "1", "--warmup-iters", "0")
+    done = run("task.sh", "persona", *few, ITERS=1, RANK=2, **knobs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 completions of each of 2 prompts") == 2
+    assert "Before training:" in done.stdout and "After training:" in done.stdout
+
+
+def test_scores_have_their_parts():
+    wanted = [json.dumps([{"topic": "trip", "anchor": "a b c d"}, {"topic": "x", "anchor": "e"}])]
+    half = json.dumps([{"topic": "trip", "anchor": "a b c d"}])
+    assert tasks.chunk([half], wanted) == [50 + 50 * 2 / 3]
+    assert tasks.chunk(['[{"topic": 1}]', "no JSON"], wanted * 2) == [20.0, 0.0]
+    call = ['{"name": "alarm", "arguments": {"hour": 7}}']
+    assert tasks.tools(['{"name": "alarm", "arguments": {"hour": 8}}'], call) == [60.0]
+    assert tasks.persona(["Ahoy! " + "a " * 40]) == [40.0]
+
+
+def test_feedback_becomes_pairs_and_labels(tmp_path):
+    (tmp_path / "feedback.csv").write_text(
+        "prompt,answer,good\nA,right,true\nA,wrong,false\nA,bad,no\nB,fine,yes\n"
+    )
+    write = [sys.executable, RECIPES / "feedback.py", tmp_path / "feedback.csv", tmp_path / "out"]
+    subprocess.run(write, check=True)
+    read = {
+        name: [json.loads(line) for line in (tmp_path / "out" / name / "train.jsonl").open()]
+        for name in ("pairs", "labels")
+    }
+    assert read["pairs"] == [
+        {"prompt": "A", "chosen": "right", "rejected": text} for text in ("wrong", "bad")
+    ]
+    assert read["labels"] == [{"prompt": "B", "completion": "fine", "label": True}]
+    (tmp_path / "feedback.csv").write_text("prompt,answer,good\nA,right,perhaps\n")
+    done = subprocess.run(write, capture_output=True, text=True)
+    assert done.returncode == 1 and "row 1: needs prompt, answer, and good" in done.stderr
+
+
+def test_a_length_has_a_plan_at_each_budget(llama_long):
+    done = run("long.sh", MODEL=llama_long, SEQ=4096, BUDGETS="10 0.001")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("GB:\n") == 2 and "predicted" in done.stdout
+    assert "more than the budget" in done.stderr
 
 
 def test_grpo_of_smollm2(tmp_path):
@@ -102,6 +177,7 @@ def test_e4b_probe_then_train(e4b, tmp_path, data):
     [
         ("chunk.sh", [], {"MODEL": "/"}, "DATA is not set"),
         ("chunk.sh", [], {"HF_HOME": "/none", "DATA": "/"}, "MODEL is not set, and no MiniCPM5"),
+        ("task.sh", ["sums"], {}, "usage: recipes/task.sh chunk|tools|persona"),
         ("e4b.sh", [], {}, "usage: recipes/e4b.sh probe|train"),
         ("e4b.sh", ["train"], {"MODEL": "/", "DATA": "/", "ITERS": "many"}, "iters"),
     ],

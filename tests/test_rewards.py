@@ -58,6 +58,19 @@ def test_a_pattern_takes_linear_time():
     assert check(completions=["a" * 5000 + "b"]) == [0.0]
 
 
+def test_functions_may_import_torch(tmp_path, monkeypatch):
+    """Even in a command, whose process hides torch from transformers."""
+    (tmp_path / "torch.py").write_text("length = len\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)  # as hide_torch() has it
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def longer(completions):\n    import torch\n    return [*map(torch.length, completions)]\n"
+    )
+    rewards = Rewards.of(config_of(reward_functions=[f"{own}:longer"]))
+    assert scores(rewards, ["ab"]).total == [2]
+
+
 def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
     (tmp_path / "own.py").write_text(
         "def longer(completions): return [len(x) for x in completions]"

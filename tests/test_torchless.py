@@ -1,16 +1,17 @@
-"""Our own processes do without torch, where it is installed."""
+"""Our own processes import neither torch nor pandas, even if they are installed."""
 
 import os
 import subprocess
 import sys
 
-FAKE = "print('torch was imported')\n__version__ = '9.9.9'\n"
+FAKE = "print(__name__, 'was imported')\n__version__ = '9.9.9'\n"
 
 
-def test_a_command_does_not_import_torch(llama, data, tmp_path):
-    """transformers does, as soon as it finds one: what is in the way here would say so."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(FAKE)
+def test_a_command_imports_neither_torch_nor_pandas(llama, data, tmp_path):
+    """transformers and Arrow import what they find. These fakes print when they are imported."""
+    for name in ("torch", "pandas"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(FAKE)
     folders = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "mlx_segtrain.commands.main", "inspect", data]
     done = subprocess.run(
@@ -21,4 +22,4 @@ def test_a_command_does_not_import_torch(llama, data, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "24 to train" in done.stdout and "torch was imported" not in done.stdout
+    assert "24 to train" in done.stdout and "was imported" not in done.stdout

@@ -271,7 +271,7 @@ def test_a_refusal_says_what_was_not_done(ask, service, weights):
 
 
 def test_one_file_of_what_was_sent_is_deleted(ask, service, weights):
-    """What came before a file that is refused is of no use: a page takes it back."""
+    """If the second file is refused, the first is of no use: the page deletes it."""
     for file, content in (("adapter_config.json", CONFIG), ("adapters.safetensors", weights)):
         assert ask("PUT", f"adapters/part/{file}", content)[0] == 200
     assert ask("DELETE", "adapters/part/adapters.safetensors")[0] == 200

@@ -271,7 +271,7 @@ class TrainConfig(BaseModel):
         refused=CODE,
         values="module:Class or file.py:Class",
     )
-    """Python class that answers the model's turns with `step`, or whose methods are its tools
+    """Python class that answers the model's turns (`step`), or whose methods are tools
     (docs/grpo.md)."""
     max_turns: Int = option(
         8,

@@ -12,3 +12,9 @@ def hide_torch() -> None:
     """
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None  # Python's way to say that a module does not exist
+
+
+def show_torch() -> None:
+    """Lets this process import torch again, before it runs code of the user."""
+    if "torch" in sys.modules and sys.modules["torch"] is None:
+        del sys.modules["torch"]

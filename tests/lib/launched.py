@@ -3,28 +3,52 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 
-#: Runs one configuration after the other. What a test wants otherwise it says in `before`.
-WORKER = """
-import json, sys, time
 import mlx.core as mx
-mx.set_default_device(mx.cpu)
+
+from lib.forks import processes
 from mlx_segtrain import TrainConfig, train
-from mlx_segtrain.training import links, ranks, watch
-watch.PATIENCE, watch.SETTLE, watch.BEAT = 4.0, 0.4, 0.2
-rank = ranks.launched()
-{before}
-for given in json.loads(sys.argv[1]):
-    try:
-        result = train(TrainConfig(**given), lambda event: print(json.dumps(event), flush=True))
-        print(json.dumps(["ended", result.steps, result.interrupted]), flush=True)
-    except Exception as error:
-        print(json.dumps(["failed", type(error).__name__, str(error)]), flush=True)
-"""
+from mlx_segtrain.training import ranks, watch
+
+
+def run(rank, folder, given, before, environment):
+    """Trains one configuration after the other. `before` is code that a test runs first."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv[1:] = [given]
+    mx.set_default_device(mx.cpu)
+    watch.PATIENCE, watch.SETTLE, watch.BEAT = 4.0, 0.4, 0.2
+    exec(before, {**globals(), "rank": ranks.launched()})
+    for own in json.loads(sys.argv[1]):
+        try:
+            result = train(TrainConfig(**own), lambda event: print(json.dumps(event), flush=True))
+            print(json.dumps(["ended", result.steps, result.interrupted]), flush=True)
+        except Exception as error:
+            print(json.dumps(["failed", type(error).__name__, str(error)]), flush=True)
+
+
+class Rank:
+    """The process of a rank, with the methods of subprocess.Popen that the tests need."""
+
+    def __init__(self, *args):
+        self._process = processes().Process(target=run, args=args)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self._process.kill()
+
+    def wait(self, seconds=None):
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"process {self.pid} does not end"
 
 
 def free_ports(n):
@@ -41,14 +65,12 @@ def ranks_of(n, folder, *configs, before=""):
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
     given = json.dumps([json.loads(own.model_dump_json(exclude_unset=True)) for own in configs])
-    code = WORKER.replace("{before}", before)
-    environment = os.environ | {"MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1"}
     started = []
     for rank in range(n):
-        own = {"env": environment | {"MLX_RANK": str(rank)}}
-        with open(folder / f"out{rank}", "w") as out, open(folder / f"err{rank}", "w") as err:
-            command = [sys.executable, "-c", code, given]
-            started.append(subprocess.Popen(command, stdout=out, stderr=err, **own))
+        for name in ("out", "err"):
+            (folder / f"{name}{rank}").write_text("")
+        environment = os.environ | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+        started.append(Rank(rank, folder, given, before, dict(environment)))
     try:
         yield started
     finally:

@@ -32,9 +32,9 @@ probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
 #: How tokens are drawn besides the temperature, by the names of the server's requests.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "top_p": (probability, "X", "draw from the likeliest tokens of this total probability"),
-    "top_k": (count(0), "N", "draw from the N likeliest tokens; 0 is all"),
-    "min_p": (probability, "X", "leave out tokens less likely than X times the likeliest one"),
+    "top_p": (probability, "X", "draw from the most likely tokens of this total probability"),
+    "top_k": (count(0), "N", "draw from the N most likely tokens; 0 is all"),
+    "min_p": (probability, "X", "leave out tokens less likely than X times the most likely one"),
     "repetition_penalty": (above_0, "X", "penalty of tokens that prompt or answer have; 1 is off"),
     "presence_penalty": (finite, "X", "subtracted from the logit of a token that the answer has"),
     "frequency_penalty": (finite, "X", "subtracted each time that the answer has the token"),

@@ -286,6 +286,8 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving import app
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
+        if (error.name or "").startswith("mlx_segtrain"):
+            raise  # a fault of ours, which no other package mends
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'

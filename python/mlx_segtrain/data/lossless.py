@@ -43,11 +43,7 @@ def lossless(tokenizer: Any) -> Holds | None:
         normal = steps == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if not (whole and plain and normal and all(backend.token_to_id(x) is not None for x in known)):
         return None
-    return _composed if any(step["type"] == "NFC" for step in steps) else _always
-
-
-def _always(text: str) -> bool:
-    return True
+    return _composed if any(step["type"] == "NFC" for step in steps) else lambda _: True
 
 
 def _composed(text: str) -> bool:

@@ -138,17 +138,15 @@ def _batch(
     import pyarrow as pa
 
     columns: dict[str, Any] = {
-        "record": pa.array(owner.astype(np.int32)),
-        "content": pa.array(contents[owner]),
-        "source": pa.array([row.source for row in rows], pa.string()),
+        "record": _column(owner.astype(np.int32)),
+        "content": _column(contents[owner]),
+        "source": _texts([row.source for row in rows]),
     }
     if rows and isinstance(rows[0], Pair):
-        columns["shared"] = pa.array(
-            np.array([getattr(row, "shared", 0) for row in rows], np.int32)
-        )
+        columns["shared"] = _column(np.array([getattr(row, "shared", 0) for row in rows], np.int32))
     if rows and isinstance(rows[0], Row) and rows[0].given is not None:
         given = [json.dumps(getattr(row, "given", None), default=str) for row in rows]
-        columns["given"] = pa.array(given, pa.string())
+        columns["given"] = _texts(given)
     for side, own in enumerate(zip(*map(sequences, rows), strict=True)):
         columns |= {f"{name}{side}": column for name, column in _side(own).items()}
     schema = {name: column.type for name, column in columns.items()}
@@ -161,8 +159,6 @@ def _batch(
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns the columns of sequences, with weights as runs: each ends at `ends`, counted from the
     start of the row."""
-    import pyarrow as pa
-
     lengths = np.array([len(row) for row in rows], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
@@ -180,24 +176,44 @@ def _side(rows: Sequence[Row]) -> dict[str, Any]:
     small = np.uint16 if top.max(initial=0) < 1 << 16 else np.int32
     found = [sum(1 << BITS.index(name) for name in row.findings) for row in rows]
     return {
-        "ids": _lists(bounds, pa.array(ids.astype(small))),
-        "ends": _lists(runs, pa.array((ends - bounds[of]).astype(np.int32))),
-        "weights": _lists(runs, pa.array(weights[starts])),
-        "top": pa.array(top),
-        "turns": pa.array(np.array([row.turns for row in rows], np.int32)),
-        "findings": pa.array(np.array(found, np.uint32)),
+        "ids": _lists(bounds, _column(ids.astype(small))),
+        "ends": _lists(runs, _column((ends - bounds[of]).astype(np.int32))),
+        "weights": _lists(runs, _column(weights[starts])),
+        "top": _column(top),
+        "turns": _column(np.array([row.turns for row in rows], np.int32)),
+        "findings": _column(np.array(found, np.uint32)),
     }
 
 
 def _lists(bounds: np.ndarray, values: Any) -> Any:
     import pyarrow as pa
 
-    return pa.ListArray.from_arrays(pa.array(bounds.astype(np.int32)), values)
+    return pa.ListArray.from_arrays(_column(bounds.astype(np.int32)), values)
+
+
+# Arrow's own conversions import pandas where it is installed, which takes half a second.
+
+
+def _column(array: np.ndarray) -> Any:
+    """Returns a column of Arrow that shares the memory of an array."""
+    import pyarrow as pa
+
+    values = pa.py_buffer(np.ascontiguousarray(array))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(array.dtype), len(array), [None, values])
+
+
+def _texts(texts: Sequence[str]) -> Any:
+    """Returns a column of Arrow."""
+    import pyarrow as pa
+
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)])
+    offsets = pa.py_buffer(ends.astype(np.int32))
+    return pa.StringArray.from_buffers(len(texts), offsets, pa.py_buffer(b"".join(encoded)))
 
 
 def _numbers(array: Any) -> np.ndarray:
-    """Returns the memory of a column without nulls. Arrow's to_numpy would import pandas, which
-    takes half a second."""
+    """Returns the memory of a column without nulls."""
     return np.from_dlpack(array)
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -328,7 +329,7 @@ READERS: dict[str, Callable[[Path], Iterator[Block]]] = {
     ".ndjson": textfiles.read_lines,
     ".json": textfiles.read_json,
     ".csv": textfiles.read_csv,
-    ".tsv": textfiles.read_tsv,
+    ".tsv": partial(textfiles.read_csv, delimiter="\t"),
     **dict.fromkeys(TABLES, tables.read),
 }
 ENDINGS = ", ".join(READERS)

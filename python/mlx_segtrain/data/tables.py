@@ -113,6 +113,7 @@ def main(number: str) -> None:
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
     """Sends the blocks of a file. Returns a sentence if something is wrong with it."""
     import pyarrow as pa
+    import pyarrow.parquet  # before memory is limited
 
     try:
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:

@@ -7,8 +7,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -177,10 +178,6 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Block]:
         yield from grouped(_cells(file, path.name, delimiter), path.name, read)
 
 
-def read_tsv(path: Path) -> Iterator[Block]:
-    return read_csv(path, "\t")
-
-
 def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
     number, size = 0, 0
 
@@ -209,7 +206,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
     # Where the comma is a decimal separator.
     if delimiter == "," and "," not in first and ";" in first:
         delimiter = ";"
-    rows = csv.reader(_chained(first, source), delimiter=delimiter, strict=True)
+    rows = csv.reader(chain([first], source), delimiter=delimiter, strict=True)
     names: list[str] = []
     while True:
         size = 0
@@ -234,8 +231,3 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
             )
         yield json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False).encode()
         number += 1
-
-
-def _chained(first: str, others: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from others

@@ -22,7 +22,7 @@ class Tags:
 
     @classmethod
     def of(cls, tokenizer: Any, *, calls: bool = True) -> "Tags":
-        """Those of a model's tokenizer (mlx-lm's)."""
+        """Returns the tags of a model's tokenizer (mlx-lm's)."""
         think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         call = None
         if calls and tokenizer.has_tool_calling:
@@ -98,7 +98,7 @@ class Parts:
 
 
 def begins_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
-    """Whether a prompt ends within reasoning, as some templates have it."""
+    """Returns whether a prompt ends inside reasoning, as with some chat templates."""
     if not tokenizer.has_thinking:
         return False
     end = list(prompt[-END:])
@@ -107,7 +107,7 @@ def begins_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
 
 
 def read_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] | None:
-    """The calls in a text between the tags of calls; None where it has none that can be read."""
+    """Returns the tool calls in the text between two tags; None if they cannot be read."""
     try:
         calls = tokenizer.tool_parser(text, tools)
         calls = calls if isinstance(calls, list) else [calls]

@@ -31,8 +31,8 @@ class Talk(Protocol):
     def prompt(self) -> list[int]: ...
 
     def reply(self, text: str) -> list[int] | None:
-        """The tokens between a turn of the model with this text and its next one; None if there is
-        no next one."""
+        """Returns the tokens between a turn of the model with this text and its next turn; None if
+        there is no next turn."""
         ...
 
 
@@ -69,8 +69,8 @@ class Completion:
 
 
 class Unread:
-    """In the place of decoding.Text where nobody reads a text before it is whole: a rollout waits
-    for the host more than for the device, and it would decode each token."""
+    """Replaces decoding.Text where nobody reads a text before it is complete. Decoding each token
+    takes time of the host, for which rollouts wait more than for the device."""
 
     stopped = False
 
@@ -122,7 +122,7 @@ class _Rollout:
         self.turns = 0
 
     def turn(self) -> _Turn:
-        """The next turn, of what there is so far."""
+        """Starts the next turn after all tokens so far."""
         options = self.options
         if self.turns:
             left, seed = options.max_tokens - len(self.tokens), seed_of(options.seed, self.turns)
@@ -130,7 +130,7 @@ class _Rollout:
         return _Turn([*self.talk.prompt, *self.tokens], self.base, options)
 
     def goes_on(self, turn: _Turn) -> bool:
-        """Takes a turn that has ended, and what is replied to it; whether there is another one."""
+        """Adds a completed turn and the reply to it. Returns whether there is another turn."""
         self._add(turn.made, True, turn.log_p)
         self.turns += 1
         self.text, self.finish = turn.said, turn.finish or "length"
@@ -161,7 +161,7 @@ class _Rollout:
 
 
 def seed_of(*what: int | None) -> int:
-    """A seed that is a function of these numbers."""
+    """Returns a seed that depends on all of these numbers."""
     digest = blake2b(",".join(map(str, what)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -173,8 +173,9 @@ def complete(
     at_once: int,
     most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """A completion of each talk by its options, of which `at_once` are decoded together; waiting
-    ones join when half of them have ended their turn. A model has at most so many turns.
+    """Generates a completion of each talk with its options. `at_once` of them are decoded together;
+    waiting ones join when half of these have ended their turn. `most_turns` bounds the turns of the
+    model in one talk.
 
     Options need a seed, and `logprobs` 0. Talks one after another with the same prompt compute it
     once. The tokens before a later turn are computed again: that takes no memory while others are

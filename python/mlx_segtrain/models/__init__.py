@@ -163,7 +163,7 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """With its weights in memory, on a CPU in float32."""
+    """With the weights that `reads` says yes to in memory, on a CPU in float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])

@@ -55,8 +55,8 @@ class Rewards:
         functions: Sequence[Function] = (),
         environment: Callable[[], Any] | None = None,
     ) -> Rewards:
-        """Those of a configuration; functions and the class of its environment may be given in
-        Python. InputError if one cannot be used, or there is none."""
+        """Returns the rewards of a configuration; Python may give functions and the environment's
+        class. Raises InputError if one cannot be used, or if there is none."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [
@@ -90,8 +90,8 @@ class Rewards:
         return cls(rewards, weights, environments, model)
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Sequence[Row]) -> None:
-        """InputError for rows and models that the rewards cannot use, before anything is generated.
-        The configuration has folders, and no names of the hub."""
+        """Raises InputError for rows and models that the rewards cannot use, before anything is
+        generated. The configuration must have folders instead of names of the hub."""
         check_rows(config, rows)
         if self.environments is not None:
             self.environments.check(config, tokenizer, rows)

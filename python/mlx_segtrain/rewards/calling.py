@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError, shown
+from ..torchless import show_torch
 
 
 def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
@@ -42,6 +43,7 @@ def file_of(spec: str) -> Path | None:
 
 
 def _module(place: str) -> Any:
+    show_torch()  # the user's functions may need it
     path = file_of(f"{place}:")
     if path is None:
         return importlib.import_module(place)

@@ -1,4 +1,4 @@
-"""Environments: conversations in which a class of the user's answers the model, or is its tools."""
+"""Environments: the user's Python class answers the model in a conversation, or is its tools."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Environments:
 
     @classmethod
     def of(cls, config: TrainConfig, make: Callable[[], Any] | None = None) -> Environments | None:
-        """That of a configuration; `make` is the class itself, where Python has given it.
-        InputError if it cannot be used."""
+        """Returns the environments of a configuration; `make` is the class, if Python has it.
+        Raises InputError if the class cannot be used."""
         if config.environment is None:
             return None
         name, found = found_at(config.environment, "environment", "class", make)
@@ -57,8 +57,8 @@ class Environments:
         return cls(name, found, tools, callable(getattr(own, "get_reward", None)))
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Iterable[Row]) -> None:
-        """InputError if the model's chat template does not know what conversations need, or a row
-        has tools besides the environment's."""
+        """Raises InputError if the model's chat template lacks what conversations need, or if a row
+        has tools of its own besides the environment's."""
         if Prompting(config.prompt_format).is_raw(tokenizer):
             raise InputError(
                 "environment needs prompts that go through a chat template: take a model that has "
@@ -82,8 +82,8 @@ class Environments:
 
 
 def _tools_of(own: Any) -> list[dict[str, Any]]:
-    """The public methods of an environment as JSON schemas; what transformers raises for one
-    without types or a description."""
+    """Returns the public methods of an environment as JSON schemas. Raises what transformers raises
+    for a method without types or a description."""
     from transformers.utils.chat_template_utils import get_json_schema
 
     names = [name for name, _ in inspect.getmembers(type(own), inspect.isfunction)]
@@ -124,7 +124,8 @@ class Conversation:
         self._reasons = begins_reasoning(tokenizer, self.prompt)
 
     def reply(self, text: str) -> list[int] | None:
-        """What the environment says to a turn, as tokens up to the model's next one."""
+        """Returns the environment's answer to a turn, as the tokens up to the model's next turn;
+        None at the end of the conversation."""
         if self._of.tools:
             answer, new = self._called(text)
         else:
@@ -145,7 +146,7 @@ class Conversation:
         return [dict(own) for own in new]
 
     def _called(self, text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """A turn as a message with its calls of tools, and what they gave."""
+        """Returns a turn as a message with its tool calls, and the results as messages."""
         parts = Parts(Tags.of(self._tokenizer), reasoning=self._reasons).add(text, last=True)
         said = "".join(own for kind, own in parts if kind == "content")
         answer: dict[str, Any] = {"role": "assistant", "content": said}
@@ -164,7 +165,7 @@ class Conversation:
         return {**answer, **({"tool_calls": calls} if calls else {})}, new
 
     def _result(self, name: str, arguments: Any) -> str:
-        """What a tool gives, as text; its error if it fails, which may be the model's fault."""
+        """Returns the result of a tool as text; if it fails, the error, which the model reads."""
         known = {own["function"]["name"] for own in self._of.tools}
         try:
             if name not in known:
@@ -178,7 +179,7 @@ class Conversation:
             return f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def _between(self, answer: dict[str, Any], new: list[dict[str, Any]]) -> list[int]:
-        """The tokens after the one that ended a turn, up to the begin of the next one."""
+        """Returns the tokens after the one that ended a turn, up to where the next turn starts."""
         tokenizer = self._tokenizer
         parts = wants_parts(tokenizer, self._variables)
         marked = {**answer, **content(MARK, parts)}
@@ -203,7 +204,7 @@ class Conversation:
 
 
 def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The prompt of a row as messages."""
+    """Returns the prompt of a row as messages."""
     prompt = given["prompt"]
     if not isinstance(prompt, str):
         return [dict(own) for own in prompt]
@@ -216,7 +217,7 @@ def _is_message(own: Any) -> bool:
 
 
 class _failing:
-    """Within it, whatever a class of the user's raises is a RunError that names it."""
+    """Inside this context, whatever the user's class raises becomes a RunError that names it."""
 
     def __init__(self, name: str, what: str):
         self._said = f"environment {name}: {what} failed"

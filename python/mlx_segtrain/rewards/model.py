@@ -1,4 +1,4 @@
-"""A reward model: what a model for sequence classification, with one label, scores conversations.
+"""A reward model: a model for sequence classification with one label, which scores conversations.
 
 It is a folder as Hugging Face's `…ForSequenceClassification` write it, of a family that mlx-lm has
 (`score.weight` beside the layers), quantized or not.
@@ -26,7 +26,7 @@ SCORE = "score.weight"
 
 
 def check_scores(folder: Path) -> None:
-    """InputError for a folder that is no reward model's: before any weight is loaded."""
+    """Raises InputError for a folder that holds no reward model, before any weight is loaded."""
     snapshot = Snapshot(folder)
     found = snapshot.tensors.get(SCORE)
     if found is None or len(found[1]) != 2 or found[1][0] != 1:
@@ -50,8 +50,8 @@ class RewardModel:
     raw: bool = False
 
     def check(self, folder: Path, raw: bool) -> None:
-        """Takes the folder of its name, and whether the run's prompts are raw; InputError for one
-        that cannot score them."""
+        """Sets the folder, and whether the run's prompts are raw. Raises InputError if the model in
+        the folder cannot score them."""
         self.folder, self.raw = folder, raw
         check_scores(folder)
         if not raw and not self._tokenizer.has_chat_template:
@@ -98,7 +98,8 @@ class RewardModel:
         return self._tokenizer.apply_chat_template([*given, *answer], tokenize=False)
 
     def _scores(self, rows: list[list[int]]) -> np.ndarray:
-        """Of rows of tokens, float64 [N]: at the last token that is no padding."""
+        """Returns the scores of rows of tokens, float64 [N], each at its last token that is no
+        padding."""
         from mlx_lm.models.cache import make_prompt_cache
 
         model, weight, pad = self._loaded
@@ -121,7 +122,7 @@ class RewardModel:
 
 
 def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows that run together, by index: up to PREFILL tokens with the padding, or one alone."""
+    """Returns which rows run together, by index: up to PREFILL tokens with padding, or one row."""
     passes: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if passes and (len(passes[-1]) + 1) * lengths[i] <= PREFILL:

@@ -66,8 +66,9 @@ class CompletionLog:
 
 
 def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[str, Any]]]:
-    """The last step of a file, and up to so many lines of a step, by default that one; (0, []) for
-    one with no whole line. Steps only rise, so that of a long file little is read; OSError."""
+    """Returns the last step in a file, and up to `most` lines of a step, by default of the last
+    one; (0, []) if there is no complete line. Steps only rise, so little of a long file is read.
+    Raises OSError."""
     with open(path, "rb") as file:
         end = os.fstat(file.fileno()).st_size
         last = 0
@@ -97,7 +98,7 @@ def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[s
 
 
 def _lines(file: IO[bytes], start: int) -> Iterator[dict[str, Any]]:
-    """The whole lines from the first that begins at a place or after it."""
+    """Yields the complete lines that start at this place or after it."""
     file.seek(max(0, start - 1))
     if start:
         while (part := file.readline(MOST_LINE)) and not part.endswith(b"\n"):

@@ -37,7 +37,8 @@ def rewards_of(
     functions: Sequence[Function] = (),
     environment: Callable[[], Any] | None = None,
 ) -> Rewards | None:
-    """The rewards of a run whose rows are prompts; None for others. InputError."""
+    """Returns the rewards of a run whose rows are prompts; None for other methods. Raises
+    InputError."""
     if ROWS[config.method] == "prompt":
         return Rewards.of(config, functions, environment)
     if functions:
@@ -49,8 +50,8 @@ def rewards_of(
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions of each prompt, and how they were scored, in the same order; and the
-    conversations, where there is an environment."""
+    """The completions of each prompt and their scores, in the same order; and the conversations,
+    where there is an environment."""
 
     rows: list[Row]
     completions: list[list[Completion]]
@@ -72,8 +73,8 @@ class Rollouts:
         return float(np.mean([own.finish != "stop" for own in self.flat]))
 
     def means(self) -> dict[str, float]:
-        """The mean reward, that of each, and the mean length; of conversations how many turns they
-        have, and what part of their calls of tools failed."""
+        """Returns the mean reward, the mean of each reward, and the mean length; for conversations
+        also the mean number of turns, and the part of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.scores.by_name) > 1:
             found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
@@ -108,7 +109,7 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU our op takes a fourth of the time of MLX's own for the head of many rows.
+    # On a CPU, for the head over many rows, our op takes a fourth of the time of MLX's own.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -240,7 +241,7 @@ class Cycle(Stepper):
         lengths = np.array([own.length for own in flat])
         weights = self.objective.weights(lengths, kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
-        if not counted.any():  # the optimizer takes a step without a gradient
+        if not counted.any():  # the optimizer still needs one row, for a zero gradient
             shortest = int(np.argmin([len(own.tokens) for own in flat]))
             weights[shortest], counted[shortest] = NOTHING, True
         rows = []

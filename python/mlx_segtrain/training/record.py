@@ -54,7 +54,7 @@ def files_of(
         files |= _files_in("reward_model", config.reward_model, OF_MODEL)
     specs = [*config.reward_functions, *filter(None, [config.environment])]
     own = dict.fromkeys(filter(None, map(file_of, specs)))
-    for i, path in enumerate(own, 1):  # each has a part, since they may be in several folders
+    for i, path in enumerate(own, 1):  # each has its own part: folders may differ
         part = "rewards" if i == 1 else f"rewards {i}"
         folders[part] = path.parent
         files[f"{part}/{path.name}"] = path

@@ -79,7 +79,7 @@ class Setup(Inputs):
 
     @cached_property
     def own(self) -> Layout:
-        """Returns where the factors of this rank are in the vector."""
+        """The layout of the factors that this rank has."""
         return self.layout.of_owners(self.pipe.owners(self.chain)) if self.pipe else self.layout
 
     @property
@@ -176,7 +176,7 @@ def read_inputs(
     rewards: Rewards | None = None,
 ) -> Inputs:
     """Reads the data. Raises InputError if it cannot be used. Decides what `auto` leaves open; a
-    resumed run keeps its decisions. Runs on prompts have rewards."""
+    resumed run keeps its decisions. A run on prompts has rewards."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -425,7 +425,7 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """What to raise for an adapted embedding that is the head, too: two ranks would have it."""
+    """Returns the error for an adapted embedding that is also the head: two ranks would have it."""
     return InputError(
         f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
         "on the first and the last rank of a pipeline: leave it out of target_modules, or train "

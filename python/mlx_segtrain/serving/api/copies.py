@@ -50,10 +50,12 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
         # The answer would expand them, perhaps to gigabytes.
         raise InputError("the file has aliases (*name): write their values out.")
     fields = TrainConfig.model_fields
-    if len(given) > 2 * len(fields):  # each fault is looked for anew
+    if len(given) > 2 * len(fields):  # the loop below takes one round for each fault
         raise InputError(f"the file has {len(given)} settings, and there are {len(fields)}.")
     known = {name: _plain(value) for name, value in given.items() if name in fields}
-    why = {name: f"{name} is not taken: {REFUSED[name]}." for name in known if name in REFUSED}
+    why = {
+        name: f"{name} is not allowed here: {REFUSED[name]}." for name in known if name in REFUSED
+    }
     faults = [InputError(said, field=name) for name, said in why.items()]
     known = {name: value for name, value in known.items() if name not in why}
     left = {name: value for name, value in given.items() if name not in why}
@@ -69,7 +71,7 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has of a YAML value; of a date, of bytes or of infinity its text."""
+    """Returns a YAML value as JSON can have it: dates, bytes and infinity become text."""
     if isinstance(value, dict):
         return {str(key): _plain(own) for key, own in value.items()}
     if isinstance(value, list):

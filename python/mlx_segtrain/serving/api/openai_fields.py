@@ -77,11 +77,7 @@ IN_COMPLETION: Neutral = {
     "parallel_tool_calls": (True, False),
     "top_logprobs": (0, -1),
 }
-#: For tools, their functions, and the format of an answer.
-IN_TOOL: Neutral = {}
-IN_FUNCTION: Neutral = {}
-IN_FORMAT: Neutral = {}
-#: For a chat's message.
+#: Of a chat's message.
 IN_MESSAGE: Neutral = {
     "name": ANYTHING,
     "cache_control": ANYTHING,
@@ -97,7 +93,7 @@ IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage
 class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
     """A request; unknown fields are kept, to be refused by name."""
 
-    neutral: ClassVar[Neutral]
+    neutral: ClassVar[Neutral] = {}
 
     def refuse_extra(self, where: str = "") -> None:
         """Raises InputError if an unknown field is set that may change an answer."""

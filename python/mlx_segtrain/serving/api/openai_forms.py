@@ -20,7 +20,6 @@ from . import openai_tools as tools_of
 from .openai_fields import (
     IN_CHAT,
     IN_COMPLETION,
-    IN_FORMAT,
     IN_MESSAGE,
     IN_PART,
     IN_STREAM_OPTIONS,
@@ -76,8 +75,7 @@ class JsonSchema(Request):
     name: str | None = Field(None, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="no effect: the answer always matches the schema")
-    neutral = IN_FORMAT
+    strict: bool | None = Field(None, description="of a schema the answer always is")
 
 
 class Format(Request):
@@ -85,7 +83,6 @@ class Format(Request):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    neutral = IN_FORMAT
 
 
 class Structure(Request):
@@ -98,7 +95,6 @@ class Structure(Request):
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
     grammar: str | None = Field(None, description="in the format of Lark or llama.cpp (::=)")
     json_object: bool | None = None
-    neutral = IN_FORMAT
 
     @property
     def says(self) -> bool:

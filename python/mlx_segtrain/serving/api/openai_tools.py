@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from ...errors import InputError
-from .openai_fields import IN_FUNCTION, IN_TOOL, Request
+from .openai_fields import Request
 
 #: The most tools of a request, and calls of a message.
 TOOLS, CALLS = 128, 128
@@ -24,13 +24,11 @@ class Function(Request):
         description="arguments must match the schema, which is always so if a tool has to be "
         "called; if the model may choose, it must write calls as JSON between tags",
     )
-    neutral = IN_FUNCTION
 
 
 class Tool(Request):
     type: Literal["function"]
     function: Function
-    neutral = IN_TOOL
 
 
 class ChosenName(BaseModel, strict=True, extra="forbid"):

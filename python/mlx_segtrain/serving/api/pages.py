@@ -42,8 +42,8 @@ VERSION = _version()
 
 
 def modules(*names: str) -> list[str]:
-    """Returns these modules of the page and all that they import, each once, so that a browser can
-    load all of them at once."""
+    """Returns these modules of the page and all that they import, each once, for a browser to fetch
+    at once: it need not read one to learn of the next."""
     found = dict.fromkeys(names)
     for name in found:
         text = (FILES / name).read_text(encoding="utf-8")

@@ -64,7 +64,7 @@ class Row:
 
     @property
     def method(self) -> str | None:
-        """The method by which its loss or reward is measured, if it measures one."""
+        """The method whose loss or reward the job measures, if it measures one."""
         return self.values.get("method", "sft") if self.job_kind.measures else None
 
     @property

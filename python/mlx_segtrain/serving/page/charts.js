@@ -81,7 +81,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
 
   element.draw = (lines, given = {}) => {
     [element.lines, how] = [lines, given];
-    const named = how.legend ? lines.filter((line) => !line.pale) : [];
+    const named = how.legend ? lines.filter((line) => !line.pale && line.points.length) : [];
     legend.replaceChildren(...named.map((line) => h("span", swatch(line), line.name)));
     drawAgain();
   };

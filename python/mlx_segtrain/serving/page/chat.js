@@ -16,9 +16,9 @@ const KEPT = 50;
 const SAMPLING = [
   ["temperature", "Temperature", "0", "0 is greedy decoding."],
   ["max_tokens", "Max tokens", "256", "Maximum length of an answer."],
-  ["top_p", "Top p", "1", "Draws from the likeliest tokens of this total probability."],
-  ["top_k", "Top k", "0", "Draws from so many of the likeliest tokens; 0: all."],
-  ["min_p", "Min p", "0", "Leaves out tokens less likely than this share of the likeliest one."],
+  ["top_p", "Top p", "1", "Draws from the most likely tokens of this total probability."],
+  ["top_k", "Top k", "0", "Draws from this number of most likely tokens; 0: all."],
+  ["min_p", "Min p", "0", "Leaves out tokens less likely than this share of the most likely one."],
   ["repetition_penalty", "Repetition penalty", "1", "Above 1, tokens are repeated less."],
   ["seed", "Seed", "", "The same seed gives the same answer."],
 ];

@@ -1,14 +1,11 @@
-// What a run of grpo generated: the completions of a step, best first, and curves of its rewards.
+// What a run of grpo generated: the completions of a step, the best one of each prompt first.
 
 import { api } from "./api.js";
-import { COLORS, DASHES, chart, linesOf } from "./charts.js";
 import { button, card, expansion, facts, h, notice, show } from "./dom.js";
-import { Curve } from "./runs.js";
 import { count, counted, fixed } from "./text.js";
 
 // A card with `draw(run)`, which shows what is new; nothing while there is none.
 export function completionsView(id) {
-  const rewards = chart("Mean reward by step", { tall: true, axis: "reward" });
   const number = h("input", { type: "number", min: 1, step: 1, "aria-label": "Step",
     onchange: () => look(Number(number.value)) });
   const [before, after] = [button("Previous step", () => look(shown - 1)),
@@ -16,7 +13,7 @@ export function completionsView(id) {
   const newest = button("Newest", () => look(null));
   const where = h("span.muted.small");
   const list = h("div.stack");
-  const element = card("Completions", rewards,
+  const element = card("Completions",
     h("div.actions", h("label", "Step ", number), before, after, newest, where), list);
   element.hidden = true;
   let [shown, last, follows, asked, asking] = [0, 0, true, 0, false];
@@ -43,28 +40,13 @@ export function completionsView(id) {
     }
   }
 
-  function draw(run) {
-    const { step } = run;
-    const lines = ["reward", ...named(run.train)].map((name, i) =>
-      linesOf(name, run.curve(name), COLORS[i % COLORS.length], DASHES[i ? 1 : 0]));
-    rewards.draw([...lines.flat(), { name: "validation, greedy", points: negative(run.curve("val")),
-      color: COLORS[5], dash: DASHES[1], marked: true }], { legend: true });
+  function draw({ step }) {
     if (step === asked || !follows) return;
     asked = step;
     look(null);
   }
 
   return { element, draw };
-}
-
-// Names of single rewards, where there are several.
-const named = (train) => Object.keys(train).filter((name) => name.startsWith("reward "));
-
-// The loss of an evaluation is minus the mean reward.
-function negative(curve) {
-  const own = new Curve();
-  curve.all.forEach(([x, y]) => own.add(x, -y));
-  return own.points;
 }
 
 // Of each prompt its completions, the best first.
@@ -75,8 +57,8 @@ function groups(completions) {
     const mean = made.reduce((sum, { reward }) => sum + reward, 0) / made.length;
     const { prompt } = made[0];
     return h("section.stack", h("h3.wrap", asText(prompt)),
-      h("p.small.muted", `${row} · mean reward ${fixed(mean, 3)}`),
-      best.map((one, i) => expansion(said(one), about(one), whole(one), `${row} ${i}`)));
+      h("p.small.muted.wrap", `${row} · mean reward ${fixed(mean, 3)}`),
+      best.map((one, i) => expansion(h("span.wrap", said(one)), about(one), whole(one), `${row} ${i}`)));
   });
 }
 

@@ -70,6 +70,7 @@ export default async function setup(main) {
   // A model that has come is one of those on disk.
   async function hasModel(job) {
     ({ models } = await api("/api/models"));
+    showMissing();
     model.offer(models.map((own) => [own.path, described(own)]));
     model.set(job.result.path);
     changedModel();
@@ -122,6 +123,7 @@ export default async function setup(main) {
 
   async function hasData(path) {
     ({ datasets } = await api("/api/datasets"));
+    showMissing();
     offerData();
     data.set(path);
     changedData();
@@ -311,21 +313,31 @@ export default async function setup(main) {
     model.set(small);
     changedModel();
   };
+  // What is missing is said as long as it is.
+  const noModels = h("div", empty(noModel, downloads && button("Use a small model from the hub", tiny)));
+  const noRows = h("p.empty", noData);
+  const makeRows = button("Make example rows", example);
+  function showMissing() {
+    noModels.hidden = models.length > 0;
+    noRows.hidden = makeRows.hidden = datasets.length > 0;
+  }
+  showMissing();
   main.append(
     h("form.two", { novalidate: true, onsubmit: submit },
       h("div.stack",
         card("Model and data",
           modelField.element,
-          !models.length && empty(noModel, downloads && button("Use a small model from the hub", tiny)),
+          noModels,
           aboutModel,
           dataField.element,
-          !datasets.length && h("p.empty", noData),
+          noRows,
           h("div.actions",
             picker("Upload rows", sent, { accept: ROWS, several: true }),
-            !datasets.length && button("Make example rows", example), check),
+            makeRows, check),
           moved, aboutData, report),
-        card("Settings", form.element,
-          h("div.actions", picker("Load YAML", loadSettings, { accept: ".yaml,.yml" })), loaded)),
+        card("Settings",
+          h("div.actions", picker("Load YAML", loadSettings, { accept: ".yaml,.yml" })), loaded,
+          form.element)),
       h("div.stack.stick", card("Plan", verdict,
         h("p.small.muted", `${device.name}: ${size(device.free_bytes)} of `,
           `${size(device.memory_bytes)} free for a run`)),
