@@ -415,7 +415,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.open("/finetune/library", page=page)
     page.get_by_label("Name on the Hugging Face hub").first.fill("org/none")
     page.get_by_role("button", name="Download", exact=True).first.click()
-    failed = page.get_by_role("alert").filter(has_text="nor a model of the hub")
+    failed = page.get_by_role("alert").filter(has_text="nor a model on the hub")
     expect(failed).to_be_visible(timeout=LONG)
     page.close()  # before its server ends
 

@@ -17,7 +17,7 @@ from ..lora.folder import README
 
 @dataclass(frozen=True)
 class About:
-    """What an adapter's folder says besides the factors.
+    """The data in an adapter's folder besides the factors.
 
     `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
     model card by name.

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes of the machine, by its largest batches: one for each number of streams.
+    """The resources that a run needs, by its largest batches: one for each number of streams.
 
     `plans` belong to these batches. There are none where memory cannot be predicted, which is so
     for families on the generic path, whose layers are mlx-lm's: they use one layer per segment

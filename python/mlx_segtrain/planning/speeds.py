@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step costs besides its matrix products: host seconds per layer, and the operations per
-    weight that are done once a step; also the speed of products per second."""
+    """The cost of a step besides its matrix products: host seconds per layer, and the
+    operations per weight that are done once a step; also the speed of products per second."""
 
     layer_s: float
     unpacking: float
