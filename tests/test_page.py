@@ -632,7 +632,7 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     until(lambda: scales()[4] == 3)
     own.get_by_label("Smoothing").fill("0.9")
     series = 'document.querySelector(".chart.tall").uplot.series.length'
-    until(lambda: page.evaluate(series) == 4)  # steps, the mean, itself behind it, validation
+    until(lambda: page.evaluate(series) == 4)  # steps, the mean, itself faintly, validation
     user.shot(page, "smoothed")
     with page.expect_download() as found:
         own.get_by_role("button", name="CSV").click()

@@ -217,7 +217,7 @@ def dictionary(n, text):
 
 
 def test_what_would_grow(tmp_path, monkeypatch):
-    """A long text that stands in many rows, once in the file; what is compressed; no rows at all,
+    """A long text that is in many rows, once in the file; what is compressed; no rows at all,
     but many of them."""
     monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
@@ -287,7 +287,7 @@ def test_parquet_of_other_writers(how, tmp_path):
 
 
 def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
-    """In the file it stands once, and in a row twice."""
+    """It is in the file once, and in a row twice."""
     rows = [{"tools": ["x" * 99_999, "y"] * (i % 3)} for i in range(200)]
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows

@@ -52,7 +52,7 @@ def card(adapter: Adapter, about: About, form: str) -> str:
     model, run = about.model, about.run
     kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())
-    spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
+    spread = ", ".join(f"{rank} ({n} layers)" for rank, n in sorted(ranks.items()))
     scales = ", ".join(f"{x:g}" for x in sorted(set(adapter.scales.values()))[:4])
     numbers = sum(a.size + b.size for a, b in adapter.tensors.values())
     rows = {
