@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong around it: stop or continue, with one sentence, and with
+"""What a run does when something goes wrong around it: stop or continue, with one sentence and
 its state kept."""
 
 import gc
