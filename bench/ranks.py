@@ -7,9 +7,9 @@
 A shape of bench/step.py with random 4-bit weights, and rows of random bytes, are written below
 --folder once. LoRA of rank 16 on all projections, batch 1; a step has one row for each rank. NCCL
 connects the ranks where there is CUDA, else MLX's ring over the loopback. The median of the steps
-after the first four is told, and the speed over that of one rank; a group that has no room says so.
+after the first four is printed, and the speed over that of one rank; a group without room says so.
 With --signal the last rank of the largest group gets it after its fourth step: what each rank says
-then, and after how long. With --transfer nothing is trained: arrays of so many 10⁶ bytes go from
+then, and after how long. With --transfer nothing is trained: arrays of MB · 10⁶ bytes go from
 rank 0 to rank 1 and back, in each way that there is for it.
 """
 
@@ -53,7 +53,7 @@ def write_inputs(folder, shape, length, rows=64):
 
 
 def work(model, data, out, length, steps, more):
-    """What a rank does."""
+    """Trains, as one rank."""
     from mlx_segtrain import TrainConfig, train
 
     config = TrainConfig(
@@ -71,7 +71,7 @@ def tell(event):
 
 
 def transfer(*sizes):
-    """What a rank of two does: arrays to the other one and back."""
+    """Sends arrays to the other one of two ranks and back."""
     import mlx.core as mx
 
     from mlx_segtrain.training import transfers

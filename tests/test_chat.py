@@ -16,7 +16,7 @@ from mlx_segtrain.commands import generate
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.data import Prompting
 from mlx_segtrain.generation.decoding import Options
-from mlx_segtrain.generation.rollouts import Policy, complete
+from mlx_segtrain.generation.rollouts import Monologue, Policy, complete
 from mlx_segtrain.models import load_base
 from mlx_segtrain.training import train
 
@@ -180,7 +180,8 @@ def test_tokens_are_chosen_as_the_server_chooses_them(llama4, monkeypatch, capsy
 
     def tokens(**how):
         options = Options(max_tokens=TOKENS, logprobs=0, **({"seed": 0} | how))
-        ((found,),) = complete(Policy(model, tokenizer, None), [prompt], [[options]], 1)
+        policy = Policy(model, tokenizer, None)
+        ((found,),) = complete(policy, [[Monologue(prompt)]], [[options]], 1)
         return found.tokens
 
     assert generated == taken == tokens(**how) != tokens()

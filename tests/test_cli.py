@@ -109,7 +109,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-GIVEN = ("grad_accumulation_steps", "append_eos", "lora_dropout")
+GIVEN = ("grad_accumulation_steps", "append_eos", "lora_dropout", "parallel")
 
 
 def changed(method: str) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Models by name on a server: what its clients may name, and downloads as jobs."""
 
+import asyncio
 import shutil
 
+import httpx
 import pytest
 
 from lib.folders import write_llama, write_rows
 from lib.served import Server
 from mlx_segtrain import hub as hubs
 from mlx_segtrain.data.sources import sources_of
+from mlx_segtrain.serving.app import create
+from mlx_segtrain.serving.service import Service
+from mlx_segtrain.serving.settings import Settings
 
 pytestmark = pytest.mark.acceptance
 
@@ -128,29 +133,49 @@ def test_data_sets_by_name(place, hub):
         assert job["result"]["rows"] == 4, job
 
 
-def test_a_search_asks_the_hub_once_and_says_what_is_wrong(place, hub):
+def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkeypatch):
+    """The application itself is asked: no server, no waiting."""
+    home, work = tmp_path / "hf", tmp_path / "work"
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    (home / "hub").mkdir(parents=True)
+    hub.add("org/tiny", {})
     hub.add("org/notes", {}, "datasets")
-    with Server(place) as server:
-        refused = server.http.get("/api/hub/search", params={"words": "tiny"})
-        assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
-    with Server(place, "--allow-downloads") as server:
+    services = []
 
-        def ask(words, **more):
-            return server.http.get("/api/hub/search", params={"words": words, **more})
+    def ask(*words, **more):
+        """Status and body of each answer."""
 
-        hub.requests.clear()
-        for words in ("tiny", " TINY  ", "org tiny"):
-            assert ask(words).json()["found"] == [{"name": "org/tiny", "downloads": 1000}]
-        assert [path for _, path, _ in hub.requests].count("/api/models") == 2
-        assert ask("notes", kind="dataset").json()["found"][0]["name"] == "org/notes"
-        assert ask("t").status_code == 422
-        hub.searches_fail = True
-        answer = ask("other")
-        assert answer.status_code == 400 and "the hub answers 503" in answer.json()["error"]
-        hub.searches_fail = False
-        said = [ask(f"words {n}").status_code for n in range(60)]
-        assert said[0] == 200 and said[-1] == 429
-        assert ask("tiny").json()["found"]  # which is known
-    with Server(place, "--allow-downloads", HF_ENDPOINT="http://127.0.0.1:9") as server:
-        answer = server.http.get("/api/hub/search", params={"words": "tiny"})
-        assert answer.status_code == 400 and "the hub does not answer" in answer.json()["error"]
+        async def asked():
+            transport = httpx.ASGITransport(create(services[-1]), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+                path, own = "/api/hub/search", [{"words": own, **more} for own in words]
+                found = [await http.get(path, params=params) for params in own]
+                return [(answer.status_code, answer.json()) for answer in found]
+
+        return asyncio.run(asked())
+
+    def begin(name, **how):
+        services.append(Service(Settings(store=tmp_path / name, roots=(work, home), **how)))
+
+    begin("closed")
+    ((status, said),) = ask("tiny")
+    assert status == 403 and "--allow-downloads" in said["error"]
+    begin("open", downloads=True)
+    tiny = {"ok": True, "found": [{"name": "org/tiny", "downloads": 1000}]}
+    assert ask("tiny", " TINY  ", "org tiny") == 3 * [(200, tiny)]
+    assert [path for _, path, _ in hub.requests].count("/api/models") == 2
+    assert ask("notes", kind="dataset")[0][1]["found"][0]["name"] == "org/notes"
+    assert ask("t")[0][0] == 422
+    hub.searches_fail = True
+    ((status, said),) = ask("other")
+    assert status == 400 and "the hub answers 503" in said["error"]
+    hub.searches_fail = False
+    many = ask(*(f"words {n}" for n in range(60)), "tiny")
+    assert many[0][0] == 200 and many[-2][0] == 429 and many[-1] == (200, tiny)  # it is known
+    begin("offline", downloads=True)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    ((status, said),) = ask("tiny")
+    assert status == 400 and "the hub does not answer" in said["error"]
+    for service in services:
+        asyncio.run(service.close())

@@ -140,8 +140,8 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
 
 
 def test_a_killed_rank_is_named_and_files_are_those_of_any_number_of_ranks(models, rows, tmp_path):
-    """One rank takes two steps, a pipeline goes on until a rank of it is killed, and then one rank
-    goes on from its last checkpoint."""
+    """One rank takes two steps, a pipeline continues until one of its ranks is killed, and one rank
+    continues from the last checkpoint."""
     how = {"grad_accumulation_steps": 2, "lr_schedule": "constant", "steps_per_eval": 10000}
     out, model = tmp_path / "run", models["llama"]
     train(config_of(model, rows, out, iters=2, **how))

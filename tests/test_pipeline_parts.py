@@ -1,4 +1,4 @@
-"""What a pipeline is made of, without processes: cuts, values that cross them, parts of a plan."""
+"""The parts of a pipeline, without processes: cuts, values that cross them, parts of a plan."""
 
 import threading
 import time
@@ -65,7 +65,7 @@ class Post:
 
 
 class Alone(Ranks):
-    """Of a group in one process, where nobody need be waited for."""
+    """A rank of a group in one process, where nobody need be waited for."""
 
     def wait_for(self, arrays):
         mx.eval(arrays)

@@ -13,8 +13,7 @@ INFO = f"mlx_segtrain-{VERSION}.dist-info"
 WHEEL = [
     *("mlx_segtrain/py.typed", "mlx_segtrain/_core.pyi", "mlx_segtrain/_core.cpython-313.so"),
     *(f"{INFO}/sboms/sbom.cdx.json", f"{INFO}/licenses/LICENSE"),
-    *(f"{INFO}/licenses/licenses/{name}.LICENSE" for name in ("nanobind", "robin_map", "mlx")),
-    f"{INFO}/licenses/python/mlx_segtrain/serving/page/vendor/uPlot.LICENSE",
+    *(f"{INFO}/licenses/licenses/{name}.LICENSE" for name in release_check.NOTICES[1:]),
 ]
 
 

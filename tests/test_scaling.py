@@ -55,6 +55,25 @@ def test_the_table_has_a_line_for_each_number(llama, capsys):
 def test_options_without_ranks_are_refused(llama, capsys):
     assert main(["plan", "--model", str(llama), "--link", "3"]) == 2
     assert "have no effect without --ranks" in capsys.readouterr().err
+    pipeline = ["plan", "--model", str(llama), "--max-seq-length", "100", "--parallel", "pipeline"]
+    for more, said in {
+        ("--rank-budgets", "1"): "--rank-budgets has no effect without --ranks and --parallel",
+        ("--ranks", "2", "--rank-budgets", "1"): "--rank-budgets has 1 numbers, and --ranks is 2",
+        ("--ranks", "2", "--link", "3"): "--link and --step-seconds are for parallel data",
+        ("--ranks", "4"): "there are 4 ranks for 3 layers: start 3 ranks or fewer",
+    }.items():
+        assert main([*pipeline, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_pipeline_has_a_line_for_each_rank(llama, capsys):
+    how = ["--rank", "4", "--parallel", "pipeline", "--grad-accumulation-steps", "3"]
+    text = planned(capsys, llama, *how, "--ranks", "2", "--rank-budgets", "1", "0.5")
+    lines = [line for line in text.splitlines() if line.startswith("rank ")]
+    assert lines[0].startswith("rank 0        layers 1-") and "of 1.00 GB" in lines[0]
+    assert lines[1].startswith("rank 1        layers ") and "of 0.50 GB" in lines[1]
+    assert "for each batch" in lines[0] and " on for" in lines[0] and " back for" in lines[1]
+    assert any("computes 75%" in line for line in lines)
 
 
 def test_a_family_whose_work_is_not_known_is_refused(tmp_path, capsys):

@@ -286,7 +286,7 @@ def test_checks_of_kernels() -> None:
     assert ["attention", "window", "off", "5.0e-01", "–", "–"] in lines
     assert ["attention", "causal", "ok", "1.0e-03", "1.23", "56.70"] in lines
     assert f"\nattention (window): {reason}\n" in text
-    assert "next implementation serves" in text
+    assert "another implementation replaces it" in text
     wrong = checks(gpu=False, reason=reason)  # the CPU's kernels are never switched off
     assert " wrong " in wrong and "off" not in wrong
     good = checks(gpu=True, reason="")

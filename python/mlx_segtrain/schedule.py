@@ -149,7 +149,7 @@ class Passes:
     _incoming: tuple[str, ...]
 
     def forward(self) -> dict[str, mx.array]:
-        """What the head reads, by name."""
+        """Returns the values that the head reads, by name."""
         return dict(zip(self._reads, self._run.forward(), strict=True))
 
     def backward(
@@ -222,8 +222,8 @@ def passes_of(
 
 @dataclass(frozen=True)
 class Border:
-    """What goes from one device to the next: boundary values, and back the cotangents of those that
-    depend on parameters. Cotangents of the `summed` ones are float32: several stages add to them.
+    """Boundary values that go from one device to the next; the cotangents of the `differentiable`
+    ones come back. Cotangents of the `summed` ones are float32, since several stages add to them.
     """
 
     values: tuple[str, ...]

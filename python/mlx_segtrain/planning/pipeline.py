@@ -71,7 +71,7 @@ def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
 def costs_of_part(
     costs: _core.Costs, model: ModelShape, batch: BatchShape, device: Device, part: Part | None
 ) -> _core.Costs:
-    """Of the costs of a whole chain, those of a rank; all without a part."""
+    """Returns the costs of a rank's stages; without a part those of the whole chain."""
     if part is None:
         return costs
     layer_of = _layers_of(costs, part)
@@ -114,7 +114,7 @@ def costs_of_part(
 
 
 def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
-    """Bytes that a batch sends to the next rank, and to the rank before."""
+    """Returns the bytes that a batch sends to the next rank, and to the rank before."""
     layer_of = _layers_of(costs, part)
     given, left = (_border(costs, part, at) for at in (part.begin, part.end))
 
@@ -140,7 +140,7 @@ def _layers_of(costs: _core.Costs, part: Part) -> list[int]:
 
 
 def _border(costs: _core.Costs, part: Part, at: int) -> Border:
-    """What is handed on before layer `at`."""
+    """Returns the values that are sent on before layer `at`."""
     if at in (0, part.layers):
         return Border((), (), frozenset())
     before = [layer < at for layer in _layers_of(costs, part)]
@@ -148,7 +148,7 @@ def _border(costs: _core.Costs, part: Part, at: int) -> Border:
 
 
 def _bytes(costs: _core.Costs, layer_of: list[int], part: Part, left: Border) -> int:
-    """Bytes of values as they leave a part."""
+    """Returns the bytes of values as they leave a part."""
     sizes: dict[str, int] = {}
     for i, layer in enumerate(layer_of):
         if layer < part.end:

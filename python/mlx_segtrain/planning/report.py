@@ -57,7 +57,7 @@ class PlanReport:
 
 
 def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
-    """Of a model over several ranks."""
+    """Returns the report of a model over several ranks."""
     most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
     return replace(of(most), pipeline=held(runs))
 

@@ -22,7 +22,7 @@ HALVINGS, MOST_SECONDS = 24, 1e300
 
 @dataclass(frozen=True)
 class Member:
-    """What a rank has: bytes, the kind of its device, and bytes of a floating number there."""
+    """A rank's memory in bytes, the kind of its device, and bytes of a floating number there."""
 
     budget: int
     device: str
@@ -31,9 +31,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank of a pipeline has. Bytes; `sent` is a micro-batch's, to the next rank and to the
-    one before. `seconds` of a micro-batch and `busy`, the part of a step in which the rank
-    computes, are by the planner's figures of devices. `peak` is None where it is not predicted."""
+    """The share of one rank of a pipeline. Bytes.
+
+    `sent` is a micro-batch's, to the next rank and to the one before. `seconds` of a micro-batch
+    and `busy`, the part of a step in which the rank computes, are by the planner's figures of
+    devices. `peak` is None where it is not predicted.
+    """
 
     rank: int
     layers: str
@@ -46,7 +49,7 @@ class Held:
 
 
 def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
-    """The plan of a run on each of these ranks, through which so many batches of a step go.
+    """Returns the plan of each of these ranks, through which `batches` of a step go.
 
     InputError if there are more ranks than layers, NoRoom if they have not enough memory.
     """
@@ -74,7 +77,7 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
 def pipeline_runs(
     config: TrainConfig, batch: BatchShape, ranks: int, budgets: Sequence[float]
 ) -> list[RunPlan]:
-    """The plan of a run on each of so many devices like this one, as for split_run.
+    """Returns the plan of each of `ranks` devices like this one, as split_run does.
 
     `budgets` are theirs in 10⁹ bytes; by default all have what this one has.
     """
@@ -102,7 +105,8 @@ def quick_seconds(bare: Callable[[Part], RunPlan]) -> Callable[[Part], float]:
 
 
 def seconds(run: RunPlan) -> float:
-    """Of a batch on this rank, by the planner's figures; in proportion where work is unknown."""
+    """Returns the seconds of a batch on this rank by the planner's figures; without a prediction of
+    its work only a number in proportion."""
     assert run.part is not None
     layers, speed = run.part.end - run.part.begin, SPEEDS[run.device.name]
     if run.planned is None:
@@ -111,7 +115,7 @@ def seconds(run: RunPlan) -> float:
 
 
 def held(runs: Sequence[RunPlan]) -> list[Held]:
-    """What each rank has, for people."""
+    """Returns the share of each rank, for a report."""
     slowest, found = max(map(seconds, runs)), []
     for run in runs:
         part, own = run.part, seconds(run)

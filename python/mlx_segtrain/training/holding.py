@@ -21,7 +21,7 @@ VECTOR = "factors"
 
 @dataclass(frozen=True)
 class Holding:
-    """What of all factors a rank has: `own` of `whole`."""
+    """The factors of a rank: `own`, a part of `whole`."""
 
     config: TrainConfig
     whole: Layout
@@ -29,13 +29,13 @@ class Holding:
     ranks: Ranks
 
     def apart(self, at: Iterate) -> Iterate:
-        """Of all factors and what the optimizer remembers, this rank's."""
+        """Returns this rank's part of all factors and of the optimizer's state."""
         if self.own == self.whole:
             return at
         return self._joined(dict(self._pieces(at, self.whole)), self.own, at.step)
 
     def together(self, at: Iterate) -> Iterate:
-        """All of them, on every rank."""
+        """Returns all of them, on every rank."""
         if self.own == self.whole:
             return at
         aside = io.BytesIO()
@@ -48,12 +48,12 @@ class Holding:
         return self._joined(found, self.whole, at.step)
 
     def fresh(self, layout: Layout | None = None) -> Iterate:
-        """What an iterate of a layout is made of (all factors by default); its numbers are 0."""
+        """Returns an iterate of a layout (by default of all factors) whose numbers are 0."""
         layout = layout or self.whole
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
     def _pieces(self, at: Iterate, layout: Layout) -> Iterator[tuple[str, mx.array]]:
-        """By name, so that they can be told apart."""
+        """Yields the parts of an iterate by a name of their own."""
         yield from _cut(VECTOR, at.vector, layout)
         parts = layout.parts(len(at.moments))
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):

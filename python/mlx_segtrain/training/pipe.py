@@ -22,7 +22,7 @@ from .transfers import Form, Transfers, transfers_of
 
 @dataclass(frozen=True)
 class Own:
-    """Of a batch, what one rank has to do: its stages, what it is given, and what it gives."""
+    """The work of one rank on a batch: its stages, what they are given and what they give."""
 
     stages: list[Stage]
     head: Callable[..., Any] | None  #: that of the last rank
@@ -103,7 +103,7 @@ class Pipe:
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
-        """What the rank before sends for a batch; that for the one which follows is asked for."""
+        """Returns the values that the rank before sends for a batch, and asks for the next ones."""
         if self.part.first:
             return {}
         found = self.posted or self._post(own)
@@ -135,7 +135,7 @@ class Pipe:
         return found
 
     def send_back(self, own: Own, cotangents: Mapping[str, mx.array]) -> None:
-        """Those of what it was given. One that has come to another type is as it will be read."""
+        """Sends the cotangents of the values that this rank was given, in the type that is read."""
         if own.given.differentiable:
             forms = dict(zip(own.given.values, self.known["given", own.shapes], strict=True))
             arrays = [

@@ -79,7 +79,7 @@ class Setup(Inputs):
 
     @cached_property
     def own(self) -> Layout:
-        """Where those factors stand that this rank has."""
+        """The layout of the factors that this rank has."""
         return self.layout.of_owners(self.pipe.owners(self.chain)) if self.pipe else self.layout
 
     @property
@@ -424,7 +424,7 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """What to raise for an adapted embedding that is the head, too: two ranks would have it."""
+    """Returns the error for an adapted embedding that is also the head: two ranks would have it."""
     return InputError(
         f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
         "on the first and the last rank of a pipeline: leave it out of target_modules, or train "

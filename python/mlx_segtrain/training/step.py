@@ -109,7 +109,7 @@ class Stepper:
         return new, outcome
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
-        """Of what each rank has come to, what all have."""
+        """Returns the sums over all ranks, each of which gives its part."""
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
@@ -151,14 +151,14 @@ class Stepper:
         compile_together(write_down)
 
     def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
-        """Of the baseline of a step, the part of this rank's share of the micro-batches."""
+        """Returns the part of a step's baseline that is of this rank's share of micro-batches."""
         setup, params = self.setup, self.setup.own.split(at.vector)
         own, total = self.ranks.share(accumulated), setup.objective.total(accumulated)
         what = (setup.objective, setup.chain, setup.scales, params)
         return baseline_of(*what, own, total, setup.value)
 
     def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> Any:
-        """What the losses of a step are divided by, from the baselines of all ranks."""
+        """Returns the divisor of the losses of a step, with the baselines of all ranks."""
         objective = self.setup.objective
         return with_baseline(objective, objective.total(accumulated), sum(baselines))
 

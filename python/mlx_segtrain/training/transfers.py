@@ -29,7 +29,7 @@ AXES = 6
 
 @dataclass
 class Transfers:
-    """Of one rank. `streams` are of the direction in which an array goes: one that is waited for
+    """The transfers of one rank. Each direction has its own stream: a transfer that is waited for
     must not hold up another."""
 
     ranks: Ranks
@@ -53,7 +53,7 @@ class Transfers:
         return moved
 
     def settle(self, left: int = 0) -> None:
-        """Until at most so many transfers are on their way to others."""
+        """Waits until at most `left` transfers are on their way to others."""
         while len(self.sent) > left:
             self.ranks.wait_for(self.sent.popleft())
 
@@ -63,7 +63,7 @@ class Transfers:
         self.send([mx.array(rows, mx.int32)], to)
 
     def forms(self, count: int, source: int) -> list[Form]:
-        """What so many arrays will be that a rank sends next."""
+        """Returns the forms of the `count` arrays that a rank sends next."""
         posted = self.post([((count, AXES + 2), mx.int32)], source)
         self.ranks.wait_for(posted)
         rows = np.array(posted[0]).tolist()
@@ -100,8 +100,8 @@ class Sums(Transfers):
 
 
 def transfers_of(ranks: Ranks) -> Transfers:
-    """By messages where MLX's back end has them. NCCL has none there: two ranks add up, which is
-    the faster way (docs/distributed.md), and more than two have MLX's ring besides."""
+    """Returns transfers by messages where MLX's back end has them. NCCL has none in MLX 0.32.4: two
+    ranks add up instead, and more than two use MLX's ring besides."""
     if ranks.backend != "nccl":
         return Transfers(ranks, ranks.group)
     return Sums(ranks, ranks.group) if ranks.size == 2 else Transfers(ranks, ring_of(ranks))

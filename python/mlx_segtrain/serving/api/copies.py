@@ -53,7 +53,9 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     if len(given) > 2 * len(fields):  # the loop below takes one round for each fault
         raise InputError(f"the file has {len(given)} settings, and there are {len(fields)}.")
     known = {name: _plain(value) for name, value in given.items() if name in fields}
-    why = {name: f"{name} is not taken: {REFUSED[name]}." for name in known if name in REFUSED}
+    why = {
+        name: f"{name} is not allowed here: {REFUSED[name]}." for name in known if name in REFUSED
+    }
     faults = [InputError(said, field=name) for name, said in why.items()]
     known = {name: value for name, value in known.items() if name not in why}
     left = {name: value for name, value in given.items() if name not in why}

@@ -57,8 +57,8 @@ function groups(completions) {
     const mean = made.reduce((sum, { reward }) => sum + reward, 0) / made.length;
     const { prompt } = made[0];
     return h("section.stack", h("h3.wrap", asText(prompt)),
-      h("p.small.muted", `${row} · mean reward ${fixed(mean, 3)}`),
-      best.map((one, i) => expansion(said(one), about(one), whole(one), `${row} ${i}`)));
+      h("p.small.muted.wrap", `${row} · mean reward ${fixed(mean, 3)}`),
+      best.map((one, i) => expansion(h("span.wrap", said(one)), about(one), whole(one), `${row} ${i}`)));
   });
 }
 
