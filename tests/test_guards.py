@@ -157,7 +157,7 @@ def test_a_spike_is_left_out(llama4, data, tmp_path, monkeypatch):
 def test_a_run_stops_at_a_spike_and_can_go_on(llama4, data, tmp_path, monkeypatch):
     spiking(monkeypatch, 20)
     with pytest.raises(
-        RunError, match=r"step 20: loss .* on train.jsonl:\d+: the state of step 19"
+        RunError, match=r"step 20: the loss .* on train.jsonl:\d+: the state of step 19"
     ):
         train(config_of(llama4, data, tmp_path / "a", **SPIKE, on_spike="stop"))
     report = json.loads((tmp_path / "a" / "fault-step-00020.json").read_text())
