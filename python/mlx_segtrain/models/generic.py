@@ -266,7 +266,7 @@ def _check_close(
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
     if not far < bound:
         raise InputError(
-            f"{refused} run layer by layer it gives other {what} (relative L2 {far:.1g}), so its "
+            f"{refused} run layer by layer it gives different {what} (relative L2 {far:.1g}), so its "
             "layers share more than h."
         )
 
