@@ -1,4 +1,4 @@
-"""The table of docs/models.md: `python tests/model_table.py` writes it anew.
+"""The table of docs/models.md: `python tests/model_table.py` rewrites it.
 
 A tiny random model of each family of mlx-lm takes three steps; at each of them, and behind the
 last, the loss must be that of mlx-lm's own code with the same adapter.

@@ -92,7 +92,7 @@ def test_attention(impl, spec, dtype):
     rng = np.random.default_rng(spec.T)
     d_v = spec.Dv or spec.D
     q, q64 = rand(rng, spec.B, spec.H, spec.T, spec.D, dtype=dtype)
-    # Keys and values are cut from longer buffers with loud garbage behind.
+    # Keys and values are cut from longer buffers with loud garbage after them.
     k, _ = rand(rng, spec.B, spec.G, spec.S + 3, spec.D, dtype=dtype)
     v, _ = rand(rng, spec.B, spec.G, spec.S + 3, d_v, dtype=dtype)
     k[:, :, spec.S :], v[:, :, spec.S :] = 1e4, 1e4

@@ -1,4 +1,4 @@
-"""Rows that are held out, stand there twice, or in both sets: told by what a row says."""
+"""Rows that are held out, repeated, or in both sets, decided by their content."""
 
 import json
 import random

@@ -85,7 +85,7 @@ def test_the_card(root, llama_mixed, data):
     assert f"{data} (train.jsonl {sha[:16]})" in text
     vals = curves.points(curves.metrics(root / "one" / "metrics.jsonl"))["val"]
     assert f"| validation loss | {vals[0][1]:.4f} -> {vals[-1][1]:.4f} |" in text
-    assert "| rank | 4 (18 linears), 8 (3 linears) |" in text and "| step | 4 |" in text
+    assert "| rank | 4 (18 layers), 8 (3 layers) |" in text and "| step | 4 |" in text
     assert "| learning rate | 0.01 |" in text and "--to peft" in text
     for folder in (root / "one" / "best", root / "more" / "peft"):
         assert (folder / "README.md").read_text().startswith("---\nbase_model: ")

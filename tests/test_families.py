@@ -30,7 +30,7 @@ WITH_HF = [
 
 
 def of_mlx_lm(model, chain, adapter, batch):
-    """The model's own code, with LoRA in its linears; leaves them there."""
+    """The model's own code, with LoRA in its linear layers; leaves it there."""
     adapting.attach(model, chain, adapter)
     model.freeze()
     names = [f"{path}.lora_{ab}" for path in adapter.tensors for ab in "ab"]

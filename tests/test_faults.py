@@ -173,7 +173,7 @@ def calls(forks, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["kill", str(errno.ENOSPC)])
 @pytest.mark.parametrize("more", [{"keep_checkpoints": 1}, {"overwrite": True, "resume": False}])
 def test_faults_over_a_run_that_is_there(more, kind, forks, whole, tmp_path):
-    """A finished one is written anew, or another takes its place."""
+    """A finished file is written again, or another takes its place."""
 
     def copy(name):
         return shutil.copytree(whole, tmp_path / name)
@@ -214,7 +214,7 @@ def test_killed_at_every_write(kind, forks, whole, calls, tmp_path):
 @pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, calls, tmp_path):
-    """Once: the run goes on, or says in a sentence why not. For good: what was there stays."""
+    """Once: the run continues, or says in a sentence why not. For good: what was there stays."""
     for at in points(calls):
         folder = tmp_path / f"run-{at}"
         fault = {"FAULT_ROOT": str(folder), "FAULT_AT": str(at), "FAULT_KIND": str(number)}
@@ -244,7 +244,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="names of open files 
 
 
 class Disk:
-    """What a folder would hold if the power went, at each fsync and behind each rename.
+    """What a folder would hold if the power went, at each fsync and after each rename.
 
     Content counts as on the disk once its file was synced. Names count with their folder's sync, or
     at once: a disk may do either.

@@ -1,4 +1,4 @@
-"""Adapters added to one, and folded into their base: what is exact, what rounding takes."""
+"""Adapters merged into one, and into their base model: what is exact, and what rounding loses."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
 
 def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5, 2.0)):
-    """Of the linears named, with multipliers that differ."""
+    """A random adapter of these layers, with different multipliers."""
     chain = chain_of(load_base(model_dir)[0])
     mx.random.seed(seed)
     fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
@@ -65,7 +65,7 @@ def logits(model_dir, adapter=None):
 
 
 def test_a_merged_adapter_is_the_weighted_sum(llama4, tmp_path):
-    """Of different linears, ranks and multipliers, to the last rounding; in mlx-lm too."""
+    """Adapters of different layers, ranks and multipliers, to the last rounding; in mlx-lm too."""
     one = random_adapter(llama4, ranks_of(llama4, "q_proj", "down_proj"))
     two = random_adapter(llama4, ranks_of(llama4, "q_proj", "v_proj", ranks=(8, 2)), seed=1)
     a, b = written(tmp_path / "a", one), written(tmp_path / "b", two)
@@ -257,7 +257,7 @@ def test_other_quantizations(mode, tmp_path):
 
 
 def test_shards_are_written_one_at_a_time(llama4, tmp_path, monkeypatch):
-    """A base in several files, folded into several others: the same tensors; memory of one."""
+    """A base in several files, merged into several others: the same tensors; memory of one."""
     model = shutil.copytree(llama4, tmp_path / "m")
     tensors = tensors_of(llama4)
     names = sorted(tensors)

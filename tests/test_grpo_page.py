@@ -74,7 +74,8 @@ def test_the_page_shows_what_was_generated(tmp_path):
             names = ("Length", "Clipped", "Kl", "Truncated")
             for name in names:
                 expect(page.get_by_role("heading", name=name, exact=False).first).to_be_visible()
-            page.set_viewport_size(PHONE)
-            assert fits(page)
+            phone = user.open(f"/finetune/job/{id}", viewport=PHONE)
+            expect(phone.get_by_text("of 3", exact=True)).to_be_visible()
+            assert fits(phone)
             browser.close()
         assert not user.faults

@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tm
 
 
 def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
-    """One sentence, and the run goes on from there once the reward is mended."""
+    """One sentence, and the run continues from there once the reward is fixed."""
     calls = 0
 
     def reward(completions):

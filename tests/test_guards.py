@@ -1,5 +1,5 @@
-"""What a run does when something goes wrong around it: stop or go on, in a sentence, with its state
-kept."""
+"""What a run does when something goes wrong around it: stop or continue, with one sentence and
+its state kept."""
 
 import gc
 import json
@@ -67,15 +67,15 @@ def test_the_row_and_the_layer_are_named(tmp_path):
         train(config, told.append)
     found = [int(word) for word in str(error.value).split(":")[0].split() if word.isdigit()]
     (at,) = found
-    assert "train.jsonl:4 (first in h behind model.layers.0.self_attn)" in str(error.value)
+    assert "train.jsonl:4 (first in h after model.layers.0.self_attn)" in str(error.value)
     kept = f"the state of step {at - 1} is kept" if at > 1 else "nothing has been trained yet"
     assert kept in str(error.value)
     report = json.loads((tmp_path / "a" / f"fault-step-{at:05d}.json").read_text())
     assert report["kind"] == "nonfinite" and report["loss"] is None and report["step"] == at
     assert report["rows"] == ["train.jsonl:4"]
-    assert report["tensor"] == "h behind model.layers.0.self_attn"
+    assert report["tensor"] == "h after model.layers.0.self_attn"
     assert told[-1]["type"] == "failed"
-    # Mended, it goes on.
+    # Once the row is fixed, the run continues.
     if at > 1:
         assert next(iter(checkpoint.found(tmp_path / "a"))) == at - 1
 
@@ -300,7 +300,7 @@ def test_a_clock_that_jumps_is_told_once(llama4, data, tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch):
-    """Lines come behind each other once it can, and nobody stops for them."""
+    """The lines are written once it can be, and no step waits for them."""
     train(config_of(llama4, data, tmp_path / "b"))
     broken = []
     original = log.RunLog._open

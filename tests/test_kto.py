@@ -236,7 +236,7 @@ def test_each_row_gets_the_response_of_another_prompt():
 
 @pytest.mark.parametrize("tokens", [18, 30])
 def test_columns_and_shapes_are_those_of_the_rows(tokens):
-    """A response that does not fit behind another prompt is cut."""
+    """A response that does not fit after another prompt is cut."""
     data = mismatched(rows_of(*((p, min(r, 18 - p), s) for p, r, s in ROWS)), tokens)
     for i, pair in enumerate(data.rows):
         assert [len(pair.chosen), len(pair.rejected)] == data.columns.length[i].tolist()

@@ -32,7 +32,7 @@ SPECS = [
     (Attention(1, 1, 1, 33, 40, 192), "float16"),
     (Attention(1, 2, 1, 49, 49, 256, options={"softcap": 5.0, "window": 30}), "bfloat16"),
     (Attention(1, 1, 1, 17, 20, 256), "float32"),
-    # Padding: of a tile and more in the middle, under a window, behind the last offset, of all.
+    # Padding: of a tile and more in the middle, under a window, after the last offset, of all.
     (Attention(1, 2, 1, 120, 130, 64, options={"segments": ids(30, -3, 20, -70, 7)}), "float16"),
     (
         Attention(1, 2, 1, 70, 70, 96, options={"segments": ids(-9, 40, -2, 19), "window": 12}),

@@ -452,7 +452,7 @@ def test_linear_log_probs_of_half_precision(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
 def test_linear_log_probs_touches_only_rows_with_a_target(impl):
-    """What stands in the others may be NaN, and none at all may have a target."""
+    """The other rows may hold NaN, and none at all may have a target."""
     h = mx.random.normal((9, 16)).astype(mx.bfloat16 if ON_GPU else mx.float32)
     h[::2] = mx.nan
     head = ops.Base(mx.random.normal((56, 16)))

@@ -243,7 +243,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
 
 
 def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
-    """A run that is resumed where the other way would pay goes on as it began."""
+    """A run that is resumed where the other way would pay continues as it began."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
     how = {"max_seq_length": 64, "packing": "auto"}
     monkeypatch.setattr(setup, "pays", lambda *_: True)

@@ -415,7 +415,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.open("/finetune/library", page=page)
     page.get_by_label("Name on the Hugging Face hub").first.fill("org/none")
     page.get_by_role("button", name="Download", exact=True).first.click()
-    failed = page.get_by_role("alert").filter(has_text="nor a model of the hub")
+    failed = page.get_by_role("alert").filter(has_text="nor a model on the hub")
     expect(failed).to_be_visible(timeout=LONG)
     page.close()  # before its server ends
 
@@ -632,7 +632,7 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     until(lambda: scales()[4] == 3)
     own.get_by_label("Smoothing").fill("0.9")
     series = 'document.querySelector(".chart.tall").uplot.series.length'
-    until(lambda: page.evaluate(series) == 4)  # steps, the mean, itself behind it, validation
+    until(lambda: page.evaluate(series) == 4)  # steps, the mean, itself faintly, validation
     user.shot(page, "smoothed")
     with page.expect_download() as found:
         own.get_by_role("button", name="CSV").click()

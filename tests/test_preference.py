@@ -238,7 +238,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
     values = objective.values(chain, batch, objective.total([batch]))
     assert values["h of pair"].shape[1] == 20 + 7
     assert values["targets"].size == (21 - 9) + (17 - 9)
-    # Behind the layer that trims h begins at row 8, which predicts both first tokens.
+    # After the layer that trims, h begins at row 8, which predicts both first tokens.
     assert values["positions of pair"].tolist() == list(range(8, 27))
     assert values["rows of pair"].tolist() == [*range(12), 0, *range(12, 19)]
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 10)

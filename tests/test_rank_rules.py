@@ -86,9 +86,9 @@ def test_a_rank_with_other_factors_is_named():
 def test_what_one_rank_saw_going_through_a_row_is_told():
     everywhere = (["a:1"], "the gradient of x"), (["a:2"], "the gradient of x")
     assert together(everywhere) == (["a:1", "a:2"], "the gradient of x")
-    assert together([(["a:1"], None), (["a:2"], "h behind layer 1")]) == (
+    assert together([(["a:1"], None), (["a:2"], "h after layer 1")]) == (
         ["a:2"],
-        "h behind layer 1",
+        "h after layer 1",
     )
 
 

@@ -88,7 +88,7 @@ def models(tmp_path_factory, llama4, llama_mixed):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_its_twin(name, models, data, tmp_path, monkeypatch):
-    """Crashed between two checkpoints, and interrupted: each goes on to the twin's bytes."""
+    """Crashed between two checkpoints, and interrupted: each continues to the bytes of its twin."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     options = {"iters": 9, "steps_per_eval": 3, "steps_per_save": 2, "keep_best": True}
     options |= {"save_checkpoints": True, **RUNS[name]}
@@ -505,7 +505,7 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
 
 
 def test_a_second_signal_later_ends_the_process(llama4, data, tmp_path):
-    """Held back while it writes, for ever here; behind two seconds no more."""
+    """Held back while it writes, forever here; after two seconds no longer."""
     code = (
         "import time, sys\n"
         "from mlx_segtrain.training.interrupts import Interrupts\n"

@@ -25,7 +25,7 @@ EXPERTS = {"model.layers.2.mlp.switch_mlp.up_proj": (3, 6, 5)}
 
 @st.composite
 def adapters(draw, experts=False):
-    """Of some linears, each with its own rank and multiplier; some are of DoRA."""
+    """Adapters of some layers, each with its own rank and multiplier; some are of DoRA."""
     shapes = LINEARS | (EXPERTS if experts else {})
     paths = draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, unique=True))
     rng = np.random.default_rng(draw(st.integers(0, 99)))

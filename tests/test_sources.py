@@ -197,7 +197,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row is larger than"),
         ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
         ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
-        ("a.txt", "", "a.txt is not a file of rows that is known: give .jsonl"),
+        ("a.txt", "", "a.txt is not a supported file of rows: use .jsonl"),
         ("a.parquet.gz", "", "a.parquet.gz is not a file of rows"),
     ],
 )
@@ -217,7 +217,7 @@ def dictionary(n, text):
 
 
 def test_what_would_grow(tmp_path, monkeypatch):
-    """A long text that stands in many rows, once in the file; what is compressed; no rows at all,
+    """A long text that is in many rows, once in the file; what is compressed; no rows at all,
     but many of them."""
     monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
@@ -287,7 +287,7 @@ def test_parquet_of_other_writers(how, tmp_path):
 
 
 def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
-    """In the file it stands once, and in a row twice."""
+    """It is in the file once, and in a row twice."""
     rows = [{"tools": ["x" * 99_999, "y"] * (i % 3)} for i in range(200)]
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
@@ -530,7 +530,7 @@ def test_splits_of_python(tmp_path):
     ("data", "says"),
     [
         (None, "data_dir is missing: set it in the YAML file or with --data"),
-        (7, "train_data is a number: give a list of dicts"),
+        (7, "train_data is a number: pass a list of dicts"),
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),

@@ -1,4 +1,4 @@
-"""Adapter files of strangers: changed at random, they are read, or refused in a sentence.
+"""Untrusted adapter files: changed at random, they are read, or refused in a sentence.
 
 MUTATIONS is how many are tried.
 """

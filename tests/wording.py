@@ -104,9 +104,12 @@ def files() -> list[Path]:
 
 
 def allowed() -> dict[str, int]:
-    """How many such places each file may still have."""
-    lines = ALLOWED.read_text(encoding="utf-8").splitlines()
-    return {name: int(count) for count, name in (line.split(" ", 1) for line in lines)}
+    """How many such places each file may still have; after a merge a file may be listed twice."""
+    found: dict[str, int] = {}
+    for line in ALLOWED.read_text(encoding="utf-8").splitlines():
+        count, name = line.split(" ", 1)
+        found[name] = max(int(count), found.get(name, 0))
+    return found
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ class TrainConfig(BaseModel):
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
         "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
     )
-    """Schedule of the learning rate after the warmup; all but constant decay to a tenth of the
+    """Schedule of the learning rate after the warmup; all except constant decay to a tenth of the
     peak. The default of all methods but sft is cosine."""
     warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup steps", ge=0)
     """Number of warmup steps, in which the learning rate rises from 0 to its peak."""

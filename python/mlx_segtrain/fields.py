@@ -31,8 +31,7 @@ Effect = Literal["memory", "loss", "rows"]
 
 @dataclass(frozen=True)
 class Facets:
-    """What is known of a field besides its type. The defaults describe a field that always has an
-    effect.
+    """Everything known of a field besides its type. By default a field always has an effect.
 
     `affects` also makes the field a flag of `plan`, `eval` or `inspect`. `on_resume` says what
     happens when a run is resumed with another value: the command refuses, warns and continues, or

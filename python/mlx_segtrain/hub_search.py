@@ -45,6 +45,6 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     except Exception as error:  # of the client's library, of which several are in use
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"the hub does not answer ({reason}): look at the network, or give a full name, as "
+            f"the hub does not answer ({reason}): check the network, or use a full name, as in "
             "org/name."
         ) from None

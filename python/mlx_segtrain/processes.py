@@ -73,8 +73,8 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
-    """Returns the common variables among ours and `own`, and those that match `more` (such as
-    "HF_*")."""
+    """Returns our variables and `added`, restricted to the common ones and matches of `more` (such
+    as "HF_*")."""
     patterns = (*COMMON, *more)
     return {
         name: value
@@ -119,7 +119,7 @@ class _Memory:
         self.pid, self.most = 0, 0
 
     def allow(self, more: int) -> None:
-        """Allows this process so many bytes more than it has now; more ends it."""
+        """Allows this process this many bytes more than it has now; beyond that it is killed."""
         try:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
         except OSError:

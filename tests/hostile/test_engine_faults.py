@@ -141,7 +141,7 @@ def test_what_was_loaded_counts_and_not_what_config_says(engine, tmp_path):
     asyncio.run(engine.load(path))
     assert (engine.base.vocabulary, engine.base.logits) == (300, 300)
     for prompt, bias in (([5, 300], {}), ([5, 999_999], {}), ([5], {300: 1.0}), ([5], {10**8: 1})):
-        with pytest.raises(InputError, match="is no token of"):
+        with pytest.raises(InputError, match="is not a token of"):
             engine.base.check(prompt, bias)
     assert isinstance(within(20, ask(engine)), str)
 

@@ -144,7 +144,9 @@ def test_a_link_that_comes_when_a_job_has_been_checked(tmp_path, llama, data, na
 
     begun = time.monotonic()
     row, log = asyncio.run(run())
-    assert row.status == "failed" and "lies outside" in row.error, log
+    assert (
+        row.status == "failed" and "is not below a directory that this server may use" in row.error
+    ), log
     assert CANARY not in log and time.monotonic() - begun < 120
 
 

@@ -149,7 +149,7 @@ def test_a_configuration_that_is_too_large(model):
     text = (model / "config.json").read_text()
     (model / "config.json").write_text(text + " " * (5 << 20))
     for read in (load_model, load_tokenizer, read_shape):
-        with pytest.raises(InputError, match="more than 4 MiB"):
+        with pytest.raises(InputError, match="larger than 4 MiB"):
             read(model)
 
 

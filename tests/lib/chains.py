@@ -79,7 +79,7 @@ def run(chain, adapter, batch, segment_size=1, cuts=None):
 
 
 def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0) -> PairBatch:
-    """Pairs that begin with `shared` equal tokens; responses begin behind the prompt."""
+    """Pairs that begin with `shared` equal tokens; responses begin after the prompt."""
     rng = np.random.default_rng(seed)
     b = len(lengths)
     chosen = rng.integers(0, 128, (b, max(c for c, _ in lengths))).astype(np.int32)

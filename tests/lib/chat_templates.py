@@ -24,7 +24,7 @@ NEXT_ROLE = (
     "{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
-# The system message stands before the last user message, if that is the last message (Mistral).
+# The system message is before the last user message, if that is the last message (Mistral).
 SYSTEM_LAST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -37,7 +37,7 @@ TWO_STOPS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}"
 )
-# Always goes on into the header of an answer (Command R7B, Firefunction).
+# Always continues into the header of an answer (Command R7B, Firefunction).
 ALWAYS_HEADER = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot|>{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"

@@ -1,4 +1,4 @@
-"""Frozen linears with and without LoRA factors, with their values in float64."""
+"""Frozen linear layers with and without LoRA factors, with their values in float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +41,7 @@ def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
 
 
 def with_factors(linears, factors):
-    """The linears with other arrays for a and b."""
+    """The layers with other arrays for a and b."""
     left = list(factors)
     return [w if w.a is None else w.with_factors(left.pop(0), left.pop(0)) for w in linears]
 

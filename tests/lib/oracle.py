@@ -31,7 +31,7 @@ def visible(t, s, q_start=None, window=None, segments=None):
     seen = key <= position
     if window is not None:
         seen &= key > position - window
-    if isinstance(segments, list):  # offsets; what lies behind the last one is padding
+    if isinstance(segments, list):  # offsets; what comes after the last one is padding
         ids = np.searchsorted(segments, np.arange(s), side="right")
         ids[ids == len(segments)] = -1
     else:

@@ -57,7 +57,7 @@ ATTENTION = [
     Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
     Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
     Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
-    # Padding: of more than a tile in the middle, under bands of a window, behind the last offset,
+    # Padding: of more than a tile in the middle, under bands of a window, after the last offset,
     # of every query.
     Attention(2, 4, 2, 420, 420, 64, options={"segments": ids(50, -3, 90, -200, 60, -17)}),
     Attention(1, 2, 1, 290, 300, 128, options={"segments": ids(-30, 100, -40, 130), "window": 60}),

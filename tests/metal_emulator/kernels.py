@@ -23,7 +23,7 @@ class Kernel:
 
 
 def load(file: Path) -> dict[str, Kernel]:
-    """A file is one header and, each behind `//: name: inputs -> outputs`, the bodies."""
+    """A file is one header and, each after `//: name: inputs -> outputs`, the bodies."""
     header, *bodies = re.split(r"^//: ", file.read_text(), flags=re.M)
     kernels = {}
     for body in bodies:

@@ -17,7 +17,7 @@ from ..lora.folder import README
 
 @dataclass(frozen=True)
 class About:
-    """What an adapter's folder says besides the factors.
+    """The data in an adapter's folder besides the factors.
 
     `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
     model card by name.
@@ -52,7 +52,7 @@ def card(adapter: Adapter, about: About, form: str) -> str:
     model, run = about.model, about.run
     kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())
-    spread = ", ".join(f"{rank} ({n} linears)" for rank, n in sorted(ranks.items()))
+    spread = ", ".join(f"{rank} ({n} layers)" for rank, n in sorted(ranks.items()))
     scales = ", ".join(f"{x:g}" for x in sorted(set(adapter.scales.values()))[:4])
     numbers = sum(a.size + b.size for a, b in adapter.tensors.values())
     rows = {

@@ -29,7 +29,7 @@ PROBES = 8
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written, and how far it is from what was read.
+    """The files that were written, and how far they are from what was read.
 
     `difference` is the largest |ΔW·x − ΔW'·x| over all layers for normally distributed x, `update`
     the largest |ΔW·x|.

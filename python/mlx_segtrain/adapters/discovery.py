@@ -41,7 +41,7 @@ class Found:
 
 
 def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found]:
-    """Returns all adapters below the roots, by path; skips folders that are no adapter."""
+    """Returns all adapters below the roots, by path; skips folders without an adapter."""
     shape = read_shape(model_dir) if model_dir is not None else None
     return [look(folder, shape) for root in roots for folder in sorted(_folders(root))]
 

@@ -82,7 +82,7 @@ class Row:
 class Pair:
     """A prompt with two responses, as two whole sequences; weights are 1 on response tokens.
 
-    The first `shared` tokens are the same, at most all but the last two of each: what follows has a
+    The first `shared` tokens are the same, at most up to the last two of each: what follows has a
     row to run. `source` is "file:line". `reference` are the responses' log-probabilities (chosen,
     rejected) under the model without the adapter, once known.
     """

@@ -1,6 +1,6 @@
-"""How much a file of rows may take, and what is said of one that takes more.
+"""Limits on the memory that a file of rows may take, and the errors for files beyond them.
 
-A file may be a stranger's, and a small one may be made to become a large one. Memory is bounded by
+A file may be untrusted, and a small one may unpack to a huge one. Memory is bounded by
 constants: rows are read in pieces, a row has a limit, and so has what a format unpacks in one go.
 """
 
@@ -26,7 +26,7 @@ HELD, HELD_TIMES = 256 << 20, 10
 
 @contextmanager
 def told(path: Path | str) -> Iterator[None]:
-    """What fails within is an InputError about the file."""
+    """Turns a failure in the context into an InputError about the file."""
     try:
         yield
     except InputError:
@@ -53,8 +53,8 @@ def check_length(length: int, source: str) -> int:
 
 
 def check_values(line: bytes, source: str) -> None:
-    """InputError if a line of JSON has so many values that parsing them would take much memory: an
-    empty object has three bytes, and takes 64."""
+    """Raises InputError if a line of JSON has so many values that parsing them would take much
+    memory: an empty object has three bytes, and takes 64."""
     most = MOST_BYTES // VALUE
     if len(line) <= most or _values(line) <= most:
         return
@@ -64,7 +64,7 @@ def check_values(line: bytes, source: str) -> None:
 
 
 def _values(line: bytes) -> int:
-    """The values of a line of JSON, at most."""
+    """Counts the values of a line of JSON, as an upper bound."""
     return line.count(b",") + line.count(b"[") + line.count(b"{") + 1
 
 
@@ -76,7 +76,7 @@ def check_columns(name: str, count: int) -> None:
 
 
 def check_growth(name: str, unpacked: int, size: int) -> None:
-    """InputError if so many bytes come of a file of this size."""
+    """Raises InputError if a file of this size unpacks to too many bytes."""
     if unpacked > SLACK + MOST_UNPACKED * size:
         raise InputError(
             f"{name} unpacks to more than {MOST_UNPACKED} times its size; write it in another "

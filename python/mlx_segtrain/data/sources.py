@@ -1,8 +1,8 @@
-"""Where the rows of a data set come from: files of the usual formats, and Python data.
+"""The sources of a data set's rows: files of the usual formats, and Python data.
 
-A source gives its rows in blocks of a few MB (blocks.py), which one process reads after the other
-and any process can parse. Files are read by textfiles.py and tables.py. They may be a
-stranger's: memory is bounded (limits.py), and whatever is wrong with a file is an InputError.
+A source gives its rows in blocks of a few MB (blocks.py), which one process reads in order and any
+process can parse. Files are read by textfiles.py and tables.py. They may be untrusted: memory is
+bounded (limits.py), and whatever is wrong with a file is an InputError.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Lines:
 
     @classmethod
     def of(cls, rows: Iterable[Any], name: str) -> Lines:
-        """InputError for a row that is no dict of JSON's values."""
+        """Creates a source from rows. Raises InputError for a row that is not a dict of JSON
+        values."""
         lines = (_line_of(row, f"{name}:{number}") for number, row in enumerate(rows, 1))
         return cls(name, tuple(grouped(lines, name)))
 
@@ -147,7 +148,7 @@ def format_of(path: Path) -> str | None:
     return ending if ending in READERS and not path.name.startswith(".") else None
 
 
-#: What files and folders of a split are called, in the order in which they are taken.
+#: The names of files and folders of a split, in order of preference.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation")}
 SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d{1,5})-of-(?P<count>\d{1,5})")
 
@@ -155,12 +156,13 @@ SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d{1,5})-of-(?P<count>\d{1,5})")
 def sources_of(
     data: Any, valid: Any = None, tell: OnEvent | None = None, *, ask: bool = True
 ) -> tuple[Source, Source | None]:
-    """Training rows and, if there are some, validation rows; InputError if there are none.
+    """Returns training rows and, if there are any, validation rows. Raises InputError if there are
+    none.
 
-    `data` is a file, a folder, a name of the Hugging Face hub (repository.py), or rows in Python:
+    `data` is a file, a folder, a name on the Hugging Face hub (repository.py), or rows in Python:
     dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. `valid` are the
-    validation rows where `data` has none. `tell` is told of what is downloaded; without `ask`
-    nothing is.
+    validation rows if `data` has none. `tell` receives the progress of downloads; without `ask`
+    nothing is downloaded.
     """
     if data is None:
         raise InputError(
@@ -183,7 +185,9 @@ def sources_of(
         train, own = _python(data, "train_data"), None
     if valid is not None:
         if own is not None:
-            raise InputError(f"There are validation rows in {own.name} already: give one of both.")
+            raise InputError(
+                f"There are validation rows in {own.name} already: use only one of the two."
+            )
         found = isinstance(valid, str | Path)
         own = _in_place(valid, tell, ask)[0] if found else _python(valid, "valid_data")
     return train, own
@@ -197,14 +201,14 @@ def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
 def source_of(path: Path) -> Source:
     """The rows of one file; InputError if there are none to be read."""
     if not path.exists():
-        raise InputError(f"The data {path} does not exist: give a file or a folder.")
+        raise InputError(f"The data {path} does not exist: name a file or a folder.")
     if format_of(path) is None:
-        raise InputError(f"{path} is not a file of rows that is known: give {ENDINGS}.")
+        raise InputError(f"{path} is not a supported file of rows: use {ENDINGS}.")
     return Files({path.name: path})
 
 
 def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source, Source | None]:
-    """Those of a file or folder, or of a repository of the hub."""
+    """Returns the sources of a file or folder, or of a repository on the hub."""
     place = Path(data).expanduser()
     own = None if format_of(place) else repository.named(data)
     if own is not None:
@@ -229,7 +233,7 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
 
 
 def rows_in(folder: Path) -> list[Path]:
-    """Files of a folder that look as if they held rows."""
+    """Returns the files of a folder that look like data."""
     with told(folder):
         return sorted(path for path in folder.iterdir() if format_of(path) and path.is_file())
 
@@ -240,8 +244,8 @@ def stem_of(path: Path) -> str:
 
 
 def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
-    """The files of a split in a folder, by their names from `place`; InputError if several could be
-    it."""
+    """Returns the files of a split in a folder, by their names from `place`. Raises InputError if
+    there are several candidates."""
     found: dict[str, list[Path]] = {}
     with told(folder):
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -272,7 +276,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
 
 
 def _saved(folder: Path, before: str) -> dict[str, Path]:
-    """The files of a folder that `save_to_disk` made."""
+    """Returns the files of a folder that `save_to_disk` wrote."""
     state = read_json(folder / "state.json")
     listed = state.get("_data_files")
     names = [
@@ -297,7 +301,7 @@ def _python(data: Any, name: str) -> Source:
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Lines.of(data, name)
     raise InputError(
-        f"{name} is {_kind(data)}: give a list of dicts, an iterator of them, a datasets.Dataset, "
+        f"{name} is {_kind(data)}: pass a list of dicts, an iterator of them, a datasets.Dataset, "
         "or a table of Arrow, pandas or polars."
     )
 
@@ -317,7 +321,7 @@ def _kind(value: Any) -> str:
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-#: Those that compress their content themselves.
+#: Formats that compress their content themselves.
 TABLES = (".parquet", ".arrow", ".feather")
 #: How files are read, by their ending.
 READERS: dict[str, Callable[[Path], Iterator[Block]]] = {

@@ -22,8 +22,7 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Stretch:
-    """What DoRA needs of a frozen linear layer: its weight and bias separately, and ‖w‖, float32
-    [out]."""
+    """The parts of a frozen linear layer that DoRA needs: weight, bias, and ‖w‖, float32 [out]."""
 
     base: ops.Base
     bias: mx.array | None

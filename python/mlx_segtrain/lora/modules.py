@@ -16,7 +16,7 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 #: Rows up to which a GPU is better served by MLX's own products than by our op: so few of them
 #: are computed sooner than anything is launched (bench/LOG.md, 2026-11-27).
 FEW = 16
-#: Adapters whose factors a linear keeps in the dtype of such rows.
+#: Number of adapters whose factors a linear layer caches in the dtype of such rows.
 MOST_CASTS = 8
 
 
@@ -51,7 +51,7 @@ def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
-    """A ~ U(−1/√in, 1/√in) float32, of a linear [in, R], of one with experts [E, R, in]."""
+    """A ~ U(−1/√in, 1/√in) float32: [in, R] for a linear layer, [E, R, in] for one with experts."""
     bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
     return mx.random.uniform(-bound, bound, shape, key=key)
 
@@ -72,7 +72,7 @@ class LoRALinear(nn.Module):
         self.freeze()
 
     def put_in(self, arrays: Mapping[str, mx.array], scale: float) -> None:
-        """Puts this update in the place of what there is."""
+        """Replaces the current update with this one."""
         self.take_out()
         self.scale = scale
         for name, x in arrays.items():
@@ -152,7 +152,8 @@ class LoRASwitchLinear(LoRALinear):
 
 
 class LoRAEmbedding(LoRALinear):
-    """An embedding, with an update of its rows; as a linear it is the head of tied models."""
+    """An embedding with an update of its rows; called as a linear layer it is the head of tied
+    models."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Tokens [...] → [..., H]"""
@@ -173,7 +174,8 @@ class LoRAEmbedding(LoRALinear):
 
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
-    """Puts one of ours, with no update yet, in the place of the linear at `path` below parent."""
+    """Replaces the linear layer at `path` below `parent` with one of our modules, without an update
+    yet."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:
@@ -190,9 +192,9 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Puts the model's own linears and embeddings back in the places that `wrap` took.
+    """Restores the model's own linear layers and embeddings where `wrap` replaced them.
 
-    InputError if it has an adapter that is not ours.
+    Raises InputError if the model has an adapter that is not ours.
     """
     from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
     from mlx_lm.tuner.lora import LoRAEmbedding as StockEmbedding

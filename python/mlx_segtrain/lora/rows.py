@@ -1,7 +1,7 @@
-"""Rows of one batch with updates of several adapters: each row gets its own, in the same products.
+"""Applies several adapters in one batch: each row gets its own adapter, in shared products.
 
-An adapter is to a linear what an expert is to a layer with experts. The factors of all adapters of
-a batch are stacked, and each row gathers its own:
+An adapter is to a linear layer what an expert is to a layer of experts. The factors of all adapters
+of a batch are stacked, and each row gathers its own:
 
     y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply what comes out
 
@@ -38,7 +38,8 @@ class _Factors:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The updates of linears that read the same x: a [E, in, ΣR], and what follows for each."""
+    """The updates of linear layers that read the same x: a [E, in, ΣR], and the rest for each
+    layer."""
 
     a: mx.array
     factors: dict[str, _Factors]
@@ -50,7 +51,7 @@ class _Stack:
 
     places: dict[Any, int]
     groups: list[_Group | None]
-    #: By group, what computes its linears in a step of generation; made when it is wanted.
+    #: For each group, what computes its linear layers in a step of generation; created when needed.
     together: dict[int, Any] = field(default_factory=dict)
 
 
@@ -97,10 +98,10 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
 
 
 class Rows:
-    """Updates for the rows of batches of one base; they apply while `running()`.
+    """Updates for the rows of batches of one base model; they apply while `running()` is active.
 
-    `run` is a forward of the base, [1, 1] tokens to logits, by which it is learned which linears
-    read the same x.
+    `run` is a forward pass of the base model, [1, 1] tokens to logits, which shows which linear
+    layers read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
@@ -146,8 +147,8 @@ class Rows:
         return bool(self._uses)
 
     def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
-        """What computes the linears of a group in a step of generation, and the adapter of each
-        row; None where they are computed one by one."""
+        """Returns what computes the linear layers of a group in a step of generation, and the
+        adapter of each row; None if they are computed one by one."""
         use = self._uses[0]
         if use.rows is not None:
             return None, None
@@ -171,7 +172,7 @@ class Rows:
         return self._key == tuple(keys)
 
     def forget(self) -> None:
-        """Frees all stacks; those that are needed are made anew."""
+        """Frees all stacks; they are created again when needed."""
         self._stacks, self._uses, self._key = {}, [], None
 
     @contextmanager
@@ -223,7 +224,7 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b is as high as all: to take its part of x a would be one more launch a linear.
+        # Each b spans all ranks: taking its part of x·a would be one more launch per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
@@ -232,7 +233,7 @@ class Rows:
         return _Group(whole, factors)
 
     def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
-        """By what DoRA multiplies the outputs of a linear."""
+        """Returns DoRA's multiplier of a linear layer's outputs."""
         if path not in adapter.magnitudes:
             return None
         module = self._modules[path]
@@ -290,7 +291,7 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 class _Linear:
-    """What a linear of a batch does besides its frozen part."""
+    """What a linear layer of a batch does besides its frozen part."""
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path
@@ -313,7 +314,8 @@ class _Linear:
 
 
 def _size(adapter: Adapter) -> int:
-    """By which adapters are stacked: the power of two that holds the largest rank."""
+    """Returns the size by which adapters are stacked: the power of two that holds the largest
+    rank."""
     return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
 
 

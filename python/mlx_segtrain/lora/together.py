@@ -110,7 +110,7 @@ def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
 
 
 class _Recorder:
-    """In the place of updates by rows: notes which x a layer reads."""
+    """Replaces the updates by rows while recording which x a layer reads."""
 
     on = True
 

@@ -47,7 +47,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
 
 
 class _Linear:
-    """In the place of a LoRALinear."""
+    """Replaces a LoRALinear in the twin."""
 
     __slots__ = ("_module", "_product")
 
@@ -74,7 +74,7 @@ class _Linear:
 
 
 def _product(linear: Any) -> Callable[[mx.array], mx.array]:
-    """What the linear computes, without looking up its arrays at each call."""
+    """Returns the product that the linear layer computes, with its arrays looked up only once."""
     if type(linear) is not nn.QuantizedLinear:
         return linear
     multiply, weight, scales = mx.quantized_matmul, linear["weight"], linear["scales"]

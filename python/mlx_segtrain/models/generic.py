@@ -260,7 +260,8 @@ def _through(
 def _check_close(
     refused: str, got: mx.array, expected: mx.array, what: str, dtype: mx.Dtype | None = None
 ) -> None:
-    """InputError if a model gives something else when it runs layer by layer, in this type."""
+    """Raises InputError if a model gives different results when it runs layer by layer, in this
+    dtype."""
     bound = FLOAT_BOUND if (dtype or got.dtype) == mx.float32 else HALF_BOUND
     got, expected = got.astype(mx.float32), expected.astype(mx.float32)
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))

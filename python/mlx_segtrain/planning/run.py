@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run takes of the machine, by its largest batches: one for each number of streams.
+    """The resources that a run needs, by its largest batches: one for each number of streams.
 
     `plans` belong to these batches. There are none where memory cannot be predicted, which is so
     for families on the generic path, whose layers are mlx-lm's: they use one layer per segment
@@ -121,18 +121,18 @@ class RunPlan:
         return _core.least_peak(costs) + least_ahead(device, overshoot(*what))
 
     def filled(self) -> RunPlan:
-        """With the plans of its batches, as its budget and the configuration want them."""
+        """Returns this run with the plans of its batches, for its budget and configuration."""
         if not self.shape.fast:
             return self
         return self.within(self.budget) if self.size is None else self.of_size(self.size)
 
     def within(self, budget: int) -> RunPlan:
-        """With the fastest plans in this budget."""
+        """Returns this run with the fastest plans within the budget."""
         plans = tuple(choose(*self._of(batch), budget, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_size(self, size: int) -> RunPlan:
-        """With so many layers a segment."""
+        """Returns this run with this many layers per segment."""
         plans = tuple(named(*self._of(batch), size, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 

@@ -83,7 +83,7 @@ def pipeline_runs(
     """
     if budgets and len(budgets) != ranks:
         raise InputError(
-            f"--rank-budgets has {len(budgets)} numbers, and --ranks is {ranks}: give one for each."
+            f"--rank-budgets has {len(budgets)} numbers, but --ranks is {ranks}: give one for each."
         )
     run = planned(config, [batch], fills=False)
     own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks

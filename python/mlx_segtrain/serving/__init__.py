@@ -1,6 +1,6 @@
 """The server: jobs with live events, generation with adapters that are swapped, and the page.
 
-From the top down; each imports only what stands below it (tests/test_rooms.py):
+From the top down; each imports only what is below it (tests/test_rooms.py):
 
     app.py       puts all of it together, and runs it
     api/         /api and /v1: who may call them, what they take and answer; the page's files

@@ -22,7 +22,8 @@ class Searches:
     async def run(self, words: str, kind: Kind) -> list[Hit]:
         """Returns the results. Raises InputError if the hub cannot be asked, Busy if it was asked
         too often."""
-        now, key = time.monotonic(), (" ".join(words.lower().split()), kind)
+        now = time.monotonic()
+        key: tuple[str, Kind] = (" ".join(words.lower().split()), kind)
         when, found = self._known.get(key, (-KEPT_S, []))
         if now - when < KEPT_S:
             return found

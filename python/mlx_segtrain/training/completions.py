@@ -82,7 +82,7 @@ def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[s
         wanted = last if step is None else step
         found: list[dict[str, Any]] = []
         low, high = 0, end
-        while high - low > 1 << 16:  # the step begins behind low, and not behind high
+        while high - low > 1 << 16:  # the step begins after low, and not after high
             middle = (low + high) // 2
             first = next(_lines(file, middle), None)
             if first is None or first["step"] >= wanted:

@@ -96,7 +96,7 @@ class Keeper:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Of the adapter, by path."""
+        """Returns the adapter's ranks by path."""
         found = self.setup.layout.entries
         return {
             name.removesuffix(".lora_a"): shape[1]

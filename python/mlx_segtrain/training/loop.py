@@ -532,7 +532,7 @@ class Run:
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _check_factors(self) -> None:
-        """Diverged if the ranks have come to different ones."""
+        """Raises Diverged if the ranks have different factors."""
         if self.ranks.size > 1 and not self.ranks.pipeline:
             factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())

@@ -42,7 +42,7 @@ class Pipe:
     ranks: Ranks
     part: Part
     transfers: Transfers
-    #: By border and by the shapes of a batch, what goes over it.
+    #: What crosses each border, by border and by the shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
     #: What the next batch brings, as far as it was asked for.
     posted: dict[str, mx.array] | None = None

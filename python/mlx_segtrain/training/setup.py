@@ -62,10 +62,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup(Inputs):
-    """And a loaded model, its objective, the scales of its adapter, and where the adapter's factors
-    stand in a vector; of a model over several ranks the `pipe`. `apart`: pairs share nothing.
-    `rollout_peak` are the bytes that generating completions takes, if the method does that and
-    memory is predicted."""
+    """The inputs, a loaded model, its objective, the scales of its adapter, and the layout of the
+    adapter's factors in a vector; for a model over several ranks also the `pipe`. `apart`: pairs
+    share nothing. `rollout_peak` is the memory in bytes of generating completions, if the method
+    does that and memory is predicted."""
 
     plan: RunPlan
     model: Any
@@ -384,9 +384,10 @@ def load_chain(
 def load_setup(
     inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None, ranks: Ranks = ALONE
 ) -> tuple[Setup, mx.array]:
-    """Loads the weights; the factors of a fresh adapter, or of that to go on from, as a vector.
+    """Loads the weights; returns the factors of a new adapter, or of the adapter to start from, as
+    a vector.
 
-    Of a model over several ranks, what is of this one's layers.
+    For a model over several ranks, only those of this rank's layers.
     """
     config, part = inputs.config, plan.part
     model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)

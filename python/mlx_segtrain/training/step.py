@@ -204,7 +204,7 @@ class Stepper:
         )
 
     def functions_of(self, draw: int) -> Functions:
-        """Those of a micro-batch, which with dropout are its own."""
+        """Returns the functions of a micro-batch; with dropout each micro-batch has its own."""
         setup, config = self.setup, self.setup.config
         if not config.lora_dropout:
             return self.functions
@@ -227,7 +227,7 @@ def _halted(
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))
     kept = f"the state of step {at.step} is kept" if at.step else "nothing has been trained yet"
     return Halted(
-        f"step {fault.step}: {what}, {fault.place}: {kept}; look at the row, or go on with a lower "
+        f"step {fault.step}: {what}, {fault.place}: {kept}; check the row, or resume with a lower "
         f"learning_rate{more}.",
         fault,
     )

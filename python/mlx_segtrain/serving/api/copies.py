@@ -47,7 +47,7 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     lines. Raises InputError if it is not such a file."""
     given, _ = parse_yaml(text, "the file")
     if any(isinstance(own, yaml.AliasToken) for own in yaml.scan(text)):
-        # An answer would write out what they stand for, which may be gigabytes.
+        # The answer would expand them, perhaps to gigabytes.
         raise InputError("the file has aliases (*name): write their values out.")
     fields = TrainConfig.model_fields
     if len(given) > 2 * len(fields):  # the loop below takes one round for each fault

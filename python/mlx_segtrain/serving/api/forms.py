@@ -24,7 +24,7 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """What is wrong, in one sentence; for a field its name, the value and what is allowed."""
+    """A problem, in one sentence; for a field its name, the value and what is allowed."""
 
     ok: Literal[False] = False
     error: str
@@ -60,7 +60,7 @@ class FinetuneSubmit(_fields(name for name in TrainConfig.model_fields if name n
 
 
 class PlanRequest(FinetuneSubmit):
-    """What memory depends on: a training run whose data may be omitted."""
+    """A training run whose data may be omitted: memory does not depend on it."""
 
     data_dir: str | None = None
 
@@ -96,7 +96,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
 
 
 class Description(Closed, str_strip_whitespace=True):
-    """What people note about a job; omitted fields are unchanged."""
+    """Notes of people about a job; omitted fields are unchanged."""
 
     label: Annotated[str, Field(max_length=120)] | None = None
     note: Annotated[str, Field(max_length=4000)] | None = None
@@ -337,7 +337,7 @@ class DeviceRow(_answer(Device)):
 
 
 class State(Answer):
-    """What the page always shows."""
+    """The state that the page always shows."""
 
     served: Served | None
     waits: bool = Field(description="Whether answers wait for a job that computes.")

@@ -26,7 +26,7 @@ from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
 
 
 class Unserved(InputError):
-    """What was requested does not exist (yet); `code` tells clients what is missing."""
+    """The requested thing does not exist (yet); `code` tells clients what is missing."""
 
     def __init__(self, message: str, status: int, code: str):
         super().__init__(message, status=status)

@@ -104,7 +104,7 @@ class Structure(Request):
 
 
 class StreamOptions(Request):
-    """What a stream holds besides the answer."""
+    """The extra contents of a stream, besides the answer."""
 
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
     neutral = IN_STREAM_OPTIONS

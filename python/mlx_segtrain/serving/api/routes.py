@@ -343,5 +343,7 @@ async def _frames(service: Service, id: str, after: int) -> AsyncIterator[Server
     else:
         async for found in service.jobs.follow(id, after):
             events = (ServerSentEvent(frame, id=str(place), sep="\n") for place, frame in found)
-            yield b"".join(event.encode() for event in events)  # each write costs as much as many
+            yield b"".join(
+                event.encode() for event in events
+            )  # a write of many events costs as much as one
     yield ServerSentEvent("{}", event="end", sep="\n")

@@ -61,7 +61,7 @@ class Child:
                 answer = {"value": getattr(self, f"do_{op}")(**values)}
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except BaseException as error:  # a panic of Rust is no Exception
+            except BaseException as error:  # a panic in Rust is not an Exception
                 kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
                 answer = {"error": reason(error, LONGEST), "kind": kind}
             if limits is not None:

@@ -1,7 +1,7 @@
-"""The kinds of jobs: what they are called, what runs each, and whether it needs the accelerator.
+"""The kinds of jobs: their titles, what runs each, and whether it needs the accelerator.
 
-All that depends on a job's kind stands here. What runs a job is called in the job's own process
-(worker.py), which says its first word before anything heavy is imported.
+Everything that depends on a job's kind is declared here. What runs a job is called in the job's own
+process (worker.py), which sends its first event before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 #: Seconds between two events that say which step a run is at.
 STEP_S = 2.0
-#: Of a name of the hub.
+#: A name on the hub.
 COMMIT = re.compile("@[0-9a-f]{40}")
-#: Of the environment, for what talks to the hub.
+#: Environment variables for connecting to the hub.
 HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
 
 

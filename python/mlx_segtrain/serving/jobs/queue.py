@@ -144,7 +144,7 @@ class Jobs:
         return self.get(row.id)
 
     def get(self, id: str) -> Row:
-        """InputError if there is none."""
+        """Returns a job. Raises InputError if there is none."""
         row = self.store.get(id)
         if row is None:
             raise InputError("job not found", status=404)
@@ -216,7 +216,7 @@ class Jobs:
                 if not found:
                     break
                 yield found
-                await asyncio.sleep(0)  # a long past is not told in one breath
+                await asyncio.sleep(0)  # a long log is sent in several parts
             if changed is None:
                 return
             await changed.wait()
@@ -236,14 +236,14 @@ class Jobs:
     # What happens in between
 
     def _check_free(self, output: Path | None) -> None:
-        """InputError or Conflict if a job that writes there cannot wait with the others."""
+        """Raises InputError or Conflict if a job that writes there cannot wait with the others."""
         if len(self.live) >= LONGEST_QUEUE:
             raise InputError(
                 f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.", status=429
             )
         rows = (self.store.get(id) for id in self.live)
         if output is not None and any(row and row.output_path == str(output) for row in rows):
-            raise Conflict(f"a job that has not ended writes to {output}: give another folder.")
+            raise Conflict(f"a job that has not ended writes to {output}: choose another folder.")
 
     def _run_next(self) -> None:
         running = [row.job_kind.computes for row in self.running()]
