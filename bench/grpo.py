@@ -156,7 +156,9 @@ def main():
     parser.add_argument("--cycles", type=int, default=3, help="after the first")
     parser.add_argument("--beta", type=float, default=0.0, help="with a reference pass if above 0")
     parser.add_argument("--budget-gb", type=float, help="default: what the device has free")
-    parser.add_argument("--trl", type=int, default=0, help="beside TRL, so many sequences a pass")
+    parser.add_argument(
+        "--trl", type=int, default=0, help="also time TRL, with this many sequences per pass"
+    )
     parser.add_argument("--only-trl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     found = of_trl(args) if args.only_trl else cycles_of(args)

@@ -34,7 +34,7 @@ ITERS = 4
 
 
 def train(model, out, state):
-    """A run, or the rest of it; `state` is told where it is."""
+    """A run, or the rest of it; `state` receives its position."""
     import mlx.core as mx
 
     mx.set_default_device(mx.Device(mx.cpu))

@@ -288,7 +288,7 @@ def squeezed(content: bytes) -> bytes:
 
 
 def run(count: int, value: int) -> bytes:
-    """The same small number so many times."""
+    """The same small number, repeated."""
     return number(count << 1) + bytes([value])
 
 
@@ -297,7 +297,7 @@ def levels(*runs: bytes) -> bytes:
 
 
 def one_list(count: int) -> bytes:
-    """The levels of one row, which is a list of so many values."""
+    """The levels of one row, which is a list of that many values."""
     return levels(run(1, 0), run(count - 1, 1)) + levels(run(count, 3))
 
 
@@ -514,7 +514,7 @@ def read(name: str, path: Path) -> None:
             rows += 1
     except InputError as error:
         said = str(error)
-    for reader in tables._idle:  # what they took is told when they have ended
+    for reader in tables._idle:  # their memory is known once they have ended
         reader.close()
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
     grown = memory("VmHWM") - before + max(0, (others.ru_maxrss << 10) - before)
