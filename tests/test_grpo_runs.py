@@ -259,7 +259,7 @@ def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, t
     assert peak <= planned < 2 * peak + SLACK
     tight = made.model_copy(update={"memory_budget_gb": planned / 1e9, "rollout_batch": 12})
     check_rollouts(tight, prompt + 40)
-    with pytest.raises(InputError, match="rollout_batch is 13, and 12 completions of"):
+    with pytest.raises(InputError, match="rollout_batch is 13, but only 12 completions of"):
         check_rollouts(tight.model_copy(update={"rollout_batch": 13}), prompt + 40)
 
 

@@ -277,7 +277,7 @@ def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
         .filter((own) => own.name.includes("/files/"))
         .map(({ name, transferSize }) => [name, transferSize])"""
     )
-    assert 5 < len(entries) <= 17 and not any(size for _, size in entries), entries
+    assert 5 < len(entries) <= 18 and not any(size for _, size in entries), entries
     fresh = user.open(path)
     first, sizes = fresh.evaluate(
         """() => [performance.getEntriesByName("first-contentful-paint")[0].startTime,

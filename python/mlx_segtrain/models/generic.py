@@ -267,8 +267,8 @@ def _check_close(
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
     if not far < bound:
         raise InputError(
-            f"{refused} run layer by layer it gives other {what} (relative L2 {far:.1g}), so its "
-            "layers share more than h."
+            f"{refused} run layer by layer it gives different {what} (relative L2 {far:.1g}), so "
+            "its layers share more than h."
         )
 
 

@@ -76,7 +76,7 @@ class RunPlan:
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
         own = f"{self.part}; " if self.part else ""
-        return f"plan: {own}{text}; {peak:.2f} GB at most of {budget:.2f} GB"
+        return f"memory plan: {own}{text}; peak {peak:.2f} GB, budget {budget:.2f} GB"
 
     @property
     def fits(self) -> bool:

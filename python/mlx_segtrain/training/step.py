@@ -93,7 +93,7 @@ class Stepper:
         )
         rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            said = f"loss is {loss} and gradient norm {norm}"
+            said = f"the loss is {loss} and the gradient norm {norm}"
             raise _halted(at, outcome, said, *self.fault(at, accumulated, gradient))
         bound = spike_bound(losses)
         if loss > bound:
