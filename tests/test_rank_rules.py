@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -149,6 +151,28 @@ def test_a_state_that_is_written_is_not_broken_off(monkeypatch):
     own.saving = False
     assert ended.wait(10)
     thread.join()
+
+
+#: A back end that waits for a lost rank with Python's lock: no other thread of Python runs.
+LOCKED = """
+import ctypes, threading
+from types import SimpleNamespace
+from mlx_segtrain.training import ranks
+ranks.SECOND, ranks.STUCK = 0.05, 1.0
+links = SimpleNamespace(lost=SimpleNamespace(rank=1, why="does not answer"))
+own = ranks.Ranks(0, 2, links=links)
+threading.Thread(target=ranks._end_in_time, args=(own, threading.Event()), daemon=True).start()
+threading.Event().wait(0.5)
+ctypes.PyDLL(None).sleep(60)
+print("left alone")
+"""
+
+
+def test_a_back_end_that_keeps_the_lock_does_not_keep_the_process():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True)
+    assert done.returncode == 1 and "left alone" not in done.stdout, done
+    assert time.monotonic() - began < 50 and "Timeout" in done.stderr
 
 
 def test_who_greets_slowly_holds_nobody_up(monkeypatch):

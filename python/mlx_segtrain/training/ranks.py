@@ -6,6 +6,7 @@ that are the same on all ranks, bit for bit; so all take the same steps, save fo
 writes. A run on one device has a group of one, which does nothing.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -37,8 +38,9 @@ LAUNCH = (
 )
 #: Seconds between two looks at who is lost, and after which a rank that others wait for is named.
 LOOK, SLOW = 0.05, 60.0
-#: Seconds that a rank has to save and to end after it has been told of a loss.
-TO_END, SECOND = 25.0, 1.0
+#: Seconds that a rank has to save and to end after it has learned of a loss, and after which it
+#: ends if Python's lock has not been free for so long.
+TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 
 class LostRank(RunError):
@@ -200,7 +202,9 @@ class Ranks:
             self._watch(done)
         except RuntimeError as error:
             failures.append(error)
-        except LostRank:
+        except LostRank as lost:
+            # At once: what ends this process may keep Python's lock, see _end_in_time.
+            print(f"mlx-segtrain: {lost}: ending", file=sys.stderr, flush=True)
             _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
             raise
@@ -312,18 +316,27 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """Ends this process if it cannot end by itself once a rank is lost: a back end may wait for
-    that one where nothing can be done about it. A state that is being written is waited for."""
+    """Ends this process if it cannot end by itself once a rank is lost, because a back end waits
+    for that rank. While a state is written, the process is not ended.
+
+    If the back end waits with Python's lock, as MLX may when it frees memory while NCCL sums,
+    this thread does not run any more: faulthandler's does, which needs no lock.
+    """
     waited = 0.0
-    while not over.wait(SECOND):
-        lost = ranks.lost()
-        if lost is None or ranks.saving:
-            continue
-        waited += SECOND
-        if waited >= TO_END:
-            print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
+    try:
+        while not over.wait(SECOND):
+            lost = ranks.lost()
+            if lost is None:
+                continue
+            with suppress(OSError, AttributeError):  # a stderr that is no file
+                faulthandler.dump_traceback_later(STUCK, exit=True)
+            waited += 0.0 if ranks.saving else SECOND
+            if waited >= TO_END:
+                print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _hang_up(hosts: list[list[str]]) -> None:
