@@ -56,7 +56,7 @@ class _Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
-        rows = module.rows
+        rows: Any = module.rows
         by_rows = rows is not None and rows.on
         if by_rows and not rows.any:
             return self._product(x)
