@@ -56,15 +56,14 @@ class _Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
-        rows: Any = module.rows
-        by_rows = rows is not None and rows.on
-        if by_rows and not rows.any:
+        rows: Any = module.rows if module.rows is not None and module.rows.on else None
+        if rows is not None and not rows.any:
             return self._product(x)
         if module.together is not None:
             y = module.together.read(module.place, x)
             if y is not None:
                 return y
-        if by_rows:
+        if rows is not None:
             return rows(x, self._product(x))
         for kind in KINDS:
             if kind.array in module:
