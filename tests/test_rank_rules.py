@@ -1,18 +1,24 @@
 """What ranks agree on, without processes: shares, micro-batches, differences and their names."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from lib.runs import config_of
-from mlx_segtrain.errors import InputError, RunError
-from mlx_segtrain.training import links, ranks, setup
+from mlx_segtrain.commands.main import main
+from mlx_segtrain.errors import InputError, NoRoom, RunError
+from mlx_segtrain.training import links, ranks, setup, transfers
 from mlx_segtrain.training.checkpoint import Checkpoint
 from mlx_segtrain.training.diagnosis import together
 from mlx_segtrain.training.links import Links
@@ -222,3 +228,47 @@ def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_p
     with pytest.raises(RunError, match="planned again"):
         setup.prepare(inputs, lambda event: None, ranks=group(2, others=[1]))
     assert asked == [choices, ["apart"]]
+
+
+@pytest.mark.parametrize("piece", [8, 1 << 28])
+def test_contents_are_added_up_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr(ranks, "PIECE", piece, raising=False)
+    contents = [b"rank 0", b"", bytes(range(1, 30))]
+    barrier, asked, found = threading.Barrier(3), [[], [], []], {}
+
+    def summed(self, x):
+        asked[self.rank] = np.array(x)
+        barrier.wait(20)
+        total = mx.array(sum(asked))
+        assert x.nbytes <= max(24, piece)
+        barrier.wait(20)
+        return total
+
+    monkeypatch.setattr(Ranks, "_sum", summed)
+
+    def rank(r):
+        found[r] = Ranks(r, 3).every(contents[r])
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(3)]
+    for own in threads:
+        own.start()
+    for own in threads:
+        own.join(60)
+    assert found == {r: contents for r in range(3)}
+
+
+def test_lengths_above_two_gigabytes_are_told(monkeypatch):
+    """Contents of three ranks that are not there: only their lengths are asked for."""
+
+    class Long(bytes):
+        def __len__(self):
+            return 3 << 30
+
+    def summed(self, x):
+        told = np.array(x).view(np.int64)
+        assert told.tolist() == [0, 3 << 30, 0]
+        raise RunError("told")
+
+    monkeypatch.setattr(Ranks, "_sum", summed)
+    with pytest.raises(RunError, match="told"):
+        Ranks(1, 3).every(Long())

@@ -38,6 +38,8 @@ LAUNCH = (
 )
 #: Seconds between two looks at who is lost, and after which a rank that others wait for is named.
 LOOK, SLOW = 0.05, 60.0
+#: Bytes that are gathered in one sum, a multiple of 4: MLX holds no more of a file at a time.
+PIECE = 1 << 28
 #: Seconds that a rank has to save and to end after it has learned of a loss, and after which it
 #: ends if Python's lock has not been free for so long.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
@@ -151,16 +153,21 @@ class Ranks:
 
     def every(self, content: bytes) -> list[bytes]:
         """What each rank has, by rank."""
-        lengths = np.zeros(self.size, np.int32)
+        lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
-        ends = np.cumsum(np.array(self._sum(mx.array(lengths)), np.int64))
-        every = np.zeros(ends[-1], np.uint8)
-        end = int(ends[self.rank])
-        every[end - len(content) : end] = np.frombuffer(content, np.uint8)
-        padded = np.zeros(-(-every.size // 4) * 4, np.uint8)
-        padded[: every.size] = every
-        total = np.array(self._sum(mx.array(padded.view(np.int32)))).view(np.uint8).tobytes()
-        return [total[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        # One rank alone gives each number: sums of its halves, or of four of its bytes, are exact.
+        total = np.array(self._sum(mx.array(lengths.view(np.int32))))
+        ends = np.cumsum(total.view(np.int64)).tolist()
+        begin, found = ends[self.rank] - len(content), bytearray()
+        for at in range(0, ends[-1], PIECE):
+            size = min(PIECE, ends[-1] - at)
+            piece = np.zeros(-(-size // 4) * 4, np.uint8)
+            own = content[max(at - begin, 0) : max(at + size - begin, 0)]
+            first = max(begin - at, 0)
+            piece[first : first + len(own)] = np.frombuffer(own, np.uint8)
+            total = np.array(self._sum(mx.array(piece.view(np.int32))))
+            found += total.view(np.uint8)[:size].tobytes()
+        return [bytes(found[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _sum(self, x: mx.array) -> mx.array:
         """Adds an array up over all ranks; LostRank if one of them cannot take part any more."""
