@@ -272,3 +272,49 @@ def test_lengths_above_two_gigabytes_are_told(monkeypatch):
     monkeypatch.setattr(Ranks, "_sum", summed)
     with pytest.raises(RunError, match="told"):
         Ranks(1, 3).every(Long())
+
+
+def test_messages_use_the_ring(monkeypatch):
+    """Those of JACCL are mixed up if both directions are under way."""
+    monkeypatch.setattr(transfers, "ring_of", lambda ranks: "ring")
+    found = [
+        transfers.transfers_of(Ranks(0, n, backend, group="its own"))
+        for n, backend in ((2, "ring"), (2, "jaccl"), (3, "jaccl"), (3, "nccl"), (2, "nccl"))
+    ]
+    assert [own.group for own in found] == ["its own", "ring", "ring", "ring", "its own"]
+    assert [isinstance(own, transfers.Sums) for own in found] == [False] * 4 + [True]
+
+
+def test_what_is_on_its_way_arrives_before_a_sum(monkeypatch):
+    own, order = Ranks(0, 2, "ring"), []
+    sent = transfers.transfers_of(own)
+    monkeypatch.setattr(sent, "sent", deque([[mx.ones((1,))]]))
+    monkeypatch.setattr(own, "wait_for", lambda arrays: order.append(len(sent.sent)))
+    monkeypatch.setattr(
+        mx.distributed, "all_sum", lambda x, group, stream: order.append("sum") or x
+    )
+    own._sum(mx.ones((2,)))
+    assert order == [0, "sum", 0]
+
+
+def test_runs_of_a_process_share_a_ring_that_is_waited_for_so_long(monkeypatch, capsys):
+    armed, made = [], []
+
+    def init(strict, backend):
+        assert armed == [(transfers.CONNECT, True)]
+        made.append(json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text()))
+        return "group"
+
+    timer = SimpleNamespace(
+        dump_traceback_later=lambda seconds, exit: armed.append((seconds, exit)),
+        cancel_dump_traceback_later=armed.clear,
+    )
+    monkeypatch.setattr(transfers, "faulthandler", timer, raising=False)
+    monkeypatch.setattr(transfers, "_ring", None, raising=False)
+    monkeypatch.setattr(transfers, "address_of", lambda ranks: "127.0.0.1")
+    monkeypatch.setattr(mx.distributed, "init", init)
+    first, second = (group(3, others=["10.0.0.2:5", "10.0.0.3:6"]) for _ in range(2))
+    assert transfers.ring_of(first) == transfers.ring_of(second) == "group"
+    assert made == [first.ring] and first.ring == second.ring and not armed
+    said = capsys.readouterr().err
+    assert "rank 1 at 10.0.0.2:5, rank 2 at 10.0.0.3:6" in said and "within 60 s" in said

@@ -106,6 +106,9 @@ class Ranks:
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
+    #: Called before each sum: waits for what is on its way, or it would depend on the back end
+    #: which of both comes first.
+    settle: Callable[[], None] = lambda: None
     waited: float = 0.0  #: seconds, for others
     saving: bool = False  #: a state is being written, which must not be broken off
 
@@ -173,6 +176,7 @@ class Ranks:
         """Adds an array up over all ranks; LostRank if one of them cannot take part any more."""
         if self.links and self.links.suspects:
             self._blame(None)
+        self.settle()
         mx.eval(x)
         total = mx.distributed.all_sum(x, group=self.group, stream=self.stream)
         self.start([total])

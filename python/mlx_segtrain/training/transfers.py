@@ -4,12 +4,15 @@ Sender and receiver name their transfers in the same order, so the same code ser
 collectives. A transfer runs on a stream of its own; nobody waits for one that is sent.
 """
 
+import faulthandler
 import json
 import os
 import socket
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,10 @@ from .ranks import Ranks, address_of
 #: Shape and type of an array.
 Form = tuple[tuple[int, ...], mx.Dtype]
 TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.int32, mx.uint32, mx.int64, mx.bool_)
+#: Seconds in which the ranks must have connected a ring.
+CONNECT = 60.0
+#: The ring of this process, besides another back end, and the addresses of its ranks.
+_ring: tuple[Any, list[list[str]]] | None = None
 #: Numbers that say a form: its type, how many axes it has, and these.
 AXES = 6
 
@@ -100,28 +107,53 @@ class Sums(Transfers):
 
 
 def transfers_of(ranks: Ranks) -> Transfers:
-    """Returns transfers by messages where MLX's back end has them. NCCL has none in MLX 0.32.4: two
-    ranks add up instead, and more than two use MLX's ring besides."""
-    if ranks.backend != "nccl":
-        return Transfers(ranks, ranks.group)
-    return Sums(ranks, ranks.group) if ranks.size == 2 else Transfers(ranks, ring_of(ranks))
+    """Returns the transfers of a rank, by messages of MLX's ring. NCCL has none in MLX 0.32.4, and
+    those of JACCL take the end of a message that is sent for that of one that is received, as both
+    are under way at once: these ranks use a ring besides, save for that two of NCCL add up."""
+    if ranks.backend == "nccl" and ranks.size == 2:
+        found: Transfers = Sums(ranks, ranks.group)
+    else:
+        group = ranks.group if ranks.backend == "ring" else ring_of(ranks)
+        found = Transfers(ranks, group)
+    ranks.settle = found.settle
+    return found
 
 
 def ring_of(ranks: Ranks) -> Any:
-    """A ring over TCP between ranks that another back end connects. RunError if it fails."""
+    """A ring over TCP between ranks that another back end connects. RunError if it fails.
+
+    MLX makes one for each process, which all runs of the process use.
+    """
+    global _ring
+    if _ring is None:
+        _ring = _connected(ranks)
+    group, ranks.ring = _ring
+    return group
+
+
+def _connected(ranks: Ranks) -> tuple[Any, list[list[str]]]:
+    """A new ring, and the addresses of its ranks. The process ends if it is not there in time: MLX
+    may wait for another rank for ever, with Python's lock."""
     address = address_of(ranks)
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
     host = f"[{address}]" if ":" in address else address
-    ranks.ring = [[own] for own in ranks.gather(f"{host}:{port}")]
+    ring = [[own] for own in ranks.gather(f"{host}:{port}")]
+    if ranks.first:  # now, since nothing can be said while MLX has the lock
+        places = ", ".join(f"rank {r} at {own}" for r, (own,) in enumerate(ring))
+        said = f"connecting a ring of {places}: each must reach the next one by TCP"
+        print(f"mlx-segtrain: {said} within {CONNECT:.0f} s", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "hosts.json"
-        file.write_text(json.dumps(ranks.ring), encoding="utf-8")
+        file.write_text(json.dumps(ring), encoding="utf-8")
         os.environ["MLX_HOSTFILE"] = str(file)
+        with suppress(OSError, AttributeError):  # a stderr that is no file
+            faulthandler.dump_traceback_later(CONNECT, exit=True)
         try:
-            return mx.distributed.init(strict=True, backend="ring")
+            return mx.distributed.init(strict=True, backend="ring"), ring
         except (RuntimeError, ValueError) as error:
             said = f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
             raise RunError(said) from error
         finally:
+            faulthandler.cancel_dump_traceback_later()
             del os.environ["MLX_HOSTFILE"]
