@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -32,59 +32,73 @@ class Holding:
         """Returns this rank's part of all factors and of the optimizer's state."""
         if self.own == self.whole:
             return at
-        return self._joined(dict(self._pieces(at, self.whole)), self.own, at.step)
+        pieces = {name: x for own in self._sets(at, self.whole) for name, x in own.items()}
+        return self._joined(pieces, self.own, at.step)
 
-    def together(self, at: Iterate) -> Iterate:
-        """Returns all of them, on every rank."""
-        if self.own == self.whole:
+    def together(self, at: Iterate, moments: bool = True) -> Iterate:
+        """Returns all of them on rank 0, which alone writes, and a part on the others; without
+        `moments` the factors alone.
+
+        They are gathered in main memory, a set at a time: the device has only the result.
+        """
+        if not self.ranks.pipeline:  # one rank that has all of them must send them, too
             return at
-        aside = io.BytesIO()
-        own: Any = {name: np.array(x) for name, x in self._pieces(at, self.own)}
-        np.savez(aside, **own)
-        found: dict[str, mx.array] = {}
-        for content in self.ranks.every(aside.getvalue()):
-            with np.load(io.BytesIO(content)) as pieces:
-                found |= {name: mx.array(pieces[name]) for name in pieces.files}
-        return self._joined(found, self.whole, at.step)
+        if not moments:
+            at = replace(at, moments=[])
+        found: dict[str, np.ndarray] = {}
+        for own in self._sets(at, self.own):
+            aside, arrays = io.BytesIO(), {name: np.array(x) for name, x in own.items()}
+            np.savez(aside, **cast(Any, arrays))
+            for content in self.ranks.every(aside.getvalue()):
+                if self.ranks.first:
+                    with np.load(io.BytesIO(content)) as pieces:
+                        found |= {name: pieces[name] for name in pieces.files}
+        return self._joined(found, self.whole, at.step, moments) if self.ranks.first else at
 
     def fresh(self, layout: Layout | None = None) -> Iterate:
         """Returns an iterate of a layout (by default of all factors) whose numbers are 0."""
         layout = layout or self.whole
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
-    def _pieces(self, at: Iterate, layout: Layout) -> Iterator[tuple[str, mx.array]]:
-        """Yields the parts of an iterate by a name of their own."""
-        yield from _cut(VECTOR, at.vector, layout)
-        parts = layout.parts(len(at.moments))
+    def _sets(self, at: Iterate, layout: Layout) -> Iterator[dict[str, mx.array]]:
+        """Yields the parts of an iterate by a name of their own, in as many sets on each rank."""
+        yield dict(_cut(VECTOR, at.vector, layout))
+        parts = layout.parts(len(at.moments)) if at.moments else []
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):
             flat: Any = tree_flatten(moments)
+            rest: dict[str, mx.array] = {}
             for path, x in flat:
                 if path.startswith(f"{VECTOR}."):
-                    yield from _cut(f"{i} {path}", x, part)
+                    yield dict(_cut(f"{i} {path}", x, part))
                 else:
-                    yield f"{i} {path}", x
+                    rest[f"{i} {path}"] = x
+            yield rest
 
-    def _joined(self, pieces: Mapping[str, mx.array], layout: Layout, step: int) -> Iterate:
-        fresh = self.fresh(layout)
+    def _joined(
+        self, pieces: Mapping[str, Any], layout: Layout, step: int, moments: bool = True
+    ) -> Iterate:
+        fresh = self.fresh(layout).moments if moments else []
 
         def vector(of: str, part: Layout) -> mx.array:
             own = [pieces[f"{of} {name}"] for _, name, _ in part.entries]
+            if own and isinstance(own[0], np.ndarray):
+                return mx.array(np.concatenate(own))
             return mx.concatenate(own) if own else mx.zeros((0,))
 
-        moments = [
+        found = [
             tree_map_with_path(
                 lambda path, x, i=i, part=part: (
                     vector(f"{i} {path}", part)
                     if path.startswith(f"{VECTOR}.")
-                    else pieces[f"{i} {path}"]
+                    else mx.array(pieces[f"{i} {path}"])
                 ),
                 own,
             )
             for i, (own, part) in enumerate(
-                zip(fresh.moments, layout.parts(len(fresh.moments)), strict=True)
+                zip(fresh, layout.parts(len(fresh)) if fresh else [], strict=True)
             )
         ]
-        at = Iterate(vector(VECTOR, layout), moments, step)
+        at = Iterate(vector(VECTOR, layout), found, step)
         mx.eval(at.vector, at.moments)
         return at
 

@@ -272,6 +272,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
+        self._measure()  # the memory of files, for which factors are gathered, is not the step's
         started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
@@ -455,7 +456,7 @@ class Run:
                 how: Any = {"tokens": setup.valid.supervised_tokens, "metrics": metrics}
                 found.append(events.val_metric(state.step, config.iters, loss=loss, **how))
             if self._judges:
-                whole = self._whole()
+                whole = self._whole(moments=False)
                 found += self._judged(whole) if self.ranks.first else ()
         self._measure()  # an evaluation's memory is not the next step's
         progress.evaluated = state.step
@@ -467,13 +468,13 @@ class Run:
         if state.step == 0:
             return
         if config.keep_best and progress.since_best == 0:
-            self.keeper.best(self._whole())
+            self.keeper.best(self._whole(moments=False))
             self.owed = True
         if config.save_checkpoints:
             self.owed = True
             name = evaluated_name(state.step, val["loss"] if val else None)
             self.tell(events.stage("checkpoint", self._share, name))
-            self.keeper.evaluated(self._whole(), name)
+            self.keeper.evaluated(self._whole(moments=False), name)
 
     @property
     def _judges(self) -> bool:
@@ -537,9 +538,10 @@ class Run:
             factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
-    def _whole(self) -> State:
-        """The state with the factors of all ranks: all of them call this at the same time."""
-        return replace(self.state, at=self.step.holding.together(self.state.at))
+    def _whole(self, moments: bool = True) -> State:
+        """The state with the factors of all ranks, on rank 0: all of them call this at the same
+        time. Without `moments` it has not the optimizer's state."""
+        return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:
         """Returns the error that ends the run when a rank is lost."""

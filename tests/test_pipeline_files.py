@@ -1,0 +1,97 @@
+"""The files of a pipeline, without processes: rank 0 gathers for them what the ranks have."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from lib.runs import config_of
+from mlx_segtrain.errors import RunError
+from mlx_segtrain.training.holding import Holding
+from mlx_segtrain.training.layout import Layout
+from mlx_segtrain.training.loop import Run
+from mlx_segtrain.training.memory import Memory
+from mlx_segtrain.training.optimizer import Optimizer
+from mlx_segtrain.training.ranks import Ranks
+from mlx_segtrain.training.state import Iterate, Progress, State
+
+
+def gathered(holdings, iterates, monkeypatch, **how):
+    """What rank 0 has of all, and the contents that each rank has sent."""
+    sent = [[] for _ in holdings]
+    monkeypatch.setattr(Ranks, "every", lambda self, x: sent[self.rank].append(x) or [x])
+    for holding, here in list(zip(holdings, iterates, strict=True))[1:]:
+        assert holding.together(here, **how).vector is here.vector  # it writes nothing
+    others = [iter(own) for own in sent[1:]]
+    monkeypatch.setattr(Ranks, "every", lambda self, x: [x, *map(next, others)])
+    found = holdings[0].together(iterates[0], **how)
+    assert all(next(own, None) is None for own in others)
+    return found, sent
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_factors_come_apart_and_together(optimizer, ratio, tmp_path, monkeypatch):
+    config = config_of(tmp_path, tmp_path, tmp_path, optimizer=optimizer, lora_plus_ratio=ratio)
+    params = {
+        f"layers.{i}": {f"layers.{i}.q.lora_{x}": mx.random.normal((3, 2 + i)) for x in "ab"}
+        for i in (0, 10, 2)
+    }
+    whole = Layout.of(params)
+    optimize, vector = Optimizer(config, whole), whole.join(params)
+    at = optimize(mx.random.normal(vector.shape), optimize.start(vector))
+    owners = [{"layers.0", "layers.2"}, {"layers.10"}]
+    own = [
+        Holding(config, whole, whole.of_owners(x), Ranks(r, 2, pipeline=True))
+        for r, x in enumerate(owners)
+    ]
+    mine = [holding.apart(at) for holding in own]
+    assert [x.vector.size for x in mine] == [2 * 3 * (2 + 4), 2 * 3 * 12]
+    # A step of each is the step of all: the optimizer looks at no other factors.
+    gradient = mx.random.normal(vector.shape)
+    new = [
+        Optimizer(config, x.own)(x.own.join(whole.split(gradient)), here)
+        for x, here in zip(own, mine, strict=True)
+    ]
+    found, sent = gathered(own, new, monkeypatch)
+    expected = optimize(gradient, at)
+    assert mx.array_equal(found.vector, expected.vector) and found.step == expected.step
+    a, b = (dict(tree_flatten(x.moments)) for x in (found, expected))
+    assert a.keys() == b.keys()
+    assert all(mx.array_equal(a[name], b[name]) for name in a)
+    found, less = gathered(own, new, monkeypatch, moments=False)
+    assert mx.array_equal(found.vector, expected.vector) and found.moments == []
+    assert len(sent[1]) > 1 == len(less[1])
+
+
+def test_a_rank_that_has_all_factors_sends_them(tmp_path, monkeypatch):
+    config = config_of(tmp_path, tmp_path, tmp_path)
+    whole = Layout.of({"layers.1": {"layers.1.q.lora_a": mx.ones((3, 2))}})
+    layouts = [whole.of_owners(set()), whole]
+    own = [Holding(config, whole, x, Ranks(r, 2, pipeline=True)) for r, x in enumerate(layouts)]
+    vector = mx.random.normal((6,))
+    iterates = [Optimizer(config, x).start(vector[: x.size]) for x in layouts]
+    found, _ = gathered(own, iterates, monkeypatch)
+    assert mx.array_equal(found.vector, vector)
+
+
+def test_the_memory_of_files_is_not_that_of_the_next_step():
+    run = Run.__new__(Run)
+    run.config = SimpleNamespace(grad_accumulation_steps=1)
+    run.state = State(Iterate(mx.ones((2,)), []), Progress(), Memory())
+    run.ranks, run.step = Ranks(), SimpleNamespace(rollout_peak=0)
+    run.interrupts = SimpleNamespace(allowed=nullcontext)
+
+    def step(*args):
+        raise RunError("a step")
+
+    run._next = step
+    gathered = mx.ones((5_000_000,))
+    mx.eval(gathered)
+    del gathered
+    mx.clear_cache()
+    with pytest.raises(RunError, match="a step"):
+        run._take_step(iter([]))
+    assert mx.get_peak_memory() < 20e6 <= run.state.memory.peak
