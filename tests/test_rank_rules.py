@@ -17,7 +17,7 @@ import pytest
 
 from lib.runs import config_of
 from mlx_segtrain.commands.main import main
-from mlx_segtrain.errors import InputError, NoRoom, RunError
+from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.training import links, ranks, setup, transfers
 from mlx_segtrain.training.checkpoint import Checkpoint
 from mlx_segtrain.training.diagnosis import together
@@ -64,6 +64,23 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
         count(plain, 3, resumed(tmp_path, 2, 2))
 
 
+def test_a_pipeline_that_is_filled_badly_is_warned_of(tmp_path):
+    def told(count, rank=0):
+        found = []
+        config = config_of("m", "d", tmp_path, grad_accumulation_steps=count)
+        accumulating(config, Ranks(rank, 2, pipeline=True), None, found.append)
+        return [own["message"] for own in found if own["type"] == "warning"]
+
+    (said,) = told(3)
+    assert "= 3 fills a pipeline of 2 ranks badly" in said and "75% of the time" in said
+    assert not told(4) and not told(3, rank=1)
+
+
+def test_a_pipeline_is_planned_for_several_ranks(capsys):
+    assert main(["plan", "--model", "nowhere", "--parallel", "pipeline"]) == 2
+    assert "add --ranks N" in capsys.readouterr().err
+
+
 def test_every_batch_is_some_ranks():
     for n in (1, 2, 3, 4):
         shares = [Ranks(rank, n).share(list(range(7))) for rank in range(n)]
@@ -89,6 +106,50 @@ def test_a_rank_with_other_factors_is_named():
     for others, named in ((["a", "b"], 2), (["b", "b"], 0), (["b"], 1)):
         with pytest.raises(Diverged, match=rf"step 5: rank {named} \(process {named} on box"):
             group(len(others) + 1, others=others).check_factors(5, "a")
+
+
+@pytest.mark.parametrize("piece", [8, 1 << 28])
+def test_contents_are_added_up_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr(ranks, "PIECE", piece, raising=False)
+    contents = [b"rank 0", b"", bytes(range(1, 30))]
+    barrier, asked, found = threading.Barrier(3), [[], [], []], {}
+
+    def summed(self, x):
+        asked[self.rank] = np.array(x)
+        barrier.wait(20)
+        total = mx.array(sum(asked))
+        assert x.nbytes <= max(24, piece)
+        barrier.wait(20)
+        return total
+
+    monkeypatch.setattr(Ranks, "_sum", summed)
+
+    def rank(r):
+        found[r] = Ranks(r, 3).every(contents[r])
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(3)]
+    for own in threads:
+        own.start()
+    for own in threads:
+        own.join(60)
+    assert found == {r: contents for r in range(3)}
+
+
+def test_lengths_above_two_gigabytes_are_told(monkeypatch):
+    """Contents of three ranks that are not there: only their lengths are asked for."""
+
+    class Long(bytes):
+        def __len__(self):
+            return 3 << 30
+
+    def summed(self, x):
+        told = np.array(x).view(np.int64)
+        assert told.tolist() == [0, 3 << 30, 0]
+        raise RunError("told")
+
+    monkeypatch.setattr(Ranks, "_sum", summed)
+    with pytest.raises(RunError, match="told"):
+        Ranks(1, 3).every(Long())
 
 
 def test_what_one_rank_saw_going_through_a_row_is_told():
@@ -181,6 +242,52 @@ def test_a_back_end_that_keeps_the_lock_does_not_keep_the_process():
     assert time.monotonic() - began < 50 and "Timeout" in done.stderr
 
 
+def test_messages_use_the_ring(monkeypatch):
+    """Those of JACCL are mixed up if both directions are under way."""
+    monkeypatch.setattr(transfers, "ring_of", lambda ranks: "ring")
+    found = [
+        transfers.transfers_of(Ranks(0, n, backend, group="its own"))
+        for n, backend in ((2, "ring"), (2, "jaccl"), (3, "jaccl"), (3, "nccl"), (2, "nccl"))
+    ]
+    assert [own.group for own in found] == ["its own", "ring", "ring", "ring", "its own"]
+    assert [isinstance(own, transfers.Sums) for own in found] == [False] * 4 + [True]
+
+
+def test_what_is_on_its_way_arrives_before_a_sum(monkeypatch):
+    own, order = Ranks(0, 2, "ring"), []
+    sent = transfers.transfers_of(own)
+    monkeypatch.setattr(sent, "sent", deque([[mx.ones((1,))]]))
+    monkeypatch.setattr(own, "wait_for", lambda arrays: order.append(len(sent.sent)))
+    monkeypatch.setattr(
+        mx.distributed, "all_sum", lambda x, group, stream: order.append("sum") or x
+    )
+    own._sum(mx.ones((2,)))
+    assert order == [0, "sum", 0]
+
+
+def test_runs_of_a_process_share_a_ring_that_is_waited_for_so_long(monkeypatch, capsys):
+    armed, made = [], []
+
+    def init(strict, backend):
+        assert armed == [(transfers.CONNECT, True)]
+        made.append(json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text()))
+        return "group"
+
+    timer = SimpleNamespace(
+        dump_traceback_later=lambda seconds, exit: armed.append((seconds, exit)),
+        cancel_dump_traceback_later=armed.clear,
+    )
+    monkeypatch.setattr(transfers, "faulthandler", timer, raising=False)
+    monkeypatch.setattr(transfers, "_ring", None, raising=False)
+    monkeypatch.setattr(transfers, "address_of", lambda ranks: "127.0.0.1")
+    monkeypatch.setattr(mx.distributed, "init", init)
+    first, second = (group(3, others=["10.0.0.2:5", "10.0.0.3:6"]) for _ in range(2))
+    assert transfers.ring_of(first) == transfers.ring_of(second) == "group"
+    assert made == [first.ring] and first.ring == second.ring and not armed
+    said = capsys.readouterr().err
+    assert "rank 1 at 10.0.0.2:5, rank 2 at 10.0.0.3:6" in said and "within 60 s" in said
+
+
 def test_who_greets_slowly_holds_nobody_up(monkeypatch):
     monkeypatch.setattr(links, "TO_GREET", 0.2)
     server = socket.create_server(("127.0.0.1", 0))
@@ -228,93 +335,3 @@ def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_p
     with pytest.raises(RunError, match="planned again"):
         setup.prepare(inputs, lambda event: None, ranks=group(2, others=[1]))
     assert asked == [choices, ["apart"]]
-
-
-@pytest.mark.parametrize("piece", [8, 1 << 28])
-def test_contents_are_added_up_in_pieces(piece, monkeypatch):
-    monkeypatch.setattr(ranks, "PIECE", piece, raising=False)
-    contents = [b"rank 0", b"", bytes(range(1, 30))]
-    barrier, asked, found = threading.Barrier(3), [[], [], []], {}
-
-    def summed(self, x):
-        asked[self.rank] = np.array(x)
-        barrier.wait(20)
-        total = mx.array(sum(asked))
-        assert x.nbytes <= max(24, piece)
-        barrier.wait(20)
-        return total
-
-    monkeypatch.setattr(Ranks, "_sum", summed)
-
-    def rank(r):
-        found[r] = Ranks(r, 3).every(contents[r])
-
-    threads = [threading.Thread(target=rank, args=(r,)) for r in range(3)]
-    for own in threads:
-        own.start()
-    for own in threads:
-        own.join(60)
-    assert found == {r: contents for r in range(3)}
-
-
-def test_lengths_above_two_gigabytes_are_told(monkeypatch):
-    """Contents of three ranks that are not there: only their lengths are asked for."""
-
-    class Long(bytes):
-        def __len__(self):
-            return 3 << 30
-
-    def summed(self, x):
-        told = np.array(x).view(np.int64)
-        assert told.tolist() == [0, 3 << 30, 0]
-        raise RunError("told")
-
-    monkeypatch.setattr(Ranks, "_sum", summed)
-    with pytest.raises(RunError, match="told"):
-        Ranks(1, 3).every(Long())
-
-
-def test_messages_use_the_ring(monkeypatch):
-    """Those of JACCL are mixed up if both directions are under way."""
-    monkeypatch.setattr(transfers, "ring_of", lambda ranks: "ring")
-    found = [
-        transfers.transfers_of(Ranks(0, n, backend, group="its own"))
-        for n, backend in ((2, "ring"), (2, "jaccl"), (3, "jaccl"), (3, "nccl"), (2, "nccl"))
-    ]
-    assert [own.group for own in found] == ["its own", "ring", "ring", "ring", "its own"]
-    assert [isinstance(own, transfers.Sums) for own in found] == [False] * 4 + [True]
-
-
-def test_what_is_on_its_way_arrives_before_a_sum(monkeypatch):
-    own, order = Ranks(0, 2, "ring"), []
-    sent = transfers.transfers_of(own)
-    monkeypatch.setattr(sent, "sent", deque([[mx.ones((1,))]]))
-    monkeypatch.setattr(own, "wait_for", lambda arrays: order.append(len(sent.sent)))
-    monkeypatch.setattr(
-        mx.distributed, "all_sum", lambda x, group, stream: order.append("sum") or x
-    )
-    own._sum(mx.ones((2,)))
-    assert order == [0, "sum", 0]
-
-
-def test_runs_of_a_process_share_a_ring_that_is_waited_for_so_long(monkeypatch, capsys):
-    armed, made = [], []
-
-    def init(strict, backend):
-        assert armed == [(transfers.CONNECT, True)]
-        made.append(json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text()))
-        return "group"
-
-    timer = SimpleNamespace(
-        dump_traceback_later=lambda seconds, exit: armed.append((seconds, exit)),
-        cancel_dump_traceback_later=armed.clear,
-    )
-    monkeypatch.setattr(transfers, "faulthandler", timer, raising=False)
-    monkeypatch.setattr(transfers, "_ring", None, raising=False)
-    monkeypatch.setattr(transfers, "address_of", lambda ranks: "127.0.0.1")
-    monkeypatch.setattr(mx.distributed, "init", init)
-    first, second = (group(3, others=["10.0.0.2:5", "10.0.0.3:6"]) for _ in range(2))
-    assert transfers.ring_of(first) == transfers.ring_of(second) == "group"
-    assert made == [first.ring] and first.ring == second.ring and not armed
-    said = capsys.readouterr().err
-    assert "rank 1 at 10.0.0.2:5, rank 2 at 10.0.0.3:6" in said and "within 60 s" in said

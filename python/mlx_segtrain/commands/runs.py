@@ -297,6 +297,8 @@ def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
+    if config.parallel == "pipeline" and args.ranks is None:
+        raise InputError("parallel pipeline is planned for several ranks: add --ranks N")
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_plan
     from mlx_segtrain.hub import located, model, outline
@@ -310,7 +312,7 @@ def _plan(args: argparse.Namespace) -> int:
         # A picture is drawn of a model that runs.
         config = located(config, show, bring=outline if args.plot is None else model)
     batch = full_batch(config, args.loss_rows, args.shared)
-    if config.parallel == "pipeline" and args.ranks is not None:
+    if config.parallel == "pipeline":
         if args.link or args.step_seconds:
             raise InputError("--link and --step-seconds are for parallel data: leave them out")
         budgets = args.rank_budgets or []

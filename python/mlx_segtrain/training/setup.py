@@ -165,6 +165,11 @@ def accumulating(
             + ("start a new run." if resumed else "raise it."),
             field=name,
         )
+    n = ranks.size
+    if ranks.pipeline and ranks.first and count < 2 * n:
+        said = f"{name} = {count} fills a pipeline of {n} ranks badly: each computes at most "
+        said += f"{count / (count + n - 1):.0%} of the time and idles for the rest"
+        tell(events.warning(f"{said}; {2 * n} micro-batches or more fill it better"))
     return config.model_copy(update={name: count})
 
 
