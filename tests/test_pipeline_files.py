@@ -9,12 +9,15 @@ from mlx.utils import tree_flatten
 
 from lib.runs import config_of
 from mlx_segtrain.errors import RunError
+from mlx_segtrain.training.checkpoint import Checkpoint
 from mlx_segtrain.training.holding import Holding
+from mlx_segtrain.training.keeping import Keeper
 from mlx_segtrain.training.layout import Layout
 from mlx_segtrain.training.loop import Run
 from mlx_segtrain.training.memory import Memory
 from mlx_segtrain.training.optimizer import Optimizer
 from mlx_segtrain.training.ranks import Ranks
+from mlx_segtrain.training.setup import Start
 from mlx_segtrain.training.state import Iterate, Progress, State
 
 
@@ -75,6 +78,33 @@ def test_a_rank_that_has_all_factors_sends_them(tmp_path, monkeypatch):
     iterates = [Optimizer(config, x).start(vector[: x.size]) for x in layouts]
     found, _ = gathered(own, iterates, monkeypatch)
     assert mx.array_equal(found.vector, vector)
+
+
+def test_the_best_adapter_of_all_ranks_comes_back_when_a_changed_run_is_resumed(tmp_path):
+    params = {f"l.{i}": {f"l.{i}.q.lora_{x}": mx.ones((2, 2)) for x in "ab"} for i in range(2)}
+    whole = Layout.of(params)
+    best = Progress(vals=[{"step": 2, "loss": 1.0}])
+    factors = mx.arange(whole.size).astype(mx.float32)
+    resumed = Checkpoint(tmp_path, {"factors": factors}, 2, best, {}, 0, False)
+    part = Iterate(mx.ones((whole.size // 2,)), [], 2)
+    keeper = Keeper.__new__(Keeper)
+    keeper.setup = SimpleNamespace(
+        config=SimpleNamespace(adapter_path=tmp_path, keep_best=True),
+        chain=SimpleNamespace(tied_for=lambda arrays: {}),
+        scales={"l.0.q": 1.0, "l.1.q": 1.0},
+        layout=whole,
+    )
+    keeper.log = SimpleNamespace(begin=lambda at: None, write=lambda event: None)
+    keeper.completions = SimpleNamespace(begin=lambda step: None)
+    values = {"config": {}, "id": ""}
+    keeper.made_of = SimpleNamespace(write=lambda: None, values=values)
+    keeper._about = lambda state: None
+    state = State(part, best, Memory())
+    keeper.open(state, Start(resumed, Start.trace(tmp_path)), same=False)
+    adapter, _ = keeper.unwritten
+    for stage, own in whole.split(factors).items():
+        assert mx.array_equal(adapter.tensors[f"{stage}.q"][0], own[f"{stage}.q.lora_a"])
+        assert mx.array_equal(adapter.tensors[f"{stage}.q"][1], own[f"{stage}.q.lora_b"])
 
 
 def test_the_memory_of_files_is_not_that_of_the_next_step():

@@ -1,7 +1,7 @@
 """What a run writes to its folder besides the log: checkpoints, adapters, reports."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,9 @@ class Keeper:
                 for old in path.glob("fault-step-*.json"):
                     old.unlink()
             elif not same:
-                self._forget(state)
+                # State has this rank's factors alone, and the checkpoint those of all.
+                whole = replace(state.at, vector=resumed.tensors["factors"])
+                self._forget(replace(state, at=whole))
             (path / "metrics.json").unlink(missing_ok=True)
             self.completions.begin(state.step)
             self.log.begin(resumed.log_bytes if resumed else 0)
