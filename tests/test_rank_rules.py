@@ -17,7 +17,7 @@ import pytest
 
 from lib.runs import config_of
 from mlx_segtrain.commands.main import main
-from mlx_segtrain.errors import InputError, RunError
+from mlx_segtrain.errors import InputError, NoRoom, RunError
 from mlx_segtrain.training import links, ranks, setup, transfers
 from mlx_segtrain.training.checkpoint import Checkpoint
 from mlx_segtrain.training.diagnosis import together
@@ -74,6 +74,21 @@ def test_a_pipeline_that_is_filled_badly_is_warned_of(tmp_path):
     (said,) = told(3)
     assert "= 3 fills a pipeline of 2 ranks badly" in said and "75% of the time" in said
     assert not told(4) and not told(3, rank=1)
+
+
+def test_a_pipeline_of_one_rank_without_room_says_what_it_needs(monkeypatch, tmp_path):
+    def first(*args, **how):
+        raise NoRoom("it needs 9 GB.")
+
+    monkeypatch.setattr(setup, "first_that_fits", first)
+    objective = SimpleNamespace(choices=lambda data: iter([data]))
+    objective.batch_shapes = lambda data, rows: []
+    monkeypatch.setattr(setup, "objective_of", lambda config: objective)
+    for parallel, more in (("data", False), ("pipeline", True)):
+        config = config_of("m", "d", tmp_path, parallel=parallel)
+        with pytest.raises(NoRoom) as found:
+            setup.prepare(SimpleNamespace(config=config, train="rows"), lambda event: None)
+        assert ("mlx.launch -n N" in str(found.value)) == more
 
 
 def test_a_pipeline_is_planned_for_several_ranks(capsys):

@@ -253,7 +253,13 @@ def prepare(
 
     def fitting(choices: list[Dataset]) -> tuple[Dataset, RunPlan]:
         batches = partial(objective.batch_shapes, rows=config.batch_size)
-        return first_that_fits(config, choices, batches, measures=True)
+        try:
+            return first_that_fits(config, choices, batches, measures=True)
+        except NoRoom as error:
+            if config.parallel == "data":
+                raise
+            said = "parallel pipeline needs several ranks, started with mlx.launch -n N"
+            raise NoRoom(f"{str(error).rstrip('.')}; {said}.") from error
 
     if ranks.pipeline:
         shapes = [tuple(objective.batch_shapes(own, config.batch_size)) for own in choices]
