@@ -20,7 +20,7 @@ def twin_of(model: nn.Module) -> Any:
     that are put into the model later are not in its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
-    if not any(module.together for module in modules):
+    if not all(module.grouped for module in modules):  # or some were put into it since
         put_together(modules, model)
     return _twin(model, {})
 
