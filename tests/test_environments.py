@@ -124,6 +124,8 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
         "<tool_call>not JSON</tool_call>",
     ]
     talk.reply("".join(bad))
+    assert talk.messages[-1]["role"] == "assistant", "no turn has followed the results"
+    assert talk.reply("Done.") is None
     results = [own["content"] for own in talk.messages if own["role"] == "tool"]
     assert [x[:16] for x in results] == [
         "8",
@@ -132,7 +134,36 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
         "error: ValueErro",
     ]
     assert (talk.calls, talk.failed) == (4, 3)
-    assert talk.reply("Done.") is None
+    assert talk.asked == "Begin. Go." and talk.said == talk.messages[1:]
+
+
+def test_calls_that_the_template_cannot_write(with_tools):
+    """Arguments that are no mapping, and several calls in a turn, end no conversation."""
+    tokenizer = load_tokenizer(with_tools)
+    strict = TOOLS.replace(
+        "{{ tool_call.name }}",
+        "{% for k, v in tool_call.function.arguments|items %}{{ k }}{% endfor %}"
+        "{% if m.tool_calls|length > 1 %}{{ raise_exception('one call') }}{% endif %}",
+    )
+    tokenizer._tokenizer.chat_template = strict
+    talk = conversation(tokenizer, Shelf)
+    for said in ('"text"', "[1]", "null", '{"a": 1, "b": 2}'):
+        call = f'<tool_call>{{"name": "add", "arguments": {said}}}</tool_call>'
+        for calls in (call, call * 2):
+            reply = tokenizer.decode(talk.reply(calls))
+            assert reply.startswith("\n<|im_start|>tool\n")
+    assert (talk.calls, talk.failed) == (12, 9)
+
+
+def test_a_prompt_with_a_message_without_content(tokenizer):
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    prompt = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "b"},
+    ]
+    talk = conversation(tokenizer, Guess, prompt=prompt)
+    assert talk.reply("7") is not None and talk.asked == prompt
 
 
 def rolled(model, options, kind=Guess, at_once=4, turns=8, **tokens):
@@ -163,6 +194,7 @@ def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
     model, talks, made = rolled(llama4, {}, max_tokens=400)
     for talk, own in zip(talks, made, strict=True):
         assert own.turns == 3 and own.finish == "stop" and own.prompt == talk.prompt
+        assert talk.said[-1] == {"role": "assistant", "content": own.text}
         assert len(own.tokens) == len(own.drawn) == len(own.log_p) and own.length <= 9
         whole = mx.array([*own.prompt, *own.tokens])[None]
         z = model(whole[:, :-1]).astype(mx.float32)[0, len(own.prompt) - 1 :]
@@ -174,9 +206,17 @@ def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
 
 
 def test_what_ends_a_conversation(llama4, talkative):
-    _, _, made = rolled(llama4, {}, max_tokens=400, turns=2)
+    _, talks, made = rolled(llama4, {}, max_tokens=400, turns=2)
     assert {own.finish for own in made} == {"turns"}
-    _, _, made = rolled(llama4, {}, max_tokens=20)
+    assert [[x["role"] for x in own.said] for own in talks] == [
+        ["assistant", "user", "assistant"]
+    ] * 6
+    _, talks, made = rolled(llama4, {}, max_tokens=2)
+    for talk, own in zip(talks, made, strict=True):  # cut off, unless it ended by itself
+        assert talk.said[0] == {"role": "assistant", "content": own.text}
+        assert own.finish == "length" and len(talk.said) == own.turns == 1
+    _, talks, made = rolled(llama4, {}, max_tokens=20)
+    assert [len(own.said) for own in talks] == [1] * 6, "what was too long is not in the tokens"
     assert {own.finish for own in made} == {"length"} and max(own.length for own in made) <= 3
 
 
@@ -226,8 +266,9 @@ def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
         own = config_of(llama4, None, tmp_path / out, **{**how, **more}, environment="m:Guess")
 
         def tried(environments, messages, completions):
-            firsts = [own[0]["content"] if own else None for own in messages]
-            assert firsts == [own.tries[0] if own.tries else None for own in environments]
+            assert [own[-1]["content"] for own in messages] == completions
+            for own, talk in zip(environments, messages, strict=True):
+                assert own.tries == [x["content"] for x in talk[::2]][: len(own.tries)]
             return [len(own.tries) for own in environments]
 
         return train(own, train_data=rows, rewards=[tried], environment=Guess)

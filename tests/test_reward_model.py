@@ -79,6 +79,15 @@ def test_a_quantized_model_scores_at_the_last_token(tmp_path):
     assert abs(whole - found[0]) > 1e-3
 
 
+def test_it_scores_completions_and_not_a_column_of_the_data(tmp_path):
+    folder = scorer(tmp_path / "m")
+    config = TrainConfig(model_dir="m", adapter_path="a", method="grpo", reward_model=folder)
+    rows = [{"prompt": "Is it?", "messages": [{"role": "user", "content": "x"}], "talks": 1}] * 4
+    found = Rewards.of(config)(rows, CHATS, [1] * 4)
+    assert found.total == judge(folder)(prompts=["Is it?"] * 4, completions=CHATS)
+    assert len({*found.total}) == 4
+
+
 def test_its_weights_are_planned(tmp_path, llama4):
     folder = scorer(tmp_path / "m")
     how = {"model_dir": llama4, "adapter_path": "a", "method": "grpo", "max_seq_length": 128}

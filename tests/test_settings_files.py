@@ -1,6 +1,7 @@
 """A YAML file with settings, as the page reads it: every fault of it, not only the first one."""
 
 import json
+import time
 
 import pytest
 
@@ -55,11 +56,23 @@ def test_what_json_has_not_is_text_beside_its_fault(value: str) -> None:
         ("a: [", "the file, line 1: not valid YAML"),
         ("- rank", "the file: expected lines of the form"),
         ("rank: 2\nrank: 3", "the file, line 2: rank is set a second time"),
-        ("a: &x [1, 2]\nb: *x", "the file has aliases"),
+        ("a: &x [1, 2]\nb: *x", "the file has anchors, aliases or merge keys"),
+        ("<<: {rank: 2}", "the file has anchors, aliases or merge keys"),
         ("".join(f"a{n}: 1\n" for n in range(5000)), "the file has 5000 settings"),
+        ("a: " + "[" * 200, "the file: not valid YAML: it is nested too deeply"),
         ("a: " + "[" * 30_000, "the file: not valid YAML: it is nested too deeply"),
     ],
 )
 def test_what_is_no_such_file_is_one_sentence(text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         read_yaml(text)
+
+
+def test_references_are_refused_before_they_are_expanded() -> None:
+    keys = ", ".join(f"k{n}: 1" for n in range(3000))
+    text = f"a: &a {{{keys}}}\nb: [{', '.join(['{<<: *a}'] * 2000)}]\n"
+    assert len(text) < 1 << 16
+    began = time.process_time()
+    with pytest.raises(InputError, match="the file has anchors, aliases or merge keys"):
+        read_yaml(text)
+    assert time.process_time() - began < 2

@@ -314,6 +314,24 @@ def test_a_reader_that_is_ended(tmp_path, monkeypatch):
     made.pop().close()
 
 
+def test_a_reader_that_has_read_a_smaller_file(tmp_path, monkeypatch):
+    """What the smaller file may take is not the limit of the larger one."""
+    small, large = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    write_parquet(small, ROWS)
+    content = small.read_bytes()
+    footer = 8 + struct.unpack("<I", content[-8:-4])[0]
+    with large.open("wb") as file:  # zeros, which take no place on the disk, before the footer
+        file.write(content[:-footer])
+        file.seek(1 << 30)
+        file.write(content[-footer:])
+    monkeypatch.setattr(tables, "_idle", made := [tables._Reader()])
+    (reader,) = made
+    for path in (small, large):
+        assert [row for _, row in rows_of(source_of(path))] == ROWS
+    assert made == [reader], "another process has read the larger file"
+    reader.close()
+
+
 @pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 def test_arrow_that_is_compressed(codec, kind, tmp_path):

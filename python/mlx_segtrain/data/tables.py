@@ -116,9 +116,10 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
     import pyarrow.parquet  # before memory is limited
 
     try:
+        # Before the file is mapped: the limit that the last file has left may be too low for it.
+        size = os.fstat(file).st_size
+        processes.MEMORY.allow(most + size)
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
-            size = mapped.size()
-            processes.MEMORY.allow(most + size)
             batches = _parquet if path.suffix.lower() == ".parquet" else _arrow
             for block in arrow.blocks_of(path.name, batches(mapped, path.name, size), size):
                 wire.send_bytes(json.dumps([block.first, block.size]).encode())

@@ -25,10 +25,13 @@ def prompt_ids(
     """Returns the ids of the messages with the generation prompt; `kwargs` are variables of the
     template.
 
-    The messages' content must be text. Raises whatever the template raises.
+    The messages' content must be text, if there is any. Raises whatever the template raises.
     """
     if wants_parts(tokenizer, kwargs):
-        messages = [{**message, **content(message["content"], True)} for message in messages]
+        messages = [
+            {**own, **content(own["content"], True)} if isinstance(own.get("content"), str) else own
+            for own in messages
+        ]
     how: Any = {"tokenize": False, "add_generation_prompt": True, **kwargs}
     text = tokenizer.apply_chat_template(list(messages), **how)
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -35,6 +35,10 @@ class Talk(Protocol):
         there is no next turn."""
         ...
 
+    def end(self, text: str) -> None:
+        """Takes the text of a last turn that was cut off, which nothing answers."""
+        ...
+
 
 @dataclass(frozen=True)
 class Monologue:
@@ -44,6 +48,9 @@ class Monologue:
 
     def reply(self, text: str) -> list[int] | None:
         return None
+
+    def end(self, text: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ class _Rollout:
         self.turns += 1
         self.text, self.finish = turn.said, turn.finish or "length"
         if self.finish == "length":
+            self.talk.end(self.text)
             return False
         reply = self.talk.reply(self.text)
         if reply is None:

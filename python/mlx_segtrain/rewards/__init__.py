@@ -15,7 +15,7 @@ from ..data.prompting import Prompting
 from ..errors import InputError, RunError, shown
 from .calling import by_command, function_of, with_what_it_takes
 from .checks import check_of, column_of
-from .environments import GIVEN, Environments
+from .environments import GIVEN, Conversation, Environments
 from .model import RewardModel
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 
 #: What a reward is given besides the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
-NOTHING: Mapping[str, Sequence[Any]] = {}
 
 #: (prompts, completions, **columns) → a number for each completion; columns are lists too.
 Function = Callable[..., Sequence[float]]
@@ -110,21 +109,27 @@ class Rewards:
         rows: Sequence[Mapping[str, Any]],
         completions: Sequence[str],
         tokens: Sequence[int],
-        talks: Mapping[str, Sequence[Any]] = NOTHING,
+        talks: Sequence[Conversation] = (),
     ) -> Scores:
         """Scores of completions, of each of which its row with the prompt is given, and how many
-        tokens it has; of conversations their columns besides.
+        tokens it has; or of conversations.
 
         RunError if a reward fails, or gives anything but a finite number for each.
         """
         keys = dict.fromkeys(key for row in rows for key in row if key != "prompt")
         columns = {key: [row.get(key) for row in rows] for key in keys}
-        columns |= {"completion_tokens": list(tokens), **talks}
-        prompts = [row["prompt"] for row in rows]
+        columns |= {"completion_tokens": list(tokens)}
+        prompts = [talk.asked for talk in talks] or [row["prompt"] for row in rows]
+        # A column of the data may have the name of one of these, which are never from the data.
+        judged = {"system": columns.get("system"), "messages": None}
+        if talks:
+            judged["messages"] = columns["messages"] = [talk.said for talk in talks]
+            columns["environments"] = [talk.environment for talk in talks]
         found = {}
         for name, reward in self.rewards.items():
             try:
-                scores = list(reward(prompts=prompts, completions=list(completions), **columns))
+                more = judged if reward is self.model else columns
+                scores = list(reward(prompts=prompts, completions=list(completions), **more))
             except RunError:
                 raise
             except Exception as error:

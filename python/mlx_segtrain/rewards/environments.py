@@ -11,6 +11,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..data import Row
 from ..data.prompting import Prompting
+from ..data.spelling import arguments
 from ..data.template import MARK, content, prompt_ids, wants_parts
 from ..errors import InputError, RunError, shown
 from ..generation.parts import Parts, Tags, begins_reasoning, read_calls
@@ -94,8 +95,8 @@ def _tools_of(own: Any) -> list[dict[str, Any]]:
 class Conversation:
     """The conversation of one completion with its environment: a generation.rollouts.Talk.
 
-    `messages` are the prompt's and, from `begun` on, those of the completion. RunError if the
-    environment fails.
+    `messages` are the prompt's and, from `begun` on, those of the completion; an answer to a turn
+    is one of them once another turn follows it. RunError if the environment fails.
     """
 
     def __init__(self, of: Environments, tokenizer: Any, config: TrainConfig, row: Row, seed: int):
@@ -106,7 +107,7 @@ class Conversation:
             **(given.get("chat_template_kwargs") or {}),
             **({"tools": list(of.tools)} if of.tools else {}),
         }
-        self.messages = messages_of(given)
+        self.messages, self._is_text = messages_of(given), isinstance(given["prompt"], str)
         self.calls = self.failed = 0
         self.prompt = row.ids.tolist()
         with _failing(of.name, "reset"):
@@ -121,7 +122,21 @@ class Conversation:
             self.messages = [*before, {**last, "content": text}]
             self.prompt = prompt_ids(tokenizer, self.messages, self._variables)
         self.begun = len(self.messages)
+        self._answer: list[dict[str, Any]] = []
+        self._accepted = list(self.messages)
         self._reasons = begins_reasoning(tokenizer, self.prompt)
+
+    @property
+    def asked(self) -> Any:
+        """The prompt with what `reset` has added to it, as a text if the row has a text."""
+        if self._is_text:
+            return self.messages[self.begun - 1]["content"]
+        return self.messages[: self.begun]
+
+    @property
+    def said(self) -> list[dict[str, Any]]:
+        """The messages after the prompt."""
+        return self.messages[self.begun :]
 
     def reply(self, text: str) -> list[int] | None:
         """Returns the environment's answer to a turn, as the tokens up to the model's next turn;
@@ -131,8 +146,16 @@ class Conversation:
         else:
             answer, new = {"role": "assistant", "content": text}, self._stepped(text)
         tokens = self._between(answer, new) if new else None
-        self.messages += [answer, *(new or ())]
+        self._add(answer, new or [])
         return tokens
+
+    def end(self, text: str) -> None:
+        """Takes the text of a last turn that was cut off, which nothing answers."""
+        self._add({"role": "assistant", "content": text}, [])
+
+    def _add(self, turn: dict[str, Any], answer: list[dict[str, Any]]) -> None:
+        self.messages += [*self._answer, turn]
+        self._answer = answer
 
     def _stepped(self, text: str) -> list[dict[str, Any]] | None:
         with _failing(self._of.name, "step"):
@@ -157,10 +180,10 @@ class Conversation:
             for call in read or [{"name": "", "arguments": own}]:
                 id = f"call{self.calls:05d}"  # nine letters, as Mistral's template wants them
                 self.calls += 1
-                arguments, name = call.get("arguments", {}), call["name"]
-                function = {"name": name, "arguments": arguments}
+                given, name = call.get("arguments", {}), call["name"]
+                function = {"name": name, "arguments": given}
                 calls.append({"id": id, "type": "function", "function": function})
-                result = self._result(name, arguments)
+                result = self._result(name, given)
                 new.append({"role": "tool", "tool_call_id": id, "name": name, "content": result})
         return {**answer, **({"tool_calls": calls} if calls else {})}, new
 
@@ -182,22 +205,30 @@ class Conversation:
         """Returns the tokens after the one that ended a turn, up to where the next turn starts."""
         tokenizer = self._tokenizer
         parts = wants_parts(tokenizer, self._variables)
-        marked = {**answer, **content(MARK, parts)}
-        said = [{**own, **content(own["content"], parts)} for own in (*self.messages, *new)]
-        at = len(self.messages)
         how: Any = {"tokenize": False, "add_generation_prompt": True, **self._variables}
-        # Some templates write nothing beside calls.
-        for own in (marked, {key: x for key, x in marked.items() if key != "tool_calls"}):
-            with _failing(self._of.name, "the chat template after it"):
-                text = tokenizer.apply_chat_template([*said[:at], own, *said[at:]], **how)
+
+        def after(turn: dict[str, Any]) -> str | None:
+            said = [*self._accepted, {**turn, "content": MARK}, *new]
+            text = tokenizer.apply_chat_template([_rendered(x, parts) for x in said], **how)
             _, found, rest = text.partition(MARK)
-            if found:
-                break
-        else:
+            return rest if found else None
+
+        rest = None
+        bare = {key: x for key, x in answer.items() if key != "tool_calls"}
+        if bare != answer:  # some templates write nothing beside calls
+            try:
+                rest = after(answer)
+            except Exception:  # or refuse several of them, now and in later turns
+                answer = bare
+        if rest is None:
+            with _failing(self._of.name, "the chat template after it"):
+                rest = after(bare)
+        if rest is None:
             raise RunError(
                 f"environment {self._of.name}: the model's chat template does not write what the "
                 "assistant says, so a conversation cannot go on: take another model."
             )
+        self._accepted += [answer, *new]
         stops = (tokenizer.decode([token]) for token in tokenizer.eos_token_ids)
         ends = [rest.find(stop) + len(stop) for stop in stops if stop and stop in rest]
         return list(tokenizer.encode(rest[min(ends, default=0) :], add_special_tokens=False))
@@ -210,6 +241,22 @@ def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [dict(own) for own in prompt]
     system = [{"role": "system", "content": x}] if (x := given.get("system")) else []
     return [*system, {"role": "user", "content": prompt}]
+
+
+def _rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:
+    """Returns a message as chat templates take it: with content in parts where they want parts, and
+    with arguments of calls that are mappings, since a model may write anything."""
+    if isinstance(message.get("content"), str):
+        message = {**message, **content(message["content"], parts)}
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        given = arguments(call)
+        function = {**function, "arguments": given if isinstance(given, dict) else {}}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
 
 
 def _is_message(own: Any) -> bool:

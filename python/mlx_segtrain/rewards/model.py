@@ -79,8 +79,8 @@ class RewardModel:
         completions: Sequence[str],
         messages: Sequence[list[dict[str, Any]]] | None = None,
         system: Sequence[str | None] | None = None,
-        **columns: Any,
     ) -> list[float]:
+        """Scores of completions, or of conversations, whose `messages` follow the prompts."""
         answers = messages or [[{"role": "assistant", "content": x}] for x in completions]
         texts = []
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -116,11 +116,7 @@ def roll_out(
     given = [row.given or {} for row, own in zip(rows, made, strict=True) for _ in own]
     flat = [own for group in made for own in group]
     held = [own for group in talks for own in group if isinstance(own, Conversation)]
-    columns = {}
-    if held:
-        columns["environments"] = [own.environment for own in held]
-        columns["messages"] = [own.messages[own.begun :] for own in held]
-    scores = rewards(given, [x.text for x in flat], [x.length for x in flat], columns)
+    scores = rewards(given, [x.text for x in flat], [x.length for x in flat], held)
     return Rollouts(rows, made, scores, held)
 
 
@@ -312,6 +308,5 @@ def _lines(step: int, found: Rollouts, gains: np.ndarray) -> Iterator[dict[str, 
             "advantage": float(gains[p, j]),
         }
         if found.talks:
-            talk = found.talks[i]
-            line["messages"] = talk.messages[talk.begun :]
+            line |= {"prompt": found.talks[i].asked, "messages": found.talks[i].said}
         yield line

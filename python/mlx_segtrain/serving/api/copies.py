@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -14,6 +15,12 @@ from ...errors import InputError
 
 #: Settings that a file may omit, because the form has them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
+
+#: Tokens around a list or a mapping in brackets, whose time grows with the square of their depth;
+#: and the most of them in one another.
+OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+DEEP = 100
 
 
 def command(values: Mapping[str, Any]) -> str:
@@ -45,10 +52,8 @@ def as_python(values: Mapping[str, Any]) -> str:
 def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     """Returns the known settings in a file for `train --config`, and what is wrong with any of its
     lines. Raises InputError if it is not such a file."""
+    _check_references(text)
     given, _ = parse_yaml(text, "the file")
-    if any(isinstance(own, yaml.AliasToken) for own in yaml.scan(text)):
-        # The answer would expand them, perhaps to gigabytes.
-        raise InputError("the file has aliases (*name): write their values out.")
     fields = TrainConfig.model_fields
     if len(given) > 2 * len(fields):  # the loop below takes one round for each fault
         raise InputError(f"the file has {len(given)} settings, and there are {len(fields)}.")
@@ -68,6 +73,23 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
             if error.field not in left:
                 return known, faults
             del left[error.field]
+
+
+def _check_references(text: str) -> None:
+    """Raises InputError for a YAML text with anchors, aliases or merge keys: reading it, or
+    answering with its values, would expand them, perhaps to gigabytes."""
+    depth = 0
+    with suppress(yaml.YAMLError):  # parse_yaml says what is wrong
+        for own in yaml.scan(text):
+            merges = isinstance(own, yaml.ScalarToken) and own.plain and own.value == "<<"
+            if merges or isinstance(own, yaml.AnchorToken | yaml.AliasToken):
+                raise InputError(
+                    "the file has anchors, aliases or merge keys (&name, *name, <<): write their "
+                    "values out."
+                )
+            depth += isinstance(own, OPEN) - isinstance(own, CLOSE)
+            if depth > DEEP:
+                raise InputError("the file: not valid YAML: it is nested too deeply")
 
 
 def _plain(value: Any) -> Any:
