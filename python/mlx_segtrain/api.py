@@ -299,7 +299,7 @@ def _python_words() -> Iterator[None]:
         said = str(error)
         for name, facets in FACETS.items():
             short = next((own for own, field in SHORT.items() if field == name), name)
-            said = said.replace(f"set it in the YAML file or with {flag(name)}", f"give {short}=…")
+            said = said.replace(f"set it in the YAML file or with {flag(name)}", f"pass {short}=…")
             for own in (flag(name), *facets.aliases):
                 switch = TrainConfig.model_fields[name].default is False
                 said = said.replace(f"{own} auto,", f'{name}="auto",')

@@ -268,8 +268,8 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """The same for an input; later processes do not read one of REMEMBERED bytes or more again
-    unless it changes.
+    """Like `sha256`, for an input file. The hash of a file of at least REMEMBERED bytes is also
+    cached on disk, so later processes read it again only if it has changed.
 
     To verify that a file is intact it has to be read: use sha256.
     """

@@ -238,7 +238,7 @@ def fetch(
             why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository there"
         else:
             why = "this command downloads nothing: download it first"
-        raise InputError(f"{repository} is not complete in {cache()}, and {why}.")
+        raise InputError(f"{repository} is incomplete in {cache()}, but {why}.")
     try:
         commit, listed = _listed(repository)
     except _Unreachable as error:

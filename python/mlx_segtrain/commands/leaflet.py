@@ -36,7 +36,7 @@ def write_report(file: Path, report: Report, data: Path | None, most: int) -> No
 
 
 def page(report: Report, title: str, most: int) -> str:
-    """As HTML."""
+    """Returns a report as HTML."""
     title = escape(title)
     parts = [f"<h1>{title}</h1>"]
     if report.error is not None:

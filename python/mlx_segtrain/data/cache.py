@@ -1,4 +1,4 @@
-"""Tokens of data that was read before: cached in files, written by processes, and memory-mapped.
+"""Cache of tokenized data, in files that worker processes write and that are memory-mapped.
 
 A source is a folder below cache_dir()/tokens, named by a hash of everything that its tokens depend
 on; each of its blocks is a file there, and about.json comes last. So an interrupted read continues

@@ -141,7 +141,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def format_of(path: Path) -> str | None:
-    """The ending of a file that could hold rows, without that of its compression; or None."""
+    """Returns a file's extension, without that of its compression; None if it cannot have rows."""
     name = path.name.lower()
     *_, before, ending = ("", *Path(name).suffixes) if Path(name).suffix else ("", "")
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
@@ -201,7 +201,7 @@ def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
 def source_of(path: Path) -> Source:
     """The rows of one file; InputError if there are none to be read."""
     if not path.exists():
-        raise InputError(f"The data {path} does not exist: name a file or a folder.")
+        raise InputError(f"The data {path} does not exist: pass a file or a folder.")
     if format_of(path) is None:
         raise InputError(f"{path} is not a supported file of rows: use {ENDINGS}.")
     return Files({path.name: path})
@@ -261,7 +261,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
                 found.setdefault(form, []).append(path)
     if len(found) > 1:
         raise InputError(
-            f"{folder} has {' and '.join(sorted(found))}: keep one of them, or name the file."
+            f"{folder} has {' and '.join(sorted(found))}: keep one of them, or pass the file."
         )
     for form, paths in found.items():
         shard = SHARD.fullmatch(stem_of(paths[0])) if format_of(paths[0]) else None
@@ -285,7 +285,10 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
         if isinstance(own, dict) and isinstance(own.get("filename"), str)
     ]
     if not names or any(Path(name).name != name or not format_of(Path(name)) for name in names):
-        raise InputError(f"{folder / 'state.json'} does not name the files of its rows.")
+        raise InputError(
+            f"{folder / 'state.json'} does not list its data files: save the data set again with "
+            "save_to_disk."
+        )
     return {before + name: folder / name for name in names}
 
 
@@ -323,7 +326,7 @@ def _kind(value: Any) -> str:
 
 #: Formats that compress their content themselves.
 TABLES = (".parquet", ".arrow", ".feather")
-#: How files are read, by their ending.
+#: How files are read, by their extension.
 READERS: dict[str, Callable[[Path], Iterator[Block]]] = {
     ".jsonl": textfiles.read_lines,
     ".ndjson": textfiles.read_lines,

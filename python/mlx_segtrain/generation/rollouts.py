@@ -1,4 +1,4 @@
-"""All completions of some prompts, so many at a time, in batches that depend on nothing else."""
+"""Generates completions of prompts, in batches that depend on nothing except the prompts."""
 
 import copy
 from collections import deque

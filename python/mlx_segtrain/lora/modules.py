@@ -206,7 +206,7 @@ def unwrap(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, theirs):
             raise InputError(
-                f"the model already has an adapter of mlx-lm ({path}): load it without, and give "
+                f"the model already has an adapter of mlx-lm ({path}): load it without, and pass "
                 "the adapter as warm_start to train it further."
             )
         if isinstance(module, LoRALinear):

@@ -78,8 +78,8 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """Returns the shape from a configuration as mlx-lm reads it, and tensors by name. Raises
-    InputError if there are no layers."""
+    """Returns a model's shape, given its configuration (as mlx-lm reads it) and its tensors by
+    name. Raises InputError if there are no layers."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}

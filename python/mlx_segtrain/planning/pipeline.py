@@ -38,7 +38,7 @@ class Part:
 
     @property
     def under_way(self) -> int:
-        """Micro-batches that have run forward here and not yet back, at most."""
+        """Returns the largest number of micro-batches that have run forward here but not back."""
         return min(self.ranks - self.rank, self.batches)
 
     def reads(self, name: str) -> bool:

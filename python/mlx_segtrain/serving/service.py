@@ -402,7 +402,7 @@ class Service:
     def _path(self, text: str) -> str:
         path = self.place(text)
         if not path.is_dir():
-            raise InputError(f"{text} is not a folder: name an existing one.")
+            raise InputError(f"{text} is not a folder: specify an existing one.")
         return str(path)
 
 

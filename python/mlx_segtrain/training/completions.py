@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
-#: Bytes of a line, at most, that is read back.
+#: The length in bytes of the longest line that is read back.
 MOST_LINE = 16 << 20
 
 

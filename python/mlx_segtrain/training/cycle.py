@@ -129,8 +129,8 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
-            f"{row.source}: reset of the environment adds {added} tokens to the prompt, and "
-            "max_completion_tokens leaves no turn after it: raise it."
+            f"{row.source}: reset of the environment adds {added} tokens to the prompt, so "
+            "max_completion_tokens leaves none for an answer: raise it."
         )
     return replace(options, max_tokens=options.max_tokens - added)
 

@@ -122,7 +122,8 @@ def _train(
     if ranks.pipeline and (config.sample_prompts or calls.score):
         what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(
-            f"{what} asks a whole model, and a rank of a pipeline has a part of it: leave it out.",
+            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
+            "it out.",
             field="sample_prompts" if config.sample_prompts else None,
         )
     start = check_output(config, warn) if ranks.first else Start(None, None)

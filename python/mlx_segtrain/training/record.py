@@ -100,7 +100,7 @@ def read(run: Path) -> dict[str, Any]:
             raise KeyError
     except OSError as error:
         raise InputError(
-            f"{run / NAME} cannot be read ({error.strerror}): name the folder of a run."
+            f"{run / NAME} cannot be read ({error.strerror}): pass the folder of a run."
         ) from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{run / NAME} is not the record of a run.") from None
@@ -181,7 +181,7 @@ class Record:
                 continue
             what = "was changed" if now else "was removed"
             raise RunError(
-                f"step {step}: {path} {what} during the run, and the adapter would not match any "
+                f"step {step}: {path} {what} during the run, so the adapter would not match any "
                 f"model: the state of step {step} is kept; restore the file and resume."
             )
 

@@ -187,8 +187,8 @@ def read_inputs(
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
-                f"{option} needs a validation loss, and the data has no validation rows: add a "
-                "file valid.jsonl, set val_split, or leave the option out."
+                f"{option} needs a validation loss, but the data has no validation rows: add "
+                "valid.jsonl, set val_split, or leave the option out."
             )
     objective = objective_of(config)
     said = [*remarks(config.data_dir, train, valid, *sources), *objective.remarks(train)]

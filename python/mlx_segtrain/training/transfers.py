@@ -47,7 +47,7 @@ class Transfers:
         self.sent.append(ends)
 
     def post(self, forms: Sequence[Form], source: int) -> list[mx.array]:
-        """Arrays that a rank sends, which may be on their way yet."""
+        """Returns arrays that another rank sends; they may not have arrived yet."""
         moved = [self._received(shape, dtype, source) for shape, dtype in forms]
         self.ranks.start(moved)
         return moved
@@ -101,14 +101,15 @@ class Sums(Transfers):
 
 def transfers_of(ranks: Ranks) -> Transfers:
     """Returns transfers by messages where MLX's back end has them. NCCL has none in MLX 0.32.4: two
-    ranks add up instead, and more than two use MLX's ring besides."""
+    ranks add up instead, and more than two also use MLX's ring."""
     if ranks.backend != "nccl":
         return Transfers(ranks, ranks.group)
     return Sums(ranks, ranks.group) if ranks.size == 2 else Transfers(ranks, ring_of(ranks))
 
 
 def ring_of(ranks: Ranks) -> Any:
-    """A ring over TCP between ranks that another back end connects. RunError if it fails."""
+    """Creates a ring over TCP between ranks that another back end connects. Raises RunError if it
+    fails."""
     address = address_of(ranks)
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]

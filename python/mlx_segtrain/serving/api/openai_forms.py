@@ -370,7 +370,8 @@ class ChatRequest(Generate):
             return super().grammar(grammars)
         if self.is_formed:
             raise InputError(
-                "tool_choice: the answer consists of tool calls and can have no other format."
+                "tool_choice: this value forces a tool call, so no answer format can be set as "
+                "well: leave one of them out."
             )
         chosen = None if isinstance(self.tool_choice, str) else self.tool_choice
         parallel = self.parallel_tool_calls is not False
@@ -388,7 +389,10 @@ class CompletionRequest(Generate):
         description="a text, its tokens, or several of either"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
-        None, ge=0, le=TOP, description="tells log p of the answer's tokens, and of so many others"
+        None,
+        ge=0,
+        le=TOP,
+        description="return log p of the answer's tokens, and of this many alternatives to each",
     )
     neutral = IN_COMPLETION
     most = 16
@@ -614,14 +618,14 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
         turn: dict[str, Any] = {"role": role, "content": content or ""}
         for name, own in (("tool_calls", "assistant"), ("reasoning_content", "assistant")):
             if getattr(message, name) and role != own:
-                raise InputError(f"{where}.{name} is only for an assistant's turn.")
+                raise InputError(f"{where}.{name} is only allowed in assistant messages.")
         if message.tool_calls:
             turn["tool_calls"] = tools_of.turn_calls(message.tool_calls, f"{where}.tool_calls")
         if message.reasoning_content:
             turn["reasoning_content"] = message.reasoning_content
         if message.tool_call_id is not None:
             if role != "tool":
-                raise InputError(f"{where}.tool_call_id is only for a tool's turn.")
+                raise InputError(f"{where}.tool_call_id is only allowed in tool messages.")
             turn["tool_call_id"] = message.tool_call_id
         turns.append(turn)
     return turns

@@ -189,7 +189,7 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Allows this many more seconds of processor time, and bytes above the present use."""
+    """Allows this many more seconds of CPU time, and bytes beyond those in use now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)
