@@ -154,7 +154,7 @@ def test_a_killed_rank_is_named_and_files_are_those_of_any_number_of_ranks(model
     kind, name, text = found[0]
     assert (kind, name) == ("failed", "LostRank")
     assert f"rank 1 (process {started[1].pid} on " in text
-    assert "its factors are lost, and the last checkpoint counts" in text
+    assert "its factors are lost, so the run resumes from the last checkpoint" in text
     kept = checkpoint._read(checkpoint_of(out)).step
     assert kept >= 4 and kept % 2 == 0
 

@@ -245,7 +245,7 @@ def fetch(
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         raise InputError(
-            f"{repository} is not a folder, and the hub cannot be reached ({error}): check the "
+            f"{repository} is not a folder, but the hub cannot be reached ({error}): check the "
             f"network, or download it elsewhere and copy it to {cache()}."
         ) from None
     check(listed)

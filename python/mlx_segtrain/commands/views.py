@@ -306,7 +306,7 @@ def show_fold(report: folding.Report) -> None:
 def show_adapters(found: Sequence[discovery.Found]) -> None:
     """Print adapters, and below the table why one cannot be used."""
     asked = any(own.fits is not None for own in found)
-    columns = ("adapter", "base", "kind", "rank", "linears", "step", "best loss", "MB")
+    columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)
     for own in (own for own in found if own.fault is None):
         ranks = ", ".join(map(str, own.ranks))

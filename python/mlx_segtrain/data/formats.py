@@ -247,7 +247,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(row[key], str):
                 kind = kind_of(row[key])
                 raise InputError(
-                    f'{source}: "{key}" must be a string as "prompt" is, not {kind}; if "{key}" '
+                    f'{source}: "{key}" must be a string like "prompt", not {kind}; if "{key}" '
                     'holds the prompt too, remove "prompt".'
                 )
     else:

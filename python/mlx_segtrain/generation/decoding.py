@@ -35,9 +35,10 @@ class Constraint(Protocol):
 class Options:
     """How tokens are chosen, and when a sequence ends.
 
-    `top_p`, `top_k` and `min_p` keep what all of them keep, of the model's own probabilities; then
-    comes the temperature, 0 for the likeliest token. The repetition penalty is for tokens of prompt
-    and answer (Keskar et al. 2019, arXiv:1909.05858), the other two are for the answer's.
+    Tokens are kept that `top_p`, `top_k` and `min_p` all keep, by the model's own probabilities;
+    then the temperature is applied, 0 for the most likely token. The repetition penalty applies to
+    tokens of prompt and answer (Keskar et al. 2019, arXiv:1909.05858), the other two penalties to
+    those of the answer.
     """
 
     max_tokens: int = 512
@@ -57,7 +58,7 @@ class Options:
     constraint: "Constraint | None" = None  #: what the text has to be
 
 
-#: Of a token: log p of the one that was taken, and of the likeliest, by token.
+#: log p of the sampled token, and log p of the most likely ones, by token.
 Told = tuple[float, dict[int, float]]
 
 

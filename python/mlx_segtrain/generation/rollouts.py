@@ -106,7 +106,7 @@ class _Turn(Answer):
 
     @property
     def told_at(self) -> float:
-        return self.options.temperature or 1.0  # 0 is the likeliest token
+        return self.options.temperature or 1.0  # 0 is the most likely token
 
 
 class _Rollout:

@@ -151,8 +151,8 @@ def _read(folder: Path) -> Checkpoint:
     version = rest.pop("version")
     if version != VERSION:
         raise InputError(
-            f"{folder} is of another version of mlx-segtrain ({version}, not {VERSION}): resume "
-            "with that one."
+            f"{folder} was written by version {version} of mlx-segtrain, and this is {VERSION}: "
+            f"resume with {version}."
         )
     mx.eval(tensors)  # use the bytes that were hashed
     rest["progress"] = Progress.from_json(rest["progress"])

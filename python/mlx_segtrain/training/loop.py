@@ -400,7 +400,7 @@ class Run:
         if jumped := self.clock.jumped():
             self._warn(
                 f"step {step}: the clock jumped by {jumped:+.0f} s against elapsed time (or the "
-                "machine slept): times in the log jump, and the run does not depend on them"
+                "machine slept): times in the log jump, but the run does not depend on them"
             )
 
     def _own_figures(self) -> dict[str, float]:
@@ -546,7 +546,7 @@ class Run:
         """Returns the error that ends the run when a rank is lost."""
         step, kept = self.state.step, "nothing has been trained yet"
         if step and self.ranks.pipeline:
-            kept = "its factors are lost, and the last checkpoint counts"
+            kept = "its factors are lost, so the run resumes from the last checkpoint"
         elif step:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:

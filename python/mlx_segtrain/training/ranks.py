@@ -253,21 +253,21 @@ class Ranks:
                 if own.get(name) != every[0].get(name):
                     those = [f"{own.get(name)!s:.80}", f"{every[0].get(name)!s:.80}"]
                     raise RunError(
-                        f"{name} is {those[0]} on {self.name(r)}, and {those[1]} on "
+                        f"{name} is {those[0]} on {self.name(r)}, but {those[1]} on "
                         f"{self.name(0)}: all ranks need the same model, data, options and "
                         "version."
                     )
 
     def check_factors(self, step: int, digest: str) -> None:
-        """Diverged if the factors of a rank are others than those of most."""
+        """Raises Diverged if a rank's factors differ from those of most ranks."""
         every = self.gather(digest)
         most = max(every, key=every.count)  # the first of these
         odd = [self.name(r) for r, own in enumerate(every) if own != most]
         if odd:
             raise Diverged(
-                f"step {step}: {', '.join(odd)} and the others have come to different factors, "
-                "which a fault of a device or of a connection can do: nothing is saved; resume "
-                "from the last checkpoint, on other hardware if it comes again."
+                f"step {step}: the factors of {', '.join(odd)} differ from those of the others, "
+                "probably because a device or a connection is faulty: nothing is saved; resume "
+                "from the last checkpoint, on other hardware if it happens again."
             )
 
 

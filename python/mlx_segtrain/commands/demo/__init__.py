@@ -87,7 +87,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     own = ["--model", str(model_dir), "--adapter-path", str(config.adapter_path)]
     asked = [*own, "--prompt", questions[0]]
     commands = [["mlx-segtrain", "chat", *own], ["mlx-segtrain", "generate", *asked]]
-    if on_gpu():  # on a CPU stock mlx-lm takes seconds a token
+    if on_gpu():  # on a CPU stock mlx-lm takes seconds per token
         commands.append(["python", "-m", "mlx_lm", "generate", *asked])
     for command in commands:
         width = console.width if console.is_terminal else 10**6

@@ -42,7 +42,7 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
 
 
 def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """The same as pairs: the summary is chosen, rejected are those of the next three rows at once.
+    """Write the same rows as pairs: the summary is chosen; the next three rows' are rejected.
 
     So what is rejected is long and wrong. A user's question is the prompt.
     """

@@ -159,7 +159,7 @@ class Generate(Request):
         description="maximum tokens of the answer; default: 512 for a chat, 16 for a completion",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="another name of max_tokens, which takes precedence"
+        None, ge=1, description="an alias of max_tokens, which takes precedence"
     )
     temperature: float | None = Field(
         None,

@@ -154,7 +154,7 @@ def _check_decoder(folder: Path) -> None:
             if growth > MOST_GROWTH:
                 raise InputError(
                     f"its decoder makes a text more than {MOST_GROWTH} times as long, which is not "
-                    "served"
+                    "supported"
                 )
         parts += part.values()
 
