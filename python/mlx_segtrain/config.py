@@ -695,7 +695,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in a YAML text and the line (from 1) of each key; `path` names it in errors."""
+    """Returns the mapping in a YAML text and the line (from 1) of each key; `path` names it in
+    errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

@@ -147,7 +147,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open` that creates files for this user only."""
+    """Opens a file so that only this user can read it, if `open` creates it."""
     return os.open(path, flags, 0o600)
 
 

@@ -42,7 +42,7 @@ class Source(Protocol):
     def files(self) -> Mapping[str, Path]: ...
 
     def fingerprint(self) -> str:
-        """A digest of the content, in hexadecimal; InputError if it cannot be read."""
+        """Returns a hexadecimal digest of the content. Raises InputError if it cannot be read."""
         ...
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
@@ -194,12 +194,12 @@ def sources_of(
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
-    """All rows, each after its name; InputError."""
+    """Yields all rows, each with its name. Raises InputError."""
     return (row for block in source.blocks() for row in block.rows())
 
 
 def source_of(path: Path) -> Source:
-    """The rows of one file; InputError if there are none to be read."""
+    """Returns the rows of one file. Raises InputError if there are none that can be read."""
     if not path.exists():
         raise InputError(f"The data {path} does not exist: pass a file or a folder.")
     if format_of(path) is None:
@@ -239,7 +239,7 @@ def rows_in(folder: Path) -> list[Path]:
 
 
 def stem_of(path: Path) -> str:
-    """The name of a file of rows without what tells its format."""
+    """Returns the name of a file of rows without its extensions."""
     return path.name[: path.name.lower().rindex(str(format_of(path)))]
 
 
@@ -293,7 +293,7 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
 
 
 def _python(data: Any, name: str) -> Source:
-    """Rows that a program has."""
+    """Returns a source of rows that a program passed."""
     if hasattr(data, "with_format") and hasattr(data, "iter"):  # of `datasets`
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
@@ -310,7 +310,7 @@ def _python(data: Any, name: str) -> Source:
 
 
 def _line_of(row: Any, source: str) -> bytes:
-    """A row of Python as a line of JSON."""
+    """Returns a row from Python as a line of JSON."""
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: the row must be a dict, not {_kind(row)}.")
     try:

@@ -52,7 +52,8 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Bytes of the weights once loaded, or of those that a rank `loads`.
+        """Returns the bytes of the weights once loaded, or of those that a rank `loads`. With
+        `float32`, floating-point weights are converted, as on the CPU.
 
         `float32`: floating ones become so, as on the CPU.
         """
@@ -137,7 +138,7 @@ _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the layer that a weight is of."""
+    """Returns the number of the layer that a weight belongs to."""
     return int(match[2]) if (match := _LAYER.match(name)) else None
 
 

@@ -211,7 +211,7 @@ def named(
     size: int,
     part: Part | None = None,
 ) -> Planned:
-    """The plan of `segment_size: size`."""
+    """Returns the plan of `segment_size: size`."""
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)

@@ -112,7 +112,8 @@ class RunPlan:
         return min(longest(fits), most_known) if most_known else longest(fits)
 
     def least_peak(self, batch: BatchShape) -> int:
-        """Bytes that a batch takes with the plan that was asked for, or with any."""
+        """Returns the bytes that a batch takes with the requested plan, or the fewest with any
+        plan."""
         what = self._of(batch)
         if self.size is not None:
             return named(*what, self.size, self.part).peak
@@ -137,7 +138,7 @@ class RunPlan:
         return replace(self, plans=plans)
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
-        """That of a rank which has these layers of the model."""
+        """Returns the plan of a rank that has these layers of the model."""
         return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
@@ -243,7 +244,7 @@ def first_that_fits(
 
 
 def resting_shape(config: TrainConfig) -> ModelShape:
-    """The model's shape, with the weights of a reward model, which rest beside its own."""
+    """Returns the model's shape, including the weights of a reward model."""
     shape = read_shape(config.model_dir)
     if config.reward_model is None:
         return shape

@@ -225,7 +225,7 @@ class Service:
         return Path(repository.pinned(str(text), folder))
 
     def _place_of(self, name: str) -> Callable[[str | Path], Path]:
-        """What checks a field of a run that is a path."""
+        """Returns the check of a field of a run that is a path."""
         named: dict[str, Callable[[str | Path], Path]]
         named = dict.fromkeys(("model_dir", "warm_start", "reward_model"), self.place)
         named["data_dir"] = self.data_place

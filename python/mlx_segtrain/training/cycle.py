@@ -125,7 +125,8 @@ def roll_out(
 
 
 def _within(options: Options, talk: Talk, row: Row) -> Options:
-    """With the tokens that a completion may have after what `reset` has added to its prompt."""
+    """Returns the options with the number of tokens that are left for a completion after `reset`
+    has added to its prompt."""
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(

@@ -141,7 +141,7 @@ class Links:
                 unsent.clear()
 
     def waits(self, yes: bool) -> None:
-        """This rank begins, or ceases, to wait for others."""
+        """Reports that this rank starts or stops waiting for others."""
         with self._lock:
             self.watch.waits = yes
             self.watch.at[self.watch.rank] += 1

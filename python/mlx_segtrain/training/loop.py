@@ -404,7 +404,8 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Seconds of the last step in which this rank computed or waited for others; its memory."""
+        """Returns the seconds of the last step in which this rank computed, or waited for others,
+        and its memory."""
         last, waited = self.state.progress.last, self.ranks.waited
         assert last is not None
         return {
@@ -539,7 +540,7 @@ class Run:
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _whole(self) -> State:
-        """The state with the factors of all ranks: all of them call this at the same time."""
+        """Returns the state with the factors of all ranks, which all call this at the same time."""
         return replace(self.state, at=self.step.holding.together(self.state.at))
 
     def _kept(self, error: LostRank) -> RunError:

@@ -95,7 +95,7 @@ class Pipelined(Stepper):
         return list(rows_of(self.setup, accumulated).values()), next(iter(found), None)
 
     def keeps(self, error: Exception) -> bool:
-        """Factors of other ranks are to be had only if all have come to the same end."""
+        """Returns whether the state can be saved: only if all ranks have ended at the same step."""
         return isinstance(error, Halted) and error.fault is not None
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:

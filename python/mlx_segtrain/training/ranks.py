@@ -52,7 +52,8 @@ class Diverged(RunError):
 
 
 def launched() -> int | None:
-    """The rank that mlx.launch has given this process; None if it has not started it."""
+    """Returns the rank that mlx.launch has given this process; None if mlx.launch did not start
+    it."""
     rank = os.environ.get("MLX_RANK", "")
     return int(rank) if rank.isdecimal() and _backend() else None
 
@@ -67,7 +68,7 @@ def _backend() -> str | None:
 
 
 def _hosts() -> list[list[str]]:
-    """The addresses of each rank of a ring."""
+    """Returns the addresses of each rank of a ring."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
     except (KeyError, OSError, ValueError):  # one host alone has an empty file
@@ -76,7 +77,7 @@ def _hosts() -> list[list[str]]:
 
 
 def address_of(ranks: "Ranks") -> str:
-    """This rank's address in the network that MLX uses."""
+    """Returns this rank's address in the network that MLX uses."""
     backend, rank = ranks.backend, ranks.rank
     if backend == "ring":
         return _hosts()[rank][0].rpartition(":")[0].strip("[]")
@@ -121,36 +122,37 @@ class Ranks:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a step's items: that of its number, and every `size`-th after it.
+        """Returns this rank's share of a step's items: the item of its number, and every `size`-th
+        after it. In a pipeline it is all of them.
 
         In a pipeline it is all of them.
         """
         return items if self.pipeline else items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
-        """The sums over all ranks, the same on each, bit for bit."""
+        """Returns the sums over all ranks, bit-identical on each."""
         n = gradient.size
         parts = [gradient, mx.array([float(x) for x in outputs], mx.float32)]
         total = self._sum(mx.concatenate(parts))
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """What each rank says, as JSON holds it, by rank."""
+        """Returns a JSON value from each rank, by rank."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
         return [json.loads(own) for own in self.every(text)]
 
     def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
-        """All that the ranks have found, by name."""
+        """Returns everything that the ranks have found, by name."""
         return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
 
     def given(self, content: bytes) -> bytes:
-        """What rank 0 has."""
+        """Returns rank 0's value."""
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """What each rank has, by rank."""
+        """Returns each rank's value, by rank."""
         lengths = np.zeros(self.size, np.int32)
         lengths[self.rank] = len(content)
         ends = np.cumsum(np.array(self._sum(mx.array(lengths)), np.int64))
@@ -238,7 +240,7 @@ class Ranks:
         raise RunError(f"the ranks cannot reach each other any more: {error}") from error
 
     def lost(self) -> LostRank | None:
-        """The rank without which the run cannot go on, if there is one."""
+        """The lost rank without which the run cannot continue, if there is one."""
         if self.links is None or (lost := self.links.lost) is None:
             return None
         if lost.rank == self.rank:
@@ -246,7 +248,7 @@ class Ranks:
         return LostRank(f"{self.name(lost.rank)} {lost.why}")
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """RunError, with rank and field, if these are not the same as rank 0's on every rank."""
+        """Raises RunError, with rank and field, if a rank's values differ from rank 0's."""
         every = self.gather(dict(values))
         for r, own in enumerate(every):
             for name in [*every[0], *(n for n in own if n not in every[0])]:

@@ -110,7 +110,7 @@ class Answers:
         return len(self._generations)
 
     def _tags_of(self, body: Generate) -> Tags:
-        """What the texts between tags are, where the request leaves it to the model."""
+        """Returns what the texts between tags are, where the request leaves it to the model."""
         if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")

@@ -330,7 +330,7 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The tools that the model is told about."""
+        """Returns the tools that the chat template shows to the model."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property
