@@ -18,7 +18,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class Output:
-    """`quiet`: warnings and results only. `verbose`: every step and event, on a line each.
+    """`quiet`: warnings and results only. `verbose`: every step and event, on a line each. Raises
     InputError if `log_file` cannot be opened."""
 
     def __init__(

@@ -19,7 +19,7 @@ from ..training.policy import run_policy
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     """Loads the model, takes two steps on random tokens, and writes the picture to `file`.
 
-    InputError if the family's memory is not predicted.
+    Raises InputError if the family's memory is not predicted.
     """
     if ROWS[config.method] != "single":
         raise InputError(f"--plot draws a step of method sft, not of {config.method}.")

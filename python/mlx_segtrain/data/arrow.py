@@ -30,7 +30,7 @@ def blocks_of(
 ) -> Iterator[Block]:
     """Blocks of record batches, each with the bytes of the file that have been read with it.
 
-    InputError for a batch that is not well formed, and for a bomb.
+    Raises InputError for a batch that is not well formed, and for a bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0
     parts: list[Any] = []

@@ -50,8 +50,8 @@ def init(
 
     With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
     2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
-    starts so that nothing changes, and is 0 where the weight is not `here`. InputError if one is of
-    experts or an embedding.
+    starts so that nothing changes, and is 0 where the weight is not `here`. Raises InputError if
+    one is of experts or an embedding.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))

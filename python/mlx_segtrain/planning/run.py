@@ -259,7 +259,7 @@ def planned(
     measures: bool = False,
     fills: bool = True,
 ) -> RunPlan:
-    """The plan, which may not fit; NoRoom if the weights alone do not.
+    """The plan, which may not fit. Raises NoRoom if the weights alone do not.
 
     `fills` is False where only a part of the model is to be planned.
     """

@@ -51,7 +51,7 @@ class Held:
 def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
     """Returns the plan of each of these ranks, through which `batches` of a step go.
 
-    InputError if there are more ranks than layers, NoRoom if they have not enough memory.
+    Raises InputError if there are more ranks than layers, NoRoom if they have not enough memory.
     """
     layers = run.shape.n_layers
     if layers == 0:
@@ -148,8 +148,8 @@ def split(
 ) -> list[Part]:
     """Returns the parts whose slowest takes the least time for a batch, each within its memory.
 
-    More layers never take less time or memory. InputError for more ranks than layers, NoRoom if no
-    cut fits.
+    More layers never take less time or memory. Raises InputError for more ranks than layers, NoRoom
+    if no cut fits.
     """
     if ranks > layers:
         raise InputError(

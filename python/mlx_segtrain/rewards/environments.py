@@ -94,8 +94,8 @@ def _tools_of(own: Any) -> list[dict[str, Any]]:
 class Conversation:
     """The conversation of one completion with its environment: a generation.rollouts.Talk.
 
-    `messages` are the prompt's and, from `begun` on, those of the completion. RunError if the
-    environment fails.
+    `messages` are the prompt's and, from `begun` on, those of the completion. Raises RunError if
+    the environment fails.
     """
 
     def __init__(self, of: Environments, tokenizer: Any, config: TrainConfig, row: Row, seed: int):

@@ -246,7 +246,8 @@ class Service:
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """Searches the hub for clients; InputError if they may not, or it does not answer."""
+        """Searches the hub for clients. Raises InputError if they may not, or it does not
+        answer."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 

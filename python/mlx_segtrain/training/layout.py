@@ -33,7 +33,7 @@ class Layout:
         return sum(math.prod(shape) for _, _, shape in self.entries)
 
     def parts(self, count: int) -> list["Layout"]:
-        """The whole, or that up to the first B and that from there on."""
+        """Returns this layout, or its parts: the factors A, then the factors B."""
         if count == 1:
             return [self]
         return [

@@ -165,7 +165,8 @@ class Ranks:
         return [total[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _sum(self, x: mx.array) -> mx.array:
-        """Adds an array up over all ranks; LostRank if one of them cannot take part any more."""
+        """Adds an array up over all ranks. Raises LostRank if one of them cannot take part any
+        more."""
         if self.links and self.links.suspects:
             self._blame(None)
         mx.eval(x)
@@ -175,14 +176,14 @@ class Ranks:
         return total
 
     def start(self, arrays: Sequence[mx.array]) -> None:
-        """Has MLX begin to send or receive; LostRank if it cannot."""
+        """Has MLX begin to send or receive. Raises LostRank if it cannot."""
         try:
             mx.async_eval(arrays)
         except RuntimeError as error:
             self._blame(error)
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
-        """Until MLX has what comes from other ranks; LostRank if that cannot be any more.
+        """Until MLX has what comes from other ranks. Raises LostRank if that cannot be any more.
 
         Another thread waits, for a stream that nothing else uses: this one looks after the others
         meanwhile, and can go on without the arrays.
@@ -281,8 +282,8 @@ ALONE = Ranks()
 def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     """The ranks that this process was launched with, until its run ends; ALONE without others.
 
-    An exception ends the run on all of them, with the name of this one. RunError if they do not
-    find each other.
+    An exception ends the run on all of them, with the name of this one. Raises RunError if they do
+    not find each other.
     """
     rank, backend = launched(), _backend()
     if rank is None or backend is None:

@@ -33,8 +33,9 @@ ANSWER_TOKENS = 30  # docstrings take 12 on average
 def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     """Train SmolLM2-135M on docstrings and show it: out_dir gets docstrings/ and adapter/.
 
-    The model is kept in files.cache_dir(). InputError if out_dir holds other files, or the model
-    cannot be downloaded; KeyboardInterrupt after Ctrl-C during training, with the adapter saved.
+    The model is kept in files.cache_dir(). Raises InputError if out_dir holds other files, or the
+    model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training, with the
+    adapter saved.
     """
     begin = time.perf_counter()
     console = Console(highlight=False)

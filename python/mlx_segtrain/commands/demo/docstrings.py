@@ -36,7 +36,8 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
     """Write train.jsonl and valid.jsonl (`messages` rows) and return the number of rows of each.
 
     No top-level module has rows in both files. The rows depend on the version of Python and on
-    `seed` (which modules are held out, and the order). InputError if the library has no sources.
+    `seed` (which modules are held out, and the order). Raises InputError if the library has no
+    sources.
     """
     return _write(out_dir, _split(seed))
 

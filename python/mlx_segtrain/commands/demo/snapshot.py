@@ -84,7 +84,7 @@ def _wheel(cache_dir: Path) -> Path:
 def convert_gguf(gguf: Path, out_dir: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer of a llama GGUF with tied embedding.
 
-    The quantized integers, scales and biases are those of `mx.load`: nothing is requantized.
+    The quantized integers, scales and biases are those of `mx.load`: nothing is requantized. Raises
     InputError if the file is of another architecture.
     """
     loaded: Any = mx.load(str(gguf), return_metadata=True)
