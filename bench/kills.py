@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 # What takes long to import, and computes nothing: the children have it when they are forked.
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-from lib.folders import write_llama
+from lib.folders import write_llama  # pyright: ignore[reportMissingImports]
 from mlx_segtrain import TrainConfig, training
 from mlx_segtrain.training import checkpoint, cycle, keeping
 

@@ -128,6 +128,21 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
         base.confined.close()
 
 
+def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
+    """A twin that was made before the model had all its layers is followed by one with all."""
+    monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
+    base = read_base(model, Confined(model))
+    try:
+        lora.twin_of(base.model)
+        gone = [module for path, module in base.modules.items() if path.endswith("k_proj")]
+        for module in gone:
+            module.grouped, module.together = False, None
+        lora.twin_of(base.model)
+        assert gone and all(len(module.together.modules) == 3 for module in gone)
+    finally:
+        base.confined.close()
+
+
 def counted(run, calls):
     """`run`, whose calls note how many layers they compute."""
 

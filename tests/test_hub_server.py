@@ -50,7 +50,7 @@ def test_names_of_what_is_there(place, hub):
         assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
     with Server(place, "--root", place) as server:  # which the cache is not below
         refused = server.http.post("/api/finetune/plan", json=body)
-        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
     assert not hub.requests
 
 
@@ -78,7 +78,7 @@ def test_a_download_is_a_job(place, hub):
         assert "neither a path nor a model on the hub" in server.ended(id)["error"]
     with Server(place, "--allow-downloads", "--root", place) as server:
         refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
-        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
 
 
 def test_a_token_given_to_the_server_opens_what_is_gated(place, hub):
@@ -98,7 +98,7 @@ def test_a_link_out_of_the_cache_is_refused(place, hub, tmp_path):
     (path / "extra.json").symlink_to(tmp_path / "secret.json")
     with Server(place) as server:
         refused = server.http.post("/api/finetune/plan", json={"model_dir": "org/tiny"})
-        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
 
 
 def test_data_sets_by_name(place, hub):
@@ -113,7 +113,7 @@ def test_data_sets_by_name(place, hub):
         assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
         path = str(next((place.parent / "hf").rglob("train.jsonl")).parent)
         refused = server.http.post("/api/finetune/submit", json=run | {"data_dir": path})
-        assert refused.status_code == 403 and "lies outside" in refused.json()["error"]
+        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
     with Server(place, "--allow-downloads") as server:
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}

@@ -58,7 +58,7 @@ class Server:
     def resolve(self, text):
         path = (self.folder / text).resolve()
         if not path.is_relative_to(self.folder):
-            raise Outside(f"{path} lies outside.")
+            raise Outside(f"{path} is not below a directory that this server may use.")
         return path
 
     def mount(self, *names):

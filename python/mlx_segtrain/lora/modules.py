@@ -69,6 +69,7 @@ class LoRALinear(nn.Module):
         self.rows: Any = None  #: updates by rows of a batch (rows.py)
         self.together: Any = None  #: the layers that read the same x (together.py)
         self.place = 0  #: among them
+        self.grouped = False  #: whether these layers have been looked for
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 

@@ -159,7 +159,8 @@ class Rows:
         return made[index], use.places
 
     def _together(self, index: int, group: _Group | None, together: Together) -> Any:
-        if group is None:
+        own = [id(self._modules[path]) for path in self._readers[index].paths]
+        if group is None or own != [id(x) for x in together.modules]:  # some were put in later
             return None
         b, gains = [], []
         for path in self._readers[index].paths:

@@ -149,6 +149,8 @@ def grouped(
 
 def put_together(modules: Sequence[LoRALinear], run: Callable[[mx.array], Any]) -> None:
     """Tells modules with which others they are one launch, if a kernel serves them."""
+    for module in modules:
+        module.grouped, module.together = True, None
     for own, dtype in grouped(modules, run):
         together = Together(own, dtype)
         for place, module in enumerate(own):

@@ -20,7 +20,7 @@ def twin_of(model: nn.Module) -> Any:
     that are put into the model later are not in its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
-    if not any(module.together for module in modules):
+    if not all(module.grouped for module in modules):  # or some were put into it since
         put_together(modules, model)
     return _twin(model, {})
 
@@ -56,15 +56,14 @@ class _Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
-        rows = module.rows
-        by_rows = rows is not None and rows.on
-        if by_rows and not rows.any:
+        rows: Any = module.rows if module.rows is not None and module.rows.on else None
+        if rows is not None and not rows.any:
             return self._product(x)
         if module.together is not None:
             y = module.together.read(module.place, x)
             if y is not None:
                 return y
-        if by_rows:
+        if rows is not None:
             return rows(x, self._product(x))
         for kind in KINDS:
             if kind.array in module:

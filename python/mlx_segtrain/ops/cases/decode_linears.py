@@ -1,6 +1,7 @@
 """Linear layers of a step of generation with updates by rows, in one launch on CUDA."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 
@@ -27,7 +28,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         for i, rank in enumerate(ranks):
             out = 256 >> i
             weight, bias = selfcheck.normal((out, width), (1, out), dtype=mx.bfloat16, seed=i)
-            how = {"group_size": group, "bits": bits}
+            how: dict[str, Any] = {"group_size": group, "bits": bits}
             own = mx.quantize(weight / 16, **how) if bits else (weight / 16, None, None)
             bases.append(_core.Base(*own, bias[0], **(how if bits else {})))
             (right,) = selfcheck.normal(

@@ -303,6 +303,9 @@ class Engine:
         self._linears.drop_sums()
         if self._rows is not None:
             self._rows.forget()
+        if self.base is not None:
+            for module in self.base.modules.values():
+                module.forget_casts()
 
     def _admit(self) -> None:
         """Starts the request whose turn it is: the one that has waited longest, sometimes one that
